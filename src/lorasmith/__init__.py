@@ -1,0 +1,1 @@
+"""Lorasmith: LoRA training for diffusion models."""

@@ -1,0 +1,1 @@
+"""What is trained: one algorithm a file behind one contract."""

@@ -1,0 +1,25 @@
+"""Names for number formats, as nodes and the command line spell them."""
+
+from __future__ import annotations
+
+import torch
+
+from lorasmith.core.errors import OptionError
+
+__all__ = ["dtype_from_name", "dtype_name"]
+
+_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SPELLINGS = {**_NAMES, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """`bf16` → `torch.bfloat16`. Raises OptionError for anything but fp32, bf16 and fp16 (or the long names)."""
+    try:
+        return _SPELLINGS[name.casefold()]
+    except KeyError:
+        raise OptionError(f"a dtype is one of {', '.join(_NAMES)}, got {name!r}") from None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` → `bf16`."""
+    return next((name for name, known in _NAMES.items() if known == dtype), str(dtype).removeprefix("torch."))

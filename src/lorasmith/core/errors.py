@@ -1,0 +1,63 @@
+"""The exception tree. Whatever a person can cause or mend is a `LorasmithError` whose text is one sentence.
+
+    LorasmithError
+    ├── OptionError      an option has an unknown name, a wrong type or a value out of its range
+    ├── ModelError       a base model cannot be found, read or recognised
+    ├── LoraError        a LoRA file cannot be read, does not fit the model, or must not be written
+    ├── DataError        images, captions or latents cannot be used
+    ├── GraphError       a workflow is malformed (carries every finding)
+    ├── TrainingError    a run cannot start or cannot go on
+    └── OutputError      something cannot be written
+
+The sentence states the rule, the value that breaks it and the remedy. Doors (command line, nodes, server) print the
+sentence; any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "GraphError",
+    "LoraError",
+    "LorasmithError",
+    "ModelError",
+    "OptionError",
+    "OutputError",
+    "TrainingError",
+]
+
+
+class LorasmithError(Exception):
+    """Base of every error that a person can cause or mend."""
+
+
+class OptionError(LorasmithError):
+    """An option has an unknown name, a wrong type or a value out of its range."""
+
+
+class ModelError(LorasmithError):
+    """A base model cannot be found, read or recognised."""
+
+
+class LoraError(LorasmithError):
+    """A LoRA file cannot be read, does not fit the model, or must not be written."""
+
+
+class DataError(LorasmithError):
+    """Images, captions or latents cannot be used for training."""
+
+
+class GraphError(LorasmithError):
+    """A workflow is malformed; `findings` holds one sentence per fault, each naming node id and title."""
+
+    def __init__(self, message: str, findings: tuple[str, ...] = ()) -> None:
+        super().__init__("\n".join((message, *(f"  - {finding}" for finding in findings))))
+        self.findings = findings
+
+
+class TrainingError(LorasmithError):
+    """A training run cannot start or cannot go on."""
+
+
+class OutputError(LorasmithError):
+    """A file or folder cannot be written."""

@@ -1,0 +1,76 @@
+"""Files that are either the old one or the new one, never half of each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorasmith.core.errors import OutputError
+
+__all__ = ["atomic_path", "ensure_folder", "write_atomic"]
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path in `target`'s folder that replaces `target` when the block ends well.
+
+    The file is flushed to disk before it takes the name (fsync, then `os.replace`), and removed when the block raises.
+
+    Raises:
+        OutputError: the folder cannot be made, the disk is full, or the target cannot be written.
+    """
+    ensure_folder(target.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _explained(target, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; what people save is meant to be readable like any other file of theirs.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise _explained(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(target: Path, content: bytes | str) -> None:
+    """Write `content` (text as UTF-8) to `target` atomically. Raises OutputError."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def ensure_folder(folder: Path) -> Path:
+    """`folder`, made with its parents where missing. Raises OutputError, naming the file that stands in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError(f"{folder} must be a folder but is a file; move it away or choose another output") from error
+    except NotADirectoryError as error:
+        blocker = next(parent for parent in folder.parents if parent.exists() and not parent.is_dir())
+        raise OutputError(f"{folder} cannot be made because {blocker} is a file; choose another output") from error
+    except OSError as error:
+        raise _explained(folder, error) from error
+    return folder
+
+
+def _explained(target: Path, error: OSError) -> OutputError:
+    if error.errno == errno.ENOSPC:
+        return OutputError(f"{target} was not written because the disk is full; free some space and save again")
+    return OutputError(f"{target} cannot be written ({error.strerror or error}); check the folder's permissions")
+
+
+def _umask() -> int:
+    # Reading the umask means setting it: there is no other call. Done once per save, so the race is harmless.
+    current = os.umask(0)
+    os.umask(current)
+    return current

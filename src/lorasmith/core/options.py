@@ -1,0 +1,139 @@
+"""One declaration per option: type, default, range and one sentence of meaning.
+
+Command-line flags, node inputs, the server's schema and the reference pages are derived from these declarations. An
+option is a field of a frozen dataclass:
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainConfig:
+        steps: int = option(500, min=1, max=100_000, help="Number of optimizer updates.")
+        __post_init__ = check_options
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.registry import nearest
+
+__all__ = ["Option", "check_options", "config_from", "option", "options_of"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a program.
+
+    Attributes:
+        name: snake_case, the same in every door.
+        type: `int`, `float`, `str` or `bool`.
+        default: used when nothing is given; None means "decided at run time", and then None is accepted too.
+        help: one or two sentences, with the unit where there is one.
+        min, max: inclusive bounds of a number.
+        step: granularity offered by editors; values between steps are accepted.
+        choices: allowed values of a string, matched whatever their case.
+        group: heading under which the help lists it.
+    """
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    min: float | None = None
+    max: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    group: str = ""
+
+    def check(self, value: Any) -> Any:
+        """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
+        if value is None and self.default is None:
+            return None
+        value = self._typed(value)
+        if self.choices:
+            folded = {choice.casefold(): choice for choice in self.choices}
+            if value.casefold() not in folded:
+                raise OptionError(
+                    f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}{nearest(value, self.choices)}"
+                )
+            return folded[value.casefold()]
+        if self.min is not None and value < self.min or self.max is not None and value > self.max:
+            raise OptionError(f"{self.name} must be {self.range_text()}, got {value!r}")
+        return value
+
+    def range_text(self) -> str:
+        """The allowed range in words, such as `between 1 and 128`."""
+        if self.min is not None and self.max is not None:
+            return f"between {self.min} and {self.max}"
+        return f"at least {self.min}" if self.min is not None else f"at most {self.max}"
+
+    def _typed(self, value: Any) -> Any:
+        wanted = self.type
+        if wanted is bool and isinstance(value, bool):
+            return value
+        if wanted is str and isinstance(value, str):
+            return value
+        if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if wanted is float and math.isfinite(value):
+                return float(value)
+            if wanted is int and float(value).is_integer():
+                return int(value)
+        article = "an" if wanted is int else "a"
+        raise OptionError(f"{self.name} must be {article} {_TYPE_NAMES[wanted]}, got {value!r}")
+
+
+def option(
+    default: Any,
+    *,
+    help: str,
+    min: float | None = None,
+    max: float | None = None,
+    step: float | None = None,
+    choices: Iterable[str] = (),
+    group: str = "",
+) -> Any:
+    """A dataclass field that declares an `Option`; the field's name and annotation give name and type."""
+    details = {"help": help, "min": min, "max": max, "step": step, "choices": tuple(choices), "group": group}
+    return dataclasses.field(default=default, metadata={"option": details})
+
+
+def options_of(config: type) -> dict[str, Option]:
+    """The options that a configuration dataclass declares, in order."""
+    hints = typing.get_type_hints(config)
+    return {
+        field.name: Option(
+            name=field.name, type=_plain_type(hints[field.name]), default=field.default, **field.metadata["option"]
+        )
+        for field in dataclasses.fields(config)
+        if "option" in field.metadata
+    }
+
+
+def check_options(config: Any) -> None:
+    """`__post_init__` of configuration dataclasses: checks and normalises every field."""
+    for name, declared in options_of(type(config)).items():
+        object.__setattr__(config, name, declared.check(getattr(config, name)))
+
+
+def config_from(config: type, values: Mapping[str, Any]) -> Any:
+    """An instance of `config` from a mapping. Unknown keys are refused with the nearest known name."""
+    known = options_of(config)
+    for key in values:
+        if key not in known:
+            raise OptionError(f"unknown option {key!r}{nearest(key, known)}; known are {', '.join(known)}")
+    return config(**values)
+
+
+def _plain_type(annotation: Any) -> type:
+    """`int` from `int` or `int | None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(arm for arm in annotation.__args__ if arm is not type(None))
+    return typing.cast(type, annotation)
+
+
+_TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false value"}

@@ -1,0 +1,73 @@
+"""Name → thing, with hints for near misses. Adapters, layouts, families, samplers and nodes are all found this way."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from lorasmith.core.errors import LorasmithError, OptionError
+
+__all__ = ["Registry", "nearest"]
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string when none is close."""
+    folded = {candidate.casefold(): candidate for candidate in known}
+    match = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f" (did you mean {folded[match[0]]!r}?)" if match else ""
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name. Names are matched whatever their case; aliases resolve to the registered name.
+
+    Args:
+        kind: what the things are, in the singular, as error messages call them.
+        error: exception raised for unknown names.
+    """
+
+    def __init__(self, kind: str, error: type[LorasmithError] = OptionError) -> None:
+        self.kind = kind
+        self._error = error
+        self._things: dict[str, T] = {}
+        self._canonical: dict[str, str] = {}
+
+    def register(self, name: str, *aliases: str) -> Callable[[T], T]:
+        """Decorator that files the decorated thing under `name` and every alias. Names are taken once."""
+
+        def add(thing: T) -> T:
+            for key in (name, *aliases):
+                if key.casefold() in self._canonical:
+                    raise ValueError(f"{self.kind} {key!r} is registered twice")
+                self._canonical[key.casefold()] = name
+            self._things[name] = thing
+            return thing
+
+        return add
+
+    def canonical(self, name: str) -> str:
+        """The registered spelling of `name` (any case, or an alias). Raises the registry's error when unknown."""
+        try:
+            return self._canonical[name.casefold()]
+        except KeyError:
+            raise self._error(
+                f"unknown {self.kind} {name!r}{nearest(name, self._things)}; known are {', '.join(self._things)}"
+            ) from None
+
+    def __getitem__(self, name: str) -> T:
+        return self._things[self.canonical(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.casefold() in self._canonical
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._things)
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def items(self) -> Iterable[tuple[str, T]]:
+        """Registered names and things, in order of registration."""
+        return self._things.items()

@@ -1,0 +1,1 @@
+"""The maths of noising: schedules, parameterizations, timestep distributions, losses."""

@@ -1,0 +1,63 @@
+"""What a network predicts, and how that relates to the clean sample.
+
+    epsilon   the noise                                        (Ho et al. 2020)
+    v         alpha · noise − sigma · x0                       (Salimans & Ho 2022, arXiv:2202.00512)
+    flow      noise − x0                                       (Liu et al. 2022, arXiv:2209.03003)
+
+All tensors are (batch, ...) in fp32; levels are the ones the sample was noised with.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from lorasmith.core.registry import Registry
+from lorasmith.diffusion.schedule import NoiseLevel, _like
+
+__all__ = ["PARAMETERIZATIONS", "Parameterization"]
+
+
+class Parameterization(ABC):
+    """One kind of prediction."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """What the network should answer."""
+
+    @abstractmethod
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        """The clean sample that a prediction implies for `noised = alpha·x0 + sigma·noise`."""
+
+
+PARAMETERIZATIONS: Registry[Parameterization] = Registry("parameterization")
+
+
+class _Epsilon(Parameterization):
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        return noise
+
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        return (noised - _like(level.sigma, noised) * prediction) / _like(level.alpha, noised)
+
+
+class _V(Parameterization):
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        return _like(level.alpha, clean) * noise - _like(level.sigma, clean) * clean
+
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        return _like(level.alpha, noised) * noised - _like(level.sigma, noised) * prediction
+
+
+class _Flow(Parameterization):
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        return noise - clean
+
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        return noised - _like(level.sigma, noised) * prediction
+
+
+PARAMETERIZATIONS.register("epsilon", "eps")(_Epsilon())
+PARAMETERIZATIONS.register("v", "v_prediction")(_V())
+PARAMETERIZATIONS.register("flow")(_Flow())

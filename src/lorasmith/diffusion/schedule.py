@@ -1,0 +1,172 @@
+"""Noise schedules: how much signal and how much noise a sample carries at each point in diffusion time.
+
+Every schedule noises as `x_t = alpha · x0 + sigma · noise`. Two kinds exist:
+
+- `DiscreteSchedule` (Ho et al. 2020, arXiv:2006.11239): 1000 variance-preserving steps, `alpha² + sigma² = 1`.
+- `FlowSchedule` (rectified flow, Esser et al. 2024, arXiv:2403.03206): `alpha = 1 − sigma`.
+
+Samplers work on one number per step, called sigma in k-diffusion (Karras et al. 2022, arXiv:2206.00364): for a discrete
+schedule the noise-to-signal ratio `sigma/alpha` of the variance-exploding form `x = x0 + sigma · noise`, for a flow the
+flow's own sigma. Here it is always called `ratio` where it differs from the coefficient.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["DiscreteSchedule", "FlowSchedule", "NoiseLevel", "NoiseSchedule", "shifted"]
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """Where samples stand in diffusion time; every field has shape (batch,) and dtype fp32.
+
+    Attributes:
+        alpha: weight of the clean sample.
+        sigma: weight of the noise.
+        time: what the family's `predict` is told: the step index 0..999 of a discrete schedule, sigma of a flow.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    time: Tensor
+
+    def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """`alpha · clean + sigma · noise`, broadcast over (batch, ...)."""
+        return _like(self.alpha, clean) * clean + _like(self.sigma, clean) * noise
+
+    def to(self, device: torch.device | str) -> NoiseLevel:
+        """The same levels on `device`, copied without waiting."""
+        return NoiseLevel(*(t.to(device, non_blocking=True) for t in (self.alpha, self.sigma, self.time)))
+
+
+class NoiseSchedule(ABC):
+    """A noise schedule.
+
+    Attributes:
+        sigmas: (N,) the table of sampler sigmas, ascending.
+    """
+
+    sigmas: Tensor
+
+    @abstractmethod
+    def at(self, quantile: Tensor) -> NoiseLevel:
+        """Levels for quantiles (batch,) in [0, 1) of diffusion time: 0 is the cleanest, towards 1 the noisiest."""
+
+    @abstractmethod
+    def at_sigma(self, sigma: Tensor) -> NoiseLevel:
+        """Levels for sampler sigmas (batch,)."""
+
+    @abstractmethod
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Sampler sigma at (fractional) timesteps of the schedule's own clock."""
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Timestep, on the schedule's own clock, of sampler sigmas."""
+
+    @abstractmethod
+    def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """What the network sees of a sampler's state `x` at `level`."""
+
+    @abstractmethod
+    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
+        """A sampler's first state: `latents` noised to sampler sigma."""
+
+
+class DiscreteSchedule(NoiseSchedule):
+    """Variance-preserving steps given by the running product of their signal powers.
+
+    Args:
+        alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self._alphas_cumprod = alphas_cumprod.to(torch.float32)
+        self.sigmas = ((1 - self._alphas_cumprod) / self._alphas_cumprod).sqrt()
+        self._log_sigmas = self.sigmas.log()
+
+    @classmethod
+    def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> DiscreteSchedule:
+        """Stable Diffusion's schedule: betas linear in their square root."""
+        betas = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
+        return cls((1 - betas).cumprod(0))
+
+    def at(self, quantile: Tensor) -> NoiseLevel:  # noqa: D102
+        index = (quantile * len(self.sigmas)).long().clamp(0, len(self.sigmas) - 1)
+        kept = self._alphas_cumprod[index]
+        return NoiseLevel(kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32))
+
+    def at_sigma(self, sigma: Tensor) -> NoiseLevel:  # noqa: D102
+        sigma = sigma.to("cpu", torch.float32)
+        alpha = (1 + sigma**2).rsqrt()
+        return NoiseLevel(alpha, sigma * alpha, self.timestep(sigma))
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Log-linear between the table's entries."""
+        timestep = timestep.to(torch.float32).clamp(0, len(self.sigmas) - 1)
+        low, high = timestep.floor().long(), timestep.ceil().long()
+        weight = timestep.frac()
+        return ((1 - weight) * self._log_sigmas[low] + weight * self._log_sigmas[high]).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Index of the table's entry nearest in log sigma, as a float."""
+        distance = sigma.to("cpu", torch.float32).log()[..., None] - self._log_sigmas
+        return distance.abs().argmin(-1).to(torch.float32)
+
+    def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """`x` scaled back to unit variance."""
+        return x * _like(level.alpha, x)
+
+    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:  # noqa: D102
+        return latents + noise * sigma
+
+
+class FlowSchedule(NoiseSchedule):
+    """Rectified flow with sigma shifted towards the noisy end: `sigma = shift·u / (1 + (shift − 1)·u)`.
+
+    Args:
+        shift: 1 leaves time as it is; exp(mu) for Flux's exponential form.
+        steps: entries of the sigma table.
+    """
+
+    def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
+        self.shift = shift
+        self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
+
+    def at(self, quantile: Tensor) -> NoiseLevel:  # noqa: D102
+        return self.at_sigma(shifted(quantile.to(torch.float32), self.shift))
+
+    def at_sigma(self, sigma: Tensor) -> NoiseLevel:  # noqa: D102
+        sigma = sigma.to("cpu", torch.float32)
+        return NoiseLevel(1 - sigma, sigma, sigma)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Sigma of unshifted time in [0, 1]."""
+        return shifted(timestep.to(torch.float32), self.shift)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Sigma itself: the clock that samplers step through is the shifted one (as in ComfyUI's flow models)."""
+        return sigma.to("cpu", torch.float32)
+
+    def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """`x` as it is."""
+        return x
+
+    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:  # noqa: D102
+        return (1 - sigma) * latents + sigma * noise
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Time in [0, 1] shifted towards 1 (Esser et al. 2024, eq. 23)."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    """(batch,) on x's device, shaped to broadcast over x."""
+    return values.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))

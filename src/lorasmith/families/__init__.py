@@ -1,0 +1,1 @@
+"""What is trained on: one model architecture a file."""

@@ -1,0 +1,1 @@
+"""LoRA files: container, metadata, name tables, one layout a file."""

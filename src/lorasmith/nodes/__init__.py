@@ -1,0 +1,1 @@
+"""ComfyUI's nodes, thin: unpack the sockets, call the library."""

@@ -1,0 +1,1 @@
+"""What people look at: loss plots and contact sheets."""

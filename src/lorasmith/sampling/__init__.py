@@ -1,0 +1,1 @@
+"""Pictures from a model: samplers, schedules of sigmas, guidance."""

@@ -1,0 +1,1 @@
+"""The engine: configuration, step, loop, memory, events."""

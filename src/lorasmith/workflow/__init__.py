@@ -1,0 +1,1 @@
+"""Node graphs: declaration, parsing, validation, execution. Knows nothing of training."""
