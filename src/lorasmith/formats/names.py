@@ -42,6 +42,9 @@ class ModelNames:
         kohya_naming: which naming this family's `lora_unet_` keys use by convention.
         peft_prefix: component prefix of PEFT keys, `unet` or `transformer`.
         portable: name of the layout that most programs apply completely for this family.
+        weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to tell
+            whether an adapter fits. Modules that are not listed are taken as they come.
+        encoder_kinds: component → what ComfyUI calls that text encoder (`clip_l`, `clip_g`, `clip_h`, `t5xxl`).
     """
 
     family: str
@@ -51,3 +54,7 @@ class ModelNames:
     kohya_naming: Literal["diffusers", "original"] = "diffusers"
     peft_prefix: Literal["unet", "transformer"] = "unet"
     portable: str = "kohya"
+    weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    encoder_kinds: Mapping[str, str] = field(
+        default_factory=lambda: {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+    )
