@@ -1,0 +1,260 @@
+"""The safetensors container: checking a file before it is trusted, reading it, writing it.
+
+Format (https://github.com/huggingface/safetensors): eight bytes of little-endian header length, a JSON header that
+gives each tensor's dtype, shape and place, then the tensors' bytes without gaps.
+
+The writer is our own because `safetensors.save_file` writes metadata in a random order. Here the same tensors and the
+same metadata give the same file, and the tensors stand in the order of the reference writer, so that hashes over the
+body agree with those of other programs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import LoraError, LorasmithError
+from lorasmith.core.files import atomic_path
+
+__all__ = ["Header", "TensorInfo", "check_safetensors", "read_safetensors", "serialised", "write_safetensors"]
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of one tensor: dtype as safetensors spells it (`BF16`) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Header(NamedTuple):
+    """A checked header.
+
+    Attributes:
+        tensors: in the order of the file's body.
+        metadata: the `__metadata__` entry.
+        body_start: offset of the first tensor byte in the file.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    body_start: int
+
+
+def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> Header:
+    """The header of a safetensors file, after checking that the file is whole and well formed.
+
+    No tensor is read, so the check takes milliseconds whatever the size of the file.
+
+    Args:
+        path: the file.
+        error: class of what is raised, so that base models and LoRA files share these checks.
+
+    Raises:
+        error: the file is missing, a folder, pickled, of another format, cut short, or its header is malformed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise error(f"{path} must be a safetensors file but is a folder; name the file inside it")
+    if not path.exists():
+        raise error(f"{path} does not exist; check the spelling and the folder")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_LENGTH_BYTES + 1)
+            _refuse_other_formats(path, start, error)
+            text = _header_text(path, file, start, size, error)
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror}); check its permissions") from problem
+    try:
+        tensors, metadata, body_size = _parsed(text)
+    except ValueError as problem:
+        raise error(f"{path} has a damaged safetensors header ({problem}); get the file again") from None
+    body_start = _LENGTH_BYTES + len(text)
+    if size != body_start + body_size:
+        what = "is cut short" if size < body_start + body_size else "has bytes after its last tensor"
+        raise error(
+            f"{path} {what}: its header announces {body_start + body_size:,} bytes, the file has {size:,}; "
+            "download or copy it again"
+        )
+    return Header(tensors, metadata, body_start)
+
+
+def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file, checked as `check_safetensors` does."""
+    from safetensors.torch import load_file
+
+    header = check_safetensors(path, error)
+    tensors = load_file(path)
+    return {name: tensors[name] for name in header.tensors}, header.metadata
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; the same content always gives the same bytes.
+
+    Raises:
+        LoraError: a tensor holds NaN or infinity; nothing is written then.
+        OutputError: the file cannot be written.
+    """
+    _refuse_non_finite(tensors)
+    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        for chunk in serialised(tensors, metadata or {}):
+            file.write(chunk)
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a safetensors file, piece by piece: first length and header, then one piece per tensor."""
+    ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SPELLING[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    # Captions read from odd files can hold lone surrogates, which UTF-8 cannot carry: they become question marks,
+    # rather than costing a finished run its LoRA.
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    for _, tensor in ordered:
+        yield _tensor_bytes(tensor)
+
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+_MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+
+# Rows in the order of the reference implementation's dtype enumeration, by which it sorts the body (last comes first).
+_DTYPES = (
+    ("BOOL", torch.bool),
+    ("U8", torch.uint8),
+    ("I8", torch.int8),
+    ("F8_E5M2", torch.float8_e5m2),
+    ("F8_E4M3", torch.float8_e4m3fn),
+    ("I16", torch.int16),
+    ("U16", torch.uint16),
+    ("F16", torch.float16),
+    ("BF16", torch.bfloat16),
+    ("I32", torch.int32),
+    ("U32", torch.uint32),
+    ("F32", torch.float32),
+    ("F64", torch.float64),
+    ("I64", torch.int64),
+    ("U64", torch.uint64),
+)
+_SPELLING = {dtype: spelling for spelling, dtype in _DTYPES}
+_SIZE = {spelling: dtype.itemsize for spelling, dtype in _DTYPES}
+_ORDER = {dtype: place for place, (_, dtype) in enumerate(_DTYPES)}
+
+_HOW_TO_CONVERT = (
+    "convert it once in an environment you trust: safetensors.torch.save_file(torch.load(old, weights_only=True), new)"
+)
+_OTHER_FORMATS = {
+    b"PK\x03\x04": f"is a pickled PyTorch file, which can run code when it is opened; {_HOW_TO_CONVERT}",
+    b"\x80": f"is a pickled PyTorch file, which can run code when it is opened; {_HOW_TO_CONVERT}",
+    b"GGUF": "is a GGUF file, which is not supported; use the safetensors version of it",
+    b"version ": "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`",
+    b"<!DOCTYP": "is a web page, not a model; download the file itself",
+    b"<html": "is a web page, not a model; download the file itself",
+}
+
+
+def _refuse_other_formats(path: Path, start: bytes, error: type[LorasmithError]) -> None:
+    if len(start) <= _LENGTH_BYTES:
+        raise error(f"{path} is not a safetensors file: it has only {len(start)} bytes; download or copy it again")
+    if start[_LENGTH_BYTES:] == b"{":
+        return  # a header of 128 bytes, say, begins with a pickle's first byte
+    for magic, sentence in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise error(f"{path} {sentence}")
+    raise error(f"{path} is not a safetensors file; use one, or convert the file to safetensors first")
+
+
+def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: type[LorasmithError]) -> bytes:
+    """The header's JSON; `start` is what has been read of the file so far."""
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if length > _MAX_HEADER_BYTES:
+        raise error(
+            f"{path} announces a header of {length:,} bytes, more than the {_MAX_HEADER_BYTES:,} a safetensors file "
+            "may have; get the file again"
+        )
+    if _LENGTH_BYTES + length > size:
+        raise error(
+            f"{path} is cut short inside its header: {_LENGTH_BYTES + length:,} bytes are announced, the file has "
+            f"{size:,}; download or copy it again"
+        )
+    return start[_LENGTH_BYTES:] + file.read(length - 1)
+
+
+def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
+    """Tensors in body order, metadata, and size of the body in bytes. Raises ValueError, saying what is wrong."""
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError("it is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("it is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not text by name")
+    placed = sorted((*_placed(name, entry), name) for name, entry in header.items())
+    expected = 0
+    tensors = {}
+    for start, end, info, name in placed:
+        if start != expected:
+            raise ValueError(f"the bytes of tensor {name!r} do not follow the tensor before it")
+        tensors[name] = info
+        expected = end
+    return tensors, metadata, expected
+
+
+def _placed(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+    """Start, end and description of one tensor. Raises ValueError when they contradict each other."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in _SIZE:
+        raise ValueError(f"tensor {name!r} has no known dtype")
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has no proper shape and place")
+    start, end = offsets
+    if end - start != math.prod(shape) * _SIZE[entry["dtype"]]:
+        raise ValueError(f"tensor {name!r} has a shape that does not match its bytes")
+    return start, end, TensorInfo(entry["dtype"], tuple(shape))
+
+
+def _naturals(values: Any) -> TypeGuard[list[int]]:
+    """Whether `values` is a list of non-negative integers of at most 63 bits."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        # Eight-bit floats have no isfinite of their own.
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if not torch.isfinite(values).all():
+            raise LoraError(
+                f"a LoRA with NaN or infinity is never written, and {name} holds "
+                f"{int((~torch.isfinite(values)).sum())} such values; go back to an earlier checkpoint"
+            )
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
