@@ -75,6 +75,10 @@ class NoiseSchedule(ABC):
         """What the network sees of a sampler's state `x` at `level`."""
 
     @abstractmethod
+    def signal(self, sigma: float) -> float:
+        """Weight of the clean sample in a sampler's state `signal · x0 + sigma · noise`."""
+
+    @abstractmethod
     def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
         """A sampler's first state: `latents` noised to sampler sigma."""
 
@@ -87,9 +91,12 @@ class DiscreteSchedule(NoiseSchedule):
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        self._alphas_cumprod = alphas_cumprod.to(torch.float32)
-        self.sigmas = ((1 - self._alphas_cumprod) / self._alphas_cumprod).sqrt()
-        self._log_sigmas = self.sigmas.log()
+        # In double precision: 1 − alphas_cumprod loses half of its digits in fp32 where there is little noise.
+        exact = alphas_cumprod.to(torch.float64)
+        sigmas = ((1 - exact) / exact).sqrt()
+        self._alphas_cumprod = exact.to(torch.float32)
+        self._log_sigmas = sigmas.log().to(torch.float32)
+        self.sigmas = sigmas.to(torch.float32)
 
     @classmethod
     def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> DiscreteSchedule:
@@ -97,12 +104,12 @@ class DiscreteSchedule(NoiseSchedule):
         betas = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
         return cls((1 - betas).cumprod(0))
 
-    def at(self, quantile: Tensor) -> NoiseLevel:  # noqa: D102
+    def at(self, quantile: Tensor) -> NoiseLevel:
         index = (quantile * len(self.sigmas)).long().clamp(0, len(self.sigmas) - 1)
         kept = self._alphas_cumprod[index]
         return NoiseLevel(kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32))
 
-    def at_sigma(self, sigma: Tensor) -> NoiseLevel:  # noqa: D102
+    def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
         alpha = (1 + sigma**2).rsqrt()
         return NoiseLevel(alpha, sigma * alpha, self.timestep(sigma))
@@ -123,7 +130,17 @@ class DiscreteSchedule(NoiseSchedule):
         """`x` scaled back to unit variance."""
         return x * _like(level.alpha, x)
 
-    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:  # noqa: D102
+    def signal(self, sigma: float) -> float:
+        """1: samplers see the variance-exploding form."""
+        return 1.0
+
+    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
+        """At the top of the table noise is scaled to `sqrt(1 + sigma²)`: the network then sees pure unit noise.
+
+        ComfyUI starts there too; plain `sigma` would leave the first input a little short of unit variance.
+        """
+        if sigma >= self.sigmas[-1].item() * (1 - 1e-5):
+            sigma = math.sqrt(1 + sigma**2)
         return latents + noise * sigma
 
 
@@ -139,10 +156,10 @@ class FlowSchedule(NoiseSchedule):
         self.shift = shift
         self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
 
-    def at(self, quantile: Tensor) -> NoiseLevel:  # noqa: D102
+    def at(self, quantile: Tensor) -> NoiseLevel:
         return self.at_sigma(shifted(quantile.to(torch.float32), self.shift))
 
-    def at_sigma(self, sigma: Tensor) -> NoiseLevel:  # noqa: D102
+    def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
         return NoiseLevel(1 - sigma, sigma, sigma)
 
@@ -158,7 +175,10 @@ class FlowSchedule(NoiseSchedule):
         """`x` as it is."""
         return x
 
-    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:  # noqa: D102
+    def signal(self, sigma: float) -> float:
+        return 1 - sigma
+
+    def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
         return (1 - sigma) * latents + sigma * noise
 
 

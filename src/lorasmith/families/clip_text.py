@@ -1,0 +1,205 @@
+"""CLIP text encoding as ComfyUI does it: weighted words, prompts of any length, skipped layers.
+
+Shared by the families whose prompts go through CLIP. Their prompts mean here what they mean in ComfyUI, so that a
+graph's captions train and sample alike. Textual inversion is not supported: `embedding:name` is read as plain text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CONTEXT_LENGTH", "clip_tokenizer", "encode_prompt", "parse_weights", "tokenize_prompt"]
+
+CONTEXT_LENGTH = 77
+"""Positions of a CLIP text encoder: begin, 75 tokens, end."""
+
+EMPHASIS = 1.1
+"""Factor of a pair of brackets that names no weight."""
+
+MAX_UNBROKEN = 8
+"""A stretch of one weight with fewer tokens than this is moved to the next chunk rather than cut."""
+
+Token = tuple[int, float]
+"""Token id and weight."""
+
+
+def clip_tokenizer(*, pad_token: str = "<|endoftext|>") -> Any:
+    """OpenAI's CLIP tokenizer (49408 tokens) from the vocabulary that the package ships, with no network.
+
+    Args:
+        pad_token: `<|endoftext|>` for CLIP ViT-L (SD 1.x), `!` (id 0) for OpenCLIP (SD 2.x, SDXL's second encoder).
+
+    Returns:
+        A `transformers.CLIPTokenizer` with `model_max_length` 77.
+    """
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = _clip_vocabulary()
+    # From files, because every version of transformers reads those; constructor arguments changed with version 5.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("\n".join(("#version: 0.2", *merges, "")), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(
+            folder,
+            model_max_length=CONTEXT_LENGTH,
+            pad_token=pad_token,
+            bos_token="<|startoftext|>",
+            eos_token="<|endoftext|>",
+            unk_token="<|endoftext|>",
+        )
+
+
+def encode_prompt(
+    text: str, tokenizer: Any, model: nn.Module, *, skip_layers: int = 0, final_norm: bool = True
+) -> tuple[Tensor, Tensor]:
+    r"""Context and pooled vector of one prompt.
+
+    Each chunk of 77 tokens is encoded by itself and the contexts are joined. Where a token's weight is not 1, its
+    vector is moved away from (or towards) the vector that the empty prompt has at the same position.
+
+    Args:
+        text: the prompt; `(word)` weighs 1.1, `(word:1.2)` what it says, brackets nest, `\(` is a bracket.
+        tokenizer: CLIP tokenizer with `bos_token_id`, `eos_token_id` and `pad_token_id`.
+        model: `CLIPTextModel` or `CLIPTextModelWithProjection`.
+        skip_layers: how many of the last layers to leave out; more than there are leaves out none, as in ComfyUI.
+        final_norm: apply the encoder's final layer norm to the context.
+
+    Returns:
+        Context (1, 77 · chunks, width) and pooled vector (1, width or projection) of the first chunk, in fp32 on the
+        model's device. The pooled vector comes from the last layer whatever is skipped, and is projected where the
+        model has a projection.
+    """
+    chunks = tokenize_prompt(text, tokenizer)
+    weighted = any(weight != 1.0 for chunk in chunks for _, weight in chunk)
+    rows = [[token for token, _ in chunk] for chunk in chunks]
+    if weighted:
+        rows.append([token for token, _ in tokenize_prompt("", tokenizer)[0]])
+    hidden, pooled = _encoded(rows, model, skip_layers, final_norm)
+    context = hidden[: len(chunks)]
+    if weighted:
+        weights = hidden.new_tensor([[weight for _, weight in chunk] for chunk in chunks]).unsqueeze(-1)
+        context = torch.where(weights == 1, context, hidden[-1:].lerp(context, weights))
+    return context.reshape(1, -1, context.shape[-1]), pooled[:1]
+
+
+def tokenize_prompt(text: str, tokenizer: Any) -> list[list[Token]]:
+    """Chunks of exactly 77 weighted tokens: begin, up to 75 tokens of the prompt, end, padding.
+
+    A stretch of one weight that does not fit is cut, unless it has fewer than 8 tokens: then it starts the next chunk.
+    """
+    room = CONTEXT_LENGTH - 2
+    chunks: list[list[Token]] = [[]]
+    for stretch, weight in parse_weights(text):
+        ids = tokenizer(stretch, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = [(token, weight) for token in ids]
+        if len(tokens) < MAX_UNBROKEN and len(chunks[-1]) + len(tokens) > room:
+            chunks.append([])
+        while tokens:
+            free = room - len(chunks[-1])
+            chunks[-1] += tokens[:free]
+            tokens = tokens[free:]
+            if tokens:
+                chunks.append([])
+    begin, end, pad = (
+        (token, 1.0) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    )
+    return [[begin, *chunk, end, *[pad] * (room - len(chunk))] for chunk in chunks]
+
+
+def parse_weights(text: str) -> list[tuple[str, float]]:
+    r"""The prompt cut into stretches of one weight.
+
+    `(text)` multiplies the weight around it by 1.1, `(text:1.3)` sets it, whatever is around. Brackets nest; `\(` and
+    `\)` are brackets that mean nothing. A bracket without its partner is text.
+
+    >>> parse_weights("a (red (very:1.5) big) cat")
+    [('a ', 1.0), ('red ', 1.1), ('very', 1.5), (' big', 1.1), (' cat', 1.0)]
+    """
+    # Escaped brackets are counted as something else for a while: control characters that nobody types.
+    guarded = text.replace(r"\(", "\x0e").replace(r"\)", "\x0f")
+    return [(stretch.replace("\x0e", "(").replace("\x0f", ")"), weight) for stretch, weight in _weighted(guarded, 1.0)]
+
+
+def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
+    for part in _outermost(text):
+        if len(part) < 2 or not (part.startswith("(") and part.endswith(")")):
+            yield part, weight
+            continue
+        content, _, number = part[1:-1].rpartition(":")
+        explicit = _number(number) if content else None
+        if explicit is None:
+            yield from _weighted(part[1:-1], weight * EMPHASIS)
+        else:
+            yield from _weighted(content, explicit)
+
+
+def _outermost(text: str) -> Iterator[str]:
+    """`text` cut before and after each outermost pair of brackets; nothing is empty."""
+    depth, start = 0, 0
+    for bracket in re.finditer(r"[()]", text):
+        opens = bracket.group() == "("
+        cut = bracket.start() if opens else bracket.end()
+        depth += 1 if opens else -1
+        if depth == (1 if opens else 0):
+            if cut > start:
+                yield text[start:cut]
+            start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _encoded(rows: list[list[int]], model: nn.Module, skip_layers: int, final_norm: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states (rows, 77, width) and pooled vectors (rows, ...), fp32."""
+    # transformers 5.6 took the `text_model` level out of CLIPTextModel, but not of CLIPTextModelWithProjection.
+    core: Any = getattr(model, "text_model", model)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor(rows, device=device), output_hidden_states=True)
+        layers = output.hidden_states[1:]  # the first one is the embeddings
+        hidden = layers[-1 - skip_layers] if skip_layers < len(layers) else layers[-1]
+        if final_norm:
+            hidden = core.final_layer_norm(hidden)
+    pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+    return hidden.float(), pooled.float()
+
+
+@cache
+def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Token → id, and the merges in order, as in OpenAI's `vocab.json` and `merges.txt`.
+
+    The file holds a heading, CLIP's 48894 merges and more that it does not use. Tokens are numbered in this order:
+    single bytes, single bytes that end a word, merged pairs, the two special tokens.
+    """
+    packed = resources.files("lorasmith").joinpath("assets/clip/bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1:48895]
+    characters = _byte_characters()
+    tokens = [*characters, *(character + "</w>" for character in characters)]
+    tokens += ["".join(merge.split()) for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable character for each byte: printable Latin-1 as it is, first; the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(code) for code in (*printable, *range(256, 256 + 256 - len(printable)))]

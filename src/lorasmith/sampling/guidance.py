@@ -1,0 +1,83 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): several prompts, one prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import OptionError
+from lorasmith.families.base import Conditioning, collate
+
+__all__ = ["Predict", "guided"]
+
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""(noisy latents (batch, ...), time (batch,), conditioning of that batch) → the network's prediction, like latents."""
+
+
+def guided(
+    predict: Predict,
+    *,
+    positive: Sequence[Conditioning],
+    negative: Sequence[Conditioning],
+    cfg: float,
+    batch: int,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The guided prediction `negative + cfg · (positive − negative)` as a function of (latents, time).
+
+    Several conditionings of one side are averaged. What has no weight is not computed: with `cfg` 1 the network never
+    sees the negative. Conditionings whose tensors agree in shape run as one batch, others apart: repeating a shorter
+    context would do for cross-attention, but not for a network that attends to text and image together.
+
+    Args:
+        predict: the network.
+        positive: at least one conditioning, of any batch size; shorter ones are repeated to `batch`.
+        negative: the same; may be empty when `cfg` is 1.
+        cfg: guidance scale.
+        batch: number of latents.
+
+    Raises:
+        OptionError: a side that has weight has no conditioning.
+    """
+    weighted = [*_shares("positive", positive, cfg), *_shares("negative", negative, 1 - cfg)]
+    groups: dict[frozenset[tuple[str, torch.Size]], list[tuple[float, Conditioning]]] = {}
+    for weight, conditioning in weighted:
+        shapes = frozenset((key, tensor.shape[1:]) for key, tensor in conditioning.tensors.items())
+        groups.setdefault(shapes, []).append((weight, _repeated(conditioning, batch)))
+    forwards = [
+        ([weight for weight, _ in group], collate([conditioning for _, conditioning in group]))
+        for group in groups.values()
+    ]
+
+    def prediction(latents: Tensor, time: Tensor) -> Tensor:
+        total = torch.zeros_like(latents, dtype=torch.float32)
+        for weights, conditioning in forwards:
+            copies = len(weights)
+            answer = predict(latents.repeat(copies, *(1,) * (latents.ndim - 1)), time.repeat(copies), conditioning)
+            for weight, part in zip(weights, answer.float().chunk(copies), strict=True):
+                total += weight * part
+        return total
+
+    return prediction
+
+
+def _shares(side: str, conditionings: Sequence[Conditioning], weight: float) -> list[tuple[float, Conditioning]]:
+    """Each conditioning of a side with its share of the side's weight; none where the weight is 0."""
+    if weight == 0:
+        return []
+    if not conditionings:
+        raise OptionError(
+            f"sampling needs at least one {side} conditioning, got none; encode a prompt, an empty one will do"
+        )
+    return [(weight / len(conditionings), conditioning) for conditioning in conditionings]
+
+
+def _repeated(conditioning: Conditioning, batch: int) -> Conditioning:
+    """`conditioning` for exactly `batch` latents: repeated in order, surplus left out."""
+    tensors = {
+        key: tensor.repeat(math.ceil(batch / len(tensor)), *(1,) * (tensor.ndim - 1))[:batch]
+        for key, tensor in conditioning.tensors.items()
+    }
+    return Conditioning(tensors, conditioning.text)

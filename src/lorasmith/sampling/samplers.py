@@ -1,0 +1,280 @@
+"""Solvers of the reverse diffusion, under the names of ComfyUI's samplers.
+
+A sampler's state is `x = signal(sigma) · x0 + sigma · noise` with `signal` as the noise schedule says: 1 for a discrete
+schedule in its variance-exploding form, `1 − sigma` for a flow. In both the probability-flow ODE reads
+`dx/dsigma = (x − x0(x, sigma)) / sigma`, so that every deterministic solver serves both kinds; those that add noise ask
+the schedule for `signal`.
+
+Sigmas are handled as Python floats: coefficients are computed in double precision on the host and no step waits for
+the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.registry import Registry
+from lorasmith.diffusion.schedule import NoiseSchedule
+
+__all__ = ["SAMPLERS", "Denoise", "Progress", "Sampler", "Solver", "StepNoise"]
+
+Denoise = Callable[[Tensor, float], Tensor]
+"""(state, sigma) → the clean sample that the model expects."""
+
+StepNoise = Callable[[int], Tensor]
+"""step → standard normal values of the state's shape, on its device."""
+
+Progress = Callable[[int, Tensor], None]
+"""(step, clean sample as expected at that step) → nothing; called once a step."""
+
+
+class Solver(Protocol):
+    """Walks a state down the sigmas."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        schedule: NoiseSchedule,
+        noise: StepNoise,
+        callback: Progress,
+    ) -> Tensor:
+        """The state at the last sigma.
+
+        Args:
+            denoise: the guided model.
+            x: (batch, ...) fp32 state at `sigmas[0]`.
+            sigmas: (steps + 1,) strictly descending, the last one 0.
+            schedule: what the sigmas mean.
+            noise: fresh noise of a step, for solvers that add some.
+            callback: hears of every step.
+        """
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A named sampler.
+
+    Attributes:
+        solve: the solver.
+        discards_penultimate_sigma: it takes one more step's sigmas and leaves out the level before 0, where its high
+            order would gain nothing.
+    """
+
+    solve: Solver
+    discards_penultimate_sigma: bool = False
+
+
+SAMPLERS: Registry[Sampler] = Registry("sampler")
+
+FLOW_START = 1 - 1e-4
+"""Time at which solvers in log signal-to-noise ratio start a flow, whose ratio is 0 at time 1."""
+
+UNIPC_LAST_SIGMA = 0.001
+"""Where UniPC ends instead of 0, the limit its step size cannot reach."""
+
+
+def euler(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """Euler's method on the probability-flow ODE; with these sigmas it is DDIM too (Song et al., arXiv:2010.02502)."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        x = denoised.lerp(x, sigma_next / sigma)
+    return x
+
+
+def euler_ancestral(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """Euler steps past the next level, then fresh noise back up to it, as in DDPM (Ho et al., arXiv:2006.11239)."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        lower = sigma_next**2 / sigma
+        x = denoised.lerp(x, lower / sigma)
+        if sigma_next > 0:
+            # Going up costs signal in a flow: what is kept of the state keeps the same share of its own noise.
+            kept = schedule.signal(sigma_next) / schedule.signal(lower)
+            x = kept * x + math.sqrt(sigma_next**2 - (kept * lower) ** 2) * noise(step)
+    return x
+
+
+def heun(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """Heun's method of second order (Karras et al. 2022, arXiv:2206.00364, algorithm 1): two evaluations a step."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        if sigma_next == 0:
+            x = denoised
+            continue
+        slope = (x - denoised) / sigma
+        ahead = x + slope * (sigma_next - sigma)
+        slope_ahead = (ahead - denoise(ahead, sigma_next)) / sigma_next
+        x = x + (slope + slope_ahead) * (0.5 * (sigma_next - sigma))
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) in `lambda = −log sigma`.
+
+    The last step is of first order and lands on the clean sample.
+    """
+    previous: Tensor | None = None
+    last_width = 0.0
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        aim = denoised
+        if sigma_next > 0:
+            width = math.log(sigma / sigma_next)
+            if previous is not None:
+                aim = denoised + (denoised - previous) * (width / (2 * last_width))
+            last_width = width
+        x = aim.lerp(x, sigma_next / sigma)
+        previous = denoised
+    return x
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095), midpoint form.
+
+    Each step draws its noise independently; the increments of one Brownian path over disjoint intervals are
+    independent too, so the distribution of pictures is the same as with a Brownian tree.
+    """
+    levels = sigmas.tolist()
+    if schedule.signal(levels[0]) <= 0:
+        levels[0] = schedule.sigma(torch.tensor(FLOW_START)).item()
+    previous: Tensor | None = None
+    last_width = 0.0
+    for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        if sigma_next == 0:
+            return denoised
+        signal = schedule.signal(sigma_next)
+        width = math.log(signal / sigma_next) - math.log(schedule.signal(sigma) / sigma)
+        gain = -signal * math.expm1(-2 * width)
+        x = (sigma_next / sigma * math.exp(-width)) * x + gain * denoised
+        if previous is not None:
+            x = x + (0.5 * gain * width / last_width) * (denoised - previous)
+        x = x + (sigma_next * math.sqrt(-math.expm1(-2 * width))) * noise(step)
+        previous, last_width = denoised, width
+    return x
+
+
+def lcm(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): clean up, noise again."""
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x = denoise(x, sigma)
+        callback(step, x)
+        if sigma_next > 0:
+            x = schedule.signal(sigma_next) * x + sigma_next * noise(step)
+    return x
+
+
+def uni_pc(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """UniPC of order 3 with B(h) = h (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`.
+
+    The corrector reuses the evaluation at the predicted point, so that a step costs one evaluation. Orders rise from
+    1 at the start and fall back to 1 at the end; the last step is not corrected.
+    """
+    levels = [*sigmas.tolist()[:-1], UNIPC_LAST_SIGMA]
+    steps = len(levels) - 1
+    highest_order = max(1, min(3, steps - 1))
+    known = [(levels[0], denoise(x, levels[0]))]
+    callback(0, known[0][1])
+    for step in range(1, steps + 1):
+        order = min(highest_order, step, steps + 1 - step)
+        update = _UniPCUpdate(x, known[-order:], levels[step])
+        x = update.predicted()
+        if step < steps:
+            denoised = denoise(x, levels[step])
+            callback(step, denoised)
+            x = update.corrected(denoised)
+            known.append((levels[step], denoised))
+    return x / schedule.signal(UNIPC_LAST_SIGMA)
+
+
+SAMPLERS.register("euler")(Sampler(euler))
+SAMPLERS.register("euler_ancestral")(Sampler(euler_ancestral))
+SAMPLERS.register("heun")(Sampler(heun))
+SAMPLERS.register("dpmpp_2m")(Sampler(dpmpp_2m))
+SAMPLERS.register("dpmpp_2m_sde")(Sampler(dpmpp_2m_sde))
+SAMPLERS.register("ddim")(Sampler(euler))
+SAMPLERS.register("lcm")(Sampler(lcm))
+SAMPLERS.register("uni_pc")(Sampler(uni_pc, discards_penultimate_sigma=True))
+
+
+class _UniPCUpdate:
+    """One UniPC step, in the paper's notation for data prediction.
+
+    Args:
+        x: state at the newest known level.
+        known: (sigma, clean sample) of the last `order` evaluations, oldest first.
+        sigma: level to step to.
+    """
+
+    def __init__(self, x: Tensor, known: list[tuple[float, Tensor]], sigma: float) -> None:
+        current, self._newest = known[-1]
+        h = math.log(current / sigma)
+        older = list(reversed(known[:-1]))
+        self._ratios = [math.log(current / level) / h for level, _ in older]
+        self._differences = [
+            (denoised - self._newest) / ratio for (_, denoised), ratio in zip(older, self._ratios, strict=True)
+        ]
+        self._b = h
+        self._right_side = _phi_moments(-h, len(known))
+        self._first_order = self._newest.lerp(x, sigma / current)
+
+    def predicted(self) -> Tensor:
+        """UniP: the step from what is known."""
+        return self._with(self._differences, self._weights(self._ratios))
+
+    def corrected(self, denoised: Tensor) -> Tensor:
+        """UniC: the step again, with the evaluation at the predicted point."""
+        return self._with([*self._differences, denoised - self._newest], self._weights([*self._ratios, 1.0]))
+
+    def _weights(self, ratios: list[float]) -> list[float]:
+        """Weights that meet the order conditions; for one unknown 1/2, which the authors use whatever h is."""
+        if len(ratios) < 2:
+            return [0.5] * len(ratios)
+        nodes = torch.tensor(ratios, dtype=torch.float64)
+        powers = torch.stack([nodes**power for power in range(len(ratios))])
+        solution: list[float] = torch.linalg.solve(powers, self._right_side[: len(ratios)]).tolist()
+        return solution
+
+    def _with(self, differences: list[Tensor], weights: list[float]) -> Tensor:
+        x = self._first_order
+        for difference, weight in zip(differences, weights, strict=True):
+            x = x + (self._b * weight) * difference
+        return x
+
+
+def _phi_moments(h: float, count: int) -> Tensor:
+    """(count,) values `n! · phi_{n+1}(h)` for n = 1..count, in fp64, with `phi_1 = (e^h − 1)/h` and its recurrence."""
+    moments, phi = [], math.expm1(h) / h
+    for n in range(1, count + 1):
+        phi = (phi - 1 / math.factorial(n)) / h
+        moments.append(math.factorial(n) * phi)
+    return torch.tensor(moments, dtype=torch.float64)

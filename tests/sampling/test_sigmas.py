@@ -1,0 +1,62 @@
+"""Schedulers against ComfyUI's numbers (tests/sampling/golden/make_samplers.py) and against their own rules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.core.errors import OptionError
+from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("samplers.json").read_text(encoding="utf-8"))
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "discrete": DiscreteSchedule.scaled_linear(),
+    "flow": FlowSchedule(**GOLDEN["schedules"]["flow"]),
+    "flux": FlowSchedule(**GOLDEN["schedules"]["flux"]),
+}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+@pytest.mark.parametrize(
+    "run", GOLDEN["runs"], ids=lambda run: f"{run['schedule']}-{run['scheduler']}-{run['steps']}-{run['denoise']}"
+)
+def test_sigmas_are_comfyuis(run: dict[str, Any], sampler: str) -> None:
+    sigmas = sigmas_for(
+        SCHEDULES[run["schedule"]], run["scheduler"], run["steps"], denoise=run["denoise"], sampler=sampler
+    )
+
+    expected = run["uni_pc_sigmas" if sampler == "uni_pc" else "sigmas"]
+    torch.testing.assert_close(sigmas, torch.tensor(expected), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25, 999, 1500])
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("scheduler", SIGMA_SCHEDULES)
+def test_sigmas_fall_strictly_to_zero(scheduler: str, kind: str, steps: int) -> None:
+    sigmas = sigmas_for(SCHEDULES[kind], scheduler, steps)
+
+    assert sigmas.dtype == torch.float32
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[0] <= SCHEDULES[kind].sigmas[-1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "karras", "simple", "sgm_uniform", "exponential"])
+def test_denoise_takes_the_last_steps_of_a_longer_run(scheduler: str) -> None:
+    schedule = SCHEDULES["discrete"]
+
+    assert torch.equal(sigmas_for(schedule, scheduler, 6, denoise=0.45), sigmas_for(schedule, scheduler, 13)[-7:])
+    assert torch.equal(sigmas_for(schedule, scheduler, 6, denoise=0.99995), sigmas_for(schedule, scheduler, 6))
+    assert len(sigmas_for(schedule, scheduler, 6, denoise=0.0)) == 0
+
+
+def test_unknown_schedulers_are_refused_with_those_there_are() -> None:
+    with pytest.raises(
+        OptionError, match=r"unknown scheduler 'linear_quadratic'.*known are simple, sgm_uniform, normal"
+    ):
+        sigmas_for(SCHEDULES["discrete"], "linear_quadratic", 4)
