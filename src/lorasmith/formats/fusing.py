@@ -1,8 +1,8 @@
 """One fused module of an original checkpoint ↔ several modules of diffusers' model.
 
 Original Flux, SD3, Lumina and Z-Image checkpoints compute q, k and v in one Linear, diffusers in three; each part
-owns a range of the fused output rows. Where an adapter's ΔW can be cut into rows or stacked from them exactly, adapters are
-translated; for the others (LoKr, OFT, BOFT, GLoRA, DoRA with magnitudes per input) `fused` and `split` answer None.
+owns a range of the fused output rows. Where an adapter's ΔW can be cut into rows or stacked from them exactly, adapters
+are translated; for the others (LoKr, OFT, BOFT, GLoRA, DoRA with magnitudes per input) both functions answer None.
 
     split   every part keeps the down matrix and takes its rows of the up matrix; alpha and rank stay.
     fused   downs are stacked along the rank and ups put block-diagonally; n parts of rank r give rank n·r, and alpha
@@ -57,7 +57,8 @@ def fused(adapters: Sequence[AdapterWeights], parts: Sequence[OriginalName], row
     Args:
         adapters: adapters of the parts that have one.
         parts: where each of these parts stands.
-        rows: output rows of the fused module; rows that no part covers get no change.
+        rows: output rows of the fused module, of which those that no part covers get no change; 0 for a module that
+            is not fused.
 
     Returns:
         None when adapters of this kind cannot be stacked.
@@ -69,7 +70,7 @@ def fused(adapters: Sequence[AdapterWeights], parts: Sequence[OriginalName], row
         return None
     if any(weights.algorithm != algorithm for weights in adapters):
         return None
-    if "dora_scale" in adapters[0].tensors and sum(len(a.tensors["dora_scale"]) for a in adapters) != rows:
+    if rows and "dora_scale" in adapters[0].tensors and sum(len(a.tensors["dora_scale"]) for a in adapters) != rows:
         return None  # a row without a magnitude would be scaled to nothing
     adapters, scale = _equally_scaled(adapters)
     shared = _share_columns(adapters)
@@ -94,10 +95,13 @@ def split_rows(whole: Tensor, part: OriginalName) -> Tensor:
 
 
 def fused_rows(pieces: Sequence[Tensor], parts: Sequence[OriginalName], rows: int) -> Tensor:
-    """Parts' tensors as rows of one fused tensor, zero where no part is."""
+    """Parts' tensors as rows of one fused tensor, zero where no part is; `rows` is 0 for a module that is not fused."""
+    ordered = [_exchanged(piece) if part.swap_halves else piece for piece, part in zip(pieces, parts, strict=True)]
+    if not rows:
+        return ordered[0]
     whole = pieces[0].new_zeros(rows, *pieces[0].shape[1:])
-    for piece, part in zip(pieces, parts, strict=True):
-        whole[_slice(part, rows)] = _exchanged(piece) if part.swap_halves else piece
+    for piece, part in zip(ordered, parts, strict=True):
+        whole[slice(*_rows(part))] = piece
     return whole
 
 
@@ -126,8 +130,9 @@ def _exchanged(rows: Tensor) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1])
 
 
-def _slice(part: OriginalName, rows: int) -> slice:
-    return slice(0, rows) if part.rows is None else slice(*part.rows)
+def _rows(part: OriginalName) -> tuple[int, int]:
+    assert part.rows is not None, f"{part.path} is fused from modules of which one has no rows"
+    return part.rows
 
 
 def _equally_scaled(adapters: Sequence[AdapterWeights]) -> tuple[Sequence[AdapterWeights], float | None]:
@@ -158,7 +163,7 @@ def _block_diagonal(pieces: Sequence[Tensor], parts: Sequence[OriginalName], row
     column = 0
     for piece, part in zip(pieces, parts, strict=True):
         block = _exchanged(piece) if part.swap_halves else piece
-        whole[_slice(part, rows), column : column + piece.shape[1]] = block
+        whole[slice(*_rows(part)), column : column + piece.shape[1]] = block
         column += piece.shape[1]
     return whole
 

@@ -63,33 +63,34 @@ def grouped(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     return groups
 
 
-def assembled(tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None) -> ModuleTensors | None:
+def assembled(
+    tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, stated_alpha: float | None = None
+) -> ModuleTensors | None:
     """One module's tensors in canonical form.
 
     Args:
         tensors: by role.
         shape: shape of the module's weight, None when it is not known.
+        stated_alpha: alpha where no tensor gives it.
 
     Returns:
         None when the tensors do not make up whole adapters and differences.
     """
     rest = dict(tensors)
-    algorithm = next((name for name, needed in _NEEDED if needed <= rest.keys()), None)
-    alpha = rest.pop("alpha", None)
-    if alpha is not None and alpha.numel() != 1:
-        return None
-    up_bias = rest.pop("up_bias", None)
     differences = {parameter: rest.pop(role) for role, parameter in _DIFFERENCES.items() if role in rest}
-    if algorithm is None:
-        return ModuleTensors(None, differences) if differences and not rest and up_bias is None else None
+    if not rest:
+        return ModuleTensors(None, differences)
+    alpha = rest.pop("alpha", None)
+    up_bias = rest.pop("up_bias", None)
     magnitude = rest.pop("magnitude", None)
     if magnitude is not None:
         rest["dora_scale"] = magnitude.reshape(-1)
-    if not rest.keys() <= _ROLES_OF[algorithm]:
+    algorithm = next((name for name, needed in _NEEDED if needed <= rest.keys()), None)
+    if algorithm is None or not rest.keys() <= _ROLES_OF[algorithm] or (alpha is not None and alpha.numel() != 1):
         return None
     if algorithm == "oft" and rest["oft_blocks"].ndim == 4:
         algorithm = "boft"
-    weights = AdapterWeights(algorithm, rest, None if alpha is None else float(alpha))
+    weights = AdapterWeights(algorithm, rest, stated_alpha if alpha is None else float(alpha))
     if algorithm == "lora":
         canonical = _canonical_lora(weights, shape)
         if canonical is None:

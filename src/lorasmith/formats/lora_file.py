@@ -1,0 +1,159 @@
+"""LoRA files as a whole: load one for a model, whatever its layouts; save one in a chosen layout.
+
+Loading is decided tensor by tensor, because real files mix conventions: each layout takes what it recognises and leaves
+the rest to the next. What none recognises stays in the state's `unknown` and is written back unchanged. A file that is
+not for the model at all is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# The layouts register themselves when they are imported, and are asked in this order.
+from lorasmith.formats import kohya, comfy, diffusers  # isort: skip  # noqa: F401
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.diffusers import ADAPTER_METADATA, metadata_of_peft_config
+from lorasmith.formats.hashes import sshs_hashes
+from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.recognise import component_of, guessed_family
+from lorasmith.formats.spelling import grouped
+
+__all__ = ["PORTABLE", "load_lora", "read_lora_tensors", "save_lora", "state_from_tensors", "unapplied"]
+
+PORTABLE = "portable"
+"""Stands for the layout that most programs read completely for a model's family."""
+
+
+def load_lora(path: Path, names: ModelNames) -> AdapterState:
+    """A LoRA for a model.
+
+    Args:
+        path: a safetensors file, or a PEFT or diffusers folder.
+        names: the model's name table.
+
+    Returns:
+        The state; what does not fit the model is in its `unknown` (`unapplied` lists it by module).
+
+    Raises:
+        LoraError: the file cannot be read, is not a LoRA, or is one for another model.
+    """
+    path = Path(path)
+    tensors, metadata = read_lora_tensors(path)
+    state = state_from_tensors(tensors, metadata, names)
+    _refuse_other_models(path, tensors, state, names)
+    return state
+
+
+def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
+    """What a file holds for a model; nothing is refused because it does not fit. Raises LoraError for damaged files."""
+    state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
+    for _, layout in LAYOUTS.items():
+        found = layout.read(state.unknown, metadata, names)
+        if twice := state.adapters.keys() & found.adapters.keys():
+            raise LoraError(
+                "a LoRA file holds one adapter for a module, and this one has two, in different layouts, for "
+                f"{min(twice).path}; keep the tensors of one of them"
+            )
+        state.adapters.update(found.adapters)
+        state.differences.update(found.differences)
+        state = AdapterState(state.adapters, state.differences, found.unknown, state.metadata)
+    return state
+
+
+def save_lora(
+    path: Path,
+    state: AdapterState,
+    names: ModelNames,
+    *,
+    layout: str = PORTABLE,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA atomically. The same state gives the same bytes.
+
+    Args:
+        path: where to.
+        state: the LoRA.
+        names: name table of the model that it belongs to.
+        layout: name of a registered layout, or `portable`.
+        dtype: number format of the adapters, None to keep theirs. Alphas that it would round are written in fp32.
+        metadata: metadata in place of the state's; the hashes over the content are added to it. The state's own
+            metadata is kept as it is, with hashes brought up to date where it has them.
+
+    Raises:
+        LoraError: the layout is unknown, or a tensor holds NaN or infinity.
+        OutputError: the file cannot be written.
+    """
+    chosen = LAYOUTS[names.portable if layout.casefold() == PORTABLE else layout]
+    written = {key: _cast(tensor, dtype) for key, tensor in chosen.write(state, names).items()}
+    tensors = {**state.unknown, **written}
+    header = dict(state.metadata if metadata is None else metadata)
+    header.pop(ADAPTER_METADATA, None)
+    header |= chosen.header(state, names)
+    if metadata is not None or "sshs_model_hash" in header:
+        header |= sshs_hashes(tensors, header)
+    write_safetensors(path, tensors, header)
+
+
+def unapplied(state: AdapterState) -> list[str]:
+    """What of a file does not belong to the model: names of modules, and keys whose suffix is not a known one."""
+    groups = grouped(state.unknown)
+    known = {key for keys in groups.values() for key in keys.values()}
+    return sorted((*groups, *(state.unknown.keys() - known)))
+
+
+def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file, or of the folder in which PEFT or diffusers saves one. Raises LoraError."""
+    if not path.is_dir():
+        return read_safetensors(path)
+    file = next((path / name for name in _FILES_IN_FOLDERS if (path / name).is_file()), None)
+    if file is None:
+        raise LoraError(f"{path} must hold {' or '.join(_FILES_IN_FOLDERS)}; name the LoRA file itself")
+    tensors, metadata = read_safetensors(file)
+    config = path / "adapter_config.json"
+    if config.is_file():
+        metadata |= metadata_of_peft_config(config.read_text("utf-8", "replace"))
+    return tensors, metadata
+
+
+_FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+# A LoRA of a related model has many module names, and some shapes, in common with this one. Input and output
+# convolutions may differ between versions of one model, so that a few misfits are no proof.
+_MISFIT_LIMIT = 0.1
+
+
+def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> None:
+    groups = grouped(tensors)
+    if not groups:
+        raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    looks = f"looks like a LoRA for {family}" if family else "is a LoRA for another kind of model"
+    if not state.adapters and not state.differences:
+        raise LoraError(
+            f"{path} {looks}, and none of its {len(groups)} modules fits the loaded {names.family} model; "
+            "load the model that it was trained on"
+        )
+    bases = [base for base in grouped(state.unknown) if component_of(base) == "denoiser"]
+    known = {base for _, layout in LAYOUTS.items() for base in layout.bases(names)}
+    misfits = [base for base in bases if base in known]
+    if len(misfits) > _MISFIT_LIMIT * sum(component_of(base) == "denoiser" for base in groups):
+        raise LoraError(
+            f"{path} {looks}: {len(misfits)} of its {len(groups)} modules, such as {misfits[0]}, have another shape "
+            f"than in the loaded {names.family} model; load the model that it was trained on"
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    is_rounded_scalar = tensor.ndim == 0 and bool(cast != tensor)
+    return tensor.to(torch.float32) if is_rounded_scalar else cast
