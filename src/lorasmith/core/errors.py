@@ -6,6 +6,8 @@
     ├── LoraError        a LoRA file cannot be read, does not fit the model, or must not be written
     ├── DataError        images, captions or latents cannot be used
     ├── GraphError       a workflow is malformed (carries every finding)
+    ├── NodeError        a node of a workflow failed (names the node, keeps the cause)
+    ├── CancelledError   somebody asked the work to stop
     ├── TrainingError    a run cannot start or cannot go on
     └── OutputError      something cannot be written
 
@@ -16,11 +18,13 @@ sentence; any other exception is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 __all__ = [
+    "CancelledError",
     "DataError",
     "GraphError",
     "LoraError",
     "LorasmithError",
     "ModelError",
+    "NodeError",
     "OptionError",
     "OutputError",
     "TrainingError",
@@ -53,6 +57,14 @@ class GraphError(LorasmithError):
     def __init__(self, message: str, findings: tuple[str, ...] = ()) -> None:
         super().__init__("\n".join((message, *(f"  - {finding}" for finding in findings))))
         self.findings = findings
+
+
+class NodeError(LorasmithError):
+    """A node of a workflow failed; the sentence names the node, `__cause__` is the error that it raised."""
+
+
+class CancelledError(LorasmithError):
+    """Somebody asked the work to stop, and it stopped at the next place where it can."""
 
 
 class TrainingError(LorasmithError):

@@ -6,13 +6,15 @@ option is a field of a frozen dataclass:
     @dataclass(frozen=True, kw_only=True)
     class TrainConfig:
         steps: int = option(500, min=1, max=100_000, help="Number of optimizer updates.")
-        __post_init__ = check_options
+
+        def __post_init__(self) -> None:
+            check_options(self)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -62,7 +64,7 @@ class Option:
                     f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}{nearest(value, self.choices)}"
                 )
             return folded[value.casefold()]
-        if self.min is not None and value < self.min or self.max is not None and value > self.max:
+        if (self.min is not None and value < self.min) or (self.max is not None and value > self.max):
             raise OptionError(f"{self.name} must be {self.range_text()}, got {value!r}")
         return value
 
@@ -79,10 +81,11 @@ class Option:
         if wanted is str and isinstance(value, str):
             return value
         if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if wanted is float and math.isfinite(value):
-                return float(value)
-            if wanted is int and float(value).is_integer():
+            # Integers are asked first: one of 400 digits does not fit a float.
+            if wanted is int and (isinstance(value, int) or value.is_integer()):
                 return int(value)
+            if wanted is float and abs(value) <= sys.float_info.max:
+                return float(value)
         article = "an" if wanted is int else "a"
         raise OptionError(f"{self.name} must be {article} {_TYPE_NAMES[wanted]}, got {value!r}")
 
@@ -132,7 +135,7 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
 def _plain_type(annotation: Any) -> type:
     """`int` from `int` or `int | None`."""
     if isinstance(annotation, types.UnionType):
-        return next(arm for arm in annotation.__args__ if arm is not type(None))
+        annotation = next(arm for arm in annotation.__args__ if arm is not type(None))
     return typing.cast(type, annotation)
 
 

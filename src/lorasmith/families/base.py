@@ -21,9 +21,10 @@ from lorasmith.core.registry import Registry
 
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
+    from lorasmith.families.checkpoint import OriginalCheckpoint
     from lorasmith.formats.names import ModelNames
 
-__all__ = ["FAMILIES", "Components", "Conditioning", "Family", "LatentFormat", "TargetPreset", "collate"]
+__all__ = ["FAMILIES", "Components", "Conditioning", "Defaults", "Family", "LatentFormat", "TargetPreset", "collate"]
 
 
 @dataclass(frozen=True)
@@ -105,31 +106,60 @@ class LatentFormat:
 
 @dataclass(frozen=True)
 class TargetPreset:
-    """A named choice of modules: patterns matched against the whole module path (`fnmatch`, so `*` crosses dots)."""
+    """A named choice of modules.
+
+    Attributes:
+        include, exclude: patterns matched against the whole module path (`fnmatch`, so `*` crosses dots).
+        linear_only: leave convolutions out.
+    """
 
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
+    linear_only: bool = False
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings that suit a base model when nothing is said.
+
+    Attributes:
+        resolution: side of a square picture in pixels.
+        pixel_multiple: widths and heights must divide by it.
+        learning_rate: for LoRA with AdamW and alpha = rank.
+        targets: name of a target preset.
+        guidance: classifier-free guidance scale for pictures.
+        timestep_distribution: registered distribution that training draws from.
+    """
+
+    resolution: int
+    pixel_multiple: int
+    learning_rate: float
+    targets: str
+    guidance: float
+    timestep_distribution: str
 
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a loaded base model; absent parts are None (a bare denoiser file, say).
+    """The parts of a loaded base model; absent parts are None or empty (a bare denoiser file, say).
 
     Attributes:
-        denoiser: the network that is trained.
-        text_encoders, tokenizers: by component name (`text_encoder`, `text_encoder_2`).
-        vae: the autoencoder.
+        denoiser: the network that is trained, in eval mode, without gradients.
         schedule, parameterization: the noise schedule and the kind of prediction the checkpoint was trained with.
         latent: latent format, from the autoencoder's config where it says so.
+        defaults: settings that suit it.
+        text_encoders, tokenizers: by component name (`text_encoder`, `text_encoder_2`).
+        vae: the autoencoder, a diffusers AutoencoderKL.
     """
 
     denoiser: nn.Module
     schedule: NoiseSchedule
     parameterization: str
     latent: LatentFormat
+    defaults: Defaults
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
-    vae: nn.Module | None = None
+    vae: Any = None
 
 
 class Family(ABC):
@@ -138,41 +168,36 @@ class Family(ABC):
     Attributes:
         name: registered name, such as `sd1`.
         title: what people call it.
-        kohya_version: `ss_base_model_version` of sd-scripts' metadata.
         modelspec_architecture: `modelspec.architecture` without `/lora`.
         modelspec_implementation: `modelspec.implementation`.
-        resolution: pixels of a square training picture by default.
-        pixel_multiple: widths and heights must divide by it.
-        targets: target presets by name; `default_targets` is the one used when nothing is said.
-        learning_rate: best known default for LoRA on this family.
-        guidance: classifier-free guidance scale for pictures.
-        timestep_distribution: registered distribution that training draws from by default.
+        targets: target presets by name.
     """
 
     name: str
     title: str
-    kohya_version: str
     modelspec_architecture: str
     modelspec_implementation: str
-    resolution: int
-    pixel_multiple: int
     targets: Mapping[str, TargetPreset]
-    default_targets: str
-    learning_rate: float
-    guidance: float
-    timestep_distribution: str
 
     @abstractmethod
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether an original-layout checkpoint with these tensors (prefix stripped) is of this family."""
+        """Whether an original-layout checkpoint with these denoiser tensors (prefix cut off) is of this family."""
 
     @abstractmethod
-    def from_original(self, checkpoint: Any, dtype: torch.dtype) -> Components:
+    def recognises_folder(self, folder: Path) -> bool:
+        """Whether a diffusers folder (with `model_index.json`) is of this family."""
+
+    @abstractmethod
+    def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
         """Components from a single file in the original layout."""
 
     @abstractmethod
     def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
         """Components from a diffusers folder."""
+
+    @abstractmethod
+    def kohya_version(self, parameterization: str) -> str:
+        """`ss_base_model_version` of sd-scripts' metadata."""
 
     @abstractmethod
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
@@ -185,7 +210,7 @@ class Family(ABC):
         Args:
             components: text encoders and tokenizers, wherever they are; the result stays on their device.
             text: the prompt.
-            skip_layers: how many of the last layers to leave out ("clip skip" minus one).
+            skip_layers: how many of the encoder's last layers to leave out ("clip skip" minus one).
         """
 
     @abstractmethod

@@ -1,0 +1,163 @@
+"""The adapter contract: what is trained, for one layer.
+
+For a frozen layer `W x + b` an adapter computes
+
+    attached(x) = g(W f(x) + h(f(x))) + b          in activation space, while training or in bypass mode
+    merged(W)                                       in weight space, the same function folded into one weight
+
+where f, g, h are the identity or zero unless the algorithm says otherwise: LoRA, LoHa and LoKr have only h; OFT, BOFT
+and output-axis DoRA g; input-axis DoRA f; GLoRA f and h. The bias stays outside g. `strength` interpolates from the
+frozen layer (0) to the adapter as trained (1) and beyond. A fresh adapter is exactly the identity, and `attached`
+agrees with `merged` to rounding.
+
+Adding an algorithm is one module that subclasses `Adapter` and registers itself in `ADAPTERS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError
+from lorasmith.core.registry import Registry
+
+__all__ = ["ADAPTERS", "CONVOLUTIONS", "Adapter", "FrozenLayer", "FrozenProduct", "is_targetable"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def is_targetable(module: nn.Module) -> bool:
+    """Whether a module can carry an adapter: Linear, or a zero-padded convolution."""
+    return isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros")
+
+
+class FrozenLayer:
+    """A Linear or convolution as adapters see it: its product, its geometry, its weight on request.
+
+    Attributes:
+        module: the layer; never modified.
+        is_conv: whether it is a convolution.
+        in_features: input features, or input channels per group times kernel size of a convolution.
+        out_features: output features or channels.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.is_conv = isinstance(module, CONVOLUTIONS)
+        self.in_features = self.weight[0].numel()
+        self.out_features = self.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: (out, in) or (out, in / groups, *kernel)."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        return bias
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 for a Linear."""
+        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
+
+    def product(self, x: Tensor, *, bias: bool) -> Tensor:
+        """`W x`, with `+ b` if `bias`."""
+        if self.is_conv:
+            return self.convolve(x, self.weight, bias=self.bias if bias else None, groups=self.groups)
+        return F.linear(x, self.weight, self.bias if bias else None)
+
+    def convolve(self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        """A convolution with other weights but the layer's stride, padding and dilation."""
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        return _CONVOLVE[type(module)](x, weight, bias, module.stride, module.padding, module.dilation, groups)
+
+    def pointwise(self, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
+        """A 1×1 convolution with `weight` (out, in / groups, 1, ...), stride 1."""
+        return _CONVOLVE[type(self.module)](x, weight, groups=groups)
+
+
+class FrozenProduct:
+    """The frozen layer itself as the innermost function of a stack: `W x`, and `+ b` where nothing rotates it later."""
+
+    def __init__(self, layer: FrozenLayer, *, with_bias: bool) -> None:
+        self._layer = layer
+        self._with_bias = with_bias
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that is added here, if any."""
+        return self._layer.bias if self._with_bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._layer.product(x, bias=self._with_bias)
+
+
+class Adapter(nn.Module, ABC):
+    """One layer's adapter. Its parameters are the trained tensors; everything else is plain data.
+
+    Attributes:
+        algorithm: registered name.
+        transforms_output: whether g is something else than the identity; then the bias is added after it.
+    """
+
+    algorithm: ClassVar[str]
+    transforms_output: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> Adapter:
+        """A fresh adapter, exactly the identity.
+
+        Args:
+            layer: the layer it is for.
+            rank: inner dimension (LoKr: the factor; OFT: the block size).
+            alpha: numerator of the scale.
+            seed, path: key of the initial values.
+            zero: which factor starts at zero, `up` (the field's habit) or `down` (ComfyUI's).
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Adapter:
+        """An adapter with the given tensors. Raises LoraError when their shapes do not fit the layer."""
+
+    @abstractmethod
+    def to_weights(self) -> AdapterWeights:
+        """The adapter as data, in fp32 on the CPU."""
+
+    @abstractmethod
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """The layer's weight with the adapter folded in, in the weight's dtype (computed in fp32)."""
+
+    def before(self, x: Tensor, strength: float) -> Tensor:
+        """f: what happens to the layer's input."""
+        return x
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor | None:
+        """h: what is added to the layer's product; None for zero."""
+        return None
+
+    def after(self, y: Tensor, strength: float) -> Tensor:
+        """g: what happens to the layer's output before the bias."""
+        return y
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        """`g(inner(f(x)) + h(f(x)))`, where `inner` is the layer or the adapters attached before this one."""
+        x = self.before(x, strength)
+        y = inner(x)
+        added = self.beside(x, layer, strength)
+        return self.after(y if added is None else y + added, strength)
+
+
+ADAPTERS: Registry[type[Adapter]] = Registry("adapter algorithm", LoraError)

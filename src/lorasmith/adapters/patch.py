@@ -1,0 +1,92 @@
+"""LoRAs applied to a model that people look at: folded into the weights or run beside them, and undone bit-exactly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.inject import Attached, attached, load_adapters
+from lorasmith.core.adapter_state import AdapterWeights
+
+__all__ = ["Patch", "applied", "attachments", "merged_weights"]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One LoRA on one model.
+
+    Attributes:
+        adapters: adapter of each module path.
+        differences: additive differences by module path and parameter name; they are folded in even with `bypass`.
+        strength: 1 is the LoRA as trained.
+        bypass: run adapters in activation space instead of folding them into the weights.
+    """
+
+    adapters: Mapping[str, AdapterWeights]
+    differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    strength: float = 1.0
+    bypass: bool = False
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
+    """Run `model` with `patches`. Raises LoraError when one does not fit the model."""
+    with merged_weights(model, patches), attached(model, attachments(model, patches)):
+        yield
+
+
+@contextlib.contextmanager
+def merged_weights(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
+    """Fold in whatever is not applied in activation space, in order.
+
+    Patched parameters point to new tensors meanwhile; the old ones are kept and put back, so nothing is rounded.
+    """
+    originals: dict[nn.Parameter, Tensor] = {}
+
+    def replace(parameter: nn.Parameter, value: Tensor) -> None:
+        originals.setdefault(parameter, parameter.data)
+        parameter.data = value.detach()
+
+    try:
+        for patch in patches:
+            if not patch.bypass:
+                for path, adapter in load_adapters(model, patch.adapters).items():
+                    weight = _parameter(model, path, "weight")
+                    replace(weight, adapter.to(weight.device).merged(weight, patch.strength))
+            for path, changes in patch.differences.items():
+                for name, difference in changes.items():
+                    parameter = _parameter(model, path, name)
+                    added = difference.to(parameter.device, torch.float32).reshape(parameter.shape)
+                    total = torch.add(parameter.float(), added, alpha=patch.strength)
+                    replace(parameter, total.to(parameter.dtype))
+        yield
+    finally:
+        for parameter, original in originals.items():
+            parameter.data = original
+
+
+def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
+    """The adapters of `bypass` patches, frozen, on the device and in the dtype that their layers have now."""
+    return [
+        Attached(_placed(model, load_adapters(model, patch.adapters)), patch.strength)
+        for patch in patches
+        if patch.bypass
+    ]
+
+
+def _placed(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    placed = {}
+    for path, adapter in adapters.items():
+        weight = _parameter(model, path, "weight")
+        placed[path] = adapter.requires_grad_(False).to(weight.device, weight.dtype)
+    return placed
+
+
+def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
+    parameter: nn.Parameter = getattr(model.get_submodule(path), name)
+    return parameter

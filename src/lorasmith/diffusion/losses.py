@@ -1,0 +1,58 @@
+"""Training losses: (batch, ...) prediction and target in fp32 → (batch,) mean per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorasmith.core.registry import Registry
+from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
+from lorasmith.diffusion.schedule import NoiseLevel
+
+__all__ = ["LOSSES", "OBJECTIVES", "diffusion_loss"]
+
+Elementwise = Callable[[Tensor, Tensor], Tensor]
+
+LOSSES: Registry[Elementwise] = Registry("loss function")
+LOSSES.register("MSE")(lambda prediction, target: F.mse_loss(prediction, target, reduction="none"))
+LOSSES.register("L1")(lambda prediction, target: F.l1_loss(prediction, target, reduction="none"))
+LOSSES.register("Huber")(lambda prediction, target: F.huber_loss(prediction, target, reduction="none"))
+LOSSES.register("SmoothL1")(lambda prediction, target: F.smooth_l1_loss(prediction, target, reduction="none"))
+
+OBJECTIVES = ("native", "x0")
+"""`native` compares what the network predicts; `x0` compares clean samples, which is what ComfyUI's trainer does."""
+
+
+def diffusion_loss(
+    prediction: Tensor,
+    *,
+    clean: Tensor,
+    noise: Tensor,
+    noised: Tensor,
+    level: NoiseLevel,
+    parameterization: str,
+    objective: str,
+    loss_function: str,
+) -> Tensor:
+    """Loss of each sample, shape (batch,).
+
+    With MSE the `x0` objective equals the native one times sigma²/alpha² (epsilon), sigma² (v and flow): it weighs the
+    noisy end up by the noise-to-signal ratio.
+
+    Args:
+        prediction: the network's answer, any float dtype, (batch, ...).
+        clean, noise, noised: fp32, the same shape.
+        level: levels that `noised` was made with.
+        parameterization: registered name.
+        objective: `native` or `x0`.
+        loss_function: registered name.
+    """
+    kind = PARAMETERIZATIONS[parameterization]
+    prediction = prediction.float()
+    if objective == "x0":
+        prediction, target = kind.clean(prediction, noised, level), clean
+    else:
+        target = kind.target(clean, noise, level)
+    return LOSSES[loss_function](prediction, target).flatten(1).mean(1)

@@ -1,0 +1,81 @@
+"""Single-file checkpoints in the original layout: what they hold, and whose they are.
+
+Tensors are read when asked for, one component at a time. Recognition is our own (families look at names and shapes):
+diffusers' detection takes every unknown file for Stable Diffusion 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.base import FAMILIES, Family
+from lorasmith.formats.container import check_safetensors
+
+__all__ = ["OriginalCheckpoint", "recognise"]
+
+# Full checkpoints put the denoiser under the first; other tools save it alone under one of the others, or under none.
+_DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
+
+
+class OriginalCheckpoint:
+    """A safetensors file in the original layout.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelError: the file is missing, pickled, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = check_safetensors(path, error=ModelError)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in header.tensors.items()}
+        self.metadata: Mapping[str, str] = header.metadata
+
+    @cached_property
+    def denoiser_prefix(self) -> str:
+        """What stands before the denoiser's names: the first known prefix that more than five tensors carry."""
+        counts = {prefix: sum(name.startswith(prefix) for name in self.shapes) for prefix in _DENOISER_PREFIXES}
+        return next((prefix for prefix in _DENOISER_PREFIXES if counts[prefix] > 5), "")
+
+    @cached_property
+    def denoiser_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the denoiser's tensors by their name without prefix."""
+        return self.shapes_under(self.denoiser_prefix)
+
+    def shapes_under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors whose names begin with `prefix`, which is cut off."""
+        return {name.removeprefix(prefix): shape for name, shape in self.shapes.items() if name.startswith(prefix)}
+
+    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype` if given."""
+        tensors = {}
+        with safe_open(self.path, framework="pt") as file:
+            for name in self.shapes:
+                if name.startswith(prefix):
+                    tensor = file.get_tensor(name)
+                    tensors[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
+
+def recognise(checkpoint: OriginalCheckpoint) -> Family:
+    """The family of a checkpoint. Raises ModelError when no family knows it."""
+    shapes = checkpoint.denoiser_shapes
+    for _, family in FAMILIES.items():
+        if family.recognises(shapes):
+            return family
+    if any(".lora_" in name or ".hada_" in name or ".lokr_" in name for name in checkpoint.shapes):
+        raise ModelError(f"{checkpoint.path.name} is a LoRA, not a base model; give it as the LoRA and choose a model")
+    titles = ", ".join(family.title for _, family in FAMILIES.items())
+    raise ModelError(
+        f"{checkpoint.path.name} is of no architecture known here (its first tensors are "
+        f"{', '.join(sorted(shapes)[:3])}); known are {titles}"
+    )

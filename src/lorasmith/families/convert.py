@@ -1,0 +1,86 @@
+"""Denoisers from original-layout tensors, by a family's name table, with every tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.formats.names import OriginalName
+
+__all__ = ["build", "from_original_tensors", "module_paths", "weight_shapes"]
+
+
+def module_paths(model: nn.Module) -> list[str]:
+    """Paths of all modules that own parameters (Linear, convolution, norm, embedding), in the model's order."""
+    return [path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of the weight of each module that owns parameters, by path."""
+    parameters = dict(model.named_parameters())
+    return {path: tuple(parameters[f"{path}.weight"].shape) for path in module_paths(model)}
+
+
+def build(
+    kind: Callable[..., nn.Module], config: Mapping[str, Any], tensors: Callable[[nn.Module], dict[str, Tensor]]
+) -> nn.Module:
+    """A model of class `kind` that takes over given tensors without ever holding random weights.
+
+    Args:
+        kind: model class.
+        config: its keyword arguments.
+        tensors: state dict for the empty model.
+
+    Raises:
+        ModelError: tensors are missing, left over or of the wrong shape.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = kind(**config)
+    try:
+        model.load_state_dict(tensors(model), assign=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the checkpoint does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}; "
+            "it is incomplete or of a variant that is not known here"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def from_original_tensors(
+    model: nn.Module, table: Mapping[str, OriginalName], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state dict of a diffusers denoiser from original-layout tensors.
+
+    Fused tensors are cut into rows and swapped halves put in order, as the table says.
+
+    Raises:
+        ModelError: a tensor is missing, or one is left that the table does not name.
+    """
+    state: dict[str, Tensor] = {}
+    unused = set(tensors)
+    for name in model.state_dict():
+        path, _, leaf = name.rpartition(".")
+        place = table[path]
+        # Flux calls the weight of its RMS norms "scale".
+        original = next((k for k in (f"{place.path}.{leaf}", f"{place.path}.scale") if k in tensors), None)
+        if original is None:
+            raise ModelError(f"the checkpoint lacks {place.path}.{leaf}; it is incomplete or was cut short")
+        tensor = tensors[original]
+        unused.discard(original)
+        if place.rows is not None:
+            tensor = tensor[slice(*place.rows)]
+        if place.swap_halves:
+            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
+        state[name] = tensor
+    if unused:
+        raise ModelError(
+            f"the checkpoint has {len(unused)} denoiser tensors that this architecture lacks, such as {min(unused)}; "
+            "it is of a variant that is not known here"
+        )
+    return state

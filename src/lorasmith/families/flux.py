@@ -1,0 +1,267 @@
+"""Flux.1 (Black Forest Labs 2024): a rectified-flow transformer over packed latents, here its denoiser.
+
+Latents of 16 channels are packed 2×2 into tokens of 64; text is a T5 sequence and a pooled CLIP vector; distilled
+guidance is an input. The original layout fuses query, key, value (and, in single blocks, the MLP's first matrix) into
+one tensor; diffusers splits them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import (
+    FAMILIES,
+    Components,
+    Conditioning,
+    Defaults,
+    Family,
+    LatentFormat,
+    TargetPreset,
+)
+from lorasmith.families.checkpoint import OriginalCheckpoint
+from lorasmith.families.convert import build, from_original_tensors, module_paths, weight_shapes
+from lorasmith.formats.names import ModelNames, OriginalName
+
+__all__ = ["Flux"]
+
+_ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
+_MLP = ("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*", "*.proj_mlp", "*blocks.*.proj_out")
+_MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, *_MLP)),
+    "transformer": TargetPreset((*_ATTENTION, *_MLP, *_MODULATION)),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+_DEFAULT_GUIDANCE = 3.5
+_MAX_SHIFT = 1.15  # mu of the exponential time shift at 1024×1024
+
+_TOP = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
+# Position of each split module among the rows of the fused tensor.
+_DOUBLE_FUSED = {
+    "attn.to_q": ("img_attn.qkv", 0),
+    "attn.to_k": ("img_attn.qkv", 1),
+    "attn.to_v": ("img_attn.qkv", 2),
+    "attn.add_q_proj": ("txt_attn.qkv", 0),
+    "attn.add_k_proj": ("txt_attn.qkv", 1),
+    "attn.add_v_proj": ("txt_attn.qkv", 2),
+}
+_SINGLE_FUSED = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
+
+
+class Flux(Family):
+    """Flux.1 dev and schnell."""
+
+    name = "flux1"
+    title = "Flux.1"
+    modelspec_architecture = "flux-1-dev"
+    modelspec_implementation = "https://github.com/black-forest-labs/flux"
+    targets = _TARGETS
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        if not any(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in shapes for leaf in ("scale", "weight")):
+            return False
+        # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
+        return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
+
+    def recognises_folder(self, folder: Path) -> bool:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return bool(index.get("_class_name") == "FluxPipeline")
+
+    def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
+        from diffusers import FluxTransformer2DModel
+
+        tensors = checkpoint.load(checkpoint.denoiser_prefix, dtype)
+        transformer = build(
+            FluxTransformer2DModel,
+            _config(checkpoint.denoiser_shapes),
+            lambda model: from_original_tensors(model, _table(model), tensors),
+        )
+        return _components(transformer)
+
+    def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
+        from diffusers import FluxTransformer2DModel
+
+        transformer = FluxTransformer2DModel.from_pretrained(
+            folder, subfolder="transformer", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        return _components(transformer.eval().requires_grad_(False))
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "flux1"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        table, shapes = _table(denoiser), weight_shapes(denoiser)
+        return ModelNames(
+            family=self.name,
+            denoiser=table,
+            out_features={path: shape[0] for path, shape in shapes.items()},
+            weight_shapes=shapes,
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="kohya",
+        )
+
+    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
+        raise ModelError(
+            f"{self.title}'s text encoders (T5-XXL and CLIP-L) are not supported yet; "
+            "train it on conditioning that you encoded elsewhere"
+        )
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = latents.shape[-2:]
+        if height % 2 or width % 2:
+            raise DataError(
+                f"{self.title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
+                "use picture sizes that divide by 16"
+            )
+        context = conditioning.tensors["context"]
+        guidance = conditioning.tensors.get("guidance")
+        if guidance is None:
+            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE)
+        prediction = denoiser(
+            hidden_states=_packed(latents),
+            timestep=time.to(latents.dtype),
+            guidance=guidance.float(),
+            pooled_projections=conditioning.tensors["pooled"],
+            encoder_hidden_states=context,
+            txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
+            img_ids=_positions(height // 2, width // 2, latents.device),
+            return_dict=False,
+        )[0]
+        return _unpacked(prediction, height, width)
+
+
+def _components(transformer: Any) -> Components:
+    return Components(
+        denoiser=transformer,
+        schedule=FlowSchedule(shift=math.exp(_MAX_SHIFT)),
+        parameterization="flow",
+        latent=LatentFormat(channels=transformer.config.in_channels // 4, downscale=8, scale=0.3611, shift=0.1159),
+        defaults=Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            targets="attention+ff",
+            guidance=1.0,  # Flux.1 is distilled: its guidance is an input, not a second pass
+            timestep_distribution="logit_normal",
+        ),
+    )
+
+
+def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Configuration of diffusers' FluxTransformer2DModel for original-layout shapes."""
+    head = next(
+        shapes[f"double_blocks.0.img_attn.norm.key_norm.{leaf}"][0]
+        for leaf in ("scale", "weight")
+        if f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in shapes
+    )
+    hidden, in_channels = shapes["img_in.weight"]
+    if in_channels != 64:
+        raise ModelError(
+            f"this Flux.1 variant takes {in_channels} input channels (fill, depth and canny do), "
+            "but only text-to-image models with 64 are supported"
+        )
+    return {
+        "in_channels": in_channels,
+        "num_layers": _blocks(shapes, "double_blocks"),
+        "num_single_layers": _blocks(shapes, "single_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        # 16, 56, 56 for the released head width of 128, in the same proportion for others.
+        "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
+    }
+
+
+def _blocks(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
+    return 1 + max(int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name)))
+
+
+def _table(transformer: Any) -> dict[str, OriginalName]:
+    """Diffusers path of every module with parameters → its original place."""
+    hidden = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    return {path: _original(path, hidden, transformer) for path in module_paths(transformer)}
+
+
+def _original(path: str, hidden: int, transformer: Any) -> OriginalName:
+    if path in _TOP:
+        return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
+    kind, index, rest = path.split(".", 2)
+    if kind == "transformer_blocks":
+        if rest in _DOUBLE_FUSED:
+            fused, position = _DOUBLE_FUSED[rest]
+            return OriginalName(f"double_blocks.{index}.{fused}", rows=(position * hidden, (position + 1) * hidden))
+        return OriginalName(f"double_blocks.{index}.{_DOUBLE[rest]}")
+    if rest in _SINGLE_FUSED:
+        start = _SINGLE_FUSED[rest] * hidden
+        rows = transformer.get_submodule(path).weight.shape[0]
+        return OriginalName(f"single_blocks.{index}.linear1", rows=(start, start + rows))
+    return OriginalName(f"single_blocks.{index}.{_SINGLE[rest]}")
+
+
+def _packed(latents: Tensor) -> Tensor:
+    """(batch, channels, height, width) → (batch, height/2 · width/2, 4 · channels)."""
+    batch, channels, height, width = latents.shape
+    tokens = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def _unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `_packed`."""
+    batch, _, features = tokens.shape
+    latents = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(batch, features // 4, height, width)
+
+
+def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens."""
+    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
+
+
+FAMILIES.register("flux1", "flux")(Flux())

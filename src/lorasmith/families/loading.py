@@ -1,0 +1,95 @@
+"""Base models from files, folders and hubs. Families register themselves when this module is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families import flux, stable_diffusion  # noqa: F401  (register themselves)
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
+from lorasmith.families.model import Model
+
+__all__ = ["BUILT_IN", "built_in_models", "load_model"]
+
+BUILT_IN = "lorasmith-tiny"
+"""Name of the small model that comes with the package, for trying things out and for tests."""
+
+_CHECKPOINTS = Path(__file__).parent.parent / "assets" / "models" / "checkpoints"
+
+
+def built_in_models() -> dict[str, Path]:
+    """Models that come with the package, by name."""
+    return {folder.name: folder for folder in sorted(_CHECKPOINTS.iterdir()) if folder.is_dir()}
+
+
+def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Model:
+    """Load a base model.
+
+    Args:
+        source: a single-file checkpoint in the original layout, a diffusers folder, the name of a built-in model, or a
+            hub id such as `stabilityai/stable-diffusion-2-1` where there is network.
+        dtype: what the denoiser's weights are held in; text encoder and autoencoder stay in fp32.
+
+    Raises:
+        ModelError: it cannot be found, read or recognised.
+    """
+    _quieten()
+    path = Path(source)
+    if str(source) in built_in_models():
+        path = built_in_models()[str(source)]
+    if path.is_dir():
+        return _from_folder(path, dtype)
+    if path.is_file() or path.suffix:
+        checkpoint = OriginalCheckpoint(path)
+        family = recognise(checkpoint)
+        return Model(family, family.from_original(checkpoint, dtype), title=path.stem, path=path)
+    if str(source).count("/") == 1:
+        return _from_folder(_downloaded(str(source)), dtype, title=str(source))
+    raise ModelError(
+        f"there is no model at {source}; give a .safetensors checkpoint, a diffusers folder, "
+        f"a hub id such as owner/name, or {', '.join(built_in_models())} to try things out"
+    )
+
+
+def _quieten() -> None:
+    """No progress bars for the seconds that loading takes; a training run's own bar would tear them apart."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, *, title: str | None = None) -> Model:
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{folder} is no diffusers model (it has no model_index.json); "
+            "give the folder that holds it, or a .safetensors file"
+        )
+    for _, family in FAMILIES.items():
+        if family.recognises_folder(folder):
+            try:
+                return Model(family, family.from_folder(folder, dtype), title=title or folder.name, path=folder)
+            except OSError as error:
+                # What diffusers and transformers raise for a missing or damaged file names it in its first line.
+                reason = str(error).strip().splitlines()[0]
+                raise ModelError(f"{folder} cannot be read as a diffusers model: {reason}") from error
+    titles = ", ".join(family.title for _, family in FAMILIES.items())
+    raise ModelError(f"{folder} is a diffusers model of an architecture not known here; known are {titles}")
+
+
+def _downloaded(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", "*/*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the model {repository} could not be downloaded ({type(error).__name__}); "
+            "check the name and the network, or give a file that is already on this computer"
+        ) from error

@@ -1,0 +1,242 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv:2112.10752): a UNet, a CLIP text encoder, a KL autoencoder.
+
+Both versions share everything but the text encoder (OpenAI CLIP-L, OpenCLIP-H without its last layer), the width of the
+attention heads and, for the 768-pixel 2.x models, the parameterization.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.families import clip_layout, unet_layout, vae_layout
+from lorasmith.families.base import (
+    FAMILIES,
+    Components,
+    Conditioning,
+    Defaults,
+    Family,
+    LatentFormat,
+    TargetPreset,
+)
+from lorasmith.families.checkpoint import OriginalCheckpoint
+from lorasmith.families.clip_text import clip_tokenizer, encode_prompt
+from lorasmith.families.convert import build, from_original_tensors, module_paths, weight_shapes
+from lorasmith.formats.names import ModelNames, OriginalName
+
+__all__ = ["StableDiffusion"]
+
+_ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, "*.ff.net.*")),
+    "transformer": TargetPreset((*_ATTENTION, "*.ff.net.*", "*.attentions.*.proj_in", "*.attentions.*.proj_out")),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+_SCALE = 0.18215
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+
+
+class StableDiffusion(Family):
+    """One version of Stable Diffusion before XL.
+
+    Args:
+        version: 1 or 2.
+    """
+
+    modelspec_implementation = "diffusers"
+    targets = _TARGETS
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self.name = f"sd{version}"
+        self.title = f"Stable Diffusion {version}.x"
+        self.modelspec_architecture = f"stable-diffusion-v{version}"
+        self._context_width = {1: 768, 2: 1024}[version]
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        if "input_blocks.0.0.weight" not in shapes or shapes["input_blocks.0.0.weight"][1] != 4:
+            return False
+        contexts = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
+        return contexts == {self._context_width}
+
+    def recognises_folder(self, folder: Path) -> bool:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if index.get("_class_name") != "StableDiffusionPipeline":
+            return False
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        # Small models of this architecture have narrower contexts than any release; they count as version 1.
+        return bool(config.get("cross_attention_dim") == 1024) == (self._version == 2)
+
+    def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
+        from diffusers import UNet2DConditionModel
+
+        tensors = checkpoint.load(checkpoint.denoiser_prefix, dtype)
+        config = unet_layout.unet_config(checkpoint.denoiser_shapes, head_dim=None if self._version == 1 else 64)
+        unet = build(
+            UNet2DConditionModel, config, lambda model: from_original_tensors(model, _unet_table(model), tensors)
+        )
+        vae = _original_vae(checkpoint, dtype)
+        encoder = self._original_text_encoder(checkpoint, dtype)
+        tokenizer = clip_tokenizer(pad_token="<|endoftext|>" if self._version == 1 else "!")
+        return _components(
+            unet,
+            vae,
+            parameterization=self._parameterization(checkpoint, tensors),
+            schedule=DiscreteSchedule.scaled_linear(),
+            text_encoders={} if encoder is None else {"text_encoder": encoder},
+            tokenizers={} if encoder is None else {"tokenizer": tokenizer},
+        )
+
+    def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **settings)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **settings)
+        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, **settings)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        if scheduler.get("beta_schedule") != "scaled_linear":
+            raise ModelError(
+                f"{folder.name} has the noise schedule {scheduler.get('beta_schedule')!r}, "
+                f"but {self.title} models have 'scaled_linear'; its scheduler_config.json is not understood"
+            )
+        betas = {key: scheduler.get(key, value) for key, value in _BETAS.items()}
+        extra = folder / "lorasmith.json"
+        return _components(
+            unet.eval().requires_grad_(False),
+            vae.eval().requires_grad_(False),
+            parameterization={"v_prediction": "v"}.get(scheduler["prediction_type"], scheduler["prediction_type"]),
+            schedule=DiscreteSchedule.scaled_linear(betas["beta_start"], betas["beta_end"]),
+            text_encoders={"text_encoder": encoder.eval().requires_grad_(False)},
+            tokenizers={"tokenizer": tokenizer},
+            overrides=json.loads(extra.read_text(encoding="utf-8")) if extra.is_file() else {},
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return f"sd_v{self._version}" + ("_v" if parameterization == "v" else "")
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        table, shapes = _unet_table(denoiser), weight_shapes(denoiser)
+        return ModelNames(
+            family=self.name,
+            denoiser=table,
+            out_features={path: shape[0] for path, shape in shapes.items()},
+            weight_shapes=shapes,
+            encoder_kinds={"text_encoder": "clip_l" if self._version == 1 else "clip_h"},
+            text_encoders={name: clip_layout.written_paths(encoder) for name, encoder in text_encoders.items()},
+            kohya_naming="diffusers",
+            peft_prefix="unet",
+            portable="kohya",
+        )
+
+    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
+        # Version 2's encoder is loaded without its last layer, so the first skip is already taken.
+        skip = skip_layers if self._version == 1 else max(0, skip_layers - 1)
+        context, pooled = encode_prompt(
+            text, components.tokenizers["tokenizer"], components.text_encoders["text_encoder"], skip_layers=skip
+        )
+        return Conditioning({"context": context, "pooled": pooled}, text)
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        prediction: Tensor = denoiser(
+            latents, time, encoder_hidden_states=conditioning.tensors["context"], return_dict=False
+        )[0]
+        return prediction
+
+    def _parameterization(self, checkpoint: OriginalCheckpoint, unet: Mapping[str, Tensor]) -> str:
+        """`v` for v-prediction checkpoints, which nothing in most files says outright."""
+        said = checkpoint.metadata.get("modelspec.prediction_type")
+        if said is not None:
+            return "v" if said.startswith("v") else "epsilon"
+        if "v_pred" in checkpoint.shapes:
+            return "v"
+        # Of the two 2.x releases, the v-prediction one has a widely spread bias here (0.15 against 0.05).
+        probe = unet.get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
+        return "v" if self._version == 2 and probe is not None and probe.float().std() > 0.09 else "epsilon"
+
+    def _original_text_encoder(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> nn.Module | None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        prefix = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}[self._version]
+        raw = checkpoint.load(prefix, torch.float32)
+        if not raw:
+            return None
+        if self._version == 1:
+            tensors = clip_layout.without_text_model(raw)
+            settings = clip_layout.clip_config(tensors, activation="quick_gelu", pad_token_id=49407)
+        else:
+            depth = sum(name.endswith(".ln_1.weight") for name in raw)
+            tensors = clip_layout.openclip_to_transformers(raw, layers=depth - 1)
+            settings = clip_layout.clip_config(tensors, activation="gelu", pad_token_id=0)
+        config = CLIPTextConfig(**settings)
+        return build(lambda **_: CLIPTextModel(config), {}, lambda model: clip_layout.renamed_for(model, tensors))
+
+
+def _components(
+    unet: Any,
+    vae: Any,
+    *,
+    parameterization: str,
+    schedule: DiscreteSchedule,
+    text_encoders: Mapping[str, nn.Module],
+    tokenizers: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+) -> Components:
+    config = unet.config
+    downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    scale = _SCALE if vae is None else float(vae.config.scaling_factor)
+    defaults = {
+        "resolution": config.sample_size * downscale if config.sample_size else 512,
+        "pixel_multiple": downscale * 2 ** (len(config.block_out_channels) - 1),
+        "learning_rate": 1e-4,
+        "targets": "transformer",
+        "guidance": 7.5,
+        "timestep_distribution": "uniform",
+        **(overrides or {}),
+    }
+    return Components(
+        denoiser=unet,
+        schedule=schedule,
+        parameterization=parameterization,
+        latent=LatentFormat(channels=config.in_channels, downscale=downscale, scale=scale),
+        defaults=Defaults(**defaults),
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
+        vae=vae,
+    )
+
+
+def _original_vae(checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> nn.Module | None:
+    from diffusers import AutoencoderKL
+
+    shapes = checkpoint.shapes_under("first_stage_model.")
+    if not shapes:
+        return None
+    # The autoencoder stays in fp32: it runs once per picture, and half precision shows in what it makes.
+    tensors = vae_layout.diffusers_vae(checkpoint.load("first_stage_model.", torch.float32))
+    return build(AutoencoderKL, vae_layout.vae_config(shapes, scaling_factor=_SCALE), lambda model: tensors)
+
+
+def _unet_table(unet: Any) -> dict[str, OriginalName]:
+    """Diffusers path of every module with parameters → its original place."""
+    attention = tuple("CrossAttn" in kind for kind in unet.config.up_block_types)
+    layers = unet.config.layers_per_block
+    return {
+        path: OriginalName(unet_layout.original_unet_path(path, layers_per_block=layers, up_attention=attention))
+        for path in module_paths(unet)
+    }
+
+
+FAMILIES.register("sd1", "sd1.5", "stable-diffusion-1")(StableDiffusion(1))
+FAMILIES.register("sd2", "sd2.1", "stable-diffusion-2")(StableDiffusion(2))

@@ -1,0 +1,163 @@
+"""Every setting of a training run, declared once: nodes, command line, library and reference pages derive from here.
+
+The defaults are the best known ones; `Train LoRA` in a graph overrides those in which ComfyUI's differ, so that a graph
+keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorasmith.core.options import check_options, option
+from lorasmith.diffusion.losses import OBJECTIVES
+
+__all__ = ["NONE_LORA", "TrainConfig"]
+
+NONE_LORA = "[None]"
+"""What `existing_lora` says when there is none, as ComfyUI's list spells it."""
+
+_WHAT, _HOW, _MEMORY, _NUMBERS = "What is trained", "How it learns", "Memory", "Precision and repeatability"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run. Raises OptionError for values of the wrong type or out of range."""
+
+    steps: int = option(500, min=1, max=100_000, group=_HOW, help="Number of optimizer updates.")
+    batch_size: int = option(
+        1,
+        min=1,
+        max=10_000,
+        group=_HOW,
+        help="Images per forward pass. Larger batches give steadier steps and cost memory.",
+    )
+    grad_accumulation_steps: int = option(
+        1,
+        min=1,
+        max=1024,
+        group=_HOW,
+        help="Batches per update: the effect of a larger batch, in its memory but not its time.",
+    )
+    learning_rate: float | None = option(
+        None,
+        min=1e-7,
+        max=1.0,
+        step=1e-7,
+        group=_HOW,
+        help="Size of an update. Left out, it is the one that suits the model (1e-4 for Stable Diffusion and Flux).",
+    )
+    rank: int = option(
+        16,
+        min=1,
+        max=128,
+        group=_WHAT,
+        help="Inner dimension of the LoRA: how much it can learn, and how large the file gets. Capped at each layer's "
+        "size.",
+    )
+    alpha: float | None = option(
+        None,
+        min=0.0,
+        max=100_000.0,
+        group=_WHAT,
+        help="The LoRA is scaled by alpha / rank. Left out, alpha is the rank and the scale 1, so that the learning "
+        "rate keeps its meaning when the rank changes.",
+    )
+    targets: str | None = option(
+        None,
+        group=_WHAT,
+        help="Which layers are trained: attention, attention+ff, transformer, all-linear, all, or comma-separated "
+        "patterns on module paths such as *.attn2.*, with ! in front of what to leave out. Left out, it is the preset "
+        "that suits the model.",
+    )
+    algorithm: str = option(
+        "LoRA",
+        group=_WHAT,
+        choices=("LoRA", "LoHa", "LoKr", "OFT"),
+        help="Kind of adapter. LoRA is the one that every program loads.",
+    )
+    zero_init: str = option(
+        "up",
+        choices=("up", "down"),
+        group=_WHAT,
+        help="Which of the two matrices starts at zero: up is the field's habit, down is ComfyUI's.",
+    )
+    existing_lora: str = option(
+        NONE_LORA,
+        group=_WHAT,
+        help="A LoRA file to go on from. Its layers keep their own rank and alpha, and its steps are counted on.",
+    )
+    optimizer: str = option(
+        "AdamW", choices=("AdamW", "Adam", "SGD", "RMSprop"), group=_HOW, help="Update rule, with torch's own settings."
+    )
+    weight_decay: float = option(
+        0.01, min=0.0, max=1.0, group=_HOW, help="Decay of the weights, as AdamW applies it (other optimizers: none)."
+    )
+    max_grad_norm: float = option(
+        1.0, min=0.0, max=1e6, group=_HOW, help="Gradients longer than this are scaled down to it. 0 leaves them alone."
+    )
+    loss_function: str = option(
+        "MSE",
+        choices=("MSE", "L1", "Huber", "SmoothL1"),
+        group=_HOW,
+        help="How the distance between prediction and target is measured.",
+    )
+    objective: str = option(
+        "native",
+        choices=OBJECTIVES,
+        group=_HOW,
+        help="What is compared: native is what the model predicts (noise, velocity or flow), x0 the clean picture, as "
+        "ComfyUI's trainer does, which puts most of the weight on the noisiest timesteps.",
+    )
+    timesteps: str | None = option(
+        None,
+        choices=("uniform", "logit_normal"),
+        group=_HOW,
+        help="Distribution of the noise levels. Left out, it is the one that suits the model.",
+    )
+    seed: int = option(
+        0,
+        min=0,
+        max=2**64 - 1,
+        group=_NUMBERS,
+        help="Decides initial weights, order, noise and timesteps: the same seed gives the same LoRA.",
+    )
+    training_dtype: str = option(
+        "bf16",
+        choices=("bf16", "fp32", "none"),
+        group=_NUMBERS,
+        help="Number format of the frozen weights and of the products. The trained weights are always updated in fp32. "
+        "none keeps the format that the model was loaded in.",
+    )
+    lora_dtype: str = option("bf16", choices=("bf16", "fp32"), group=_NUMBERS, help="Number format of the saved LoRA.")
+    gradient_checkpointing: bool = option(
+        False,
+        group=_MEMORY,
+        help="Compute activations again in the backward pass: a third slower, a fraction of the memory.",
+    )
+    checkpoint_depth: int = option(
+        1,
+        min=1,
+        max=5,
+        group=_MEMORY,
+        help="Size of the recomputed pieces: 1 is whole blocks (least memory), each step deeper is one level inside.",
+    )
+    offloading: bool = option(
+        False, group=_MEMORY, help="Keep the frozen weights in host memory and stream them in. Not available yet."
+    )
+    quantized_backward: bool = option(
+        False, group=_MEMORY, help="Run the backward products of quantized layers in low precision. Not available yet."
+    )
+    bucket_mode: bool = option(
+        False,
+        group=_HOW,
+        help="Given buckets of equal size, as Resolution Bucket makes them. Sizes are mixed correctly either way.",
+    )
+    bypass_mode: bool = option(
+        False,
+        group=_MEMORY,
+        help="Apply adapters beside the weights instead of to them. Training here always does, so this changes nothing "
+        "in the result.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -1,0 +1,214 @@
+"""The training loop: adapters on a denoiser, fitted to samples.
+
+The engine knows a denoiser as a module and a predict function, so it trains models that another program loaded as well
+as ours. Nothing in a step waits for the device: losses come to the host late, and a non-finite one has by then been
+kept out of the weights by a flag on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.patch import attachments, merged_weights
+from lorasmith.core.errors import TrainingError
+from lorasmith.data.dataset import Sample
+from lorasmith.diffusion.losses import diffusion_loss
+from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
+from lorasmith.families.model import Denoiser
+from lorasmith.training.batches import Batch, BatchMaker, prefetched
+from lorasmith.training.checkpointing import checkpointed
+from lorasmith.training.events import EventHandler, StepDone
+from lorasmith.training.flat import FlatParameters
+from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.optimizers import GatedOptimizer
+from lorasmith.training.precision import LossScale, held, memory_format_for
+
+__all__ = ["Recipe", "fit", "prepared", "sample_losses"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the loop needs to know, with every default decided. Meanings as in `TrainConfig`."""
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    loss_function: str
+    objective: str
+    timesteps: str
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    checkpoint_depth: int  # 0: no gradient checkpointing
+
+
+def fit(
+    denoiser: Denoiser,
+    adapters: Mapping[str, Adapter],
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    on_event: EventHandler,
+    cancelled: Callable[[], bool],
+) -> list[float]:
+    """Train `adapters` in place.
+
+    Whatever ends the loop, the adapters then hold the fp32 values of the last good step on the CPU, and the model is
+    as it was.
+
+    Args:
+        denoiser: the model, patches included; they stay frozen.
+        adapters: by module path, fp32.
+        samples: the dataset.
+        recipe: settings.
+        on_event: receives a `StepDone` per step, late and in order.
+        cancelled: asked between steps.
+
+    Returns:
+        The loss of each step taken; fewer than `recipe.steps` when cancelled.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+    """
+    maker = _batch_maker(denoiser, samples, recipe)
+    losses: list[float] = []
+    mailbox = Mailbox(recipe.device)
+
+    def report(*, wait: bool = False) -> None:
+        for step, (loss, norm, sound) in mailbox.collect(wait=wait):
+            if not sound:
+                raise TrainingError(_unsound(maker, step, loss, recipe))
+            losses.append(loss)
+            on_event(StepDone(step=step + 1, loss=loss, grad_norm=norm))
+
+    with prepared(denoiser, adapters, recipe):
+        flat = FlatParameters(_trained(adapters), device=recipe.device, dtype=recipe.dtype)
+        try:
+            update = _Update(flat, recipe)
+            for step, batches in prefetched(maker, range(recipe.steps)):
+                if cancelled():
+                    break
+                loss = _accumulate(denoiser, batches, recipe, flat, update.scale.scale)
+                mailbox.post(step, update(loss))
+                report()
+            report(wait=True)
+        finally:
+            flat.release()
+    return losses
+
+
+@contextlib.contextmanager
+def prepared(denoiser: Denoiser, adapters: Mapping[str, Adapter], recipe: Recipe) -> Iterator[None]:
+    """The denoiser as it trains: patches applied, weights held, adapters attached, blocks recomputed."""
+    module = denoiser.module
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(merged_weights(module, denoiser.patches))
+        stack.enter_context(held(module, device=recipe.device, dtype=recipe.dtype))
+        stack.enter_context(attached(module, [*attachments(module, denoiser.patches), Attached(adapters)]))
+        stack.enter_context(checkpointed(module, recipe.checkpoint_depth))
+        yield
+
+
+def sample_losses(denoiser: Denoiser, batch: Batch, recipe: Recipe) -> Tensor:
+    """Loss of each sample of a batch, (batch,) fp32, with the graph to the adapters."""
+    prediction = denoiser.predict(batch.noised.to(recipe.dtype), batch.level.time, batch.conditioning)
+    return diffusion_loss(
+        prediction,
+        clean=batch.clean,
+        noise=batch.noise,
+        noised=batch.noised,
+        level=batch.level,
+        parameterization=denoiser.base.components.parameterization,
+        objective=recipe.objective,
+        loss_function=recipe.loss_function,
+    )
+
+
+def _accumulate(
+    denoiser: Denoiser, batches: Sequence[Batch], recipe: Recipe, flat: FlatParameters, scale: Tensor
+) -> Tensor:
+    """Gradients of a step into `flat.grad`; returns the mean loss over the step's samples."""
+    flat.grad.zero_()
+    per_step = recipe.batch_size * recipe.accumulation
+    losses = []
+    for batch in batches:
+        loss = sample_losses(denoiser, batch, recipe)
+        torch.autograd.backward(loss.sum() * (scale / per_step))
+        flat.collect()
+        losses.append(loss.detach())
+    return torch.cat(losses).mean()
+
+
+class _Update:
+    """One optimizer update from the accumulated gradients, gated on the device."""
+
+    def __init__(self, flat: FlatParameters, recipe: Recipe) -> None:
+        self._flat = flat
+        self._max_norm = recipe.max_grad_norm
+        self.scale = LossScale(recipe.device, enabled=recipe.dtype == torch.float16)
+        self._sound = torch.ones((), dtype=torch.bool, device=recipe.device)
+        flat.master.grad = flat.grad
+        self._optimizer = GatedOptimizer(
+            recipe.optimizer, flat.master, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """Update the master weights; returns (loss, gradient norm, whether all was finite so far)."""
+        grad = self._flat.grad
+        if self.scale.enabled:
+            grad.div_(self.scale.scale)
+        norm = torch.linalg.vector_norm(grad)
+        finite = norm.isfinite()
+        # An overflow of scaled fp16 gradients is routine and only skips the step. Anything else stops the run: the
+        # flag stays down, so that no later step moves the weights before the host has heard of it.
+        self._sound = self._sound & loss.isfinite() & (finite | self.scale.enabled)
+        if self._max_norm:
+            grad.mul_((self._max_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._optimizer.step(self._sound & finite)
+        self.scale.update(finite)
+        self._flat.publish()
+        return torch.stack((loss, norm, self._sound.to(loss.dtype)))
+
+
+def _batch_maker(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe) -> BatchMaker:
+    return BatchMaker(
+        samples=samples,
+        schedule=denoiser.base.components.schedule,
+        distribution=TIMESTEP_DISTRIBUTIONS[recipe.timesteps],
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        accumulation=recipe.accumulation,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        memory_format=memory_format_for(denoiser.module),
+    )
+
+
+def _trained(adapters: Mapping[str, Adapter]) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{path}.{name}": parameter
+        for path, adapter in adapters.items()
+        for name, parameter in adapter.named_parameters()
+    }
+
+
+def _unsound(maker: BatchMaker, step: int, loss: float, recipe: Recipe) -> str:
+    first = step * maker.per_step
+    names = dict.fromkeys(maker.sample(draw).name for draw in range(first, first + maker.per_step))
+    what = "gradient" if torch.tensor(loss).isfinite() else "loss"
+    return (
+        f"the {what} must stay finite but became NaN or infinite at step {step + 1} (images: {', '.join(names)}); "
+        f"the LoRA of step {step} is kept; try a learning rate below {recipe.learning_rate:g}"
+        + (", or training_dtype fp32" if recipe.dtype != torch.float32 else "")
+    )

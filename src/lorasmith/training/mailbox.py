@@ -1,0 +1,47 @@
+"""Numbers on their way from the device to the host, without anybody waiting."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+__all__ = ["Mailbox"]
+
+
+class Mailbox:
+    """Collects small tensors by step and hands them out, in order, once they have arrived.
+
+    On the CPU they are there at once. On a GPU they are copied to pinned memory beside the device's work, and an event
+    says when the copy is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+
+    def post(self, step: int, values: Tensor) -> None:
+        """Send the values (1-d) of a step."""
+        if self._device.type != "cuda":
+            self._waiting.append((step, values.detach().clone(), None))
+            return
+        landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        landed.copy_(values.detach(), non_blocking=True)
+        arrived = torch.Event(self._device)
+        arrived.record()
+        self._waiting.append((step, landed, arrived))
+
+    def collect(self, *, wait: bool = False) -> list[tuple[int, list[float]]]:
+        """What has arrived since the last call; with `wait`, everything that was posted."""
+        ready = []
+        while self._waiting:
+            step, values, arrived = self._waiting[0]
+            if arrived is not None:
+                if wait:
+                    arrived.synchronize()
+                elif not arrived.query():
+                    break
+            ready.append((step, values.tolist()))
+            self._waiting.popleft()
+        return ready

@@ -1,0 +1,101 @@
+"""What is written down about a run: the record in its folder and the metadata in its LoRA."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.core.dtypes import dtype_name
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.formats.hashes import autov1, sha256_file
+from lorasmith.formats.metadata import TrainingFacts, build_metadata, tag_frequency
+
+if TYPE_CHECKING:
+    from lorasmith.training.train import Job
+
+__all__ = ["run_record", "training_metadata"]
+
+
+def run_record(job: Job, data: EncodedDataset, title: str) -> dict[str, Any]:
+    """Content of `run.json`."""
+    base = job.denoiser.base
+    return {
+        "title": title,
+        "model": {"name": base.title, "path": str(base.path) if base.path else None, "family": base.family.name},
+        "config": asdict(job.config),
+        "steps_before": job.steps_before,
+        "samples": [
+            {"name": sample.name, "caption": sample.conditioning.text, "latents": list(sample.latents.shape)}
+            for sample in data.samples
+        ],
+        "adapters": {path: sum(p.numel() for p in adapter.parameters()) for path, adapter in job.adapters.items()},
+    }
+
+
+def training_metadata(
+    job: Job, data: EncodedDataset, *, title: str, trigger: str | None, steps: int, started: float
+) -> dict[str, str]:
+    """Header metadata of the LoRA that a run makes."""
+    config, base = job.config, job.denoiser.base
+    family, components = base.family, base.components
+    taken = (steps - job.steps_before) * config.batch_size * config.grad_accumulation_steps
+    facts = TrainingFacts(
+        kohya_version=family.kohya_version(components.parameterization),
+        modelspec_architecture=family.modelspec_architecture,
+        modelspec_implementation=family.modelspec_implementation,
+        resolution=_largest_picture(base, data),
+        rank=config.rank,
+        alpha=float(config.rank if config.alpha is None else config.alpha),
+        algorithm=config.algorithm.lower(),
+        targets=config.targets or "",
+        steps=steps,
+        base_model=base.title,
+        **_hashes(base.path),
+        prediction_type={"flow": ""}.get(components.parameterization, components.parameterization),
+        epochs=-(-taken // len(data)),
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        batch_size=config.batch_size,
+        accumulation=config.grad_accumulation_steps,
+        seed=config.seed,
+        training_dtype=_trained_in(job),
+        lora_dtype=config.lora_dtype,
+        num_images=len({sample.name for sample in data.samples}),
+        tags=tag_frequency(sample.conditioning.text or "" for sample in data.samples),
+        started=started,
+        finished=time.time(),
+        title=title,
+        trigger=trigger or "",
+        config=asdict(config),
+    )
+    return build_metadata(facts)
+
+
+def _largest_picture(base: Model, data: EncodedDataset) -> tuple[int, int]:
+    """Width and height in pixels of the largest training picture."""
+    shape = max((sample.latents.shape for sample in data.samples), key=lambda shape: shape[-1] * shape[-2])
+    factor = base.components.latent.downscale
+    return shape[-1] * factor, shape[-2] * factor
+
+
+def _trained_in(job: Job) -> str:
+    named = job.config.training_dtype
+    return dtype_name(next(job.denoiser.module.parameters()).dtype) if named == "none" else named
+
+
+def _hashes(path: Path | None) -> dict[str, str]:
+    """Hashes of a single-file base model; folders have none that other programs would know."""
+    if path is None or not path.is_file():
+        return {}
+    return dict(
+        zip(("base_model_hash", "base_model_hash_autov1"), _file_hashes(path, path.stat().st_mtime_ns), strict=True)
+    )
+
+
+@lru_cache(maxsize=8)
+def _file_hashes(path: Path, modified: int) -> tuple[str, str]:
+    return sha256_file(path), autov1(path)
