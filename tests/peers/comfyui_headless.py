@@ -1,0 +1,109 @@
+"""ComfyUI from a source checkout, without server, browser or GPU: what the peer scripts share.
+
+Facts about the checkout that these functions deal with (ComfyUI 0.33):
+
+- Its command line is parsed when `comfy.options` says so, from `sys.argv`; `--cpu` must be there before anything else
+  of it is imported.
+- Without torchaudio nothing imports, although only audio nodes use it; an empty stand-in is enough.
+- The training node clones a model by loading its file again, so a model has to come from a file.
+- A UNet is taken for Stable Diffusion 1.x when its context is 768 wide and its first level 320. A narrower one is taken
+  by that name once the expected width is changed; nothing else depends on it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["boot", "denoise", "load_model", "version"]
+
+
+def boot(checkout: Path) -> None:
+    """Make `comfy` importable, on the CPU, with torch's own attention (what a GPU run uses)."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    if not (checkout / "comfy" / "sd.py").is_file():
+        raise SystemExit(f"{checkout} is not a ComfyUI checkout; give the folder that holds comfy/ and main.py")
+    sys.path.insert(0, str(checkout))
+    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    if importlib.util.find_spec("torchaudio") is None:
+        _stand_in_for_torchaudio()
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+
+
+def version() -> str:
+    """Version of the booted checkout."""
+    import comfyui_version
+
+    return str(comfyui_version.__version__)
+
+
+def load_model(checkpoint: Path, dtype: Any = None) -> Any:
+    """ComfyUI's ModelPatcher of a checkpoint file in the original layout, weights in `dtype` (default: its choice)."""
+    import comfy.sd
+    import comfy.supported_models
+
+    width = _unet_width(checkpoint)
+    if width is not None:
+        table = comfy.supported_models.SD15
+        table.unet_config = {**table.unet_config, "model_channels": width}
+    options = {} if dtype is None else {"dtype": dtype}
+    return comfy.sd.load_diffusion_model(str(checkpoint), model_options=options)
+
+
+def denoise(
+    denoiser: Any,
+    *,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    pooled: Tensor | None = None,
+    guidance: Tensor | None = None,
+) -> Tensor:
+    """What the bare network answers: epsilon for Stable Diffusion (timestep 0..999), flow for Flux (timestep sigma).
+
+    Args:
+        denoiser: `load_model(...).model.diffusion_model`.
+        x: (batch, channels, height, width) as the network sees it.
+        timestep: (batch,).
+        context: (batch, tokens, width).
+        pooled, guidance: (batch, width) and (batch,), Flux alone.
+    """
+    import torch
+
+    extra = {} if pooled is None else {"y": pooled, "guidance": guidance}
+    with torch.no_grad():
+        output: Tensor = denoiser(x.clone(), timestep, context=context, **extra)
+    return output
+
+
+def _unet_width(checkpoint: Path) -> int | None:
+    with safe_open(str(checkpoint), framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            if key.endswith("input_blocks.0.0.weight"):
+                return int(file.get_slice(key).get_shape()[0])
+    return None
+
+
+def _stand_in_for_torchaudio() -> None:
+    for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__path__ = []
+        sys.modules[name] = module
+    sys.modules["torchaudio.transforms"].MelScale = None  # type: ignore[attr-defined]

@@ -1,0 +1,288 @@
+"""Record what ComfyUI's own Train LoRA computes on a tiny random model: outputs, losses and gradients.
+
+    python tests/peers/record_comfyui_training.py --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 \\
+        --out tests/golden/comfyui_sd1_training.safetensors
+    python tests/peers/record_comfyui_training.py --comfyui PATH/TO/ComfyUI --commit HASH --model flux \\
+        --out tests/golden/comfyui_flux_training.safetensors
+
+Needs an environment with ComfyUI's requirements; the model comes from `models.py` and needs no ComfyUI.
+
+What is recorded
+    One model, two pictures with a caption each, batch 1, fp32 throughout, MSE, AdamW, rank 4, weight mode, three
+    steps. Every Linear, convolution and norm of the denoiser is trained, as the node does it. Two runs see the same
+    pictures, noise and sigmas:
+    - `fresh` starts where ComfyUI starts (down zero) and learns at 5e-4 (ComfyUI's default). The up matrices are
+      `models.fresh_start`, of the same distribution as ComfyUI's own, which come from the global generator.
+    - `random` starts from `models.random_start`, all tensors different from zero, and has a learning rate of zero, so
+      that its three losses belong to the same weights.
+    `forward` is the bare denoiser on a batch of two with different times, guidances and texts.
+
+Tensors of the file (N steps, K trained tensors in the order of `shapes` in the metadata)
+    latents, context, [pooled, guidance]      the training set: unscaled VAE latents, text conditioning
+    forward.{x, timestep, context, [pooled, guidance], output}
+    step.{i}.{latent, noise, sigma, timestep, index}   latent: after the VAE scaling; timestep: what the network gets
+    fresh.loss, random.loss                   (N,)
+    fresh.gradient, fresh.change              (K, 5) `models.fingerprint` of the first step's gradients, and of what
+                                              N steps of AdamW changed
+    random.gradient.{key}                     the first step's gradients in full
+Metadata: versions, command and `model_digest` as text; `settings`, `seeds` and `shapes` (trained tensor → shape) as
+JSON.
+
+How ComfyUI 0.33 computes them
+    - Stable Diffusion 1.x: the sample is noised in variance-exploding form, x = latent + sigma·noise, where sigma² =
+      (1 − ᾱ)/ᾱ of the scaled-linear schedule. The network sees x/√(sigma² + 1) and, as timestep, the index (0..999) of
+      the table's sigma nearest in logarithm. Its answer e gives the prediction x − sigma·e.
+    - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
+      x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
+    - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
+    - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
+      Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded
+      with `seed + 1000·step`; the picture's index is drawn before that.
+    - Weight mode: W + alpha/rank · reshape(up @ down), down being (rank, in·kh·kw); norms and biases get an additive
+      difference (`diff`, `diff_b`). All of them go to one AdamW with torch's defaults (weight decay 0.01), and so does
+      alpha, which has a gradient.
+    - Flux adds its residuals in place, over tensors that the LayerNorm before needs in its backward pass. Without
+      checkpointing autograd refuses; with it (the node's default) the check is skipped and gradients are wrong. Here
+      the LayerNorm gets a copy of its input and checkpointing is off; the forward pass is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import comfyui_headless
+import models
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+MODELS = {"sd1": models.SD1_TINY, "flux": models.FLUX_TINY}
+GUIDANCE = 3.5
+STEPS = 3
+RANK = 4
+LEARNING_RATE = 5e-4
+TOKENS = 8
+WEIGHT_SEED, INPUT_SEED, START_SEED = 0, 1, 2
+NOISE_SEED = 5  # draws sigmas from the middle of both schedules
+
+
+def main() -> None:
+    arguments = _arguments()
+    command = shlex.join(["python", "tests/peers/record_comfyui_training.py", "--model", arguments.model])
+    comfyui_headless.boot(arguments.comfyui)
+    torch.set_num_threads(1)
+    shape = MODELS[arguments.model]
+    weights = models.checkpoint(shape, WEIGHT_SEED)
+    inputs = _inputs(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file(weights, str(file))
+        patcher = comfyui_headless.load_model(file, torch.float32)
+        tensors = inputs | _forward(patcher.model.diffusion_model, shape)
+        fresh, random = (
+            _train(patcher, inputs, start=start, learning_rate=rate, seed=NOISE_SEED)
+            for start, rate in ((models.fresh_start, LEARNING_RATE), (models.random_start, 0.0))
+        )
+    tensors |= _draws(fresh, random) | _results(fresh, random)
+    metadata = {
+        "comfyui": comfyui_headless.version(),
+        "comfyui_commit": arguments.commit,
+        "torch": torch.__version__,
+        "command": command,
+        "model_digest": models.digest(weights),
+        "settings": {"rank": RANK, "steps": STEPS, "fresh_learning_rate": LEARNING_RATE, "random_learning_rate": 0.0},
+        "seeds": {"weights": WEIGHT_SEED, "start": START_SEED, "noise": NOISE_SEED},
+        "shapes": fresh.shapes,
+    }
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        str(arguments.out),
+        {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
+    )
+    print(
+        f"{arguments.out}: {arguments.out.stat().st_size / 1e6:.2f} MB, {len(fresh.shapes)} trained tensors, "
+        f"losses {[round(x, 6) for x in fresh.losses]} and {[round(x, 6) for x in random.losses]}"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
+    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+@dataclass
+class _Run:
+    """What one run of the node let us see."""
+
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    result: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    draws: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def _inputs(shape: models.UNetShape | models.FluxShape) -> dict[str, Tensor]:
+    """Two pictures, taller than wide so that a swapped axis shows, and their captions."""
+    inputs = {
+        "latents": models.seeded("latents", (2, shape.latent_channels, 16, 8), seed=INPUT_SEED),
+        "context": models.seeded("context", (2, TOKENS, shape.context), seed=INPUT_SEED),
+    }
+    if isinstance(shape, models.FluxShape):
+        inputs["pooled"] = models.seeded("pooled", (2, shape.pooled), seed=INPUT_SEED)
+        inputs["guidance"] = torch.full((2,), GUIDANCE)
+    return inputs
+
+
+def _forward(denoiser: Any, shape: models.UNetShape | models.FluxShape) -> dict[str, Tensor]:
+    """The denoiser's answer to a batch of two, wider than tall."""
+    inputs = {
+        "x": models.seeded("forward.x", (2, shape.latent_channels, 8, 16), seed=INPUT_SEED),
+        "timestep": torch.tensor([951.0, 123.0]),
+        "context": models.seeded("forward.context", (2, TOKENS, shape.context), seed=INPUT_SEED),
+    }
+    if isinstance(shape, models.FluxShape):
+        inputs["timestep"] = torch.tensor([0.9, 0.2])
+        inputs["pooled"] = models.seeded("forward.pooled", (2, shape.pooled), seed=INPUT_SEED)
+        inputs["guidance"] = torch.tensor([GUIDANCE, 1.0])
+    output = comfyui_headless.denoise(denoiser, **inputs)
+    return {f"forward.{key}": value for key, value in (inputs | {"output": output}).items()}
+
+
+def _train(
+    patcher: Any, inputs: dict[str, Tensor], *, start: Callable[..., Tensor], learning_rate: float, seed: int
+) -> _Run:
+    """One run of the node; `start` overwrites the values it begins with."""
+    from comfy_extras import nodes_train
+
+    run = _Run()
+    positive = [
+        [
+            inputs["context"][i : i + 1].clone(),
+            {"pooled_output": inputs["pooled"][i : i + 1].clone(), "guidance": GUIDANCE} if "pooled" in inputs else {},
+        ]
+        for i in range(len(inputs["latents"]))
+    ]
+    settings = {
+        "batch_size": 1, "steps": STEPS, "grad_accumulation_steps": 1, "learning_rate": learning_rate, "rank": RANK,
+        "optimizer": "AdamW", "loss_function": "MSE", "seed": seed, "training_dtype": "fp32", "lora_dtype": "fp32",
+        "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": False, "checkpoint_depth": 1,
+        "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+    }  # fmt: skip
+    torch.manual_seed(seed)  # of the start values, overwritten below, and of the pictures' order
+    with _taps(nodes_train, run, start), _norms_keep_their_input():
+        output = nodes_train.TrainLoraNode.execute(
+            model=[patcher],
+            latents=[{"samples": inputs["latents"].clone()}],
+            positive=[positive],
+            **{name: [value] for name, value in settings.items()},
+        )
+    lora, loss_map, _ = output.result
+    run.result = {key: value.detach().clone() for key, value in lora.items()}
+    run.losses = loss_map["loss"]
+    return run
+
+
+@contextlib.contextmanager
+def _taps(nodes_train: Any, run: _Run, start: Callable[..., Tensor]) -> Iterator[None]:
+    """Look at, and set, what passes between the parts of the node."""
+    set_up, create, step = (
+        nodes_train._setup_lora_adapters,
+        nodes_train._create_optimizer,
+        nodes_train.TrainSampler.fwd_bwd,
+    )
+    parameters: dict[str, Tensor] = {}
+
+    def set_up_and_start(*args: Any) -> Any:
+        lora, adapters = set_up(*args)
+        for key, parameter in lora.items():
+            run.shapes[key] = list(parameter.shape)
+            run.start[key] = start(key, tuple(parameter.shape), seed=START_SEED)
+            parameter.data.copy_(run.start[key])
+        parameters.update(lora)
+        return lora, adapters
+
+    def create_and_watch(*args: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = create(*args)
+        optimizer.register_step_pre_hook(keep_gradients)
+        return optimizer
+
+    def keep_gradients(*_: Any) -> None:
+        if not run.gradients:
+            run.gradients.update({key: p.grad.clone() for key, p in parameters.items() if p.grad is not None})
+
+    def watch(
+        self: Any,
+        model: Any,
+        sigma: Tensor,
+        noise: Tensor,
+        latent: Tensor,
+        cond: Any,
+        index: list[int],
+        *args: Any,
+        **kw: Any,
+    ) -> Any:
+        timestep = model.inner_model.model_sampling.timestep(sigma.detach())
+        draw = {"latent": latent, "noise": noise, "sigma": sigma, "timestep": timestep, "index": torch.tensor(index)}
+        run.draws.append({name: value.detach().clone() for name, value in draw.items()})
+        return step(self, model, sigma, noise, latent, cond, index, *args, **kw)
+
+    with (
+        mock.patch.object(nodes_train, "_setup_lora_adapters", set_up_and_start),
+        mock.patch.object(nodes_train, "_create_optimizer", create_and_watch),
+        mock.patch.object(nodes_train.TrainSampler, "fwd_bwd", watch),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _norms_keep_their_input() -> Iterator[None]:
+    """LayerNorm on a copy, so that what is added in place afterwards does not reach its backward pass."""
+    layer_norm = torch.nn.functional.layer_norm
+
+    def on_copy(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return layer_norm(x.clone() if x.requires_grad else x, *args, **kwargs)
+
+    with mock.patch.object(torch.nn.functional, "layer_norm", on_copy):
+        yield
+
+
+def _draws(fresh: _Run, random: _Run) -> dict[str, Tensor]:
+    tensors = {}
+    for i, (one, other) in enumerate(zip(fresh.draws, random.draws, strict=True)):
+        for name, value in one.items():
+            if not torch.equal(value, other[name]):
+                sys.exit(f"step {i}: the two runs drew a different {name}; this checkout draws in another order")
+            tensors[f"step.{i}.{name}"] = value
+    return tensors
+
+
+def _results(fresh: _Run, random: _Run) -> dict[str, Tensor]:
+    missing = [key for key in fresh.shapes if key not in fresh.gradients or key not in random.gradients]
+    if missing:
+        sys.exit(f"{len(missing)} tensors got no gradient, {missing[0]} among them")
+    change = {key: fresh.result[key] - fresh.start[key] for key in fresh.shapes}
+    return {
+        "fresh.loss": torch.tensor(fresh.losses),
+        "random.loss": torch.tensor(random.losses),
+        "fresh.gradient": torch.stack([models.fingerprint(key, fresh.gradients[key]) for key in fresh.shapes]),
+        "fresh.change": torch.stack([models.fingerprint(key, change[key]) for key in fresh.shapes]),
+    } | {f"random.gradient.{key}": value for key, value in random.gradients.items()}
+
+
+if __name__ == "__main__":
+    main()

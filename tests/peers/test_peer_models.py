@@ -1,0 +1,52 @@
+"""The random models that golden files were recorded on: the published shapes, and the same weights as then."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from safetensors import safe_open
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+PUBLISHED = {
+    "Stable Diffusion 1.5": (models.SD1_FULL, 686, 859_520_964),
+    "Flux.1 dev": (models.FluxShape(3072, 19, 38, 4096, 768), 780, 11_901_408_320),
+}
+
+
+@pytest.mark.parametrize(("shape", "tensors", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_shapes_are_those_of_the_published_checkpoint(shape, tensors, parameters):
+    sizes = dict(shape.tensors())
+    assert len(sizes) == tensors
+    assert sum(math.prod(size) for size in sizes.values()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("file", "shape"),
+    [("comfyui_sd1_training", models.SD1_TINY), ("comfyui_flux_training", models.FLUX_TINY)],
+    ids=["sd1", "flux"],
+)
+def test_the_model_of_a_golden_file_can_be_rebuilt(file, shape):
+    with safe_open(str(GOLDEN / f"{file}.safetensors"), "pt") as golden:
+        metadata = golden.metadata()
+    rebuilt = models.checkpoint(shape, json.loads(metadata["seeds"])["weights"])
+    assert models.digest(rebuilt) == metadata["model_digest"]
+
+
+def test_a_seeded_tensor_has_the_mean_and_spread_asked_for():
+    values = models.seeded("any", (200, 500), seed=3, std=0.4, mean=1.0)
+    torch.testing.assert_close(values.mean().item(), 1.0, rtol=0, atol=0.01)
+    torch.testing.assert_close(values.std().item(), 0.4, rtol=0.01, atol=0)
+    assert not torch.equal(values, models.seeded("other", (200, 500), seed=3, std=0.4, mean=1.0))
+
+
+def test_a_fingerprint_tells_a_transposed_tensor_apart():
+    tensor = models.seeded("any", (6, 6), seed=0)
+    one, other = models.fingerprint("key", tensor), models.fingerprint("key", tensor.T)
+    assert one[0] == pytest.approx(other[0])
+    assert not torch.allclose(one[1:], other[1:])
