@@ -7,6 +7,7 @@ the shared module only while something runs inside `active()`.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch, applied
+from lorasmith.core.placement import best_device, held
 from lorasmith.families.base import Components, Conditioning, Defaults, Family
 from lorasmith.formats.names import ModelNames
 
@@ -105,14 +107,19 @@ class TextEncoder:
         """A handle with one more LoRA on `component`."""
         return replace(self, patches=(*self.patches, (component, patch)))
 
+    @contextlib.contextmanager
+    def active(self, device: torch.device | None = None) -> Iterator[None]:
+        """Apply the patches and stay on `device` (the best one if None) while inside, for many prompts in a row."""
+        with contextlib.ExitStack() as stack:
+            for name, module in self.base.components.text_encoders.items():
+                stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
+                stack.enter_context(held(module, device=device or best_device(), dtype=torch.float32))
+            yield
+
     @torch.no_grad()
     def encode(self, text: str) -> Conditioning:
-        """Conditioning of one prompt, in fp32 on the CPU."""
-        components = self.base.components
-        with contextlib.ExitStack() as stack:
-            for name, module in components.text_encoders.items():
-                stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
-            conditioning = self.base.family.encode_text(components, text, skip_layers=self.skip_layers)
+        """Conditioning of one prompt, in fp32 on the CPU. Patches count inside `active()` only."""
+        conditioning = self.base.family.encode_text(self.base.components, text, skip_layers=self.skip_layers)
         return conditioning.to("cpu", torch.float32)
 
 
@@ -122,12 +129,23 @@ class Autoencoder:
 
     base: Model
 
+    def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
+        """Stay on `device` (the best one if None) while inside, for many pictures in a row."""
+        module = self.base.components.vae
+        if module is None:
+            return contextlib.nullcontext()
+        return held(module, device=device or best_device(), dtype=torch.float32)
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """VAE latents (batch, channels, h, w) of pixels (batch, 3, height, width) in [−1, 1], in fp32 on the CPU."""
-        return self.base.family.encode_image(self.base.components, pixels).float().cpu()
+        return self.base.family.encode_image(self.base.components, self._placed(pixels)).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (batch, 3, height, width) in [−1, 1] of VAE latents, in fp32 on the CPU."""
-        return self.base.family.decode_latents(self.base.components, latents).float().cpu()
+        return self.base.family.decode_latents(self.base.components, self._placed(latents)).float().cpu()
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        module = self.base.components.vae
+        return tensor if module is None else tensor.to(next(module.parameters()).device, torch.float32)

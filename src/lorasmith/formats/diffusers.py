@@ -32,7 +32,7 @@ from lorasmith.formats.places import (
     original_places,
     read_tensors,
 )
-from lorasmith.formats.spelling import PEFT, ModuleTensors, grouped, rank_of, scale_of, spelled, split_key
+from lorasmith.formats.spelling import PEFT, ModuleTensors, grouped, scale_of, spelled, split_key
 
 __all__ = ["ADAPTER_METADATA", "DiffusersLayout", "metadata_of_peft_config"]
 
@@ -106,6 +106,7 @@ def metadata_of_peft_config(config: str) -> dict[str, str]:
 
 LAYOUTS.register(DiffusersLayout.name, "peft")(DiffusersLayout())
 
+_ENCODER_PREFIX = "text_model."
 _DENOISER_PREFIXES = ("unet.", "transformer.", "base_model.model.", "")
 _PREFIX = re.compile(
     r"unet\.|transformer\.|text_encoder(_2|_3)?\.|base_model\.model\.|(single_)?transformer_blocks\.|"
@@ -152,18 +153,27 @@ def _baked(module: ModuleTensors) -> ModuleTensors:
 
 def _lora_config(loras: Mapping[str, AdapterWeights]) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig for LoRAs whose alpha is their rank."""
-    ranks = {path: rank_of(weights) for path, weights in loras.items()}
-    common = collections.Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT takes these keys as regular expressions that may match the end of a path; the caret forbids that.
-    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    ranks = {path: weights.tensors["down"].shape[0] for path, weights in loras.items()}
+    counts = collections.Counter(ranks.values())
+    common = max(counts, key=lambda rank: (counts[rank], -rank))
+    others = {_pattern(path): rank for path, rank in ranks.items() if rank != common}
     return {
         "r": common,
         "lora_alpha": common,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(loras),
+        "target_modules": sorted(path.removeprefix(_ENCODER_PREFIX) for path in loras),
         "use_dora": any("dora_scale" in weights.tensors for weights in loras.values()),
     }
+
+
+def _pattern(path: str) -> str:
+    """A regular expression by which PEFT finds a module; it may match the end of a path unless a caret forbids that.
+
+    Text encoders need that, for some versions of transformers have `text_model.` in front of their paths.
+    """
+    start = "" if path.startswith(_ENCODER_PREFIX) else "^"
+    return start + re.escape(path.removeprefix(_ENCODER_PREFIX))
 
 
 @dataclass(frozen=True)

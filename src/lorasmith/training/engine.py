@@ -18,6 +18,7 @@ from lorasmith.adapters.base import Adapter
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.patch import attachments, merged_weights
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.placement import held, memory_format_for
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
@@ -28,7 +29,7 @@ from lorasmith.training.events import EventHandler, StepDone
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.optimizers import GatedOptimizer
-from lorasmith.training.precision import LossScale, held, memory_format_for
+from lorasmith.training.precision import LossScale
 
 __all__ = ["Recipe", "fit", "prepared", "sample_losses"]
 

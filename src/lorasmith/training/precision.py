@@ -1,43 +1,11 @@
-"""Where and in which number format the frozen model runs while it is trained on, and fp16's loss scale."""
+"""The loss scale of fp16 training."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["LossScale", "held", "memory_format_for"]
-
-
-def memory_format_for(module: nn.Module) -> torch.memory_format:
-    """Channels-last for models with 2-D convolutions larger than 1×1, which run faster so."""
-    convolutional = any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in module.modules())
-    return torch.channels_last if convolutional else torch.contiguous_format
-
-
-@contextlib.contextmanager
-def held(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Run `module` with its floating-point tensors in `dtype` on `device`.
-
-    Converted copies stand in for the tensors meanwhile; the originals are kept and put back, bit for bit. A model that
-    is already there is not copied.
-    """
-    layout = memory_format_for(module)
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            target = dtype if tensor.is_floating_point() else tensor.dtype
-            wanted = layout if tensor.ndim == 4 else torch.preserve_format
-            converted = tensor.data.to(device, target, memory_format=wanted)
-            if converted is not tensor.data:
-                originals.append((tensor, tensor.data))
-                tensor.data = converted
-        yield
-    finally:
-        for tensor, original in originals:
-            tensor.data = original
+__all__ = ["LossScale"]
 
 
 class LossScale:

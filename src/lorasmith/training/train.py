@@ -21,6 +21,7 @@ from lorasmith.core.dtypes import dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import config_from
+from lorasmith.core.placement import best_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Family, TargetPreset
 from lorasmith.families.model import Denoiser, Model
@@ -32,7 +33,7 @@ from lorasmith.training.lora import Lora
 from lorasmith.training.records import run_record, training_metadata
 from lorasmith.training.run_folder import RunFolder
 
-__all__ = ["Job", "TrainResult", "best_device", "plan_job", "resolve_targets", "train"]
+__all__ = ["Job", "TrainResult", "plan_job", "resolve_targets", "train"]
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,6 @@ class Job:
     def parameters(self) -> int:
         """Trained numbers."""
         return sum(p.numel() for adapter in self.adapters.values() for p in adapter.parameters())
-
-
-def best_device() -> torch.device:
-    """The first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(

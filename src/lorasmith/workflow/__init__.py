@@ -1,1 +1,31 @@
 """Node graphs: declaration, parsing, validation, execution. Knows nothing of training."""
+
+from lorasmith.workflow.context import NodeContext
+from lorasmith.workflow.executor import Executor
+from lorasmith.workflow.graph import Graph, examine, validate
+from lorasmith.workflow.mapping import NodeResult
+from lorasmith.workflow.node import NODES, Node, NodeOutput, node
+from lorasmith.workflow.object_info import object_info
+from lorasmith.workflow.prompt import apply_overrides, parse_prompt
+from lorasmith.workflow.sockets import ANY, MATCH, Grow, Input, Output
+
+__all__ = [
+    "ANY",
+    "MATCH",
+    "NODES",
+    "Executor",
+    "Graph",
+    "Grow",
+    "Input",
+    "Node",
+    "NodeContext",
+    "NodeOutput",
+    "NodeResult",
+    "Output",
+    "apply_overrides",
+    "examine",
+    "node",
+    "object_info",
+    "parse_prompt",
+    "validate",
+]

@@ -1,0 +1,333 @@
+"""Where models, inputs and outputs lie: ComfyUI's folder layout under one base, and what is found through it.
+
+    <base>/models/{checkpoints,loras,vae,diffusion_models,unet,text_encoders,clip,...}
+    <base>/{input,output,temp}          output/loras is also searched for LoRAs
+
+An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The package's
+own `assets/` is one more root of the same layout, read-only and searched last, so that the embedded model and the demo
+pictures are found everywhere. Names are relative to these roots, with forward slashes, and never lead out of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Literal, cast
+
+from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
+from lorasmith.core.registry import nearest
+
+__all__ = ["ASSETS", "MODEL_EXTENSIONS", "Folders", "NumberedFiles", "fingerprint", "read_extra_model_paths"]
+
+ASSETS = Path(__file__).parents[1] / "assets"
+"""The built-in root, laid out like a base folder."""
+
+MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+"""What counts as a model file in lists. Pickled kinds are listed so that loading one can say why it is refused."""
+
+Place = Literal["input", "output", "temp"]
+
+
+@dataclass(frozen=True)
+class NumberedFiles:
+    """Room for new files `<stem>_<counter>_<suffix>`, none of whose counters was taken.
+
+    Attributes:
+        folder: where they go; not made yet.
+        subfolder: `folder` relative to its place, with forward slashes, empty for the place itself.
+        place: `output`, `temp` or `input`, as the server's `/view` calls it.
+        stem: file name up to the counter.
+        counter: first free number.
+    """
+
+    folder: Path
+    subfolder: str
+    place: Place
+    stem: str
+    counter: int
+
+    def path(self, suffix: str, offset: int = 0) -> Path:
+        """The file for the `offset`-th new counter, such as `stem_00001_.png`."""
+        return self.folder / f"{self.stem}_{self.counter + offset:05}_{suffix}"
+
+    def reference(self, path: Path) -> dict[str, str]:
+        """How user interfaces are told about `path`: `{filename, subfolder, type}`."""
+        return {"filename": path.name, "subfolder": self.subfolder, "type": self.place}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of one installation.
+
+    Attributes:
+        base: base folder of ComfyUI's layout; need not exist.
+        extra: further folders by kind (`checkpoints`, `loras`, ...), searched after the base's.
+        preferred: further folders by kind, searched before the base's.
+    """
+
+    base: Path
+    extra: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
+    preferred: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
+
+    @classmethod
+    def load(cls, base: Path, *, extra_model_paths: Path | None = None) -> Folders:
+        """Folders of `base` with what `extra_model_paths` adds; by default the file of that name in `base`, if any.
+
+        Raises:
+            OptionError: the file is missing or malformed.
+        """
+        file = extra_model_paths or base / "extra_model_paths.yaml"
+        if extra_model_paths is None and not file.is_file():
+            return cls(base)
+        preferred, extra = read_extra_model_paths(file)
+        return cls(base, extra=extra, preferred=preferred)
+
+    @property
+    def output(self) -> Path:
+        """Where results go."""
+        return self.base / "output"
+
+    def roots(self, kind: str) -> list[Path]:
+        """Folders that are searched for models of `kind`, in order. Older names of kinds (`unet`, `clip`) are known."""
+        kind = _KINDS.get(kind, kind)
+        own = [f"models/{name}" for name in _SUBFOLDERS.get(kind, (kind,))]
+        outputs = [self.output / "loras"] if kind == "loras" else []
+        found = [
+            *self.preferred.get(kind, ()),
+            *(self.base / name for name in own),
+            *outputs,
+            *self.extra.get(kind, ()),
+            *(ASSETS / name for name in own),
+        ]
+        return list(dict.fromkeys(found))
+
+    def files(self, kind: str, extensions: Iterable[str] = MODEL_EXTENSIONS) -> list[str]:
+        """Sorted names of the models of `kind`; a diffusers folder (it holds `model_index.json`) counts as one."""
+        wanted = tuple(extension.casefold() for extension in extensions)
+        return sorted({name for root in self.roots(kind) for name in _models_below(root, wanted)})
+
+    def find(self, kind: str, name: str) -> Path:
+        """The file or diffusers folder `name` of `kind`.
+
+        Raises:
+            LoraError, ModelError: there is none, or the name leads out of the folders.
+        """
+        error = LoraError if _KINDS.get(kind, kind) == "loras" else ModelError
+        relative = _contained(name, f"a name among {kind}", error)
+        for root in self.roots(kind):
+            if (root / relative).is_file() or (root / relative / "model_index.json").is_file():
+                return root / relative
+        raise error(
+            f"no {name!r} among {kind}{nearest(name, self.files(kind))}; "
+            f"put it into {self.roots(kind)[0]} or choose one that is there"
+        )
+
+    def place(self, place: Place) -> Path:
+        """The folder that `input`, `output` or `temp` stands for."""
+        return self.base / place
+
+    def input_files(self, extensions: Iterable[str]) -> list[str]:
+        """Sorted names of the files that lie directly in the input folder."""
+        wanted = tuple(extension.casefold() for extension in extensions)
+        return sorted(
+            entry.name
+            for entry in _entries(self.place("input"))
+            if entry.is_file() and entry.name.casefold().endswith(wanted)
+        )
+
+    def find_input(self, name: str) -> Path:
+        """The file `name` of the input folder, or of the one it names: `cat.png [output]`, `cat.png [temp]`.
+
+        Raises:
+            DataError: there is none, or the name leads out of the folder.
+        """
+        plain, place = _annotated(name)
+        relative = _contained(plain, "a file name", DataError)
+        for root in self._places(place):
+            if (root / relative).is_file():
+                return root / relative
+        known = [entry.name for entry in _entries((self.place(place) / relative).parent) if entry.is_file()]
+        raise DataError(
+            f"no file {plain!r} in the {place} folder{nearest(Path(plain).name, known)}; "
+            f"put it into {self.place(place)} or choose one that is there"
+        )
+
+    def input_folders(self) -> list[str]:
+        """Sorted names of all folders below the input folder, the built-in data sets among them."""
+        return sorted(
+            {folder.relative_to(root).as_posix() for root in self._places("input") for folder, _ in _walk(root)} - {"."}
+        )
+
+    def find_input_folder(self, name: str) -> Path:
+        """The folder `name` below the input folder. Raises DataError when there is none."""
+        relative = _contained(name, "a folder name", DataError)
+        for root in self._places("input"):
+            if (root / relative).is_dir():
+                return root / relative
+        raise DataError(
+            f"no folder {name!r} in the input folder{nearest(name, self.input_folders())}; "
+            f"put it into {self.place('input')} or choose one that is there"
+        )
+
+    def numbered(
+        self,
+        prefix: str,
+        *,
+        place: Place = "output",
+        width: int = 0,
+        height: int = 0,
+        now: time.struct_time | None = None,
+    ) -> NumberedFiles:
+        """Room for new files under `prefix`, numbered after the highest counter that is there.
+
+        Args:
+            prefix: subfolders and stem; `%year%`, `%month%`, `%day%`, `%hour%`, `%minute%`, `%second%`, `%width%`
+                and `%height%` are filled in.
+            place: folder that it is relative to and stays in.
+            width, height: pixels of the picture to be saved.
+            now: local time for the tokens, the present by default.
+
+        Raises:
+            OutputError: the prefix is empty or leads out of the folder.
+        """
+        filled = _fill_tokens(prefix, width, height, now or time.localtime())
+        relative = _contained(filled, "a file name prefix", OutputError)
+        folder = self.place(place) / relative.parent
+        subfolder = relative.parent.as_posix()
+        return NumberedFiles(
+            folder=folder,
+            subfolder="" if subfolder == "." else subfolder,
+            place=place,
+            stem=relative.name,
+            counter=_next_counter(folder, relative.name),
+        )
+
+    def _places(self, place: Place) -> list[Path]:
+        return [self.place(place), *([ASSETS / "input"] if place == "input" else [])]
+
+
+def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Folders by kind that an `extra_model_paths.yaml` names: those to search first, and those to search after.
+
+    The file holds named sections; each maps kinds to one or more lines of paths, relative to the section's `base_path`
+    (or to the file). `is_default: true` puts a section's folders first.
+
+    Raises:
+        OptionError: the file cannot be read or has another shape.
+    """
+    import yaml
+
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"{file} must be a readable YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(sections, dict):
+        raise OptionError(f"{file} must hold named sections of kinds and paths, got {type(sections).__name__}")
+    preferred: dict[str, list[Path]] = {}
+    extra: dict[str, list[Path]] = {}
+    for title, section in sections.items():
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise OptionError(f"section {title!r} of {file} must map kinds to paths, got {section!r}")
+        target = preferred if section.get("is_default", False) else extra
+        base = file.parent.absolute() / _expanded(str(section.get("base_path", "")))
+        for kind, lines in section.items():
+            if kind in ("base_path", "is_default"):
+                continue
+            if not isinstance(lines, str):
+                raise OptionError(f"{kind!r} in section {title!r} of {file} must be lines of paths, got {lines!r}")
+            paths = (base / _expanded(line.strip()) for line in lines.splitlines() if line.strip())
+            target.setdefault(_KINDS.get(str(kind), str(kind)), []).extend(Path(os.path.normpath(p)) for p in paths)
+    return preferred, extra
+
+
+def fingerprint(path: Path) -> list[list[str | int]]:
+    """What a result computed from `path` depends on: size and modification time of the file, or of each file below."""
+    files = [path] if path.is_file() else sorted(folder / name for folder, names in _walk(path) for name in names)
+    stats = [(file, file.stat()) for file in files]
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+_KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
+_SUBFOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+_ANNOTATION = re.compile(r"(?P<name>.*?)\s*\[(?P<place>input|output|temp)\]", re.DOTALL)
+
+
+def _annotated(name: str) -> tuple[str, Place]:
+    """`cat.png [temp]` → (`cat.png`, `temp`)."""
+    match = _ANNOTATION.fullmatch(name)
+    if match is None:
+        return name, "input"
+    return match["name"], cast(Place, match["place"])
+
+
+def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPath:
+    """`name` as a relative path that cannot leave the folder it is joined to.
+
+    The check is on the text alone: people link model and output folders to other disks, which is theirs to do.
+    """
+    relative = PurePosixPath(name.replace("\\", "/"))
+    absolute = relative.is_absolute() or bool(PureWindowsPath(name).drive)
+    if absolute or ".." in relative.parts or not relative.parts or "\0" in name:
+        raise error(f"{what} must stay inside its folder, got {name!r}; use a relative name without '..'")
+    return relative
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `root` down with its file names; hidden folders are left out, links followed once."""
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(folder), names
+
+
+def _models_below(root: Path, extensions: tuple[str, ...]) -> Iterator[str]:
+    diffusers: set[Path] = set()
+    for folder, names in _walk(root):
+        if not diffusers.isdisjoint(folder.parents):
+            continue
+        if "model_index.json" in names and folder != root:
+            diffusers.add(folder)
+            yield folder.relative_to(root).as_posix()
+        else:
+            files = (folder / name for name in names if name.casefold().endswith(extensions))
+            yield from (file.relative_to(root).as_posix() for file in files)
+
+
+def _fill_tokens(prefix: str, width: int, height: int, now: time.struct_time) -> str:
+    tokens = {
+        "year": f"{now.tm_year}",
+        "month": f"{now.tm_mon:02}",
+        "day": f"{now.tm_mday:02}",
+        "hour": f"{now.tm_hour:02}",
+        "minute": f"{now.tm_min:02}",
+        "second": f"{now.tm_sec:02}",
+        "width": f"{width}",
+        "height": f"{height}",
+    }
+    return re.sub(r"%(\w+)%", lambda match: tokens.get(match[1], match[0]), prefix)
+
+
+def _next_counter(folder: Path, stem: str) -> int:
+    # Case is ignored so that files from this machine can move to one whose file system ignores it.
+    taken = re.compile(rf"{re.escape(stem)}_(\d+)_?\..+", re.IGNORECASE)
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - also expands $VARIABLES, which Path does not

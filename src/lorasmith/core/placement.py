@@ -1,0 +1,45 @@
+"""Where a model runs, and in which number format, for a while: copies stand in for its tensors and are gone after."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["best_device", "held", "memory_format_for"]
+
+
+def best_device() -> torch.device:
+    """The first CUDA device, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_format_for(module: nn.Module) -> torch.memory_format:
+    """Channels-last for models with 2-D convolutions larger than 1×1, which run faster so."""
+    convolutional = any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in module.modules())
+    return torch.channels_last if convolutional else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def held(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Run `module` with its floating-point tensors in `dtype` on `device`.
+
+    Converted copies stand in for the tensors meanwhile; the originals are kept and put back, bit for bit. A model that
+    is already there is not copied.
+    """
+    layout = memory_format_for(module)
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            wanted = layout if tensor.ndim == 4 else torch.preserve_format
+            converted = tensor.data.to(device, target, memory_format=wanted)
+            if converted is not tensor.data:
+                originals.append((tensor, tensor.data))
+                tensor.data = converted
+        yield
+    finally:
+        for tensor, original in originals:
+            tensor.data = original

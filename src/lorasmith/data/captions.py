@@ -1,0 +1,84 @@
+"""Captions: the text beside an image, the trigger, and the tags that metadata counts."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.core.errors import DataError
+
+__all__ = ["CAPTION_SUFFIXES", "Caption", "read_caption", "tag_frequency", "with_trigger"]
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Endings of caption files, the preferred one first."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a caption file says.
+
+    Attributes:
+        text: on one line, each run of white space a single blank; may be empty.
+        path: the file.
+        note: something a person should know about the file, in one sentence, or None.
+    """
+
+    text: str
+    path: Path
+    note: str | None = None
+
+
+def read_caption(image: Path) -> Caption | None:
+    """Caption of an image file from the file of the same name ending in `.txt` or `.caption`, None without one.
+
+    Text is UTF-8, with or without byte order mark, or UTF-16 with one. Anything else is read as latin-1, which always
+    succeeds but may be wrong: `note` says so.
+
+    Raises:
+        DataError: the file is there and cannot be read.
+    """
+    path = next((path for suffix in CAPTION_SUFFIXES if (path := image.with_suffix(suffix)).is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"caption file {path} cannot be read ({error.strerror}); check its permissions") from error
+    text, note = _decoded(content)
+    return Caption(_one_line(text), path, note and f"caption file {path} {note}")
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """`caption` with `trigger` in front unless it is there already, as whole words and in any case.
+
+    >>> with_trigger("on a beach", "sks dog"), with_trigger("a SKS dog", "sks dog"), with_trigger("", "sks dog")
+    ('sks dog, on a beach', 'a SKS dog', 'sks dog')
+    """
+    caption, trigger = _one_line(caption), _one_line(trigger)
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
+    """How often each comma-separated tag occurs, in lower case, the most frequent first (`ss_tag_frequency`)."""
+    counts = Counter(tag for caption in captions for part in caption.split(",") if (tag := _one_line(part).lower()))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _decoded(content: bytes) -> tuple[str, str | None]:
+    """Text of a caption file, and what there is to say about how it was decoded."""
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return content.decode("utf-16"), None
+        return content.decode("utf-8-sig"), None
+    except UnicodeDecodeError:
+        return content.decode("latin-1"), "is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,119 @@
+"""Encoded samples: what training draws from, and the way from a folder to them.
+
+Works on plain functions for image and text, so it needs no model object; families and nodes supply them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+from lorasmith.data.buckets import bucket_size
+from lorasmith.data.folder import FolderScan, ImageFile
+from lorasmith.data.images import open_image, resize_and_crop, to_tensor
+from lorasmith.families.base import Conditioning
+
+__all__ = ["EncodedDataset", "Sample", "encode_folder"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, encoded.
+
+    Attributes:
+        latents: fp32 (channels, height, width) on the CPU, as the denoiser sees them (`LatentFormat.to_model` applied).
+        conditioning: what the denoiser is told about it, batch of 1.
+        name: what messages call it, usually the file name.
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    name: str
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """The samples of a run. A sample that repeats within an epoch stands in here as often as it repeats.
+
+    Raises:
+        DataError: there are no samples; latents that are not (channels, height, width), of different channel counts, or
+            not finite.
+    """
+
+    samples: tuple[Sample, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise DataError("a dataset needs at least one sample, got none; give it some images")
+        first = self.samples[0]
+        for sample in self.samples:
+            _check_latents(sample, channels=len(first.latents))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def encode_folder(
+    scan: FolderScan,
+    *,
+    encode_image: Callable[[Tensor], Tensor],
+    encode_text: Callable[[str], Conditioning],
+    resolution: int,
+    multiple: int,
+    upscale: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> EncodedDataset:
+    """Encode the images of a folder, one at a time; each caption is encoded once however many images carry it.
+
+    Captions come first, so that text encoders are done with before the images begin.
+
+    Args:
+        scan: the folder, looked through.
+        encode_image: pixels (1, 3, H, W) in [−1, 1] → latents (1, C, h, w) as the denoiser sees them.
+        encode_text: caption → conditioning, batch of 1.
+        resolution, multiple, upscale: of the buckets, see `bucket_size`.
+        progress: called after each image with the number done, the number in all and the image's name.
+
+    Raises:
+        ImageError: an image cannot be read any more.
+        DataError: the resolution is below `multiple`; an image's latents are not finite.
+    """
+    with torch.no_grad():
+        captions = {text: _on_cpu(encode_text(text)) for text in dict.fromkeys(image.caption for image in scan.images)}
+        samples: list[Sample] = []
+        for done, image in enumerate(scan.images, start=1):
+            pixels = _pixels(image, resolution=resolution, multiple=multiple, upscale=upscale)
+            latents = encode_image(pixels)[0].to("cpu", torch.float32)
+            sample = Sample(latents, captions[image.caption], image.path.name)
+            _check_latents(sample, channels=len(latents))
+            samples += [sample] * image.repeats
+            if progress:
+                progress(done, len(scan.images), sample.name)
+    return EncodedDataset(tuple(samples))
+
+
+def _pixels(image: ImageFile, *, resolution: int, multiple: int, upscale: bool) -> Tensor:
+    """The image at its bucket's size, (1, 3, height, width) in [−1, 1]."""
+    width, height = bucket_size(image.width, image.height, resolution=resolution, multiple=multiple, upscale=upscale)
+    return to_tensor(resize_and_crop(open_image(image.path), width, height))[None]
+
+
+def _on_cpu(conditioning: Conditioning) -> Conditioning:
+    return Conditioning({key: tensor.cpu() for key, tensor in conditioning.tensors.items()}, conditioning.text)
+
+
+def _check_latents(sample: Sample, *, channels: int) -> None:
+    shape = tuple(sample.latents.shape)
+    if len(shape) != 3 or shape[0] != channels:
+        raise DataError(
+            f"latents must all be ({channels}, height, width), got {shape} for {sample.name}; encode every image with "
+            "the same autoencoder"
+        )
+    if not sample.latents.isfinite().all():
+        raise DataError(
+            f"latents must be finite, got NaN or infinity for {sample.name}; encode in fp32 or leave the image out"
+        )

@@ -1,0 +1,194 @@
+"""A folder of images and captions: what can be trained on, what is skipped and why.
+
+    photos/
+      1.jpg, 1.txt        an image and its caption
+      2.png               an image without: the trigger is its caption
+      10_sks dog/         kohya's convention: images in here count ten times in an epoch; the rest of the name is their
+                          caption where there is neither a caption file nor a trigger
+
+Hidden files and folders are ignored, and so is everything that is not an image; other folders are listed as skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorasmith.core.errors import DataError
+from lorasmith.data.captions import read_caption, with_trigger
+from lorasmith.data.images import ImageError, image_size, image_suffixes
+
+__all__ = ["MAX_ASPECT", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
+
+MIN_EDGE = 16
+"""Pixels that the shorter edge of an image must have at least."""
+
+MAX_ASPECT = 8
+"""How many times as long as the shorter edge the longer one may be: past that, a crop or a bucket keeps too little."""
+
+CaptionSource = Literal["file", "trigger", "folder", "none"]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that can be trained on.
+
+    Attributes:
+        path: the file.
+        width, height: of the upright picture, in pixels.
+        caption: ready for the text encoder, trigger included; may be empty.
+        caption_source: where it came from, the trigger's part aside.
+        repeats: how often the image counts in an epoch.
+    """
+
+    path: Path
+    width: int
+    height: int
+    caption: str
+    caption_source: CaptionSource
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class FolderScan:
+    """What a folder holds.
+
+    Attributes:
+        images: usable images in natural order (`2.png` before `10.png`), those of subfolders last.
+        skipped: what is not used, with the reason and the remedy.
+        missing_captions: usable images without a caption file, or with an empty one.
+        notes: other things to tell the person whose folder it is.
+    """
+
+    images: tuple[ImageFile, ...]
+    skipped: tuple[tuple[Path, str], ...]
+    missing_captions: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
+    """Look through a folder; every image file is read once to prove it whole, none is kept in memory.
+
+    Args:
+        path: the folder.
+        trigger: put in front of captions that lack it, and alone where there is no caption.
+
+    Raises:
+        DataError: the folder is missing, is a file, cannot be read, or holds no usable image; a caption file cannot be
+            read.
+    """
+    images: list[ImageFile] = []
+    skipped: list[tuple[Path, str]] = []
+    missing: list[Path] = []
+    notes: list[str] = []
+    for found in _walk(path, skipped):
+        try:
+            width, height = _usable_size(found.path)
+        except ImageError as error:
+            skipped.append((error.path, error.reason))
+            continue
+        caption = read_caption(found.path)
+        text = caption.text if caption else ""
+        if not text:
+            missing.append(found.path)
+        if caption and caption.note:
+            notes.append(caption.note)
+        images.append(
+            ImageFile(found.path, width, height, *_caption(text, trigger, found.folder_caption), found.repeats)
+        )
+    if not images:
+        raise DataError(_nothing_usable(path, skipped))
+    return FolderScan(tuple(images), tuple(skipped), tuple(missing), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path
+    repeats: int = 1
+    folder_caption: str = ""
+
+
+def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
+    """Image files of a folder and of its `<repeats>_<name>` subfolders; fills `skipped` with what is left aside."""
+    subfolders = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            subfolders.append(entry)
+        elif _is_image(entry, skipped):
+            yield _Found(entry)
+    for subfolder in subfolders:
+        named = re.fullmatch(r"(\d+)_(.*)", subfolder.name)
+        if not named or int(named[1]) == 0:
+            skipped.append((subfolder, "is a folder without repeats in its name; rename it to 1_name to include it"))
+            continue
+        for entry in _entries(subfolder):
+            if entry.is_file() and _is_image(entry, skipped):
+                yield _Found(entry, int(named[1]), named[2].strip())
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds except hidden things, in natural order."""
+    try:
+        return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_natural)
+    except FileNotFoundError:
+        raise DataError(f"image folder {folder} does not exist; check the path") from None
+    except NotADirectoryError:
+        raise DataError(f"{folder} is a file where a folder of images is needed; give the folder it is in") from None
+    except OSError as error:
+        raise DataError(f"image folder {folder} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _is_image(entry: Path, skipped: list[tuple[Path, str]]) -> bool:
+    suffix = entry.suffix.lower()
+    if suffix in image_suffixes():
+        return True
+    if suffix in _FOREIGN_SUFFIXES:
+        skipped.append((entry, f"is a {suffix[1:].upper()} file, which is not read here; convert it to PNG or JPEG"))
+    return False
+
+
+# Pictures that somebody may expect to be trained on; other files (captions, notes, ...) are passed over in silence.
+# fmt: off
+_FOREIGN_SUFFIXES = frozenset((
+    ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr",
+    ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+    ".mp4", ".mov", ".webm", ".avi", ".mkv",
+))
+# fmt: on
+
+
+def _usable_size(path: Path) -> tuple[int, int]:
+    width, height = image_size(path)
+    if min(width, height) < MIN_EDGE:
+        raise ImageError(path, f"is {width}×{height} px and needs {MIN_EDGE} px at its shorter edge; use a larger one")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(path, f"is {width}×{height} px, longer than {MAX_ASPECT}:1; crop it or cut it into pieces")
+    return width, height
+
+
+def _caption(text: str, trigger: str, folder_caption: str) -> tuple[str, CaptionSource]:
+    if text:
+        return with_trigger(text, trigger), "file"
+    if trigger.strip():
+        return with_trigger("", trigger), "trigger"
+    return (folder_caption, "folder") if folder_caption else ("", "none")
+
+
+def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:
+    if not skipped:
+        known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
+        return f"{folder} holds no images; put some in it ({known})"
+    path, reason = skipped[0]
+    others = f" ({len(skipped) - 1} more were skipped)" if len(skipped) > 1 else ""
+    return f"{folder} holds no usable image: {path.name} {reason}{others}"
+
+
+def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
+    """Sort key that reads digits as numbers; the plain name settles ties such as `1.png` and `01.png`."""
+    pieces = re.split(r"([0-9]+)", path.name.casefold())
+    return [
+        (not piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces if piece
+    ], path.name

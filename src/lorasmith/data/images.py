@@ -1,0 +1,190 @@
+"""Image files to upright RGB pictures, and pictures to tensors. Pillow's ways of failing end here."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+
+__all__ = ["ImageError", "image_size", "image_suffixes", "open_image", "resize_and_crop", "to_tensor"]
+
+
+class ImageError(DataError):
+    """One image file cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: the sentence without its subject, for lists that name the file themselves.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def image_suffixes() -> frozenset[str]:
+    """File name endings that `open_image` reads, in lower case with their dot."""
+    return frozenset(suffix for name in _readable_formats() for suffix in _FORMATS[name])
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in a file: upright as its EXIF data says, on white where it is transparent, 8-bit RGB.
+
+    Of an animation, the first frame. 16-bit, 32-bit and floating-point greys are scaled to 8 bits. The format is told
+    from the content, not from the file's name.
+
+    Raises:
+        ImageError: the file is missing, empty, damaged, no image, a single pixel, or too large to be unpacked.
+    """
+    with _opened(path) as image:
+        image.load()
+        picture = _eight_bits(_upright(image))
+        return _on_white(picture) if picture.has_transparency_data else picture.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright picture, once the whole file has proved readable.
+
+    JPEG files are unpacked at an eighth of their size, which still reads every byte and is much faster.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        if image.format == "JPEG":
+            image.draft("RGB", (1, 1))
+        image.load()
+        # Asked after loading: for TIFF, Pillow has turned size and pixels itself by then, and dropped the entry.
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """`image` scaled (Lanczos, antialiased) to cover width × height, cropped to it around the centre.
+
+    One resampling of the part that stays: nothing outside the crop is computed, and the centre is exact to a fraction
+    of a pixel.
+    """
+    kept_width = min(image.width, image.height * width / height)
+    kept_height = min(image.height, image.width * height / width)
+    left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
+    box = (left, top, left + kept_width, top + kept_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as fp32 (3, height, width), black at −1 and white at 1."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    # Known to newer versions of Pillow, and to Pillow with a plug-in that somebody registered.
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
+}
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+# What Pillow's readers raise when a file is damaged or of a kind they do not convert: errors of their own, errors of the
+# decoders below them, and slips of their parsers.
+_DAMAGE = (OSError, SyntaxError, RuntimeError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def _readable_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file as a lazy Pillow image; whatever goes wrong with it inside the block becomes an ImageError."""
+    try:
+        # Pillow warns of oddities in metadata, which training does not read, and of sizes well below its hard limit.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_readable_formats()) as image:
+            if image.size == (1, 1):
+                raise ImageError(path, "is a single pixel; replace it by a picture or remove it")
+            yield image
+    except FileNotFoundError:
+        raise ImageError(path, "does not exist; check the name") from None
+    except PermissionError:
+        raise ImageError(path, "may not be read; check the file's permissions") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise ImageError(path, f"has more than {limit} million pixels; scale it down first") from None
+    except UnidentifiedImageError:
+        raise ImageError(path, _no_image(path)) from None
+    except _DAMAGE as error:
+        raise ImageError(path, f"is damaged or cut short ({error}); get a good copy or remove it") from error
+
+
+def _no_image(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "is empty; get a good copy or remove it"
+    known = ", ".join(_readable_formats())
+    return f"is not an image, whatever its name says: its content is none of {known}; replace or remove it"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 where there is none."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGE:
+        # A damaged EXIF block says nothing about the pixels, which are fine.
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture itself, or, of the modes that hold wider greys, a version scaled to mode L."""
+    if image.mode.startswith("I;16"):
+        return _scaled_grey(image, white_levels=(0xFFFF,))
+    if image.mode == "I":
+        return _scaled_grey(image, white_levels=(0xFFFF, 0x7FFFFFFF))
+    if image.mode == "F":
+        return _scaled_grey(image, white_levels=(1, 0xFF, 0xFFFF))
+    return image
+
+
+def _scaled_grey(image: Image.Image, *, white_levels: tuple[int, ...]) -> Image.Image:
+    """Wide greys as mode L. Files do not say which value is white: the first level that no pixel exceeds is taken."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0).clip(min=0)
+    brightest = values.max()
+    white = next((level for level in white_levels if brightest <= level), brightest)
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGBA")
+    canvas = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(canvas, picture).convert("RGB")

@@ -1,0 +1,56 @@
+"""A folder of images, encoded by a model: what `train` takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lorasmith.data.dataset import EncodedDataset, encode_folder
+from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.families.model import Model
+
+__all__ = ["encode_scan", "load_dataset"]
+
+
+def load_dataset(
+    folder: str | os.PathLike[str],
+    model: Model,
+    *,
+    trigger: str = "",
+    resolution: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> EncodedDataset:
+    """Read and encode a folder of images with captions in same-name `.txt` files.
+
+    Args:
+        folder: the folder.
+        model: whose autoencoder and text encoder to use.
+        trigger: put in front of captions that lack it, and alone where there is no caption.
+        resolution: side in pixels of the square whose area pictures are scaled to; the model's own if None.
+        progress: called after each image with the number done, the number in all and the image's name.
+
+    Raises:
+        DataError: the folder or its images cannot be used.
+    """
+    return encode_scan(scan_folder(Path(folder), trigger=trigger), model, resolution=resolution, progress=progress)
+
+
+def encode_scan(
+    scan: FolderScan,
+    model: Model,
+    *,
+    resolution: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> EncodedDataset:
+    """Encode a folder that was looked through before; see `load_dataset`."""
+    latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
+    with encoder.active(), autoencoder.active():
+        return encode_folder(
+            scan,
+            encode_image=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
+            encode_text=encoder.encode,
+            resolution=resolution or model.defaults.resolution,
+            multiple=model.defaults.pixel_multiple,
+            progress=progress,
+        )

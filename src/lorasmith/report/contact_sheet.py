@@ -1,0 +1,89 @@
+"""Contact sheets: pictures in labelled rows and columns, such as before and after training by prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageOps
+
+from lorasmith.report.text import load_font, text_image
+
+__all__ = ["contact_sheet"]
+
+_INK, _FAINT, _FRAME = "#1f2933", "#52606d", "#d9dee3"
+_GAP, _MARGIN = 8, 24
+_ROW_LABEL_WIDTH = 150
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    *,
+    title: str = "",
+    min_cell: int = 128,
+    max_cell: int = 512,
+) -> Image.Image:
+    """One RGB picture that shows `rows` of pictures, each row and column under its label.
+
+    Pictures keep their shape. All are scaled alike, so that relations of size stay true: up by a whole number while the
+    largest is small, down to fit when it is large. Long labels are wrapped, and in the end cut.
+
+    Args:
+        rows: pictures of any mode and size, at least one; rows may be of different length.
+        row_labels: one for each row, or none at all.
+        column_labels: one for each column of the longest row, or none at all.
+        title: heading of the sheet.
+        min_cell, max_cell: pixels that the longest edge of all pictures is brought between.
+    """
+    assert len(row_labels) in (0, len(rows))
+    assert len(column_labels) in (0, max(len(row) for row in rows))
+    table = _scaled(rows, min_cell, max_cell)
+    if column_labels:
+        width = max(picture.width for row in table for picture in row)
+        table.insert(0, [_label(text, width, colour=_FAINT) for text in column_labels])
+    if row_labels:
+        blank = Image.new("RGB", (1, 1), "white")
+        heads = [_label(text, _ROW_LABEL_WIDTH, colour=_INK) for text in row_labels]
+        table = [[head, *row] for head, row in zip([blank, *heads][-len(table) :], table, strict=True)]
+    sheet = _laid_out(table, header=bool(column_labels))
+    if title:
+        heading = text_image(title, load_font(22, bold=True), sheet.width, colour=_INK, max_lines=3)
+        sheet = _laid_out([[heading], [sheet]], header=True)
+    return ImageOps.expand(sheet, _MARGIN, "white")
+
+
+def _scaled(rows: Sequence[Sequence[Image.Image]], min_cell: int, max_cell: int) -> list[list[Image.Image]]:
+    """Framed RGB copies whose longest edge of all lies between the bounds."""
+    longest = max(edge for row in rows for picture in row for edge in picture.size)
+    factor = max(1, math.ceil(min_cell / longest)) if longest <= max_cell else max_cell / longest
+
+    def framed(picture: Image.Image) -> Image.Image:
+        width, height = (max(1, round(edge * factor)) for edge in picture.size)
+        kind = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
+        return ImageOps.expand(picture.convert("RGB").resize((width, height), kind), 1, _FRAME)
+
+    return [[framed(picture) for picture in row] for row in rows]
+
+
+def _label(text: str, width: int, *, colour: str) -> Image.Image:
+    return text_image(text, load_font(14), width, colour=colour, max_lines=5)
+
+
+def _laid_out(table: Sequence[Sequence[Image.Image]], *, header: bool) -> Image.Image:
+    """The cells of a table on white, centred in their rows and columns; those of a header row stand at its foot."""
+    num_columns = max(len(row) for row in table)
+    widths = [max(row[column].width for row in table if column < len(row)) for column in range(num_columns)]
+    heights = [max((cell.height for cell in row), default=0) for row in table]
+    gaps = _GAP * (num_columns - 1), _GAP * (len(table) - 1)
+    sheet = Image.new("RGB", (sum(widths) + gaps[0], sum(heights) + gaps[1]), "white")
+    y = 0
+    for index, row in enumerate(table):
+        x = 0
+        for cell, width in zip(row, widths, strict=False):
+            spare = heights[index] - cell.height
+            sheet.paste(cell, (x + (width - cell.width) // 2, y + (spare if header and index == 0 else spare // 2)))
+            x += width + _GAP
+        y += heights[index] + _GAP
+    return sheet

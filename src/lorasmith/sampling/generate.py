@@ -1,0 +1,142 @@
+"""Pictures from prompts: the whole way from text to image with a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.placement import best_device, held
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.sampling.sample import prepare_noise, sample_latents
+from lorasmith.sampling.sigmas import sigmas_for
+
+__all__ = ["generate", "to_images"]
+
+
+def generate(
+    model: Model | Denoiser,
+    prompts: str | Sequence[str],
+    *,
+    text_encoder: TextEncoder | None = None,
+    negative: str = "",
+    seed: int = 0,
+    steps: int = 20,
+    cfg: float | None = None,
+    sampler: str = "euler",
+    scheduler: str = "normal",
+    width: int | None = None,
+    height: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[Image.Image]:
+    """One picture for each prompt, all from noise of the same seed.
+
+    Args:
+        model: the model, or its denoiser with LoRAs applied.
+        prompts: one or more prompts, `(word:1.2)` weights included.
+        text_encoder: the encoder to use if it has LoRAs of its own; the model's if None.
+        negative: prompt to move away from.
+        seed: of the noise.
+        steps: sampling steps.
+        cfg: guidance scale; what suits the model if None.
+        sampler, scheduler: names as KSampler has them.
+        width, height: pixels; the model's resolution if None.
+        progress: told (steps done, steps in all), all prompts together.
+        cancelled: asked between evaluations of the network.
+
+    Raises:
+        OptionError: a size does not fit the model, or a name is unknown.
+        ModelError: the model lacks a text encoder or an autoencoder.
+    """
+    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    base = denoiser.base
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    encoder = text_encoder or base.text_encoder
+    with encoder.active():
+        positives = [encoder.encode(prompt) for prompt in prompts]
+        away = encoder.encode(negative)
+    latents = []
+    device = best_device()
+    with denoiser.active(), held(denoiser.module, device=device, dtype=torch.float32):
+        for index, positive in enumerate(positives):
+            done = index * steps
+            latents.append(
+                _sampled(
+                    denoiser,
+                    positive,
+                    away,
+                    shape=_latent_shape(base, width, height),
+                    device=device,
+                    seed=seed,
+                    steps=steps,
+                    cfg=base.defaults.guidance if cfg is None else cfg,
+                    sampler=sampler,
+                    scheduler=scheduler,
+                    callback=None if progress is None else _counter(progress, done, steps * len(prompts)),
+                    cancelled=cancelled,
+                )
+            )
+    with base.autoencoder.active():
+        pictures = [base.autoencoder.decode(base.components.latent.from_model(one)) for one in latents]
+    return [image for picture in pictures for image in to_images(picture)]
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pictures from pixels (batch, 3, height, width) in [−1, 1]."""
+    scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
+
+
+def _sampled(
+    denoiser: Denoiser,
+    positive: Conditioning,
+    negative: Conditioning,
+    *,
+    shape: tuple[int, ...],
+    device: torch.device,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler: str,
+    scheduler: str,
+    callback: Callable[[int, int, Tensor], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> Tensor:
+    """Latents (1, channels, h, w) of one prompt, as the denoiser sees them."""
+    components = denoiser.base.components
+    return sample_latents(
+        denoiser.predict,
+        schedule=components.schedule,
+        parameterization=components.parameterization,
+        positive=[positive],
+        negative=[negative],
+        latents=torch.zeros(shape, device=device),
+        noise=prepare_noise(seed, shape),
+        sigmas=sigmas_for(components.schedule, scheduler, steps, sampler=sampler),
+        sampler=sampler,
+        cfg=cfg,
+        seed=seed,
+        callback=callback,
+        cancelled=cancelled,
+    )
+
+
+def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[int, int, int, int]:
+    defaults, latent = model.defaults, model.components.latent
+    sides = {"width": width or defaults.resolution, "height": height or defaults.resolution}
+    for name, side in sides.items():
+        if side % defaults.pixel_multiple:
+            raise OptionError(
+                f"{name} must divide by {defaults.pixel_multiple} for {model.title}, got {side}; "
+                f"try {max(1, round(side / defaults.pixel_multiple)) * defaults.pixel_multiple}"
+            )
+    return (1, latent.channels, sides["height"] // latent.downscale, sides["width"] // latent.downscale)
+
+
+def _counter(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int, Tensor], None]:
+    return lambda step, _, __: progress(before + step + 1, total)

@@ -1,0 +1,324 @@
+"""A prompt checked as a whole: every fault found at once, and what is left for an executor to run.
+
+Faults in nodes that no output needs are warnings, since such nodes never run; so are inputs that a node does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorasmith.core.errors import GraphError, LorasmithError
+from lorasmith.core.folders import Folders
+from lorasmith.core.registry import Registry, nearest
+from lorasmith.workflow.node import NODES, Node
+from lorasmith.workflow.order import depth_first
+from lorasmith.workflow.prompt import Prompt, class_of, node_label, node_title
+from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
+
+__all__ = ["Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where an input gets its values: output number `output` of node `node_id`."""
+
+    node_id: str
+    output: int
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of a checked graph.
+
+    Attributes:
+        id: key in the prompt.
+        title: as the file calls it, or the node's display name.
+        node: its declaration.
+        inputs: links and values by the prompt's key, checked, values as the node shall see them. Declared defaults
+            stand in for optional inputs that were left out; unknown inputs are gone.
+    """
+
+    id: str
+    title: str
+    node: Node
+    inputs: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"node {self.id} {self.title!r}"
+
+    def links(self) -> Iterator[tuple[str, Link]]:
+        """The linked inputs, in the order that the node declares."""
+        for name in self.node.slots:
+            if isinstance(link := self.inputs.get(name), Link):
+                yield name, link
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What an executor runs.
+
+    Attributes:
+        nodes: the nodes that outputs need, in the order to run them.
+        outputs: ids of the output nodes.
+        prompt: the prompt that it was made from.
+        warnings: what was noticed and ignored, one sentence each.
+    """
+
+    nodes: Mapping[str, GraphNode]
+    outputs: tuple[str, ...]
+    prompt: Prompt
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of a prompt.
+
+    Attributes:
+        kind: the fault's name in a ComfyUI server's answer (`required_input_missing`, ...).
+        label: how messages name the node; empty for the graph itself.
+        sentence: rule, value and remedy.
+        node_id, input_name: where, as far as the fault has a place.
+    """
+
+    kind: str
+    label: str
+    sentence: str
+    node_id: str | None = None
+    input_name: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.sentence}" if self.label else self.sentence
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that is to be said about a prompt. `graph` can be run only while there are no faults."""
+
+    graph: Graph
+    faults: tuple[Finding, ...]
+
+
+def validate(
+    prompt: Prompt, folders: Folders, *, nodes: Registry[Node] = NODES, targets: Collection[str] | None = None
+) -> Graph:
+    """The graph of `prompt`; arguments as for `examine`. Raises GraphError with every fault when there is one."""
+    examination = examine(prompt, folders, nodes=nodes, targets=targets)
+    if examination.faults:
+        count = f"{len(examination.faults)} fault" + ("s" if len(examination.faults) > 1 else "")
+        raise GraphError(f"this workflow cannot run, it has {count}", tuple(map(str, examination.faults)))
+    return examination.graph
+
+
+def examine(
+    prompt: Prompt, folders: Folders, *, nodes: Registry[Node] = NODES, targets: Collection[str] | None = None
+) -> Examination:
+    """Check `prompt` as a whole.
+
+    Args:
+        prompt: nodes by id, as `parse_prompt` returns them.
+        folders: where combos of files look for their choices.
+        nodes: the nodes that there are.
+        targets: ids of the output nodes to run; all of them by default.
+    """
+    checker = _Checker({str(key): member for key, member in prompt.items()}, folders, nodes)
+    drafts = checker.read_nodes()
+    for draft in drafts.values():
+        checker.check_links(draft, drafts)
+    outputs = tuple(
+        key for key, draft in drafts.items() if draft.node.output_node and (targets is None or key in targets)
+    )
+    if not outputs and not checker.unknown:
+        checker.find(None, "prompt_no_outputs", f"a workflow needs an output node ({_goals(nodes)}), got none; add one")
+    needs = {key: [link.node_id for _, link in draft.links()] for key, draft in drafts.items()}
+    order, _ = depth_first(outputs, needs)
+    for cycle in depth_first(tuple(drafts), needs)[1]:
+        checker.find_cycle(cycle, drafts)
+    # A node of an unknown class may be an output too, so what it is linked to counts as needed.
+    needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
+    goals = (*outputs, *checker.unknown) or tuple(drafts)
+    faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
+    graph = Graph({key: drafts[key] for key in order}, outputs, prompt, tuple(map(str, ignored)))
+    return Examination(graph, faults)
+
+
+@dataclass
+class _Checker:
+    """Collects what is wrong with one prompt."""
+
+    prompt: Prompt
+    folders: Folders
+    nodes: Registry[Node]
+    findings: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    unknown: dict[str, None] = field(default_factory=dict)
+
+    def find(self, node_id: str | None, kind: str, sentence: str, name: str | None = None) -> None:
+        label = "" if node_id is None else node_label(node_id, self.prompt.get(node_id), self.nodes)
+        self.findings.append(Finding(kind, label, sentence, node_id, name))
+
+    def read_nodes(self) -> dict[str, GraphNode]:
+        """Every node of a known class, its values checked, its links taken as they are written."""
+        drafts = {}
+        for key, member in self.prompt.items():
+            node = self._class_of(key, member)
+            if node is not None:
+                inputs = self._read_inputs(key, node, member.get("inputs", {}))
+                drafts[key] = GraphNode(key, node_title(member, self.nodes), node, inputs)
+        return drafts
+
+    def check_links(self, draft: GraphNode, drafts: Mapping[str, GraphNode]) -> None:
+        """Each link comes from an output that is there, and both of its ends carry the same type."""
+        matched: tuple[str, str] | None = None
+        for name, link in draft.links():
+            source = drafts.get(link.node_id)
+            if source is None:
+                continue  # of an unknown class, which is a finding already
+            if not 0 <= link.output < (count := len(source.node.outputs)):
+                there = f"which has {count or 'no'} output{'' if count == 1 else 's'}, counted from 0"
+                sentence = f"{name} is linked to output {link.output} of {source.label}, {there}; link it anew"
+                self.find(draft.id, "bad_linked_input", sentence, name)
+                continue
+            received, wanted = _output_type(link, drafts), draft.node.slots[name].type
+            output = f"output {source.node.outputs[link.output].label!r} of {source.label}"
+            if not types_match(received, wanted):
+                self.find(
+                    draft.id,
+                    "return_type_mismatch",
+                    f"{name} must be linked to an output of type {wanted}, got the {received} {output}",
+                    name,
+                )
+            elif wanted == MATCH and received != ANY:
+                first, expected = matched or (name, received)
+                matched = first, expected
+                if not types_match(received, expected):
+                    self.find(
+                        draft.id,
+                        "return_type_mismatch",
+                        f"{name} must have the type of {first}, which is {expected}, got the {received} {output}",
+                        name,
+                    )
+
+    def find_cycle(self, cycle: tuple[str, ...], drafts: Mapping[str, GraphNode]) -> None:
+        path = " → ".join(drafts[key].label for key in (*cycle, cycle[0]))
+        sentence = f"a node must not depend on its own output, but these do: {path}; remove one of the links"
+        self.find(cycle[0], "dependency_cycle", sentence)
+
+    def sorted_findings(self, needed: Collection[str]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+        """What stops the run, and what does not: warnings, and faults of nodes that would not run."""
+        places = {key: place for place, key in enumerate(self.prompt)}
+
+        def place(finding: Finding) -> int:
+            return places.get(finding.node_id or "", -1)
+
+        faults = [one for one in self.findings if one.node_id is None or one.node_id in needed]
+        ignored = [*self.warnings, *(one for one in self.findings if one not in faults)]
+        return tuple(sorted(faults, key=place)), tuple(sorted(ignored, key=place))
+
+    def _class_of(self, key: str, member: Any) -> Node | None:
+        class_type = member.get("class_type") if isinstance(member, dict) else None
+        if not isinstance(class_type, str) or not isinstance(member.get("inputs", {}), dict):
+            sentence = "a node must be an object with class_type and inputs; export the workflow again"
+        elif (node := class_of(member, self.nodes)) is not None:
+            return node
+        else:
+            sentence = f"there is no node {class_type!r} here{nearest(class_type, self.nodes)}; replace or remove it"
+        self.unknown[key] = None
+        self.find(key, "missing_node_type", sentence)
+        return None
+
+    def _read_inputs(self, key: str, node: Node, given: Mapping[str, Any]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        for name, slot in node.slots.items():
+            if name in given:
+                self._read_input(key, slot, given[name], inputs)
+            elif not slot.optional:
+                hint = "" if slot.default is None else f", its default is {slot.default!r}"
+                self.find(key, "required_input_missing", f"required input {name} is missing{hint}; add it", name)
+            elif slot.default is not None:
+                inputs[name] = slot.default
+        for name in given:
+            if name not in node.slots:
+                sentence = f"input {name} is ignored, since the node has none of that name{nearest(name, node.slots)}"
+                label = node_label(key, self.prompt[key], self.nodes)
+                self.warnings.append(Finding("unknown_input", label, sentence, key, name))
+        return inputs
+
+    def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
+        """Adds the checked value or link to `inputs`, or what is wrong with it to the findings."""
+        if isinstance(value, list):
+            if (link := self._read_link(key, slot.name, value)) is not None:
+                inputs[slot.name] = link
+            return
+        if isinstance(value, dict) and "__value__" in value:
+            value = value["__value__"]  # how clients pass a list as a value rather than as a link
+        try:
+            inputs[slot.name] = slot.check(value, self.folders)
+        except LorasmithError as error:
+            self.find(key, _value_fault(slot, value), str(error), slot.name)
+
+    def _read_link(self, key: str, name: str, value: list[Any]) -> Link | None:
+        if len(value) != 2 or not _is_id(value[0]) or not _is_index(value[1]):
+            self.find(
+                key,
+                "bad_linked_input",
+                f"{name} must be a value or a link [node id, output number], got {value!r}",
+                name,
+            )
+            return None
+        source, index = str(value[0]), int(value[1])
+        if source not in self.prompt:
+            sentence = (
+                f"{name} is linked to node {source!r}, which is not there{nearest(source, self.prompt)}; link it anew"
+            )
+            self.find(key, "bad_linked_input", sentence, name)
+            return None
+        return Link(source, index)
+
+
+def _output_type(link: Link, drafts: Mapping[str, GraphNode]) -> str:
+    """The type that arrives through `link`: that of a MATCH output is the type of what the node's inputs receive."""
+    seen: set[str] = set()
+    while (source := drafts.get(link.node_id)) is not None and 0 <= link.output < len(source.node.outputs):
+        declared = source.node.outputs[link.output].type
+        if declared != MATCH:
+            return declared
+        onward = (one for name, one in source.links() if source.node.slots[name].type == MATCH)
+        following = next(onward, None)
+        if following is None or source.id in seen:
+            return ANY
+        seen.add(source.id)
+        link = following
+    return ANY
+
+
+def _linked_ids(member: Any) -> list[str]:
+    """What a node of an unknown class seems to be linked to."""
+    inputs = member.get("inputs") if isinstance(member, dict) else None
+    values = inputs.values() if isinstance(inputs, dict) else ()
+    return [str(value[0]) for value in values if isinstance(value, list) and len(value) == 2 and _is_id(value[0])]
+
+
+def _value_fault(slot: Input, value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if slot.min is not None and value < slot.min:
+            return "value_smaller_than_min"
+        if slot.max is not None and value > slot.max:
+            return "value_bigger_than_max"
+    return "value_not_in_list" if isinstance(value, str) and "COMBO" in slot.scalar_types else "invalid_input_type"
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _goals(nodes: Registry[Node]) -> str:
+    return ", ".join(name for name, node in nodes.items() if node.output_node) or "none is known"

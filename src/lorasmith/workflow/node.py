@@ -1,0 +1,153 @@
+"""Node declaration: a typed function, and what editors and workflow files must know of it.
+
+    @node(
+        "ImageScale",
+        display_name="Upscale Image",
+        category="image/upscaling",
+        inputs=[Input("image", "IMAGE"), Input("width", "INT", default=512, min=0, max=16384)],
+        outputs=[Output("IMAGE")],
+    )
+    def image_scale(context: NodeContext, *, image: Tensor, width: int) -> tuple[Tensor]:
+        \"\"\"Scale pictures to a size.\"\"\"
+
+The function stays an ordinary one. Its keywords are the inputs, its docstring's first paragraph the description; it
+returns a tuple with one value per output, or a `NodeOutput` when it also has something to show.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from lorasmith.core.errors import GraphError
+from lorasmith.core.registry import Registry
+from lorasmith.workflow.events import UiOutput
+from lorasmith.workflow.sockets import Input, Output
+
+__all__ = ["NODES", "Hidden", "Node", "NodeOutput", "node"]
+
+Hidden: TypeAlias = Literal["prompt", "extra_pnginfo", "unique_id"]
+
+
+@dataclass(frozen=True)
+class NodeOutput:
+    """What a node returns when it has something to show.
+
+    Attributes:
+        values: one value per output.
+        ui: what it shows, by kind, each a list.
+    """
+
+    values: tuple[Any, ...] = ()
+    ui: UiOutput = field(default_factory=dict)
+
+
+NodeFunction: TypeAlias = Callable[..., "tuple[Any, ...] | NodeOutput"]
+F = TypeVar("F", bound=NodeFunction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A declared node.
+
+    Attributes:
+        id: class name in workflow files; `aliases` are older ones for the same node.
+        display_name, category, description, search_aliases: for people and editors.
+        inputs, outputs: in the order that editors show.
+        hidden: what of the workflow the node writes into its results. With `unique_id` a result also depends on the
+            node's id, so that two equal nodes are both run.
+        is_input_list: the function is called once with every input as a list, instead of once per item.
+        output_node: the node is a goal; others run only as far as goals need them.
+        fingerprint: what a result depends on besides the inputs (a file's size and time). Called with the folders and
+            those inputs that it has keywords for; returns something JSON can hold.
+        deprecated, experimental: badges.
+        function: called with a NodeContext and the inputs as keywords.
+    """
+
+    id: str
+    display_name: str
+    category: str
+    function: NodeFunction
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    aliases: tuple[str, ...] = ()
+    description: str = ""
+    search_aliases: tuple[str, ...] = ()
+    hidden: tuple[Hidden, ...] = ()
+    is_input_list: bool = False
+    output_node: bool = False
+    fingerprint: Callable[..., object] | None = None
+    deprecated: bool = False
+    experimental: bool = False
+
+    @cached_property
+    def slots(self) -> Mapping[str, Input]:
+        """Every input that a workflow file can hold, by its key there; repeating inputs are spelled out."""
+        return {slot.name: slot for declared in self.inputs for slot in declared.expanded()}
+
+
+NODES: Registry[Node] = Registry("node", GraphError)
+
+
+def node(
+    id: str,
+    *,
+    display_name: str,
+    category: str,
+    inputs: Sequence[Input] = (),
+    outputs: Sequence[Output] = (),
+    aliases: Sequence[str] = (),
+    search_aliases: Sequence[str] = (),
+    hidden: Sequence[Hidden] = (),
+    is_input_list: bool = False,
+    output_node: bool = False,
+    fingerprint: Callable[..., object] | None = None,
+    deprecated: bool = False,
+    experimental: bool = False,
+    registry: Registry[Node] = NODES,
+) -> Callable[[F], F]:
+    """Decorator that declares and registers a node; the arguments are the attributes of `Node`.
+
+    Raises:
+        TypeError: the function's keywords are not the declared inputs.
+    """
+
+    def declare(function: F) -> F:
+        declared = Node(
+            id=id,
+            display_name=display_name,
+            category=category,
+            function=function,
+            inputs=tuple(inputs),
+            outputs=tuple(outputs),
+            aliases=tuple(aliases),
+            description=" ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()),
+            search_aliases=tuple(search_aliases),
+            hidden=tuple(hidden),
+            is_input_list=is_input_list,
+            output_node=output_node,
+            fingerprint=fingerprint,
+            deprecated=deprecated,
+            experimental=experimental,
+        )
+        _check_keywords(declared)
+        registry.register(id, *aliases)(declared)
+        return function
+
+    return declare
+
+
+def _check_keywords(declared: Node) -> None:
+    _, *keywords = inspect.signature(declared.function).parameters.values()
+    names = [keyword.name for keyword in keywords]
+    if names != [one.name for one in declared.inputs]:
+        raise TypeError(
+            f"{declared.id}: the function's keywords must be the declared inputs in their order, "
+            f"got {names} for {[one.name for one in declared.inputs]}"
+        )
+    for one, keyword in zip(declared.inputs, keywords, strict=True):
+        if one.optional and one.default is None and keyword.default is keyword.empty:
+            raise TypeError(f"{declared.id}: optional input {one.name} has no default, so its keyword needs one")

@@ -1,0 +1,117 @@
+"""API-format workflow files as they arrive: read, told apart from the editor's own format, and changed by `--set`.
+
+A prompt is a JSON object of nodes by id: `{"3": {"class_type": "KSampler", "inputs": {...}, "_meta": {"title": ...}}}`.
+An input is a value, or a link `["4", 0]` to output 0 of node 4. What it means is for `graph` to say.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+from lorasmith.core.errors import GraphError
+from lorasmith.core.registry import Registry, nearest
+from lorasmith.workflow.node import NODES, Node
+
+__all__ = ["Prompt", "apply_overrides", "class_of", "node_label", "node_title", "parse_prompt"]
+
+Prompt: TypeAlias = Mapping[str, Any]
+"""Nodes by id, as the file has them."""
+
+
+def parse_prompt(text: str | bytes) -> dict[str, Any]:
+    """The prompt in a workflow file's text; a `{"prompt": {...}}` wrapper, as API clients send it, is taken off.
+
+    Raises:
+        GraphError: the text is not JSON, not an object, or a workflow in the editor's format.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError covers malformed JSON and malformed UTF-8
+        raise GraphError(f"a workflow file must be JSON, but reading it failed: {error}; {_EXPORT}") from error
+    if isinstance(content, dict) and isinstance(content.get("prompt"), dict) and "class_type" not in content["prompt"]:
+        content = content["prompt"]
+    if not isinstance(content, dict):
+        raise GraphError(f"a workflow file must hold a JSON object of nodes, got {_kind(content)}; {_EXPORT}")
+    if isinstance(content.get("nodes"), list):
+        raise GraphError(f"a workflow file must be in API format, but this one is in the editor's format; {_EXPORT}")
+    return content
+
+
+def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
+    """A copy of `prompt` in which inputs have other values.
+
+    Args:
+        prompt: what `parse_prompt` returned.
+        overrides: `<node id>.<input>=<value>` each, such as `12.steps=200`. The value is read as JSON where that gives
+            what the input takes, and as text otherwise.
+        nodes: known nodes, whose declarations say which inputs there are.
+
+    Raises:
+        GraphError: an override has another form, or names a node or input that is not there.
+    """
+    changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
+    for override in overrides:
+        address, equals, text = override.partition("=")
+        node_id, dot, name = address.strip().partition(".")
+        if not (equals and dot and name):
+            raise GraphError(f"an override must read <node id>.<input>=<value>, such as 12.steps=200, got {override!r}")
+        if node_id not in changed:
+            known = ", ".join(node_label(key, member, nodes) for key, member in changed.items())
+            raise GraphError(
+                f"override {override!r}: no node {node_id!r}{nearest(node_id, changed)}; there are {known}"
+            )
+        _override_input(changed[node_id], name, text.strip(), node_label(node_id, changed[node_id], nodes), nodes)
+    return changed
+
+
+def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
+    """The declaration of a prompt's node; None where the prompt is malformed or the class unknown."""
+    class_type = member.get("class_type") if isinstance(member, dict) else None
+    return nodes[class_type] if isinstance(class_type, str) and class_type in nodes else None
+
+
+def node_label(node_id: str, member: Any, nodes: Registry[Node] = NODES) -> str:
+    """How messages name a node: `node 12 'Train LoRA'`, by its title in the file or else its display name."""
+    title = node_title(member, nodes)
+    return f"node {node_id} {title!r}" if title else f"node {node_id}"
+
+
+def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
+    """The title that a prompt's node has in the file, else the node's display name, else its class."""
+    if not isinstance(member, dict):
+        return ""
+    meta, node = member.get("_meta"), class_of(member, nodes)
+    title = meta.get("title") if isinstance(meta, dict) else None
+    if isinstance(title, str) and title:
+        return title
+    return node.display_name if node is not None else str(member.get("class_type", ""))
+
+
+def _override_input(member: Any, name: str, text: str, label: str, nodes: Registry[Node]) -> None:
+    node = class_of(member, nodes)
+    slots = node.slots if node is not None else {}
+    inputs = member.setdefault("inputs", {}) if isinstance(member, dict) else {}
+    if name not in slots and name not in inputs:
+        known = list(dict.fromkeys((*slots, *inputs)))
+        raise GraphError(f"{label} has no input {name!r}{nearest(name, known)}; it has {', '.join(known) or 'none'}")
+    # A prompt of 123 is text, although it reads as a number.
+    wants_text = name in slots and bool(kinds := slots[name].scalar_types) and {"STRING", "COMBO"}.issuperset(kinds)
+    inputs[name] = _read_value(text, wants_text)
+
+
+def _read_value(text: str, wants_text: bool) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if wants_text and not isinstance(value, (str, list)) else value
+
+
+def _kind(content: object) -> str:
+    return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number or null")
+
+
+_EXPORT = "in ComfyUI choose Workflow > Export (API) and use that file"

@@ -1,0 +1,201 @@
+"""Inputs and outputs of nodes: their types, and which values they take.
+
+Socket types are ComfyUI's names. `INT`, `FLOAT`, `STRING`, `BOOLEAN` and `COMBO` are scalars that a workflow file may
+hold as values; every other type (`MODEL`, `LATENT`, ...) only arrives through a link. `INT,FLOAT` takes either, `*`
+anything, and all `MATCH` sockets of one node carry the same type, whichever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, TypeAlias
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
+from lorasmith.core.options import Option
+from lorasmith.core.registry import nearest
+
+__all__ = ["ANY", "MATCH", "SCALARS", "Grow", "Input", "Output", "types_match"]
+
+ANY = "*"
+"""Matches every type."""
+
+MATCH = "COMFY_MATCHTYPE_V3"
+"""Any type, but the same for all sockets of the node that are declared so."""
+
+SCALARS: Mapping[str, type] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
+"""Types that a workflow file can hold as plain values."""
+
+Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Grow:
+    """An input that repeats: `<name>.<prefix>0`, `<name>.<prefix>1`, ... between `min` and `max` times."""
+
+    prefix: str
+    _: KW_ONLY
+    min: int = 1
+    max: int = 10
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a node.
+
+    Attributes:
+        type: socket type.
+        name: as shown; the type by default.
+        is_list: the node returns a list here, whose items go on one by one.
+        tooltip: one sentence.
+    """
+
+    type: str
+    name: str = ""
+    _: KW_ONLY
+    is_list: bool = False
+    tooltip: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, or the type where there is no name."""
+        return self.name or self.type
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a node.
+
+    Attributes:
+        name: key in the workflow file and keyword of the node function.
+        type: socket type.
+        optional: a workflow may leave it out: then the declared default counts, or else the function's own.
+        default: value that editors start from; None is no default.
+        min, max, step: inclusive bounds and granularity of numbers.
+        options: choices of a COMBO, fixed or as the folders have them at the moment.
+        accept: decides about a COMBO's values instead of the list: returns the accepted spelling or raises a
+            LorasmithError. For file names that may also carry a place, `cat.png [output]`.
+        multiline: text over several lines.
+        force_input: a scalar shown as a socket only.
+        tooltip: one or two sentences.
+        extras: further options that editors understand (`image_upload`, `control_after_generate`).
+        grow: the input repeats; the function receives a dict by short name (`input0`, ...).
+    """
+
+    name: str
+    type: str
+    _: KW_ONLY
+    optional: bool = False
+    default: Any = None
+    min: float | None = None
+    max: float | None = None
+    step: float | None = None
+    options: Options = ()
+    accept: Callable[[str, Folders], str] | None = None
+    multiline: bool | None = None
+    force_input: bool = False
+    tooltip: str = ""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    grow: Grow | None = None
+
+    @classmethod
+    def from_option(cls, option: Option, **overrides: Any) -> Input:
+        """The input that stands for a setting declared elsewhere; `overrides` replace attributes.
+
+        An option without a default (it is decided at run time) becomes an optional input.
+        """
+        kind = "COMBO" if option.choices else next(name for name, known in SCALARS.items() if known is option.type)
+        declared = cls(
+            option.name,
+            kind,
+            optional=option.default is None,
+            default=option.default,
+            min=option.min,
+            max=option.max,
+            step=option.step,
+            options=option.choices,
+            tooltip=option.help,
+        )
+        return replace(declared, **overrides)
+
+    def expanded(self) -> tuple[Input, ...]:
+        """The inputs that a workflow file can hold for this one: itself, or each repetition."""
+        if self.grow is None:
+            return (self,)
+        return tuple(
+            replace(
+                self,
+                name=f"{self.name}.{self.grow.prefix}{index}",
+                optional=self.optional or index >= self.grow.min,
+                grow=None,
+            )
+            for index in range(self.grow.max)
+        )
+
+    def choices(self, folders: Folders) -> tuple[str, ...]:
+        """The options of a COMBO as they are now."""
+        return tuple(self.options(folders) if callable(self.options) else self.options)
+
+    @property
+    def scalar_types(self) -> tuple[str, ...]:
+        """The scalar types among those that the input takes."""
+        return tuple(kind for kind in _members(self.type) if kind in SCALARS)
+
+    def check(self, value: Any, folders: Folders) -> Any:
+        """A workflow file's value as the node shall see it: typed, and a choice in its declared spelling.
+
+        Raises:
+            LorasmithError: type, range or choice does not fit, or the input only takes links.
+        """
+        if self.type in (ANY, MATCH):
+            return value
+        if not self.scalar_types:
+            raise OptionError(f"{self.name} must be linked to an output of type {self.type}, got {value!r}")
+        *others, last = self.scalar_types
+        for kind in others:
+            try:
+                return self._check_as(kind, value, folders)
+            except OptionError:
+                continue  # a union takes what any of its types takes; the last one says what is wrong
+        return self._check_as(last, value, folders)
+
+    def check_linked(self, value: Any, folders: Folders) -> Any:
+        """A value that arrived through a link: scalars are held to the same rules, objects pass as they are."""
+        only_scalars = len(self.scalar_types) == len(_members(self.type))
+        return self.check(value, folders) if only_scalars else value
+
+    def _check_as(self, kind: str, value: Any, folders: Folders) -> Any:
+        # Option takes None where None is the default, so an absent default must be something else here.
+        plain = Option(self.name, SCALARS[kind], default=..., help=self.tooltip, min=self.min, max=self.max)
+        checked = plain.check(value)
+        if kind != "COMBO":
+            return checked
+        return self.accept(checked, folders) if self.accept is not None else self._choice(checked, folders)
+
+    def _choice(self, value: str, folders: Folders) -> str:
+        choices = self.choices(folders)
+        if value in choices:
+            return value
+        # Workflows made on Windows write subfolders with backslashes.
+        folded = {choice.casefold(): choice for choice in choices}
+        found = folded.get(value.casefold()) or folded.get(value.casefold().replace("\\", "/"))
+        if found is not None:
+            return found
+        if not choices:
+            raise OptionError(f"{self.name} has nothing to choose from, got {value!r}; add a file to its folder")
+        shown = ", ".join(choices[:_MAX_SHOWN]) + (", ..." if len(choices) > _MAX_SHOWN else "")
+        raise OptionError(f"{self.name} must be one of {shown}, got {value!r}{nearest(value, choices)}")
+
+
+def types_match(received: str, wanted: str) -> bool:
+    """Whether an output of type `received` may feed an input of type `wanted`: they share a type, or one takes all."""
+    ours, theirs = set(_members(received)), set(_members(wanted))
+    return bool(ours & theirs) or not {ANY, MATCH}.isdisjoint(ours | theirs)
+
+
+def _members(union: str) -> list[str]:
+    return [member.strip() for member in union.split(",")]
+
+
+_MAX_SHOWN = 12
