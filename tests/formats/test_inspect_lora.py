@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasmith.core.adapter_state import DENOISER, ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.hashes import autov2, autov3
+from lorasmith.formats.inspect import describe
+from lorasmith.formats.lora_file import save_lora
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfy", "diffusers"])
+def test_summary(tmp_path: Path, unet_names, make_state, make_adapter, delta, layout) -> None:
+    state = make_state(unet_names, [TO_Q, TO_K, "conv_in"], rank=4, alpha=4.0, dtype=torch.bfloat16)
+    adapter = make_adapter((8, 8), "lora", 2, 2.0, torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    state.adapters[ModuleRef("text_encoder", "text_model.encoder.layers.1.mlp.fc1")] = adapter
+    path = tmp_path / "dog_30_steps_00001_.safetensors"
+    save_lora(path, state, unet_names, layout=layout, metadata={"ss_steps": "20"})
+    summary = describe(path)
+    assert summary.layouts == {layout: 8 if layout == "diffusers" else 12}
+    assert summary.family == "Stable Diffusion"
+    assert summary.components == {"denoiser": 3, "text_encoder": 1}
+    assert summary.algorithms == {"lora": 4}
+    assert summary.ranks == {4: 3, 2: 1}
+    assert summary.alphas == ({None: 4} if layout == "diffusers" else {4.0: 3, 2.0: 1})
+    assert summary.dtypes == {"bfloat16": summary.tensors}
+    assert summary.parameters == sum(t.numel() for w in state.adapters.values() for t in w.tensors.values())
+    assert summary.steps == 20
+    assert summary.metadata["ss_steps"] == "20"
+    assert summary.hashes["autov2"] == autov2(path)
+    assert summary.hashes["autov3"] == autov3(path) == summary.metadata["sshs_model_hash"][:12]
+    assert summary.size_bytes == path.stat().st_size
+    assert summary.findings == ()
+    first = "input_blocks.1" if layout == "comfy" else "down_blocks.0"
+    changes = [delta(state.adapters[ModuleRef(DENOISER, one)]) for one in (TO_Q, TO_K)]
+    expected = float(torch.stack([change.norm() for change in changes]).norm())
+    assert summary.norms[f"denoiser.{first}"] == pytest.approx(expected, rel=1e-4)
+    assert summary.norms["text_encoder.layers.1"] == pytest.approx(float(delta(adapter).norm()), rel=1e-4)
+
+
+def test_findings(tmp_path: Path, unet_names, make_state) -> None:
+    save_lora(tmp_path / "x", make_state(unet_names, [TO_Q, TO_K, "conv_in"]), unet_names, layout="diffusers")
+    tensors, _ = read_safetensors(tmp_path / "x")
+    tensors[f"unet.{TO_Q}.lora_B.weight"].zero_()
+    tensors[f"unet.{TO_K}.lora_A.weight"][0, 0] = float("inf")
+    del tensors["unet.conv_in.lora_A.weight"]
+    tensors["stranger"] = torch.ones(1)
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "y")
+    assert set(describe(tmp_path / "y").findings) == {
+        f"unet.{TO_K}.lora_A.weight holds NaN or infinity",
+        f"unet.{TO_Q} changes nothing: its up matrix is zero",
+        "unet.conv_in is incomplete: its tensors do not make up an adapter",
+        "stranger has no name that LoRA files use",
+    }
+
+
+def test_other_algorithms_and_differences(tmp_path: Path, unet_names, make_state) -> None:
+    state = make_state(unet_names, [TO_Q], algorithm="lokr", rank=2)
+    state.differences[ModuleRef(DENOISER, "conv_norm_out")] = {"weight": torch.ones(32)}
+    save_lora(tmp_path / "x", state, unet_names)
+    summary = describe(tmp_path / "x")
+    assert summary.algorithms == {"lokr": 1, "difference": 1}
+    assert summary.ranks == {2: 1}
+    assert summary.norms == {}
+
+
+def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x", {"first_stage_model.x": torch.ones(2)})
+    with pytest.raises(LoraError, match="is not a LoRA"):
+        describe(tmp_path / "x")

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.lora_file import load_lora, save_lora, state_from_tensors, unapplied
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+MID = "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
+
+
+def test_layouts_may_mix_in_one_file(tmp_path: Path, unet_names, make_state) -> None:
+    tensors = {}
+    for layout, path in zip(LAYOUTS, (TO_Q, TO_K, MID), strict=True):
+        tensors |= LAYOUTS[layout].write(make_state(unet_names, [path]), unet_names)
+    tensors["lora_te_unheard_of.lora_down.weight"] = torch.ones(2, 2)
+    tensors["something"] = torch.ones(1)
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
+    state = load_lora(tmp_path / "x.safetensors", unet_names)
+    assert {ref.path for ref in state.adapters} == {TO_Q, TO_K, MID}
+    assert state.unknown.keys() == {"lora_te_unheard_of.lora_down.weight", "something"}
+    assert unapplied(state) == ["lora_te_unheard_of", "something"]
+    assert state.metadata == {"k": "v"}
+
+
+def test_a_module_that_is_addressed_twice_is_refused(unet_names, make_state) -> None:
+    state = make_state(unet_names, [TO_Q])
+    kohya = LAYOUTS["kohya"].write(state, unet_names)
+    twice = {**kohya, **{key.replace("lora_unet_", "lycoris_"): tensor for key, tensor in kohya.items()}}
+    with pytest.raises(LoraError, match=f"two for {TO_Q}"):
+        state_from_tensors(twice, {}, unet_names)
+    with pytest.raises(LoraError, match=f"in different layouts, for {TO_Q}"):
+        state_from_tensors({**kohya, **LAYOUTS["comfy"].write(state, unet_names)}, {}, unet_names)
+
+
+def test_a_lora_for_another_family_is_refused_by_name(tmp_path: Path, unet_names, flux_names, make_state) -> None:
+    save_lora(tmp_path / "flux.safetensors", make_state(flux_names), flux_names)
+    with pytest.raises(LoraError, match=r"looks like a LoRA for Flux\.1, and none of its 9 modules fits .* sd1 model"):
+        load_lora(tmp_path / "flux.safetensors", unet_names)
+    save_lora(tmp_path / "sd.safetensors", make_state(unet_names, [TO_Q]), unet_names)
+    with pytest.raises(LoraError, match="looks like a LoRA for Stable Diffusion, and none"):
+        load_lora(tmp_path / "sd.safetensors", flux_names)
+
+
+def test_a_lora_for_the_same_modules_of_other_widths_is_refused(tmp_path: Path, unet_names, make_state) -> None:
+    attention = [path for path in unet_names.weight_shapes if ".attn" in path and ".to_" in path]
+    wider = {
+        path: (shape[0], 1024) if path.endswith(("attn2.to_k", "attn2.to_v")) else shape
+        for path, shape in unet_names.weight_shapes.items()
+    }
+    save_lora(tmp_path / "x.safetensors", make_state(replace(unet_names, weight_shapes=wider), attention), unet_names)
+    with pytest.raises(
+        LoraError, match=r"LoRA for Stable Diffusion 2\.x: 8 of its 32 modules, such as lora_unet_.*to_k"
+    ):
+        load_lora(tmp_path / "x.safetensors", unet_names)
+    # Without a table of shapes everything is taken as it comes.
+    state = load_lora(tmp_path / "x.safetensors", replace(unet_names, weight_shapes={}))
+    assert len(state.adapters) == 32
+
+
+def test_a_few_modules_of_another_shape_are_left_aside(tmp_path: Path, unet_names, make_state) -> None:
+    nine_channels = replace(unet_names, weight_shapes={**unet_names.weight_shapes, "conv_in": (32, 9, 3, 3)})
+    save_lora(tmp_path / "inpaint.safetensors", make_state(nine_channels), unet_names)
+    state = load_lora(tmp_path / "inpaint.safetensors", unet_names)
+    assert unapplied(state) == ["lora_unet_conv_in"]
+    assert len(state.unknown) == 3
+
+
+def test_what_is_no_lora_is_refused(tmp_path: Path, unet_names) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"model.diffusion_model.out.0.weight": torch.ones(2)})
+    with pytest.raises(LoraError, match="is not a LoRA: none of its 1 tensors"):
+        load_lora(tmp_path / "x.safetensors", unet_names)
+    with pytest.raises(LoraError, match="must hold adapter_model"):
+        load_lora(tmp_path, unet_names)
+    with pytest.raises(LoraError, match="does not exist"):
+        load_lora(tmp_path / "nothing", unet_names)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_load_and_save_without_a_change_gives_the_same_bytes(tmp_path: Path, unet_names, make_state, layout) -> None:
+    state = make_state(unet_names, dtype=torch.bfloat16)
+    state.unknown["other"] = torch.ones(2, dtype=torch.float16)
+    save_lora(tmp_path / "a", state, unet_names, layout=layout, metadata={"ss_x": "1", "workflow": "{}"})
+    read = load_lora(tmp_path / "a", unet_names)
+    assert read.metadata["sshs_model_hash"] == sha256_body(tmp_path / "a")
+    save_lora(tmp_path / "b", read, unet_names, layout=layout)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_file_without_metadata_gets_none(tmp_path: Path, unet_names, make_state) -> None:
+    write_safetensors(tmp_path / "a", LAYOUTS["comfy"].write(make_state(unet_names), unet_names))
+    save_lora(tmp_path / "b", load_lora(tmp_path / "a", unet_names), unet_names, layout="comfy")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_hashes_follow_the_content(tmp_path: Path, unet_names, make_state) -> None:
+    save_lora(tmp_path / "a", make_state(unet_names), unet_names, metadata={"ss_x": "1"})
+    read = load_lora(tmp_path / "a", unet_names)
+    save_lora(tmp_path / "b", read, unet_names, dtype=torch.float16)
+    assert read_safetensors(tmp_path / "b")[1]["sshs_model_hash"] == sha256_body(tmp_path / "b")
+    assert sha256_body(tmp_path / "a") != sha256_body(tmp_path / "b")
+
+
+def test_the_headers_alpha_stays_behind_when_the_layout_changes(tmp_path: Path, unet_names, make_state, delta) -> None:
+    state = make_state(unet_names, alpha=1.0)
+    save_lora(tmp_path / "a", state, unet_names, layout="diffusers")
+    read = load_lora(tmp_path / "a", unet_names)
+    save_lora(tmp_path / "b", read, unet_names, layout="Kohya")
+    assert read_safetensors(tmp_path / "b")[1] == {}
+    for ref, weights in load_lora(tmp_path / "b", unet_names).adapters.items():
+        torch.testing.assert_close(delta(weights), delta(state.adapters[ref]), rtol=1e-5, atol=1e-8)
+
+
+def test_dtype_is_that_of_the_file_but_exact_for_alpha(tmp_path: Path, unet_names, make_state) -> None:
+    state = make_state(unet_names, [TO_Q], alpha=387.0)
+    state.unknown["other"] = torch.ones(2)
+    save_lora(tmp_path / "x", state, unet_names, dtype=torch.bfloat16)
+    tensors, _ = read_safetensors(tmp_path / "x")
+    assert tensors.pop("other").dtype == torch.float32
+    alpha = next(tensors.pop(key) for key in list(tensors) if key.endswith(".alpha"))
+    assert float(alpha) == 387.0
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_a_non_finite_lora_is_never_written(tmp_path: Path, unet_names, make_state) -> None:
+    state = make_state(unet_names, [TO_Q, TO_K])
+    state.adapters[ModuleRef(DENOISER, TO_K)].tensors["up"][0, 0] = float("nan")
+    with pytest.raises(LoraError, match=r"NaN or infinity is never written, and lora_unet_\w+attn2_to_k\.lora_up"):
+        save_lora(tmp_path / "x.safetensors", state, unet_names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_layout_is_named(tmp_path: Path, unet_names) -> None:
+    with pytest.raises(LoraError, match="unknown LoRA layout 'comfi' \\(did you mean 'comfy'"):
+        save_lora(tmp_path / "x.safetensors", AdapterState(), unet_names, layout="comfi")
