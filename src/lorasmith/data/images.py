@@ -112,8 +112,8 @@ _TURNS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 
-# What Pillow's readers raise when a file is damaged or of a kind they do not convert: errors of their own, errors of the
-# decoders below them, and slips of their parsers.
+# What Pillow's readers raise when a file is damaged or of a kind they do not convert: errors of their own, errors of
+# the decoders below them, and slips of their parsers.
 _DAMAGE = (OSError, SyntaxError, RuntimeError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 

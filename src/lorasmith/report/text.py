@@ -49,7 +49,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: i
 
 def _line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
     """How many characters of `text` make its first line: up to a blank where there is one in reach, at least one."""
-    end = len(text)
+    end = min(len(text), width)  # a line has no more characters than pixels
     while end > 1 and font.getlength(text[:end]) > width:
         end -= 1
     if end < len(text) and text[end] != " " and (blank := text.rfind(" ", 0, end)) > 0:

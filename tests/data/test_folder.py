@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lorasmith.core.errors import DataError
+from lorasmith.data.folder import ImageFile, scan_folder
+
+
+def add_image(path: Path, caption: str | None = None, size: tuple[int, int] = (32, 24)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def names(scan) -> list[str]:
+    return [image.path.name for image in scan.images]
+
+
+def test_images_and_captions(tmp_path: Path) -> None:
+    one = add_image(tmp_path / "one.png", "a dog")
+    two = add_image(tmp_path / "two.jpg")
+    three = add_image(tmp_path / "three.png", " \n", size=(24, 32))
+    scan = scan_folder(tmp_path)
+    assert scan.images == (
+        ImageFile(one, 32, 24, "a dog", "file"),
+        ImageFile(three, 24, 32, "", "none"),
+        ImageFile(two, 32, 24, "", "none"),
+    )
+    assert scan.missing_captions == (three, two)
+    assert scan.skipped == scan.notes == ()
+
+
+def test_trigger(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", "on a beach")
+    missing = add_image(tmp_path / "2.png")
+    scan = scan_folder(tmp_path, trigger="sks dog")
+    assert [(image.caption, image.caption_source) for image in scan.images] == [
+        ("sks dog, on a beach", "file"),
+        ("sks dog", "trigger"),
+    ]
+    assert scan.missing_captions == (missing,)
+
+
+def test_natural_order(tmp_path: Path) -> None:
+    for name in ("img10.png", "img2.png", "IMG1.png", "img02.png", "10.png", "9.png", "a.png"):
+        add_image(tmp_path / name)
+    assert names(scan_folder(tmp_path)) == [
+        "9.png",
+        "10.png",
+        "a.png",
+        "IMG1.png",
+        "img02.png",
+        "img2.png",
+        "img10.png",
+    ]
+
+
+def test_latin_1_caption_is_used_and_noted(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png").with_suffix(".txt").write_bytes("un caf\xe9".encode("latin-1"))
+    scan = scan_folder(tmp_path)
+    assert scan.images[0].caption == "un café"
+    assert len(scan.notes) == 1 and "read as latin-1" in scan.notes[0]
+
+
+def test_repeats_of_kohya_s_folders(tmp_path: Path) -> None:
+    add_image(tmp_path / "10_sks dog" / "1.png")
+    add_image(tmp_path / "10_sks dog" / "2.png", "a dog on a beach")
+    add_image(tmp_path / "2_cats" / "3.png")
+    add_image(tmp_path / "4.png")
+    found = [(i.path.name, i.repeats, i.caption, i.caption_source) for i in scan_folder(tmp_path).images]
+    assert found == [
+        ("4.png", 1, "", "none"),
+        ("3.png", 2, "cats", "folder"),
+        ("1.png", 10, "sks dog", "folder"),
+        ("2.png", 10, "a dog on a beach", "file"),
+    ]
+    with_trigger = scan_folder(tmp_path, trigger="zzz").images
+    assert [image.caption for image in with_trigger] == ["zzz", "zzz", "zzz", "zzz, a dog on a beach"]
+
+
+def test_other_folders_are_told(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png")
+    add_image(tmp_path / "masks" / "1.png")
+    add_image(tmp_path / "0_off" / "1.png")
+    scan = scan_folder(tmp_path)
+    assert names(scan) == ["1.png"]
+    reason = "is a folder without repeats in its name; rename it to 1_name to include it"
+    assert scan.skipped == ((tmp_path / "0_off", reason), (tmp_path / "masks", reason))
+
+
+def test_hidden_and_unrelated_files_are_passed_over(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", "x")
+    add_image(tmp_path / ".hidden.png")
+    add_image(tmp_path / ".cache" / "2.png")
+    (tmp_path / "LICENSE.txt").write_text("MIT")
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    scan = scan_folder(tmp_path)
+    assert names(scan) == ["1.png"] and scan.skipped == ()
+
+
+def test_everything_that_is_wrong_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    add_image(tmp_path / "good.png")
+    add_image(tmp_path / "small.png", size=(1, 1))
+    add_image(tmp_path / "flat.png", size=(100, 15))
+    add_image(tmp_path / "long.png", size=(20_000, 20))
+    add_image(tmp_path / "edge.png", size=(128, 16))
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "photo.psd").write_bytes(b"8BPS")
+    cut = add_image(tmp_path / "cut.jpg", size=(200, 200))
+    cut.write_bytes(cut.read_bytes()[:-200])
+    scan = scan_folder(tmp_path)
+    assert names(scan) == ["edge.png", "good.png"]
+    reasons = {path.name: reason for path, reason in scan.skipped}
+    assert reasons.pop("text.png").startswith("is not an image, whatever its name says")
+    assert reasons.pop("cut.jpg").startswith("is damaged or cut short")
+    assert reasons == {
+        "small.png": "is a single pixel; replace it by a picture or remove it",
+        "flat.png": "is 100×15 px and needs 16 px at its shorter edge; use a larger one",
+        "long.png": "is 20000×20 px, longer than 8:1; crop it or cut it into pieces",
+        "photo.psd": "is a PSD file, which is not read here; convert it to PNG or JPEG",
+    }
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no images; put some in it \(.*jpg.*png.*\)$"):
+        scan_folder(tmp_path)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^image folder .*nowhere does not exist; check the path$"):
+        scan_folder(tmp_path / "nowhere")
+
+
+def test_file_instead_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1\.png is a file where a folder of images is needed"):
+        scan_folder(add_image(tmp_path / "1.png"))
+
+
+def test_no_usable_image(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", size=(1, 1))
+    (tmp_path / "2.png").touch()
+    with pytest.raises(
+        DataError, match=r"holds no usable image: 1\.png is a single pixel; .* \(1 more were skipped\)$"
+    ):
+        scan_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("folder", "count"), [("high-contrast", 16), ("fox", 6)])
+def test_example_folders(folder: str, count: int) -> None:
+    import lorasmith
+
+    path = Path(lorasmith.__file__).parent / "assets" / "input" / folder
+    scan = scan_folder(path)
+    assert len(scan.images) == count
+    assert scan.skipped == scan.missing_captions == scan.notes == ()
+    assert all(image.width == image.height == 256 for image in scan.images)
+    assert all(image.path.stat().st_size < 15_000 for image in scan.images)
+    assert (path / "LICENSE.txt").is_file()

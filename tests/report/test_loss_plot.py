@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lorasmith.core.errors import OutputError
+from lorasmith.report.loss_plot import plot_losses, smoothed
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch):
+    """Plots and returns the axes that were drawn, with the texts on them."""
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+
+    def remembered(figure: Figure, *args, **kwargs) -> None:
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remembered)
+
+    def plot(losses, **options):
+        plot_losses(losses, **options)
+        return figures[-1].axes[0]
+
+    return plot
+
+
+def test_picture_and_its_metadata() -> None:
+    png = plot_losses([0.3, 0.2], metadata={"prompt": '{"1": {}}', "workflow": '"ü 猫"'})
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG" and image.size == (1080, 600)
+    assert image.text["prompt"] == '{"1": {}}' and image.text["workflow"] == '"ü 猫"'
+    assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.3],
+        [0.25] * 16,
+        [0.0] * 3,
+        [0.3, NAN, 0.2],
+        [NAN, 0.3],
+        [0.3, NAN],
+        [INF, 0.2, -INF],
+        [-1.0, 2.0],
+        [1e-9, 1e9],
+    ],
+)
+def test_draws_whatever_comes(losses: list[float]) -> None:
+    assert plot_losses(losses).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("losses", [[], [NAN, INF]])
+def test_nothing_to_plot(losses: list[float]) -> None:
+    with pytest.raises(OutputError, match=f"^a loss plot needs a finite loss, got none among {len(losses)}; train at"):
+        plot_losses(losses)
+
+
+def test_what_is_on_it(axes) -> None:
+    drawn = axes([0.5, 0.4, 0.3], title="fox, $10 of $20")
+    raw = drawn.lines[0]
+    assert raw.get_xdata().tolist() == [1, 2, 3] and raw.get_ydata().tolist() == [0.5, 0.4, 0.3]
+    assert (drawn.get_xlabel(), drawn.get_ylabel(), drawn.get_title("left")) == ("step", "loss", "fox, $10 of $20")
+    final = smoothed([0.5, 0.4, 0.3], span=5)[-1]
+    assert [text.get_text() for text in drawn.texts] == [f"{final:.4g}"]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["each step", "smoothed"]
+
+
+def test_gaps_stay_open_in_the_raw_line_and_lonely_steps_are_dots(axes) -> None:
+    losses = [1.0, 1.0, NAN, 2.0, INF] + [1.0] * 100
+    raw, dots, trend = axes(losses).lines[:3]
+    assert np.isnan(raw.get_ydata()).nonzero()[0].tolist() == [2, 4]
+    assert (list(dots.get_xdata()), list(dots.get_ydata())) == ([4], [2.0])
+    assert np.isfinite(trend.get_ydata()).all() and len(trend.get_xdata()) == 103
+
+
+def test_axis_is_logarithmic_only_over_orders_of_magnitude(axes) -> None:
+    falling = np.exp(-np.arange(200) / 20)
+    assert axes(falling.tolist()).get_yscale() == "log"
+    assert axes((falling + 0.2).tolist()).get_yscale() == "linear"
+    assert axes((falling - 0.001).tolist()).get_yscale() == "linear", "a logarithm has no place for a negative loss"
+
+
+def test_leaves_no_global_state() -> None:
+    import matplotlib.pyplot as plt
+
+    before = dict(plt.rcParams)
+    plot_losses([1.0, 2.0])
+    assert plt.get_fignums() == [] and dict(plt.rcParams) == before
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=40), st.floats(1, 50))
+def test_smoothing_is_the_weighted_mean(losses: list[float], span: float) -> None:
+    result = smoothed(losses, span=span)
+    weights = (1 - 1 / span) ** np.arange(len(losses))[::-1]
+    assert result[-1] == pytest.approx(np.average(losses, weights=weights), abs=1e-9)
+    assert result[0] == losses[0]
+    assert all(min(losses) - 1e-9 <= value <= max(losses) + 1e-9 for value in result)
