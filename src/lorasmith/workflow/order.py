@@ -36,7 +36,7 @@ def depth_first(
                 stack.pop()
                 del path[current]
                 order[current] = None
-            elif False:
+            elif following in path:
                 members = list(path)
                 cycles.append(tuple(members[members.index(following) :]))
             elif following not in order and following in needs:

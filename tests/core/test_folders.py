@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
+from lorasmith.core.folders import ASSETS, Folders, fingerprint, read_extra_model_paths
+
+NOON = time.struct_time((2024, 3, 5, 12, 7, 9, 1, 65, 0))
+OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "..", "C:\\x", "a\\..\\..\\x", "", ".", "a\0b"]
+FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def put(path: Path, content: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path)
+
+
+def test_files_lists_every_root_with_forward_slashes(folders: Folders) -> None:
+    put(folders.base / "models/loras/b.safetensors")
+    put(folders.base / "models/loras/Sub/a.SAFETENSORS")
+    put(folders.base / "models/loras/.hidden/c.safetensors")
+    put(folders.base / "models/loras/readme.txt")
+    put(folders.output / "loras/trained.safetensors")
+    assert folders.files("loras") == ["Sub/a.SAFETENSORS", "b.safetensors", "trained.safetensors"]
+    assert folders.files("loras", [".txt"]) == ["readme.txt"]
+    assert folders.find("loras", "Sub/a.SAFETENSORS") == folders.base / "models/loras/Sub/a.SAFETENSORS"
+    assert folders.find("loras", "Sub\\a.SAFETENSORS").is_file()
+    assert folders.find("loras", "trained.safetensors").is_relative_to(folders.output)
+
+
+def test_nothing_there_is_an_empty_list(folders: Folders) -> None:
+    assert folders.files("vae") == []
+    assert folders.input_files([".png"]) == []
+
+
+def test_a_diffusers_folder_is_one_checkpoint(folders: Folders) -> None:
+    put(folders.base / "models/checkpoints/mine/model_index.json")
+    put(folders.base / "models/checkpoints/mine/unet/weights.safetensors")
+    put(folders.base / "models/checkpoints/other.safetensors")
+    assert folders.files("checkpoints") == ["lorasmith-tiny", "mine", "other.safetensors"]
+    assert folders.find("checkpoints", "mine") == folders.base / "models/checkpoints/mine"
+
+
+def test_the_embedded_model_is_found_without_a_base(folders: Folders) -> None:
+    assert folders.find("checkpoints", "lorasmith-tiny") == ASSETS / "models/checkpoints/lorasmith-tiny"
+
+
+def test_the_base_goes_before_what_is_built_in(folders: Folders) -> None:
+    put(folders.base / "models/checkpoints/lorasmith-tiny/model_index.json")
+    assert folders.find("checkpoints", "lorasmith-tiny").is_relative_to(folders.base)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("unet", "diffusion_models"),
+        ("unet", "unet"),
+        ("diffusion_models", "unet"),
+        ("clip", "text_encoders"),
+        ("text_encoders", "clip"),
+        ("controlnet", "controlnet"),
+    ],
+)
+def test_older_names_of_kinds(folders: Folders, kind: str, place: str) -> None:
+    put(folders.base / "models" / place / "x.safetensors")
+    assert folders.files(kind) == ["x.safetensors"]
+
+
+def test_a_missing_model_names_the_near_miss_and_the_folder(folders: Folders) -> None:
+    put(folders.base / "models/checkpoints/dreamshaper.safetensors")
+    with pytest.raises(ModelError, match=r"'dreamshapr.safetensors' among checkpoints \(did you mean 'dreamshaper"):
+        folders.find("checkpoints", "dreamshapr.safetensors")
+    with pytest.raises(LoraError, match=r"put it into .*loras or choose one"):
+        folders.find("loras", "x.safetensors")
+
+
+def test_links_are_followed_and_loops_end(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("disk")
+    put(elsewhere / "big.safetensors")
+    root = folders.base / "models/loras"
+    root.mkdir(parents=True)
+    (root / "disk").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(elsewhere)
+    assert folders.files("loras") == ["disk/big.safetensors"]
+    assert folders.find("loras", "disk/big.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_are_refused_everywhere(folders: Folders, name: str) -> None:
+    put(folders.base.parent / "x")
+    doors = [
+        lambda: folders.find("checkpoints", name),
+        lambda: folders.find_input(name),
+        lambda: folders.find_input(f"{name} [output]"),
+        lambda: folders.find_input_folder(name),
+        lambda: folders.numbered(name),
+    ]
+    for door in doors:
+        with pytest.raises(LorasmithError, match="must stay inside its folder"):
+            door()
+
+
+@FIXTURES
+@given(st.lists(st.sampled_from(["..", ".", "a", "/", "\\", "C:", "~", "%year%", ""]), max_size=6).map("/".join))
+def test_no_prefix_leads_out_of_the_output_folder(folders: Folders, prefix: str) -> None:
+    try:
+        files = folders.numbered(prefix)
+    except OutputError:
+        return
+    assert Path(os.path.normpath(files.path(".png"))).is_relative_to(folders.output)
+
+
+def test_input_names_may_carry_their_place(folders: Folders) -> None:
+    for place in ("input", "output", "temp"):
+        put(folders.base / place / "sub/cat.png", place)
+    assert folders.find_input("sub/cat.png").read_text() == "input"
+    assert folders.find_input("sub/cat.png [input]").read_text() == "input"
+    assert folders.find_input("sub/cat.png [output]").read_text() == "output"
+    assert folders.find_input("sub/cat.png [temp]").read_text() == "temp"
+    put(folders.base / "input/odd [name].png")
+    assert folders.find_input("odd [name].png").is_file()
+
+
+def test_a_missing_input_names_the_near_miss(folders: Folders) -> None:
+    put(folders.base / "input/cats/cat1.png")
+    with pytest.raises(DataError, match=r"no file 'cats/cat.png' in the input folder \(did you mean 'cat1.png'"):
+        folders.find_input("cats/cat.png")
+
+
+def test_input_files_and_folders(folders: Folders) -> None:
+    put(folders.base / "input/b.png")
+    put(folders.base / "input/A.PNG")
+    put(folders.base / "input/notes.txt")
+    put(folders.base / "input/dogs/big/1.png")
+    assert folders.input_files([".png"]) == ["A.PNG", "b.png"]
+    assert {"dogs", "dogs/big"} <= set(folders.input_folders())
+    assert folders.find_input_folder("dogs/big") == folders.base / "input/dogs/big"
+    with pytest.raises(DataError, match=r"no folder 'dog' in the input folder \(did you mean 'dogs'"):
+        folders.find_input_folder("dog")
+
+
+def test_built_in_data_sets_are_input_folders(folders: Folders) -> None:
+    built_in = [entry.name for entry in (ASSETS / "input").glob("*") if entry.is_dir()]
+    assert set(built_in) <= set(folders.input_folders())
+    for name in built_in:
+        assert folders.find_input_folder(name) == ASSETS / "input" / name
+
+
+def test_numbered_files(folders: Folders) -> None:
+    files = folders.numbered("loras/dog_200_steps")
+    assert files.path(".safetensors") == folders.output / "loras/dog_200_steps_00001_.safetensors"
+    assert files.path("alpha.png", 1).name == "dog_200_steps_00002_alpha.png"
+    assert (files.subfolder, files.stem, files.counter) == ("loras", "dog_200_steps", 1)
+    reference = {"filename": "dog_200_steps_00001_.png", "subfolder": "loras", "type": "output"}
+    assert files.reference(files.path(".png")) == reference
+    assert folders.numbered("x", place="temp").folder == folders.base / "temp"
+    assert not folders.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "counter"),
+    [
+        (["dog_00001_.png"], 2),
+        (["dog_00007_.png", "dog_00003_.webp"], 8),
+        (["DOG_00004_.png"], 5),
+        (["dog_00005.png"], 6),
+        (["dog_100000_.png"], 100001),
+        (["dog_200_steps_00001_.png", "dogs_00009_.png", "dog_.png", "dog.png", "hotdog_00002_.png"], 1),
+    ],
+)
+def test_counters_go_on_after_the_highest(folders: Folders, there: list[str], counter: int) -> None:
+    for name in there:
+        put(folders.output / name)
+    assert folders.numbered("dog").counter == counter
+
+
+@FIXTURES
+@given(st.sets(st.integers(1, 10**6), max_size=5), st.text("ab._+(%", min_size=1, max_size=4))
+def test_a_counter_is_never_taken(tmp_path_factory: pytest.TempPathFactory, taken: set[int], stem: str) -> None:
+    if stem.strip(".") == "":
+        return
+    folders = Folders(tmp_path_factory.mktemp("base"))
+    for counter in taken:
+        put(folders.output / f"{stem}_{counter:05}_.png")
+    first = folders.numbered(stem)
+    assert first.counter == max(taken, default=0) + 1
+    put(first.path(".png"))
+    assert folders.numbered(stem).counter == first.counter + 1
+
+
+def test_tokens_in_prefixes(folders: Folders) -> None:
+    prefix = "%year%-%month%-%day%/%hour%%minute%%second%_%width%x%height%_%other%"
+    files = folders.numbered(prefix, width=64, height=32, now=NOON)
+    assert (files.subfolder, files.stem) == ("2024-03-05", "120709_64x32_%other%")
+
+
+def test_extra_model_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(
+        tmp_path / "config/extra_model_paths.yaml",
+        """
+comfyui:
+    base_path: ../comfy
+    is_default: true
+    checkpoints: models/checkpoints/
+    clip: |
+        models/text_encoders/
+        models/clip/
+a1111:
+    base_path: $PLACE/webui
+    loras: |
+         models/Lora
+
+         models/LyCORIS
+plain:
+    vae: here/vae
+empty:
+""",
+    )
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    preferred, extra = read_extra_model_paths(file)
+    comfy = tmp_path / "comfy/models"
+    assert preferred == {
+        "checkpoints": [comfy / "checkpoints"],
+        "text_encoders": [comfy / "text_encoders", comfy / "clip"],
+    }
+    webui = tmp_path / "webui/models"
+    assert extra == {"loras": [webui / "Lora", webui / "LyCORIS"], "vae": [tmp_path / "config/here/vae"]}
+
+
+def test_extra_model_paths_of_the_base_are_loaded(tmp_path: Path) -> None:
+    put(tmp_path / "base/extra_model_paths.yaml", f"one:\n  base_path: {tmp_path}/far\n  loras: loras\n")
+    put(tmp_path / "far/loras/far.safetensors")
+    put(tmp_path / "near.yaml", "one:\n  is_default: true\n  loras: first\n")
+    put(tmp_path / "first/far.safetensors")
+    put(tmp_path / "base/models/loras/far.safetensors")
+    base = tmp_path / "base"
+    assert tmp_path / "far/loras" in Folders.load(base).roots("loras")
+    assert Folders.load(base).find("loras", "far.safetensors").is_relative_to(base)
+    given_file = Folders.load(base, extra_model_paths=tmp_path / "near.yaml")
+    assert given_file.find("loras", "far.safetensors") == tmp_path / "first/far.safetensors"
+    assert tmp_path / "far/loras" not in given_file.roots("loras")
+    assert Folders.load(tmp_path / "none").extra == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a: [", "must be a readable YAML file"),
+        ("- a\n- b", "must hold named sections of kinds and paths, got list"),
+        ("a: b", "section 'a' of .* must map kinds to paths, got 'b'"),
+        ("a:\n  loras: [x, y]", "'loras' in section 'a' of .* must be lines of paths"),
+    ],
+)
+def test_malformed_extra_model_paths(tmp_path: Path, content: str, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence) as caught:
+        Folders.load(tmp_path, extra_model_paths=put(tmp_path / "x.yaml", content))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_extra_model_paths_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="must be a readable YAML file"):
+        Folders.load(tmp_path, extra_model_paths=tmp_path / "no.yaml")
+
+
+def test_fingerprints_follow_size_time_and_names(tmp_path: Path) -> None:
+    file = put(tmp_path / "set/a.txt", "one")
+    seen = [fingerprint(file), fingerprint(tmp_path / "set")]
+    assert seen[0] == seen[1]
+    os.utime(file, ns=(1, 1))
+    assert fingerprint(file) != seen[0]
+    put(tmp_path / "set/sub/b.txt")
+    assert len(fingerprint(tmp_path / "set")) == 2

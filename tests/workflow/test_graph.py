@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorasmith.core.errors import GraphError
+from lorasmith.workflow.graph import Link, examine, validate
+
+ApiNode = Callable[..., dict[str, Any]]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture
+def prompt(api_node: ApiNode) -> dict[str, Any]:
+    return {
+        "1": api_node("Number", value=3),
+        "2": api_node("Sum", "Add up", **{"numbers.n0": ["1", 0], "numbers.n1": 4, "offset": 2, "mode": "negative"}),
+        "3": api_node("Show", value=["2", 0]),
+    }
+
+
+def faults(toys: Any, prompt: dict[str, Any]) -> list[str]:
+    return [str(fault) for fault in examine(prompt, toys.folders, nodes=toys.nodes).faults]
+
+
+def test_a_good_prompt_becomes_a_graph(toys: Any, prompt: dict[str, Any]) -> None:
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert list(graph.nodes) == ["1", "2", "3"]
+    assert graph.outputs == ("3",)
+    assert graph.nodes["2"].title == "Add up"
+    assert graph.nodes["1"].title == "A Number"
+    assert graph.nodes["2"].inputs == {
+        "numbers.n0": Link("1", 0),
+        "numbers.n1": 4,
+        "offset": 2,
+        "mode": "Negative",
+    }
+    assert graph.warnings == ()
+
+
+def test_values_are_normalised_and_defaults_stand_in(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["1"]["inputs"]["value"] = 5.0
+    del prompt["2"]["inputs"]["mode"]
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert type(graph.nodes["1"].inputs["value"]) is int
+    assert graph.nodes["2"].inputs["mode"] == "Plain"
+
+
+def test_numeric_ids_aliases_and_wrapped_values(toys: Any, api_node: ApiNode) -> None:
+    prompt = {1: api_node("oldnumber", value={"__value__": 4}), 2: api_node("Show", value=[1, 0])}
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert graph.nodes["1"].inputs == {"value": 4}
+    assert graph.nodes["1"].node is toys.nodes["Number"]
+
+
+def test_all_faults_are_found_at_once_and_name_their_node(toys: Any, api_node: ApiNode) -> None:
+    prompt = {
+        "1": api_node("Number", value=500),
+        "2": api_node("Sum", "Add up", **{"numbers.n0": ["1", 3], "offset": "two", "mode": "negativ"}),
+        "3": api_node("Shwo", value=["2", 0]),
+        "4": api_node("Show", value=["9", 0]),
+        "5": api_node("Refuse", value=["6", 0]),
+        "6": api_node("Text", text=["2", 0]),
+        "7": api_node("Show"),
+        "8": api_node("Show", value=["1"]),
+        "9b": "nonsense",
+        "10": api_node("Show", value=["2", 0]),
+    }
+    with pytest.raises(GraphError) as caught:
+        validate(prompt, toys.folders, nodes=toys.nodes)
+    assert caught.value.findings == (
+        "node 1 'A Number': value must be between 0 and 100, got 500",
+        "node 2 'Add up': offset must be an integer, got 'two'",
+        "node 2 'Add up': mode must be one of Plain, Negative, got 'negativ' (did you mean 'Negative'?)",
+        "node 2 'Add up': numbers.n0 is linked to output 3 of node 1 'A Number', which has 1 output, counted from 0; "
+        "link it anew",
+        "node 3 'Shwo': there is no node 'Shwo' here (did you mean 'Show'?); replace or remove it",
+        "node 4 'Show': value is linked to node '9', which is not there (did you mean '9b'?); link it anew",
+        "node 5 'Refuse': value must be linked to an output of type INT, "
+        "got the STRING output 'STRING' of node 6 'Text'",
+        "node 6 'Text': text must be linked to an output of type STRING, got the INT output 'sum' of node 2 'Add up'",
+        "node 7 'Show': required input value is missing; add it",
+        "node 8 'Show': value must be a value or a link [node id, output number], got ['1']",
+        "node 9b: a node must be an object with class_type and inputs; export the workflow again",
+    )
+    assert str(caught.value).startswith("this workflow cannot run, it has 11 faults\n  - node 1 'A Number'")
+
+
+def test_faults_carry_the_protocols_names(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["1"]["inputs"]["value"] = -1
+    prompt["2"]["inputs"].update({"offset": 1001, "mode": "x", "numbers.n1": None})
+    found = examine(prompt, toys.folders, nodes=toys.nodes).faults
+    assert [(one.node_id, one.kind, one.input_name) for one in found] == [
+        ("1", "value_smaller_than_min", "value"),
+        ("2", "invalid_input_type", "numbers.n1"),
+        ("2", "value_bigger_than_max", "offset"),
+        ("2", "value_not_in_list", "mode"),
+    ]
+
+
+def test_a_missing_input_tells_its_default(toys: Any, prompt: dict[str, Any]) -> None:
+    del prompt["2"]["inputs"]["offset"], prompt["2"]["inputs"]["numbers.n0"]
+    assert faults(toys, prompt) == [
+        "node 2 'Add up': required input numbers.n0 is missing; add it",
+        "node 2 'Add up': required input offset is missing, its default is 0; add it",
+    ]
+
+
+def test_unknown_inputs_are_warnings(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["2"]["inputs"]["ofset"] = ["99", 0]
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert "ofset" not in graph.nodes["2"].inputs
+    assert graph.warnings == (
+        "node 2 'Add up': input ofset is ignored, since the node has none of that name (did you mean 'offset'?)",
+    )
+
+
+def test_faults_of_nodes_that_no_output_needs_are_warnings(
+    toys: Any, prompt: dict[str, Any], api_node: ApiNode
+) -> None:
+    prompt["4"] = api_node("Number", "Left over", value=-1)
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert "4" not in graph.nodes
+    assert graph.warnings == ("node 4 'Left over': value must be between 0 and 100, got -1",)
+
+
+def test_what_an_unknown_node_is_linked_to_counts_as_needed(
+    toys: Any, prompt: dict[str, Any], api_node: ApiNode
+) -> None:
+    prompt["4"] = api_node("SaveNumber", value=["5", 0], pair=[None, 0], text="x")
+    prompt["5"] = api_node("Number", value=-1)
+    assert faults(toys, prompt) == [
+        "node 4 'SaveNumber': there is no node 'SaveNumber' here (did you mean 'Number'?); replace or remove it",
+        "node 5 'A Number': value must be between 0 and 100, got -1",
+    ]
+
+
+def test_a_graph_needs_an_output_node(toys: Any, api_node: ApiNode) -> None:
+    assert faults(toys, {"1": api_node("Number", value=-1)}) == [
+        "a workflow needs an output node (Show, Refuse), got none; add one",
+        "node 1 'A Number': value must be between 0 and 100, got -1",
+    ]
+    assert faults(toys, {}) == ["a workflow needs an output node (Show, Refuse), got none; add one"]
+
+
+def test_targets_choose_among_output_nodes(toys: Any, prompt: dict[str, Any], api_node: ApiNode) -> None:
+    prompt["4"] = api_node("Show", value=7.5)
+    assert list(validate(prompt, toys.folders, nodes=toys.nodes, targets=["3"]).nodes) == ["1", "2", "3"]
+    with pytest.raises(GraphError, match=r"7\.5"):
+        validate(prompt, toys.folders, nodes=toys.nodes)
+
+
+def test_a_cycle_is_named_node_by_node(toys: Any, prompt: dict[str, Any], api_node: ApiNode) -> None:
+    prompt["2"]["inputs"]["numbers.n1"] = ["4", 0]
+    prompt["4"] = api_node("Sum", **{"numbers.n0": ["2", 0], "offset": 0})
+    assert faults(toys, prompt) == [
+        "node 2 'Add up': a node must not depend on its own output, but these do: "
+        "node 2 'Add up' → node 4 'Sum' → node 2 'Add up'; remove one of the links"
+    ]
+
+
+def test_a_node_linked_to_itself(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["2"]["inputs"]["numbers.n1"] = ["2", 0]
+    assert "node 2 'Add up' → node 2 'Add up'" in faults(toys, prompt)[0]
+
+
+def test_match_sockets_carry_one_type_through(toys: Any, api_node: ApiNode) -> None:
+    prompt = {
+        "1": api_node("Number", value=1),
+        "2": api_node("Text", text="x"),
+        "3": api_node("MakeList", **{"inputs.input0": ["1", 0], "inputs.input1": ["1", 0]}),
+        "4": api_node("MakeList", **{"inputs.input0": ["3", 0]}),
+        "5": api_node("Text", text=["4", 0]),
+        "6": api_node("Show", value=["5", 0]),
+    }
+    assert faults(toys, prompt) == [
+        "node 5 'Text': text must be linked to an output of type STRING, "
+        "got the INT output 'list' of node 4 'Make List'"
+    ]
+    prompt["3"]["inputs"]["inputs.input1"] = ["2", 0]
+    prompt["5"]["inputs"]["text"] = "plain"
+    prompt["6"]["inputs"]["value"] = ["4", 0]
+    assert faults(toys, prompt) == [
+        "node 3 'Make List': inputs.input1 must have the type of inputs.input0, which is INT, "
+        "got the STRING output 'STRING' of node 2 'Text'"
+    ]
+
+
+def test_files_that_are_not_there_are_found_before_anything_runs(toys: Any, api_node: ApiNode) -> None:
+    prompt = {"1": api_node("ReadFile", file="a.txt"), "2": api_node("Show", value=["1", 0])}
+    assert faults(toys, prompt)[0].startswith("node 1 'Read File': no file 'a.txt' in the input folder; put it into ")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_prompt_with_anything_in_it_is_examined_without_a_crash(
+    toys: Any, prompt: dict[str, Any], data: st.DataObject
+) -> None:
+    broken = copy.deepcopy(prompt)
+    member = broken[data.draw(st.sampled_from(["1", "2", "3"]))]
+    place = data.draw(st.sampled_from(["class_type", "inputs", "_meta", "value", "numbers.n0", "mode"]))
+    anything = data.draw(JSON)
+    (member if place in ("class_type", "inputs", "_meta") else member["inputs"])[place] = anything
+    for fault in examine(broken, toys.folders, nodes=toys.nodes).faults:
+        assert str(fault).startswith(("node ", "a workflow needs"))
