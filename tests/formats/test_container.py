@@ -115,7 +115,7 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         check_safetensors(tmp_path / "nothing.safetensors", ModelError)
 
 
-@pytest.mark.parametrize("save", [lambda data, path: torch.save(data, path), None], ids=["zip", "pickle"])
+@pytest.mark.parametrize("save", [torch.save, None], ids=["zip", "pickle"])
 def test_refuses_pickled_files_and_says_how_to_convert(tmp_path: Path, save) -> None:
     path = tmp_path / "model.ckpt"
     if save is None:
