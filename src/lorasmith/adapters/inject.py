@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorasmith.adapters import lora  # noqa: F401  (algorithms register themselves)
 from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import LoraError, OptionError
 
 __all__ = ["Attached", "Plan", "PlannedAdapter", "attached", "create_adapters", "load_adapters", "plan_adapters"]
 
@@ -121,47 +121,65 @@ def create_adapters(
 
 
 def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> dict[str, Adapter]:
-    """Adapters with given tensors, by module path. Raises LoraError for unknown algorithms or unfitting shapes."""
-    return {
-        path: ADAPTERS[one.algorithm].from_weights(one, FrozenLayer(model.get_submodule(path)))
-        for path, one in weights.items()
-    }
+    """Adapters with given tensors, by module path.
+
+    Raises:
+        LoraError: an algorithm is unknown, or the model has no such layer or one of another shape.
+    """
+    layers = dict(model.named_modules())
+    adapters = {}
+    for path, one in weights.items():
+        if path not in layers or not isinstance(getattr(layers[path], "weight", None), Tensor):
+            raise LoraError(f"the LoRA is for a layer {path} that the model lacks; it was made for another model")
+        adapters[path] = ADAPTERS[one.algorithm].from_weights(one, FrozenLayer(layers[path]))
+    return adapters
 
 
 @contextlib.contextmanager
 def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
-    """Run `model` with adapters in activation space; later sets wrap earlier ones."""
+    """Run `model` with adapters in activation space; later sets wrap earlier ones, those of an enclosing call too."""
     by_path: dict[str, list[tuple[Adapter, float]]] = {}
     for one in stack:
         for path, adapter in one.adapters.items():
             by_path.setdefault(path, []).append((adapter, one.strength))
-    changed: list[nn.Module] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for path, adapters in by_path.items():
             module = model.get_submodule(path)
-            module.forward = _stacked(FrozenLayer(module), adapters)
-            changed.append(module)
+            own = module.__dict__.get("forward")
+            undo.callback(_restore_forward, module, own)
+            below = own.adapters if isinstance(own, _Stacked) else ()
+            module.forward = _Stacked(FrozenLayer(module), (*below, *adapters))
         yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
-def _stacked(layer: FrozenLayer, adapters: Sequence[tuple[Adapter, float]]) -> Callable[[Tensor], Tensor]:
-    """The layer's forward under a stack of adapters, innermost first."""
-    bias_last = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
-    run: Callable[[Tensor], Tensor] = FrozenProduct(layer, with_bias=not bias_last)
-    for adapter, strength in adapters:
-        run = _wrapped(adapter, run, layer, strength)
-    if not bias_last:
-        return run
-    return lambda x: run(x) + _as_channels(layer)
+class _Stacked:
+    """A layer's forward under a stack of adapters, innermost first."""
+
+    def __init__(self, layer: FrozenLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        self.adapters = adapters
+        self._layer = layer
+        self._bias_last = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
+        self._run: Callable[[Tensor], Tensor] = FrozenProduct(layer, with_bias=not self._bias_last)
+        for adapter, strength in adapters:
+            self._run = _wrapped(adapter, self._run, layer, strength)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._run(x)
+        return y + _as_channels(self._layer) if self._bias_last else y
 
 
 def _wrapped(
     adapter: Adapter, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, strength: float
 ) -> Callable[[Tensor], Tensor]:
     return lambda x: adapter.attached(inner, layer, x, strength)
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
+    """Give the instance back its own forward, or leave it with its class's."""
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = own
 
 
 def _as_channels(layer: FrozenLayer) -> Tensor:

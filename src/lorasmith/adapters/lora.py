@@ -76,15 +76,17 @@ class LoraAdapter(Adapter):
         down, up, mid = (weights.tensors.get(name) for name in ("down", "up", "mid"))
         if down is None or up is None:
             raise LoraError(f"a LoRA layer needs both a down and an up matrix, got only {', '.join(weights.tensors)}")
-        rank = down.shape[0]
-        fits = (up.shape[:2] == (layer.out_features, rank)) and (
-            down.shape[1:] == layer.weight.shape[1:]
-            if mid is None
-            else layer.groups == 1
-            and mid.shape == (rank, rank, *layer.weight.shape[2:])
-            and down.shape[1] == layer.weight.shape[1]
-        )
-        if not fits:
+        rank, kernel = down.shape[0], layer.weight.shape[2:]
+        point = (1,) * len(kernel)
+        if mid is None:
+            fits = down.shape[1:] == layer.weight.shape[1:]
+        else:
+            fits = (
+                layer.groups == 1
+                and mid.shape == (rank, rank, *kernel)
+                and down.shape[1:] == (*layer.weight.shape[1:2], *point)
+            )
+        if not (rank and fits and up.shape == (layer.out_features, rank, *point)):
             raise LoraError(
                 f"a LoRA with down {tuple(down.shape)} and up {tuple(up.shape)} does not fit a layer with weight "
                 f"{tuple(layer.weight.shape)}; it was made for another model"
@@ -144,13 +146,14 @@ class _LinearWithLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inner, down, up = ctx.saved_tensors
         grad = grads[0].reshape(-1, up.shape[0])
-        flat_inner = inner.view(-1, inner.shape[-1])
         grad_inner = (grad @ up).mul_(ctx.factor)
-        grad_x = None
+        grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
-        grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
-        grad_up = (grad.t() @ flat_inner).mul_(ctx.factor)
+        if ctx.needs_input_grad[3]:  # an adapter that runs below the trained one is frozen
+            grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[4]:
+            grad_up = (grad.t() @ inner.view(-1, inner.shape[-1])).mul_(ctx.factor)
         return grad_x, None, None, grad_down, grad_up, None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.base import Adapter
 from lorasmith.adapters.inject import Attached, attached, load_adapters
 from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError
 
 __all__ = ["Patch", "applied", "attachments", "merged_weights"]
 
@@ -45,6 +46,9 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]
     """Fold in whatever is not applied in activation space, in order.
 
     Patched parameters point to new tensors meanwhile; the old ones are kept and put back, so nothing is rounded.
+
+    Raises:
+        LoraError: an adapter or a difference does not fit the model.
     """
     originals: dict[nn.Parameter, Tensor] = {}
 
@@ -61,7 +65,12 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]
             for path, changes in patch.differences.items():
                 for name, difference in changes.items():
                     parameter = _parameter(model, path, name)
-                    added = difference.to(parameter.device, torch.float32).reshape(parameter.shape)
+                    if difference.shape != parameter.shape:
+                        raise LoraError(
+                            f"a difference of shape {tuple(difference.shape)} does not fit {path}.{name} of shape "
+                            f"{tuple(parameter.shape)}; the LoRA was made for another model"
+                        )
+                    added = difference.to(parameter.device, torch.float32)
                     total = torch.add(parameter.float(), added, alpha=patch.strength)
                     replace(parameter, total.to(parameter.dtype))
         yield
@@ -88,5 +97,9 @@ def _placed(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Adap
 
 
 def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
-    parameter: nn.Parameter = getattr(model.get_submodule(path), name)
-    return parameter
+    try:
+        return model.get_parameter(f"{path}.{name}")
+    except AttributeError:
+        raise LoraError(
+            f"the LoRA changes {path}.{name}, which the model lacks; it was made for another model"
+        ) from None

@@ -21,7 +21,15 @@ from typing import Literal, cast
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
 from lorasmith.core.registry import nearest
 
-__all__ = ["ASSETS", "MODEL_EXTENSIONS", "Folders", "NumberedFiles", "fingerprint", "read_extra_model_paths"]
+__all__ = [
+    "ASSETS",
+    "MODEL_EXTENSIONS",
+    "Folders",
+    "NumberedFiles",
+    "fingerprint",
+    "next_counter",
+    "read_extra_model_paths",
+]
 
 ASSETS = Path(__file__).parents[1] / "assets"
 """The built-in root, laid out like a base folder."""
@@ -203,7 +211,7 @@ class Folders:
             subfolder="" if subfolder == "." else subfolder,
             place=place,
             stem=relative.name,
-            counter=_next_counter(folder, relative.name),
+            counter=next_counter(folder, relative.name),
         )
 
     def _places(self, place: Place) -> list[Path]:
@@ -322,7 +330,8 @@ def _fill_tokens(prefix: str, width: int, height: int, now: time.struct_time) ->
     return re.sub(r"%(\w+)%", lambda match: tokens.get(match[1], match[0]), prefix)
 
 
-def _next_counter(folder: Path, stem: str) -> int:
+def next_counter(folder: Path, stem: str) -> int:
+    """The number after the highest `<stem>_<number>` in a folder, which need not exist."""
     # Case is ignored so that files from this machine can move to one whose file system ignores it.
     taken = re.compile(rf"{re.escape(stem)}_(\d+)_?\..+", re.IGNORECASE)
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []

@@ -11,7 +11,7 @@ from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
 
-__all__ = ["LOSSES", "OBJECTIVES", "diffusion_loss"]
+__all__ = ["LOSSES", "diffusion_loss"]
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 
@@ -20,9 +20,6 @@ LOSSES.register("MSE")(lambda prediction, target: F.mse_loss(prediction, target,
 LOSSES.register("L1")(lambda prediction, target: F.l1_loss(prediction, target, reduction="none"))
 LOSSES.register("Huber")(lambda prediction, target: F.huber_loss(prediction, target, reduction="none"))
 LOSSES.register("SmoothL1")(lambda prediction, target: F.smooth_l1_loss(prediction, target, reduction="none"))
-
-OBJECTIVES = ("native", "x0")
-"""`native` compares what the network predicts; `x0` compares clean samples, which is what ComfyUI's trainer does."""
 
 
 def diffusion_loss(
@@ -46,7 +43,7 @@ def diffusion_loss(
         clean, noise, noised: fp32, the same shape.
         level: levels that `noised` was made with.
         parameterization: registered name.
-        objective: `native` or `x0`.
+        objective: `native` compares what the network predicts; `x0` compares clean samples, as ComfyUI's trainer does.
         loss_function: registered name.
     """
     kind = PARAMETERIZATIONS[parameterization]

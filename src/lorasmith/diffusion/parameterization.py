@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from lorasmith.core.registry import Registry
-from lorasmith.diffusion.schedule import NoiseLevel, _like
+from lorasmith.diffusion.schedule import NoiseLevel, per_sample
 
 __all__ = ["PARAMETERIZATIONS", "Parameterization"]
 
@@ -39,15 +39,15 @@ class _Epsilon(Parameterization):
         return noise
 
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
-        return (noised - _like(level.sigma, noised) * prediction) / _like(level.alpha, noised)
+        return (noised - per_sample(level.sigma, noised) * prediction) / per_sample(level.alpha, noised)
 
 
 class _V(Parameterization):
     def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
-        return _like(level.alpha, clean) * noise - _like(level.sigma, clean) * clean
+        return per_sample(level.alpha, clean) * noise - per_sample(level.sigma, clean) * clean
 
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
-        return _like(level.alpha, noised) * noised - _like(level.sigma, noised) * prediction
+        return per_sample(level.alpha, noised) * noised - per_sample(level.sigma, noised) * prediction
 
 
 class _Flow(Parameterization):
@@ -55,7 +55,7 @@ class _Flow(Parameterization):
         return noise - clean
 
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
-        return noised - _like(level.sigma, noised) * prediction
+        return noised - per_sample(level.sigma, noised) * prediction
 
 
 PARAMETERIZATIONS.register("epsilon", "eps")(_Epsilon())

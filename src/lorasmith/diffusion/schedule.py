@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DiscreteSchedule", "FlowSchedule", "NoiseLevel", "NoiseSchedule", "shifted"]
+__all__ = ["DiscreteSchedule", "FlowSchedule", "NoiseLevel", "NoiseSchedule", "per_sample", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class NoiseLevel:
 
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """`alpha · clean + sigma · noise`, broadcast over (batch, ...)."""
-        return _like(self.alpha, clean) * clean + _like(self.sigma, clean) * noise
+        return per_sample(self.alpha, clean) * clean + per_sample(self.sigma, clean) * noise
 
     def to(self, device: torch.device | str) -> NoiseLevel:
         """The same levels on `device`, copied without waiting."""
@@ -94,7 +94,8 @@ class DiscreteSchedule(NoiseSchedule):
         # In double precision: 1 − alphas_cumprod loses half of its digits in fp32 where there is little noise.
         exact = alphas_cumprod.to(torch.float64)
         sigmas = ((1 - exact) / exact).sqrt()
-        self._alphas_cumprod = exact.to(torch.float32)
+        self._signal = exact.sqrt().to(torch.float32)
+        self._noise = (1 - exact).sqrt().to(torch.float32)
         self._log_sigmas = sigmas.log().to(torch.float32)
         self.sigmas = sigmas.to(torch.float32)
 
@@ -106,8 +107,7 @@ class DiscreteSchedule(NoiseSchedule):
 
     def at(self, quantile: Tensor) -> NoiseLevel:
         index = (quantile * len(self.sigmas)).long().clamp(0, len(self.sigmas) - 1)
-        kept = self._alphas_cumprod[index]
-        return NoiseLevel(kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32))
+        return NoiseLevel(self._signal[index], self._noise[index], index.to(torch.float32))
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
@@ -128,7 +128,7 @@ class DiscreteSchedule(NoiseSchedule):
 
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """`x` scaled back to unit variance."""
-        return x * _like(level.alpha, x)
+        return x * per_sample(level.alpha, x)
 
     def signal(self, sigma: float) -> float:
         """1: samplers see the variance-exploding form."""
@@ -187,6 +187,6 @@ def shifted(time: Tensor, shift: float) -> Tensor:
     return shift * time / (1 + (shift - 1) * time)
 
 
-def _like(values: Tensor, x: Tensor) -> Tensor:
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """(batch,) on x's device, shaped to broadcast over x."""
     return values.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))

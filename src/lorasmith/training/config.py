@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorasmith.core.options import check_options, option
-from lorasmith.diffusion.losses import OBJECTIVES
 
 __all__ = ["NONE_LORA", "TrainConfig"]
 
@@ -81,8 +80,8 @@ class TrainConfig:
         group=_WHAT,
         help="Which of the two matrices starts at zero: up is the field's habit, down is ComfyUI's.",
     )
-    existing_lora: str = option(
-        NONE_LORA,
+    existing_lora: str | None = option(
+        None,
         group=_WHAT,
         help="A LoRA file to go on from. Its layers keep their own rank and alpha, and its steps are counted on.",
     )
@@ -103,7 +102,7 @@ class TrainConfig:
     )
     objective: str = option(
         "native",
-        choices=OBJECTIVES,
+        choices=("native", "x0"),
         group=_HOW,
         help="What is compared: native is what the model predicts (noise, velocity or flow), x0 the clean picture, as "
         "ComfyUI's trainer does, which puts most of the weight on the noisiest timesteps.",
@@ -161,3 +160,5 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.existing_lora == NONE_LORA:
+            object.__setattr__(self, "existing_lora", None)

@@ -40,6 +40,8 @@ class RunFolder:
 
     def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
         self.path = ensure_folder(path)
+        if (path / "run.json").exists():
+            raise OutputError(f"{path} already holds a run; choose another output, or move that one away")
         write_atomic(path / "run.json", json.dumps({**record, "versions": versions()}, indent=2, ensure_ascii=False))
         self._events: TextIO | None = None
 

@@ -26,7 +26,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Family, TargetPreset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.metadata import steps_of
-from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Recipe, fit
 from lorasmith.training.events import Event, EventHandler, RunFinished, RunStarted, StepDone, Warned
 from lorasmith.training.lora import Lora
@@ -150,9 +150,9 @@ def plan_job(denoiser: Denoiser, config: TrainConfig) -> Job:
         denoiser.module, plan, algorithm=config.algorithm, alpha=config.alpha, seed=config.seed, zero=config.zero_init
     )
     notes = _capped_note(plan)
-    if config.existing_lora == NONE_LORA:
+    if config.existing_lora is None:
         return Job(config, fresh, denoiser, notes=notes)
-    return _continued(config, denoiser, fresh, notes)
+    return _continued(config, Path(config.existing_lora), denoiser, fresh, notes)
 
 
 def resolve_targets(denoiser: Denoiser, family: Family, config: TrainConfig) -> Plan:
@@ -288,13 +288,14 @@ def _recipe(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> Re
     )
 
 
-def _continued(config: TrainConfig, denoiser: Denoiser, fresh: Mapping[str, Adapter], notes: tuple[str, ...]) -> Job:
+def _continued(
+    config: TrainConfig, path: Path, denoiser: Denoiser, fresh: Mapping[str, Adapter], notes: tuple[str, ...]
+) -> Job:
     """A job that goes on from an existing LoRA: its layers as they are, the other targets fresh."""
-    path = Path(config.existing_lora)
     existing = Lora.load(path, denoiser.base)
     held = {ref.path: one for ref, one in existing.state.adapters.items() if ref.component == DENOISER}
     adapters = load_adapters(denoiser.module, held)
-    adapters.update({path: adapter for path, adapter in fresh.items() if path not in held})
+    adapters.update({module: adapter for module, adapter in fresh.items() if module not in held})
     carried = replace(
         existing.state, adapters={ref: one for ref, one in existing.state.adapters.items() if ref.component != DENOISER}
     )

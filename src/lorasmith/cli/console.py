@@ -1,0 +1,90 @@
+"""What the commands share: the console, progress bars fed by events, and a first Ctrl-C that asks instead of kills."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lorasmith.training.events import Event, StepDone, Warned
+
+__all__ = ["complain", "console", "counting", "stoppable", "training_progress"]
+
+console = Console(highlight=False)
+_errors = Console(stderr=True, highlight=False)
+
+
+def complain(sentence: str, *, kind: str) -> None:
+    """Print a sentence on standard error."""
+    _errors.print(f"[bold red]{kind}:[/] ", end="")
+    _errors.print(sentence, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.print("Stopping after this step; what there is will be saved. Press Ctrl-C again to stop at once.")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[..., None]]:
+    """A progress bar; the yielded function takes (done, in all) and ignores what follows."""
+    with _bar(TextColumn("{task.description}")) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total, *_: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def training_progress(steps: int) -> Iterator[Callable[[Event], None]]:
+    """A progress bar with loss, speed and time left; the yielded function takes training events."""
+    columns = (TextColumn("{task.description}"), TextColumn("[dim]{task.fields[numbers]}"))
+    with _bar(*columns) as progress:
+        task = progress.add_task("Training", total=steps, numbers="")
+        smooth = 0.0
+        first = 0.0
+
+        def show(event: Event) -> None:
+            nonlocal smooth, first
+            if isinstance(event, Warned):
+                progress.console.print(f"[yellow]Note:[/] {event.message}")
+            if isinstance(event, StepDone):
+                first = first or event.at
+                # An average over about twenty steps: single losses mostly tell how noisy their samples were.
+                smooth = event.loss if event.step == 1 else smooth + (event.loss - smooth) / min(event.step, 20)
+                speed = (event.step - 1) / (event.at - first) if event.at > first else 0.0
+                numbers = f"loss {smooth:.4f}" + (f" · {speed:.2f} steps/s" if speed else "")
+                progress.update(task, completed=event.step, numbers=numbers)
+
+        yield show
+
+
+def _bar(*columns: Any) -> Progress:
+    return Progress(
+        columns[0],
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns[1:],
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,61 @@
+"""Command-line flags from option declarations, so that a setting is described in one place only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from lorasmith.core.options import Option
+
+__all__ = ["with_flags"]
+
+
+def with_flags(
+    command: Callable[..., None], options: Mapping[str, Option], *, aliases: Mapping[str, str] | None = None
+) -> Callable[..., None]:
+    """`command` with a flag for each option, where it has `**settings`.
+
+    Args:
+        command: takes its own parameters and `**settings` (the options by name).
+        options: declarations by name.
+        aliases: further flags by option name, such as `{"training_dtype": "--dtype"}`.
+    """
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags = [_flag(one, (aliases or {}).get(name)) for name, one in options.items()]
+
+    def run(**arguments: Any) -> None:
+        command(**arguments)
+
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+    return run
+
+
+def _flag(option: Option, alias: str | None) -> inspect.Parameter:
+    name = "--" + option.name.replace("_", "-")
+    # Types are converted by typer; ranges and choices are checked, and worded, by the option itself.
+    details: dict[str, Any] = {"help": option.help, "rich_help_panel": option.group or None}
+    if option.type is bool:
+        declared = [f"{name}/--no-{name.removeprefix('--')}"]
+    else:
+        declared = [name, *([alias] if alias else [])]
+        details["metavar"] = _metavar(option)
+    annotation = option.type | None if option.default is None else option.type
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=option.default,
+        annotation=Annotated[annotation, typer.Option(*declared, **details)],
+    )
+
+
+def _metavar(option: Option) -> str:
+    if option.choices:
+        return "|".join(option.choices)
+    if option.min is not None and option.max is not None:
+        return f"{option.min:g}..{option.max:g}"
+    return {int: "NUMBER", float: "NUMBER", str: "TEXT"}[option.type]

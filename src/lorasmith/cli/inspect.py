@@ -1,0 +1,82 @@
+"""`lorasmith inspect`: what is in a LoRA file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.cli.console import console
+
+if TYPE_CHECKING:
+    from lorasmith.formats.inspect import LoraSummary
+
+__all__ = ["register"]
+
+_LONGEST = 160  # characters of a metadata value that are shown
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA, in any known layout.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+) -> None:
+    """Show what a LoRA file holds: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
+    from lorasmith.formats.inspect import describe
+
+    summary = describe(file)
+    if as_json:
+        console.print_json(json.dumps(dataclasses.asdict(summary), default=str))
+        return
+    _print(summary)
+
+
+def _print(summary: LoraSummary) -> None:
+    from rich.table import Table
+
+    rows = {
+        "File": f"{summary.path} ({summary.size_bytes / 2**20:.1f} MiB)",
+        "Layout": _counts(summary.layouts),
+        "Family": summary.family or "not recognised",
+        "Algorithm": _counts(summary.algorithms),
+        "Modules": _counts(summary.components),
+        "Rank": _counts(summary.ranks),
+        "Alpha": _counts({"none" if alpha is None else f"{alpha:g}": n for alpha, n in summary.alphas.items()}),
+        "Tensors": f"{summary.tensors} ({_counts(summary.dtypes)}), {summary.parameters:,} parameters",
+        "Steps": str(summary.steps or "not recorded"),
+        **{name.upper(): value for name, value in summary.hashes.items()},
+    }
+    table = Table.grid(padding=(0, 2))
+    for label, text in rows.items():
+        table.add_row(f"[bold]{label}[/]", text)
+    console.print(table)
+    _print_section("Norm of the weight change by block", {k: f"{v:.4g}" for k, v in summary.norms.items()})
+    _print_section("Metadata", summary.metadata)
+    for finding in summary.findings:
+        console.print(f"[yellow]Fault:[/] {finding}")
+
+
+def _print_section(title: str, entries: Mapping[str, str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not entries:
+        return
+    console.print(f"\n[bold]{title}[/]")
+    table = Table.grid(padding=(0, 2))
+    for key, value in entries.items():
+        table.add_row(Text(f"  {key}"), Text(value if len(value) <= _LONGEST else f"{value[:_LONGEST]} …"))
+    console.print(table)
+
+
+def _counts(counted: Mapping[Any, int]) -> str:
+    """`kohya: 192` or, of several, `16: 180, 8: 12`."""
+    return ", ".join(f"{name} × {count}" for name, count in counted.items()) or "none"

@@ -1,0 +1,44 @@
+"""The command line: `lorasmith COMMAND`. Each command is one module; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lorasmith.cli import demo, generate, inspect, train, workflow
+from lorasmith.cli.console import complain
+from lorasmith.core.errors import CancelledError, LorasmithError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lorasmith",
+    help="Train LoRAs for diffusion models, from a folder of images or from a ComfyUI workflow.",
+    epilog="Start with: lorasmith demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+demo.register(app)
+train.register(app)
+workflow.register(app)
+generate.register(app)
+inspect.register(app)
+
+
+def main() -> None:
+    """Entry point: what a person can mend is one sentence, and an interruption is no error of the program's."""
+    try:
+        app()
+    except CancelledError as stopped:
+        complain(str(stopped), kind="stopped")
+        sys.exit(130)
+    except LorasmithError as error:
+        complain(str(error), kind="error")
+        sys.exit(1)
+    except KeyboardInterrupt as stopped:
+        notes = "; ".join(getattr(stopped, "__notes__", ()))
+        complain(f"interrupted{'; ' + notes if notes else ''}", kind="stopped")
+        sys.exit(130)

@@ -1,0 +1,130 @@
+"""`lorasmith run`: a ComfyUI workflow, without ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorasmith.cli.console import console, stoppable
+from lorasmith.core.errors import GraphError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from lorasmith.core.folders import Folders
+    from lorasmith.workflow.events import Event, UiOutput
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("run")(run)
+
+
+def run(
+    workflow: Annotated[Path, typer.Argument(help="Workflow in API format (in ComfyUI: Workflow, Export (API)).")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Change an input, such as 12.steps=200. Repeatable."),
+    ] = None,
+    base_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LORASMITH_BASE_DIR",
+            help="Folder with models/, input/ and output/, laid out as ComfyUI's; an existing ComfyUI folder will do. "
+            "Left out: the current folder.",
+        ),
+    ] = None,
+    extra_model_paths: Annotated[
+        Path | None, typer.Option(help="A file in the format of ComfyUI's extra_model_paths.yaml.")
+    ] = None,
+) -> None:
+    """Run a ComfyUI workflow file.
+
+    The workflow is checked as a whole before anything runs. Results go to output/ below the base folder.
+    """
+    from lorasmith.core.folders import Folders
+    from lorasmith.nodes import load_nodes
+    from lorasmith.workflow.executor import Executor
+    from lorasmith.workflow.graph import validate
+    from lorasmith.workflow.prompt import apply_overrides, parse_prompt
+
+    nodes = load_nodes()
+    prompt = apply_overrides(parse_prompt(_read(workflow)), set_ or [], nodes=nodes)
+    folders = Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
+    graph = validate(prompt, folders, nodes=nodes)
+    with stoppable() as stop, _Narrator(folders) as narrator:
+        Executor(folders, on_event=narrator).run(graph, cancel=stop)
+
+
+def _read(workflow: Path) -> bytes:
+    try:
+        return workflow.read_bytes()
+    except OSError as error:
+        raise GraphError(f"{workflow} cannot be read ({error.strerror}); give a workflow file in API format") from error
+
+
+class _Narrator:
+    """Tells on the console what an executor does."""
+
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+        self._titles: dict[str, str] = {}
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Narrator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+
+    def __call__(self, event: Event) -> None:
+        from lorasmith.workflow import events
+
+        match event:
+            case events.NodeStarted(node_id, title):
+                console.print(f"[dim]{node_id:>4}[/]  {title}")
+            case events.NodeProgress(_, value, maximum, text):
+                self._advance(value, maximum, text)
+            case events.NodeMessage(_, level, text):
+                console.print(f"      {'[yellow]Note:[/] ' if level == 'warning' else ''}{text}", soft_wrap=True)
+            case events.NodeFinished(_, ui):
+                self._end_bar()
+                self._show(ui)
+            case events.ExecutionFailed() | events.ExecutionCancelled():
+                self._end_bar()
+
+    def _advance(self, value: int, maximum: int, text: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("     "),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=maximum, text="")
+        assert self._task is not None
+        self._bar.update(self._task, completed=value, total=maximum, text=text)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, ui: UiOutput) -> None:
+        for items in ui.values():
+            for item in items:
+                if isinstance(item, dict) and "filename" in item:
+                    place = self._folders.place(item["type"]) / item["subfolder"] / item["filename"]
+                    console.print(f"      {place}", markup=False, soft_wrap=True)
+                elif isinstance(item, str):
+                    console.print(f"      {item}", markup=False, soft_wrap=True)
