@@ -69,6 +69,16 @@ def sdxl_names(unet_names: ModelNames) -> ModelNames:
 
 @pytest.fixture(scope="session")
 def flux_names() -> ModelNames:
+    return flux_table(WIDTH)
+
+
+@pytest.fixture(scope="session")
+def wide_flux_names() -> ModelNames:
+    """The same table at Flux.1's real width, which diffusers' converter takes for granted."""
+    return flux_table(3072)
+
+
+def flux_table(width: int) -> ModelNames:
     table: dict[str, OriginalName] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -76,15 +86,15 @@ def flux_names() -> ModelNames:
         table[path] = OriginalName(original, None if start is None else (start, start + shape[0]), swap)
         shapes[path] = shape
 
-    square = (WIDTH, WIDTH)
+    square = (width, width)
     for i in range(2):
         for place, part in enumerate("qkv"):
-            add(f"transformer_blocks.{i}.attn.to_{part}", f"double_blocks.{i}.img_attn.qkv", square, place * WIDTH)
-            add(f"single_transformer_blocks.{i}.attn.to_{part}", f"single_blocks.{i}.linear1", square, place * WIDTH)
+            add(f"transformer_blocks.{i}.attn.to_{part}", f"double_blocks.{i}.img_attn.qkv", square, place * width)
+            add(f"single_transformer_blocks.{i}.attn.to_{part}", f"single_blocks.{i}.linear1", square, place * width)
         add(f"transformer_blocks.{i}.attn.to_out.0", f"double_blocks.{i}.img_attn.proj", square)
-        add(f"single_transformer_blocks.{i}.proj_mlp", f"single_blocks.{i}.linear1", (4 * WIDTH, WIDTH), 3 * WIDTH)
-        add(f"single_transformer_blocks.{i}.proj_out", f"single_blocks.{i}.linear2", (WIDTH, 5 * WIDTH))
-    add("norm_out.linear", "final_layer.adaLN_modulation.1", (2 * WIDTH, WIDTH), swap=True)
+        add(f"single_transformer_blocks.{i}.proj_mlp", f"single_blocks.{i}.linear1", (4 * width, width), 3 * width)
+        add(f"single_transformer_blocks.{i}.proj_out", f"single_blocks.{i}.linear2", (width, 5 * width))
+    add("norm_out.linear", "final_layer.adaLN_modulation.1", (2 * width, width), swap=True)
     return ModelNames(
         family="flux",
         denoiser=table,

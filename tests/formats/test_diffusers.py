@@ -122,6 +122,24 @@ def test_diffusers_applies_text_encoder_modules(tmp_path: Path, unet_names, make
         torch.testing.assert_close(changes[path], delta(weights), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_diffusers_understands_transformers_with_fused_rows(
+    tmp_path: Path, wide_flux_names, make_state, layout
+) -> None:
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    blocks = [path for path in wide_flux_names.denoiser if "blocks" in path]
+    state = make_state(wide_flux_names, blocks, rank=2, alpha=1.0)
+    lora_file.save_lora(tmp_path / "x.safetensors", state, wide_flux_names, layout=layout)
+    tensors = FluxLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name="x.safetensors")
+    assert tensors.keys() == {f"transformer.{path}.lora_{side}.weight" for path in blocks for side in "AB"}
+    for ref, weights in state.adapters.items():
+        read = [tensors[f"transformer.{ref.path}.lora_{side}.weight"] for side in "AB"]
+        probe = torch.linspace(-1, 1, read[0].shape[1])
+        expected = 0.5 * weights.tensors["up"] @ (weights.tensors["down"] @ probe)
+        torch.testing.assert_close(read[1] @ (read[0] @ probe), expected, rtol=1e-4, atol=1e-4)
+
+
 def peft_unet(make_unet, **options) -> nn.Module:
     from peft import LoraConfig
 
