@@ -16,12 +16,21 @@ from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.unsupported import looks_like
 from lorasmith.formats.container import check_safetensors
 
 __all__ = ["OriginalCheckpoint", "recognise"]
 
 # Full checkpoints put the denoiser under the first; other tools save it alone under one of the others, or under none.
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
+_LORA_MARKS = ("lora_", "lora.", "hada_w", "lokr_w", "oft_blocks")
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Tensor shapes by name. Looking up a tensor that the file lacks raises ModelError: the file is at fault."""
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise ModelError(f"the checkpoint lacks {name}; it is incomplete or was cut short")
 
 
 class OriginalCheckpoint:
@@ -47,13 +56,15 @@ class OriginalCheckpoint:
         return next((prefix for prefix in _DENOISER_PREFIXES if counts[prefix] > 5), "")
 
     @cached_property
-    def denoiser_shapes(self) -> dict[str, tuple[int, ...]]:
+    def denoiser_shapes(self) -> Shapes:
         """Shapes of the denoiser's tensors by their name without prefix."""
         return self.shapes_under(self.denoiser_prefix)
 
-    def shapes_under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+    def shapes_under(self, prefix: str) -> Shapes:
         """Shapes of the tensors whose names begin with `prefix`, which is cut off."""
-        return {name.removeprefix(prefix): shape for name, shape in self.shapes.items() if name.startswith(prefix)}
+        return Shapes(
+            (name.removeprefix(prefix), shape) for name, shape in self.shapes.items() if name.startswith(prefix)
+        )
 
     def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype` if given."""
@@ -69,12 +80,15 @@ class OriginalCheckpoint:
 def recognise(checkpoint: OriginalCheckpoint) -> Family:
     """The family of a checkpoint. Raises ModelError when no family knows it."""
     shapes = checkpoint.denoiser_shapes
+    # First, because some LoRAs carry a few of their model's own tensors as well.
+    if any(mark in name for name in checkpoint.shapes for mark in _LORA_MARKS):
+        raise ModelError(f"{checkpoint.path.name} is a LoRA, not a base model; give it as the LoRA and choose a model")
     for _, family in FAMILIES.items():
         if family.recognises(shapes):
             return family
-    if any(".lora_" in name or ".hada_" in name or ".lokr_" in name for name in checkpoint.shapes):
-        raise ModelError(f"{checkpoint.path.name} is a LoRA, not a base model; give it as the LoRA and choose a model")
     titles = ", ".join(family.title for _, family in FAMILIES.items())
+    if (found := looks_like(shapes)) is not None:
+        raise ModelError(f"{checkpoint.path.name} looks like {found}, which cannot be loaded here; known are {titles}")
     raise ModelError(
         f"{checkpoint.path.name} is of no architecture known here (its first tensors are "
         f"{', '.join(sorted(shapes)[:3])}); known are {titles}"

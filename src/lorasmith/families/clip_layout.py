@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorasmith.core.errors import ModelError
+
 __all__ = ["clip_config", "openclip_to_transformers", "renamed_for", "without_text_model", "written_paths"]
 
 _OPENCLIP = (
@@ -24,9 +26,12 @@ _FUSED = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias
 
 
 def without_text_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI CLIP's tensors without `text_model.` in front and without the position table that is no parameter."""
+    """OpenAI CLIP's tensors without `text_model.` in front, and without what CLIPTextModel has no parameter for.
+
+    That is a table of positions, and the projection to the space shared with pictures, which some merges carry along.
+    """
     cut = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in cut.items() if not name.endswith("position_ids")}
+    return {name: t for name, t in cut.items() if not name.endswith(("position_ids", "text_projection.weight"))}
 
 
 def openclip_to_transformers(tensors: Mapping[str, Tensor], *, layers: int) -> dict[str, Tensor]:
@@ -47,7 +52,14 @@ def openclip_to_transformers(tensors: Mapping[str, Tensor], *, layers: int) -> d
 
 
 def clip_config(tensors: Mapping[str, Tensor], *, activation: str, pad_token_id: int) -> dict[str, Any]:
-    """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide."""
+    """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide.
+
+    Raises:
+        ModelError: tensors that fix the configuration are missing.
+    """
+    for needed in ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"):
+        if f"{needed}.weight" not in tensors:
+            raise ModelError(f"the checkpoint's text encoder lacks {needed}.weight; it is incomplete or was cut short")
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
     layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers."))
     return {

@@ -40,13 +40,13 @@ def build(
     """
     from accelerate import init_empty_weights
 
-    with init_empty_weights():
-        model = kind(**config)
     try:
+        with init_empty_weights():
+            model = kind(**config)
         model.load_state_dict(tensors(model), assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"the checkpoint does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}; "
+            f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of a variant that is not known here"
         ) from error
     return model.eval().requires_grad_(False)

@@ -158,13 +158,15 @@ class Flux(Family):
                 "use picture sizes that divide by 16"
             )
         context = conditioning.tensors["context"]
-        guidance = conditioning.tensors.get("guidance")
-        if guidance is None:
-            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE)
+        config: Any = denoiser.config
+        guidance = None
+        if config.guidance_embeds:  # schnell has no such input
+            given = conditioning.tensors.get("guidance")
+            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
         prediction = denoiser(
             hidden_states=_packed(latents),
             timestep=time.to(latents.dtype),
-            guidance=guidance.float(),
+            guidance=guidance,
             pooled_projections=conditioning.tensors["pooled"],
             encoder_hidden_states=context,
             txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
@@ -219,7 +221,8 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _blocks(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
-    return 1 + max(int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name)))
+    numbers = (int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name)))
+    return 1 + max(numbers, default=-1)
 
 
 def _table(transformer: Any) -> dict[str, OriginalName]:

@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS
 from lorasmith.families import flux, stable_diffusion  # noqa: F401  (register themselves)
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
 from lorasmith.families.model import Model
+from lorasmith.formats.container import check_safetensors
 
 __all__ = ["BUILT_IN", "built_in_models", "load_model"]
 
 BUILT_IN = "lorasmith-tiny"
 """Name of the small model that comes with the package, for trying things out and for tests."""
 
-_CHECKPOINTS = Path(__file__).parent.parent / "assets" / "models" / "checkpoints"
+_CHECKPOINTS = ASSETS / "models" / "checkpoints"
 
 
 def built_in_models() -> dict[str, Path]:
@@ -43,7 +45,8 @@ def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.flo
         path = built_in_models()[str(source)]
     if path.is_dir():
         return _from_folder(path, dtype)
-    if path.is_file() or path.suffix:
+    # By extension, because names on hubs have dots too (FLUX.1-dev).
+    if path.is_file() or path.suffix.casefold() in MODEL_EXTENSIONS:
         checkpoint = OriginalCheckpoint(path)
         family = recognise(checkpoint)
         return Model(family, family.from_original(checkpoint, dtype), title=path.stem, path=path)
@@ -70,25 +73,32 @@ def _from_folder(folder: Path, dtype: torch.dtype, *, title: str | None = None) 
             f"{folder} is no diffusers model (it has no model_index.json); "
             "give the folder that holds it, or a .safetensors file"
         )
-    for _, family in FAMILIES.items():
-        if family.recognises_folder(folder):
-            try:
+    for weights in folder.glob("*/*.safetensors"):
+        check_safetensors(weights, error=ModelError)
+    try:
+        for _, family in FAMILIES.items():
+            if family.recognises_folder(folder):
                 return Model(family, family.from_folder(folder, dtype), title=title or folder.name, path=folder)
-            except OSError as error:
-                # What diffusers and transformers raise for a missing or damaged file names it in its first line.
-                reason = str(error).strip().splitlines()[0]
-                raise ModelError(f"{folder} cannot be read as a diffusers model: {reason}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        # What json, diffusers and transformers raise for missing, malformed or unfitting files says so at its start.
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder} cannot be read as a diffusers model: {reason}") from error
     titles = ", ".join(family.title for _, family in FAMILIES.items())
     raise ModelError(f"{folder} is a diffusers model of an architecture not known here; known are {titles}")
 
 
 def _downloaded(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", "*/*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise ModelError(
             f"the model {repository} could not be downloaded ({type(error).__name__}); "
             "check the name and the network, or give a file that is already on this computer"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
 from lorasmith.families import clip_layout, unet_layout, vae_layout
 from lorasmith.families.base import (
@@ -43,6 +44,7 @@ _TARGETS = {
 }
 _SCALE = 0.18215
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_OPENCLIP_H_LAYERS = 24  # of which Stable Diffusion 2 uses all but the last
 
 
 class StableDiffusion(Family):
@@ -84,16 +86,18 @@ class StableDiffusion(Family):
         unet = build(
             UNet2DConditionModel, config, lambda model: from_original_tensors(model, _unet_table(model), tensors)
         )
-        vae = _original_vae(checkpoint, dtype)
-        encoder = self._original_text_encoder(checkpoint, dtype)
+        encoder = self._original_text_encoder(checkpoint)
         tokenizer = clip_tokenizer(pad_token="<|endoftext|>" if self._version == 1 else "!")
+        parameterization = self._parameterization(checkpoint, tensors)
         return _components(
             unet,
-            vae,
-            parameterization=self._parameterization(checkpoint, tensors),
+            _original_vae(checkpoint),
+            parameterization=parameterization,
             schedule=DiscreteSchedule.scaled_linear(),
             text_encoders={} if encoder is None else {"text_encoder": encoder},
             tokenizers={} if encoder is None else {"tokenizer": tokenizer},
+            # The v-prediction release of version 2 is the one for 768 pixels.
+            overrides={"resolution": 768} if self._version == 2 and parameterization == "v" else {},
         )
 
     def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
@@ -105,19 +109,13 @@ class StableDiffusion(Family):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **settings)
         encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, **settings)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        if scheduler.get("beta_schedule") != "scaled_linear":
-            raise ModelError(
-                f"{folder.name} has the noise schedule {scheduler.get('beta_schedule')!r}, "
-                f"but {self.title} models have 'scaled_linear'; its scheduler_config.json is not understood"
-            )
-        betas = {key: scheduler.get(key, value) for key, value in _BETAS.items()}
+        parameterization, schedule = self._scheduler(folder)
         extra = folder / "lorasmith.json"
         return _components(
             unet.eval().requires_grad_(False),
             vae.eval().requires_grad_(False),
-            parameterization={"v_prediction": "v"}.get(scheduler["prediction_type"], scheduler["prediction_type"]),
-            schedule=DiscreteSchedule.scaled_linear(betas["beta_start"], betas["beta_end"]),
+            parameterization=parameterization,
+            schedule=schedule,
             text_encoders={"text_encoder": encoder.eval().requires_grad_(False)},
             tokenizers={"tokenizer": tokenizer},
             overrides=json.loads(extra.read_text(encoding="utf-8")) if extra.is_file() else {},
@@ -141,6 +139,8 @@ class StableDiffusion(Family):
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
+        if "text_encoder" not in components.text_encoders:
+            raise ModelError(f"this {self.title} file has no text encoder; load a full checkpoint to encode prompts")
         # Version 2's encoder is loaded without its last layer, so the first skip is already taken.
         skip = skip_layers if self._version == 1 else max(0, skip_layers - 1)
         context, pooled = encode_prompt(
@@ -154,6 +154,27 @@ class StableDiffusion(Family):
         )[0]
         return prediction
 
+    def _scheduler(self, folder: Path) -> tuple[str, DiscreteSchedule]:
+        """Parameterization and noise schedule of a diffusers folder. Raises ModelError for those not known here."""
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        expected = {"beta_schedule": "scaled_linear", "trained_betas": None, "rescale_betas_zero_snr": False}
+        for key, value in expected.items():
+            # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
+            found = config.get(key, None if key == "beta_schedule" else value)
+            if found != value:
+                raise ModelError(
+                    f"{key} in the scheduler_config.json of {folder.name} must be {value!r} as in {self.title}'s "
+                    f"releases, got {found!r}; other noise schedules are not supported"
+                )
+        predicted = config.get("prediction_type", "epsilon")
+        if predicted not in PARAMETERIZATIONS:
+            raise ModelError(
+                f"prediction_type in the scheduler_config.json of {folder.name} must be epsilon or v_prediction, "
+                f"got {predicted!r}; models that predict something else are not supported"
+            )
+        betas = (config.get(key, value) for key, value in _BETAS.items())
+        return PARAMETERIZATIONS.canonical(predicted), DiscreteSchedule.scaled_linear(*betas)
+
     def _parameterization(self, checkpoint: OriginalCheckpoint, unet: Mapping[str, Tensor]) -> str:
         """`v` for v-prediction checkpoints, which nothing in most files says outright."""
         said = checkpoint.metadata.get("modelspec.prediction_type")
@@ -165,7 +186,7 @@ class StableDiffusion(Family):
         probe = unet.get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
         return "v" if self._version == 2 and probe is not None and probe.float().std() > 0.09 else "epsilon"
 
-    def _original_text_encoder(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> nn.Module | None:
+    def _original_text_encoder(self, checkpoint: OriginalCheckpoint) -> nn.Module | None:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         prefix = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}[self._version]
@@ -177,7 +198,9 @@ class StableDiffusion(Family):
             settings = clip_layout.clip_config(tensors, activation="quick_gelu", pad_token_id=49407)
         else:
             depth = sum(name.endswith(".ln_1.weight") for name in raw)
-            tensors = clip_layout.openclip_to_transformers(raw, layers=depth - 1)
+            # Files that were converted back from diffusers have lost the unused last layer already.
+            layers = depth if depth == _OPENCLIP_H_LAYERS - 1 else depth - 1
+            tensors = clip_layout.openclip_to_transformers(raw, layers=layers)
             settings = clip_layout.clip_config(tensors, activation="gelu", pad_token_id=0)
         config = CLIPTextConfig(**settings)
         return build(lambda **_: CLIPTextModel(config), {}, lambda model: clip_layout.renamed_for(model, tensors))
@@ -217,7 +240,7 @@ def _components(
     )
 
 
-def _original_vae(checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> nn.Module | None:
+def _original_vae(checkpoint: OriginalCheckpoint) -> nn.Module | None:
     from diffusers import AutoencoderKL
 
     shapes = checkpoint.shapes_under("first_stage_model.")

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lorasmith.core.errors import ModelError
+
 __all__ = ["original_unet_path", "unet_config"]
 
 _RESNET_PARTS = {
@@ -72,10 +74,13 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) 
     Args:
         shapes: the UNet's tensor shapes by original name.
         head_dim: channels per attention head, or None for Stable Diffusion 1's fixed eight heads.
+
+    Raises:
+        ModelError: tensors that fix the configuration are missing.
     """
     channels, attention, layers = _levels(shapes)
-    context = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-    proj_in = next(shape for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
+    keys = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
+    proj_in = shapes[keys.partition(".transformer_blocks.")[0] + ".proj_in.weight"]
     down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
     up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
     return {
@@ -83,9 +88,9 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) 
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": tuple(channels),
         "layers_per_block": layers,
-        "cross_attention_dim": context,
+        "cross_attention_dim": shapes[keys][1],
         # diffusers calls the number of heads attention_head_dim in these configs, and keeps the name for old files.
-        "attention_head_dim": 8 if head_dim is None else tuple(width // head_dim for width in channels),
+        "attention_head_dim": 8 if head_dim is None else tuple(max(1, width // head_dim) for width in channels),
         "use_linear_projection": len(proj_in) == 2,
         "down_block_types": tuple(down),
         "up_block_types": tuple(up),
@@ -111,6 +116,8 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool
                 fresh = False
             counts[-1] += 1
         block += 1
+    if not channels:
+        raise ModelError("the checkpoint lacks input_blocks.1.0.in_layers.0.weight; it is incomplete or was cut short")
     return channels, attention, counts[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +22,15 @@ _RENAMES = (
     (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
     (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
 )
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _UP = re.compile(r"^decoder\.up\.(\d+)\.(block|upsample)\.(?:(\d+)\.)?")
 
 
 def vae_config(shapes: Mapping[str, tuple[int, ...]], *, scaling_factor: float) -> dict[str, Any]:
     """Configuration of diffusers' AutoencoderKL for an original-layout autoencoder (`first_stage_model.` cut off)."""
-    levels = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name)))
+    levels = _counted(r"encoder\.down\.(\d+)\.", shapes)
     channels = tuple(shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels))
-    layers = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.0\.block\.(\d+)", name)))
+    layers = _counted(r"encoder\.down\.0\.block\.(\d+)\.", shapes)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
@@ -46,10 +47,15 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], *, scaling_factor: float) 
 
 
 def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original autoencoder's tensors under diffusers' names; attention's 1×1 convolutions become matrices."""
-    levels = 1 + max(int(match[1]) for name in tensors if (match := _UP.match(name)))
+    """An original autoencoder's tensors under diffusers' names; attention's 1×1 convolutions become matrices.
+
+    What its own training left in the file (losses, averages' counters) is passed over.
+    """
+    levels = _counted(r"decoder\.up\.(\d+)\.", tensors)
     converted = {}
     for name, tensor in tensors.items():
+        if not name.startswith(_PARTS):
+            continue
         new = _UP.sub(lambda match: _up_block(match, levels), name)
         for pattern, replacement in _RENAMES:
             new = re.sub(pattern, replacement, new)
@@ -57,6 +63,11 @@ def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor[:, :, 0, 0]
         converted[new] = tensor
     return converted
+
+
+def _counted(pattern: str, names: Iterable[str]) -> int:
+    """One more than the highest number that `pattern` finds at the start of a name; 1 when it finds none."""
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=0)
 
 
 def _up_block(match: re.Match[str], levels: int) -> str:
