@@ -32,7 +32,7 @@ from lorasmith.families.clip_text import clip_tokenizer, encode_prompt
 from lorasmith.families.convert import build, from_original_tensors, module_paths, weight_shapes
 from lorasmith.formats.names import ModelNames, OriginalName
 
-__all__ = ["StableDiffusion"]
+__all__ = ["StableDiffusion", "components_of"]
 
 _ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 _TARGETS = {
@@ -89,11 +89,10 @@ class StableDiffusion(Family):
         encoder = self._original_text_encoder(checkpoint)
         tokenizer = clip_tokenizer(pad_token="<|endoftext|>" if self._version == 1 else "!")
         parameterization = self._parameterization(checkpoint, tensors)
-        return _components(
+        return components_of(
             unet,
             _original_vae(checkpoint),
             parameterization=parameterization,
-            schedule=DiscreteSchedule.scaled_linear(),
             text_encoders={} if encoder is None else {"text_encoder": encoder},
             tokenizers={} if encoder is None else {"tokenizer": tokenizer},
             # The v-prediction release of version 2 is the one for 768 pixels.
@@ -111,7 +110,7 @@ class StableDiffusion(Family):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         parameterization, schedule = self._scheduler(folder)
         extra = folder / "lorasmith.json"
-        return _components(
+        return components_of(
             unet.eval().requires_grad_(False),
             vae.eval().requires_grad_(False),
             parameterization=parameterization,
@@ -206,16 +205,17 @@ class StableDiffusion(Family):
         return build(lambda **_: CLIPTextModel(config), {}, lambda model: clip_layout.renamed_for(model, tensors))
 
 
-def _components(
+def components_of(
     unet: Any,
     vae: Any,
     *,
     parameterization: str,
-    schedule: DiscreteSchedule,
-    text_encoders: Mapping[str, nn.Module],
-    tokenizers: Mapping[str, Any],
+    schedule: DiscreteSchedule | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Components:
+    """Components from diffusers' objects; `overrides` are fields of `Defaults`."""
     config = unet.config
     downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     scale = _SCALE if vae is None else float(vae.config.scaling_factor)
@@ -230,12 +230,12 @@ def _components(
     }
     return Components(
         denoiser=unet,
-        schedule=schedule,
+        schedule=schedule or DiscreteSchedule.scaled_linear(),
         parameterization=parameterization,
         latent=LatentFormat(channels=config.in_channels, downscale=downscale, scale=scale),
         defaults=Defaults(**defaults),
-        text_encoders=text_encoders,
-        tokenizers=tokenizers,
+        text_encoders=text_encoders or {},
+        tokenizers=tokenizers or {},
         vae=vae,
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import DENOISER, AdapterState
+from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.lora_file import PORTABLE, load_lora, save_lora
 from lorasmith.formats.names import ModelNames
@@ -52,9 +53,14 @@ class Lora:
         return target
 
     def applied_to(self, denoiser: Denoiser, *, strength: float = 1.0, bypass: bool = False) -> Denoiser:
-        """The denoiser with this LoRA on top; strength 0 is the denoiser itself."""
+        """The denoiser with this LoRA on top; strength 0 is the denoiser itself.
+
+        Raises:
+            LoraError: the LoRA belongs to another model.
+        """
         if strength == 0:
             return denoiser
+        self._check_fits(denoiser.base)
         return denoiser.patched(self._patch(DENOISER, strength=strength, bypass=bypass))
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0) -> TextEncoder:
@@ -66,6 +72,20 @@ class Lora:
             if patch.adapters or patch.differences:
                 encoder = encoder.patched(component, _as_loaded(patch, module))
         return encoder
+
+    def _check_fits(self, base: Model) -> None:
+        """Refuse a model whose adapted layers are not those of the model that this LoRA was made for."""
+        ours, theirs = self.names, base.names
+        if ours is theirs:
+            return
+        paths = [ref.path for ref in self.state.adapters if ref.component == DENOISER]
+        misfits = [path for path in paths if ours.weight_shapes.get(path) != theirs.weight_shapes.get(path)]
+        if ours.family != theirs.family or misfits:
+            where = f", whose {misfits[0]} has another shape or is missing" if misfits else ""
+            raise LoraError(
+                f"a LoRA must be applied to the kind of model that it was made for ({ours.family}), "
+                f"got {base.title} ({theirs.family}){where}; load a model of that kind"
+            )
 
     def _patch(self, component: str, *, strength: float, bypass: bool) -> Patch:
         return Patch(

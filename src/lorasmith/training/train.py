@@ -33,7 +33,7 @@ from lorasmith.training.lora import Lora
 from lorasmith.training.records import run_record, training_metadata
 from lorasmith.training.run_folder import RunFolder
 
-__all__ = ["Job", "TrainResult", "plan_job", "resolve_targets", "train"]
+__all__ = ["Job", "TrainResult", "plan_job", "recipe_of", "resolve_targets", "train"]
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,29 @@ def resolve_targets(denoiser: Denoiser, family: Family, config: TrainConfig) -> 
         raise OptionError(f"{error}; use one of {', '.join(family.targets)}, or patterns such as *.attn2.*") from None
 
 
+def recipe_of(job: Job, device: torch.device) -> Recipe:
+    """What the engine needs to know of a planned run."""
+    config = job.config
+    assert config.learning_rate is not None and config.timesteps is not None  # decided by plan_job
+    own = next(job.denoiser.module.parameters()).dtype
+    return Recipe(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accumulation=config.grad_accumulation_steps,
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        loss_function=config.loss_function,
+        objective=config.objective,
+        timesteps=config.timesteps,
+        seed=config.seed,
+        dtype=own if config.training_dtype == "none" else dtype_from_name(config.training_dtype),
+        device=device,
+        checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
+    )
+
+
 class _Run:
     """One run: training, then the LoRA with its metadata, then the records, whatever ended it."""
 
@@ -185,7 +208,7 @@ class _Run:
         self._data = data
         self._title = title
         self._trigger = trigger
-        self._recipe = _recipe(job.config, job.denoiser, device)
+        self._recipe = recipe_of(job, device)
         self._losses: list[float] = []
         self._started = time.time()
 
@@ -265,27 +288,6 @@ class _Run:
         if result.losses:
             result.plot(folder / "loss.png")
         return replace(result, folder=folder, path=path)
-
-
-def _recipe(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> Recipe:
-    assert config.learning_rate is not None and config.timesteps is not None  # decided by plan_job
-    own = next(denoiser.module.parameters()).dtype
-    return Recipe(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        accumulation=config.grad_accumulation_steps,
-        learning_rate=config.learning_rate,
-        optimizer=config.optimizer,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        loss_function=config.loss_function,
-        objective=config.objective,
-        timesteps=config.timesteps,
-        seed=config.seed,
-        dtype=own if config.training_dtype == "none" else dtype_from_name(config.training_dtype),
-        device=device,
-        checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
-    )
 
 
 def _continued(

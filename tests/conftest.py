@@ -1,0 +1,18 @@
+"""What many rooms' tests share: the built-in model, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+
+import pytest
+
+from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.model import Model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """The model that comes with the package. Nothing may change it."""
+    return load_model(BUILT_IN)

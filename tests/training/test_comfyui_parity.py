@@ -1,0 +1,154 @@
+"""Fed with what ComfyUI's trainer drew, our loss and our gradients are its own.
+
+The golden files were recorded by `tests/peers/record_comfyui_training.py`: a random model, the latents, noise and
+sigmas of each step, the LoRA's start, the losses, and the gradients of the first step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorasmith.adapters.inject import load_adapters
+from lorasmith.adapters.patch import Patch
+from lorasmith.core.adapter_state import DENOISER
+from lorasmith.diffusion.schedule import NoiseLevel
+from lorasmith.families.base import Conditioning
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.formats.lora_file import state_from_tensors
+from lorasmith.training.batches import Batch
+from lorasmith.training.engine import Recipe, prepared, sample_losses
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FAMILIES = {"sd1": models.tiny_sd1_checkpoint, "flux": models.tiny_flux_checkpoint}
+
+
+class Recording:
+    """A golden file, and the model it was recorded on."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        with safe_open(GOLDEN / f"comfyui_{family}_training.safetensors", framework="pt") as file:
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            self.metadata = file.metadata()
+        self.shapes: dict[str, list[int]] = json.loads(self.metadata["shapes"])
+        self.seeds = json.loads(self.metadata["seeds"])
+        path = folder / "model.safetensors"
+        save_file(FAMILIES[family](self.seeds["weights"]), path)
+        self.model: Model = load_model(path)
+
+    def batch(self, step: int) -> Batch:
+        drawn = {name: self.tensors[f"step.{step}.{name}"] for name in ("latent", "noise", "sigma", "index")}
+        level = self.model.components.schedule.at_sigma(drawn["sigma"].reshape(1))
+        clean, noise = (drawn[name].reshape(1, *self.tensors["latents"].shape[1:]) for name in ("latent", "noise"))
+        index = int(drawn["index"])
+        return Batch(clean, noise, level.noised(clean, noise), level, self.conditioning(index), ("recorded",))
+
+    def conditioning(self, index: int) -> Conditioning:
+        names = [name for name in ("context", "pooled", "guidance") if name in self.tensors]
+        return Conditioning({name: self.tensors[name][index : index + 1] for name in names})
+
+    def start(self, kind: str) -> dict[str, Tensor]:
+        """The LoRA that a run began with, in ComfyUI's naming."""
+        make = {"fresh": models.fresh_start, "random": models.random_start}[kind]
+        return {key: make(key, tuple(shape), seed=self.seeds["start"]) for key, shape in self.shapes.items()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    return Recording(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        steps=1,
+        batch_size=1,
+        accumulation=1,
+        learning_rate=5e-4,
+        optimizer="AdamW",
+        weight_decay=0.01,
+        max_grad_norm=0.0,
+        loss_function="MSE",
+        objective="x0",
+        timesteps="uniform",
+        seed=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        checkpoint_depth=0,
+    )
+
+
+def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[float, dict[str, Tensor]]:
+    """Our loss on a recorded step, and the gradients of the LoRA's matrices under ComfyUI's names."""
+    names = recording.model.names
+    state = state_from_tensors(recording.start(kind), {}, names)
+    adapters = load_adapters(
+        recording.model.components.denoiser,
+        {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER},
+    )
+    differences = {ref.path: one for ref, one in state.differences.items()}
+    denoiser: Denoiser = recording.model.denoiser.patched(Patch({}, differences))
+    with prepared(denoiser, adapters, recipe()):
+        loss = sample_losses(denoiser, recording.batch(step), recipe()).sum()
+        loss.backward()
+    gradients = {}
+    for path, adapter in adapters.items():
+        place = names.denoiser[path]
+        for name, suffix in (("down", "lora_down.weight"), ("up", "lora_up.weight")):
+            gradients[f"{path}|{place.path}|{suffix}"] = getattr(adapter, name).grad.flatten(1)
+    return loss.item(), gradients
+
+
+# The fresh run's later losses follow ComfyUI's updates, which train alpha too; the random run's rate is 0.
+@pytest.mark.parametrize(("kind", "step"), [("fresh", 0), ("random", 0), ("random", 1), ("random", 2)])
+def test_losses_are_comfyuis(recording: Recording, kind: str, step: int) -> None:
+    loss, _ = losses_and_gradients(recording, kind, step)
+    assert loss == pytest.approx(recording.tensors[f"{kind}.loss"][step].item(), rel=1e-4)
+
+
+def test_gradients_are_comfyuis(recording: Recording) -> None:
+    """Of every matrix; a fused layer of the original is one matrix there and several here."""
+    _, ours = losses_and_gradients(recording, "random", 0)
+    theirs = {k.removeprefix("random.gradient."): v for k, v in recording.tensors.items() if "random.gradient" in k}
+    compared = 0
+    for key, gradient in ours.items():
+        path, original, suffix = key.split("|")
+        expected = theirs[f"diffusion_model.{original}.{suffix}"].flatten(1)
+        rows = recording.model.names.denoiser[path].rows
+        if suffix.startswith("lora_up") and rows is not None:
+            expected = expected[slice(*rows)]
+        elif rows is not None:
+            # The parts share the fused layer's down matrix, so its gradient is the sum of theirs.
+            parts = [k for k in ours if k.split("|")[1:] == [original, suffix]]
+            gradient = torch.stack([ours[part] for part in parts]).sum(0)
+        if recording.model.names.denoiser[path].swap_halves and suffix.startswith("lora_up"):
+            expected = torch.cat(tuple(reversed(expected.chunk(2))))
+        difference = (gradient - expected).norm() / expected.norm()
+        assert difference < 1e-3, (key, difference.item())
+        compared += 1
+    assert compared == 2 * len(recording.model.names.denoiser) - 2 * _without_matrix(recording)
+
+
+def test_the_bare_denoiser_is_comfyuis(recording: Recording) -> None:
+    given = {name.removeprefix("forward."): t for name, t in recording.tensors.items() if name.startswith("forward.")}
+    conditioning = Conditioning({k: t for k, t in given.items() if k in ("context", "pooled", "guidance")})
+    with torch.no_grad():
+        output = recording.model.denoiser.predict(given["x"], given["timestep"], conditioning)
+    assert (output - given["output"]).norm() / given["output"].norm() < 1e-5
+
+
+def test_the_recorded_timestep_is_ours(recording: Recording) -> None:
+    level: NoiseLevel = recording.batch(0).level
+    assert level.time.item() == pytest.approx(float(recording.tensors["step.0.timestep"]), rel=1e-6)
+
+
+def _without_matrix(recording: Recording) -> int:
+    """Modules of the table that are norms."""
+    return sum(len(shape) < 2 for shape in recording.model.names.weight_shapes.values())

@@ -1,0 +1,251 @@
+"""The loop: same seed same tensors, batches that are batches, and nothing left behind in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import TrainingError
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.training import engine
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import prepared, sample_losses
+from lorasmith.training.events import RunFinished, StepDone
+from lorasmith.training.lora import Lora
+from lorasmith.training.train import TrainResult, plan_job, recipe_of, train
+
+Run = Callable[..., TrainResult]
+
+
+def tensors(result: TrainResult) -> dict[str, Tensor]:
+    return {
+        f"{ref.path}.{name}": tensor
+        for ref, one in result.lora.state.adapters.items()
+        for name, tensor in one.tensors.items()
+    }
+
+
+def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, rtol: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        if rtol == 0:
+            assert torch.equal(tensor, theirs[key]), key
+        else:
+            torch.testing.assert_close(tensor, theirs[key], rtol=rtol, atol=rtol * 0.1, msg=key)
+
+
+def fingerprint(model: Model) -> tuple[dict[str, int], list[str], dict[str, Tensor]]:
+    """Where the denoiser's tensors are, which modules have a forward of their own, and the values."""
+    module = model.components.denoiser
+    places = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    patched = [path for path, one in module.named_modules() if "forward" in vars(one)]
+    return places, patched, {name: parameter.clone() for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_tensors(run: Run, mixed: EncodedDataset, dtype: str) -> None:
+    first, second = (run(mixed, training_dtype=dtype, batch_size=3) for _ in range(2))
+    assert first.losses == second.losses
+    assert_same(tensors(first), tensors(second))
+
+
+def test_another_seed_gives_others(run: Run, dataset: EncodedDataset) -> None:
+    first, second = run(dataset, seed=1), run(dataset, seed=1001)
+    assert not set(first.losses) & set(second.losses)
+
+
+def test_a_seed_may_be_any_unsigned_64_bit_number(run: Run, dataset: EncodedDataset) -> None:
+    assert len(run(dataset, seed=2**64 - 1, steps=1).losses) == 1
+
+
+@pytest.mark.parametrize("data", ["dataset", "mixed"])
+def test_a_batch_of_four_is_four_accumulated_batches_of_one(
+    run: Run, data: str, request: pytest.FixtureRequest
+) -> None:
+    samples = request.getfixturevalue(data)
+    together = run(samples, batch_size=4)
+    apart = run(samples, batch_size=1, grad_accumulation_steps=4)
+    assert together.losses == pytest.approx(apart.losses, rel=1e-5)
+    # AdamW's first steps divide a gradient by itself, which magnifies the rounding of those that are nearly zero.
+    assert_same(tensors(together), tensors(apart), rtol=2e-2)
+
+
+def test_a_batch_costs_one_forward_of_its_size(
+    run: Run, dataset: EncodedDataset, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    original = Denoiser.predict
+
+    def counting(self: Denoiser, latents: Tensor, time: Tensor, conditioning: Any) -> Tensor:
+        seen.append((len(latents), len(conditioning.tensors["context"])))
+        return original(self, latents, time, conditioning)
+
+    monkeypatch.setattr(Denoiser, "predict", counting)
+    run(dataset, steps=3, batch_size=4)
+    assert seen == [(4, 4)] * 3
+
+
+def test_each_sample_meets_its_own_caption(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = {sample.name: sample.conditioning.tensors["context"] for sample in dataset.samples}
+    original = engine.sample_losses
+    checked = 0
+
+    def checking(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+        nonlocal checked
+        for name, context in zip(batch.names, batch.conditioning.tensors["context"], strict=True):
+            assert torch.equal(context[: captions[name].shape[1]], captions[name][0])
+            checked += 1
+        return original(denoiser, batch, recipe)
+
+    monkeypatch.setattr(engine, "sample_losses", checking)
+    run(dataset, steps=2, batch_size=5)
+    assert checked == 10
+
+
+def test_ctrl_c_at_step_k_leaves_the_lora_of_k_steps(run: Run, dataset: EncodedDataset) -> None:
+    seen: list[int] = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, StepDone):
+            seen.append(event.step)
+
+    stopped = run(dataset, steps=50, on_event=on_event, cancelled=lambda: len(seen) >= 3)
+    assert stopped.reason == "cancelled"
+    assert stopped.steps == 3
+    assert_same(tensors(stopped), tensors(run(dataset, steps=3)))
+
+
+def test_an_interruption_keeps_what_there_is_and_says_where(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    def on_event(event: object) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(dataset, output=tmp_path / "run", on_event=on_event)
+    kept = tmp_path / "run" / "lora.safetensors"
+    assert str(kept) in caught.value.__notes__[0]
+    assert kept.is_file()
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedDataset, tiny: Model) -> None:
+    before = fingerprint(tiny)
+
+    def explode(event: object) -> None:
+        if isinstance(event, StepDone):
+            raise RuntimeError("a bug")
+
+    run(dataset, training_dtype="bf16", gradient_checkpointing=True)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(dataset, training_dtype="bf16", on_event=explode)
+    after = fingerprint(tiny)
+    assert before[0] == after[0]
+    assert before[1] == after[1] == []
+    assert_same(before[2], after[2])
+    assert not any(parameter.requires_grad for parameter in tiny.components.denoiser.parameters())
+
+
+def test_nan_stops_with_step_images_and_the_last_good_state(
+    run: Run, tiny: Model, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    original = engine.sample_losses
+
+    def poisoned(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return original(denoiser, batch, recipe) * (float("nan") if steps == 3 else 1.0)
+
+    monkeypatch.setattr(engine, "sample_losses", poisoned)
+    with pytest.raises(TrainingError, match=r"at step 3 \(images: \d\.png\); the LoRA of step 2 is kept") as caught:
+        run(dataset, steps=6, output=tmp_path / "run")
+    kept = tmp_path / "run" / "lora.safetensors"
+    assert str(kept) in str(caught.value)
+    monkeypatch.setattr(engine, "sample_losses", original)
+    good = run(dataset, steps=2)
+    loaded = Lora.load(kept, tiny)
+    for ref, one in loaded.state.adapters.items():
+        for name, tensor in one.tensors.items():
+            assert torch.equal(tensor, good.lora.state.adapters[ref].tensors[name])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_checkpointing_changes_neither_loss_nor_gradients(run: Run, dataset: EncodedDataset, depth: int) -> None:
+    plain = run(dataset, steps=2, targets="all")
+    spared = run(dataset, steps=2, targets="all", gradient_checkpointing=True, checkpoint_depth=depth)
+    assert plain.losses == pytest.approx(spared.losses, rel=1e-6)
+    assert_same(tensors(plain), tensors(spared), rtol=1e-3)
+
+
+def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> list[Tensor]:
+    """What a training step keeps for its backward pass, frozen weights themselves aside."""
+    config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "targets": "all", "learning_rate": 1e-3} | settings))
+    job = plan_job(tiny.denoiser, config)
+    recipe = recipe_of(job, torch.device("cpu"))
+    maker = engine._batch_maker(tiny.denoiser, dataset.samples, recipe)
+    kept: list[Tensor] = []
+    with prepared(tiny.denoiser, job.adapters, recipe):
+        frozen = {parameter.data_ptr() for parameter in tiny.components.denoiser.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in frozen:
+                kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sample_losses(tiny.denoiser, maker.step(0)[0], recipe).sum().backward()
+    return kept
+
+
+def test_nothing_of_a_frozen_weights_size_is_kept(tiny: Model, dataset: EncodedDataset) -> None:
+    """Latents of 8×8 make every activation smaller than the large weights, so that only copies of those would show."""
+    weights = [p.numel() for p in tiny.components.denoiser.parameters()]
+    largest_activation = 64 * 8 * 8 * 4  # the widest feed-forward layer on the finest level
+    big = {size for size in weights if size > 2 * largest_activation}
+    assert len(big) >= 5
+    kept = kept_for_backward(tiny, dataset)
+    assert kept
+    assert max(tensor.numel() for tensor in kept) <= 2 * largest_activation
+    assert not big & {tensor.numel() for tensor in kept}
+
+
+def test_checkpointing_saves_memory_and_less_the_deeper_it_goes(tiny: Model, dataset: EncodedDataset) -> None:
+    def size(**settings: Any) -> int:
+        kept = kept_for_backward(tiny, dataset, **settings)
+        return sum(t.numel() for t in {t.data_ptr(): t for t in kept}.values())
+
+    plain = size()
+    by_depth = [size(gradient_checkpointing=True, checkpoint_depth=depth) for depth in (1, 2, 3)]
+    assert by_depth[0] < 0.6 * plain
+    assert by_depth == sorted(by_depth)
+
+
+def test_events_tell_of_every_step_in_order(run: Run, dataset: EncodedDataset) -> None:
+    events: list[object] = []
+    result = run(dataset, on_event=events.append)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in steps] == [1, 2, 3, 4]
+    assert [event.loss for event in steps] == result.losses
+    assert [event.reason for event in events if isinstance(event, RunFinished)] == ["finished"]
+
+
+def test_training_on_a_patched_model_trains_on_top_of_it(tiny: Model, run: Run, dataset: EncodedDataset) -> None:
+    first = run(dataset, steps=8, learning_rate=1e-2)
+    for bypass in (False, True):
+        denoiser = first.lora.applied_to(tiny.denoiser, bypass=bypass)
+        settings: dict[str, Any] = {"steps": 1, "rank": 4, "training_dtype": "fp32", "seed": 3, "targets": "attention"}
+        on_top = train(denoiser, dataset, **settings)
+        alone = train(tiny, dataset, **settings)
+        assert on_top.losses[0] != pytest.approx(alone.losses[0], rel=1e-3)
+
+
+def test_memory_of_the_dataset_is_not_touched(run: Run, dataset: EncodedDataset) -> None:
+    before = [Sample(s.latents.clone(), s.conditioning, s.name) for s in dataset.samples]
+    run(dataset, batch_size=2)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(before, dataset.samples, strict=True))

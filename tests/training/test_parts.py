@@ -1,0 +1,168 @@
+"""Flat buffers, gated optimizers, the loss scale, checkpointing's blocks, batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training.batches import BatchMaker, prefetched
+from lorasmith.training.checkpointing import blocks_at_depth
+from lorasmith.training.flat import FlatParameters
+from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.optimizers import OPTIMIZERS, GatedOptimizer
+from lorasmith.training.precision import LossScale
+
+CPU = torch.device("cpu")
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "a": nn.Parameter(torch.randn(3, 5, generator=g)),
+        "b": nn.Parameter(torch.randn(7, generator=g)),
+        "c": nn.Parameter(torch.randn(2, 2, 3, 3, generator=g)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flat_parameters_keep_values_and_sum_gradients_in_fp32(dtype: torch.dtype) -> None:
+    values = parameters()
+    before = {name: p.detach().clone() for name, p in values.items()}
+    flat = FlatParameters(values, device=CPU, dtype=dtype)
+    for _ in range(3):
+        sum(p.float().sum() for p in values.values()).backward()
+        flat.collect()
+    for name, parameter in values.items():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter.detach().float(), before[name].to(dtype).float())
+        assert torch.equal(flat.view(flat.grad, name), torch.full_like(before[name], 3.0))
+    assert flat.grad.sum() == 3 * sum(p.numel() for p in values.values())
+    flat.release()
+    for name, parameter in values.items():
+        assert torch.equal(parameter.detach(), before[name])
+        assert parameter.grad is None
+
+
+def test_bf16_training_moves_what_a_bf16_master_would_not() -> None:
+    value = {"w": nn.Parameter(torch.ones(64))}
+    flat = FlatParameters(value, device=CPU, dtype=torch.bfloat16)
+    flat.master.grad = flat.grad
+    optimizer = GatedOptimizer("AdamW", flat.master, learning_rate=1e-4, weight_decay=0.0)
+    flat.grad.fill_(1.0)
+    for _ in range(10):
+        optimizer.step(torch.tensor(True))
+        flat.publish()
+    assert flat.view(flat.master, "w")[0].item() == pytest.approx(1 - 1e-3, abs=1e-5)
+    assert torch.tensor(1.0).bfloat16() - torch.tensor(1e-4).bfloat16() == 1.0  # what one bf16 step would have done
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_step_that_may_not_proceed_changes_nothing(name: str) -> None:
+    def run(poisoned: bool) -> torch.Tensor:
+        flat = torch.ones(64)
+        flat.grad = torch.full((64,), 0.5)
+        optimizer = GatedOptimizer(name, flat, learning_rate=0.1, weight_decay=0.01)
+        for step in range(4):
+            if poisoned:
+                flat.grad.fill_(float("nan"))
+                optimizer.step(torch.tensor(False))
+            flat.grad.fill_(0.5 + step)
+            optimizer.step(torch.tensor(True))
+        return flat
+
+    assert torch.equal(run(poisoned=False), run(poisoned=True))
+
+
+def test_the_loss_scale_halves_on_overflow_and_doubles_when_calm() -> None:
+    scale = LossScale(CPU, enabled=True)
+    first = scale.scale.item()
+    scale.update(torch.tensor(False))
+    assert scale.scale.item() == first / 2
+    for _ in range(500):
+        scale.update(torch.tensor(True))
+    assert scale.scale.item() == first
+
+
+def test_a_disabled_loss_scale_is_one() -> None:
+    scale = LossScale(CPU, enabled=False)
+    scale.update(torch.tensor(False))
+    assert scale.scale.item() == 1.0
+
+
+def test_blocks_by_depth(tiny: Model) -> None:
+    unet = tiny.components.denoiser
+    names = {id(module): path for path, module in unet.named_modules()}
+    depth = {d: [names[id(block)] for block in blocks_at_depth(unet, d)] for d in (1, 2, 3, 5)}
+    assert depth[1] == [*(f"down_blocks.{i}" for i in range(3)), *(f"up_blocks.{i}" for i in range(3)), "mid_block"]
+    assert "down_blocks.0.resnets.0" in depth[2]
+    assert "mid_block.attentions.0" in depth[2]
+    assert "down_blocks.0.attentions.0.transformer_blocks.0" in depth[3]
+    assert depth[5]  # past the nesting there are still blocks
+    assert all(list(unet.get_submodule(path).children()) for paths in depth.values() for path in paths)
+
+
+def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
+    base = {"seed": 0, "batch_size": 4, "accumulation": 1}
+    return BatchMaker(
+        samples=dataset.samples,
+        schedule=tiny.components.schedule,
+        distribution=lambda u: u,
+        device=CPU,
+        dtype=torch.float32,
+        memory_format=torch.contiguous_format,
+        **(base | settings),
+    )
+
+
+@given(batch_size=st.integers(1, 9), accumulation=st.integers(1, 3), seed=st.integers(0, 2**64 - 1))
+def test_every_sample_is_seen_once_before_any_is_seen_twice(
+    dataset: EncodedDataset, tiny: Model, batch_size: int, accumulation: int, seed: int
+) -> None:
+    made = maker(dataset, tiny, batch_size=batch_size, accumulation=accumulation, seed=seed)
+    drawn = [made.sample(draw).name for draw in range(4 * len(dataset))]
+    for epoch in range(4):
+        assert len(set(drawn[epoch * len(dataset) : (epoch + 1) * len(dataset)])) == len(dataset)
+
+
+def test_draws_do_not_depend_on_how_they_are_batched(mixed: EncodedDataset, tiny: Model) -> None:
+    def draws(**settings: Any) -> dict[tuple[str, float], torch.Tensor]:
+        made = maker(mixed, tiny, **settings)
+        found = {}
+        for step in range(24 // made.per_step):
+            for batch in made.step(step):
+                for name, time, noised in zip(batch.names, batch.level.time, batch.noised, strict=True):
+                    found[name, time.item()] = noised
+        return found
+
+    one, six = draws(batch_size=1), draws(batch_size=6, accumulation=2)
+    assert one.keys() == six.keys()
+    assert all(torch.equal(one[key], six[key]) for key in one)
+
+
+def test_sizes_are_grouped_and_contexts_repeated(mixed: EncodedDataset, tiny: Model) -> None:
+    batches = maker(mixed, tiny, batch_size=8).step(0)
+    assert sorted(tuple(batch.clean.shape[2:]) for batch in batches) == [(8, 8), (8, 12)]
+    assert sum(len(batch.names) for batch in batches) == 8
+
+
+def test_prefetching_gives_every_step_in_order(dataset: EncodedDataset, tiny: Model) -> None:
+    made = maker(dataset, tiny)
+    got = list(prefetched(made, range(5)))
+    assert [step for step, _ in got] == [0, 1, 2, 3, 4]
+    for step, batches in got:
+        assert batches[0].names == made.step(step)[0].names
+
+
+def test_the_mailbox_delivers_in_order() -> None:
+    mailbox = Mailbox(CPU)
+    for step in range(3):
+        mailbox.post(step, torch.tensor([float(step), 2.0]))
+    assert mailbox.collect(wait=True) == [(0, [0.0, 2.0]), (1, [1.0, 2.0]), (2, [2.0, 2.0])]
+    assert mailbox.collect() == []

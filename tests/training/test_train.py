@@ -1,0 +1,236 @@
+"""From settings to a saved LoRA: continuing, capping, metadata, refusals, and what other programs make of the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lorasmith.core.errors import LoraError, OptionError, OutputError, TrainingError
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training.events import RunStarted, Warned
+from lorasmith.training.lora import Lora
+from lorasmith.training.train import TrainResult, train
+
+Run = Callable[..., TrainResult]
+
+
+def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
+    run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
+) -> None:
+    first = run(dataset, steps=10, learning_rate=1e-2, alpha=2.0)
+    file = first.lora.save(tmp_path / "any name.safetensors")
+    continued = run(dataset, steps=1, existing_lora=str(file), seed=9)
+    merged = first.lora.applied_to(tiny.denoiser)
+    alone = train(merged, dataset, steps=1, rank=1, training_dtype="fp32", seed=9, targets="attention")
+    base = run(dataset, steps=1, seed=9)
+    assert continued.losses[0] == pytest.approx(alone.losses[0], rel=1e-5)
+    assert continued.losses[0] != pytest.approx(base.losses[0], rel=1e-3)
+
+
+def test_continuing_counts_on_keeps_rank_and_alpha_and_starts_missing_targets_fresh(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    first = run(dataset, steps=3, rank=2, alpha=7.0, targets="*.attn1.to_q")
+    file = first.lora.save(tmp_path / "first.safetensors")
+    events: list[object] = []
+    second = run(dataset, steps=2, rank=5, targets="*.attn1.to_*", existing_lora=str(file), on_event=events.append)
+    assert second.steps == 5
+    assert second.lora.state.metadata["lorasmith.steps"] == "5"
+    ranks = {ref.path: (one.tensors["down"].shape[0], one.alpha) for ref, one in second.lora.state.adapters.items()}
+    assert all(ranks[path] == ((2, 7.0) if path.endswith("to_q") else (5, 5.0)) for path in ranks)
+    assert any(isinstance(event, Warned) and "3 steps" in event.message for event in events)
+    assert next(event for event in events if isinstance(event, RunStarted)).steps_before == 3
+
+
+def test_steps_are_read_from_comfyuis_file_names(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    first = run(dataset, steps=1)
+    bare = tmp_path / "ComfyUI_trained_lora_70_steps_00001_.safetensors"
+    save_file(load_file(first.lora.save(tmp_path / "a.safetensors")), bare)
+    assert run(dataset, steps=2, existing_lora=str(bare)).steps == 72
+
+
+def test_what_is_not_trained_is_carried_along(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    tensors = load_file(run(dataset, steps=1).lora.save(tmp_path / "a.safetensors"))
+    extra = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.randn(512, 2),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.randn(2, 128),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(2.0),
+        "lora_unet_conv_norm_out.diff": torch.randn(64) * 0.1,
+        "somebody.elses.tensor": torch.randn(3),
+    }
+    save_file({**tensors, **extra}, tmp_path / "b.safetensors")
+    plain = run(dataset, steps=1, existing_lora=str(tmp_path / "a.safetensors"))
+    carried = run(dataset, steps=1, existing_lora=str(tmp_path / "b.safetensors"))
+    saved = load_file(carried.lora.save(tmp_path / "c.safetensors"))
+    for key, tensor in extra.items():
+        # The layout has a name of its own for differences of norms.
+        assert torch.equal(saved[key.replace("norm_out.diff", "norm_out.w_norm")], tensor), key
+    # The norm difference takes part in the forward pass, though it is not trained.
+    assert carried.losses[0] != pytest.approx(plain.losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfy", "diffusers"])
+def test_any_layout_can_be_continued(run: Run, dataset: EncodedDataset, tmp_path: Path, layout: str) -> None:
+    first = run(dataset, steps=2, targets="all", learning_rate=1e-2)
+    file = first.lora.save(tmp_path / "first.safetensors", layout=layout)
+    kohya = first.lora.save(tmp_path / "kohya.safetensors")
+    losses = [run(dataset, steps=1, targets="all", existing_lora=str(one)).losses[0] for one in (file, kohya)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_rank_above_a_layers_size_is_capped_and_said(run: Run, dataset: EncodedDataset) -> None:
+    events: list[object] = []
+    result = run(dataset, steps=1, rank=128, targets="all", on_event=events.append)
+    ranks = {ref.path: one.tensors["down"].shape[0] for ref, one in result.lora.state.adapters.items()}
+    assert ranks["conv_out"] == 4
+    assert ranks["conv_in"] == 36
+    notes = [event.message for event in events if isinstance(event, Warned)]
+    assert len(notes) == 1
+    assert "Rank 128" in notes[0]
+
+
+def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    result = run(dataset, output=tmp_path / "run", title="cat", trigger="sks cat")
+    assert result.path == tmp_path / "run" / "cat.safetensors"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["steps"] == 4
+    assert record["config"]["alpha"] == 4.0
+    assert len(record["samples"]) == 6
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 4, "RunFinished"]
+    with safe_open(result.path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.trigger_phrase"] == "sks cat"
+    assert metadata["ss_base_model_version"] == "sd_v1_v"
+    assert metadata["ss_network_dim"] == "4"
+    assert len(metadata["sshs_model_hash"]) == 64
+    with pytest.raises(OutputError, match="already holds a run"):
+        run(dataset, output=tmp_path / "run")
+
+
+def test_a_full_disk_while_saving_is_one_sentence(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(dataset, steps=1)
+    target = tmp_path / "lora.safetensors"
+    target.write_bytes(b"the old file")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="was not written because the disk is full; free some space"):
+        result.lora.save(target)
+    assert target.read_bytes() == b"the old file"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_where_the_output_folder_should_be(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(OutputError, match="must be a folder but is a file"):
+        run(dataset, output=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"rank": 0}, OptionError, "rank must be between 1 and 128, got 0"),
+        ({"rank": 129}, OptionError, "rank must be between 1 and 128, got 129"),
+        ({"learning_rte": 1e-4}, OptionError, r"unknown option 'learning_rte' \(did you mean 'learning_rate'\?\)"),
+        ({"optimizer": "AdamX"}, OptionError, r"optimizer must be one of AdamW, .*did you mean 'Adam"),
+        ({"targets": "*.nothing"}, OptionError, r"\*.nothing matches none; use one of attention"),
+        ({"offloading": True}, TrainingError, "offloading is not available yet; turn it off"),
+        ({"quantized_backward": True}, TrainingError, "quantized_backward is not available yet"),
+        ({"algorithm": "LoHa"}, LoraError, "LoHa"),
+        ({"existing_lora": "missing.safetensors"}, LoraError, "missing.safetensors does not exist"),
+    ],
+)
+def test_bad_settings_are_refused_in_a_sentence(
+    run: Run, dataset: EncodedDataset, settings: dict[str, object], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence) as caught:
+        run(dataset, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_combo_values_are_accepted_whatever_their_case(run: Run, dataset: EncodedDataset) -> None:
+    result = run(dataset, steps=1, algorithm="lora", optimizer="adamw", loss_function="mse")
+    assert len(result.losses) == 1
+
+
+LEARNERS = [(optimizer, "MSE") for optimizer in ("AdamW", "Adam", "SGD", "RMSprop")]
+LEARNERS += [("AdamW", loss) for loss in ("L1", "Huber", "SmoothL1")]
+
+
+@pytest.mark.parametrize(("optimizer", "loss_function"), LEARNERS)
+def test_every_optimizer_and_every_loss_learns(
+    run: Run, dataset: EncodedDataset, optimizer: str, loss_function: str
+) -> None:
+    """On one sample, where the loss must fall."""
+    one = EncodedDataset(dataset.samples[:1])
+    rate = {"SGD": 1.0}.get(optimizer, 1e-2)
+    result = run(one, steps=12, optimizer=optimizer, loss_function=loss_function, learning_rate=rate, batch_size=4)
+    assert sum(result.losses[-4:]) < sum(result.losses[:4])
+
+
+@pytest.mark.parametrize("zero", ["up", "down"])
+def test_the_factor_that_starts_at_zero(run: Run, dataset: EncodedDataset, zero: str) -> None:
+    # A rate too small to move anything leaves the LoRA at its start.
+    result = run(dataset, steps=1, learning_rate=1e-7, optimizer="SGD", zero_init=zero)
+    other = {"up": "down", "down": "up"}[zero]
+    for one in result.lora.state.adapters.values():
+        assert one.tensors[zero].abs().max() < 1e-6
+        assert one.tensors[other].abs().max() > 1e-2
+
+
+def test_x0_objective_and_timesteps_change_the_loss(run: Run, dataset: EncodedDataset) -> None:
+    plain = run(dataset, steps=1).losses
+    assert run(dataset, steps=1, objective="x0").losses != plain
+    assert run(dataset, steps=1, timesteps="logit_normal").losses != plain
+
+
+def test_diffusers_applies_the_saved_lora_module_for_module(
+    run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    result = run(dataset, steps=20, targets="all", learning_rate=1e-2)
+    file = result.lora.save(tmp_path / "lora.safetensors")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.path, safety_checker=None, torch_dtype=torch.float32)
+    pipe.load_lora_weights(file)
+    applied = {name for name, module in pipe.unet.named_modules() if isinstance(module, BaseTunerLayer)}
+    trained = {ref.path for ref in result.lora.state.adapters}
+    assert applied == trained
+    x, time = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 700.0])
+    context = dataset.samples[0].conditioning.tensors["context"].repeat(2, 1, 1)
+    denoiser = result.lora.applied_to(tiny.denoiser)
+    with torch.no_grad(), denoiser.active():
+        ours = denoiser.predict(x, time, type(dataset.samples[0].conditioning)({"context": context}))
+    with torch.no_grad():
+        theirs = pipe.unet(x, time, encoder_hidden_states=context).sample
+        plain = tiny.denoiser.predict(x, time, type(dataset.samples[0].conditioning)({"context": context}))
+    assert (ours - theirs).norm() / theirs.norm() < 1e-4
+    assert (ours - plain).norm() / plain.norm() > 1e-2
+
+
+def test_strength_zero_is_the_model_itself_and_bypass_gives_the_same(
+    run: Run, dataset: EncodedDataset, tiny: Model
+) -> None:
+    lora: Lora = run(dataset, steps=10, targets="all", learning_rate=1e-2).lora
+    assert lora.applied_to(tiny.denoiser, strength=0) == tiny.denoiser
+    conditioning = dataset.samples[0].conditioning
+    outputs = []
+    for bypass in (False, True):
+        denoiser = lora.applied_to(tiny.denoiser, strength=-1.5, bypass=bypass)
+        with torch.no_grad(), denoiser.active():
+            outputs.append(denoiser.predict(torch.ones(1, 4, 8, 8), torch.tensor([300.0]), conditioning))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
