@@ -1,0 +1,270 @@
+"""Targets, fresh adapters, and attaching stacks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from layer_cases import LAYERS, LayerCase, randomised, snapshot
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import Adapter, FrozenLayer, is_targetable
+from lorasmith.adapters.inject import Attached, attached, create_adapters, load_adapters, plan_adapters
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError, OptionError
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.circular = nn.Conv2d(3, 6, 3, padding_mode="circular", padding=1)
+        self.out = nn.ModuleList([nn.Linear(8, 2), nn.Dropout()])
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"first": Block(), "second": Block()}).requires_grad_(False)
+
+
+def paths(model: nn.Module, include: tuple[str, ...], **settings: object) -> list[str]:
+    return [one.path for one in plan_adapters(model, include=include, **{"rank": 4, **settings}).adapters]
+
+
+@pytest.mark.parametrize(
+    ("include", "settings", "expected"),
+    [
+        (("*",), {}, ["first.to_q", "first.conv", "first.out.0", "second.to_q", "second.conv", "second.out.0"]),
+        (("*",), {"linear_only": True}, ["first.to_q", "first.out.0", "second.to_q", "second.out.0"]),
+        (("*.to_q", "first.conv"), {}, ["first.to_q", "first.conv", "second.to_q"]),
+        (("*",), {"exclude": ("first.*", "*.out.?")}, ["second.to_q", "second.conv"]),
+        (("f*0",), {}, ["first.out.0"]),  # a star crosses dots
+    ],
+)
+def test_patterns_choose_whole_paths(
+    model: nn.Module, include: tuple[str, ...], settings: dict[str, object], expected: list[str]
+) -> None:
+    assert paths(model, include, **settings) == expected
+
+
+@pytest.mark.parametrize("include", [("to_q",), ("*.TO_Q",), (), ("*.norm",), ("*.circular",)])
+def test_targets_that_match_no_layer_are_refused(model: nn.Module, include: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError) as caught:
+        plan_adapters(model, include=include, rank=4)
+
+    assert str(caught.value) == (
+        f"targets must match at least one Linear or convolution, but {', '.join(include) or 'nothing'} matches none"
+    )
+
+
+def test_norms_and_other_paddings_are_no_targets() -> None:
+    assert not is_targetable(nn.LayerNorm(4))
+    assert not is_targetable(nn.ConvTranspose2d(4, 4, 3))
+    assert not is_targetable(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
+
+
+def test_the_rank_is_capped_at_the_smaller_side(model: nn.Module) -> None:
+    plan = plan_adapters(model, include=("first.*",), rank=16)
+
+    assert {one.path: one.rank for one in plan.adapters} == {"first.to_q": 8, "first.conv": 6, "first.out.0": 2}
+    assert len(plan.capped) == 3
+    assert plan_adapters(model, include=("first.*",), rank=2).capped == ()
+
+
+def test_an_adapter_of_full_rank_can_be_any_change() -> None:
+    layer = nn.Linear(6, 4)
+    rank = plan_adapters(nn.Sequential(layer), include=("0",), rank=100).adapters[0].rank
+    change = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    weights = AdapterWeights("lora", {"down": v[:rank], "up": (u * s)[:, :rank]})
+    adapter = LoraAdapter.from_weights(weights, FrozenLayer(layer))
+
+    torch.testing.assert_close(adapter.merged(layer.weight.detach()), layer.weight.detach() + change)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (16.0, 1.0), (1.0, 1 / 16), (24.0, 1.5)])
+def test_capped_layers_keep_the_others_scale(model: nn.Module, alpha: float | None, scale: float) -> None:
+    plan = plan_adapters(model, include=("first.*",), rank=16)
+    adapters = create_adapters(model, plan, algorithm="lora", alpha=alpha, seed=0, zero="up")
+
+    assert [adapter.scale for adapter in adapters.values()] == pytest.approx([scale] * 3)
+    assert [adapter.rank for adapter in adapters.values()] == [8, 6, 2]
+
+
+def test_fresh_adapters_are_fp32_trainable_and_in_the_models_order(model: nn.Module) -> None:
+    plan = plan_adapters(model.to(torch.bfloat16), include=("*",), rank=2)
+    adapters = create_adapters(model, plan, algorithm="LoRA", alpha=None, seed=0, zero="up")
+
+    assert list(adapters) == [one.path for one in plan.adapters]
+    for adapter in adapters.values():
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in adapter.parameters())
+
+
+def test_an_unknown_algorithm_is_named(model: nn.Module) -> None:
+    plan = plan_adapters(model, include=("*",), rank=2)
+    with pytest.raises(LoraError, match=r"^unknown adapter algorithm 'lorra' \(did you mean 'LoRA'\?\)"):
+        create_adapters(model, plan, algorithm="lorra", alpha=None, seed=0, zero="up")
+
+
+@pytest.mark.parametrize("path", ["third.to_q", "first", "first.out.1"])
+def test_adapters_for_layers_that_the_model_lacks_are_refused(model: nn.Module, path: str) -> None:
+    weights = AdapterWeights("lora", {"down": torch.zeros(2, 8), "up": torch.zeros(8, 2)})
+    with pytest.raises(LoraError) as caught:
+        load_adapters(model, {path: weights})
+
+    assert str(caught.value) == (f"the LoRA is for a layer {path} that the model lacks; it was made for another model")
+
+
+def test_attaching_to_a_missing_layer_leaves_the_others_alone(model: nn.Module) -> None:
+    before = snapshot(model)
+    adapter = LoraAdapter(torch.zeros(1, 8), torch.zeros(8, 1), alpha=1)
+    with (
+        pytest.raises(AttributeError),
+        attached(model, [Attached({"first.to_q": adapter, "third.to_q": adapter})]),
+    ):
+        pass
+
+    assert snapshot(model) == before
+
+
+def test_an_inner_stack_gives_the_outer_one_back() -> None:
+    case = LAYERS["linear"]
+    model, x = case.model(), case.input()
+    one, two = (LoraAdapter(torch.randn(2, 48), torch.randn(40, 2), alpha=2) for _ in range(2))
+    with attached(model, [Attached({"layer": one})]):
+        outer = model(x)
+        with attached(model, [Attached({"layer": two})]):
+            assert not torch.equal(model(x), outer)
+        assert torch.equal(model(x), outer)
+    assert not torch.equal(model(x), outer)
+
+
+def test_a_forward_that_the_layer_had_of_its_own_comes_back() -> None:
+    model = LAYERS["linear"].model()
+    layer = model.get_submodule("layer")
+
+    def own(x: Tensor) -> Tensor:
+        return x
+
+    layer.forward = own
+    with attached(model, [Attached({"layer": LoraAdapter(torch.zeros(2, 48), torch.zeros(40, 2), alpha=2)})]):
+        assert layer.forward is not own
+    assert layer.forward is own
+
+
+class Flipped(Adapter):
+    """An adapter with g ≠ id: output channels change towards their reverse order."""
+
+    algorithm = "flipped"
+    transforms_output = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, **_: object) -> Flipped:
+        return cls(-(layer.weight.ndim - 1))
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Flipped:
+        return cls.create(layer)
+
+    def to_weights(self) -> AdapterWeights:
+        return AdapterWeights(self.algorithm, {})
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        return weight + strength * (weight.flip(0) - weight)
+
+    def after(self, y: Tensor, strength: float) -> Tensor:
+        return y + strength * (y.flip(self.dim) - y)
+
+
+# Rows that change places would change groups too, which is no merged weight's doing.
+UNGROUPED = {name: case for name, case in LAYERS.items() if name != "conv in groups"}
+
+
+@pytest.mark.parametrize("case", UNGROUPED.values(), ids=UNGROUPED)
+@pytest.mark.parametrize("order", ["alone", "below a lora", "above a lora"])
+def test_the_bias_stays_outside_what_transforms_the_output(case: LayerCase, order: str) -> None:
+    model, x = case.model(), case.input()
+    layer = FrozenLayer(model.get_submodule("layer"))
+    flipped = Flipped.create(layer)
+    if isinstance(layer.module, nn.Linear):
+        flipped.dim = -1
+    lora = LoraAdapter.create(layer, rank=2, alpha=2.0, seed=0, path="", zero="up")
+    randomised(lora)
+    stack: list[tuple[Adapter, float]] = {
+        "alone": [(flipped, 0.7)],
+        "below a lora": [(flipped, 0.7), (lora, 1.5)],
+        "above a lora": [(lora, 1.5), (flipped, 0.7)],
+    }[order]
+
+    weight = layer.weight
+    for adapter, strength in stack:
+        weight = adapter.merged(weight, strength)
+    expected = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
+
+    with attached(model, [Attached({"layer": adapter}, strength) for adapter, strength in stack]):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "one vector": lambda: torch.randn(48),
+    "a matrix": lambda: torch.randn(5, 48),
+    "four dimensions": lambda: torch.randn(2, 3, 2, 48),
+    "transposed": lambda: torch.randn(48, 3, 2).permute(2, 1, 0),
+    "channels last": lambda: torch.randn(2, 48, 3).transpose(1, 2),
+    "a slice": lambda: torch.randn(2, 6, 96)[:, ::2, 48:],
+    "expanded": lambda: torch.randn(1, 1, 48).expand(2, 3, 48),
+    "empty": lambda: torch.randn(0, 3, 48),
+}
+
+
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_inputs_of_any_form_go_through_a_linear(make: Callable[[], Tensor]) -> None:
+    case = LAYERS["linear"]
+    model = case.model()
+    layer = FrozenLayer(model.get_submodule("layer"))
+    adapter = LoraAdapter.create(layer, rank=2, alpha=2.0, seed=0, path="", zero="up")
+    randomised(adapter)
+    torch.manual_seed(0)
+    x = make().requires_grad_()
+    inputs = [x, adapter.down, adapter.up]
+    weight = adapter.merged(layer.weight)
+    expected = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
+
+    with attached(model, [Attached({"layer": adapter})]):
+        output = model(x)
+    # Not a plain sum, so that the incoming gradient is one that is not contiguous either.
+    gradients = torch.autograd.grad(output.transpose(0, -1).square().sum(), inputs)
+    references = torch.autograd.grad(expected.transpose(0, -1).square().sum(), inputs)
+
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients, references, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_and_merged_layers_serve_each_other(model: nn.Module) -> None:
+    """Adapters read the weight when they run, so what is merged meanwhile counts."""
+    x = torch.randn(3, 8)
+    adapter = LoraAdapter(torch.randn(2, 8), torch.randn(8, 2), alpha=2)
+    layer = model.get_submodule("first.to_q")
+    with (
+        attached(model, [Attached({"first.to_q": adapter})]),
+        merged_weights(model, [Patch({"first.to_q": adapter.to_weights()}, strength=-1)]),
+    ):
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + (x @ adapter.down.T) @ adapter.up.T)
+    restored = layer(x)
+
+    with merged_weights(model, [Patch({"first.to_q": adapter.to_weights()}, strength=-1)]):
+        merged = layer(x)
+        with attached(model, [Attached({"first.to_q": adapter})]):
+            torch.testing.assert_close(layer(x), restored, rtol=1e-4, atol=1e-4)
+        assert torch.equal(layer(x), merged)

@@ -1,0 +1,188 @@
+"""LoRA: its formula, Tucker cores, files that do not fit, and PEFT's numbers on the same weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import LAYERS, LayerCase, randomised
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import FrozenLayer
+from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError
+
+
+def fresh(layer: nn.Module, *, zero: str = "up", rank: int = 4) -> LoraAdapter:
+    return LoraAdapter.create(FrozenLayer(layer), rank=rank, alpha=2.0, seed=3, path="layer", zero=zero)
+
+
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS)
+def test_the_merged_weight_is_the_formula(case: LayerCase) -> None:
+    layer = case.make()
+    adapter = fresh(layer)
+    randomised(adapter)
+    down, up = adapter.down.flatten(1).double(), adapter.up.flatten(1).double()
+    expected = layer.weight.double() + (-0.5 * 2.0 / 4) * (up @ down).reshape(layer.weight.shape)
+
+    torch.testing.assert_close(adapter.merged(layer.weight, -0.5).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero", ["up", "down"])
+def test_the_other_factor_starts_as_torchs_own_layers_do(zero: str) -> None:
+    layer = nn.Linear(300, 400)
+    adapter = fresh(layer, zero=zero, rank=100)
+    zeroed, filled = (adapter.up, adapter.down) if zero == "up" else (adapter.down, adapter.up)
+    bound = 1 / math.sqrt(filled.shape[1])
+
+    assert not zeroed.any()
+    assert filled.abs().max() <= bound
+    # Of a uniform distribution: the mean is 0 and the standard deviation is the bound over the root of three.
+    assert filled.mean().abs() < 0.01 * bound
+    assert filled.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_convolutions_have_the_kernel_in_the_down_factor() -> None:
+    adapter = fresh(nn.Conv2d(6, 8, (3, 2)))
+
+    assert adapter.down.shape == (4, 6, 3, 2)
+    assert adapter.up.shape == (8, 4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.Conv2d(6, 8, 3, dilation=2, bias=False),
+        nn.Conv1d(6, 8, 3, padding=1),
+    ],
+    ids=["strided", "dilated", "1d"],
+)
+def test_a_tucker_core_is_applied_beside_and_merged_alike(layer: nn.Module) -> None:
+    kernel = layer.weight.shape[2:]
+    generator = torch.Generator().manual_seed(0)
+    point = (1,) * len(kernel)
+    tensors = {
+        "down": torch.randn(3, 6, *point, generator=generator),
+        "mid": torch.randn(3, 3, *kernel, generator=generator),
+        "up": torch.randn(8, 3, *point, generator=generator),
+    }
+    adapter = LoraAdapter.from_weights(AdapterWeights("lora", tensors, 1.5), FrozenLayer(layer))
+    delta = torch.einsum("om,mn...,ni->oi...", tensors["up"].flatten(1), tensors["mid"], tensors["down"].flatten(1))
+    merged = layer.weight + 0.6 * (1.5 / 3) * delta
+    model, x = nn.Sequential(layer), torch.randn(2, 6, *(7,) * len(kernel), generator=generator)
+
+    torch.testing.assert_close(adapter.merged(layer.weight, 0.6), merged, rtol=1e-5, atol=1e-5)
+    expected = torch.func.functional_call(model, {"0.weight": merged}, (x,))
+    with attached(model, [Attached({"0": adapter}, 0.6)]):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert set(adapter.to_weights().tensors) == {"down", "mid", "up"}
+
+
+def tensors(down: tuple[int, ...], up: tuple[int, ...], mid: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    shapes = {"down": down, "up": up} | ({} if mid is None else {"mid": mid})
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+LINEAR, CONV, GROUPED = nn.Linear(6, 8), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3, groups=2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "weights"),
+    [
+        (LINEAR, tensors((2, 5), (8, 2))),
+        (LINEAR, tensors((2, 6), (7, 2))),
+        (LINEAR, tensors((2, 6), (8, 3))),
+        (LINEAR, tensors((2, 6), (8, 2, 1, 1))),
+        (LINEAR, tensors((0, 6), (8, 0))),
+        (LINEAR, tensors((8, 2), (2, 6))),  # the factors mixed up
+        (CONV, tensors((2, 6, 3, 3), (8, 2))),
+        (CONV, tensors((2, 54), (8, 2, 1, 1))),
+        (CONV, tensors((2, 6, 1, 1), (8, 2, 1, 1))),
+        (CONV, tensors((2, 6, 1, 1), (8, 2, 1, 1), (2, 2, 2, 2))),
+        (CONV, tensors((2, 6, 3, 3), (8, 2, 1, 1), (2, 2, 3, 3))),
+        (GROUPED, tensors((2, 6, 3, 3), (8, 2, 1, 1))),
+        (GROUPED, tensors((2, 3, 1, 1), (8, 2, 1, 1), (2, 2, 3, 3))),
+        (nn.LayerNorm(6), tensors((2, 6), (6, 2))),
+    ],
+)
+def test_tensors_that_do_not_fit_the_layer_are_refused(layer: nn.Module, weights: dict[str, Tensor]) -> None:
+    with pytest.raises(LoraError, match=r"does not fit a layer with weight \(.*\); it was made for another model$"):
+        LoraAdapter.from_weights(AdapterWeights("lora", weights), FrozenLayer(layer))
+
+
+def test_half_a_lora_is_refused() -> None:
+    with pytest.raises(LoraError, match=r"^a LoRA layer needs both a down and an up matrix, got only down$"):
+        LoraAdapter.from_weights(AdapterWeights("lora", {"down": torch.zeros(2, 6)}), FrozenLayer(LINEAR))
+
+
+def test_a_dora_is_refused_by_name() -> None:
+    weights = {**tensors((2, 6), (8, 2)), "dora_scale": torch.ones(8, 1)}
+    with pytest.raises(LoraError, match=r"^this LoRA is a DoRA "):
+        LoraAdapter.from_weights(AdapterWeights("lora", weights), FrozenLayer(LINEAR))
+
+
+def test_a_linear_keeps_its_input_and_the_projection_alone() -> None:
+    layer = nn.Linear(48, 40).requires_grad_(False)
+    adapter = fresh(layer, rank=2)
+    x = torch.randn(5, 48, requires_grad=True)
+    saved: list[Tensor] = []
+    model = nn.Sequential(layer)
+    with (
+        attached(model, [Attached({"0": adapter})]),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t),
+    ):
+        model(x)
+
+    assert sorted(tuple(t.shape) for t in saved) == sorted([(5, 48), (40, 48), (5, 2), (2, 48), (40, 2)])
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.inner = nn.Linear(6, 8)
+        self.outer = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.gelu(self.inner(self.conv(x).flatten(2).transpose(1, 2))))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 7.0])
+def test_outputs_and_gradients_are_pefts(alpha: float) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Small()
+
+    base, x = make(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    names = ("conv", "inner", "outer")
+    adapters = {
+        name: LoraAdapter.create(
+            FrozenLayer(base.get_submodule(name)), rank=4, alpha=alpha, seed=0, path=name, zero="up"
+        )
+        for name in names
+    }
+    peer = get_peft_model(make(), LoraConfig(r=4, lora_alpha=alpha, target_modules=list(names)))
+    for seed, (name, adapter) in enumerate(adapters.items()):
+        randomised(adapter, seed=seed)
+        layer = peer.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(adapter.down)
+        layer.lora_B["default"].weight.data.copy_(adapter.up)
+
+    with attached(base.requires_grad_(False), [Attached(adapters)]):
+        ours = base(x)
+        ours.square().sum().backward()
+    theirs = peer(x)
+    theirs.square().sum().backward()
+
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for name, adapter in adapters.items():
+        layer = peer.base_model.model.get_submodule(name)
+        torch.testing.assert_close(adapter.down.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapter.up.grad, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)

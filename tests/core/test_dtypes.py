@@ -1,0 +1,37 @@
+"""Names of number formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorasmith.core.dtypes import dtype_from_name, dtype_name
+from lorasmith.core.errors import OptionError
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("fp32", torch.float32),
+        ("BF16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+        ("Float16", torch.float16),
+    ],
+)
+def test_names_and_long_names_are_read_in_any_case(name: str, dtype: torch.dtype) -> None:
+    assert dtype_from_name(name) == dtype
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_short_names_go_there_and_back(name: str) -> None:
+    assert dtype_name(dtype_from_name(name)) == name
+
+
+def test_other_dtypes_keep_torchs_name() -> None:
+    assert dtype_name(torch.float8_e4m3fn) == "float8_e4m3fn"
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"^a dtype is one of fp32, bf16, fp16, got 'fp8'$"):
+        dtype_from_name("fp8")
