@@ -14,16 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorasmith.training.events import Event, StepDone, Warned
 
-__all__ = ["complain", "console", "counting", "stoppable", "training_progress"]
+__all__ = ["complain", "console", "counting", "errors", "stoppable", "training_progress"]
 
 console = Console(highlight=False)
-_errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False)
 
 
 def complain(sentence: str, *, kind: str) -> None:
     """Print a sentence on standard error."""
-    _errors.print(f"[bold red]{kind}:[/] ", end="")
-    _errors.print(sentence, markup=False, soft_wrap=True)
+    errors.print(f"[bold red]{kind}:[/] ", end="")
+    errors.print(sentence, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -37,13 +37,12 @@ def with_flags(
 
 def _flag(option: Option, alias: str | None) -> inspect.Parameter:
     name = "--" + option.name.replace("_", "-")
-    # Types are converted by typer; ranges and choices are checked, and worded, by the option itself.
-    details: dict[str, Any] = {"help": option.help, "rich_help_panel": option.group or None}
-    if option.type is bool:
-        declared = [f"{name}/--no-{name.removeprefix('--')}"]
-    else:
-        declared = [name, *([alias] if alias else [])]
-        details["metavar"] = _metavar(option)
+    # Types are converted by typer; ranges and choices are checked, and worded, by the option itself. A switch that is
+    # off by default needs no flag that turns it off.
+    declared = [name, *([alias] if alias else [])]
+    details: dict[str, Any] = {"help": _described(option), "rich_help_panel": option.group or None}
+    if option.type is not bool:
+        details["metavar"] = {int: "N", float: "X", str: "NAME" if option.choices else "TEXT"}[option.type]
     annotation = option.type | None if option.default is None else option.type
     return inspect.Parameter(
         option.name,
@@ -53,9 +52,10 @@ def _flag(option: Option, alias: str | None) -> inspect.Parameter:
     )
 
 
-def _metavar(option: Option) -> str:
+def _described(option: Option) -> str:
+    """The option's help with what it accepts."""
     if option.choices:
-        return "|".join(option.choices)
-    if option.min is not None and option.max is not None:
-        return f"{option.min:g}..{option.max:g}"
-    return {int: "NUMBER", float: "NUMBER", str: "TEXT"}[option.type]
+        return f"{option.help} One of {', '.join(option.choices)}."
+    if option.min is not None and option.max is not None and option.max < 2**32:
+        return f"{option.help} {option.min:g} to {option.max:g}."
+    return option.help

@@ -1,0 +1,219 @@
+"""The commands, from the outside: what they say, what they leave behind, and one sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lorasmith.cli.generate import split_strength
+from lorasmith.core.errors import OptionError
+from lorasmith.core.options import options_of
+from lorasmith.families.model import Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.lora import Lora
+
+Command = Callable[..., Any]
+QUICK = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 2, "--targets", "attention")
+
+
+def test_train_says_what_it_will_do_and_where_everything_is(
+    lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model
+) -> None:
+    (photos / "broken.png").write_text("not a picture")
+    ran = lorasmith("train", photos, *QUICK, "--trigger", "sks cat", "--batch-size", 2)
+    assert ran.code == 0, ran.err
+    for text in (
+        "4 images",
+        "skipped broken.png",
+        "2 have no caption; they get the trigger, 'sks cat'",
+        "latin-1",
+        "lorasmith-tiny (Stable Diffusion 1.x)",
+        "rank 2, alpha 2, on attention: 56 layers",
+        "2 × batch 2 = 4 samples, 4 in an epoch = 1.0 epochs",
+        "lorasmith generate --model lorasmith-tiny",
+    ):
+        assert text in ran.out, text
+    folder = tmp_path / "runs" / "photos-001"
+    lora = Lora.load(folder / "photos.safetensors", tiny)
+    assert len(lora.state.adapters) == 56
+    assert lora.state.metadata["modelspec.trigger_phrase"] == "sks cat"
+    with Image.open(folder / "loss.png") as plot:
+        assert plot.size[0] > 500
+    captions = {sample["caption"] for sample in json.loads((folder / "run.json").read_text())["samples"]}
+    assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
+
+
+def test_a_second_run_gets_a_folder_of_its_own(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert lorasmith("train", photos, *QUICK).code == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"photos-001", "photos-002"}
+
+
+def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
+    assert lorasmith("train", photos, *QUICK, "--output", "run", "--name", "cat").code == 0
+    ran = lorasmith(
+        "generate", "--model", "lorasmith-tiny", "--lora", "run/cat.safetensors:0.8", "--prompt", "a cat",
+        "--prompt", "a dog", "--steps", 2, "--seed", 5,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    pictures = sorted((tmp_path / "output").iterdir())
+    assert [path.name for path in pictures] == ["lorasmith_00001_.png", "lorasmith_00002_.png"]
+    with Image.open(pictures[0]) as image:
+        assert image.size == (64, 64)
+        assert "a cat" in image.info["parameters"]
+    again = lorasmith("generate", "--model", "lorasmith-tiny", "--prompt", "a cat", "--steps", 2, "--seed", 5)
+    assert again.code == 0
+    assert (tmp_path / "output" / "lorasmith_00003_.png").is_file()
+    shown = lorasmith("inspect", "run/cat.safetensors")
+    assert shown.code == 0
+    for text in ("kohya", "lora × 56", "2 × 56", "modelspec.title", "SHA256"):
+        assert text in shown.out, text
+    parsed = json.loads(lorasmith("inspect", "run/cat.safetensors", "--json").out)
+    assert parsed["components"] == {"denoiser": 56}
+
+
+def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Path) -> None:
+    workflow = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "lorasmith-tiny"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["1", 1]}},
+        "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "4": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0], "seed": 1, "steps": 20, "cfg": 3.0, "sampler_name": "euler",
+                "scheduler": "normal", "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0],
+                "denoise": 1.0,
+            },
+        },
+        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "cat"}},
+    }  # fmt: skip
+    (tmp_path / "graph.json").write_text(json.dumps(workflow))
+    ran = lorasmith("run", "graph.json", "--set", "4.steps=2", "--base-dir", "base")
+    assert ran.code == 0, ran.err
+    picture = tmp_path / "base" / "output" / "cat_00001_.png"
+    assert picture.name in ran.out
+    with Image.open(picture) as image:
+        assert json.loads(image.info["prompt"])["4"]["inputs"]["steps"] == 2
+
+
+WRONG = {
+    "no model": (("train", "photos"), "--model must say what to train on"),
+    "no folder": (("train", "nowhere", *QUICK), "nowhere"),
+    "empty folder": (("train", "empty", *QUICK), "empty"),
+    "bad pictures only": (("train", "bad", *QUICK), "bad"),
+    "rank": (("train", "photos", *QUICK, "--rank", 500), "rank must be between 1 and 128, got 500"),
+    "optimizer": (("train", "photos", *QUICK, "--optimizer", "Adm"), "did you mean 'Adam'?"),
+    "targets": (("train", "photos", *QUICK, "--targets", "*.nope"), "matches none"),
+    "missing checkpoint": (("train", "photos", "--model", "sd15.safetensors"), "sd15.safetensors does not exist"),
+    "no such model": (("train", "photos", "--model", "sd15"), "there is no model at sd15"),
+    "pickled checkpoint": (("train", "photos", "--model", "old.ckpt"), "old.ckpt"),
+    "truncated checkpoint": (("train", "photos", "--model", "cut.safetensors"), "cut.safetensors"),
+    "unknown architecture": (("train", "photos", "--model", "odd.safetensors"), "of no architecture known here"),
+    "LoRA as model": (("train", "photos", "--model", "flux_lora.safetensors"), "is a LoRA, not a base model"),
+    "output is a file": (("train", "photos", *QUICK, "--output", "file.txt"), "must be a folder but is a file"),
+    "LoRA of another family": (
+        ("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--lora", "flux_lora.safetensors"),
+        "looks like a LoRA for",
+    ),
+    "LoRA strength": (
+        ("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--lora", "a.safetensors:strong"),
+        "a LoRA's strength must be a number, got 'strong'",
+    ),
+    "width": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--width", 100), "width must divide by 16"),
+    "sampler": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--sampler", "eular"), "euler"),
+    "no workflow": (("run", "nowhere.json"), "nowhere.json cannot be read"),
+    "not JSON": (("run", "file.txt"), "JSON"),
+    "editor format": (("run", "ui.json"), "Export (API)"),
+    "unknown node": (("run", "unknown.json"), "KSampler"),
+    "not a LoRA": (("inspect", "file.txt"), "file.txt"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_a_sentence(lorasmith: Command, photos: Path, tmp_path: Path, case: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "text.png").write_text("not a picture")
+    Image.new("RGB", (1, 1)).save(tmp_path / "bad" / "dot.png")
+    Image.new("RGB", (20_000, 20)).save(tmp_path / "bad" / "line.png")
+    (tmp_path / "file.txt").write_text("hello")
+    (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "odd.safetensors")
+    whole = (tmp_path / "odd.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-4])
+    save_file(
+        {
+            f"lora_unet_double_blocks_{i}_img_attn_proj.lora_{name}.weight": torch.zeros(shape)
+            for i in range(4)
+            for name, shape in (("down", (4, 3072)), ("up", (3072, 4)))
+        },
+        tmp_path / "flux_lora.safetensors",
+    )
+    (tmp_path / "ui.json").write_text(json.dumps({"nodes": [], "links": [], "version": 0.4}))
+    (tmp_path / "unknown.json").write_text(json.dumps({"1": {"class_type": "KSamplr", "inputs": {}}}))
+    arguments, sentence = WRONG[case]
+    ran = lorasmith(*arguments)
+    assert ran.code == 1
+    assert sentence in ran.err
+    assert "Traceback" not in ran.err + ran.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_option_of_a_run_is_a_flag(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = lorasmith("train", "--help").out
+    for name in options_of(TrainConfig):
+        assert f"--{name.replace('_', '-')}" in shown, name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_there_is(photos: Path, tmp_path: Path, tiny: Model, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", "train", str(photos)]
+    command += ["--model", "lorasmith-tiny", "--steps", "100000", "--output", "run", "--name", "cat"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        events = tmp_path / "run" / "events.jsonl"
+        while time.monotonic() < deadline and not (events.exists() and events.stat().st_size > 2000):
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "the LoRA of those steps is saved" in out
+    lora = Lora.load(tmp_path / "run" / "cat.safetensors", tiny)
+    steps = int(lora.state.metadata["lorasmith.steps"])
+    assert 0 < steps < 100_000
+    tensors = load_file(tmp_path / "run" / "cat.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("a.safetensors:-1", ("a.safetensors", -1.0)),
+        (r"C:\loras\a.safetensors", (r"C:\loras\a.safetensors", 1.0)),
+        (r"C:\loras\a.safetensors:2", (r"C:\loras\a.safetensors", 2.0)),
+    ],
+)
+def test_strengths_are_split_off(text: str, expected: tuple[str, float]) -> None:
+    path, strength = split_strength(text)
+    assert (str(path), strength) == expected
+
+
+def test_a_strength_that_is_no_number() -> None:
+    with pytest.raises(OptionError, match="must be a number"):
+        split_strength("a.safetensors:much")
