@@ -49,3 +49,18 @@ def test_optional_inputs_need_a_default_somewhere(registry: Registry[Node]) -> N
 
 def test_slots_are_the_keys_of_workflow_files(toys: Any) -> None:
     assert list(toys.nodes["Sum"].slots) == ["numbers.n0", "numbers.n1", "numbers.n2", "numbers.n3", "offset", "mode"]
+
+
+def test_a_last_keyword_takes_the_inputs_that_are_not_named(registry: Registry[Node]) -> None:
+    inputs = [Input("model", "MODEL"), Input("steps", "INT"), Input("rank", "INT", optional=True)]
+
+    @node("Train", display_name="Train", category="", inputs=inputs, registry=registry)
+    def train(context: NodeContext, *, model: object, **settings: int) -> tuple[()]:
+        return ()
+
+    assert list(registry["Train"].slots) == ["model", "steps", "rank"]
+    with pytest.raises(TypeError, match=r"got \['base'\] for \['model', 'steps', 'rank'\]"):
+
+        @node("Bad", display_name="Bad", category="", inputs=inputs, registry=registry)
+        def bad(context: NodeContext, *, base: object, **settings: int) -> tuple[()]:
+            return ()

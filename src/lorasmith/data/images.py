@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
 
-__all__ = ["ImageError", "image_size", "image_suffixes", "open_image", "resize_and_crop", "to_tensor"]
+__all__ = ["ImageError", "image_size", "image_suffixes", "open_frames", "open_image", "resize_and_crop", "to_tensor"]
 
 
 class ImageError(DataError):
@@ -51,6 +51,26 @@ def open_image(path: Path) -> Image.Image:
         image.load()
         picture = _eight_bits(_upright(image))
         return _on_white(picture) if picture.has_transparency_data else picture.convert("RGB")
+
+
+def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
+    """The frames of a file (one, unless it is animated), upright, as RGB and alpha (mode L, None where opaque).
+
+    The colours are those under the transparency, for programs that treat both apart. Frames of another size than the
+    first are left out.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    frames: list[tuple[Image.Image, Image.Image | None]] = []
+    with _opened(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            frame.load()
+            picture = _eight_bits(_upright(frame))
+            alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+            if not frames or picture.size == frames[0][0].size:
+                frames.append((picture.convert("RGB"), alpha))
+    return frames
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -1,1 +1,5 @@
-"""ComfyUI's nodes, thin: unpack the sockets, call the library."""
+"""ComfyUI's nodes for LoRA training and what a graph needs around them: thin, the work is done by the library."""
+
+from lorasmith.nodes.catalogue import load_nodes
+
+__all__ = ["load_nodes"]

@@ -10,8 +10,9 @@
     def image_scale(context: NodeContext, *, image: Tensor, width: int) -> tuple[Tensor]:
         \"\"\"Scale pictures to a size.\"\"\"
 
-The function stays an ordinary one. Its keywords are the inputs, its docstring's first paragraph the description; it
-returns a tuple with one value per output, or a `NodeOutput` when it also has something to show.
+The function stays an ordinary one. Its keywords are the inputs (a last `**keyword` takes those that it does not name),
+its docstring's first paragraph the description; it returns a tuple with one value per output, or a `NodeOutput` when it
+also has something to show.
 """
 
 from __future__ import annotations
@@ -142,12 +143,16 @@ def node(
 
 def _check_keywords(declared: Node) -> None:
     _, *keywords = inspect.signature(declared.function).parameters.values()
+    takes_rest = bool(keywords) and keywords[-1].kind is inspect.Parameter.VAR_KEYWORD
+    if takes_rest:
+        keywords.pop()
+    named = declared.inputs[: len(keywords)] if takes_rest else declared.inputs
     names = [keyword.name for keyword in keywords]
-    if names != [one.name for one in declared.inputs]:
+    if names != [one.name for one in named]:
         raise TypeError(
             f"{declared.id}: the function's keywords must be the declared inputs in their order, "
             f"got {names} for {[one.name for one in declared.inputs]}"
         )
-    for one, keyword in zip(declared.inputs, keywords, strict=True):
+    for one, keyword in zip(named, keywords, strict=True):
         if one.optional and one.default is None and keyword.default is keyword.empty:
             raise TypeError(f"{declared.id}: optional input {one.name} has no default, so its keyword needs one")

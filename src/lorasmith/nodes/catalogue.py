@@ -1,0 +1,19 @@
+"""Which modules declare nodes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from lorasmith.core.registry import Registry
+from lorasmith.workflow import NODES, Node
+
+__all__ = ["load_nodes"]
+
+_MODULES = ("conditioning", "datasets", "images", "latents", "loaders", "outputs", "primitives", "sampling", "training")
+
+
+def load_nodes() -> Registry[Node]:
+    """All nodes. The modules are imported now, and not earlier, as they bring torch and the model code along."""
+    for name in _MODULES:
+        import_module(f"lorasmith.nodes.{name}")
+    return NODES

@@ -1,0 +1,88 @@
+"""The goals of a graph: pictures, LoRA files and loss plots."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lorasmith.core.files import write_atomic
+from lorasmith.nodes.saving import graph_metadata, save_images, save_lora
+from lorasmith.nodes.values import LossMap
+from lorasmith.report.loss_plot import plot_losses
+from lorasmith.training.lora import Lora
+from lorasmith.workflow import Input, NodeContext, NodeOutput, Output, node
+from lorasmith.workflow.node import Hidden
+
+__all__: list[str] = []
+
+_GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
+
+
+@node(
+    "SaveImage",
+    display_name="Save Image",
+    category="image",
+    inputs=[
+        Input("images", "IMAGE"),
+        Input("filename_prefix", "STRING", default="ComfyUI", tooltip="May hold folders and %year%, %width%, ..."),
+    ],
+    outputs=[Output("IMAGE", "images")],
+    hidden=_GRAPH,
+    output_node=True,
+)
+def save_image(context: NodeContext, *, images: Tensor, filename_prefix: str) -> NodeOutput:
+    """Save pictures in the output folder, with the workflow in them."""
+    return NodeOutput((images,), {"images": save_images(context, images, filename_prefix, place="output")})
+
+
+@node(
+    "PreviewImage",
+    display_name="Preview Image",
+    category="image",
+    inputs=[Input("images", "IMAGE")],
+    outputs=[Output("IMAGE", "images")],
+    hidden=_GRAPH,
+    output_node=True,
+)
+def preview_image(context: NodeContext, *, images: Tensor) -> NodeOutput:
+    """Show pictures without keeping them: they are in the temp folder."""
+    return NodeOutput((images,), {"images": save_images(context, images, "ComfyUI_temp", place="temp")})
+
+
+@node(
+    "SaveLoRA",
+    display_name="Save LoRA Weights",
+    category="model/merging",
+    inputs=[
+        Input("lora", "LORA_MODEL"),
+        Input("prefix", "STRING", default="loras/ComfyUI_trained_lora", multiline=False, tooltip="May hold folders."),
+        Input("steps", "INT", optional=True, tooltip="Steps that the LoRA was trained for, to be put into the name."),
+    ],
+    aliases=["SaveLoRANode"],
+    search_aliases=["export lora"],
+    hidden=_GRAPH,
+    output_node=True,
+)
+def save_lora_weights(context: NodeContext, *, lora: Lora, prefix: str, steps: int | None = None) -> tuple[()]:
+    """Save a LoRA below the output folder in the layout that most programs read, with all that is known of it."""
+    context.log(f"The LoRA is at {save_lora(context, lora, prefix, steps)}.")
+    return ()
+
+
+@node(
+    "LossGraphNode",
+    display_name="Plot Loss Graph",
+    category="model/training",
+    inputs=[
+        Input("loss", "LOSS_MAP"),
+        Input("filename_prefix", "STRING", default="loss_graph", multiline=False),
+    ],
+    search_aliases=["training chart", "plot loss"],
+    hidden=_GRAPH,
+    output_node=True,
+)
+def plot_loss_graph(context: NodeContext, *, loss: LossMap, filename_prefix: str) -> NodeOutput:
+    """Draw the loss of each step and the smoothed loss; the picture is in the temp folder."""
+    files = context.folders.numbered(filename_prefix, place="temp")
+    path = files.path(".png")
+    write_atomic(path, plot_losses(loss["loss"], metadata=graph_metadata(context)))
+    return NodeOutput((), {"images": [files.reference(path)]})

@@ -1,0 +1,127 @@
+"""What nodes pass to each other, and lists of it laid end to end.
+
+IMAGE         fp32 tensor (batch, height, width, 3) in [0, 1]
+MASK          fp32 tensor (batch, height, width) in [0, 1], 1 where the picture is transparent
+LATENT        dict with `samples`, fp32 (batch, channels, height, width) as the autoencoder gives them, unscaled
+CONDITIONING  list of `Conditioning`, each of one prompt
+MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
+LORA_MODEL    `Lora`
+LOSS_MAP      dict with `loss`, a list of numbers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict, TypeVar
+
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Autoencoder
+from lorasmith.workflow import NodeContext
+
+__all__ = [
+    "Latent",
+    "LossMap",
+    "check_channels",
+    "flat_conditionings",
+    "flat_images",
+    "flat_latents",
+    "image_from_pixels",
+    "one_for_each",
+    "pixels_from_image",
+    "single",
+]
+
+T = TypeVar("T")
+
+
+class Latent(TypedDict):
+    """A batch of latents; `downscale_ratio_spacial` (ComfyUI's key) is the pixels per latent of empty ones."""
+
+    samples: Tensor
+    downscale_ratio_spacial: NotRequired[int]
+
+
+class LossMap(TypedDict):
+    """The loss of each training step."""
+
+    loss: list[float]
+
+
+def pixels_from_image(image: Tensor, autoencoder: Autoencoder) -> Tensor:
+    """IMAGE as the autoencoder takes it: (batch, 3, height, width) in [−1, 1], cut at the edges to whole latents.
+
+    Raises:
+        DataError: the picture is smaller than one latent.
+    """
+    multiple = autoencoder.base.components.latent.downscale
+    height, width = image.shape[1:3]
+    rows, columns = height // multiple * multiple, width // multiple * multiple
+    if not rows or not columns:
+        raise DataError(
+            f"a picture must have at least {multiple}×{multiple} px here, got {width}×{height}; scale it up"
+        )
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[:, top : top + rows, left : left + columns, :3].movedim(-1, 1) * 2 - 1
+
+
+def image_from_pixels(pixels: Tensor) -> Tensor:
+    """IMAGE of pixels (batch, 3, height, width) in [−1, 1]."""
+    return (pixels.movedim(1, -1) / 2 + 0.5).clamp(0, 1).contiguous()
+
+
+def check_channels(samples: Tensor, channels: int) -> None:
+    """Refuse latents (batch, channels, height, width) of another autoencoder. Raises DataError."""
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        raise DataError(
+            f"latents must be (batch, {channels}, height, width) for this model, got {tuple(samples.shape)}; "
+            "encode the pictures with its own VAE"
+        )
+
+
+def flat_images(images: Sequence[Tensor]) -> list[Tensor]:
+    """Every picture of a list of batches, (1, height, width, 3) each."""
+    return [image for batch in images for image in _singles(batch)]
+
+
+def flat_latents(latents: Sequence[Latent]) -> list[Tensor]:
+    """Every picture's latents of a list of batches, (1, channels, height, width) each."""
+    return [samples for latent in latents for samples in _singles(latent["samples"])]
+
+
+def flat_conditionings(conditionings: Sequence[Sequence[Conditioning]]) -> list[Conditioning]:
+    """Every prompt of a list of CONDITIONING, combined ones one by one."""
+    return [one for combined in conditionings for one in combined]
+
+
+def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[T]:
+    """`count` items: as given, or the single one for all. Raises DataError with both numbers for any other count.
+
+    Args:
+        items: at least one.
+        count: number of pictures.
+        name: the input that the items came from.
+        of: what an item is.
+    """
+    if len(items) not in (1, count):
+        raise DataError(
+            f"{name} must hold one {of} for each image or one for all, "
+            f"got {len(items)} for {count} image{'s' if count != 1 else ''}; add or remove some"
+        )
+    return list(items) * count if len(items) == 1 else list(items)
+
+
+def single(context: NodeContext, name: str, values: Sequence[T]) -> T:
+    """The value of an input that means one thing, for nodes that receive lists. Raises DataError for an empty list."""
+    if not values:
+        raise DataError(f"{name} must receive a value, got an empty list; check the node it is linked to")
+    if len(values) > 1:
+        context.warn(f"{name} takes one value but received {len(values)}; the first one counts")
+    return values[0]
+
+
+def _singles(batch: Tensor) -> list[Tensor]:
+    """A batch of one for each item."""
+    return [batch[index : index + 1] for index in range(len(batch))]

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+from lorasmith.families.model import Model
+
+Make = Callable[..., Any]
+
+
+def test_encoding_is_unscaled_and_decoding_goes_back(bench: Any, tiny: Model, pictures: Make) -> None:
+    image = pictures(2)
+    latent = bench.one("VAEEncode", pixels=image, vae=tiny.autoencoder)
+    vae = tiny.components.vae
+    with torch.no_grad():
+        expected = vae.encode(image.movedim(-1, 1) * 2 - 1).latent_dist.mean
+    torch.testing.assert_close(latent["samples"], expected, atol=1e-4, rtol=1e-4)
+    decoded = bench.one("VAEDecode", samples=latent, vae=tiny.autoencoder)
+    assert decoded.shape == image.shape
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
+    assert (decoded - image).abs().mean() < 0.1
+
+
+def test_edges_that_make_no_whole_latent_are_cut_from_both_sides(bench: Any, tiny: Model, pictures: Make) -> None:
+    image = pictures(1, 66, 67)
+    latent = bench.one("VAEEncode", pixels=image, vae=tiny.autoencoder)
+    inner = bench.one("VAEEncode", pixels=image[:, 1:65, 1:65], vae=tiny.autoencoder)
+    assert torch.equal(latent["samples"], inner["samples"])
+
+
+def test_pictures_and_latents_that_do_not_fit_are_refused(bench: Any, tiny: Model) -> None:
+    with pytest.raises(DataError, match=r"at least 4×4 px here, got 3×9"):
+        bench.call("VAEEncode", pixels=torch.zeros(1, 9, 3, 3), vae=tiny.autoencoder)
+    with pytest.raises(DataError, match=r"\(batch, 4, height, width\).*got \(1, 16, 8, 8\)"):
+        bench.call("VAEDecode", samples={"samples": torch.zeros(1, 16, 8, 8)}, vae=tiny.autoencoder)
+
+
+def test_empty_latents_count_eight_pixels_each(bench: Any) -> None:
+    latent = bench.one("EmptyLatentImage", width=64, height=128, batch_size=3)
+    assert latent["samples"].shape == (3, 4, 16, 8)
+    assert not latent["samples"].any()
+
+
+def test_batches_are_joined_and_repeated_in_order(bench: Any, latents: Callable[..., dict[str, Tensor]]) -> None:
+    first, second = latents(2), latents(1, seed=1)
+    both = bench.one("LatentBatch", samples1=first, samples2=second)["samples"]
+    assert torch.equal(both, torch.cat((first["samples"], second["samples"])))
+    repeated = bench.one("RepeatLatentBatch", samples=first, amount=3)["samples"]
+    assert torch.equal(repeated, torch.cat([first["samples"]] * 3))
+    assert bench.messages("warning") == []
+
+
+def test_a_batch_of_several_sizes_says_what_it_scales(bench: Any, latents: Make) -> None:
+    both = bench.one("LatentBatch", samples1=latents(), samples2=latents(1, 8, 32))["samples"]
+    assert both.shape == (2, 4, 16, 16)
+    assert "32×8 were scaled to 16×16" in bench.messages("warning")[0]
