@@ -7,9 +7,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
 import pytest
+from hypothesis import settings
 
 from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
+
+# Examples are counted, not timed: a busy machine makes no test fail.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

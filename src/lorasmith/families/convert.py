@@ -1,8 +1,9 @@
-"""Denoisers from original-layout tensors, by a family's name table, with every tensor accounted for."""
+"""Models from original-layout tensors or from diffusers' folders, with every tensor accounted for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.formats.names import OriginalName
 
-__all__ = ["build", "from_original_tensors", "module_paths", "weight_shapes"]
+__all__ = ["build", "from_original_tensors", "module_paths", "part_of_folder", "weight_shapes"]
 
 
 def module_paths(model: nn.Module) -> list[str]:
@@ -49,6 +50,29 @@ def build(
             f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of a variant that is not known here"
         ) from error
+    return model.eval().requires_grad_(False)
+
+
+def part_of_folder(kind: Any, folder: Path, part: str, **settings: Any) -> Any:
+    """One model of a diffusers folder, in eval mode and frozen.
+
+    Args:
+        kind: its class in diffusers or transformers.
+        folder: the folder with `model_index.json`.
+        part: name of its subfolder.
+        settings: keyword arguments of `from_pretrained`, such as the dtype.
+
+    Raises:
+        ModelError: the part is missing, or tensors of it are (the libraries would fill them with random numbers).
+        OSError, ValueError, RuntimeError: whatever the libraries raise for damaged files.
+    """
+    if not (folder / part).is_dir():
+        raise ModelError(f"{folder} must hold a folder {part} but does not; it is incomplete, so get it again")
+    model, info = kind.from_pretrained(
+        folder / part, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"the weights in {folder / part} lack {missing[0]}; they are incomplete, so get them again")
     return model.eval().requires_grad_(False)
 
 

@@ -29,7 +29,7 @@ from lorasmith.families.base import (
     TargetPreset,
 )
 from lorasmith.families.checkpoint import OriginalCheckpoint
-from lorasmith.families.convert import build, from_original_tensors, module_paths, weight_shapes
+from lorasmith.families.convert import build, from_original_tensors, module_paths, part_of_folder, weight_shapes
 from lorasmith.formats.names import ModelNames, OriginalName
 
 __all__ = ["Flux"]
@@ -124,10 +124,7 @@ class Flux(Family):
     def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
         from diffusers import FluxTransformer2DModel
 
-        transformer = FluxTransformer2DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        return _components(transformer.eval().requires_grad_(False))
+        return _components(part_of_folder(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype))
 
     def kohya_version(self, parameterization: str) -> str:
         return "flux1"

@@ -29,7 +29,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.checkpoint import OriginalCheckpoint
 from lorasmith.families.clip_text import clip_tokenizer, encode_prompt
-from lorasmith.families.convert import build, from_original_tensors, module_paths, weight_shapes
+from lorasmith.families.convert import build, from_original_tensors, module_paths, part_of_folder, weight_shapes
 from lorasmith.formats.names import ModelNames, OriginalName
 
 __all__ = ["StableDiffusion", "components_of"]
@@ -103,20 +103,18 @@ class StableDiffusion(Family):
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **settings)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **settings)
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, **settings)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        for part in ("tokenizer", "scheduler"):
+            if not (folder / part).is_dir():
+                raise ModelError(f"{folder} must hold a folder {part} but does not; it is incomplete, so get it again")
         parameterization, schedule = self._scheduler(folder)
         extra = folder / "lorasmith.json"
         return components_of(
-            unet.eval().requires_grad_(False),
-            vae.eval().requires_grad_(False),
+            part_of_folder(UNet2DConditionModel, folder, "unet", torch_dtype=dtype),
+            part_of_folder(AutoencoderKL, folder, "vae", torch_dtype=torch.float32),
             parameterization=parameterization,
             schedule=schedule,
-            text_encoders={"text_encoder": encoder.eval().requires_grad_(False)},
-            tokenizers={"tokenizer": tokenizer},
+            text_encoders={"text_encoder": part_of_folder(CLIPTextModel, folder, "text_encoder", dtype=torch.float32)},
+            tokenizers={"tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)},
             overrides=json.loads(extra.read_text(encoding="utf-8")) if extra.is_file() else {},
         )
 

@@ -1,0 +1,111 @@
+"""Losses per sample, and how the clean-sample objective weighs the native one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorasmith.core.errors import OptionError
+from lorasmith.diffusion.losses import LOSSES, diffusion_loss
+from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
+from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+
+SD = DiscreteSchedule.scaled_linear()
+OBJECTIVES = ("native", "x0")
+QUANTILES = torch.tensor([0.02, 0.3, 0.6, 0.97])
+SCHEDULES: dict[str, NoiseSchedule] = {"epsilon": SD, "v": SD, "flow": FlowSchedule(3.0)}
+
+
+def loss(
+    parameterization: str, objective: str, loss_function: str = "MSE", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, error = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3))
+    level = SCHEDULES[parameterization].at(QUANTILES)
+    prediction = PARAMETERIZATIONS[parameterization].target(clean, noise, level) + 0.1 * error
+    return diffusion_loss(
+        prediction.to(dtype),
+        clean=clean,
+        noise=noise,
+        noised=level.noised(clean, noise),
+        level=level,
+        parameterization=parameterization,
+        objective=objective,
+        loss_function=loss_function,
+    )
+
+
+WEIGHTS = {
+    # In sampler sigmas (noise-to-signal ratios): sigma² for epsilon, sigma²/(sigma² + 1) for v; the flow's own sigma².
+    "epsilon": lambda: SD.sigmas[(QUANTILES * 1000).long()] ** 2,
+    "v": lambda: SD.sigmas[(QUANTILES * 1000).long()] ** 2 / (SD.sigmas[(QUANTILES * 1000).long()] ** 2 + 1),
+    "flow": lambda: (3 * QUANTILES / (1 + 2 * QUANTILES)) ** 2,
+}
+
+
+@pytest.mark.parametrize("parameterization", WEIGHTS)
+def test_the_clean_sample_objective_is_the_native_one_weighted(parameterization: str) -> None:
+    native, clean = loss(parameterization, "native"), loss(parameterization, "x0")
+
+    torch.testing.assert_close(clean, native * WEIGHTS[parameterization](), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("parameterization", SCHEDULES)
+@pytest.mark.parametrize("loss_function", LOSSES)
+def test_a_perfect_prediction_costs_nothing(parameterization: str, objective: str, loss_function: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(4, 2, 3, generator=generator) for _ in range(2))
+    level = SCHEDULES[parameterization].at(QUANTILES)
+    cost = diffusion_loss(
+        PARAMETERIZATIONS[parameterization].target(clean, noise, level),
+        clean=clean,
+        noise=noise,
+        noised=level.noised(clean, noise),
+        level=level,
+        parameterization=parameterization,
+        objective=objective,
+        loss_function=loss_function,
+    )
+
+    assert cost.shape == (4,)
+    assert cost.max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("MSE", F.mse_loss), ("L1", F.l1_loss), ("Huber", F.huber_loss), ("SmoothL1", F.smooth_l1_loss)],
+)
+def test_losses_are_torchs_means_per_sample(name: str, reference) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, clean, noise = (3 * torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3))
+    level = SD.at(QUANTILES)
+    found = diffusion_loss(
+        prediction,
+        clean=clean,
+        noise=noise,
+        noised=level.noised(clean, noise),
+        level=level,
+        parameterization="epsilon",
+        objective="native",
+        loss_function=name.lower(),
+    )
+
+    assert found.shape == (4,)
+    for i in range(4):
+        torch.testing.assert_close(found[i], reference(prediction[i], noise[i]))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_half_precision_predictions_are_compared_in_fp32(objective: str) -> None:
+    half = loss("epsilon", objective, dtype=torch.bfloat16)
+
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, loss("epsilon", objective), rtol=0.05, atol=1e-6)
+
+
+def test_an_unknown_loss_is_named() -> None:
+    with pytest.raises(OptionError, match=r"^unknown loss function 'MSSE' \(did you mean 'MSE'\?\)"):
+        loss("epsilon", "native", "MSSE")

@@ -1,0 +1,232 @@
+"""Tiny random Stable Diffusion checkpoints in the original layout, and what diffusers makes of them.
+
+The UNets come from `tests/peers/models.py`; here are the autoencoder and the two text encoders around them, with names
+and shapes as in the published files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["SD1", "SD2", "SMALLEST", "TinyModel", "openclip", "save"]
+
+VOCABULARY = 49408
+TEXT_WIDTH = 64
+TEXT_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A version of Stable Diffusion, small.
+
+    Attributes:
+        version: 1 or 2.
+        unet: shape of its UNet.
+    """
+
+    version: int
+    unet: models.UNetShape
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        """A whole checkpoint, with the tables and counters that real ones carry along."""
+        return {
+            **self.unet_tensors(seed),
+            **_filled("first_stage_model.", dict(_autoencoder()), seed),
+            **(_clip(seed) if self.version == 1 else openclip(seed)),
+            "alphas_cumprod": torch.linspace(1, 0, 1000),
+            "model_ema.decay": torch.tensor(0.999),
+        }
+
+    def unet_tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        tensors = models.checkpoint(self.unet, seed)
+        if self.version == 2:  # its projections are matrices, no convolutions
+            squeezed = (".proj_in.weight", ".proj_out.weight")
+            tensors = {name: t[:, :, 0, 0].clone() if name.endswith(squeezed) else t for name, t in tensors.items()}
+        return tensors
+
+    def diffusers_folder(self, folder: Path) -> Path:
+        """The configuration files with which diffusers converts such a checkpoint."""
+        configs = {
+            "model_index.json": {
+                "_class_name": "StableDiffusionPipeline",
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+            "unet/config.json": {"_class_name": "UNet2DConditionModel", **self._unet_config()},
+            "vae/config.json": {"_class_name": "AutoencoderKL", **_VAE_CONFIG},
+            "text_encoder/config.json": self._text_config(),
+            "scheduler/scheduler_config.json": {
+                "_class_name": "DDIMScheduler",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "beta_schedule": "scaled_linear",
+                "clip_sample": False,
+                "steps_offset": 1,
+            },
+        }
+        for name, config in configs.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(config))
+        return folder
+
+    def _unet_config(self) -> dict[str, Any]:
+        config = models.diffusers_config(self.unet)
+        if self.version == 2:
+            heads = [multiplier * self.unet.channels // 64 for multiplier in self.unet.multipliers]
+            config |= {"use_linear_projection": True, "attention_head_dim": heads}
+        return config
+
+    def _text_config(self) -> dict[str, Any]:
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": VOCABULARY,
+            "hidden_size": TEXT_WIDTH,
+            "intermediate_size": 4 * TEXT_WIDTH,
+            "num_attention_heads": 1,
+            "num_hidden_layers": TEXT_LAYERS,
+            "hidden_act": "quick_gelu" if self.version == 1 else "gelu",
+            "max_position_embeddings": 77,
+            "projection_dim": TEXT_WIDTH,
+        }
+
+
+SD1 = TinyModel(1, models.SD1_TINY)
+SD2 = TinyModel(2, models.UNetShape(64, (1, 2), 2, (True, False), context=1024))
+SMALLEST = TinyModel(1, models.UNetShape(32, (1,), 1, (True,)))
+"""One level, for tests of what goes wrong with files."""
+
+_VAE_CONFIG = {
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+}
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    save_file(dict(tensors), path, dict(metadata or {}))
+    return path
+
+
+def _autoencoder() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the KL autoencoder's tensors: widths 32, 64, 64, two resnets a level (three on the way up)."""
+    widths = (32, 64, 64)
+    yield from _conv("encoder.conv_in", 3, 32, 3)
+    width = 32
+    for level, out in enumerate(widths):
+        for block in range(2):
+            yield from _resnet(f"encoder.down.{level}.block.{block}", width, out)
+            width = out
+        if level < 2:
+            yield from _conv(f"encoder.down.{level}.downsample.conv", width, width, 3)
+    yield from _middle("encoder.mid", 64)
+    yield from _norm("encoder.norm_out", 64)
+    yield from _conv("encoder.conv_out", 64, 8, 3)
+    yield from _conv("quant_conv", 8, 8, 1)
+    yield from _conv("post_quant_conv", 4, 4, 1)
+    yield from _conv("decoder.conv_in", 4, 64, 3)
+    yield from _middle("decoder.mid", 64)
+    width = 64
+    for level, out in reversed(list(enumerate(widths))):
+        for block in range(3):
+            yield from _resnet(f"decoder.up.{level}.block.{block}", width, out)
+            width = out
+        if level:
+            yield from _conv(f"decoder.up.{level}.upsample.conv", width, width, 3)
+    yield from _norm("decoder.norm_out", 32)
+    yield from _conv("decoder.conv_out", 32, 3, 3)
+
+
+def _middle(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _resnet(f"{name}.block_1", width, width)
+    yield from _norm(f"{name}.attn_1.norm", width)
+    for part in ("q", "k", "v", "proj_out"):
+        yield from _conv(f"{name}.attn_1.{part}", width, width, 1)
+    yield from _resnet(f"{name}.block_2", width, width)
+
+
+def _resnet(name: str, width: int, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _norm(f"{name}.norm1", width)
+    yield from _conv(f"{name}.conv1", width, out, 3)
+    yield from _norm(f"{name}.norm2", out)
+    yield from _conv(f"{name}.conv2", out, out, 3)
+    if width != out:
+        yield from _conv(f"{name}.nin_shortcut", width, out, 1)
+
+
+def _conv(name: str, width: int, out: int, kernel: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (out, width, kernel, kernel)
+    yield f"{name}.bias", (out,)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _linear(name: str, width: int, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (out, width)
+    yield f"{name}.bias", (out,)
+
+
+def _clip(seed: int) -> dict[str, Tensor]:
+    """OpenAI's CLIP text encoder as Stable Diffusion 1 holds it."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (VOCABULARY, TEXT_WIDTH),
+        "embeddings.position_embedding.weight": (77, TEXT_WIDTH),
+    }
+    for layer in range(TEXT_LAYERS):
+        name = f"encoder.layers.{layer}"
+        shapes |= dict(_norm(f"{name}.layer_norm1", TEXT_WIDTH)) | dict(_norm(f"{name}.layer_norm2", TEXT_WIDTH))
+        for part in ("q", "k", "v", "out"):
+            shapes |= dict(_linear(f"{name}.self_attn.{part}_proj", TEXT_WIDTH, TEXT_WIDTH))
+        shapes |= dict(_linear(f"{name}.mlp.fc1", TEXT_WIDTH, 4 * TEXT_WIDTH))
+        shapes |= dict(_linear(f"{name}.mlp.fc2", 4 * TEXT_WIDTH, TEXT_WIDTH))
+    shapes |= dict(_norm("final_layer_norm", TEXT_WIDTH))
+    prefix = "cond_stage_model.transformer.text_model."
+    positions = {f"{prefix}embeddings.position_ids": torch.arange(77).unsqueeze(0)}
+    return _filled(prefix, shapes, seed) | positions
+
+
+def openclip(seed: int = 0, *, layers: int = TEXT_LAYERS + 1, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder as Stable Diffusion 2 holds it: one layer more than is used, q, k and v in one."""
+    width = TEXT_WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (77, width),
+        "text_projection": (width, width),
+        "logit_scale": (),
+        "token_embedding.weight": (vocabulary, width),
+    }
+    for layer in range(layers):
+        name = f"transformer.resblocks.{layer}"
+        shapes |= dict(_norm(f"{name}.ln_1", width)) | dict(_norm(f"{name}.ln_2", width))
+        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
+        shapes |= dict(_linear(f"{name}.attn.out_proj", width, width))
+        shapes |= dict(_linear(f"{name}.mlp.c_fc", width, 4 * width))
+        shapes |= dict(_linear(f"{name}.mlp.c_proj", 4 * width, width))
+    shapes |= dict(_norm("ln_final", width))
+    return _filled("cond_stage_model.model.", shapes, seed)
+
+
+def _filled(prefix: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    def values(name: str, shape: tuple[int, ...]) -> Tensor:
+        norm = len(shape) == 1 and name.endswith(".weight")
+        return models.seeded(prefix + name, shape, seed=seed, std=0.1, mean=1.0 if norm else 0.0)
+
+    return {prefix + name: values(name, shape) for name, shape in shapes.items()}

@@ -1,0 +1,99 @@
+"""What families share: batches of conditionings, and the scaling of latents."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.families.base import FAMILIES, Conditioning, LatentFormat, collate
+from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
+
+
+def conditioning(tokens: int, *, seed: int = 0, **extra: torch.Tensor) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning({"context": torch.randn(1, tokens, 4, generator=generator), **extra}, f"prompt {seed}")
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_a_batch_keeps_the_order_and_repeats_to_the_common_multiple(lengths: list[int]) -> None:
+    parts = [conditioning(n, seed=i, pooled=torch.full((1, 2), float(i))) for i, n in enumerate(lengths)]
+    batch = collate(parts)
+    tokens = math.lcm(*lengths)
+
+    assert batch.tensors["context"].shape == (len(lengths), tokens, 4)
+    for i, part in enumerate(parts):
+        context = part.tensors["context"]
+        assert torch.equal(batch.tensors["context"][i : i + 1], context.repeat(1, tokens // lengths[i], 1))
+        assert batch.tensors["pooled"][i].tolist() == [i, i]
+
+
+def test_repeating_leaves_cross_attention_unchanged() -> None:
+    short, long = conditioning(2, seed=1), conditioning(3, seed=2)
+    query = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
+    batch = collate([short, long]).tensors["context"]
+    together = F.scaled_dot_product_attention(query, batch, batch)
+
+    for i, part in enumerate((short, long)):
+        context = part.tensors["context"]
+        alone = F.scaled_dot_product_attention(query[i : i + 1], context, context)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_conditionings_of_different_kinds_are_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        collate([conditioning(2), conditioning(2, guidance=torch.ones(1))])
+
+    assert str(caught.value) == (
+        "conditionings in one batch must carry the same tensors, got context and context, guidance; "
+        "encode all captions with the same text encoder"
+    )
+
+
+def test_moving_a_conditioning_casts_floating_point_alone() -> None:
+    moved = conditioning(2, ids=torch.arange(3)).to("cpu", torch.bfloat16)
+
+    assert moved.tensors["context"].dtype == torch.bfloat16
+    assert moved.tensors["ids"].dtype == torch.int64
+    assert moved.text == "prompt 0"
+
+
+FORMATS = {
+    "one number": LatentFormat(channels=4, downscale=8, scale=0.18215),
+    "shifted": LatentFormat(channels=16, downscale=8, scale=0.3611, shift=0.1159),
+    "per channel": LatentFormat(channels=2, downscale=8, scale=(2.0, 4.0), shift=(1.0, -1.0)),
+}
+
+
+@pytest.mark.parametrize("latent", FORMATS.values(), ids=FORMATS)
+def test_latents_are_scaled_there_and_back(latent: LatentFormat) -> None:
+    latents = torch.randn(3, latent.channels, 2, 5)
+
+    torch.testing.assert_close(latent.from_model(latent.to_model(latents)), latents)
+
+
+def test_each_channel_has_its_own_scale() -> None:
+    scaled = FORMATS["per channel"].to_model(torch.ones(1, 2, 1, 1))
+
+    assert scaled.flatten().tolist() == [0.0, 8.0]  # (1 − 1)·2 and (1 + 1)·4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_complete(name: str) -> None:
+    family = FAMILIES[name]
+
+    assert family.name == name
+    assert family.title
+    assert {"attention", "transformer", "all"} <= set(family.targets)
+    assert not family.recognises({})
+    assert not family.recognises({"conv_in.weight": (4, 4, 3, 3)})
+
+
+def test_an_unknown_family_is_a_model_error() -> None:
+    with pytest.raises(ModelError, match=r"^unknown model family 'sd3' \(did you mean 'sd[12]'\?\)"):
+        FAMILIES["sd3"]

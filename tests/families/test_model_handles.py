@@ -1,0 +1,108 @@
+"""Handles on models are immutable; what they say counts only while they are active."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.patch import Patch
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Denoiser, Model
+
+TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+FC1 = "encoder.layers.0.mlp.fc1"
+
+
+def patch_for(module: nn.Module, path: str, *, bypass: bool = False) -> Patch:
+    present = path if path in dict(module.named_modules()) else f"text_model.{path}"
+    out, width = module.get_submodule(present).weight.shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"down": torch.randn(2, width, generator=generator), "up": torch.randn(out, 2, generator=generator)}
+    return Patch({present: AdapterWeights("lora", tensors)}, strength=0.5, bypass=bypass)
+
+
+@torch.no_grad()
+def predicted(denoiser: Denoiser) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 8, 128, generator=generator)
+    return denoiser.predict(latents, torch.tensor([500.0]), Conditioning({"context": context}))
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_base_and_patched_model_are_used_side_by_side(tiny: Model, bypass: bool) -> None:
+    base = tiny.denoiser
+    one = base.patched(patch_for(base.module, TO_Q, bypass=bypass))
+    two = one.patched(patch_for(base.module, TO_Q, bypass=bypass))
+    plain = predicted(base)
+
+    results = []
+    for handle in (one, two, base, one):
+        with handle.active():
+            results.append(predicted(handle))
+
+    assert base.patches == ()
+    assert len(two.patches) == 2
+    assert torch.equal(results[2], plain)
+    assert torch.equal(results[0], results[3])
+    assert not torch.allclose(results[0], plain)
+    assert not torch.allclose(results[1], results[0])
+    assert torch.equal(predicted(one), plain)  # outside `active` a patch does not count
+
+
+def test_a_patched_text_encoder_encodes_otherwise_while_active(tiny: Model) -> None:
+    base = tiny.text_encoder
+    patched = base.patched("text_encoder", patch_for(tiny.components.text_encoders["text_encoder"], FC1))
+    plain = base.encode("a fox").tensors["context"]
+
+    with patched.active():
+        changed = patched.encode("a fox").tensors["context"]
+    with patched.active(torch.device("cpu")):
+        again = patched.encode("a fox").tensors["context"]
+
+    assert not torch.allclose(changed, plain)
+    assert torch.equal(again, changed)
+    assert torch.equal(base.encode("a fox").tensors["context"], plain)
+
+
+def test_a_patch_for_another_component_is_not_applied(tiny: Model) -> None:
+    encoder = tiny.text_encoder.patched("text_encoder_2", patch_for(tiny.components.text_encoders["text_encoder"], FC1))
+    plain = tiny.text_encoder.encode("a fox").tensors["context"]
+
+    with encoder.active():
+        assert torch.equal(encoder.encode("a fox").tensors["context"], plain)
+
+
+def test_results_are_in_fp32_on_the_cpu_and_free_of_any_graph(tiny: Model) -> None:
+    conditioning = tiny.text_encoder.encode("a fox")
+    latents = tiny.autoencoder.encode(torch.zeros(2, 3, 16, 24))
+    pixels = tiny.autoencoder.decode(latents)
+
+    assert latents.shape == (2, 4, 4, 6)
+    assert pixels.shape == (2, 3, 16, 24)
+    for tensor in (*conditioning.tensors.values(), latents, pixels):
+        assert (tensor.dtype, tensor.device.type, tensor.requires_grad) == (torch.float32, "cpu", False)
+    assert tiny.autoencoder.decode(latents * 100).abs().max() <= 1
+
+
+def test_the_autoencoder_is_as_before_when_it_was_active(tiny: Model) -> None:
+    before = {name: (id(p), p.data_ptr()) for name, p in tiny.components.vae.named_parameters()}
+    with tiny.autoencoder.active():
+        tiny.autoencoder.encode(torch.zeros(1, 3, 16, 16))
+
+    assert {name: (id(p), p.data_ptr()) for name, p in tiny.components.vae.named_parameters()} == before
+
+
+def test_handles_cannot_be_changed(tiny: Model) -> None:
+    with pytest.raises(FrozenInstanceError):
+        tiny.denoiser.patches = ()  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        tiny.title = "other"  # type: ignore[misc]
+
+
+def test_names_are_made_once(tiny: Model) -> None:
+    assert tiny.names is tiny.names
+    assert tiny.names.denoiser[TO_Q].path == "middle_block.1.transformer_blocks.0.attn1.to_q"

@@ -1,0 +1,240 @@
+"""Name tables are two-way: every tensor of the original layout once, every module of diffusers' model once."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lorasmith.adapters.inject import plan_adapters
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.convert import module_paths, weight_shapes
+from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
+from lorasmith.families.unet_layout import original_unet_path, unet_config
+from lorasmith.formats.names import ModelNames, OriginalName
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@cache
+def unet(shape: models.UNetShape, linear: bool = False) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model: nn.Module = UNet2DConditionModel(**models.diffusers_config(shape), use_linear_projection=linear)
+    return model
+
+
+@cache
+def flux(shape: models.FluxShape, guidance: bool = True) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        model: nn.Module = FluxTransformer2DModel(
+            in_channels=4 * shape.latent_channels,
+            num_layers=shape.double,
+            num_single_layers=shape.single,
+            attention_head_dim=128,
+            num_attention_heads=shape.hidden // 128,
+            joint_attention_dim=shape.context,
+            pooled_projection_dim=shape.pooled,
+            guidance_embeds=guidance,
+        )
+    return model
+
+
+@st.composite
+def unet_shapes(draw: st.DrawFn) -> models.UNetShape:
+    levels = draw(st.integers(1, 4))
+    return models.UNetShape(
+        channels=32,
+        # Both layouts begin as wide as the first level.
+        multipliers=(1, *draw(st.lists(st.integers(1, 3), min_size=levels - 1, max_size=levels - 1))),
+        resnets=draw(st.integers(1, 3)),
+        attention=tuple(draw(st.lists(st.booleans(), min_size=levels, max_size=levels))),
+        context=draw(st.sampled_from([16, 768])),
+    )
+
+
+def originals(table: Mapping[str, OriginalName], model: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    """Original tensor name → the rows of it that diffusers' parameters take, one entry for each."""
+    found = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        place = table[path]
+        found[f"{place.path}.{leaf}"].append(place.rows or (0, parameter.shape[0]))
+    return found
+
+
+@given(unet_shapes(), st.booleans())
+def test_the_table_of_a_unet_is_a_bijection(shape: models.UNetShape, linear: bool) -> None:
+    model = unet(shape, linear)
+    table = FAMILIES["sd2" if linear else "sd1"].names(model, {}).denoiser
+    sizes = dict(shape.tensors())
+
+    assert list(table) == module_paths(model)
+    assert originals(table, model) == {name: [(0, size[0])] for name, size in sizes.items()}
+
+
+@given(unet_shapes())
+def test_the_configuration_of_a_unet_is_read_off_its_shapes(shape: models.UNetShape) -> None:
+    expected = models.diffusers_config(shape)
+    sizes = dict(shape.tensors())
+    found = unet_config(sizes, head_dim=None)
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    assert {key: plain(value) for key, value in found.items()} == {**expected, "use_linear_projection": False}
+
+
+def test_heads_of_version_2_are_64_wide() -> None:
+    shape = models.UNetShape(320, (1, 2, 4, 4), 2, (True, True, True, False), context=1024)
+
+    assert unet_config(dict(shape.tensors()), head_dim=64)["attention_head_dim"] == (5, 10, 20, 20)
+    assert unet_config(dict(models.SD1_TINY.tensors()), head_dim=None)["attention_head_dim"] == 8
+
+
+@pytest.mark.parametrize("path", ["up_blocks.0.resnets.0.norm3", "down_blocks.x.resnets.0.norm1", "conv_mid", ""])
+def test_a_path_of_no_unet_is_a_key_error(path: str) -> None:
+    with pytest.raises(KeyError):
+        original_unet_path(path, layers_per_block=2, up_attention=(True, True))
+
+
+@given(
+    st.builds(
+        models.FluxShape,
+        hidden=st.sampled_from([128, 256]),
+        double=st.integers(1, 3),
+        single=st.integers(1, 3),
+        context=st.just(16),
+        pooled=st.just(8),
+    )
+)
+def test_the_table_of_flux_covers_each_original_row_once(shape: models.FluxShape) -> None:
+    model = flux(shape)
+    table = FAMILIES["flux1"].names(model, {}).denoiser
+    sizes = {name.replace(".scale", ".weight"): size for name, size in shape.tensors()}
+    found = originals(table, model)
+
+    assert list(table) == module_paths(model)
+    assert found.keys() == sizes.keys()
+    for name, rows in found.items():
+        ends = [0, *(stop for _, stop in sorted(rows))]
+        assert sorted(rows) == list(pairwise(ends)), name  # one after the other
+        assert ends[-1] == sizes[name][0], name
+
+
+def test_rows_of_flux_are_in_the_order_of_the_original() -> None:
+    table = FAMILIES["flux1"].names(flux(models.FLUX_TINY), {}).denoiser
+    block = "single_transformer_blocks.0"
+
+    assert [table[f"{block}.{name}"].rows for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")] == [
+        (0, 256),
+        (256, 512),
+        (512, 768),
+        (768, 768 + 1024),
+    ]
+    assert [table[f"transformer_blocks.1.attn.add_{part}_proj"].rows for part in "qkv"] == [
+        (0, 256),
+        (256, 512),
+        (512, 768),
+    ]
+    assert [path for path, place in table.items() if place.swap_halves] == ["norm_out.linear"]
+
+
+def kohya(names: ModelNames) -> list[str]:
+    """The names of a model's modules in kohya's files."""
+    naming = {path: place.path for path, place in names.denoiser.items()}
+    paths = (path if names.kohya_naming == "diffusers" else naming[path] for path in names.denoiser)
+    return [f"lora_unet_{path.replace('.', '_')}" for path in paths]
+
+
+@cache
+def sd15() -> tuple[nn.Module, ModelNames]:
+    model = unet(models.SD1_FULL)
+    return model, FAMILIES["sd1"].names(model, {})
+
+
+def targeted(preset: str) -> set[str]:
+    """Names in kohya's files of what a preset targets in Stable Diffusion 1.5."""
+    model, names = sd15()
+    chosen = FAMILIES["sd1"].targets[preset]
+    plan = plan_adapters(model, include=chosen.include, exclude=chosen.exclude, linear_only=chosen.linear_only, rank=4)
+    by_path = dict(zip(names.denoiser, kohya(names), strict=True))
+    return {by_path[one.path] for one in plan.adapters}
+
+
+def test_the_transformer_preset_is_what_sd_scripts_trains() -> None:
+    record = json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())
+
+    assert len(record["unet"]) == 192
+    assert sorted(targeted("transformer")) == record["unet"]
+
+
+def test_the_convolutions_that_sd_scripts_adds_are_in_the_preset_of_everything() -> None:
+    record = json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())
+
+    assert set(record["unet"]) | set(record["unet_conv"]) <= targeted("all")
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("attention", 128), ("attention+ff", 160), ("transformer", 192), ("all-linear", 184)]
+)
+def test_presets_of_sd15_target_what_they_say(preset: str, count: int) -> None:
+    # 16 transformers of 8 attention and 2 feed-forward matrices and 2 projections (convolutions);
+    # 22 resnets and the time embedding have 24 matrices more.
+    assert len(targeted(preset)) == count
+
+
+def test_text_encoder_names_are_those_of_sd_scripts() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    record = json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())
+    with torch.device("meta"):
+        encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12))
+    model, _ = sd15()
+    paths = FAMILIES["sd1"].names(model, {"text_encoder": encoder}).text_encoders["text_encoder"]
+
+    assert sorted(f"lora_te_{path.replace('.', '_')}" for path in paths) == record["text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("attention", 19 * 8 + 38 * 3),
+        ("attention+ff", 19 * 12 + 38 * 5),
+        ("transformer", 19 * 14 + 38 * 6),
+        ("all-linear", 19 * 14 + 38 * 6 + 10),
+        ("all", 19 * 14 + 38 * 6 + 10),
+    ],
+)
+def test_presets_of_flux_target_what_they_say(preset: str, count: int) -> None:
+    # A double block has 8 attention, 4 feed-forward and 2 modulation matrices; a single block 3, 2 and 1;
+    # around them are two input layers, three embedders of two matrices, and two of the output.
+    chosen = FAMILIES["flux1"].targets[preset]
+    model = flux(models.FluxShape(128, 19, 38, 16, 8))
+    plan = plan_adapters(model, include=chosen.include, linear_only=chosen.linear_only, rank=4)
+
+    assert len(plan.adapters) == count
+
+
+@pytest.mark.parametrize(("name", "model"), [("sd1", unet(models.SD1_TINY)), ("flux1", flux(models.FLUX_TINY))])
+def test_tables_list_shapes_for_every_module(name: str, model: nn.Module) -> None:
+    names = FAMILIES[name].names(model, {})
+
+    assert names.family == name
+    assert names.weight_shapes == weight_shapes(model)
+    assert names.weight_shapes.keys() == names.denoiser.keys() == names.out_features.keys()
+    assert all(names.out_features[path] == shape[0] for path, shape in names.weight_shapes.items())
