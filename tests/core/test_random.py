@@ -42,6 +42,7 @@ def test_the_global_generator_is_left_alone() -> None:
         (5, "noise/7", ""),
         (2**64 - 1, "noise", 7),
         (2**63, "noise", 7),
+        (2**32 + 5, "noise", 7),
     ],
 )
 def test_seed_purpose_and_index_all_count(other: tuple[int, str, int]) -> None:

@@ -35,9 +35,10 @@ def held(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iter
         for tensor in [*module.parameters(), *module.buffers()]:
             target = dtype if tensor.is_floating_point() else tensor.dtype
             wanted = layout if tensor.ndim == 4 else torch.preserve_format
-            converted = tensor.data.to(device, target, memory_format=wanted)
-            if converted is not tensor.data:
-                originals.append((tensor, tensor.data))
+            original = tensor.data
+            converted = original.to(device, target, memory_format=wanted)
+            if converted is not original:
+                originals.append((tensor, original))
                 tensor.data = converted
         yield
     finally:

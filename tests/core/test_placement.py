@@ -1,0 +1,91 @@
+"""Models elsewhere and otherwise for a while, and the same bits afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lorasmith.core.placement import best_device, held, memory_format_for
+
+CPU = torch.device("cpu")
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
+    return module.requires_grad_(False)
+
+
+def state(module: nn.Module) -> dict[str, object]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: (id(t), t.data_ptr(), t.dtype, t.stride(), t.tolist()) for name, t in tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_floating_point_alone_is_converted_and_all_of_it_comes_back(dtype: torch.dtype) -> None:
+    module = model()
+    before = state(module)
+    with held(module, device=CPU, dtype=dtype):
+        assert {t.dtype for t in [*module.parameters(), module[1].running_mean]} == {dtype}
+        assert module[1].num_batches_tracked.dtype == torch.int64
+        assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert state(module) == before
+
+
+def test_an_exception_brings_the_model_back_too() -> None:
+    module = model()
+    before = state(module)
+    with pytest.raises(ZeroDivisionError), held(module, device=CPU, dtype=torch.bfloat16):
+        raise ZeroDivisionError
+    assert state(module) == before
+
+
+def test_a_device_that_refuses_half_way_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, original, calls = model(), torch.Tensor.to, []
+
+    def full(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no room")
+        return original(tensor, *args, **kwargs)
+
+    before = state(module)
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError), held(module, device=CPU, dtype=torch.bfloat16):
+        pass
+    assert state(module) == before
+
+
+def test_what_is_there_already_is_not_copied() -> None:
+    linear = nn.Linear(4, 4)
+    before = state(linear)
+    with held(linear, device=CPU, dtype=torch.float32):
+        assert state(linear) == before
+
+
+def test_what_was_put_in_meanwhile_is_taken_out() -> None:
+    """Patches applied inside end inside, so what comes back is what was there before."""
+    linear = nn.Linear(4, 4)
+    before = state(linear)
+    with held(linear, device=CPU, dtype=torch.bfloat16), held(linear, device=CPU, dtype=torch.float16):
+        assert linear.weight.dtype == torch.float16
+    assert state(linear) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: nn.Conv2d(2, 2, 3), torch.channels_last),
+        (lambda: nn.Conv2d(2, 2, 1), torch.contiguous_format),
+        (lambda: nn.Linear(2, 2), torch.contiguous_format),
+    ],
+)
+def test_convolutional_models_run_channels_last(make: Callable[[], nn.Module], expected: torch.memory_format) -> None:
+    assert memory_format_for(nn.Sequential(make())) == expected
+
+
+def test_the_best_device_is_one_that_works() -> None:
+    assert torch.ones(1, device=best_device()).item() == 1
