@@ -148,7 +148,8 @@ class Components:
         schedule, parameterization: the noise schedule and the kind of prediction the checkpoint was trained with.
         latent: latent format, from the autoencoder's config where it says so.
         defaults: settings that suit it.
-        text_encoders, tokenizers: by component name (`text_encoder`, `text_encoder_2`).
+        text_encoders: by component name (`text_encoder`, `text_encoder_2`).
+        tokenizers: by name (`tokenizer`, `tokenizer_2`), in the same order.
         vae: the autoencoder, a diffusers AutoencoderKL.
     """
 

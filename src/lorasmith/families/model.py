@@ -112,8 +112,8 @@ class TextEncoder:
         """Apply the patches and stay on `device` (the best one if None) while inside, for many prompts in a row."""
         with contextlib.ExitStack() as stack:
             for name, module in self.base.components.text_encoders.items():
-                stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
                 stack.enter_context(held(module, device=device or best_device(), dtype=torch.float32))
+                stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
             yield
 
     @torch.no_grad()

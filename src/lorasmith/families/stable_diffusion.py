@@ -61,7 +61,7 @@ class StableDiffusion(Family):
         self._version = version
         self.name = f"sd{version}"
         self.title = f"Stable Diffusion {version}.x"
-        self.modelspec_architecture = f"stable-diffusion-v{version}"
+        self.modelspec_architecture = {1: "stable-diffusion-v1", 2: "stable-diffusion-v2-512"}[version]
         self._context_width = {1: 768, 2: 1024}[version]
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -62,7 +62,8 @@ def generate(
         away = encoder.encode(negative)
     latents = []
     device = best_device()
-    with denoiser.active(), held(denoiser.module, device=device, dtype=torch.float32):
+    # Placed first and patched second: adapters are made where their layers are.
+    with held(denoiser.module, device=device, dtype=torch.float32), denoiser.active():
         for index, positive in enumerate(positives):
             done = index * steps
             latents.append(

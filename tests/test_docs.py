@@ -1,0 +1,62 @@
+"""The README tells the truth about commands, modules and the example code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lorasmith.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(
+    path.relative_to(ROOT / "src" / "lorasmith")
+    for path in (ROOT / "src" / "lorasmith").rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+def test_every_module_has_a_line_in_the_tree_and_every_line_a_module() -> None:
+    tree = README.split("    src/lorasmith/\n")[1].split("      assets/")[0]
+    found, room = [], ""
+    for line in tree.splitlines():
+        if match := re.match(r" {6}(\w+)/ ", line):
+            room = match[1]
+        elif match := re.match(r" {8}(\w+\.py) +\S", line):
+            found.append(Path(room) / match[1])
+    assert sorted(found) == MODULES
+
+
+def test_every_command_is_in_the_table() -> None:
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert commands == set(re.findall(r"^\| `lorasmith (\w+)", README, flags=re.MULTILINE))
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasmith.core.folders import ASSETS
+
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert code is not None
+    (tmp_path / "photos").symlink_to(ASSETS / "input" / "fox")
+    monkeypatch.chdir(tmp_path)
+    shortened = code[1].replace("sd15.safetensors", "lorasmith-tiny").replace("steps=500", "steps=2")
+    exec(compile(shortened, "README.md", "exec"), {})
+    assert (tmp_path / "dog.safetensors").is_file()
+    assert (tmp_path / "loss.png").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/comfyui.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("https://"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_public_names_are_the_documented_ones() -> None:
+    import lorasmith
+
+    assert len(lorasmith.__all__) <= 6
+    assert all(getattr(lorasmith, name) is not None for name in lorasmith.__all__)
