@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -61,6 +62,8 @@ class Case:
 
 def main() -> None:
     arguments = _arguments()
+    if arguments.keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
     device = torch.device(arguments.device)
@@ -301,6 +304,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")
+    parser.add_argument(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let every side keep freed memory, as the command line does",
+    )
     parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The commands, from the outside: what they say, what they leave behind, and one sentence for everything that is wrong."""
+"""The commands, from the outside: what they say, what they leave behind, and a sentence for all that is wrong."""
 
 from __future__ import annotations
 

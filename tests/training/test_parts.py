@@ -109,7 +109,7 @@ def test_blocks_by_depth(tiny: Model) -> None:
 
 
 def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
-    base = {"seed": 0, "batch_size": 4, "accumulation": 1}
+    base = {"seed": 0, "batch_size": 4, "accumulation": 1, "repeatable_context": True}
     return BatchMaker(
         samples=dataset.samples,
         schedule=tiny.components.schedule,
@@ -150,6 +150,16 @@ def test_sizes_are_grouped_and_contexts_repeated(mixed: EncodedDataset, tiny: Mo
     batches = maker(mixed, tiny, batch_size=8).step(0)
     assert sorted(tuple(batch.clean.shape[2:]) for batch in batches) == [(8, 8), (8, 12)]
     assert sum(len(batch.names) for batch in batches) == 8
+
+
+def test_captions_of_different_length_stay_apart_where_repeating_would_change_them(
+    mixed: EncodedDataset, tiny: Model
+) -> None:
+    batches = maker(mixed, tiny, batch_size=8, repeatable_context=False).step(0)
+    lengths = {name: s.conditioning.tensors["context"].shape[1] for s in mixed.samples for name in [s.name]}
+    for batch in batches:
+        assert {lengths[name] for name in batch.names} == {batch.conditioning.tensors["context"].shape[1]}
+    assert len(batches) == 3
 
 
 def test_prefetching_gives_every_step_in_order(dataset: EncodedDataset, tiny: Model) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from lorasmith.cli import demo, generate, inspect, train, workflow
 from lorasmith.cli.console import complain
+from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
 
 __all__ = ["app", "main"]
@@ -30,6 +31,7 @@ inspect.register(app)
 
 def main() -> None:
     """Entry point: what a person can mend is one sentence, and an interruption is no error of the program's."""
+    keep_freed_memory()
     try:
         app()
     except CancelledError as stopped:

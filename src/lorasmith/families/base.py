@@ -169,16 +169,17 @@ class Family(ABC):
     Attributes:
         name: registered name, such as `sd1`.
         title: what people call it.
-        modelspec_architecture: `modelspec.architecture` without `/lora`.
         modelspec_implementation: `modelspec.implementation`.
         targets: target presets by name.
+        repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
+            says the same; joint attention would weigh the text k times as much.
     """
 
     name: str
     title: str
-    modelspec_architecture: str
     modelspec_implementation: str
     targets: Mapping[str, TargetPreset]
+    repeatable_context: bool
 
     @abstractmethod
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -199,6 +200,10 @@ class Family(ABC):
     @abstractmethod
     def kohya_version(self, parameterization: str) -> str:
         """`ss_base_model_version` of sd-scripts' metadata."""
+
+    @abstractmethod
+    def modelspec_architecture(self, parameterization: str) -> str:
+        """`modelspec.architecture` without `/lora`."""
 
     @abstractmethod
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:

@@ -96,9 +96,9 @@ class Flux(Family):
 
     name = "flux1"
     title = "Flux.1"
-    modelspec_architecture = "flux-1-dev"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
     targets = _TARGETS
+    repeatable_context = False
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         if not any(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in shapes for leaf in ("scale", "weight")):
@@ -128,6 +128,9 @@ class Flux(Family):
 
     def kohya_version(self, parameterization: str) -> str:
         return "flux1"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "flux-1-dev"
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
         table, shapes = _table(denoiser), weight_shapes(denoiser)

@@ -56,12 +56,12 @@ class StableDiffusion(Family):
 
     modelspec_implementation = "diffusers"
     targets = _TARGETS
+    repeatable_context = True
 
     def __init__(self, version: int) -> None:
         self._version = version
         self.name = f"sd{version}"
         self.title = f"Stable Diffusion {version}.x"
-        self.modelspec_architecture = {1: "stable-diffusion-v1", 2: "stable-diffusion-v2-512"}[version]
         self._context_width = {1: 768, 2: 1024}[version]
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -120,6 +120,11 @@ class StableDiffusion(Family):
 
     def kohya_version(self, parameterization: str) -> str:
         return f"sd_v{self._version}" + ("_v" if parameterization == "v" else "")
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        if self._version == 1:
+            return "stable-diffusion-v1"
+        return "stable-diffusion-v2-768-v" if parameterization == "v" else "stable-diffusion-v2-512"
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
         table, shapes = _unet_table(denoiser), weight_shapes(denoiser)

@@ -50,6 +50,7 @@ class BatchMaker:
         schedule: the model's noise schedule.
         distribution: uniform numbers → quantiles of diffusion time.
         seed: key of everything drawn.
+        repeatable_context: whether captions of different length may share a forward pass; see `Family`.
         batch_size: draws per forward pass.
         accumulation: forward passes per step.
         device, dtype: where the denoiser runs and the dtype of its conditioning.
@@ -60,6 +61,7 @@ class BatchMaker:
     schedule: NoiseSchedule
     distribution: Callable[[Tensor], Tensor]
     seed: int
+    repeatable_context: bool
     batch_size: int
     accumulation: int
     device: torch.device
@@ -84,9 +86,16 @@ class BatchMaker:
             groups: dict[object, list[int]] = {}
             for draw in range(start, start + self.batch_size):
                 sample = self.sample(draw)
-                groups.setdefault((sample.latents.shape, _kind(sample.conditioning)), []).append(draw)
+                groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), []).append(draw)
             batches += [self._batch(draws) for draws in groups.values()]
         return batches
+
+    def _kind(self, conditioning: Conditioning) -> object:
+        """What must agree between conditionings of a batch: tensors, shapes, the context's length if it matters."""
+        return frozenset(
+            (key, tensor.shape[2:] if key == "context" and self.repeatable_context else tensor.shape)
+            for key, tensor in conditioning.tensors.items()
+        )
 
     def _batch(self, draws: Sequence[int]) -> Batch:
         samples = [self.sample(draw) for draw in draws]
@@ -118,10 +127,3 @@ def prefetched(maker: BatchMaker, steps: range) -> Iterator[tuple[int, list[Batc
             if step + 1 in steps:
                 coming = pool.submit(maker.step, step + 1)
             yield step, batches
-
-
-def _kind(conditioning: Conditioning) -> object:
-    """What must agree between conditionings of one batch: tensors and shapes, but for the context's length."""
-    return frozenset(
-        (key, tensor.shape[2:] if key == "context" else tensor.shape) for key, tensor in conditioning.tensors.items()
-    )

@@ -188,6 +188,7 @@ def _batch_maker(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe) 
         schedule=denoiser.base.components.schedule,
         distribution=TIMESTEP_DISTRIBUTIONS[recipe.timesteps],
         seed=recipe.seed,
+        repeatable_context=denoiser.base.family.repeatable_context,
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
         device=recipe.device,

@@ -45,7 +45,7 @@ def training_metadata(
     taken = (steps - job.steps_before) * config.batch_size * config.grad_accumulation_steps
     facts = TrainingFacts(
         kohya_version=family.kohya_version(components.parameterization),
-        modelspec_architecture=family.modelspec_architecture,
+        modelspec_architecture=family.modelspec_architecture(components.parameterization),
         modelspec_implementation=family.modelspec_implementation,
         resolution=_largest_picture(base, data),
         rank=config.rank,
