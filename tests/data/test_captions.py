@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data.captions import read_caption, tag_frequency, with_trigger
+from lorasmith.data.captions import read_caption, with_trigger
 
 
 def caption_of(folder: Path, content: bytes, name: str = "a.txt"):
@@ -71,8 +71,3 @@ def test_trigger_is_there_and_only_once_added(caption: str, trigger: str) -> Non
     once = with_trigger(caption, trigger)
     assert " ".join(trigger.split()).casefold() in once.casefold()
     assert with_trigger(once, trigger) == once
-
-
-def test_tag_frequency() -> None:
-    counts = tag_frequency(["a fox, Red fur,", "a  fox , snow", ""])
-    assert list(counts.items()) == [("a fox", 2), ("red fur", 1), ("snow", 1)]

@@ -1,17 +1,15 @@
-"""Captions: the text beside an image, the trigger, and the tags that metadata counts."""
+"""Captions: the text beside an image, and the trigger."""
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
 
-__all__ = ["CAPTION_SUFFIXES", "Caption", "read_caption", "tag_frequency", "with_trigger"]
+__all__ = ["CAPTION_SUFFIXES", "Caption", "read_caption", "with_trigger"]
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of caption files, the preferred one first."""
@@ -62,12 +60,6 @@ def with_trigger(caption: str, trigger: str) -> str:
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
-
-
-def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
-    """How often each comma-separated tag occurs, in lower case, the most frequent first (`ss_tag_frequency`)."""
-    counts = Counter(tag for caption in captions for part in caption.split(",") if (tag := _one_line(part).lower()))
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _decoded(content: bytes) -> tuple[str, str | None]:
