@@ -96,8 +96,11 @@ def _downloaded(repository: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    # The default variant of each part; repositories often hold half-precision and non-EMA copies beside it.
+    wanted = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
+    unwanted = ["*.fp16.*", "*.bf16.*", "*non_ema*", "safety_checker/*"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", "*/*.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise ModelError(
             f"the model {repository} could not be downloaded ({type(error).__name__}); "

@@ -36,9 +36,16 @@ __all__ = ["Recipe", "fit", "prepared", "sample_losses"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the loop needs to know, with every default decided. Meanings as in `TrainConfig`."""
+    """What the loop needs to know, with every default decided. Meanings as in `TrainConfig`.
+
+    Attributes:
+        first_step: steps that the adapters have behind them: draws go on from there, so that a continued LoRA meets new
+            noise and the rest of the epoch rather than the beginning again.
+        checkpoint_depth: 0 for no gradient checkpointing.
+    """
 
     steps: int
+    first_step: int = 0
     batch_size: int
     accumulation: int
     learning_rate: float
@@ -51,7 +58,7 @@ class Recipe:
     seed: int
     dtype: torch.dtype
     device: torch.device
-    checkpoint_depth: int  # 0: no gradient checkpointing
+    checkpoint_depth: int
 
 
 def fit(
@@ -91,13 +98,13 @@ def fit(
             if not sound:
                 raise TrainingError(_unsound(maker, step, loss, recipe))
             losses.append(loss)
-            on_event(StepDone(step=step + 1, loss=loss, grad_norm=norm))
+            on_event(StepDone(step=len(losses), loss=loss, grad_norm=norm))
 
     with prepared(denoiser, adapters, recipe):
         flat = FlatParameters(_trained(adapters), device=recipe.device, dtype=recipe.dtype)
         try:
             update = _Update(flat, recipe)
-            for step, batches in prefetched(maker, range(recipe.steps)):
+            for step, batches in prefetched(maker, range(recipe.first_step, recipe.first_step + recipe.steps)):
                 if cancelled():
                     break
                 loss = _accumulate(denoiser, batches, recipe, flat, update.scale.scale)
@@ -209,8 +216,9 @@ def _unsound(maker: BatchMaker, step: int, loss: float, recipe: Recipe) -> str:
     first = step * maker.per_step
     names = dict.fromkeys(maker.sample(draw).name for draw in range(first, first + maker.per_step))
     what = "gradient" if torch.tensor(loss).isfinite() else "loss"
+    taken = step - recipe.first_step
     return (
-        f"the {what} must stay finite but became NaN or infinite at step {step + 1} (images: {', '.join(names)}); "
-        f"the LoRA of step {step} is kept; try a learning rate below {recipe.learning_rate:g}"
+        f"the {what} must stay finite but became NaN or infinite at step {taken + 1} (images: {', '.join(names)}); "
+        f"the LoRA of step {taken} is kept; try a learning rate below {recipe.learning_rate:g}"
         + (", or training_dtype fp32" if recipe.dtype != torch.float32 else "")
     )

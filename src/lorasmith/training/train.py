@@ -182,6 +182,7 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
     own = next(job.denoiser.module.parameters()).dtype
     return Recipe(
         steps=config.steps,
+        first_step=job.steps_before,
         batch_size=config.batch_size,
         accumulation=config.grad_accumulation_steps,
         learning_rate=config.learning_rate,
