@@ -51,9 +51,9 @@ def demo(
 
     scan = scan_folder(_EXAMPLES)
     console.print(
-        f"Lorasmith comes with a small text-to-image model, {BUILT_IN}, that draws coloured emoji.\n"
-        f"It has never seen black line art. From {len(scan.images)} such pictures it now learns the style,\n"
-        "and then draws subjects in it that are not among them.\n"
+        f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.\n"
+        f"It has never seen black line art. From {len(scan.images)} such pictures it now learns\n"
+        "the style, and then draws subjects in it that are not among them.\n"
     )
     with console.status(f"Loading {BUILT_IN}"):
         model = load_model(BUILT_IN)
