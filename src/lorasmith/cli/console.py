@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorasmith.training.events import Event, StepDone, Warned
 
-__all__ = ["complain", "console", "counting", "errors", "stoppable", "training_progress"]
+__all__ = ["complain", "console", "counting", "errors", "progress_bar", "stoppable", "training_progress"]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -48,7 +48,7 @@ def stoppable() -> Iterator[threading.Event]:
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Callable[..., None]]:
     """A progress bar; the yielded function takes (done, in all) and ignores what follows."""
-    with _bar(TextColumn("{task.description}")) as progress:
+    with progress_bar(TextColumn("{task.description}")) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
 
@@ -57,7 +57,7 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
 def training_progress(steps: int) -> Iterator[Callable[[Event], None]]:
     """A progress bar with loss, speed and time left; the yielded function takes training events."""
     columns = (TextColumn("{task.description}"), TextColumn("[dim]{task.fields[numbers]}"))
-    with _bar(*columns) as progress:
+    with progress_bar(*columns) as progress:
         task = progress.add_task("Training", total=steps, numbers="")
         smooth = 0.0
         first = 0.0
@@ -77,7 +77,8 @@ def training_progress(steps: int) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
-def _bar(*columns: Any) -> Progress:
+def progress_bar(*columns: Any) -> Progress:
+    """A bar on the shared console: the first column, the bar and its counts, the other columns, the times."""
     return Progress(
         columns[0],
         BarColumn(),

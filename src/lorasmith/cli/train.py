@@ -91,16 +91,16 @@ def run_training(
 ) -> TrainResult:
     """Say what will be done, encode, train with a progress bar."""
     from lorasmith.data.loading import encode_scan
-    from lorasmith.training.train import plan_job, train
+    from lorasmith.training.train import plan_job, run_job
 
-    _say_plan(scan, base, plan_job(base.denoiser, config), resolution)
+    job = plan_job(base.denoiser, config)
+    _say_plan(scan, base, job, resolution)
     with counting("Encoding") as progress:
         data = encode_scan(scan, base, resolution=resolution, progress=progress)
     with stoppable() as stop, training_progress(config.steps) as show:
-        return train(
-            base,
+        return run_job(
+            job,
             data,
-            config=config,
             output=output,
             title=title,
             trigger=trigger or None,

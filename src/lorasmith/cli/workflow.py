@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import TextColumn
 
-from lorasmith.cli.console import console, stoppable
+from lorasmith.cli.console import console, progress_bar, stoppable
 from lorasmith.core.errors import GraphError
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ class _Narrator:
 
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
-        self._titles: dict[str, str] = {}
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -99,17 +99,8 @@ class _Narrator:
                 self._end_bar()
 
     def _advance(self, value: int, maximum: int, text: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("     "),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("[dim]{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._bar = progress_bar(TextColumn("     "), TextColumn("[dim]{task.fields[text]}"))
             self._bar.start()
             self._task = self._bar.add_task("", total=maximum, text="")
         assert self._task is not None

@@ -33,7 +33,7 @@ from lorasmith.training.lora import Lora
 from lorasmith.training.records import run_record, training_metadata
 from lorasmith.training.run_folder import RunFolder
 
-__all__ = ["Job", "TrainResult", "plan_job", "recipe_of", "resolve_targets", "train"]
+__all__ = ["Job", "TrainResult", "plan_job", "recipe_of", "resolve_targets", "run_job", "train"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,24 @@ def train(
             steps were taken and there is an output folder, their LoRA is in it and the message says where.
     """
     config = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
-    denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    job = plan_job(denoiser, config)
+    job = plan_job(model if isinstance(model, Denoiser) else model.denoiser, config)
+    return run_job(
+        job, data, output=output, title=title, trigger=trigger, device=device, on_event=on_event, cancelled=cancelled
+    )
+
+
+def run_job(
+    job: Job,
+    data: EncodedDataset,
+    *,
+    output: str | Path | None = None,
+    title: str = "lora",
+    trigger: str | None = None,
+    device: str | torch.device | None = None,
+    on_event: EventHandler | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Train what `plan_job` decided on; a job is run once. Arguments and errors as for `train`."""
     run = _Run(job, data, title=title, trigger=trigger, device=torch.device(device or best_device()))
     return run(
         folder=None if output is None else Path(output),
