@@ -85,7 +85,7 @@ def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path)
 
 def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Path) -> None:
     workflow = {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "lorasmith-tiny"}},
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "lorasmith-tiny.safetensors"}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["1", 1]}},
         "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
         "4": {

@@ -49,17 +49,18 @@ def test_a_diffusers_folder_is_one_checkpoint(folders: Folders) -> None:
     put(folders.base / "models/checkpoints/mine/model_index.json")
     put(folders.base / "models/checkpoints/mine/unet/weights.safetensors")
     put(folders.base / "models/checkpoints/other.safetensors")
-    assert folders.files("checkpoints") == ["lorasmith-tiny", "mine", "other.safetensors"]
+    assert folders.files("checkpoints") == ["lorasmith-tiny.safetensors", "mine", "other.safetensors"]
     assert folders.find("checkpoints", "mine") == folders.base / "models/checkpoints/mine"
 
 
 def test_the_embedded_model_is_found_without_a_base(folders: Folders) -> None:
-    assert folders.find("checkpoints", "lorasmith-tiny") == ASSETS / "models/checkpoints/lorasmith-tiny"
+    name = "lorasmith-tiny.safetensors"
+    assert folders.find("checkpoints", name) == ASSETS / "models/checkpoints" / name
 
 
 def test_the_base_goes_before_what_is_built_in(folders: Folders) -> None:
-    put(folders.base / "models/checkpoints/lorasmith-tiny/model_index.json")
-    assert folders.find("checkpoints", "lorasmith-tiny").is_relative_to(folders.base)
+    put(folders.base / "models/checkpoints/lorasmith-tiny.safetensors")
+    assert folders.find("checkpoints", "lorasmith-tiny.safetensors").is_relative_to(folders.base)
 
 
 @pytest.mark.parametrize(

@@ -1,92 +1,86 @@
-"""The model that comes with the package: it sees, reads and paints, and is the same model in diffusers."""
+"""The model that comes with the package is an ordinary checkpoint: diffusers loads it and draws the same pictures."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
+from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.checkpoint import ARCHITECTURE
+from lorasmith.families.loading import BUILT_IN, built_in_models, load_model
 from lorasmith.families.model import Model
+from lorasmith.sampling.generate import generate
+from lorasmith.sampling.sample import prepare_noise
 
-PICTURES = sorted((ASSETS / "input" / "high-contrast").glob("*.png"))
+CONFIGS = ASSETS / "models" / "configs" / BUILT_IN
+PROMPT, SEED = "a cat, on a blue background", 3
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny: Model) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline.from_pretrained(
-        tiny.path, safety_checker=None, feature_extractor=None, torch_dtype=torch.float32, local_files_only=True
+def pipe() -> StableDiffusionPipeline:
+    """diffusers' own loading of the file."""
+    return StableDiffusionPipeline.from_single_file(
+        str(built_in_models()[BUILT_IN]), config=str(CONFIGS), local_files_only=True, torch_dtype=torch.float32
     )
 
 
-def pixels_of(picture: Path, side: int) -> Tensor:
-    """(1, 3, side, side) in [−1, 1]."""
-    with Image.open(picture) as image:
-        array = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
+def drawn_by(pipe: Any) -> np.ndarray:
+    """diffusers' picture from the noise that `generate` starts with, as (height, width, 3) in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    pipe.scheduler.set_timesteps(20)
+    top = float(pipe.scheduler.init_noise_sigma)
+    # diffusers scales the first state by sigma, ComfyUI and `generate` by sqrt(1 + sigma²).
+    noise = prepare_noise(SEED, (1, 4, 16, 16)) * math.sqrt(1 + top**2) / top
+    pictures = pipe(PROMPT, latents=noise, guidance_scale=3.0, num_inference_steps=20, output_type="np").images
+    return np.asarray(pictures[0])
 
 
-@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
-def test_pictures_survive_the_autoencoder(tiny: Model, picture: Path) -> None:
-    pixels = pixels_of(picture, tiny.defaults.resolution)
-    latents = tiny.autoencoder.encode(pixels)
-    again = tiny.autoencoder.decode(latents)
-
-    assert latents.shape == (1, 4, *(side // tiny.components.latent.downscale for side in pixels.shape[2:]))
-    # A share of the variance: 1 is a grey square, and fine lines of icons cost a small autoencoder up to a fifth.
-    assert (again - pixels).square().mean() < 0.25 * pixels.var()
+def ours(model: Model) -> np.ndarray:
+    return np.asarray(generate(model, PROMPT, seed=SEED, cfg=3.0)[0], np.float32) / 255
 
 
-def test_latents_are_about_as_large_as_the_noise_they_meet(tiny: Model) -> None:
-    pixels = torch.cat([pixels_of(picture, tiny.defaults.resolution) for picture in PICTURES])
-    latents = tiny.components.latent.to_model(tiny.autoencoder.encode(pixels))
-
-    assert 0.5 < latents.std() < 2
+def test_diffusers_draws_the_same_from_the_single_file(pipe: Any, tiny: Model) -> None:
+    assert np.abs(drawn_by(pipe) - ours(tiny)).max() < 2 / 255
 
 
-@torch.no_grad()
-def test_predictions_are_those_of_diffusers(tiny: Model, pipeline: Any) -> None:
-    generator = torch.Generator().manual_seed(0)
-    latents, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 128, generator=generator)
-    time = torch.tensor([999.0, 40.0])
-
-    prediction = tiny.denoiser.predict(latents, time, Conditioning({"context": context}))
-    torch.testing.assert_close(prediction, pipeline.unet(latents, time, encoder_hidden_states=context).sample)
+def test_diffusers_draws_the_same_from_a_folder(pipe: Any, tiny: Model, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "folder")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
+    assert np.abs(drawn_by(again) - ours(tiny)).max() < 2 / 255
+    assert np.abs(ours(load_model(tmp_path / "folder")) - ours(tiny)).max() < 1.5 / 255
 
 
-@torch.no_grad()
-def test_a_generated_picture_is_the_one_that_diffusers_generates(tiny: Model, pipeline: Any) -> None:
-    """Prompt to pixels through our functions, with diffusers' scheduler between them, against its whole pipeline."""
-    steps, guidance, prompt = 4, 3.0, "a red apple on a white background"
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    expected = pipeline(
-        prompt, latents=noise.clone(), num_inference_steps=steps, guidance_scale=guidance, output_type="np"
-    ).images
-
-    both = collate([tiny.text_encoder.encode(""), tiny.text_encoder.encode(prompt)])
-    scheduler = pipeline.scheduler
-    scheduler.set_timesteps(steps)
-    latents = noise
-    for time in scheduler.timesteps:
-        without, with_prompt = tiny.denoiser.predict(torch.cat([latents] * 2), time.float().expand(2), both).chunk(2)
-        latents = scheduler.step(without + guidance * (with_prompt - without), time, latents).prev_sample
-    pixels = tiny.autoencoder.decode(tiny.components.latent.from_model(latents))
-    found = (pixels / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-
-    assert expected.std() > 0.1  # a picture, not a grey square
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+def test_it_is_small() -> None:
+    checkpoint = built_in_models()[BUILT_IN]
+    assert checkpoint.stat().st_size < 25e6
+    assert {tensor.dtype for tensor in load_file(checkpoint).values()} == {torch.float16}
 
 
-def test_its_schedule_and_prediction_are_read_from_its_scheduler(tiny: Model, pipeline: Any) -> None:
-    level = tiny.components.schedule.at(torch.tensor([0.25]))
+def test_the_vocabulary_is_the_first_part_of_clips(tiny: Model, pipe: Any) -> None:
+    text = "a hippopotamus on a light-blue background!"
+    assert tiny.components.tokenizers["tokenizer"](text).input_ids == pipe.tokenizer(text).input_ids
 
-    assert tiny.components.parameterization == "v"
-    torch.testing.assert_close(level.alpha**2, pipeline.scheduler.alphas_cumprod[250:251], rtol=1e-5, atol=0)
+
+@pytest.mark.parametrize("said", ["no JSON", "[1, 2]", json.dumps({"unet": 3})])
+def test_a_damaged_description_is_a_sentence(said: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.safetensors"
+    save_file(load_file(built_in_models()[BUILT_IN]), path, {ARCHITECTURE: said})
+    with pytest.raises(ModelError, match=r"must be settings by component in JSON; .* get it again"):
+        load_model(path)
+
+
+def test_settings_that_do_not_fit_are_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file(load_file(built_in_models()[BUILT_IN]), path, {ARCHITECTURE: json.dumps({"unet": {"no_such": 1}})})
+    with pytest.raises(ModelError, match="does not fit its architecture"):
+        load_model(path)

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.families.clip_text import clip_tokenizer, encode_prompt, parse_weights, tokenize_prompt
+from lorasmith.families.loading import BUILT_IN, load_model
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("clip_text.json").read_text(encoding="utf-8"))
-EMBEDDED = Path(__file__).parents[2] / "src/lorasmith/assets/models/checkpoints/lorasmith-tiny"
 
 tokenizer = cache(lambda pad: clip_tokenizer(pad_token=pad))
 
@@ -124,10 +124,8 @@ def test_the_tokenizer_is_openais() -> None:
 
 
 def test_any_vocabulary_works() -> None:
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    small = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
-    model = CLIPTextModel.from_pretrained(EMBEDDED / "text_encoder", dtype=torch.float32)
+    components = load_model(BUILT_IN).components
+    small, model = components.tokenizers["tokenizer"], components.text_encoders["text_encoder"]
     context, pooled = encode_prompt("a red (circle:1.3) " * 30, small, model)
 
     chunk = tokenize_prompt("a red circle", small)[0]

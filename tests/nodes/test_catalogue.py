@@ -100,5 +100,5 @@ def test_file_lists_come_from_the_folders(tmp_path: Path) -> None:
     assert choices("TrainLoraNode", "existing_lora") == ["mine.safetensors", "[None]"]
     assert choices("LoraLoader", "lora_name") == ["mine.safetensors"]
     assert choices("LoadImage", "image") == ["cat.png"]
-    assert "lorasmith-tiny" in choices("CheckpointLoaderSimple", "ckpt_name")
+    assert "lorasmith-tiny.safetensors" in choices("CheckpointLoaderSimple", "ckpt_name")
     assert "fox" in choices("LoadImageDataSetFromFolder", "folder")

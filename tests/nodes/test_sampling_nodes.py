@@ -105,7 +105,7 @@ def test_what_is_not_available_is_refused_by_name_before_anything_runs(
     load_nodes()
     inputs = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "Euler", "scheduler": "normal", "denoise": 1.0}
     prompt = {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "lorasmith-tiny"}},
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "lorasmith-tiny.safetensors"}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
         "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
         "4": {

@@ -241,7 +241,7 @@ def prompt(steps: int) -> dict[str, Any]:
     settings = {key: one.default for key, one in load_nodes()["TrainLoraNode"].slots.items() if one.default is not None}
     settings |= {"steps": steps, "targets": "*.attn2.to_q", "optimizer": "adamw", "algorithm": "lora"}
     return {
-        "1": member("CheckpointLoaderSimple", ckpt_name="lorasmith-tiny"),
+        "1": member("CheckpointLoaderSimple", ckpt_name="lorasmith-tiny.safetensors"),
         "2": member("LoadImage", image="fox/fox_1.png"),
         "3": member("ImageScale", image=["2", 0], upscale_method="area", width=32, height=32, crop="center"),
         "4": member("VAEEncode", pixels=["3", 0], vae=["1", 2]),

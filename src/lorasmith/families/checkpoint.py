@@ -6,9 +6,11 @@ diffusers' detection takes every unknown file for Stable Diffusion 1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +21,10 @@ from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.unsupported import looks_like
 from lorasmith.formats.container import check_safetensors
 
-__all__ = ["OriginalCheckpoint", "recognise"]
+__all__ = ["ARCHITECTURE", "OriginalCheckpoint", "recognise"]
+
+ARCHITECTURE = "lorasmith.architecture"
+"""Metadata key under which a checkpoint may say what shapes leave open: JSON, settings by component."""
 
 # Full checkpoints put the denoiser under the first; other tools save it alone under one of the others, or under none.
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
@@ -59,6 +64,18 @@ class OriginalCheckpoint:
     def denoiser_shapes(self) -> Shapes:
         """Shapes of the denoiser's tensors by their name without prefix."""
         return self.shapes_under(self.denoiser_prefix)
+
+    @cached_property
+    def architecture(self) -> Mapping[str, Mapping[str, Any]]:
+        """Settings that the file itself gives for `unet`, `vae`, `text_encoder` and `defaults`; mostly there are none."""
+        try:
+            said = json.loads(self.metadata.get(ARCHITECTURE, "{}"))
+            return {component: dict(settings) for component, settings in said.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{ARCHITECTURE} in the metadata of {self.path} must be settings by component in JSON; "
+                "the file was damaged or edited, so get it again"
+            ) from error
 
     def shapes_under(self, prefix: str) -> Shapes:
         """Shapes of the tensors whose names begin with `prefix`, which is cut off."""

@@ -51,8 +51,10 @@ def openclip_to_transformers(tensors: Mapping[str, Tensor], *, layers: int) -> d
     return {name: tensor for name, tensor in converted.items() if not any(name.startswith(layer) for layer in beyond)}
 
 
-def clip_config(tensors: Mapping[str, Tensor], *, activation: str, pad_token_id: int) -> dict[str, Any]:
+def clip_config(tensors: Mapping[str, Tensor], *, activation: str, pad_token_id: int | None) -> dict[str, Any]:
     """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide.
+
+    Texts are padded with `pad_token_id`, or with the end token if it is None.
 
     Raises:
         ModelError: tensors that fix the configuration are missing.
@@ -73,7 +75,7 @@ def clip_config(tensors: Mapping[str, Tensor], *, activation: str, pad_token_id:
         "projection_dim": width,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-        "pad_token_id": pad_token_id,
+        "pad_token_id": vocabulary - 1 if pad_token_id is None else pad_token_id,
     }
 
 

@@ -20,10 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTEXT_LENGTH", "clip_tokenizer", "encode_prompt", "parse_weights", "tokenize_prompt"]
+__all__ = ["CONTEXT_LENGTH", "VOCABULARY", "clip_tokenizer", "encode_prompt", "parse_weights", "tokenize_prompt"]
 
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""
+
+VOCABULARY = 49408
+"""Tokens of CLIP."""
+
+_UNMERGED = 2 * 256 + 2  # single bytes, single bytes that end a word, begin and end
 
 EMPHASIS = 1.1
 """Factor of a pair of brackets that names no weight."""
@@ -35,18 +40,19 @@ Token = tuple[int, float]
 """Token id and weight."""
 
 
-def clip_tokenizer(*, pad_token: str = "<|endoftext|>") -> Any:
-    """OpenAI's CLIP tokenizer (49408 tokens) from the vocabulary that the package ships, with no network.
+def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) -> Any:
+    """OpenAI's CLIP tokenizer from the vocabulary that the package ships, with no network.
 
     Args:
         pad_token: `<|endoftext|>` for CLIP ViT-L (SD 1.x), `!` (id 0) for OpenCLIP (SD 2.x, SDXL's second encoder).
+        size: tokens, fewer than CLIP's 49408 for small models, which know the first of its merges.
 
     Returns:
         A `transformers.CLIPTokenizer` with `model_max_length` 77.
     """
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = _clip_vocabulary()
+    vocabulary, merges = _clip_vocabulary(min(size, VOCABULARY))
     # From files, because every version of transformers reads those; constructor arguments changed with version 5.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -184,14 +190,14 @@ def _encoded(rows: list[list[int]], model: nn.Module, skip_layers: int, final_no
 
 
 @cache
-def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+def _clip_vocabulary(size: int) -> tuple[dict[str, int], list[str]]:
     """Token → id, and the merges in order, as in OpenAI's `vocab.json` and `merges.txt`.
 
     The file holds a heading, CLIP's 48894 merges and more that it does not use. Tokens are numbered in this order:
     single bytes, single bytes that end a word, merged pairs, the two special tokens.
     """
     packed = resources.files("lorasmith").joinpath("assets/clip/bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1:48895]
+    merges = gzip.decompress(packed).decode("utf-8").split("\n")[1 : size - _UNMERGED + 1]
     characters = _byte_characters()
     tokens = [*characters, *(character + "</w>" for character in characters)]
     tokens += ["".join(merge.split()) for merge in merges]

@@ -45,7 +45,7 @@ def build(
         with init_empty_weights():
             model = kind(**config)
         model.load_state_dict(tensors(model), assign=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of a variant that is not known here"

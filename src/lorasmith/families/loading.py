@@ -25,7 +25,7 @@ _CHECKPOINTS = ASSETS / "models" / "checkpoints"
 
 def built_in_models() -> dict[str, Path]:
     """Models that come with the package, by name."""
-    return {folder.name: folder for folder in sorted(_CHECKPOINTS.iterdir()) if folder.is_dir()}
+    return {path.stem: path for path in sorted(_CHECKPOINTS.glob("*.safetensors"))}
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Model:

@@ -68,35 +68,36 @@ class StableDiffusion(Family):
         if "input_blocks.0.0.weight" not in shapes or shapes["input_blocks.0.0.weight"][1] != 4:
             return False
         contexts = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
-        return contexts == {self._context_width}
+        # Small models of this architecture have narrower contexts than any release; they count as version 1.
+        return contexts == {self._context_width} or (self._version == 1 and len(contexts) == 1 and max(contexts) < 768)
 
     def recognises_folder(self, folder: Path) -> bool:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         if index.get("_class_name") != "StableDiffusionPipeline":
             return False
         config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        # Small models of this architecture have narrower contexts than any release; they count as version 1.
         return bool(config.get("cross_attention_dim") == 1024) == (self._version == 2)
 
     def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
         from diffusers import UNet2DConditionModel
 
         tensors = checkpoint.load(checkpoint.denoiser_prefix, dtype)
+        said = checkpoint.architecture
         config = unet_layout.unet_config(checkpoint.denoiser_shapes, head_dim=None if self._version == 1 else 64)
+        config |= said.get("unet", {})
         unet = build(
             UNet2DConditionModel, config, lambda model: from_original_tensors(model, _unet_table(model), tensors)
         )
         encoder = self._original_text_encoder(checkpoint)
-        tokenizer = clip_tokenizer(pad_token="<|endoftext|>" if self._version == 1 else "!")
         parameterization = self._parameterization(checkpoint, tensors)
         return components_of(
             unet,
             _original_vae(checkpoint),
             parameterization=parameterization,
             text_encoders={} if encoder is None else {"text_encoder": encoder},
-            tokenizers={} if encoder is None else {"tokenizer": tokenizer},
+            tokenizers={} if encoder is None else {"tokenizer": self._tokenizer(encoder)},
             # The v-prediction release of version 2 is the one for 768 pixels.
-            overrides={"resolution": 768} if self._version == 2 and parameterization == "v" else {},
+            overrides={"resolution": 768} if self._version == 2 and parameterization == "v" else said.get("defaults"),
         )
 
     def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
@@ -188,6 +189,10 @@ class StableDiffusion(Family):
         probe = unet.get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
         return "v" if self._version == 2 and probe is not None and probe.float().std() > 0.09 else "epsilon"
 
+    def _tokenizer(self, encoder: nn.Module) -> Any:
+        size = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return clip_tokenizer(pad_token="<|endoftext|>" if self._version == 1 else "!", size=size)
+
     def _original_text_encoder(self, checkpoint: OriginalCheckpoint) -> nn.Module | None:
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -197,7 +202,8 @@ class StableDiffusion(Family):
             return None
         if self._version == 1:
             tensors = clip_layout.without_text_model(raw)
-            settings = clip_layout.clip_config(tensors, activation="quick_gelu", pad_token_id=49407)
+            settings = clip_layout.clip_config(tensors, activation="quick_gelu", pad_token_id=None)
+            settings |= checkpoint.architecture.get("text_encoder", {})
         else:
             depth = sum(name.endswith(".ln_1.weight") for name in raw)
             # Files that were converted back from diffusers have lost the unused last layer already.
@@ -251,7 +257,8 @@ def _original_vae(checkpoint: OriginalCheckpoint) -> nn.Module | None:
         return None
     # The autoencoder stays in fp32: it runs once per picture, and half precision shows in what it makes.
     tensors = vae_layout.diffusers_vae(checkpoint.load("first_stage_model.", torch.float32))
-    return build(AutoencoderKL, vae_layout.vae_config(shapes, scaling_factor=_SCALE), lambda model: tensors)
+    config = vae_layout.vae_config(shapes, scaling_factor=_SCALE) | checkpoint.architecture.get("vae", {})
+    return build(AutoencoderKL, config, lambda model: tensors)
 
 
 def _unet_table(unet: Any) -> dict[str, OriginalName]:

@@ -1,0 +1,163 @@
+"""`python -m tools.pretrain STAGE`: makes the built-in model from scratch, stage by stage. README.md has the times."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lorasmith.core.folders import ASSETS
+from lorasmith.core.placement import best_device
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Work = Annotated[Path, typer.Option(help="Folder for everything that is made on the way.")]
+Steps = Annotated[int, typer.Option(min=1, help="Updates in all, those of earlier sittings included.")]
+DEFAULT_WORK = Path("build/pretrain")
+
+CHECKPOINT = ASSETS / "models" / "checkpoints" / "lorasmith-tiny.safetensors"
+CONFIGS = ASSETS / "models" / "configs" / "lorasmith-tiny"
+
+GRID = (
+    "a cat, noto style", "a red apple, twemoji style", "a hamburger, flat style", "a lion, soft shaded style",
+    "a bus", "a penguin", "a blue heart", "a banana, on a black background",
+    "a sunflower, blue background", "an octopus, on a pink background", "a house", "a t-shirt",
+    "a skull", "an evergreen tree", "a snowman, red background", "a birthday cake",
+)  # fmt: skip
+
+
+@app.command()
+def data(node_modules: Annotated[Path, typer.Argument(help="npm's folder.")], work: Work = DEFAULT_WORK) -> None:
+    """Draw all icons."""
+    from tools.pretrain.data import render_icons
+
+    print(f"{render_icons(node_modules, work)} drawings")
+
+
+@app.command()
+def examples(node_modules: Annotated[Path, typer.Argument(help="npm's folder.")]) -> None:
+    """Draw the example pictures that come with the package."""
+    from tools.pretrain.examples import render_examples
+
+    render_examples(node_modules, ASSETS / "input")
+
+
+@app.command()
+def autoencoder(work: Work = DEFAULT_WORK, steps: Steps = 3600) -> None:
+    """Train the autoencoder, and encode the pictures that the UNet learns from."""
+    from tools.pretrain.autoencoder import train_autoencoder
+    from tools.pretrain.unet import encode_pictures
+
+    encode_pictures(work, train_autoencoder(work, steps, best_device())).save_pretrained(work / "vae")
+
+
+@app.command()
+def text(work: Work = DEFAULT_WORK, steps: Steps = 4000) -> None:
+    """Train the text encoder."""
+    from tools.pretrain.text_encoder import train_text_encoder
+
+    train_text_encoder(work, steps, best_device()).save_pretrained(work / "text_encoder")
+
+
+@app.command()
+def unet(
+    work: Work = DEFAULT_WORK,
+    steps: Steps = 5000,
+    shipped: Annotated[
+        bool, typer.Option(help="Start from the model that the package ships, autoencoder and text encoder included.")
+    ] = False,
+) -> None:
+    """Train the UNet, from where this stage stopped; then write the model into WORK/model."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    from tools.pretrain import export
+    from tools.pretrain.unet import encode_pictures, train_unet
+
+    start = None
+    if shipped:
+        pipe = shipped_pipeline()
+        vae, text_encoder, start = pipe.vae, pipe.text_encoder, pipe.unet
+        if not (work / "latents.npy").exists():
+            encode_pictures(work, vae).save_pretrained(work / "vae")
+            text_encoder.save_pretrained(work / "text_encoder")
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder").eval()
+
+    def write(average: Any, step: int) -> None:
+        checkpoint, configs = model_files(work)
+        export.save(export.pipeline(average, vae, text_encoder), checkpoint, configs)
+        _grid(checkpoint).save(work / "unet" / f"step-{step:06d}.png")
+
+    train_unet(work, text_encoder, steps, best_device(), start=start, show=write)
+
+
+@app.command()
+def judge(work: Work = DEFAULT_WORK) -> None:
+    """Train the classifier that says what a picture shows."""
+    from diffusers import AutoencoderKL
+
+    from tools.pretrain.judge_training import train_judge
+
+    vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    print(f"{train_judge(work, vae):.1%} of drawings it had not seen so are told rightly")
+
+
+@app.command()
+def quality(
+    model: Annotated[str, typer.Option(help="Which model.")] = "lorasmith-tiny",
+    grid: Annotated[Path | None, typer.Option(help="Where to draw the grid of the sixty captions.")] = None,
+) -> None:
+    """Measure a model: concepts, styles, backgrounds, and what a LoRA does to it."""
+    from tools.pretrain.quality import measure
+
+    measure(model, grid)
+
+
+@app.command()
+def ship(work: Work = DEFAULT_WORK) -> None:
+    """Put the model in WORK into the package."""
+    checkpoint, configs = model_files(work)
+    shutil.copy2(checkpoint, CHECKPOINT)
+    shutil.rmtree(CONFIGS, ignore_errors=True)
+    shutil.copytree(configs, CONFIGS)
+
+
+@app.command()
+def unpack(folder: Annotated[Path, typer.Argument(help="Where to.")]) -> None:
+    """Write the model that the package ships as a diffusers folder."""
+    from tools.pretrain.export import DEFAULTS
+
+    shipped_pipeline().save_pretrained(folder)
+    (folder / "lorasmith.json").write_text(json.dumps(DEFAULTS), "utf-8")
+
+
+def model_files(work: Path) -> tuple[Path, Path]:
+    """Checkpoint and configurations of the model in `work`."""
+    return work / "model" / CHECKPOINT.name, work / "model" / "configs"
+
+
+def shipped_pipeline() -> Any:
+    """diffusers' pipeline of the model that the package ships, in fp32."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_single_file(
+        str(CHECKPOINT), config=str(CONFIGS), local_files_only=True, torch_dtype=torch.float32
+    )
+
+
+def _grid(checkpoint: Path) -> Any:
+    from lorasmith.families.loading import load_model
+    from lorasmith.report.contact_sheet import contact_sheet
+    from lorasmith.sampling.generate import generate
+
+    pictures = generate(load_model(checkpoint), GRID, seed=1)
+    return contact_sheet([pictures[:8], pictures[8:]], (), ())
+
+
+if __name__ == "__main__":
+    app()
