@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS
+from lorasmith.families.base import Conditioning
 from lorasmith.families.checkpoint import ARCHITECTURE
 from lorasmith.families.loading import BUILT_IN, built_in_models, load_model
 from lorasmith.families.model import Model
@@ -22,6 +25,7 @@ from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 
 CONFIGS = ASSETS / "models" / "configs" / BUILT_IN
+PICTURES = sorted((ASSETS / "input" / "high-contrast").glob("*.png"))
 PROMPT, SEED = "a cat, on a blue background", 3
 
 
@@ -35,6 +39,7 @@ def pipe() -> StableDiffusionPipeline:
 
 def drawn_by(pipe: Any) -> np.ndarray:
     """diffusers' picture from the noise that `generate` starts with, as (height, width, 3) in [0, 1]."""
+    pipe = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     pipe.scheduler.set_timesteps(20)
@@ -69,6 +74,48 @@ def test_it_is_small() -> None:
 def test_the_vocabulary_is_the_first_part_of_clips(tiny: Model, pipe: Any) -> None:
     text = "a hippopotamus on a light-blue background!"
     assert tiny.components.tokenizers["tokenizer"](text).input_ids == pipe.tokenizer(text).input_ids
+
+
+def pixels_of(picture: Path, side: int) -> Tensor:
+    """(1, 3, side, side) in [−1, 1]."""
+    with Image.open(picture) as image:
+        array = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
+def test_pictures_survive_the_autoencoder(tiny: Model, picture: Path) -> None:
+    pixels = pixels_of(picture, tiny.defaults.resolution)
+    latents = tiny.autoencoder.encode(pixels)
+    again = tiny.autoencoder.decode(latents)
+
+    assert latents.shape == (1, 4, *(side // tiny.components.latent.downscale for side in pixels.shape[2:]))
+    # A share of the variance: 1 is a grey square, and fine lines of icons cost a small autoencoder up to a fifth.
+    assert (again - pixels).square().mean() < 0.25 * pixels.var()
+
+
+def test_latents_are_about_as_large_as_the_noise_they_meet(tiny: Model) -> None:
+    pixels = torch.cat([pixels_of(picture, tiny.defaults.resolution) for picture in PICTURES])
+    latents = tiny.components.latent.to_model(tiny.autoencoder.encode(pixels))
+
+    assert 0.5 < latents.std() < 2
+
+
+@torch.no_grad()
+def test_predictions_are_those_of_diffusers(tiny: Model, pipe: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 128, generator=generator)
+    time = torch.tensor([999.0, 40.0])
+
+    prediction = tiny.denoiser.predict(latents, time, Conditioning({"context": context}))
+    torch.testing.assert_close(prediction, pipe.unet(latents, time, encoder_hidden_states=context).sample)
+
+
+def test_its_schedule_and_prediction_are_read_from_its_scheduler(tiny: Model, pipe: Any) -> None:
+    level = tiny.components.schedule.at(torch.tensor([0.25]))
+
+    assert tiny.components.parameterization == "v"
+    torch.testing.assert_close(level.alpha**2, pipe.scheduler.alphas_cumprod[250:251], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("said", ["no JSON", "[1, 2]", json.dumps({"unet": 3})])
