@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from lorasmith.nodes import load_nodes
 from lorasmith.training.lora import Lora
 from lorasmith.workflow import Executor, apply_overrides, parse_prompt, validate
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "single_subject_lora.json"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SUBJECT, STYLE = EXAMPLES / "single_subject_lora.json", EXAMPLES / "style_lora.json"
+
+
+def prompt_in(example: Path) -> dict[str, Any]:
+    load_nodes()
+    return parse_prompt(example.read_text("utf-8"))
 
 
 @pytest.fixture
 def prompt() -> dict[str, Any]:
-    load_nodes()
-    return parse_prompt(EXAMPLE.read_text("utf-8"))
+    return prompt_in(SUBJECT)
 
 
 def test_the_example_is_the_guides(prompt: dict[str, Any], tmp_path: Path) -> None:
@@ -53,15 +59,29 @@ def test_the_example_trains_saves_plots_and_samples(prompt: dict[str, Any], tmp_
     assert not np.array_equal(before, after)
 
 
-def test_the_editors_version_is_the_same_graph(prompt: dict[str, Any]) -> None:
-    editor = json.loads(EXAMPLE.with_suffix(".ui.json").read_text("utf-8"))
+def test_the_style_example_draws_each_prompt_at_three_strengths(tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    graph = validate(prompt_in(STYLE), folders)
+    assert graph.warnings == ()
+    fewer = ["5.steps=2", "5.batch_size=2", "5.learning_rate=0.1", *(f"4{index}.steps=2" for index in range(3))]
+    Executor(folders).run(validate(apply_overrides(prompt_in(STYLE), fewer), folders))
+    drawn = {path.name: Image.open(path).tobytes() for path in (tmp_path / "output").glob("*.png")}
+    assert len(drawn) == len(set(drawn.values())) == 18
+    assert folders.find("loras", "high_contrast_2_steps_00001_.safetensors").is_file()
+
+
+@pytest.mark.parametrize("example", [SUBJECT, STYLE], ids=lambda path: path.stem)
+def test_the_editors_version_is_the_same_graph(example: Path) -> None:
+    prompt = prompt_in(example)
+    editor = json.loads(example.with_suffix(".ui.json").read_text("utf-8"))
     sources = {link: [str(source), slot] for link, source, slot, *_ in editor["links"]}
     rebuilt = {}
     for member in editor["nodes"]:
         inputs: dict[str, Any] = {one["name"]: sources[one["link"]] for one in member["inputs"]}
         widgets = iter(member["widgets_values"])
         for name, slot in load_nodes()[member["type"]].slots.items():
-            if not slot.scalar_types or name not in prompt[str(member["id"])]["inputs"]:
+            has_widget = slot.scalar_types and not slot.force_input
+            if not has_widget or name not in prompt[str(member["id"])]["inputs"]:
                 continue
             value = next(widgets)
             inputs.setdefault(name, value)
@@ -75,3 +95,14 @@ def test_the_editors_version_is_the_same_graph(prompt: dict[str, Any]) -> None:
             "_meta": {"title": member["title"]},
         }
     assert rebuilt == prompt
+
+
+@pytest.mark.parametrize("example", [SUBJECT, STYLE], ids=lambda path: path.stem)
+def test_no_two_nodes_of_the_editors_version_overlap(example: Path) -> None:
+    title_bar = 30
+    boxes = {}
+    for member in json.loads(example.with_suffix(".ui.json").read_text("utf-8"))["nodes"]:
+        (x, y), (width, height) = member["pos"], member["size"]
+        boxes[member["title"]] = (x, y - title_bar, x + width, y + height)
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], f"{one} overlaps {other}"
