@@ -119,7 +119,7 @@ def train_unet(
     model = (start or build()).train().to(device)
     run = Run(
         model,
-        optimizers_for(model, lr=1.5e-3, weight_decay=1e-2),
+        optimizers_for(model, lr=2e-3, weight_decay=1e-2),
         state=work / "unet" / "state.pt",
         ema=0.998,
     )
