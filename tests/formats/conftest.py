@@ -145,6 +145,12 @@ def delta() -> Callable[[AdapterWeights], Tensor]:
     return weight_change
 
 
+@pytest.fixture(scope="session")
+def merged() -> Callable[[AdapterWeights, Tensor], Tensor]:
+    """A weight (out, in) with an adapter folded in, by definition, in double precision."""
+    return changed_weight
+
+
 def random_adapter(
     shape: tuple[int, ...],
     algorithm: str,
@@ -179,13 +185,15 @@ def random_adapter(
             sizes = {"hada_w1_a": (out, rank), "hada_w1_b": (rank, flat), "hada_w2_a": (out, rank)}
             tensors = {name: values(*size) for name, size in {**sizes, "hada_w2_b": (rank, flat)}.items()}
         case "lokr":
+            factor = 2 if out % 3 or inside % 2 else 6  # so that a fused q, k, v can be cut
             tensors = {
-                "lokr_w1": values(2, 2),
-                "lokr_w2_a": values(out // 2, rank),
+                "lokr_w1": values(factor, 2),
+                "lokr_w2_a": values(out // factor, rank),
                 "lokr_w2_b": values(rank, flat // 2),
             }
         case "oft":
-            tensors = {"oft_blocks": values(4, out // 4, out // 4)}
+            block = rank if out % rank == 0 else 1
+            tensors = {"oft_blocks": values(out // block, block, block)}
         case "boft":
             tensors = {"oft_blocks": values(2, 4, out // 4, out // 4), "rescale": values(out, 1, *ones)}
         case "glora":
@@ -210,6 +218,27 @@ def weight_change(weights: AdapterWeights) -> Tensor:
         rank = tensors["hada_w1_b"].shape[0]
         product = (tensors["hada_w1_a"] @ tensors["hada_w1_b"]) * (tensors["hada_w2_a"] @ tensors["hada_w2_b"])
     return product * (1.0 if weights.alpha is None else weights.alpha / rank)
+
+
+def changed_weight(weights: AdapterWeights, weight: Tensor) -> Tensor:
+    weight = weight.double()
+    tensors = {name: tensor.double() for name, tensor in weights.tensors.items()}
+    match weights.algorithm:
+        case "lokr":
+            second = tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]
+            scale = 1.0 if weights.alpha is None else weights.alpha / tensors["lokr_w2_b"].shape[0]
+            return weight + scale * torch.kron(tensors["lokr_w1"], second)
+        case "oft":
+            skew = tensors["oft_blocks"] - tensors["oft_blocks"].mT
+            one = torch.eye(skew.shape[-1], dtype=torch.float64)
+            rotation = torch.block_diag(*((one + skew) @ torch.linalg.inv(one - skew)))
+            return rotation.T @ weight
+        case "glora":
+            scale = 1.0 if weights.alpha is None else weights.alpha / tensors["b2"].shape[0]
+            inputs, outputs = tensors["a1"] @ tensors["a2"], tensors["b1"] @ tensors["b2"]
+            return weight + scale * (weight @ inputs + outputs)
+        case _:
+            return weight + weight_change(weights)
 
 
 def original_unet_path(path: str) -> str:

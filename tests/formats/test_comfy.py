@@ -65,6 +65,6 @@ def test_text_encoders_go_by_what_they_are(unet_names, sdxl_names, make_adapter)
 
 
 def test_what_cannot_be_fused_goes_by_a_name_comfyui_reads(flux_names, make_state) -> None:
-    paths = ["transformer_blocks.0.attn.to_q"]
+    paths = [f"transformer_blocks.0.attn.to_{part}" for part in "qk"]
     tensors = LAYOUT.write(make_state(flux_names, paths, algorithm="lokr"), flux_names)
-    assert {key.rsplit(".", 1)[0] for key in tensors} == {"transformer.transformer_blocks.0.attn.to_q"}
+    assert {key.rsplit(".", 1)[0] for key in tensors} == {f"transformer.{path}" for path in paths}

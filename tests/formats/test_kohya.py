@@ -46,9 +46,13 @@ def test_fused_names_of_transformers(flux_names, make_state) -> None:
 
 
 def test_what_cannot_be_fused_keeps_diffusers_names(flux_names, make_state) -> None:
-    paths = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"]
+    paths = [f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_out.0")]
     tensors = LAYOUT.write(make_state(flux_names, paths, algorithm="lokr"), flux_names)
-    assert bases(tensors) == {"lycoris_transformer_blocks_0_attn_to_q", "lora_unet_double_blocks_0_img_attn_proj"}
+    assert bases(tensors) == {
+        "lycoris_transformer_blocks_0_attn_to_q",
+        "lycoris_transformer_blocks_0_attn_to_k",
+        "lora_unet_double_blocks_0_img_attn_proj",
+    }
     assert LAYOUT.read(tensors, {}, flux_names).adapters.keys() == {ModuleRef(DENOISER, path) for path in paths}
 
 

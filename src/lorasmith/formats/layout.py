@@ -7,17 +7,47 @@ rest, so that a file which mixes conventions is read by several layouts in turn.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.adapter_state import AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.places import Parts
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["LAYOUTS", "Layout", "Loss", "named", "sentences"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the programs that a layout is named for do not take over from a LoRA.
+
+    Attributes:
+        module: whose adapter or differences.
+        reason: what is lost, in words that follow "12 modules, such as x: ".
+        left_out: whether the file has to do without the module; otherwise it is written and applied differently.
+    """
+
+    module: ModuleRef
+    reason: str
+    left_out: bool = True
+
+
+def sentences(losses: Sequence[Loss]) -> list[str]:
+    """Losses as one sentence for each reason."""
+    by_reason: dict[str, list[ModuleRef]] = {}
+    for loss in losses:
+        by_reason.setdefault(loss.reason, []).append(loss.module)
+    return [f"{named(modules)}: {reason}" for reason, modules in by_reason.items()]
+
+
+def named(modules: Sequence[ModuleRef]) -> str:
+    """`12 modules, such as mid_block…`, or the one module by name."""
+    first = modules[0].path
+    return f"{len(modules)} modules, such as {first}" if len(modules) > 1 else first
 
 
 class Layout(ABC):
@@ -26,10 +56,12 @@ class Layout(ABC):
     Attributes:
         name: registered name.
         title: what people call it.
+        in_folder: whether it is a folder of files; then keys have the names of subfolders and a slash in front.
     """
 
     name: str
     title: str
+    in_folder: bool = False
 
     @abstractmethod
     def detects(self, keys: Iterable[str]) -> int:
@@ -50,6 +82,14 @@ class Layout(ABC):
     @abstractmethod
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         """Metadata that belongs to the tensors `write` gives, as other programs expect it of this layout."""
+
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+        """What the layout's own programs would not take over of a state; empty where they take over all of it."""
+        return []
+
+    def companions(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
+        """Text files that stand beside the tensors in a layout's folder, by path within it."""
+        return {}
 
 
 LAYOUTS: Registry[Layout] = Registry("LoRA layout", LoraError)

@@ -7,28 +7,48 @@ not for the model at all is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # The layouts register themselves when they are imported, and are asked in this order.
-from lorasmith.formats import kohya, comfy, diffusers  # isort: skip  # noqa: F401
-from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.errors import LoraError
+from lorasmith.formats import kohya, comfy, diffusers, peft  # isort: skip  # noqa: F401
+from lorasmith.core.adapter_state import AdapterState, ModuleRef
+from lorasmith.core.errors import LoraError, OutputError
+from lorasmith.core.files import write_atomic
 from lorasmith.formats.container import read_safetensors, write_safetensors
-from lorasmith.formats.diffusers import ADAPTER_METADATA, metadata_of_peft_config
 from lorasmith.formats.hashes import sshs_hashes
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layout import LAYOUTS, Layout, sentences
 from lorasmith.formats.names import ModelNames
+from lorasmith.formats.peft import PEFT_CONFIG, PEFT_PREFIX
+from lorasmith.formats.peft_config import ADAPTER_METADATA, header_fields
 from lorasmith.formats.recognise import component_of, guessed_family
 from lorasmith.formats.spelling import grouped
 
-__all__ = ["PORTABLE", "load_lora", "read_lora_tensors", "save_lora", "state_from_tensors", "unapplied"]
+__all__ = [
+    "PORTABLE",
+    "layout_for",
+    "load_lora",
+    "read_lora_tensors",
+    "save_lora",
+    "state_from_tensors",
+    "unapplied",
+    "with_header",
+    "without",
+    "write_lora",
+]
 
 PORTABLE = "portable"
 """Stands for the layout that most programs read completely for a model's family."""
+
+
+def layout_for(name: str, names: ModelNames) -> Layout:
+    """The layout of a name, `portable` included. Raises LoraError for unknown names."""
+    return LAYOUTS[names.portable if name.casefold() == PORTABLE else name]
 
 
 def load_lora(path: Path, names: ModelNames) -> AdapterState:
@@ -79,7 +99,7 @@ def save_lora(
     """Write a LoRA atomically. The same state gives the same bytes.
 
     Args:
-        path: where to.
+        path: where to; a folder for layouts that are one.
         state: the LoRA.
         names: name table of the model that it belongs to.
         layout: name of a registered layout, or `portable`.
@@ -88,18 +108,67 @@ def save_lora(
             metadata is kept as it is, with hashes brought up to date where it has them.
 
     Raises:
-        LoraError: the layout is unknown, or a tensor holds NaN or infinity.
+        LoraError: the layout is unknown or cannot hold all of the LoRA, or a tensor holds NaN or infinity.
         OutputError: the file cannot be written.
     """
-    chosen = LAYOUTS[names.portable if layout.casefold() == PORTABLE else layout]
+    chosen = layout_for(layout, names)
+    if lost := [loss for loss in chosen.losses(state, names) if loss.left_out]:
+        raise LoraError(f"a LoRA saved for {chosen.title} must fit it: {sentences(lost)[0]}; choose another layout")
     written = {key: _cast(tensor, dtype) for key, tensor in chosen.write(state, names).items()}
-    tensors = {**state.unknown, **written}
-    header = dict(state.metadata if metadata is None else metadata)
-    header.pop(ADAPTER_METADATA, None)
-    header |= chosen.header(state, names)
-    if metadata is not None or "sshs_model_hash" in header:
-        header |= sshs_hashes(tensors, header)
-    write_safetensors(path, tensors, header)
+    header = with_header(state.metadata if metadata is None else metadata, chosen, state, names)
+    carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for what belongs to no module
+    write_lora(path, {**carried, **written}, header, chosen.companions(state, names), hashed=metadata is not None)
+
+
+def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
+    """Metadata with what a layout's programs look for there, and without what was another layout's."""
+    return {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | layout.header(state, names)
+
+
+def write_lora(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    companions: Mapping[str, str],
+    *,
+    hashed: bool,
+) -> None:
+    """Write a file or, where text files belong beside the tensors, a folder.
+
+    Args:
+        path: the file or folder.
+        tensors: by key, for folders with subfolder and slash in front.
+        metadata: the header's.
+        companions: text files by path within the folder.
+        hashed: whether hashes over the content are added; where the metadata has them, they are brought up to date.
+
+    Raises:
+        LoraError: a tensor holds NaN or infinity.
+        OutputError: something cannot be written.
+    """
+    if companions and path.suffix == ".safetensors":
+        raise OutputError(f"this layout is a folder, and {path.name} is the name of a file; give a folder's name")
+    files: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        folder, _, name = key.rpartition("/")
+        files.setdefault(folder, {})[name] = tensor
+    for folder, content in files.items() if companions else [("", tensors)]:
+        header = dict(metadata)
+        if hashed or "sshs_model_hash" in header:
+            header |= sshs_hashes(content, header)
+        write_safetensors(path / folder / _FILES_IN_FOLDERS[0] if companions else path, content, header)
+    for name, text in companions.items():
+        write_atomic(path / name, text)
+
+
+def without(state: AdapterState, modules: Collection[ModuleRef]) -> AdapterState:
+    """A LoRA without some of its modules."""
+    return AdapterState(
+        {ref: weights for ref, weights in state.adapters.items() if ref not in modules},
+        {ref: parameters for ref, parameters in state.differences.items() if ref not in modules},
+        state.unknown,
+        state.metadata,
+    )
 
 
 def unapplied(state: AdapterState) -> list[str]:
@@ -110,20 +179,41 @@ def unapplied(state: AdapterState) -> list[str]:
 
 
 def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a LoRA file, or of the folder in which PEFT or diffusers saves one. Raises LoraError."""
+    """Tensors and metadata of a LoRA file, or of the folder in which PEFT or diffusers saves one.
+
+    Tensors are mapped from the file, so that only what is used of them takes up memory. Keys of a text encoder's
+    subfolder have its name and a slash in front.
+
+    Raises:
+        LoraError: it cannot be read.
+    """
     if not path.is_dir():
         return read_safetensors(path)
-    file = next((path / name for name in _FILES_IN_FOLDERS if (path / name).is_file()), None)
-    if file is None:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    for folder, prefix in _SUBFOLDERS.items():
+        file = next((path / folder / name for name in _FILES_IN_FOLDERS if (path / folder / name).is_file()), None)
+        if file is None:
+            continue
+        found, header = read_safetensors(file)
+        tensors |= {prefix + key: tensor for key, tensor in found.items()}
+        metadata = header | metadata
+        if (config := path / folder / PEFT_CONFIG).is_file():
+            fields |= header_fields(config.read_text("utf-8", "replace"), prefix + PEFT_PREFIX)
+    if not tensors:
         raise LoraError(f"{path} must hold {' or '.join(_FILES_IN_FOLDERS)}; name the LoRA file itself")
-    tensors, metadata = read_safetensors(file)
-    config = path / "adapter_config.json"
-    if config.is_file():
-        metadata |= metadata_of_peft_config(config.read_text("utf-8", "replace"))
-    return tensors, metadata
+    return tensors, metadata | ({ADAPTER_METADATA: json.dumps(fields)} if fields else {})
 
 
 _FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+# Where the denoiser's adapter stands, and those of text encoders, with what is put before the keys.
+_SUBFOLDERS = {
+    "": "",
+    "unet": "",
+    "transformer": "",
+    **{encoder: f"{encoder}/" for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3")},
+}
 
 # A LoRA of a related model has many module names, and some shapes, in common with this one. Input and output
 # convolutions may differ between versions of one model, so that a few misfits are no proof.

@@ -26,10 +26,14 @@ __all__ = [
     "assembled",
     "fits",
     "grouped",
+    "kronecker_shapes",
+    "multiplied",
     "rank_of",
     "scale_of",
+    "scales_outputs",
     "spelled",
     "split_key",
+    "without_core",
 ]
 
 
@@ -115,7 +119,7 @@ def spelled(
     result = {}
     if (weights := module.adapter) is not None:
         for role, tensor in weights.tensors.items():
-            if role == "dora_scale" and suffixes is PEFT and _scales_outputs(weights):
+            if role == "dora_scale" and suffixes is PEFT and scales_outputs(weights):
                 result[".lora_magnitude_vector"] = tensor.reshape((-1,) if tensor.ndim == 2 else (1, -1, 1, 1))
             else:
                 result[suffixes[role]] = tensor
@@ -141,6 +145,30 @@ def scale_of(weights: AdapterWeights) -> float:
     return 1.0 if weights.alpha is None or not rank else weights.alpha / rank
 
 
+def multiplied(tensor: Tensor, factor: float) -> Tensor:
+    """`tensor` times `factor`, in its own dtype where that loses nothing (powers of two), else in fp32."""
+    if factor == 1:
+        return tensor
+    product = tensor.float() * factor
+    back = product.to(tensor.dtype)
+    return back if torch.equal(back.float(), product) else product
+
+
+def scales_outputs(weights: AdapterWeights) -> bool:
+    """Whether DoRA's magnitudes are per output, the only kind that PEFT knows."""
+    return weights.algorithm == "lora" and weights.tensors["dora_scale"].shape[0] == weights.tensors["up"].shape[0]
+
+
+def without_core(weights: AdapterWeights) -> AdapterWeights:
+    """A LoRA whose Tucker core, which few programs know, is multiplied into its down matrix in fp32."""
+    if "mid" not in weights.tensors:
+        return weights
+    tensors = dict(weights.tensors)
+    core, down = tensors.pop("mid").float(), tensors["down"].float()
+    tensors["down"] = torch.einsum("mn...,ni->mi...", core, down.flatten(1))
+    return AdapterWeights(weights.algorithm, tensors, weights.alpha)
+
+
 def fits(module: ModuleTensors, shape: tuple[int, ...]) -> bool:
     """Whether tensors belong to a module whose weight has this shape."""
     weight = module.differences.get("weight")
@@ -162,13 +190,28 @@ def _adapter_fits(weights: AdapterWeights, shape: tuple[int, ...]) -> bool:
             if "hada_t1" in tensors:
                 return tensors["hada_w1_a"].shape[1] == out
             return tensors["hada_w1_a"].shape[0] == out and tensors["hada_w1_b"].shape[1] == inside
+        case "lokr":
+            first, second = kronecker_shapes(tensors)
+            return first[0] * second[0] == out and first[1] * math.prod(second[1:]) == inside
         case "oft" | "boft":
             blocks = tensors["oft_blocks"]
             return blocks.shape[-3] * blocks.shape[-1] == out
-        case "glora":
-            return tensors["b1"].shape[0] == out
         case _:
-            return True  # LoKr: which of its factors meets which dimension is the adapter's own knowledge
+            return tensors["b1"].shape[0] == out
+
+
+def kronecker_shapes(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of LoKr's two factors, (out_l, in_m) and (out_k, in_n[, kh, kw]), whether they are whole or products."""
+    shapes: list[tuple[int, ...]] = []
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in tensors:
+            shapes.append(tuple(tensors[name].shape))
+        elif name == "lokr_w2" and "lokr_t2" in tensors:
+            sides = (tensors[f"{name}_a"].shape[1], tensors[f"{name}_b"].shape[1])
+            shapes.append((*sides, *tensors["lokr_t2"].shape[2:]))
+        else:
+            shapes.append((tensors[f"{name}_a"].shape[0], tensors[f"{name}_b"].shape[1]))
+    return shapes[0], shapes[1]
 
 
 def _canonical_lora(weights: AdapterWeights, shape: tuple[int, ...] | None) -> AdapterWeights | None:
@@ -187,11 +230,6 @@ def _canonical_lora(weights: AdapterWeights, shape: tuple[int, ...] | None) -> A
     if "dora_scale" in tensors and tensors["dora_scale"].ndim == 1:
         tensors["dora_scale"] = tensors["dora_scale"].reshape(-1, *(1,) * (tensors["down"].ndim - 1))
     return AdapterWeights(weights.algorithm, tensors, weights.alpha)
-
-
-def _scales_outputs(weights: AdapterWeights) -> bool:
-    """Whether DoRA's magnitudes are per output, the only kind that PEFT knows."""
-    return weights.algorithm == "lora" and weights.tensors["dora_scale"].shape[0] == weights.tensors["up"].shape[0]
 
 
 def _alpha_tensor(weights: AdapterWeights) -> Tensor:
