@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.core.placement import best_device, held, memory_format_for
+from lorasmith.core.placement import best_device, held, memory_format_for, product_dtype
 
 CPU = torch.device("cpu")
 
@@ -89,3 +89,19 @@ def test_convolutional_models_run_channels_last(make: Callable[[], nn.Module], e
 
 def test_the_best_device_is_one_that_works() -> None:
     assert torch.ones(1, device=best_device()).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_bw": True, "avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_products_are_in_bf16_only_where_the_processor_has_it(
+    known: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert product_dtype(torch.device("cpu")) == expected
