@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # room → rooms whose modules it may import, besides its own.
 BELOW_FAMILIES = {"adapters", "formats", "diffusion", "core"}
-BELOW_NODES = {"training", "sampling", "families", "data", "formats", "report", "core"}
+BELOW_NODES = {"training", "toolbox", "sampling", "families", "data", "formats", "report", "core"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "adapters": {"core"},
@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "families": BELOW_FAMILIES,
     "data": {"families", *BELOW_FAMILIES},
     "report": {"core"},
-    "training": {"families", "data", "report", *BELOW_FAMILIES},
+    "toolbox": {"families", *BELOW_FAMILIES},
+    "training": {"families", "data", "report", "toolbox", *BELOW_FAMILIES},
     "sampling": {"families", "data", "report", *BELOW_FAMILIES},
     "workflow": {"core"},
     "nodes": {"workflow", *BELOW_NODES},

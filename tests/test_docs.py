@@ -47,7 +47,9 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "loss.png").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/comfyui.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/architecture.md", "docs/comfyui.md", "docs/tools.md", "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from lorasmith.cli import demo, generate, inspect, train, workflow
+from lorasmith.cli import demo, diff, extract, generate, inspect, merge, resize, train, workflow
 from lorasmith.cli.console import complain
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
@@ -27,6 +27,10 @@ train.register(app)
 workflow.register(app)
 generate.register(app)
 inspect.register(app)
+merge.register(app)
+resize.register(app)
+extract.register(app)
+diff.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,72 @@
+"""`lorasmith extract`: a LoRA from the difference of two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.console import console, counting
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("extract")(extract)
+
+
+def extract(
+    base: Annotated[str, typer.Option(help="What the other model was trained from: a file or diffusers folder.")],
+    tuned: Annotated[str, typer.Option(help="The trained model, of the same family.")],
+    rank: Annotated[int, typer.Option(help="Rank at most.")] = 32,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of each layer's squared singular values that is enough, such as 0.95."),
+    ] = None,
+    differences: Annotated[
+        bool, typer.Option("--differences", help="Take differences of norms and biases along; few programs use them.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The new file. Left out: the tuned model's name with the rank, in this folder."),
+    ] = None,
+    layout: Annotated[str, typer.Option(help="Layout of the file: portable, kohya, comfy or diffusers.")] = "portable",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Number format of the file: fp32, bf16 or fp16.")] = "fp16",
+    device: Annotated[str, typer.Option(help="Where to compute, such as cuda or cpu.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
+) -> None:
+    """Extract the LoRA that brings one model as close to another as its rank allows.
+
+    Linear layers and convolutions of the denoiser and the text encoders are compared, one at a time.
+    """
+    from lorasmith.core.dtypes import dtype_from_name
+    from lorasmith.toolbox.extract import extract as run
+    from lorasmith.toolbox.model_files import open_model
+
+    number_format = dtype_from_name(dtype)
+    with console.status("Looking at the models"):
+        models = open_model(base), open_model(tuned)
+    target = output or Path(f"{models[1].path.stem}-rank{rank}.safetensors")
+    with counting("Extracting") as progress:
+        report = run(
+            *models,
+            target,
+            rank=rank,
+            energy=energy,
+            differences=differences,
+            layout=layout,
+            dtype=number_format,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    ranks = report.ranks.values()
+    spread = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no rank"
+    console.print(f"{len(ranks)} layers, {spread}; {report.unchanged} layers are the same in both")
+    console.print(f"The LoRA has {report.captured:.2%} of the squared difference between the models")
+    if report.left_out:
+        why = "have no place in a LoRA" if differences else "are left out; --differences takes norms and biases along"
+        console.print(f"{report.left_out} other parameters differ and {why}", soft_wrap=True)
+    console.print(str(report.output), markup=False, soft_wrap=True)

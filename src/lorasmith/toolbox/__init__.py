@@ -1,0 +1,1 @@
+"""Tools that compute on LoRA files: merge, resize, extract, diff."""

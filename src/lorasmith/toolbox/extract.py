@@ -1,0 +1,234 @@
+"""A LoRA from the difference of two checkpoints of one family.
+
+Of each Linear layer and convolution the difference of the weights is approximated by a product of the rank; what the
+original checkpoint holds as one tensor (the fused projections of transformers) is taken as one, so that the rank is
+that of the file. Norms and biases can be taken along as full differences. Both models are read parameter by parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.base import is_targetable
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError, ModelError
+from lorasmith.formats.fusing import fused_rows, split
+from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
+from lorasmith.formats.names import OriginalName
+from lorasmith.toolbox.changes import as_lora, with_one_alpha
+from lorasmith.toolbox.lowrank import Change
+from lorasmith.toolbox.model_files import ModelFiles, Parameter
+from lorasmith.toolbox.resize import check_bounds
+from lorasmith.toolbox.writing import HISTORY, file_target, free_target, rank_entries
+
+__all__ = ["ExtractReport", "extract"]
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What was extracted.
+
+    Attributes:
+        output: the new file.
+        ranks: by module of the original checkpoint, the rank it got.
+        unchanged: number of layers that are the same in both.
+        kept, total: squared norm of the difference, as far as the LoRA has it and in all, norms and biases included.
+        left_out: number of parameters that differ and have no place in the LoRA.
+    """
+
+    output: Path
+    ranks: Mapping[str, int]
+    unchanged: int
+    kept: float
+    total: float
+    left_out: int
+
+    @property
+    def captured(self) -> float:
+        """Share of the squared difference that the LoRA has."""
+        return min(self.kept / self.total, 1.0) if self.total else 1.0
+
+
+def extract(
+    base: ModelFiles,
+    tuned: ModelFiles,
+    output: Path,
+    *,
+    rank: int,
+    energy: float | None = None,
+    differences: bool = False,
+    layout: str = PORTABLE,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractReport:
+    """Write the LoRA that brings one model as close to another as its rank allows.
+
+    Args:
+        base, tuned: the models, single files or diffusers folders.
+        output: the new file.
+        rank: rank at most.
+        energy: share of each difference's squared singular values that is enough, above 0 and at most 1.
+        differences: whether norms and biases are taken along whole.
+        layout: name of a registered layout, or `portable`.
+        dtype: number format of the file, None for fp32.
+        device: where decompositions are computed.
+        overwrite: whether a file of that name may be replaced.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        ModelError: the models are of different architectures.
+        LoraError: they do not differ in anything that a LoRA can hold, or the layout is unknown.
+        OptionError: a bound is out of its range.
+        OutputError: there is a file already, its name is no file's, or it cannot be written.
+    """
+    check_bounds(rank, energy)
+    in_folder = layout_for(layout, base.names).in_folder
+    (free_target if in_folder else file_target)(output, overwrite=overwrite)
+    _refuse_unlike(base, tuned)
+    tally = _Tally()
+    adapters: dict[ModuleRef, AdapterWeights] = {}
+    groups = _groups(base, tuned)
+    for done, (name, group) in enumerate(groups.items(), start=1):
+        adapters |= _layer(base, tuned, name, group, tally, rank=rank, energy=energy, device=device)
+        if progress is not None:
+            progress(done, len(groups))
+    layers = {parameter for group in groups.values() for parameter, _ in group}
+    rest = _rest(base, tuned, layers, tally, taken=differences)
+    if not adapters and not rest:
+        raise LoraError(
+            f"{tuned.path} does not differ from {base.path} in any Linear layer or convolution, so there is no LoRA to "
+            "extract; check that it is the tuned one"
+        )
+    note = f"extracted from {tuned.path.name} against {base.path.name} at rank {rank}"
+    adapters = with_one_alpha(adapters)
+    metadata = _metadata(base, tuned, adapters.values(), note)
+    save_lora(output, AdapterState(adapters, rest), base.names, layout=layout, dtype=dtype, metadata=metadata)
+    return tally.report(output)
+
+
+@dataclass
+class _Tally:
+    """What has been found so far."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    unchanged: int = 0
+    kept: float = 0.0
+    total: float = 0.0
+    left_out: int = 0
+
+    def report(self, output: Path) -> ExtractReport:
+        return ExtractReport(output, self.ranks, self.unchanged, self.kept, self.total, self.left_out)
+
+
+def _groups(base: ModelFiles, tuned: ModelFiles) -> dict[str, list[tuple[Parameter, OriginalName]]]:
+    """Weights that a LoRA can change, those together that the original checkpoint holds as one tensor."""
+    groups: dict[str, list[tuple[Parameter, OriginalName]]] = {}
+    for ref, module in base.modules.items():
+        weight = Parameter(ref, "weight")
+        if not is_targetable(module) or weight not in base.places or weight not in tuned.places:
+            continue
+        if ref.component == DENOISER:
+            place = base.names.denoiser[ref.path]
+            groups.setdefault(place.path, []).append((weight, place))
+        elif ref.path in base.names.text_encoders.get(ref.component, ()):
+            groups[f"{ref.component}.{ref.path}"] = [(weight, OriginalName(ref.path))]
+    return groups
+
+
+def _layer(
+    base: ModelFiles,
+    tuned: ModelFiles,
+    name: str,
+    group: Sequence[tuple[Parameter, OriginalName]],
+    tally: _Tally,
+    *,
+    rank: int,
+    energy: float | None,
+    device: torch.device | str,
+) -> dict[ModuleRef, AdapterWeights]:
+    """Adapters of the modules that one tensor of the original checkpoint stands for; none where nothing differs."""
+    pieces = [_difference(base, tuned, parameter) for parameter, _ in group]
+    if not any(piece.any() for piece in pieces):
+        tally.unchanged += 1
+        return {}
+    places = [place for _, place in group]
+    whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
+    cut = Change(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
+    tally.ranks[name] = cut.rank
+    tally.kept += cut.kept
+    tally.total += cut.total
+    parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
+    assert parts is not None, "a LoRA can always be cut into rows"
+    return {
+        parameter.module: weights for (parameter, _), weights in zip(group, parts, strict=True) if weights is not None
+    }
+
+
+def _rest(
+    base: ModelFiles, tuned: ModelFiles, layers: Container[Parameter], tally: _Tally, *, taken: bool
+) -> dict[ModuleRef, dict[str, Tensor]]:
+    """Differences of what is no layer's weight, where they are taken along and a file has a name for them."""
+    found: dict[ModuleRef, dict[str, Tensor]] = {}
+    for parameter in base.places:
+        if parameter in layers or parameter not in tuned.places:
+            continue
+        difference = _difference(base, tuned, parameter)
+        square = float(difference.double().square().sum())
+        if not square:
+            continue
+        ref = parameter.module
+        tally.total += square
+        if (
+            taken
+            and difference.ndim == 1
+            and (ref.component == DENOISER or ref.path in base.names.text_encoders[ref.component])
+        ):
+            found.setdefault(ref, {})[parameter.name] = difference
+            tally.kept += square
+        else:
+            tally.left_out += 1
+    return found
+
+
+def _difference(base: ModelFiles, tuned: ModelFiles, parameter: Parameter) -> Tensor:
+    return tuned.read(parameter).float() - base.read(parameter).float()
+
+
+def _refuse_unlike(base: ModelFiles, tuned: ModelFiles) -> None:
+    if base.family is not tuned.family:
+        raise ModelError(
+            f"both checkpoints must be of one family, but {base.path} is {base.family.title} and {tuned.path} is "
+            f"{tuned.family.title}; take the model that the other one was trained from"
+        )
+    shared = {p.module.component for p in base.places} & {p.module.component for p in tuned.places}
+    for parameter in {**base.places, **tuned.places}:
+        ours, theirs = (model.places.get(parameter) for model in (base, tuned))
+        if parameter.module.component in shared and (not ours or not theirs or ours.shape != theirs.shape):
+            raise ModelError(
+                f"both checkpoints must have the same layers, but {parameter.module.path}.{parameter.name} is missing "
+                f"or has another shape in one of them; take the model that {tuned.path} was trained from"
+            )
+
+
+def _metadata(base: ModelFiles, tuned: ModelFiles, adapters: Iterable[AdapterWeights], note: str) -> dict[str, str]:
+    family, predicts = base.family, base.parameterization
+    version = family.kohya_version(predicts)
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_network_module": "networks.lora",
+        "ss_sd_model_name": base.path.name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family.modelspec_architecture(predicts)}/lora",
+        "modelspec.implementation": family.modelspec_implementation,
+        "modelspec.title": tuned.path.stem,
+        HISTORY: note,
+        **rank_entries(adapters),
+    }

@@ -1,0 +1,248 @@
+"""LoRA files by module: under their own names where that is enough, under a model's where it is not.
+
+Files of one layout name the same module alike, so that they are compared and merged as they are spelled, without a
+model and for every family. Files of different layouts meet under the paths of a model: one that is given, or the
+released one of the family that the names give away (`released`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.hashes import sshs_hashes
+from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.lora_file import load_lora, read_lora_tensors, save_lora
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.peft_config import ADAPTER_METADATA, stated_alphas
+from lorasmith.formats.recognise import component_of, guessed_family
+from lorasmith.formats.spelling import KOHYA, PEFT, ModuleTensors, assembled, grouped, scale_of, spelled, without_core
+from lorasmith.toolbox.changes import is_plain_lora, scaled_by, with_one_alpha
+from lorasmith.toolbox.released import released_names
+from lorasmith.toolbox.writing import rank_entries
+
+__all__ = ["LoraFile", "flat_shapes", "read_lora", "read_together", "refuse_folder", "save_alike", "spelled_like"]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file.
+
+    Attributes:
+        path: the file or folder.
+        layout: registered name of the layout that most of its keys have.
+        family: title of the family that its names and shapes give away, None when nothing does.
+        tensors: all that is in it, by key.
+        modules: what it holds for each module.
+        names: the names by which its modules are called, None for its own spelling.
+        bases: how the file spells each module, where it goes by its own spelling; else empty.
+        unknown: tensors that make up nothing, or nothing that fits the model.
+        metadata: its header's.
+    """
+
+    path: Path
+    layout: str
+    family: str | None
+    tensors: Mapping[str, Tensor]
+    modules: Mapping[ModuleRef, ModuleTensors]
+    names: ModelNames | None
+    bases: Mapping[ModuleRef, str]
+    unknown: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
+    """A LoRA file or folder, in any layout.
+
+    Args:
+        path: where it is.
+        names: a model's names, by which its modules are then called; None to go by the file's own spelling.
+
+    Raises:
+        LoraError: it cannot be read, is no LoRA, or is one for another model than `names`.
+    """
+    path = Path(path)
+    tensors, metadata = read_lora_tensors(path)
+    groups = grouped(tensors)
+    if not groups:
+        raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
+    counts = {name: layout.detects(tensors) for name, layout in LAYOUTS.items()}
+    layout = max(counts, key=lambda name: counts[name])
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if names is not None:
+        state = load_lora(path, names)
+        refs = dict.fromkeys((*state.adapters, *state.differences))
+        found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
+        return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)
+    alphas = stated_alphas(tensors, metadata)
+    modules: dict[ModuleRef, ModuleTensors] = {}
+    bases: dict[ModuleRef, str] = {}
+    unknown = dict(tensors)
+    for base, keys in groups.items():
+        roles = {role: tensors[key] for role, key in keys.items()}
+        module = assembled(roles, None, None if "alpha" in roles else alphas.get(base))
+        if module is None:
+            continue
+        ref = _flat(base)
+        if ref in modules:
+            raise LoraError(
+                f"a LoRA file holds one adapter for a module, and {path} has two, {bases[ref]} and {base}; "
+                "keep the tensors of one of them"
+            )
+        modules[ref], bases[ref] = module, base
+        for key in keys.values():
+            del unknown[key]
+    return LoraFile(path, layout, family, tensors, modules, None, bases, unknown, metadata)
+
+
+def read_together(
+    paths: Sequence[Path], names: ModelNames | None = None, *, one_layout: bool = False
+) -> list[LoraFile]:
+    """LoRA files whose modules are called alike, whatever their layouts.
+
+    Args:
+        paths: the files.
+        names: the names of their model; None takes the files' own spelling where they share it, and the released model
+            of their family where they do not.
+        one_layout: whether they will be written as one file in the layout of the first, so that their own spelling must
+            be one layout's.
+
+    Raises:
+        LoraError: one cannot be read, they are for different families, or nothing tells which modules correspond.
+    """
+    files = [read_lora(path, names) for path in paths]
+    if one_layout:
+        refuse_folder(files[0])
+    if names is not None:
+        return files
+    known = {file.family: file for file in files if file.family is not None}
+    families = sorted(known, key=len)
+    # "Stable Diffusion" is what is said of files that do not show which version they are for.
+    if any(not longer.startswith(families[0]) for longer in families) or len(families) > 2:
+        first, *_, last = families
+        raise LoraError(
+            f"LoRAs must be for the same family of models, but {known[first].path} looks like one for {first} and "
+            f"{known[last].path} like one for {last}; take files that were trained on the same model"
+        )
+    layouts = {file.layout for file in files}
+    if all(_spelled_alike(files[0], other) for other in files[1:]) and not (one_layout and len(layouts) > 1):
+        return files
+    released = released_names(families[-1]) if families else None
+    if released is not None:
+        try:
+            return [read_lora(path, released) for path in paths]
+        except LoraError:
+            pass  # for a model of other sizes than the released one
+    if len(layouts) == 1:
+        return files  # they change different modules
+    other = next(file for file in files if file.layout != files[0].layout)
+    raise LoraError(
+        f"{files[0].path} is in the layout {files[0].layout} and {other.path} in {other.layout}, and what they call "
+        "the same module depends on the model; name it with --model"
+    )
+
+
+def save_alike(
+    path: Path,
+    files: Sequence[LoraFile],
+    modules: Mapping[ModuleRef, ModuleTensors],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a LoRA atomically, in the layout of the first of the files whose modules it has.
+
+    Args:
+        path: where to.
+        files: files that were read together.
+        modules: what to write.
+        metadata: the header's; rank, alpha and hashes over the content are added.
+        dtype: number format, None to keep each tensor's own.
+
+    Raises:
+        LoraError: a tensor holds NaN or infinity.
+        OutputError: the file cannot be written.
+    """
+    first = files[0]
+    adapters = {ref: module.adapter for ref, module in modules.items() if module.adapter is not None}
+    if first.layout == "kohya":
+        adapters = with_one_alpha(adapters)
+    metadata = {**metadata, **rank_entries(adapters.values())}
+    if first.names is not None:
+        differences = {ref: dict(module.differences) for ref, module in modules.items() if module.differences}
+        state = AdapterState(adapters, differences)
+        save_lora(path, state, first.names, layout=first.layout, dtype=dtype, metadata=metadata)
+        return
+    bases = {ref: base for file in reversed(files) for ref, base in file.bases.items()}
+    tensors: dict[str, Tensor] = {}
+    for ref, module in modules.items():
+        written = ModuleTensors(adapters.get(ref), module.differences)
+        tensors |= spelled_like(first.layout, bases[ref], written, dtype)
+    header = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA}
+    write_safetensors(path, tensors, header | sshs_hashes(tensors, header))
+
+
+def refuse_folder(file: LoraFile) -> None:
+    """Raise LoraError for a layout that keeps a part of a LoRA outside its tensors, of which none is written here."""
+    if LAYOUTS[file.layout].in_folder:
+        raise LoraError(
+            f"{file.path} is in {LAYOUTS[file.layout].title}'s layout, which is a folder and not a file; convert it "
+            "first with `lorasmith convert`"
+        )
+
+
+def spelled_like(layout: str, base: str, module: ModuleTensors, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A module's tensors by key, as a layout spells them; where alpha has no tensor it is multiplied in."""
+    base = _without_processor(base)
+    adapter = module.adapter
+    peft = layout == "diffusers"
+    if peft and adapter is not None and is_plain_lora(adapter) and scale_of(adapter) != 1:
+        adapter = scaled_by(without_core(adapter), scale_of(adapter))
+    if dtype is not None and adapter is not None:
+        adapter = replace(adapter, tensors={name: tensor.to(dtype) for name, tensor in adapter.tensors.items()})
+    differences = {name: t if dtype is None else t.to(dtype) for name, t in module.differences.items()}
+    module = ModuleTensors(adapter, differences)
+    written = spelled(module, PEFT if peft else KOHYA, alpha=not peft, norm_names=layout == "kohya")
+    return {base + suffix: tensor.contiguous() for suffix, tensor in written.items()}
+
+
+def flat_shapes(names: ModelNames) -> dict[ModuleRef, tuple[int, ...]]:
+    """Shape of each of the denoiser's weights, by module as files of either naming are read without a model."""
+    return {
+        ModuleRef(DENOISER, path.replace(".", "_")): names.weight_shapes[diffusers]
+        for diffusers, original in names.denoiser.items()
+        for path in (diffusers, original.path)
+        if original.rows is None and diffusers in names.weight_shapes
+    }
+
+
+_PREFIX = re.compile(
+    r"lora_unet_|lora_transformer_|lycoris_|lora_te\d?_|(model\.)?diffusion_model\.|(\w+/)?base_model\.model\.|"
+    r"unet\.|transformer\.|text_encoder(_\d)?\.|text_encoders\.\w+\.transformer\."
+)
+
+
+def _without_processor(base: str) -> str:
+    """A path without the part that diffusers' attention processors added to it, back when they held LoRAs."""
+    return base.replace(".processor.to_out", ".to_out.0").replace(".processor.", ".")
+
+
+def _flat(base: str) -> ModuleRef:
+    """A module as a file spells it, less what differs between layouts that use the same paths."""
+    path = _PREFIX.sub("", _without_processor(base), count=1).replace(".", "_")
+    folder, slash, _ = base.partition("/")
+    return ModuleRef(folder if slash else component_of(base), path.removeprefix("text_model_"))
+
+
+def _spelled_alike(first: LoraFile, other: LoraFile) -> bool:
+    """Whether two files call modules by the same names, as far as they change the same parts of a model."""
+    in_both = {ref.component for ref in first.modules} & {ref.component for ref in other.modules}
+    return in_both == {ref.component for ref in first.modules.keys() & other.modules.keys()}

@@ -1,0 +1,288 @@
+"""A base model where it lies: which rows of which tensor of which file each parameter is, read one at a time.
+
+Single files in the original layout fuse and rename what diffusers' modules hold. Where each parameter comes from is
+found by letting the family convert the checkpoint once with row numbers in place of weights: what arrives in a module's
+parameter says which tensor it was, and which of its rows. Nothing of a model's size is read or held for that.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lorasmith.core.adapter_state import DENOISER, ModuleRef
+from lorasmith.core.errors import ModelError
+from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
+from lorasmith.families.loading import built_in_models
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.names import ModelNames
+
+__all__ = ["ModelFiles", "Parameter", "Place", "open_model", "weight_files"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a model: its module and its name there, `weight` or `bias`."""
+
+    module: ModuleRef
+    name: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies.
+
+    Attributes:
+        file: the safetensors file.
+        tensor: name of the tensor there.
+        rows: which rows of the tensor it is, a slice where they follow each other, None for all of them in order.
+        shape: the parameter's own, which may differ from the rows' in dimensions of size 1.
+    """
+
+    file: Path
+    tensor: str
+    rows: slice | Tensor | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A base model's files, of which nothing is held in memory.
+
+    Attributes:
+        path: the checkpoint, or the diffusers folder.
+        family: its architecture.
+        names: two-way name table.
+        modules: layers without weights, for their kind and geometry.
+        places: where the parameters of these modules lie.
+    """
+
+    path: Path
+    family: Family
+    names: ModelNames
+    modules: Mapping[ModuleRef, nn.Module]
+    places: Mapping[Parameter, Place]
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def parameterization(self) -> str:
+        """`epsilon`, `v` or `flow`: what the model predicts."""
+        if self.path.is_file():
+            return self.family.from_original(_SmallTensors(self.path), torch.float32).parameterization
+        config = _json(self.path / "scheduler" / "scheduler_config.json")
+        if "FlowMatch" in config.get("_class_name", ""):
+            return "flow"
+        return "v" if config.get("prediction_type") == "v_prediction" else "epsilon"
+
+    def files(self) -> set[Path]:
+        """The files in which the parameters lie."""
+        return {place.file for place in self.places.values()}
+
+    def read(self, parameter: Parameter) -> Tensor:
+        """One parameter, in its own dtype and shape."""
+        place = self.places[parameter]
+        tensor = self.tensor(place.file, place.tensor)
+        return (tensor if place.rows is None else tensor[place.rows]).reshape(place.shape)
+
+    def tensor(self, file: Path, name: str) -> Tensor:
+        """One tensor of one of the files."""
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+
+def open_model(source: str | os.PathLike[str]) -> ModelFiles:
+    """The files of a base model.
+
+    Args:
+        source: a single-file checkpoint in the original layout, a diffusers folder, or the name of a built-in model.
+
+    Raises:
+        ModelError: it cannot be found, read or recognised.
+    """
+    path = built_in_models().get(str(source), Path(source))
+    return _folder(path) if path.is_dir() else _single_file(path)
+
+
+class _RowNumbers(OriginalCheckpoint):
+    """A checkpoint whose weights are the numbers of their rows in the whole file, at no cost in memory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.starts: list[int] = []
+        rows = 0
+        for shape in self.shapes.values():
+            self.starts.append(rows)
+            rows += shape[0] if shape else 1
+
+    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): _row_numbers(shape, start)
+            for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
+            if name.startswith(prefix)
+        }
+
+
+class _SmallTensors(OriginalCheckpoint):
+    """A checkpoint that has its vectors and scalars alone, by which families tell how a model predicts."""
+
+    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            return {
+                name.removeprefix(prefix): file.get_tensor(name).float() if len(shape) < 2 else _row_numbers(shape, 0)
+                for name, shape in self.shapes.items()
+                if name.startswith(prefix)
+            }
+
+
+def _row_numbers(shape: tuple[int, ...], start: int) -> Tensor:
+    """In fp64, which holds such numbers exactly and is a dtype that parameters may have; all columns share memory."""
+    if not shape:
+        return torch.tensor(float(start), dtype=torch.float64)
+    rows = torch.arange(start, start + shape[0], dtype=torch.float64)
+    return rows.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
+
+
+def _single_file(path: Path) -> ModelFiles:
+    checkpoint = _RowNumbers(path)
+    family = recognise(checkpoint)
+    components = family.from_original(checkpoint, torch.float32)
+    parts = {DENOISER: components.denoiser, **components.text_encoders}
+    tensors = list(checkpoint.shapes)
+    places = {}
+    for parameter, numbers in _parameters(parts):
+        flat = numbers.detach().flatten(1) if numbers.ndim > 1 else numbers.detach().reshape(-1, 1)
+        if not flat.numel() or not torch.equal(flat[:, 0], flat[:, -1]):
+            continue  # transposed on its way, as projections are that no LoRA is for
+        rows = flat[:, 0].long()
+        index = bisect.bisect_right(checkpoint.starts, int(rows[0])) - 1
+        shape = checkpoint.shapes[tensors[index]]
+        rows = rows - checkpoint.starts[index]
+        places[parameter] = Place(path, tensors[index], _compact(rows, shape), tuple(numbers.shape))
+    return ModelFiles(
+        path=path,
+        family=family,
+        names=family.names(components.denoiser, components.text_encoders),
+        modules=_modules(parts),
+        places=places,
+    )
+
+
+def _compact(rows: Tensor, shape: tuple[int, ...]) -> slice | Tensor | None:
+    """Row numbers of a tensor of a shape as a place has them."""
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    if not torch.equal(rows, torch.arange(start, stop)):
+        return rows
+    return None if stop - start == (shape[0] if shape else 1) else slice(start, stop)
+
+
+def _folder(folder: Path) -> ModelFiles:
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{folder} is no diffusers model (it has no model_index.json); "
+            "give the folder that holds it, or a .safetensors file"
+        )
+    try:
+        family = next((one for _, one in FAMILIES.items() if one.recognises_folder(folder)), None)
+        if family is None:
+            titles = ", ".join(one.title for _, one in FAMILIES.items())
+            raise ModelError(f"{folder} is a diffusers model of an architecture not known here; known are {titles}")
+        folders = _components(folder)
+        found = {part: _without_weights(folder / name) for part, name in folders.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder} cannot be read as a diffusers model: {error}; get it again") from error
+    encoders = {part: module for part, module in found.items() if part != DENOISER}
+    names = family.names(found[DENOISER], encoders)
+    parts = {part: module for part, module in found.items() if part == DENOISER or part in names.text_encoders}
+    places = {}
+    for part, module in parts.items():
+        held = {
+            _written(part, name): (file, name)
+            for file in weight_files(folder / folders[part])
+            for name in check_safetensors(file, ModelError).tensors
+        }
+        for parameter, tensor in _parameters({part: module}):
+            path = parameter.module.path
+            if f"{path}.{parameter.name}" in held:
+                places[parameter] = Place(*held[f"{path}.{parameter.name}"], None, tuple(tensor.shape))
+            elif part == DENOISER or path in names.text_encoders[part]:  # others may be tied to one that is there
+                raise ModelError(
+                    f"the weights in {folder / folders[part]} lack {path}.{parameter.name}; "
+                    "they are incomplete, so get them again"
+                )
+    return ModelFiles(folder, family, names, _modules(parts), places)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of one part of a diffusers folder: one file, or the shards that its index lists."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    raise ModelError(f"{folder} must hold its weights as safetensors and does not; get that version of the model")
+
+
+def _components(folder: Path) -> dict[str, str]:
+    """The parts of a diffusers folder that LoRAs are for: component → subfolder."""
+    denoiser = next((name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()), None)
+    if denoiser is None:
+        raise ModelError(f"{folder} must hold a folder unet or transformer but does not; it is incomplete")
+    encoders = (f"text_encoder{number}" for number in ("", "_2", "_3"))
+    return {DENOISER: denoiser, **{name: name for name in encoders if (folder / name / "config.json").is_file()}}
+
+
+def _without_weights(folder: Path) -> nn.Module:
+    """A part of a diffusers folder as its configuration describes it, on the meta device."""
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = _json(folder / "config.json")
+    with init_empty_weights():
+        if "_class_name" in config:
+            kind = getattr(diffusers, config["_class_name"])
+            return kind.from_config(config).eval()  # type: ignore[no-any-return]
+        kind = getattr(transformers, config["architectures"][0])
+        return kind(kind.config_class.from_dict(config)).eval()  # type: ignore[no-any-return]
+
+
+def _parameters(parts: Mapping[str, nn.Module]) -> Iterator[tuple[Parameter, Tensor]]:
+    """Every parameter of a model, under the name that files give its module."""
+    for part, module in parts.items():
+        for name, tensor in module.named_parameters():
+            path, _, leaf = _written(part, name).rpartition(".")
+            if path:
+                yield Parameter(ModuleRef(part, path), leaf), tensor
+
+
+def _modules(parts: Mapping[str, nn.Module]) -> dict[ModuleRef, nn.Module]:
+    return {
+        ModuleRef(part, _written(part, path)): module
+        for part, whole in parts.items()
+        for path, module in whole.to("meta").named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def _written(part: str, path: str) -> str:
+    """A path as files spell it: in CLIP's text encoders behind `text_model.`, which transformers 5.6 dropped."""
+    as_it_is = part == DENOISER or path.startswith(("text_model.", "encoder.block."))  # T5's blocks have no prefix
+    return path if as_it_is else f"text_model.{path}"
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

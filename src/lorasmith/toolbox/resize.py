@@ -1,0 +1,269 @@
+"""A LoRA of smaller ranks that does as much of the same as it can.
+
+Each module's up · down is cut off after some of its singular values, a convolution's with its kernel flattened and a
+Tucker core multiplied in. The scale alpha / rank of each module stays what it was, so that training goes on at the same
+learning rate; of a DoRA the magnitudes stay, too. LoHa, LoKr and full differences become LoRAs with a scale of 1. In
+kohya's layout alphas that came to differ are made one, which scales factors instead (see `with_one_alpha`).
+
+Files are resized as they are spelled, without a model.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.hashes import sshs_hashes
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.peft_config import ADAPTER_METADATA
+from lorasmith.formats.spelling import ModuleTensors, grouped, scale_of
+from lorasmith.toolbox.changes import (
+    added_by,
+    as_lora,
+    factors_of,
+    is_additive,
+    scaled_by,
+    title_of,
+    weight_shape,
+    with_one_alpha,
+)
+from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
+from lorasmith.toolbox.released import released_names
+from lorasmith.toolbox.writing import file_target, noted, rank_entries
+
+__all__ = ["ResizeReport", "Resized", "resize"]
+
+
+@dataclass(frozen=True)
+class Resized:
+    """One module.
+
+    Attributes:
+        name: as the file spells it.
+        algorithm: what it was, in words.
+        before: its rank, None where it was no LoRA.
+        after: its rank now.
+        kept, total: squared singular values kept and in all, of the change at strength 1.
+    """
+
+    name: str
+    algorithm: str
+    before: int | None
+    after: int
+    kept: float
+    total: float
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared singular values that is kept; 1 for a change of nothing."""
+        return min(self.kept / self.total, 1.0) if self.total else 1.0
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What was resized.
+
+    Attributes:
+        output: the new file.
+        modules: every module that has a rank now.
+        warnings: one sentence for each kind of thing that is not what it was.
+    """
+
+    output: Path
+    modules: Sequence[Resized]
+    warnings: Sequence[str]
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared singular values that is kept, over all modules."""
+        total = sum(one.total for one in self.modules)
+        return min(sum(one.kept for one in self.modules) / total, 1.0) if total else 1.0
+
+
+def resize(
+    path: Path,
+    output: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    names: ModelNames | None = None,
+    overwrite: bool = False,
+) -> ResizeReport:
+    """Write a copy of a LoRA with smaller ranks, in the same layout and number format.
+
+    Args:
+        path: a LoRA file or folder, in any layout.
+        output: the new file.
+        rank: rank at most.
+        energy: share of each module's squared singular values to keep, above 0 and at most 1; ranks then differ.
+        names: names of the model, for LoHa and LoKr on convolutions, whose kernels their tensors do not tell.
+        overwrite: whether a file of that name may be replaced.
+
+    Raises:
+        LoraError: the file cannot be read, a module's change has no rank, or every rank is small enough already.
+        OptionError: neither bound is given, or one is out of its range.
+        OutputError: there is a file already, its name is no file's, or it cannot be written.
+    """
+    check_bounds(rank, energy)
+    file_target(output, overwrite=overwrite)
+    file = read_lora(path)
+    refuse_folder(file)
+    shapes = _known_shapes(file, names)
+    tensors, keys = dict(file.tensors), grouped(file.tensors)
+    smaller: dict[ModuleRef, AdapterWeights] = {}
+    reports = []
+    for ref, module in file.modules.items():
+        if module.adapter is None and not _has_full_difference(module):
+            continue
+        _refuse_unsuitable(file, ref, module)
+        smaller[ref], report = _smaller(file, ref, module, shapes.get(ref), rank, energy)
+        reports.append(report)
+    if all(one.before is not None and one.after == one.before for one in reports):
+        largest = max((one.after for one in reports), default=0)
+        raise LoraError(f"no rank in {path} is above what was asked for, the largest is {largest}; ask for less")
+    if file.layout == "kohya":
+        smaller = with_one_alpha(smaller)
+    for ref, weights in smaller.items():
+        if weights is not file.modules[ref].adapter or ADAPTER_METADATA in file.metadata:
+            _replace(tensors, keys[file.bases[ref]], file, file.bases[ref], weights)
+    write_safetensors(output, tensors, _metadata(file, tensors, list(smaller.values()), rank, energy))
+    return ResizeReport(output, reports, _warnings(file, reports, shapes))
+
+
+def check_bounds(rank: int | None, energy: float | None) -> None:
+    """Raise OptionError unless there is a rank of at least 1, a share of energy in (0, 1], or both."""
+    if rank is None and energy is None:
+        raise OptionError("how small must be said: give --rank, such as 8, or --energy, such as 0.95")
+    if rank is not None and rank < 1:
+        raise OptionError(f"a rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"an energy is a share above 0 and at most 1, such as 0.95, got {energy:g}")
+
+
+_NOTHING = torch.zeros(())
+_KEPT = frozenset({"dora_scale", "magnitude", "up_bias", "diff_b", "w_norm", "b_norm"})
+
+
+def _has_full_difference(module: ModuleTensors) -> bool:
+    return module.differences.get("weight", _NOTHING).ndim > 1
+
+
+def _refuse_unsuitable(file: LoraFile, ref: ModuleRef, module: ModuleTensors) -> None:
+    weights = module.adapter
+    if weights is not None and weights.algorithm != "lora" and not is_additive(weights):
+        raise LoraError(
+            f"{file.path} changes {file.bases[ref]} by {title_of(weights)}, which has no rank to choose; merge it into "
+            "its model with `lorasmith merge --into`, and extract a LoRA from the result"
+        )
+
+
+def _smaller(
+    file: LoraFile,
+    ref: ModuleRef,
+    module: ModuleTensors,
+    shape: tuple[int, ...] | None,
+    rank: int | None,
+    energy: float | None,
+) -> tuple[AdapterWeights, Resized]:
+    """A module's LoRA of a smaller rank, and what became of it."""
+    weights, name = module.adapter, file.bases[ref]
+    if weights is None or weights.algorithm != "lora" or _has_full_difference(module):
+        change = added_by(module, shape)
+        cut = change.truncated(rank=rank, energy=energy, key=name)
+        title = "full difference" if weights is None else title_of(weights)
+        shape = shape or (tuple(module.differences["weight"].shape) if weights is None else weight_shape(weights))
+        return as_lora(cut, shape, float(cut.rank)), Resized(name, title, None, cut.rank, cut.kept, cut.total)
+    before, scale = weights.tensors["down"].shape[0], scale_of(weights)
+    cut = factors_of(weights).truncated(rank=rank, energy=energy)
+    after = min(cut.rank, before)
+    report = Resized(name, title_of(weights), before, after, cut.kept * scale**2, cut.total * scale**2)
+    if after == before:
+        return weights, report
+    smaller = as_lora(cut, weight_shape(weights), scale * cut.rank)
+    tensors = {**smaller.tensors, **{name: t for name, t in weights.tensors.items() if name == "dora_scale"}}
+    return AdapterWeights("lora", tensors, smaller.alpha), report
+
+
+def _replace(
+    tensors: dict[str, Tensor], keys: Mapping[str, str], file: LoraFile, base: str, weights: AdapterWeights
+) -> None:
+    """Put a LoRA where a module's tensors were. A LoRA keeps its keys, and what is no part of it stays."""
+    dtype = next(tensors[key].dtype for role, key in keys.items() if role not in ("alpha", *_KEPT))
+    alpha = None if "alpha" not in keys else tensors[keys["alpha"]]
+    for role, key in keys.items():
+        if role not in _KEPT:
+            del tensors[key]
+    if "down" not in keys:
+        tensors |= spelled_like(file.layout, base, ModuleTensors(weights), dtype)
+        return
+    if alpha is None:
+        weights = scaled_by(weights, scale_of(weights))
+    else:
+        assert weights.alpha is not None
+        exact = torch.tensor(weights.alpha, dtype=torch.float32)
+        rounded = exact.to(alpha.dtype)
+        tensors[keys["alpha"]] = rounded if rounded == exact else exact
+    for role in ("down", "up", "mid"):
+        if role in weights.tensors:
+            tensors[keys[role]] = weights.tensors[role].to(dtype)
+
+
+def _known_shapes(file: LoraFile, names: ModelNames | None) -> dict[ModuleRef, tuple[int, ...]]:
+    """Shapes of weights whose kernels a file does not tell, from its model or the released one of its family."""
+    flattened = {ref: m.adapter for ref, m in file.modules.items() if m.adapter and m.adapter.algorithm != "lora"}
+    if not flattened:
+        return {}
+    names = names or released_names(file.family or "")
+    by_spelling = {} if names is None else flat_shapes(names)
+    found = {ref: (by_spelling.get(ref), weight_shape(weights)) for ref, weights in flattened.items()}
+    return {ref: shape for ref, (shape, told) in found.items() if shape and _size(shape) == _size(told)}
+
+
+def _size(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[ModuleRef, object]) -> list[str]:
+    counts = collections.Counter(one.algorithm for one in reports if one.before is None)
+    warnings = [
+        f"{count} modules were {algorithm} and are LoRA now, which approximates them"
+        for algorithm, count in counts.items()
+    ]
+    told = [ref for ref, m in file.modules.items() if m.adapter and len(weight_shape(m.adapter)) > 2]
+    unknown = [
+        ref
+        for ref, m in file.modules.items()
+        if m.adapter and m.adapter.algorithm != "lora" and ref not in shapes and ref not in told
+    ]
+    if unknown:
+        warnings.append(
+            f"{len(unknown)} modules, such as {file.bases[unknown[0]]}, were taken for Linear layers, because the file "
+            "does not tell their kernels; if some are convolutions, name the model with --model"
+        )
+    return warnings
+
+
+def _metadata(
+    file: LoraFile,
+    tensors: Mapping[str, Tensor],
+    adapters: Sequence[AdapterWeights],
+    rank: int | None,
+    energy: float | None,
+) -> dict[str, str]:
+    bounds = [f"rank {rank}"] * (rank is not None) + [f"energy {energy:g}" if energy is not None else ""]
+    header = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA}
+    if "lorasmith.algorithm" in header:
+        header["lorasmith.algorithm"] = "lora"
+    if header.get("ss_network_module", "").startswith("lycoris"):
+        header |= {"ss_network_module": "networks.lora", "ss_network_args": "{}"}
+    header = noted(header | rank_entries(adapters), f"resized {file.path.name} to {' and '.join(filter(None, bounds))}")
+    return header | sshs_hashes(tensors, header)

@@ -1,0 +1,126 @@
+"""What the tools leave behind: targets that are never written over unasked, and headers that say what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import ModelError, OutputError
+from lorasmith.core.files import atomic_path, ensure_folder
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.spelling import rank_of
+
+__all__ = ["HISTORY", "atomic_folder", "file_target", "free_target", "noted", "rank_entries", "rewritten"]
+
+HISTORY = "lorasmith.history"
+"""Header entry in which each tool adds a line that says what it did."""
+
+
+def free_target(path: Path, *, overwrite: bool = False) -> Path:
+    """`path`, after checking that nothing is there that nobody asked to write over. Raises OutputError."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another name with --output, or add --overwrite")
+    return path
+
+
+def file_target(path: Path, *, overwrite: bool = False) -> Path:
+    """The same for a safetensors file, by whose name programs know what it is."""
+    if path.suffix.casefold() != ".safetensors":
+        raise OutputError(f"the output must be a file whose name ends in .safetensors, got {path}; choose another name")
+    return free_target(path, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends well, and is removed otherwise.
+
+    Raises:
+        OutputError: something other than a diffusers model is in the way, or it cannot be written.
+    """
+    if target.exists() and not (target / "model_index.json").is_file():
+        raise OutputError(f"{target} is no diffusers model, and only one is replaced by another; choose another output")
+    ensure_folder(target.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        fresh = temporary / "new"
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(temporary / "old")
+        fresh.rename(target)
+    except OSError as error:
+        raise OutputError(
+            f"{target} cannot be written ({error.strerror or error}); check the folder and the disk"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rewritten(
+    source: Path, target: Path, changes: Mapping[str, Callable[[Tensor], Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """A copy of a safetensors file with some tensors changed, made one tensor at a time.
+
+    Args:
+        source: the file; its other tensors are copied byte by byte, in the same places.
+        target: where to, atomically.
+        changes: by tensor name, what makes the new value from the old one, of the same shape and dtype.
+        metadata: the copy's.
+
+    Raises:
+        ModelError: the source is damaged.
+        OutputError: the target cannot be written.
+    """
+    body = check_safetensors(source, ModelError).body_start
+    with source.open("rb") as old, safe_open(source, framework="pt") as tensors, atomic_path(target) as temporary:
+        entries = json.loads(old.read(body)[8:])
+        entries["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        del entries["__metadata__"]
+        with temporary.open("wb") as new:
+            new.write(len(text).to_bytes(8, "little") + text)
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                start, end = entry["data_offsets"]
+                if name in changes:
+                    value = changes[name](tensors.get_tensor(name)).contiguous().reshape(-1).view(torch.uint8)
+                    new.write(value.numpy().data)
+                else:
+                    old.seek(body + start)
+                    _copy(old, new, end - start)
+
+
+def noted(metadata: Mapping[str, str], note: str) -> dict[str, str]:
+    """Metadata with one more line of history."""
+    lines = [*([metadata[HISTORY]] if metadata.get(HISTORY) else []), note]
+    return {**metadata, HISTORY: "\n".join(lines)}
+
+
+def rank_entries(adapters: Iterable[AdapterWeights]) -> dict[str, str]:
+    """Rank and alpha as kohya's metadata has them: numbers, or `Dynamic` where modules differ."""
+    known = [(rank, weights.alpha) for weights in adapters if (rank := rank_of(weights)) is not None]
+    ranks = {str(rank) for rank, _ in known}
+    alphas = {str(float(rank if alpha is None else alpha)) for rank, alpha in known}
+    if not ranks:
+        return {}
+    return {
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+    }
+
+
+def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
+    while count:
+        piece = old.read(min(count, 1 << 24))
+        new.write(piece)
+        count -= len(piece)
