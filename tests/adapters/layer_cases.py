@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LAYERS", "LayerCase", "randomised", "snapshot"]
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.dora import InputDora, OutputDora
+from lorasmith.adapters.inject import load_adapters
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.pissa import PissaAdapter
+from lorasmith.core.adapter_state import AdapterWeights
+
+__all__ = ["KINDS", "LAYERS", "Kind", "LayerCase", "Small", "randomised", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,67 @@ LAYERS: Mapping[str, LayerCase] = {
     "conv padded same": LayerCase(lambda: nn.Conv2d(8, 12, 3, padding="same"), (2, 8, 5, 6)),
     "conv1d": LayerCase(lambda: nn.Conv1d(8, 12, 3, padding=1), (2, 8, 7)),
     "conv3d": LayerCase(lambda: nn.Conv3d(4, 6, (1, 3, 3), padding=(0, 1, 1)), (2, 4, 1, 4, 4)),
+}
+
+
+class Small(nn.Module):
+    """A convolution and two Linear layers, one without bias: what peers are compared on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.inner = nn.Linear(6, 8)
+        self.outer = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.gelu(self.inner(self.conv(x).flatten(2).transpose(1, 2))))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to adapt a layer: an algorithm, or a variant of one.
+
+    Attributes:
+        create: as `Adapter.create`.
+        algorithm: registered name that its tensors are saved under.
+        start_is_random: whether initial values depend on seed and path.
+        gradient_is_exact: whether gradients are the derivatives of the output, with nothing held constant on purpose.
+    """
+
+    create: Callable[..., Adapter]
+    algorithm: str
+    start_is_random: bool = True
+    gradient_is_exact: bool = True
+
+    def from_weights(self, weights: AdapterWeights, layer: FrozenLayer) -> Adapter:
+        return load_adapters(nn.ModuleDict({"layer": layer.module}), {"layer": weights})["layer"]
+
+
+def dora_around(algorithm: str, kind: Any) -> Callable[..., Adapter]:
+    return lambda layer, **settings: kind.around(ADAPTERS[algorithm].create(layer, **settings), layer)
+
+
+def pissa(layer: FrozenLayer, *, rank: int, **settings: Any) -> PissaAdapter:
+    """Of a lower rank, as twice the tests' rank is the whole width of the smallest layer."""
+    return PissaAdapter.create(layer, rank=rank - 1, **settings)
+
+
+KINDS: Mapping[str, Kind] = {
+    **{
+        name: Kind(algorithm.create, name, start_is_random=name not in ("OFT", "BOFT", "Full"))
+        for name, algorithm in ADAPTERS.items()
+    },
+    "Tucker": Kind(LoraAdapter.create_tucker, "LoRA"),
+    "PiSSA": Kind(pissa, "LoRA", start_is_random=False),
+    "DoRA per output": Kind(OutputDora.create, "LoRA", gradient_is_exact=False),
+    "DoRA per input": Kind(InputDora.create, "LoRA", gradient_is_exact=False),
+    "DoRA per input, LoHa": Kind(dora_around("LoHa", InputDora), "LoHa", gradient_is_exact=False),
+    "DoRA per output, PiSSA": Kind(
+        lambda layer, **settings: OutputDora.around(pissa(layer, **settings), layer),
+        "LoRA",
+        start_is_random=False,
+        gradient_is_exact=False,
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Targets, fresh adapters, and attaching stacks of them."""
+"""Fresh adapters, and attaching stacks of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from layer_cases import LAYERS, LayerCase, randomised, snapshot
 from torch import Tensor, nn
 
 from lorasmith.adapters.base import Adapter, FrozenLayer, is_targetable
-from lorasmith.adapters.inject import Attached, attached, create_adapters, load_adapters, plan_adapters
+from lorasmith.adapters.inject import Attached, attached, create_adapters, load_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.targets import Plan, Rule, plan_adapters
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import LoraError
 
 
 class Block(nn.Module):
@@ -33,34 +34,8 @@ def model() -> nn.Module:
     return nn.ModuleDict({"first": Block(), "second": Block()}).requires_grad_(False)
 
 
-def paths(model: nn.Module, include: tuple[str, ...], **settings: object) -> list[str]:
-    return [one.path for one in plan_adapters(model, include=include, **{"rank": 4, **settings}).adapters]
-
-
-@pytest.mark.parametrize(
-    ("include", "settings", "expected"),
-    [
-        (("*",), {}, ["first.to_q", "first.conv", "first.out.0", "second.to_q", "second.conv", "second.out.0"]),
-        (("*",), {"linear_only": True}, ["first.to_q", "first.out.0", "second.to_q", "second.out.0"]),
-        (("*.to_q", "first.conv"), {}, ["first.to_q", "first.conv", "second.to_q"]),
-        (("*",), {"exclude": ("first.*", "*.out.?")}, ["second.to_q", "second.conv"]),
-        (("f*0",), {}, ["first.out.0"]),  # a star crosses dots
-    ],
-)
-def test_patterns_choose_whole_paths(
-    model: nn.Module, include: tuple[str, ...], settings: dict[str, object], expected: list[str]
-) -> None:
-    assert paths(model, include, **settings) == expected
-
-
-@pytest.mark.parametrize("include", [("to_q",), ("*.TO_Q",), (), ("*.norm",), ("*.circular",)])
-def test_targets_that_match_no_layer_are_refused(model: nn.Module, include: tuple[str, ...]) -> None:
-    with pytest.raises(OptionError) as caught:
-        plan_adapters(model, include=include, rank=4)
-
-    assert str(caught.value) == (
-        f"targets must match at least one Linear or convolution, but {', '.join(include) or 'nothing'} matches none"
-    )
+def planned(model: nn.Module, *include: str, rank: int) -> Plan:
+    return plan_adapters(model, [Rule(include)], rank=rank)
 
 
 def test_norms_and_other_paddings_are_no_targets() -> None:
@@ -69,17 +44,9 @@ def test_norms_and_other_paddings_are_no_targets() -> None:
     assert not is_targetable(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
 
 
-def test_the_rank_is_capped_at_the_smaller_side(model: nn.Module) -> None:
-    plan = plan_adapters(model, include=("first.*",), rank=16)
-
-    assert {one.path: one.rank for one in plan.adapters} == {"first.to_q": 8, "first.conv": 6, "first.out.0": 2}
-    assert len(plan.capped) == 3
-    assert plan_adapters(model, include=("first.*",), rank=2).capped == ()
-
-
 def test_an_adapter_of_full_rank_can_be_any_change() -> None:
     layer = nn.Linear(6, 4)
-    rank = plan_adapters(nn.Sequential(layer), include=("0",), rank=100).adapters[0].rank
+    rank = planned(nn.Sequential(layer), "0", rank=100).adapters[0].rank
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     weights = AdapterWeights("lora", {"down": v[:rank], "up": (u * s)[:, :rank]})
@@ -90,7 +57,7 @@ def test_an_adapter_of_full_rank_can_be_any_change() -> None:
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (16.0, 1.0), (1.0, 1 / 16), (24.0, 1.5)])
 def test_capped_layers_keep_the_others_scale(model: nn.Module, alpha: float | None, scale: float) -> None:
-    plan = plan_adapters(model, include=("first.*",), rank=16)
+    plan = planned(model, "first.*", rank=16)
     adapters = create_adapters(model, plan, algorithm="lora", alpha=alpha, seed=0, zero="up")
 
     assert [adapter.scale for adapter in adapters.values()] == pytest.approx([scale] * 3)
@@ -98,7 +65,7 @@ def test_capped_layers_keep_the_others_scale(model: nn.Module, alpha: float | No
 
 
 def test_fresh_adapters_are_fp32_trainable_and_in_the_models_order(model: nn.Module) -> None:
-    plan = plan_adapters(model.to(torch.bfloat16), include=("*",), rank=2)
+    plan = planned(model.to(torch.bfloat16), "*", rank=2)
     adapters = create_adapters(model, plan, algorithm="LoRA", alpha=None, seed=0, zero="up")
 
     assert list(adapters) == [one.path for one in plan.adapters]
@@ -107,7 +74,7 @@ def test_fresh_adapters_are_fp32_trainable_and_in_the_models_order(model: nn.Mod
 
 
 def test_an_unknown_algorithm_is_named(model: nn.Module) -> None:
-    plan = plan_adapters(model, include=("*",), rank=2)
+    plan = planned(model, "*", rank=2)
     with pytest.raises(LoraError, match=r"^unknown adapter algorithm 'lorra' \(did you mean 'LoRA'\?\)"):
         create_adapters(model, plan, algorithm="lorra", alpha=None, seed=0, zero="up")
 

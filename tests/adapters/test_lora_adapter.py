@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from layer_cases import LAYERS, LayerCase, randomised
+from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.base import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.targets import Plan, PlannedAdapter
+from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
@@ -120,12 +121,6 @@ def test_half_a_lora_is_refused() -> None:
         LoraAdapter.from_weights(AdapterWeights("lora", {"down": torch.zeros(2, 6)}), FrozenLayer(LINEAR))
 
 
-def test_a_dora_is_refused_by_name() -> None:
-    weights = {**tensors((2, 6), (8, 2)), "dora_scale": torch.ones(8, 1)}
-    with pytest.raises(LoraError, match=r"^this LoRA is a DoRA "):
-        LoraAdapter.from_weights(AdapterWeights("lora", weights), FrozenLayer(LINEAR))
-
-
 def test_a_linear_keeps_its_input_and_the_projection_alone() -> None:
     layer = nn.Linear(48, 40).requires_grad_(False)
     adapter = fresh(layer, rank=2)
@@ -141,15 +136,70 @@ def test_a_linear_keeps_its_input_and_the_projection_alone() -> None:
     assert sorted(tuple(t.shape) for t in saved) == sorted([(5, 48), (40, 48), (5, 2), (2, 48), (40, 2)])
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1)
-        self.inner = nn.Linear(6, 8)
-        self.outer = nn.Linear(8, 3, bias=False)
+def test_the_rank_stabilised_scale_is_pefts_and_is_saved_as_lycoris_saves_it() -> None:
+    from lycoris.modules.locon import LoConModule
+    from peft import LoraConfig, get_peft_model
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(F.gelu(self.inner(self.conv(x).flatten(2).transpose(1, 2))))
+    layer = nn.Linear(12, 10)
+    model = nn.ModuleDict({"x": layer})
+    plan = Plan((PlannedAdapter("x", 5, 5),))
+    settings = {"algorithm": "LoRA", "alpha": 3.0, "seed": 0, "zero": "up"}
+    adapter = create_adapters(model, plan, variant=Variant(rslora=True), **settings)["x"]
+    config = LoraConfig(r=5, lora_alpha=3.0, target_modules=["0"], use_rslora=True)
+    peer = get_peft_model(nn.Sequential(nn.Linear(12, 10)), config).base_model.model[0]
+
+    assert adapter.scale == pytest.approx(peer.scaling["default"])
+    assert adapter.to_weights().alpha == pytest.approx(float(LoConModule("", layer, 1.0, 5, 3.0, rs_lora=True).alpha))
+
+
+def test_lora_plus_takes_pefts_steps() -> None:
+    """AdamW, with a learning rate for the up matrices of its own."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    from lorasmith.training.engine import Recipe, _rate, _trained
+    from lorasmith.training.flat import FlatParameters
+    from lorasmith.training.optimizers import GatedOptimizer
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Small()
+
+    base, x = make(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    names = ("conv", "inner", "outer")
+    adapters = {name: fresh(base.get_submodule(name)) for name in names}
+    peer = get_peft_model(make(), LoraConfig(r=4, lora_alpha=2.0, target_modules=list(names)))
+    theirs = {name: peer.base_model.model.get_submodule(name) for name in names}
+    for name, adapter in adapters.items():
+        theirs[name].lora_A["default"].weight.data.copy_(adapter.down)
+    optimizer = create_loraplus_optimizer(peer, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0)
+
+    recipe = Recipe(
+        steps=1, batch_size=1, accumulation=1, learning_rate=1e-2, lora_plus_ratio=16.0, optimizer="AdamW",
+        weight_decay=0.0, max_grad_norm=0.0, loss_function="MSE", objective="native", timesteps="uniform", seed=0,
+        dtype=torch.float32, device=torch.device("cpu"), checkpoint_depth=0,
+    )  # fmt: skip
+    trained = list(_trained(adapters, {}))
+    flat = FlatParameters(
+        {name: parameter for _, name, parameter in trained},
+        device=recipe.device,
+        dtype=recipe.dtype,
+        rates={name: _rate(path, name, recipe) for path, name, _ in trained},
+    )
+    ours = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
+    with attached(base.requires_grad_(False), [Attached(adapters)]):
+        for _ in range(3):
+            flat.grad.zero_()
+            base(x).square().sum().backward()
+            ours.step(torch.tensor(True))
+            optimizer.zero_grad()
+            peer(x).square().sum().backward()
+            optimizer.step()
+
+    assert sorted(rate for _, rate in flat.groups) == pytest.approx([1e-2, 16e-2])
+    for name, adapter in adapters.items():
+        torch.testing.assert_close(adapter.down, theirs[name].lora_A["default"].weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter.up, theirs[name].lora_B["default"].weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 7.0])

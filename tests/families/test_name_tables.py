@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lorasmith.adapters.inject import plan_adapters
+from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
+from lorasmith.families.clip_layout import written_paths
 from lorasmith.families.convert import module_paths, weight_shapes
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
 from lorasmith.families.unet_layout import original_unet_path, unet_config
@@ -171,7 +172,7 @@ def targeted(preset: str) -> set[str]:
     """Names in kohya's files of what a preset targets in Stable Diffusion 1.5."""
     model, names = sd15()
     chosen = FAMILIES["sd1"].targets[preset]
-    plan = plan_adapters(model, include=chosen.include, exclude=chosen.exclude, linear_only=chosen.linear_only, rank=4)
+    plan = plan_adapters(model, [Rule(chosen.include, chosen.exclude, chosen.linear_only)], rank=4)
     by_path = dict(zip(names.denoiser, kohya(names), strict=True))
     return {by_path[one.path] for one in plan.adapters}
 
@@ -210,6 +211,26 @@ def test_text_encoder_names_are_those_of_sd_scripts() -> None:
     assert sorted(f"lora_te_{path.replace('.', '_')}" for path in paths) == record["text_encoder"]
 
 
+def test_models_without_text_encoders_know_the_released_ones() -> None:
+    record = json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())
+    paths = sd15()[1].text_encoders["text_encoder"]
+    assert sorted(f"lora_te_{path.replace('.', '_')}" for path in paths) == record["text_encoder"]
+    assert len(FAMILIES["sd2"].names(sd15()[0], {}).text_encoders["text_encoder"]) == 23 * 6
+
+
+def test_flux_knows_its_encoders_by_the_paths_that_transformers_has() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    names = FAMILIES["flux1"].names(flux(models.FLUX_TINY), {})
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
+        t5 = T5EncoderModel(T5Config(num_layers=24, feed_forward_proj="gated-gelu"))
+    assert set(names.text_encoders["text_encoder"]) == set(written_paths(clip))
+    linear = {path for path, module in t5.named_modules() if isinstance(module, nn.Linear)}
+    assert set(names.text_encoders["text_encoder_2"]) == linear
+    assert names.encoder_kinds["text_encoder_2"] == "t5xxl"
+
+
 @pytest.mark.parametrize(
     ("preset", "count"),
     [
@@ -225,7 +246,7 @@ def test_presets_of_flux_target_what_they_say(preset: str, count: int) -> None:
     # around them are two input layers, three embedders of two matrices, and two of the output.
     chosen = FAMILIES["flux1"].targets[preset]
     model = flux(models.FluxShape(128, 19, 38, 16, 8))
-    plan = plan_adapters(model, include=chosen.include, linear_only=chosen.linear_only, rank=4)
+    plan = plan_adapters(model, [Rule(chosen.include, linear_only=chosen.linear_only)], rank=4)
 
     assert len(plan.adapters) == count
 

@@ -15,7 +15,6 @@ from lorasmith.core.errors import (
     CancelledError,
     DataError,
     LoraError,
-    LorasmithError,
     NodeError,
     OptionError,
     TrainingError,
@@ -189,6 +188,23 @@ def test_too_large_a_rank_is_capped_with_a_word(train: Make, bench: Any) -> None
     assert any("Rank 128 is more than" in text for text in bench.messages("warning"))
 
 
+@pytest.mark.parametrize("algorithm", load_nodes()["TrainLoraNode"].slots["algorithm"].options)
+def test_every_algorithm_trains_with_the_nodes_own_defaults(train: Make, bench: Any, algorithm: str) -> None:
+    """Rank 8 is a factor or a block size there, alpha 1 a constraint; what does not apply needs no word."""
+    result = train(algorithm=algorithm.lower(), learning_rate=1e-2)
+    state = result.outputs[0][0].state
+    saved = [*state.adapters.values(), *state.differences.values()]
+    assert len(saved) == 7
+    assert all(map(math.isfinite, result.outputs[1][0]["loss"]))
+    assert bench.messages("warning") == []
+
+
+@pytest.mark.parametrize("name", ["bucket_mode", "bypass_mode"])
+def test_a_mode_that_changes_nothing_says_so(train: Make, bench: Any, name: str) -> None:
+    train(steps=1, **{name: True})
+    assert any(text.startswith(f"{name} changes nothing here") for text in bench.messages("warning"))
+
+
 def test_a_list_where_one_value_is_meant_is_told(train: Make, bench: Any) -> None:
     train(lists={"rank": [2, 4]}, steps=1)
     assert "rank takes one value but received 2; the first one counts" in bench.messages("warning")
@@ -201,7 +217,7 @@ def test_a_list_where_one_value_is_meant_is_told(train: Make, bench: Any) -> Non
     [
         ({"offloading": True}, TrainingError, "offloading is not available"),
         ({"quantized_backward": True}, TrainingError, "quantized_backward is not available"),
-        ({"algorithm": "OFT"}, LorasmithError, "OFT"),
+        ({"algorithm": "LoRAX"}, OptionError, r"algorithm must be one of .*, got 'LoRAX' \(did you mean 'LoRA'\?\)"),
         ({"rank": 129}, OptionError, "rank must be between 1 and 128, got 129"),
         ({"targets": "*.nowhere"}, OptionError, "targets must match at least one"),
         ({"existing_lora": "absent.safetensors"}, LoraError, "no 'absent.safetensors' among loras"),

@@ -54,7 +54,7 @@ def test_bf16_training_moves_what_a_bf16_master_would_not() -> None:
     value = {"w": nn.Parameter(torch.ones(64))}
     flat = FlatParameters(value, device=CPU, dtype=torch.bfloat16)
     flat.master.grad = flat.grad
-    optimizer = GatedOptimizer("AdamW", flat.master, learning_rate=1e-4, weight_decay=0.0)
+    optimizer = GatedOptimizer("AdamW", [(flat.master, 1e-4)], weight_decay=0.0)
     flat.grad.fill_(1.0)
     for _ in range(10):
         optimizer.step(torch.tensor(True))
@@ -63,12 +63,47 @@ def test_bf16_training_moves_what_a_bf16_master_would_not() -> None:
     assert torch.tensor(1.0).bfloat16() - torch.tensor(1e-4).bfloat16() == 1.0  # what one bf16 step would have done
 
 
+def test_groups_are_parts_of_the_buffers_with_a_rate_each() -> None:
+    values = parameters()
+    flat = FlatParameters(values, device=CPU, dtype=torch.float32, rates={"a": 1e-3, "b": 1e-4, "c": 1e-3})
+    (first, fast), (second, slow) = flat.groups
+
+    assert (fast, slow) == (1e-3, 1e-4)
+    assert first.numel() + second.numel() == flat.master.numel()
+    for name, group in (("a", first), ("b", second), ("c", first)):
+        part = flat.view(flat.master, name)
+        assert group.data_ptr() <= part.data_ptr() < group.data_ptr() + 4 * group.numel()
+        assert part.data_ptr() % 64 == flat.master.data_ptr() % 64
+    flat.view(flat.grad, "b").fill_(2.0)
+    assert second.grad is not None
+    assert second.grad.sum() == 14
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_two_groups_are_two_optimizers(name: str) -> None:
+    def run(*groups: tuple[torch.Tensor, float]) -> None:
+        for flat, _ in groups:
+            flat.grad = torch.full_like(flat, 0.5)
+        optimizer = GatedOptimizer(name, groups, weight_decay=0.01)
+        for step in range(3):
+            for flat, _ in groups:
+                flat.grad.fill_(0.5 + step)
+            optimizer.step(torch.tensor(step != 1))
+
+    together, apart = (torch.ones(64), torch.ones(32)), (torch.ones(64), torch.ones(32))
+    run((together[0], 0.1), (together[1], 0.02))
+    for flat, rate in zip(apart, (0.1, 0.02), strict=True):
+        run((flat, rate))
+    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+    assert together[0][0] != together[1][0]
+
+
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_a_step_that_may_not_proceed_changes_nothing(name: str) -> None:
     def run(poisoned: bool) -> torch.Tensor:
         flat = torch.ones(64)
         flat.grad = torch.full((64,), 0.5)
-        optimizer = GatedOptimizer(name, flat, learning_rate=0.1, weight_decay=0.01)
+        optimizer = GatedOptimizer(name, [(flat, 0.1)], weight_decay=0.01)
         for step in range(4):
             if poisoned:
                 flat.grad.fill_(float("nan"))

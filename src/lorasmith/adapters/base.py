@@ -5,10 +5,10 @@ For a frozen layer `W x + b` an adapter computes
     attached(x) = g(W f(x) + h(f(x))) + b          in activation space, while training or in bypass mode
     merged(W)                                       in weight space, the same function folded into one weight
 
-where f, g, h are the identity or zero unless the algorithm says otherwise: LoRA, LoHa and LoKr have only h; OFT, BOFT
-and output-axis DoRA g; input-axis DoRA f; GLoRA f and h. The bias stays outside g. `strength` interpolates from the
-frozen layer (0) to the adapter as trained (1) and beyond. A fresh adapter is exactly the identity, and `attached`
-agrees with `merged` to rounding.
+where f, g, h are the identity or zero unless the algorithm says otherwise: LoRA, LoHa, LoKr and Full have only h; OFT,
+BOFT and output-axis DoRA g; input-axis DoRA f; GLoRA f and h, of which h sees x itself. The bias stays outside g.
+`strength` interpolates from the frozen layer (0) to the adapter as trained (1) and beyond. A fresh adapter is exactly
+the identity, and `attached` agrees with `merged` to rounding.
 
 Adding an algorithm is one module that subclasses `Adapter` and registers itself in `ADAPTERS`.
 """
@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,9 +73,33 @@ class FrozenLayer:
 
     def product(self, x: Tensor, *, bias: bool) -> Tensor:
         """`W x`, with `+ b` if `bias`."""
-        if self.is_conv:
-            return self.convolve(x, self.weight, bias=self.bias if bias else None, groups=self.groups)
-        return F.linear(x, self.weight, self.bias if bias else None)
+        return self.product_with(self.weight, x, self.bias if bias else None)
+
+    def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's product with another weight and bias; a weight of two dimensions makes it that of a Linear."""
+        return self.convolve(x, weight, bias=bias, groups=self.groups) if weight.ndim > 2 else F.linear(x, weight, bias)
+
+    def product_gradients(
+        self, grad: Tensor, weight: Tensor, x: Tensor, *, of_weight: bool, of_input: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of `product_with` to weight and x, None where not asked for; `grad` is that of its result."""
+        if weight.ndim == 2:
+            rows = grad.reshape(-1, weight.shape[0])
+            grad_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None
+            return grad_weight, (rows @ weight).view(x.shape) if of_input else None
+        module = self.module
+        assert isinstance(module, CONVOLUTIONS)
+        padding, around = module.padding, None
+        if isinstance(padding, str):  # "same" may pad the two sides of a dimension differently
+            padding, around = (0,) * len(module.kernel_size), module._reversed_padding_repeated_twice
+            x = F.pad(x, around)
+        geometry = (module.stride, padding, module.dilation, False, (0,) * len(padding), module.groups)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *geometry, (of_input, of_weight, False)
+        )
+        if around is not None and grad_x is not None:
+            grad_x = F.pad(grad_x, [-size for size in around])
+        return grad_weight, grad_x
 
     def convolve(self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """A convolution with other weights but the layer's stride, padding and dilation."""
@@ -85,6 +110,10 @@ class FrozenLayer:
     def pointwise(self, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
         """A 1×1 convolution with `weight` (out, in / groups, 1, ...), stride 1."""
         return _CONVOLVE[type(self.module)](x, weight, groups=groups)
+
+    def channelwise(self, vector: Tensor) -> Tensor:
+        """One number per feature or channel, shaped to meet the layer's inputs and outputs."""
+        return vector.reshape(-1, *(1,) * (self.weight.ndim - 2)) if self.is_conv else vector
 
 
 class FrozenProduct:
@@ -108,11 +137,17 @@ class Adapter(nn.Module, ABC):
 
     Attributes:
         algorithm: registered name.
+        summary: one sentence for people who choose an algorithm.
+        rank_meaning: what `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
         transforms_output: whether g is something else than the identity; then the bias is added after it.
+        reads_weight: whether `attached` looks at the layer's weight; then it is shown that of the adapters below too.
     """
 
     algorithm: ClassVar[str]
+    summary: ClassVar[str]
+    rank_meaning: ClassVar[str]
     transforms_output: ClassVar[bool] = False
+    reads_weight: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -121,8 +156,8 @@ class Adapter(nn.Module, ABC):
 
         Args:
             layer: the layer it is for.
-            rank: inner dimension (LoKr: the factor; OFT: the block size).
-            alpha: numerator of the scale.
+            rank: inner dimension (LoKr: the factor; OFT: the block size; Full: nothing).
+            alpha: numerator of the scale (OFT: the constraint; LoKr, Full: nothing).
             seed, path: key of the initial values.
             zero: which factor starts at zero, `up` (the field's habit) or `down` (ComfyUI's).
         """

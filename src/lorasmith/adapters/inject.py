@@ -1,4 +1,4 @@
-"""Finding targets in a model, making adapters for them, attaching them, and taking them off again.
+"""Making adapters for targets, attaching them, and taking them off again.
 
 Attaching replaces the `forward` of the targeted layer objects; no module, parameter or name of the model changes, so
 the model is exactly as before once the context manager is left, whatever ended it.
@@ -8,92 +8,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lorasmith.adapters import lora  # noqa: F401  (algorithms register themselves)
+from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa: F401  (algorithms register themselves)
 from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.adapters.difference import Difference
+from lorasmith.adapters.dora import dora_from_weights
+from lorasmith.adapters.targets import Plan
+from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import LoraError
 
-__all__ = ["Attached", "Plan", "PlannedAdapter", "attached", "create_adapters", "load_adapters", "plan_adapters"]
-
-
-@dataclass(frozen=True)
-class PlannedAdapter:
-    """One layer that will get a fresh adapter.
-
-    Attributes:
-        path: module path.
-        rank: the rank it will have, at most the layer's smaller side.
-    """
-
-    path: str
-    rank: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which layers get an adapter, and of which rank.
-
-    Attributes:
-        adapters: in the model's order.
-        rank: the rank that was asked for; layers smaller than it got less.
-    """
-
-    adapters: tuple[PlannedAdapter, ...]
-    rank: int
-
-    @property
-    def capped(self) -> tuple[PlannedAdapter, ...]:
-        """Layers whose smaller side is below the rank that was asked for."""
-        return tuple(one for one in self.adapters if one.rank < self.rank)
+__all__ = ["Attached", "attached", "create_adapters", "load_adapters", "load_differences"]
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A set of adapters on one model at one strength."""
+    """A set of adapters on one model at one strength.
+
+    Attributes:
+        adapters: by path of a Linear or convolution.
+        strength: 1 is as trained.
+        differences: by path of a norm, Linear or convolution.
+    """
 
     adapters: Mapping[str, Adapter]
     strength: float = 1.0
-
-
-def plan_adapters(
-    model: nn.Module,
-    *,
-    include: Sequence[str],
-    exclude: Sequence[str] = (),
-    linear_only: bool = False,
-    rank: int,
-) -> Plan:
-    """Targets of a model.
-
-    Args:
-        model: the model.
-        include, exclude: patterns on module paths as `fnmatch` reads them, where `*` crosses dots.
-        linear_only: leave convolutions out.
-        rank: rank asked for; it is capped at each layer's smaller side, above which it could add nothing.
-
-    Raises:
-        OptionError: no layer matches.
-    """
-    planned = []
-    for path, module in model.named_modules():
-        if not is_targetable(module) or (linear_only and not isinstance(module, nn.Linear)):
-            continue
-        if _matches(path, include) and not _matches(path, exclude):
-            layer = FrozenLayer(module)
-            planned.append(PlannedAdapter(path, min(rank, layer.in_features, layer.out_features)))
-    if not planned:
-        patterns = ", ".join(include) or "nothing"
-        raise OptionError(f"targets must match at least one Linear or convolution, but {patterns} matches none")
-    return Plan(tuple(planned), rank)
+    differences: Mapping[str, Difference] = field(default_factory=dict)
 
 
 def create_adapters(
-    model: nn.Module, plan: Plan, *, algorithm: str, alpha: float | None, seed: int, zero: str
+    model: nn.Module,
+    plan: Plan,
+    *,
+    algorithm: str,
+    alpha: float | None,
+    seed: int,
+    zero: str,
+    variant: Variant | None = None,
 ) -> dict[str, Adapter]:
     """Fresh adapters for a plan, by module path, in fp32 on the CPU.
 
@@ -101,17 +55,19 @@ def create_adapters(
         model: the model that the plan was made for.
         plan: targets and ranks.
         algorithm: registered adapter name.
-        alpha: numerator of the scale; None takes the rank asked for, which makes the scale 1 for uncapped layers.
+        alpha: what targets without an alpha of their own get; None is the algorithm's default.
         seed: key of the initial values, together with each module path.
         zero: `up` or `down`, the factor that starts at zero.
+        variant: deviations from the plain algorithm.
     """
-    kind = ADAPTERS[algorithm]
+    variant = variant or Variant()
     return {
-        one.path: kind.create(
+        one.path: fresh_adapter(
             FrozenLayer(model.get_submodule(one.path)),
+            algorithm,
+            variant,
             rank=one.rank,
-            # A capped layer keeps the scale alpha / rank of the others.
-            alpha=one.rank if alpha is None else alpha * one.rank / plan.rank,
+            alpha=variant.stored_alpha(algorithm, one.alpha if one.alpha is not None else alpha, one.rank, one.asked),
             seed=seed,
             path=one.path,
             zero=zero,
@@ -127,45 +83,102 @@ def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> di
         LoraError: an algorithm is unknown, or the model has no such layer or one of another shape.
     """
     layers = dict(model.named_modules())
-    adapters = {}
+    adapters: dict[str, Adapter] = {}
     for path, one in weights.items():
         if path not in layers or not isinstance(getattr(layers[path], "weight", None), Tensor):
             raise LoraError(f"the LoRA is for a layer {path} that the model lacks; it was made for another model")
-        adapters[path] = ADAPTERS[one.algorithm].from_weights(one, FrozenLayer(layers[path]))
+        layer = FrozenLayer(layers[path])
+        if "dora_scale" in one.tensors:
+            adapters[path] = dora_from_weights(one, layer)
+        else:
+            adapters[path] = ADAPTERS[one.algorithm].from_weights(one, layer)
     return adapters
+
+
+def load_differences(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Difference]:
+    """Differences with given tensors, by module path. Raises LoraError when the model has none such."""
+    modules = dict(model.named_modules())
+    if missing := next((path for path in tensors if path not in modules), None):
+        raise LoraError(f"the LoRA changes {missing}, which the model lacks; it was made for another model")
+    return {path: Difference.from_tensors(one, modules[path], path) for path, one in tensors.items()}
 
 
 @contextlib.contextmanager
 def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
     """Run `model` with adapters in activation space; later sets wrap earlier ones, those of an enclosing call too."""
-    by_path: dict[str, list[tuple[Adapter, float]]] = {}
+    layers: dict[str, _OnLayer] = {}
+    norms: list[tuple[str, Difference, float]] = []
     for one in stack:
         for path, adapter in one.adapters.items():
-            by_path.setdefault(path, []).append((adapter, one.strength))
+            layers.setdefault(path, _OnLayer()).adapters.append((adapter, one.strength))
+        for path, difference in one.differences.items():
+            if is_targetable(model.get_submodule(path)):
+                layers.setdefault(path, _OnLayer()).biases.append((difference, one.strength))
+            else:
+                norms.append((path, difference, one.strength))
     with contextlib.ExitStack() as undo:
-        for path, adapters in by_path.items():
+        for path, on_layer in layers.items():
             module = model.get_submodule(path)
             own = module.__dict__.get("forward")
             undo.callback(_restore_forward, module, own)
-            below = own.adapters if isinstance(own, _Stacked) else ()
-            module.forward = _Stacked(FrozenLayer(module), (*below, *adapters))
+            module.forward = _Stacked(FrozenLayer(module), on_layer.above(own))
+        for path, difference, strength in norms:
+            module = model.get_submodule(path)
+            undo.callback(_restore_forward, module, module.__dict__.get("forward"))
+            module.forward = difference.on_norm(module, module.forward, strength)
         yield
 
 
-class _Stacked:
-    """A layer's forward under a stack of adapters, innermost first."""
+@dataclass
+class _OnLayer:
+    """What is attached to one layer, innermost first."""
 
-    def __init__(self, layer: FrozenLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        self.adapters = adapters
+    adapters: list[tuple[Adapter, float]] = field(default_factory=list)
+    biases: list[tuple[Difference, float]] = field(default_factory=list)
+
+    def above(self, forward: object) -> _OnLayer:
+        """This on top of what an enclosing call has attached, if it is that which made `forward`."""
+        below = forward.on_layer if isinstance(forward, _Stacked) else _OnLayer()
+        return _OnLayer([*below.adapters, *self.adapters], [*below.biases, *self.biases])
+
+
+class _Stacked:
+    """A layer's forward under a stack of adapters."""
+
+    def __init__(self, layer: FrozenLayer, on_layer: _OnLayer) -> None:
+        self.on_layer = on_layer
         self._layer = layer
+        adapters = on_layer.adapters
         self._bias_last = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
         self._run: Callable[[Tensor], Tensor] = FrozenProduct(layer, with_bias=not self._bias_last)
-        for adapter, strength in adapters:
-            self._run = _wrapped(adapter, self._run, layer, strength)
+        for number, (adapter, strength) in enumerate(adapters):
+            seen = _LayerAbove(layer, adapters[:number]) if number and adapter.reads_weight else layer
+            self._run = _wrapped(adapter, self._run, seen, strength)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._run(x)
-        return y + _as_channels(self._layer) if self._bias_last else y
+        if self._bias_last:
+            assert self._layer.bias is not None
+            y = y + self._layer.channelwise(self._layer.bias)
+        for difference, strength in self.on_layer.biases:
+            y = y + strength * self._layer.channelwise(difference.get_parameter("bias"))
+        return y
+
+
+class _LayerAbove(FrozenLayer):
+    """A layer as an adapter sees it that stands above others: with their changes in its weight."""
+
+    def __init__(self, layer: FrozenLayer, below: Sequence[tuple[Adapter, float]]) -> None:
+        self._below: Sequence[tuple[Adapter, float]] = ()
+        super().__init__(layer.module)
+        self._below = below
+
+    @property
+    def weight(self) -> Tensor:
+        weight = super().weight
+        for adapter, strength in self._below:
+            weight = adapter.merged(weight, strength)
+        return weight
 
 
 def _wrapped(
@@ -180,14 +193,3 @@ def _restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> No
         module.__dict__.pop("forward", None)
     else:
         module.forward = own
-
-
-def _as_channels(layer: FrozenLayer) -> Tensor:
-    """The bias, shaped to add to the layer's output."""
-    bias = layer.bias
-    assert bias is not None
-    return bias.reshape(-1, *(1,) * (layer.weight.ndim - 2)) if layer.is_conv else bias
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)

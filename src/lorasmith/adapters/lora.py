@@ -3,43 +3,137 @@
     ΔW = (alpha / rank) · up · down
 
 `down` (rank, in) projects to the inner dimension and `up` (out, rank) back. For a convolution `down` carries the kernel
-(rank, in, kh, kw) and `up` is 1×1 (out, rank, 1, 1), as in LoCon; files with a Tucker core `mid` (rank, rank, kh, kw)
-are applied and continued as they are.
+(rank, in, kh, kw) and `up` is 1×1 (out, rank, 1, 1), as in LoCon; with a Tucker core `mid` (rank, rank, kh, kw) between
+them `down` is 1×1 too (Yeh et al. 2023, arXiv:2309.14859).
 
 In activation space neither ΔW nor W + ΔW is ever built. A Linear layer's whole forward is one autograd function, which
 adds the low-rank product in place and keeps the layer's input and the rank-sized projection for the backward pass.
+
+Variants that are low-rank too share `LowRank`: `pissa` has other factors, `dropout` sets the mask, `dora` wraps.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
+from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.random import keyed_generator
 
-__all__ = ["LoraAdapter"]
+__all__ = ["Factors", "LoraAdapter", "LowRank"]
+
+
+class Factors(NamedTuple):
+    """The matrices of a low-rank product.
+
+    Attributes:
+        down: (inner, in) or (inner, in, *kernel).
+        up: (out, inner) or (out, inner, 1, ...).
+        mid: (inner, inner, *kernel) of a Tucker-decomposed convolution, whose down is 1×1; else None.
+    """
+
+    down: Tensor
+    up: Tensor
+    mid: Tensor | None = None
+
+
+class LowRank(Adapter):
+    """An adapter that adds `scale · up · down`, whatever its factors are made of.
+
+    Attributes:
+        alpha: numerator of the scale alpha / rank.
+        mask: what the inner dimension is multiplied with in a training step, (batch, rank); None for nothing.
+    """
+
+    alpha: float
+    mask: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Denominator of the scale."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The factors as they are now; their inner dimension is the rank or a multiple of it."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        down, up, mid = self.factors()
+        down, up = down.float(), up.float()
+        if mid is None:
+            delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        else:
+            inner = torch.einsum("mn...,ni->mi...", mid.float(), down.flatten(1))
+            delta = torch.einsum("om,mi...->oi...", up.flatten(1), inner)
+        factor = strength * self.scale
+        return torch.add(weight.float(), delta.to(weight.device), alpha=factor).to(weight.dtype)
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+        down, up, mid = self.factors()
+        factor = strength * self.scale
+        if not layer.is_conv:
+            return F.linear(self._masked(F.linear(x, down), layer), up) * factor
+        groups = layer.groups
+        if mid is None:
+            # Every group sees the same down matrix, since ΔW's rows share it.
+            shared = down.repeat(groups, *(1,) * (down.ndim - 1)) if groups > 1 else down
+            inner = layer.convolve(x, shared, groups=groups)
+        else:
+            inner = layer.convolve(layer.pointwise(x, down), mid)
+        return layer.pointwise(self._masked(inner, layer), up * factor, groups=groups)
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        if isinstance(inner, FrozenProduct) and not layer.is_conv:
+            down, up, _ = self.factors()
+            mask = self._inner_mask((*x.shape[:-1], len(down)), layer)
+            return _linear_with_lora(x, layer.weight, inner.bias, down, up, strength * self.scale, mask)
+        return super().attached(inner, layer, x, strength)
+
+    def _masked(self, inner: Tensor, layer: FrozenLayer) -> Tensor:
+        mask = self._inner_mask(inner.shape, layer)
+        return inner if mask is None else inner * mask
+
+    def _inner_mask(self, shape: tuple[int, ...], layer: FrozenLayer) -> Tensor | None:
+        """The mask, shaped to meet the inner activations of `shape`."""
+        if self.mask is None:
+            return None
+        if len(self.mask) != shape[0]:
+            raise OptionError(
+                f"dropout needs layers whose input begins with the batch ({len(self.mask)}), got one of shape "
+                f"{tuple(shape)}; exclude such layers or leave rank_dropout and module_dropout out"
+            )
+        channels = shape[1] if layer.is_conv else shape[-1]
+        mask = self.mask.repeat(1, channels // self.rank)
+        point = (1,) * (len(shape) - 2)
+        return mask.reshape(len(mask), channels, *point) if layer.is_conv else mask.reshape(len(mask), *point, channels)
 
 
 @ADAPTERS.register("LoRA")
-class LoraAdapter(Adapter):
+class LoraAdapter(LowRank):
     """Low-rank adapter.
 
     Args:
-        down: (rank, in) or (rank, in, *kernel).
-        up: (out, rank) or (out, rank, 1, ...).
-        mid: (rank, rank, *kernel) of a Tucker-decomposed convolution, else None.
+        down, up, mid: as in `Factors`.
         alpha: numerator of the scale alpha / rank.
     """
 
     algorithm = "lora"
+    summary = ALGORITHMS["LoRA"].summary
+    rank_meaning = ALGORITHMS["LoRA"].rank_meaning
 
     def __init__(self, down: Tensor, up: Tensor, *, alpha: float, mid: Tensor | None = None) -> None:
         super().__init__()
@@ -50,29 +144,45 @@ class LoraAdapter(Adapter):
 
     @property
     def rank(self) -> int:
-        """Inner dimension."""
         return self.down.shape[0]
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+    def factors(self) -> Factors:
+        return Factors(self.down, self.up, self.mid)
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LoraAdapter:
-        kernel = layer.weight.shape[2:]
+        point = (1,) * len(layer.weight.shape[2:])
         down = torch.zeros((rank, *layer.weight.shape[1:]))
-        up = torch.zeros((layer.out_features, rank, *(1,) * len(kernel)))
-        # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
-        filled = down if zero == "up" else up
-        bound = 1 / math.sqrt(filled[0].numel())
-        filled.uniform_(-bound, bound, generator=keyed_generator(seed, "init", path))
+        up = torch.zeros((layer.out_features, rank, *point))
+        _fill(down if zero == "up" else up, seed, path)
         return cls(down, up, alpha=alpha)
 
     @classmethod
+    def create_tucker(
+        cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str
+    ) -> LoraAdapter:
+        """A fresh adapter with a Tucker core, which a convolution larger than 1×1 has most of its parameters in.
+
+        Layers for which a core would save nothing (see `has_core`) get a plain one.
+        """
+        if not cls.has_core(layer):
+            return cls.create(layer, rank=rank, alpha=alpha, seed=seed, path=path, zero=zero)
+        kernel = layer.weight.shape[2:]
+        point = (1,) * len(kernel)
+        down = torch.zeros((rank, layer.weight.shape[1], *point))
+        up = torch.zeros((layer.out_features, rank, *point))
+        mid = torch.zeros((rank, rank, *kernel))
+        _fill(down if zero == "up" else up, seed, path)
+        _fill(mid, seed, f"{path}/mid")
+        return cls(down, up, alpha=alpha, mid=mid)
+
+    @staticmethod
+    def has_core(layer: FrozenLayer) -> bool:
+        """Whether a Tucker core makes sense: a kernel of more than one pixel, and no groups."""
+        return math.prod(layer.weight.shape[2:]) > 1 and layer.groups == 1
+
+    @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> LoraAdapter:
-        if "dora_scale" in weights.tensors:
-            raise LoraError("this LoRA is a DoRA (it has dora_scale tensors), which is not supported; use a plain LoRA")
         down, up, mid = (weights.tensors.get(name) for name in ("down", "up", "mid"))
         if down is None or up is None:
             raise LoraError(f"a LoRA layer needs both a down and an up matrix, got only {', '.join(weights.tensors)}")
@@ -98,55 +208,37 @@ class LoraAdapter(Adapter):
         tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
         return AdapterWeights(self.algorithm, tensors, self.alpha)
 
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        factor = strength * self.scale
-        down, up = self.down.float(), self.up.float()
-        if self.mid is None:
-            delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-        else:
-            inner = torch.einsum("mn...,ni->mi...", self.mid.float(), down.flatten(1))
-            delta = torch.einsum("om,mi...->oi...", up.flatten(1), inner)
-        return torch.add(weight.float(), delta.to(weight.device), alpha=factor).to(weight.dtype)
-
-    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
-        factor = strength * self.scale
-        if not layer.is_conv:
-            return F.linear(F.linear(x, self.down), self.up) * factor
-        groups = layer.groups
-        if self.mid is None:
-            # Every group sees the same down matrix, since ΔW's rows share it.
-            down = self.down if groups == 1 else self.down.repeat(groups, *(1,) * (self.down.ndim - 1))
-            inner = layer.convolve(x, down, groups=groups)
-        else:
-            inner = layer.pointwise(x, self.down)
-            inner = layer.convolve(inner, self.mid)
-        return layer.pointwise(inner, self.up * factor, groups=groups)
-
-    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        if isinstance(inner, FrozenProduct) and not layer.is_conv:
-            return _linear_with_lora(x, layer.weight, inner.bias, self.down, self.up, strength * self.scale)
-        return super().attached(inner, layer, x, strength)
-
 
 class _LinearWithLora(torch.autograd.Function):
-    """`x Wᵀ + b + factor · (x downᵀ) upᵀ` for x (..., in), with W and b frozen."""
+    """`x Wᵀ + b + factor · (mask ∘ x downᵀ) upᵀ` for x (..., in), with W and b frozen."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, factor: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        factor: float,
+        mask: Tensor | None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         inner = F.linear(x, down)
+        if mask is not None:
+            inner.mul_(mask)
         y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), up.t(), alpha=factor)
-        ctx.save_for_backward(x, weight, inner, down, up)
+        ctx.save_for_backward(x, weight, inner, down, up, mask)
         ctx.factor = factor
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inner, down, up = ctx.saved_tensors
+        x, weight, inner, down, up, mask = ctx.saved_tensors
         grad = grads[0].reshape(-1, up.shape[0])
         grad_inner = _scaled(grad @ up, ctx.factor)
+        if mask is not None:
+            grad_inner.view(inner.shape).mul_(mask)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
@@ -155,7 +247,7 @@ class _LinearWithLora(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             # This way round the narrow matrix is the one that is transposed, which is a quarter faster on a CPU.
             grad_up = _scaled(inner.view(-1, inner.shape[-1]).t() @ grad, ctx.factor).t()
-        return grad_x, None, None, grad_down, grad_up, None
+        return grad_x, None, None, grad_down, grad_up, None, None
 
 
 _linear_with_lora: Callable[..., Tensor] = _LinearWithLora.apply
@@ -164,6 +256,12 @@ _linear_with_lora: Callable[..., Tensor] = _LinearWithLora.apply
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
     """In place, and not at all for the usual factor of 1."""
     return tensor if factor == 1 else tensor.mul_(factor)
+
+
+def _fill(tensor: Tensor, seed: int, key: str) -> None:
+    """kaiming_uniform(a=√5), the default of torch's own layers, which is uniform within 1/√fan_in."""
+    bound = 1 / math.sqrt(tensor[0].numel())
+    tensor.uniform_(-bound, bound, generator=keyed_generator(seed, "init", key))
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from lorasmith.cli import demo, diff, extract, generate, inspect, merge, resize, train, workflow
+from lorasmith.cli import demo, diff, extract, generate, inspect, merge, resize, targets, train, workflow
 from lorasmith.cli.console import complain
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+targets.register(app)
 workflow.register(app)
 generate.register(app)
 inspect.register(app)

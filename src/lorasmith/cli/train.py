@@ -93,7 +93,7 @@ def run_training(
     from lorasmith.data.loading import encode_scan
     from lorasmith.training.train import plan_job, run_job
 
-    job = plan_job(base.denoiser, config)
+    job = plan_job(base.denoiser, config, device)
     _say_plan(scan, base, job, resolution)
     with counting("Encoding") as progress:
         data = encode_scan(scan, base, resolution=resolution, progress=progress)
@@ -154,8 +154,7 @@ def _say_plan(scan: FolderScan, base: Model, job: Job, resolution: int | None) -
     side = resolution or base.defaults.resolution
     for label, text in {
         "Model": f"{base.title} ({base.family.title})",
-        "Trains": f"{config.algorithm}, rank {config.rank}, alpha {config.alpha:g}, on {config.targets}: "
-        f"{len(job.adapters)} layers, {job.parameters:,} parameters",
+        "Trains": job.summary,
         "Pictures": f"about {side}×{side} pixels, sides that divide by {base.defaults.pixel_multiple}",
         "Steps": f"{config.steps} × {batch} = {taken} samples, {per_epoch} in an epoch{repeats} "
         f"= {taken / per_epoch:.1f} epochs",

@@ -114,7 +114,10 @@ def save_lora(
     chosen = layout_for(layout, names)
     if lost := [loss for loss in chosen.losses(state, names) if loss.left_out]:
         raise LoraError(f"a LoRA saved for {chosen.title} must fit it: {sentences(lost)[0]}; choose another layout")
-    written = {key: _cast(tensor, dtype) for key, tensor in chosen.write(state, names).items()}
+    written = {
+        key: tensor if key.endswith(_MAGNITUDES) else _cast(tensor, dtype)
+        for key, tensor in chosen.write(state, names).items()
+    }
     header = with_header(state.metadata if metadata is None else metadata, chosen, state, names)
     carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for what belongs to no module
     write_lora(path, {**carried, **written}, header, chosen.companions(state, names), hashed=metadata is not None)
@@ -239,6 +242,10 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
             f"{path} {looks}: {len(misfits)} of its {len(groups)} modules, such as {misfits[0]}, have another shape "
             f"than in the loaded {names.family} model; load the model that it was trained on"
         )
+
+
+# Rounded, they would change whole rows or columns of the base's weights.
+_MAGNITUDES = (".dora_scale", ".lora_magnitude_vector")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

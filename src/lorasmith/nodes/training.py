@@ -27,7 +27,7 @@ from lorasmith.nodes.values import (
     one_for_each,
     single,
 )
-from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.config import NONE_LORA, TrainConfig, unused_settings
 from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone, Warned
 from lorasmith.training.lora import Lora
 from lorasmith.training.train import TrainResult, train
@@ -58,7 +58,7 @@ _SETTINGS = (
     _setting("optimizer"),
     _setting("loss_function"),
     _setting("seed"),
-    _setting("training_dtype"),
+    _setting("training_dtype", default="bf16", options=("bf16", "fp32", "none")),
     _setting("lora_dtype"),
     _setting("quantized_backward"),
     _setting("algorithm"),
@@ -134,7 +134,11 @@ def train_lora(
 
 def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
     """The configuration that the node's inputs stand for; inputs left out have the node's defaults."""
-    chosen = {setting.name: setting.default for setting in _SETTINGS} | dict(values)
+    defaults = {setting.name: setting.default for setting in _SETTINGS}
+    chosen = defaults | dict(values)
+    for name in unused_settings(chosen["algorithm"]):
+        if chosen[name] == defaults[name]:  # nobody chose it, so nobody needs to hear that it changes nothing
+            del chosen[name]
     if chosen["existing_lora"] != NONE_LORA:
         chosen["existing_lora"] = str(folders.find("loras", chosen["existing_lora"]))
     if chosen["timesteps"] == _AUTO:

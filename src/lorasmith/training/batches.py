@@ -31,6 +31,7 @@ class Batch:
         level: their noise levels.
         conditioning: one batch.
         names: the samples' names.
+        masks: dropout's, one row for each sample; None without dropout.
     """
 
     clean: Tensor
@@ -39,6 +40,7 @@ class Batch:
     level: NoiseLevel
     conditioning: Conditioning
     names: tuple[str, ...]
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class BatchMaker:
         accumulation: forward passes per step.
         device, dtype: where the denoiser runs and the dtype of its conditioning.
         memory_format: of the tensors that go through the denoiser.
+        masks: dropout's masks for draws, by their index, one row each.
     """
 
     samples: Sequence[Sample]
@@ -67,6 +70,7 @@ class BatchMaker:
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
+    masks: Callable[[Sequence[int]], Tensor | None] = lambda draws: None
 
     @property
     def per_step(self) -> int:
@@ -103,6 +107,7 @@ class BatchMaker:
         noise = torch.stack([keyed_normal(tuple(clean.shape[1:]), self.seed, "noise", draw) for draw in draws])
         uniform = torch.tensor([keyed_uniform(self.seed, "timestep", draw) for draw in draws])
         level = self.schedule.at(self.distribution(uniform))
+        masks = self.masks(draws)
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
@@ -110,6 +115,7 @@ class BatchMaker:
             level=level.to(self.device),
             conditioning=collate([sample.conditioning for sample in samples]).to(self.device, self.dtype),
             names=tuple(sample.name for sample in samples),
+            masks=None if masks is None else masks.to(self.device, self.dtype),
         )
 
     def _placed(self, tensor: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.difference import Difference
+from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.patch import attachments, merged_weights
 from lorasmith.core.errors import TrainingError
@@ -41,6 +43,7 @@ class Recipe:
     Attributes:
         first_step: steps that the adapters have behind them: draws go on from there, so that a continued LoRA meets new
             noise and the rest of the epoch rather than the beginning again.
+        learning_rates: of the module paths where it is not `learning_rate`.
         checkpoint_depth: 0 for no gradient checkpointing.
     """
 
@@ -49,6 +52,10 @@ class Recipe:
     batch_size: int
     accumulation: int
     learning_rate: float
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    lora_plus_ratio: float = 1.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     optimizer: str
     weight_decay: float
     max_grad_norm: float
@@ -67,6 +74,7 @@ def fit(
     samples: Sequence[Sample],
     recipe: Recipe,
     *,
+    differences: Mapping[str, Difference] | None = None,
     on_event: EventHandler,
     cancelled: Callable[[], bool],
 ) -> list[float]:
@@ -80,6 +88,7 @@ def fit(
         adapters: by module path, fp32.
         samples: the dataset.
         recipe: settings.
+        differences: of norms and biases, trained along, by module path.
         on_event: receives a `StepDone` per step, late and in order.
         cancelled: asked between steps.
 
@@ -89,7 +98,9 @@ def fit(
     Raises:
         TrainingError: the loss or the gradient is not finite.
     """
-    maker = _batch_maker(denoiser, samples, recipe)
+    differences = differences or {}
+    dropout = Dropout(adapters, rank=recipe.rank_dropout, module=recipe.module_dropout, seed=recipe.seed)
+    maker = _batch_maker(denoiser, samples, recipe, dropout)
     losses: list[float] = []
     mailbox = Mailbox(recipe.device)
 
@@ -100,14 +111,20 @@ def fit(
             losses.append(loss)
             on_event(StepDone(step=len(losses), loss=loss, grad_norm=norm))
 
-    with prepared(denoiser, adapters, recipe):
-        flat = FlatParameters(_trained(adapters), device=recipe.device, dtype=recipe.dtype)
+    with prepared(denoiser, adapters, recipe, differences):
+        trained = list(_trained(adapters, differences))
+        flat = FlatParameters(
+            {name: parameter for _, name, parameter in trained},
+            device=recipe.device,
+            dtype=recipe.dtype,
+            rates={name: _rate(path, name, recipe) for path, name, _ in trained},
+        )
         try:
             update = _Update(flat, recipe)
             for step, batches in prefetched(maker, range(recipe.first_step, recipe.first_step + recipe.steps)):
                 if cancelled():
                     break
-                loss = _accumulate(denoiser, batches, recipe, flat, update.scale.scale)
+                loss = _accumulate(denoiser, batches, recipe, flat, dropout, update.scale.scale)
                 mailbox.post(step, update(loss))
                 report()
             report(wait=True)
@@ -117,13 +134,19 @@ def fit(
 
 
 @contextlib.contextmanager
-def prepared(denoiser: Denoiser, adapters: Mapping[str, Adapter], recipe: Recipe) -> Iterator[None]:
+def prepared(
+    denoiser: Denoiser,
+    adapters: Mapping[str, Adapter],
+    recipe: Recipe,
+    differences: Mapping[str, Difference] | None = None,
+) -> Iterator[None]:
     """The denoiser as it trains: patches applied, weights held, adapters attached, blocks recomputed."""
     module = denoiser.module
+    trained = Attached(adapters, differences=differences or {})
     with contextlib.ExitStack() as stack:
         stack.enter_context(merged_weights(module, denoiser.patches))
         stack.enter_context(held(module, device=recipe.device, dtype=recipe.dtype))
-        stack.enter_context(attached(module, [*attachments(module, denoiser.patches), Attached(adapters)]))
+        stack.enter_context(attached(module, [*attachments(module, denoiser.patches), trained]))
         stack.enter_context(checkpointed(module, recipe.checkpoint_depth))
         yield
 
@@ -144,15 +167,21 @@ def sample_losses(denoiser: Denoiser, batch: Batch, recipe: Recipe) -> Tensor:
 
 
 def _accumulate(
-    denoiser: Denoiser, batches: Sequence[Batch], recipe: Recipe, flat: FlatParameters, scale: Tensor
+    denoiser: Denoiser,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    flat: FlatParameters,
+    dropout: Dropout,
+    scale: Tensor,
 ) -> Tensor:
     """Gradients of a step into `flat.grad`; returns the mean loss over the step's samples."""
     flat.grad.zero_()
     per_step = recipe.batch_size * recipe.accumulation
     losses = []
     for batch in batches:
-        loss = sample_losses(denoiser, batch, recipe)
-        torch.autograd.backward(loss.sum() * (scale / per_step))
+        with dropout.applied(batch.masks):  # until the backward pass is over, which may compute blocks again
+            loss = sample_losses(denoiser, batch, recipe)
+            torch.autograd.backward(loss.sum() * (scale / per_step))
         flat.collect()
         losses.append(loss.detach())
     return torch.cat(losses).mean()
@@ -166,10 +195,7 @@ class _Update:
         self._max_norm = recipe.max_grad_norm
         self.scale = LossScale(recipe.device, enabled=recipe.dtype == torch.float16)
         self._sound = torch.ones((), dtype=torch.bool, device=recipe.device)
-        flat.master.grad = flat.grad
-        self._optimizer = GatedOptimizer(
-            recipe.optimizer, flat.master, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
+        self._optimizer = GatedOptimizer(recipe.optimizer, flat.groups, weight_decay=recipe.weight_decay)
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Update the master weights; returns (loss, gradient norm, whether all was finite so far)."""
@@ -189,7 +215,9 @@ class _Update:
         return torch.stack((loss, norm, self._sound.to(loss.dtype)))
 
 
-def _batch_maker(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe) -> BatchMaker:
+def _batch_maker(
+    denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe, dropout: Dropout | None = None
+) -> BatchMaker:
     return BatchMaker(
         samples=samples,
         schedule=denoiser.base.components.schedule,
@@ -201,15 +229,24 @@ def _batch_maker(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe) 
         device=recipe.device,
         dtype=recipe.dtype,
         memory_format=memory_format_for(denoiser.module),
+        **({} if dropout is None else {"masks": dropout.masks}),
     )
 
 
-def _trained(adapters: Mapping[str, Adapter]) -> dict[str, torch.nn.Parameter]:
-    return {
-        f"{path}.{name}": parameter
-        for path, adapter in adapters.items()
-        for name, parameter in adapter.named_parameters()
-    }
+def _trained(
+    adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
+) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+    """Module path, full name and parameter of everything that is trained."""
+    for path, adapter in adapters.items():
+        yield from ((path, f"{path}.{name}", parameter) for name, parameter in adapter.named_parameters())
+    for path, one in differences.items():
+        yield from ((path, f"{path}.difference.{name}", parameter) for name, parameter in one.named_parameters())
+
+
+def _rate(path: str, name: str, recipe: Recipe) -> float:
+    """The learning rate of a parameter; LoRA+ has a higher one for up matrices."""
+    rate = recipe.learning_rates.get(path, recipe.learning_rate)
+    return rate * recipe.lora_plus_ratio if name.endswith(".up") else rate
 
 
 def _unsound(maker: BatchMaker, step: int, loss: float, recipe: Recipe) -> str:

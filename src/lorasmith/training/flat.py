@@ -4,9 +4,10 @@
     compute   dtype (N,)         what the forward pass reads: the adapters' parameters are views of it
     grad      fp32 (N,)          gradients, summed over micro-batches, zeroed and never None
 
-The parameters stay separate autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half
-precision autograd accumulates into a second buffer of that dtype, which is added to `grad` after each micro-batch; in
-fp32 it accumulates into `grad` itself, and compute and master are the same memory.
+Parameters of one group stand together, so that an optimizer gets one tensor per group. They stay separate autograd
+leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision autograd accumulates into a
+second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 it accumulates into `grad` itself,
+and compute and master are the same memory.
 
 A bf16 master would not do: at learning rate 1e-4 most AdamW updates are below half a unit in the last place.
 """
@@ -27,23 +28,45 @@ class FlatParameters:
     """Moves parameters into flat buffers, where they remain.
 
     Args:
-        parameters: by name, in the order in which they are laid out; fp32.
+        parameters: by name; fp32.
         device: where the buffers live.
         dtype: of the forward pass.
+        rates: learning rate by name, 0 for those that are not named; parameters of one rate are a group.
+
+    Attributes:
+        groups: each group's part of `master`, with its gradient in `grad`, and its learning rate.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, device: torch.device, dtype: torch.dtype) -> None:
-        self._parameters = dict(parameters)
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        members: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            members.setdefault((rates or {}).get(name, 0.0), {})[name] = parameter
+        self._parameters = {name: parameter for group in members.values() for name, parameter in group.items()}
         self._offsets: dict[str, int] = {}
+        ends = []
         size = 0
-        for name, parameter in self._parameters.items():
-            self._offsets[name] = size
-            size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        for group in members.values():
+            for name, parameter in group.items():
+                self._offsets[name] = size
+                size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            ends.append(size)
         self.master = torch.zeros(size, device=device)
         self.grad = torch.zeros(size, device=device)
         half = dtype != torch.float32
         self._compute = torch.zeros(size, device=device, dtype=dtype) if half else self.master
         self._compute_grad = torch.zeros_like(self._compute) if half else self.grad
+        self.groups: list[tuple[Tensor, float]] = []
+        for start, end, rate in zip([0, *ends], ends, members, strict=False):
+            part = self.master[start:end]
+            part.grad = self.grad[start:end]
+            self.groups.append((part, rate))
         for name, parameter in self._parameters.items():
             self.view(self.master, name).copy_(parameter.data)
             parameter.data = self.view(self._compute, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,15 @@ from lorasmith.core.registry import Registry
 
 __all__ = ["OPTIMIZERS", "GatedOptimizer"]
 
-OPTIMIZERS: Registry[Callable[[Tensor, float, float], Optimizer]] = Registry("optimizer")
-"""Name → (flat parameter, learning rate, weight decay) → optimizer."""
+Groups = list[dict[str, Any]]
 
-OPTIMIZERS.register("AdamW")(lambda flat, lr, decay: torch.optim.AdamW([flat], lr=lr, weight_decay=decay, fused=True))
-OPTIMIZERS.register("Adam")(lambda flat, lr, decay: torch.optim.Adam([flat], lr=lr, fused=True))
-OPTIMIZERS.register("SGD")(lambda flat, lr, decay: torch.optim.SGD([flat], lr=lr, fused=True))
-OPTIMIZERS.register("RMSprop")(lambda flat, lr, decay: torch.optim.RMSprop([flat], lr=lr))
+OPTIMIZERS: Registry[Callable[[Groups, float], Optimizer]] = Registry("optimizer")
+"""Name → (torch's parameter groups with their learning rates, weight decay) → optimizer."""
+
+OPTIMIZERS.register("AdamW")(lambda groups, decay: torch.optim.AdamW(groups, weight_decay=decay, fused=True))
+OPTIMIZERS.register("Adam")(lambda groups, decay: torch.optim.Adam(groups, fused=True))
+OPTIMIZERS.register("SGD")(lambda groups, decay: torch.optim.SGD(groups, fused=True))
+OPTIMIZERS.register("RMSprop")(lambda groups, decay: torch.optim.RMSprop(groups))
 
 
 class GatedOptimizer:
@@ -28,17 +31,17 @@ class GatedOptimizer:
 
     Args:
         name: registered optimizer.
-        flat: the flat master buffer; its `grad` must be set.
+        groups: parts of the flat master buffer, whose `grad` must be set, with their learning rates.
     """
 
-    def __init__(self, name: str, flat: Tensor, *, learning_rate: float, weight_decay: float) -> None:
-        self._flat = flat
-        self._optimizer = OPTIMIZERS[name](flat, learning_rate, weight_decay)
+    def __init__(self, name: str, groups: Sequence[tuple[Tensor, float]], *, weight_decay: float) -> None:
+        self._flats = [flat for flat, _ in groups]
+        self._optimizer = OPTIMIZERS[name]([{"params": [flat], "lr": rate} for flat, rate in groups], weight_decay)
         self._reads_flag = getattr(self._optimizer, "_step_supports_amp_scaling", False)
 
     @torch.no_grad()
     def step(self, proceed: Tensor) -> None:
-        """Update the buffer if `proceed` (0-d bool, on the buffer's device) is true."""
+        """Update the buffers if `proceed` (0-d bool, on the buffers' device) is true."""
         if self._reads_flag:
             self._optimizer.found_inf = (~proceed).to(torch.float32)  # type: ignore[attr-defined]
             self._optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -52,9 +55,14 @@ class GatedOptimizer:
             tensor.copy_(torch.where(proceed, tensor, old))
 
     def _state(self) -> list[Tensor]:
-        """The buffer, then the optimizer's state of the same shape, in a fixed order.
+        """The buffers, then the optimizer's state of the same shapes, in a fixed order.
 
         Step counters are left out: RMSprop, the one optimizer that comes here, does not use its own.
         """
-        state = self._optimizer.state.get(self._flat, {})
-        return [self._flat, *(t for t in state.values() if isinstance(t, Tensor) and t.shape == self._flat.shape)]
+        kept = [
+            tensor
+            for flat in self._flats
+            for tensor in self._optimizer.state.get(flat, {}).values()
+            if isinstance(tensor, Tensor) and tensor.shape == flat.shape
+        ]
+        return [*self._flats, *kept]

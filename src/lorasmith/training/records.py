@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
@@ -15,7 +17,7 @@ from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.formats.metadata import TrainingFacts, build_metadata, tag_frequency
 
 if TYPE_CHECKING:
-    from lorasmith.training.train import Job
+    from lorasmith.training.job import Job
 
 __all__ = ["run_record", "training_metadata"]
 
@@ -32,7 +34,8 @@ def run_record(job: Job, data: EncodedDataset, title: str) -> dict[str, Any]:
             {"name": sample.name, "caption": sample.conditioning.text, "latents": list(sample.latents.shape)}
             for sample in data.samples
         ],
-        "adapters": {path: sum(p.numel() for p in adapter.parameters()) for path, adapter in job.adapters.items()},
+        "adapters": {path: _size(adapter) for path, adapter in job.adapters.items()},
+        "differences": {path: _size(difference) for path, difference in job.differences.items()},
     }
 
 
@@ -73,6 +76,10 @@ def training_metadata(
         config=asdict(config),
     )
     return build_metadata(facts)
+
+
+def _size(trained: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in trained.parameters())
 
 
 def _largest_picture(base: Model, data: EncodedDataset) -> tuple[int, int]:

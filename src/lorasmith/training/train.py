@@ -1,39 +1,36 @@
 """Train a LoRA: from a model, encoded samples and a configuration to a LoRA that can be saved.
 
-This is the one way in for command line, nodes and library; the loop itself is in `engine`.
+This is the one way in for command line, nodes and library. What is decided before the first step is in `job`, the loop
+itself in `engine`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorasmith.adapters.base import Adapter
-from lorasmith.adapters.inject import Plan, create_adapters, load_adapters, plan_adapters
-from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import dtype_from_name, dtype_name
-from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
+from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.base import Family, TargetPreset
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Recipe, fit
 from lorasmith.training.events import Event, EventHandler, RunFinished, RunStarted, StepDone, Warned
+from lorasmith.training.job import Job, plan_job
 from lorasmith.training.lora import Lora
 from lorasmith.training.records import run_record, training_metadata
 from lorasmith.training.run_folder import RunFolder
 
-__all__ = ["Job", "TrainResult", "plan_job", "recipe_of", "resolve_targets", "run_job", "train"]
+__all__ = ["Job", "TrainResult", "plan_job", "recipe_of", "run_job", "train"]
 
 
 @dataclass(frozen=True)
@@ -63,32 +60,6 @@ class TrainResult:
         target = Path(path)
         write_atomic(target, plot_losses(self.losses))
         return target
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run with everything decided, before its first step.
-
-    Attributes:
-        config: with no setting left open.
-        adapters: what will be trained, by module path.
-        denoiser: what it is trained on, with the untrained differences of a continued LoRA folded in.
-        carried: parts of a continued LoRA that are not trained and go into the result unchanged.
-        steps_before: steps that the continued LoRA had.
-        notes: sentences that the person should read.
-    """
-
-    config: TrainConfig
-    adapters: dict[str, Adapter]
-    denoiser: Denoiser
-    carried: AdapterState = field(default_factory=AdapterState)
-    steps_before: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Trained numbers."""
-        return sum(p.numel() for adapter in self.adapters.values() for p in adapter.parameters())
 
 
 def train(
@@ -123,7 +94,7 @@ def train(
             steps were taken and there is an output folder, their LoRA is in it and the message says where.
     """
     config = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
-    job = plan_job(model if isinstance(model, Denoiser) else model.denoiser, config)
+    job = plan_job(model if isinstance(model, Denoiser) else model.denoiser, config, device)
     return run_job(
         job, data, output=output, title=title, trigger=trigger, device=device, on_event=on_event, cancelled=cancelled
     )
@@ -149,48 +120,6 @@ def run_job(
     )
 
 
-def plan_job(denoiser: Denoiser, config: TrainConfig) -> Job:
-    """Decide everything about a run that does not depend on the data. Raises OptionError and LoraError."""
-    _refuse_unavailable(config)
-    defaults = denoiser.base.defaults
-    family = denoiser.base.family
-    config = replace(
-        config,
-        learning_rate=config.learning_rate or defaults.learning_rate,
-        alpha=float(config.rank) if config.alpha is None else config.alpha,
-        targets=config.targets or defaults.targets,
-        timesteps=config.timesteps or defaults.timestep_distribution,
-    )
-    plan = resolve_targets(denoiser, family, config)
-    fresh = create_adapters(
-        denoiser.module, plan, algorithm=config.algorithm, alpha=config.alpha, seed=config.seed, zero=config.zero_init
-    )
-    notes = _capped_note(plan)
-    if config.existing_lora is None:
-        return Job(config, fresh, denoiser, notes=notes)
-    return _continued(config, Path(config.existing_lora), denoiser, fresh, notes)
-
-
-def resolve_targets(denoiser: Denoiser, family: Family, config: TrainConfig) -> Plan:
-    """The layers that `config.targets` names: a preset of the family, or patterns. Raises OptionError."""
-    spec = config.targets or denoiser.base.defaults.targets
-    preset = family.targets.get(spec.casefold())
-    if preset is None:
-        patterns = [pattern.strip() for pattern in spec.split(",") if pattern.strip()]
-        exclude = tuple(pattern[1:] for pattern in patterns if pattern.startswith("!"))
-        preset = TargetPreset(tuple(p for p in patterns if not p.startswith("!")) or ("*",), exclude)
-    try:
-        return plan_adapters(
-            denoiser.module,
-            include=preset.include,
-            exclude=preset.exclude,
-            linear_only=preset.linear_only,
-            rank=config.rank,
-        )
-    except OptionError as error:
-        raise OptionError(f"{error}; use one of {', '.join(family.targets)}, or patterns such as *.attn2.*") from None
-
-
 def recipe_of(job: Job, device: torch.device) -> Recipe:
     """What the engine needs to know of a planned run."""
     config = job.config
@@ -202,6 +131,10 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         batch_size=config.batch_size,
         accumulation=config.grad_accumulation_steps,
         learning_rate=config.learning_rate,
+        learning_rates=job.learning_rates,
+        lora_plus_ratio=config.lora_plus_ratio,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
         optimizer=config.optimizer,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -247,6 +180,7 @@ class _Run:
                 self._job.adapters,
                 self._data.samples,
                 self._recipe,
+                differences=self._job.differences,
                 on_event=tell,
                 cancelled=cancelled,
             )
@@ -288,12 +222,17 @@ class _Run:
         job = self._job
         steps = job.steps_before + len(self._losses)
         trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+        differences = {ref: dict(changes) for ref, changes in job.carried.differences.items()}
+        for path, one in job.differences.items():
+            differences.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
+        for ref in [ref for ref, weights in trained.items() if weights.algorithm == "full"]:
+            differences.setdefault(ref, {})["weight"] = trained.pop(ref).tensors["diff"]  # what files call it
         metadata = training_metadata(
             job, self._data, title=self._title, trigger=self._trigger, steps=steps, started=self._started
         )
         state = AdapterState(
             adapters={**job.carried.adapters, **trained},
-            differences=job.carried.differences,
+            differences=differences,
             unknown=job.carried.unknown,
             metadata=metadata,
         )
@@ -305,42 +244,3 @@ class _Run:
         if result.losses:
             result.plot(folder / "loss.png")
         return replace(result, folder=folder, path=path)
-
-
-def _continued(
-    config: TrainConfig, path: Path, denoiser: Denoiser, fresh: Mapping[str, Adapter], notes: tuple[str, ...]
-) -> Job:
-    """A job that goes on from an existing LoRA: its layers as they are, the other targets fresh."""
-    existing = Lora.load(path, denoiser.base)
-    held = {ref.path: one for ref, one in existing.state.adapters.items() if ref.component == DENOISER}
-    adapters = load_adapters(denoiser.module, held)
-    adapters.update({module: adapter for module, adapter in fresh.items() if module not in held})
-    carried = replace(
-        existing.state, adapters={ref: one for ref, one in existing.state.adapters.items() if ref.component != DENOISER}
-    )
-    differences = {ref.path: one for ref, one in carried.differences.items() if ref.component == DENOISER}
-    if differences:
-        denoiser = denoiser.patched(Patch({}, differences))
-    before = steps_of(existing.state.metadata, path.name)
-    note = (
-        f"Going on from {path.name} ({before} steps): {len(held)} of its layers keep their rank and alpha, "
-        f"{len(adapters) - len(held)} targets start fresh."
-    )
-    return Job(config, adapters, denoiser, carried, before, (note, *notes))
-
-
-def _refuse_unavailable(config: TrainConfig) -> None:
-    if config.offloading:
-        raise TrainingError("offloading is not available yet; turn it off, and use gradient_checkpointing for memory")
-    if config.quantized_backward:
-        raise TrainingError("quantized_backward is not available yet, as there are no quantized weights; turn it off")
-
-
-def _capped_note(plan: Plan) -> tuple[str, ...]:
-    if not plan.capped:
-        return ()
-    first = plan.capped[0]
-    return (
-        f"Rank {plan.rank} is more than {len(plan.capped)} of {len(plan.adapters)} layers can hold; "
-        f"they get their own size instead, such as {first.rank} at {first.path}.",
-    )

@@ -1,0 +1,116 @@
+"""BOFT: butterfly orthogonal fine-tuning (Liu et al. 2023, arXiv:2311.06243), in LyCORIS' form.
+
+    W' = P_mᵀ R_m P_m · … · P_1ᵀ R_1 P_1 W
+
+Each stage is an OFT (see `oft`) of shuffled rows: stage i makes blocks of two half blocks that are 2^i half blocks
+apart, so that after all stages each output depends on every other (of its group, in a convolution with groups). Blocks
+are of even size and their number is a power of two; `oft_blocks` is (stages, blocks, block size, block size). `rank` is
+the largest block size that is wanted; where the outputs allow none that small, it is the smallest that they allow.
+Constraint, `rescale` and strength are OFT's, strength in each stage. Parameters: stages · out · block size, of which
+half are used.
+
+In activation space the stages run one after the other on the outputs. The backward pass runs them again instead of
+keeping an activation for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.oft import constrained, rescaled, rotated
+from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import OptionError
+
+__all__ = ["BoftAdapter"]
+
+
+@ADAPTERS.register("BOFT")
+class BoftAdapter(Adapter):
+    """Butterfly of block-diagonal rotations of the outputs.
+
+    Args:
+        blocks: (stages, blocks, block size, block size).
+        alpha: constraint, 0 for none.
+        rescale: (out, 1, ...) or None.
+    """
+
+    algorithm = "boft"
+    summary = ALGORITHMS["BOFT"].summary
+    rank_meaning = ALGORITHMS["BOFT"].rank_meaning
+    transforms_output = True
+
+    def __init__(self, blocks: Tensor, *, alpha: float, rescale: Tensor | None = None) -> None:
+        super().__init__()
+        self.oft_blocks = nn.Parameter(blocks)
+        self.rescale = None if rescale is None else nn.Parameter(rescale)
+        self.alpha = alpha
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> BoftAdapter:
+        together = layer.out_features // layer.groups
+        size = layer.out_features
+        while size % 4 == 0 and (size > rank or together % size):
+            size //= 2
+        if size % 2 or together % size:
+            raise OptionError(
+                f"BOFT needs an even number of outputs that can be mixed, and {path} has {together}; "
+                "exclude this layer or use OFT"
+            )
+        count = layer.out_features // size
+        stages = max(n for n in range(1, count.bit_length() + 1) if together % (size << (n - 1)) == 0)
+        return cls(torch.zeros(stages, count, size, size), alpha=alpha)
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> BoftAdapter:
+        tensors = taken(weights, ["oft_blocks"], ("rescale",))
+        blocks, rescale = tensors["oft_blocks"], tensors.get("rescale")
+        out = layer.out_features
+        if not _is_butterfly(blocks.shape, layer) or (rescale is not None and rescale.numel() != out):
+            raise misfit(weights, layer)
+        return cls(blocks, alpha=weights.alpha or 0.0, rescale=rescale)
+
+    def to_weights(self) -> AdapterWeights:
+        return saved(self, self.algorithm, self.alpha)
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        blocks = constrained(self.oft_blocks, self.alpha).to(weight.device)
+        rows = rescaled(_butterfly(wide(weight).flatten(1).t(), blocks, strength), self.rescale, strength)
+        return rows.t().reshape(weight.shape).to(weight.dtype)
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        y = inner(x)
+        rows = y.movedim(1, -1) if layer.is_conv else y
+        blocks = constrained(self.oft_blocks, self.alpha)
+        rows = checkpoint(_butterfly, rows, blocks, strength, use_reentrant=False, preserve_rng_state=False)
+        rows = rescaled(rows, self.rescale, strength)
+        return rows.movedim(-1, 1) if layer.is_conv else rows
+
+
+def _butterfly(y: Tensor, blocks: Tensor, strength: float) -> Tensor:
+    """All stages on y (..., channels), for blocks (stages, blocks, block size, block size)."""
+    stages, count, size, _ = blocks.shape
+    half = size // 2
+    # Files number a block's rows across its two halves; here each half stays in one piece. And their Rᵀ is OFT's R.
+    blocks = blocks.reshape(stages, count, half, 2, half, 2).permute(0, 1, 5, 4, 3, 2).reshape(blocks.shape)
+    for stage, turn in enumerate(blocks):
+        shuffled = y.reshape(*y.shape[:-1], -1, 2, 2**stage, half).transpose(-3, -2)
+        turned = rotated(shuffled.reshape(y.shape), turn, strength)
+        y = turned.view(shuffled.shape).transpose(-3, -2).reshape(y.shape)
+    return y
+
+
+def _is_butterfly(shape: torch.Size, layer: FrozenLayer) -> bool:
+    """Whether blocks of this shape make a butterfly on a layer's outputs, or on those of each of its groups."""
+    if len(shape) != 4:
+        return False
+    stages, count, size, columns = shape
+    whole = size == columns and size % 2 == 0 and count & (count - 1) == 0 and count * size == layer.out_features
+    widest = size << (stages - 1)
+    return whole and layer.out_features // layer.groups % widest == 0

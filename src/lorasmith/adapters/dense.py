@@ -1,0 +1,79 @@
+"""The product of a layer whose weight gets a change of its own size, as LoHa and a full difference have it.
+
+    y = (W + ΔW) x + b,   ΔW = build(factors)
+
+ΔW lives for the length of a product: the backward pass builds it again from its factors, which are kept instead of it.
+Half precision could not hold a small ΔW in the sum with W, so there the two products are taken one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.base import FrozenLayer, FrozenProduct
+
+__all__ = ["change_alone", "changed_product"]
+
+Build = Callable[..., Tensor]
+"""From factors to ΔW, in the shape of the weight; differentiable."""
+
+
+def changed_product(
+    inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor
+) -> Tensor:
+    """`inner(x) + ΔW x`, in one product where `inner` is the frozen layer itself."""
+    if isinstance(inner, FrozenProduct):
+        return _product(layer, build, layer.weight, inner.bias, x, *factors)
+    return inner(x) + change_alone(layer, x, build, *factors)
+
+
+def change_alone(layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor) -> Tensor:
+    """`ΔW x`."""
+    return _product(layer, build, None, None, x, *factors)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: FrozenLayer,
+        build: Build,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        x: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, *factors)
+        ctx.layer, ctx.build = layer, build
+        change = build(*factors)
+        if weight is None:
+            return layer.product_with(change, x)
+        if weight.element_size() < 4:
+            return layer.product_with(weight, x, bias).add_(layer.product_with(change, x))
+        return layer.product_with(weight + change, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *factors = ctx.saved_tensors
+        of_input, of_factors = ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
+        leaves = [factor.detach().requires_grad_(needed) for factor, needed in zip(factors, of_factors, strict=True)]
+        with torch.enable_grad():
+            change = ctx.build(*leaves)
+        total = change.detach() if weight is None else weight + change.detach()
+        grad_change, grad_x = ctx.layer.product_gradients(
+            grads[0], total, x, of_weight=any(of_factors), of_input=of_input
+        )
+        found: dict[int, Tensor] = {}
+        if grad_change is not None:
+            trained = [number for number, needed in enumerate(of_factors) if needed]
+            wanted = [leaves[number] for number in trained]
+            gradients = torch.autograd.grad(change, wanted, grad_change.reshape(change.shape))
+            found = dict(zip(trained, gradients, strict=True))
+        return None, None, None, None, grad_x, *map(found.get, range(len(leaves)))
+
+
+_product: Callable[..., Tensor] = _Product.apply

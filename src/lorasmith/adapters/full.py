@@ -1,0 +1,67 @@
+"""Full: a difference of the weight's own size, as in ordinary fine-tuning (LyCORIS' Full).
+
+    W' = W + diff
+
+Files call it `diff`; there is no rank and no alpha. Every program that knows it adds strength · diff. The parameter is
+as large as the weight, in memory and on disk; nothing else is kept for the backward pass (see `dense`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.dense import change_alone, changed_product
+from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_state import AdapterWeights
+
+__all__ = ["FullAdapter"]
+
+
+@ADAPTERS.register("Full")
+class FullAdapter(Adapter):
+    """Full difference.
+
+    Args:
+        diff: of the weight's shape.
+    """
+
+    algorithm = "full"
+    summary = ALGORITHMS["Full"].summary
+    rank_meaning = ALGORITHMS["Full"].rank_meaning
+
+    def __init__(self, diff: Tensor) -> None:
+        super().__init__()
+        self.diff = nn.Parameter(diff)
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> FullAdapter:
+        return cls(torch.zeros(layer.weight.shape))
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> FullAdapter:
+        diff = taken(weights, ["diff"])["diff"]
+        if diff.shape != layer.weight.shape:
+            raise misfit(weights, layer)
+        return cls(diff)
+
+    def to_weights(self) -> AdapterWeights:
+        return saved(self, self.algorithm, None)
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        return torch.add(wide(weight), wide(self.diff).to(weight.device), alpha=strength).to(weight.dtype)
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+        return change_alone(layer, x, partial(_scaled, strength), self.diff)
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        return changed_product(inner, layer, x, partial(_scaled, strength), self.diff)
+
+
+def _scaled(factor: float, diff: Tensor) -> Tensor:
+    return diff if factor == 1 else diff * factor

@@ -1,0 +1,137 @@
+"""GLoRA: a low-rank change of the weight's inputs and one added to it (Chavan et al. 2023, arXiv:2306.07967), in
+LyCORIS' form.
+
+    W' = W + (alpha / rank) · (W · a1 · a2 + b1 · b2)
+    attached(x) = W (x + s a1 a2 x) + s b1 b2 x + b,   s = alpha / rank
+
+a1 (in, rank) and a2 (rank, in) work on input channels, 1×1 for a convolution; b1 (out, rank) and b2 (rank, in[, kh,
+kw]) are a LoRA's up and down, with an optional Tucker core bm (rank, rank, kh, kw) between them. A convolution in
+groups has its channels changed within their group, alike in all of them. Files of LyCORIS before version 2 have each
+pair the other way round. Parameters: rank · (3 · in + out).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.random import keyed_generator
+
+__all__ = ["GloraAdapter"]
+
+_NAMES = ("a1", "a2", "b1", "b2")
+
+
+@ADAPTERS.register("GLoRA")
+class GloraAdapter(Adapter):
+    """Adapter of a layer's inputs and of its weight.
+
+    Args:
+        tensors: a1, a2, b1, b2, and bm if there is one.
+        alpha: numerator of the scale alpha / rank.
+    """
+
+    algorithm = "glora"
+    summary = ALGORITHMS["GLoRA"].summary
+    rank_meaning = ALGORITHMS["GLoRA"].rank_meaning
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
+        super().__init__()
+        self.a1, self.a2, self.b1, self.b2 = (nn.Parameter(tensors[name]) for name in _NAMES)
+        self.bm = nn.Parameter(tensors["bm"]) if "bm" in tensors else None
+        self.alpha = alpha
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of both products."""
+        return self.a2.shape[0]
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> GloraAdapter:
+        tensors = {name: torch.zeros(shape) for name, shape in _shapes(layer, rank).items()}
+        generator = keyed_generator(seed, "init", path)
+        for name in ("a2", "b2") if zero == "up" else ("a1", "b1"):
+            # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
+            bound = 1 / math.sqrt(tensors[name][0].numel())
+            tensors[name].uniform_(-bound, bound, generator=generator)
+        return cls(tensors, alpha=alpha)
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> GloraAdapter:
+        given = taken(weights, _NAMES, ("bm",))
+        old = {**given, **{name: given[other] for name, other in zip(_NAMES, ("a2", "a1", "b2", "b1"), strict=True)}}
+        tensors = _shaped(given, layer) or _shaped(old, layer)
+        if tensors is None:
+            raise misfit(weights, layer)
+        alpha = weights.alpha
+        return cls(tensors, alpha=float(len(tensors["a2"])) if alpha is None else alpha)
+
+    def to_weights(self) -> AdapterWeights:
+        return saved(self, self.algorithm, self.alpha)
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        a1, a2, b1, b2 = (wide(p).to(weight.device).flatten(1) for p in (self.a1, self.a2, self.b1, self.b2))
+        full = wide(weight)
+        change = torch.einsum("oi...,ir,rj->oj...", full, a1, a2)
+        if self.bm is None:
+            change = change + (b1 @ b2).reshape(weight.shape)
+        else:
+            change = change + torch.einsum("om,mn...,ni->oi...", b1, wide(self.bm).to(weight.device), b2)
+        return torch.add(full, change, alpha=strength * self.alpha / self.rank).to(weight.dtype)
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+        up = self.b1 * (strength * self.alpha / self.rank)
+        if not layer.is_conv:
+            return F.linear(F.linear(x, self.b2), up)
+        groups = layer.groups
+        if self.bm is None:
+            inner = layer.convolve(x, _for_each_group(self.b2, groups), groups=groups)
+        else:
+            inner = layer.pointwise(x, _for_each_group(self.b2, groups), groups=groups)
+            inner = layer.convolve(inner, _for_each_group(self.bm, groups), groups=groups)
+        return layer.pointwise(inner, up, groups=groups)
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        up = self.a1 * (strength * self.alpha / self.rank)
+        if layer.is_conv:
+            groups = layer.groups
+            change = layer.pointwise(x, _for_each_group(self.a2, groups), groups=groups)
+            change = layer.pointwise(change, _for_each_group(up, groups), groups=groups)
+        else:
+            change = F.linear(F.linear(x, self.a2), up)
+        return inner(x + change) + self.beside(x, layer, strength)
+
+
+def _shapes(layer: FrozenLayer, rank: int, *, cored: bool = False) -> dict[str, tuple[int, ...]]:
+    inside, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+    point = (1,) * len(kernel)
+    shapes: dict[str, tuple[int, ...]] = {
+        "a1": (inside, rank, *point),
+        "a2": (rank, inside, *point),
+        "b1": (layer.out_features, rank, *point),
+        "b2": (rank, inside, *(point if cored else kernel)),
+    }
+    return {**shapes, "bm": (rank, rank, *kernel)} if cored else shapes
+
+
+def _shaped(tensors: Mapping[str, Tensor], layer: FrozenLayer) -> dict[str, Tensor] | None:
+    """The tensors with the dimensions that they have for a layer, which some files flatten; None if they do not fit."""
+    rank = len(tensors["a2"])
+    shapes = _shapes(layer, rank, cored="bm" in tensors)
+    flat = {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
+    if any(tensor.flatten(1).shape != flat[name] for name, tensor in tensors.items()):
+        return None
+    return {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}
+
+
+def _for_each_group(weight: Tensor, groups: int) -> Tensor:
+    """The weight of a convolution in groups that does the same in all of them."""
+    return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))

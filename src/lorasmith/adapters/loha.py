@@ -1,0 +1,123 @@
+"""LoHa: a Hadamard product of two low-rank products (FedPara, Hyeon-Woo et al. 2021, arXiv:2108.06098; for diffusion
+models Yeh et al. 2023, arXiv:2309.14859).
+
+    ΔW = (alpha / rank) · (w1_a · w1_b) ∘ (w2_a · w2_b)
+
+`hada_w*_a` is (out, rank) and `hada_w*_b` (rank, in), flattened to (rank, in·kh·kw) for a convolution. With Tucker
+cores `hada_t*` (rank, rank, kh, kw) the factors are (rank, out) and (rank, in), and each product is
+Σ_ij t[i, j, ...] a[i, out] b[j, in]. ΔW has up to rank² as its rank, from 2 · rank · (in + out) parameters.
+
+An entry-by-entry product has no form in activation space: ΔW is built for each product (see `dense`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.dense import change_alone, changed_product
+from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.random import keyed_generator
+
+__all__ = ["LohaAdapter"]
+
+_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+
+
+@ADAPTERS.register("LoHa")
+class LohaAdapter(Adapter):
+    """Adapter from two low-rank products.
+
+    Args:
+        tensors: the four factors, and the two cores if there are any, by canonical name.
+        alpha: numerator of the scale alpha / rank.
+    """
+
+    algorithm = "loha"
+    summary = ALGORITHMS["LoHa"].summary
+    rank_meaning = ALGORITHMS["LoHa"].rank_meaning
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
+        super().__init__()
+        for name in (*_FACTORS, *_CORES):
+            if name in tensors:
+                self.register_parameter(name, nn.Parameter(tensors[name]))
+        self.alpha = alpha
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of both products."""
+        return self.get_parameter("hada_w1_b").shape[0]
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LohaAdapter:
+        """Normal factors as LyCORIS', of which one is zero: w2_a as there, or w1_b as ComfyUI has it.
+
+        ComfyUI's own start has means where standard deviations were meant. With either factor at zero the first product
+        has standard deviation 0.1 · √rank in the other, so that both learn at the same speed.
+        """
+        up, down = (layer.out_features, rank), (rank, layer.in_features)
+        generator = keyed_generator(seed, "init", path)
+
+        def normal(shape: tuple[int, int], std: float) -> Tensor:
+            return torch.empty(shape).normal_(0, std, generator=generator)
+
+        if zero == "up":
+            values = normal(up, 0.1), normal(down, 1), torch.zeros(up), normal(down, 1)
+        else:
+            values = normal(up, 1), torch.zeros(down), normal(up, 0.1), normal(down, 1)
+        return cls(dict(zip(_FACTORS, values, strict=True)), alpha=alpha)
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> LohaAdapter:
+        cored = bool(weights.tensors.keys() & set(_CORES))
+        tensors = taken(weights, (*_FACTORS, *_CORES) if cored else _FACTORS)
+        out, inside, kernel = layer.out_features, layer.weight.shape[1], layer.weight.shape[2:]
+        rank = len(tensors["hada_w1_b"])
+        up, down = ((rank, out), (rank, inside)) if cored else ((out, rank), (rank, layer.in_features))
+        expected = dict(zip((*_FACTORS, *_CORES), (up, down, up, down, *[(rank, rank, *kernel)] * 2), strict=True))
+        if any(tuple(tensor.shape) != expected[name] for name, tensor in tensors.items()):
+            raise misfit(weights, layer)
+        return cls(tensors, alpha=float(rank) if weights.alpha is None else weights.alpha)
+
+    def to_weights(self) -> AdapterWeights:
+        return saved(self, self.algorithm, self.alpha)
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        change = self._build(weight.shape, strength)(*map(wide, self.parameters()))
+        return (wide(weight) + change.to(weight.device)).to(weight.dtype)
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+        return change_alone(layer, x, self._build(layer.weight.shape, strength), *self.parameters())
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        return changed_product(inner, layer, x, self._build(layer.weight.shape, strength), *self.parameters())
+
+    def _build(self, shape: torch.Size, strength: float) -> Callable[..., Tensor]:
+        return partial(_hadamard, strength * self.alpha / self.rank, shape)
+
+
+def _hadamard(
+    scale: float,
+    shape: torch.Size,
+    first_a: Tensor,
+    first_b: Tensor,
+    second_a: Tensor,
+    second_b: Tensor,
+    *cores: Tensor,
+) -> Tensor:
+    """ΔW in the shape of the weight. Parameters come in the order in which they were registered."""
+    if cores:
+        first, second = (
+            torch.einsum("ij...,ip,jr->pr...", core, a, b)
+            for core, a, b in zip(cores, (first_a * scale, second_a), (first_b, second_b), strict=True)
+        )
+        return first * second
+    return ((first_a * scale) @ first_b * (second_a @ second_b)).reshape(shape)

@@ -1,0 +1,268 @@
+"""LoKr: a Kronecker product (KronA, Edalati et al. 2022, arXiv:2212.10650; for diffusion models Yeh et al. 2023,
+arXiv:2309.14859).
+
+    ΔW = scale · (w1 ⊗ w2),   w1 (out_l, in_m),   w2 (out_k, in_n[, kh, kw]),   out = out_l · out_k,   in = in_m · in_n
+
+Either factor is given whole (`lokr_w1`, `lokr_w2`) or as a product (`lokr_w1_a` · `lokr_w1_b`, likewise w2, that of a
+convolution with an optional Tucker core `lokr_t2`). With both whole the scale is 1 and alpha means nothing; else it is
+alpha / rank, the rank being that of w2 if that is a product. A fresh adapter has both whole, as ComfyUI's trainer makes
+them: `rank` is the factor, and out_l and in_m are the largest divisors not above it or the root of their dimension.
+Parameters: out_l · in_m + out_k · in_n · kh · kw.
+
+In activation space, with x seen as a matrix (in_m, in_n) and y as (out_l, out_k), it is two small products,
+
+    y += scale · w1 x w2ᵀ
+
+the first of which the backward pass repeats, so that only x is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.dense import change_alone
+from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.random import keyed_generator
+
+__all__ = ["LokrAdapter", "factorization"]
+
+_WHOLE, _PARTS = ("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
+
+
+def factorization(dimension: int, factor: int) -> tuple[int, int]:
+    """(a, b) with a · b = dimension and a ≤ b, a as large as possible but not above `factor`.
+
+    This is ComfyUI's rule. LyCORIS' is the same up to the root of the dimension; beyond it a factor that divides the
+    dimension gives (dimension / factor, factor) there. Loaders take the shapes from the file.
+    """
+    a = next(a for a in range(min(factor, math.isqrt(dimension)), 0, -1) if dimension % a == 0)
+    return a, dimension // a
+
+
+@ADAPTERS.register("LoKr")
+class LokrAdapter(Adapter):
+    """Kronecker product.
+
+    Args:
+        tensors: by canonical name; w1 and w2, each whole or in parts.
+        alpha: numerator of the scale, if a factor is a product.
+    """
+
+    algorithm = "lokr"
+    summary = ALGORITHMS["LoKr"].summary
+    rank_meaning = ALGORITHMS["LoKr"].rank_meaning
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.alpha = alpha
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by at strength 1."""
+        rank = _rank(self._tensors())
+        return self.alpha / rank if rank else 1.0
+
+    @classmethod
+    def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LokrAdapter:
+        """w2 starts at zero for `up`, as LyCORIS has it, and w1 for `down`, as ComfyUI and PEFT do."""
+        (out_l, out_k), (in_m, in_n) = (factorization(size, rank) for size in layer.weight.shape[:2])
+        tensors = {"lokr_w1": torch.zeros(out_l, in_m), "lokr_w2": torch.zeros(out_k, in_n, *layer.weight.shape[2:])}
+        filled = tensors["lokr_w1" if zero == "up" else "lokr_w2"]
+        # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
+        bound = 1 / math.sqrt(filled[0].numel())
+        filled.uniform_(-bound, bound, generator=keyed_generator(seed, "init", path))
+        return cls(tensors, alpha=alpha)
+
+    @classmethod
+    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> LokrAdapter:
+        needed = [
+            name
+            for whole in _WHOLE
+            for name in ([whole] if whole in weights.tensors else [part for part in _PARTS if part.startswith(whole)])
+        ]
+        tensors = taken(weights, needed, () if "lokr_w2" in needed else ("lokr_t2",))
+        try:
+            w1, w2 = _factors(tensors, layer.weight.shape)
+            fits = w1.ndim == 2 and w2.shape[2:] == layer.weight.shape[2:]
+            fits = fits and (w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]) == layer.weight.shape[:2]
+        except RuntimeError:  # parts that do not even fit each other
+            fits = False
+        if not fits:
+            raise misfit(weights, layer)
+        return cls(tensors, alpha=float(_rank(tensors) or 1) if weights.alpha is None else weights.alpha)
+
+    def to_weights(self) -> AdapterWeights:
+        return saved(self, self.algorithm, self.alpha)
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        w1, w2 = (wide(factor).to(weight.device) for factor in _factors(self._tensors(), weight.shape))
+        return torch.add(wide(weight), _kronecker(weight.shape, w1, w2), alpha=strength * self.scale).to(weight.dtype)
+
+    def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
+        return self._product(layer, None, None, x, strength)
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        if isinstance(inner, FrozenProduct):
+            return self._product(layer, layer.weight, inner.bias, x, strength)
+        return super().attached(inner, layer, x, strength)
+
+    def _product(
+        self, layer: FrozenLayer, weight: Tensor | None, bias: Tensor | None, x: Tensor, strength: float
+    ) -> Tensor:
+        """`(W + strength · ΔW) x + b`, or ΔW's part alone without a weight."""
+        w1, w2 = _factors(self._tensors(), layer.weight.shape)
+        factor = strength * self.scale
+        if layer.groups > 1:  # w1 would mix channels of different groups
+            change = change_alone(layer, x, partial(_kronecker, layer.weight.shape), w1 * factor, w2)
+            return change if weight is None else layer.product_with(weight, x, bias) + change
+        if not layer.is_conv:
+            return _kronecker_product(layer, weight, bias, x, w1, w2, factor)
+        if not _is_pointwise(layer):
+            return _kronecker_product(layer, weight, bias, x.movedim(1, -1), w1, w2, factor).movedim(-1, 1)
+        flat = None if weight is None else weight.flatten(1)
+        return _kronecker_product(layer, flat, bias, x.movedim(1, -1), w1, w2.flatten(1), factor).movedim(-1, 1)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+
+class _KroneckerProduct(torch.autograd.Function):
+    """`(W + factor · w1 ⊗ w2) x + b`, without W and b if there are none, for x and the result (batch, ..., channels).
+
+    w1 mixes the in_m parts of the channels, which are put in front for that, into out_l; the layer's product with w2
+    then takes those for a larger batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: FrozenLayer,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        factor: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, w1, w2)
+        ctx.layer, ctx.factor = layer, factor
+        mixed = _mixed(_scaled(w1, factor), _parts_first(x, w1.shape[1]))
+        if weight is not None:
+            y = _last(layer.product_with(weight, _second(x, weight), bias), weight).contiguous()
+            if weight.ndim == 2:
+                y.view(-1, len(w1), len(w2)).transpose(0, 1).baddbmm_(mixed, w2.t().expand(len(w1), -1, -1))
+                return y
+        change = _last(layer.product_with(w2, _second(mixed.view(-1, *x.shape[1:-1], w2.shape[1]), w2)), w2)
+        parts = change.reshape(len(w1), -1, len(w2)).transpose(0, 1)
+        if weight is None:
+            return parts.reshape(len(x), *change.shape[1:-1], -1)
+        y.view(parts.shape).add_(parts)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, w1, w2 = ctx.saved_tensors
+        of_x, of_w1, of_w2 = ctx.needs_input_grad[3:6]
+        scaled, parts = _scaled(w1, ctx.factor), _parts_first(x, w1.shape[1])
+        grad_w2, grad_mixed = _small_gradients(ctx.layer, grads[0], w2, _mixed(scaled, parts), x)
+        grad_x = grad_w1 = None
+        if of_w1:
+            grad_w1 = _scaled(grad_mixed.flatten(1) @ parts.flatten(1).t(), ctx.factor)
+        if of_x:
+            added = _mixed(scaled.t(), grad_mixed).transpose(0, 1)
+            if weight is None:
+                grad_x = added.reshape(x.shape)
+            else:
+                _, grad_x = ctx.layer.product_gradients(
+                    _second(grads[0], weight), weight, _second(x, weight), of_weight=False, of_input=True
+                )
+                grad_x = _last(grad_x, weight).contiguous()
+                grad_x.view(added.shape).add_(added)
+        return None, None, None, grad_x, grad_w1, grad_w2 if of_w2 else None, None
+
+
+_kronecker_product: Callable[..., Tensor] = _KroneckerProduct.apply
+
+
+def _small_gradients(
+    layer: FrozenLayer, grad: Tensor, w2: Tensor, mixed: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of w2 and of `mixed` (out_l, rows, in_n); `grad` is that of the result (batch, ..., channels)."""
+    count = len(mixed)
+    if w2.ndim == 2:
+        grad_parts = grad.reshape(-1, count, len(w2)).transpose(0, 1)
+        return torch.bmm(mixed.mT, grad_parts).sum(0).t(), torch.bmm(grad_parts, w2.expand(count, -1, -1))
+    grad_parts = _parts_first(grad, count).view(-1, *grad.shape[1:-1], len(w2))
+    rows = mixed.view(-1, *x.shape[1:-1], mixed.shape[-1])
+    grad_w2, grad_rows = layer.product_gradients(
+        _second(grad_parts, w2), w2, _second(rows, w2), of_weight=True, of_input=True
+    )
+    assert grad_rows is not None
+    return grad_w2, _last(grad_rows, w2).reshape(mixed.shape)
+
+
+def _parts_first(x: Tensor, count: int) -> Tensor:
+    """x (batch, ..., channels) as (count, rows, channels / count), contiguous."""
+    return x.reshape(-1, count, x.shape[-1] // count).transpose(0, 1).contiguous()
+
+
+def _mixed(w1: Tensor, parts: Tensor) -> Tensor:
+    """w1 (out_l, in_m) times parts (in_m, rows, n): (out_l, rows, n)."""
+    return (w1 @ parts.flatten(1)).view(-1, *parts.shape[1:])
+
+
+def _second(x: Tensor, weight: Tensor) -> Tensor:
+    """Channels from the last place to the second, where a convolution has them."""
+    return x.movedim(-1, 1) if weight.ndim > 2 else x
+
+
+def _last(x: Tensor, weight: Tensor) -> Tensor:
+    """The other way."""
+    return x.movedim(1, -1) if weight.ndim > 2 else x
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
+
+
+def _factors(tensors: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """w1 (out_l, in_m) and w2 (out_k, in_n, *kernel) for a weight of this shape."""
+    w1 = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+    if "lokr_w2" in tensors:
+        return w1, tensors["lokr_w2"]
+    a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    if "lokr_t2" in tensors:
+        return w1, torch.einsum("ij...,ip,jr->pr...", tensors["lokr_t2"], a, b)
+    return w1, (a @ b.flatten(1)).reshape(len(a), -1, *shape[2:])
+
+
+def _rank(tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank that the scale is a fraction of, None for two whole factors."""
+    return next((len(tensors[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors), None)
+
+
+def _kronecker(shape: torch.Size, w1: Tensor, w2: Tensor) -> Tensor:
+    """The product in the shape of the weight."""
+    return torch.einsum("lm,kn...->lkmn...", w1, w2).reshape(shape)
+
+
+def _is_pointwise(layer: FrozenLayer) -> bool:
+    """Whether a convolution is a Linear layer on channels."""
+    module = layer.module
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return (
+        layer.groups == 1
+        and max(module.kernel_size) == max(module.stride) == 1
+        and (module.padding == "valid" or module.padding == "same" or not any(module.padding))
+    )

@@ -1,0 +1,59 @@
+"""Tensors of one module, as files have them, into adapters and back: what the algorithms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import FrozenLayer
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError
+
+__all__ = ["misfit", "saved", "taken", "wide"]
+
+
+def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Copies of an adapter's tensors in fp32 on the CPU, by canonical name.
+
+    Raises:
+        LoraError: some that are needed are missing, there are others, or one is no matrix.
+    """
+    needed = tuple(needed)
+    if not set(needed) <= weights.tensors.keys() or not weights.tensors.keys() <= {*needed, *optional}:
+        also = f", and may have {', '.join(optional)}" if optional else ""
+        raise LoraError(
+            f"an adapter of the kind {weights.algorithm} needs {', '.join(needed)}{also}; "
+            f"this one has {', '.join(weights.tensors) or 'nothing'}, so get a file that is complete"
+        )
+    for name, tensor in weights.tensors.items():
+        if tensor.ndim < 2 or not tensor.numel():
+            raise LoraError(
+                f"{name} of an adapter of the kind {weights.algorithm} must be a matrix, got shape "
+                f"{tuple(tensor.shape)}; get a file that is whole"
+            )
+    return {name: _copy(tensor) for name, tensor in weights.tensors.items()}
+
+
+def saved(adapter: nn.Module, algorithm: str, alpha: float | None) -> AdapterWeights:
+    """An adapter whose parameters have the canonical names, as data: copies in fp32 on the CPU."""
+    return AdapterWeights(algorithm, {name: _copy(p) for name, p in adapter.named_parameters()}, alpha)
+
+
+def misfit(weights: AdapterWeights, layer: FrozenLayer) -> LoraError:
+    """The error for tensors whose shapes do not fit a layer."""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.tensors.items())
+    return LoraError(
+        f"an adapter of the kind {weights.algorithm} with {shapes} does not fit a layer with weight "
+        f"{tuple(layer.weight.shape)}; it was made for another model"
+    )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,85 @@
+"""`lorasmith targets`: what a choice of layers would train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.cli.console import console
+from lorasmith.cli.flags import with_flags
+from lorasmith.core.options import options_of
+from lorasmith.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lorasmith.training.preview import TargetGroup, TargetPreview
+
+__all__ = ["register"]
+
+_NAMES = ("targets", "algorithm", "rank", "alpha", "differences", "dora", "pissa", "tucker", "lora_dtype")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    options = {name: one for name, one in options_of(TrainConfig).items() if name in _NAMES}
+    app.command("targets", help=targets.__doc__)(with_flags(targets, options))
+
+
+def targets(
+    model: Annotated[
+        str,
+        typer.Option(help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."),
+    ],
+    **settings: Any,
+) -> None:
+    """Show what a choice of layers would train: kinds of layers, counts, ranks, parameters, size of the file.
+
+    Takes the options of `lorasmith train` that decide it. Of a single-file checkpoint only the structure is read.
+    """
+    from lorasmith.families.structure import load_structure
+    from lorasmith.training.preview import preview_targets
+
+    config = TrainConfig(**settings)
+    with console.status(f"Reading {model}"):
+        base = load_structure(model)
+    preview = preview_targets(base.denoiser, config)
+    _print(preview, config)
+
+
+def _print(preview: TargetPreview, config: TrainConfig) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    rank = ALGORITHMS[config.algorithm].rank_meaning
+    rated = any(group.learning_rate is not None for group in preview.groups)
+    scaled = any(group.alpha is not None for group in preview.groups)
+    columns = ["Layers", "Kind", "Count", rank.capitalize(), "Alpha" * scaled, "Rate" * rated, "Parameters"]
+    for name in filter(None, columns):
+        table.add_column(name, justify="left" if name in ("Layers", "Kind") else "right", no_wrap=True)
+    for group in preview.groups:
+        cells = [group.name, group.layer, str(group.count)]
+        cells += [_range(group)] if rank else []
+        cells += [_number(group.alpha)] if scaled else []
+        cells += [_number(group.learning_rate)] if rated else []
+        table.add_row(*cells, f"{group.parameters:,}")
+    console.print(f"{config.algorithm} on {preview.targets}", markup=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"{preview.layers} of {preview.targetable} layers, {preview.parameters:,} parameters, "
+        f"a file of about {preview.size_bytes / 2**20:.1f} MiB in {config.lora_dtype}"
+    )
+    for note in preview.notes:
+        console.print("[yellow]Note:[/] ", end="")
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _range(group: TargetGroup) -> str:
+    low, high = group.ranks
+    if not high:
+        return ""
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"

@@ -1,0 +1,44 @@
+"""A model's structure without its weights, for questions about layers alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lorasmith.families.checkpoint import OriginalCheckpoint, Shapes, recognise
+from lorasmith.families.loading import built_in_models, load_model
+from lorasmith.families.model import Model
+
+__all__ = ["load_structure"]
+
+
+def load_structure(source: str | os.PathLike[str]) -> Model:
+    """A model whose denoiser's matrices are on the meta device, with no text encoder and no autoencoder.
+
+    Of a single file its header and its vectors are read, which takes a second or two whatever its size. Folders and hub
+    ids are loaded as `load_model` does. Arguments and errors are its own too.
+    """
+    path = built_in_models().get(str(source), Path(source))
+    if not path.is_file():
+        return load_model(source)
+    outline = _Outline(path)
+    family = recognise(outline)
+    return Model(family, family.from_original(outline, torch.float32), title=path.stem, path=path)
+
+
+class _Outline(OriginalCheckpoint):
+    """A checkpoint with nothing but a denoiser, of which only vectors have values: some tell the parameterization."""
+
+    def shapes_under(self, prefix: str) -> Shapes:
+        return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()
+
+    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            return {
+                name: torch.empty(shape, device="meta") if len(shape) > 1 else file.get_tensor(f"{prefix}{name}")
+                for name, shape in self.shapes_under(prefix).items()
+            }

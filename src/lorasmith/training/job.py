@@ -1,0 +1,233 @@
+"""A run with everything decided before its first step: what is trained, from which values, at which rates.
+
+What has no effect in this run is said in the job's notes, so that nobody has to find out from the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import ADAPTERS, Adapter
+from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
+from lorasmith.adapters.difference import Difference, is_norm
+from lorasmith.adapters.inject import create_adapters, load_adapters, load_differences
+from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.targets import Plan
+from lorasmith.adapters.variants import Variant
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
+from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.errors import TrainingError
+from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.families.model import Denoiser
+from lorasmith.formats.metadata import steps_of
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.lora import Lora
+from lorasmith.training.notes import notes_on
+from lorasmith.training.targets import parse_targets, resolve_targets
+
+__all__ = ["Job", "fresh_differences", "plan_job", "variant_of"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned run.
+
+    Attributes:
+        config: with no setting left open.
+        adapters: what will be trained, by module path.
+        denoiser: what it is trained on.
+        differences: of norms and biases, trained along, by module path.
+        learning_rates: of the module paths where it is not the configuration's.
+        carried: parts of a continued LoRA that are not trained and go into the result unchanged.
+        steps_before: steps that the continued LoRA had.
+        notes: sentences that the person should read.
+    """
+
+    config: TrainConfig
+    adapters: dict[str, Adapter]
+    denoiser: Denoiser
+    differences: dict[str, Difference] = field(default_factory=dict)
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    carried: AdapterState = field(default_factory=AdapterState)
+    steps_before: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers."""
+        trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
+        return sum(parameter.numel() for one in trained for parameter in one.parameters())
+
+    @property
+    def summary(self) -> str:
+        """What is trained, in a line."""
+        config, facts = self.config, ALGORITHMS[self.config.algorithm]
+        words = [config.algorithm]
+        chosen = {name: getattr(config, name) for name in sorted(facts.variants) if not config.is_default(name)}
+        words += [name if value is True else f"{name} {value}" for name, value in chosen.items()]
+        words += [rank_words(config.algorithm, config.rank)] if facts.rank_meaning else []
+        words += [] if "alpha" in facts.unused else [f"alpha {config.alpha:g}"]
+        also = f" and {len(self.differences)} differences" if self.differences else ""
+        layers = f"{len(self.adapters)} layers{also}, {self.parameters:,} parameters"
+        return f"{', '.join(words)}, on {config.targets}: {layers}"
+
+
+def variant_of(config: TrainConfig) -> Variant:
+    """The variant that settings choose."""
+    return Variant(config.dora, config.rslora, config.pissa, config.tucker)
+
+
+def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> Job:
+    """Decide everything about a run that does not depend on the data.
+
+    Args:
+        denoiser: what it is trained on.
+        config: settings, some of them open.
+        device: where it will be trained; the first GPU, or the CPU, if None.
+
+    Raises:
+        OptionError, LoraError: settings or an existing LoRA do not fit.
+    """
+    _refuse_unavailable(config)
+    device = torch.device(device or best_device())
+    asked, config = config, _decided(denoiser, config, device)
+    plan = resolve_targets(denoiser, config)
+    existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser)
+    denoiser = existing.below(denoiser)
+    fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
+    module = denoiser.module
+    # What the weights are while training decides how a DoRA or PiSSA starts.
+    with merged_weights(module, [replace(patch, bypass=False) for patch in denoiser.patches]):
+        adapters = load_adapters(module, existing.adapters) | create_adapters(
+            module,
+            fresh,
+            algorithm=config.algorithm,
+            alpha=asked.alpha,
+            seed=config.seed,
+            zero=config.zero_init,
+            variant=variant_of(config),
+        )
+    differences = fresh_differences(denoiser, plan, config) | load_differences(module, existing.differences)
+    return Job(
+        config,
+        adapters,
+        denoiser,
+        differences,
+        _learning_rates(denoiser, asked, plan, existing.adapters),
+        existing.carried,
+        existing.steps,
+        (
+            *existing.note(len(fresh.adapters)),
+            *_slow_products(asked, device),
+            *notes_on(asked, denoiser, fresh, adapters, len(differences)),
+        ),
+    )
+
+
+def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with the model's and the algorithm's own values where it left them open."""
+    defaults = denoiser.base.defaults
+    alpha = variant_of(config).default_alpha(config.algorithm, config.rank) if config.alpha is None else config.alpha
+    return replace(
+        config,
+        learning_rate=config.learning_rate or _default_rate(denoiser, config.algorithm),
+        alpha=alpha,
+        targets=config.targets or defaults.targets,
+        timesteps=config.timesteps or defaults.timestep_distribution,
+        training_dtype=dtype_name(product_dtype(device)) if config.training_dtype == "auto" else config.training_dtype,
+    )
+
+
+def _slow_products(config: TrainConfig, device: torch.device) -> Iterator[str]:
+    if config.training_dtype == "bf16" and product_dtype(device) != torch.bfloat16:
+        yield "This device has no bf16 products and emulates them, slowly; training_dtype fp32 is faster here."
+
+
+def _default_rate(denoiser: Denoiser, algorithm: str) -> float:
+    return denoiser.base.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
+
+
+def _learning_rates(
+    denoiser: Denoiser, asked: TrainConfig, plan: Plan, existing: Mapping[str, AdapterWeights]
+) -> dict[str, float]:
+    """Rates of targets that have one of their own, and of continued layers, whose algorithm may suit another one."""
+    own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
+    if asked.learning_rate is not None:
+        return own
+    return {path: _default_rate(denoiser, one.algorithm) for path, one in existing.items()} | own
+
+
+def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> dict[str, Difference]:
+    """Zeros for the norms and biases that `config.differences` names, by module path."""
+    wanted = {}
+    if "norms" in config.differences:
+        _, exclusions = parse_targets(config.targets or "", denoiser.base.family.targets)
+        wanted = {
+            path: module
+            for path, module in denoiser.module.named_modules()
+            if is_norm(module) and not any(rule.matches(path, module) for rule in exclusions)
+        }
+    if "biases" in config.differences:
+        layers = {one.path: denoiser.module.get_submodule(one.path) for one in plan.adapters}
+        wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
+    return {path: Difference.create(module) for path, module in wanted.items()}
+
+
+@dataclass(frozen=True)
+class _Existing:
+    """A LoRA that is continued, split into what is trained on and what is only carried along."""
+
+    name: str = ""
+    adapters: Mapping[str, AdapterWeights] = field(default_factory=dict)
+    differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    carried: AdapterState = field(default_factory=AdapterState)
+    steps: int = 0
+
+    def below(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser with what is carried along for it."""
+        carried = {ref.path: one for ref, one in self.carried.differences.items() if ref.component == DENOISER}
+        return denoiser.patched(Patch({}, carried)) if carried else denoiser
+
+    def note(self, fresh: int) -> Iterator[str]:
+        """What becomes of it, in a sentence."""
+        if self.name:
+            also = f" and {len(self.differences)} differences" if self.differences else ""
+            yield (
+                f"Going on from {self.name} ({self.steps} steps): {len(self.adapters)} of its layers{also} keep their "
+                f"algorithm, rank and alpha, {fresh} targets start fresh."
+            )
+
+
+def _existing(path: Path, denoiser: Denoiser) -> _Existing:
+    state = Lora.load(path, denoiser.base).state
+    adapters = {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER}
+    differences: dict[str, dict[str, Tensor]] = {}
+    carried = {ref: one for ref, one in state.differences.items() if ref.component != DENOISER}
+    for ref, changes in state.differences.items():
+        for name, tensor in changes.items() if ref.component == DENOISER else ():
+            if tensor.ndim == 1:
+                differences.setdefault(ref.path, {})[name] = tensor
+            elif ref.path not in adapters:
+                adapters[ref.path] = AdapterWeights("full", {"diff": tensor})
+            else:  # a weight that has an adapter as well: one of the two is trained on
+                carried[ref] = {name: tensor}
+    others = {ref: one for ref, one in state.adapters.items() if ref.component != DENOISER}
+    return _Existing(
+        path.name,
+        adapters,
+        differences,
+        replace(state, adapters=others, differences=carried),
+        steps_of(state.metadata, path.name),
+    )
+
+
+def _refuse_unavailable(config: TrainConfig) -> None:
+    if config.offloading:
+        raise TrainingError("offloading is not available yet; turn it off, and use gradient_checkpointing for memory")
+    if config.quantized_backward:
+        raise TrainingError("quantized_backward is not available yet, as there are no quantized weights; turn it off")

@@ -1,0 +1,101 @@
+"""What a person should know before a run: settings that change nothing in it, and results that programs read apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lorasmith.adapters.base import Adapter, FrozenLayer
+from lorasmith.adapters.dora import OutputDora
+from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.targets import Plan
+from lorasmith.families.model import Denoiser
+from lorasmith.training.config import TrainConfig, unused_settings
+
+__all__ = ["notes_on", "notes_on_plan"]
+
+_FRESH_ONLY = ("algorithm", "alpha", "dora", "pissa", "rank", "rslora", "tucker", "zero_init")
+
+
+def notes_on(
+    config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
+) -> tuple[str, ...]:
+    """One sentence for each thing.
+
+    Args:
+        config: as it was asked for, with what was left open still open.
+        denoiser: what is trained on.
+        plan: layers that start fresh.
+        adapters: all that is trained, continued layers included.
+        differences: number of modules whose differences are trained.
+    """
+    return (
+        *_on_settings(config),
+        *notes_on_plan(plan),
+        *_on_targets(config, denoiser, plan, adapters, differences),
+        *_on_files(adapters),
+    )
+
+
+def notes_on_plan(plan: Plan) -> tuple[str, ...]:
+    """What became of the ranks and exclusions that were asked for."""
+    notes = [f"!{name} leaves nothing out: no layer of this model matches it." for name in plan.idle]
+    if plan.capped:
+        first = plan.capped[0]
+        notes.append(
+            f"Rank {first.asked} is more than {len(plan.capped)} of {len(plan.adapters)} layers can hold; "
+            f"they get their own size instead, such as {first.rank} at {first.path}."
+        )
+    return tuple(notes)
+
+
+def _on_settings(config: TrainConfig) -> Iterator[str]:
+    """Settings that change nothing beside the others."""
+    if config.bucket_mode:
+        yield "bucket_mode changes nothing here: sizes are mixed correctly with and without it."
+    if config.bypass_mode:
+        yield (
+            "bypass_mode changes nothing here: training always runs adapters beside the weights, and how a LoRA is "
+            "applied is chosen when it is loaded."
+        )
+    if not config.gradient_checkpointing and not config.is_default("checkpoint_depth"):
+        yield f"checkpoint_depth {config.checkpoint_depth} changes nothing without gradient_checkpointing."
+    if config.optimizer != "AdamW" and not config.is_default("weight_decay"):
+        yield f"weight_decay {config.weight_decay:g} changes nothing with {config.optimizer}; only AdamW decays."
+    unused = {"zero_init"} if config.pissa else unused_settings(config.algorithm)
+    for name in sorted(unused):
+        if not config.is_default(name):
+            variant = "pissa" if config.pissa else config.algorithm
+            yield f"{name} {getattr(config, name)} changes nothing with {variant}, which does not use it."
+
+
+def _on_targets(
+    config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
+) -> Iterator[str]:
+    idle = [name for name in _FRESH_ONLY if not config.is_default(name)]
+    if not plan.adapters and idle:
+        yield (
+            f"{', '.join(idle)} {'changes' if len(idle) == 1 else 'change'} nothing: every target goes on from "
+            "existing_lora, with what it has there."
+        )
+    rated = [one for one in plan.adapters if one.learning_rate is not None]
+    if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
+        yield f"learning_rate {config.learning_rate:g} changes nothing: every target has one of its own."
+    if config.tucker and plan.adapters:
+        layers = (FrozenLayer(denoiser.module.get_submodule(one.path)) for one in plan.adapters)
+        if not any(map(LoraAdapter.has_core, layers)):
+            yield "tucker changes nothing: no target is a convolution larger than 1×1."
+    if config.rank_dropout or config.module_dropout:
+        dropped = Dropout(adapters, rank=0.5, module=0.5, seed=0).adapters
+        if spared := len(adapters) - len(dropped):
+            yield f"Dropout leaves {spared} of {len(adapters)} layers alone, which go on from no LoRA."
+    if not config.is_default("differences") and not differences:
+        yield f"differences {config.differences} changes nothing: the model has none of those parameters."
+
+
+def _on_files(adapters: Mapping[str, Adapter]) -> Iterator[str]:
+    if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
+        yield (
+            "ComfyUI divides magnitudes per output by the norm of the unchanged weight, so this DoRA will look "
+            "different there; dora input is the kind that it reproduces."
+        )

@@ -1,0 +1,90 @@
+"""What people write to choose layers: presets and patterns, each with settings of its own.
+
+    attention                                            a preset of the family
+    *.attn2.*, *.ff.*                                    patterns on module paths, where * crosses dots
+    all-linear rank=8, *.attn2.* rank=32 lr=2e-4         settings stand behind what they are for
+    attention, !*.to_out.*                               ! leaves out
+
+Commas, semicolons and line ends separate. A layer that several entries name gets the settings of all of them, the later
+ones winning; what ! names is left out wherever it stands. Settings are `rank`, `alpha` and `lr`, in the ranges of the
+run's own. The same text serves command line, library and files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.targets import Plan, Rule, plan_adapters
+from lorasmith.core.errors import OptionError
+from lorasmith.core.options import options_of
+from lorasmith.core.registry import nearest
+from lorasmith.families.base import TargetPreset
+from lorasmith.families.model import Denoiser
+from lorasmith.training.config import TrainConfig
+
+__all__ = ["parse_targets", "resolve_targets"]
+
+_SETTINGS = {"rank": "rank", "alpha": "alpha", "lr": "learning_rate"}
+_DECLARED = options_of(TrainConfig)
+
+
+def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[Rule], list[Rule]]:
+    """Rules and exclusions.
+
+    Args:
+        text: see above. Exclusions alone leave them out of everything.
+        presets: by name.
+
+    Raises:
+        OptionError: an entry is malformed, or a setting is unknown or out of its range.
+    """
+    rules, exclusions = [], []
+    for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
+        name, *settings = entry.split()
+        if "=" in name:
+            raise OptionError(f"settings of targets must stand behind a preset or pattern, got {entry!r} alone")
+        if not name.startswith("!"):
+            rules.append(_rule(name, presets, _settings(settings)))
+        elif settings:
+            raise OptionError(f"what targets leave out takes no settings, got {entry!r}; put them behind a pattern")
+        else:
+            exclusions.append(_rule(name[1:], presets, {}))
+    return rules or [Rule(("*",), name="*")], exclusions
+
+
+def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> Plan:
+    """The layers that `config.targets` names, or the model's own preset. Raises OptionError."""
+    presets = denoiser.base.family.targets
+    text = config.targets or denoiser.base.defaults.targets
+    rules, exclusions = parse_targets(text, presets)
+    capped = ALGORITHMS[config.algorithm].rank_meaning == "rank"
+    try:
+        return plan_adapters(denoiser.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
+    except OptionError as error:
+        hint = next((hint for rule in rules if (hint := nearest(rule.name, presets)) and rule.name in str(error)), "")
+        raise OptionError(f"{error}{hint}; use one of {', '.join(presets)}, or patterns such as *.attn2.*") from None
+
+
+def _rule(name: str, presets: Mapping[str, TargetPreset], settings: Mapping[str, Any]) -> Rule:
+    preset = presets.get(name.casefold(), TargetPreset((name,)))
+    return Rule(preset.include, preset.exclude, preset.linear_only, name=name, **settings)
+
+
+def _settings(words: list[str]) -> dict[str, Any]:
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in _SETTINGS:
+            raise OptionError(
+                f"settings of targets must be {', '.join(f'{name}=...' for name in _SETTINGS)}, got {word!r}"
+                f"{nearest(key, _SETTINGS)}; patterns are separated by commas"
+            )
+        try:
+            number: Any = float(value)
+        except ValueError:
+            number = value
+        settings[_SETTINGS[key]] = _DECLARED[_SETTINGS[key]].check(number)
+    return settings

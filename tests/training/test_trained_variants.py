@@ -1,0 +1,300 @@
+"""Every algorithm and every variant, trained on the built-in model: repeatable, saved, applied, continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training import engine
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Warned
+from lorasmith.training.lora import Lora
+from lorasmith.training.train import TrainResult, plan_job, recipe_of
+
+Run = Callable[..., TrainResult]
+
+LAYERS = "*.0.attn2.to_q, *.resnets.0.conv1"
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"algorithm": name} for name in ALGORITHMS},
+    "DoRA per input": {"dora": "input"},
+    "DoRA per output": {"dora": "output"},
+    "DoRA of LoHa": {"dora": "input", "algorithm": "LoHa"},
+    "DoRA of LoKr": {"dora": "output", "algorithm": "LoKr"},
+    "rsLoRA": {"rslora": True},
+    "PiSSA": {"pissa": True},
+    "DoRA of PiSSA": {"dora": "input", "pissa": True},
+    "Tucker": {"tucker": True},
+    "LoRA+": {"lora_plus_ratio": 16.0},
+    "rank dropout": {"rank_dropout": 0.5},
+    "module dropout": {"module_dropout": 0.5},
+    "DoRA with dropout": {"dora": "input", "rank_dropout": 0.3, "module_dropout": 0.3},
+    "norms": {"differences": "norms"},
+    "norms and biases": {"differences": "norms+biases"},
+    "per pattern": {"targets": "*.0.attn2.to_q rank=2 lr=1e-3, *.resnets.0.conv1 rank=8 alpha=4"},
+}
+each = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def tensors(result: TrainResult) -> dict[str, Tensor]:
+    state = result.lora.state
+    found = {f"{ref.path}.{name}": t for ref, one in state.adapters.items() for name, t in one.tensors.items()}
+    return found | {f"{ref.path}.{name}": t for ref, one in state.differences.items() for name, t in one.items()}
+
+
+@pytest.fixture
+def quick(run: Run, dataset: EncodedDataset) -> Run:
+    def go(**settings: Any) -> TrainResult:
+        return run(dataset, **({"targets": LAYERS, "learning_rate": 1e-2, "steps": 2} | settings))
+
+    return go
+
+
+@pytest.fixture
+def trained(quick: Run) -> Callable[[dict[str, Any]], TrainResult]:
+    """Two steps of a variant, taken once."""
+
+    def go(variant: dict[str, Any]) -> TrainResult:
+        key = str(variant)
+        if key not in TRAINED:
+            TRAINED[key] = quick(**variant)
+        return TRAINED[key]
+
+    return go
+
+
+TRAINED: dict[str, TrainResult] = {}
+
+
+@each
+def test_it_starts_as_the_model_itself_and_moves(
+    quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]
+) -> None:
+    result = trained(variant)
+    moved, still = tensors(result), tensors(quick(**variant, steps=1, learning_rate=1e-7, optimizer="SGD"))
+
+    assert result.losses[0] == pytest.approx(trained({}).losses[0], rel=1e-5)
+    assert moved.keys() == still.keys()
+    changed = [key for key, tensor in moved.items() if not torch.allclose(tensor, still[key], atol=1e-6)]
+    assert len(changed) > 0.4 * len(moved)  # of some algorithms one factor stays where it is at first
+    assert all(tensor.isfinite().all() for tensor in moved.values())
+
+
+@each
+def test_the_same_seed_gives_the_same_bytes(
+    quick: Run, trained: Callable[..., TrainResult], tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    first = load_file(trained(variant).lora.save(tmp_path / "a.safetensors"))
+    second = load_file(quick(**variant).lora.save(tmp_path / "b.safetensors"))
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@each
+def test_half_precision_follows(quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]) -> None:
+    full, half = trained(variant), quick(**variant, training_dtype="bf16", gradient_checkpointing=True)
+    assert half.losses == pytest.approx(full.losses, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["DoRA with dropout", "DoRA of PiSSA", "Tucker", "OFT", "LoKr", "norms and biases"])
+def test_a_batch_of_four_is_four_accumulated_batches_of_one(quick: Run, name: str) -> None:
+    together = quick(**VARIANTS[name], batch_size=4, gradient_checkpointing=True)
+    apart = quick(**VARIANTS[name], batch_size=1, grad_accumulation_steps=4)
+
+    assert together.losses == pytest.approx(apart.losses, rel=1e-4)
+
+
+@each
+def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
+    quick: Run, trained: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, tmp_path: Path, variant: Any
+) -> None:
+    """The next loss of a continued run is that of the model with the file applied to it, merged or beside."""
+    first = trained(variant)
+    file = first.lora.save(tmp_path / "first.safetensors", layout="kohya")  # which keeps every tensor as it is
+    # Whatever these settings say: they are for fresh targets.
+    continued = quick(
+        steps=1, rank=7, alpha=1.0, seed=9, existing_lora=str(file), targets=variant.get("targets", LAYERS)
+    )
+
+    config = TrainConfig(training_dtype="fp32", seed=9)
+    recipe = recipe_of(plan_job(tiny.denoiser, config), torch.device("cpu"))
+    (batch,) = engine._batch_maker(tiny.denoiser, dataset.samples, recipe).step(2)
+    for bypass in (False, True):
+        denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser, bypass=bypass)
+        with torch.no_grad(), denoiser.active():
+            loss = engine.sample_losses(denoiser, batch, recipe).item()
+        assert continued.losses[0] == pytest.approx(loss, rel=1e-4)
+    with torch.no_grad():
+        plain = engine.sample_losses(tiny.denoiser, batch, recipe).item()
+    assert loss != pytest.approx(plain, rel=1e-4)
+
+    before, after = first.lora.state, continued.lora.state
+    assert continued.steps == 3
+    assert after.adapters.keys() == before.adapters.keys()
+    assert after.differences.keys() == before.differences.keys()
+    for ref, one in after.adapters.items():
+        old = before.adapters[ref]
+        assert (one.algorithm, one.alpha) == (old.algorithm, old.alpha)
+        assert {k: t.shape for k, t in one.tensors.items()} == {k: t.shape for k, t in old.tensors.items()}
+    still = tensors(first)
+    assert any(not torch.equal(tensor, still[key]) for key, tensor in tensors(continued).items())
+
+
+def test_a_plain_lora_can_be_continued_with_new_kinds_of_targets(quick: Run, tmp_path: Path) -> None:
+    first = quick(targets="*.0.attn2.to_q")
+    file = first.lora.save(tmp_path / "first.safetensors")
+    notes: list[str] = []
+    again = quick(
+        existing_lora=str(file),
+        algorithm="LoKr",
+        dora="input",
+        differences="norms",
+        on_event=lambda event: notes.append(event.message) if isinstance(event, Warned) else None,
+    )
+    kinds = {ref.path: (one.algorithm, "dora_scale" in one.tensors) for ref, one in again.lora.state.adapters.items()}
+
+    assert {kind for path, kind in kinds.items() if path.endswith("to_q")} == {("lora", False)}
+    assert {kind for path, kind in kinds.items() if path.endswith("conv1")} == {("lokr", True)}
+    assert len(again.lora.state.differences) > 10
+    assert notes[0].startswith("Going on from first.safetensors (2 steps): 7 of its layers keep their algorithm")
+
+
+def test_a_dora_on_top_of_a_lora_starts_as_the_model_with_that_lora(
+    quick: Run, dataset: EncodedDataset, tiny: Model
+) -> None:
+    lora = quick(steps=6).lora
+    for bypass in (False, True):
+        below = lora.applied_to(tiny.denoiser, bypass=bypass)
+        for variant in ({"dora": "input"}, {"dora": "output"}, {"pissa": True}):
+            config = TrainConfig(targets=LAYERS, rank=4, training_dtype="fp32", **variant)
+            job = plan_job(below, config)
+            recipe = recipe_of(job, torch.device("cpu"))
+            (batch,) = engine._batch_maker(below, dataset.samples, recipe).step(0)
+            with torch.no_grad(), engine.prepared(below, job.adapters, recipe):
+                fresh = engine.sample_losses(below, batch, recipe).item()
+            with torch.no_grad(), below.active():
+                expected = engine.sample_losses(below, batch, recipe).item()
+            assert fresh == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"rank": 4}, 1.0),
+        ({"rank": 4, "alpha": 2.0}, 0.5),
+        ({"rank": 4, "rslora": True}, 2.0),
+        ({"rank": 4, "rslora": True, "alpha": 3.0}, 1.5),
+        ({"rank": 64, "rslora": True, "targets": "conv_out"}, 2.0),  # capped at 4, with a scale of its own
+        ({"rank": 64, "alpha": 32.0, "targets": "conv_out"}, 0.5),  # capped at 4, with that of the others
+        ({"targets": "*.0.attn2.to_q rank=8 alpha=2"}, 0.25),
+        ({"targets": "*.0.attn2.to_q rank=8"}, 1.0),
+        ({"targets": "*.0.attn2.to_q rank=8", "alpha": 4.0}, 0.5),
+    ],
+)
+def test_scales_are_saved_so_that_every_program_computes_them(
+    quick: Run, settings: dict[str, Any], scale: float
+) -> None:
+    (one, *_) = quick(steps=1, **settings).lora.state.adapters.values()
+    assert one.alpha is not None
+    assert one.alpha / one.tensors["down"].shape[0] == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(("algorithm", "alpha"), [("LoHa", 4.0), ("GLoRA", 4.0), ("OFT", 0.0), ("BOFT", 0.0)])
+def test_alpha_is_the_rank_or_no_constraint_when_nothing_is_said(quick: Run, algorithm: str, alpha: float) -> None:
+    assert {one.alpha for one in quick(algorithm=algorithm, steps=1).lora.state.adapters.values()} == {alpha}
+
+
+def test_learning_rates_per_pattern_and_of_lora_plus(quick: Run) -> None:
+    """Under SGD a first step is the rate times the gradient, which is that of the zero matrix alone."""
+
+    def step(**settings: Any) -> dict[str, Tensor]:
+        result = quick(steps=1, optimizer="SGD", max_grad_norm=0.0, learning_rate=1.0, **settings)
+        return {key: tensor for key, tensor in tensors(result).items() if key.endswith("up")}
+
+    plain = step()
+    patterned = step(targets="*.0.attn2.to_q lr=0.5, *.resnets.0.conv1")
+    faster = step(lora_plus_ratio=4.0)
+    assert plain.keys() == patterned.keys() == faster.keys()
+    for key, tensor in plain.items():
+        factor = 0.5 if "attn2" in key else 1.0
+        torch.testing.assert_close(patterned[key], factor * tensor, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(faster[key], 4 * tensor, rtol=1e-4, atol=1e-9)
+
+
+def test_the_default_rate_is_the_models_times_the_algorithms(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from lorasmith.training import job
+
+    slower = {**ALGORITHMS, "LoHa": replace(ALGORITHMS["LoHa"], learning_rate_factor=0.5)}
+    monkeypatch.setattr(job, "ALGORITHMS", slower)
+    rates = {
+        name: plan_job(tiny.denoiser, TrainConfig(algorithm=name)).config.learning_rate for name in ("LoRA", "LoHa")
+    }
+    assert rates["LoHa"] == 0.5 * rates["LoRA"] == 0.5 * tiny.defaults.learning_rate
+    assert plan_job(tiny.denoiser, TrainConfig(algorithm="LoHa", learning_rate=3e-3)).config.learning_rate == 3e-3
+
+
+NOTES: dict[str, tuple[dict[str, Any], str]] = {
+    "buckets": ({"bucket_mode": True}, "bucket_mode changes nothing here"),
+    "bypass": ({"bypass_mode": True}, "bypass_mode changes nothing here"),
+    "depth": ({"checkpoint_depth": 3}, "checkpoint_depth 3 changes nothing without gradient_checkpointing"),
+    "decay": ({"optimizer": "SGD", "weight_decay": 0.1}, "weight_decay 0.1 changes nothing with SGD"),
+    "start of PiSSA": ({"pissa": True, "zero_init": "down"}, "zero_init down changes nothing with pissa"),
+    "start of OFT": ({"algorithm": "OFT", "zero_init": "down"}, "zero_init down changes nothing with OFT"),
+    "alpha of LoKr": ({"algorithm": "LoKr", "alpha": 2.0}, "alpha 2.0 changes nothing with LoKr"),
+    "rank of Full": ({"algorithm": "Full", "rank": 8}, "rank 8 changes nothing with Full"),
+    "cores": ({"tucker": True, "targets": "attention"}, "tucker changes nothing: no target is a convolution larger"),
+    "exclusions": ({"targets": "attention, !*.conv9"}, "!*.conv9 leaves nothing out"),
+    "rate": (
+        {"targets": "*.0.attn2.to_q lr=1e-3"},
+        "learning_rate 0.01 changes nothing: every target has one of its own",
+    ),
+    "capped": ({"rank": 128}, "Rank 128 is more than"),
+    "DoRA in ComfyUI": (
+        {"dora": "output"},
+        "ComfyUI divides magnitudes per output by the norm of the unchanged weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "sentence"), NOTES.values(), ids=NOTES)
+def test_a_setting_without_effect_is_said_aloud(quick: Run, settings: dict[str, Any], sentence: str) -> None:
+    notes: list[str] = []
+    quick(steps=1, on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None, **settings)
+    assert [note for note in notes if note.startswith(sentence)], notes
+    assert len(notes) == 1
+
+
+def test_settings_for_fresh_targets_say_so_when_there_are_none(quick: Run, tmp_path: Path) -> None:
+    file = quick().lora.save(tmp_path / "first.safetensors")
+    notes: list[str] = []
+    quick(
+        steps=1,
+        existing_lora=str(file),
+        pissa=True,
+        on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None,
+    )
+    assert notes[1] == "pissa, rank change nothing: every target goes on from existing_lora, with what it has there."
+
+
+def test_the_plain_run_has_no_notes(quick: Run) -> None:
+    notes: list[Any] = []
+    quick(steps=1, on_event=lambda e: notes.append(e) if isinstance(e, Warned) else None)
+    assert notes == []
+
+
+def test_magnitudes_are_saved_in_full_precision(quick: Run, tmp_path: Path) -> None:
+    """Rounded to bf16 they would change every weight of a row by up to half a percent."""
+    result = quick(dora="input", lora_dtype="bf16")
+    saved = load_file(result.lora.save(tmp_path / "dora.safetensors"))
+    assert {t.dtype for key, t in saved.items() if key.endswith("dora_scale")} == {torch.float32}
+    assert {t.dtype for key, t in saved.items() if key.endswith("up.weight")} == {dtype_from_name("bf16")}
