@@ -196,7 +196,7 @@ def test_every_algorithm_trains_with_the_nodes_own_defaults(train: Make, bench: 
     saved = [*state.adapters.values(), *state.differences.values()]
     assert len(saved) == 7
     assert all(map(math.isfinite, result.outputs[1][0]["loss"]))
-    assert bench.messages("warning") == []
+    assert not [text for text in bench.messages("warning") if "changes nothing" in text]
 
 
 @pytest.mark.parametrize("name", ["bucket_mode", "bypass_mode"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
@@ -54,7 +54,7 @@ def tensors(result: TrainResult) -> dict[str, Tensor]:
 @pytest.fixture
 def quick(run: Run, dataset: EncodedDataset) -> Run:
     def go(**settings: Any) -> TrainResult:
-        return run(dataset, **({"targets": LAYERS, "learning_rate": 1e-2, "steps": 2} | settings))
+        return run(dataset, **({"targets": LAYERS, "learning_rate": 3e-2, "steps": 2} | settings))
 
     return go
 
@@ -131,7 +131,7 @@ def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
         denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser, bypass=bypass)
         with torch.no_grad(), denoiser.active():
             loss = engine.sample_losses(denoiser, batch, recipe).item()
-        assert continued.losses[0] == pytest.approx(loss, rel=1e-4)
+        assert continued.losses[0] == pytest.approx(loss, rel=2e-5)
     with torch.no_grad():
         plain = engine.sample_losses(tiny.denoiser, batch, recipe).item()
     assert loss != pytest.approx(plain, rel=1e-4)
@@ -165,6 +165,33 @@ def test_a_plain_lora_can_be_continued_with_new_kinds_of_targets(quick: Run, tmp
     assert {kind for path, kind in kinds.items() if path.endswith("conv1")} == {("lokr", True)}
     assert len(again.lora.state.differences) > 10
     assert notes[0].startswith("Going on from first.safetensors (2 steps): 7 of its layers keep their algorithm")
+
+
+def test_a_layer_with_an_adapter_and_differences_keeps_them_all(
+    quick: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
+) -> None:
+    """One of the two things on a weight is trained, the other takes part as it is."""
+    tensors = load_file(quick(targets="*.0.attn2.to_out.0").lora.save(tmp_path / "a.safetensors"))
+    name = next(key for key in tensors if key.endswith(".lora_up.weight")).removesuffix(".lora_up.weight")
+    size = len(tensors[f"{name}.lora_up.weight"])
+    generator = torch.Generator().manual_seed(0)
+    extra = {
+        f"{name}.diff": torch.randn(size, size, generator=generator) * 0.1,
+        f"{name}.diff_b": torch.randn(size, generator=generator) * 0.1,
+    }
+    file = tmp_path / "b.safetensors"
+    save_file({**tensors, **extra}, file)
+    result = quick(steps=1, existing_lora=str(file), targets="*.0.attn2.to_out.0", seed=9)
+    saved = load_file(result.lora.save(tmp_path / "c.safetensors"))
+
+    assert torch.equal(saved[f"{name}.diff"], extra[f"{name}.diff"])
+    assert not torch.equal(saved[f"{name}.diff_b"], extra[f"{name}.diff_b"])
+    config = TrainConfig(training_dtype="fp32", seed=9)
+    recipe = recipe_of(plan_job(tiny.denoiser, config), torch.device("cpu"))
+    (batch,) = engine._batch_maker(tiny.denoiser, dataset.samples, recipe).step(0)
+    denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser)
+    with torch.no_grad(), denoiser.active():
+        assert result.losses[0] == pytest.approx(engine.sample_losses(denoiser, batch, recipe).item(), rel=2e-5)
 
 
 def test_a_dora_on_top_of_a_lora_starts_as_the_model_with_that_lora(
@@ -256,7 +283,7 @@ NOTES: dict[str, tuple[dict[str, Any], str]] = {
     "exclusions": ({"targets": "attention, !*.conv9"}, "!*.conv9 leaves nothing out"),
     "rate": (
         {"targets": "*.0.attn2.to_q lr=1e-3"},
-        "learning_rate 0.01 changes nothing: every target has one of its own",
+        "learning_rate 0.03 changes nothing: every target has one of its own",
     ),
     "capped": ({"rank": 128}, "Rank 128 is more than"),
     "DoRA in ComfyUI": (
@@ -271,7 +298,17 @@ def test_a_setting_without_effect_is_said_aloud(quick: Run, settings: dict[str, 
     notes: list[str] = []
     quick(steps=1, on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None, **settings)
     assert [note for note in notes if note.startswith(sentence)], notes
-    assert len(notes) == 1
+    assert len([note for note in notes if "does not apply" not in note]) == 1
+
+
+def test_programs_that_leave_something_out_are_named(quick: Run) -> None:
+    notes: list[str] = []
+    quick(steps=1, algorithm="OFT", on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None)
+    assert notes == [
+        "diffusers does not apply any of it as meant: it refuses a file with anything but LoRA's factors.",
+        "sd-scripts does not apply any of it as meant: its own network is LoRA without extras (LyCORIS' network loads "
+        "the others).",
+    ]
 
 
 def test_settings_for_fresh_targets_say_so_when_there_are_none(quick: Run, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ class TrainConfig:
         choices=("auto", "bf16", "fp32", "none"),
         group=_NUMBERS,
         help="Number format of the frozen weights and of the products. The trained weights are always updated in fp32. "
-        "auto is bf16 where the device multiplies in it, else fp32; none keeps the format that the model was loaded in.",
+        "auto is bf16 where the device multiplies in it, else fp32; none keeps the format that the model is loaded in.",
     )
     lora_dtype: str = option("bf16", choices=("bf16", "fp32"), group=_NUMBERS, help="Number format of the saved LoRA.")
     gradient_checkpointing: bool = option(
