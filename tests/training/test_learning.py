@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image
 
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.loading import load_dataset
@@ -13,14 +11,9 @@ from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.train import plan_job, recipe_of, train
+from tools.pretrain.judge import Judge, colourless
 
-SUBJECTS = ("a lion", "a red heart", "a cactus", "a light bulb")  # in none of the training pictures
-
-
-def colourfulness(image: Image.Image) -> float:
-    """Mean distance between a pixel's strongest and weakest channel, 0..255: the style has no colours."""
-    pixels = np.asarray(image, dtype=np.float32)
-    return float((pixels.max(-1) - pixels.min(-1)).mean())
+SUBJECTS = ("lion", "penguin", "skull", "red heart", "robot", "panda", "cactus", "light bulb")  # none is trained on
 
 
 def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
@@ -40,8 +33,12 @@ def test_a_style_is_learnt_from_sixteen_pictures(tiny: Model) -> None:
     adapted = result.lora.applied_to(tiny.denoiser)
     base_loss, adapted_loss = (held_out_loss(one, data.samples) for one in (tiny.denoiser, adapted))
     assert adapted_loss < 0.6 * base_loss
+    judge = Judge.load()
     before, after = (
-        np.mean([colourfulness(image) for image in generate(one, SUBJECTS, seed=1, steps=12)])
-        for one in (tiny.denoiser, adapted)
+        generate(one, [f"a {subject}" for subject in SUBJECTS], seed=1, steps=12) for one in (tiny.denoiser, adapted)
     )
-    assert after < 0.6 * before
+    # Black on white, and still the subject: both as somebody sees them who was shown all styles.
+    assert colourless(after) > 0.7 > 0.65 > colourless(before)
+    for pictures, at_least in ((before, 7), (after, 6)):
+        recognised = sum(seen == subject for seen, subject in zip(judge.subjects(pictures), SUBJECTS, strict=True))
+        assert recognised >= at_least

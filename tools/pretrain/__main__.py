@@ -66,7 +66,7 @@ def text(work: Work = DEFAULT_WORK, steps: Steps = 4000) -> None:
 @app.command()
 def unet(
     work: Work = DEFAULT_WORK,
-    steps: Steps = 5000,
+    steps: Steps = 2300,
     shipped: Annotated[
         bool, typer.Option(help="Start from the model that the package ships, autoencoder and text encoder included.")
     ] = False,
