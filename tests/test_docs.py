@@ -47,7 +47,12 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "loss.png").is_file()
 
 
-PAGES = ["README.md", "MODEL_CARD.md", "CHANGELOG.md", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
+PAGES = [
+    "README.md",
+    "MODEL_CARD.md",
+    "CHANGELOG.md",
+    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
