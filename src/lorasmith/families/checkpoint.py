@@ -66,8 +66,8 @@ class OriginalCheckpoint:
         return self.shapes_under(self.denoiser_prefix)
 
     @cached_property
-    def architecture(self) -> Mapping[str, Mapping[str, Any]]:
-        """Settings that the file itself gives for `unet`, `vae`, `text_encoder` and `defaults`; mostly there are none."""
+    def architecture(self) -> dict[str, dict[str, Any]]:
+        """Settings that the file itself gives for `unet`, `vae`, `text_encoder` and `defaults`; most give none."""
         try:
             said = json.loads(self.metadata.get(ARCHITECTURE, "{}"))
             return {component: dict(settings) for component, settings in said.items()}
