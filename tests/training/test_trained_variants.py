@@ -301,16 +301,6 @@ def test_a_setting_without_effect_is_said_aloud(quick: Run, settings: dict[str, 
     assert len([note for note in notes if "does not apply" not in note]) == 1
 
 
-def test_programs_that_leave_something_out_are_named(quick: Run) -> None:
-    notes: list[str] = []
-    quick(steps=1, algorithm="OFT", on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None)
-    assert notes == [
-        "diffusers does not apply any of it as meant: it refuses a file with anything but LoRA's factors.",
-        "sd-scripts does not apply any of it as meant: its own network is LoRA without extras (LyCORIS' network loads "
-        "the others).",
-    ]
-
-
 def test_settings_for_fresh_targets_say_so_when_there_are_none(quick: Run, tmp_path: Path) -> None:
     file = quick().lora.save(tmp_path / "first.safetensors")
     notes: list[str] = []
