@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.formats.comfy import ComfyLayout
+from lorasmith.formats.layout import Loss
 
 LAYOUT = ComfyLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -68,3 +69,32 @@ def test_what_cannot_be_fused_goes_by_a_name_comfyui_reads(flux_names, make_stat
     paths = [f"transformer_blocks.0.attn.to_{part}" for part in "qk"]
     tensors = LAYOUT.write(make_state(flux_names, paths, algorithm="lokr"), flux_names)
     assert {key.rsplit(".", 1)[0] for key in tensors} == {f"transformer.{path}" for path in paths}
+
+
+def test_a_lokr_with_a_core_is_written_without(unet_names) -> None:
+    ref = ModuleRef(DENOISER, "down_blocks.0.resnets.0.conv1")
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"lokr_w1": (4, 4), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 8), "lokr_t2": (2, 2, 3, 3)}
+    tensors = {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
+    written = LAYOUT.write(AdapterState({ref: AdapterWeights("lokr", tensors, 3.0)}), unet_names)
+    second = written["diffusion_model.input_blocks.1.0.in_layers.2.lokr_w2"]
+    assert second.is_contiguous()
+    for row, column in ((0, 0), (5, 2)):
+        expected = sum(
+            1.5 * tensors["lokr_t2"][i, j] * tensors["lokr_w2_a"][i, row] * tensors["lokr_w2_b"][j, column]
+            for i in range(2)
+            for j in range(2)
+        )
+        torch.testing.assert_close(second[row, column], expected)
+    assert LAYOUT.read(written, {}, unet_names).adapters.keys() == {ref}
+
+
+def test_what_comfyui_takes_otherwise_is_said(unet_names, make_adapter) -> None:
+    def losses(algorithm: str, variant: str) -> list[Loss]:
+        weights = make_adapter((32, 32), algorithm, 4, 0.0, torch.Generator().manual_seed(0), variant=variant)
+        return LAYOUT.losses(AdapterState({ModuleRef(DENOISER, TO_Q): weights}), unet_names)
+
+    assert not losses("lora", "dora_in")
+    assert not losses("oft", "")
+    assert ["relative to the untrained weight's norm" in loss.reason for loss in losses("lora", "dora_out")] == [True]
+    assert [loss.left_out for loss in losses("boft", "")] == [False]  # it has a rescale

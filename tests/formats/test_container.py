@@ -209,3 +209,31 @@ def test_a_large_file_is_checked_without_reading_its_tensors(tmp_path: Path) -> 
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + size)
     assert check_safetensors(path).tensors["a"].shape == (size,)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(200_001)) + b"}",
+        b'{"a":{"dtype":"F32","shape":[' + b"1," * 4_000_000 + b'1],"data_offsets":[0,0]}}',
+        b"{" + b'"0":0,' * 4_000_001 + b'"a":0}',
+    ],
+    ids=["tensors", "dimensions", "keys"],
+)
+def test_a_giant_header_is_refused_before_it_is_taken_apart(tmp_path: Path, monkeypatch, header: bytes) -> None:
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the header was parsed"))
+    with pytest.raises(LoraError, match="it has more entries than any model"):
+        check_safetensors(header_file(tmp_path / "x.safetensors", header))
+
+
+def test_a_sentence_stays_one_whatever_the_names(tmp_path: Path) -> None:
+    path = header_file(tmp_path / "x.safetensors", {"a" * 1_000_000: 1})
+    with pytest.raises(LoraError) as error:
+        check_safetensors(path)
+    assert len(str(error.value)) < 400
+
+
+def test_large_metadata_is_read(tmp_path: Path) -> None:
+    workflow = json.dumps({"nodes": [{"a": 1, "b": '"dtype"'}] * 300_000})
+    write_safetensors(tmp_path / "x.safetensors", {"t": torch.ones(1)}, {"workflow": workflow})
+    assert check_safetensors(tmp_path / "x.safetensors").metadata["workflow"] == workflow

@@ -57,8 +57,8 @@ def merged(unet: nn.Module, state: AdapterState, delta) -> nn.Module:
 
 
 # Of kohya's files diffusers takes an attention projection's alpha for the most frequent one of the file; in its own
-# layout alphas may differ anywhere.
-@pytest.mark.parametrize(("layout", "attention_alpha"), [("kohya", 2.0), ("diffusers", 1.0)])
+# layout, and in a portable file, alphas may differ anywhere.
+@pytest.mark.parametrize(("layout", "attention_alpha"), [("kohya", 2.0), ("portable", 1.0), ("diffusers", 1.0)])
 def test_diffusers_applies_every_module_of_a_unet(
     tmp_path: Path, make_unet, unet_names, make_state, make_adapter, delta, layout, attention_alpha
 ) -> None:
@@ -94,8 +94,8 @@ def test_diffusers_loads_a_unet_adapter_directly(tmp_path, make_unet, unet_names
         torch.testing.assert_close(changes[ref.path], delta(weights), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_diffusers_applies_text_encoder_modules(tmp_path: Path, unet_names, make_adapter, delta, layout) -> None:
+@pytest.mark.parametrize(("layout", "odd"), [("kohya", 2.0), ("portable", 3.0), ("diffusers", 3.0)])
+def test_diffusers_applies_text_encoder_modules(tmp_path: Path, unet_names, make_adapter, delta, layout, odd) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -106,7 +106,11 @@ def test_diffusers_applies_text_encoder_modules(tmp_path: Path, unet_names, make
     state = AdapterState(
         {
             ModuleRef("text_encoder", path): make_adapter(
-                {"fc1": (32, 16), "fc2": (16, 32)}.get(path.rsplit(".")[-1], (16, 16)), "lora", 4, 2.0, generator
+                {"fc1": (32, 16), "fc2": (16, 32)}.get(path.rsplit(".")[-1], (16, 16)),
+                "lora",
+                4,
+                odd if path.endswith(("0.self_attn.q_proj", "mlp.fc2")) else 2.0,
+                generator,
             )
             for path in unet_names.text_encoders["text_encoder"]
         }

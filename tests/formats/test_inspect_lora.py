@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasmith.core.adapter_state import DENOISER, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import autov2, autov3
@@ -29,7 +29,7 @@ def test_summary(tmp_path: Path, unet_names, make_state, make_adapter, delta, la
     assert summary.components == {"denoiser": 3, "text_encoder": 1}
     assert summary.algorithms == {"lora": 4}
     assert summary.ranks == {4: 3, 2: 1}
-    assert summary.alphas == ({None: 4} if layout == "diffusers" else {4.0: 3, 2.0: 1})
+    assert summary.alphas == {4.0: 3, 2.0: 1}
     assert summary.dtypes == {"bfloat16": summary.tensors}
     assert summary.parameters == sum(t.numel() for w in state.adapters.values() for t in w.tensors.values())
     assert summary.steps == 20
@@ -56,21 +56,43 @@ def test_findings(tmp_path: Path, unet_names, make_state) -> None:
 
     save_file(tensors, tmp_path / "y")
     assert set(describe(tmp_path / "y").findings) == {
-        f"unet.{TO_K}.lora_A.weight holds NaN or infinity",
-        f"unet.{TO_Q} changes nothing: its up matrix is zero",
-        "unet.conv_in is incomplete: its tensors do not make up an adapter",
-        "stranger has no name that LoRA files use",
+        f"unet.{TO_K}.lora_A.weight holds NaN or infinity, which spoils every picture",
+        "unet.conv_in is incomplete: the tensors do not make up an adapter",
+        "stranger has no name that LoRA files use, so that programs ignore them or refuse the file",
     }
 
 
 def test_other_algorithms_and_differences(tmp_path: Path, unet_names, make_state) -> None:
     state = make_state(unet_names, [TO_Q], algorithm="lokr", rank=2)
+    state.adapters.update(make_state(unet_names, [TO_K], algorithm="oft", rank=8, alpha=0.0).adapters)
     state.differences[ModuleRef(DENOISER, "conv_norm_out")] = {"weight": torch.ones(32)}
     save_lora(tmp_path / "x", state, unet_names)
     summary = describe(tmp_path / "x")
-    assert summary.algorithms == {"lokr": 1, "difference": 1}
+    assert summary.algorithms == {"lokr": 1, "oft": 1, "difference": 1}
     assert summary.ranks == {2: 1}
-    assert summary.norms == {}
+    assert summary.factors == {2: 1}
+    assert summary.block_sizes == {8: 1}
+    assert summary.norms.keys() == {"denoiser.down_blocks.0", "denoiser"}
+    assert summary.norms["denoiser"] == pytest.approx(32**0.5)
+
+
+@pytest.mark.parametrize("variant", ["dora_in", "dora_out"])
+def test_magnitudes_are_told_by_what_they_are_for(tmp_path: Path, unet_names, make_adapter, variant) -> None:
+    adapter = make_adapter((32, 32), "lora", 2, 1.0, torch.Generator().manual_seed(0), variant=variant)
+    save_lora(tmp_path / "x", AdapterState({ModuleRef(DENOISER, TO_Q): adapter}), unet_names)
+    assert describe(tmp_path / "x").magnitudes == {{"dora_in": "input", "dora_out": "output"}[variant]: 1}
+
+
+def test_a_peft_folder(tmp_path: Path, unet_names, make_state, make_adapter) -> None:
+    state = make_state(unet_names, [TO_Q], alpha=3.0)
+    adapter = make_adapter((8, 8), "lora", 2, 2.0, torch.Generator().manual_seed(0))
+    state.adapters[ModuleRef("text_encoder", "text_model.encoder.layers.1.mlp.fc1")] = adapter
+    save_lora(tmp_path / "x", state, unet_names, layout="peft")
+    summary = describe(tmp_path / "x")
+    assert summary.layouts == {"peft": 4}
+    assert summary.components == {"denoiser": 1, "text_encoder": 1}
+    assert summary.alphas == {3.0: 1, 2.0: 1}
+    assert summary.hashes == {}
 
 
 def test_what_stands_for_a_rank_is_called_what_it_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.kohya import KohyaLayout
+from lorasmith.formats.layout import sentences
 
 LAYOUT = KohyaLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -109,3 +110,28 @@ def test_differences_of_norms_have_lycoris_names(unet_names) -> None:
     tensors = LAYOUT.write(state, unet_names)
     assert tensors.keys() == {"lora_unet_conv_norm_out.w_norm", "lora_unet_conv_norm_out.b_norm"}
     assert LAYOUT.read(tensors, {}, unet_names).differences.keys() == {ref}
+
+
+def test_rotations_are_bounded_in_the_file_as_lycoris_and_comfyui_both_read_it(unet_names, make_state) -> None:
+    state = make_state(unet_names, [TO_Q], algorithm="oft", rank=4, alpha=0.5)
+    blocks = state.adapters[ModuleRef(DENOISER, TO_Q)].tensors["oft_blocks"]
+    tensors = LAYOUT.write(state, unet_names)
+    assert float(tensors[f"lora_unet_{FLAT_TO_Q}.alpha"]) == 0
+    written = tensors[f"lora_unet_{FLAT_TO_Q}.oft_blocks"]
+    length = float((blocks - blocks.mT).norm())
+    assert length > 0.5
+    torch.testing.assert_close(written, blocks * 0.5 / length)
+    tensors[f"lora_unet_{FLAT_TO_Q}.alpha"] = torch.tensor(0.25)
+    assert LAYOUT.read(tensors, {}, unet_names).adapters[ModuleRef(DENOISER, TO_Q)].alpha == 0.25 * 32
+
+
+def test_what_cannot_be_fused_is_said(flux_names, make_state, make_adapter) -> None:
+    attention = [f"transformer_blocks.0.attn.to_{part}" for part in ("q", "k", "v", "out.0")]
+    assert not LAYOUT.losses(make_state(flux_names, attention), flux_names)
+    assert not LAYOUT.losses(make_state(flux_names, attention, algorithm="oft", rank=4, alpha=0.0), flux_names)
+    losses = LAYOUT.losses(make_state(flux_names, attention, algorithm="lokr"), flux_names)
+    assert [loss.module.path for loss in losses] == attention[:3]
+    assert not any(loss.left_out for loss in losses)
+    assert sentences(losses)[0].startswith(
+        f"3 modules, such as {attention[0]}: what the original model fuses (q, k, v)"
+    )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.formats.metadata import TrainingFacts, build_metadata, steps_of, tag_frequency
+from lorasmith.formats.metadata import TrainingFacts, build_metadata, steps_of, tag_frequency, without_private
 
 FACTS = TrainingFacts(
     kohya_version="sd_v1",
@@ -106,3 +106,57 @@ def test_any_name_and_any_metadata_give_a_number(name: str, metadata: dict[str, 
 def test_own_metadata_and_own_names_give_the_steps(steps: int) -> None:
     assert steps_of(build_metadata(dataclasses.replace(FACTS, steps=steps)), "x") == steps
     assert steps_of({}, f"loras/ComfyUI_trained_lora_{steps}_steps_00003_.safetensors") == steps
+
+
+def test_what_a_run_knows_of_sd_scripts_entries_is_there() -> None:
+    facts = dataclasses.replace(
+        FACTS,
+        num_images=3,
+        buckets={(512, 768): 3, (512, 512): 4},
+        max_grad_norm=1.0,
+        loss="l2",
+        lr_scheduler="constant",
+        gradient_checkpointing=False,
+    )
+    metadata = build_metadata(facts)
+    assert metadata["ss_num_batches_per_epoch"] == "2"  # seven samples in batches of six
+    assert json.loads(metadata["ss_bucket_info"])["buckets"] == {
+        "0": {"resolution": [512, 512], "count": 4},
+        "1": {"resolution": [512, 768], "count": 3},
+    }
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"10_dog": {"n_repeats": 1, "img_count": 3}}
+    expected = {
+        "ss_enable_bucket": "True",
+        "ss_lr_scheduler": "constant",
+        "ss_lr_warmup_steps": "0",
+        "ss_max_grad_norm": "1.0",
+        "ss_loss_type": "l2",
+        "ss_gradient_checkpointing": "False",
+    }
+    assert {key: metadata[key] for key in expected} == expected
+
+
+def test_variants_are_told_as_lycoris_calls_them() -> None:
+    metadata = build_metadata(dataclasses.replace(FACTS, network_args={"dora_wd": True}))
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(metadata["ss_network_args"]) == {"algo": "lora", "dora_wd": True}
+
+
+def test_private_metadata_has_no_path_prompt_caption_or_workflow() -> None:
+    facts = dataclasses.replace(
+        FACTS,
+        base_model="/home/secret/models/dream.safetensors",
+        config={"existing_lora": "/home/secret/a.safetensors"},
+        prompt={"1": "secret"},
+        num_images=1,
+        tags={"secret tag": 1},
+        description="secret",
+    )
+    metadata = build_metadata(facts) | {"ot_config": "secret", "ss_datasets": "secret", "ss_network_args": "secret"}
+    private = without_private(metadata)
+    assert "secret" not in json.dumps(private)
+    assert private["ss_sd_model_name"] == "dream.safetensors"
+    assert private["modelspec.trigger_phrase"] == "sks dog"
+    assert steps_of(private, "") == 500
+    assert {"ss_seed", "ss_network_dim", "modelspec.architecture"} <= private.keys()
+    assert without_private(private) == private

@@ -1,73 +1,78 @@
-"""Load a LoRA with sd-scripts' own network code and compare what the denoiser answers.
+"""Load LoRAs with sd-scripts' own network code and compare what the denoiser answers.
 
-    python tests/peers/sd_scripts_loads.py --sd-scripts PATH/TO/sd-scripts LORA.safetensors \\
-        --checkpoint MODEL.safetensors --reference REFERENCE.safetensors [--strength 1.0] [--tolerance 1e-4]
+    python tests/peers/sd_scripts_loads.py --sd-scripts PATH/TO/sd-scripts --checkpoint MODEL.safetensors \\
+        LORA=REFERENCE ...
 
-MODEL is a Stable Diffusion 1.x UNet in the original layout, of a shape that `models.py` lists; it runs in diffusers'
-UNet, which sd-scripts' network wraps. REFERENCE and the JSON line printed are those of `comfyui_loads.py`; only
-modules of the UNet (`lora_unet_…`) are counted. The exit code is 1 if a module was left out or the difference exceeds
-the tolerance. Needs torch, diffusers and transformers.
+MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
+network wraps, or Flux.1, which runs in sd-scripts' own model. Layers of CLIP-L that a LoRA has something for are
+counted, and not run. The rest, and what is printed, is described in `load_report.py`. Needs torch, diffusers and
+transformers, for Flux einops.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib
+import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import models
 import sd_scripts_headless
 import torch
+from load_report import Loaded, base_of, parser, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
 def main() -> None:
-    arguments = _arguments()
-    lora = sd_scripts_headless.boot(arguments.sd_scripts)
-    unet = _unet(arguments.checkpoint)
-    reference = load_file(str(arguments.reference))
-    expected = reference.pop("expected")
-    without = _denoise(unet, **reference)
-
-    weights = load_file(str(arguments.lora))
-    network, _ = lora.create_network_from_weights(arguments.strength, None, None, [], unet, weights_sd=weights)
-    network.apply_to([], unet, apply_text_encoder=False)
-    unexpected = set(network.load_state_dict(weights, strict=False).unexpected_keys)
-    output = _denoise(unet, **reference)
-
-    named = {key.partition(".")[0] for key in weights if not key.startswith("lora_te")}
-    failed = {key.partition(".")[0] for key in unexpected if not key.startswith("lora_te")}
-    difference = ((output - expected).norm() / expected.norm()).item()
-    report = {
-        "modules": len(named),
-        "applied": len(named) - len(failed),
-        "not_applied": sorted(failed)[:10],
-        "difference": difference,
-        "effect": ((output - without).norm() / expected.norm()).item(),
-    }
-    print(json.dumps(report))
-    sys.exit(int(bool(failed) or not difference <= arguments.tolerance))
+    arguments = parser(__doc__, "sd-scripts").parse_args()
+    network = sd_scripts_headless.boot(arguments.sd_scripts)
+    tensors = load_file(str(arguments.checkpoint))
+    if "double_blocks.0.img_attn.qkv.weight" in tensors:
+        network, model, denoise = importlib.import_module("networks.lora_flux"), _flux(tensors), _flux_answer
+    else:
+        model, denoise = _unet(arguments.checkpoint, tensors), _unet_answer
+    run(arguments, lambda lora, inputs: _loaded(network, model, denoise, lora, inputs))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lora", type=Path, help="the LoRA file")
-    parser.add_argument("--sd-scripts", type=Path, required=True, help="folder of an sd-scripts checkout")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="model in the original layout")
-    parser.add_argument("--reference", type=Path, required=True, help="inputs and the expected output")
-    parser.add_argument("--strength", type=float, default=1.0)
-    parser.add_argument("--tolerance", type=float, default=1e-4)
-    return parser.parse_args()
+@torch.no_grad()
+def _loaded(module: Any, model: nn.Module, denoise: Any, lora: Path, inputs: dict[str, Tensor]) -> Loaded:
+    own = {layer: layer.__dict__.get("forward") for layer in model.modules()}
+    without = denoise(model, **inputs)
+    weights = load_file(str(lora))
+    encoder: Any = _clip() if any(key.startswith("lora_te") for key in weights) else []
+    network, _ = module.create_network_from_weights(1.0, None, None, encoder, model, weights_sd=weights)
+    try:
+        network.apply_to(encoder, model, apply_text_encoder=bool(encoder), apply_unet=True)
+        unexpected = set(network.load_state_dict(weights, strict=False).unexpected_keys)
+        output = denoise(model, **inputs)
+    finally:
+        for layer, forward in own.items():
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+    return Loaded({base_of(key) for key in weights}, {base_of(key) for key in unexpected}, output, without)
 
 
-def _unet(checkpoint: Path) -> nn.Module:
+def _clip() -> Any:
+    """A text encoder of CLIP-L's size; its layers stand behind `text_model.`, which newer transformers dropped."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    encoder = CLIPTextModel(CLIPTextConfig(**sizes))
+    if hasattr(encoder, "text_model"):
+        return encoder
+    named = nn.Module()
+    named.text_model = encoder
+    return named
+
+
+def _unet(checkpoint: Path, tensors: dict[str, Tensor]) -> nn.Module:
     """diffusers' UNet of the file, through diffusers' own conversion."""
     from diffusers import UNet2DConditionModel
 
-    sizes = {key: tuple(tensor.shape) for key, tensor in load_file(str(checkpoint)).items()}
+    sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for shape in (models.SD1_TINY, models.SD1_FULL):
         if all(sizes.get(shape.prefix + name) == size for name, size in shape.tensors()):
             break
@@ -84,9 +89,62 @@ def _unet(checkpoint: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _denoise(unet: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+def _unet_answer(unet: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
     output: Tensor = unet(x, timestep, context).sample
     return output
+
+
+def _flux(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' Flux of the sizes that the tensors have."""
+    from library.flux_models import Flux, FluxParams
+
+    def blocks(kind: str) -> int:
+        return 1 + max(int(match[1]) for key in tensors if (match := re.match(rf"{kind}\.(\d+)\.", key)))
+
+    hidden, channels = tensors["img_in.weight"].shape
+    head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
+    with torch.device("meta"):
+        model: nn.Module = Flux(
+            FluxParams(
+                in_channels=channels,
+                vec_in_dim=tensors["vector_in.in_layer.weight"].shape[1],
+                context_in_dim=tensors["txt_in.weight"].shape[1],
+                hidden_size=hidden,
+                mlp_ratio=4.0,
+                num_heads=hidden // head,
+                depth=blocks("double_blocks"),
+                depth_single_blocks=blocks("single_blocks"),
+                axes_dim=[head // 8, 7 * head // 16, 7 * head // 16],
+                theta=10_000,
+                qkv_bias=True,
+                guidance_embed=True,
+            )
+        )
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _flux_answer(
+    flux: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor
+) -> Tensor:
+    """Latents are packed 2×2 into tokens, each at its place (0, row, column)."""
+    batch, channels, height, width = x.shape
+    tokens = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(height // 2.0), torch.arange(width // 2.0))
+    output = flux(
+        img=tokens,
+        img_ids=places.expand(batch, -1, -1),
+        txt=context,
+        txt_ids=torch.zeros(batch, context.shape[1], 3),
+        timesteps=timestep,
+        y=pooled,
+        guidance=guidance,
+    )
+    answer: Tensor = (
+        output.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+    )
+    return answer.reshape(x.shape)
 
 
 if __name__ == "__main__":

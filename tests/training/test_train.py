@@ -16,6 +16,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.formats.container import read_safetensors
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, Warned
@@ -117,8 +118,22 @@ def test_a_rank_above_a_layers_size_is_capped_and_said(run: Run, dataset: Encode
     assert ranks["conv_out"] == 4
     assert ranks["conv_in"] == 36
     notes = [event.message for event in events if isinstance(event, Warned)]
-    assert len(notes) == 1
-    assert "Rank 128" in notes[0]
+    assert ["Rank 128" in note for note in notes] == [True, False]
+    assert notes[1].startswith("sd-scripts does not apply 4 modules, such as conv_in")
+
+
+def test_a_private_run_keeps_captions_to_its_folder(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    captions = {sample.conditioning.text for sample in dataset.samples} - {None, ""}
+    assert captions
+    result = run(dataset, output=tmp_path / "run", title="cat", trigger="sks cat", private=True)
+    header = read_safetensors(result.path)[1]
+    assert not [key for key, value in header.items() if any(caption in value for caption in captions)]
+    assert header["modelspec.trigger_phrase"] == "sks cat"
+    assert header["lorasmith.steps"] == "4"
+    assert "lorasmith.config" not in header
+    plain = run(dataset, output=tmp_path / "plain", title="cat", trigger="sks cat")
+    assert "ss_tag_frequency" in read_safetensors(plain.path)[1]
+    assert json.loads(read_safetensors(plain.path)[1]["ss_bucket_info"])["buckets"]
 
 
 def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ NOTES: dict[str, tuple[dict[str, Any], str]] = {
     "capped": ({"rank": 128}, "Rank 128 is more than"),
     "DoRA in ComfyUI": (
         {"dora": "output"},
-        "ComfyUI divides magnitudes per output by the norm of the unchanged weight",
+        "Magnitudes per input (dora input) are the kind that ComfyUI reproduces.",
     ),
 }
 
@@ -299,6 +299,16 @@ def test_a_setting_without_effect_is_said_aloud(quick: Run, settings: dict[str, 
     quick(steps=1, on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None, **settings)
     assert [note for note in notes if note.startswith(sentence)], notes
     assert len([note for note in notes if "does not apply" not in note]) == 1
+
+
+def test_programs_that_leave_something_out_are_named(quick: Run) -> None:
+    notes: list[str] = []
+    quick(steps=1, algorithm="OFT", on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None)
+    assert notes == [
+        "diffusers does not apply any of it as meant: it refuses a file with anything but LoRA's factors.",
+        "sd-scripts does not apply any of it as meant: its own network is LoRA without extras (LyCORIS' network loads "
+        "the others).",
+    ]
 
 
 def test_settings_for_fresh_targets_say_so_when_there_are_none(quick: Run, tmp_path: Path) -> None:

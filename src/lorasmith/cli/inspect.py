@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A LoRA, in any known layout.")],
+    file: Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
 ) -> None:
     """Show what a LoRA file holds: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
@@ -41,12 +41,14 @@ def inspect(
 
 def _print(summary: LoraSummary) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     rows = {
         "File": f"{summary.path} ({summary.size_bytes / 2**20:.1f} MiB)",
         "Layout": _counts(summary.layouts),
         "Family": summary.family or "not recognised",
         "Algorithm": _counts(summary.algorithms),
+        **({"DoRA": f"magnitudes per {_counts(summary.magnitudes)}"} if summary.magnitudes else {}),
         "Modules": _counts(summary.components),
         **{
             label: _counts(found)
@@ -64,12 +66,15 @@ def _print(summary: LoraSummary) -> None:
     }
     table = Table.grid(padding=(0, 2))
     for label, text in rows.items():
-        table.add_row(f"[bold]{label}[/]", text)
+        table.add_row(Text(label, style="bold"), Text(text))
     console.print(table)
-    _print_section("Norm of the weight change by block", {k: f"{v:.4g}" for k, v in summary.norms.items()})
+    _print_section(
+        "Norm of the weight change by block, at strength 1", {k: f"{v:.4g}" for k, v in summary.norms.items()}
+    )
     _print_section("Metadata", summary.metadata)
     for finding in summary.findings:
-        console.print(f"[yellow]Fault:[/] {finding}")
+        console.print("[yellow]Fault:[/]", end=" ")
+        console.print(f"{finding}; `lorasmith check` says how to mend it", markup=False, soft_wrap=True)
 
 
 def _print_section(title: str, entries: Mapping[str, str]) -> None:

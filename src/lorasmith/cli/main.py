@@ -6,7 +6,20 @@ import sys
 
 import typer
 
-from lorasmith.cli import demo, diff, extract, generate, inspect, merge, resize, targets, train, workflow
+from lorasmith.cli import (
+    check,
+    convert,
+    demo,
+    diff,
+    extract,
+    generate,
+    inspect,
+    merge,
+    resize,
+    targets,
+    train,
+    workflow,
+)
 from lorasmith.cli.console import complain
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
@@ -28,6 +41,8 @@ targets.register(app)
 workflow.register(app)
 generate.register(app)
 inspect.register(app)
+check.register(app)
+convert.register(app)
 merge.register(app)
 resize.register(app)
 extract.register(app)

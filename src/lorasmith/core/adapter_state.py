@@ -33,7 +33,8 @@ class AdapterWeights:
         algorithm: registered adapter name in lower case (`lora`, `loha`, `lokr`, `oft`, ...).
         tensors: by canonical name. For `lora`: `down` (rank, in[, kh, kw]), `up` (out, rank[, 1, 1]), optional `mid`
             (rank, rank, kh, kw) for Tucker and `dora_scale`. Other algorithms use LyCORIS' own tensor names.
-        alpha: numerator of the scale alpha / rank; None where the file has none, which means scale 1.
+        alpha: numerator of the scale alpha / rank; None where the file has none, which means scale 1. For `oft` and
+            `boft` the bound of ‖Q‖ (ComfyUI's meaning of it), 0 or None for no bound.
     """
 
     algorithm: str

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
 
-__all__ = ["clip_config", "openclip_to_transformers", "renamed_for", "without_text_model", "written_paths"]
+__all__ = [
+    "clip_config",
+    "openclip_to_transformers",
+    "released_paths",
+    "renamed_for",
+    "without_text_model",
+    "written_paths",
+]
 
 _OPENCLIP = (
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
@@ -83,6 +90,12 @@ def renamed_for(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     """Tensors without `text_model.`, under the names that this version of transformers uses."""
     nested = any(name.startswith("text_model.") for name in encoder.state_dict())
     return {f"text_model.{name}" if nested else name: tensor for name, tensor in tensors.items()}
+
+
+def released_paths(layers: int) -> tuple[str, ...]:
+    """What `written_paths` gives for a CLIP text encoder of so many layers, for models that come without theirs."""
+    parts = (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "mlp.fc1", "mlp.fc2")
+    return tuple(f"text_model.encoder.layers.{layer}.{part}" for layer in range(layers) for part in parts)
 
 
 def written_paths(encoder: nn.Module) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families import clip_layout
 from lorasmith.families.base import (
     FAMILIES,
     Components,
@@ -46,6 +47,15 @@ _TARGETS = {
 }
 _DEFAULT_GUIDANCE = 3.5
 _MAX_SHIFT = 1.15  # mu of the exponential time shift at 1024×1024
+
+_T5_PATHS = tuple(
+    f"encoder.block.{block}.layer.{layer}"
+    for block in range(24)
+    for layer in (
+        *(f"0.SelfAttention.{part}" for part in "qkvo"),
+        *(f"1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+    )
+)
 
 _TOP = {
     "x_embedder": "img_in",
@@ -139,6 +149,9 @@ class Flux(Family):
             denoiser=table,
             out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
+            # LoRAs for the released encoders are carried along, whether these are loaded or not.
+            text_encoders={"text_encoder": clip_layout.released_paths(layers=12), "text_encoder_2": _T5_PATHS},
+            encoder_kinds={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
             kohya_naming="original",
             peft_prefix="transformer",
             portable="kohya",

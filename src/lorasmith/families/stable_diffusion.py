@@ -135,7 +135,10 @@ class StableDiffusion(Family):
             out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
             encoder_kinds={"text_encoder": "clip_l" if self._version == 1 else "clip_h"},
-            text_encoders={name: clip_layout.written_paths(encoder) for name, encoder in text_encoders.items()},
+            text_encoders={name: clip_layout.written_paths(encoder) for name, encoder in text_encoders.items()}
+            or {
+                "text_encoder": clip_layout.released_paths(layers=12 if self._version == 1 else _OPENCLIP_H_LAYERS - 1)
+            },
             kohya_naming="diffusers",
             peft_prefix="unet",
             portable="kohya",

@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.layout import LAYOUTS, Layout
+from lorasmith.formats.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.places import (
     Parts,
@@ -26,7 +26,7 @@ from lorasmith.formats.places import (
     original_places,
     read_tensors,
 )
-from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled, split_key
+from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled, split_key, without_core
 
 __all__ = ["ComfyLayout"]
 
@@ -64,11 +64,22 @@ class ComfyLayout(Layout):
         return {
             base + suffix: tensor
             for base, module in modules.items()
-            for suffix, tensor in spelled(_flattened(module), KOHYA).items()
+            for suffix, tensor in spelled(_plain(module), KOHYA).items()
         }
 
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         return {}
+
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+        found = []
+        for ref, weights in state.adapters.items():
+            magnitudes = weights.tensors.get("dora_scale")
+            if magnitudes is not None and magnitudes.shape[0] > 1:
+                reason = "ComfyUI takes DoRA's magnitudes for each output relative to the untrained weight's norm"
+                found.append(Loss(ref, reason, left_out=False))
+            if "rescale" in weights.tensors:
+                found.append(Loss(ref, "ComfyUI leaves out the rescale of OFT and BOFT", left_out=False))
+        return found
 
 
 LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
@@ -83,10 +94,17 @@ def _encoder_kinds(component: str, names: ModelNames) -> tuple[str, ...]:
     return {"clip_l": ("clip_l", "clip_h"), "clip_h": ("clip_h", "clip_l")}.get(kind, (kind,))
 
 
-def _flattened(module: ModuleTensors) -> ModuleTensors:
-    """A LoRA's factors in two dimensions. Tucker's core needs its kernel, so such an adapter stays as it is."""
+def _plain(module: ModuleTensors) -> ModuleTensors:
+    """A LoRA's factors in two dimensions, and LoKr without a Tucker core, which ComfyUI fails to merge.
+
+    A LoRA's Tucker core needs its kernel, so such an adapter stays as it is.
+    """
     weights = module.adapter
-    if weights is None or weights.algorithm != "lora" or "mid" in weights.tensors:
+    if weights is None:
+        return module
+    if weights.algorithm == "lokr":
+        return replace(module, adapter=without_core(weights))
+    if weights.algorithm != "lora" or "mid" in weights.tensors:
         return module
     tensors = {name: t.flatten(1) if name in ("down", "up") else t for name, t in weights.tensors.items()}
     return replace(module, adapter=replace(weights, tensors=tensors))

@@ -134,6 +134,9 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+# Ten times what the largest models have. More would take minutes and gigabytes to read, to no purpose.
+_MAX_TENSORS = 200_000
+_MAX_COMMAS = 4_000_000
 
 # Rows in the order of the reference implementation's dtype enumeration, by which it sorts the body (last comes first).
 _DTYPES = (
@@ -199,6 +202,8 @@ def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: typ
 
 def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
     """Tensors in body order, metadata, and size of the body in bytes. Raises ValueError, saying what is wrong."""
+    if text.count(b'"dtype"') > _MAX_TENSORS or text.count(b",") > _MAX_COMMAS:
+        raise ValueError(f"it has more entries than any model, whose tensors are {_MAX_TENSORS:,} at most")
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
@@ -214,7 +219,7 @@ def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
     tensors = {}
     for start, end, info, name in placed:
         if start != expected:
-            raise ValueError(f"the bytes of tensor {name!r} do not follow the tensor before it")
+            raise ValueError(f"the bytes of tensor {_short(name)} do not follow the tensor before it")
         tensors[name] = info
         expected = end
     return tensors, metadata, expected
@@ -223,14 +228,18 @@ def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
 def _placed(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
     """Start, end and description of one tensor. Raises ValueError when they contradict each other."""
     if not isinstance(entry, dict) or entry.get("dtype") not in _SIZE:
-        raise ValueError(f"tensor {name!r} has no known dtype")
+        raise ValueError(f"tensor {_short(name)} has no known dtype")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has no proper shape and place")
+        raise ValueError(f"tensor {_short(name)} has no proper shape and place")
     start, end = offsets
     if end - start != math.prod(shape) * _SIZE[entry["dtype"]]:
-        raise ValueError(f"tensor {name!r} has a shape that does not match its bytes")
+        raise ValueError(f"tensor {_short(name)} has a shape that does not match its bytes")
     return start, end, TensorInfo(entry["dtype"], tuple(shape))
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else f"{name[:100]}…")
 
 
 def _naturals(values: Any) -> TypeGuard[list[int]]:

@@ -5,17 +5,22 @@ taken apart. UNets of Stable Diffusion 1 and 2 go by diffusers' names, SDXL and 
 checkpoint. LyCORIS uses the same layout for its algorithms.
 
 Read as well: the other naming, `lycoris_` (LyCORIS' wrapper), `lora_transformer_` (OneTrainer).
+
+LyCORIS bounds the rotations of OFT and BOFT by alpha times the number of outputs, where `AdapterWeights` and ComfyUI
+have the bound itself. Read, alpha becomes the bound; written, rotations are shortened to it and alpha is zero, which
+is the same to every program.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.layout import LAYOUTS, Layout
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.formats.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.places import (
     Parts,
@@ -24,8 +29,9 @@ from lorasmith.formats.places import (
     encoder_paths,
     original_places,
     read_tensors,
+    unfusable,
 )
-from lorasmith.formats.spelling import KOHYA, spelled, split_key
+from lorasmith.formats.spelling import KOHYA, multiplied, spelled, split_key
 
 __all__ = ["KohyaLayout"]
 
@@ -54,7 +60,12 @@ class KohyaLayout(Layout):
         return bases
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-        return read_tensors(tensors, self.bases(names), names)
+        state = read_tensors(tensors, self.bases(names), names)
+        for ref, weights in state.adapters.items():
+            if weights.algorithm in _ROTATIONS and weights.alpha:
+                blocks = weights.tensors["oft_blocks"]
+                state.adapters[ref] = replace(weights, alpha=weights.alpha * blocks.shape[-3] * blocks.shape[-1])
+        return state
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
         """Adapters that have no exact place under an original name keep diffusers' name, behind `lycoris_`."""
@@ -65,7 +76,7 @@ class KohyaLayout(Layout):
                 return _encoder_prefixes(ref.component, names)[0] + _flat(ref.path)
             return ("lycoris_" if by_original else "lora_unet_") + _flat(ref.path)
 
-        modules = addressed(state, names, base_of, _original_base if by_original else None)
+        modules = addressed(_bounded(state), names, base_of, _original_base if by_original else None)
         return {
             base + suffix: tensor
             for base, module in modules.items()
@@ -75,11 +86,36 @@ class KohyaLayout(Layout):
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         return {}
 
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+        if names.kohya_naming == "diffusers":
+            return []
+        reason = (
+            "what the original model fuses (q, k, v) cannot be fused exactly for these, so that they keep names which "
+            "kohya's scripts and diffusers do not look for"
+        )
+        return [Loss(ref, reason, left_out=False) for ref in unfusable(_bounded(state), names)]
+
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
 _DENOISER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")
+_ROTATIONS = ("oft", "boft")
 _PREFIX = re.compile(r"lora_unet_|lora_te[123]?_|lora_transformer_|lycoris_")
+
+
+def _bounded(state: AdapterState) -> AdapterState:
+    """A LoRA whose rotations are no longer than their bounds, and have none."""
+    adapters = {ref: _shortened(weights) for ref, weights in state.adapters.items()}
+    return replace(state, adapters=adapters)
+
+
+def _shortened(weights: AdapterWeights) -> AdapterWeights:
+    if weights.algorithm not in _ROTATIONS or not weights.alpha:
+        return weights
+    blocks = weights.tensors["oft_blocks"].float()
+    length = float((blocks - blocks.mT).norm())
+    shortened = multiplied(weights.tensors["oft_blocks"], weights.alpha / max(length, weights.alpha))
+    return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
 
 
 def _flat(path: str) -> str:

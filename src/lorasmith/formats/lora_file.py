@@ -26,6 +26,7 @@ from lorasmith.formats.layout import LAYOUTS, Layout, sentences
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.peft import PEFT_CONFIG, PEFT_PREFIX
 from lorasmith.formats.peft_config import ADAPTER_METADATA, header_fields
+from lorasmith.formats.portable import made_portable
 from lorasmith.formats.recognise import component_of, guessed_family
 from lorasmith.formats.spelling import grouped
 
@@ -103,7 +104,8 @@ def save_lora(
         state: the LoRA.
         names: name table of the model that it belongs to.
         layout: name of a registered layout, or `portable`.
-        dtype: number format of the adapters, None to keep theirs. Alphas that it would round are written in fp32.
+        dtype: number format of the adapters, None to keep theirs. Magnitudes of DoRA keep theirs, and alphas that it
+            would round are written in fp32.
         metadata: metadata in place of the state's; the hashes over the content are added to it. The state's own
             metadata is kept as it is, with hashes brought up to date where it has them.
 
@@ -112,6 +114,8 @@ def save_lora(
         OutputError: the file cannot be written.
     """
     chosen = layout_for(layout, names)
+    if layout.casefold() == PORTABLE:
+        state = made_portable(state, names)
     if lost := [loss for loss in chosen.losses(state, names) if loss.left_out]:
         raise LoraError(f"a LoRA saved for {chosen.title} must fit it: {sentences(lost)[0]}; choose another layout")
     written = {

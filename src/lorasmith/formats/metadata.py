@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-__all__ = ["TrainingFacts", "build_metadata", "steps_of", "tag_frequency"]
+__all__ = ["TrainingFacts", "build_metadata", "steps_of", "tag_frequency", "without_private"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,10 @@ class TrainingFacts:
         learning_rate, optimizer, batch_size, accumulation, seed: of the run; accumulation is in batches.
         training_dtype, lora_dtype: as `fp32`, `bf16`, `fp16`.
         num_images: pictures trained on.
+        max_grad_norm, loss, lr_scheduler, gradient_checkpointing: of the run; the loss as `l2`, `l1`, `huber`,
+            `smooth_l1`.
+        network_args: what LyCORIS' network would be told besides rank, alpha and algorithm.
+        buckets: number of samples in an epoch by (width, height) in pixels.
         tags: tag → count, as `tag_frequency` gives it; `dataset` is the folder's name.
         started, finished: seconds since 1970.
         title, trigger, author, description, license: for people.
@@ -66,6 +70,12 @@ class TrainingFacts:
     training_dtype: str = ""
     lora_dtype: str = ""
     num_images: int | None = None
+    max_grad_norm: float | None = None
+    loss: str = ""
+    lr_scheduler: str = ""
+    gradient_checkpointing: bool | None = None
+    network_args: Mapping[str, object] = field(default_factory=dict)
+    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     tags: Mapping[str, int] = field(default_factory=dict)
     dataset: str = "dataset"
     started: float | None = None
@@ -112,15 +122,53 @@ def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
     return int(in_name[-1]) if in_name else 0
 
 
+def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata without paths, prompts, captions and workflow: entries that hold none of these, paths cut to names.
+
+    Entries of programs that are not known here are left out as well, for nobody can say what is in them. The trigger
+    stays, without which a LoRA is of little use.
+    """
+    kept = {key: value for key, value in metadata.items() if key in _PUBLIC}
+    return {key: re.split(r"[/\\]", value)[-1] if key in _NAMES_OF_FILES else value for key, value in kept.items()}
+
+
+_NAMES_OF_FILES = frozenset({"ss_sd_model_name", "ss_vae_name", "ss_output_name", "modelspec.title"})
+_PUBLIC_WORDS = """
+    format sshs_model_hash sshs_legacy_hash lora_adapter_metadata
+    lorasmith.steps lorasmith.algorithm lorasmith.targets lorasmith.lora_dtype
+    modelspec.sai_model_spec modelspec.architecture modelspec.implementation modelspec.implementation_version
+    modelspec.title modelspec.resolution modelspec.date modelspec.author modelspec.license modelspec.hash_sha256
+    modelspec.trigger_phrase modelspec.prediction_type modelspec.timestep_range modelspec.encoder_layer
+    modelspec.unet_dtype modelspec.vae_dtype
+    ss_base_model_version ss_v2 ss_sd_model_name ss_sd_model_hash ss_new_sd_model_hash ss_vae_name ss_vae_hash
+    ss_new_vae_hash ss_sd_scripts_commit_hash ss_output_name ss_network_module ss_network_dim ss_network_alpha
+    ss_network_dropout ss_scale_weight_norms ss_training_started_at ss_training_finished_at ss_steps ss_max_train_steps
+    ss_epoch ss_num_epochs ss_num_batches_per_epoch ss_num_train_images ss_num_reg_images ss_num_validation_images
+    ss_batch_size_per_device ss_total_batch_size ss_gradient_accumulation_steps ss_gradient_checkpointing
+    ss_learning_rate ss_unet_lr ss_text_encoder_lr ss_lr_scheduler ss_lr_warmup_steps ss_optimizer ss_max_grad_norm
+    ss_loss_type ss_huber_schedule ss_huber_scale ss_huber_c ss_min_snr_gamma ss_debiased_estimation
+    ss_zero_terminal_snr ss_noise_offset ss_noise_offset_random_strength ss_adaptive_noise_scale ss_ip_noise_gamma
+    ss_ip_noise_gamma_random_strength ss_multires_noise_iterations ss_multires_noise_discount ss_prior_loss_weight
+    ss_seed ss_mixed_precision ss_full_fp16 ss_fp8_base ss_fp8_base_unet ss_clip_skip ss_max_token_length ss_keep_tokens
+    ss_caption_dropout_rate ss_caption_dropout_every_n_epochs ss_caption_tag_dropout_rate ss_shuffle_caption
+    ss_resolution ss_enable_bucket ss_bucket_no_upscale ss_min_bucket_reso ss_max_bucket_reso ss_bucket_info
+    ss_cache_latents ss_lowram ss_color_aug ss_flip_aug ss_random_crop ss_face_crop_aug_range
+"""
+_PUBLIC = frozenset(_PUBLIC_WORDS.split())
+
+
 def _kohya(facts: TrainingFacts) -> dict[str, object]:
     known_batch = facts.batch_size is not None and facts.accumulation is not None
+    plain = facts.algorithm == "lora" and not facts.network_args
+    per_step = (facts.batch_size or 0) * (facts.accumulation or 0) if known_batch else 0
+    samples = sum(facts.buckets.values())
     return {
         "ss_base_model_version": facts.kohya_version,
         "ss_v2": facts.kohya_version.startswith("sd_v2"),
-        "ss_network_module": "networks.lora" if facts.algorithm == "lora" else "lycoris.kohya",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": facts.rank,
         "ss_network_alpha": facts.alpha,
-        "ss_network_args": {} if facts.algorithm == "lora" else {"algo": facts.algorithm},
+        "ss_network_args": {} if plain else {"algo": facts.algorithm, **facts.network_args},
         "ss_sd_model_name": facts.base_model,
         "ss_sd_model_hash": facts.base_model_hash_autov1,
         "ss_new_sd_model_hash": facts.base_model_hash,
@@ -137,12 +185,35 @@ def _kohya(facts: TrainingFacts) -> dict[str, object]:
         "ss_unet_lr": facts.learning_rate,
         "ss_optimizer": facts.optimizer,
         "ss_batch_size_per_device": facts.batch_size,
-        "ss_total_batch_size": (facts.batch_size or 0) * (facts.accumulation or 0) if known_batch else None,
+        "ss_total_batch_size": per_step or None,
+        "ss_num_batches_per_epoch": -(-samples // per_step) if samples and per_step else None,
+        "ss_num_reg_images": 0 if facts.num_images else None,
+        "ss_lr_scheduler": facts.lr_scheduler,
+        "ss_lr_warmup_steps": 0 if facts.lr_scheduler == "constant" else None,
+        "ss_max_grad_norm": facts.max_grad_norm,
+        "ss_loss_type": facts.loss,
+        "ss_gradient_checkpointing": facts.gradient_checkpointing,
+        "ss_enable_bucket": len(facts.buckets) > 1 if facts.buckets else None,
+        "ss_bucket_info": _buckets(facts.buckets) if facts.buckets else None,
+        "ss_cache_latents": True if facts.buckets else None,
+        "ss_dataset_dirs": {facts.dataset: {"n_repeats": 1, "img_count": facts.num_images}}
+        if facts.num_images
+        else None,
         "ss_gradient_accumulation_steps": facts.accumulation,
         "ss_seed": facts.seed,
         "ss_mixed_precision": {"fp32": "no"}.get(facts.training_dtype, facts.training_dtype),
         "ss_tag_frequency": {facts.dataset: facts.tags} if facts.tags else None,
         "ss_training_comment": f"trigger: {facts.trigger}" if facts.trigger else None,
+    }
+
+
+def _buckets(buckets: Mapping[tuple[int, int], int]) -> dict[str, object]:
+    """Buckets as sd-scripts numbers them, by width and height."""
+    return {
+        "buckets": {
+            str(number): {"resolution": list(size), "count": count}
+            for number, (size, count) in enumerate(sorted(buckets.items()))
+        }
     }
 
 

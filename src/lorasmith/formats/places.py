@@ -5,7 +5,7 @@ A base (a key without its suffix) stands for one module, or for several where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "in_original_naming",
     "original_places",
     "read_tensors",
+    "unfusable",
 ]
 
 
@@ -136,7 +137,7 @@ def in_original_naming(
         present = {part.module.path: part.place for part in parts if part.module.path in modules}
         if not present:
             continue
-        rows = max((part.place.rows[1] for part in parts if part.place.rows), default=0)
+        rows = _rows_in_all(parts)
         adapter = _fused_adapter({p: modules[p].adapter for p in present}, present, rows)
         differences = _fused_differences({p: modules[p].differences for p in present}, present, rows)
         if adapter is None:
@@ -144,6 +145,30 @@ def in_original_naming(
         if adapter is not None or differences:
             original[path] = ModuleTensors(adapter, differences)
     return original, left
+
+
+def unfusable(state: AdapterState, names: ModelNames) -> list[ModuleRef]:
+    """Modules whose adapters have no exact place in the original checkpoint, which fuses them with others."""
+    found: list[ModuleRef] = []
+    for parts in original_places(names).values():
+        adapters = {part.module: state.adapters[part.module] for part in parts if part.module in state.adapters}
+        if not adapters or _always_fuses(list(adapters.values())):
+            continue
+        places = {part.module.path: part.place for part in parts if part.module in adapters}
+        by_path = {ref.path: weights for ref, weights in adapters.items()}
+        if _fused_adapter(by_path, places, _rows_in_all(parts)) is None:
+            found += adapters
+    return found
+
+
+def _always_fuses(adapters: Sequence[AdapterWeights]) -> bool:
+    """Whether adapters need no look at their values: LoRAs without more than factors always fit together."""
+    return all(weights.tensors.keys() == {"down", "up"} for weights in adapters)
+
+
+def _rows_in_all(parts: Parts) -> int:
+    """Output rows of the module that parts make up, 0 where it is one part alone."""
+    return max((part.place.rows[1] for part in parts if part.place.rows), default=0)
 
 
 def _itself(component: str, path: str) -> Parts:

@@ -48,9 +48,11 @@ _CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*att
 _FAMILIES: tuple[tuple[str, dict[int | None, str]], ...] = (
     (r"(^|_)joint_blocks_\d", {None: "Stable Diffusion 3"}),
     (r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj", {None: "Flux.2"}),
-    (r"(^|_)double_blocks_\d|single_transformer_blocks_\d", {6144: "Flux.2", None: "Flux.1"}),
+    (r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", {6144: "Flux.2", None: "Flux.1"}),
     (r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", {None: "Qwen-Image"}),
-    (r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", {None: "Stable Diffusion 3"}),
+    # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
+    (r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", {3072: "Qwen-Image", None: "Stable Diffusion 3"}),
+    (r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", {3072: "Flux.1", None: "Stable Diffusion 3"}),
     (_START + r"layers_\d+_(attention|attn|feed_forward)_", {3840: "Z-Image", 2304: "Lumina 2", None: "Lumina"}),
     (_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", {None: "Wan"}),
     (
@@ -62,7 +64,8 @@ _FAMILIES: tuple[tuple[str, dict[int | None, str]], ...] = (
             None: "Stable Diffusion",
         },
     ),
-    (r"^lora_te2_text_model|^text_encoder_2_", {None: "Stable Diffusion XL"}),
+    (r"^(lora_te2|text_encoder_2)_text_model_", {None: "Stable Diffusion XL"}),
+    (r"^text_encoder_2_encoder_block_", {None: "Flux.1"}),
     (r"(down|up|input|output)_blocks_\d|(mid|middle)_block_", {None: "Stable Diffusion"}),
 )
 

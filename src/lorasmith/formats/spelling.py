@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -160,13 +160,18 @@ def scales_outputs(weights: AdapterWeights) -> bool:
 
 
 def without_core(weights: AdapterWeights) -> AdapterWeights:
-    """A LoRA whose Tucker core, which few programs know, is multiplied into its down matrix in fp32."""
-    if "mid" not in weights.tensors:
-        return weights
+    """A LoRA or LoKr whose Tucker core, which few programs know, is multiplied into a factor, in fp32."""
     tensors = dict(weights.tensors)
-    core, down = tensors.pop("mid").float(), tensors["down"].float()
-    tensors["down"] = torch.einsum("mn...,ni->mi...", core, down.flatten(1))
-    return AdapterWeights(weights.algorithm, tensors, weights.alpha)
+    if "mid" in tensors:
+        core, down = tensors.pop("mid").float(), tensors["down"].float()
+        tensors["down"] = torch.einsum("mn...,ni->mi...", core, down.flatten(1))
+        return AdapterWeights(weights.algorithm, tensors, weights.alpha)
+    if "lokr_t2" in tensors:
+        core, outer, inner = (tensors.pop(f"lokr_{name}").float() for name in ("t2", "w2_a", "w2_b"))
+        tensors["lokr_w2"] = torch.einsum("ij...,ip,jq->pq...", core, outer, inner).contiguous() * scale_of(weights)
+        whole = AdapterWeights(weights.algorithm, tensors)
+        return replace(whole, alpha=float(rank_of(whole) or 1))
+    return weights
 
 
 def fits(module: ModuleTensors, shape: tuple[int, ...]) -> bool:

@@ -223,6 +223,13 @@ class TrainConfig:
         "in the result.",
     )
 
+    private: bool = option(
+        False,
+        group=_NUMBERS,
+        help="Leave paths, prompts, captions and the workflow out of the LoRA's metadata. The folder of the run keeps "
+        "them.",
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         if self.existing_lora == NONE_LORA:

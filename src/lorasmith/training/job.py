@@ -27,7 +27,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora import Lora
-from lorasmith.training.notes import notes_on
+from lorasmith.training.notes import notes_on, notes_on_file
 from lorasmith.training.targets import parse_targets, resolve_targets
 
 __all__ = ["Job", "fresh_differences", "plan_job", "variant_of"]
@@ -125,6 +125,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
             *existing.note(len(fresh.adapters)),
             *_slow_products(asked, device),
             *notes_on(asked, denoiser, fresh, adapters, len(differences)),
+            *notes_on_file(denoiser, adapters, differences),
         ),
     )
 

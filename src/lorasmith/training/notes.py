@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lorasmith.adapters.base import Adapter, FrozenLayer
+from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import OutputDora
 from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.targets import Plan
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.families.model import Denoiser
+from lorasmith.formats.acceptance import shortfalls
+from lorasmith.formats.lora_file import PORTABLE, layout_for
+from lorasmith.formats.portable import made_portable
 from lorasmith.training.config import TrainConfig, unused_settings
 
-__all__ = ["notes_on", "notes_on_plan"]
+__all__ = ["notes_on", "notes_on_file", "notes_on_plan"]
 
 _FRESH_ONLY = ("algorithm", "alpha", "dora", "pissa", "rank", "rslora", "tucker", "zero_init")
 
@@ -33,8 +39,25 @@ def notes_on(
         *_on_settings(config),
         *notes_on_plan(plan),
         *_on_targets(config, denoiser, plan, adapters, differences),
-        *_on_files(adapters),
     )
+
+
+def notes_on_file(
+    denoiser: Denoiser, adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
+) -> tuple[str, ...]:
+    """One sentence for each program that will not apply all of the LoRA, saved as it is when nothing is said."""
+    names = denoiser.base.names
+    whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
+    state = AdapterState(
+        {ModuleRef(DENOISER, path): one.to_weights() for path, one in adapters.items() if path not in whole},
+        {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
+        | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
+    )
+    found = shortfalls(made_portable(state, names), layout_for(PORTABLE, names), names)
+    notes = [f"{one.sentence}." for one in found]
+    if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
+        notes.append("Magnitudes per input (dora input) are the kind that ComfyUI reproduces.")
+    return tuple(notes)
 
 
 def notes_on_plan(plan: Plan) -> tuple[str, ...]:
@@ -91,11 +114,3 @@ def _on_targets(
             yield f"Dropout leaves {spared} of {len(adapters)} layers alone, which go on from no LoRA."
     if not config.is_default("differences") and not differences:
         yield f"differences {config.differences} changes nothing: the model has none of those parameters."
-
-
-def _on_files(adapters: Mapping[str, Adapter]) -> Iterator[str]:
-    if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
-        yield (
-            "ComfyUI divides magnitudes per output by the norm of the unchanged weight, so this DoRA will look "
-            "different there; dora input is the kind that it reproduces."
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lorasmith.core.dtypes import dtype_name
-from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
 from lorasmith.formats.hashes import autov1, sha256_file
-from lorasmith.formats.metadata import TrainingFacts, build_metadata, tag_frequency
+from lorasmith.formats.metadata import TrainingFacts, build_metadata, tag_frequency, without_private
 
 if TYPE_CHECKING:
+    from lorasmith.training.config import TrainConfig
     from lorasmith.training.job import Job
 
 __all__ = ["run_record", "training_metadata"]
@@ -68,6 +70,12 @@ def training_metadata(
         training_dtype=_trained_in(job),
         lora_dtype=config.lora_dtype,
         num_images=len({sample.name for sample in data.samples}),
+        max_grad_norm=config.max_grad_norm,
+        loss={"MSE": "l2", "SmoothL1": "smooth_l1"}.get(config.loss_function, config.loss_function.lower()),
+        lr_scheduler="constant",
+        gradient_checkpointing=config.gradient_checkpointing,
+        network_args=_lycoris_args(config),
+        buckets=Counter(_picture_size(base, sample) for sample in data.samples),
         tags=tag_frequency(sample.conditioning.text or "" for sample in data.samples),
         started=started,
         finished=time.time(),
@@ -75,18 +83,34 @@ def training_metadata(
         trigger=trigger or "",
         config=asdict(config),
     )
-    return build_metadata(facts)
+    metadata = build_metadata(facts)
+    return without_private(metadata) if config.private else metadata
 
 
 def _size(trained: nn.Module) -> int:
     return sum(parameter.numel() for parameter in trained.parameters())
 
 
+def _lycoris_args(config: TrainConfig) -> dict[str, object]:
+    """What LyCORIS' network would be told of the adapters besides algorithm, rank and alpha."""
+    args = {
+        "dora_wd": config.dora != "none",
+        "wd_on_output": config.dora == "output",
+        "rs_lora": config.rslora,
+        "use_tucker": config.tucker,
+    }
+    factor = {"factor": config.rank} if config.algorithm == "LoKr" else {}
+    return {**{name: value for name, value in args.items() if value}, **factor}
+
+
 def _largest_picture(base: Model, data: EncodedDataset) -> tuple[int, int]:
     """Width and height in pixels of the largest training picture."""
-    shape = max((sample.latents.shape for sample in data.samples), key=lambda shape: shape[-1] * shape[-2])
+    return max((_picture_size(base, sample) for sample in data.samples), key=lambda size: size[0] * size[1])
+
+
+def _picture_size(base: Model, sample: Sample) -> tuple[int, int]:
     factor = base.components.latent.downscale
-    return shape[-1] * factor, shape[-2] * factor
+    return sample.latents.shape[-1] * factor, sample.latents.shape[-2] * factor
 
 
 def _trained_in(job: Job) -> str:

@@ -1,0 +1,74 @@
+"""`lorasmith convert`: a LoRA file into another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.console import console
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("convert")(convert)
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYOUT",
+            help="kohya, comfy, diffusers, peft (a folder), or portable: the one that most programs apply completely.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The new file or folder. Left out: a name beside FILE that says the layout.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that it is for: a checkpoint, a diffusers folder or lorasmith-tiny. Left out: the released "
+            "model of its family (SD 1.x, SD 2.x, Flux.1)."
+        ),
+    ] = None,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Convert what can be converted, and say what is lost.")
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Leave paths, prompts, captions and workflow out of the metadata.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
+) -> None:
+    """Convert a LoRA into another layout, without changing what it does.
+
+    Text encoders' layers are converted too. What the layout cannot hold is refused, unless --lossy is given. Only names
+    are read of the model.
+    """
+    from lorasmith.toolbox.convert import convert_lora
+
+    target = output or _beside(file, to)
+    with console.status("Converting"):
+        done = convert_lora(file, to, target, model, lossy, private=private, overwrite=overwrite)
+    for sentence in done.losses:
+        console.print("[yellow]Lost:[/]", end=" ")
+        console.print(sentence, markup=False, soft_wrap=True)
+    for sentence in done.notes:
+        console.print("[yellow]Note:[/]", end=" ")
+        console.print(sentence, markup=False, soft_wrap=True)
+    console.print(f"{done.modules} modules in the layout of {done.layout}")
+    console.print(str(done.path), markup=False, soft_wrap=True)
+
+
+def _beside(file: Path, layout: str) -> Path:
+    """`dog-comfy.safetensors` for `dog.safetensors`, and a folder for PEFT."""
+    from lorasmith.formats.layout import LAYOUTS
+    from lorasmith.formats.lora_file import PORTABLE
+
+    name = PORTABLE if layout.casefold() == PORTABLE else LAYOUTS.canonical(layout)
+    stem = file.name if file.is_dir() else file.stem
+    return file.with_name(f"{stem}-{name}" + ("" if name in LAYOUTS and LAYOUTS[name].in_folder else ".safetensors"))

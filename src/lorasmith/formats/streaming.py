@@ -1,0 +1,132 @@
+"""Writing a LoRA a few modules at a time, for files that are larger than memory's comfort.
+
+A LoRA that was read from a file is mapped, not held. What a layout computes from it (fused rows, factors with alpha
+multiplied in) would be held; here it goes to a temporary file beside the target and is mapped from there, so that the
+writer, which needs all tensors in order, finds both alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.errors import OutputError
+from lorasmith.core.files import ensure_folder
+from lorasmith.formats.layout import Layout
+from lorasmith.formats.lora_file import with_header, write_lora
+from lorasmith.formats.names import ModelNames
+
+__all__ = ["Spool", "save_streamed", "spooled"]
+
+_PIECE_BYTES = 1 << 26  # what may be computed before it is written
+
+
+def save_streamed(
+    path: Path, state: AdapterState, names: ModelNames, layout: Layout, metadata: Mapping[str, str]
+) -> None:
+    """Write a LoRA atomically, with hashes over its content, holding a few modules of it at a time.
+
+    Args:
+        path: where to; a folder for layouts that are one.
+        state: the LoRA; `unknown` is not written.
+        names: name table of its model.
+        layout: the layout.
+        metadata: the header's, less what belongs to the layout.
+
+    Raises:
+        LoraError: a tensor holds NaN or infinity.
+        OutputError: it cannot be written.
+    """
+    header = with_header(metadata, layout, state, names)
+    companions = layout.companions(state, names)
+    mapped = [tensor for weights in state.adapters.values() for tensor in weights.tensors.values()]
+    mapped += [tensor for parameters in state.differences.values() for tensor in parameters.values()]
+    with spooled(path.parent, mapped) as spool:
+        for piece in _pieces(state, names):
+            spool.add(layout.write(piece, names))
+        write_lora(path, spool.tensors(), header, companions, hashed=True)
+
+
+@contextlib.contextmanager
+def spooled(folder: Path, mapped: Iterable[Tensor]) -> Iterator[Spool]:
+    """A temporary file in `folder` for tensors that should not be held; `mapped` are on disk already."""
+    ensure_folder(folder)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".lora.", suffix=".spool", dir=folder)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}); check its permissions") from error
+    try:
+        with open(handle, "wb") as file:  # noqa: PTH123 - an open file has no path to open it by
+            yield Spool(Path(name), file, {tensor.untyped_storage().data_ptr() for tensor in mapped})
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}); free some space and try again") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+class Spool:
+    """Tensors on disk, mapped back when all are there.
+
+    Args:
+        path, file: the temporary file, open for writing.
+        kept: addresses of storages that stay where they are, with all views of them.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, kept: set[int]) -> None:
+        self._path, self._file, self._kept = path, file, kept
+        self._there: dict[str, Tensor] = {}
+        self._written: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors by key."""
+        for key, tensor in tensors.items():
+            if not tensor.numel() or tensor.untyped_storage().data_ptr() in self._kept:
+                self._there[key] = tensor
+                continue
+            start = self._file.seek(-self._file.tell() % _ALIGNMENT, 1)
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._written[key] = (start, tensor.dtype, tensor.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, those that were written mapped from the file."""
+        self._file.flush()
+        if not self._written:
+            return self._there
+        size = self._file.tell()
+        whole = torch.from_file(str(self._path), shared=False, size=size, dtype=torch.uint8)
+        found = dict(self._there)
+        for key, (start, dtype, shape) in self._written.items():
+            raw = whole[start : start + shape.numel() * dtype.itemsize]
+            found[key] = raw.view(dtype).reshape(shape)
+        return found
+
+
+_ALIGNMENT = 64
+
+
+def _pieces(state: AdapterState, names: ModelNames) -> Iterator[AdapterState]:
+    """A LoRA in parts of bounded size, modules that an original checkpoint fuses staying together."""
+    groups: dict[tuple[str, str], list[ModuleRef]] = {}
+    for ref in dict.fromkeys((*state.adapters, *state.differences)):
+        place = names.denoiser.get(ref.path) if ref.component == DENOISER else None
+        groups.setdefault((ref.component, ref.path if place is None else place.path), []).append(ref)
+    piece, size = AdapterState(), 0
+    for refs in groups.values():
+        for ref in refs:
+            if ref in state.adapters:
+                piece.adapters[ref] = state.adapters[ref]
+                size += sum(tensor.nbytes for tensor in state.adapters[ref].tensors.values())
+            if ref in state.differences:
+                piece.differences[ref] = state.differences[ref]
+                size += sum(tensor.nbytes for tensor in state.differences[ref].values())
+        if size >= _PIECE_BYTES:
+            yield piece
+            piece, size = AdapterState(), 0
+    yield piece

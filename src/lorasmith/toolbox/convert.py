@@ -1,0 +1,139 @@
+"""A LoRA file from one layout into another.
+
+What the two layouts say is read from one name table: that of the model if one is given, else that of the released model
+of the family that the file's names and shapes give away. Conversions leave every change as it is; what the target
+cannot hold, or what its programs would take otherwise, is refused unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.acceptance import shortfalls
+from lorasmith.formats.layout import sentences
+from lorasmith.formats.lora_file import (
+    PORTABLE,
+    layout_for,
+    load_lora,
+    read_lora_tensors,
+    state_from_tensors,
+    unapplied,
+    without,
+)
+from lorasmith.formats.metadata import without_private
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.portable import made_portable
+from lorasmith.formats.recognise import guessed_family
+from lorasmith.formats.streaming import save_streamed
+from lorasmith.toolbox.model_files import open_model
+from lorasmith.toolbox.released import released_names
+from lorasmith.toolbox.writing import free_target
+
+__all__ = ["Converted", "convert_lora", "names_for"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did.
+
+    Attributes:
+        path: the new file or folder.
+        layout: title of its layout.
+        family: title or name of the family whose names were used.
+        modules: how many modules are in it.
+        losses: with `lossy`, one sentence for each thing that was lost.
+        notes: one sentence for each program that does not apply all of the new file, though nothing was lost.
+    """
+
+    path: Path
+    layout: str
+    family: str
+    modules: int
+    losses: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def convert_lora(
+    path: str | os.PathLike[str],
+    to: str,
+    output: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    lossy: bool = False,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+) -> Converted:
+    """Convert a LoRA.
+
+    Args:
+        path: a LoRA file or folder, in any known layout.
+        to: name of a layout, or `portable` for the one that most programs read completely.
+        output: the new file; a new folder for `peft`.
+        model: model that the LoRA is for: a checkpoint, a diffusers folder or a built-in name, of which the names are
+            read and not the weights. None takes the released model of the family.
+        lossy: convert as far as possible where an exact conversion does not exist.
+        private: leave paths, prompts, captions and workflow out of the metadata.
+        overwrite: replace what is at `output`.
+
+    Raises:
+        LoraError: the file cannot be read, is for another model, or cannot be converted exactly.
+        ModelError: the model cannot be read.
+        OutputError: there is something at `output`, or it cannot be written.
+    """
+    source, target = Path(path), free_target(Path(output), overwrite=overwrite)
+    names = names_for(source, model)
+    layout = layout_for(to, names)
+    state = _loaded(source, names, is_released=model is None)
+    if to.casefold() == PORTABLE:
+        state = made_portable(state, names)
+    losses = layout.losses(state, names)
+    said = sentences(losses)
+    if strangers := unapplied(state):
+        first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
+        said.append(f"{first}: the model has no place for it")
+    if said and not lossy:
+        raise LoraError(
+            f"{source.name} cannot be converted for {layout.title} without loss ({said[0]}); "
+            "add --lossy to convert the rest, or choose another layout"
+        )
+    kept = replace(without(state, {loss.module for loss in losses if loss.left_out}), unknown={})
+    modules = len({*kept.adapters, *kept.differences})
+    if not modules:
+        raise LoraError(f"nothing of {source.name} can be converted for {layout.title} ({said[0]})")
+    metadata = without_private(state.metadata) if private else state.metadata
+    save_streamed(target, kept, names, layout, metadata)
+    notes = tuple(one.sentence for one in shortfalls(kept, layout, names) if one.program != layout.title)
+    return Converted(target, layout.title, names.family, modules, tuple(said), notes)
+
+
+def _loaded(source: Path, names: ModelNames, *, is_released: bool) -> AdapterState:
+    if not is_released:
+        return load_lora(source, names)
+    state = state_from_tensors(*read_lora_tensors(source), names)
+    if not state.adapters and not state.differences:
+        raise LoraError(
+            f"{source} is for a model of other sizes than the released {names.family}; name its model with --model"
+        )
+    return state
+
+
+def names_for(path: Path, model: str | os.PathLike[str] | None = None) -> ModelNames:
+    """The name table for a LoRA file: of a model, or of the released model of the family that the file gives away.
+
+    Raises:
+        LoraError: the file cannot be read, or nothing tells what model it is for.
+        ModelError: the model cannot be read.
+    """
+    if model is not None:
+        return open_model(model).names
+    tensors, _ = read_lora_tensors(path)
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    names = None if family is None else released_names(family)
+    if names is None:
+        looks = f"looks like a LoRA for {family}, whose names are" if family else "is for a model whose names are"
+        raise LoraError(f"{path} {looks} not known here; name the model with --model")
+    return names
