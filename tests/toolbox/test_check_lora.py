@@ -1,0 +1,108 @@
+"""Files held to the model that they are for, named or released, and mended files written safely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError, OutputError
+from lorasmith.families.model import Model
+from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.lora_file import load_lora, save_lora
+from lorasmith.toolbox.check import check_lora, fix_lora
+from lorasmith.toolbox.released import released_names
+
+KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def released_lora(path: Path, title: str, layer: str) -> None:
+    names = released_names(title)
+    assert names is not None
+    out, inside = names.weight_shapes[layer]
+    weights = AdapterWeights("lora", {"down": torch.ones(4, inside), "up": torch.ones(out, 4)}, 2.0)
+    save_lora(path, AdapterState({ModuleRef(DENOISER, layer): weights}), names, metadata={"ss_x": "1"})
+
+
+@pytest.mark.parametrize(
+    ("title", "layer"),
+    [
+        ("Stable Diffusion 1.x", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"),
+        ("Stable Diffusion 2.x", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"),
+        ("Flux.1", "single_transformer_blocks.3.proj_out"),
+    ],
+)
+def test_a_file_is_held_to_the_released_model_of_its_family(tmp_path: Path, title: str, layer: str) -> None:
+    released_lora(tmp_path / "x.safetensors", title, layer)
+    checked = check_lora(tmp_path / "x.safetensors")
+    assert checked.family == checked.compared_with == title
+    assert checked.is_fine
+    assert not [one for one in checked.findings if "no place" in one.problem or "layers are not" in one.problem]
+
+
+def test_a_file_for_other_sizes_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    roles = {"lora_down.weight": torch.ones(4, 768), "lora_up.weight": torch.ones(64, 4), "alpha": torch.tensor(4.0)}
+    save_file({f"{KEY}.{role}": tensor for role, tensor in roles.items()}, tmp_path / "x.safetensors")
+    checked = check_lora(tmp_path / "x.safetensors")
+    assert checked.is_fine
+    assert "its layers are not those of the released sd1 model" in [one.problem for one in checked.findings]
+
+
+def test_a_model_of_another_family_is_a_fault(tmp_path: Path) -> None:
+    released_lora(tmp_path / "x.safetensors", "Flux.1", "single_transformer_blocks.3.proj_out")
+    checked = check_lora(tmp_path / "x.safetensors", "lorasmith-tiny")
+    assert not checked.is_fine
+    assert checked.findings[0].is_fault
+    assert "has no place in the sd1 model" in checked.findings[0].problem
+
+
+def test_a_family_without_released_names_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+    base = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    save_file({f"{base}.lora_down.weight": torch.ones(4, 64)}, tmp_path / "x.safetensors")
+    checked = check_lora(tmp_path / "x.safetensors")
+    assert (checked.family, checked.compared_with) == ("Stable Diffusion 3", None)
+    assert [one.problem.split(":")[0] for one in checked.findings] == [f"{base} is incomplete"]
+
+
+def test_a_mended_file_keeps_its_metadata_and_has_its_own_hash(tmp_path: Path, tiny: Model) -> None:
+    path = next(path for path in tiny.names.denoiser if path.endswith("attn1.to_q"))
+    size = tiny.names.weight_shapes[path]
+    good = {"down": torch.ones(4, size[1]), "up": torch.ones(size[0], 4)}
+    state = AdapterState(
+        {
+            ModuleRef(DENOISER, path): AdapterWeights("lora", good, 2.0),
+            ModuleRef(DENOISER, path.replace("to_q", "to_k")): AdapterWeights(
+                "lora", {**good, "up": torch.zeros(size[0], 4)}, 2.0
+            ),
+        }
+    )
+    save_lora(tmp_path / "a.safetensors", state, tiny.names, metadata={"ss_seed": "3"})
+    checked = check_lora(tmp_path / "a.safetensors", "lorasmith-tiny")
+    assert fix_lora(checked, tmp_path / "b.safetensors") == 1
+    mended = load_lora(tmp_path / "b.safetensors", tiny.names)
+    assert [ref.path for ref in mended.adapters] == [path]
+    assert mended.metadata["ss_seed"] == "3"
+    assert mended.metadata["sshs_model_hash"] == sha256_body(tmp_path / "b.safetensors")
+    with pytest.raises(OutputError, match="exists already"):
+        fix_lora(checked, tmp_path / "a.safetensors")
+    fix_lora(checked, tmp_path / "a.safetensors", overwrite=True)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_folders_are_not_mended(tmp_path: Path, tiny: Model) -> None:
+    released_lora(
+        tmp_path / "x.safetensors", "Stable Diffusion 1.x", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    )
+    names = released_names("Stable Diffusion 1.x")
+    assert names is not None
+    save_lora(tmp_path / "x", load_lora(tmp_path / "x.safetensors", names), names, layout="peft")
+    tensors = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    save_file({**tensors, "odd": torch.ones(1)}, tmp_path / "x" / "adapter_model.safetensors")
+    checked = check_lora(tmp_path / "x")
+    assert not checked.is_fine
+    with pytest.raises(LoraError, match="is a folder, and files alone are mended"):
+        fix_lora(checked, tmp_path / "y.safetensors")
