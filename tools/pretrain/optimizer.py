@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum made orthogonal, for weight matrices.
 
-A step moves all directions of a matrix alike, which trains these small networks in about half the steps that AdamW
-takes (README.md has the comparison). Convolutions count as matrices (out, in·kh·kw). torch.optim.Muon takes two-
-dimensional weights only and iterates in bfloat16, which processors without such instructions emulate slowly.
+A step moves all directions of a matrix alike. On the autoencoder it was 2 dB ahead of AdamW after 300 steps
+(README.md). Convolutions count as matrices (out, in·kh·kw). torch.optim.Muon takes two-dimensional weights only and
+iterates in bfloat16, which processors without such instructions emulate slowly.
 """
 
 from __future__ import annotations
