@@ -43,11 +43,18 @@ class Shortfall:
         return f"{self.program} does not apply {what} as meant: {self.reason}"
 
 
-def shortfalls(state: AdapterState, layout: Layout, names: ModelNames) -> list[Shortfall]:
-    """What programs do not apply of a LoRA in a layout, the first reason for each module and program."""
+def shortfalls(state: AdapterState, layout: Layout, names: ModelNames, *, is_portable: bool = False) -> list[Shortfall]:
+    """What programs do not apply of a LoRA in a layout, with one reason for each module and program.
+
+    Args:
+        state: the LoRA.
+        layout: the layout.
+        names: its model.
+        is_portable: whether it is brought into the form that `made_portable` gives.
+    """
     found = []
     for program, rules in _RULES.items():
-        lora = _Whole(state, layout.name, names)
+        lora = _Whole(state, layout.name, names, is_portable)
         by_reason: dict[str, list[ModuleRef]] = {}
         for ref, reason in rules(lora).items():
             by_reason.setdefault(reason, []).append(ref)
@@ -64,6 +71,7 @@ class _Whole:
     state: AdapterState
     layout: str
     names: ModelNames
+    is_portable: bool
 
     @property
     def unet(self) -> bool:
@@ -79,7 +87,8 @@ class _Whole:
         """Modules that have more than two factors, or differences."""
         for ref in self.refs():
             weights = self.state.adapters.get(ref)
-            if weights is None or ref in self.state.differences or weights.tensors.keys() != {"down", "up"}:
+            plain = {"down", "up", "mid"} if self.is_portable else {"down", "up"}
+            if weights is None or ref in self.state.differences or not weights.tensors.keys() <= plain:
                 yield ref
 
 
@@ -98,6 +107,11 @@ def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
     found |= lora.where(
         "it leaves out the rescale of OFT and BOFT", (ref for ref, weights in adapters if "rescale" in weights.tensors)
     )
+    if lora.layout == "kohya" and not lora.is_portable:
+        found |= lora.where(
+            "it fails to merge a LoKr with a Tucker core",
+            (ref for ref, weights in adapters if "lokr_t2" in weights.tensors),
+        )
     if lora.layout == "diffusers":
         found |= lora.where(
             "it does not know DoRA's magnitudes by PEFT's name",
@@ -124,6 +138,8 @@ def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
         return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
     found = lora.where("it loads LoRA alone", iter(others))
     found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
+    if lora.unet and lora.is_portable:
+        return found
     if lora.unet:
         return found | dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
     outside = (ref for ref in lora.refs() if ref.component == DENOISER and not _in_block(ref))

@@ -8,8 +8,8 @@ that out in the file's own spelling, so that it needs no model and changes nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,27 +20,15 @@ from lorasmith.formats.acceptance import MISREAD_ALPHAS, shortfalls
 from lorasmith.formats.hashes import sshs_model_hash
 from lorasmith.formats.layout import LAYOUTS, Layout
 from lorasmith.formats.lora_file import state_from_tensors
+from lorasmith.formats.mending import Mend, bases_of, full_alpha, levelled, scalar
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.peft_config import stated_alphas
 from lorasmith.formats.portable import misread_alphas
-from lorasmith.formats.spelling import ModuleTensors, assembled, grouped, multiplied, rank_of, scale_of, split_key
+from lorasmith.formats.spelling import ModuleTensors, assembled, grouped, rank_of, scale_of, split_key
 
-__all__ = ["Finding", "Mend", "findings_of", "main_layout"]
+__all__ = ["Finding", "findings_of", "main_layout"]
 
 _HUGE_SCALE = 64.0
-
-
-@dataclass(frozen=True)
-class Mend:
-    """What becomes of a file's tensors.
-
-    Attributes:
-        left_out: keys.
-        changed: by key, what makes the new tensor from the old one, or from None where there was none.
-    """
-
-    left_out: frozenset[str] = frozenset()
-    changed: Mapping[str, Callable[[Tensor | None], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,7 +180,7 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Findin
             True,
             Mend(
                 changed={
-                    groups[base]["alpha"]: _scalar(_rank(ranked[base])) for base in zero if "alpha" in groups[base]
+                    groups[base]["alpha"]: scalar(full_alpha(ranked[base])) for base in zero if "alpha" in groups[base]
                 }
             ),
         )
@@ -211,7 +199,7 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Findin
             f"{_some(unbounded, 'modules have', 'has')} no alpha, without which ComfyUI does not apply BOFT",
             "--fix adds an alpha of zero, which changes nothing",
             True,
-            Mend(changed={f"{base}.alpha": _scalar(0.0) for base in unbounded}),
+            Mend(changed={f"{base}.alpha": scalar(0.0) for base in unbounded}),
         )
 
 
@@ -225,7 +213,7 @@ def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Ite
             else f"{_some(missing, 'modules have', 'has')} no alpha, though others have",
             "--fix writes the ranks as alphas, which changes nothing",
             not everywhere,
-            Mend(changed={f"{base}.alpha": _scalar(_rank(ranked[base])) for base in missing}),
+            Mend(changed={f"{base}.alpha": scalar(full_alpha(ranked[base])) for base in missing}),
         )
 
 
@@ -309,7 +297,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[Finding]:
     """Alphas that differ where some programs expect one."""
-    bases = _bases(tensors, names)
+    bases = bases_of(tensors, names)
     wanted = misread_alphas(state, names) if main_layout(list(tensors)).name == "kohya" else {}
     if wanted:
         yield Finding(
@@ -317,7 +305,7 @@ def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelName
             "ignores in attention layers and text encoders, so that it applies them at a wrong strength",
             "--fix gives them the alpha of the others and changes their factors accordingly",
             False,
-            _levelled({ref: alpha for ref, alpha in wanted.items() if ref in bases}, state, bases, tensors),
+            levelled({ref: alpha for ref, alpha in wanted.items() if ref in bases}, state, bases, tensors),
         )
     groups: dict[str, list[ModuleRef]] = {}
     for ref, weights in state.adapters.items():
@@ -337,38 +325,8 @@ def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelName
             "original model fuses them (q, k, v), where programs that fuse them expect one",
             "--fix gives them one scale and changes their factors accordingly",
             False,
-            _levelled(odd, state, bases, tensors),
+            levelled(odd, state, bases, tensors),
         )
-
-
-def _bases(tensors: Mapping[str, Tensor], names: ModelNames) -> dict[ModuleRef, str]:
-    """The base of each module that a file has under a name of its own."""
-    groups = grouped(tensors)
-    return {
-        parts[0].module: base
-        for _, layout in LAYOUTS.items()
-        for base, parts in layout.bases(names).items()
-        if base in groups and len(parts) == 1
-    }
-
-
-def _levelled(
-    alphas: Mapping[ModuleRef, float],
-    state: AdapterState,
-    bases: Mapping[ModuleRef, str],
-    tensors: Mapping[str, Tensor],
-) -> Mend:
-    """Other alphas, made up for in the up matrices."""
-    groups = grouped(tensors)
-    changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
-    for ref, alpha in alphas.items():
-        weights, keys = state.adapters[ref], groups[bases[ref]]
-        if weights.algorithm != "lora" or "alpha" not in keys:
-            continue
-        now = _rank(weights) if weights.alpha is None else weights.alpha
-        changed[keys["alpha"]] = _scalar(alpha)
-        changed[keys["up"]] = _times(now / alpha)
-    return Mend(changed=changed)
 
 
 def _other_layout(state: AdapterState, program: str, layout: Layout, names: ModelNames) -> str:
@@ -379,29 +337,6 @@ def _other_layout(state: AdapterState, program: str, layout: Layout, names: Mode
         if not any(one.program == program for one in shortfalls(state, other, names)):
             return f"convert it with `lorasmith convert --to {name}` for {program}"
     return f"use another program than {program} for it"
-
-
-def _rank(weights: AdapterWeights) -> float:
-    return float(rank_of(weights) or 1)
-
-
-def _scalar(value: float) -> Callable[[Tensor | None], Tensor]:
-    def make(old: Tensor | None) -> Tensor:
-        exact = torch.tensor(value)
-        if old is None:
-            return exact
-        same = exact.to(old.dtype)
-        return same if float(same) == value else exact
-
-    return make
-
-
-def _times(factor: float) -> Callable[[Tensor | None], Tensor]:
-    def make(old: Tensor | None) -> Tensor:
-        assert old is not None
-        return multiplied(old, factor)
-
-    return make
 
 
 def _some(things: Sequence[str], several: str, one: str) -> str:

@@ -2,14 +2,15 @@
 
 diffusers, reading kohya's names of a model with a UNet, takes the alphas of attention layers, and those of all layers
 of a text encoder, for the most frequent alpha of that part of the model; there the factors take over what alpha would
-have said. Tucker cores, which neither diffusers nor
-sd-scripts knows, are multiplied in.
+have said. Tucker cores, which diffusers and sd-scripts do not know and ComfyUI fails to merge in a LoKr, are
+multiplied in.
 """
 
 from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
@@ -21,16 +22,21 @@ __all__ = ["made_portable", "misread_alphas"]
 _ATTENTION = re.compile(r"\.attn[12]\.")
 
 
-def made_portable(state: AdapterState, names: ModelNames) -> AdapterState:
-    """The same LoRA in the form that most programs understand."""
-    adapters = {
-        ref: without_core(weights) if weights.algorithm == "lora" else weights
-        for ref, weights in state.adapters.items()
-    }
-    plain = replace(state, adapters=adapters)
-    for ref, alpha in misread_alphas(plain, names).items():
-        adapters[ref] = _with_alpha(adapters[ref], alpha)
-    return plain
+def made_portable(
+    state: AdapterState, names: ModelNames, alphas: Mapping[ModuleRef, float] | None = None
+) -> AdapterState:
+    """The same LoRA in the form that most programs understand.
+
+    Args:
+        state: the LoRA, or some of its modules.
+        names: its model.
+        alphas: what `misread_alphas` says of the whole LoRA, None when `state` is the whole.
+    """
+    wanted = misread_alphas(state, names) if alphas is None else alphas
+    adapters = {ref: without_core(weights) for ref, weights in state.adapters.items()}
+    for ref in adapters.keys() & wanted.keys():
+        adapters[ref] = _with_alpha(adapters[ref], wanted[ref])
+    return replace(state, adapters=adapters)
 
 
 def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, float]:

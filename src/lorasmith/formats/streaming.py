@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,13 @@ _PIECE_BYTES = 1 << 26  # what may be computed before it is written
 
 
 def save_streamed(
-    path: Path, state: AdapterState, names: ModelNames, layout: Layout, metadata: Mapping[str, str]
+    path: Path,
+    state: AdapterState,
+    names: ModelNames,
+    layout: Layout,
+    metadata: Mapping[str, str],
+    *,
+    form: Callable[[AdapterState], AdapterState] | None = None,
 ) -> None:
     """Write a LoRA atomically, with hashes over its content, holding a few modules of it at a time.
 
@@ -39,6 +45,7 @@ def save_streamed(
         names: name table of its model.
         layout: the layout.
         metadata: the header's, less what belongs to the layout.
+        form: what is done to some modules at a time before they are written.
 
     Raises:
         LoraError: a tensor holds NaN or infinity.
@@ -50,7 +57,7 @@ def save_streamed(
     mapped += [tensor for parameters in state.differences.values() for tensor in parameters.values()]
     with spooled(path.parent, mapped) as spool:
         for piece in _pieces(state, names):
-            spool.add(layout.write(piece, names))
+            spool.add(layout.write(piece if form is None else form(piece), names))
         write_lora(path, spool.tensors(), header, companions, hashed=True)
 
 

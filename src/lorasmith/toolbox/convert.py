@@ -26,7 +26,7 @@ from lorasmith.formats.lora_file import (
 )
 from lorasmith.formats.metadata import without_private
 from lorasmith.formats.names import ModelNames
-from lorasmith.formats.portable import made_portable
+from lorasmith.formats.portable import made_portable, misread_alphas
 from lorasmith.formats.recognise import guessed_family
 from lorasmith.formats.streaming import save_streamed
 from lorasmith.toolbox.model_files import open_model
@@ -88,8 +88,7 @@ def convert_lora(
     names = names_for(source, model)
     layout = layout_for(to, names)
     state = _loaded(source, names, is_released=model is None)
-    if to.casefold() == PORTABLE:
-        state = made_portable(state, names)
+    is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
     said = sentences(losses)
     if strangers := unapplied(state):
@@ -105,8 +104,11 @@ def convert_lora(
     if not modules:
         raise LoraError(f"nothing of {source.name} can be converted for {layout.title} ({said[0]})")
     metadata = without_private(state.metadata) if private else state.metadata
-    save_streamed(target, kept, names, layout, metadata)
-    notes = tuple(one.sentence for one in shortfalls(kept, layout, names) if one.program != layout.title)
+    alphas = misread_alphas(kept, names)
+    form = (lambda piece: made_portable(piece, names, alphas)) if is_portable else None
+    save_streamed(target, kept, names, layout, metadata, form=form)
+    others = shortfalls(kept, layout, names, is_portable=is_portable)
+    notes = tuple(one.sentence for one in others if one.program != layout.title)
     return Converted(target, layout.title, names.family, modules, tuple(said), notes)
 
 

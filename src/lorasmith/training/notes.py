@@ -15,7 +15,6 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.formats.portable import made_portable
 from lorasmith.training.config import TrainConfig, unused_settings
 
 __all__ = ["notes_on", "notes_on_file", "notes_on_plan"]
@@ -53,7 +52,7 @@ def notes_on_file(
         {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
         | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
     )
-    found = shortfalls(made_portable(state, names), layout_for(PORTABLE, names), names)
+    found = shortfalls(state, layout_for(PORTABLE, names), names, is_portable=True)
     notes = [f"{one.sentence}." for one in found]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
         notes.append("Magnitudes per input (dora input) are the kind that ComfyUI reproduces.")
