@@ -31,12 +31,9 @@ def lorasmith(
     monkeypatch.chdir(tmp_path)
     # Wide enough that no sentence is broken where a test looks for it.
     monkeypatch.setattr(console_module.console, "width", 400)
-    monkeypatch.setattr(console_module.console, "file", sys.stdout)
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["lorasmith", *map(str, arguments)])
-        console_module.console.file = sys.stdout
-        console_module.errors.file = sys.stderr
         try:
             main()
             code = 0
