@@ -28,6 +28,7 @@ def test_summary(tmp_path: Path, unet_names, make_state, make_adapter, delta, la
     assert summary.family == "Stable Diffusion"
     assert summary.components == {"denoiser": 3, "text_encoder": 1}
     assert summary.algorithms == {"lora": 4}
+    assert {"attn1_to_q", "attn2_to_k", "mlp_fc1"} <= summary.layers.keys()
     assert summary.ranks == {4: 3, 2: 1}
     assert summary.alphas == {4.0: 3, 2.0: 1}
     assert summary.dtypes == {"bfloat16": summary.tensors}

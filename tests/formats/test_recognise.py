@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.formats.recognise import block_of, component_of, guessed_family
+from lorasmith.formats.recognise import block_of, component_of, guessed_family, kind_of
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,20 @@ def test_width_may_be_shown_by_any_module() -> None:
 def test_components_and_blocks(base: str, component: str, block: str) -> None:
     assert component_of(base) == component
     assert block_of(base) == block
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "attn1_to_q"),
+        ("unet.up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj", "ff_net_0_proj"),
+        ("diffusion_model.input_blocks.4.1.proj_in", "proj_in"),
+        ("diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v", "attn2_to_v"),
+        ("lora_unet_down_blocks_0_resnets_1_conv1", "conv1"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", "img_attn_qkv"),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "self_attn_q_proj"),
+        ("lora_unet_conv_in", "conv_in"),
+    ],
+)
+def test_the_kind_of_a_layer(base: str, kind: str) -> None:
+    assert kind_of(base) == kind

@@ -50,6 +50,7 @@ def _print(summary: LoraSummary) -> None:
         "Algorithm": _counts(summary.algorithms),
         **({"DoRA": f"magnitudes per {_counts(summary.magnitudes)}"} if summary.magnitudes else {}),
         "Modules": _counts(summary.components),
+        "Layers": _counts(summary.layers),
         **{
             label: _counts(found)
             for label, found in {

@@ -17,7 +17,7 @@ from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.norms import squared_change
 from lorasmith.formats.peft_config import stated_alphas
-from lorasmith.formats.recognise import block_of, component_of, guessed_family
+from lorasmith.formats.recognise import block_of, component_of, guessed_family, kind_of
 from lorasmith.formats.spelling import ModuleTensors, assembled, grouped, kronecker_shapes, rank_of
 
 __all__ = ["LoraSummary", "describe"]
@@ -32,6 +32,7 @@ class LoraSummary:
         layouts: number of keys by the name of the layout that they look like.
         family: title of the family that names and shapes give away, or None.
         components: number of modules by component (`denoiser`, `text_encoder`, ...).
+        layers: number of modules by kind of layer (`attn1_to_q`, `ff_net_2`), as the file spells it.
         algorithms: number of modules by algorithm; `difference` for those with differences alone.
         magnitudes: number of modules with DoRA's magnitudes, by what these are for (`output`, `input`).
         ranks, alphas: number of modules by rank and by alpha (None: the file states none).
@@ -51,6 +52,7 @@ class LoraSummary:
     layouts: Mapping[str, int]
     family: str | None
     components: Mapping[str, int]
+    layers: Mapping[str, int]
     algorithms: Mapping[str, int]
     magnitudes: Mapping[str, int]
     ranks: Mapping[int, int]
@@ -94,6 +96,7 @@ def describe(path: Path) -> LoraSummary:
         layouts={name: count for name, layout in LAYOUTS.items() if (count := layout.detects(tensors))},
         family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}),
         components=_counted(_component(base) for base in groups),
+        layers=_counted(kind_of(base) for base in groups),
         algorithms=_counted(module.adapter.algorithm if module.adapter else "difference" for module in whole.values()),
         magnitudes=_counted(
             "output" if one.tensors["dora_scale"].shape[0] > 1 else "input"

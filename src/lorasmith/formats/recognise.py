@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lorasmith.formats.spelling import grouped
 
-__all__ = ["block_of", "component_of", "guessed_family"]
+__all__ = ["block_of", "component_of", "guessed_family", "kind_of"]
 
 
 def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -38,6 +38,11 @@ def block_of(base: str) -> str:
     if match is None:
         return ""
     return ".".join(part for part in match.groups() if part)
+
+
+def kind_of(base: str) -> str:
+    """Which layer of its block a base is, such as `attn1_to_q`, or its name where it lies in none."""
+    return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
 _START = r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model_|transformer_|base_model_model_)?"
@@ -75,6 +80,9 @@ _COMPONENTS = (
     (r"lora_te1?_|text_encoder\.|text_encoders\.", "text_encoder"),
 )
 
+_UP_TO_KIND = re.compile(
+    r"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^(lora_unet|unet|transformer|diffusion_model)_"
+)
 _BLOCK = re.compile(
     r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"
     r"|(mid_block|middle_block)"
