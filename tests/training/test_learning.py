@@ -11,9 +11,8 @@ from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.train import plan_job, recipe_of, train
+from tools.pretrain.data import UNTAUGHT
 from tools.pretrain.judge import Judge, colourless
-
-SUBJECTS = ("lion", "penguin", "skull", "red heart", "robot", "panda", "cactus", "light bulb")  # none is trained on
 
 
 def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
@@ -35,10 +34,10 @@ def test_a_style_is_learnt_from_sixteen_pictures(tiny: Model) -> None:
     assert adapted_loss < 0.6 * base_loss
     judge = Judge.load()
     before, after = (
-        generate(one, [f"a {subject}" for subject in SUBJECTS], seed=1, steps=12) for one in (tiny.denoiser, adapted)
+        generate(one, [f"a {subject}" for subject in UNTAUGHT], seed=1, steps=12) for one in (tiny.denoiser, adapted)
     )
     # Black on white, and still the subject: both as somebody sees them who was shown all styles.
     assert colourless(after) > 0.7 > 0.65 > colourless(before)
     for pictures, at_least in ((before, 7), (after, 6)):
-        recognised = sum(seen == subject for seen, subject in zip(judge.subjects(pictures), SUBJECTS, strict=True))
+        recognised = sum(seen == subject for seen, subject in zip(judge.subjects(pictures), UNTAUGHT, strict=True))
         assert recognised >= at_least

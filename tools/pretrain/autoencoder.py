@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
+from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import to_images
 from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE, ICON_SIZES, Icons, on_background
 from tools.pretrain.loop import Run, autocast, step_random
@@ -77,13 +77,11 @@ def train_autoencoder(work: Path, steps: int, device: torch.device) -> Autoencod
         with torch.no_grad(), autocast(device):
             decoded = run.average.decode(run.average.encode(unseen).latent_dist.mean).sample.float()
         print(f"unseen concepts: {psnr(decoded, unseen):.2f} dB", flush=True)
-        shown = torch.cat([unseen[::7][:16], decoded[::7][:16]])
-        _sheet(to_images(shown), 16).save(work / "autoencoder" / f"step-{run.step:06d}.png")
+        rows = [to_images(pictures[::7][:16]) for pictures in (unseen, decoded)]
+        contact_sheet(rows, ["drawn", "decoded"], ()).save(work / "autoencoder" / f"step-{run.step:06d}.png")
 
     run.until(steps, loss_at, every=show)
-    average = run.average
-    assert isinstance(average, AutoencoderKL)
-    return average.cpu().to(memory_format=torch.contiguous_format)
+    return run.average.cpu().to(memory_format=torch.contiguous_format)
 
 
 def reconstruction_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
@@ -149,12 +147,3 @@ def _batch(icons: Icons, rows: np.ndarray, random: np.random.Generator) -> Tenso
             picture = picture[random.permutation(3)]
         pictures.append(picture)
     return torch.stack(pictures).clamp(0, 1) * 2 - 1
-
-
-def _sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures edge to edge, twice their size."""
-    edge = pictures[0].width
-    sheet = Image.new("RGB", (edge * columns, edge * math.ceil(len(pictures) / columns)))
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (edge * (index % columns), edge * (index // columns)))
-    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)

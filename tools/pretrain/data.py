@@ -28,6 +28,7 @@ __all__ = [
     "HELD_OUT_STYLE",
     "HELD_OUT_SUBJECTS",
     "STYLES",
+    "UNTAUGHT",
     "Icons",
     "caption",
     "on_background",
@@ -47,6 +48,8 @@ STYLES = {
 OTHER_SETS = ("emojione", "noto-v1")  # more pictures for the autoencoder
 HELD_OUT_STYLE = "fluent-emoji-high-contrast"
 HELD_OUT_SUBJECTS = ("fox", "rocket", "pineapple", "owl", "guitar", "mushroom", "sailboat")
+UNTAUGHT = ("lion", "penguin", "skull", "red heart", "robot", "panda", "cactus", "light bulb")
+"""Concepts that the pictures of the held-out style do not show: what its LoRA is tried on."""
 _GROUPS_LEFT_OUT = {"people-body", "component", "flags"}
 
 CONCEPTS = (

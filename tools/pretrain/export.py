@@ -75,6 +75,10 @@ def save(pipe: StableDiffusionPipeline, checkpoint: Path, configs: Path) -> None
     pipe.save_pretrained(configs)
     for weights in configs.rglob("*.safetensors"):
         weights.unlink()
+    for file in configs.glob("*/config.json"):
+        config = json.loads(file.read_text("utf-8"))
+        config.pop("_name_or_path", None)  # where the weights lay on this machine
+        file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def original_tensors(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:

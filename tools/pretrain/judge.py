@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lorasmith.data.images import to_tensor
 from tools.pretrain.data import CONCEPTS, HELD_OUT_STYLE, HELD_OUT_SUBJECTS, OTHER_SETS, STYLES
 
 __all__ = ["Judge", "colourless"]
@@ -68,8 +69,7 @@ class Judge(nn.Module):
 
 def tensors(pictures: Sequence[Image.Image]) -> Tensor:
     """(N, 3, 64, 64) in [−1, 1]."""
-    arrays = [np.asarray(picture.convert("RGB").resize((64, 64)), np.float32) for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.stack([to_tensor(picture.convert("RGB").resize((64, 64))) for picture in pictures])
 
 
 def colourless(pictures: Sequence[Image.Image], tolerance: int = 32) -> float:

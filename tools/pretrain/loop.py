@@ -8,18 +8,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.core.files import atomic_path
+from lorasmith.core.placement import product_dtype
 
 __all__ = ["Run", "autocast", "step_random"]
 
 SAVE_EVERY_S = 120.0
 
+M = TypeVar("M", bound=nn.Module)
 
-class Run:
+
+class Run(Generic[M]):
     """Trains a module from its last saved state to a given step.
 
     The learning rate warms up, stays, and falls to nothing over the last fifth; batches are functions of the step. So a
@@ -32,7 +36,7 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, state: Path, ema: float, warm_up: int = 100
+        self, model: M, optimizers: list[torch.optim.Optimizer], *, state: Path, ema: float, warm_up: int = 100
     ) -> None:
         self.model = model
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -107,9 +111,8 @@ class Run:
 
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
-    """bf16 products where the hardware has them; elsewhere they are emulated, at a third of fp32's speed."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+    """bf16 products where the hardware has them."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=product_dtype(device) == torch.bfloat16):
         yield
 
 

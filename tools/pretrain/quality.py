@@ -26,15 +26,13 @@ from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
 from lorasmith.training.train import train
-from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, short_name, with_article
+from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless
 
 __all__ = ["Question", "held_out_noise_loss", "measure", "questions"]
 
 SEEDS = (1, 2, 3)
 STYLE_FOLDER = ASSETS / "input" / "high-contrast"
-UNTAUGHT = ("lion", "penguin", "skull", "red heart", "robot", "panda", "cactus", "light bulb")
-"""Subjects that are not among the pictures of STYLE_FOLDER."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,16 @@ def questions() -> list[Question]:
     return asked
 
 
-def measure(name: str, grid: Path | None) -> dict[str, float]:
-    """All numbers of one model, printed as they come.
+def measure(name: str, grid: Path | None) -> None:
+    """Print all numbers of one model as they come.
 
     Args:
         name: whatever `load_model` takes.
         grid: where the pictures of the sixty prompts go, or None.
     """
     model, judge = load_model(name), Judge.load()
-    scores: dict[str, float] = {}
 
     def say(what: str, value: float) -> None:
-        scores[what] = value
         print(f"{what:44}{value:8.3f}", flush=True)
 
     asked = questions()
@@ -101,7 +97,6 @@ def measure(name: str, grid: Path | None) -> dict[str, float]:
             np.mean([a == b for a, b in zip(seen, UNTAUGHT * len(SEEDS), strict=True)]),
         )
         say(f"{row}: colourless pixels", colourless(pictures))
-    return scores
 
 
 def held_out_noise_loss(denoiser: Denoiser, samples: Sequence[Sample]) -> dict[str, float]:

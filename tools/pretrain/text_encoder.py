@@ -116,9 +116,7 @@ def train_text_encoder(work: Path, steps: int, device: torch.device) -> CLIPText
         return loss
 
     run.until(steps, loss_at)
-    average = run.average
-    assert isinstance(average, _Examiner)
-    return average.encoder.cpu()
+    return run.average.encoder.cpu()
 
 
 @cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from lorasmith.diffusion.losses import diffusion_loss
@@ -146,13 +146,8 @@ def train_unet(
             loss_function="MSE",
         ).mean()
 
-    run.until(steps, loss_at, every=None if show is None else lambda: show(_unet(run.average), run.step))
-    return _unet(run.average).cpu()
-
-
-def _unet(model: nn.Module) -> UNet2DConditionModel:
-    assert isinstance(model, UNet2DConditionModel)
-    return model
+    run.until(steps, loss_at, every=None if show is None else lambda: show(run.average, run.step))
+    return run.average.cpu()
 
 
 def _times(random: np.random.Generator) -> Tensor:

@@ -15,16 +15,14 @@ keeping an activation for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.base import ADAPTERS, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.oft import constrained, rescaled, rotated
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.oft import Rotation, rotated
+from lorasmith.adapters.weights import misfit, taken
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 
@@ -32,25 +30,12 @@ __all__ = ["BoftAdapter"]
 
 
 @ADAPTERS.register("BOFT")
-class BoftAdapter(Adapter):
-    """Butterfly of block-diagonal rotations of the outputs.
-
-    Args:
-        blocks: (stages, blocks, block size, block size).
-        alpha: constraint, 0 for none.
-        rescale: (out, 1, ...) or None.
-    """
+class BoftAdapter(Rotation):
+    """Butterfly of block-diagonal rotations of the outputs, by blocks (stages, blocks, block size, block size)."""
 
     algorithm = "boft"
     summary = ALGORITHMS["BOFT"].summary
     rank_meaning = ALGORITHMS["BOFT"].rank_meaning
-    transforms_output = True
-
-    def __init__(self, blocks: Tensor, *, alpha: float, rescale: Tensor | None = None) -> None:
-        super().__init__()
-        self.oft_blocks = nn.Parameter(blocks)
-        self.rescale = None if rescale is None else nn.Parameter(rescale)
-        self.alpha = alpha
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> BoftAdapter:
@@ -76,21 +61,9 @@ class BoftAdapter(Adapter):
             raise misfit(weights, layer)
         return cls(blocks, alpha=weights.alpha or 0.0, rescale=rescale)
 
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
-
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        blocks = constrained(self.oft_blocks, self.alpha).to(weight.device)
-        rows = rescaled(_butterfly(wide(weight).flatten(1).t(), blocks, strength), self.rescale, strength)
-        return rows.t().reshape(weight.shape).to(weight.dtype)
-
-    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        y = inner(x)
-        rows = y.movedim(1, -1) if layer.is_conv else y
-        blocks = constrained(self.oft_blocks, self.alpha)
-        rows = checkpoint(_butterfly, rows, blocks, strength, use_reentrant=False, preserve_rng_state=False)
-        rows = rescaled(rows, self.rescale, strength)
-        return rows.movedim(-1, 1) if layer.is_conv else rows
+    def turned(self, rows: Tensor, blocks: Tensor, strength: float) -> Tensor:
+        turned: Tensor = checkpoint(_butterfly, rows, blocks, strength, use_reentrant=False, preserve_rng_state=False)
+        return turned
 
 
 def _butterfly(y: Tensor, blocks: Tensor, strength: float) -> Tensor:

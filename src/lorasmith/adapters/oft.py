@@ -17,6 +17,7 @@ wait for the device, since I − Q is never singular.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,25 +30,21 @@ from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 
-__all__ = ["OftAdapter", "constrained", "rescaled", "rotated"]
+__all__ = ["OftAdapter", "Rotation", "rotated"]
 
 _WIDTH = 16
 """Blocks are put together up to this width: products of smaller matrices cost more than they save."""
 
 
-@ADAPTERS.register("OFT")
-class OftAdapter(Adapter):
-    """Block-diagonal rotation of the outputs.
+class Rotation(Adapter):
+    """What turns the outputs of a layer by blocks, whatever it makes of them.
 
     Args:
-        blocks: (blocks, block size, block size).
+        blocks: (..., blocks, block size, block size).
         alpha: constraint, 0 for none.
         rescale: (out, 1, ...) or None.
     """
 
-    algorithm = "oft"
-    summary = ALGORITHMS["OFT"].summary
-    rank_meaning = ALGORITHMS["OFT"].rank_meaning
     transforms_output = True
 
     def __init__(self, blocks: Tensor, *, alpha: float, rescale: Tensor | None = None) -> None:
@@ -55,6 +52,34 @@ class OftAdapter(Adapter):
         self.oft_blocks = nn.Parameter(blocks)
         self.rescale = None if rescale is None else nn.Parameter(rescale)
         self.alpha = alpha
+
+    @abstractmethod
+    def turned(self, rows: Tensor, blocks: Tensor, strength: float) -> Tensor:
+        """Outputs (..., channels), turned by blocks that keep to the constraint."""
+
+    def to_weights(self) -> AdapterWeights:
+        return saved(self, self.algorithm, self.alpha)
+
+    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        blocks = constrained(self.oft_blocks, self.alpha).to(weight.device)
+        rows = rescaled(self.turned(wide(weight).flatten(1).t(), blocks, strength), self.rescale, strength)
+        return rows.t().reshape(weight.shape).to(weight.dtype)
+
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        y = inner(x)
+        rows = y.movedim(1, -1) if layer.is_conv else y
+        blocks = constrained(self.oft_blocks, self.alpha)
+        rows = rescaled(self.turned(rows, blocks, strength), self.rescale, strength)
+        return rows.movedim(-1, 1) if layer.is_conv else rows
+
+
+@ADAPTERS.register("OFT")
+class OftAdapter(Rotation):
+    """Block-diagonal rotation of the outputs, by blocks (blocks, block size, block size)."""
+
+    algorithm = "oft"
+    summary = ALGORITHMS["OFT"].summary
+    rank_meaning = ALGORITHMS["OFT"].rank_meaning
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> OftAdapter:
@@ -76,22 +101,8 @@ class OftAdapter(Adapter):
             raise misfit(weights, layer)
         return cls(blocks, alpha=weights.alpha or 0.0, rescale=rescale)
 
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
-
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        rows = wide(weight).flatten(1).t()
-        rows = rescaled(rotated(rows, self._constrained().to(weight.device), strength), self.rescale, strength)
-        return rows.t().reshape(weight.shape).to(weight.dtype)
-
-    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        y = inner(x)
-        rows = y.movedim(1, -1) if layer.is_conv else y
-        rows = rescaled(rotated(rows, self._constrained(), strength), self.rescale, strength)
-        return rows.movedim(-1, 1) if layer.is_conv else rows
-
-    def _constrained(self) -> Tensor:
-        return constrained(self.oft_blocks, self.alpha)
+    def turned(self, rows: Tensor, blocks: Tensor, strength: float) -> Tensor:
+        return rotated(rows, blocks, strength)
 
 
 def constrained(blocks: Tensor, constraint: float) -> Tensor:

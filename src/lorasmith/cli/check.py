@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, remark, say
 
 if TYPE_CHECKING:
     from lorasmith.formats.check import Finding
@@ -55,7 +55,7 @@ def check(
         _print(checked)
         if fix is not None:
             console.print(f"{mended} findings mended in", end=" ")
-            console.print(str(fix), markup=False, soft_wrap=True)
+            say(fix)
     if not checked.is_fine:
         raise typer.Exit(1)
 
@@ -66,7 +66,7 @@ def _print(checked: Checked) -> None:
     )
     family = f", {checked.family}" if checked.family else ""
     text = f"{checked.path}: {checked.modules} modules in the layout of {checked.layout}{family}; {held_to}"
-    console.print(text, markup=False, soft_wrap=True)
+    say(text)
     for finding in checked.findings:
         _print_finding(finding)
     if not checked.findings:
@@ -76,8 +76,8 @@ def _print(checked: Checked) -> None:
 
 
 def _print_finding(finding: Finding) -> None:
-    console.print("[red]Fault:[/]" if finding.is_fault else "[yellow]Note:[/]", end=" ")
-    console.print(f"{finding.problem}; {finding.remedy}.", markup=False, soft_wrap=True)
+    kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
+    remark(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
 def _plain(checked: Checked) -> dict[str, object]:

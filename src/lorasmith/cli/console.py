@@ -11,13 +11,34 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lorasmith.training.events import Event, StepDone, Warned
 
-__all__ = ["complain", "console", "counting", "errors", "progress_bar", "stoppable", "training_progress"]
+__all__ = [
+    "complain",
+    "console",
+    "counting",
+    "errors",
+    "progress_bar",
+    "remark",
+    "say",
+    "stoppable",
+    "training_progress",
+]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
+
+
+def say(text: object) -> None:
+    """Print text as it is, unbroken: paths and captions may look like markup, and people copy them."""
+    console.print(str(text), markup=False, soft_wrap=True)
+
+
+def remark(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:
+    """Print a sentence that people should not overlook; in one piece, so that no progress bar gets in between."""
+    console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {sentence}"), soft_wrap=True)
 
 
 def complain(sentence: str, *, kind: str) -> None:
@@ -65,7 +86,7 @@ def training_progress(steps: int) -> Iterator[Callable[[Event], None]]:
         def show(event: Event) -> None:
             nonlocal smooth, first
             if isinstance(event, Warned):
-                progress.console.print(f"[yellow]Note:[/] {event.message}")
+                remark(event.message)
             if isinstance(event, StepDone):
                 first = first or event.at
                 # An average over about twenty steps: single losses mostly tell how noisy their samples were.

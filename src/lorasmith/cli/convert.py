@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, remark, say
 
 __all__ = ["register"]
 
@@ -55,13 +55,11 @@ def convert(
     with console.status("Converting"):
         done = convert_lora(file, to, target, model, lossy, private=private, overwrite=overwrite)
     for sentence in done.losses:
-        console.print("[yellow]Lost:[/]", end=" ")
-        console.print(sentence, markup=False, soft_wrap=True)
+        remark(sentence, kind="Lost")
     for sentence in done.notes:
-        console.print("[yellow]Note:[/]", end=" ")
-        console.print(sentence, markup=False, soft_wrap=True)
+        remark(sentence)
     console.print(f"{done.modules} modules in the layout of {done.layout}")
-    console.print(str(done.path), markup=False, soft_wrap=True)
+    say(done.path)
 
 
 def _beside(file: Path, layout: str) -> Path:

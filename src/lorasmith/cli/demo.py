@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, counting
+from lorasmith.cli.console import console, counting, say
 from lorasmith.cli.train import free_folder, report, run_training
 from lorasmith.core.folders import ASSETS
 from lorasmith.training.config import TrainConfig
@@ -79,7 +79,7 @@ def demo(
     console.print()
     report(result)
     console.print("[bold]Look at   [/]", end=" ")
-    console.print(str(sheet), markup=False, soft_wrap=True)
+    say(sheet)
     console.print(
         "\nThe same with your own pictures and a real model:\n"
         '  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"',

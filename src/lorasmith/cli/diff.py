@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import complain, console
+from lorasmith.cli.console import complain, console, say
 from lorasmith.core.errors import LorasmithError
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ def _print(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
     unit = "modules" if found.kind == "LoRA" else "tensors"
     for path, names in ((first, found.only_first), (second, found.only_second)):
         if names:
-            _line(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
+            say(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
     counts = collections.Counter(found.settings.values())
     for (one, other), count in counts.most_common(_SHOWN):
         example = next(name for name, both in found.settings.items() if both == (one, other))
-        _line(f"{count} {unit}, such as {example}: {one} against {other}")
+        say(f"{count} {unit}, such as {example}: {one} against {other}")
     if found.by_tensors:
-        _line(f"{found.by_tensors} modules were compared by their tensors; --model compares what they do")
+        say(f"{found.by_tensors} modules were compared by their tensors; --model compares what they do")
     if found.overall().apart:
         table = Table("block", "distance", "cosine", box=None)
         for pair in (*found.blocks(), found.overall()):
@@ -101,12 +101,8 @@ def _print(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
         console.print(table)
     for key, values in found.metadata.items():
         one, other = ("(none)" if value is None else _short(value) for value in values)
-        _line(f"Metadata {key}: {one} against {other}")
-    _line(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
-
-
-def _line(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+        say(f"Metadata {key}: {one} against {other}")
+    say(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, counting
+from lorasmith.cli.console import console, counting, say
 
 __all__ = ["register"]
 
@@ -69,4 +69,4 @@ def extract(
     if report.left_out:
         why = "have no place in a LoRA" if differences else "are left out; --differences takes norms and biases along"
         console.print(f"{report.left_out} other parameters differ and {why}", soft_wrap=True)
-    console.print(str(report.output), markup=False, soft_wrap=True)
+    say(report.output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, counting, stoppable
+from lorasmith.cli.console import console, counting, say, stoppable
 from lorasmith.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def generate(
         target = output / f"lorasmith_{number:05}_.png"
         with atomic_path(target) as temporary:
             image.save(temporary, format="png", pnginfo=info)
-        console.print(str(target), markup=False, soft_wrap=True)
+        say(target)
 
 
 def split_strength(text: str) -> tuple[Path, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, remark
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import LoraSummary
@@ -74,8 +74,7 @@ def _print(summary: LoraSummary) -> None:
     )
     _print_section("Metadata", summary.metadata)
     for finding in summary.findings:
-        console.print("[yellow]Fault:[/]", end=" ")
-        console.print(f"{finding}; `lorasmith check` says how to mend it", markup=False, soft_wrap=True)
+        remark(f"{finding}; `lorasmith check` says how to mend it", kind="Fault")
 
 
 def _print_section(title: str, entries: Mapping[str, str]) -> None:

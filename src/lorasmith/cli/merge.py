@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, remark, say
 from lorasmith.cli.generate import split_strength
 from lorasmith.core.errors import OptionError
 
@@ -65,15 +65,14 @@ def merge(
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
     kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of what was cut down"
     console.print(f"{report.modules} modules, rank {ranks or 'none'}: {kept}", soft_wrap=True)
-    console.print(str(report.output), markup=False, soft_wrap=True)
+    say(report.output)
 
 
 def warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
     """Say what of each file was not taken along."""
     for path, names in left_out.items():
-        console.print("[yellow]Note:[/]", end=" ")
         text = f"{len(names)} tensors of {path}, such as {names[0]}, belong to no module of the model and are left out"
-        console.print(text, markup=False, soft_wrap=True)
+        remark(text)
 
 
 def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool) -> None:
@@ -84,8 +83,7 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
         report = fold_into(open_model(model), parts, output, overwrite=overwrite)
     warn_left_out(report.left_out)
     for name in report.skipped:
-        console.print("[yellow]Note:[/]", end=" ")
         text = f"{name} is not in the new folder, because it holds the same weights without the LoRAs"
-        console.print(text, markup=False, soft_wrap=True)
+        remark(text)
     console.print(f"{report.modules} modules changed")
-    console.print(str(report.output), markup=False, soft_wrap=True)
+    say(report.output)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, remark, say
 
 if TYPE_CHECKING:
     from lorasmith.toolbox.resize import Resized
@@ -52,10 +52,9 @@ def resize(
         report = run(file, target, rank=rank, energy=energy, names=names, overwrite=overwrite)
     _print(report.modules, one_by_one=modules)
     for warning in report.warnings:
-        console.print("[yellow]Note:[/]", end=" ")
-        console.print(warning, markup=False, soft_wrap=True)
+        remark(warning)
     console.print(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
-    console.print(str(report.output), markup=False, soft_wrap=True)
+    say(report.output)
 
 
 def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.console import console
+from lorasmith.cli.console import console, remark, say
 from lorasmith.cli.flags import with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
@@ -63,15 +63,14 @@ def _print(preview: TargetPreview, config: TrainConfig) -> None:
         cells += [_number(group.alpha)] if scaled else []
         cells += [_number(group.learning_rate)] if rated else []
         table.add_row(*cells, f"{group.parameters:,}")
-    console.print(f"{config.algorithm} on {preview.targets}", markup=False, soft_wrap=True)
+    say(f"{config.algorithm} on {preview.targets}")
     console.print(table)
     console.print(
         f"{preview.layers} of {preview.targetable} layers, {preview.parameters:,} parameters, "
         f"a file of about {preview.size_bytes / 2**20:.1f} MiB in {config.lora_dtype}"
     )
     for note in preview.notes:
-        console.print("[yellow]Note:[/] ", end="")
-        console.print(note, markup=False, soft_wrap=True)
+        remark(note)
 
 
 def _range(group: TargetGroup) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, counting, stoppable, training_progress
+from lorasmith.cli.console import console, counting, say, stoppable, training_progress
 from lorasmith.cli.flags import with_flags
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
@@ -121,7 +121,7 @@ def report(result: TrainResult) -> None:
     }.items():
         if path:
             console.print(f"{label:<11}", end="")
-            console.print(str(path), markup=False, soft_wrap=True)
+            say(path)
 
 
 def free_folder(parent: Path, title: str) -> Path:
@@ -135,12 +135,12 @@ def free_folder(parent: Path, title: str) -> Path:
 def _say_images(folder: Path, scan: FolderScan, trigger: str) -> None:
     console.print(f"[bold]{len(scan.images)} images[/] in {folder}")
     for path, reason in scan.skipped:
-        console.print(f"  skipped {path.name}: {reason}", markup=False, soft_wrap=True)
+        say(f"  skipped {path.name}: {reason}")
     if scan.missing_captions:
         instead = f"they get the trigger, {trigger!r}" if trigger else "they are trained without a caption"
         console.print(f"  {len(scan.missing_captions)} have no caption; {instead}", soft_wrap=True)
     for note in scan.notes:
-        console.print(f"  {note}", markup=False, soft_wrap=True)
+        say(f"  {note}")
 
 
 def _say_plan(scan: FolderScan, base: Model, job: Job, resolution: int | None) -> None:
@@ -161,7 +161,7 @@ def _say_plan(scan: FolderScan, base: Model, job: Job, resolution: int | None) -
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}, seed {config.seed}, "
         f"{config.training_dtype} products, timesteps {config.timesteps}",
     }.items():
-        console.print(f"{label:<9}{text}", markup=False, soft_wrap=True)
+        say(f"{label:<9}{text}")
 
 
 def _which_models() -> str:

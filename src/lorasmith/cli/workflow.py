@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import TextColumn
 
-from lorasmith.cli.console import console, progress_bar, stoppable
+from lorasmith.cli.console import console, progress_bar, remark, say, stoppable
 from lorasmith.core.errors import GraphError
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ class _Narrator:
             case events.NodeProgress(_, value, maximum, text):
                 self._advance(value, maximum, text)
             case events.NodeMessage(_, level, text):
-                console.print(f"      {'[yellow]Note:[/] ' if level == 'warning' else ''}{text}", soft_wrap=True)
+                if level == "warning":
+                    remark(text, indent=6)
+                else:
+                    say(f"      {text}")
             case events.NodeFinished(_, ui):
                 self._end_bar()
                 self._show(ui)
@@ -116,6 +119,6 @@ class _Narrator:
             for item in items:
                 if isinstance(item, dict) and "filename" in item:
                     place = self._folders.place(item["type"]) / item["subfolder"] / item["filename"]
-                    console.print(f"      {place}", markup=False, soft_wrap=True)
+                    say(f"      {place}")
                 elif isinstance(item, str):
-                    console.print(f"      {item}", markup=False, soft_wrap=True)
+                    say(f"      {item}")

@@ -21,7 +21,7 @@ from lorasmith.formats.fusing import fused_rows, split
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.formats.names import OriginalName
 from lorasmith.toolbox.changes import as_lora, with_one_alpha
-from lorasmith.toolbox.lowrank import Change
+from lorasmith.toolbox.lowrank import Change, share
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.resize import check_bounds
 from lorasmith.toolbox.writing import HISTORY, file_target, free_target, rank_entries
@@ -51,7 +51,7 @@ class ExtractReport:
     @property
     def captured(self) -> float:
         """Share of the squared difference that the LoRA has."""
-        return min(self.kept / self.total, 1.0) if self.total else 1.0
+        return share(self.kept, self.total)
 
 
 def extract(

@@ -15,12 +15,17 @@ from torch import Tensor
 
 from lorasmith.core.random import keyed_normal
 
-__all__ = ["Change", "Truncated", "stacked"]
+__all__ = ["Change", "Truncated", "share", "stacked"]
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 _ROUNDING = 1e-9  # share of the energy by which rounding may not ask for one more singular value
 _ALWAYS_EXACT = 256  # smaller side up to which a full decomposition takes no time worth saving
+
+
+def share(kept: float, total: float) -> float:
+    """Share of the squared singular values that is kept, 0 to 1; 1 where there are none."""
+    return min(kept / total, 1.0) if total else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Truncated:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept, 0 to 1; 1 for a matrix of zeros."""
-        return min(self.kept / self.total, 1.0) if self.total else 1.0
+        return share(self.kept, self.total)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lorasmith.toolbox.changes import (
     weight_shape,
 )
 from lorasmith.toolbox.lora_files import LoraFile, read_together, save_alike
-from lorasmith.toolbox.lowrank import Change, Truncated, stacked
+from lorasmith.toolbox.lowrank import Change, Truncated, share, stacked
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.writing import file_target, noted
 
@@ -113,7 +113,7 @@ def merge_loras(
         output=output,
         modules=len(modules),
         ranks={rank: found.count(rank) for rank in found if rank is not None},
-        energy=min(kept / total, 1.0) if total else None,
+        energy=share(kept, total) if total else None,
         left_out={file.path: sorted(file.unknown) for file in files if file.unknown},
     )
 

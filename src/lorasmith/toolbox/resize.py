@@ -37,6 +37,7 @@ from lorasmith.toolbox.changes import (
     with_one_alpha,
 )
 from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
+from lorasmith.toolbox.lowrank import share
 from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import file_target, noted, rank_entries
 
@@ -65,7 +66,7 @@ class Resized:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept; 1 for a change of nothing."""
-        return min(self.kept / self.total, 1.0) if self.total else 1.0
+        return share(self.kept, self.total)
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ class ResizeReport:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept, over all modules."""
-        total = sum(one.total for one in self.modules)
-        return min(sum(one.kept for one in self.modules) / total, 1.0) if total else 1.0
+        return share(sum(one.kept for one in self.modules), sum(one.total for one in self.modules))
 
 
 def resize(
