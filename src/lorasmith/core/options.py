@@ -14,6 +14,7 @@ option is a field of a frozen dataclass:
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -39,6 +40,7 @@ class Option:
         min, max: inclusive bounds of a number.
         step: granularity offered by editors; values between steps are accepted.
         choices: allowed values of a string, matched whatever their case.
+        pattern: regular expression that values besides the choices must match; empty allows none.
         group: heading under which the help lists it.
     """
 
@@ -50,6 +52,7 @@ class Option:
     max: float | None = None
     step: float | None = None
     choices: tuple[str, ...] = ()
+    pattern: str = ""
     group: str = ""
 
     def check(self, value: Any) -> Any:
@@ -59,6 +62,8 @@ class Option:
         value = self._typed(value)
         if self.choices:
             folded = {choice.casefold(): choice for choice in self.choices}
+            if self.pattern and re.fullmatch(self.pattern, value):
+                return value
             if value.casefold() not in folded:
                 raise OptionError(
                     f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}{nearest(value, self.choices)}"
@@ -98,10 +103,12 @@ def option(
     max: float | None = None,
     step: float | None = None,
     choices: Iterable[str] = (),
+    pattern: str = "",
     group: str = "",
 ) -> Any:
     """A dataclass field that declares an `Option`; the field's name and annotation give name and type."""
-    details = {"help": help, "min": min, "max": max, "step": step, "choices": tuple(choices), "group": group}
+    details: dict[str, Any] = {"help": help, "min": min, "max": max, "step": step, "group": group}
+    details |= {"choices": tuple(choices), "pattern": pattern}
     return dataclasses.field(default=default, metadata={"option": details})
 
 

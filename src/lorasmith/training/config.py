@@ -12,14 +12,34 @@ from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-__all__ = ["NONE_LORA", "TrainConfig", "unused_settings"]
+__all__ = ["NONE_LORA", "OPTIMIZER_NAMES", "WATCHING", "TrainConfig", "unused_settings"]
 
 NONE_LORA = "[None]"
 """What `existing_lora` says when there is none, as ComfyUI's list spells it."""
 
 _WHAT, _HOW, _MEMORY, _NUMBERS = "What is trained", "How it learns", "Memory", "Precision and repeatability"
 _VARIANTS = "Variants of the algorithm"
+_WATCH, _KEEP = "Knowing whether it works", "Losing nothing"
 _FACTORS = ", ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "factor")
+OPTIMIZER_NAMES = ("AdamW", "Adam", "SGD", "RMSprop", "AdamW8bit", "Adafactor", "Lion", "Prodigy", "ScheduleFree")
+"""Update rules by name; the first four are ComfyUI's."""
+
+WATCHING = frozenset(
+    {
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "patience",
+        "previews",
+        "preview_every",
+        "preview_strengths",
+        "preview_steps",
+        "private",
+        "track",
+    }
+)
+"""Settings that change nothing in the numbers of a step: a run that differs in them alone can be continued."""
+
 _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "block size")
 
 
@@ -151,10 +171,47 @@ class TrainConfig:
         help="Probability with which a layer's LoRA is left out altogether for a sample.",
     )
     optimizer: str = option(
-        "AdamW", choices=("AdamW", "Adam", "SGD", "RMSprop"), group=_HOW, help="Update rule, with torch's own settings."
+        "AdamW",
+        choices=OPTIMIZER_NAMES,
+        pattern=r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
+        group=_HOW,
+        help="Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. AdamW8bit needs "
+        "torchao or bitsandbytes, Lion and Prodigy the packages lion-pytorch and prodigyopt, ScheduleFree the package "
+        "schedulefree.",
+    )
+    optimizer_args: str | None = option(
+        None,
+        group=_HOW,
+        help="Further arguments of the optimizer, separated by blanks, such as betas=(0.9,0.99) eps=1e-7.",
     )
     weight_decay: float = option(
-        0.01, min=0.0, max=1.0, group=_HOW, help="Decay of the weights, as AdamW applies it (other optimizers: none)."
+        0.01,
+        min=0.0,
+        max=1.0,
+        group=_HOW,
+        help="Decay of the weights towards zero, for optimizers that take one; Adam, SGD and RMSprop have none here.",
+    )
+    schedule: str = option(
+        "constant",
+        choices=("constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"),
+        group=_HOW,
+        help="How the learning rate goes down over the run, after the warm-up.",
+    )
+    warmup_steps: int = option(
+        0, min=0, max=100_000, group=_HOW, help="Steps over which the learning rate rises from zero at the start."
+    )
+    final_rate: float = option(
+        0.0, min=0.0, max=1.0, group=_HOW, help="Share of the learning rate that the schedule ends at."
+    )
+    schedule_cycles: int = option(3, min=1, max=1000, group=_HOW, help="Number of cycles of cosine_restarts.")
+    schedule_power: float = option(2.0, min=0.1, max=10.0, group=_HOW, help="Exponent of the polynomial schedule.")
+    ema_decay: float = option(
+        0.0,
+        min=0.0,
+        max=0.99999,
+        group=_HOW,
+        help="Save an exponential moving average of the trained weights instead of the last ones: the share of the "
+        "average that stays at each step. 0 saves the last ones.",
     )
     max_grad_norm: float = option(
         1.0, min=0.0, max=1e6, group=_HOW, help="Gradients longer than this are scaled down to it. 0 leaves them alone."
@@ -174,9 +231,48 @@ class TrainConfig:
     )
     timesteps: str | None = option(
         None,
-        choices=("uniform", "logit_normal"),
+        choices=("uniform", "logit_normal", "sigmoid", "shifted"),
         group=_HOW,
-        help="Distribution of the noise levels. Left out, it is the one that suits the model.",
+        help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid another name of "
+        "logit_normal. Left out, it is the one that suits the model.",
+    )
+    timestep_shift: float | None = option(
+        None,
+        min=0.01,
+        max=100.0,
+        group=_HOW,
+        help="Shift of the noise levels towards the noisy end, for every distribution; 1 leaves them as they are. Left "
+        "out, shifted takes the one that suits the size of the picture and the others take none.",
+    )
+    stratified: bool = option(
+        True,
+        group=_HOW,
+        help="Spread the noise levels of neighbouring draws evenly over the range, so that each batch covers it; the "
+        "distribution stays the same and the gradient varies less.",
+    )
+    loss_weighting: str = option(
+        "none",
+        choices=("none", "min_snr", "soft_min_snr"),
+        group=_HOW,
+        help="Weight of a noise level in the loss: min_snr keeps the clean end from counting more than min_snr_gamma, "
+        "soft_min_snr does so smoothly.",
+    )
+    min_snr_gamma: float = option(
+        5.0, min=0.01, max=1000.0, group=_HOW, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
+    )
+    noise_offset: float = option(
+        0.0,
+        min=0.0,
+        max=1.0,
+        group=_HOW,
+        help="Strength of noise that is the same all over a picture, one value for each channel: it teaches very dark "
+        "and very bright pictures. 0.03 to 0.1 are usual.",
+    )
+    zero_terminal_snr: bool = option(
+        False,
+        group=_HOW,
+        help="Rescale the noise schedule so that its last step is pure noise. For v-prediction models of the Stable "
+        "Diffusion kind alone, and pictures must then be sampled so too.",
     )
     seed: int = option(
         0,
@@ -223,6 +319,80 @@ class TrainConfig:
         "in the result.",
     )
 
+    validation_share: float | None = option(
+        None,
+        min=0.0,
+        max=0.5,
+        group=_WATCH,
+        help="Share of the images that is held out to see whether the LoRA generalises. Left out, it is a tenth from "
+        "12 images on and none below.",
+    )
+    validate_every: int | None = option(
+        None, min=1, max=100_000, group=_WATCH, help="Steps between validations. Left out, a tenth of the run."
+    )
+    validation_draws: int = option(
+        8, min=1, max=1000, group=_WATCH, help="Noise levels at which each held-out image is looked at."
+    )
+    patience: int = option(
+        0,
+        min=0,
+        max=1000,
+        group=_WATCH,
+        help="Stop after this many validations without an improvement. 0 never stops early; the best LoRA is kept "
+        "either way.",
+    )
+    previews: str | None = option(
+        None,
+        group=_WATCH,
+        help="Prompts that are drawn as training goes on, separated by |, with and without the LoRA.",
+    )
+    preview_every: int | None = option(
+        None,
+        min=1,
+        max=100_000,
+        group=_WATCH,
+        help="Steps between previews. Left out, a quarter of the run; there is always one at the end.",
+    )
+    preview_strengths: str = option(
+        "0.5,1", group=_WATCH, help="Strengths at which the finished LoRA is shown, separated by commas."
+    )
+    preview_steps: int = option(20, min=1, max=1000, group=_WATCH, help="Sampling steps of a preview.")
+    track: str = option(
+        "none",
+        choices=("none", "tensorboard", "wandb"),
+        group=_WATCH,
+        help="Send the numbers to TensorBoard (into the folder of the run) or to Weights & Biases, where installed.",
+    )
+    checkpoint_every: int = option(
+        100,
+        min=0,
+        max=100_000,
+        group=_KEEP,
+        help="Steps between checkpoints, from which a run that was killed goes on. 0 makes none by steps.",
+    )
+    checkpoint_minutes: float = option(
+        10.0, min=0.0, max=10_000.0, group=_KEEP, help="Minutes between checkpoints, whichever is first. 0 makes none."
+    )
+    keep_checkpoints: int = option(
+        2,
+        min=1,
+        max=1000,
+        group=_KEEP,
+        help="Number of checkpoints kept; older ones are removed. The best stays.",
+    )
+    max_rollbacks: int = option(
+        3,
+        min=0,
+        max=100,
+        group=_KEEP,
+        help="How often a run goes back to its last good state, with half the learning rate, when the loss explodes or "
+        "becomes NaN, before it stops.",
+    )
+    deterministic: bool = option(
+        False,
+        group=_NUMBERS,
+        help="Use only GPU kernels that give the same bits each time, at some cost; on the CPU they do anyway.",
+    )
     private: bool = option(
         False,
         group=_NUMBERS,

@@ -8,7 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Event", "EventHandler", "RunFinished", "RunStarted", "StepDone", "Warned", "as_json"]
+__all__ = [
+    "CheckpointSaved",
+    "Event",
+    "EventHandler",
+    "Previewed",
+    "RolledBack",
+    "RunFinished",
+    "RunStarted",
+    "Shrunk",
+    "StepDone",
+    "Validated",
+    "Warned",
+    "as_json",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +65,106 @@ class StepDone(Event):
         step: counted from 1.
         loss: mean over the step's samples.
         grad_norm: length of the gradient before clipping.
+        learning_rate: of this step, that of the largest group.
+        draws: for each of the step's samples its index in the dataset, the quantile of its noise level (0 is clean, 1
+            noisy) and its loss.
     """
 
     step: int
     loss: float
     grad_norm: float
+    learning_rate: float = 0.0
+    draws: tuple[tuple[int, float, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated(Event):
+    """The held-out images were looked at.
+
+    Attributes:
+        step: updates taken.
+        loss: mean over the held-out images and their noise levels.
+        base_loss: the same of the model without the LoRA.
+        low, high: 95 % confidence interval of loss − base_loss, over images.
+        best: whether this is the lowest loss so far.
+        best_step: step of the lowest loss so far.
+        verdict: what to make of it, in a sentence.
+    """
+
+    step: int
+    loss: float
+    base_loss: float
+    low: float
+    high: float
+    best: bool
+    best_step: int
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previewed(Event):
+    """Pictures were drawn from the LoRA as it is saved.
+
+    Attributes:
+        step: updates taken.
+        prompts: one for each picture.
+        paths: PNG files, one for each picture.
+        strength: of the LoRA, 0 for the base model.
+    """
+
+    step: int
+    prompts: tuple[str, ...]
+    paths: tuple[str, ...]
+    strength: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """The state of the run is on disk.
+
+    Attributes:
+        step: updates taken.
+        path: the checkpoint.
+    """
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolledBack(Event):
+    """A step went wrong: its update was left out, and training goes on from an earlier state with a lower rate.
+
+    Attributes:
+        step: the step that went wrong, counted from 1.
+        to_step: updates of the state gone back to.
+        images: names of the step's samples.
+        rate_factor: what the learning rate is multiplied by from now on.
+        message: all of it, in a sentence.
+    """
+
+    step: int
+    to_step: int
+    images: tuple[str, ...]
+    rate_factor: float
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk(Event):
+    """Memory ran out: the step is taken again in smaller pieces, with the same result to rounding.
+
+    Attributes:
+        step: counted from 1.
+        micro_batch: images per forward pass from now on.
+        checkpoint_depth: of gradient checkpointing from now on, 0 for none.
+        message: all of it, in a sentence.
+    """
+
+    step: int
+    micro_batch: int
+    checkpoint_depth: int
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +180,7 @@ class RunFinished(Event):
 
     Attributes:
         step: updates taken in this run.
-        reason: `finished`, `cancelled` or `failed`.
+        reason: `finished`, `stopped` (early, by validation), `cancelled` or `failed`.
     """
 
     step: int
