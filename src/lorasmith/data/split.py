@@ -1,8 +1,8 @@
 """Which images are held out of training, so that a run can be judged on pictures that it has not seen.
 
 An image is known by its name: repeats and mirrored copies of it, and files of one name in several subfolders, are held
-out together. Which ones is a function of the names alone, not of the run's seed, so that two runs on the same folder are
-judged on the same images; and an image more or less moves at most one or two others.
+out together. Which ones is a function of the names alone, not of the run's seed, so that two runs on the same folder
+are judged on the same images; and an image more or less moves at most one or two others.
 """
 
 from __future__ import annotations

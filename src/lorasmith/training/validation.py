@@ -1,8 +1,8 @@
 """How well the model does on held-out images: always the same images at the same noise and the same noise levels.
 
 Everything that is drawn here is keyed by a constant and the image's name, and the objective is the native one in MSE,
-without weights, whatever the run trains with. So the losses of two steps, or of two runs with different settings, differ
-by what was learnt and by nothing else, and can be compared pair by pair.
+without weights, whatever the run trains with. So the losses of two steps, or of two runs with different settings,
+differ by what was learnt and by nothing else, and can be compared pair by pair.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ class Validator:
         """
         losses = torch.empty(self.quantiles.shape)
         measured = [self._losses(batch) for batch in self._batches]
-        for batch, values in zip(self._batches, measured, strict=True):  # on a GPU, waits once and not for every batch
+        for batch, values in zip(self._batches, measured, strict=True):  # a GPU is waited for here, not batch by batch
             rows, draws = zip(*batch, strict=True)
             losses[list(rows), list(draws)] = values.cpu()
         unsound = [name for name, row in zip(self.names, losses, strict=True) if not row.isfinite().all()]
         if unsound:
             raise TrainingError(
-                f"the loss of held-out images must be finite, got NaN or infinity for {', '.join(unsound)}; try a lower "
-                "learning rate" + ("" if self._dtype == torch.float32 else " or training_dtype fp32")
+                f"the loss of held-out images must be finite, got NaN or infinity for {', '.join(unsound)}; try a "
+                "lower learning rate" + ("" if self._dtype == torch.float32 else " or training_dtype fp32")
             )
         return losses
 

@@ -1,7 +1,8 @@
 """What validations say of a run, in numbers and in words; pure.
 
-Held-out images are looked at again and again at the same noise (`validation`), so two losses are compared by pairs: the
-difference is taken for each image, and its mean and confidence interval over images. Two kinds of chance are kept apart:
+Held-out images are looked at again and again at the same noise (`validation`), so two losses are compared by pairs:
+the difference is taken for each image, and its mean and confidence interval over images. Two kinds of chance are kept
+apart:
 
 - *Which images.* A difference counts where its 95 % interval (Student's t) leaves zero out. Fewer than `FEW_IMAGES`
   images give no usable interval, so there each pair of image and noise level counts by itself: the interval then speaks
