@@ -15,7 +15,9 @@ from lorasmith.cli import (
     generate,
     inspect,
     merge,
+    reproduce,
     resize,
+    resume,
     targets,
     train,
     workflow,
@@ -37,6 +39,8 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+resume.register(app)
+reproduce.register(app)
 targets.register(app)
 workflow.register(app)
 generate.register(app)

@@ -13,6 +13,7 @@ __all__ = [
     "Event",
     "EventHandler",
     "Previewed",
+    "Resumed",
     "RolledBack",
     "RunFinished",
     "RunStarted",
@@ -46,6 +47,7 @@ class RunStarted(Event):
         adapters: adapted layers.
         parameters: trained numbers.
         device, dtype: where and in which format the frozen model runs.
+        folder: of the run, empty if there is none.
     """
 
     steps: int
@@ -55,6 +57,20 @@ class RunStarted(Event):
     parameters: int
     device: str
     dtype: str
+    folder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """A run that was broken off goes on.
+
+    Attributes:
+        step: updates that it had taken.
+        message: what goes on, from where and how exactly, in a sentence.
+    """
+
+    step: int
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
