@@ -23,9 +23,9 @@ from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import held, memory_format_for
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
+from lorasmith.diffusion.timesteps import quantile_map
 from lorasmith.families.model import Denoiser
-from lorasmith.training.batches import Batch, BatchMaker, prefetched
+from lorasmith.training.batches import Batch, BatchMaker, no_masks, prefetched
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.events import EventHandler, StepDone
 from lorasmith.training.flat import FlatParameters
@@ -62,6 +62,12 @@ class Recipe:
     loss_function: str
     objective: str
     timesteps: str
+    timestep_shift: float | None = None
+    stratified: bool = True
+    loss_weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    noise_offset: float = 0.0
+    zero_terminal_snr: bool = False
     seed: int
     dtype: torch.dtype
     device: torch.device
@@ -163,6 +169,8 @@ def sample_losses(denoiser: Denoiser, batch: Batch, recipe: Recipe) -> Tensor:
         parameterization=denoiser.base.components.parameterization,
         objective=recipe.objective,
         loss_function=recipe.loss_function,
+        weighting=recipe.loss_weighting,
+        gamma=recipe.min_snr_gamma,
     )
 
 
@@ -218,10 +226,15 @@ class _Update:
 def _batch_maker(
     denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe, dropout: Dropout | None = None
 ) -> BatchMaker:
+    schedule = denoiser.base.components.schedule
+    if recipe.zero_terminal_snr:
+        schedule = schedule.zero_terminal()
     return BatchMaker(
         samples=samples,
-        schedule=denoiser.base.components.schedule,
-        distribution=TIMESTEP_DISTRIBUTIONS[recipe.timesteps],
+        schedule=schedule,
+        quantiles=quantile_map(recipe.timesteps, recipe.timestep_shift, schedule),
+        stratified=recipe.stratified,
+        noise_offset=recipe.noise_offset,
         seed=recipe.seed,
         repeatable_context=denoiser.base.family.repeatable_context,
         batch_size=recipe.batch_size,
@@ -229,7 +242,7 @@ def _batch_maker(
         device=recipe.device,
         dtype=recipe.dtype,
         memory_format=memory_format_for(denoiser.module),
-        **({} if dropout is None else {"masks": dropout.masks}),
+        masks=no_masks if dropout is None else dropout.masks,
     )
 
 
