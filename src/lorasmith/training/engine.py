@@ -24,9 +24,9 @@ from lorasmith.adapters.patch import attachments, merged_weights
 from lorasmith.core.placement import held, memory_format_for, reproducible
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
+from lorasmith.diffusion.timesteps import quantile_map
 from lorasmith.families.model import Denoiser
-from lorasmith.training.batches import Batch, BatchMaker
+from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.optimizers import GatedOptimizer
@@ -71,6 +71,12 @@ class Recipe:
     loss_function: str
     objective: str
     timesteps: str
+    timestep_shift: float | None = None
+    stratified: bool = True
+    loss_weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    noise_offset: float = 0.0
+    zero_terminal_snr: bool = False
     seed: int
     dtype: torch.dtype
     device: torch.device
@@ -121,6 +127,8 @@ def sample_losses(denoiser: Denoiser, batch: Batch, recipe: Recipe) -> Tensor:
         parameterization=denoiser.base.components.parameterization,
         objective=recipe.objective,
         loss_function=recipe.loss_function,
+        weighting=recipe.loss_weighting,
+        gamma=recipe.min_snr_gamma,
     )
 
 
@@ -295,18 +303,24 @@ def batch_maker(
     denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe, dropout: Dropout | None = None
 ) -> BatchMaker:
     """What makes the batches of a run's steps."""
+    schedule = denoiser.base.components.schedule
+    if recipe.zero_terminal_snr:
+        schedule = schedule.zero_terminal()
     return BatchMaker(
         samples=samples,
-        schedule=denoiser.base.components.schedule,
-        distribution=TIMESTEP_DISTRIBUTIONS[recipe.timesteps],
+        schedule=schedule,
+        quantiles=quantile_map(recipe.timesteps, recipe.timestep_shift, schedule),
+        stratified=recipe.stratified,
+        noise_offset=recipe.noise_offset,
         seed=recipe.seed,
         repeatable_context=denoiser.base.family.repeatable_context,
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
         device=recipe.device,
         dtype=recipe.dtype,
+        micro_batch=recipe.micro_batch,
         memory_format=memory_format_for(denoiser.module),
-        **({} if dropout is None else {"masks": dropout.masks}),
+        masks=no_masks if dropout is None else dropout.masks,
     )
 
 
