@@ -17,6 +17,7 @@ from lorasmith.core.options import config_from, options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
+from lorasmith.nodes.previewing import PreviewFrames
 from lorasmith.nodes.saving import save_lora
 from lorasmith.nodes.values import (
     Latent,
@@ -28,7 +29,7 @@ from lorasmith.nodes.values import (
     single,
 )
 from lorasmith.training.config import NONE_LORA, TrainConfig, unused_settings
-from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone, Warned
+from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Warned
 from lorasmith.training.lora import Lora
 from lorasmith.training.train import TrainResult, train
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -80,6 +81,19 @@ _SETTINGS = (
     _own("timesteps", default=_AUTO, options=(_AUTO, *_OPTIONS["timesteps"].choices)),
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
+    _own(
+        "previews",
+        default="",
+        multiline=True,
+        tooltip="Prompts that are drawn as training goes on, each on a line of its own, with and without the LoRA; the "
+        "model must come from a full checkpoint. The pictures are in the folder of the run.",
+    ),
+    _own(
+        "preview_every",
+        default=0,
+        min=0,
+        tooltip="Steps between previews; 0 is a quarter of the run. There is always one at the end.",
+    ),
 )
 
 
@@ -143,6 +157,8 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
         chosen["existing_lora"] = str(folders.find("loras", chosen["existing_lora"]))
     if chosen["timesteps"] == _AUTO:
         chosen["timesteps"] = None
+    for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers
+        chosen[name] = chosen[name] or None
     config: TrainConfig = config_from(TrainConfig, chosen)
     return config
 
@@ -174,10 +190,13 @@ def _new_run_folder(folders: Folders) -> Path:
 
 def _teller(context: NodeContext, steps: int, folder: Path) -> EventHandler:
     """Training's events in the words of nodes."""
+    frames = PreviewFrames()
 
     def tell(event: Event) -> None:
         if isinstance(event, StepDone):
             context.progress(event.step, steps, text=f"loss {event.loss:.4g}")
+        elif isinstance(event, Previewed):
+            context.progress(event.step, steps, text="preview", preview=frames(event))
         elif isinstance(event, Warned):
             context.warn(event.message)
         elif isinstance(event, RunStarted):
