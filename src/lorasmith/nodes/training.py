@@ -94,6 +94,19 @@ _SETTINGS = (
     _own("timesteps", default=_AUTO, options=(_AUTO, *_OPTIONS["timesteps"].choices)),
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
+    _own(
+        "previews",
+        default="",
+        multiline=True,
+        tooltip="Prompts that are drawn as training goes on, each on a line of its own, with and without the LoRA; the "
+        "model must come from a full checkpoint. The pictures are in the folder of the run.",
+    ),
+    _own(
+        "preview_every",
+        default=0,
+        min=0,
+        tooltip="Steps between previews; 0 is a quarter of the run. There is always one at the end.",
+    ),
 )
 
 
@@ -157,6 +170,8 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
         chosen["existing_lora"] = str(folders.find("loras", chosen["existing_lora"]))
     if chosen["timesteps"] == _AUTO:
         chosen["timesteps"] = None
+    for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers
+        chosen[name] = chosen[name] or None
     config: TrainConfig = config_from(TrainConfig, chosen)
     return config
 
