@@ -15,6 +15,7 @@ from lorasmith.cli import (
     generate,
     inspect,
     merge,
+    report,
     resize,
     targets,
     train,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+report.register(app)
 targets.register(app)
 workflow.register(app)
 generate.register(app)
