@@ -16,6 +16,7 @@ from lorasmith.cli import (
     inspect,
     merge,
     reproduce,
+    report,
     resize,
     resume,
     targets,
@@ -41,6 +42,7 @@ demo.register(app)
 train.register(app)
 resume.register(app)
 reproduce.register(app)
+report.register(app)
 targets.register(app)
 workflow.register(app)
 generate.register(app)
