@@ -67,7 +67,9 @@ def train(
     config = TrainConfig(**settings)
     if model is None:
         raise OptionError(_which_models())
-    source = source_of(folder, model, name=name, trigger=trigger, resolution=resolution, validation=validation)
+    source = source_of(
+        folder, model, name=name, trigger=trigger, resolution=resolution, validation=validation, config=config
+    )
     finish(prepare(source, config, device), output=output, fresh=fresh)
 
 
@@ -79,10 +81,18 @@ def source_of(
     trigger: str = "",
     resolution: int | None = None,
     validation: Path | None = None,
+    config: TrainConfig,
 ) -> dict[str, Any]:
-    """What `run.json` keeps of the command, to give it again."""
+    """What `run.json` keeps of the command, to give it again, and `argv`, for people to do so."""
+    own = {"model": model, "name": name, "trigger": trigger, "resolution": resolution, "validation": validation}
+    chosen = {option: getattr(config, option) for option in options_of(TrainConfig) if not config.is_default(option)}
+    argv = ["lorasmith", "train", str(folder.resolve())]
+    for option, value in (own | chosen).items():
+        if value:
+            argv += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
     return {
         "command": "train",
+        "argv": argv,
         "folder": str(folder.resolve()),
         "model": model,
         "name": name or folder.resolve().name,

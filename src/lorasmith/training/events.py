@@ -84,6 +84,8 @@ class StepDone(Event):
         learning_rate: of this step, that of the largest group.
         draws: for each of the step's samples its index in the dataset, the quantile of its noise level (0 is clean, 1
             noisy) and its loss.
+        noise_scale: batch size up to which a larger one would pay (gradient noise scale); 0 where it is not known,
+            which takes two batches in a step.
     """
 
     step: int
@@ -91,6 +93,7 @@ class StepDone(Event):
     grad_norm: float
     learning_rate: float = 0.0
     draws: tuple[tuple[int, float, float], ...] = ()
+    noise_scale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

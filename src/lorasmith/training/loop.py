@@ -29,6 +29,7 @@ from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, Recipe, batch_maker
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, StepDone
 from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.noise_scale import NoiseScale
 
 __all__ = ["Loop", "RunState", "Watcher", "fit", "is_out_of_memory"]
 
@@ -159,6 +160,7 @@ class Loop:
         self._cancelled = cancelled
         self._watchers = watchers
         self._mailbox = Mailbox(engine.recipe.device)
+        self._noise = NoiseScale()
         self._posted: dict[int, list[Batch]] = {}
         # On a GPU a failure is heard of some steps later, when the newest snapshot may be one of after it.
         self._snapshots: deque[RunState] = deque(maxlen=2)
@@ -195,6 +197,7 @@ class Loop:
             "engine": now.numbers,
             "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
             "rollbacks": self.rollbacks,
+            "noise_scale": self._noise.to_json(),
             "micro_batch": recipe.micro_batch,
             "checkpoint_depth": recipe.checkpoint_depth,
             "layout": self.engine.flat.layout,
@@ -221,6 +224,7 @@ class Loop:
         self.step = state.step
         self.losses = [math.nan if loss is None else loss for loss in numbers["losses"]]
         self.rollbacks = numbers["rollbacks"]
+        self._noise = NoiseScale.from_json(numbers["noise_scale"])
         self.engine.load(parts["engine"], numbers["engine"])
         self._change(micro_batch=numbers["micro_batch"], checkpoint_depth=numbers["checkpoint_depth"])
         if "snapshot" in numbers:
@@ -295,20 +299,23 @@ class Loop:
 
     def _hear(self, *, wait: bool = False) -> bool:
         """Take in what the device has reported; False if a step went wrong and the loop went back."""
-        for step, (sound, norm, _, *losses) in self._mailbox.collect(wait=wait):
+        for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait):
             batches = self._posted.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
             if not sound or exploded(self.losses):
                 self._go_back(step, batches)
                 return False
-            recipe = self.engine.recipe
+            whole, small = len(losses), len(batches[0].names)
+            if math.isfinite(norm):
+                self._noise.update((first * whole / small) ** 2, norm**2, small=small, big=whole)
             self.tell(
                 StepDone(
                     step=step + 1,
                     loss=self.losses[-1],
                     grad_norm=norm,
-                    learning_rate=recipe.learning_rate * self.engine.rate(step),
+                    learning_rate=self.engine.recipe.learning_rate * self.engine.rate(step),
                     draws=_draws(batches, losses),
+                    noise_scale=self._noise.value or 0.0,
                 )
             )
         return True

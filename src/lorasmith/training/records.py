@@ -49,8 +49,12 @@ def run_record(
             {"name": sample.name, "caption": sample.conditioning.text, "latents": list(sample.latents.shape)}
             for sample in parts.training.samples
         ],
-        "held_out": list(dict.fromkeys(sample.name for sample in held_out)),
-        "data_note": parts.note,
+        "data": {
+            **{name: source[name] for name in ("folder", "trigger", "resolution", "validation") if source.get(name)},
+            "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
+            "note": parts.note,
+        },
+        "command": list(source.get("argv", ())),
         "adapters": {path: _size(adapter) for path, adapter in job.adapters.items()},
         "differences": {path: _size(difference) for path, difference in job.differences.items()},
         "fingerprint": fingerprint(job, parts.training, parts.held_out),

@@ -7,9 +7,10 @@ going on where it stopped, and keeping what there is, whatever ends it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,7 @@ class _Run:
         self._recipe = recipe_of(job, around.device)
         self._started = time.time()
         self._draw = None if folder is None else around.previews(folder.path)
+        self._handlers: list[EventHandler] = [around.on_event] if folder is None else [folder, around.on_event]
         self._validation: ValidationWatch | None = None
         if parts.held_out:
             self._validation = ValidationWatch(
@@ -243,7 +245,8 @@ class _Run:
             if start is not None:
                 loop.load(start)
             self._announce(start)
-            loop.run()
+            with self._tracked():
+                loop.run()
             reason = loop.reason
         except BaseException as error:
             # Whatever ended the run, the steps that were taken are worth keeping; the error then goes on its way.
@@ -260,12 +263,37 @@ class _Run:
             for event in self._draw(loop.step, result.path, True):
                 self._tell(event)
         self._tell(RunFinished(step=loop.step, reason=reason))
+        if result.folder is not None:
+            self._report(result.folder)
         return result
 
     def _tell(self, event: Event) -> None:
-        if self._folder is not None:
-            self._folder(event)
-        self._around.on_event(event)
+        for handler in self._handlers:
+            handler(event)
+
+    def _report(self, folder: Path) -> None:
+        from lorasmith.training.report import write_report
+
+        try:
+            write_report(folder)
+        except LorasmithError as error:
+            self._tell(Warned(message=f"The LoRA is saved, but the report is not: {error}"))
+
+    @contextlib.contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Send the numbers to a tracker meanwhile, where one is asked for."""
+        config = self._job.config
+        if config.track == "none" or self._folder is None:
+            yield
+            return
+        from lorasmith.training.trackers import tracker_for
+
+        title = self._around.title
+        with contextlib.closing(
+            tracker_for(config.track, self._folder.path, title, asdict(config), tell=self._tell)
+        ) as tracker:
+            self._handlers.append(tracker)
+            yield
 
     def _watchers(self) -> list[Watcher]:
         """In the order in which they are called: a checkpoint holds the validation of its step."""
@@ -317,8 +345,9 @@ class _Run:
 
     def _kept(self, loop: Loop, reason: str, *, best: bool) -> TrainResult:
         """Take the weights back from the engine, the best ones or the last, and save them."""
-        history = None if self._validation is None else self._validation.history
-        values = self._validation.best if best and self._validation is not None else None
+        watch = self._validation
+        history = watch.history if watch is not None and watch.best is not None else None
+        values = watch.best if watch is not None and best else None
         loop.engine.release(values)
         step = loop.step if values is None or history is None else history.best_step
         result = TrainResult(
@@ -334,8 +363,8 @@ class _Run:
         if any(map(math.isfinite, result.losses)):
             result.plot(self._folder.path / "loss.png")
         best_path = self._path("-best")
-        if history is None or step == history.best_step:
-            best_path.unlink(missing_ok=True)
+        if values is not None or history is None or history.best_step == step:
+            best_path.unlink(missing_ok=True)  # it is the one above
         return replace(result, folder=self._folder.path, path=path, best_path=best_path if best_path.exists() else None)
 
     def _path(self, suffix: str) -> Path:
