@@ -6,14 +6,14 @@ covariance of a single sample's. Two batch sizes give two equations, and the sim
 below it a step is mostly noise and twice the batch is worth nearly twice the steps; far above it a larger batch is
 wasted.
 
-Both sizes are at hand where a step accumulates over at least two micro-batches, and nowhere else: the micro-batches are
-the small ones, the step the big one. Stratified noise levels make a step's gradient a little quieter than independent
+Both sizes are at hand where a step accumulates over at least two micro-batches, and nowhere else: the first of them is
+the small one, the step the big one. Stratified noise levels make a step's gradient a little quieter than independent
 draws would, and the estimate is of what noise is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["NoiseScale", "noise_terms"]
@@ -24,8 +24,7 @@ def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> 
 
     Args:
         small_sq, big_sq: squared length of the mean gradient over `small` and over `big` samples.
-        small, big: samples, `small` < `big`. Of small batches of different sizes, the mean of their squared lengths and
-            the harmonic mean of their sizes.
+        small, big: samples, `small` < `big`.
     """
     true_sq = (big * big_sq - small * small_sq) / (big - small)
     variance = (small_sq - big_sq) / (1 / small - 1 / big)
@@ -46,22 +45,11 @@ class NoiseScale:
         self._true_sq = 0.0
         self._variance = 0.0
 
-    def update(self, squares: Sequence[float], sizes: Sequence[int], whole_sq: float) -> None:
-        """Take in a step. One with a single micro-batch tells nothing and is passed over.
-
-        Args:
-            squares: squared length of the mean gradient of each micro-batch.
-            sizes: samples in each.
-            whole_sq: squared length of the step's gradient, the mean over all samples.
-        """
-        if len(sizes) < 2:
+    def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
+        """Take in a step; arguments as for `noise_terms`. One with a single micro-batch tells nothing."""
+        if small >= big:
             return
-        true_sq, variance = noise_terms(
-            sum(squares) / len(squares),
-            whole_sq,
-            small=len(sizes) / sum(1 / size for size in sizes),
-            big=sum(sizes),
-        )
+        true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
         # Both start at 0, so both averages are too small by the same factor, which the ratio does not see.
         self._true_sq = self._decay * self._true_sq + (1 - self._decay) * true_sq
         self._variance = self._decay * self._variance + (1 - self._decay) * variance
