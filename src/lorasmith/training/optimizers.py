@@ -44,12 +44,12 @@ class GatedOptimizer:
     ) -> None:
         self._flats = [group.flat for group in groups]
         self._rates = [group.rate for group in groups]
-        optimizer = build_optimizer(name, groups, weight_decay=weight_decay, arguments=arguments)
-        self._optimizer: Any = optimizer
+        optimizer: Any = build_optimizer(name, groups, weight_decay=weight_decay, arguments=arguments)
+        self._optimizer = optimizer
         # Schedule-free optimizers train with other weights than they are used with, and must be told which are wanted.
         self._turns = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
         if self._turns:
-            self._optimizer.train()
+            optimizer.train()
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._fresh = [_kept(group) for group in optimizer.param_groups]
         self._made = [copy.deepcopy(optimizer.state.get(parameter, {})) for parameter in self._parameters]
