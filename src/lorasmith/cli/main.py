@@ -15,7 +15,10 @@ from lorasmith.cli import (
     generate,
     inspect,
     merge,
+    report,
+    reproduce,
     resize,
+    resume,
     targets,
     train,
     workflow,
@@ -37,6 +40,9 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+resume.register(app)
+reproduce.register(app)
+report.register(app)
 targets.register(app)
 workflow.register(app)
 generate.register(app)

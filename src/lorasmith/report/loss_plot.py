@@ -9,16 +9,18 @@ from typing import Any
 
 from lorasmith.core.errors import OutputError
 
-__all__ = ["plot_losses", "smoothed"]
+__all__ = ["GRID", "HELD_OUT", "RAW", "SMOOTH", "TEXT", "draw_losses", "plot_losses", "smoothed", "style_axes"]
 
+RAW, SMOOTH, HELD_OUT, GRID, TEXT = "#9ab8d8", "#1f5fa8", "#c2570c", "#e4e8ec", "#3e4c59"
 _LOG_RATIO = 20
-_RAW, _SMOOTH, _GRID, _TEXT = "#9ab8d8", "#1f5fa8", "#e4e8ec", "#3e4c59"
 
 
 def plot_losses(
     losses: Sequence[float],
     *,
     title: str = "Training loss",
+    validations: Sequence[tuple[int, float]] = (),
+    base_loss: float | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """A PNG picture of a run's losses.
@@ -28,6 +30,8 @@ def plot_losses(
     Args:
         losses: one for each step, beginning with step 1.
         title: heading, taken literally.
+        validations: step and loss of each look at the held-out images.
+        base_loss: loss of the held-out images without the LoRA.
         metadata: text entries of the PNG file, by keyword (such as ComfyUI's `prompt` and `workflow`).
 
     Raises:
@@ -43,8 +47,12 @@ def plot_losses(
     figure = Figure(figsize=(9, 5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw_curves(axes, [loss if math.isfinite(loss) else math.nan for loss in losses])
-    _style(axes, title)
+    draw_losses(axes, losses, validations=validations, base_loss=base_loss)
+    style_axes(axes)
+    # parse_math off: a title is somebody's file name, and a $ in it is no formula.
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=TEXT, wrap=True, parse_math=False)
+    axes.set_xlabel("step", color=TEXT)
+    axes.legend(loc="upper right", frameon=False, labelcolor=TEXT)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "Lorasmith", **(metadata or {})})
     return buffer.getvalue()
@@ -62,46 +70,68 @@ def smoothed(losses: Sequence[float], *, span: float) -> list[float]:
     return result
 
 
-def _draw_curves(axes: Any, losses: Sequence[float]) -> None:
-    """Raw and smoothed loss; the raw one has gaps where a loss is NaN, the smoothed one goes on across them."""
-    steps = range(1, len(losses) + 1)
-    finite_steps = [step for step, loss in zip(steps, losses, strict=True) if not math.isnan(loss)]
+def draw_losses(
+    axes: Any,
+    losses: Sequence[float],
+    *,
+    validations: Sequence[tuple[int, float]] = (),
+    base_loss: float | None = None,
+) -> None:
+    """Raw and smoothed loss, and those of the held-out images with the lowest one marked. At least one is finite.
+
+    The raw line has gaps where a loss is NaN or infinite, the smoothed one goes on across them. The axis is logarithmic
+    when the smoothed loss spans more than a factor of 20.
+    """
+    finite_steps = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
     finite = [losses[step - 1] for step in finite_steps]
     trend = smoothed(finite, span=min(max(len(finite) / 12, 5), 100))
+    raw = [loss if math.isfinite(loss) else math.nan for loss in losses]
 
-    axes.plot(steps, losses, color=_RAW, linewidth=0.9, label="each step", zorder=2)
+    axes.plot(range(1, len(raw) + 1), raw, color=RAW, linewidth=0.9, label="each step", zorder=2)
     # A line does not show a step between two gaps, and few steps are told apart only by their dots.
-    dotted = [step for step in finite_steps if len(losses) <= 60 or _is_lonely(losses, step - 1)]
-    axes.plot(dotted, [losses[step - 1] for step in dotted], ".", color=_RAW, zorder=2)
-    axes.plot(finite_steps, trend, color=_SMOOTH, linewidth=2.2, label="smoothed", zorder=3)
-    _mark_last(axes, finite_steps[-1], trend[-1])
+    dotted = [step for step in finite_steps if len(raw) <= 60 or _is_lonely(raw, step - 1)]
+    axes.plot(dotted, [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
+    axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label="smoothed", zorder=3)
+    _mark(axes, finite_steps[-1], trend[-1], SMOOTH, "o")
+    _draw_validations(axes, [(step, loss) for step, loss in validations if math.isfinite(loss)])
+    if base_loss is not None and math.isfinite(base_loss):
+        label = "held out, without the LoRA"
+        axes.axhline(base_loss, color=HELD_OUT, linewidth=1.1, linestyle=(0, (4, 3)), label=label, zorder=2)
 
-    margin = max(0.5, 0.02 * len(losses))
-    axes.set_xlim(1 - margin, len(losses) + margin)
+    margin = max(0.5, 0.02 * len(raw))
+    axes.set_xlim(1 - margin, len(raw) + margin)
     if min(finite) > 0 and max(trend) > _LOG_RATIO * min(trend):
         axes.set_yscale("log")
 
 
-def _mark_last(axes: Any, step: int, loss: float) -> None:
-    axes.plot(step, loss, "o", color=_SMOOTH, markersize=5, zorder=4)
-    offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(f"{loss:.4g}", (step, loss), color=_SMOOTH, fontweight="bold", **offset)
+def style_axes(axes: Any) -> None:
+    """The look that all plots of losses share."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylabel("loss", color=TEXT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.tick_params(which="both", colors=TEXT, length=0)
+    axes.grid(color=GRID, linewidth=0.8, zorder=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def _draw_validations(axes: Any, validations: Sequence[tuple[int, float]]) -> None:
+    if not validations:
+        return
+    steps, losses = zip(*validations, strict=True)
+    axes.plot(steps, losses, ".-", color=HELD_OUT, linewidth=1.6, markersize=6, label="held out", zorder=4)
+    _mark(axes, *min(validations, key=lambda one: one[1]), HELD_OUT, "*")
+
+
+def _mark(axes: Any, step: int, loss: float, colour: str, marker: str) -> None:
+    """A point with its loss beside it; a star, for the best, is large and has its loss below."""
+    best = marker == "*"
+    axes.plot(step, loss, marker, color=colour, markersize=13 if best else 5, zorder=5)
+    place = {"xytext": (0, -9), "ha": "center", "va": "top"} if best else {"xytext": (8, 0), "va": "center"}
+    text = f"{loss:.4g}"
+    axes.annotate(text, (step, loss), textcoords="offset points", color=colour, fontweight="bold", zorder=6, **place)
 
 
 def _is_lonely(losses: Sequence[float], i: int) -> bool:
     return all(not 0 <= j < len(losses) or math.isnan(losses[j]) for j in (i - 1, i + 1))
-
-
-def _style(axes: Any, title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    # parse_math off: a title is somebody's file name, and a $ in it is no formula.
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_TEXT, wrap=True, parse_math=False)
-    axes.set_xlabel("step", color=_TEXT)
-    axes.set_ylabel("loss", color=_TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.tick_params(colors=_TEXT, length=0)
-    axes.grid(color=_GRID, linewidth=0.8, zorder=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.legend(loc="upper right", frameon=False, labelcolor=_TEXT)

@@ -14,7 +14,8 @@ A bf16 master would not do: at learning rate 1e-4 most AdamW updates are below h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +98,11 @@ class FlatParameters:
         start = self._offsets[name]
         return buffer[start : start + parameter.numel()].view(parameter.shape)
 
-    def _leaf(self, name: str) -> Tensor:
-        """A parameter in the master buffer with its gradient."""
-        leaf = self.view(self.master, name)
-        leaf.grad = self.view(self.grad, name)
-        return leaf
+    def zero(self) -> None:
+        """Forget all gradients, those of a micro-batch that was broken off too."""
+        self.grad.zero_()
+        if self._compute_grad is not self.grad:
+            self._compute_grad.zero_()
 
     def collect(self) -> None:
         """Add the gradients of a finished micro-batch to `grad`."""
@@ -114,8 +115,34 @@ class FlatParameters:
         if self._compute is not self.master:
             self._compute.copy_(self.master)
 
+    @property
+    def layout(self) -> list[list[object]]:
+        """Name, offset and shape of every parameter, in order: buffers of one layout can take each other's place."""
+        return [[name, self._offsets[name], list(one.shape)] for name, one in self._parameters.items()]
+
+    @contextlib.contextmanager
+    def standing_in(self, values: Tensor) -> Iterator[None]:
+        """Parameters hold fp32 copies of `values`, a buffer like `master`, on the CPU meanwhile: what files get."""
+        kept = {name: parameter.data for name, parameter in self._parameters.items()}
+        grads = {name: parameter.grad for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.grad = None
+                parameter.data = self.view(values, name).to("cpu", copy=True)
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = kept[name]
+                parameter.grad = grads[name]
+
     def release(self) -> None:
         """Give every parameter a tensor of its own with the master's fp32 values, on the CPU, and no gradient."""
         for name, parameter in self._parameters.items():
             parameter.grad = None
             parameter.data = self.view(self.master, name).to("cpu", copy=True)
+
+    def _leaf(self, name: str) -> Tensor:
+        """A parameter in the master buffer with its gradient."""
+        leaf = self.view(self.master, name)
+        leaf.grad = self.view(self.grad, name)
+        return leaf

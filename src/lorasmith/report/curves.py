@@ -1,0 +1,178 @@
+"""The curves of a run's report: SVG that lies in the page, takes its colours from it and is the same every time.
+
+Each figure is drawn twice, for a wide and for a narrow screen, because letters that suit one are too small on the
+other; the page's style shows one of them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lorasmith.report.loss_plot import GRID, HELD_OUT, RAW, SMOOTH, TEXT, draw_losses, smoothed, style_axes
+from lorasmith.report.markup import Html, tag
+
+__all__ = ["Curves", "QuantileCurve", "loss_figure", "quantile_figure"]
+
+_FAULT = "#b4232f"
+_VARIABLES = {
+    RAW: "--raw",
+    SMOOTH: "--smooth",
+    HELD_OUT: "--held-out",
+    GRID: "--grid",
+    TEXT: "--faint",
+    _FAULT: "--bad",
+}
+_RAMP = ("#3b82c4", "#1a9e8f", "#7a9a1f", "#d08a1d", "#d0524a")  # clean to noisy; readable on white and on black
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run's steps measured.
+
+    Attributes:
+        losses, rates: one for each step from step 1; NaN where nothing is known.
+        validations: step and loss of each look at the held-out images.
+        base_loss: of the held-out images without the LoRA.
+        faults: steps that went wrong and were gone back from.
+    """
+
+    losses: Sequence[float]
+    rates: Sequence[float] = ()
+    validations: Sequence[tuple[int, float]] = ()
+    base_loss: float | None = None
+    faults: Sequence[int] = ()
+
+    @property
+    def rate_varies(self) -> bool:
+        """Whether the learning rate is worth a curve."""
+        return len({rate for rate in self.rates if math.isfinite(rate)}) > 1
+
+
+class QuantileCurve(Protocol):
+    """Training loss by noise level.
+
+    Attributes:
+        bins: the lowest and the highest quantile of each range of noise levels, 0 is clean and 1 noisy.
+        steps: the step in the middle of each stretch of the run.
+        losses: for each range its mean loss in each stretch; NaN where it was not drawn.
+    """
+
+    @property
+    def bins(self) -> Sequence[tuple[float, float]]: ...
+    @property
+    def steps(self) -> Sequence[float]: ...
+    @property
+    def losses(self) -> Sequence[Sequence[float]]: ...
+
+
+def loss_figure(curves: Curves, *, label: str) -> Html:
+    """Loss over the steps, with what was held out and what went wrong, and the learning rate below where it changes.
+
+    At least one loss is finite. `label` says in words what there is to see.
+    """
+
+    def draw(figure: Any) -> None:
+        if curves.rate_varies:
+            top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+            _draw_rates(bottom, curves.rates)
+        else:
+            top = bottom = figure.add_subplot()
+        draw_losses(top, curves.losses, validations=curves.validations, base_loss=curves.base_loss)
+        for index, step in enumerate(curves.faults):
+            text = None if index else "went wrong, rolled back"
+            top.axvline(step, color=_FAULT, linewidth=1.2, linestyle=(0, (1, 2)), label=text, zorder=3)
+        style_axes(top)
+        bottom.set_xlabel("step", color=TEXT)
+        _legend(top)
+
+    return _figure("loss", draw, label=label)
+
+
+def quantile_figure(curve: QuantileCurve, *, label: str) -> Html:
+    """Smoothed training loss of each range of noise levels."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    ramp = LinearSegmentedColormap.from_list("noise", _RAMP)
+    last = max(1, len(curve.bins) - 1)
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for index, ((low, high), losses) in enumerate(zip(curve.bins, curve.losses, strict=True)):
+            known = [(step, loss) for step, loss in zip(curve.steps, losses, strict=True) if math.isfinite(loss)]
+            if known:
+                steps, values = zip(*known, strict=True)
+                name = f"{low * 100:.0f}–{high * 100:.0f} %"
+                trend = smoothed(values, span=3)
+                axes.plot(steps, trend, ".-", color=to_hex(ramp(index / last)), linewidth=2, label=name)
+        if all(loss > 0 for losses in curve.losses for loss in losses if math.isfinite(loss)):
+            axes.set_yscale("log")  # the clean end is often a hundred times the noisy one
+            _plain_ticks(axes)
+        style_axes(axes)
+        axes.set_xlabel("step", color=TEXT)
+        _legend(axes)
+
+    return _figure("quantiles", draw, label=label)
+
+
+def _draw_rates(axes: Any, rates: Sequence[float]) -> None:
+    axes.plot(range(1, len(rates) + 1), rates, color=TEXT, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    style_axes(axes)
+    axes.set_ylabel("rate", color=TEXT)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.yaxis.get_offset_text().set_color(TEXT)
+
+
+def _plain_ticks(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Any) -> None:
+    """Above the plot, where it covers no curve."""
+    columns = 5 if axes.figure.get_figwidth() > 6 else 2
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0}
+    axes.legend(ncols=columns, fontsize=9, frameon=False, labelcolor=TEXT, **place)
+
+
+def _figure(name: str, draw: Callable[[Any], None], *, label: str) -> Html:
+    """The figure for either width; people who hear the page are told `label`."""
+    shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
+    return tag(
+        "div", [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]
+    )
+
+
+def _svg(draw: Callable[[Any], None], prefix: str, size: tuple[float, float], label: str) -> Html:
+    """An `svg` element whose ids begin with `prefix`, so that several can lie in one page."""
+    # The object API, without pyplot: no global state, so that a server's threads can draw at the same time.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
+    draw(figure)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
+    opening = re.search(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", drawn)
+    assert opening is not None
+    body = _renamed(drawn[opening.end() : drawn.rindex("</svg>")], prefix)
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    return tag("svg", Html(re.sub(r"\n\s*", "\n", body)), viewBox=opening[1], role="img", aria_label=label)
+
+
+def _renamed(svg: str, prefix: str) -> str:
+    """Ids that are used, numbered in their order: matplotlib's are random, and the same in every figure."""
+    used = dict.fromkeys(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
+    names = {old: f"{prefix}-{number}" for number, old in enumerate(used)}
+    svg = re.sub(r" id=\"([^\"]*)\"", lambda found: f' id="{names[found[1]]}"' if found[1] in names else "", svg)
+    return re.sub(r"(href=\"|url\()#([^\")]+)", lambda found: f"{found[1]}#{names[found[2]]}", svg)

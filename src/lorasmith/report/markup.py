@@ -1,0 +1,106 @@
+"""HTML as nested calls in which every text is escaped unless it is markup already: captions are hostile input."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+
+__all__ = ["Html", "command", "definitions", "document", "folded", "section", "table", "tag"]
+
+_VOID = frozenset({"br", "col", "hr", "img", "meta"})
+
+
+class Html(str):
+    """Text that is markup and is meant so."""
+
+    __slots__ = ()
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Html:
+    """An element. Children that are no `Html` are escaped, None is left out and sequences are unrolled.
+
+    Attributes are spelled as Python allows: `class_` for class, `aria_label` for aria-label; None leaves one out.
+    """
+    spelled = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    if name in _VOID:
+        return Html(f"<{name}{spelled}>")
+    return Html(f"<{name}{spelled}>{''.join(map(_markup, children))}</{name}>")
+
+
+def section(heading: str, *children: object, id: str | None = None) -> Html:
+    """A part of the page under its heading; nothing at all if it has no content."""
+    if not any(children):
+        return Html("")
+    return tag("section", tag("h2", heading), *children, id=id)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, label: str, numbers: Iterable[int] = ()) -> Html:
+    """A table that scrolls sideways by itself where it does not fit; the first cell of a row is its heading.
+
+    Args:
+        columns: headings.
+        rows: cells, as many as there are columns.
+        label: what the table shows, for people who hear it.
+        numbers: columns that are set flush right.
+    """
+    sides = ["number" if index in set(numbers) else None for index in range(len(columns))]
+    head = [tag("th", text, scope="col", class_=side) for text, side in zip(columns, sides, strict=True)]
+    body = [
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell, class_=side) for cell, side in zip(row[1:], sides[1:], strict=True)),
+        )
+        for row in rows
+    ]
+    whole = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
+    return tag("div", whole, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def definitions(entries: Mapping[str, object], *, class_: str | None = None) -> Html:
+    """Names with what they are."""
+    pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in entries.items()]
+    return tag("dl", pairs, class_=class_) if pairs else Html("")
+
+
+def folded(summary: str, *children: object) -> Html:
+    """What is shown when it is asked for, and printed in any case."""
+    return tag("details", tag("summary", summary), *children)
+
+
+def command(line: str, purpose: str) -> Html:
+    """A command line under what it is for; one click selects all of it."""
+    return tag("figure", tag("figcaption", purpose), tag("pre", tag("code", line), tabindex=0), class_="command")
+
+
+def document(title: str, *children: object) -> str:
+    """A whole page that loads nothing: the policy in its head forbids scripts and the network even to mistakes."""
+    style = files("lorasmith.report").joinpath("report.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        Html(
+            '<meta http-equiv="Content-Security-Policy" '
+            "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        ),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *children)), lang='en')}\n"
+
+
+def _markup(child: object) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Html):
+        return child
+    if isinstance(child, (list, tuple)):
+        return "".join(map(_markup, child))
+    return html.escape(str(child))

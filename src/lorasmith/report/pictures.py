@@ -1,0 +1,89 @@
+"""Pictures that travel inside the page: scaled down, compressed, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from lorasmith.report.markup import Html, tag
+
+__all__ = ["PictureTable", "data_uri", "picture_table", "thinned"]
+
+_Item = TypeVar("_Item")
+_LARGE, _SMALL, _SHEET = 320, 208, 1600  # longest edge in pixels
+_MANY = 40  # pictures from which they are made small
+_TINY = 128  # pictures up to here are shown larger than they are, and would show what compression does to them
+_QUALITY = 82
+
+
+@dataclass(frozen=True)
+class PictureTable:
+    """Pictures in labelled rows and columns.
+
+    Attributes:
+        columns: headings, such as prompts; none for a sheet, a single picture that has its labels in it.
+        rows: label and pictures of each row, as many as there are columns; None where one is missing.
+        about: what can be seen.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Path | None]]]
+    about: str
+
+
+def picture_table(pictures: PictureTable) -> Html:
+    """The table, scrolling sideways where it does not fit; pictures that cannot be read are said to be missing."""
+    if not pictures.columns:
+        [(_, [sheet])] = pictures.rows
+        return _picture(sheet, pictures.about, _SHEET, class_="sheet")
+    many = len(pictures.columns) * len(pictures.rows) > _MANY
+    edge = _SMALL if many else _LARGE
+    head = tag("tr", tag("td"), [tag("th", prompt, scope="col") for prompt in pictures.columns])
+    rows = [
+        tag(
+            "tr",
+            tag("th", label, scope="row"),
+            [
+                tag("td", _picture(path, f"{prompt}, {label}", edge))
+                for prompt, path in zip(pictures.columns, row, strict=True)
+            ],
+        )
+        for label, row in pictures.rows
+    ]
+    whole = tag("table", tag("thead", head), tag("tbody", rows), class_="pictures")
+    return tag("div", whole, class_="scroll", role="region", aria_label=pictures.about, tabindex=0)
+
+
+def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
+    """A picture as a WebP data URI with width and height, its longest edge at most `longest`; None if unreadable."""
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for broken files
+        return None
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    lossless = max(picture.size) <= _TINY
+    picture.save(buffer, format="webp", lossless=lossless, quality=100 if lossless else _QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", picture.width, picture.height
+
+
+def thinned(items: Sequence[_Item], most: int) -> list[_Item]:
+    """At most `most` of the items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _picture(path: Path | None, alt: str, longest: int, class_: str | None = None) -> Html:
+    found = None if path is None else data_uri(path, longest)
+    if found is None:
+        return tag("span", "no picture", class_="missing")
+    uri, width, height = found
+    return tag("img", src=uri, alt=alt, width=width, height=height, class_=class_)

@@ -1,0 +1,134 @@
+"""TensorBoard and Weights & Biases, through accelerate's trackers: the numbers of a run as it goes on.
+
+What they keep lies in the folder of the run, so that a run that is resumed goes on in the same curves. The run never
+depends on them: a tracker that fails says so once and is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.files import ensure_folder, write_atomic
+from lorasmith.training.events import Event, EventHandler, StepDone, Validated, Warned
+
+__all__ = ["Tracker", "tracker_for"]
+
+_PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
+_PROJECT = "lorasmith"
+
+
+def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, tell: EventHandler) -> Tracker:
+    """A started tracker.
+
+    Args:
+        name: `tensorboard` or `wandb`.
+        folder: of the run.
+        title: name of the run.
+        config: its settings, for people to compare runs by.
+        tell: receives the warning of a tracker that fails.
+
+    Raises:
+        OptionError: the tracker's package is not installed, or it does not start.
+        OutputError: the folder cannot be written.
+    """
+    package, spoken = _PACKAGES[name]
+    if importlib.util.find_spec(package) is None:
+        raise OptionError(
+            f"track {name} needs the package {package}, which is not installed; run `pip install {package}`, or set "
+            "track to none"
+        )
+    try:
+        started = _tensorboard(folder, title, config) if name == "tensorboard" else _wandb(folder, title, config)
+    except OptionError:
+        raise
+    except Exception as error:  # whatever a package of others, a server or a login raises
+        raise OptionError(f"{spoken} does not start ({_sentence(error)}); mend that, or set track to none") from error
+    return Tracker(started, spoken, tell)
+
+
+class Tracker:
+    """An event handler that hands numbers on; made by `tracker_for`.
+
+    Args:
+        tracker: of accelerate, started.
+        spoken: its name in warnings.
+        tell: receives the warning if it fails.
+    """
+
+    def __init__(self, tracker: Any, spoken: str, tell: EventHandler) -> None:
+        self._tracker = tracker
+        self._spoken = spoken
+        self._tell = tell
+
+    def __call__(self, event: Event) -> None:
+        """Hand on the numbers of steps and validations."""
+        if isinstance(event, StepDone):
+            numbers = {
+                "train/loss": event.loss,
+                "train/grad_norm": event.grad_norm,
+                "train/learning_rate": event.learning_rate,
+            }
+            self._log(numbers, event.step)
+        elif isinstance(event, Validated):
+            self._log({"validation/loss": event.loss, "validation/base_loss": event.base_loss}, event.step)
+
+    def close(self) -> None:
+        """Send what is left; a second call does nothing."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            self._guarded(tracker.finish)
+
+    def _log(self, numbers: dict[str, float], step: int) -> None:
+        if self._tracker is not None:
+            self._guarded(self._tracker.log, numbers, step=step)
+
+    def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> None:
+        """Call into the tracker; its first failure is its last, and is said."""
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # a full disk, a lost network, a bug of others: none is worth a run
+            self._tracker = None
+            self._tell(
+                Warned(
+                    message=f"{self._spoken} failed ({_sentence(error)}) and gets no more numbers; training goes on."
+                )
+            )
+
+
+def _tensorboard(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+
+    PartialState()  # accelerate's loggers refuse to work before there is one
+    tracker = TensorBoardTracker("tensorboard", ensure_folder(folder))
+    tracker.start()
+    # Not as hyperparameters: TensorBoard makes one more run of them each time, and refuses None.
+    rows = [f"| {name} | {value} |" for name, value in config.items()]
+    tracker.log({"settings": "\n".join(["| setting | value |", "|---|---|", f"| title | {title} |", *rows])}, step=0)
+    return tracker
+
+
+def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import WandBTracker
+
+    PartialState()
+    remembered = ensure_folder(folder / "wandb") / "run-id"
+    if not remembered.exists():
+        write_atomic(remembered, secrets.token_hex(8))
+    number = remembered.read_text(encoding="utf-8")
+    tracker = WandBTracker(
+        _PROJECT, name=title, id=number, resume="allow", dir=str(folder), config=dict(config), settings={"silent": True}
+    )
+    tracker.start()
+    return tracker
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what somebody else's error says."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
