@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
+from statistics import geometric_mean
 from typing import Any
 
 from lorasmith.core.files import write_atomic
@@ -21,6 +22,7 @@ from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow,
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
 from lorasmith.training.history import RunHistory, read_history
+from lorasmith.training.ledger import ImageRecord, Ledger, QuantileCurve
 
 __all__ = ["report_of", "write_report"]
 
@@ -30,6 +32,7 @@ _ENDS = {
     "cancelled": ("Cancelled", "fair"),
     "failed": ("Failed", "bad"),
 }
+_QUANTILES = 5  # more lines than that cannot be told apart
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, which is to stay small
 
 
@@ -51,6 +54,7 @@ def report_of(history: RunHistory) -> RunReport:
     steps = history.steps()
     status, mood = _ENDS.get(history.reason() or "", ("No end recorded", "fair"))
     before_after, progress = _pictures(history)
+    quantiles, images = _ledger(history)
     lora = _lora(history)
     return RunReport(
         title=str(history.record.get("title", history.folder.name)),
@@ -63,6 +67,8 @@ def report_of(history: RunHistory) -> RunReport:
         commands=_commands(history, lora),
         curves=_curves(history, steps),
         validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in _validations(history)],
+        quantiles=quantiles,
+        images=images,
         before_after=before_after,
         progress=progress,
         settings=_settings(_part(history.record, "config")),
@@ -107,7 +113,7 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     done, planned = steps[-1].step if steps else 0, _part(history.record, "config").get("steps")
     facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
     if before := history.record.get("steps_before"):
-        facts["steps before, of the LoRA continued"] = f"{before:,}"
+        facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = duration(history.seconds())
     facts["images"] = f"{len(_samples(history.record)):,}"
     if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
@@ -126,7 +132,7 @@ def _lora(history: RunHistory) -> Path | None:
     """The LoRA that the run is for: the one of its name, else the newest."""
     found = sorted(history.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     named = [path for path in found if path.stem == history.record.get("title")]
-    return (named or found or [None])[-1]
+    return next(reversed(named or found), None)
 
 
 def _files(folder: Path, lora: Path | None) -> dict[str, str]:
@@ -189,6 +195,26 @@ def _validations(history: RunHistory) -> list[Validated]:
     return [latest[step] for step in sorted(latest)]
 
 
+def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
+    """Loss by noise level, and image by image; nothing of a run whose steps do not tell their draws."""
+    names = [str(one.get("name")) for one in _samples(history.record)]
+    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
+    told = False
+    for step in history.steps():
+        draws = [draw for draw in step.draws if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
+        told = told or bool(draws)
+        for ledger in (curve, images):
+            ledger.add(step.step, draws)
+    return (curve.curve(), images.images(held_out_fall=_fall(_validations(history)))) if told else (None, [])
+
+
+def _fall(validations: Sequence[Validated]) -> float | None:
+    """Held-out loss late in the run as a share of that early; None below three validations."""
+    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
+    third = len(losses) // 3
+    return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
+
+
 def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
     """Base model and finished LoRA, and the same pictures over the steps."""
     samples = history.folder / "samples"
@@ -233,7 +259,9 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
 
 def _data(record: Mapping[str, Any]) -> dict[str, str]:
     samples = _samples(record)
-    sizes = Counter("×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if one.get("latents"))
+    sizes = Counter(
+        "×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if isinstance(one.get("latents"), list)
+    )
     described = {
         "Images": f"{len(samples):,}, of which {sum(bool(one.get('caption')) for one in samples):,} have a caption",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
