@@ -13,7 +13,13 @@ from lorasmith.nodes import load_nodes
 from lorasmith.workflow import object_info
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "comfyui_nodes.json").read_text("utf-8"))
-OWN = {"TrainLoraNode": ["alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init"]}
+# fmt: off
+OWN = {
+    "TrainLoraNode": [
+        "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init", "previews", "preview_every",
+    ],
+}
+# fmt: on
 SPELLED = ("default", "min", "max", "step", "multiline", "control_after_generate", "image_upload")
 # fmt: off
 REQUIRED = (

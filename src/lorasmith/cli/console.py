@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from lorasmith.training.events import Event, StepDone, Warned
+from lorasmith.training.events import Event, Resumed, RolledBack, Shrunk, StepDone, Validated, Warned
 
 __all__ = [
     "complain",
@@ -80,19 +80,26 @@ def training_progress(steps: int) -> Iterator[Callable[[Event], None]]:
     columns = (TextColumn("{task.description}"), TextColumn("[dim]{task.fields[numbers]}"))
     with progress_bar(*columns) as progress:
         task = progress.add_task("Training", total=steps, numbers="")
-        smooth = 0.0
-        first = 0.0
+        smooth = first = 0.0
+        taken = 0
+        judged = ""
 
         def show(event: Event) -> None:
-            nonlocal smooth, first
-            if isinstance(event, Warned):
+            nonlocal smooth, taken, first, judged
+            if isinstance(event, Warned | RolledBack | Shrunk):
                 remark(event.message)
-            if isinstance(event, StepDone):
+            elif isinstance(event, Resumed):
+                remark(event.message, kind="Resumed", colour="green")
+                progress.update(task, completed=event.step)
+            elif isinstance(event, Validated):
+                judged = f" · held out {event.loss:.4f} (base {event.base_loss:.4f})"
+            elif isinstance(event, StepDone):
+                taken += 1
                 first = first or event.at
                 # An average over about twenty steps: single losses mostly tell how noisy their samples were.
-                smooth = event.loss if event.step == 1 else smooth + (event.loss - smooth) / min(event.step, 20)
-                speed = (event.step - 1) / (event.at - first) if event.at > first else 0.0
-                numbers = f"loss {smooth:.4f}" + (f" · {speed:.2f} steps/s" if speed else "")
+                smooth += (event.loss - smooth) / min(taken, 20)
+                speed = (taken - 1) / (event.at - first) if event.at > first else 0.0
+                numbers = f"loss {smooth:.4f}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
                 progress.update(task, completed=event.step, numbers=numbers)
 
         yield show

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import console, counting, say
-from lorasmith.cli.train import free_folder, report, run_training
+from lorasmith.cli.train import free_folder, prepare, report, run_prepared, source_of
 from lorasmith.core.folders import ASSETS
 from lorasmith.training.config import TrainConfig
 
@@ -44,24 +44,20 @@ def demo(
     Takes about two minutes on two processor cores and needs no network.
     """
     from lorasmith.core.files import atomic_path
-    from lorasmith.data.folder import scan_folder
-    from lorasmith.families.loading import BUILT_IN, load_model
+    from lorasmith.families.loading import BUILT_IN
     from lorasmith.report.contact_sheet import contact_sheet
     from lorasmith.sampling.generate import generate
 
-    scan = scan_folder(_EXAMPLES)
     console.print(
         f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.\n"
-        f"It has never seen black line art. From {len(scan.images)} such pictures it now learns\n"
+        "It has never seen black line art. From sixteen such pictures it now learns\n"
         "the style, and then draws subjects in it that are not among them.\n"
     )
-    with console.status(f"Loading {BUILT_IN}"):
-        model = load_model(BUILT_IN)
-    config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed)
+    config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0)
+    prepared = prepare(source_of(_EXAMPLES, BUILT_IN, config=config), config, device)
+    model = prepared.base
     folder = output or free_folder(Path("runs"), "demo")
-    result = run_training(
-        scan, model, config, title="high-contrast", trigger="", resolution=None, output=folder, device=device
-    )
+    result = run_prepared(prepared, output=folder, fresh=True)
     with counting("Drawing") as progress:
         rows = []
         for index, strength in enumerate(_STRENGTHS):

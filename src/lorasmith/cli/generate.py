@@ -40,6 +40,9 @@ def generate(
     scheduler: Annotated[str, typer.Option(help="Schedule of noise levels, by ComfyUI's name.")] = "normal",
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the denoiser, fp32 or bf16: bf16 takes half the memory.")
+    ] = "fp32",
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; files are numbered, none is overwritten.")
     ] = Path("output"),
@@ -47,12 +50,14 @@ def generate(
     """Make pictures from prompts."""
     from PIL.PngImagePlugin import PngInfo
 
+    from lorasmith.core.dtypes import dtype_from_name
     from lorasmith.core.files import atomic_path
     from lorasmith.core.folders import next_counter
     from lorasmith.families.loading import load_model
     from lorasmith.sampling.generate import generate as sample
     from lorasmith.training.lora import Lora
 
+    number_format = dtype_from_name(dtype)
     with console.status(f"Loading {model}"):
         base = load_model(model)
         denoiser, encoder = base.denoiser, base.text_encoder
@@ -73,6 +78,7 @@ def generate(
             scheduler=scheduler,
             width=width,
             height=height,
+            dtype=number_format,
             progress=progress,
             cancelled=stop.is_set,
         )

@@ -16,7 +16,9 @@ from lorasmith.cli import (
     inspect,
     merge,
     report,
+    reproduce,
     resize,
+    resume,
     targets,
     train,
     workflow,
@@ -38,6 +40,8 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+resume.register(app)
+reproduce.register(app)
 report.register(app)
 targets.register(app)
 workflow.register(app)

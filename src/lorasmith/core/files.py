@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorasmith.core.errors import OutputError
 
-__all__ = ["atomic_path", "ensure_folder", "write_atomic"]
+__all__ = ["atomic_path", "ensure_folder", "locked", "write_atomic"]
 
 
 @contextlib.contextmanager
@@ -37,6 +38,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         # mkstemp makes files private; what people save is meant to be readable like any other file of theirs.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
+        _flush_folder(target.parent)
     except OSError as error:
         raise _explained(target, error) from error
     finally:
@@ -61,6 +63,47 @@ def ensure_folder(folder: Path) -> Path:
     except OSError as error:
         raise _explained(folder, error) from error
     return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, owned: str) -> Iterator[None]:
+    """Hold a lock file, which the system lets go of whatever ends the process.
+
+    Args:
+        path: the file; it stays behind, empty.
+        owned: what to say when another process holds it.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    with path.open("a") as file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{owned}; wait for it, or choose another output") from error
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    """Raises OSError when another process has the lock."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a new name on the disk too, where the system can (Windows cannot open folders)."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _explained(target: Path, error: OSError) -> OutputError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["best_device", "held", "memory_format_for", "product_dtype"]
+__all__ = ["best_device", "held", "memory_format_for", "product_dtype", "reproducible"]
 
 
 def best_device() -> torch.device:
@@ -31,6 +32,22 @@ def memory_format_for(module: nn.Module) -> torch.memory_format:
     """Channels-last for models with 2-D convolutions larger than 1×1, which run faster so."""
     convolutional = any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in module.modules())
     return torch.channels_last if convolutional else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def reproducible(wanted: bool) -> Iterator[None]:
+    """Only kernels that give the same bits each time, where `wanted`; torch's setting from before comes back."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    # cuBLAS has reproducible products with a workspace of fixed size only, and reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextlib.contextmanager

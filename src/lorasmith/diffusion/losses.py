@@ -10,6 +10,7 @@ from torch import Tensor
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
+from lorasmith.diffusion.weightings import loss_weights
 
 __all__ = ["LOSSES", "diffusion_loss"]
 
@@ -32,6 +33,8 @@ def diffusion_loss(
     parameterization: str,
     objective: str,
     loss_function: str,
+    weighting: str = "none",
+    gamma: float = 5.0,
 ) -> Tensor:
     """Loss of each sample, shape (batch,).
 
@@ -45,6 +48,7 @@ def diffusion_loss(
         parameterization: registered name.
         objective: `native` compares what the network predicts; `x0` compares clean samples, as ComfyUI's trainer does.
         loss_function: registered name.
+        weighting, gamma: weight of the noise level in the loss, see `weightings`.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()
@@ -52,4 +56,7 @@ def diffusion_loss(
         prediction, target = kind.clean(prediction, noised, level), clean
     else:
         target = kind.target(clean, noise, level)
-    return LOSSES[loss_function](prediction, target).flatten(1).mean(1)
+    weights = loss_weights(
+        level, weighting=weighting, gamma=gamma, parameterization=parameterization, objective=objective
+    )
+    return LOSSES[loss_function](prediction, target).flatten(1).mean(1) * weights

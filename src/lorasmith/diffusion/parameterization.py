@@ -30,6 +30,10 @@ class Parameterization(ABC):
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
         """The clean sample that a prediction implies for `noised = alpha·x0 + sigma·noise`."""
 
+    @abstractmethod
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        """(batch,) squared error of the clean sample for a squared error of 1 of the prediction."""
+
 
 PARAMETERIZATIONS: Registry[Parameterization] = Registry("parameterization")
 
@@ -41,6 +45,9 @@ class _Epsilon(Parameterization):
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
         return (noised - per_sample(level.sigma, noised) * prediction) / per_sample(level.alpha, noised)
 
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        return (level.sigma / level.alpha) ** 2
+
 
 class _V(Parameterization):
     def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
@@ -49,6 +56,9 @@ class _V(Parameterization):
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
         return per_sample(level.alpha, noised) * noised - per_sample(level.sigma, noised) * prediction
 
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        return level.sigma**2
+
 
 class _Flow(Parameterization):
     def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
@@ -56,6 +66,9 @@ class _Flow(Parameterization):
 
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
         return noised - per_sample(level.sigma, noised) * prediction
+
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        return level.sigma**2
 
 
 PARAMETERIZATIONS.register("epsilon", "eps")(_Epsilon())

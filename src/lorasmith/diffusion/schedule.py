@@ -19,7 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DiscreteSchedule", "FlowSchedule", "NoiseLevel", "NoiseSchedule", "per_sample", "shifted"]
+from lorasmith.core.errors import OptionError
+
+__all__ = [
+    "DiscreteSchedule",
+    "FlowSchedule",
+    "NoiseLevel",
+    "NoiseSchedule",
+    "check_noising",
+    "per_sample",
+    "shifted",
+]
+
+_FAINTEST = 2.0**-24  # signal power that stands for none where a ratio to it is taken
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,19 @@ class NoiseSchedule(ABC):
 
     Attributes:
         sigmas: (N,) the table of sampler sigmas, ascending.
+        shift: by which `at` moves quantiles towards the noisy end; 1 is not at all.
     """
 
     sigmas: Tensor
+    shift: float = 1.0
 
     @abstractmethod
     def at(self, quantile: Tensor) -> NoiseLevel:
         """Levels for quantiles (batch,) in [0, 1) of diffusion time: 0 is the cleanest, towards 1 the noisiest."""
+
+    @abstractmethod
+    def zero_terminal(self) -> NoiseSchedule:
+        """The same schedule with nothing of the sample left at its noisiest point."""
 
     @abstractmethod
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
@@ -87,13 +105,14 @@ class DiscreteSchedule(NoiseSchedule):
     """Variance-preserving steps given by the running product of their signal powers.
 
     Args:
-        alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers.
+        alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers; the last may be 0, whose sampler
+            sigma is then not infinite but 4096.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         # In double precision: 1 − alphas_cumprod loses half of its digits in fp32 where there is little noise.
-        exact = alphas_cumprod.to(torch.float64)
-        sigmas = ((1 - exact) / exact).sqrt()
+        self._alphas_cumprod = exact = alphas_cumprod.to(torch.float64)
+        sigmas = ((1 - exact) / exact.clamp(min=_FAINTEST)).sqrt()
         self._signal = exact.sqrt().to(torch.float32)
         self._noise = (1 - exact).sqrt().to(torch.float32)
         self._log_sigmas = sigmas.log().to(torch.float32)
@@ -104,6 +123,12 @@ class DiscreteSchedule(NoiseSchedule):
         """Stable Diffusion's schedule: betas linear in their square root."""
         betas = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
         return cls((1 - betas).cumprod(0))
+
+    def zero_terminal(self) -> DiscreteSchedule:
+        """Signals moved and scaled so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891)."""
+        first, last = self._alphas_cumprod[0].sqrt(), self._alphas_cumprod[-1].sqrt()
+        signal = (self._alphas_cumprod.sqrt() - last) * (first / (first - last))
+        return DiscreteSchedule(signal**2)
 
     def at(self, quantile: Tensor) -> NoiseLevel:
         index = (quantile * len(self.sigmas)).long().clamp(0, len(self.sigmas) - 1)
@@ -156,6 +181,10 @@ class FlowSchedule(NoiseSchedule):
         self.shift = shift
         self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
 
+    def zero_terminal(self) -> FlowSchedule:
+        """Itself: a flow ends in pure noise."""
+        return self
+
     def at(self, quantile: Tensor) -> NoiseLevel:
         return self.at_sigma(shifted(quantile.to(torch.float32), self.shift))
 
@@ -180,6 +209,20 @@ class FlowSchedule(NoiseSchedule):
 
     def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
         return (1 - sigma) * latents + sigma * noise
+
+
+def check_noising(schedule: NoiseSchedule, parameterization: str, *, zero_terminal_snr: bool) -> None:
+    """Raises OptionError if a model cannot be trained with what is asked of its noise schedule."""
+    if not zero_terminal_snr:
+        return
+    rule = "zero_terminal_snr is for v-prediction models with discrete timesteps"
+    if not isinstance(schedule, DiscreteSchedule):
+        raise OptionError(f"{rule}, and this model is a flow, which ends in pure noise already; leave it out")
+    if parameterization != "v":
+        raise OptionError(
+            f"{rule}, and this model predicts {parameterization}, which says nothing of a picture in pure noise; leave "
+            "it out or train a v-prediction model"
+        )
 
 
 def shifted(time: Tensor, shift: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distributions of diffusion time in training: pure maps from a uniform number to a quantile of the schedule.
+"""Diffusion time in training: uniform numbers for draws, and pure maps from them to quantiles of the schedule.
 
 Working on uniform numbers keeps every distribution keyed (one number per draw), stratifiable and independent of the
 device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
@@ -6,23 +6,31 @@ device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lorasmith.core.random import keyed_uniform
 from lorasmith.core.registry import Registry
+from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 
-__all__ = ["TIMESTEP_DISTRIBUTIONS"]
+__all__ = ["TIMESTEP_DISTRIBUTIONS", "QuantileMap", "quantile_map", "resolution_shift", "uniform_numbers"]
+
+QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
+"""Uniform numbers (batch,) and (height, width) of the latents → quantiles (batch,)."""
 
 TIMESTEP_DISTRIBUTIONS: Registry[Callable[[Tensor], Tensor]] = Registry("timestep distribution")
 
 _INSIDE = 1e-6  # keeps the normal quantile function finite at both ends
+_GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction in units of 2^-64
+_WHOLE = 2**64
 
 
-@TIMESTEP_DISTRIBUTIONS.register("uniform")
+@TIMESTEP_DISTRIBUTIONS.register("uniform", "shifted")
 def _uniform(u: Tensor) -> Tensor:
-    """Every point of the schedule alike (Ho et al. 2020)."""
+    """Every point of the schedule alike (Ho et al. 2020); `shifted` is this with the shift that suits the size."""
     return u
 
 
@@ -31,3 +39,50 @@ def _logit_normal(u: Tensor) -> Tensor:
     """`sigmoid(N(0, 1))`: more of the middle, where flows are hardest (Esser et al. 2024, section 3.1)."""
     normal: Tensor = torch.special.ndtri(u.clamp(_INSIDE, 1 - _INSIDE))
     return normal.sigmoid()
+
+
+def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Tensor:
+    """Numbers in [0, 1] of global draw indices, (len(draws),) fp32.
+
+    Stratified ones are multiples of the golden ratio modulo 1, turned by one random number of the run. Each number is
+    uniform over seeds as before, but those of any n neighbouring draws lie about 1/n apart wherever the n begin, so
+    that steps of any size cover the range, and so do the steps that an optimizer's momentum averages over. Images
+    meet the sequence in the epochs' random orders, so that none of them keeps to a part of it.
+    """
+    if not stratified:
+        return torch.tensor([keyed_uniform(seed, "timestep", draw) for draw in draws])
+    # In whole numbers, which lose no digits however long the run.
+    turn = int(keyed_uniform(seed, "timestep", "turn") * _WHOLE)
+    return torch.tensor([(turn + draw * _GOLDEN) % _WHOLE / _WHOLE for draw in draws])
+
+
+def quantile_map(distribution: str, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
+    """Where uniform numbers fall on a schedule.
+
+    `shift` is that of diffusion time as a whole: a flow's levels are `shifted(distribution(u), shift)`, and the flow's
+    own shift is not added to it (kohya's `discrete_flow_shift`, diffusers' `shift`). Discrete schedules have no shift
+    of their own; there it moves the step index.
+
+    Args:
+        distribution: registered name.
+        shift: None for the one that suits the size of the picture with `shifted`, the schedule's own with the others.
+        schedule: what the quantiles are for.
+    """
+    time = TIMESTEP_DISTRIBUTIONS[distribution]
+    by_size = shift is None and distribution.casefold() == "shifted"
+    whole = schedule.shift if shift is None else shift
+
+    def quantiles(u: Tensor, size: tuple[int, int]) -> Tensor:
+        # One shift after another is their product, so what the schedule applies itself is divided out.
+        return shifted(time(u), (resolution_shift(*size) if by_size else whole) / schedule.shift)
+
+    return quantiles
+
+
+def resolution_shift(height: int, width: int) -> float:
+    """Flux's shift for latents of a size: exp(mu), mu linear in the 2×2 tokens, 0.5 at 256 and 1.15 at 4096.
+
+    Larger pictures need more noise to hide as much of what they show (Esser et al. 2024, section 5.3.2).
+    """
+    tokens = (height // 2) * (width // 2)
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))

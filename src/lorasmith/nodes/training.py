@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorasmith.core.options import config_from, options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
+from lorasmith.nodes.previewing import PreviewFrames, run_previews
 from lorasmith.nodes.saving import save_lora
 from lorasmith.nodes.values import (
     Latent,
@@ -28,9 +30,21 @@ from lorasmith.nodes.values import (
     single,
 )
 from lorasmith.training.config import NONE_LORA, TrainConfig, unused_settings
-from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone, Warned
+from lorasmith.training.events import (
+    Event,
+    EventHandler,
+    Previewed,
+    Resumed,
+    RolledBack,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
 from lorasmith.training.lora import Lora
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.run_folder import unfinished_run
+from lorasmith.training.train import Surroundings, TrainResult, plan_job, run_job
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
@@ -80,6 +94,19 @@ _SETTINGS = (
     _own("timesteps", default=_AUTO, options=(_AUTO, *_OPTIONS["timesteps"].choices)),
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
+    _own(
+        "previews",
+        default="",
+        multiline=True,
+        tooltip="Prompts that are drawn as training goes on, each on a line of its own, with and without the LoRA; the "
+        "model must come from a full checkpoint. The pictures are in the folder of the run.",
+    ),
+    _own(
+        "preview_every",
+        default=0,
+        min=0,
+        tooltip="Steps between previews; 0 is a quarter of the run. There is always one at the end.",
+    ),
 )
 
 
@@ -117,18 +144,18 @@ def train_lora(
     values = {name: single(context, name, given) for name, given in settings.items()}
     config = _config(context.folders, values)
     data = _dataset(denoiser, latents, positive)
-    folder = _new_run_folder(context.folders)
-    result = train(
-        denoiser,
-        data,
-        config=config,
-        output=folder,
-        title=folder.name,
-        on_event=_teller(context, config.steps, folder),
+    job = plan_job(denoiser, config)
+    around = Surroundings(
+        output=partial(_run_folder, context.folders),
+        title="lora",
+        previews=lambda folder: run_previews(denoiser, job.config, folder, title="lora", cancelled=context.cancelled),
+        source={"command": "run", "prompt": context.prompt},
+        on_event=_teller(context, config.steps),
         cancelled=context.cancelled,
     )
+    result = run_job(job, data, around)
     if result.reason == "cancelled":
-        raise CancelledError(_keep_cancelled(context, result, title=folder.name))
+        raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps
 
 
@@ -143,6 +170,8 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
         chosen["existing_lora"] = str(folders.find("loras", chosen["existing_lora"]))
     if chosen["timesteps"] == _AUTO:
         chosen["timesteps"] = None
+    for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers
+        chosen[name] = chosen[name] or None
     config: TrainConfig = config_from(TrainConfig, chosen)
     return config
 
@@ -164,36 +193,50 @@ def _dataset(
     )
 
 
-def _new_run_folder(folders: Folders) -> Path:
-    """`output/runs/lora_<counter>`, not made yet."""
+def _run_folder(folders: Folders, fingerprint: Mapping[str, Any]) -> Path:
+    """The folder of this run, if it was broken off before, or a new `output/runs/lora_<counter>`."""
     runs = folders.output / "runs"
+    if before := unfinished_run(runs, "lora", fingerprint):
+        return before
     names = [entry.name for entry in runs.iterdir()] if runs.is_dir() else []
     taken = [int(match[1]) for name in names if (match := re.fullmatch(r"lora_(\d+)", name))]
     return runs / f"lora_{max(taken, default=0) + 1:05}"
 
 
-def _teller(context: NodeContext, steps: int, folder: Path) -> EventHandler:
+def _teller(context: NodeContext, steps: int) -> EventHandler:
     """Training's events in the words of nodes."""
+    frames = PreviewFrames()
 
     def tell(event: Event) -> None:
-        if isinstance(event, StepDone):
-            context.progress(event.step, steps, text=f"loss {event.loss:.4g}")
-        elif isinstance(event, Warned):
-            context.warn(event.message)
-        elif isinstance(event, RunStarted):
-            context.log(
-                f"Training {event.parameters:,} numbers in {event.adapters} layers on {event.samples} images for "
-                f"{event.steps} steps, on {event.device} in {event.dtype}; the records are in {folder}."
-            )
+        match event:
+            case StepDone():
+                context.progress(event.step, steps, text=f"loss {event.loss:.4g}")
+            case Previewed():
+                context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
+            case Warned() | RolledBack() | Shrunk():
+                context.warn(event.message)
+            case Resumed():
+                context.log(event.message)
+            case Validated():
+                context.log(f"Step {event.step}: {event.verdict}")
+            case RunStarted():
+                context.log(
+                    f"Training {event.parameters:,} numbers in {event.adapters} layers on {event.samples} images for "
+                    f"{event.steps} steps, on {event.device} in {event.dtype}; the records are in {event.folder}."
+                )
 
     return tell
 
 
-def _keep_cancelled(context: NodeContext, result: TrainResult, *, title: str) -> str:
+def _keep_cancelled(context: NodeContext, result: TrainResult) -> str:
     """Put the LoRA of a run that was stopped where Train LoRA and the loaders find it; returns what to tell."""
     if not result.losses:
         return "training was cancelled before its first step"
-    path = save_lora(context, result.lora, f"loras/{title}_cancelled", result.steps)
-    message = f"training was cancelled after {len(result.losses)} steps; their LoRA is at {path}"
+    assert result.folder is not None
+    path = save_lora(context, result.lora, f"loras/{result.folder.name}_cancelled", result.steps)
+    message = (
+        f"training was cancelled after {len(result.losses)} steps; their LoRA is at {path}, and running the workflow "
+        "again goes on from there"
+    )
     context.log(message)
     return message

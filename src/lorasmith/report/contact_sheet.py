@@ -17,7 +17,7 @@ _ROW_LABEL_WIDTH = 150
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     *,
@@ -31,7 +31,8 @@ def contact_sheet(
     largest is small, down to fit when it is large. Long labels are wrapped, and in the end cut.
 
     Args:
-        rows: pictures of any mode and size, at least one; rows may be of different length.
+        rows: pictures of any mode and size, at least one; rows may be of different length, and None leaves a place
+            empty.
         row_labels: one for each row, or none at all.
         column_labels: one for each column of the longest row, or none at all.
         title: heading of the sheet.
@@ -54,12 +55,14 @@ def contact_sheet(
     return ImageOps.expand(sheet, _MARGIN, "white")
 
 
-def _scaled(rows: Sequence[Sequence[Image.Image]], min_cell: int, max_cell: int) -> list[list[Image.Image]]:
+def _scaled(rows: Sequence[Sequence[Image.Image | None]], min_cell: int, max_cell: int) -> list[list[Image.Image]]:
     """Framed RGB copies whose longest edge of all lies between the bounds."""
-    longest = max(edge for row in rows for picture in row for edge in picture.size)
+    longest = max(edge for row in rows for picture in row if picture is not None for edge in picture.size)
     factor = max(1, math.ceil(min_cell / longest)) if longest <= max_cell else max_cell / longest
 
-    def framed(picture: Image.Image) -> Image.Image:
+    def framed(picture: Image.Image | None) -> Image.Image:
+        if picture is None:
+            return Image.new("RGB", (1, 1), "white")
         width, height = (max(1, round(edge * factor)) for edge in picture.size)
         kind = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
         return ImageOps.expand(picture.convert("RGB").resize((width, height), kind), 1, _FRAME)

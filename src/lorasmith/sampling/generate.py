@@ -15,7 +15,7 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 
-__all__ = ["generate", "to_images"]
+__all__ = ["generate", "pictures", "to_images"]
 
 
 def generate(
@@ -31,6 +31,8 @@ def generate(
     scheduler: str = "normal",
     width: int | None = None,
     height: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
@@ -46,6 +48,8 @@ def generate(
         cfg: guidance scale; what suits the model if None.
         sampler, scheduler: names as KSampler has them.
         width, height: pixels; the model's resolution if None.
+        dtype: of the denoiser's weights and products; bf16 takes half the memory, and pictures differ a little.
+        device: where to sample; the first GPU, or the CPU, if None.
         progress: told (steps done, steps in all), all prompts together.
         cancelled: asked between evaluations of the network.
 
@@ -54,37 +58,72 @@ def generate(
         ModelError: the model lacks a text encoder or an autoencoder.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    base = denoiser.base
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    encoder = text_encoder or base.text_encoder
-    with encoder.active():
+    encoder = text_encoder or denoiser.base.text_encoder
+    with encoder.active(device):
         positives = [encoder.encode(prompt) for prompt in prompts]
         away = encoder.encode(negative)
+    return pictures(
+        denoiser,
+        positives,
+        away,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        sampler=sampler,
+        scheduler=scheduler,
+        width=width,
+        height=height,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        cancelled=cancelled,
+    )
+
+
+def pictures(
+    denoiser: Denoiser,
+    positives: Sequence[Conditioning],
+    negative: Conditioning,
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    cfg: float | None = None,
+    sampler: str = "euler",
+    scheduler: str = "normal",
+    width: int | None = None,
+    height: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[Image.Image]:
+    """`generate` from prompts that are encoded already: one picture for each of `positives`."""
+    base, device = denoiser.base, device or best_device()
     latents = []
-    device = best_device()
     # Placed first and patched second: adapters are made where their layers are.
-    with held(denoiser.module, device=device, dtype=torch.float32), denoiser.active():
+    with held(denoiser.module, device=device, dtype=dtype), denoiser.active():
         for index, positive in enumerate(positives):
-            done = index * steps
             latents.append(
                 _sampled(
                     denoiser,
                     positive,
-                    away,
+                    negative,
                     shape=_latent_shape(base, width, height),
                     device=device,
+                    dtype=dtype,
                     seed=seed,
                     steps=steps,
                     cfg=base.defaults.guidance if cfg is None else cfg,
                     sampler=sampler,
                     scheduler=scheduler,
-                    callback=None if progress is None else _counter(progress, done, steps * len(prompts)),
+                    callback=progress and _counter(progress, index * steps, steps * len(positives)),
                     cancelled=cancelled,
                 )
             )
-    with base.autoencoder.active():
-        pictures = [base.autoencoder.decode(base.components.latent.from_model(one)) for one in latents]
-    return [image for picture in pictures for image in to_images(picture)]
+    with base.autoencoder.active(device):
+        decoded = [base.autoencoder.decode(base.components.latent.from_model(one)) for one in latents]
+    return [image for pixels in decoded for image in to_images(pixels)]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -100,6 +139,7 @@ def _sampled(
     *,
     shape: tuple[int, ...],
     device: torch.device,
+    dtype: torch.dtype,
     seed: int,
     steps: int,
     cfg: float,
@@ -122,6 +162,7 @@ def _sampled(
         sampler=sampler,
         cfg=cfg,
         seed=seed,
+        dtype=dtype,
         callback=callback,
         cancelled=cancelled,
     )

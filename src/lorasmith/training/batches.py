@@ -2,7 +2,7 @@
 
 A step takes batch_size × grad_accumulation_steps consecutive draws of the epochs' permutations, so batches cross the
 ends of epochs and every image is seen once before any is seen twice. Draws of equal latent size share a forward pass;
-each meets its own conditioning.
+each meets its own conditioning. How many do is free: a step in smaller pieces has the same draws in the same order.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
+from lorasmith.core.random import keyed_normal, keyed_permutation
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule
+from lorasmith.diffusion.timesteps import QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning, collate
 
-__all__ = ["Batch", "BatchMaker", "prefetched"]
+__all__ = ["Batch", "BatchMaker", "no_masks", "prefetched"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Batch:
         conditioning: one batch.
         names: the samples' names.
         masks: dropout's, one row for each sample; None without dropout.
+        draws: global draw indices.
+        indices: of the samples in the dataset.
+        quantiles: of the noise levels on the model's schedule, 0 clean, 1 noisy.
     """
 
     clean: Tensor
@@ -41,6 +45,14 @@ class Batch:
     conditioning: Conditioning
     names: tuple[str, ...]
     masks: Tensor | None = None
+    draws: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
+    quantiles: tuple[float, ...] = ()
+
+
+def no_masks(draws: Sequence[int]) -> Tensor | None:
+    """Of runs without dropout."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,8 @@ class BatchMaker:
 
     Attributes:
         samples: the dataset.
-        schedule: the model's noise schedule.
-        distribution: uniform numbers → quantiles of diffusion time.
+        schedule: the noise schedule in training.
+        quantiles: where uniform numbers fall on it.
         seed: key of everything drawn.
         repeatable_context: whether captions of different length may share a forward pass; see `Family`.
         batch_size: draws per forward pass.
@@ -58,11 +70,14 @@ class BatchMaker:
         device, dtype: where the denoiser runs and the dtype of its conditioning.
         memory_format: of the tensors that go through the denoiser.
         masks: dropout's masks for draws, by their index, one row each.
+        stratified: whether neighbouring draws spread over the noise levels.
+        noise_offset: strength of noise that is one value for each channel of a sample.
+        micro_batch: draws per forward pass if it is not batch_size: less, when memory ran out.
     """
 
     samples: Sequence[Sample]
     schedule: NoiseSchedule
-    distribution: Callable[[Tensor], Tensor]
+    quantiles: QuantileMap
     seed: int
     repeatable_context: bool
     batch_size: int
@@ -70,28 +85,36 @@ class BatchMaker:
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
-    masks: Callable[[Sequence[int]], Tensor | None] = lambda draws: None
+    masks: Callable[[Sequence[int]], Tensor | None] = no_masks
+    stratified: bool = False
+    noise_offset: float = 0.0
+    micro_batch: int | None = None
 
     @property
     def per_step(self) -> int:
         """Draws per step."""
         return self.batch_size * self.accumulation
 
+    def index(self, draw: int) -> int:
+        """Index in the dataset of a global draw's sample."""
+        epoch, position = divmod(draw, len(self.samples))
+        return keyed_permutation(len(self.samples), self.seed, "order", epoch)[position]
+
     def sample(self, draw: int) -> Sample:
         """The sample of a global draw index."""
-        epoch, position = divmod(draw, len(self.samples))
-        return self.samples[keyed_permutation(len(self.samples), self.seed, "order", epoch)[position]]
+        return self.samples[self.index(draw)]
 
     def step(self, step: int) -> list[Batch]:
         """The batches of a step (counted from 0), one or more per micro-batch."""
-        first = step * self.per_step
+        draws = range(step * self.per_step, (step + 1) * self.per_step)
+        size = self.micro_batch or self.batch_size
         batches = []
-        for start in range(first, first + self.per_step, self.batch_size):
+        for start in range(0, len(draws), size):
             groups: dict[object, list[int]] = {}
-            for draw in range(start, start + self.batch_size):
+            for draw in draws[start : start + size]:
                 sample = self.sample(draw)
                 groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), []).append(draw)
-            batches += [self._batch(draws) for draws in groups.values()]
+            batches += [self._batch(group) for group in groups.values()]
         return batches
 
     def _kind(self, conditioning: Conditioning) -> object:
@@ -102,11 +125,13 @@ class BatchMaker:
         )
 
     def _batch(self, draws: Sequence[int]) -> Batch:
-        samples = [self.sample(draw) for draw in draws]
+        indices = [self.index(draw) for draw in draws]
+        samples = [self.samples[index] for index in indices]
         clean = torch.stack([sample.latents for sample in samples])
-        noise = torch.stack([keyed_normal(tuple(clean.shape[1:]), self.seed, "noise", draw) for draw in draws])
-        uniform = torch.tensor([keyed_uniform(self.seed, "timestep", draw) for draw in draws])
-        level = self.schedule.at(self.distribution(uniform))
+        noise = torch.stack([self._noise(tuple(clean.shape[1:]), draw) for draw in draws])
+        uniform = uniform_numbers(draws, seed=self.seed, stratified=self.stratified)
+        quantiles = self.quantiles(uniform, (clean.shape[-2], clean.shape[-1]))
+        level = self.schedule.at(quantiles)
         masks = self.masks(draws)
         return Batch(
             clean=self._placed(clean),
@@ -116,7 +141,16 @@ class BatchMaker:
             conditioning=collate([sample.conditioning for sample in samples]).to(self.device, self.dtype),
             names=tuple(sample.name for sample in samples),
             masks=None if masks is None else masks.to(self.device, self.dtype),
+            draws=tuple(draws),
+            indices=tuple(indices),
+            quantiles=tuple(quantiles.tolist()),
         )
+
+    def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
+        noise = keyed_normal(shape, self.seed, "noise", draw)
+        if self.noise_offset:
+            noise += self.noise_offset * keyed_normal((shape[0], 1, 1), self.seed, "noise offset", draw)
+        return noise
 
     def _placed(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -125,7 +159,12 @@ class BatchMaker:
 
 
 def prefetched(maker: BatchMaker, steps: range) -> Iterator[tuple[int, list[Batch]]]:
-    """Each step with its batches, made one step ahead on another thread."""
+    """Each step with its batches, made one step ahead on another thread, which ends with the iterator.
+
+    Who may stop early closes it (`contextlib.closing`): an exception keeps an unfinished iterator alive.
+    """
+    if not steps:
+        return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lorasmith-batches") as pool:
         coming = pool.submit(maker.step, steps[0])
         for step in steps:

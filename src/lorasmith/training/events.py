@@ -13,6 +13,7 @@ __all__ = [
     "Event",
     "EventHandler",
     "Previewed",
+    "Resumed",
     "RolledBack",
     "RunFinished",
     "RunStarted",
@@ -46,6 +47,7 @@ class RunStarted(Event):
         adapters: adapted layers.
         parameters: trained numbers.
         device, dtype: where and in which format the frozen model runs.
+        folder: of the run, empty if there is none.
     """
 
     steps: int
@@ -55,6 +57,20 @@ class RunStarted(Event):
     parameters: int
     device: str
     dtype: str
+    folder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """A run that was broken off goes on.
+
+    Attributes:
+        step: updates that it had taken.
+        message: what goes on, from where and how exactly, in a sentence.
+    """
+
+    step: int
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,8 @@ class StepDone(Event):
         learning_rate: of this step, that of the largest group.
         draws: for each of the step's samples its index in the dataset, the quantile of its noise level (0 is clean, 1
             noisy) and its loss.
+        noise_scale: batch size up to which a larger one would pay (gradient noise scale); 0 where it is not known,
+            which takes two batches in a step.
     """
 
     step: int
@@ -75,6 +93,7 @@ class StepDone(Event):
     grad_norm: float
     learning_rate: float = 0.0
     draws: tuple[tuple[int, float, float], ...] = ()
+    noise_scale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ A bf16 master would not do: at learning rate 1e-4 most AdamW updates are below h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,12 @@ class FlatParameters:
         start = self._offsets[name]
         return buffer[start : start + parameter.numel()].view(parameter.shape)
 
+    def zero(self) -> None:
+        """Forget all gradients, those of a micro-batch that was broken off too."""
+        self.grad.zero_()
+        if self._compute_grad is not self.grad:
+            self._compute_grad.zero_()
+
     def collect(self) -> None:
         """Add the gradients of a finished micro-batch to `grad`."""
         if self._compute_grad is not self.grad:
@@ -89,6 +96,26 @@ class FlatParameters:
         """Let the forward pass see the master weights."""
         if self._compute is not self.master:
             self._compute.copy_(self.master)
+
+    @property
+    def layout(self) -> list[list[object]]:
+        """Name, offset and shape of every parameter, in order: buffers of one layout can take each other's place."""
+        return [[name, self._offsets[name], list(one.shape)] for name, one in self._parameters.items()]
+
+    @contextlib.contextmanager
+    def standing_in(self, values: Tensor) -> Iterator[None]:
+        """Parameters hold fp32 copies of `values`, a buffer like `master`, on the CPU meanwhile: what files get."""
+        kept = {name: parameter.data for name, parameter in self._parameters.items()}
+        grads = {name: parameter.grad for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.grad = None
+                parameter.data = self.view(values, name).to("cpu", copy=True)
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = kept[name]
+                parameter.grad = grads[name]
 
     def release(self) -> None:
         """Give every parameter a tensor of its own with the master's fp32 values, on the CPU, and no gradient."""

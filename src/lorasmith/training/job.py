@@ -39,6 +39,7 @@ class Job:
 
     Attributes:
         config: with no setting left open.
+        asked: as it was asked for, some settings open.
         adapters: what will be trained, by module path.
         denoiser: what it is trained on.
         differences: of norms and biases, trained along, by module path.
@@ -49,6 +50,7 @@ class Job:
     """
 
     config: TrainConfig
+    asked: TrainConfig
     adapters: dict[str, Adapter]
     denoiser: Denoiser
     differences: dict[str, Difference] = field(default_factory=dict)
@@ -115,6 +117,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     differences = fresh_differences(denoiser, plan, config) | load_differences(module, existing.differences)
     return Job(
         config,
+        asked,
         adapters,
         denoiser,
         differences,

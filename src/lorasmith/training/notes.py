@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from lorasmith.adapters.base import Adapter, FrozenLayer
@@ -36,6 +37,7 @@ def notes_on(
     """
     return (
         *_on_settings(config),
+        *_on_noise_levels(config, denoiser),
         *notes_on_plan(plan),
         *_on_targets(config, denoiser, plan, adapters, differences),
     )
@@ -89,6 +91,20 @@ def _on_settings(config: TrainConfig) -> Iterator[str]:
         if not config.is_default(name):
             variant = "pissa" if config.pissa else config.algorithm
             yield f"{name} {getattr(config, name)} changes nothing with {variant}, which does not use it."
+
+
+def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+    own = denoiser.base.components.schedule.shift
+    if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
+        yield f"timestep_shift {config.timestep_shift:g} changes nothing: it is this model's own."
+    if config.loss_weighting == "none":
+        if not config.is_default("min_snr_gamma"):
+            yield f"min_snr_gamma {config.min_snr_gamma:g} changes nothing without a loss_weighting."
+    elif config.objective == "x0" and config.loss_function == "MSE":
+        yield (
+            f"objective x0 changes nothing with loss_weighting {config.loss_weighting}, which weighs errors of the "
+            "clean picture whatever is compared; it does with a loss_function other than MSE."
+        )
 
 
 def _on_targets(

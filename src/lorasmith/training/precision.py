@@ -24,12 +24,17 @@ class LossScale:
         self.scale = torch.full((), self._FIRST if enabled else 1.0, device=device)
         self._calm = torch.zeros((), device=device)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What changes from step to step."""
+        return {"loss_scale": self.scale, "calm_steps": self._calm}
+
     def update(self, finite: Tensor) -> None:
         """Halve the scale after an overflow; double it after many steps without one."""
         if not self.enabled:
             return
-        self._calm = torch.where(finite, self._calm + 1, torch.zeros_like(self._calm))
-        grow = self._calm >= self._GROWTH_STEPS
+        calm = torch.where(finite, self._calm + 1, torch.zeros_like(self._calm))
+        grow = calm >= self._GROWTH_STEPS
         factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scale = (self.scale * factor).clamp(1.0, 2.0**24)
-        self._calm = torch.where(grow, torch.zeros_like(self._calm), self._calm)
+        self.scale.copy_((self.scale * factor).clamp(1.0, 2.0**24))
+        self._calm.copy_(torch.where(grow, torch.zeros_like(calm), calm))

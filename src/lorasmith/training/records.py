@@ -2,49 +2,77 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.data.split import Split
 from lorasmith.families.model import Model
 from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.formats.metadata import TrainingFacts, build_metadata, tag_frequency, without_private
+from lorasmith.training.fingerprint import environment, fingerprint
 
 if TYPE_CHECKING:
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.job import Job
 
-__all__ = ["run_record", "training_metadata"]
+__all__ = ["RUN_ENTRY", "run_record", "training_metadata"]
+
+RUN_ENTRY = "lorasmith.run"
+"""Metadata entry with what it takes to repeat the run: how it was asked for, its fingerprint and environment."""
 
 
-def run_record(job: Job, data: EncodedDataset, title: str) -> dict[str, Any]:
+def run_record(
+    job: Job, parts: Split, *, title: str, source: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
     """Content of `run.json`."""
     base = job.denoiser.base
+    held_out = parts.held_out.samples if parts.held_out else ()
     return {
         "title": title,
+        "source": dict(source),
         "model": {"name": base.title, "path": str(base.path) if base.path else None, "family": base.family.name},
         "config": asdict(job.config),
+        "asked": asdict(job.asked),
         "steps_before": job.steps_before,
         "samples": [
             {"name": sample.name, "caption": sample.conditioning.text, "latents": list(sample.latents.shape)}
-            for sample in data.samples
+            for sample in parts.training.samples
         ],
+        "data": {
+            **{name: source[name] for name in ("folder", "trigger", "resolution", "validation") if source.get(name)},
+            "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
+            "note": parts.note,
+        },
+        "command": list(source.get("argv", ())),
         "adapters": {path: _size(adapter) for path, adapter in job.adapters.items()},
         "differences": {path: _size(difference) for path, difference in job.differences.items()},
+        "fingerprint": fingerprint(job, parts.training, parts.held_out),
+        "environment": environment(device),
     }
 
 
 def training_metadata(
-    job: Job, data: EncodedDataset, *, title: str, trigger: str | None, steps: int, started: float
+    job: Job,
+    data: EncodedDataset,
+    *,
+    title: str,
+    trigger: str | None,
+    steps: int,
+    started: float,
+    record: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Header metadata of the LoRA that a run makes."""
+    """Header metadata of the LoRA that a run makes; `record` is that of the run."""
     config, base = job.config, job.denoiser.base
     family, components = base.family, base.components
     taken = (steps - job.steps_before) * config.batch_size * config.grad_accumulation_steps
@@ -72,7 +100,7 @@ def training_metadata(
         num_images=len({sample.name for sample in data.samples}),
         max_grad_norm=config.max_grad_norm,
         loss={"MSE": "l2", "SmoothL1": "smooth_l1"}.get(config.loss_function, config.loss_function.lower()),
-        lr_scheduler="constant",
+        lr_scheduler=config.schedule,
         gradient_checkpointing=config.gradient_checkpointing,
         network_args=_lycoris_args(config),
         buckets=Counter(_picture_size(base, sample) for sample in data.samples),
@@ -83,7 +111,8 @@ def training_metadata(
         trigger=trigger or "",
         config=asdict(config),
     )
-    metadata = build_metadata(facts)
+    repeat = {name: record[name] for name in ("source", "asked", "fingerprint", "environment")}
+    metadata = {**build_metadata(facts), RUN_ENTRY: json.dumps(repeat, sort_keys=True)}
     return without_private(metadata) if config.private else metadata
 
 

@@ -1,63 +1,184 @@
 """The folder of a run: everything needed to repeat it, everything that happened, everything that came out.
 
-run.json        configuration, model, data and versions
+run.json        configuration, fingerprint, model, data and environment
 events.jsonl    one event a line, as it happened
-<name>.safetensors, loss.png    what came out
+checkpoints/    from which it goes on
+samples/        pictures drawn on the way
+<name>.safetensors, loss.png, report.html    what came out
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import platform
-from collections.abc import Mapping
-from importlib.metadata import version
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.files import ensure_folder, write_atomic
+from lorasmith.core.files import ensure_folder, locked, write_atomic
+from lorasmith.training.checkpoints import Checkpoints
 from lorasmith.training.events import Event, as_json
+from lorasmith.training.fingerprint import differences
+from lorasmith.training.loop import RunState
 
-__all__ = ["RunFolder", "versions"]
+__all__ = ["DONE", "RunFolder", "claimed_run", "unfinished_run"]
 
-
-def versions() -> dict[str, str]:
-    """Versions that a run's numbers depend on."""
-    packages = ("lorasmith", "torch", "diffusers", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+DONE = ("finished", "stopped")
+"""Reasons for which a run ends by itself and is not continued."""
 
 
 class RunFolder:
-    """Writes a run's records.
+    """A run's records; as an event handler, its log.
 
     Args:
-        path: the folder; it is made if missing.
-        record: content of `run.json`.
-
-    Raises:
-        OutputError: it cannot be written.
+        path: the folder.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
-        self.path = ensure_folder(path)
-        if (path / "run.json").exists():
-            raise OutputError(f"{path} already holds a run; choose another output, or move that one away")
-        write_atomic(path / "run.json", json.dumps({**record, "versions": versions()}, indent=2, ensure_ascii=False))
-        self._events: TextIO | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._log: TextIO | None = None
+        self._broken = False
+
+    @property
+    def exists(self) -> bool:
+        """Whether it holds a run."""
+        return (self.path / "run.json").is_file()
+
+    def record(self) -> dict[str, Any]:
+        """Content of `run.json`. Raises OutputError if there is none that can be read."""
+        try:
+            record: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self.path} must be the folder of a run, with its run.json, and is not ({error}); name another"
+            ) from error
+        return record
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What happened, line by line; lines that a kill has cut short are left out."""
+        path = self.path / "events.jsonl"
+        if path.is_file():
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
+
+    def outcome(self) -> str:
+        """Reason for which the run ended; empty if it was killed, or goes on."""
+        events = list(self.events())
+        return str(events[-1].get("reason", "")) if events and events[-1].get("event") == "RunFinished" else ""
+
+    def checkpoints(self, keep: int = 1) -> Checkpoints:
+        """Its checkpoints."""
+        return Checkpoints(self.path / "checkpoints", keep=keep)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The folder, made if it is missing, for one process alone. Raises OutputError if another one has it."""
+        ensure_folder(self.path)
+        with locked(self.path / ".lock", f"{self.path} belongs to a run that is going on in another process"):
+            for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # of a process that was killed
+                left.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                self.close()
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Write `run.json` of a new run. Raises OutputError."""
+        write_atomic(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False))
+
+    def check_continues(self, record: Mapping[str, Any]) -> None:
+        """Raises OutputError if the run in this folder is another one, or done."""
+        before = self.record()
+        if found := differences(before.get("fingerprint", {}), record["fingerprint"]):
+            raise OutputError(
+                f"{self.path} holds another run, which differs in {'; '.join(found)}; choose another output, or start "
+                "fresh, which moves that one aside"
+            )
+        if self.outcome() in DONE:
+            raise OutputError(f"{self.path} holds this run, and it is done; choose another output, or start fresh")
+
+    def move_aside(self) -> Path:
+        """Rename the folder, so that a fresh run finds its place free; returns the new name."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
+            number += 1
+        self.path.rename(target)
+        return target
+
+    def rewind(self, step: int) -> None:
+        """Cut the log behind a step, to go on from there."""
+        kept = []
+        for event in self.events():
+            if event.get("event") in ("StepDone", "RolledBack") and event["step"] > step:
+                break
+            if event.get("event") != "RunFinished":
+                kept.append(event)
+        write_atomic(self.path / "events.jsonl", "".join(json.dumps(event) + "\n" for event in kept))
 
     def __call__(self, event: Event) -> None:
-        """Append an event; as an event handler."""
+        """Append an event. A disk without room costs the log, never the run."""
+        if self._broken:
+            return
         try:
-            if self._events is None:
-                self._events = (self.path / "events.jsonl").open("w", encoding="utf-8")
-            self._events.write(json.dumps(as_json(event)) + "\n")
-        except OSError as error:
-            raise OutputError(
-                f"{self.path / 'events.jsonl'} cannot be written ({error.strerror}); free some space and start again"
-            ) from error
+            if self._log is None:
+                self._log = (self.path / "events.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._log.write(json.dumps(as_json(event)) + "\n")
+        except OSError:
+            self._broken = True
+
+    def flush(self) -> None:
+        """Have what is logged on the disk."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._log.fileno())
 
     def close(self) -> None:
-        """Flush and close the event log."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Close the log."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
+
+
+@contextlib.contextmanager
+def claimed_run(path: Path, record: Mapping[str, Any], *, fresh: bool) -> Iterator[tuple[RunFolder, RunState | None]]:
+    """A folder for a run, and the state that it goes on from, None to begin.
+
+    Args:
+        path: the folder.
+        record: content of its `run.json`, with the run's fingerprint.
+        fresh: move a run that is there aside.
+
+    Raises:
+        OutputError: the folder holds another run, one that is done, or one that goes on elsewhere.
+    """
+    folder = RunFolder(path)
+    if fresh and folder.exists:
+        with folder.claimed():
+            folder.move_aside()
+    with folder.claimed():
+        state = None
+        if folder.exists:
+            folder.check_continues(record)
+            state = folder.checkpoints().newest()
+            folder.rewind(0 if state is None else state.step)
+        else:
+            folder.begin(record)
+        yield folder, state
+
+
+def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
+    """The newest folder below `parent` whose name begins with the title that is this run and can be continued."""
+    folders = [path for path in parent.iterdir() if path.name.startswith(title)] if parent.is_dir() else []
+    for path in sorted(folders, reverse=True):
+        folder = RunFolder(path)
+        if not folder.exists or not folder.checkpoints().paths():
+            continue
+        with contextlib.suppress(OutputError):
+            if folder.record().get("fingerprint") == fingerprint and folder.outcome() not in DONE:
+                return path
+    return None

@@ -1,14 +1,17 @@
 """Train a LoRA: from a model, encoded samples and a configuration to a LoRA that can be saved.
 
 This is the one way in for command line, nodes and library. What is decided before the first step is in `job`, the loop
-itself in `engine`.
+in `loop`, what happens between its steps in `watchers`; here is what happens around all of it: the folder of the run,
+going on where it stopped, and keeping what there is, whatever ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,25 @@ from lorasmith.core.files import write_atomic
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.split import Split, split
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.checkpoints import Checkpointer
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Recipe, fit
-from lorasmith.training.events import Event, EventHandler, RunFinished, RunStarted, StepDone, Warned
+from lorasmith.training.engine import Engine, Recipe
+from lorasmith.training.events import Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
+from lorasmith.training.fingerprint import differences
 from lorasmith.training.job import Job, plan_job
+from lorasmith.training.loop import Loop, RunState, Watcher
 from lorasmith.training.lora import Lora
 from lorasmith.training.records import run_record, training_metadata
-from lorasmith.training.run_folder import RunFolder
+from lorasmith.training.run_folder import RunFolder, claimed_run
+from lorasmith.training.verdict import UNJUDGED
+from lorasmith.training.watchers import PreviewWatch, ValidationWatch
 
-__all__ = ["Job", "TrainResult", "plan_job", "recipe_of", "run_job", "train"]
+__all__ = ["Draw", "Job", "Surroundings", "TrainResult", "plan_job", "recipe_of", "run_job", "train"]
+
+
+Draw = Callable[[int, Path, bool], Sequence[Event]]
 
 
 @dataclass(frozen=True)
@@ -38,20 +50,24 @@ class TrainResult:
     """What came out of a run.
 
     Attributes:
-        lora: the LoRA as it stands after the last good step.
-        losses: loss of each step taken.
+        lora: the LoRA as it stands after the last good step; of a run that validation stopped, the best one.
+        losses: loss of each step taken, those before a resumption included; NaN for a step that was left out.
         steps: steps in all, those of the LoRA that was continued included.
-        reason: `finished`, `cancelled` or `failed`.
+        reason: `finished`, `stopped` (early, by validation), `cancelled` or `failed`.
+        verdict: what validation makes of it, in a sentence.
         folder: the run's folder, if one was asked for.
         path: the LoRA in it.
+        best_path: the LoRA that did best on the held-out images, where that is another one.
     """
 
     lora: Lora
     losses: list[float]
     steps: int
     reason: str = "finished"
+    verdict: str = ""
     folder: Path | None = None
     path: Path | None = None
+    best_path: Path | None = None
 
     def plot(self, path: str | Path) -> Path:
         """Draw the loss curve as a PNG."""
@@ -60,6 +76,37 @@ class TrainResult:
         target = Path(path)
         write_atomic(target, plot_losses(self.losses))
         return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a run is given besides job and data.
+
+    Attributes:
+        output: folder of the run, or a function that chooses it by the run's fingerprint; None to write nothing. A
+            folder that holds the same run, broken off, is continued.
+        fresh: move a run that is there aside instead of continuing it.
+        title: name of the LoRA, and of its file in `output`.
+        trigger: trigger phrase, for the metadata.
+        device: where to train; the first GPU, or the CPU, if None.
+        validation: images to judge the run by, instead of a share of the data.
+        previews: for the folder of the run, what draws its previews: a function that takes the step, the saved LoRA and
+            whether it is the last, and returns events. None draws none.
+        source: how the run was asked for, as JSON can carry it, so that it can be asked for again.
+        on_event: receives typed events.
+        cancelled: asked between steps; True ends the run with what there is.
+    """
+
+    output: Path | Callable[[Mapping[str, Any]], Path] | None = None
+    fresh: bool = False
+    title: str = "lora"
+    trigger: str | None = None
+    device: torch.device = field(default_factory=best_device)
+    validation: EncodedDataset | None = None
+    previews: Callable[[Path], Draw | None] = lambda folder: None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    on_event: EventHandler = lambda event: None
+    cancelled: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -71,6 +118,8 @@ def train(
     title: str = "lora",
     trigger: str | None = None,
     device: str | torch.device | None = None,
+    validation: EncodedDataset | None = None,
+    fresh: bool = False,
     on_event: EventHandler | None = None,
     cancelled: Callable[[], bool] | None = None,
     **settings: Any,
@@ -81,10 +130,13 @@ def train(
         model: the base model, with or without LoRAs applied; it is left exactly as it was.
         data: encoded samples.
         config: all settings; `settings` are laid over it.
-        output: folder of the run, or None to write nothing.
+        output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data), broken
+            off, that one goes on to the bit.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
         device: where to train; the first GPU, or the CPU, if None.
+        validation: images to judge the run by, instead of a share of `data`.
+        fresh: move a run that is in `output` aside, and start anew.
         on_event: receives typed events.
         cancelled: asked between steps; True ends the run with what there is.
         **settings: fields of `TrainConfig`.
@@ -94,30 +146,30 @@ def train(
             steps were taken and there is an output folder, their LoRA is in it and the message says where.
     """
     config = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
+    device = torch.device(device or best_device())
     job = plan_job(model if isinstance(model, Denoiser) else model.denoiser, config, device)
-    return run_job(
-        job, data, output=output, title=title, trigger=trigger, device=device, on_event=on_event, cancelled=cancelled
+    around = Surroundings(
+        output=None if output is None else Path(output),
+        fresh=fresh,
+        title=title,
+        trigger=trigger,
+        device=device,
+        validation=validation,
+        on_event=on_event or Surroundings.on_event,
+        cancelled=cancelled or Surroundings.cancelled,
     )
+    return run_job(job, data, around)
 
 
-def run_job(
-    job: Job,
-    data: EncodedDataset,
-    *,
-    output: str | Path | None = None,
-    title: str = "lora",
-    trigger: str | None = None,
-    device: str | torch.device | None = None,
-    on_event: EventHandler | None = None,
-    cancelled: Callable[[], bool] | None = None,
-) -> TrainResult:
-    """Train what `plan_job` decided on; a job is run once. Arguments and errors as for `train`."""
-    run = _Run(job, data, title=title, trigger=trigger, device=torch.device(device or best_device()))
-    return run(
-        folder=None if output is None else Path(output),
-        on_event=on_event or (lambda event: None),
-        cancelled=cancelled or (lambda: False),
-    )
+def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+    """Train what `plan_job` decided on; a job is run once. Errors as for `train`."""
+    parts = split(data, share=job.config.validation_share, given=around.validation)
+    record = run_record(job, parts, title=around.title, source=around.source, device=around.device)
+    if around.output is None:
+        return _Run(job, parts, around, record, None)(None)
+    path = around.output if isinstance(around.output, Path) else around.output(record["fingerprint"])
+    with claimed_run(path, record, fresh=around.fresh) as (folder, start):
+        return _Run(job, parts, around, record, folder)(start)
 
 
 def recipe_of(job: Job, device: torch.device) -> Recipe:
@@ -136,14 +188,29 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
         optimizer=config.optimizer,
+        optimizer_args=config.optimizer_args,
         weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        warmup_steps=config.warmup_steps,
+        final_rate=config.final_rate,
+        schedule_cycles=config.schedule_cycles,
+        schedule_power=config.schedule_power,
+        ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
+        max_rollbacks=config.max_rollbacks,
         loss_function=config.loss_function,
         objective=config.objective,
         timesteps=config.timesteps,
+        timestep_shift=config.timestep_shift,
+        stratified=config.stratified,
+        loss_weighting=config.loss_weighting,
+        min_snr_gamma=config.min_snr_gamma,
+        noise_offset=config.noise_offset,
+        zero_terminal_snr=config.zero_terminal_snr,
         seed=config.seed,
         dtype=own if config.training_dtype == "none" else dtype_from_name(config.training_dtype),
         device=device,
+        deterministic=config.deterministic,
         checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
     )
 
@@ -152,95 +219,180 @@ class _Run:
     """One run: training, then the LoRA with its metadata, then the records, whatever ended it."""
 
     def __init__(
-        self, job: Job, data: EncodedDataset, *, title: str, trigger: str | None, device: torch.device
+        self, job: Job, parts: Split, around: Surroundings, record: Mapping[str, Any], folder: RunFolder | None
     ) -> None:
         self._job = job
-        self._data = data
-        self._title = title
-        self._trigger = trigger
-        self._recipe = recipe_of(job, device)
-        self._losses: list[float] = []
+        self._parts = parts
+        self._around = around
+        self._record = record
+        self._folder = folder
+        self._recipe = recipe_of(job, around.device)
         self._started = time.time()
+        self._draw = None if folder is None else around.previews(folder.path)
+        self._handlers: list[EventHandler] = [around.on_event] if folder is None else [folder, around.on_event]
+        self._validation: ValidationWatch | None = None
+        if parts.held_out:
+            self._validation = ValidationWatch(
+                job.denoiser, parts.held_out.samples, self._recipe, job.config, self._keep_best
+            )
 
-    def __call__(self, *, folder: Path | None, on_event: EventHandler, cancelled: Callable[[], bool]) -> TrainResult:
-        records = None if folder is None else RunFolder(folder, run_record(self._job, self._data, self._title))
-
-        def tell(event: Event) -> None:
-            if isinstance(event, StepDone):
-                self._losses.append(event.loss)
-            if records is not None:
-                records(event)
-            on_event(event)
-
+    def __call__(self, start: RunState | None) -> TrainResult:
+        job = self._job
+        engine = Engine(job.denoiser, job.adapters, self._recipe, job.differences)
+        loop = Loop(engine, self._parts.training.samples, self._tell, self._around.cancelled, self._watchers())
         reason = "failed"
         try:
-            self._announce(tell)
-            fit(
-                self._job.denoiser,
-                self._job.adapters,
-                self._data.samples,
-                self._recipe,
-                differences=self._job.differences,
-                on_event=tell,
-                cancelled=cancelled,
-            )
-            reason = "finished" if len(self._losses) == self._recipe.steps else "cancelled"
+            if start is not None:
+                loop.load(start)
+            self._announce(start)
+            with self._tracked():
+                loop.run()
+            reason = loop.reason
         except BaseException as error:
             # Whatever ended the run, the steps that were taken are worth keeping; the error then goes on its way.
-            if self._losses and folder is not None:
-                kept = self._saved(self._result(reason), folder)
-                where = f"; the LoRA of {len(self._losses)} steps is at {kept.path}"
+            self._tell(RunFinished(step=loop.step, reason=reason))
+            result = self._kept(loop, reason, best=True)
+            if result.path is not None:
+                where = f"the LoRA of {result.steps} steps is at {result.path}"
                 if isinstance(error, LorasmithError):
-                    raise type(error)(f"{error}{where}") from error
-                error.add_note(where.removeprefix("; "))
+                    raise type(error)(f"{error}; {where}") from error
+                error.add_note(where)
             raise
-        finally:
-            if records is not None:
-                records(RunFinished(step=len(self._losses), reason=reason))
-                records.close()
-        result = self._result(reason)
-        on_event(RunFinished(step=len(self._losses), reason=reason))
-        return result if folder is None else self._saved(result, folder)
+        result = self._kept(loop, reason, best=reason == "stopped")
+        if result.path is not None and self._draw is not None:
+            for event in self._draw(loop.step, result.path, True):
+                self._tell(event)
+        self._tell(RunFinished(step=loop.step, reason=reason))
+        if result.folder is not None:
+            self._report(result.folder)
+        return result
 
-    def _announce(self, tell: EventHandler) -> None:
-        job = self._job
-        tell(
+    def _tell(self, event: Event) -> None:
+        for handler in self._handlers:
+            handler(event)
+
+    def _report(self, folder: Path) -> None:
+        from lorasmith.training.report import write_report
+
+        try:
+            write_report(folder)
+        except LorasmithError as error:
+            self._tell(Warned(message=f"The LoRA is saved, but the report is not: {error}"))
+
+    @contextlib.contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Send the numbers to a tracker meanwhile, where one is asked for."""
+        config = self._job.config
+        if config.track == "none" or self._folder is None:
+            yield
+            return
+        from lorasmith.training.trackers import tracker_for
+
+        title = self._around.title
+        with contextlib.closing(
+            tracker_for(config.track, self._folder.path, title, asdict(config), tell=self._tell)
+        ) as tracker:
+            self._handlers.append(tracker)
+            yield
+
+    def _watchers(self) -> list[Watcher]:
+        """In the order in which they are called: a checkpoint holds the validation of its step."""
+        config, folder = self._job.config, self._folder
+        watchers: list[Watcher] = [self._validation] if self._validation else []
+        if folder is not None:
+            watchers.append(
+                Checkpointer(
+                    folder.checkpoints(config.keep_checkpoints),
+                    every=config.checkpoint_every,
+                    minutes=config.checkpoint_minutes,
+                    before=folder.flush,
+                )
+            )
+            if self._draw is not None:
+                watchers.append(PreviewWatch(self._draw, self._save, folder.path / "preview.safetensors", config))
+        return watchers
+
+    def _announce(self, start: RunState | None) -> None:
+        job, folder = self._job, self._folder
+        self._tell(
             RunStarted(
                 steps=self._recipe.steps,
                 steps_before=job.steps_before,
-                samples=len(self._data),
+                samples=len(self._parts.training),
                 adapters=len(job.adapters),
                 parameters=job.parameters,
                 device=str(self._recipe.device),
                 dtype=dtype_name(self._recipe.dtype),
+                folder="" if folder is None else str(folder.path),
             )
         )
-        for note in job.notes:
-            tell(Warned(message=note))
+        if start is None:
+            for note in (*job.notes, self._parts.note):
+                self._tell(Warned(message=note))
+        elif folder is not None:
+            found = differences(folder.record().get("environment", {}), self._record["environment"])
+            same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
+            self._tell(Resumed(step=start.step, message=f"Going on with {folder.path} from step {start.step}, {same}."))
 
-    def _result(self, reason: str) -> TrainResult:
+    def _keep_best(self, loop: Loop) -> None:
+        if self._folder is not None:
+            with loop.engine.exported():
+                self._save(loop, self._path("-best"))
+
+    def _save(self, loop: Loop, path: Path) -> None:
+        """Save the LoRA that the adapters hold."""
+        self._lora(loop.step).save(path)
+
+    def _kept(self, loop: Loop, reason: str, *, best: bool) -> TrainResult:
+        """Take the weights back from the engine, the best ones or the last, and save them."""
+        watch = self._validation
+        history = watch.history if watch is not None and watch.best is not None else None
+        values = watch.best if watch is not None and best else None
+        loop.engine.release(values)
+        step = loop.step if values is None or history is None else history.best_step
+        result = TrainResult(
+            self._lora(step),
+            loop.losses,
+            self._job.steps_before + step,
+            reason,
+            UNJUDGED if history is None else history.verdict,
+        )
+        if self._folder is None or not loop.losses:
+            return result
+        path = result.lora.save(self._path(""))
+        if any(map(math.isfinite, result.losses)):
+            result.plot(self._folder.path / "loss.png")
+        best_path = self._path("-best")
+        if values is not None or history is None or history.best_step == step:
+            best_path.unlink(missing_ok=True)  # it is the one above
+        return replace(result, folder=self._folder.path, path=path, best_path=best_path if best_path.exists() else None)
+
+    def _path(self, suffix: str) -> Path:
+        assert self._folder is not None
+        return self._folder.path / f"{self._around.title}{suffix}.safetensors"
+
+    def _lora(self, step: int) -> Lora:
+        """What the adapters hold, as the LoRA of a step."""
         job = self._job
-        steps = job.steps_before + len(self._losses)
         trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
-        differences = {ref: dict(changes) for ref, changes in job.carried.differences.items()}
+        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
         for path, one in job.differences.items():
-            differences.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
+            changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
         for ref in [ref for ref, weights in trained.items() if weights.algorithm == "full"]:
-            differences.setdefault(ref, {})["weight"] = trained.pop(ref).tensors["diff"]  # what files call it
+            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors["diff"]  # what files call it
         metadata = training_metadata(
-            job, self._data, title=self._title, trigger=self._trigger, steps=steps, started=self._started
+            job,
+            self._parts.training,
+            title=self._around.title,
+            trigger=self._around.trigger,
+            steps=job.steps_before + step,
+            started=self._started,
+            record=self._record,
         )
         state = AdapterState(
             adapters={**job.carried.adapters, **trained},
-            differences=differences,
+            differences=changes,
             unknown=job.carried.unknown,
             metadata=metadata,
         )
-        lora = Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype))
-        return TrainResult(lora, self._losses, steps, reason)
-
-    def _saved(self, result: TrainResult, folder: Path) -> TrainResult:
-        path = result.lora.save(folder / f"{self._title}.safetensors")
-        if result.losses:
-            result.plot(folder / "loss.png")
-        return replace(result, folder=folder, path=path)
+        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype))

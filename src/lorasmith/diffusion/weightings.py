@@ -1,0 +1,62 @@
+"""Weights of noise levels in the loss: pure functions of the level, the kind of prediction and gamma.
+
+They are stated for the squared error of the clean sample, as in the papers. `scale` carries them over to what is
+compared: the clean error per error of the prediction, 1 where clean samples are compared. With MSE a weighted run is
+therefore the same whichever of the two is compared, except for `none`, which leaves every loss as it is.
+
+    min_snr        min(SNR, gamma)                (Hang et al. 2023, arXiv:2303.09556)
+    soft_min_snr   SNR · gamma / (SNR + gamma)    (Crowson et al. 2024, arXiv:2401.11605, with sigma_data² = 1/gamma)
+
+SNR is alpha²/sigma². On predictions, min_snr is the familiar min(SNR, gamma)/SNR of epsilon and min(SNR, gamma)/(SNR+1)
+of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamma · sigma and none at both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.registry import Registry
+from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
+from lorasmith.diffusion.schedule import NoiseLevel
+
+__all__ = ["WEIGHTINGS", "loss_weights"]
+
+Weighting = Callable[[NoiseLevel, Tensor, float], Tensor]
+
+WEIGHTINGS: Registry[Weighting] = Registry("loss weighting")
+
+
+@WEIGHTINGS.register("none")
+def _none(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    return torch.ones_like(level.sigma)
+
+
+# Both are written without the SNR itself, which is infinite at a flow's clean end.
+@WEIGHTINGS.register("min_snr")
+def _min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    signal = level.alpha**2
+    return scale * signal / torch.maximum(level.sigma**2, signal / gamma)
+
+
+@WEIGHTINGS.register("soft_min_snr")
+def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    signal = level.alpha**2
+    return scale * signal / (level.sigma**2 + signal / gamma)
+
+
+def loss_weights(level: NoiseLevel, *, weighting: str, gamma: float, parameterization: str, objective: str) -> Tensor:
+    """Factor of each sample's loss, shape (batch,).
+
+    Args:
+        level: levels of the samples.
+        weighting: registered name.
+        gamma: signal-to-noise ratio at which the weights level off.
+        parameterization: registered name.
+        objective: `native` or `x0`, what the loss compares.
+    """
+    compares_clean = objective == "x0"
+    scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)
+    return WEIGHTINGS[weighting](level, scale, gamma)

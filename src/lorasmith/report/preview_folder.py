@@ -1,0 +1,131 @@
+"""The pictures that a run draws as it goes on: PNG files that say how they were made, and contact sheets of them.
+
+    base-1.png                 the model without the LoRA, first prompt
+    step-000100-1.png          with the LoRA of step 100
+    strength-0.5-1.png         with the finished LoRA at half strength
+    steps.png, strengths.png   contact sheets, a column for each prompt
+
+Sheets are made from the files, so that those of a continued run have the pictures from before as well. Only pictures
+that compare come on a sheet: same prompt, seed, sampling and model. Whoever starts a run anew in the same folder
+removes the files of the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lorasmith.core.files import atomic_path
+from lorasmith.report.contact_sheet import contact_sheet
+
+__all__ = ["PreviewFolder"]
+
+_ENTRY = "lorasmith.preview"  # not `prompt`, under which ComfyUI looks for a graph
+_MOST_ROWS = 24
+_LARGEST_SHEET = 4096  # pixels in either direction, labels aside
+_CELLS = 64, 384
+
+
+class PreviewFolder:
+    """Writes pictures and sheets.
+
+    Args:
+        folder: made when the first picture is written.
+        prompts: one for each picture of a row.
+        title: name of the LoRA, for headings.
+        sampling: how all pictures are drawn, for their metadata: JSON values by what A1111 calls them (`Steps`, `Seed`,
+            `Model`, ...).
+    """
+
+    def __init__(self, folder: Path, prompts: Sequence[str], *, title: str, sampling: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.prompts = tuple(prompts)
+        self._title = title
+        self._sampling = dict(sampling)
+
+    def write_base(self, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
+        """Write the pictures without the LoRA, one for each prompt. Raises OutputError, as all that write."""
+        return self._write("base", pictures, {"Strength": 0.0})
+
+    def write_step(self, pictures: Sequence[Image.Image], step: int, lora: str) -> tuple[Path, ...]:
+        """Write the pictures with the LoRA, a file name, as it is at a step."""
+        return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
+
+    def write_strength(
+        self, pictures: Sequence[Image.Image], strength: float, step: int, lora: str
+    ) -> tuple[Path, ...]:
+        """Write the pictures with the finished LoRA at a strength."""
+        return self._write(f"strength-{strength:g}", pictures, {"LoRA": lora, "Step": step, "Strength": strength})
+
+    def write_steps_sheet(self) -> Path:
+        """`steps.png`: the base and the steps below each other; of very many some, the first and the last included."""
+        names = (re.fullmatch(r"step-(\d+)-\d+\.png", file.name) for file in self.folder.iterdir())
+        steps = _thinned(sorted({int(name[1]) for name in names if name}))
+        rows = {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
+        return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
+
+    def write_strengths_sheet(self, strengths: Sequence[float]) -> Path:
+        """`strengths.png`: the base and the finished LoRA at each strength below each other."""
+        rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
+        return self._write_sheet("strengths.png", rows, f"{self._title} at several strengths")
+
+    def _write(self, stem: str, pictures: Sequence[Image.Image], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
+        paths = []
+        for number, (picture, prompt) in enumerate(zip(pictures, self.prompts, strict=True), start=1):
+            facts = {**self._sampling, **made_with}
+            info = PngInfo()
+            info.add_itxt("parameters", f"{prompt}\n" + ", ".join(f"{name}: {fact}" for name, fact in facts.items()))
+            info.add_itxt(_ENTRY, json.dumps({"Prompt": prompt, **facts}))
+            path = self.folder / f"{stem}-{number}.png"
+            with atomic_path(path) as temporary:
+                picture.save(temporary, format="png", pnginfo=info)
+            paths.append(path)
+        return tuple(paths)
+
+    def _write_sheet(self, name: str, rows: Mapping[str, str], title: str) -> Path:
+        """A contact sheet of the rows by their files' stem, each with its label; rows without any picture are left
+        out."""
+        smallest, largest = _CELLS
+        cell = max(smallest, min(largest, _LARGEST_SHEET // max(len(rows), len(self.prompts))))
+        found = {label: self._row(stem, cell) for stem, label in rows.items()}
+        shown = {label: row for label, row in found.items() if any(row)}
+        sheet = contact_sheet(
+            list(shown.values()), list(shown), self.prompts, title=title, min_cell=min(128, cell), max_cell=cell
+        )
+        path = self.folder / name
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, format="png")
+        return path
+
+    def _row(self, stem: str, size: int) -> list[Image.Image | None]:
+        """The pictures of a row, at most `size` pixels long, None where there is none that compares."""
+        return [
+            _opened(self.folder / f"{stem}-{number}.png", {"Prompt": prompt, **self._sampling}, size)
+            for number, prompt in enumerate(self.prompts, start=1)
+        ]
+
+
+def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image | None:
+    """A small copy of a picture, or None when it is missing, unreadable or not made with what is `expected`."""
+    try:
+        with Image.open(path) as picture:
+            facts = json.loads(picture.info[_ENTRY])
+            if any(facts.get(name) != value for name, value in expected.items()):
+                return None
+            picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+            return picture.copy()
+    except (OSError, KeyError, ValueError):  # other programs may have changed the file, or its text may be gone
+        return None
+
+
+def _thinned(steps: Sequence[int]) -> list[int]:
+    """At most `_MOST_ROWS` of them, evenly spread, ends included."""
+    if len(steps) <= _MOST_ROWS:
+        return list(steps)
+    return [steps[round(row * (len(steps) - 1) / (_MOST_ROWS - 1))] for row in range(_MOST_ROWS)]

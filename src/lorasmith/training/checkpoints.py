@@ -1,0 +1,154 @@
+"""Checkpoints: the state of a run on disk, from which it goes on to the bit.
+
+    checkpoints/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
+
+A checkpoint is written whole or not at all, and older ones are removed only when it is on disk. Little room on the disk
+is said and worked around; it never ends a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.core.errors import LorasmithError, OutputError
+from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
+from lorasmith.training.events import CheckpointSaved, Warned
+from lorasmith.training.loop import RunState, Watcher
+
+if TYPE_CHECKING:
+    from lorasmith.training.loop import Loop
+
+__all__ = ["Checkpointer", "Checkpoints"]
+
+_KEY = "lorasmith.run_state"
+_FORMAT = 1
+_SPARE_BYTES = 64 * 2**20
+"""Room left on the disk for what the run writes besides: its LoRA, plots, pictures."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: where they are; it is made with the first one.
+        keep: how many are kept.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def paths(self) -> list[Path]:
+        """The checkpoints there are, newest first."""
+        found = [path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d+", path.stem)]
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
+
+    def newest(self) -> RunState | None:
+        """The newest checkpoint that can be read, None if there is none."""
+        for path in self.paths():
+            with contextlib.suppress(LorasmithError, ValueError, KeyError):
+                return load_state(path)
+        return None
+
+    def save(self, state: RunState) -> Path:
+        """Write a checkpoint, then remove those beyond the number kept.
+
+        Raises:
+            OutputError: the disk has no room for it, or it cannot be written.
+        """
+        path = self.folder / f"step-{state.step:06}.safetensors"
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+        if free_bytes(self.folder) < size + _SPARE_BYTES:
+            self._remove_beyond(1)  # rather few checkpoints than none
+        if (free := free_bytes(self.folder)) < size + _SPARE_BYTES:
+            raise OutputError(
+                f"a checkpoint needs {size / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are free; "
+                "free some space"
+            )
+        save_state(path, state)
+        self._remove_beyond(self._keep)
+        return path
+
+    def _remove_beyond(self, number: int) -> None:
+        for path in self.paths()[number:]:
+            path.unlink(missing_ok=True)
+
+
+class Checkpointer(Watcher):
+    """Saves checkpoints by steps and by minutes, and whenever a run ends.
+
+    Args:
+        checkpoints: where.
+        every: steps, 0 for none by steps.
+        minutes: 0 for none by time.
+        before: called before each, to have on the disk what it will be read with.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, *, every: int, minutes: float, before: Callable[[], None] = lambda: None
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._before = before
+        self._every = every
+        self._seconds = minutes * 60
+        self._last_step = -1
+        self._last_time = time.monotonic()  # not the wall clock, which people and servers set
+        self._failing = False
+
+    def due(self, loop: Loop) -> bool:
+        by_steps = bool(self._every) and loop.step % self._every == 0
+        return by_steps or (bool(self._seconds) and time.monotonic() - self._last_time >= self._seconds)
+
+    def __call__(self, loop: Loop) -> None:
+        self._last_time = time.monotonic()
+        self._before()
+        try:
+            path = self._checkpoints.save(loop.state())
+        except (LorasmithError, OSError) as error:
+            if not self._failing:
+                loop.tell(Warned(message=f"No checkpoint of step {loop.step}: {error}. Training goes on."))
+            self._failing = True
+            return
+        self._failing = False
+        self._last_step = loop.step
+        loop.tell(CheckpointSaved(step=loop.step, path=str(path)))
+
+    def end(self, loop: Loop) -> None:
+        if loop.is_whole and loop.step != self._last_step:
+            self(loop)
+
+
+def save_state(path: Path, state: RunState) -> None:
+    """Write a state atomically. Raises OutputError."""
+    header = {"format": _FORMAT, "step": state.step, **state.numbers}
+    write_safetensors(path, state.tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
+
+
+def load_state(path: Path) -> RunState:
+    """Read a state.
+
+    Raises:
+        OutputError: it is missing, damaged, or no checkpoint.
+    """
+    text = check_safetensors(path, OutputError).metadata.get(_KEY)
+    if text is None:
+        raise OutputError(f"{path} must be a checkpoint of a run but is another file; name the folder of a run")
+    numbers = json.loads(text)
+    if numbers.pop("format") != _FORMAT:
+        raise OutputError(f"{path} was written by a newer version of Lorasmith; update it, or start the run anew")
+    tensors, _ = read_safetensors(path, OutputError)
+    # Copies: the file may be removed while the run still holds on to its tensors.
+    return RunState(numbers.pop("step"), {name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that a folder is on, or will be."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free

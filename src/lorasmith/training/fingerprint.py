@@ -1,0 +1,125 @@
+"""What a run's numbers depend on, in a form that can be compared: settings, base model, data, initial weights.
+
+Two runs with the same fingerprint are the same run, so one that was broken off can be continued by starting it again.
+What the numbers depend on besides (versions, device, threads) is recorded as the environment, and named where it
+differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.training.config import WATCHING
+
+if TYPE_CHECKING:
+    from lorasmith.training.job import Job
+
+__all__ = ["differences", "environment", "fingerprint", "versions"]
+
+_PATHS = {"existing_lora"}  # what matters of the file is in the initial weights
+_SAMPLED = 64
+
+
+def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> dict[str, Any]:
+    """Settings as they are and hashes of the rest, for `run.json`."""
+    config = {name: value for name, value in asdict(job.config).items() if name not in WATCHING | _PATHS}
+    module = job.denoiser.module
+    trained = [*job.adapters.items(), *job.differences.items()]
+    initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
+    return {
+        "config": config,
+        "base": _digest(_sampled([*module.named_parameters(), *module.named_buffers()])),
+        "patches": _digest(_patch_tensors(job)),
+        "data": _digest(_data_tensors(data)),
+        "held_out": _digest(_data_tensors(held_out)) if held_out else "",
+        "initial": _digest(initial),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two fingerprints or environments differ in, in words; empty for the same."""
+    words = {
+        "base": "the base model",
+        "patches": "LoRAs applied to the base model",
+        "data": "the images or captions",
+        "held_out": "the held-out images",
+        "initial": "the LoRA that training starts from",
+    }
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new)
+        else:
+            found.append(words.get(key) or f"{key} {_shown(old)} there, {_shown(new)} here")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's numbers depend on."""
+    packages = ("lorasmith", "torch", "diffusers", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a run's numbers depend on besides its fingerprint."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {
+        "versions": versions(),
+        "device": gpu or device.type,
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode("utf-8", "replace"))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Evenly spaced values of each tensor: a model of many gigabytes is told from another in a moment."""
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
+        yield f"{name} {list(tensor.shape)}", flat[places.long().to(flat.device)]
+
+
+def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for sample in data.samples:
+        yield f"{sample.name} {sample.conditioning.text}", sample.latents
+        for key, tensor in sorted(sample.conditioning.tensors.items()):
+            if id(tensor) not in seen:  # images share the conditioning of one caption
+                seen.add(id(tensor))
+                yield key, tensor
+
+
+def _patch_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
+    for number, patch in enumerate(job.denoiser.patches):
+        for path, weights in patch.adapters.items():
+            for name, tensor in weights.tensors.items():
+                yield f"{number} {patch.strength} {path} {weights.algorithm} {weights.alpha} {name}", tensor
+        for path, changes in patch.differences.items():
+            yield from ((f"{number} {patch.strength} {path} {name}", tensor) for name, tensor in changes.items())
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else str(value)

@@ -1,0 +1,217 @@
+"""What training losses tell, of which most is hidden by noise: by noise level over time, and image by image; pure.
+
+The loss of a draw depends first of all on its noise level, by orders of magnitude. So draws are only compared within a
+bin of diffusion time, and in logarithms: an image's level is the geometric mean over its looks of loss / (geometric
+mean of everybody's losses in that bin). 0.8 reads "a fifth below what is usual at these noise levels".
+
+The ledger is fed with `StepDone.draws`, live or from the lines of `events.jsonl`.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MIN_LOOKS", "ImageRecord", "Ledger", "QuantileCurve", "Standing"]
+
+MIN_LOOKS = 12
+"""Looks at an image, four in each third of its looks, below which nothing is said of it."""
+
+_CLEAR = 2.0  # standard errors by which a difference must stand out
+_FAR = 1.5  # factor that counts as far from the peers
+
+Standing = Literal["too few looks", "memorised", "never fit", "still learning", "learnt", "unchanged"]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """How training went on one image, its repeats and mirrored copies taken together.
+
+    Attributes:
+        name: of the image.
+        looks: how often it was trained on.
+        first, last: its level in the first and the last third of its looks, 1 being what all images had in the first
+            third of the run; NaN without looks.
+        relative: its level in the last third as a share of that of all images in the last third of the run.
+        standing: what to make of it; see `Ledger.images`.
+    """
+
+    name: str
+    looks: int
+    first: float
+    last: float
+    relative: float
+    standing: Standing
+
+
+@dataclass(frozen=True)
+class QuantileCurve:
+    """Training loss by noise level over time.
+
+    Attributes:
+        bins: edges of the bins in quantiles of diffusion time, one more than there are bins: 0 is clean, 1 is noise.
+        steps: last step of each stretch that is averaged.
+        losses: for each stretch and bin the mean loss, None where nothing was drawn.
+    """
+
+    bins: tuple[float, ...]
+    steps: tuple[int, ...]
+    losses: tuple[tuple[float | None, ...], ...]
+
+
+class Ledger:
+    """Every draw of a run.
+
+    Args:
+        names: of the samples, by their index in the dataset. Samples of one name are one image.
+        bins: equal parts of diffusion time within which losses are compared.
+    """
+
+    def __init__(self, names: Sequence[str], *, bins: int = 10) -> None:
+        self._images = list(dict.fromkeys(names))
+        place = {name: index for index, name in enumerate(self._images)}
+        self._image_of = [place[name] for name in names]
+        self._bins = bins
+        self._step, self._image = array("q"), array("q")
+        self._quantile, self._loss = array("d"), array("d")
+
+    @classmethod
+    def from_events(cls, lines: Iterable[Mapping[str, Any]], names: Sequence[str], *, bins: int = 10) -> Ledger:
+        """The ledger of the run that wrote these events (`as_json`), a continued or rolled back one too."""
+        ledger = cls(names, bins=bins)
+        for line in lines:
+            if line["event"] == "StepDone":
+                ledger.add(line["step"], line["draws"])
+        return ledger
+
+    def add(self, step: int, draws: Iterable[Sequence[float]]) -> None:
+        """Take in a step's draws: index in the dataset, quantile, loss. What was there from that step on is forgotten.
+
+        Draws without a finite loss are left out.
+        """
+        while self._step and self._step[-1] >= step:
+            for column in (self._step, self._image, self._quantile, self._loss):
+                column.pop()
+        for index, quantile, loss in draws:
+            if math.isfinite(loss):
+                self._step.append(step)
+                self._image.append(self._image_of[int(index)])
+                self._quantile.append(quantile)
+                self._loss.append(loss)
+
+    def curve(self, points: int = 40) -> QuantileCurve:
+        """Mean loss by bin in at most `points` stretches of equally many steps."""
+        edges = tuple(float(edge) for edge in np.linspace(0, 1, self._bins + 1))
+        if not self._step:
+            return QuantileCurve(edges, (), ())
+        step, first, last = np.array(self._step), self._step[0], self._step[-1]
+        length = -(-(last - first + 1) // points)
+        stretch = (step - first) // length
+        count = int(stretch[-1]) + 1
+        cell = stretch * self._bins + self._bin()
+        looks = np.bincount(cell, minlength=count * self._bins)
+        sums = np.bincount(cell, np.array(self._loss), minlength=count * self._bins)
+        means = [float(total / n) if n else None for total, n in zip(sums, looks, strict=True)]
+        return QuantileCurve(
+            edges,
+            tuple(min(first + (index + 1) * length - 1, last) for index in range(count)),
+            tuple(tuple(means[row * self._bins : (row + 1) * self._bins]) for row in range(count)),
+        )
+
+    def images(self, *, held_out_fall: float | None = None) -> list[ImageRecord]:
+        """Each image's record, in the dataset's order.
+
+        Thirds are compared, and a difference counts where it is `_CLEAR` (2) standard errors wide. The standing is the
+        first of these that holds:
+
+        - *too few looks*: fewer than `MIN_LOOKS`.
+        - *memorised*: its level fell, and ended far (a factor of `_FAR`, 1.5) below that of pictures that it should be
+          like. Where images are held out these are the judge: its level must have fallen 1.5 times as far as theirs did
+          (`held_out_fall`). Else its peers are: it must end at less than 1 / 1.5 of their level, which cannot see that
+          all are memorised alike.
+        - *never fit*: it stays at more than 1.5 times its peers' level. It is harder than they are, or picture and
+          caption do not belong together.
+        - *still learning*: its level fell from the second to the last third of its looks.
+        - *learnt*: it fell from the first third to the last, and no longer falls.
+        - *unchanged*: none of it; few looks at a low learning rate cannot tell a change from chance.
+
+        Args:
+            held_out_fall: loss of the held-out images late in the run as a share of that early (`History.fall`).
+        """
+        if not self._step:
+            return [ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
+        logs, bins, image = np.log(np.maximum(np.array(self._loss), _TINY)), self._bin(), np.array(self._image)
+        third = max(1, len(logs) // 3)
+        early = logs - _expected(logs[:third], bins[:third], self._bins)[bins]
+        late = logs - _expected(logs[-third:], bins[-third:], self._bins)[bins]
+        records = []
+        for index, name in enumerate(self._images):
+            mine = image == index
+            records.append(_record(name, early[mine], late[mine], held_out_fall))
+        return records
+
+    def _bin(self) -> NDArray[np.int64]:
+        return np.minimum((np.array(self._quantile) * self._bins).astype(np.int64), self._bins - 1)
+
+
+_TINY = 1e-12  # keeps logarithms finite
+
+
+def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
+    """Mean logarithm by bin, (bins,); in a bin without draws that of its neighbours, in a straight line."""
+    looks = np.bincount(bins, minlength=count)
+    there = np.flatnonzero(looks)
+    means = np.bincount(bins, logs, minlength=count)[there] / looks[there]
+    return np.interp(np.arange(count), there, means)
+
+
+def _record(name: str, early: Array, late: Array, held_out_fall: float | None) -> ImageRecord:
+    """An image's record from its looks, in logarithms relative to what was usual early and late in the run."""
+    looks = len(early)
+    if not looks:
+        return ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks")
+    third = max(1, looks // 3)
+    first, middle, last, relative = early[:third], early[third:-third], early[-third:], late[-third:]
+    standing: Standing = "unchanged"
+    if looks < MIN_LOOKS:
+        standing = "too few looks"
+    elif _below(last, first) and _memorised(first, last, relative, held_out_fall):
+        standing = "memorised"
+    elif _above(relative, math.log(_FAR)):
+        standing = "never fit"
+    elif _below(last, middle):
+        standing = "still learning"
+    elif _below(last, first):
+        standing = "learnt"
+    return ImageRecord(name, looks, _level(first), _level(last), _level(relative), standing)
+
+
+def _memorised(first: Array, last: Array, relative: Array, held_out_fall: float | None) -> bool:
+    if held_out_fall is None:
+        return _above(-relative, math.log(_FAR))
+    return _below(last, first + math.log(held_out_fall / _FAR))
+
+
+def _level(logs: Array) -> float:
+    return math.exp(float(logs.mean()))
+
+
+def _above(values: Array, bound: float) -> bool:
+    """Whether the mean is clearly above a bound."""
+    return bool(values.mean() - bound > _CLEAR * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def _below(values: Array, others: Array) -> bool:
+    """Whether the mean is clearly below that of others."""
+    error = math.hypot(
+        values.std(ddof=1) / math.sqrt(len(values)),
+        others.std(ddof=1) / math.sqrt(len(others)),
+    )
+    return bool(others.mean() - values.mean() > _CLEAR * error)

@@ -1,0 +1,411 @@
+"""The training loop: steps, and what happens between them.
+
+Watchers (validations, checkpoints, previews) are called between two steps. A step whose loss or gradient is not finite,
+or whose loss explodes, is left out: the loop goes back to its last snapshot, halves the learning rate and goes on with
+the draws behind that step. A step that runs out of memory is taken again in smaller pieces, of the same draws. Both
+depend on the step and on what came before alone, so that a run that was killed and resumed takes the same turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.difference import Difference
+from lorasmith.core.errors import LoraError, TrainingError
+from lorasmith.data.dataset import Sample
+from lorasmith.families.model import Denoiser
+from lorasmith.training.batches import Batch, prefetched
+from lorasmith.training.divergence import exploded
+from lorasmith.training.engine import Engine, Recipe, batch_maker
+from lorasmith.training.events import EventHandler, RolledBack, Shrunk, StepDone
+from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.noise_scale import NoiseScale
+
+__all__ = ["Loop", "RunState", "Watcher", "fit", "is_out_of_memory"]
+
+_SNAPSHOT_STEPS = 25
+"""Steps between snapshots, which is how much a roll-back can cost."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that a run needs to go on, to the bit.
+
+    Attributes:
+        step: updates taken.
+        tensors: by name.
+        numbers: whatever else there is, as JSON has it.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+
+class Watcher:
+    """Something that happens between two steps; the base class does nothing.
+
+    Attributes:
+        name: key of its own state in a checkpoint.
+        bare: whether it needs the model as it was before training.
+    """
+
+    name: str = ""
+    bare: bool = False
+
+    def begin(self, engine: Engine) -> None:
+        """Called before the first step, with the model frozen and none of the trained adapters attached."""
+
+    def due(self, loop: Loop) -> bool:
+        """Whether it wants to be called now; all losses up to this step are known then."""
+        return False
+
+    def __call__(self, loop: Loop) -> str | None:
+        """Do it. A text is a reason to end the run (`stopped`)."""
+        return None
+
+    def end(self, loop: Loop) -> None:
+        """Called once after the last step, whatever ended the run."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What it has to remember in a checkpoint."""
+        return {}, {}
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go back to what `state` gave."""
+
+
+def fit(
+    denoiser: Denoiser,
+    adapters: Mapping[str, Adapter],
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    differences: Mapping[str, Difference] | None = None,
+    on_event: EventHandler,
+    cancelled: Callable[[], bool],
+    watchers: Sequence[Watcher] = (),
+    start: RunState | None = None,
+) -> Loop:
+    """Train `adapters` in place.
+
+    Whatever ends the loop, the adapters then hold on the CPU, in fp32, what is to be saved of the last good step, and
+    the model is as it was.
+
+    Args:
+        denoiser: the model, patches included; they stay frozen.
+        adapters: by module path, fp32.
+        samples: the dataset.
+        recipe: settings.
+        differences: of norms and biases, trained along, by module path.
+        on_event: receives a `StepDone` per step, late and in order, and what else happens.
+        cancelled: asked between steps.
+        watchers: called between steps, in order.
+        start: where to go on.
+
+    Returns:
+        The loop at its end.
+
+    Raises:
+        TrainingError: the run went wrong more often than `recipe.max_rollbacks`, or memory is too small for one sample.
+        LoraError: `start` belongs to other adapters.
+    """
+    loop = Loop(Engine(denoiser, adapters, recipe, differences), samples, on_event, cancelled, watchers)
+    try:
+        if start is not None:
+            loop.load(start)
+        loop.run()
+    finally:
+        loop.engine.release()
+    return loop
+
+
+class Loop:
+    """A run, between two of its steps.
+
+    Attributes:
+        engine: the weights and all that belongs to them.
+        tell: receives events.
+        step: updates taken, those that were left out included.
+        losses: of each of them, NaN where it was left out.
+        rollbacks: how often the run went back.
+        reason: why it ended, `finished`, `cancelled` or `stopped`; empty while it goes on.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        samples: Sequence[Sample],
+        on_event: EventHandler,
+        cancelled: Callable[[], bool],
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
+        self.engine = engine
+        self.tell = on_event
+        self.step = 0
+        self.losses: list[float] = []
+        self.rollbacks = 0
+        self.reason = ""
+        self._samples = samples
+        self._cancelled = cancelled
+        self._watchers = watchers
+        self._mailbox = Mailbox(engine.recipe.device)
+        self._noise = NoiseScale()
+        self._posted: dict[int, list[Batch]] = {}
+        # On a GPU a failure is heard of some steps later, when the newest snapshot may be one of after it.
+        self._snapshots: deque[RunState] = deque(maxlen=2)
+        self._begun = False
+        self._torn = False
+
+    @property
+    def steps(self) -> int:
+        """Updates that the run is planned to take."""
+        return self.engine.recipe.steps
+
+    def run(self) -> None:
+        """Take the remaining steps."""
+        self._snapshots.append(self._snapshot())
+        try:
+            while not self.reason:
+                with self.engine.prepared(self._begin):
+                    waiting = self._segment()
+                for watcher in waiting:
+                    self._call(watcher)
+        finally:
+            for watcher in self._watchers:
+                watcher.end(self)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether weights and losses belong to the same step; an exception can leave them apart."""
+        return len(self.losses) == self.step and not self._torn
+
+    def state(self) -> RunState:
+        """Everything that the run needs to go on from here; tensors are copies."""
+        now, recipe = self._snapshot(), self.engine.recipe
+        numbers: dict[str, Any] = {
+            "engine": now.numbers,
+            "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
+            "rollbacks": self.rollbacks,
+            "noise_scale": self._noise.to_json(),
+            "micro_batch": recipe.micro_batch,
+            "checkpoint_depth": recipe.checkpoint_depth,
+            "layout": self.engine.flat.layout,
+        }
+        parts = {"engine": now.tensors}
+        if self._snapshots and self._snapshots[-1].step != self.step:
+            parts["snapshot"] = self._snapshots[-1].tensors
+            numbers["snapshot"] = {"step": self._snapshots[-1].step, "engine": self._snapshots[-1].numbers}
+        for watcher in self._watchers:
+            if watcher.name:
+                parts[watcher.name], numbers[watcher.name] = watcher.state()
+        tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+        return RunState(self.step, tensors, numbers)
+
+    def load(self, state: RunState) -> None:
+        """Go to a state that `state` gave. Raises LoraError if it is one of other adapters."""
+        numbers = state.numbers
+        if numbers["layout"] != self.engine.flat.layout:
+            raise LoraError("a checkpoint must hold the layers that are trained, and this one holds others; start anew")
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in state.tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        self.step = state.step
+        self.losses = [math.nan if loss is None else loss for loss in numbers["losses"]]
+        self.rollbacks = numbers["rollbacks"]
+        self._noise = NoiseScale.from_json(numbers["noise_scale"])
+        self.engine.load(parts["engine"], numbers["engine"])
+        self._change(micro_batch=numbers["micro_batch"], checkpoint_depth=numbers["checkpoint_depth"])
+        if "snapshot" in numbers:
+            kept = numbers["snapshot"]
+            self._snapshots.append(RunState(kept["step"], parts["snapshot"], kept["engine"]))
+        for watcher in self._watchers:
+            if watcher.name:
+                watcher.load(parts[watcher.name], numbers[watcher.name])
+
+    def _segment(self) -> list[Watcher]:
+        """Steps until the model has to be left: at the end, for watchers that need it bare, or to begin anew.
+
+        Returns the watchers that wait for the bare model.
+        """
+        recipe = self.engine.recipe
+        maker = batch_maker(self.engine.denoiser, self._samples, recipe, self.engine.dropout)
+        first = recipe.first_step
+        with contextlib.closing(prefetched(maker, range(first + self.step, first + self.steps))) as coming:
+            for _, batches in coming:
+                if self._cancelled():
+                    break
+                if not self._take(batches):
+                    return []
+                waiting = self._between()
+                if waiting is None or waiting or self.reason:
+                    return waiting or []
+        if self._hear(wait=True):
+            self.reason = "finished" if self.step == self.steps else "cancelled"
+        return []
+
+    def _take(self, batches: list[Batch]) -> bool:
+        """Take one step; False if memory ran out and the step is to be taken anew, in smaller pieces."""
+        trouble = ""
+        try:
+            gradient = self.engine.gradient(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            trouble = str(error)
+        if trouble:  # outside of the handler, whose traceback holds on to the activations
+            self._shrink(trouble)
+            return False
+        self._torn = True
+        self._posted[self.step] = batches
+        self._mailbox.post(self.step, self.engine.update(self.step, *gradient))
+        self.step += 1
+        self._torn = False
+        return True
+
+    def _between(self) -> list[Watcher] | None:
+        """What is due between two steps. Returns the watchers that wait for the bare model; None after going back."""
+        if not self._hear():
+            return None
+        due = [watcher for watcher in self._watchers if watcher.due(self)]
+        if due and not self._hear(wait=True):
+            return None
+        if self.step % _SNAPSHOT_STEPS == 0:
+            self._snapshots.append(self._snapshot())
+        for watcher in due:
+            if not watcher.bare:
+                self._call(watcher)
+        return [watcher for watcher in due if watcher.bare]
+
+    def _call(self, watcher: Watcher) -> None:
+        self.reason = watcher(self) or self.reason
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            for watcher in self._watchers:
+                watcher.begin(self.engine)
+
+    def _hear(self, *, wait: bool = False) -> bool:
+        """Take in what the device has reported; False if a step went wrong and the loop went back."""
+        for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait):
+            batches = self._posted.pop(step)
+            self.losses.append(math.fsum(losses) / len(losses))
+            if not sound or exploded(self.losses):
+                self._go_back(step, batches)
+                return False
+            whole, small = len(losses), len(batches[0].names)
+            if math.isfinite(norm):
+                self._noise.update((first * whole / small) ** 2, norm**2, small=small, big=whole)
+            self.tell(
+                StepDone(
+                    step=step + 1,
+                    loss=self.losses[-1],
+                    grad_norm=norm,
+                    learning_rate=self.engine.recipe.learning_rate * self.engine.rate(step),
+                    draws=_draws(batches, losses),
+                    noise_scale=self._noise.value or 0.0,
+                )
+            )
+        return True
+
+    def _go_back(self, step: int, batches: Sequence[Batch]) -> None:
+        """Leave a step out and go on behind it, from the last snapshot before it, at half the rate."""
+        loss, self.losses[-1] = self.losses[-1], math.nan
+        while len(self._snapshots) > 1 and self._snapshots[-1].step > step:
+            self._snapshots.pop()
+        good = self._snapshots[-1]
+        factor = self.engine.rate_factor / 2
+        self.engine.load(good.tensors, good.numbers)
+        self._mailbox = Mailbox(self.engine.recipe.device)
+        self._posted.clear()
+        self.step = step + 1
+        self.rollbacks += 1
+        images = tuple(dict.fromkeys(name for batch in batches for name in batch.names))
+        trouble = _trouble(step + 1, loss, images)
+        if self.rollbacks > self.engine.recipe.max_rollbacks:
+            raise TrainingError(_given_up(trouble, good.step, self.rollbacks, self.engine.recipe))
+        self.engine.rate_factor = factor
+        self.tell(
+            RolledBack(
+                step=step + 1,
+                to_step=good.step,
+                images=images,
+                rate_factor=factor,
+                message=f"{trouble}; that step is left out, and training goes on from step {good.step} at {factor:g} "
+                "times the learning rate.",
+            )
+        )
+
+    def _shrink(self, trouble: str) -> None:
+        """Take smaller pieces of a step from now on, and in the end compute activations twice."""
+        recipe = self.engine.recipe
+        pieces = recipe.micro_batch or recipe.batch_size
+        if pieces > 1:
+            self._change(micro_batch=-(-pieces // 2))
+        elif recipe.checkpoint_depth == 0:
+            self._change(checkpoint_depth=1)
+        else:
+            raise TrainingError(
+                f"memory must hold one image's forward and backward pass, and did not at step {self.step + 1} with "
+                f"gradient checkpointing ({trouble.splitlines()[0]}); use smaller pictures or a lower rank"
+            )
+        gc.collect()
+        if recipe.device.type == "cuda":
+            torch.cuda.empty_cache()
+        recipe = self.engine.recipe
+        how = f"{recipe.micro_batch} at a time"
+        if recipe.checkpoint_depth:
+            how += ", with gradient checkpointing"
+        self.tell(
+            Shrunk(
+                step=self.step + 1,
+                micro_batch=recipe.micro_batch or recipe.batch_size,
+                checkpoint_depth=recipe.checkpoint_depth,
+                message=f"Memory ran out at step {self.step + 1}: it is taken again with the same images, {how}.",
+            )
+        )
+
+    def _change(self, **settings: Any) -> None:
+        self.engine.recipe = replace(self.engine.recipe, **settings)
+
+    def _snapshot(self) -> RunState:
+        return RunState(self.step, *self.engine.state())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _draws(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tuple[int, float, float], ...]:
+    indices = [index for batch in batches for index in batch.indices]
+    quantiles = [quantile for batch in batches for quantile in batch.quantiles]
+    return tuple(zip(indices, quantiles, losses, strict=True))
+
+
+def _trouble(step: int, loss: float, images: Sequence[str]) -> str:
+    what = "the loss exploded" if math.isfinite(loss) else "loss and gradient must stay finite but did not"
+    shown = f" to {loss:.3g}" if math.isfinite(loss) else ""
+    return f"{what}{shown} at step {step} (images: {', '.join(images)})"
+
+
+def _given_up(trouble: str, step: int, times: int, recipe: Recipe) -> str:
+    before = f", {times} times in this run" if times > 1 else ""
+    return f"{trouble}{before}; the LoRA of step {step} is kept; try a learning rate below {recipe.learning_rate:g}" + (
+        ", or training_dtype fp32" if recipe.dtype != torch.float32 else ""
+    )

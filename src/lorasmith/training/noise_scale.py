@@ -1,0 +1,73 @@
+"""The gradient noise scale: the batch size up to which a larger batch still makes steps better in proportion; pure.
+
+McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared length
+of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ the
+covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|². Far
+below it a step is mostly noise and twice the batch is worth nearly twice the steps; far above it a larger batch is
+wasted.
+
+Both sizes are at hand where a step accumulates over at least two micro-batches, and nowhere else: the first of them is
+the small one, the step the big one. Stratified noise levels make a step's gradient a little quieter than independent
+draws would, and the estimate is of what noise is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["NoiseScale", "noise_terms"]
+
+
+def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
+    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may come out negative.
+
+    Args:
+        small_sq, big_sq: squared length of the mean gradient over `small` and over `big` samples.
+        small, big: samples, `small` < `big`.
+    """
+    true_sq = (big * big_sq - small * small_sq) / (big - small)
+    variance = (small_sq - big_sq) / (1 / small - 1 / big)
+    return true_sq, variance
+
+
+class NoiseScale:
+    """Follows the noise scale over a run: moving averages of both terms, and their ratio.
+
+    The ratio of averages is used, never the average of ratios, which is biased (appendix A.1).
+
+    Args:
+        decay: share of the averages that stays at each step.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        self._decay = decay
+        self._true_sq = 0.0
+        self._variance = 0.0
+
+    def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
+        """Take in a step; arguments as for `noise_terms`. One with a single micro-batch tells nothing."""
+        if small >= big:
+            return
+        true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
+        # Both start at 0, so both averages are too small by the same factor, which the ratio does not see.
+        self._true_sq = self._decay * self._true_sq + (1 - self._decay) * true_sq
+        self._variance = self._decay * self._variance + (1 - self._decay) * variance
+
+    @property
+    def value(self) -> float | None:
+        """Samples; None as long as the estimates make no sense (before two micro-batches were seen, or by chance)."""
+        if self._true_sq <= 0 or self._variance < 0:
+            return None
+        return self._variance / self._true_sq
+
+    def to_json(self) -> dict[str, Any]:
+        """The state, for a checkpoint."""
+        return {"decay": self._decay, "true_sq": self._true_sq, "variance": self._variance}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> NoiseScale:
+        """The tracker that `to_json` told of."""
+        scale = cls(state["decay"])
+        scale._true_sq, scale._variance = state["true_sq"], state["variance"]
+        return scale

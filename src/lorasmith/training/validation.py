@@ -1,0 +1,139 @@
+"""How well the model does on held-out images: always the same images at the same noise and the same noise levels.
+
+Everything that is drawn here is keyed by a constant and the image's name, and the objective is the native one in MSE,
+without weights, whatever the run trains with. So the losses of two steps, or of two runs with different settings,
+differ by what was learnt and by nothing else, and can be compared pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import TrainingError
+from lorasmith.core.placement import memory_format_for
+from lorasmith.core.random import keyed_normal, keyed_uniform
+from lorasmith.data.dataset import Sample
+from lorasmith.diffusion.losses import diffusion_loss
+from lorasmith.families.base import collate
+from lorasmith.families.model import Denoiser
+
+__all__ = ["Validator"]
+
+_SEED = 0  # a constant: runs with different seeds are judged alike
+
+
+class Validator:
+    """Measures the loss of held-out images on the denoiser as it is when called.
+
+    Noise levels are stratified: each image meets every one of `draws` equal parts of the schedule once, at a place of
+    its own inside the part, so that images together cover it finely. The noised latents are made anew each time: noise
+    costs little beside a forward pass, and keeping it would cost `draws` times the memory of the latents.
+
+    Args:
+        denoiser: the model; its schedule and parameterization count.
+        samples: the held-out ones. A sample that is there several times is looked at once.
+        draws: noise levels for each image.
+        batch_size: how many go through the denoiser together, where their shapes agree. It changes nothing but speed
+            and memory (and the last bits).
+        device, dtype: where the denoiser runs and the dtype that it is held in.
+
+    Attributes:
+        names: of the images, one for each row of the result.
+        quantiles: (images, draws) fp32, where in diffusion time each loss is measured: 0 is clean, 1 is noise.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        samples: Sequence[Sample],
+        *,
+        draws: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._denoiser = denoiser
+        self._samples = list({id(sample): sample for sample in samples}.values())
+        self._keys = _distinct([sample.name for sample in self._samples])
+        self._device, self._dtype = device, dtype
+        self._memory_format = memory_format_for(denoiser.module)
+        self.names = tuple(sample.name for sample in self._samples)
+        offsets = torch.tensor([keyed_uniform(_SEED, "validation timestep", key) for key in self._keys])
+        self.quantiles = (torch.arange(draws) + offsets[:, None]) / draws
+        self._batches = _grouped(self._samples, draws, batch_size)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Losses (images, draws), fp32 on the CPU.
+
+        The denoiser is taken as it stands: the caller has put it on the device with what belongs on it, and has
+        switched dropout off. Without adapters attached, these are the losses of the base model.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        losses = torch.empty(self.quantiles.shape)
+        measured = [self._losses(batch) for batch in self._batches]
+        for batch, values in zip(self._batches, measured, strict=True):  # a GPU is waited for here, not batch by batch
+            rows, draws = zip(*batch, strict=True)
+            losses[list(rows), list(draws)] = values.cpu()
+        unsound = [name for name, row in zip(self.names, losses, strict=True) if not row.isfinite().all()]
+        if unsound:
+            raise TrainingError(
+                f"the loss of held-out images must be finite, got NaN or infinity for {', '.join(unsound)}; try a "
+                "lower learning rate" + ("" if self._dtype == torch.float32 else " or training_dtype fp32")
+            )
+        return losses
+
+    def _losses(self, batch: Sequence[tuple[int, int]]) -> Tensor:
+        """Losses (batch,) of pairs of image and draw."""
+        samples = [self._samples[row] for row, _ in batch]
+        clean = torch.stack([sample.latents for sample in samples])
+        noise = torch.stack(
+            [
+                keyed_normal(tuple(clean.shape[1:]), _SEED, "validation noise", f"{self._keys[row]}/{draw}")
+                for row, draw in batch
+            ]
+        )
+        components = self._denoiser.base.components
+        level = components.schedule.at(torch.stack([self.quantiles[row, draw] for row, draw in batch]))
+        noised = level.noised(clean, noise)
+        level = level.to(self._device)
+        clean, noise, noised = (
+            tensor.to(self._device, memory_format=self._memory_format) for tensor in (clean, noise, noised)
+        )
+        conditioning = collate([sample.conditioning for sample in samples]).to(self._device, self._dtype)
+        return diffusion_loss(
+            self._denoiser.predict(noised.to(self._dtype), level.time, conditioning),
+            clean=clean,
+            noise=noise,
+            noised=noised,
+            level=level,
+            parameterization=components.parameterization,
+            objective="native",
+            loss_function="MSE",
+        )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Keys for the random numbers: names, with a number behind those that are there before."""
+    seen: dict[str, int] = {}
+    keys = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        keys.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return keys
+
+
+def _grouped(samples: Sequence[Sample], draws: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Pairs of image and draw in batches of equal shapes."""
+    groups: dict[object, list[tuple[int, int]]] = {}
+    for row, sample in enumerate(samples):
+        shapes = frozenset((key, tensor.shape) for key, tensor in sample.conditioning.tensors.items())
+        groups.setdefault((sample.latents.shape, shapes), []).extend((row, draw) for draw in range(draws))
+    return [
+        pairs[start : start + batch_size] for pairs in groups.values() for start in range(0, len(pairs), batch_size)
+    ]

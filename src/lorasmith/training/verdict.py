@@ -1,0 +1,232 @@
+"""What validations say of a run, in numbers and in words; pure.
+
+Held-out images are looked at again and again at the same noise (`validation`), so two losses are compared by pairs:
+the difference is taken for each image, and its mean and confidence interval over images. Two kinds of chance are kept
+apart:
+
+- *Which images.* A difference counts where its 95 % interval (Student's t) leaves zero out. Fewer than `FEW_IMAGES`
+  images give no usable interval, so there each pair of image and noise level counts by itself: the interval then speaks
+  of these images alone, and the verdict says on how many it rests.
+- *Which step.* Weights jump about from step to step and take all images with them. How much is seen in the second
+  differences of the curve, which a trend leaves untouched, and a rise or fall must stand out from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasmith.core.errors import OptionError
+
+__all__ = ["FEW_IMAGES", "UNJUDGED", "History", "Judgement", "interval"]
+
+FEW_IMAGES = 5
+"""Below this many held-out images the interval is over pairs of image and noise level."""
+
+UNJUDGED = "overfitting cannot be judged: nothing is held out"
+"""The verdict where there are no validations."""
+
+_SMOOTH = 3  # validations that are averaged before two places on the curve are compared
+_FALL = 2.0  # jitters by which the curve must have fallen
+_RISE = 4.0  # jitters by which it must have risen: the best of many is low by luck as well
+_STEADY_RISE = 2.0  # enough where its slope since the best is this many of its standard errors:
+_STEADY_SLOPE = 3.0
+_SHARE_RISEN = 0.1  # of all that was gained, for a rise to matter
+_SHARE_FALLEN = 0.05  # of all that was gained, for a fall to matter
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One validation, judged; the fields are those of the `Validated` event."""
+
+    step: int
+    loss: float
+    base_loss: float
+    low: float
+    high: float
+    best: bool
+    best_step: int
+    verdict: str
+
+
+class History:
+    """The validations of a run so far.
+
+    Args:
+        base: losses of the base model, (images, draws).
+
+    Raises:
+        OptionError: there is one image at one noise level, which leaves nothing to estimate an error from.
+    """
+
+    def __init__(self, base: Sequence[Sequence[float]]) -> None:
+        self._base_table = np.asarray(base, dtype=np.float64)
+        self.images = len(self._base_table)
+        self._base = self._units(self._base_table)
+        self._steps: list[int] = []
+        self._tables: list[Array] = []  # (images, draws) each
+        self._curve: list[Array] = []  # the same by what counts as one observation
+        if len(self._base) < 2:
+            raise OptionError(
+                "validation needs two images or two noise levels at least, got one of each; raise validation_draws"
+            )
+
+    def add(self, step: int, losses: Sequence[Sequence[float]]) -> Judgement:
+        """Take in the losses, (images, draws), after `step` updates; what was there from that step on is forgotten."""
+        while self._steps and self._steps[-1] >= step:
+            for column in (self._steps, self._tables, self._curve):
+                column.pop()
+        self._append(step, losses)
+        loss, base_loss = float(self._curve[-1].mean()), float(self._base.mean())
+        low, high = interval(self._curve[-1] - self._base)
+        return Judgement(step, loss, base_loss, low, high, self.since_best == 0, self.best_step, self.verdict)
+
+    @property
+    def best_step(self) -> int:
+        """Step of the lowest loss; the earliest of equals."""
+        return self._steps[self._best]
+
+    @property
+    def since_best(self) -> int:
+        """Validations after the best one."""
+        return len(self._steps) - 1 - self._best
+
+    def should_stop(self, patience: int) -> bool:
+        """Whether `patience` validations have passed without an improvement; 0 never stops."""
+        return bool(self._steps) and 0 < patience <= self.since_best
+
+    @property
+    def fall(self) -> float | None:
+        """Loss in the last third of the validations as a share of that in the first (geometric mean); None below 3."""
+        third = len(self._curve) // 3
+        if not third:
+            return None
+        early, late = (np.mean(part, axis=0) for part in (self._curve[:third], self._curve[-third:]))
+        return float(np.exp(np.mean(np.log(np.maximum(late, _TINY)) - np.log(np.maximum(early, _TINY)))))
+
+    @property
+    def verdict(self) -> str:
+        """What to make of it, in a sentence without a full stop."""
+        if not self._steps:
+            return "too early to say: nothing was validated yet"
+        few = f" (on {self.images} held-out image{'s' if self.images > 1 else ''} alone)"
+        return self._trend() + (few if self.images < FEW_IMAGES else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The state, for a checkpoint."""
+        return {
+            "base": self._base_table.tolist(),
+            "validations": [[step, table.tolist()] for step, table in zip(self._steps, self._tables, strict=True)],
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> History:
+        """The history that `to_json` told of."""
+        history = cls(state["base"])
+        for step, losses in state["validations"]:
+            history._append(step, losses)
+        return history
+
+    @property
+    def _best(self) -> int:
+        return int(np.argmin(self._means()))
+
+    def _append(self, step: int, losses: Sequence[Sequence[float]]) -> None:
+        self._steps.append(step)
+        self._tables.append(np.asarray(losses, dtype=np.float64))
+        self._curve.append(self._units(self._tables[-1]))
+
+    def _units(self, table: Array) -> Array:
+        """What counts as one observation: an image, or with few of them a pair of image and noise level."""
+        return table.mean(axis=1) if self.images >= FEW_IMAGES else table.reshape(-1)
+
+    def _means(self) -> Array:
+        return np.array([row.mean() for row in self._curve])
+
+    def _trend(self) -> str:
+        means = self._means()
+        falling = self._still_falling(means)
+        if interval(self._curve[self._best] - self._base)[1] >= 0:
+            if interval(self._curve[-1] - self._base)[0] > 0 and not falling:
+                return "worse than the base model; try a lower learning rate"
+            return ("still learning, but " if falling else "") + "no better than the base model so far"
+        if self._overfits(means):
+            return f"best at step {self.best_step}, overfitting since"
+        if falling:
+            return "still learning"
+        if len(means) <= _SMOOTH:
+            return "too early to say: better than the base model so far"
+        near = means[self._best] + max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
+        since = self._steps[int(np.argmax(means <= near))]
+        best = "" if since == self.best_step else f", best at {self.best_step}"
+        return f"levelled off at about step {since}{best}"
+
+    def _still_falling(self, means: Array) -> bool:
+        if len(means) <= _SMOOTH:
+            return self.since_best == 0 and float(means[-1]) < self._base.mean()
+        back = max(_SMOOTH, len(means) // 4)
+        before = means[max(0, len(means) - back - _SMOOTH) : len(means) - back].mean()
+        fallen = float(before - means[-_SMOOTH:].mean())
+        return fallen > max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
+
+    def _overfits(self, means: Array) -> bool:
+        if self.since_best < _SMOOTH:
+            return False
+        around = self._curve[max(0, self._best - 1) : self._best + 2]
+        risen = np.mean(self._curve[-_SMOOTH:], axis=0) - np.mean(around, axis=0)
+        jitter, rise = _jitter(means), float(risen.mean())
+        steady = _slope(means[self._best + 1 :]) > _STEADY_SLOPE * jitter
+        clear = rise > (_STEADY_RISE if steady else _RISE) * jitter and rise > _SHARE_RISEN * self._gain(means)
+        return clear and interval(risen)[0] > 0
+
+    def _gain(self, means: Array) -> float:
+        """All that was won since the start."""
+        return float(max(self._base.mean(), means[0]) - means.min())
+
+
+_TINY = 1e-12  # keeps logarithms finite
+
+# Quantiles 0.975 of Student's t for 1 to 10 degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval(differences: Array) -> tuple[float, float]:
+    """95 % confidence interval of the mean of at least two differences (Student's t)."""
+    n = len(differences)
+    half = _t_quantile(n - 1) * float(differences.std(ddof=1)) / math.sqrt(n)
+    mean = float(differences.mean())
+    return mean - half, mean + half
+
+
+def _t_quantile(freedom: int) -> float:
+    """Quantile 0.975; past the table the expansion in 1 / freedom, right to 0.003 (Abramowitz & Stegun 26.7.5)."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
+def _jitter(means: Array) -> float:
+    """Standard deviation of a curve about its trend, from the median size of its second differences.
+
+    Of independent noise with deviation s these have deviation √6·s, and half of them are below 0.6745 times that. 0 for
+    fewer than four values.
+    """
+    if len(means) < 4:
+        return 0.0
+    return float(np.median(np.abs(np.diff(means, n=2)))) / (0.6745 * math.sqrt(6))
+
+
+def _slope(values: Array) -> float:
+    """Slope of the straight line through equally spaced values, in standard errors for values of deviation 1."""
+    x = np.arange(len(values)) - (len(values) - 1) / 2
+    return float(x @ values / np.sqrt(x @ x))

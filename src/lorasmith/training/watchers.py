@@ -1,0 +1,131 @@
+"""What happens between the steps of a run besides checkpoints: validations and previews."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.data.dataset import Sample
+from lorasmith.families.model import Denoiser
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine, Recipe
+from lorasmith.training.events import Event, Validated
+from lorasmith.training.loop import Loop, Watcher
+from lorasmith.training.validation import Validator
+from lorasmith.training.verdict import History
+
+__all__ = ["PreviewWatch", "ValidationWatch"]
+
+_VALIDATIONS = 10
+_PREVIEWS = 4
+"""How many there are in a run when nothing is said."""
+
+
+class ValidationWatch(Watcher):
+    """Looks at the held-out images, keeps the best weights, and ends a run that only gets worse.
+
+    Args:
+        denoiser: what is trained.
+        samples: the held-out ones.
+        recipe: of the run.
+        config: of the run.
+        on_best: called with the loop when the weights are the best so far.
+
+    Attributes:
+        history: the validations, None before the first step.
+        best: the flat fp32 buffer of the best weights, on the CPU.
+    """
+
+    name = "validation"
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        samples: Sequence[Sample],
+        recipe: Recipe,
+        config: TrainConfig,
+        on_best: Callable[[Loop], None] = lambda loop: None,
+    ) -> None:
+        self.history: History | None = None
+        self.best: Tensor | None = None
+        self._every = config.validate_every or max(1, config.steps // _VALIDATIONS)
+        self._patience = config.patience
+        self._on_best = on_best
+        self._losses = Validator(
+            denoiser,
+            samples,
+            draws=config.validation_draws,
+            batch_size=max(config.batch_size, 4),
+            device=recipe.device,
+            dtype=recipe.dtype,
+        )
+
+    def begin(self, engine: Engine) -> None:
+        if self.history is None:
+            self.history = History(self._losses().tolist())
+
+    def due(self, loop: Loop) -> bool:
+        return loop.step % self._every == 0 or loop.step == loop.steps
+
+    def __call__(self, loop: Loop) -> str | None:
+        assert self.history is not None
+        with loop.engine.evaluating() as weights:
+            judgement = self.history.add(loop.step, self._losses().tolist())
+            if judgement.best:
+                self.best = weights.to("cpu", copy=True)
+        if judgement.best:
+            self._on_best(loop)
+        loop.tell(Validated(**asdict(judgement)))
+        return "stopped" if self.history.should_stop(self._patience) else None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return (
+            {} if self.best is None else {"best": self.best},
+            {} if self.history is None else {"history": self.history.to_json()},
+        )
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self.best = tensors.get("best")
+        self.history = History.from_json(numbers["history"]) if "history" in numbers else None
+
+
+class PreviewWatch(Watcher):
+    """Draws pictures from the LoRA as it would be saved.
+
+    Args:
+        draw: draws the LoRA saved at a path after a step, the last one or not, and returns what to tell.
+        save: saves the LoRA that the adapters hold.
+        path: where to; the file is removed afterwards.
+        config: of the run.
+    """
+
+    bare = True  # a preview loads the file onto the model as users have it
+
+    def __init__(
+        self,
+        draw: Callable[[int, Path, bool], Sequence[Event]],
+        save: Callable[[Loop, Path], None],
+        path: Path,
+        config: TrainConfig,
+    ) -> None:
+        self._draw = draw
+        self._save = save
+        self._path = path
+        self._every = config.preview_every or max(1, config.steps // _PREVIEWS)
+
+    def due(self, loop: Loop) -> bool:
+        return loop.step % self._every == 0 and loop.step < loop.steps  # the last one is drawn from the final file
+
+    def __call__(self, loop: Loop) -> None:
+        try:
+            with loop.engine.exported(), torch.no_grad():
+                self._save(loop, self._path)
+            for event in self._draw(loop.step, self._path, False):
+                loop.tell(event)
+        finally:
+            self._path.unlink(missing_ok=True)
