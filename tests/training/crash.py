@@ -2,10 +2,10 @@
 
     python -m tests.training.crash --kills 200
 
-Each trial trains in a child process, which is killed (SIGKILL, nothing is told to it) after a random time, or by itself
-in the middle of writing a random file; the run is started again, killed again, and in the end let through. Then the LoRA
-must have the tensors, and the log the losses, of the run that was never killed. After each kill every file is looked at:
-none may be unreadable.
+Each trial trains in a child process, which is killed (SIGKILL, nothing is told to it) after a random time, or by
+itself in the middle of writing a random file; the run is started again, killed again, and in the end let through. Then
+the LoRA must have the tensors, and the log the losses, of the run that was never killed. After each kill every file is
+looked at: none may be unreadable.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def check_readable(folder: Path) -> int:
-    """Read everything that a killed run left; returns the number of files. Half-written temporary files are no files."""
+    """Read everything that a killed run left, half-written temporary files aside; returns the number of files."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     for path in files:
         if path.suffix == ".safetensors":
