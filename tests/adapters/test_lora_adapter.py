@@ -196,7 +196,7 @@ def test_lora_plus_takes_pefts_steps() -> None:
             peer(x).square().sum().backward()
             optimizer.step()
 
-    assert sorted(rate for _, rate in flat.groups) == pytest.approx([1e-2, 16e-2])
+    assert sorted(group.rate for group in flat.groups) == pytest.approx([1e-2, 16e-2])
     for name, adapter in adapters.items():
         torch.testing.assert_close(adapter.down, theirs[name].lora_A["default"].weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(adapter.up, theirs[name].lora_B["default"].weight, rtol=1e-4, atol=1e-5)

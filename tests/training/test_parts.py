@@ -1,22 +1,16 @@
-"""Flat buffers, gated optimizers, the loss scale, checkpointing's blocks, batches."""
+"""Flat buffers, the loss scale, checkpointing's blocks."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training.batches import BatchMaker, prefetched
 from lorasmith.training.checkpointing import blocks_at_depth
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.mailbox import Mailbox
-from lorasmith.training.optimizers import OPTIMIZERS, GatedOptimizer
+from lorasmith.training.optimizers import GatedOptimizer
 from lorasmith.training.precision import LossScale
 
 CPU = torch.device("cpu")
@@ -52,9 +46,8 @@ def test_flat_parameters_keep_values_and_sum_gradients_in_fp32(dtype: torch.dtyp
 
 def test_bf16_training_moves_what_a_bf16_master_would_not() -> None:
     value = {"w": nn.Parameter(torch.ones(64))}
-    flat = FlatParameters(value, device=CPU, dtype=torch.bfloat16)
-    flat.master.grad = flat.grad
-    optimizer = GatedOptimizer("AdamW", [(flat.master, 1e-4)], weight_decay=0.0)
+    flat = FlatParameters(value, device=CPU, dtype=torch.bfloat16, rates={"w": 1e-4})
+    optimizer = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
     flat.grad.fill_(1.0)
     for _ in range(10):
         optimizer.step(torch.tensor(True))
@@ -66,53 +59,34 @@ def test_bf16_training_moves_what_a_bf16_master_would_not() -> None:
 def test_groups_are_parts_of_the_buffers_with_a_rate_each() -> None:
     values = parameters()
     flat = FlatParameters(values, device=CPU, dtype=torch.float32, rates={"a": 1e-3, "b": 1e-4, "c": 1e-3})
-    (first, fast), (second, slow) = flat.groups
+    first, second = flat.groups
 
-    assert (fast, slow) == (1e-3, 1e-4)
-    assert first.numel() + second.numel() == flat.master.numel()
-    for name, group in (("a", first), ("b", second), ("c", first)):
+    assert (first.rate, second.rate) == (1e-3, 1e-4)
+    assert first.flat.numel() + second.flat.numel() == flat.master.numel()
+    for name, group in (("a", first.flat), ("b", second.flat), ("c", first.flat)):
         part = flat.view(flat.master, name)
         assert group.data_ptr() <= part.data_ptr() < group.data_ptr() + 4 * group.numel()
         assert part.data_ptr() % 64 == flat.master.data_ptr() % 64
     flat.view(flat.grad, "b").fill_(2.0)
-    assert second.grad is not None
-    assert second.grad.sum() == 14
+    assert second.flat.grad is not None
+    assert second.flat.grad.sum() == 14
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_two_groups_are_two_optimizers(name: str) -> None:
-    def run(*groups: tuple[torch.Tensor, float]) -> None:
-        for flat, _ in groups:
-            flat.grad = torch.full_like(flat, 0.5)
-        optimizer = GatedOptimizer(name, groups, weight_decay=0.01)
-        for step in range(3):
-            for flat, _ in groups:
-                flat.grad.fill_(0.5 + step)
-            optimizer.step(torch.tensor(step != 1))
-
-    together, apart = (torch.ones(64), torch.ones(32)), (torch.ones(64), torch.ones(32))
-    run((together[0], 0.1), (together[1], 0.02))
-    for flat, rate in zip(apart, (0.1, 0.02), strict=True):
-        run((flat, rate))
-    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
-    assert together[0][0] != together[1][0]
+def test_views_of_a_group_are_its_parameters_in_the_buffers() -> None:
+    values = parameters()
+    flat = FlatParameters(values, device=CPU, dtype=torch.bfloat16, rates={"a": 1e-3, "b": 1e-4, "c": 1e-3})
+    (a, c), (b,) = (group.views for group in flat.groups)
+    for name, leaf in {"a": a, "b": b, "c": c}.items():
+        assert leaf.is_leaf
+        assert leaf.shape == values[name].shape
+        assert leaf.data_ptr() == flat.view(flat.master, name).data_ptr()
+        assert leaf.grad is not None
+        assert leaf.grad.data_ptr() == flat.view(flat.grad, name).data_ptr()
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_a_step_that_may_not_proceed_changes_nothing(name: str) -> None:
-    def run(poisoned: bool) -> torch.Tensor:
-        flat = torch.ones(64)
-        flat.grad = torch.full((64,), 0.5)
-        optimizer = GatedOptimizer(name, [(flat, 0.1)], weight_decay=0.01)
-        for step in range(4):
-            if poisoned:
-                flat.grad.fill_(float("nan"))
-                optimizer.step(torch.tensor(False))
-            flat.grad.fill_(0.5 + step)
-            optimizer.step(torch.tensor(True))
-        return flat
-
-    assert torch.equal(run(poisoned=False), run(poisoned=True))
+def test_groups_are_whole_blocks_of_8_bit_state() -> None:
+    flat = FlatParameters(parameters(), device=CPU, dtype=torch.float32, rates={"a": 1e-3})
+    assert [group.flat.numel() % 256 for group in flat.groups] == [0, 0]
 
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_when_calm() -> None:
@@ -141,68 +115,6 @@ def test_blocks_by_depth(tiny: Model) -> None:
     assert "down_blocks.0.attentions.0.transformer_blocks.0" in depth[3]
     assert depth[5]  # past the nesting there are still blocks
     assert all(list(unet.get_submodule(path).children()) for paths in depth.values() for path in paths)
-
-
-def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
-    base = {"seed": 0, "batch_size": 4, "accumulation": 1, "repeatable_context": True}
-    return BatchMaker(
-        samples=dataset.samples,
-        schedule=tiny.components.schedule,
-        distribution=lambda u: u,
-        device=CPU,
-        dtype=torch.float32,
-        memory_format=torch.contiguous_format,
-        **(base | settings),
-    )
-
-
-@given(batch_size=st.integers(1, 9), accumulation=st.integers(1, 3), seed=st.integers(0, 2**64 - 1))
-def test_every_sample_is_seen_once_before_any_is_seen_twice(
-    dataset: EncodedDataset, tiny: Model, batch_size: int, accumulation: int, seed: int
-) -> None:
-    made = maker(dataset, tiny, batch_size=batch_size, accumulation=accumulation, seed=seed)
-    drawn = [made.sample(draw).name for draw in range(4 * len(dataset))]
-    for epoch in range(4):
-        assert len(set(drawn[epoch * len(dataset) : (epoch + 1) * len(dataset)])) == len(dataset)
-
-
-def test_draws_do_not_depend_on_how_they_are_batched(mixed: EncodedDataset, tiny: Model) -> None:
-    def draws(**settings: Any) -> dict[tuple[str, float], torch.Tensor]:
-        made = maker(mixed, tiny, **settings)
-        found = {}
-        for step in range(24 // made.per_step):
-            for batch in made.step(step):
-                for name, time, noised in zip(batch.names, batch.level.time, batch.noised, strict=True):
-                    found[name, time.item()] = noised
-        return found
-
-    one, six = draws(batch_size=1), draws(batch_size=6, accumulation=2)
-    assert one.keys() == six.keys()
-    assert all(torch.equal(one[key], six[key]) for key in one)
-
-
-def test_sizes_are_grouped_and_contexts_repeated(mixed: EncodedDataset, tiny: Model) -> None:
-    batches = maker(mixed, tiny, batch_size=8).step(0)
-    assert sorted(tuple(batch.clean.shape[2:]) for batch in batches) == [(8, 8), (8, 12)]
-    assert sum(len(batch.names) for batch in batches) == 8
-
-
-def test_captions_of_different_length_stay_apart_where_repeating_would_change_them(
-    mixed: EncodedDataset, tiny: Model
-) -> None:
-    batches = maker(mixed, tiny, batch_size=8, repeatable_context=False).step(0)
-    lengths = {name: s.conditioning.tensors["context"].shape[1] for s in mixed.samples for name in [s.name]}
-    for batch in batches:
-        assert {lengths[name] for name in batch.names} == {batch.conditioning.tensors["context"].shape[1]}
-    assert len(batches) == 3
-
-
-def test_prefetching_gives_every_step_in_order(dataset: EncodedDataset, tiny: Model) -> None:
-    made = maker(dataset, tiny)
-    got = list(prefetched(made, range(5)))
-    assert [step for step, _ in got] == [0, 1, 2, 3, 4]
-    for step, batches in got:
-        assert batches[0].names == made.step(step)[0].names
 
 
 def test_the_mailbox_delivers_in_order() -> None:

@@ -4,10 +4,10 @@
     compute   dtype (N,)         what the forward pass reads: the adapters' parameters are views of it
     grad      fp32 (N,)          gradients, summed over micro-batches, zeroed and never None
 
-Parameters of one group stand together, so that an optimizer gets one tensor per group. They stay separate autograd
-leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision autograd accumulates into a
-second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 it accumulates into `grad` itself,
-and compute and master are the same memory.
+Parameters of one group stand together, so that an element-wise optimizer gets one tensor per group. They stay separate
+autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision autograd accumulates
+into a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 it accumulates into `grad`
+itself, and compute and master are the same memory.
 
 A bf16 master would not do: at learning rate 1e-4 most AdamW updates are below half a unit in the last place.
 """
@@ -16,13 +16,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatParameters"]
+__all__ = ["FlatParameters", "ParameterGroup"]
 
 _ALIGNMENT = 32  # elements: a cache line of fp32, twice over, so that views start aligned in any dtype
+_GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps the rest of other sizes in fp32
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """What is learnt at one rate, in the two forms that optimizers want.
+
+    Attributes:
+        flat: part of the master buffer, (n,), with its gradient.
+        views: the parameters in it, in their own shapes, each with its gradient; the same memory.
+        rate: learning rate.
+    """
+
+    flat: Tensor
+    views: tuple[Tensor, ...]
+    rate: float
 
 
 class FlatParameters:
@@ -35,7 +52,7 @@ class FlatParameters:
         rates: learning rate by name, 0 for those that are not named; parameters of one rate are a group.
 
     Attributes:
-        groups: each group's part of `master`, with its gradient in `grad`, and its learning rate.
+        groups: the parameters by learning rate.
     """
 
     def __init__(
@@ -57,17 +74,18 @@ class FlatParameters:
             for name, parameter in group.items():
                 self._offsets[name] = size
                 size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            size = -(-size // _GROUP_ALIGNMENT) * _GROUP_ALIGNMENT
             ends.append(size)
         self.master = torch.zeros(size, device=device)
         self.grad = torch.zeros(size, device=device)
         half = dtype != torch.float32
         self._compute = torch.zeros(size, device=device, dtype=dtype) if half else self.master
         self._compute_grad = torch.zeros_like(self._compute) if half else self.grad
-        self.groups: list[tuple[Tensor, float]] = []
-        for start, end, rate in zip([0, *ends], ends, members, strict=False):
+        self.groups: list[ParameterGroup] = []
+        for start, end, (rate, group) in zip([0, *ends], ends, members.items(), strict=False):
             part = self.master[start:end]
             part.grad = self.grad[start:end]
-            self.groups.append((part, rate))
+            self.groups.append(ParameterGroup(part, tuple(map(self._leaf, group)), rate))
         for name, parameter in self._parameters.items():
             self.view(self.master, name).copy_(parameter.data)
             parameter.data = self.view(self._compute, name)
@@ -122,3 +140,9 @@ class FlatParameters:
         for name, parameter in self._parameters.items():
             parameter.grad = None
             parameter.data = self.view(self.master, name).to("cpu", copy=True)
+
+    def _leaf(self, name: str) -> Tensor:
+        """A parameter in the master buffer with its gradient."""
+        leaf = self.view(self.master, name)
+        leaf.grad = self.view(self.grad, name)
+        return leaf

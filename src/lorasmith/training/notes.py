@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from lorasmith.adapters.base import Adapter, FrozenLayer
 from lorasmith.adapters.difference import Difference
@@ -17,10 +17,18 @@ from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.training.config import TrainConfig, unused_settings
+from lorasmith.training.update_rules import default_rate, takes_weight_decay
 
 __all__ = ["notes_on", "notes_on_file", "notes_on_plan"]
 
 _FRESH_ONLY = ("algorithm", "alpha", "dora", "pissa", "rank", "rslora", "tucker", "zero_init")
+
+_SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
+    "final_rate": lambda schedule: schedule != "constant",
+    "schedule_cycles": lambda schedule: schedule == "cosine_restarts",
+    "schedule_power": lambda schedule: schedule == "polynomial",
+}
+"""Setting → whether a schedule looks at it."""
 
 
 def notes_on(
@@ -84,13 +92,27 @@ def _on_settings(config: TrainConfig) -> Iterator[str]:
         )
     if not config.gradient_checkpointing and not config.is_default("checkpoint_depth"):
         yield f"checkpoint_depth {config.checkpoint_depth} changes nothing without gradient_checkpointing."
-    if config.optimizer != "AdamW" and not config.is_default("weight_decay"):
-        yield f"weight_decay {config.weight_decay:g} changes nothing with {config.optimizer}; only AdamW decays."
+    yield from _on_learning(config)
     unused = {"zero_init"} if config.pissa else unused_settings(config.algorithm)
     for name in sorted(unused):
         if not config.is_default(name):
             variant = "pissa" if config.pissa else config.algorithm
             yield f"{name} {getattr(config, name)} changes nothing with {variant}, which does not use it."
+
+
+def _on_learning(config: TrainConfig) -> Iterator[str]:
+    """Settings of optimizer and schedule that change nothing beside the others, or not what they usually do."""
+    if not config.is_default("weight_decay") and not takes_weight_decay(config.optimizer):
+        yield f"weight_decay {config.weight_decay:g} changes nothing with {config.optimizer}, which has none here."
+    usual = default_rate(config.optimizer)
+    if usual is not None and config.learning_rate is not None and config.learning_rate <= usual / 10:
+        yield (
+            f"learning_rate {config.learning_rate:g} is a share of the rate that {config.optimizer} finds by itself; "
+            f"{usual:g} is usual."
+        )
+    for name, takes in _SCHEDULES_WITH.items():
+        if not config.is_default(name) and not takes(config.schedule):
+            yield f"{name} {getattr(config, name):g} changes nothing with schedule {config.schedule}."
 
 
 def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
