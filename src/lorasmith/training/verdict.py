@@ -155,7 +155,7 @@ class History:
             return "still learning"
         if len(means) <= _SMOOTH:
             return "too early to say: better than the base model so far"
-        near = means[self._best] + max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
+        near = self._last_stretch().mean() + max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
         since = self._steps[int(np.argmax(means <= near))]
         best = "" if since == self.best_step else f", best at {self.best_step}"
         return f"levelled off at about step {since}{best}"
