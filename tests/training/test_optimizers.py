@@ -127,6 +127,31 @@ def test_a_step_that_may_not_proceed_changes_nothing(name: str) -> None:
     assert torch.equal(run.take(range(4, 6)).flat.master, Run(name).take(range(6)).flat.master)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("SGD", "momentum=0.9 nesterov=True"),
+        ("AdamW", "amsgrad=True fused=False"),
+        ("RMSprop", "centered=True momentum=0.9"),
+        ("Adafactor", "beta1=0.9 scale_parameter=True"),
+        ("Prodigy", "safeguard_warmup=True use_bias_correction=True growth_rate=1.02"),
+        ("ScheduleFree", "warmup_steps=3 foreach=False"),
+    ],
+)
+def test_state_that_arguments_add_is_stored_and_gated(name: str, arguments: str) -> None:
+    if package := OPTIMIZERS[name].package:
+        pytest.importorskip(package)
+    whole = Run(name, arguments).take(range(3))
+    again = Run(name, arguments)
+    again.flat.master.copy_(whole.flat.master)
+    again.optimizer.load(*whole.stored())
+    again.flat.grad.fill_(float("nan"))
+    again.optimizer.step(NO)
+    assert same(again.stored(), whole.stored())
+    assert torch.equal(again.take(range(3, 6)).flat.master, whole.take(range(3, 6)).flat.master)
+    assert not torch.equal(again.flat.master, Run(name).take(range(6)).flat.master)
+
+
 def test_groups_learn_at_their_rates(name: str) -> None:
     if name in ONE_RATE:
         pytest.skip("has one rate for everything")
