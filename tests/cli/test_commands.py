@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -83,6 +84,16 @@ def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path)
     assert parsed["components"] == {"denoiser": 56}
 
 
+def test_pictures_in_half_precision_are_nearly_the_same(lorasmith: Command, tmp_path: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        ran = lorasmith(
+            "generate", "--model", "lorasmith-tiny", "--prompt", "a cat", "--steps", 4, "--dtype", dtype,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+    full, half = (np.asarray(Image.open(path), float) for path in sorted((tmp_path / "output").iterdir()))
+    assert 0 < abs(full - half).mean() < 4
+
+
 def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Path) -> None:
     workflow = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "lorasmith-tiny.safetensors"}},
@@ -132,6 +143,7 @@ WRONG = {
         "a LoRA's strength must be a number, got 'strong'",
     ),
     "width": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--width", 100), "width must divide by 16"),
+    "dtype": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--dtype", "int8"), "a dtype is one of fp32"),
     "sampler": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--sampler", "eular"), "euler"),
     "no workflow": (("run", "nowhere.json"), "nowhere.json cannot be read"),
     "not JSON": (("run", "file.txt"), "JSON"),

@@ -63,6 +63,16 @@ def test_targets_are_the_formulas() -> None:
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
+def test_the_clean_samples_error_is_the_predictions_scaled(name: str) -> None:
+    kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]
+    noised, one, two = (torch.randn(5, 4, dtype=torch.float64) for _ in range(3))
+    level = schedule.at(torch.linspace(0.05, 0.95, 5))
+    error = (kind.clean(one, noised, level) - kind.clean(two, noised, level)).square().mean(1)
+
+    torch.testing.assert_close(error.float(), kind.clean_scale(level) * (one - two).square().mean(1).float())
+
+
+@pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 2, 2), (3, 4, 2, 2, 2)])
 def test_each_sample_has_its_own_level(name: str, shape: tuple[int, ...]) -> None:
     kind, schedule = PARAMETERIZATIONS[name], PAIRS[name][1]

@@ -11,8 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseLevel, per_sample, shifted
+from lorasmith.diffusion.schedule import (
+    DiscreteSchedule,
+    FlowSchedule,
+    NoiseLevel,
+    NoiseSchedule,
+    check_noising,
+    per_sample,
+    shifted,
+)
 
 SD = DiscreteSchedule.scaled_linear()
 STEPS = torch.tensor([0, 1, 17, 250, 500, 777, 998, 999])
@@ -146,3 +155,65 @@ def test_levels_move_together() -> None:
     level = SD.at(torch.tensor([0.5])).to("meta")
 
     assert {level.alpha.device.type, level.sigma.device.type, level.time.device.type} == {"meta"}
+
+
+def test_a_zero_terminal_schedule_is_diffusers_rescaled_one() -> None:
+    from diffusers import DDPMScheduler
+
+    reference = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    )
+    level = SD.zero_terminal().at((torch.arange(1000).double() + 0.5) / 1000)
+
+    torch.testing.assert_close(level.alpha**2, reference.alphas_cumprod, rtol=5e-4, atol=1e-7)
+    assert level.alpha[0] == SD.at(torch.zeros(1)).alpha
+
+
+def test_the_last_step_of_a_zero_terminal_schedule_is_pure_noise() -> None:
+    level = SD.zero_terminal().at(torch.tensor([0.9999]))
+    clean, noise = torch.randn(1, 4), torch.randn(1, 4)
+
+    assert (level.alpha.item(), level.sigma.item(), level.time.item()) == (0, 1, 999)
+    assert torch.equal(level.noised(clean, noise), noise)
+    assert torch.equal(PARAMETERIZATIONS["v"].target(clean, noise, level), -clean)
+    assert torch.equal(PARAMETERIZATIONS["v"].clean(-clean, noise, level), clean)
+
+
+def test_samplers_numbers_of_a_zero_terminal_schedule_are_finite() -> None:
+    schedule = SD.zero_terminal()
+    top = schedule.sigmas[-1:]
+    noise = torch.randn(1, 4)
+    level = schedule.at_sigma(top)
+
+    assert bool(schedule.sigmas.isfinite().all())
+    assert bool((schedule.sigmas.diff() > 0).all())
+    assert schedule.timestep(schedule.sigmas).tolist() == list(range(1000))
+    torch.testing.assert_close(schedule.sigma(torch.arange(1000)), schedule.sigmas, rtol=1e-5, atol=1e-7)
+    seen = schedule.model_input(schedule.initial(noise, torch.zeros(1, 4), top.item()), level)
+    torch.testing.assert_close(seen, noise)
+    assert level.time.item() == 999
+
+
+def test_a_flow_ends_in_pure_noise_as_it_is() -> None:
+    flow = FlowSchedule(3.0)
+
+    assert flow.zero_terminal() is flow
+    assert flow.at(torch.ones(1)).alpha.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parameterization", "sentence"),
+    [
+        (SD, "epsilon", "this model predicts epsilon, which says nothing of a picture in pure noise"),
+        (FlowSchedule(), "flow", "this model is a flow, which ends in pure noise already; leave it out"),
+    ],
+)
+def test_what_a_zero_terminal_schedule_is_not_for(
+    schedule: NoiseSchedule, parameterization: str, sentence: str
+) -> None:
+    rule = f"^zero_terminal_snr is for v-prediction models with discrete timesteps, and {sentence}"
+
+    with pytest.raises(OptionError, match=rule):
+        check_noising(schedule, parameterization, zero_terminal_snr=True)
+    check_noising(schedule, parameterization, zero_terminal_snr=False)
+    check_noising(SD, "v", zero_terminal_snr=True)

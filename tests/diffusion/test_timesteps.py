@@ -1,7 +1,8 @@
-"""Distributions of diffusion time as maps from uniform numbers."""
+"""Distributions of diffusion time as maps from uniform numbers, and how evenly those numbers lie."""
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
+from lorasmith.core.random import keyed_permutation, keyed_uniform
+from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS, quantile_map, resolution_shift, uniform_numbers
+
+SD = DiscreteSchedule.scaled_linear()
+FLUX = FlowSchedule(math.exp(1.15))
+SIZE = (64, 64)
 
 
 @given(st.floats(0, 1, width=32))
@@ -48,3 +55,135 @@ def test_logit_normal_samples_have_the_moments_of_a_sigmoid_of_normal_samples() 
 
     assert ours.mean().item() == pytest.approx(0.5, abs=1e-6)
     assert ours.std().item() == pytest.approx(reference.std().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", [SD, FLUX])
+@pytest.mark.parametrize("name", TIMESTEP_DISTRIBUTIONS)
+def test_with_no_shift_asked_for_the_schedule_keeps_its_own(name: str, schedule: NoiseSchedule) -> None:
+    u = torch.linspace(0, 1, 101)
+
+    assert torch.equal(quantile_map(name, None, schedule)(u, SIZE), TIMESTEP_DISTRIBUTIONS[name](u))
+
+
+@given(st.floats(0.1, 20), st.floats(0, 1, width=32))
+def test_a_flows_own_shift_is_not_added_to_the_one_asked_for(shift: float, u: float) -> None:
+    level = FLUX.at(quantile_map("uniform", shift, FLUX)(torch.tensor([u]), SIZE))
+
+    assert level.sigma.item() == pytest.approx(shift * u / (1 + (shift - 1) * u), rel=1e-5, abs=1e-6)
+
+
+def test_a_shift_moves_the_step_index_of_a_discrete_schedule() -> None:
+    time = SD.at(quantile_map("uniform", 3.0, SD)(torch.tensor([0.25, 0.5]), SIZE)).time
+
+    assert time.tolist() == [500.0, 750.0]
+
+
+@pytest.mark.parametrize("name", ["uniform", "logit_normal"])
+def test_a_shift_comes_after_the_distribution(name: str) -> None:
+    """As in kohya's scripts, where `t = sigmoid(normal)` is shifted, not the normal."""
+    u = torch.linspace(0.01, 0.99, 99)
+    time = TIMESTEP_DISTRIBUTIONS[name](u)
+
+    torch.testing.assert_close(FLUX.at(quantile_map(name, 2.2, FLUX)(u, SIZE)).sigma, 2.2 * time / (1 + 1.2 * time))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (128, 128), (96, 160), (64, 200), (160, 160)])
+def test_the_shift_by_size_is_diffusers(height: int, width: int) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    mu = calculate_shift((height // 2) * (width // 2))
+    u = torch.linspace(0.01, 1, 50)
+    sigmas = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(mu, 1.0, u)
+
+    assert resolution_shift(height, width) == pytest.approx(math.exp(mu), rel=1e-9)
+    for schedule in (FLUX, FlowSchedule(1.0), FlowSchedule(3.0)):
+        found = schedule.at(quantile_map("shifted", None, schedule)(u, (height, width))).sigma
+        torch.testing.assert_close(found, sigmas, rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_fixes_the_shift_whatever_the_size() -> None:
+    u = torch.linspace(0, 1, 11)
+    fixed = quantile_map("shifted", 2.0, FLUX)
+
+    assert torch.equal(fixed(u, (32, 32)), fixed(u, (128, 128)))
+    assert torch.equal(fixed(u, SIZE), quantile_map("uniform", 2.0, FLUX)(u, SIZE))
+
+
+@given(seed=st.integers(0, 2**64 - 1), draws=st.lists(st.integers(0, 2**40), max_size=5))
+def test_without_strata_each_draw_has_its_own_keyed_number(seed: int, draws: list[int]) -> None:
+    found = uniform_numbers(draws, seed=seed, stratified=False)
+
+    assert torch.equal(found, torch.tensor([keyed_uniform(seed, "timestep", draw) for draw in draws]))
+
+
+@given(seed=st.integers(0, 2**64 - 1), block=st.integers(0, 2**20), level=st.integers(0, 6))
+def test_a_batch_has_one_draw_in_each_of_its_parts_of_the_range(seed: int, block: int, level: int) -> None:
+    size = 2**level
+    numbers = uniform_numbers(range(block * size, (block + 1) * size), seed=seed, stratified=True)
+
+    assert sorted((numbers.double() * size).long().clamp(max=size - 1).tolist()) == list(range(size))
+
+
+@given(seed=st.integers(0, 2**64 - 1), first=st.integers(0, 2**30), size=st.integers(1, 60))
+def test_a_batch_of_any_size_leaves_no_part_out(seed: int, first: int, size: int) -> None:
+    """Wherever it begins: n draws hold a whole run of more than n/4 that begins at a multiple of its length."""
+    edges = torch.tensor([0.0, *sorted(uniform_numbers(range(first, first + size), seed=seed, stratified=True)), 1.0])
+
+    assert edges.diff().max() <= min(1, 2 / (2 ** math.floor(math.log2((size + 1) / 2)))) + 1e-6
+
+
+def test_numbers_do_not_depend_on_how_draws_are_batched() -> None:
+    together = uniform_numbers(range(1000, 1050), seed=3, stratified=True)
+    apart = torch.cat([uniform_numbers([draw], seed=3, stratified=True) for draw in range(1000, 1050)])
+
+    assert torch.equal(together, apart)
+    assert not torch.equal(together, uniform_numbers(range(1000, 1050), seed=4, stratified=True))
+
+
+def test_each_draw_is_uniform_over_seeds() -> None:
+    for draw in (0, 1, 7, 1023, 5000):
+        numbers = torch.cat([uniform_numbers([draw], seed=seed, stratified=True) for seed in range(1000)])
+        assert _distance_from_uniform(numbers) < 1.63 / math.sqrt(1000)  # Kolmogorov-Smirnov at 1 %
+
+
+def test_the_draws_of_a_run_are_uniform() -> None:
+    numbers = uniform_numbers(range(300, 1300), seed=0, stratified=True)
+
+    assert _distance_from_uniform(numbers) < 0.01  # independent draws are about 0.03 away
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8, 16])
+def test_the_mean_over_a_batch_varies_less(size: int) -> None:
+    """Of a loss that falls with the noise level, as that of epsilon does."""
+
+    def variance(*, stratified: bool) -> float:
+        numbers = torch.cat([uniform_numbers(range(60 * size), seed=s, stratified=stratified) for s in range(20)])
+        losses = (-3 * numbers.double()).exp().reshape(-1, size).mean(1)
+        return (losses - (1 - math.exp(-3)) / 3).square().mean().item()
+
+    bound = {2: 0.5, 3: 0.6, 4: 0.2, 6: 0.3, 8: 0.06, 16: 0.03}[size]
+    assert variance(stratified=True) < bound * variance(stratified=False)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 6, 8, 12, 13, 16, 32, 64, 100])
+def test_every_image_meets_the_whole_range(images: int) -> None:
+    """Over 64 epochs, whose orders and the sequence could be in step with one another."""
+    epochs = 64
+    numbers = uniform_numbers(range(images * epochs), seed=1, stratified=True).reshape(epochs, images)
+    met = torch.empty(images, epochs)
+    for epoch in range(epochs):
+        met[keyed_permutation(images, 1, "order", epoch), epoch] = numbers[epoch]
+
+    for numbers_of_one in met:
+        # One of a hundred independent samples of 64 is beyond 0.25 once in thirty; a missing quarter is 0.25 by itself.
+        assert _distance_from_uniform(numbers_of_one) < 0.27
+    assert (met > 0.75).any(1).all()
+    assert (met < 0.25).any(1).all()
+
+
+def _distance_from_uniform(numbers: torch.Tensor) -> float:
+    """Kolmogorov-Smirnov's."""
+    ordered, n = numbers.double().sort().values, len(numbers)
+    steps = torch.arange(n, dtype=torch.float64) / n
+    return torch.maximum(ordered - steps, steps + 1 / n - ordered).max().item()

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
@@ -24,6 +27,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Previewed
 from lorasmith.training.lora import Lora
 from lorasmith.training.train import TrainResult
 from lorasmith.workflow import Executor, validate
@@ -318,3 +322,20 @@ def test_a_replaced_lora_is_continued_anew(bench: Any) -> None:
     begun = bench.folders.output / "loras" / "fox_1_steps_00001_.safetensors"
     begun.write_bytes((bench.folders.output / "loras" / "fox_2_steps_00002_.safetensors").read_bytes())
     assert executor.run(validate(graph, bench.folders))["6"].outputs[2] == (3,)
+
+
+def test_preview_inputs_reach_the_engine(asked: Callable[..., Asked]) -> None:
+    assert (asked().config.previews, asked().config.preview_every) == (None, None)
+    config = asked(previews="a lion\na bus", preview_every=5).config
+    assert (config.previews, config.preview_every) == ("a lion\na bus", 5)
+
+
+def test_previews_are_shown_as_live_frames(bench: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    tell = training._teller(bench.context, 10, tmp_path)
+    tell(Previewed(step=4, prompts=("a cat",), paths=(str(tmp_path / "red.png"),), strength=1.0))
+    (event,) = bench.events
+    assert isinstance(event, NodeProgress) and (event.value, event.maximum) == (4, 10)
+    assert event.preview is not None
+    with Image.open(io.BytesIO(event.preview)) as frame:
+        assert frame.format == "JPEG"

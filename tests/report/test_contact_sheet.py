@@ -50,6 +50,14 @@ def test_short_rows_and_modes() -> None:
     assert sheet.width > 3 * 128
 
 
+def test_an_empty_place_stays_empty() -> None:
+    full = contact_sheet([[solid(RED), solid(BLUE)], [solid(RED), solid(RED)]], [], [])
+    sheet = contact_sheet([[None, solid(BLUE)], [solid(RED), None]], [], [])
+    assert sheet.size == full.size
+    assert extent(sheet, BLUE) == extent(full, BLUE)
+    assert extent(sheet, RED)[2] < extent(sheet, BLUE)[0]
+
+
 def test_labels_are_drawn_and_wrapped() -> None:
     picture = solid(RED, (128, 128))
     plain = contact_sheet([[picture]], [], [])

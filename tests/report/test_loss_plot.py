@@ -107,3 +107,18 @@ def test_smoothing_is_the_weighted_mean(losses: list[float], span: float) -> Non
     assert result[-1] == pytest.approx(np.average(losses, weights=weights), abs=1e-9)
     assert result[0] == losses[0]
     assert all(min(losses) - 1e-9 <= value <= max(losses) + 1e-9 for value in result)
+
+
+def test_held_out_losses_are_drawn_with_the_best_of_them(axes) -> None:
+    drawn = axes([0.5] * 9, validations=[(3, 0.45), (6, 0.4), (9, 0.42), (12, NAN)], base_loss=0.6)
+    by_label = {line.get_label(): line for line in drawn.lines}
+    assert by_label["held out"].get_xdata().tolist() == [3, 6, 9]
+    assert set(by_label["held out, without the LoRA"].get_ydata()) == {0.6}
+    [star] = [line for line in drawn.lines if line.get_marker() == "*"]
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([6], [0.4])
+    assert [text.get_text() for text in drawn.texts] == ["0.5", "0.4"]
+
+
+@pytest.mark.parametrize(("validations", "base"), [([(1, NAN)], NAN), ([(1, INF)], INF), ([], 0.5), ([(0, 0.3)], None)])
+def test_held_out_losses_that_say_nothing(validations: list[tuple[int, float]], base: float | None) -> None:
+    assert plot_losses([0.3], validations=validations, base_loss=base).startswith(b"\x89PNG")

@@ -85,7 +85,7 @@ def steps_done(first: int, last: int, *, total: int, images: int = 1, batch: int
         for index in range(batch):
             quantile = (index + float(rng.random())) / batch
             image = (step * batch + index) % images
-            trouble = 1.6 if image == images - 1 else 1.0
+            trouble = 2.5 if image == images - 1 else 1.0 - 0.75 * (image == 2) * min(1, step / total * 2)
             loss = level * trouble * (0.4 + 3 * (1 - quantile) ** 4) * float(rng.lognormal(0, 0.2))
             draws.append((image, quantile, loss))
         events.append(

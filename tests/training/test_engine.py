@@ -188,7 +188,7 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "targets": "all", "learning_rate": 1e-3} | settings))
     job = plan_job(tiny.denoiser, config)
     recipe = recipe_of(job, torch.device("cpu"))
-    maker = engine._batch_maker(tiny.denoiser, dataset.samples, recipe)
+    maker = engine.batch_maker(tiny.denoiser, dataset.samples, recipe)
     kept: list[Tensor] = []
     with prepared(tiny.denoiser, job.adapters, recipe):
         frozen = {parameter.data_ptr() for parameter in tiny.components.denoiser.parameters()}

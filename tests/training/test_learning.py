@@ -19,7 +19,7 @@ def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
     """Mean loss over the samples at noise that no run here has seen."""
     config = TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32")
     recipe = recipe_of(plan_job(denoiser, config), torch.device("cpu"))
-    maker = engine._batch_maker(denoiser, samples, recipe)  # type: ignore[arg-type]
+    maker = engine.batch_maker(denoiser, samples, recipe)  # type: ignore[arg-type]
     with torch.no_grad(), denoiser.active():
         losses = [engine.sample_losses(denoiser, batch, recipe) for step in range(8) for batch in maker.step(step)]
     return torch.cat(losses).mean().item()

@@ -1,18 +1,12 @@
-"""Flat buffers, the loss scale, checkpointing's blocks, batches."""
+"""Flat buffers, the loss scale, checkpointing's blocks."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training.batches import BatchMaker, prefetched
 from lorasmith.training.checkpointing import blocks_at_depth
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.mailbox import Mailbox
@@ -121,68 +115,6 @@ def test_blocks_by_depth(tiny: Model) -> None:
     assert "down_blocks.0.attentions.0.transformer_blocks.0" in depth[3]
     assert depth[5]  # past the nesting there are still blocks
     assert all(list(unet.get_submodule(path).children()) for paths in depth.values() for path in paths)
-
-
-def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
-    base = {"seed": 0, "batch_size": 4, "accumulation": 1, "repeatable_context": True}
-    return BatchMaker(
-        samples=dataset.samples,
-        schedule=tiny.components.schedule,
-        distribution=lambda u: u,
-        device=CPU,
-        dtype=torch.float32,
-        memory_format=torch.contiguous_format,
-        **(base | settings),
-    )
-
-
-@given(batch_size=st.integers(1, 9), accumulation=st.integers(1, 3), seed=st.integers(0, 2**64 - 1))
-def test_every_sample_is_seen_once_before_any_is_seen_twice(
-    dataset: EncodedDataset, tiny: Model, batch_size: int, accumulation: int, seed: int
-) -> None:
-    made = maker(dataset, tiny, batch_size=batch_size, accumulation=accumulation, seed=seed)
-    drawn = [made.sample(draw).name for draw in range(4 * len(dataset))]
-    for epoch in range(4):
-        assert len(set(drawn[epoch * len(dataset) : (epoch + 1) * len(dataset)])) == len(dataset)
-
-
-def test_draws_do_not_depend_on_how_they_are_batched(mixed: EncodedDataset, tiny: Model) -> None:
-    def draws(**settings: Any) -> dict[tuple[str, float], torch.Tensor]:
-        made = maker(mixed, tiny, **settings)
-        found = {}
-        for step in range(24 // made.per_step):
-            for batch in made.step(step):
-                for name, time, noised in zip(batch.names, batch.level.time, batch.noised, strict=True):
-                    found[name, time.item()] = noised
-        return found
-
-    one, six = draws(batch_size=1), draws(batch_size=6, accumulation=2)
-    assert one.keys() == six.keys()
-    assert all(torch.equal(one[key], six[key]) for key in one)
-
-
-def test_sizes_are_grouped_and_contexts_repeated(mixed: EncodedDataset, tiny: Model) -> None:
-    batches = maker(mixed, tiny, batch_size=8).step(0)
-    assert sorted(tuple(batch.clean.shape[2:]) for batch in batches) == [(8, 8), (8, 12)]
-    assert sum(len(batch.names) for batch in batches) == 8
-
-
-def test_captions_of_different_length_stay_apart_where_repeating_would_change_them(
-    mixed: EncodedDataset, tiny: Model
-) -> None:
-    batches = maker(mixed, tiny, batch_size=8, repeatable_context=False).step(0)
-    lengths = {name: s.conditioning.tensors["context"].shape[1] for s in mixed.samples for name in [s.name]}
-    for batch in batches:
-        assert {lengths[name] for name in batch.names} == {batch.conditioning.tensors["context"].shape[1]}
-    assert len(batches) == 3
-
-
-def test_prefetching_gives_every_step_in_order(dataset: EncodedDataset, tiny: Model) -> None:
-    made = maker(dataset, tiny)
-    got = list(prefetched(made, range(5)))
-    assert [step for step, _ in got] == [0, 1, 2, 3, 4]
-    for step, batches in got:
-        assert batches[0].names == made.step(step)[0].names
 
 
 def test_the_mailbox_delivers_in_order() -> None:

@@ -36,7 +36,7 @@ def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
     def loss_at_step_11(denoiser: Denoiser) -> float:
         config = TrainConfig(training_dtype="fp32", seed=9)
         recipe = recipe_of(plan_job(denoiser, config), torch.device("cpu"))
-        (batch,) = engine._batch_maker(denoiser, dataset.samples, recipe).step(10)
+        (batch,) = engine.batch_maker(denoiser, dataset.samples, recipe).step(10)
         with torch.no_grad(), denoiser.active():
             return engine.sample_losses(denoiser, batch, recipe).item()
 

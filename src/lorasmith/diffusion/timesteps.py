@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lorasmith.core.random import keyed_uniform
+from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 
@@ -24,8 +24,7 @@ QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 TIMESTEP_DISTRIBUTIONS: Registry[Callable[[Tensor], Tensor]] = Registry("timestep distribution")
 
 _INSIDE = 1e-6  # keeps the normal quantile function finite at both ends
-_GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction in units of 2^-64
-_WHOLE = 2**64
+_LEVELS = 10  # 1024 strata: two draws closer than that are alike to a model
 
 
 @TIMESTEP_DISTRIBUTIONS.register("uniform", "shifted")
@@ -44,16 +43,15 @@ def _logit_normal(u: Tensor) -> Tensor:
 def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Tensor:
     """Numbers in [0, 1] of global draw indices, (len(draws),) fp32.
 
-    Stratified ones are multiples of the golden ratio modulo 1, turned by one random number of the run. Each number is
-    uniform over seeds as before, but those of any n neighbouring draws lie about 1/n apart wherever the n begin, so
-    that steps of any size cover the range, and so do the steps that an optimizer's momentum averages over. Images
-    meet the sequence in the epochs' random orders, so that none of them keeps to a part of it.
+    Stratified ones are a scrambled van der Corput sequence (Owen 1995): of 2^k neighbouring draws that begin at a
+    multiple of 2^k, one falls in each of 2^k equal parts of the range, anywhere in it. Every number is still uniform
+    over seeds; steps of any size cover the range, and so do the small steps that momentum averages over. Images meet
+    the sequence in the epochs' random orders, so that none of them keeps to a part of the range.
     """
-    if not stratified:
-        return torch.tensor([keyed_uniform(seed, "timestep", draw) for draw in draws])
-    # In whole numbers, which lose no digits however long the run.
-    turn = int(keyed_uniform(seed, "timestep", "turn") * _WHOLE)
-    return torch.tensor([(turn + draw * _GOLDEN) % _WHOLE / _WHOLE for draw in draws])
+    numbers = [keyed_uniform(seed, "timestep", draw) for draw in draws]
+    if stratified:
+        numbers = [(_stratum(draw, seed) + inside) / 2**_LEVELS for draw, inside in zip(draws, numbers, strict=True)]
+    return torch.tensor(numbers)
 
 
 def quantile_map(distribution: str, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
@@ -86,3 +84,19 @@ def resolution_shift(height: int, width: int) -> float:
     """
     tokens = (height // 2) * (width // 2)
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+def _stratum(draw: int, seed: int) -> int:
+    """The stratum of a draw: each block of draws goes through all of them once, in an order of its own.
+
+    The order is a binary tree's: neighbours part at its root, draws of equal parity one level below, and so on, with a
+    coin at each node for which of the two goes left.
+    """
+    block, position = divmod(draw, 2**_LEVELS)
+    coins = torch.randint(2, (2**_LEVELS,), generator=keyed_generator(seed, "strata", block)).tolist()
+    stratum, node = 0, 1
+    for _ in range(_LEVELS):
+        position, digit = divmod(position, 2)
+        stratum = 2 * stratum + (digit ^ coins[node])
+        node = 2 * node + digit
+    return stratum

@@ -143,7 +143,7 @@ class RunPreviews:
             paths = files.write_strength(drawn, strength, step, lora.name)
             if strength != 1:  # which has been told of
                 yield self._previewed(step, paths, strength)
-        files.write_strengths_sheet(self._strengths)
+        files.write_strengths_sheet(self._strengths, step)
 
     def _previewed(self, step: int, paths: tuple[Path, ...], strength: float) -> Previewed:
         return Previewed(step=step, prompts=self._previewer.prompts, paths=tuple(map(str, paths)), strength=strength)
@@ -156,7 +156,7 @@ class RunPreviews:
 
 
 class PreviewFrames:
-    """A run's newest pictures as one small picture for user interfaces, those of the base above them.
+    """A run's newest pictures as one small picture for user interfaces: the base's, below it those of the step.
 
     Args:
         columns: prompts that are shown, the first of all.
@@ -165,17 +165,21 @@ class PreviewFrames:
 
     def __init__(self, *, columns: int = 4, cell: int = 192) -> None:
         self._columns, self._cell = columns, cell
-        self._base: list[Image.Image] = []
+        self._step = 0
+        self._rows: dict[float, list[Image.Image]] = {}  # by strength
 
-    def __call__(self, event: Previewed) -> bytes:
-        """JPEG of an event's pictures."""
-        pictures = [self._opened(path) for path in event.paths[: self._columns]]
-        if event.strength == 0:
-            self._base = pictures
-        rows = {"base": self._base} if self._base else {}
-        if event.strength != 0:
-            at = "" if event.strength == 1 else f", strength {event.strength:g}"
-            rows[f"step {event.step}{at}"] = pictures
+    def __call__(self, event: Previewed) -> bytes | None:
+        """JPEG of an event's pictures below those told of before of the same step and of the base; None if their files
+        are gone."""
+        if event.step != self._step:
+            self._step = event.step
+            self._rows = {strength: row for strength, row in self._rows.items() if strength == 0}
+        try:
+            self._rows[event.strength] = [self._opened(path) for path in event.paths[: self._columns]]
+        except OSError:  # a run does not end because somebody tidied up
+            return None
+        labels = {0.0: "base", 1.0: f"step {event.step}"}
+        rows = {labels.get(strength, f"strength {strength:g}"): row for strength, row in sorted(self._rows.items())}
         sheet = contact_sheet(
             list(rows.values()), list(rows), event.prompts[: self._columns], min_cell=self._cell, max_cell=self._cell
         )

@@ -19,6 +19,7 @@ from lorasmith.report.markup import Html, tag
 __all__ = ["Curves", "QuantileCurve", "loss_figure", "quantile_figure"]
 
 _FAULT = "#b4232f"
+_FEW = 20  # points that are shown as such
 _VARIABLES = {
     RAW: "--raw",
     SMOOTH: "--smooth",
@@ -54,20 +55,20 @@ class Curves:
 
 
 class QuantileCurve(Protocol):
-    """Training loss by noise level.
+    """Training loss by noise level over time.
 
     Attributes:
-        bins: the lowest and the highest quantile of each range of noise levels, 0 is clean and 1 noisy.
-        steps: the step in the middle of each stretch of the run.
-        losses: for each range its mean loss in each stretch; NaN where it was not drawn.
+        bins: edges of the bins in quantiles of the noise level, one more than there are bins: 0 is clean, 1 is noise.
+        steps: a step for each stretch of the run that is averaged.
+        losses: for each stretch and bin the mean loss, None where nothing was drawn.
     """
 
     @property
-    def bins(self) -> Sequence[tuple[float, float]]: ...
+    def bins(self) -> Sequence[float]: ...
     @property
-    def steps(self) -> Sequence[float]: ...
+    def steps(self) -> Sequence[int]: ...
     @property
-    def losses(self) -> Sequence[Sequence[float]]: ...
+    def losses(self) -> Sequence[Sequence[float | None]]: ...
 
 
 def loss_figure(curves: Curves, *, label: str) -> Html:
@@ -98,21 +99,25 @@ def quantile_figure(curve: QuantileCurve, *, label: str) -> Html:
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     ramp = LinearSegmentedColormap.from_list("noise", _RAMP)
-    last = max(1, len(curve.bins) - 1)
+    bins = list(zip(curve.bins, curve.bins[1:], strict=False))
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        for index, ((low, high), losses) in enumerate(zip(curve.bins, curve.losses, strict=True)):
-            known = [(step, loss) for step, loss in zip(curve.steps, losses, strict=True) if math.isfinite(loss)]
+        drawn: list[float] = []
+        for index, (low, high) in enumerate(bins):
+            column = [row[index] for row in curve.losses]
+            known = [(step, loss) for step, loss in zip(curve.steps, column, strict=True) if loss is not None]
             if known:
-                steps, values = zip(*known, strict=True)
-                name = f"{low * 100:.0f}–{high * 100:.0f} %"
-                trend = smoothed(values, span=3)
-                axes.plot(steps, trend, ".-", color=to_hex(ramp(index / last)), linewidth=2, label=name)
-        if all(loss > 0 for losses in curve.losses for loss in losses if math.isfinite(loss)):
-            axes.set_yscale("log")  # the clean end is often a hundred times the noisy one
-            _plain_ticks(axes)
+                trend = smoothed([loss for _, loss in known], span=3)
+                drawn += trend
+                colour = to_hex(ramp(index / max(1, len(bins) - 1)))
+                steps = [step for step, _ in known]
+                look = ".-" if len(steps) < _FEW else "-"
+                axes.plot(steps, trend, look, color=colour, linewidth=1.8, label=f"{low * 100:.0f}–{high * 100:.0f} %")
         style_axes(axes)
+        if min(drawn) > 0:  # the clean end is often a hundred times the noisy one
+            axes.set_yscale("log")
+            _plain_ticks(axes)
         axes.set_xlabel("step", color=TEXT)
         _legend(axes)
 

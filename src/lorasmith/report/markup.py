@@ -39,7 +39,14 @@ def section(heading: str, *children: object, id: str | None = None) -> Html:
     return tag("section", tag("h2", heading), *children, id=id)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, label: str, numbers: Iterable[int] = ()) -> Html:
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    label: str,
+    numbers: Iterable[int] = (),
+    wordy: bool = False,
+) -> Html:
     """A table that scrolls sideways by itself where it does not fit; the first cell of a row is its heading.
 
     Args:
@@ -47,6 +54,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, label: st
         rows: cells, as many as there are columns.
         label: what the table shows, for people who hear it.
         numbers: columns that are set flush right.
+        wordy: cells hold sentences, and are set below each other on a narrow screen.
     """
     sides = ["number" if index in set(numbers) else None for index in range(len(columns))]
     head = [tag("th", text, scope="col", class_=side) for text, side in zip(columns, sides, strict=True)]
@@ -54,11 +62,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, label: st
         tag(
             "tr",
             tag("th", row[0], scope="row"),
-            *(tag("td", cell, class_=side) for cell, side in zip(row[1:], sides[1:], strict=True)),
+            *(
+                tag("td", cell, class_=side, data_label=column)
+                for cell, side, column in zip(row[1:], sides[1:], columns[1:], strict=True)
+            ),
         )
         for row in rows
     ]
-    whole = tag("table", tag("thead", tag("tr", head)), tag("tbody", body))
+    whole = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_="wordy" if wordy else None)
     return tag("div", whole, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 

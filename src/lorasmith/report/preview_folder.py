@@ -70,10 +70,10 @@ class PreviewFolder:
         rows = {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
         return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
 
-    def write_strengths_sheet(self, strengths: Sequence[float]) -> Path:
+    def write_strengths_sheet(self, strengths: Sequence[float], step: int) -> Path:
         """`strengths.png`: the base and the finished LoRA at each strength below each other."""
         rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
-        return self._write_sheet("strengths.png", rows, f"{self._title} at several strengths")
+        return self._write_sheet("strengths.png", rows, f"{self._title} after {step} steps")
 
     def _write(self, stem: str, pictures: Sequence[Image.Image], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
         paths = []

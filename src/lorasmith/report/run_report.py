@@ -25,13 +25,15 @@ _IMAGES_SHOWN = 20
 
 
 class ImageRecord(Protocol):
-    """How well one training image is learnt.
+    """How training went on one image.
+
+    Levels are losses over what is usual at the same noise levels.
 
     Attributes:
         name: of the image.
-        looks: how often it was drawn.
-        first, last: its mean loss early and late in the run.
-        relative: its late loss over what images have on average at its noise levels; 1 is average.
+        looks: how often it was trained on.
+        first, last: its level early and late, 1 being what all images had early in the run.
+        relative: its level late in the run as a share of that of all images then.
         standing: what to make of it, in a word or two.
     """
 
@@ -215,7 +217,7 @@ def _validations(rows: Sequence[ValidationRow]) -> Html:
     ]
     columns = ("Step", "Held-out loss", "Against the base model", "95 % interval")
     label = "Loss of the held-out images"
-    return folded(f"{label}, in numbers", table(columns, cells, label=label, numbers=(0, 1, 2, 3)))
+    return folded(f"{label}, in numbers", table(columns, cells, label=label, numbers=(1, 2, 3)))
 
 
 def _change(value: float, base: float) -> str:
@@ -225,7 +227,7 @@ def _change(value: float, base: float) -> str:
 
 
 def _quantiles(curve: QuantileCurve | None) -> list[Html]:
-    if curve is None or not any(math.isfinite(loss) for losses in curve.losses for loss in losses):
+    if curve is None or not any(loss is not None for losses in curve.losses for loss in losses):
         return []
     says = (
         "Fine detail is learnt at the clean end (0 %), composition at the noisy one (100 %). The levels differ by "
@@ -244,16 +246,21 @@ def _images(images: Sequence[ImageRecord]) -> list[Html]:
     ordered = sorted(images, key=lambda one: (rank.get(one.standing, len(rank)), -_finite(one.relative), one.name))
     odd = [image for image in ordered if image.standing in rank]
     shown = max(len(odd), min(len(ordered), _IMAGES_SHOWN))
-    names = ", ".join(f"{sum(one.standing == word for one in odd)} {word}" for word in STANDINGS)
     says = (
-        f"Of {len(ordered):,} images, {names}. An image that is never fit often has a wrong caption or does not "
-        "belong; one that is memorised is drawn too often. Relative is the late loss over what images have on average "
-        "at the same noise levels."
+        f"{_standings(odd, len(ordered))} An image that is never fit often has a wrong caption or does not belong; one "
+        "that is memorised is drawn too often. Levels are losses over what is usual at the same noise levels: 1 is "
+        "what all images had at first."
     )
     parts = [tag("p", says), _image_table(ordered[:shown])]
     if rest := ordered[shown:]:
         parts.append(folded(f"{len(rest):,} more images", _image_table(rest)))
     return parts
+
+
+def _standings(odd: Sequence[ImageRecord], total: int) -> str:
+    counts = {word: sum(image.standing == word for image in odd) for word in STANDINGS}
+    found = " and ".join(f"{count:,} {'is' if count == 1 else 'are'} {word}" for word, count in counts.items() if count)
+    return f"Of {total:,} images, {found}." if found else f"None of the {total:,} images stands out."
 
 
 def _image_table(images: Sequence[ImageRecord]) -> Html:
@@ -262,13 +269,11 @@ def _image_table(images: Sequence[ImageRecord]) -> Html:
             tag("span", one.name, class_="name"),
             tag("span", one.standing, class_="odd") if one.standing in STANDINGS else one.standing,
             f"{one.looks:,}",
-            number(one.first),
-            number(one.last),
-            f"{one.relative:.2f}" if math.isfinite(one.relative) else "–",
+            *(f"{level:.2f}" if math.isfinite(level) else "–" for level in (one.first, one.last, one.relative)),
         )
         for one in images
     ]
-    columns = ("Image", "Standing", "Looks", "First loss", "Last loss", "Relative")
+    columns = ("Image", "Standing", "Looks", "Early level", "Late level", "Late, against all")
     return table(columns, rows, label="Training images", numbers=(2, 3, 4, 5))
 
 
@@ -290,10 +295,14 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
             )
             for one in changed
         ]
-        parts.append(table(("Setting", "Value", "Default", "Meaning"), rows, label="Settings that are not the default"))
+        parts.append(
+            table(
+                ("Setting", "Value", "Default", "Meaning"), rows, label="Settings that are not the default", wordy=True
+            )
+        )
     if same:
-        rows = [(one.name, _plain(one.value), one.help) for one in same]
-        whole = table(("Setting", "Value", "Meaning"), rows, label="Settings at their default")
+        kept = [(one.name, _plain(one.value), one.help) for one in same]
+        whole = table(("Setting", "Value", "Meaning"), kept, label="Settings at their default", wordy=True)
         parts.append(folded(f"{len(same)} settings at their default", whole))
     return parts
 
@@ -301,7 +310,7 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
 def _captions(captions: Sequence[tuple[str, str]]) -> Html:
     if not captions:
         return Html("")
-    return folded(f"{len(captions):,} captions", table(("Image", "Caption"), captions, label="Captions"))
+    return folded(f"{len(captions):,} captions", table(("Image", "Caption"), captions, label="Captions", wordy=True))
 
 
 def _plain(value: object) -> str:

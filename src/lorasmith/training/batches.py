@@ -7,7 +7,7 @@ each meets its own conditioning. How many do is free: a step in smaller pieces h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -158,7 +158,7 @@ class BatchMaker:
         return tensor.to(self.device, memory_format=self.memory_format, non_blocking=True)
 
 
-def prefetched(maker: BatchMaker, steps: range) -> Iterator[tuple[int, list[Batch]]]:
+def prefetched(maker: BatchMaker, steps: range) -> Generator[tuple[int, list[Batch]]]:
     """Each step with its batches, made one step ahead on another thread, which ends with the iterator.
 
     Who may stop early closes it (`contextlib.closing`): an exception keeps an unfinished iterator alive.

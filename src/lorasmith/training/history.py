@@ -24,6 +24,8 @@ _KINDS: dict[str, type[Event]] = {
     for kind in vars(event_module).values()
     if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
 }
+_DRAWS = ([int, float, float], [int, int, float], [int, float, int], [int, int, int])  # JSON has one kind of number
+_LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
 _E = TypeVar("_E", bound=Event)
 
 
@@ -114,11 +116,24 @@ def _event(line: str) -> Event | None:
     try:
         found = json.loads(line)
         kind = _KINDS[found.pop("event")]
-        known = {field.name: field for field in dataclasses.fields(kind)}
-        event = kind(**{name: _frozen(value) for name, value in found.items() if name in known})
+        known = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+        values: dict[str, Any] = {name: _frozen(value) for name, value in found.items() if name in known}
+        event = kind(**values)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return event if all(_fits(getattr(event, name), str(field.type)) for name, field in known.items()) else None
+    typed = all(_fits(getattr(event, name), annotation) for name, annotation in known.items())
+    return event if typed and _plausible(event) else None
+
+
+def _plausible(event: Event) -> bool:
+    """Whether the numbers can be what they say; everything after relies on it."""
+    step = getattr(event, "step", 1)
+    draws = getattr(event, "draws", ())
+    return (
+        0 <= event.at < _LAST_SECOND
+        and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP
+        and all(isinstance(draw, tuple) and list(map(type, draw)) in _DRAWS for draw in draws)
+    )
 
 
 def _fits(value: object, annotation: str) -> bool:

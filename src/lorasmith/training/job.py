@@ -23,12 +23,16 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora import Lora
 from lorasmith.training.notes import notes_on, notes_on_file
+from lorasmith.training.optimizers import check_optimizer
+from lorasmith.training.schedules import check_schedule
 from lorasmith.training.targets import parse_targets, resolve_targets
+from lorasmith.training.update_rules import default_rate
 
 __all__ = ["Job", "fresh_differences", "plan_job", "variant_of"]
 
@@ -97,6 +101,9 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     """
     _refuse_unavailable(config)
     device = torch.device(device or best_device())
+    components = denoiser.base.components
+    check_noising(components.schedule, components.parameterization, zero_terminal_snr=config.zero_terminal_snr)
+    check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
     asked, config = config, _decided(denoiser, config, device)
     plan = resolve_targets(denoiser, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser)
@@ -115,13 +122,20 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
             variant=variant_of(config),
         )
     differences = fresh_differences(denoiser, plan, config) | load_differences(module, existing.differences)
+    rates = _learning_rates(denoiser, asked, plan, existing.adapters)
+    check_optimizer(
+        config.optimizer,
+        weight_decay=config.weight_decay,
+        arguments=config.optimizer_args,
+        rates={config.learning_rate or 0.0, *rates.values()},
+    )
     return Job(
         config,
         asked,
         adapters,
         denoiser,
         differences,
-        _learning_rates(denoiser, asked, plan, existing.adapters),
+        rates,
         existing.carried,
         existing.steps,
         (
@@ -139,7 +153,9 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> T
     alpha = variant_of(config).default_alpha(config.algorithm, config.rank) if config.alpha is None else config.alpha
     return replace(
         config,
-        learning_rate=config.learning_rate or _default_rate(denoiser, config.algorithm),
+        learning_rate=config.learning_rate
+        or default_rate(config.optimizer)
+        or _default_rate(denoiser, config.algorithm),
         alpha=alpha,
         targets=config.targets or defaults.targets,
         timesteps=config.timesteps or defaults.timestep_distribution,
@@ -161,7 +177,7 @@ def _learning_rates(
 ) -> dict[str, float]:
     """Rates of targets that have one of their own, and of continued layers, whose algorithm may suit another one."""
     own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
-    if asked.learning_rate is not None:
+    if asked.learning_rate is not None or default_rate(asked.optimizer) is not None:
         return own
     return {path: _default_rate(denoiser, one.algorithm) for path, one in existing.items()} | own
 

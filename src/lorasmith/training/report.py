@@ -10,17 +10,23 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
+from statistics import geometric_mean
 from typing import Any
 
+from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.families.loading import BUILT_IN
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import steps_of
 from lorasmith.report.curves import Curves
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, number, run_report
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Previewed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
+from lorasmith.training.events import Previewed, Resumed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
 from lorasmith.training.history import RunHistory, read_history
+from lorasmith.training.ledger import ImageRecord, Ledger, QuantileCurve
+from lorasmith.training.run_folder import DONE
 
 __all__ = ["report_of", "write_report"]
 
@@ -30,6 +36,7 @@ _ENDS = {
     "cancelled": ("Cancelled", "fair"),
     "failed": ("Failed", "bad"),
 }
+_QUANTILES = 5  # more lines than that cannot be told apart
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, which is to stay small
 
 
@@ -51,6 +58,7 @@ def report_of(history: RunHistory) -> RunReport:
     steps = history.steps()
     status, mood = _ENDS.get(history.reason() or "", ("No end recorded", "fair"))
     before_after, progress = _pictures(history)
+    quantiles, images = _ledger(history)
     lora = _lora(history)
     return RunReport(
         title=str(history.record.get("title", history.folder.name)),
@@ -63,6 +71,8 @@ def report_of(history: RunHistory) -> RunReport:
         commands=_commands(history, lora),
         curves=_curves(history, steps),
         validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in _validations(history)],
+        quantiles=quantiles,
+        images=images,
         before_after=before_after,
         progress=progress,
         settings=_settings(_part(history.record, "config")),
@@ -107,8 +117,8 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     done, planned = steps[-1].step if steps else 0, _part(history.record, "config").get("steps")
     facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
     if before := history.record.get("steps_before"):
-        facts["steps before, of the LoRA continued"] = f"{before:,}"
-    facts["training time"] = duration(history.seconds())
+        facts["steps before, of the LoRA continued"] = str(before)
+    facts["training time"] = _duration(history.seconds())
     facts["images"] = f"{len(_samples(history.record)):,}"
     if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
         best = min(validations, key=lambda one: one.loss)
@@ -118,54 +128,53 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
         facts["trained numbers"] = f"{starts[0].parameters:,}"
         facts["layers"] = f"{starts[0].adapters:,}"
     if lora is not None:
-        facts["LoRA file"] = size(lora.stat().st_size)
+        facts["LoRA file"] = _size(lora.stat().st_size)
     return facts
 
 
 def _lora(history: RunHistory) -> Path | None:
-    """The LoRA that the run is for: the one of its name, else the newest."""
-    found = sorted(history.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-    named = [path for path in found if path.stem == history.record.get("title")]
-    return (named or found or [None])[-1]
+    path = history.folder / f"{history.record.get('title')}.safetensors"
+    return path if path.is_file() else None
 
 
 def _files(folder: Path, lora: Path | None) -> dict[str, str]:
-    others = sorted(path for path in folder.glob("*.safetensors") if path != lora)
-    named = [] if lora is None else [("LoRA", lora)]
-    named += [(f"Also there: {path.stem}", path) for path in others]
-    files = {label: f"{path.resolve()} ({size(path.stat().st_size)})" for label, path in named}
-    return {**(files or {"LoRA": "none was saved"}), "Folder of the run": str(folder.resolve())}
+    files = {"LoRA": "none was saved" if lora is None else _described(lora)}
+    if lora is not None and (best := lora.with_stem(f"{lora.stem}-best")).is_file():
+        files["Best on held-out images"] = _described(best)
+    return {**files, "Folder of the run": str(folder.resolve())}
+
+
+def _described(lora: Path) -> str:
+    """Where a LoRA is, with its size and how many steps made it."""
+    try:
+        steps = f", {steps_of(check_safetensors(lora).metadata, lora.name):,} steps"
+    except LorasmithError:  # not readable, which is for `lorasmith check` to explain
+        steps = ""
+    return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"
 
 
 def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
-    record = history.record
+    record, folder = history.record, str(history.folder.resolve())
     model, trigger = _part(record, "model"), _part(record, "data").get("trigger")
     base = model.get("name") if model.get("name") == BUILT_IN else model.get("path") or model.get("name")
-    caption = next((str(one["caption"]) for one in _samples(record) if one.get("caption")), "a picture")
+    caption = next((one["caption"] for one in _samples(record) if one.get("caption")), "a picture")
+    repeat = record.get("command")
     commands = {}
-    if history.reason() not in ("finished", "stopped"):
-        commands["Go on where it ended"] = _line(["lorasmith", "resume", str(history.folder.resolve())])
     if lora is not None:
-        use = [
-            "lorasmith",
-            "generate",
-            "--model",
-            str(base),
-            "--lora",
-            str(lora.resolve()),
-            "--prompt",
-            str(trigger or caption),
-        ]
+        use = ["lorasmith", "generate", "--model", base, "--lora", lora.resolve(), "--prompt", trigger or caption]
         commands["See it at work"] = _line(use)
-    if repeat := record.get("command"):
-        commands["Repeat the run"] = _line(list(map(str, repeat))) if isinstance(repeat, list) else str(repeat)
-    commands["Make this page again"] = _line(["lorasmith", "report", str(history.folder.resolve())])
+    if history.reason() not in DONE:
+        commands["Go on where it ended"] = _line(["lorasmith", "resume", folder])
+    if isinstance(repeat, list) and repeat:
+        commands["Repeat the run"] = _line(repeat)
+    commands["Make this page again"] = _line(["lorasmith", "report", folder])
     return commands
 
 
-def _line(arguments: Sequence[str]) -> str:
+def _line(arguments: Sequence[object]) -> str:
     """A command line to copy: a caption in it must not become a command of its own."""
-    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+    texts = list(map(str, arguments))
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
@@ -187,6 +196,26 @@ def _validations(history: RunHistory) -> list[Validated]:
     """The last look at each step, in order: a run that was resumed may have looked twice."""
     latest = {event.step: event for event in history.of(Validated)}
     return [latest[step] for step in sorted(latest)]
+
+
+def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
+    """Loss by noise level, and image by image; nothing of a run whose steps do not tell their draws."""
+    names = [str(one.get("name")) for one in _samples(history.record)]
+    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
+    told = False
+    for step in history.steps():
+        draws = [draw for draw in step.draws if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
+        told = told or bool(draws)
+        for ledger in (curve, images):
+            ledger.add(step.step, draws)
+    return (curve.curve(), images.images(held_out_fall=_fall(_validations(history)))) if told else (None, [])
+
+
+def _fall(validations: Sequence[Validated]) -> float | None:
+    """Held-out loss late in the run as a share of that early; None below three validations."""
+    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
+    third = len(losses) // 3
+    return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
 
 
 def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
@@ -233,7 +262,9 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
 
 def _data(record: Mapping[str, Any]) -> dict[str, str]:
     samples = _samples(record)
-    sizes = Counter("×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if one.get("latents"))
+    sizes = Counter(
+        "×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if isinstance(one.get("latents"), list)
+    )
     described = {
         "Images": f"{len(samples):,}, of which {sum(bool(one.get('caption')) for one in samples):,} have a caption",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
@@ -253,6 +284,8 @@ def _notes(history: RunHistory) -> list[Note]:
     for event in history.events:
         if isinstance(event, RolledBack):
             notes.append(Note("Rolled back", event.message, event.step))
+        elif isinstance(event, Resumed):
+            notes.append(Note("Resumed", event.message, event.step))
         elif isinstance(event, Shrunk):
             notes.append(Note("Out of memory", event.message, event.step))
         elif isinstance(event, Warned):
@@ -260,11 +293,12 @@ def _notes(history: RunHistory) -> list[Note]:
     notes = list(dict.fromkeys(notes))  # a run that was resumed says some things again
     if history.unreadable:
         lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"
-        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and are left out here."))
+        left = "is" if history.unreadable == 1 else "are"
+        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and {left} left out here."))
     return notes
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """`42 s`, `12 min` or `3 h 5 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -272,7 +306,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def size(num_bytes: int) -> str:
+def _size(num_bytes: int) -> str:
     """`12 kB`, `1.3 MB` or `2.1 GB`."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= factor:

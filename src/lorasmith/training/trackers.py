@@ -20,6 +20,7 @@ __all__ = ["Tracker", "tracker_for"]
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
+_PRIVATE = frozenset({"existing_lora", "previews"})  # settings with paths and prompts in them
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, tell: EventHandler) -> Tracker:
@@ -122,8 +123,19 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     if not remembered.exists():
         write_atomic(remembered, secrets.token_hex(8))
     number = remembered.read_text(encoding="utf-8")
+    sent = {name: value for name, value in config.items() if not (config.get("private") and name in _PRIVATE)}
     tracker = WandBTracker(
-        _PROJECT, name=title, id=number, resume="allow", dir=str(folder), config=dict(config), settings={"silent": True}
+        _PROJECT,
+        name=title,
+        id=number,
+        resume="allow",
+        dir=str(folder),
+        config=sent,
+        settings={
+            "silent": True,
+            "disable_git": True,
+            "disable_code": True,
+        },  # numbers and settings are all that leaves
     )
     tracker.start()
     return tracker

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,9 @@ from lorasmith.training.lora import Lora
 from lorasmith.training.records import run_record, training_metadata
 from lorasmith.training.run_folder import RunFolder, claimed_run
 from lorasmith.training.verdict import UNJUDGED
-from lorasmith.training.watchers import PreviewWatch, ValidationWatch
+from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
 
-__all__ = ["Draw", "Job", "Surroundings", "TrainResult", "plan_job", "recipe_of", "run_job", "train"]
-
-
-Draw = Callable[[int, Path, bool], Sequence[Event]]
+__all__ = ["Job", "Surroundings", "TrainResult", "plan_job", "recipe_of", "run_job", "train"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,7 @@ class Surroundings:
         trigger: trigger phrase, for the metadata.
         device: where to train; the first GPU, or the CPU, if None.
         validation: images to judge the run by, instead of a share of the data.
-        previews: for the folder of the run, what draws its previews: a function that takes the step, the saved LoRA and
-            whether it is the last, and returns events. None draws none.
+        previews: for the folder of the run, what draws its previews; None draws none.
         source: how the run was asked for, as JSON can carry it, so that it can be asked for again.
         on_event: receives typed events.
         cancelled: asked between steps; True ends the run with what there is.
@@ -260,7 +256,7 @@ class _Run:
             raise
         result = self._kept(loop, reason, best=reason == "stopped")
         if result.path is not None and self._draw is not None:
-            for event in self._draw(loop.step, result.path, True):
+            for event in self._draw(loop.step, result.path, final=True):
                 self._tell(event)
         self._tell(RunFinished(step=loop.step, reason=reason))
         if result.folder is not None:

@@ -153,8 +153,8 @@ class History:
     def _trend(self) -> str:
         means = self._means()
         falling = self._still_falling(means)
-        if interval(self._curve[self._best] - self._base)[1] >= 0:
-            if interval(self._curve[-1] - self._base)[0] > 0 and not falling:
+        if interval(self._best_stretch() - self._base)[1] >= 0:
+            if interval(self._last_stretch() - self._base)[0] > 0 and not falling:
                 return "worse than the base model; try a lower learning rate"
             return ("still learning, but " if falling else "") + "no better than the base model so far"
         if self._overfits(means):
@@ -179,12 +179,20 @@ class History:
     def _overfits(self, means: Array) -> bool:
         if self.since_best < _SMOOTH:
             return False
-        around = self._curve[max(0, self._best - 1) : self._best + 2]
-        risen = np.mean(self._curve[-_SMOOTH:], axis=0) - np.mean(around, axis=0)
+        risen = self._last_stretch() - self._best_stretch()
         jitter, rise = _jitter(means), float(risen.mean())
         steady = _slope(means[self._best + 1 :]) > _STEADY_SLOPE * jitter
         clear = rise > (_STEADY_RISE if steady else _RISE) * jitter and rise > _SHARE_RISEN * self._gain(means)
         return clear and interval(risen)[0] > 0
+
+    def _best_stretch(self) -> Array:
+        """The best validation, averaged with its neighbours: by itself it is the best by luck as well."""
+        around: Array = np.mean(self._curve[max(0, self._best - _SMOOTH // 2) : self._best + _SMOOTH // 2 + 1], axis=0)
+        return around
+
+    def _last_stretch(self) -> Array:
+        last: Array = np.mean(self._curve[-_SMOOTH:], axis=0)
+        return last
 
     def _gain(self, means: Array) -> float:
         """All that was won since the start."""

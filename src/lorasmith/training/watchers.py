@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
 
-__all__ = ["PreviewWatch", "ValidationWatch"]
+__all__ = ["Draw", "PreviewWatch", "ValidationWatch"]
 
 _VALIDATIONS = 10
 _PREVIEWS = 4
@@ -94,11 +94,17 @@ class ValidationWatch(Watcher):
         self.history = History.from_json(numbers["history"]) if "history" in numbers else None
 
 
+class Draw(Protocol):
+    """Draws previews: of the LoRA saved at a path after a step, which may be the final one. Returns what to tell."""
+
+    def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]: ...
+
+
 class PreviewWatch(Watcher):
     """Draws pictures from the LoRA as it would be saved.
 
     Args:
-        draw: draws the LoRA saved at a path after a step, the last one or not, and returns what to tell.
+        draw: draws them.
         save: saves the LoRA that the adapters hold.
         path: where to; the file is removed afterwards.
         config: of the run.
@@ -108,7 +114,7 @@ class PreviewWatch(Watcher):
 
     def __init__(
         self,
-        draw: Callable[[int, Path, bool], Sequence[Event]],
+        draw: Draw,
         save: Callable[[Loop, Path], None],
         path: Path,
         config: TrainConfig,
@@ -125,7 +131,7 @@ class PreviewWatch(Watcher):
         try:
             with loop.engine.exported(), torch.no_grad():
                 self._save(loop, self._path)
-            for event in self._draw(loop.step, self._path, False):
+            for event in self._draw(loop.step, self._path, final=False):
                 loop.tell(event)
         finally:
             self._path.unlink(missing_ok=True)

@@ -1,0 +1,234 @@
+"""Runs that are killed at random moments must end as if nothing had happened.
+
+    python -m tests.training.crash --kills 200
+
+Each trial trains in a child process, which is killed (SIGKILL, nothing is told to it) after a random time, or by
+itself in the middle of writing a random file; the run is started again, killed again, and in the end let through. Then
+the LoRA must have the tensors, and the log the losses, of the run that was never killed. After each kill every file is
+looked at: none may be unreadable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.model import Model
+from lorasmith.formats import container
+from lorasmith.formats.container import read_safetensors
+from lorasmith.training.run_folder import DONE, RunFolder
+from lorasmith.training.train import train
+
+_BASE: dict[str, Any] = {
+    "steps": 10,
+    "rank": 4,
+    "targets": "attention",
+    "learning_rate": 1e-3,
+    "seed": 3,
+    "checkpoint_every": 2,
+    "validation_share": 0.0,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "buckets": {"batch_size": 3, "training_dtype": "bf16"},
+    "accumulation": {"batch_size": 2, "grad_accumulation_steps": 2, "training_dtype": "fp32", "schedule": "cosine"},
+    "average": {"ema_decay": 0.9, "training_dtype": "bf16", "warmup_steps": 4},
+    "dropout": {"batch_size": 2, "rank_dropout": 0.3, "module_dropout": 0.2, "training_dtype": "fp32"},
+    "validation": {
+        "batch_size": 2,
+        "validation_share": 0.3,
+        "validate_every": 3,
+        "validation_draws": 2,
+        "ema_decay": 0.8,
+        "checkpoint_every": 1,
+        "training_dtype": "fp32",
+    },
+}
+"""Settings of the runs, over `_BASE`; the samples are of several sizes."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the LoRA's tensors, and the loss of each step from its log."""
+
+    tensors: dict[str, Tensor]
+    losses: dict[int, float]
+
+    def same_as(self, other: Outcome) -> bool:
+        """To the bit."""
+        return (
+            self.losses == other.losses
+            and self.tensors.keys() == other.tensors.keys()
+            and all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+        )
+
+
+def samples(model: Model) -> EncodedDataset:
+    """Seven samples of two sizes with three captions."""
+    g = torch.Generator().manual_seed(0)
+    captions = [model.text_encoder.encode(text) for text in ("a cat", "a red apple, noto style", "")]
+    return EncodedDataset(
+        tuple(
+            Sample(torch.randn(4, 8, 8 + 4 * (index % 2), generator=g), captions[index % 3], f"{index}.png")
+            for index in range(7)
+        )
+    )
+
+
+def run(model: Model, data: EncodedDataset, case: str, folder: Path) -> None:
+    """Train, or go on."""
+    train(model, data, output=folder, **(_BASE | CASES[case]))
+
+
+def outcome(folder: Path) -> Outcome:
+    """What a finished run left."""
+    tensors, _ = read_safetensors(folder / "lora.safetensors")
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "StepDone"]
+    assert [event["step"] for event in steps] == sorted({event["step"] for event in steps}), "steps in the log twice"
+    return Outcome(tensors, {event["step"]: event["loss"] for event in steps})
+
+
+def check_readable(folder: Path) -> int:
+    """Read everything that a killed run left, half-written temporary files aside; returns the number of files."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    for path in files:
+        if path.suffix == ".safetensors":
+            read_safetensors(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            for line in path.read_text().splitlines(keepends=True):
+                assert not line.endswith("\n") or json.loads(line), path  # the last line may be cut short
+    return len(files)
+
+
+class Trials:
+    """Kills runs and compares what they come to.
+
+    Args:
+        work: folder for the runs.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._model = load_model(BUILT_IN)
+        self._data = samples(self._model)
+        self._references: dict[str, tuple[Outcome, float]] = {}
+
+    def trial(self, case: str, chance: random.Random, *, most_kills: int = 3) -> int:
+        """One run with one to `most_kills` kills; returns how many hit. Raises AssertionError if anything is wrong."""
+        reference, seconds = self._reference(case)
+        folder = self._work / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        hits = 0
+        for _ in range(chance.randint(1, most_kills)):
+            killer = _in_a_write(chance) if chance.random() < 0.5 else None
+            child = self._start(case, folder, killer)
+            if killer is None:
+                child.join(chance.uniform(0, 1.1 * seconds))
+                child.kill()
+            child.join()
+            assert child.exitcode in (0, -signal.SIGKILL), f"{case}: exit status {child.exitcode}"
+            if folder.exists():
+                check_readable(folder)
+            hits += child.exitcode != 0
+            if RunFolder(folder).outcome() in DONE:  # which is said before the report is written
+                break
+        else:
+            child = self._start(case, folder, None)
+            child.join()
+            assert child.exitcode == 0, f"{case}: exit status {child.exitcode} when started again"
+        assert outcome(folder).same_as(reference), f"{case}: another result after {hits} kills"
+        return hits
+
+    def _reference(self, case: str) -> tuple[Outcome, float]:
+        """The run that is not killed, and the seconds it took."""
+        if case not in self._references:
+            folder = self._work / f"reference-{case}"
+            start = time.monotonic()
+            child = self._start(case, folder, None)
+            child.join()
+            assert child.exitcode == 0
+            self._references[case] = outcome(folder), time.monotonic() - start
+        return self._references[case]
+
+    def _start(self, case: str, folder: Path, killer: Callable[[], None] | None) -> multiprocessing.Process:
+        def work() -> None:
+            torch.set_num_threads(1)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+            if killer is not None:
+                killer()
+            run(self._model, self._data, case, folder)
+
+        # Forked, so that the model is loaded once for hundreds of runs.
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        return process
+
+
+def _in_a_write(chance: random.Random) -> Callable[[], None]:
+    """Has a process kill itself while it writes a safetensors file: behind a random number of pieces of all of them."""
+    pieces = int(chance.expovariate(1 / 400))
+
+    def arm() -> None:
+        original = container.serialised
+        left = pieces
+
+        def deadly(tensors: Any, metadata: Any) -> Iterator[bytes]:
+            nonlocal left
+            for piece in original(tensors, metadata):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield piece
+
+        container.serialised = deadly
+
+    return arm
+
+
+@contextmanager
+def trials() -> Iterator[Trials]:
+    """Trials in a temporary folder."""
+    torch.set_num_threads(1)  # forking a process whose thread pool is awake would leave the child without it
+    with tempfile.TemporaryDirectory(prefix="lorasmith-crash-") as folder:
+        yield Trials(Path(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    kills = runs = 0
+    start = time.monotonic()
+    with trials() as trial:
+        while kills < arguments.kills:
+            case = list(CASES)[runs % len(CASES)]
+            kills += trial.trial(case, chance)
+            runs += 1
+            print(f"\r{kills} kills in {runs} runs, {time.monotonic() - start:.0f} s", end="", flush=True)
+    print(f"\n{runs} runs, {kills} kills: each ended with the tensors and losses of the run that was never killed.")
+
+
+if __name__ == "__main__":
+    main()
