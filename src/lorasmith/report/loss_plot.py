@@ -92,8 +92,9 @@ def draw_losses(
     dotted = [step for step in finite_steps if len(raw) <= 60 or _is_lonely(raw, step - 1)]
     axes.plot(dotted, [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
     axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label="smoothed", zorder=3)
-    _mark(axes, finite_steps[-1], trend[-1], SMOOTH, "o")
-    _draw_validations(axes, [(step, loss) for step, loss in validations if math.isfinite(loss)])
+    _annotate(axes, finite_steps[-1], trend[-1], SMOOTH, xytext=(8, 0), va="center")
+    axes.plot(finite_steps[-1], trend[-1], "o", color=SMOOTH, markersize=5, zorder=4)
+    _draw_validations(axes, [(step, loss) for step, loss in validations if math.isfinite(loss)], trend[-1])
     if base_loss is not None and math.isfinite(base_loss):
         label = "held out, without the LoRA"
         axes.axhline(base_loss, color=HELD_OUT, linewidth=1.1, linestyle=(0, (4, 3)), label=label, zorder=2)
@@ -116,19 +117,19 @@ def style_axes(axes: Any) -> None:
     axes.spines["bottom"].set_color(GRID)
 
 
-def _draw_validations(axes: Any, validations: Sequence[tuple[int, float]]) -> None:
+def _draw_validations(axes: Any, validations: Sequence[tuple[int, float]], trained: float) -> None:
+    """The held-out losses, a star at the lowest; its number keeps away from that of the last training loss."""
     if not validations:
         return
     steps, losses = zip(*validations, strict=True)
     axes.plot(steps, losses, ".-", color=HELD_OUT, linewidth=1.6, markersize=6, label="held out", zorder=4)
-    _mark(axes, *min(validations, key=lambda one: one[1]), HELD_OUT, "*")
+    step, loss = min(validations, key=lambda one: one[1])
+    axes.plot(step, loss, "*", color=HELD_OUT, markersize=13, zorder=5)
+    place = {"xytext": (0, 9), "va": "bottom"} if loss > trained else {"xytext": (0, -9), "va": "top"}
+    _annotate(axes, step, loss, HELD_OUT, ha="center", **place)
 
 
-def _mark(axes: Any, step: int, loss: float, colour: str, marker: str) -> None:
-    """A point with its loss beside it; a star, for the best, is large and has its loss below."""
-    best = marker == "*"
-    axes.plot(step, loss, marker, color=colour, markersize=13 if best else 5, zorder=5)
-    place = {"xytext": (0, -9), "ha": "center", "va": "top"} if best else {"xytext": (8, 0), "va": "center"}
+def _annotate(axes: Any, step: int, loss: float, colour: str, **place: Any) -> None:
     text = f"{loss:.4g}"
     axes.annotate(text, (step, loss), textcoords="offset points", color=colour, fontweight="bold", zorder=6, **place)
 

@@ -58,7 +58,7 @@ class Setting:
     Attributes:
         name: as on the command line.
         value: that it had.
-        default: that it has when nothing is said; None is decided by what is trained.
+        default: that it has when nothing is said; None is decided by the run.
         help: what it means.
         group: heading.
     """
@@ -290,7 +290,7 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
             (
                 one.name,
                 _plain(one.value),
-                "by the model" if one.default is None else _plain(one.default),
+                _plain(one.default),
                 one.help,
             )
             for one in changed
@@ -318,7 +318,7 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
-        return "not given"
+        return "left out"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

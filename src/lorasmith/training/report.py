@@ -26,15 +26,15 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, Resumed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
 from lorasmith.training.history import RunHistory, read_history
 from lorasmith.training.ledger import ImageRecord, Ledger, QuantileCurve
-from lorasmith.training.run_folder import DONE
 
 __all__ = ["report_of", "write_report"]
 
-_ENDS = {
-    "finished": ("Finished", "good"),
-    "stopped": ("Stopped early", "good"),
-    "cancelled": ("Cancelled", "fair"),
-    "failed": ("Failed", "bad"),
+_ENDS = {  # how it is called, how it is coloured, whether the run can go on
+    "finished": ("Finished", "good", False),
+    "stopped": ("Stopped early", "good", False),
+    "cancelled": ("Cancelled", "fair", True),
+    "failed": ("Failed", "bad", True),
+    None: ("No end recorded", "fair", True),
 }
 _QUANTILES = 5  # more lines than that cannot be told apart
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, which is to stay small
@@ -56,7 +56,7 @@ def write_report(folder: Path) -> Path:
 def report_of(history: RunHistory) -> RunReport:
     """What there is to say of a run."""
     steps = history.steps()
-    status, mood = _ENDS.get(history.reason() or "", ("No end recorded", "fair"))
+    status, mood, _ = _end(history)
     before_after, progress = _pictures(history)
     quantiles, images = _ledger(history)
     lora = _lora(history)
@@ -81,6 +81,10 @@ def report_of(history: RunHistory) -> RunReport:
         environment=_environment(history.record),
         notes=_notes(history),
     )
+
+
+def _end(history: RunHistory) -> tuple[str, str, bool]:
+    return _ENDS.get(history.reason(), _ENDS[None])
 
 
 def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
@@ -119,7 +123,7 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     if before := history.record.get("steps_before"):
         facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = _duration(history.seconds())
-    facts["images"] = f"{len(_samples(history.record)):,}"
+    facts["training images"] = f"{len(_samples(history.record)):,}"
     if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
         best = min(validations, key=lambda one: one.loss)
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
@@ -163,7 +167,7 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     if lora is not None:
         use = ["lorasmith", "generate", "--model", base, "--lora", lora.resolve(), "--prompt", trigger or caption]
         commands["See it at work"] = _line(use)
-    if history.reason() not in DONE:
+    if _end(history)[2]:
         commands["Go on where it ended"] = _line(["lorasmith", "resume", folder])
     if isinstance(repeat, list) and repeat:
         commands["Repeat the run"] = _line(repeat)
@@ -265,8 +269,9 @@ def _data(record: Mapping[str, Any]) -> dict[str, str]:
     sizes = Counter(
         "×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if isinstance(one.get("latents"), list)
     )
+    captioned = sum(bool(one.get("caption")) for one in samples)
     described = {
-        "Images": f"{len(samples):,}, of which {sum(bool(one.get('caption')) for one in samples):,} have a caption",
+        "Training images": f"{len(samples):,}, of which {captioned:,} have a caption",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
     }
     described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(_part(record, "data")).items()}
