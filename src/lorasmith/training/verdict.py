@@ -144,7 +144,8 @@ class History:
     def _trend(self) -> str:
         means = self._means()
         falling = self._still_falling(means)
-        if interval(self._best_stretch() - self._base)[1] >= 0:
+        won = self._base - self._best_stretch()
+        if interval(won)[0] <= 0 or won.mean() <= _FALL * _jitter(means):
             if interval(self._last_stretch() - self._base)[0] > 0 and not falling:
                 return "worse than the base model; try a lower learning rate"
             return ("still learning, but " if falling else "") + "no better than the base model so far"
@@ -168,7 +169,7 @@ class History:
         return fallen > max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
 
     def _overfits(self, means: Array) -> bool:
-        if self.since_best < _SMOOTH:
+        if self.since_best <= _SMOOTH:
             return False
         risen = self._last_stretch() - self._best_stretch()
         jitter, rise = _jitter(means), float(risen.mean())
@@ -177,9 +178,9 @@ class History:
         return clear and interval(risen)[0] > 0
 
     def _best_stretch(self) -> Array:
-        """The best validation, averaged with its neighbours: by itself it is the best by luck as well."""
-        around: Array = np.mean(self._curve[max(0, self._best - _SMOOTH // 2) : self._best + _SMOOTH // 2 + 1], axis=0)
-        return around
+        """The best validation, averaged with those behind it: by itself it is the best by luck as well."""
+        best: Array = np.mean(self._curve[self._best : self._best + _SMOOTH], axis=0)
+        return best
 
     def _last_stretch(self) -> Array:
         last: Array = np.mean(self._curve[-_SMOOTH:], axis=0)
