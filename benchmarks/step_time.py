@@ -41,8 +41,8 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.stable_diffusion import StableDiffusion, components_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.loop import fit
 from lorasmith.training.events import Event, StepDone
+from lorasmith.training.loop import fit
 from lorasmith.training.train import plan_job, recipe_of
 
 STEPS = 3  # timed per side and round

@@ -17,35 +17,34 @@ def test_expected_lengths_give_the_terms_exactly() -> None:
     assert terms == pytest.approx((true_sq, variance))
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (1, 1, 1, 1), (1, 3, 4)])
-def test_the_scale_of_known_noise_is_found(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("small", "big"), [(4, 8), (1, 4), (3, 7)])
+def test_the_scale_of_known_noise_is_found(small: int, big: int) -> None:
     rng = np.random.default_rng(0)
-    mean, deviation = np.full(50, 0.2), 1.5  # |G|² = 2, tr(Σ) = 50 · 2.25
+    mean, deviation = np.full(50, 0.5), 1.5  # |G|² = 12.5, tr(Σ) = 50 · 2.25
     scale = NoiseScale(decay=0.999)
     for _ in range(4000):
-        samples = mean + deviation * rng.normal(size=(sum(sizes), len(mean)))
-        parts = np.split(samples, np.cumsum(sizes)[:-1])
-        squares = [float((part.mean(axis=0) ** 2).sum()) for part in parts]
-        scale.update(squares, sizes, float((samples.mean(axis=0) ** 2).sum()))
-    assert scale.value == pytest.approx(50 * deviation**2 / 2.0, rel=0.1)
+        samples = mean + deviation * rng.normal(size=(big, len(mean)))
+        lengths = [float((part.mean(axis=0) ** 2).sum()) for part in (samples[:small], samples)]
+        scale.update(*lengths, small=small, big=big)
+    assert scale.value == pytest.approx(50 * deviation**2 / 12.5, rel=0.1)
 
 
 def test_one_micro_batch_tells_nothing() -> None:
     scale = NoiseScale()
-    scale.update([2.0], [8], 2.0)
+    scale.update(2.0, 2.0, small=8, big=8)
     assert scale.value is None
 
 
 def test_estimates_that_make_no_sense_are_not_told() -> None:
     scale = NoiseScale()
-    scale.update([100.0, 100.0], [1, 1], 1.0)  # opposite gradients: |G|² comes out negative
+    scale.update(100.0, 1.0, small=1, big=2)  # opposite gradients: |G|² comes out negative
     assert scale.value is None
 
 
 def test_the_state_survives_json() -> None:
     scale = NoiseScale(decay=0.9)
-    scale.update([3.0, 4.0], [2, 2], 2.5)
+    scale.update(3.0, 2.5, small=2, big=4)
     again = NoiseScale.from_json(json.loads(json.dumps(scale.to_json())))
     for one in (scale, again):
-        one.update([5.0, 3.0], [2, 1], 3.0)
+        one.update(4.0, 3.0, small=2, big=3)
     assert again.value == scale.value is not None

@@ -141,7 +141,6 @@ def test_patience_counts_validations_without_an_improvement(losses: list[int], p
 def test_nothing_stops_before_the_first_validation() -> None:
     told = History([[9.0, 9.0]])
     assert not told.should_stop(1)
-    assert told.fall is None
     assert told.verdict.startswith("too early to say")
 
 
@@ -158,11 +157,6 @@ def test_a_step_taken_again_replaces_what_came_after_it() -> None:
     told.add(30, table(0.85, 6))
     assert told.best_step == 20
     assert told.since_best == 1
-
-
-def test_fall_compares_the_last_third_with_the_first() -> None:
-    told = history(np.array([0.8, 0.8, 0.5, 0.5, 0.4, 0.4]), spread=0.0)
-    assert told.fall == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (11, 2.228), (12, 2.201), (21, 2.086), (101, 1.984)])

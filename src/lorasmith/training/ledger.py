@@ -4,16 +4,16 @@ The loss of a draw depends first of all on its noise level, by orders of magnitu
 bin of diffusion time, and in logarithms: an image's level is the geometric mean over its looks of loss / (geometric
 mean of everybody's losses in that bin). 0.8 reads "a fifth below what is usual at these noise levels".
 
-The ledger is fed with `StepDone.draws`, live or from the lines of `events.jsonl`.
+The ledger is fed with `StepDone.draws`, live or as `events.jsonl` keeps them.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,15 +82,6 @@ class Ledger:
         self._step, self._image = array("q"), array("q")
         self._quantile, self._loss = array("d"), array("d")
 
-    @classmethod
-    def from_events(cls, lines: Iterable[Mapping[str, Any]], names: Sequence[str], *, bins: int = 10) -> Ledger:
-        """The ledger of the run that wrote these events (`as_json`), a continued or rolled back one too."""
-        ledger = cls(names, bins=bins)
-        for line in lines:
-            if line["event"] == "StepDone":
-                ledger.add(line["step"], line["draws"])
-        return ledger
-
     def add(self, step: int, draws: Iterable[Sequence[float]]) -> None:
         """Take in a step's draws: index in the dataset, quantile, loss. What was there from that step on is forgotten.
 
@@ -132,10 +123,9 @@ class Ledger:
         first of these that holds:
 
         - *too few looks*: fewer than `MIN_LOOKS`.
-        - *memorised*: its level fell, and ended far (a factor of `_FAR`, 1.5) below that of pictures that it should be
-          like. Where images are held out these are the judge: its level must have fallen 1.5 times as far as theirs did
-          (`held_out_fall`). Else its peers are: it must end at less than 1 / 1.5 of their level, which cannot see that
-          all are memorised alike.
+        - *memorised*: its level fell far more than that of pictures that it should be like, by a factor of `_FAR`
+          (1.5). Where images are held out these are the judge. Else all images together are, which cannot see that all
+          are memorised alike.
         - *never fit*: it stays at more than 1.5 times its peers' level. It is harder than they are, or picture and
           caption do not belong together.
         - *still learning*: its level fell from the second to the last third of its looks.
@@ -143,7 +133,7 @@ class Ledger:
         - *unchanged*: none of it; few looks at a low learning rate cannot tell a change from chance.
 
         Args:
-            held_out_fall: loss of the held-out images late in the run as a share of that early (`History.fall`).
+            held_out_fall: loss of the held-out images late in the run as a share of that early.
         """
         if not self._step:
             return [ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
@@ -151,11 +141,10 @@ class Ledger:
         third = max(1, len(logs) // 3)
         early = logs - _expected(logs[:third], bins[:third], self._bins)[bins]
         late = logs - _expected(logs[-third:], bins[-third:], self._bins)[bins]
-        records = []
-        for index, name in enumerate(self._images):
-            mine = image == index
-            records.append(_record(name, early[mine], late[mine], held_out_fall))
-        return records
+        usual = float(early[-third:].mean()) if held_out_fall is None else math.log(max(held_out_fall, _TINY))
+        return [
+            _record(name, early[image == index], late[image == index], usual) for index, name in enumerate(self._images)
+        ]
 
     def _bin(self) -> NDArray[np.int64]:
         return np.minimum((np.array(self._quantile) * self._bins).astype(np.int64), self._bins - 1)
@@ -172,7 +161,7 @@ def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
     return np.interp(np.arange(count), there, means)
 
 
-def _record(name: str, early: Array, late: Array, held_out_fall: float | None) -> ImageRecord:
+def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageRecord:
     """An image's record from its looks, in logarithms relative to what was usual early and late in the run."""
     looks = len(early)
     if not looks:
@@ -182,7 +171,7 @@ def _record(name: str, early: Array, late: Array, held_out_fall: float | None) -
     standing: Standing = "unchanged"
     if looks < MIN_LOOKS:
         standing = "too few looks"
-    elif _below(last, first) and _memorised(first, last, relative, held_out_fall):
+    elif _below(last, first) and _below(last, first + usual_fall - math.log(_FAR)):
         standing = "memorised"
     elif _above(relative, math.log(_FAR)):
         standing = "never fit"
@@ -191,12 +180,6 @@ def _record(name: str, early: Array, late: Array, held_out_fall: float | None) -
     elif _below(last, first):
         standing = "learnt"
     return ImageRecord(name, looks, _level(first), _level(last), _level(relative), standing)
-
-
-def _memorised(first: Array, last: Array, relative: Array, held_out_fall: float | None) -> bool:
-    if held_out_fall is None:
-        return _above(-relative, math.log(_FAR))
-    return _below(last, first + math.log(held_out_fall / _FAR))
 
 
 def _level(logs: Array) -> float:

@@ -174,7 +174,8 @@ class Loop:
 
     def run(self) -> None:
         """Take the remaining steps."""
-        self._snapshots.append(self._snapshot())
+        if not self._snapshots:
+            self._snapshots.append(self._snapshot())
         try:
             while not self.reason:
                 with self.engine.prepared(self._begin):

@@ -103,15 +103,6 @@ class History:
         return bool(self._steps) and 0 < patience <= self.since_best
 
     @property
-    def fall(self) -> float | None:
-        """Loss in the last third of the validations as a share of that in the first (geometric mean); None below 3."""
-        third = len(self._curve) // 3
-        if not third:
-            return None
-        early, late = (np.mean(part, axis=0) for part in (self._curve[:third], self._curve[-third:]))
-        return float(np.exp(np.mean(np.log(np.maximum(late, _TINY)) - np.log(np.maximum(early, _TINY)))))
-
-    @property
     def verdict(self) -> str:
         """What to make of it, in a sentence without a full stop."""
         if not self._steps:
@@ -198,8 +189,6 @@ class History:
         """All that was won since the start."""
         return float(max(self._base.mean(), means[0]) - means.min())
 
-
-_TINY = 1e-12  # keeps logarithms finite
 
 # Quantiles 0.975 of Student's t for 1 to 10 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -1,0 +1,406 @@
+"""Nothing is lost: going on to the bit, going back after a fault, and smaller pieces when memory runs out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.core import files
+from lorasmith.core.errors import OutputError, TrainingError
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Denoiser
+from lorasmith.formats.container import read_safetensors
+from lorasmith.training import checkpoints, engine
+from lorasmith.training.divergence import exploded
+from lorasmith.training.events import CheckpointSaved, Resumed, RolledBack, Shrunk, StepDone, Warned
+from lorasmith.training.run_folder import RunFolder, unfinished_run
+from lorasmith.training.train import TrainResult
+
+Run = Callable[..., TrainResult]
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    return read_safetensors(folder / "lora.safetensors")[0]
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Audience:
+    """Keeps events, and cancels behind a step."""
+
+    def __init__(self, cancel_at: int = 10**9) -> None:
+        self.events: list[Any] = []
+        self._cancel_at = cancel_at
+
+    def __call__(self, event: object) -> None:
+        self.events.append(event)
+
+    def cancelled(self) -> bool:
+        return any(isinstance(one, StepDone) and one.step >= self._cancel_at for one in self.events)
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"training_dtype": "bf16", "batch_size": 2},
+    "accumulated": {"batch_size": 2, "grad_accumulation_steps": 2, "schedule": "cosine", "warmup_steps": 3},
+    "averaged": {"ema_decay": 0.9, "optimizer": "RMSprop"},
+    "dropped": {"rank_dropout": 0.3, "module_dropout": 0.2},
+    "validated": {"validation_share": 0.3, "validate_every": 2, "validation_draws": 2},
+    "schedule-free": {"optimizer": "ScheduleFree", "validation_share": 0.3, "validate_every": 2, "validation_draws": 2},
+    "prodigy": {"optimizer": "Prodigy"},
+    "matrices": {"optimizer": "Adafactor"},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
+def test_a_run_that_is_broken_off_goes_on_to_the_bit(
+    run: Run, mixed: EncodedDataset, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    whole = run(mixed, steps=7, output=tmp_path / "whole", **settings)
+    first = Audience(cancel_at=3)
+    broken = run(mixed, steps=7, output=tmp_path / "broken", on_event=first, cancelled=first.cancelled, **settings)
+    assert broken.reason == "cancelled"
+    assert len(broken.losses) == 3
+    second = Audience()
+    resumed = run(mixed, steps=7, output=tmp_path / "broken", on_event=second, **settings)
+    assert second.of(Resumed)[0].step == 3
+    assert "from step 3, to the bit" in second.of(Resumed)[0].message
+    assert resumed.losses == whole.losses
+    assert [event.step for event in second.of(StepDone)] == [4, 5, 6, 7]
+    assert same(saved(tmp_path / "whole"), saved(tmp_path / "broken"))
+    assert resumed.verdict == whole.verdict
+
+
+def test_the_log_of_a_continued_run_has_each_step_once(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    audience = Audience(cancel_at=2)
+    run(dataset, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
+    run(dataset, output=tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "StepDone"] == [1, 2, 3, 4]
+    assert [event["reason"] for event in events if event["event"] == "RunFinished"] == ["finished"]
+
+
+def test_checkpoints_come_by_steps_and_the_last_ones_are_kept(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    audience = Audience()
+    run(dataset, steps=7, output=tmp_path, checkpoint_every=2, keep_checkpoints=2, on_event=audience)
+    assert [event.step for event in audience.of(CheckpointSaved)] == [2, 4, 6, 7]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000006.safetensors",
+        "step-000007.safetensors",
+    ]
+
+
+def test_checkpoints_come_by_minutes_whatever_the_clock_on_the_wall_does(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 1e6 * now[0])  # jumps back by eleven days with each step
+    audience = Audience()
+
+    def on_event(event: object) -> None:
+        audience(event)
+        if isinstance(event, StepDone):
+            now[0] += 61.0
+
+    run(dataset, steps=5, output=tmp_path, checkpoint_every=0, checkpoint_minutes=2.0, on_event=on_event)
+    assert [event.step for event in audience.of(CheckpointSaved)] == [2, 4, 5]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    whole = run(dataset, steps=6, output=tmp_path / "whole", checkpoint_every=2)
+    audience = Audience(cancel_at=4)
+    run(
+        dataset,
+        steps=6,
+        output=tmp_path / "run",
+        checkpoint_every=2,
+        on_event=audience,
+        cancelled=audience.cancelled,
+    )
+    newest = tmp_path / "run" / "checkpoints" / "step-000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    audience = Audience()
+    resumed = run(dataset, steps=6, output=tmp_path / "run", checkpoint_every=2, on_event=audience)
+    assert audience.of(Resumed)[0].step == 2
+    assert resumed.losses == whole.losses
+    assert same(saved(tmp_path / "whole"), saved(tmp_path / "run"))
+
+
+def test_another_run_in_the_folder_is_left_alone_and_what_differs_is_named(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    audience = Audience(cancel_at=2)
+    run(dataset, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
+    with pytest.raises(OutputError, match="holds another run, which differs in rank 4 there, 8 here"):
+        run(dataset, output=tmp_path / "run", rank=8)
+    fewer = EncodedDataset(dataset.samples[:-1])
+    with pytest.raises(OutputError, match="differs in the images or captions; choose another output"):
+        run(fewer, output=tmp_path / "run")
+    run(dataset, output=tmp_path / "run", rank=8, fresh=True)
+    assert (tmp_path / "run-old-1" / "run.json").is_file()
+    assert RunFolder(tmp_path / "run").outcome() == "finished"
+
+
+def test_settings_that_change_no_number_may_change(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    audience = Audience(cancel_at=2)
+    run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
+    assert run(dataset, output=tmp_path, checkpoint_every=1, keep_checkpoints=5, private=True).reason == "finished"
+
+
+def test_a_run_that_is_done_is_not_taken_up_again(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    run(dataset, output=tmp_path)
+    with pytest.raises(OutputError, match="it is done"):
+        run(dataset, output=tmp_path)
+
+
+def test_a_folder_is_for_one_process_at_a_time(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path / "run").claimed(),
+        pytest.raises(OutputError, match="belongs to a run that is going on in another process"),
+    ):
+        run(dataset, output=tmp_path / "run")
+
+
+def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    audience = Audience(cancel_at=2)
+    run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["environment"]["threads"] = 99
+    record["environment"]["versions"]["torch"] = "1.0"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    audience = Audience()
+    run(dataset, output=tmp_path, on_event=audience)
+    assert re.search(
+        r"not to the bit, for what differs is torch 1.0 there, .* here; threads 99 there, \d+ here",
+        audience.of(Resumed)[0].message,
+    )
+
+
+def test_the_unfinished_run_is_found_among_others(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    audience = Audience(cancel_at=2)
+    run(dataset, output=tmp_path / "lora-001", on_event=audience, cancelled=audience.cancelled)
+    run(dataset, output=tmp_path / "lora-002", rank=2)
+    record = RunFolder(tmp_path / "lora-001").record()
+    assert unfinished_run(tmp_path, "lora", record["fingerprint"]) == tmp_path / "lora-001"
+    assert unfinished_run(tmp_path, "other", record["fingerprint"]) is None
+    run(dataset, output=tmp_path / "lora-001")
+    assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
+    assert unfinished_run(tmp_path / "nowhere", "lora", record["fingerprint"]) is None
+
+
+# Faults
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], float], *, start: int = 0) -> None:
+    """Multiply the losses of each batch by a number of its own, counted from 1."""
+    count = start
+    original = engine.sample_losses
+
+    def poisoned(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        return original(denoiser, batch, recipe) * spoilt(count)
+
+    monkeypatch.setattr(engine, "sample_losses", poisoned)
+
+
+def test_after_nan_a_run_goes_back_and_on(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda step: math.nan if step == 3 else 1.0)
+    audience = Audience()
+    result = run(dataset, steps=6, on_event=audience, learning_rate=1e-3)
+    (back,) = audience.of(RolledBack)
+    assert (back.step, back.to_step, back.rate_factor) == (3, 0, 0.5)
+    assert re.search(r"at step 3 \(images: \d\.png\); that step is left out", back.message)
+    assert result.reason == "finished"
+    assert [math.isnan(loss) for loss in result.losses] == [False, False, True, False, False, False]
+    assert [event.learning_rate for event in audience.of(StepDone)] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
+    for one in result.lora.state.adapters.values():
+        assert all(tensor.isfinite().all() for tensor in one.tensors.values())
+
+
+def test_a_run_that_went_back_goes_on_to_the_bit(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, cancel_at in (("whole", 10**9), ("broken", 29), ("broken", 10**9)):
+        start = 0 if not (tmp_path / name).exists() else 29
+        with monkeypatch.context() as patch:
+            poison(patch, lambda step: math.nan if step in (27, 31) else 1.0, start=start)
+            audience = Audience(cancel_at)
+            run(dataset, steps=33, output=tmp_path / name, on_event=audience, cancelled=audience.cancelled)
+            if cancel_at > 29:
+                assert audience.of(RolledBack)[-1].to_step == 25
+    assert same(saved(tmp_path / "whole"), saved(tmp_path / "broken"))
+
+
+def test_an_exploding_loss_is_gone_back_from(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: 1e4 if step == 34 else 1.0)
+    audience = Audience()
+    run(dataset, steps=36, on_event=audience, learning_rate=1e-6)
+    (back,) = audience.of(RolledBack)
+    assert (back.step, back.to_step) == (34, 25)
+    assert "the loss exploded" in back.message
+
+
+def test_what_counts_as_an_explosion() -> None:
+    calm = [0.01, 1.0] * 30
+    assert not exploded([*calm, 9.0])
+    assert exploded([*calm, 11.0])
+    assert not exploded([1.0] * 20 + [100.0])  # too early to tell
+    doubling = [1.0] * 40 + [1.3**n for n in range(12)]
+    assert exploded(doubling)
+    assert not exploded(doubling[:-4])
+    assert exploded([*calm, math.nan, math.nan, 11.0])
+
+
+def test_after_too_many_faults_the_best_there_is_is_kept(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: math.nan if step >= 4 else 1.0)
+    audience = Audience()
+    with pytest.raises(
+        TrainingError, match=r"at step 6 .*, 3 times in this run; the LoRA of step 0 is kept; .*"
+    ) as error:
+        run(dataset, steps=9, max_rollbacks=2, output=tmp_path, on_event=audience)
+    assert len(audience.of(RolledBack)) == 2
+    assert str(tmp_path / "lora.safetensors") in str(error.value)
+    assert RunFolder(tmp_path).outcome() == "failed"
+
+
+def test_with_validation_the_best_lora_is_what_a_failed_run_leaves(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: math.nan if step >= 4 else 1.0)
+    settings = {"validation_share": 0.3, "validate_every": 1, "validation_draws": 4, "steps": 9}
+    with pytest.raises(TrainingError, match=r"the LoRA of [123] steps is at"):
+        run(dataset, max_rollbacks=0, output=tmp_path, **settings)
+
+
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[int, int], bool]) -> list[int]:
+    """Let the forward pass fail where `too_large(batch, checkpoint depth)`; returns the sizes that went through."""
+    seen: list[int] = []
+    original = engine.sample_losses
+
+    def scarce(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+        if too_large(len(batch.names), recipe.checkpoint_depth):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+        seen.append(len(batch.names))
+        return original(denoiser, batch, recipe)
+
+    monkeypatch.setattr(engine, "sample_losses", scarce)
+    return seen
+
+
+def test_when_memory_runs_out_the_step_is_taken_in_smaller_pieces(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(dataset, batch_size=5, steps=3)
+    sizes = out_of_memory(monkeypatch, lambda batch, depth: batch > 2)
+    audience = Audience()
+    scarce = run(dataset, batch_size=5, steps=3, on_event=audience)
+    assert [(event.step, event.micro_batch) for event in audience.of(Shrunk)] == [(1, 3), (1, 2)]
+    assert sizes == [2, 2, 1] * 3
+    assert scarce.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_when_single_images_are_too_large_activations_are_computed_twice(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(dataset, batch_size=2, steps=2)
+    out_of_memory(monkeypatch, lambda batch, depth: depth == 0)
+    audience = Audience()
+    scarce = run(dataset, batch_size=2, steps=2, on_event=audience)
+    assert [event.checkpoint_depth for event in audience.of(Shrunk)] == [0, 1]
+    assert scarce.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_a_run_that_shrank_goes_on_to_the_bit(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory(monkeypatch, lambda batch, depth: batch > 2)
+    run(dataset, batch_size=4, steps=4, output=tmp_path / "whole")
+    audience = Audience(cancel_at=2)
+    run(dataset, batch_size=4, steps=4, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
+    audience = Audience()
+    run(dataset, batch_size=4, steps=4, output=tmp_path / "run", on_event=audience)
+    assert not audience.of(Shrunk)  # it knows already
+    assert same(saved(tmp_path / "whole"), saved(tmp_path / "run"))
+
+
+def test_too_little_memory_for_one_image_is_said(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory(monkeypatch, lambda batch, depth: True)
+    with pytest.raises(
+        TrainingError, match=r"memory must hold one image's .* use smaller pictures or a lower rank"
+    ) as error:
+        run(dataset, batch_size=2)
+    assert "More lines" not in str(error.value)
+
+
+def test_other_errors_are_not_taken_for_scarce_memory(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(engine, "sample_losses", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(dataset)
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    audience = Audience()
+    result = run(dataset, steps=6, checkpoint_every=1, output=tmp_path, on_event=audience)
+    told = [event.message for event in audience.of(Warned) if "checkpoint" in event.message]
+    assert len(told) == 1
+    assert "No checkpoint of step 1: a checkpoint needs" in told[0]
+    assert result.path is not None
+    assert result.path.is_file()
+
+
+def test_a_disk_that_fills_up_while_it_is_written_to_leaves_the_last_checkpoint(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+    original = files.os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if 6 < written < 12:
+            raise OSError(28, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    audience = Audience()
+    run(dataset, steps=6, checkpoint_every=1, keep_checkpoints=9, output=tmp_path, on_event=audience)
+    assert any("the disk is full" in event.message for event in audience.of(Warned))
+    kept = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=9)
+    assert kept.paths()
+    assert all(checkpoints.load_state(path) for path in kept.paths())
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -1,0 +1,121 @@
+"""The loss of held-out images: fixed, comparable, and what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorasmith.adapters.inject import Attached, attached
+from lorasmith.core.errors import TrainingError
+from lorasmith.core.random import keyed_normal
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.diffusion.losses import diffusion_loss
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import plan_job
+from lorasmith.training.validation import Validator
+
+CPU = torch.device("cpu")
+Make = Callable[..., Validator]
+
+
+@pytest.fixture
+def make(tiny: Model, mixed: EncodedDataset) -> Make:
+    def validator(samples: tuple[Sample, ...] = mixed.samples, *, draws: int = 2, batch_size: int = 3) -> Validator:
+        return Validator(tiny.denoiser, samples, draws=draws, batch_size=batch_size, device=CPU, dtype=torch.float32)
+
+    return validator
+
+
+def test_losses_are_those_of_the_model_one_by_one(make: Make, tiny: Model, mixed: EncodedDataset) -> None:
+    validator = make(draws=2)
+    losses = validator()
+    assert losses.shape == validator.quantiles.shape == (len(mixed), 2)
+    components = tiny.components
+    for row, sample in enumerate(mixed.samples):
+        for draw in range(2):
+            clean = sample.latents[None]
+            noise = keyed_normal(tuple(clean.shape[1:]), 0, "validation noise", f"{sample.name}/{draw}")[None]
+            level = components.schedule.at(validator.quantiles[row, draw][None])
+            noised = level.noised(clean, noise)
+            with torch.no_grad():
+                prediction = tiny.denoiser.predict(noised, level.time, sample.conditioning)
+            expected = diffusion_loss(
+                prediction, clean=clean, noise=noise, noised=noised, level=level, loss_function="MSE",
+                parameterization=components.parameterization, objective="native",
+            )  # fmt: skip
+            assert losses[row, draw].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_same_is_measured_every_time(make: Make) -> None:
+    validator = make()
+    assert torch.equal(validator(), validator())
+    assert torch.equal(validator(), make()())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_batches_change_nothing(make: Make, batch_size: int) -> None:
+    torch.testing.assert_close(make(batch_size=batch_size)(), make()(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_is_measured_alike_in_any_company(make: Make, mixed: EncodedDataset) -> None:
+    alone = make(mixed.samples[2:3])
+    assert alone.names == (mixed.samples[2].name,)
+    torch.testing.assert_close(alone()[0], make()()[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("draws", [1, 8])
+def test_each_image_meets_every_part_of_the_schedule_once(make: Make, draws: int) -> None:
+    quantiles = make(draws=draws).quantiles
+    assert torch.equal((quantiles * draws).floor(), torch.arange(draws).expand_as(quantiles).float())
+    assert len((quantiles * draws % 1)[:, 0].unique()) == len(quantiles)  # each at places of its own
+
+
+def test_repeats_are_looked_at_once(make: Make, mixed: EncodedDataset) -> None:
+    one, other = mixed.samples[:2]
+    assert make((one, one, other, one)).names == (one.name, other.name)
+
+
+def test_images_of_one_name_meet_different_noise(make: Make, mixed: EncodedDataset) -> None:
+    one = mixed.samples[0]
+    twins = make((one, replace(one)))
+    assert twins.names == (one.name, one.name)
+    assert not torch.equal(twins.quantiles[0], twins.quantiles[1])
+    assert not torch.isclose(*twins()).any()
+
+
+def test_what_is_attached_counts_and_no_gradient_is_kept(make: Make, tiny: Model) -> None:
+    validator = make()
+    base = validator()
+    job = plan_job(tiny.denoiser, TrainConfig(rank=4, training_dtype="fp32", targets="attention"), CPU)
+    with attached(tiny.components.denoiser, [Attached(job.adapters, differences={})]):
+        fresh = validator()
+        for adapter in job.adapters.values():
+            for name, parameter in adapter.named_parameters():
+                if name.endswith("up"):
+                    torch.nn.init.constant_(parameter, 0.05)
+        changed = validator()
+    torch.testing.assert_close(fresh, base, rtol=1e-4, atol=1e-6)
+    assert not torch.isclose(changed, base).any()
+    assert not changed.requires_grad
+    assert torch.equal(validator(), base)
+
+
+def test_a_loss_that_is_not_finite_names_its_image(
+    make: Make, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validator = make(mixed.samples[:2], batch_size=4)
+    original = Denoiser.predict
+    calls = 0
+
+    def broken(self: Denoiser, *args: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(self, *args) / (calls - 1)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Denoiser, "predict", broken)
+    with pytest.raises(TrainingError, match=f"NaN or infinity for {mixed.samples[0].name}; try a lower learning rate$"):
+        validator()
