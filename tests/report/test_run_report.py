@@ -167,9 +167,9 @@ def test_a_figure_takes_its_colours_from_the_page() -> None:
 
 
 def test_the_learning_rate_is_drawn_only_where_it_changes() -> None:
-    same, other = (Curves(losses=[0.3, 0.2], rates=rates) for rates in ([1e-3, 1e-3], [1e-3, 5e-4]))
+    same, other = (Curves(losses=[0.3, 0.2], rates=rates) for rates in ([6.99993e-4] * 2, [1e-3, 5e-4]))
     assert not same.rate_varies and other.rate_varies
-    assert "The learning rate was 0.001 throughout" in page(curves=same).text
+    assert "The learning rate was 0.0007 throughout" in page(curves=same).text
     assert "throughout" not in page(curves=other).text
 
 
@@ -180,7 +180,7 @@ def test_any_quantiles_are_drawn(losses) -> None:
     )
 
 
-@pytest.mark.parametrize("losses", [(), ((None, None),)])
+@pytest.mark.parametrize("losses", [(), ((None, None),) * 2, ((0.1, 0.2),)])
 def test_without_quantiles_there_is_no_heading(losses) -> None:
     assert "Loss by noise level" not in page(quantiles=Quantiles(steps=(1,) * len(losses), losses=losses)).text
 
@@ -202,6 +202,7 @@ def test_images_that_need_a_look_come_first() -> None:
     order = [text.index(name) for name in ("odd", "dull", "good-29", "good-12", "13 more images", "good-11", "unseen")]
     assert order == sorted(order)
     assert "None of the 30 images stands out." in page(images=images[:30]).text
+    assert "No image was looked at often enough" in page(images=images[-1:]).text
 
 
 def test_settings_that_were_changed_come_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.optimizers import GatedOptimizer, check_optimizer
+from lorasmith.training.train import TrainResult
 from lorasmith.training.update_rules import OPTIMIZERS
 
 PATHS = [
@@ -122,6 +125,31 @@ def test_a_step_that_may_not_proceed_changes_nothing(name: str) -> None:
         assert torch.equal(run.flat.master, before)
         assert same(run.stored(), state)
     assert torch.equal(run.take(range(4, 6)).flat.master, Run(name).take(range(6)).flat.master)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("SGD", "momentum=0.9 nesterov=True"),
+        ("AdamW", "amsgrad=True fused=False"),
+        ("RMSprop", "centered=True momentum=0.9"),
+        ("Adafactor", "beta1=0.9 scale_parameter=True"),
+        ("Prodigy", "safeguard_warmup=True use_bias_correction=True growth_rate=1.02"),
+        ("ScheduleFree", "warmup_steps=3 foreach=False"),
+    ],
+)
+def test_state_that_arguments_add_is_stored_and_gated(name: str, arguments: str) -> None:
+    if package := OPTIMIZERS[name].package:
+        pytest.importorskip(package)
+    whole = Run(name, arguments).take(range(3))
+    again = Run(name, arguments)
+    again.flat.master.copy_(whole.flat.master)
+    again.optimizer.load(*whole.stored())
+    again.flat.grad.fill_(float("nan"))
+    again.optimizer.step(NO)
+    assert same(again.stored(), whole.stored())
+    assert torch.equal(again.take(range(3, 6)).flat.master, whole.take(range(3, 6)).flat.master)
+    assert not torch.equal(again.flat.master, Run(name).take(range(6)).flat.master)
 
 
 def test_groups_learn_at_their_rates(name: str) -> None:
@@ -262,6 +290,14 @@ def test_what_cannot_be_stored_is_refused_at_the_start(name: str, arguments: str
 
 def test_those_there_are_pass_the_check(name: str) -> None:
     check_optimizer(name, weight_decay=0.01, rates=(1e-3,) if name in ONE_RATE else (1e-3, 1e-2))
+
+
+def test_each_trains_a_lora(name: str, run: Callable[..., TrainResult], dataset: EncodedDataset) -> None:
+    settings = {"optimizer": name, "learning_rate": 1.0 if name in ONE_RATE else 1e-3, "targets": "mid_block.*"}
+    result = run(dataset, schedule="linear", warmup_steps=1, steps=7, **settings)
+    ups = [one.tensors["up"] for one in result.lora.state.adapters.values()]
+    assert all(up.isfinite().all() for up in ups)
+    assert sum(up.abs().sum() for up in ups) > 0
 
 
 def test_one_rate_for_all_is_said() -> None:

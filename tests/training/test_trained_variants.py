@@ -275,6 +275,13 @@ NOTES: dict[str, tuple[dict[str, Any], str]] = {
     "bypass": ({"bypass_mode": True}, "bypass_mode changes nothing here"),
     "depth": ({"checkpoint_depth": 3}, "checkpoint_depth 3 changes nothing without gradient_checkpointing"),
     "decay": ({"optimizer": "SGD", "weight_decay": 0.1}, "weight_decay 0.1 changes nothing with SGD"),
+    "rate of Prodigy": (
+        {"optimizer": "Prodigy", "learning_rate": 1e-3},
+        "learning_rate 0.001 is a share of the rate that Prodigy finds by itself; 1 is usual",
+    ),
+    "end of a constant": ({"final_rate": 0.1}, "final_rate 0.1 changes nothing with schedule constant"),
+    "cycles of one": ({"schedule": "cosine", "schedule_cycles": 4}, "schedule_cycles 4 changes nothing with schedule"),
+    "power of a line": ({"schedule": "linear", "schedule_power": 3.0}, "schedule_power 3 changes nothing with"),
     "start of PiSSA": ({"pissa": True, "zero_init": "down"}, "zero_init down changes nothing with pissa"),
     "start of OFT": ({"algorithm": "OFT", "zero_init": "down"}, "zero_init down changes nothing with OFT"),
     "alpha of LoKr": ({"algorithm": "LoKr", "alpha": 2.0}, "alpha 2.0 changes nothing with LoKr"),

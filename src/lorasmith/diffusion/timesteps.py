@@ -44,9 +44,9 @@ def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Ten
     """Numbers in [0, 1] of global draw indices, (len(draws),) fp32.
 
     Stratified ones are a scrambled van der Corput sequence (Owen 1995): of 2^k neighbouring draws that begin at a
-    multiple of 2^k, one falls in each of 2^k equal parts of the range, anywhere in it. Every number is still uniform
-    over seeds; steps of any size cover the range, and so do the small steps that momentum averages over. Images meet
-    the sequence in the epochs' random orders, so that none of them keeps to a part of the range.
+    multiple of 2^k, one falls in each of 2^k equal parts of the range, anywhere in it (k up to 10). Every number is
+    still uniform over seeds; steps of any size cover the range, and so do the small steps that momentum averages over.
+    Images meet the sequence in the epochs' random orders, so that none of them keeps to a part of the range.
     """
     numbers = [keyed_uniform(seed, "timestep", draw) for draw in draws]
     if stratified:

@@ -21,6 +21,9 @@ __all__ = ["ImageRecord", "Note", "RunReport", "Setting", "ValidationRow", "run_
 STANDINGS = ("never fit", "memorised")
 """What an image can be called that somebody should look at, worst first; every other standing is fine."""
 
+UNJUDGED = "too few looks"
+"""What an image is called of which nothing can be said."""
+
 _IMAGES_SHOWN = 20
 
 
@@ -194,7 +197,7 @@ def _loss(report: RunReport) -> list[Html]:
             "the training loss falls, the LoRA is learning its images by heart. The star is the best of them."
         )
     if len(rates) == 1 and rates != {0.0}:
-        says.append(f"The learning rate was {rates.pop():g} throughout.")
+        says.append(f"The learning rate was {number(rates.pop())} throughout.")
     label = f"Training loss over {len(curves.losses):,} steps"
     if curves.validations:
         step, loss = min(curves.validations, key=lambda one: one[1])
@@ -227,7 +230,7 @@ def _change(value: float, base: float) -> str:
 
 
 def _quantiles(curve: QuantileCurve | None) -> list[Html]:
-    if curve is None or not any(loss is not None for losses in curve.losses for loss in losses):
+    if curve is None or len(curve.steps) < 2 or all(loss is None for losses in curve.losses for loss in losses):
         return []
     says = (
         "Fine detail is learnt at the clean end (0 %), composition at the noisy one (100 %). The levels differ by "
@@ -247,7 +250,7 @@ def _images(images: Sequence[ImageRecord]) -> list[Html]:
     odd = [image for image in ordered if image.standing in rank]
     shown = max(len(odd), min(len(ordered), _IMAGES_SHOWN))
     says = (
-        f"{_standings(odd, len(ordered))} An image that is never fit often has a wrong caption or does not belong; one "
+        f"{_standings(ordered)} An image that is never fit often has a wrong caption or does not belong; one "
         "that is memorised is drawn too often. Levels are losses over what is usual at the same noise levels: 1 is "
         "what all images had at first."
     )
@@ -257,10 +260,12 @@ def _images(images: Sequence[ImageRecord]) -> list[Html]:
     return parts
 
 
-def _standings(odd: Sequence[ImageRecord], total: int) -> str:
-    counts = {word: sum(image.standing == word for image in odd) for word in STANDINGS}
+def _standings(images: Sequence[ImageRecord]) -> str:
+    if all(image.standing == UNJUDGED for image in images):
+        return "No image was looked at often enough to judge it."
+    counts = {word: sum(image.standing == word for image in images) for word in STANDINGS}
     found = " and ".join(f"{count:,} {'is' if count == 1 else 'are'} {word}" for word, count in counts.items() if count)
-    return f"Of {total:,} images, {found}." if found else f"None of the {total:,} images stands out."
+    return f"Of {len(images):,} images, {found}." if found else f"None of the {len(images):,} images stands out."
 
 
 def _image_table(images: Sequence[ImageRecord]) -> Html:
