@@ -107,7 +107,7 @@ def test_what_is_attached_counts_and_no_gradient_is_kept(make: Make, tiny: Model
 def test_a_loss_that_is_not_finite_names_its_image(
     make: Make, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validator = make(mixed.samples[:2], batch_size=4)
+    validator = make(mixed.samples[:2], draws=4, batch_size=4)
     original = Denoiser.predict
     calls = 0
 
