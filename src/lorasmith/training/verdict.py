@@ -146,7 +146,8 @@ class History:
         falling = self._still_falling(means)
         won = self._base - self._best_stretch()
         if interval(won)[0] <= 0 or won.mean() <= _FALL * _jitter(means):
-            if interval(self._last_stretch() - self._base)[0] > 0 and not falling:
+            worse = interval(self._last_stretch() - self._base)[0] > 0 and not falling
+            if worse and len(means) > _SMOOTH:
                 return "worse than the base model; try a lower learning rate"
             return ("still learning, but " if falling else "") + "no better than the base model so far"
         if self._overfits(means):
