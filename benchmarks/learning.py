@@ -1,14 +1,15 @@
 """Held-out loss against training time, of recipes on the built-in model: which defaults learn fastest.
 
-Sixteen pictures of a style that the model has not seen; four are held out and looked at at fixed noise. Every recipe runs
-in this project's engine, so that a step costs the same and only what is learnt per step differs. Time is processor time
-of the steps alone.
+Sixteen pictures of a style that the model has not seen; four are held out and looked at at fixed noise. Every recipe
+runs in this project's engine, so that a step costs the same and only what is learnt per step differs. Time is processor
+time of the steps alone.
 
     python benchmarks/learning.py --recipes comfyui ours --seeds 0 1 2 --steps 500 --plot curves.png
     python benchmarks/learning.py --recipes ours ours,schedule=cosine ours,ema_decay=0.99
 
-A recipe is a name of `RECIPES`, and changes to it. `comfyui` is what Train LoRA of ComfyUI does with its defaults: every
-layer, uniform times, loss on the clean picture, AdamW on bf16 weights, alpha 1 (a scale of 1 / rank), no clipping.
+A recipe is a name of `RECIPES`, and changes to it. `comfyui` is what Train LoRA of ComfyUI does with its defaults:
+every layer, uniform times, loss on the clean picture, AdamW on bf16 weights, alpha 1 (a scale of 1 / rank), and no
+clipping.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "comfyui
 # fmt: off
 OWN = {
     "TrainLoraNode": [
-        "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init", "previews", "preview_every",
+        "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
+        "schedule", "warmup_steps", "ema_decay", "validation_share", "patience", "previews", "preview_every",
     ],
 }
 # fmt: on
@@ -87,9 +88,9 @@ def test_each_input_has_comfyuis_type_range_default_and_choices(pair: tuple[dict
         }, name
         assert options.get("forceInput", False) == expected.get("forceInput", False)
         if expected.get("options", "files") != "files":
-            # Algorithms of our own come after ComfyUI's.
-            found = options["options"][: len(expected["options"])] if name == "algorithm" else options["options"]
-            assert found == expected["options"]
+            # Algorithms and optimizers of our own come after ComfyUI's.
+            known = len(expected["options"]) if name in ("algorithm", "optimizer") else None
+            assert options["options"][:known] == expected["options"]
         # The kinds of numbers tell widgets apart: 1 is an INT, 1.0 a FLOAT.
         assert type(options.get("default")) is type(expected.get("default"))
 

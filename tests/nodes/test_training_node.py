@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +31,9 @@ from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed
 from lorasmith.training.lora import Lora
-from lorasmith.training.train import TrainResult
+from lorasmith.training.train import Job, Surroundings, TrainResult
 from lorasmith.workflow import Executor, validate
-from lorasmith.workflow.events import Event, NodeProgress
+from lorasmith.workflow.events import Event, NodeMessage, NodeProgress
 
 Make = Callable[..., Any]
 
@@ -51,11 +53,11 @@ def asked(
     """Calls the node with the engine replaced by one that only listens."""
     heard: list[Asked] = []
 
-    def listen(denoiser: object, data: EncodedDataset, *, config: TrainConfig, **rest: Any) -> TrainResult:
-        heard.append(Asked(config, data))
+    def listen(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+        heard.append(Asked(job.asked, data))
         return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1)
 
-    monkeypatch.setattr(training, "train", listen)
+    monkeypatch.setattr(training, "run_job", listen)
 
     def call(*, lists: dict[str, list[Any]] | None = None, **values: Any) -> Asked:
         lists = {"latents": [latents(3)], "positive": [captions], **(lists or {})}
@@ -175,8 +177,11 @@ def test_each_run_has_a_folder_of_its_own(train: Make, bench: Any) -> None:
     assert {path.name for path in runs[1].iterdir()} == {
         "run.json",
         "events.jsonl",
-        "lora_00002.safetensors",
+        "lora.safetensors",
         "loss.png",
+        "report.html",
+        "checkpoints",
+        ".lock",
     }
     assert json.loads((runs[0] / "run.json").read_text("utf-8"))["samples"][2]["caption"] == "a green tree"
 
@@ -237,7 +242,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
 
 def test_a_loss_that_is_not_finite_names_step_and_image(train: Make, latents: Make) -> None:
     huge = {"samples": latents(3)["samples"] * 1e30}
-    with pytest.raises(TrainingError, match=r"at step 1 \(images: image \d\)"):
+    with pytest.raises(TrainingError, match=r"at step 2 \(images: image \d\)"):
         train(lists={"latents": [huge]})
 
 
@@ -287,13 +292,35 @@ def test_cancelling_keeps_the_lora_of_the_steps_that_were_taken(bench: Any, tiny
     assert [path.name for path in (bench.folders.output / "loras").iterdir()] == [name]
     kept = Lora.load(bench.folders.find("loras", name), tiny)
     assert kept.state.metadata["lorasmith.steps"] == "2"
-    assert (bench.folders.output / "runs" / "lora_00001" / "lora_00001.safetensors").is_file()
-    # The same graph trains anew, and can go on from what was kept.
+    assert (bench.folders.output / "runs" / "lora_00001" / "lora.safetensors").is_file()
+    # Another graph can go on from what was kept.
     again = prompt(1)
     again["6"]["inputs"]["existing_lora"] = name
     results = executor.run(validate(again, bench.folders))
     assert results["6"].outputs[2] == (3,)
     assert (bench.folders.output / "loras" / "fox_3_steps_00001_.safetensors").is_file()
+
+
+def test_a_cancelled_graph_goes_on_when_it_is_run_again(bench: Any) -> None:
+    def run(graph: dict[str, Any], stop_at: int, folders: Any) -> list[Event]:
+        events: list[Event] = []
+        cancel = threading.Event()
+
+        def on_event(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, NodeProgress) and event.value == stop_at:
+                cancel.set()
+
+        with contextlib.suppress(CancelledError):
+            Executor(folders, on_event=on_event).run(validate(graph, folders), cancel=cancel)
+        return events
+
+    run(prompt(5), 2, bench.folders)
+    events = run(prompt(5), 99, bench.folders)
+    assert [event.value for event in events if isinstance(event, NodeProgress)] == [3, 4, 5]
+    assert any("from step 2, to the bit" in event.text for event in events if isinstance(event, NodeMessage))
+    assert [path.name for path in (bench.folders.output / "runs").iterdir()] == ["lora_00001"]
+    assert (bench.folders.output / "loras" / "fox_5_steps_00001_.safetensors").is_file()
 
 
 def test_cancelling_before_the_first_step_leaves_no_lora_among_loras(train: Make, bench: Any) -> None:

@@ -287,6 +287,24 @@ def test_after_too_many_faults_the_best_there_is_is_kept(
     assert RunFolder(tmp_path).outcome() == "failed"
 
 
+def test_an_explosion_too_many_leaves_the_last_good_lora(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: 1e4 if step == 34 else 1.0)
+    with pytest.raises(TrainingError, match=r"the loss exploded to .* at step 34 .*; the LoRA of step 25 is kept"):
+        run(dataset, steps=36, learning_rate=1e-6, max_rollbacks=0, output=tmp_path / "run")
+    monkeypatch.undo()
+    good = run(dataset, steps=25, learning_rate=1e-6, output=tmp_path / "good")
+    assert good.steps == 25
+    assert same(saved(tmp_path / "run"), saved(tmp_path / "good"))
+
+
+def test_a_run_without_a_sound_step_fails(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda step: math.nan)
+    with pytest.raises(TrainingError, match="at step 2"):
+        run(dataset, steps=2)
+
+
 def test_with_validation_the_best_lora_is_what_a_failed_run_leaves(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

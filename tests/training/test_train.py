@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -143,16 +144,16 @@ def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_pa
     assert record["config"]["steps"] == 4
     assert record["config"]["alpha"] == 4.0
     assert len(record["samples"]) == 6
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
+    assert record["environment"]["versions"]["torch"] == version("torch")
     lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 4, "RunFinished"]
+    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 4, "CheckpointSaved", "RunFinished"]
     with safe_open(result.path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.trigger_phrase"] == "sks cat"
     assert metadata["ss_base_model_version"] == "sd_v1_v"
     assert metadata["ss_network_dim"] == "4"
     assert len(metadata["sshs_model_hash"]) == 64
-    with pytest.raises(OutputError, match="already holds a run"):
+    with pytest.raises(OutputError, match="holds this run, and it is done"):
         run(dataset, output=tmp_path / "run")
 
 

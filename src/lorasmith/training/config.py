@@ -241,8 +241,8 @@ class TrainConfig:
         min=0.01,
         max=100.0,
         group=_HOW,
-        help="Shift of the noise levels towards the noisy end, for every distribution; 1 leaves them as they are. Left "
-        "out, shifted takes the one that suits the size of the picture and the others take none.",
+        help="Shift of the noise levels towards the noisy end, in place of the model's own; 1 is none. Left out, "
+        "shifted takes the one that suits the size of the picture and the others the model's own.",
     )
     stratified: bool = option(
         True,
@@ -331,7 +331,7 @@ class TrainConfig:
         None, min=1, max=100_000, group=_WATCH, help="Steps between validations. Left out, a tenth of the run."
     )
     validation_draws: int = option(
-        8, min=1, max=1000, group=_WATCH, help="Noise levels at which each held-out image is looked at."
+        8, min=2, max=1000, group=_WATCH, help="Noise levels at which each held-out image is looked at."
     )
     patience: int = option(
         0,

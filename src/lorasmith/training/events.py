@@ -104,7 +104,8 @@ class Validated(Event):
         step: updates taken.
         loss: mean over the held-out images and their noise levels.
         base_loss: the same of the model without the LoRA.
-        low, high: 95 % confidence interval of loss − base_loss, over images.
+        low, high: 95 % confidence interval of loss − base_loss, over images (over images and noise levels, if there are
+            fewer than five images).
         best: whether this is the lowest loss so far.
         best_step: step of the lowest loss so far.
         verdict: what to make of it, in a sentence.

@@ -127,7 +127,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         config.optimizer,
         weight_decay=config.weight_decay,
         arguments=config.optimizer_args,
-        rates={config.learning_rate or 0.0, *rates.values()},
+        rates=_distinct_rates(config, adapters, rates),
     )
     return Job(
         config,
@@ -180,6 +180,13 @@ def _learning_rates(
     if asked.learning_rate is not None or default_rate(asked.optimizer) is not None:
         return own
     return {path: _default_rate(denoiser, one.algorithm) for path, one in existing.items()} | own
+
+
+def _distinct_rates(config: TrainConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
+    """The rates that there will be, each of which is a group of the optimizer's."""
+    assert config.learning_rate is not None
+    found = {rates.get(path, config.learning_rate) for path in adapters} or {config.learning_rate}
+    return found | {rate * config.lora_plus_ratio for rate in found}
 
 
 def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> dict[str, Difference]:

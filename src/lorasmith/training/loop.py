@@ -323,21 +323,23 @@ class Loop:
 
     def _go_back(self, step: int, batches: Sequence[Batch]) -> None:
         """Leave a step out and go on behind it, from the last snapshot before it, at half the rate."""
-        loss, self.losses[-1] = self.losses[-1], math.nan
+        loss = self.losses.pop()
         while len(self._snapshots) > 1 and self._snapshots[-1].step > step:
             self._snapshots.pop()
         good = self._snapshots[-1]
-        factor = self.engine.rate_factor / 2
-        self.engine.load(good.tensors, good.numbers)
-        self._mailbox = Mailbox(self.engine.recipe.device)
-        self._posted.clear()
-        self.step = step + 1
-        self.rollbacks += 1
         images = tuple(dict.fromkeys(name for batch in batches for name in batch.names))
         trouble = _trouble(step + 1, loss, images)
-        if self.rollbacks > self.engine.recipe.max_rollbacks:
-            raise TrainingError(_given_up(trouble, good.step, self.rollbacks, self.engine.recipe))
+        self._mailbox = Mailbox(self.engine.recipe.device)
+        self._posted.clear()
+        fruitless = step + 1 == self.steps and not any(map(math.isfinite, self.losses))
+        if self.rollbacks == self.engine.recipe.max_rollbacks or fruitless:
+            self._give_up(step, loss, good, trouble)
+        factor = self.engine.rate_factor / 2
+        self.engine.load(good.tensors, good.numbers)
         self.engine.rate_factor = factor
+        self.losses.append(math.nan)
+        self.step = step + 1
+        self.rollbacks += 1
         self.tell(
             RolledBack(
                 step=step + 1,
@@ -347,6 +349,22 @@ class Loop:
                 message=f"{trouble}; that step is left out, and training goes on from step {good.step} at {factor:g} "
                 "times the learning rate.",
             )
+        )
+
+    def _give_up(self, step: int, loss: float, good: RunState, trouble: str) -> None:
+        """End the run with the last good state. Raises TrainingError."""
+        self.step = step
+        kept = "the LoRA as it was before that step is kept"  # for its update was never made
+        if math.isfinite(loss):
+            self.engine.load(good.tensors, good.numbers)
+            self.step = good.step
+            kept = f"the LoRA of step {good.step} is kept"
+        self.losses = self.losses[: self.step]
+        times = f", after {self.rollbacks} times before in this run" if self.rollbacks else ""
+        recipe = self.engine.recipe
+        raise TrainingError(
+            f"{trouble}{times}; {kept}; try a learning rate below {recipe.learning_rate:g}"
+            + (", or training_dtype fp32" if recipe.dtype != torch.float32 else "")
         )
 
     def _shrink(self, trouble: str) -> None:
@@ -403,10 +421,3 @@ def _trouble(step: int, loss: float, images: Sequence[str]) -> str:
     what = "the loss exploded" if math.isfinite(loss) else "loss and gradient must stay finite but did not"
     shown = f" to {loss:.3g}" if math.isfinite(loss) else ""
     return f"{what}{shown} at step {step} (images: {', '.join(images)})"
-
-
-def _given_up(trouble: str, step: int, times: int, recipe: Recipe) -> str:
-    before = f", {times} times in this run" if times > 1 else ""
-    return f"{trouble}{before}; the LoRA of step {step} is kept; try a learning rate below {recipe.learning_rate:g}" + (
-        ", or training_dtype fp32" if recipe.dtype != torch.float32 else ""
-    )

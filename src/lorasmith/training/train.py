@@ -51,6 +51,8 @@ class TrainResult:
         losses: loss of each step taken, those before a resumption included; NaN for a step that was left out.
         steps: steps in all, those of the LoRA that was continued included.
         reason: `finished`, `stopped` (early, by validation), `cancelled` or `failed`.
+        validations: steps and losses on the held-out images.
+        base_loss: theirs of the base model, None where nothing is held out.
         verdict: what validation makes of it, in a sentence.
         folder: the run's folder, if one was asked for.
         path: the LoRA in it.
@@ -61,6 +63,8 @@ class TrainResult:
     losses: list[float]
     steps: int
     reason: str = "finished"
+    validations: tuple[tuple[int, float], ...] = ()
+    base_loss: float | None = None
     verdict: str = ""
     folder: Path | None = None
     path: Path | None = None
@@ -71,7 +75,7 @@ class TrainResult:
         from lorasmith.report.loss_plot import plot_losses
 
         target = Path(path)
-        write_atomic(target, plot_losses(self.losses))
+        write_atomic(target, plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss))
         return target
 
 
@@ -248,7 +252,8 @@ class _Run:
             # Whatever ended the run, the steps that were taken are worth keeping; the error then goes on its way.
             self._tell(RunFinished(step=loop.step, reason=reason))
             result = self._kept(loop, reason, best=True)
-            if result.path is not None:
+            if result.folder is not None:
+                self._report(result.folder)
                 where = f"the LoRA of {result.steps} steps is at {result.path}"
                 if isinstance(error, LorasmithError):
                     raise type(error)(f"{error}; {where}") from error
@@ -323,7 +328,7 @@ class _Run:
             )
         )
         if start is None:
-            for note in (*job.notes, self._parts.note):
+            for note in (*job.notes, *([f"{self._parts.note}."] if self._parts.held_out else [])):
                 self._tell(Warned(message=note))
         elif folder is not None:
             found = differences(folder.record().get("environment", {}), self._record["environment"])
@@ -351,6 +356,8 @@ class _Run:
             loop.losses,
             self._job.steps_before + step,
             reason,
+            () if history is None else tuple(history.losses),
+            None if history is None else history.base_loss,
             UNJUDGED if history is None else history.verdict,
         )
         if self._folder is None or not loop.losses:

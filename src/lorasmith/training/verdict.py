@@ -89,6 +89,16 @@ class History:
         return Judgement(step, loss, base_loss, low, high, self.since_best == 0, self.best_step, self.verdict)
 
     @property
+    def base_loss(self) -> float:
+        """Mean loss of the base model."""
+        return float(self._base.mean())
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Step and mean loss of each validation."""
+        return [(step, float(mean)) for step, mean in zip(self._steps, self._means(), strict=True)]
+
+    @property
     def best_step(self) -> int:
         """Step of the lowest loss; the earliest of equals."""
         return self._steps[self._best]
