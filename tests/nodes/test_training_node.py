@@ -7,7 +7,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Previewed
 from lorasmith.training.lora import Lora
 from lorasmith.training.train import Job, Surroundings, TrainResult
 from lorasmith.workflow import Executor, validate
@@ -357,12 +355,17 @@ def test_preview_inputs_reach_the_engine(asked: Callable[..., Asked]) -> None:
     assert (config.previews, config.preview_every) == ("a lion\na bus", 5)
 
 
-def test_previews_are_shown_as_live_frames(bench: Any, tmp_path: Path) -> None:
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    tell = training._teller(bench.context, 10, tmp_path)
-    tell(Previewed(step=4, prompts=("a cat",), paths=(str(tmp_path / "red.png"),), strength=1.0))
-    (event,) = bench.events
-    assert isinstance(event, NodeProgress) and (event.value, event.maximum) == (4, 10)
-    assert event.preview is not None
-    with Image.open(io.BytesIO(event.preview)) as frame:
+def test_previews_are_shown_as_live_frames_and_change_nothing(train: Make, bench: Any) -> None:
+    shown = train(steps=2, previews="a fox", preview_every=1)
+    frames = [event for event in bench.events if isinstance(event, NodeProgress) and event.preview is not None]
+    assert [(event.value, event.maximum) for event in frames] == [(1, 2), (1, 2), (2, 2), (2, 2)]  # base and LoRA, ...
+    with Image.open(io.BytesIO(frames[0].preview)) as frame:
         assert frame.format == "JPEG"
+    samples = bench.folders.output / "runs" / "lora_00001" / "samples"
+    assert {"base-1.png", "step-000001-1.png", "step-000002-1.png", "steps.png", "strengths.png"} <= {
+        path.name for path in samples.iterdir()
+    }
+    assert not (samples.parent / "preview.safetensors").exists()
+    plain = train(steps=2)
+    assert tensors(shown).keys() == tensors(plain).keys()
+    assert all(torch.equal(tensor, tensors(plain)[name]) for name, tensor in tensors(shown).items())
