@@ -269,7 +269,7 @@ def _status_kib(field: str) -> int:
 def _report(
     arguments: argparse.Namespace, cases: list[Case], seconds: dict[str, list[float]], memory: dict[str, list[float]]
 ) -> None:
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": _machine(), "steps": STEPS}))
+    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine(), "steps": STEPS}))
     print("\n| side | step, s | × floor | × (floor + forward) | peak above weights, MiB |")
     print("|---|---|---|---|---|")
     for case in cases:
@@ -282,7 +282,7 @@ def _report(
         )
 
 
-def _machine() -> str:
+def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ _SETTINGS = (
     _own("timesteps", default=_AUTO, options=(_AUTO, *_OPTIONS["timesteps"].choices)),
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
+    _own("private"),
 )
 
 
@@ -127,6 +129,7 @@ def train_lora(
         on_event=_teller(context, config.steps, folder),
         cancelled=context.cancelled,
     )
+    result = replace(result, lora=replace(result.lora, private=config.private))
     if result.reason == "cancelled":
         raise CancelledError(_keep_cancelled(context, result, title=folder.name))
     return result.lora, {"loss": result.losses}, result.steps
