@@ -7,9 +7,9 @@ of the model's own rate for LoRA. Three numbers tell whether a rate is too low, 
     colourless      share of colourless pixels in pictures of eight subjects outside the set: whether the style shows
     concept         share of those pictures in which a classifier still sees the subject: whether the model survived
 
-    python benchmarks/learning_rates.py
-    python benchmarks/learning_rates.py --algorithms LoKr OFT --multiples 3 10 30
-    python benchmarks/learning_rates.py --multiples default --sheet algorithms.png
+    python -m benchmarks.learning_rates
+    python -m benchmarks.learning_rates --algorithms LoKr OFT --multiples 3 10 30
+    python -m benchmarks.learning_rates --multiples default --sheet algorithms.png
 
 `default` is the rate that a run takes when none is given. LoRAs are kept in `--output`, so that a sweep that was
 interrupted, or that goes on with more rates, trains no run twice.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +27,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ is no part of the package
-
-from benchmarks.step_time import machine
+from benchmarks.step_time import VARIANTS, machine
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
@@ -46,12 +43,6 @@ from lorasmith.training.train import train
 from tools.pretrain.data import UNTAUGHT, with_article
 from tools.pretrain.judge import Judge, colourless
 from tools.pretrain.quality import held_out_noise_loss
-
-VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
-    "DoRA-input": {"dora": "input"},
-    "DoRA-output": {"dora": "output"},
-}
-"""Row of the table → settings of the run."""
 
 PROMPTS = [with_article(subject) for subject in UNTAUGHT]
 
