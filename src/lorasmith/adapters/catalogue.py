@@ -64,6 +64,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         rank_meaning="block size",
         default_alpha=0.0,
         unused=frozenset({"zero_init"}),
+        learning_rate_factor=0.1,
     ),
     "GLoRA": Algorithm(summary="Adds a low-rank change of the weight's inputs to one of its outputs."),
     "Full": Algorithm(
