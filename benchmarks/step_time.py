@@ -6,10 +6,13 @@ medians over rounds, so that a busy machine slows both sides. On the CPU the clo
 
     python benchmarks/step_time.py --model sd15 --latent 32 --dtype bf16
     python benchmarks/step_time.py --model tiny --latent 16 --batch 8 --rounds 9
+    python benchmarks/step_time.py --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
 
+With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios are to LoRA's step.
 `sd15` is Stable Diffusion 1.5's UNet at full size with random weights; `tiny` the model that comes with the package.
-Memory is the peak resident size during a step above that before it (weights, their gradients and optimizer state are
-there already); on a GPU it is the allocator's peak.
+Memory is the peak resident size during the steps above that before them: activations and, on our own sides, what a run
+sets up (trained weights, gradients, optimizer state), which the PEFT loop has kept from its first round. On a GPU it is
+the allocator's peak.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
@@ -47,6 +51,12 @@ from lorasmith.training.train import plan_job, recipe_of
 
 STEPS = 3  # timed per side and round
 
+VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
+    "DoRA-input": {"dora": "input"},
+    "DoRA-output": {"dora": "output"},
+}
+"""What is compared by `--algorithms` → settings of the run."""
+
 # On the CPU, processor seconds: what else runs on the machine counts less than in wall time. One thread is steadiest,
 # since waiting threads of a pool count as busy.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -58,6 +68,7 @@ class Case:
 
     name: str
     run: Callable[[], list[float]]
+    parameters: int = 0
 
 
 def main() -> None:
@@ -99,8 +110,12 @@ def _cases(
 ) -> Iterator[Case]:
     yield Case("forward", lambda: _floor(model, floor_model, data, device, dtype, backward=False))
     yield Case("floor", lambda: _floor(model, floor_model, data, device, dtype, backward=True))
-    yield Case("lorasmith", _ours(model.denoiser, data, arguments, device, checkpointing=False))
-    yield Case("lorasmith, checkpointing", _ours(model.denoiser, data, arguments, device, checkpointing=True))
+    if arguments.algorithms is not None:
+        for name in dict.fromkeys(("LoRA", *(arguments.algorithms or VARIANTS))):
+            yield _ours(name, model.denoiser, data, arguments, device, **VARIANTS[name])
+        return
+    yield _ours("lorasmith", model.denoiser, data, arguments, device)
+    yield _ours("lorasmith, checkpointing", model.denoiser, data, arguments, device, gradient_checkpointing=True)
     if arguments.peft:
         peer = copy.deepcopy(floor_model)
         yield Case("diffusers + PEFT", _peft(model, peer, data, arguments, device, dtype))
@@ -123,20 +138,20 @@ def _floor(
 
 
 def _ours(
+    name: str,
     denoiser: Denoiser,
     data: EncodedDataset,
     arguments: argparse.Namespace,
     device: torch.device,
-    *,
-    checkpointing: bool,
-) -> Callable[[], list[float]]:
+    **settings: Any,
+) -> Case:
     config = TrainConfig(
         steps=STEPS + 1,
         batch_size=arguments.batch,
         rank=arguments.rank,
         targets=arguments.targets,
         training_dtype=arguments.dtype,
-        gradient_checkpointing=checkpointing,
+        **settings,
     )
     job = plan_job(denoiser, config)
     recipe = recipe_of(job, device)
@@ -151,7 +166,7 @@ def _ours(
         fit(denoiser, job.adapters, data.samples, recipe, on_event=on_event, cancelled=lambda: False)
         return [after - before for before, after in itertools.pairwise(ends)]
 
-    return run
+    return Case(name, run, job.parameters)
 
 
 def _peft(
@@ -269,7 +284,10 @@ def _status_kib(field: str) -> int:
 def _report(
     arguments: argparse.Namespace, cases: list[Case], seconds: dict[str, list[float]], memory: dict[str, list[float]]
 ) -> None:
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": _machine(), "steps": STEPS}))
+    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine(), "steps": STEPS}))
+    if arguments.algorithms is not None:
+        _report_algorithms(cases, seconds, memory)
+        return
     print("\n| side | step, s | × floor | × (floor + forward) | peak above weights, MiB |")
     print("|---|---|---|---|---|")
     for case in cases:
@@ -282,7 +300,22 @@ def _report(
         )
 
 
-def _machine() -> str:
+def _report_algorithms(cases: list[Case], seconds: dict[str, list[float]], memory: dict[str, list[float]]) -> None:
+    print("\n| algorithm | parameters | step, s | × LoRA | × floor | peak above weights, MiB |")
+    print("|---|---|---|---|---|---|")
+    for case in cases:
+        mine = seconds[case.name]
+        ratios = [
+            statistics.median(a / b for a, b in zip(mine, seconds[other], strict=True)) for other in ("LoRA", "floor")
+        ]
+        print(
+            f"| {case.name} | {case.parameters:,} | {statistics.median(mine):.3f} | {ratios[0]:.2f} | {ratios[1]:.2f} "
+            f"| {statistics.median(memory[case.name]):.0f} |"
+        )
+
+
+def machine() -> str:
+    """Processor and threads, or the graphics card."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = [
@@ -309,6 +342,9 @@ def _arguments() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="let every side keep freed memory, as the command line does",
+    )
+    parser.add_argument(
+        "--algorithms", nargs="*", choices=VARIANTS, metavar="NAME", help="compare these, or all if none is named"
     )
     parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

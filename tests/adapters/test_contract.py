@@ -46,7 +46,8 @@ def test_a_fresh_adapter_is_exactly_the_identity(algorithm: str, case: LayerCase
     weight = model.get_submodule("layer").weight
 
     for strength in STRENGTHS:
-        assert torch.equal(with_adapter(model, adapter, x, strength), model(x))
+        # Where the bias is added after the product, some processors take another kernel, which rounds differently.
+        torch.testing.assert_close(with_adapter(model, adapter, x, strength), model(x), rtol=0, atol=1e-6)
         assert torch.equal(adapter.merged(weight, strength), weight)
 
 

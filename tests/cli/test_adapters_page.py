@@ -39,9 +39,11 @@ def test_the_python_example_runs(photos: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_table_is_the_catalogues() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", PAGE, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", PAGE, flags=re.MULTILINE)
     assert [name for name, *_ in rows] == list(ALGORITHMS)
-    for name, summary, rank, _ in rows:
+    for name, summary, rank, _, rate in rows:
+        factor = ALGORITHMS[name].learning_rate_factor
+        assert rate == ("the model's" if factor == 1 else f"{factor:g} × the model's")
         assert summary == ALGORITHMS[name].summary
         assert rank.removeprefix("the ").replace("not used", "") == ALGORITHMS[name].rank_meaning
 

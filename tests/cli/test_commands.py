@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.generate import split_strength
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
@@ -53,6 +54,23 @@ def test_train_says_what_it_will_do_and_where_everything_is(
         assert plot.size[0] > 500
     captions = {sample["caption"] for sample in json.loads((folder / "run.json").read_text())["samples"]}
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model, algorithm: str) -> None:
+    """At its own default rate, and what is saved changes the model."""
+    quick = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 4, "--targets", "*.attn2.to_q")
+    ran = lorasmith("train", photos, *quick, "--algorithm", algorithm.lower())
+    assert ran.code == 0, ran.err
+    file = tmp_path / "runs" / "photos-001" / "photos.safetensors"
+    lora = Lora.load(file, tiny)
+    trained = {ref.path for ref in (*lora.state.adapters, *lora.state.differences)}
+    assert len(trained) == 7
+    path = min(trained)
+    before = tiny.components.denoiser.get_submodule(path).weight.clone()
+    with lora.applied_to(tiny.denoiser).active():
+        assert not torch.equal(tiny.components.denoiser.get_submodule(path).weight, before)
+    assert lorasmith("check", file, "--model", "lorasmith-tiny").code == 0
 
 
 def test_a_second_run_gets_a_folder_of_its_own(lorasmith: Command, photos: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.flux import _packed, _positions, _unpacked
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.formats.lora_file import state_from_tensors
 
 WIDTH = models.FLUX_TINY.hidden
 TENSORS = models.tiny_flux_checkpoint(0)
@@ -39,6 +40,35 @@ def conditioning(batch: int = 2, **extra: Tensor) -> Conditioning:
     context = models.seeded("context", (batch, 8, models.FLUX_TINY.context), seed=0)
     pooled = models.seeded("pooled", (batch, models.FLUX_TINY.pooled), seed=0)
     return Conditioning({"context": context, "pooled": pooled, **extra})
+
+
+def xlabs_file() -> dict[str, Tensor]:
+    """A LoRA as XLabs' trainer writes it, on every layer that it knows."""
+    width, tensors = WIDTH, {}
+    for base, rows, inside in (
+        *((f"double_blocks.0.processor.qkv_lora{stream}", 3 * width, width) for stream in (1, 2)),
+        *((f"double_blocks.0.processor.proj_lora{stream}", width, width) for stream in (1, 2)),
+        ("single_blocks.0.processor.qkv_lora", 3 * width, width),
+        ("single_blocks.0.processor.proj_lora", width, 5 * width),
+    ):
+        tensors[f"{base}.down.weight"] = models.seeded(f"{base}.down", (4, inside), seed=0)
+        tensors[f"{base}.up.weight"] = models.seeded(f"{base}.up", (rows, 4), seed=0)
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs_names_are_read_as_diffusers_reads_them(model: Model, prefix: str) -> None:
+    from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
+
+    tensors = {prefix + key: tensor for key, tensor in xlabs_file().items()}
+    state = state_from_tensors(tensors, {}, model.names)
+    assert not state.unknown
+    expected = _convert_xlabs_flux_lora_to_diffusers(dict(tensors))
+    assert len(state.adapters) == len(expected) / 2 == 12
+    for ref, weights in state.adapters.items():
+        for name, letter in (("down", "A"), ("up", "B")):
+            assert torch.equal(weights.tensors[name], expected[f"transformer.{ref.path}.lora_{letter}.weight"])
+        assert weights.alpha is None
 
 
 def expected_state() -> dict[str, Tensor]:

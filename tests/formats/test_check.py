@@ -190,3 +190,20 @@ def test_two_adapters_for_one_module_are_one_finding(tensors, unet_names) -> Non
     (finding,) = findings(twice, unet_names)
     assert "two for" in finding.problem
     assert finding.remedy == "keep the tensors of one of them"
+
+
+@pytest.mark.parametrize(
+    ("key", "program"),
+    [
+        ("oft_unet_mid_block_attentions_0_proj_in.oft_blocks", "sd-scripts' OFT"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs' trainer"),
+        ("single_blocks.0.processor.proj_lora.down.weight", "XLabs' trainer"),
+    ],
+)
+def test_names_that_few_programs_look_for_are_noted(key: str, program: str) -> None:
+    tensors = {key: torch.ones(2, 4, 4) if key.endswith("oft_blocks") else torch.ones(2, 4)}
+    if not key.endswith("oft_blocks"):
+        tensors[key.replace(".down.", ".up.")] = torch.ones(4, 2)
+    (note,) = [found for found in findings(tensors) if program in found.problem]
+    assert not note.is_fault
+    assert "--to portable" in note.remedy

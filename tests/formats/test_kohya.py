@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.errors import LoraError
 from lorasmith.formats.kohya import KohyaLayout
 from lorasmith.formats.layout import sentences
 
 LAYOUT = KohyaLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TO_K, TO_V = TO_Q.replace("to_q", "to_k"), TO_Q.replace("to_q", "to_v")
 FLAT_TO_Q = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
@@ -75,6 +78,7 @@ def test_reads_other_programs_names(unet_names, make_state) -> None:
     for base in (
         f"lycoris_{FLAT_TO_Q}",
         f"lora_transformer_{FLAT_TO_Q}",
+        f"oft_unet_{FLAT_TO_Q}",
         "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
     ):
         renamed = {base + key[key.index(".") :]: tensor for key, tensor in tensors.items()}
@@ -135,3 +139,26 @@ def test_what_cannot_be_fused_is_said(flux_names, make_state, make_adapter) -> N
     assert sentences(losses)[0].startswith(
         f"3 modules, such as {attention[0]}: what the original model fuses (q, k, v)"
     )
+
+
+@pytest.mark.parametrize("algorithm", ["oft", "boft"])
+def test_bounds_outlast_a_file_that_has_none_in_its_tensors(unet_names, make_state, algorithm: str) -> None:
+    """A run that goes on from a file must not turn further than the one that began it was allowed to."""
+    state = make_state(unet_names, [TO_Q, TO_K], algorithm=algorithm, rank=4, alpha=0.5)
+    free = make_state(unet_names, [TO_V], algorithm=algorithm, rank=4, alpha=0.0)
+    state.adapters.update(free.adapters)
+    tensors, header = LAYOUT.write(state, unet_names), LAYOUT.header(state, unet_names)
+    again = LAYOUT.read(tensors, header, unet_names)
+    bounds = {ref.path: weights.alpha for ref, weights in again.adapters.items()}
+    assert bounds == {TO_Q: pytest.approx(0.5), TO_K: pytest.approx(0.5), TO_V: 0.0}
+    # What was written already keeps to the bound, so that the second file says the same as the first.
+    twice = LAYOUT.write(again, unet_names)
+    assert all(torch.allclose(tensor, twice[key], rtol=1e-6) for key, tensor in tensors.items())
+    assert "oft_bounds" not in str(LAYOUT.header(free, unet_names))
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"a": "b"}', '{"a": [1]}'])
+def test_malformed_bounds_are_refused_in_a_sentence(unet_names, make_state, text: str) -> None:
+    tensors = LAYOUT.write(make_state(unet_names, [TO_Q], algorithm="oft", alpha=0.0), unet_names)
+    with pytest.raises(LoraError, match="must give a number for each module path, got"):
+        LAYOUT.read(tensors, {"lorasmith.oft_bounds": text}, unet_names)

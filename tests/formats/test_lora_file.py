@@ -143,3 +143,17 @@ def test_a_non_finite_lora_is_never_written(tmp_path: Path, unet_names, make_sta
 def test_an_unknown_layout_is_named(tmp_path: Path, unet_names) -> None:
     with pytest.raises(LoraError, match="unknown LoRA layout 'comfi' \\(did you mean 'comfy'"):
         save_lora(tmp_path / "x.safetensors", AdapterState(), unet_names, layout="comfi")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [
+        ("oft_diag", r"is an OFT of LyCORIS before 2\.0 \(oft_diag\), .* is not read; train it again"),
+        ("oft_blocks.0", r"is an OFT of sd-scripts for Flux \(oft_blocks\.0\), .* is not read; use it with sd-scripts"),
+    ],
+)
+def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, unet_names, suffix: str, said: str) -> None:
+    tensors = {f"lora_unet_{TO_Q.replace('.', '_')}.{name}": torch.zeros(8, 4, 4) for name in (suffix, "alpha")}
+    write_safetensors(tmp_path / "x.safetensors", tensors, {})
+    with pytest.raises(LoraError, match=said):
+        load_lora(tmp_path / "x.safetensors", unet_names)

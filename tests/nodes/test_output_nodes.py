@@ -105,3 +105,16 @@ def test_a_file_in_the_place_of_the_output_folder_is_named(bench: Any, pictures:
     (tmp_path / "output").write_text("in the way")
     with pytest.raises(OutputError, match="output"):
         bench.call("SaveImage", images=pictures(), filename_prefix="a")
+
+
+def test_a_private_lora_keeps_the_workflow_to_itself(
+    bench: Any, tiny: Model, latents: Make, captions: list[Conditioning]
+) -> None:
+    settings = {"steps": 1, "targets": "*.attn2.to_q", "training_dtype": "fp32", "private": True}
+    trained = bench.one("TrainLoraNode", model=tiny.denoiser, latents=latents(), positive=captions[:1], **settings)
+    bench.call("SaveLoRA", lora=trained, prefix="loras/mine")
+    with safe_open(bench.folders.base / "output" / "loras" / "mine_00001_.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert not {"prompt", "workflow", "ss_tag_frequency", "lorasmith.config"} & metadata.keys()
+    assert "a fox" not in str(metadata)
+    assert metadata["ss_steps"] == "1"

@@ -196,13 +196,19 @@ def test_too_large_a_rank_is_capped_with_a_word(train: Make, bench: Any) -> None
 
 
 @pytest.mark.parametrize("algorithm", load_nodes()["TrainLoraNode"].slots["algorithm"].options)
-def test_every_algorithm_trains_with_the_nodes_own_defaults(train: Make, bench: Any, algorithm: str) -> None:
+def test_every_algorithm_trains_with_the_nodes_own_defaults(
+    train: Make, bench: Any, tiny: Model, algorithm: str
+) -> None:
     """Rank 8 is a factor or a block size there, alpha 1 a constraint; what does not apply needs no word."""
     result = train(algorithm=algorithm.lower(), learning_rate=1e-2)
     state = result.outputs[0][0].state
     saved = [*state.adapters.values(), *state.differences.values()]
     assert len(saved) == 7
     assert all(map(math.isfinite, result.outputs[1][0]["loss"]))
+    path = min(ref.path for ref in (*state.adapters, *state.differences))
+    before = tiny.components.denoiser.get_submodule(path).weight.clone()
+    with result.outputs[0][0].applied_to(tiny.denoiser).active():
+        assert not torch.equal(tiny.components.denoiser.get_submodule(path).weight, before)
     assert not [text for text in bench.messages("warning") if "changes nothing" in text]
 
 

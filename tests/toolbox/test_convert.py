@@ -20,7 +20,8 @@ from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.layout import LAYOUTS
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.names import ModelNames
-from lorasmith.toolbox.convert import convert_lora, names_for
+from lorasmith.toolbox import convert
+from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.released import released_names
 
 TINY = "lorasmith-tiny"
@@ -210,7 +211,7 @@ def test_names_that_nothing_tells(tmp_path: Path, keys: dict[str, int], said: st
         tmp_path / "x.safetensors",
     )
     with pytest.raises(LoraError, match=said):
-        names_for(tmp_path / "x.safetensors")
+        convert_lora(tmp_path / "x.safetensors", "comfy", tmp_path / "y.safetensors")
 
 
 def test_a_model_of_other_sizes_is_asked_for(tmp_path: Path, tiny: Model) -> None:
@@ -223,3 +224,16 @@ def test_a_model_of_other_sizes_is_asked_for(tmp_path: Path, tiny: Model) -> Non
     )
     with pytest.raises(LoraError, match="is for a model of other sizes than the released sd1; name its model"):
         convert_lora(tmp_path / "x.safetensors", "comfy", tmp_path / "y.safetensors")
+
+
+def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    base = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{base}.lora_down.weight": torch.ones(4, 768), f"{base}.lora_up.weight": torch.ones(320, 4)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    opened: list[Path] = []
+    read = convert.read_lora_tensors
+    monkeypatch.setattr(convert, "read_lora_tensors", lambda path: opened.append(path) or read(path))
+    assert convert_lora(tmp_path / "x.safetensors", "comfy", tmp_path / "y.safetensors").modules == 1
+    assert opened == [tmp_path / "x.safetensors"]

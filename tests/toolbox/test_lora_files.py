@@ -161,3 +161,18 @@ def test_a_file_without_a_lora_is_a_sentence(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(LoraError, match="is not a LoRA"):
         read_lora(tmp_path / "a.safetensors")
+
+
+def test_xlabs_names_are_told_apart_and_not_written(tmp_path: Path) -> None:
+    save_file(
+        {
+            f"double_blocks.0.processor.{part}_lora{stream}.{role}.weight": torch.ones(2, 2)
+            for part in ("qkv", "proj")
+            for stream in (1, 2)
+            for role in ("down", "up")
+        },
+        tmp_path / "x.safetensors",
+    )
+    assert len(read_lora(tmp_path / "x.safetensors").modules) == 4
+    with pytest.raises(LoraError, match="names of XLabs' trainer, which are read and not written; convert it first"):
+        read_together([tmp_path / "x.safetensors"], one_layout=True)

@@ -348,3 +348,16 @@ def test_magnitudes_are_saved_in_full_precision(quick: Run, tmp_path: Path) -> N
     saved = load_file(result.lora.save(tmp_path / "dora.safetensors"))
     assert {t.dtype for key, t in saved.items() if key.endswith("dora_scale")} == {torch.float32}
     assert {t.dtype for key, t in saved.items() if key.endswith("up.weight")} == {dtype_from_name("bf16")}
+
+
+@pytest.mark.parametrize("algorithm", ["OFT", "BOFT"])
+def test_a_run_that_goes_on_turns_no_further_than_the_first(quick: Run, tmp_path: Path, algorithm: str) -> None:
+    first = quick(algorithm=algorithm, alpha=1e-3)
+    again = quick(existing_lora=str(first.lora.save(tmp_path / "a.safetensors")))
+    assert {weights.algorithm for weights in again.lora.state.adapters.values()} == {algorithm.lower()}
+    assert [weights.alpha for weights in again.lora.state.adapters.values()] == pytest.approx([1e-3] * 14, rel=1e-2)
+    saved = load_file(again.lora.save(tmp_path / "b.safetensors"))
+    lengths = [
+        float((b - b.mT).norm()) for key, tensor in saved.items() if key.endswith("blocks") for b in [tensor.float()]
+    ]
+    assert lengths == pytest.approx([1e-3] * 14, rel=1e-2)

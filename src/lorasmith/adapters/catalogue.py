@@ -22,7 +22,8 @@ class Algorithm:
         default_alpha: alpha when nothing is said; None is the rank, for adapters that are scaled by alpha / rank.
         variants: settings of `TrainConfig` that it takes and not every algorithm does.
         unused: settings of `TrainConfig` that every algorithm accepts and that change nothing for this one.
-        learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given.
+        learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given: the least at
+            which `benchmarks/learning_rates.py` saw it learn as much as LoRA in as many steps.
     """
 
     summary: str
@@ -50,6 +51,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         default_alpha=1.0,
         variants=frozenset({"dora"}),
         unused=frozenset({"alpha"}),
+        learning_rate_factor=3.0,
     ),
     "OFT": Algorithm(
         summary="Rotates blocks of a layer's outputs, which keeps the angles between them.",
@@ -62,6 +64,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         rank_meaning="block size",
         default_alpha=0.0,
         unused=frozenset({"zero_init"}),
+        learning_rate_factor=0.1,
     ),
     "GLoRA": Algorithm(summary="Adds a low-rank change of the weight's inputs to one of its outputs."),
     "Full": Algorithm(
@@ -69,6 +72,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         rank_meaning="",
         default_alpha=1.0,
         unused=frozenset({"rank", "alpha", "zero_init"}),
+        learning_rate_factor=0.1,
     ),
 }
 """Registered name → facts, in the order in which choices are shown."""

@@ -146,7 +146,10 @@ class _Rotate(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_blocks = None
         if y is not None:
-            grad_turn = torch.bmm(_in_blocks(y, turn).mT, _in_blocks(grad, turn)).to(inverse.dtype)
+            rows, grad_rows = _in_blocks(y, turn), _in_blocks(grad, turn)
+            if y.element_size() < 4 and not y.is_cuda:  # a CPU's half-precision kernels gather strided blocks slowly
+                rows, grad_rows = rows.contiguous(), grad_rows.contiguous()
+            grad_turn = torch.bmm(rows.mT, grad_rows).to(inverse.dtype)
             # d(I − Q)⁻¹ = (I − Q)⁻¹ dQ (I − Q)⁻¹; what lies between joined blocks does not reach them.
             grad_skew = (inverse.mT @ grad_turn @ inverse.mT).mul_(2 * ctx.strength)
             grad_blocks = _apart(grad_skew - grad_skew.mT, ctx.shape)

@@ -99,6 +99,16 @@ _DOUBLE_FUSED = {
     "attn.add_v_proj": ("txt_attn.qkv", 2),
 }
 _SINGLE_FUSED = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
+# XLabs' trainer puts LoRAs into attention processors; stream 1 of a double block is the picture's, 2 the text's.
+_XLABS = {
+    ("double_blocks", "qkv_lora1"): ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("double_blocks", "qkv_lora2"): ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ("double_blocks", "proj_lora1"): ("attn.to_out.0",),
+    ("double_blocks", "proj_lora2"): ("attn.to_add_out",),
+    ("single_blocks", "qkv_lora"): ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("single_blocks", "proj_lora"): ("proj_out",),
+}
+_BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 
 
 class Flux(Family):
@@ -155,6 +165,7 @@ class Flux(Family):
             kohya_naming="original",
             peft_prefix="transformer",
             portable="kohya",
+            aliases=_xlabs_names(table),
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
@@ -242,6 +253,16 @@ def _table(transformer: Any) -> dict[str, OriginalName]:
     """Diffusers path of every module with parameters → its original place."""
     hidden = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     return {path: _original(path, hidden, transformer) for path in module_paths(transformer)}
+
+
+def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]]:
+    """XLabs' name of each module in an attention processor → the diffusers paths that it stands for."""
+    names = {}
+    for (kind, name), layers in _XLABS.items():
+        numbers = {path.split(".")[1] for path in table if path.startswith(f"{_BLOCKS[kind]}.")}
+        for number in sorted(numbers, key=int):
+            names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{one}" for one in layers)
+    return names
 
 
 def _original(path: str, hidden: int, transformer: Any) -> OriginalName:

@@ -76,6 +76,7 @@ def findings_of(
     found = [
         *_numbers(tensors, groups),
         *_strangers(tensors),
+        *_rare_names(groups),
         *_halves(modules, groups),
         *_idle(modules, groups),
         *_alphas(modules, groups, main_layout(list(tensors))),
@@ -116,6 +117,24 @@ def _strangers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
             True,
             Mend(frozenset(unknown)),
         )
+
+
+# Names that only the program which writes them, and few others, look for: pattern on bases, whose they are.
+_RARE_NAMES = (
+    (re.compile(r"oft_unet_"), "sd-scripts' OFT (oft_unet_), which ComfyUI, LyCORIS and diffusers"),
+    (re.compile(r".*\.processor\.(qkv|proj)_lora[12]?$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
+)
+
+
+def _rare_names(groups: Groups) -> Iterator[Finding]:
+    for pattern, whose in _RARE_NAMES:
+        rare = [base for base in groups if pattern.match(base)]
+        if rare:
+            yield Finding(
+                f"{_some(rare, 'modules have', 'has')} names of {whose} do not look for",
+                "convert it with `lorasmith convert --to portable`",
+                False,
+            )
 
 
 def _halves(modules: Modules, groups: Groups) -> Iterator[Finding]:

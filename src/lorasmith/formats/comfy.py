@@ -21,6 +21,7 @@ from lorasmith.formats.names import ModelNames
 from lorasmith.formats.places import (
     Parts,
     addressed,
+    alias_places,
     diffusers_places,
     encoder_paths,
     original_places,
@@ -41,7 +42,7 @@ class ComfyLayout(Layout):
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
-        places = {**diffusers_places(names), **original_places(names)}
+        places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
         bases = {prefix + path: parts for prefix in _DENOISER_PREFIXES for path, parts in places.items()}
         for component in names.text_encoders:
             for kind in _encoder_kinds(component, names):

@@ -5,7 +5,7 @@ without it they scale by 1. Written files are right for both: alpha / rank is mu
 header says that alpha equals the rank.
 
 Read as well: older diffusers (`.lora.down.weight`, `.processor.to_q_lora.down.weight`), paths with no prefix at all,
-original paths in their place, `.alpha` tensors.
+original paths in their place, `.alpha` tensors; XLabs' names for Flux.1 (`double_blocks.0.processor.qkv_lora1`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lorasmith.formats.peft_config import ADAPTER_METADATA, rank_fields, stated_
 from lorasmith.formats.places import (
     Parts,
     addressed,
+    alias_places,
     diffusers_places,
     encoder_paths,
     original_places,
@@ -55,7 +56,7 @@ class DiffusersLayout(Layout):
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
         bases: dict[str, Parts] = {}
-        for path, parts in {**original_places(names), **diffusers_places(names)}.items():
+        for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
             for spelling in _spellings(path):
                 bases |= {prefix + spelling: parts for prefix in _DENOISER_PREFIXES}
         for component in names.text_encoders:

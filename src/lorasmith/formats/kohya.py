@@ -4,15 +4,17 @@ Module paths have their dots flattened to underscores, so names are looked up in
 taken apart. UNets of Stable Diffusion 1 and 2 go by diffusers' names, SDXL and transformers by those of the original
 checkpoint. LyCORIS uses the same layout for its algorithms.
 
-Read as well: the other naming, `lycoris_` (LyCORIS' wrapper), `lora_transformer_` (OneTrainer).
+Read as well: the other naming, `lycoris_` (LyCORIS' wrapper), `lora_transformer_` (OneTrainer), `oft_unet_` (the OFT
+of sd-scripts for UNets, which is LyCORIS' in all but the name).
 
 LyCORIS bounds the rotations of OFT and BOFT by alpha times the number of outputs, where `AdapterWeights` and ComfyUI
 have the bound itself. Read, alpha becomes the bound; written, rotations are shortened to it and alpha is zero, which
-is the same to every program.
+is the same to every program. The metadata keeps the bounds, for a run that goes on from the file.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +22,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError
 from lorasmith.formats.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.places import (
     Parts,
@@ -61,10 +65,16 @@ class KohyaLayout(Layout):
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
         state = read_tensors(tensors, self.bases(names), names)
+        bounds = _stated_bounds(metadata)
         for ref, weights in state.adapters.items():
-            if weights.algorithm in _ROTATIONS and weights.alpha:
-                blocks = weights.tensors["oft_blocks"]
+            if weights.algorithm not in _ROTATIONS:
+                continue
+            blocks = weights.tensors["oft_blocks"]
+            if weights.alpha:
                 state.adapters[ref] = replace(weights, alpha=weights.alpha * blocks.shape[-3] * blocks.shape[-1])
+            elif ref.path in bounds:
+                # Rounded to the file's number format, blocks may be a little longer than the bound they were cut to.
+                state.adapters[ref] = replace(weights, alpha=max(bounds[ref.path], _length(weights)))
         return state
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
@@ -84,7 +94,12 @@ class KohyaLayout(Layout):
         }
 
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
-        return {}
+        bounds = {
+            ref.path: weights.alpha
+            for ref, weights in state.adapters.items()
+            if weights.algorithm in _ROTATIONS and weights.alpha
+        }
+        return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
         if names.kohya_naming == "diffusers":
@@ -98,9 +113,9 @@ class KohyaLayout(Layout):
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
-_DENOISER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")
+_DENOISER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
 _ROTATIONS = ("oft", "boft")
-_PREFIX = re.compile(r"lora_unet_|lora_te[123]?_|lora_transformer_|lycoris_")
+_PREFIX = re.compile(r"lora_unet_|lora_te[123]?_|lora_transformer_|lycoris_|oft_unet_")
 
 
 def _bounded(state: AdapterState) -> AdapterState:
@@ -112,10 +127,27 @@ def _bounded(state: AdapterState) -> AdapterState:
 def _shortened(weights: AdapterWeights) -> AdapterWeights:
     if weights.algorithm not in _ROTATIONS or not weights.alpha:
         return weights
-    blocks = weights.tensors["oft_blocks"].float()
-    length = float((blocks - blocks.mT).norm())
-    shortened = multiplied(weights.tensors["oft_blocks"], weights.alpha / max(length, weights.alpha))
+    shortened = multiplied(weights.tensors["oft_blocks"], weights.alpha / max(_length(weights), weights.alpha))
     return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
+
+
+def _length(weights: AdapterWeights) -> float:
+    """‖Q‖ of a rotation, over all its blocks."""
+    blocks = weights.tensors["oft_blocks"].float()
+    return float((blocks - blocks.mT).norm())
+
+
+def _stated_bounds(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Bounds of rotations by module path, as `header` states them. Raises LoraError where they are malformed."""
+    text = metadata.get(BOUNDS, "{}")
+    try:
+        bounds = {str(path): float(bound) for path, bound in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoraError(
+            f"{BOUNDS} in a LoRA's metadata must give a number for each module path, got {text[:60]!r}; "
+            "remove that entry, and rotations have no bound"
+        ) from error
+    return {path: bound for path, bound in bounds.items() if bound > 0}
 
 
 def _flat(path: str) -> str:

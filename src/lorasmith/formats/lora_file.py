@@ -23,12 +23,13 @@ from lorasmith.core.files import write_atomic
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layout import LAYOUTS, Layout, sentences
+from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.peft import PEFT_CONFIG, PEFT_PREFIX
 from lorasmith.formats.peft_config import ADAPTER_METADATA, header_fields
 from lorasmith.formats.portable import made_portable
 from lorasmith.formats.recognise import component_of, guessed_family
-from lorasmith.formats.spelling import grouped
+from lorasmith.formats.spelling import UNREADABLE, grouped
 
 __all__ = [
     "PORTABLE",
@@ -129,7 +130,8 @@ def save_lora(
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
     """Metadata with what a layout's programs look for there, and without what was another layout's."""
-    return {key: value for key, value in metadata.items() if key != ADAPTER_METADATA} | layout.header(state, names)
+    own = (ADAPTER_METADATA, BOUNDS)
+    return {key: value for key, value in metadata.items() if key not in own} | layout.header(state, names)
 
 
 def write_lora(
@@ -192,10 +194,16 @@ def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     subfolder have its name and a slash in front.
 
     Raises:
-        LoraError: it cannot be read.
+        LoraError: it cannot be read, or holds adapters in a format that is known and not read.
     """
-    if not path.is_dir():
-        return read_safetensors(path)
+    tensors, metadata = _tensors_in_folder(path) if path.is_dir() else read_safetensors(path)
+    for suffix, (what, remedy) in UNREADABLE.items():
+        if any(key.endswith(suffix) for key in tensors):
+            raise LoraError(f"{path} {what}, so it is not read; {remedy}")
+    return tensors, metadata
+
+
+def _tensors_in_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     fields: dict[str, Any] = {}

@@ -17,7 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-__all__ = ["TrainingFacts", "build_metadata", "steps_of", "tag_frequency", "without_private"]
+__all__ = ["BOUNDS", "TrainingFacts", "build_metadata", "steps_of", "tag_frequency", "without_private"]
+
+BOUNDS = "lorasmith.oft_bounds"
+"""Entry in which kohya's layout keeps how far rotations may go, since its tensors have been shortened to that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,7 @@ _PUBLIC_WORDS = """
     ss_resolution ss_enable_bucket ss_bucket_no_upscale ss_min_bucket_reso ss_max_bucket_reso ss_bucket_info
     ss_cache_latents ss_lowram ss_color_aug ss_flip_aug ss_random_crop ss_face_crop_aug_range
 """
-_PUBLIC = frozenset(_PUBLIC_WORDS.split())
+_PUBLIC = frozenset((BOUNDS, *_PUBLIC_WORDS.split()))
 
 
 def _kohya(facts: TrainingFacts) -> dict[str, object]:

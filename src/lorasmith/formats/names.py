@@ -44,6 +44,8 @@ class ModelNames:
         portable: name of the layout that most programs apply completely for this family.
         weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to tell
             whether an adapter fits. Modules that are not listed are taken as they come.
+        aliases: further names that files use, without a prefix → the diffusers paths that each stands for, in the order
+            of their rows. Read, never written.
         encoder_kinds: component → what ComfyUI calls that text encoder (`clip_l`, `clip_g`, `clip_h`, `t5xxl`).
     """
 
@@ -55,6 +57,7 @@ class ModelNames:
     peft_prefix: Literal["unet", "transformer"] = "unet"
     portable: str = "kohya"
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     encoder_kinds: Mapping[str, str] = field(
         default_factory=lambda: {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
     )

@@ -20,6 +20,7 @@ __all__ = [
     "Part",
     "Parts",
     "addressed",
+    "alias_places",
     "diffusers_places",
     "encoder_paths",
     "in_original_naming",
@@ -51,6 +52,14 @@ def original_places(names: ModelNames) -> dict[str, Parts]:
     for path, original in names.denoiser.items():
         places.setdefault(original.path, []).append(Part(ModuleRef(DENOISER, path), original))
     return {path: tuple(sorted(parts, key=lambda part: part.place.rows or (0, 0))) for path, parts in places.items()}
+
+
+def alias_places(names: ModelNames) -> dict[str, Parts]:
+    """The denoiser's modules by further names that files use."""
+    return {
+        alias: tuple(Part(ModuleRef(DENOISER, path), names.denoiser[path]) for path in paths)
+        for alias, paths in names.aliases.items()
+    }
 
 
 def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, Parts]]:

@@ -45,7 +45,7 @@ def kind_of(base: str) -> str:
     return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
-_START = r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model_|transformer_|base_model_model_)?"
+_START = r"^(lora_unet_|lora_transformer_|lycoris_|oft_unet_|diffusion_model_|transformer_|base_model_model_)?"
 _CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
 
 # Tested in this order on bases with underscores for dots; the second entry gives titles by input width of a matching
@@ -81,7 +81,7 @@ _COMPONENTS = (
 )
 
 _UP_TO_KIND = re.compile(
-    r"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^(lora_unet|unet|transformer|diffusion_model)_"
+    r"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^(lora_unet|oft_unet|unet|transformer|diffusion_model)_"
 )
 _BLOCK = re.compile(
     r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"

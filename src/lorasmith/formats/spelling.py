@@ -11,6 +11,7 @@ Shapes: r is the rank, (out, in) a Linear's weight and (out, in, kh, kw) a convo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,7 @@ from lorasmith.core.adapter_state import AdapterWeights
 __all__ = [
     "KOHYA",
     "PEFT",
+    "UNREADABLE",
     "ModuleTensors",
     "assembled",
     "fits",
@@ -52,6 +54,8 @@ class ModuleTensors:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None when the suffix is not a known one."""
+    if match := _XLABS.fullmatch(key):
+        return match[1], match[2]
     for suffix, role in _ROLES.items():
         if key.endswith(suffix):
             return key[: -len(suffix)], role
@@ -305,6 +309,21 @@ _ROLES: dict[str, str] = {
     ".lora_magnitude_vector.default.weight": "magnitude",
     ".lora_B.bias": "up_bias",  # PEFT's lora_bias: added after the up matrix, so it is scaled like it
 }
+
+# XLabs' trainer numbers the streams of a double block behind what would be the suffix: that number tells the module.
+_XLABS = re.compile(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+
+UNREADABLE: Mapping[str, tuple[str, str]] = {
+    ".oft_diag": (
+        "is an OFT of LyCORIS before 2.0 (oft_diag), whose versions kept different things under that name",
+        "train it again, with a program that writes oft_blocks",
+    ),
+    ".oft_blocks.0": (
+        "is an OFT of sd-scripts for Flux (oft_blocks.0), which has a list of rotations for each layer",
+        "use it with sd-scripts, or train it again with another program",
+    ),
+}
+"""Suffix → the format of adapters that cannot be read, and what to do about it."""
 
 # What makes an adapter of each kind, tried in this order.
 _NEEDED: tuple[tuple[str, frozenset[str]], ...] = (

@@ -64,7 +64,7 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
     """Write a LoRA below the output folder as `<prefix>[_<steps>_steps]_<counter>_.safetensors`.
 
     The counter goes on from the highest one under the prefix, whatever step numbers the files have, so that nothing is
-    overwritten and names sort by age.
+    overwritten and names sort by age. The workflow goes into its metadata, unless the LoRA was trained with `private`.
 
     Raises:
         OutputError: the file cannot be written.
@@ -74,7 +74,7 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
     stem = files.stem if steps is None else f"{files.stem}_{steps}_steps"
     path = files.folder / f"{stem}_{_free_counter(files):05}_.safetensors"
     titles = {"ss_output_name": path.stem, "modelspec.title": files.stem}
-    return lora.save(path, metadata={**titles, **graph_metadata(context)})
+    return lora.save(path, metadata=titles if lora.private else titles | graph_metadata(context))
 
 
 def _free_counter(files: NumberedFiles) -> int:

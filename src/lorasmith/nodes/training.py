@@ -112,6 +112,7 @@ _SETTINGS = (
         min=0,
         tooltip="Steps between previews; 0 is a quarter of the run. There is always one at the end.",
     ),
+    _own("private"),
 )
 
 

@@ -8,8 +8,11 @@ cannot hold, or what its programs would take otherwise, is refused unless it is 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
@@ -33,7 +36,7 @@ from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import free_target
 
-__all__ = ["Converted", "convert_lora", "names_for"]
+__all__ = ["Converted", "convert_lora"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,8 @@ def convert_lora(
         OutputError: there is something at `output`, or it cannot be written.
     """
     source, target = Path(path), free_target(Path(output), overwrite=overwrite)
-    names = names_for(source, model)
+    state, names = _loaded(source, model)
     layout = layout_for(to, names)
-    state = _loaded(source, names, is_released=model is None)
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
     said = sentences(losses)
@@ -112,27 +114,23 @@ def convert_lora(
     return Converted(target, layout.title, names.family, modules, tuple(said), notes)
 
 
-def _loaded(source: Path, names: ModelNames, *, is_released: bool) -> AdapterState:
-    if not is_released:
-        return load_lora(source, names)
-    state = state_from_tensors(*read_lora_tensors(source), names)
+def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:
+    """A LoRA and the names it is read by: those of its model, or of the released model of its family."""
+    if model is not None:
+        names = open_model(model).names
+        return load_lora(source, names), names
+    tensors, metadata = read_lora_tensors(source)
+    names = _released(source, tensors)
+    state = state_from_tensors(tensors, metadata, names)
     if not state.adapters and not state.differences:
         raise LoraError(
             f"{source} is for a model of other sizes than the released {names.family}; name its model with --model"
         )
-    return state
+    return state, names
 
 
-def names_for(path: Path, model: str | os.PathLike[str] | None = None) -> ModelNames:
-    """The name table for a LoRA file: of a model, or of the released model of the family that the file gives away.
-
-    Raises:
-        LoraError: the file cannot be read, or nothing tells what model it is for.
-        ModelError: the model cannot be read.
-    """
-    if model is not None:
-        return open_model(model).names
-    tensors, _ = read_lora_tensors(path)
+def _released(path: Path, tensors: Mapping[str, Tensor]) -> ModelNames:
+    """Names of the released model of the family that tensors give away. Raises LoraError when nothing does."""
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     names = None if family is None else released_names(family)
     if names is None:

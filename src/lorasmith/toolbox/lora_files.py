@@ -191,11 +191,16 @@ def save_alike(
 
 
 def refuse_folder(file: LoraFile) -> None:
-    """Raise LoraError for a layout that keeps a part of a LoRA outside its tensors, of which none is written here."""
+    """Raise LoraError for layouts and names that are not written here: folders, and what XLabs calls modules."""
     if LAYOUTS[file.layout].in_folder:
         raise LoraError(
             f"{file.path} is in {LAYOUTS[file.layout].title}'s layout, which is a folder and not a file; convert it "
             "first with `lorasmith convert`"
+        )
+    if any(_READ_ONLY.search(base) for base in file.bases.values()):
+        raise LoraError(
+            f"{file.path} has the names of XLabs' trainer, which are read and not written; convert it first with "
+            "`lorasmith convert`"
         )
 
 
@@ -225,14 +230,17 @@ def flat_shapes(names: ModelNames) -> dict[ModuleRef, tuple[int, ...]]:
 
 
 _PREFIX = re.compile(
-    r"lora_unet_|lora_transformer_|lycoris_|lora_te\d?_|(model\.)?diffusion_model\.|(\w+/)?base_model\.model\.|"
+    r"lora_unet_|lora_transformer_|lycoris_|oft_unet_|lora_te\d?_|(model\.)?diffusion_model\.|(\w+/)?base_model\.model\.|"
     r"unet\.|transformer\.|text_encoder(_\d)?\.|text_encoders\.\w+\.transformer\."
 )
 
 
+_READ_ONLY = re.compile(r"\.processor\.(qkv|proj)_lora[12]?$")
+
+
 def _without_processor(base: str) -> str:
     """A path without the part that diffusers' attention processors added to it, back when they held LoRAs."""
-    return base.replace(".processor.to_out", ".to_out.0").replace(".processor.", ".")
+    return base.replace(".processor.to_out", ".to_out.0").replace(".processor.to_", ".to_")
 
 
 def _flat(base: str) -> ModuleRef:

@@ -28,11 +28,13 @@ class Lora:
         state: tensors and metadata.
         names: name table of its model.
         dtype: number format it is saved in, None to keep each tensor's own.
+        private: whether a graph that saves it keeps itself out of the file.
     """
 
     state: AdapterState
     names: ModelNames
     dtype: torch.dtype | None = None
+    private: bool = False
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model) -> Lora:

@@ -398,4 +398,4 @@ class _Run:
             unknown=job.carried.unknown,
             metadata=metadata,
         )
-        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype))
+        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)

@@ -1,0 +1,144 @@
+"""Which learning rate suits which algorithm: short runs on the built-in model, judged by loss and by pictures.
+
+The setting is that of `lorasmith demo`, sixteen pictures of a style that the model has never seen; rates are multiples
+of the model's own rate for LoRA. Three numbers tell whether a rate is too low, right or too high:
+
+    held-out loss   on the sixteen pictures, at noise that no run has drawn: how much was learnt
+    colourless      share of colourless pixels in pictures of eight subjects outside the set: whether the style shows
+    concept         share of those pictures in which a classifier still sees the subject: whether the model survived
+
+    python -m benchmarks.learning_rates
+    python -m benchmarks.learning_rates --algorithms LoKr OFT --multiples 3 10 30
+    python -m benchmarks.learning_rates --multiples default --sheet algorithms.png
+
+`default` is the rate that a run takes when none is given. LoRAs are kept in `--output`, so that a sweep that was
+interrupted, or that goes on with more rates, trains no run twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks.step_time import VARIANTS, machine
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.allocator import keep_freed_memory
+from lorasmith.core.errors import TrainingError
+from lorasmith.core.folders import ASSETS
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.loading import load_dataset
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.sampling.generate import generate
+from lorasmith.training.lora import Lora
+from lorasmith.training.train import train
+from tools.pretrain.data import UNTAUGHT, with_article
+from tools.pretrain.judge import Judge, colourless
+from tools.pretrain.quality import held_out_noise_loss
+
+PROMPTS = [with_article(subject) for subject in UNTAUGHT]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a denoiser does after training, or before."""
+
+    loss: float
+    colourless: float
+    concept: float
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    keep_freed_memory()
+    model, judge = load_model("lorasmith-tiny"), Judge.load()
+    data = load_dataset(ASSETS / "input" / "high-contrast", model)
+    own = model.denoiser.base.defaults.learning_rate
+    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine()}, default=str))
+    print("\n| algorithm | × the model's rate | rate | held-out loss | colourless | concept | training, s |")
+    print("|---|---|---|---|---|---|---|")
+    scores, pictures = _judged(model.denoiser, data, judge, arguments.seed)
+    _row("base", 0, 0, scores, 0)
+    rows = {"base": pictures}
+    for name in arguments.algorithms:
+        for multiple in _multiples(name, arguments.multiples):
+            started = time.process_time()
+            lora = _trained(name, own * multiple, model, data, arguments)
+            taken = time.process_time() - started
+            if lora is None:
+                print(f"| {name} | {multiple:g} | {own * multiple:.2g} | not finite | | | |", flush=True)
+                continue
+            scores, pictures = _judged(lora.applied_to(model.denoiser), data, judge, arguments.seed)
+            _row(name, multiple, own * multiple, scores, taken)
+            rows[f"{name}, {own * multiple:.2g}"] = pictures
+    if arguments.sheet is not None:
+        contact_sheet(list(rows.values()), list(rows), PROMPTS, min_cell=64).quantize(64).save(arguments.sheet)
+
+
+def _trained(name: str, rate: float, model: Model, data: EncodedDataset, arguments: argparse.Namespace) -> Lora | None:
+    """The LoRA of a run, read if it is there already; None where the loss became infinite."""
+    path = arguments.output / f"{name}-{arguments.steps}-steps-{rate:.3g}.safetensors"
+    if path.exists():
+        return Lora.load(path, model)
+    try:
+        result = train(
+            model,
+            data,
+            steps=arguments.steps,
+            batch_size=8,
+            rank=arguments.rank,
+            seed=arguments.seed,
+            learning_rate=rate,
+            training_dtype=arguments.dtype,
+            lora_dtype="fp32",
+            **VARIANTS[name],
+        )
+    except TrainingError:
+        return None
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    result.lora.save(path)
+    return result.lora
+
+
+def _judged(denoiser: Denoiser, data: EncodedDataset, judge: Judge, seed: int) -> tuple[Scores, Sequence[Image.Image]]:
+    pictures = generate(denoiser, PROMPTS, seed=seed, steps=12)
+    seen = judge.subjects(pictures)
+    right = sum(mine == asked for mine, asked in zip(seen, UNTAUGHT, strict=True)) / len(UNTAUGHT)
+    return Scores(held_out_noise_loss(denoiser, data.samples)["mean"], colourless(pictures), right), pictures
+
+
+def _row(name: str, multiple: float, rate: float, scores: Scores, taken: float) -> None:
+    numbers = " | ".join(f"{value:.3f}" for value in asdict(scores).values())
+    print(f"| {name} | {multiple:g} | {rate:.2g} | {numbers} | {taken:.0f} |", flush=True)
+
+
+def _multiples(name: str, asked: Sequence[str]) -> list[float]:
+    algorithm = VARIANTS[name].get("algorithm", "LoRA")
+    return [ALGORITHMS[algorithm].learning_rate_factor if one == "default" else float(one) for one in asked]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--algorithms", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--multiples", nargs="+", default=["0.3", "1", "3", "10"], metavar="M", help="or `default`")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rank", type=int, default=8, help="or factor, or block size")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning-rates"), help="where LoRAs are kept")
+    parser.add_argument("--sheet", type=Path, help="PNG of the pictures of all runs, one row for each")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
