@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,18 @@ def test_a_loss_that_is_not_finite_names_its_image(
     monkeypatch.setattr(Denoiser, "predict", broken)
     with pytest.raises(TrainingError, match=f"NaN or infinity for {mixed.samples[0].name}; try a lower learning rate$"):
         validator()
+
+
+def test_where_memory_is_too_small_images_are_looked_at_one_by_one(
+    make: Make, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make(mixed.samples[:3], draws=2, batch_size=4)()
+    original = Denoiser.predict
+
+    def scarce(self: Denoiser, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, latents, *rest)
+
+    monkeypatch.setattr(Denoiser, "predict", scarce)
+    torch.testing.assert_close(make(mixed.samples[:3], draws=2, batch_size=4)(), expected)

@@ -246,11 +246,11 @@ class Engine:
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first / self._scale.scale)), losses))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of everything that a step changes, and the numbers that go with it (as JSON has them)."""
+        """Copies on the CPU of everything that a step changes, and the numbers that go with it (as JSON has them)."""
         tensors, numbers = self._optimizer.state()
-        state = {f"optimizer.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
-        state |= {name: tensor.clone() for name, tensor in self._own_state().items()}
-        return state, {"optimizer": numbers, "rate_factor": self.rate_factor}
+        named = {**{f"optimizer.{name}": tensor for name, tensor in tensors.items()}, **self._own_state()}
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+        return state, {"optimizer": copy.deepcopy(numbers), "rate_factor": self.rate_factor}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Go to a state that `state` gave, to the bit."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorasmith.adapters.base import Adapter
 from lorasmith.adapters.difference import Difference
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import LoraError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
@@ -31,7 +32,7 @@ from lorasmith.training.events import EventHandler, RolledBack, Shrunk, StepDone
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.noise_scale import NoiseScale
 
-__all__ = ["Loop", "RunState", "Watcher", "fit", "is_out_of_memory"]
+__all__ = ["Loop", "RunState", "Watcher", "fit"]
 
 _SNAPSHOT_STEPS = 25
 """Steps between snapshots, which is how much a roll-back can cost."""
@@ -162,8 +163,7 @@ class Loop:
         self._mailbox = Mailbox(engine.recipe.device)
         self._noise = NoiseScale()
         self._posted: dict[int, list[Batch]] = {}
-        # On a GPU a failure is heard of some steps later, when the newest snapshot may be one of after it.
-        self._snapshots: deque[RunState] = deque(maxlen=2)
+        self._good: RunState | None = None
         self._begun = False
         self._torn = False
 
@@ -174,8 +174,7 @@ class Loop:
 
     def run(self) -> None:
         """Take the remaining steps."""
-        if not self._snapshots:
-            self._snapshots.append(self._snapshot())
+        self._good = self._good or self._snapshot()
         try:
             while not self.reason:
                 with self.engine.prepared(self._begin):
@@ -192,7 +191,7 @@ class Loop:
         return len(self.losses) == self.step and not self._torn
 
     def state(self) -> RunState:
-        """Everything that the run needs to go on from here; tensors are copies."""
+        """Everything that the run needs to go on from here; tensors are copies on the CPU."""
         now, recipe = self._snapshot(), self.engine.recipe
         numbers: dict[str, Any] = {
             "engine": now.numbers,
@@ -204,9 +203,9 @@ class Loop:
             "layout": self.engine.flat.layout,
         }
         parts = {"engine": now.tensors}
-        if self._snapshots and self._snapshots[-1].step != self.step:
-            parts["snapshot"] = self._snapshots[-1].tensors
-            numbers["snapshot"] = {"step": self._snapshots[-1].step, "engine": self._snapshots[-1].numbers}
+        if self._good is not None and self._good.step != self.step:
+            parts["snapshot"] = self._good.tensors
+            numbers["snapshot"] = {"step": self._good.step, "engine": self._good.numbers}
         for watcher in self._watchers:
             if watcher.name:
                 parts[watcher.name], numbers[watcher.name] = watcher.state()
@@ -230,7 +229,7 @@ class Loop:
         self._change(micro_batch=numbers["micro_batch"], checkpoint_depth=numbers["checkpoint_depth"])
         if "snapshot" in numbers:
             kept = numbers["snapshot"]
-            self._snapshots.append(RunState(kept["step"], parts["snapshot"], kept["engine"]))
+            self._good = RunState(kept["step"], parts["snapshot"], kept["engine"])
         for watcher in self._watchers:
             if watcher.name:
                 watcher.load(parts[watcher.name], numbers[watcher.name])
@@ -280,10 +279,11 @@ class Loop:
         if not self._hear():
             return None
         due = [watcher for watcher in self._watchers if watcher.due(self)]
-        if due and not self._hear(wait=True):
+        is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0
+        if (due or is_snapshot_due) and not self._hear(wait=True):
             return None
-        if self.step % _SNAPSHOT_STEPS == 0:
-            self._snapshots.append(self._snapshot())
+        if is_snapshot_due:
+            self._good = self._snapshot()
         for watcher in due:
             if not watcher.bare:
                 self._call(watcher)
@@ -324,9 +324,8 @@ class Loop:
     def _go_back(self, step: int, batches: Sequence[Batch]) -> None:
         """Leave a step out and go on behind it, from the last snapshot before it, at half the rate."""
         loss = self.losses.pop()
-        while len(self._snapshots) > 1 and self._snapshots[-1].step > step:
-            self._snapshots.pop()
-        good = self._snapshots[-1]
+        good = self._good
+        assert good is not None  # there is one before the first step
         images = tuple(dict.fromkeys(name for batch in batches for name in batch.names))
         trouble = _trouble(step + 1, loss, images)
         self._mailbox = Mailbox(self.engine.recipe.device)
@@ -401,14 +400,6 @@ class Loop:
 
     def _snapshot(self) -> RunState:
         return RunState(self.step, *self.engine.state())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 
 
 def _draws(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tuple[int, float, float], ...]:

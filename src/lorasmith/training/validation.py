@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.random import keyed_normal, keyed_uniform
@@ -76,7 +77,7 @@ class Validator:
             TrainingError: a loss is not finite.
         """
         losses = torch.empty(self.quantiles.shape)
-        measured = [self._losses(batch) for batch in self._batches]
+        measured = self._measured()
         for batch, values in zip(self._batches, measured, strict=True):  # a GPU is waited for here, not batch by batch
             rows, draws = zip(*batch, strict=True)
             losses[list(rows), list(draws)] = values.cpu()
@@ -87,6 +88,16 @@ class Validator:
                 "lower learning rate" + ("" if self._dtype == torch.float32 else " or training_dtype fp32")
             )
         return losses
+
+    def _measured(self) -> list[Tensor]:
+        """Losses of the batches; where memory is too small for them, of one image at a time from then on."""
+        try:
+            return [self._losses(batch) for batch in self._batches]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
+                raise
+        self._batches = [[pair] for batch in self._batches for pair in batch]
+        return self._measured()
 
     def _losses(self, batch: Sequence[tuple[int, int]]) -> Tensor:
         """Losses (batch,) of pairs of image and draw."""
