@@ -202,6 +202,8 @@ def test_the_unfinished_run_is_found_among_others(run: Run, dataset: EncodedData
     record = RunFolder(tmp_path / "lora-001").record()
     assert unfinished_run(tmp_path, "lora", record["fingerprint"]) == tmp_path / "lora-001"
     assert unfinished_run(tmp_path, "other", record["fingerprint"]) is None
+    with RunFolder(tmp_path / "lora-001").claimed():  # by another process
+        assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
     run(dataset, output=tmp_path / "lora-001")
     assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
     assert unfinished_run(tmp_path / "nowhere", "lora", record["fingerprint"]) is None

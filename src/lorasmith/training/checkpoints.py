@@ -13,9 +13,10 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
@@ -39,11 +40,13 @@ class Checkpoints:
     Args:
         folder: where they are; it is made with the first one.
         keep: how many are kept.
+        config: of the run, for people who find one by itself.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self._keep = keep
+        self._config = dict(config or {})
 
     def paths(self) -> list[Path]:
         """The checkpoints there are, newest first."""
@@ -72,7 +75,7 @@ class Checkpoints:
                 f"a checkpoint needs {size / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are free; "
                 "free some space"
             )
-        save_state(path, state)
+        save_state(path, replace(state, numbers={**state.numbers, "config": self._config}))
         self._remove_beyond(self._keep)
         return path
 

@@ -70,21 +70,30 @@ class RunFolder:
         events = list(self.events())
         return str(events[-1].get("reason", "")) if events and events[-1].get("event") == "RunFinished" else ""
 
-    def checkpoints(self, keep: int = 1) -> Checkpoints:
+    def checkpoints(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> Checkpoints:
         """Its checkpoints."""
-        return Checkpoints(self.path / "checkpoints", keep=keep)
+        return Checkpoints(self.path / "checkpoints", keep=keep, config=config)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
         """The folder, made if it is missing, for one process alone. Raises OutputError if another one has it."""
         ensure_folder(self.path)
-        with locked(self.path / ".lock", f"{self.path} belongs to a run that is going on in another process"):
+        with self._locked():
             for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # of a process that was killed
                 left.unlink(missing_ok=True)
             try:
                 yield
             finally:
                 self.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another process is training in it."""
+        try:
+            with self._locked():
+                return False
+        except OutputError:
+            return True
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write `run.json` of a new run. Raises OutputError."""
@@ -136,6 +145,9 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 os.fsync(self._log.fileno())
 
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self.path / ".lock", f"{self.path} belongs to a run that is going on in another process")
+
     def close(self) -> None:
         """Close the log."""
         if self._log is not None:
@@ -172,11 +184,11 @@ def claimed_run(path: Path, record: Mapping[str, Any], *, fresh: bool) -> Iterat
 
 
 def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
-    """The newest folder below `parent` whose name begins with the title that is this run and can be continued."""
+    """The newest folder below `parent` whose name begins with the title that is this run, can be continued, and is in nobody's hands."""
     folders = [path for path in parent.iterdir() if path.name.startswith(title)] if parent.is_dir() else []
     for path in sorted(folders, reverse=True):
         folder = RunFolder(path)
-        if not folder.exists or not folder.checkpoints().paths():
+        if not folder.exists or not folder.checkpoints().paths() or folder.is_busy:
             continue
         with contextlib.suppress(OutputError):
             if folder.record().get("fingerprint") == fingerprint and folder.outcome() not in DONE:

@@ -73,6 +73,7 @@ class Tracker:
                 "train/loss": event.loss,
                 "train/grad_norm": event.grad_norm,
                 "train/learning_rate": event.learning_rate,
+                **({"train/gradient_noise_scale": event.noise_scale} if event.noise_scale else {}),
             }
             self._log(numbers, event.step)
         elif isinstance(event, Validated):

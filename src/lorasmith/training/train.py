@@ -303,7 +303,7 @@ class _Run:
         if folder is not None:
             watchers.append(
                 Checkpointer(
-                    folder.checkpoints(config.keep_checkpoints),
+                    folder.checkpoints(config.keep_checkpoints, asdict(config)),
                     every=config.checkpoint_every,
                     minutes=config.checkpoint_minutes,
                     before=folder.flush,
