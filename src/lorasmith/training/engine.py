@@ -229,6 +229,7 @@ class Engine:
         grad, recipe = self.flat.grad, self.recipe
         if self._scale.enabled:
             grad.div_(self._scale.scale)
+            first = first / self._scale.scale
         norm = torch.linalg.vector_norm(grad)
         finite = norm.isfinite()
         # An overflow of scaled fp16 gradients is routine and only skips the step. Anything else is for the host to
@@ -243,7 +244,7 @@ class Engine:
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))
             self._average.lerp_(self.flat.master, 1 - decay)
         self.flat.publish()
-        return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first / self._scale.scale)), losses))
+        return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU of everything that a step changes, and the numbers that go with it (as JSON has them)."""

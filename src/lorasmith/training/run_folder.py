@@ -184,7 +184,7 @@ def claimed_run(path: Path, record: Mapping[str, Any], *, fresh: bool) -> Iterat
 
 
 def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
-    """The newest folder below `parent` whose name begins with the title that is this run, can be continued, and is in nobody's hands."""
+    """The newest folder below `parent`, named after the title, that holds this run to be continued by nobody else."""
     folders = [path for path in parent.iterdir() if path.name.startswith(title)] if parent.is_dir() else []
     for path in sorted(folders, reverse=True):
         folder = RunFolder(path)

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, Recipe
-from lorasmith.training.events import Event, Validated
+from lorasmith.training.events import Event, Validated, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
@@ -75,7 +76,12 @@ class ValidationWatch(Watcher):
     def __call__(self, loop: Loop) -> str | None:
         assert self.history is not None
         with loop.engine.evaluating() as weights:
-            judgement = self.history.add(loop.step, self._losses().tolist())
+            try:
+                losses = self._losses()
+            except TrainingError as error:  # broken weights: the next step will show it, and the loop go back
+                loop.tell(Warned(message=f"No validation at step {loop.step}: {error}."))
+                return None
+            judgement = self.history.add(loop.step, losses.tolist())
             if judgement.best:
                 self.best = weights.to("cpu", copy=True)
         if judgement.best:
