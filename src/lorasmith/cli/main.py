@@ -67,6 +67,7 @@ def main() -> None:
         complain(str(error), kind="error")
         sys.exit(1)
     except KeyboardInterrupt as stopped:
-        notes = "; ".join(getattr(stopped, "__notes__", ()))
-        complain(f"interrupted{'; ' + notes if notes else ''}", kind="stopped")
+        # Notes tell what a run has kept.
+        notes = [*getattr(stopped, "__notes__", ())]
+        complain("; ".join(["interrupted", *notes, *["the same command goes on"] * bool(notes)]), kind="stopped")
         sys.exit(130)
