@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lorasmith.core.errors import CancelledError
 from lorasmith.training.events import Event, Resumed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
 
 __all__ = [
@@ -56,7 +57,11 @@ def complain(sentence: str, *, kind: str) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once.
+
+    Raises:
+        CancelledError: it was interrupted so. What a run has kept is in its sentence.
+    """
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -68,6 +73,10 @@ def stoppable() -> Iterator[threading.Event]:
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except KeyboardInterrupt as interrupted:  # typer would end without a word
+        kept = getattr(interrupted, "__notes__", ())
+        on = ["the same command goes on"] if kept else []
+        raise CancelledError("; ".join(["interrupted", *kept, *on])) from interrupted
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -66,8 +66,3 @@ def main() -> None:
     except LorasmithError as error:
         complain(str(error), kind="error")
         sys.exit(1)
-    except KeyboardInterrupt as stopped:
-        # Notes tell what a run has kept.
-        notes = [*getattr(stopped, "__notes__", ())]
-        complain("; ".join(["interrupted", *notes, *["the same command goes on"] * bool(notes)]), kind="stopped")
-        sys.exit(130)

@@ -172,7 +172,9 @@ def prepare(source: Mapping[str, Any], config: TrainConfig) -> Prepared:
 
     folder, trigger, resolution = Path(source["folder"]), source["trigger"], source["resolution"]
     if re.search(r"[/\\]|^\.*$", source["name"]):
-        raise OptionError(f"name must be that of a file, without folders, got {source['name']!r}; --output is for those")
+        raise OptionError(
+            f"name must be that of a file, without folders, got {source['name']!r}; --output is for those"
+        )
     place = chosen_device(source.get("device"))
     scan = scan_folder(folder, trigger=trigger)
     _say_images(folder, scan, trigger)
