@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test crash lint clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
 
 test: .venv/installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+crash: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

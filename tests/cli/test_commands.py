@@ -145,6 +145,8 @@ WRONG = {
     "rank": (("train", "photos", *QUICK, "--rank", 500), "rank must be between 1 and 128, got 500"),
     "optimizer": (("train", "photos", *QUICK, "--optimizer", "Adm"), "did you mean 'Adam'?"),
     "targets": (("train", "photos", *QUICK, "--targets", "*.nope"), "matches none"),
+    "name": (("train", "photos", *QUICK, "--name", "../cat"), "name must be that of a file, without folders"),
+    "device": (("train", "photos", *QUICK, "--device", "gpu"), "device must be one that is here (cpu"),
     "missing checkpoint": (("train", "photos", "--model", "sd15.safetensors"), "sd15.safetensors does not exist"),
     "no such model": (("train", "photos", "--model", "sd15"), "there is no model at sd15"),
     "pickled checkpoint": (("train", "photos", "--model", "old.ckpt"), "old.ckpt"),

@@ -153,7 +153,7 @@ def test_another_run_in_the_folder_is_left_alone_and_what_differs_is_named(
     with pytest.raises(OutputError, match="holds another run, which differs in rank 4 there, 8 here"):
         run(dataset, output=tmp_path / "run", rank=8)
     fewer = EncodedDataset(dataset.samples[:-1])
-    with pytest.raises(OutputError, match="differs in the images or captions; choose another output"):
+    with pytest.raises(OutputError, match="differs in the images or captions; undo that, choose another output"):
         run(fewer, output=tmp_path / "run")
     run(dataset, output=tmp_path / "run", rank=8, fresh=True)
     assert (tmp_path / "run-old-1" / "run.json").is_file()

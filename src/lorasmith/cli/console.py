@@ -7,13 +7,21 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-from lorasmith.training.events import Event, Resumed, RolledBack, Shrunk, StepDone, Validated, Warned
+from lorasmith.core.errors import CancelledError
+from lorasmith.training.events import Event, Resumed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
 
 __all__ = [
     "complain",
@@ -49,18 +57,26 @@ def complain(sentence: str, *, kind: str) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once.
+
+    Raises:
+        CancelledError: it was interrupted so. What a run has kept is in its sentence.
+    """
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        console.print("Stopping after this step; what there is will be saved. Press Ctrl-C again to stop at once.")
+        say("Stopping after this step; what there is will be saved. Press Ctrl-C again to stop at once.")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except KeyboardInterrupt as interrupted:  # typer would end without a word
+        kept = getattr(interrupted, "__notes__", ())
+        on = ["the same command goes on"] if kept else []
+        raise CancelledError("; ".join(["interrupted", *kept, *on])) from interrupted
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -75,37 +91,45 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def training_progress(steps: int) -> Iterator[Callable[[Event], None]]:
-    """A progress bar with loss, speed and time left; the yielded function takes training events."""
-    columns = (TextColumn("{task.description}"), TextColumn("[dim]{task.fields[numbers]}"))
-    with progress_bar(*columns) as progress:
-        task = progress.add_task("Training", total=steps, numbers="")
-        smooth = first = 0.0
-        taken = 0
-        judged = ""
+def training_progress() -> Iterator[Callable[[Event], None]]:
+    """A progress bar with loss, speed and time left; the yielded function takes training events, which start it."""
+    bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
+    numbers = TextColumn("[dim]{task.fields[numbers]}")
+    columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("", total=None, numbers="")
+    smooth = first = 0.0
+    taken = 0
+    judged = ""
 
-        def show(event: Event) -> None:
-            nonlocal smooth, taken, first, judged
-            if isinstance(event, Warned | RolledBack | Shrunk):
-                remark(event.message)
-            elif isinstance(event, Resumed):
-                remark(event.message, kind="Resumed", colour="green")
-                progress.update(task, completed=event.step)
-            elif isinstance(event, Validated):
-                judged = f" · held out {event.loss:.4f} (base {event.base_loss:.4f})"
-            elif isinstance(event, StepDone):
-                taken += 1
-                first = first or event.at
-                # An average over about twenty steps: single losses mostly tell how noisy their samples were.
-                smooth += (event.loss - smooth) / min(taken, 20)
-                speed = (taken - 1) / (event.at - first) if event.at > first else 0.0
-                numbers = f"loss {smooth:.4f}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
-                progress.update(task, completed=event.step, numbers=numbers)
+    def show(event: Event) -> None:
+        nonlocal smooth, taken, first, judged
+        if isinstance(event, RunStarted):
+            progress.update(task, total=event.steps)
+            progress.start()
+        elif isinstance(event, Warned | RolledBack | Shrunk):
+            remark(event.message)
+        elif isinstance(event, Resumed):
+            remark(event.message, kind="Resumed", colour="green")
+            progress.update(task, completed=event.step)
+        elif isinstance(event, Validated):
+            judged = f" · held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
+        elif isinstance(event, StepDone):
+            taken += 1
+            first = first or event.at
+            # An average over about twenty steps: single losses mostly tell how noisy their samples were.
+            smooth += (event.loss - smooth) / min(taken, 20)
+            speed = (taken - 1) / (event.at - first) if event.at > first else 0.0
+            text = f"loss {smooth:.4f}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
+            progress.update(task, completed=event.step, numbers=text)
 
+    try:
         yield show
+    finally:
+        progress.stop()
 
 
-def progress_bar(*columns: Any) -> Progress:
+def progress_bar(*columns: ProgressColumn) -> Progress:
     """A bar on the shared console: the first column, the bar and its counts, the other columns, the times."""
     return Progress(
         columns[0],

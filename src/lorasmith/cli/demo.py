@@ -54,7 +54,7 @@ def demo(
         "the style, and then draws subjects in it that are not among them.\n"
     )
     config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0)
-    prepared = prepare(source_of(_EXAMPLES, BUILT_IN, config=config), config, device)
+    prepared = prepare(source_of(_EXAMPLES, BUILT_IN, device=device, config=config), config)
     model = prepared.base
     folder = output or free_folder(Path("runs"), "demo")
     result = run_prepared(prepared, output=folder, fresh=True)

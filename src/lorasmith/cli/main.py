@@ -66,7 +66,3 @@ def main() -> None:
     except LorasmithError as error:
         complain(str(error), kind="error")
         sys.exit(1)
-    except KeyboardInterrupt as stopped:
-        notes = "; ".join(getattr(stopped, "__notes__", ()))
-        complain(f"interrupted{'; ' + notes if notes else ''}", kind="stopped")
-        sys.exit(130)

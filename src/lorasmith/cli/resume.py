@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lorasmith.cli.console import remark
 from lorasmith.core.errors import OptionError, OutputError
 
 __all__ = ["register"]
@@ -19,27 +20,29 @@ def register(app: typer.Typer) -> None:
 
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/dog-001.")],
+    model: Annotated[str | None, typer.Option(help="The base model, if it is elsewhere now.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of images, if it is elsewhere now.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: the first GPU, or the CPU.")
+        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: as when the run began.")
     ] = None,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint.
 
     With the same versions, device and number of threads the result is, to the bit, that of a run that was never
-    stopped; what differs is said.
+    stopped; what differs is said. Other images, settings or another base model are refused.
     """
-    from lorasmith.cli.train import finish, prepare
-    from lorasmith.core.options import config_from
-    from lorasmith.training.config import TrainConfig
+    from lorasmith.cli.train import asked_again, finish, prepare
     from lorasmith.training.run_folder import DONE, RunFolder
 
     folder = RunFolder(run)
     record = folder.record()
-    source = record.get("source") or {}
-    if folder.outcome() in DONE:
-        raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
-    if source.get("command") != "train":
+    if (record.get("source") or {}).get("command") != "train":
         raise OptionError(
             f"{run} was not made by lorasmith train; start its workflow or script again, which goes on with it"
         )
-    finish(prepare(source, config_from(TrainConfig, record["asked"]), device), output=run, fresh=False)
+    if folder.outcome() in DONE:
+        raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
+    prepared = prepare(*asked_again(record, model=model, data=data, device=device))
+    if not folder.checkpoints().paths():
+        remark(f"{run} ended before its first checkpoint, so it begins again.")
+    finish(prepared, output=run, fresh=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from lorasmith.cli.console import console, counting, say, stoppable, training_progress
 from lorasmith.cli.flags import with_flags
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import options_of
+from lorasmith.core.options import config_from, options_of
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
     from lorasmith.families.model import Model
     from lorasmith.training.train import Job, TrainResult
 
-__all__ = ["Prepared", "finish", "free_folder", "prepare", "register", "report", "run_prepared", "source_of"]
+__all__ = [
+    "Prepared",
+    "asked_again",
+    "finish",
+    "free_folder",
+    "prepare",
+    "register",
+    "report",
+    "run_prepared",
+    "source_of",
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -62,15 +73,25 @@ def train(
     """Train a LoRA on a folder of images.
 
     Captions are read from text files of the same name; pictures without one get the trigger. Says what it will do,
-    trains, and ends with the LoRA, a loss plot and the folder of the run. Ctrl-C saves what there is.
+    trains, and ends with the LoRA, a report and the folder of the run. Ctrl-C saves what there is; the same command
+    goes on from there.
     """
     config = TrainConfig(**settings)
+    if config.existing_lora is not None:
+        config = replace(config, existing_lora=_located(config.existing_lora))
     if model is None:
         raise OptionError(_which_models())
     source = source_of(
-        folder, model, name=name, trigger=trigger, resolution=resolution, validation=validation, config=config
+        folder,
+        model,
+        name=name,
+        trigger=trigger,
+        resolution=resolution,
+        validation=validation,
+        device=device,
+        config=config,
     )
-    finish(prepare(source, config, device), output=output, fresh=fresh)
+    finish(prepare(source, config), output=output, fresh=fresh)
 
 
 def source_of(
@@ -81,25 +102,42 @@ def source_of(
     trigger: str = "",
     resolution: int | None = None,
     validation: Path | None = None,
+    device: str | None = None,
     config: TrainConfig,
 ) -> dict[str, Any]:
-    """What `run.json` keeps of the command, to give it again, and `argv`, for people to do so."""
-    own = {"model": model, "name": name, "trigger": trigger, "resolution": resolution, "validation": validation}
+    """What `run.json` keeps of the command, to give it again from anywhere, and `argv`, for people to do so."""
+    own = {
+        "model": _located(model),
+        "name": name,
+        "trigger": trigger,
+        "resolution": resolution,
+        "validation": validation and str(validation.resolve()),
+        "device": device,
+    }
     chosen = {option: getattr(config, option) for option in options_of(TrainConfig) if not config.is_default(option)}
     argv = ["lorasmith", "train", str(folder.resolve())]
     for option, value in (own | chosen).items():
         if value:
             argv += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return {
-        "command": "train",
-        "argv": argv,
-        "folder": str(folder.resolve()),
-        "model": model,
-        "name": name or folder.resolve().name,
-        "trigger": trigger,
-        "resolution": resolution,
-        "validation": str(validation.resolve()) if validation else None,
-    }
+    title = name or folder.resolve().name
+    return {**own, "command": "train", "argv": argv, "folder": str(folder.resolve()), "name": title}
+
+
+def asked_again(
+    run: Mapping[str, Any], *, model: str | None, data: Path | None, device: str | None
+) -> tuple[dict[str, Any], TrainConfig]:
+    """How a run was asked for: its source, with what is elsewhere now, and its settings.
+
+    Args:
+        run: `run.json`, or what a LoRA says of the run that made it.
+        model, data, device: instead of the run's.
+    """
+    now = {"model": model and _located(model), "folder": data and str(data.resolve()), "device": device}
+    source = {**run["source"], **{name: value for name, value in now.items() if value}}
+    # `auto` may be another format here, and this is to be the same run.
+    return source, config_from(
+        TrainConfig, {**run["asked"], "training_dtype": run["fingerprint"]["config"]["training_dtype"]}
+    )
 
 
 @dataclass(frozen=True)
@@ -124,23 +162,25 @@ class Prepared:
     device: torch.device
 
 
-def prepare(source: Mapping[str, Any], config: TrainConfig, device: str | None) -> Prepared:
+def prepare(source: Mapping[str, Any], config: TrainConfig) -> Prepared:
     """Load and encode everything that `lorasmith train` needs, and say what will be done."""
-    import torch
-
-    from lorasmith.core.placement import best_device
+    from lorasmith.core.placement import chosen_device
     from lorasmith.data.folder import scan_folder
     from lorasmith.data.loading import encode_scan
     from lorasmith.families.loading import load_model
     from lorasmith.training.job import plan_job
 
     folder, trigger, resolution = Path(source["folder"]), source["trigger"], source["resolution"]
+    if re.search(r"[/\\]|^\.*$", source["name"]):
+        raise OptionError(
+            f"name must be that of a file, without folders, got {source['name']!r}; --output is for those"
+        )
+    place = chosen_device(source.get("device"))
     scan = scan_folder(folder, trigger=trigger)
     _say_images(folder, scan, trigger)
     judged = None if source["validation"] is None else scan_folder(Path(source["validation"]), trigger=trigger)
     with console.status(f"Loading {source['model']}"):
         base = load_model(source["model"])
-    place = torch.device(device) if device else best_device()
     job = plan_job(base.denoiser, config, place)
     _say_plan(scan, base, job, resolution)
     with counting("Encoding") as progress:
@@ -149,13 +189,14 @@ def prepare(source: Mapping[str, Any], config: TrainConfig, device: str | None) 
     return Prepared(source, scan, base, job, data, held_out, place)
 
 
-def run_prepared(prepared: Prepared, *, output: Path | None, fresh: bool) -> TrainResult:
+def run_prepared(prepared: Prepared, *, output: Path | None, fresh: bool, until: int | None = None) -> TrainResult:
     """Train with a progress bar.
 
     Args:
         prepared: what.
         output: folder of the run; left out, the folder under runs/ that holds this run, broken off, or a new one.
         fresh: do not go on with a run that was broken off.
+        until: step behind which it ends; None for the last.
     """
     from lorasmith.nodes.previewing import run_previews
     from lorasmith.training.run_folder import unfinished_run
@@ -167,7 +208,7 @@ def run_prepared(prepared: Prepared, *, output: Path | None, fresh: bool) -> Tra
         runs = Path("runs")
         return (None if fresh else unfinished_run(runs, title, fingerprint)) or free_folder(runs, title)
 
-    with stoppable() as stop, training_progress(job.config.steps) as show:
+    with stoppable() as stop, training_progress() as show:
         around = Surroundings(
             output=output or folder_for,
             fresh=fresh,
@@ -181,37 +222,51 @@ def run_prepared(prepared: Prepared, *, output: Path | None, fresh: bool) -> Tra
             source=prepared.source,
             on_event=show,
             cancelled=stop.is_set,
+            until=until,
         )
         return run_job(job, prepared.data, around)
 
 
-def finish(prepared: Prepared, *, output: Path | None, fresh: bool) -> TrainResult:
+def finish(prepared: Prepared, *, output: Path | None, fresh: bool) -> None:
     """Train, say where everything is and how to see it at work."""
+    from lorasmith.training.report import command_line
+
     result = run_prepared(prepared, output=output, fresh=fresh)
     report(result)
-    source = prepared.source
-    captions = (image.caption for image in prepared.scan.images)
-    prompt = source["trigger"] or next(filter(None, captions), "a picture")
-    say(f'\nSee it at work:\n  lorasmith generate --model {source["model"]} --lora "{result.path}" --prompt "{prompt}"')
-    return result
+    if result.path is not None:
+        source = prepared.source
+        captions = (image.caption for image in prepared.scan.images)
+        prompt = source["trigger"] or next(filter(None, captions), "a picture")
+        use = ["lorasmith", "generate", "--model", source["model"], "--lora", result.path, "--prompt", prompt]
+        say(f"\nSee it at work:\n  {command_line(use)}")
 
 
 def report(result: TrainResult) -> None:
-    """Where everything is."""
-    if result.reason == "cancelled" and result.folder:
-        console.print(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To go on with it:")
-        say(f"  lorasmith resume {result.folder}")
-    if result.verdict:
-        say(f"{'Verdict':<11}{result.verdict}")
+    """How it ended, and where everything is."""
+    from lorasmith.training.report import command_line
+
+    folder = result.folder
+    if folder is None:
+        say("Stopped before the first step: there is nothing to save.")
+        return
+    if result.reason == "cancelled":
+        say(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To go on with it:")
+        say(f"  {command_line(['lorasmith', 'resume', folder])}")
+    if result.reason == "stopped":
+        best = min(result.validations, key=lambda one: one[1])[0]
+        say(f"Stopped early, at step {len(result.losses)}: the held-out images were best at {best}, which is saved.")
+    say(f"{'Verdict':<11}{result.verdict}")
     for label, path in {
         "LoRA": result.path,
         "Best LoRA": result.best_path,
-        "Loss plot": result.folder and result.losses and result.folder / "loss.png",
-        "Run folder": result.folder,
+        "Steps": folder / "samples" / "steps.png",
+        "Strengths": folder / "samples" / "strengths.png",
+        "Loss plot": folder / "loss.png",
+        "Report": folder / "report.html",
+        "Run folder": folder,
     }.items():
-        if path:
-            console.print(f"{label:<11}", end="")
-            say(path)
+        if path is not None and path.exists():
+            say(f"{label:<11}{path}")
 
 
 def free_folder(parent: Path, title: str) -> Path:
@@ -220,6 +275,11 @@ def free_folder(parent: Path, title: str) -> Path:
     while (parent / f"{title}-{number:03}").exists():
         number += 1
     return parent / f"{title}-{number:03}"
+
+
+def _located(path: str) -> str:
+    """A path from wherever the command is given again; what is no path, such as a hub id, as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _say_images(folder: Path, scan: FolderScan, trigger: str) -> None:

@@ -10,12 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["best_device", "held", "memory_format_for", "product_dtype", "reproducible"]
+from lorasmith.core.errors import OptionError
+
+__all__ = ["best_device", "chosen_device", "held", "memory_format_for", "product_dtype", "reproducible"]
 
 
 def best_device() -> torch.device:
     """The first CUDA device, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen_device(name: str | torch.device | None) -> torch.device:
+    """A device by its name, such as `cuda:1`; the first CUDA device, or the CPU, if None.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the second where it was built without CUDA
+        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise OptionError(f"device must be one that is here ({there}), got {str(name)!r}; name one of these") from error
+    return device
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -56,10 +56,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         "held_out": "the held-out images",
         "initial": "the LoRA that training starts from",
     }
-    found = []
+    found: list[str] = []
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key), now.get(key)
-        if old == new:
+        if old == new or (key == "initial" and found):  # initial weights follow from all else
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new)

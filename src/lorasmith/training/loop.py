@@ -134,6 +134,10 @@ def fit(
 class Loop:
     """A run, between two of its steps.
 
+    Args:
+        engine, samples, on_event, cancelled, watchers: as for `fit`.
+        until: step behind which the run is cancelled; None for none.
+
     Attributes:
         engine: the weights and all that belongs to them.
         tell: receives events.
@@ -150,6 +154,7 @@ class Loop:
         on_event: EventHandler,
         cancelled: Callable[[], bool],
         watchers: Sequence[Watcher] = (),
+        until: int | None = None,
     ) -> None:
         self.engine = engine
         self.tell = on_event
@@ -158,6 +163,7 @@ class Loop:
         self.rollbacks = 0
         self.reason = ""
         self._samples = samples
+        self._until = self.steps if until is None else min(until, self.steps)
         self._cancelled = cancelled
         self._watchers = watchers
         self._mailbox = Mailbox(engine.recipe.device)
@@ -242,7 +248,7 @@ class Loop:
         recipe = self.engine.recipe
         maker = batch_maker(self.engine.denoiser, self._samples, recipe, self.engine.dropout)
         first = recipe.first_step
-        with contextlib.closing(prefetched(maker, range(first + self.step, first + self.steps))) as coming:
+        with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
             for _, batches in coming:
                 if self._cancelled():
                     break

@@ -27,7 +27,7 @@ from lorasmith.training.events import Previewed, Resumed, RolledBack, RunStarted
 from lorasmith.training.history import RunHistory, read_history
 from lorasmith.training.ledger import ImageRecord, Ledger, QuantileCurve
 
-__all__ = ["report_of", "write_report"]
+__all__ = ["command_line", "report_of", "write_report"]
 
 _ENDS = {  # how it is called, how it is coloured, whether the run can go on
     "finished": ("Finished", "good", False),
@@ -166,16 +166,16 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     commands = {}
     if lora is not None:
         use = ["lorasmith", "generate", "--model", base, "--lora", lora.resolve(), "--prompt", trigger or caption]
-        commands["See it at work"] = _line(use)
+        commands["See it at work"] = command_line(use)
     if _end(history)[2]:
-        commands["Go on where it ended"] = _line(["lorasmith", "resume", folder])
+        commands["Go on where it ended"] = command_line(["lorasmith", "resume", folder])
     if isinstance(repeat, list) and repeat:
-        commands["Repeat the run"] = _line(repeat)
-    commands["Make this page again"] = _line(["lorasmith", "report", folder])
+        commands["Repeat the run"] = command_line(repeat)
+    commands["Make this page again"] = command_line(["lorasmith", "report", folder])
     return commands
 
 
-def _line(arguments: Sequence[object]) -> str:
+def command_line(arguments: Sequence[object]) -> str:
     """A command line to copy: a caption in it must not become a command of its own."""
     texts = list(map(str, arguments))
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder, locked, write_atomic
 from lorasmith.training.checkpoints import Checkpoints
-from lorasmith.training.events import Event, as_json
+from lorasmith.training.events import Event, EventHandler, Warned, as_json
 from lorasmith.training.fingerprint import differences
 from lorasmith.training.loop import RunState
 
@@ -104,8 +104,8 @@ class RunFolder:
         before = self.record()
         if found := differences(before.get("fingerprint", {}), record["fingerprint"]):
             raise OutputError(
-                f"{self.path} holds another run, which differs in {'; '.join(found)}; choose another output, or start "
-                "fresh, which moves that one aside"
+                f"{self.path} holds another run, which differs in {'; '.join(found)}; undo that, choose another "
+                "output, or start fresh, which moves that one aside"
             )
         if self.outcome() in DONE:
             raise OutputError(f"{self.path} holds this run, and it is done; choose another output, or start fresh")
@@ -157,13 +157,16 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def claimed_run(path: Path, record: Mapping[str, Any], *, fresh: bool) -> Iterator[tuple[RunFolder, RunState | None]]:
+def claimed_run(
+    path: Path, record: Mapping[str, Any], *, fresh: bool, tell: EventHandler = lambda event: None
+) -> Iterator[tuple[RunFolder, RunState | None]]:
     """A folder for a run, and the state that it goes on from, None to begin.
 
     Args:
         path: the folder.
         record: content of its `run.json`, with the run's fingerprint.
         fresh: move a run that is there aside.
+        tell: is told where to.
 
     Raises:
         OutputError: the folder holds another run, one that is done, or one that goes on elsewhere.
@@ -171,7 +174,8 @@ def claimed_run(path: Path, record: Mapping[str, Any], *, fresh: bool) -> Iterat
     folder = RunFolder(path)
     if fresh and folder.exists:
         with folder.claimed():
-            folder.move_aside()
+            aside = folder.move_aside()
+        tell(Warned(message=f"The run that was in {path} is in {aside} now."))
     with folder.claimed():
         state = None
         if folder.exists:

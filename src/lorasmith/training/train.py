@@ -22,7 +22,7 @@ from lorasmith.core.dtypes import dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import config_from
-from lorasmith.core.placement import best_device
+from lorasmith.core.placement import best_device, chosen_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.families.model import Denoiser, Model
@@ -95,6 +95,7 @@ class Surroundings:
         source: how the run was asked for, as JSON can carry it, so that it can be asked for again.
         on_event: receives typed events.
         cancelled: asked between steps; True ends the run with what there is.
+        until: step of the run behind which it is cancelled; None for none.
     """
 
     output: Path | Callable[[Mapping[str, Any]], Path] | None = None
@@ -107,6 +108,7 @@ class Surroundings:
     source: Mapping[str, Any] = field(default_factory=dict)
     on_event: EventHandler = lambda event: None
     cancelled: Callable[[], bool] = lambda: False
+    until: int | None = None
 
 
 def train(
@@ -146,7 +148,7 @@ def train(
             steps were taken and there is an output folder, their LoRA is in it and the message says where.
     """
     config = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
-    device = torch.device(device or best_device())
+    device = chosen_device(device)
     job = plan_job(model if isinstance(model, Denoiser) else model.denoiser, config, device)
     around = Surroundings(
         output=None if output is None else Path(output),
@@ -168,7 +170,7 @@ def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult
     if around.output is None:
         return _Run(job, parts, around, record, None)(None)
     path = around.output if isinstance(around.output, Path) else around.output(record["fingerprint"])
-    with claimed_run(path, record, fresh=around.fresh) as (folder, start):
+    with claimed_run(path, record, fresh=around.fresh, tell=around.on_event) as (folder, start):
         return _Run(job, parts, around, record, folder)(start)
 
 
@@ -239,7 +241,8 @@ class _Run:
     def __call__(self, start: RunState | None) -> TrainResult:
         job = self._job
         engine = Engine(job.denoiser, job.adapters, self._recipe, job.differences)
-        loop = Loop(engine, self._parts.training.samples, self._tell, self._around.cancelled, self._watchers())
+        around = self._around
+        loop = Loop(engine, self._parts.training.samples, self._tell, around.cancelled, self._watchers(), around.until)
         reason = "failed"
         try:
             if start is not None:

@@ -1,0 +1,356 @@
+"""Runs that are stopped, killed, continued and repeated, as people do it from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorasmith.cli import train as train_command
+from lorasmith.cli.console import training_progress
+from lorasmith.cli.main import main
+from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.hashes import sha256_body
+from lorasmith.training.events import Event, EventHandler, StepDone
+from lorasmith.training.records import RUN_ENTRY
+from lorasmith.training.run_folder import RunFolder
+
+Command = Callable[..., Any]
+Interrupt = Callable[..., contextlib.AbstractContextManager[None]]
+
+QUICK = ("--model", "lorasmith-tiny", "--rank", 2, "--targets", "attention", "--resolution", 32, "--name", "cat")
+RUN = (*QUICK, "--steps", 5, "--schedule", "cosine")
+JUDGED = (*QUICK, "--steps", 4, "--learning-rate", 0.3, "--validate-every", 1, "--validation-draws", 2)
+
+
+def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for index in range(number):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@contextlib.contextmanager
+def interrupted(*numbers: signal.Signals, at: int = 2) -> Iterator[None]:
+    """Signals arrive when the loss of a step is told."""
+
+    @contextlib.contextmanager
+    def progress() -> Iterator[EventHandler]:
+        with training_progress() as show:
+
+            def hear(event: Event) -> None:
+                show(event)
+                if isinstance(event, StepDone) and event.step == at:
+                    for number in numbers:
+                        signal.raise_signal(number)
+
+            yield hear
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_command, "training_progress", progress)
+        yield
+
+
+def tensors_of(folder: Path) -> str:
+    return sha256_body(folder / "cat.safetensors")
+
+
+def with_record(folder: Path, **changes: object) -> None:
+    record = json.loads((folder / "run.json").read_text())
+    for key, value in changes.items():
+        record[key] = {**record[key], **value} if isinstance(value, dict) and value else value
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def with_metadata(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    tensors, metadata = read_safetensors(path)
+    run = json.loads(metadata[RUN_ENTRY])
+    change(run)
+    write_safetensors(path, tensors, {**metadata, RUN_ENTRY: json.dumps(run)})
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images") / "photos", 4)
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(sys, "argv", ["lorasmith", *map(str, ("train", images, *RUN, "--output", folder))])
+        main()
+    assert RunFolder(folder).outcome() == "finished"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same run, stopped after a few steps; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch, interrupted(signal.SIGINT):
+        patch.setattr(sys, "argv", ["lorasmith", *map(str, ("train", images, *RUN, "--output", folder))])
+        with contextlib.suppress(SystemExit):
+            main()
+    assert RunFolder(folder).outcome() == "cancelled"
+    return folder
+
+
+@pytest.fixture
+def broken(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run, at `runs/cat-001`."""
+    return Path(shutil.copytree(stopped, tmp_path / "runs" / "cat-001"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
+    lorasmith: Command, images: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with interrupted(number):
+        ran = lorasmith("train", images, *RUN, "--output", "my run")
+    assert ran.code == 0, ran.err
+    assert "Stopping after this step" in ran.out
+    assert "the LoRA of those steps is saved. To go on with it:\n  lorasmith resume 'my run'\n" in ran.out
+    assert tensors_of(tmp_path / "my run") != tensors_of(whole)
+
+    ran = lorasmith("resume", "my run")
+    assert ran.code == 0, ran.err
+    assert "Resumed: Going on with my run from step 2, to the bit." in ran.out
+    assert tensors_of(tmp_path / "my run") == tensors_of(whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(
+    lorasmith: Command, images: Path, whole: Path, tmp_path: Path
+) -> None:
+    with interrupted(signal.SIGINT, signal.SIGINT):
+        ran = lorasmith("train", images, *RUN)
+    assert ran.code == 130
+    assert (
+        "stopped: interrupted; the LoRA of 2 steps is at runs/cat-001/cat.safetensors; the same command goes on"
+        in ran.err
+    )
+    assert lorasmith("train", images, *RUN).code == 0
+    assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
+
+
+def test_the_same_command_goes_on_where_it_stopped(
+    lorasmith: Command, images: Path, whole: Path, broken: Path, tmp_path: Path
+) -> None:
+    ran = lorasmith("train", images, *RUN)
+    assert ran.code == 0, ran.err
+    assert "Resumed: Going on with runs/cat-001 from step 2, to the bit." in ran.out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cat-001"]
+    assert tensors_of(broken) == tensors_of(whole)
+
+
+def test_fresh_begins_in_a_new_folder(lorasmith: Command, images: Path, broken: Path, tmp_path: Path) -> None:
+    ran = lorasmith("train", images, *RUN, "--fresh")
+    assert ran.code == 0, ran.err
+    assert "Resumed" not in ran.out
+    assert RunFolder(broken).outcome() == "cancelled"
+    assert RunFolder(tmp_path / "runs" / "cat-002").outcome() == "finished"
+
+
+def test_fresh_moves_what_is_in_the_output_aside_and_says_so(
+    lorasmith: Command, images: Path, broken: Path, tmp_path: Path
+) -> None:
+    before = tensors_of(broken)
+    ran = lorasmith("train", images, *RUN, "--fresh", "--output", "runs/cat-001")
+    assert ran.code == 0, ran.err
+    assert "The run that was in runs/cat-001 is in runs/cat-001-old-1 now." in ran.out
+    assert tensors_of(tmp_path / "runs" / "cat-001-old-1") == before
+    assert RunFolder(broken).outcome() == "finished"
+
+
+def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Command, images: Path, broken: Path) -> None:
+    ran = lorasmith("train", images, *RUN, "--seed", 7, "--output", "runs/cat-001")
+    assert ran.code == 1
+    assert "runs/cat-001 holds another run, which differs in seed 0 there, 7 here; undo that, choose" in ran.err
+    assert "0/5" not in ran.out
+    assert RunFolder(broken).outcome() == "cancelled"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    lorasmith: Command, whole: Path, broken: Path
+) -> None:
+    shutil.rmtree(broken / "checkpoints")
+    ran = lorasmith("resume", broken)
+    assert ran.code == 0, ran.err
+    assert "ended before its first checkpoint, so it begins again" in ran.out
+    assert tensors_of(broken) == tensors_of(whole)
+
+
+def test_a_run_goes_on_when_its_images_have_moved_but_not_with_others(
+    lorasmith: Command, images: Path, whole: Path, broken: Path, tmp_path: Path
+) -> None:
+    with_record(broken, source={"folder": str(tmp_path / "gone")})
+    assert "gone" in lorasmith("resume", broken).err
+    ran = lorasmith("resume", broken, "--data", pictures(tmp_path / "others", 4, seed=1))
+    assert (ran.code, "differs in the images or captions; undo that" in ran.err) == (1, True)
+    shutil.copytree(images, tmp_path / "here")
+    ran = lorasmith("resume", broken, "--data", "here")
+    assert ran.code == 0, ran.err
+    assert tensors_of(broken) == tensors_of(whole)
+
+
+def test_what_differs_of_the_machine_is_said(lorasmith: Command, broken: Path) -> None:
+    with_record(broken, environment={"threads": 99})
+    ran = lorasmith("resume", broken)
+    assert ran.code == 0, ran.err
+    assert "not to the bit, for what differs is threads 99 there" in ran.out
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
+    "no run": (lambda run: (run / "run.json").unlink(), (), "must be the folder of a run"),
+    "damaged": (lambda run: (run / "run.json").write_text("{"), (), "must be the folder of a run"),
+    "model moved": (
+        lambda run: with_record(run, source={"model": "/gone/m.safetensors"}), (), "m.safetensors does not exist"
+    ),
+    "workflow": (lambda run: with_record(run, source={"command": "run"}), (), "start its workflow or script again"),
+    "script": (lambda run: with_record(run, source={}), (), "start its workflow or script again"),
+    "device": (lambda run: None, ("--device", "gpu"), "device must be one that is here (cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_go_on_is_said_in_a_sentence(lorasmith: Command, broken: Path, case: str) -> None:
+    change, more, sentence = REFUSED[case]
+    change(broken)
+    ran = lorasmith("resume", broken, *more)
+    assert ran.code == 1
+    assert sentence in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_finished_run_is_not_taken_up_again(lorasmith: Command, whole: Path) -> None:
+    ran = lorasmith("resume", whole)
+    assert (ran.code, "is done, so that there is nothing to go on with" in ran.err) == (1, True)
+
+
+def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
+    ran = lorasmith("reproduce", whole / "cat.safetensors")
+    assert ran.code == 0, ran.err
+    assert "are the same, to the bit." in ran.out
+    assert "Differs" not in ran.out
+    assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--output", "runs/cat-001")
+    assert (ran.code, "runs/cat-001 holds a run already" in ran.err) == (1, True)
+
+
+def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
+    lorasmith: Command, stopped: Path, tmp_path: Path
+) -> None:
+    ran = lorasmith("reproduce", stopped / "cat.safetensors")
+    assert ran.code == 0, ran.err
+    assert "cat.safetensors is of step 2 of 5, so that training ends there." in ran.out
+    assert "are the same, to the bit." in ran.out
+    assert len([e for e in RunFolder(tmp_path / "runs" / "cat-001").events() if e["event"] == "StepDone"]) == 2
+
+
+def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "Base model, images, settings and initial weights are as they were." in ran.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_decides_the_result_is_named_and_nothing_trained(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(whole / "cat.safetensors", tmp_path))
+    with_metadata(file, lambda run: run["fingerprint"]["config"].update(noise_offset=0.5))
+    ran = lorasmith("reproduce", file, "--data", pictures(tmp_path / "others", 4, seed=1))
+    assert ran.code == 1
+    assert "Differs: noise_offset 0.5 there, 0.0 here, so that the result would be another." in ran.out
+    assert "Differs: the images or captions, so that the result would be another." in ran.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_only_the_last_bits_depend_on_is_named_and_tried(
+    lorasmith: Command, whole: Path, images: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(whole / "cat.safetensors", tmp_path))
+    shutil.copytree(images, tmp_path / "here")
+
+    def change(run: dict[str, Any]) -> None:
+        run["environment"]["threads"] = 99
+        run["source"] |= {"folder": "/gone", "model": "/gone/model.safetensors"}
+
+    with_metadata(file, change)
+    ran = lorasmith("reproduce", file, "--data", "here", "--model", "lorasmith-tiny")
+    assert ran.code == 0, ran.err
+    assert "Differs: threads 99 there" in ran.out
+    assert "are the same, to the bit." in ran.out
+
+
+def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
+    tensors, metadata = read_safetensors(whole / "cat.safetensors")
+    write_safetensors(tmp_path / "cat.safetensors", {key: 2 * tensor for key, tensor in tensors.items()}, metadata)
+    ran = lorasmith("reproduce", "cat.safetensors")
+    assert ran.code == 1
+    assert "are not the same" in ran.out
+
+
+def test_a_reproduction_that_is_stopped_proves_nothing(lorasmith: Command, whole: Path) -> None:
+    with interrupted(signal.SIGINT):
+        ran = lorasmith("reproduce", whole / "cat.safetensors")
+    assert ran.code == 1
+    assert "are the same" not in ran.out
+
+
+@pytest.mark.parametrize("entry", [None, "{", "[]", '{"source": {"command": "train"}}'])
+def test_a_file_that_does_not_say_how_it_was_made(
+    lorasmith: Command, whole: Path, tmp_path: Path, entry: str | None
+) -> None:
+    tensors, metadata = read_safetensors(whole / "cat.safetensors")
+    del metadata[RUN_ENTRY]
+    write_safetensors(tmp_path / "bare.safetensors", tensors, metadata | ({RUN_ENTRY: entry} if entry else {}))
+    ran = lorasmith("reproduce", "bare.safetensors")
+    assert ran.code == 1
+    assert "bare.safetensors does not say how it was made" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_files_of_workflows_and_private_ones_are_refused(
+    lorasmith: Command, images: Path, whole: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(whole / "cat.safetensors", tmp_path))
+    with_metadata(file, lambda run: run["source"].update(command="run"))
+    assert "was not made by lorasmith train; run the script" in lorasmith("reproduce", file).err
+    assert lorasmith("train", images, *QUICK, "--steps", 1, "--private", "--output", "private").code == 0
+    ran = lorasmith("reproduce", "private/cat.safetensors")
+    assert (ran.code, "was saved with --private" in ran.err) == (1, True)
+
+
+def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_path: Path) -> None:
+    held_out = pictures(tmp_path / "held out", 2, seed=2)
+    ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--output", "run")
+    assert ran.code == 0, ran.err
+    assert "training is judged by 2 images given for it" in ran.out
+    best = tmp_path / "run" / "cat-best.safetensors"
+    assert f"Best LoRA  run/{best.name}" in ran.out
+    ran = lorasmith("reproduce", best)
+    assert ran.code == 0, ran.err
+    assert "of 4, so that training ends there" in ran.out
+    assert "are the same, to the bit." in ran.out
+
+
+def test_a_run_that_validation_stopped(lorasmith: Command, images: Path, tmp_path: Path) -> None:
+    held_out = pictures(tmp_path / "held out", 2, seed=2)
+    ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--patience", 1, "--output", "run")
+    assert ran.code == 0, ran.err
+    assert "Stopped early, at step" in ran.out
+    assert "Verdict " in ran.out
+    assert "is done" in lorasmith("resume", "run").err
+    assert "are the same, to the bit." in lorasmith("reproduce", "run/cat.safetensors").out
