@@ -15,9 +15,10 @@ Adding an algorithm is one module that subclasses `Adapter` and registers itself
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,10 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
 
-__all__ = ["ADAPTERS", "CONVOLUTIONS", "Adapter", "FrozenLayer", "FrozenProduct", "is_targetable"]
+__all__ = ["ADAPTERS", "CONVOLUTIONS", "WEIGHT_SOURCE", "Adapter", "FrozenLayer", "FrozenProduct", "is_targetable"]
+
+WEIGHT_SOURCE = "weight_source"
+"""Attribute of a layer whose weight is not in its parameter: a function that makes it anew, for one use."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -41,6 +45,9 @@ def is_targetable(module: nn.Module) -> bool:
 class FrozenLayer:
     """A Linear or convolution as adapters see it: its product, its geometry, its weight on request.
 
+    The weight may be quantized, or somewhere else, and is then made anew each time it is asked for. So nobody keeps it:
+    a backward pass asks the layer again.
+
     Attributes:
         module: the layer; never modified.
         is_conv: whether it is a convolution.
@@ -51,13 +58,20 @@ class FrozenLayer:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.is_conv = isinstance(module, CONVOLUTIONS)
-        self.in_features = self.weight[0].numel()
-        self.out_features = self.weight.shape[0]
+        self.in_features = math.prod(self.shape[1:])
+        self.out_features = self.shape[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight: (out, in) or (out, in / groups, *kernel)."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.shape
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: (out, in) or (out, in / groups, *kernel)."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        """The frozen weight."""
+        source: Callable[[], Tensor] | None = self._source
+        weight: Tensor = self.module.weight if source is None else source()  # type: ignore[assignment]
         return weight
 
     @property
@@ -73,7 +87,10 @@ class FrozenLayer:
 
     def product(self, x: Tensor, *, bias: bool) -> Tensor:
         """`W x`, with `+ b` if `bias`."""
-        return self.product_with(self.weight, x, self.bias if bias else None)
+        added = self.bias if bias else None
+        if self._source is None:
+            return self.product_with(self.weight, x, added)
+        return _product(self, x, added)
 
     def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's product with another weight and bias; a weight of two dimensions makes it that of a Linear."""
@@ -113,7 +130,32 @@ class FrozenLayer:
 
     def channelwise(self, vector: Tensor) -> Tensor:
         """One number per feature or channel, shaped to meet the layer's inputs and outputs."""
-        return vector.reshape(-1, *(1,) * (self.weight.ndim - 2)) if self.is_conv else vector
+        return vector.reshape(-1, *(1,) * (len(self.shape) - 2)) if self.is_conv else vector
+
+    @property
+    def _source(self) -> Callable[[], Tensor] | None:
+        return self.module.__dict__.get(WEIGHT_SOURCE)
+
+
+class _Product(torch.autograd.Function):
+    """The product of a layer whose weight is made anew for it, and again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x if layer.is_conv else None)  # a convolution's geometry depends on it
+        return layer.product_with(layer.weight, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer, (x,) = ctx.layer, ctx.saved_tensors
+        if x is None:
+            return None, grads[0] @ layer.weight, None
+        _, grad_x = layer.product_gradients(grads[0], layer.weight, x, of_weight=False, of_input=True)
+        return None, grad_x, None
+
+
+_product: Callable[..., Tensor] = _Product.apply
 
 
 class FrozenProduct:

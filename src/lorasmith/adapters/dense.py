@@ -27,43 +27,46 @@ def changed_product(
 ) -> Tensor:
     """`inner(x) + ΔW x`, in one product where `inner` is the frozen layer itself."""
     if isinstance(inner, FrozenProduct):
-        return _product(layer, build, layer.weight, inner.bias, x, *factors)
+        return _product(layer, build, True, inner.bias, x, *factors)
     return inner(x) + change_alone(layer, x, build, *factors)
 
 
 def change_alone(layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor) -> Tensor:
     """`ΔW x`."""
-    return _product(layer, build, None, None, x, *factors)
+    return _product(layer, build, False, None, x, *factors)
 
 
 class _Product(torch.autograd.Function):
+    """`ΔW x`, and `W x + b` with it if it is `on_top` of the layer."""
+
     @staticmethod
     def forward(
         ctx: Any,
         layer: FrozenLayer,
         build: Build,
-        weight: Tensor | None,
+        on_top: bool,
         bias: Tensor | None,
         x: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, *factors)
-        ctx.layer, ctx.build = layer, build
+        ctx.save_for_backward(x, *factors)
+        ctx.layer, ctx.build, ctx.on_top = layer, build, on_top
         change = build(*factors)
-        if weight is None:
+        if not on_top:
             return layer.product_with(change, x)
+        weight = layer.weight
         if weight.element_size() < 4:
             return layer.product_with(weight, x, bias).add_(layer.product_with(change, x))
         return layer.product_with(weight + change, x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *factors = ctx.saved_tensors
+        x, *factors = ctx.saved_tensors
         of_input, of_factors = ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
         leaves = [factor.detach().requires_grad_(needed) for factor, needed in zip(factors, of_factors, strict=True)]
         with torch.enable_grad():
             change = ctx.build(*leaves)
-        total = change.detach() if weight is None else weight + change.detach()
+        total = ctx.layer.weight + change.detach() if ctx.on_top else change.detach()
         grad_change, grad_x = ctx.layer.product_gradients(
             grads[0], total, x, of_weight=any(of_factors), of_input=of_input
         )

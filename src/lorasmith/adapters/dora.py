@@ -62,7 +62,7 @@ class DoraAdapter(Adapter):
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Self:
         tensors = dict(weights.tensors)
         start = tensors.pop("dora_scale").detach().to("cpu", torch.float32, copy=True)
-        shape = [1] * layer.weight.ndim
+        shape = [1] * len(layer.shape)
         shape[cls.axis] = -1
         return cls(
             ADAPTERS[weights.algorithm].from_weights(replace(weights, tensors=tensors), layer), start.reshape(shape)
@@ -138,13 +138,13 @@ def dora_from_weights(weights: AdapterWeights, layer: FrozenLayer) -> DoraAdapte
             f"dora_scale must come with {takers}, got one with {weights.algorithm}; remove it from the file"
         )
     scale = weights.tensors["dora_scale"]
-    outputs, inputs = layer.weight.shape[:2]
+    outputs, inputs = layer.shape[:2]
     if scale.numel() == outputs == len(scale):
         return OutputDora.from_weights(weights, layer)
     if scale.numel() == inputs and scale.ndim > 1 and len(scale) == 1:
         return InputDora.from_weights(weights, layer)
     raise LoraError(
-        f"a dora_scale of shape {tuple(scale.shape)} does not fit a layer with weight {tuple(layer.weight.shape)}; "
+        f"a dora_scale of shape {tuple(scale.shape)} does not fit a layer with weight {tuple(layer.shape)}; "
         "it was made for another model"
     )
 

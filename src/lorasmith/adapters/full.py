@@ -41,12 +41,12 @@ class FullAdapter(Adapter):
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> FullAdapter:
-        return cls(torch.zeros(layer.weight.shape))
+        return cls(torch.zeros(layer.shape))
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> FullAdapter:
         diff = taken(weights, ["diff"])["diff"]
-        if diff.shape != layer.weight.shape:
+        if diff.shape != layer.shape:
             raise misfit(weights, layer)
         return cls(diff)
 

@@ -111,7 +111,7 @@ class GloraAdapter(Adapter):
 
 
 def _shapes(layer: FrozenLayer, rank: int, *, cored: bool = False) -> dict[str, tuple[int, ...]]:
-    inside, kernel = layer.weight.shape[1], layer.weight.shape[2:]
+    inside, kernel = layer.shape[1], layer.shape[2:]
     point = (1,) * len(kernel)
     shapes: dict[str, tuple[int, ...]] = {
         "a1": (inside, rank, *point),

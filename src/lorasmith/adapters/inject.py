@@ -21,7 +21,7 @@ from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
-__all__ = ["Attached", "attached", "create_adapters", "load_adapters", "load_differences"]
+__all__ = ["Attached", "attached", "create_adapters", "load_adapters", "load_differences", "restore_forward"]
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,21 @@ def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
         for path, on_layer in layers.items():
             module = model.get_submodule(path)
             own = module.__dict__.get("forward")
-            undo.callback(_restore_forward, module, own)
+            undo.callback(restore_forward, module, own)
             module.forward = _Stacked(FrozenLayer(module), on_layer.above(own))
         for path, difference, strength in norms:
             module = model.get_submodule(path)
-            undo.callback(_restore_forward, module, module.__dict__.get("forward"))
+            undo.callback(restore_forward, module, module.__dict__.get("forward"))
             module.forward = difference.on_norm(module, module.forward, strength)
         yield
+
+
+def restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
+    """Give the instance back its own forward, or leave it with its class's."""
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = own
 
 
 @dataclass
@@ -185,11 +193,3 @@ def _wrapped(
     adapter: Adapter, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, strength: float
 ) -> Callable[[Tensor], Tensor]:
     return lambda x: adapter.attached(inner, layer, x, strength)
-
-
-def _restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
-    """Give the instance back its own forward, or leave it with its class's."""
-    if own is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = own

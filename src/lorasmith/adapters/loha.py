@@ -79,7 +79,7 @@ class LohaAdapter(Adapter):
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> LohaAdapter:
         cored = bool(weights.tensors.keys() & set(_CORES))
         tensors = taken(weights, (*_FACTORS, *_CORES) if cored else _FACTORS)
-        out, inside, kernel = layer.out_features, layer.weight.shape[1], layer.weight.shape[2:]
+        out, inside, kernel = layer.out_features, layer.shape[1], layer.shape[2:]
         rank = len(tensors["hada_w1_b"])
         up, down = ((rank, out), (rank, inside)) if cored else ((out, rank), (rank, layer.in_features))
         expected = dict(zip((*_FACTORS, *_CORES), (up, down, up, down, *[(rank, rank, *kernel)] * 2), strict=True))
@@ -95,10 +95,10 @@ class LohaAdapter(Adapter):
         return (wide(weight) + change.to(weight.device)).to(weight.dtype)
 
     def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
-        return change_alone(layer, x, self._build(layer.weight.shape, strength), *self.parameters())
+        return change_alone(layer, x, self._build(layer.shape, strength), *self.parameters())
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        return changed_product(inner, layer, x, self._build(layer.weight.shape, strength), *self.parameters())
+        return changed_product(inner, layer, x, self._build(layer.shape, strength), *self.parameters())
 
     def _build(self, shape: torch.Size, strength: float) -> Callable[..., Tensor]:
         return partial(_hadamard, strength * self.alpha / self.rank, shape)

@@ -76,8 +76,8 @@ class LokrAdapter(Adapter):
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LokrAdapter:
         """w2 starts at zero for `up`, as LyCORIS has it, and w1 for `down`, as ComfyUI and PEFT do."""
-        (out_l, out_k), (in_m, in_n) = (factorization(size, rank) for size in layer.weight.shape[:2])
-        tensors = {"lokr_w1": torch.zeros(out_l, in_m), "lokr_w2": torch.zeros(out_k, in_n, *layer.weight.shape[2:])}
+        (out_l, out_k), (in_m, in_n) = (factorization(size, rank) for size in layer.shape[:2])
+        tensors = {"lokr_w1": torch.zeros(out_l, in_m), "lokr_w2": torch.zeros(out_k, in_n, *layer.shape[2:])}
         filled = tensors["lokr_w1" if zero == "up" else "lokr_w2"]
         # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
         bound = 1 / math.sqrt(filled[0].numel())
@@ -93,9 +93,9 @@ class LokrAdapter(Adapter):
         ]
         tensors = taken(weights, needed, () if "lokr_w2" in needed else ("lokr_t2",))
         try:
-            w1, w2 = _factors(tensors, layer.weight.shape)
-            fits = w1.ndim == 2 and w2.shape[2:] == layer.weight.shape[2:]
-            fits = fits and (w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]) == layer.weight.shape[:2]
+            w1, w2 = _factors(tensors, layer.shape)
+            fits = w1.ndim == 2 and w2.shape[2:] == layer.shape[2:]
+            fits = fits and (w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]) == layer.shape[:2]
         except RuntimeError:  # parts that do not even fit each other
             fits = False
         if not fits:
@@ -110,35 +110,30 @@ class LokrAdapter(Adapter):
         return torch.add(wide(weight), _kronecker(weight.shape, w1, w2), alpha=strength * self.scale).to(weight.dtype)
 
     def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
-        return self._product(layer, None, None, x, strength)
+        return self._product(layer, False, None, x, strength)
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        if isinstance(inner, FrozenProduct):
-            return self._product(layer, layer.weight, inner.bias, x, strength)
+        if isinstance(inner, FrozenProduct) and layer.groups == 1:
+            return self._product(layer, True, inner.bias, x, strength)
         return super().attached(inner, layer, x, strength)
 
-    def _product(
-        self, layer: FrozenLayer, weight: Tensor | None, bias: Tensor | None, x: Tensor, strength: float
-    ) -> Tensor:
-        """`(W + strength · ΔW) x + b`, or ΔW's part alone without a weight."""
-        w1, w2 = _factors(self._tensors(), layer.weight.shape)
+    def _product(self, layer: FrozenLayer, on_top: bool, bias: Tensor | None, x: Tensor, strength: float) -> Tensor:
+        """`(W + strength · ΔW) x + b`, or ΔW's part alone if it is not `on_top` of the layer."""
+        w1, w2 = _factors(self._tensors(), layer.shape)
         factor = strength * self.scale
         if layer.groups > 1:  # w1 would mix channels of different groups
-            change = change_alone(layer, x, partial(_kronecker, layer.weight.shape), w1 * factor, w2)
-            return change if weight is None else layer.product_with(weight, x, bias) + change
+            return change_alone(layer, x, partial(_kronecker, layer.shape), w1 * factor, w2)
         if not layer.is_conv:
-            return _kronecker_product(layer, weight, bias, x, w1, w2, factor)
-        if not _is_pointwise(layer):
-            return _kronecker_product(layer, weight, bias, x.movedim(1, -1), w1, w2, factor).movedim(-1, 1)
-        flat = None if weight is None else weight.flatten(1)
-        return _kronecker_product(layer, flat, bias, x.movedim(1, -1), w1, w2.flatten(1), factor).movedim(-1, 1)
+            return _kronecker_product(layer, on_top, bias, x, w1, w2, factor)
+        w2 = w2.flatten(1) if _is_pointwise(layer) else w2
+        return _kronecker_product(layer, on_top, bias, x.movedim(1, -1), w1, w2, factor).movedim(-1, 1)
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
 
 
 class _KroneckerProduct(torch.autograd.Function):
-    """`(W + factor · w1 ⊗ w2) x + b`, without W and b if there are none, for x and the result (batch, ..., channels).
+    """`(W + factor · w1 ⊗ w2) x + b`, without W and b if not `on_top`, for x and the result (batch, ..., channels).
 
     w1 mixes the in_m parts of the channels, which are put in front for that, into out_l; the layer's product with w2
     then takes those for a larger batch.
@@ -148,31 +143,32 @@ class _KroneckerProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         layer: FrozenLayer,
-        weight: Tensor | None,
+        on_top: bool,
         bias: Tensor | None,
         x: Tensor,
         w1: Tensor,
         w2: Tensor,
         factor: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, w1, w2)
-        ctx.layer, ctx.factor = layer, factor
+        ctx.save_for_backward(x, w1, w2)
+        ctx.layer, ctx.on_top, ctx.factor = layer, on_top, factor
         mixed = _mixed(_scaled(w1, factor), _parts_first(x, w1.shape[1]))
-        if weight is not None:
+        if on_top:
+            weight = _weight(layer, w2)
             y = _last(layer.product_with(weight, _second(x, weight), bias), weight).contiguous()
             if weight.ndim == 2:
                 y.view(-1, len(w1), len(w2)).transpose(0, 1).baddbmm_(mixed, w2.t().expand(len(w1), -1, -1))
                 return y
         change = _last(layer.product_with(w2, _second(mixed.view(-1, *x.shape[1:-1], w2.shape[1]), w2)), w2)
         parts = change.reshape(len(w1), -1, len(w2)).transpose(0, 1)
-        if weight is None:
+        if not on_top:
             return parts.reshape(len(x), *change.shape[1:-1], -1)
         y.view(parts.shape).add_(parts)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, w1, w2 = ctx.saved_tensors
+        x, w1, w2 = ctx.saved_tensors
         of_x, of_w1, of_w2 = ctx.needs_input_grad[3:6]
         scaled, parts = _scaled(w1, ctx.factor), _parts_first(x, w1.shape[1])
         grad_w2, grad_mixed = _small_gradients(ctx.layer, grads[0], w2, _mixed(scaled, parts), x)
@@ -181,9 +177,10 @@ class _KroneckerProduct(torch.autograd.Function):
             grad_w1 = _scaled(grad_mixed.flatten(1) @ parts.flatten(1).t(), ctx.factor)
         if of_x:
             added = _mixed(scaled.t(), grad_mixed).transpose(0, 1)
-            if weight is None:
+            if not ctx.on_top:
                 grad_x = added.reshape(x.shape)
             else:
+                weight = _weight(ctx.layer, w2)
                 _, grad_x = ctx.layer.product_gradients(
                     _second(grads[0], weight), weight, _second(x, weight), of_weight=False, of_input=True
                 )
@@ -193,6 +190,11 @@ class _KroneckerProduct(torch.autograd.Function):
 
 
 _kronecker_product: Callable[..., Tensor] = _KroneckerProduct.apply
+
+
+def _weight(layer: FrozenLayer, w2: Tensor) -> Tensor:
+    """The layer's weight, flat where w2 is."""
+    return layer.weight.flatten(1) if w2.ndim == 2 else layer.weight
 
 
 def _small_gradients(

@@ -100,7 +100,7 @@ class LowRank(Adapter):
         if isinstance(inner, FrozenProduct) and not layer.is_conv:
             down, up, _ = self.factors()
             mask = self._inner_mask((*x.shape[:-1], len(down)), layer)
-            return _linear_with_lora(x, layer.weight, inner.bias, down, up, strength * self.scale, mask)
+            return _linear_with_lora(x, layer, inner.bias, down, up, strength * self.scale, mask)
         return super().attached(inner, layer, x, strength)
 
     def _masked(self, inner: Tensor, layer: FrozenLayer) -> Tensor:
@@ -151,8 +151,8 @@ class LoraAdapter(LowRank):
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LoraAdapter:
-        point = (1,) * len(layer.weight.shape[2:])
-        down = torch.zeros((rank, *layer.weight.shape[1:]))
+        point = (1,) * len(layer.shape[2:])
+        down = torch.zeros((rank, *layer.shape[1:]))
         up = torch.zeros((layer.out_features, rank, *point))
         _fill(down if zero == "up" else up, seed, path)
         return cls(down, up, alpha=alpha)
@@ -167,9 +167,9 @@ class LoraAdapter(LowRank):
         """
         if not cls.has_core(layer):
             return cls.create(layer, rank=rank, alpha=alpha, seed=seed, path=path, zero=zero)
-        kernel = layer.weight.shape[2:]
+        kernel = layer.shape[2:]
         point = (1,) * len(kernel)
-        down = torch.zeros((rank, layer.weight.shape[1], *point))
+        down = torch.zeros((rank, layer.shape[1], *point))
         up = torch.zeros((layer.out_features, rank, *point))
         mid = torch.zeros((rank, rank, *kernel))
         _fill(down if zero == "up" else up, seed, path)
@@ -179,27 +179,27 @@ class LoraAdapter(LowRank):
     @staticmethod
     def has_core(layer: FrozenLayer) -> bool:
         """Whether a Tucker core makes sense: a kernel of more than one pixel, and no groups."""
-        return math.prod(layer.weight.shape[2:]) > 1 and layer.groups == 1
+        return math.prod(layer.shape[2:]) > 1 and layer.groups == 1
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> LoraAdapter:
         down, up, mid = (weights.tensors.get(name) for name in ("down", "up", "mid"))
         if down is None or up is None:
             raise LoraError(f"a LoRA layer needs both a down and an up matrix, got only {', '.join(weights.tensors)}")
-        rank, kernel = down.shape[0], layer.weight.shape[2:]
+        rank, kernel = down.shape[0], layer.shape[2:]
         point = (1,) * len(kernel)
         if mid is None:
-            fits = down.shape[1:] == layer.weight.shape[1:]
+            fits = down.shape[1:] == layer.shape[1:]
         else:
             fits = (
                 layer.groups == 1
                 and mid.shape == (rank, rank, *kernel)
-                and down.shape[1:] == (*layer.weight.shape[1:2], *point)
+                and down.shape[1:] == (*layer.shape[1:2], *point)
             )
         if not (rank and fits and up.shape == (layer.out_features, rank, *point)):
             raise LoraError(
                 f"a LoRA with down {tuple(down.shape)} and up {tuple(up.shape)} does not fit a layer with weight "
-                f"{tuple(layer.weight.shape)}; it was made for another model"
+                f"{tuple(layer.shape)}; it was made for another model"
             )
         alpha = float(rank) if weights.alpha is None else weights.alpha
         return cls(*(t.detach().to("cpu", torch.float32, copy=True) for t in (down, up)), alpha=alpha, mid=_copied(mid))
@@ -210,38 +210,38 @@ class LoraAdapter(LowRank):
 
 
 class _LinearWithLora(torch.autograd.Function):
-    """`x Wᵀ + b + factor · (mask ∘ x downᵀ) upᵀ` for x (..., in), with W and b frozen."""
+    """`x Wᵀ + b + factor · (mask ∘ x downᵀ) upᵀ` for x (..., in), with the layer's W and b frozen."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        layer: FrozenLayer,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
         factor: float,
         mask: Tensor | None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, layer.weight, bias)
         inner = F.linear(x, down)
         if mask is not None:
             inner.mul_(mask)
         y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), up.t(), alpha=factor)
-        ctx.save_for_backward(x, weight, inner, down, up, mask)
-        ctx.factor = factor
+        ctx.save_for_backward(x, inner, down, up, mask)
+        ctx.layer, ctx.factor = layer, factor
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inner, down, up, mask = ctx.saved_tensors
+        x, inner, down, up, mask = ctx.saved_tensors
         grad = grads[0].reshape(-1, up.shape[0])
         grad_inner = _scaled(grad @ up, ctx.factor)
         if mask is not None:
             grad_inner.view(inner.shape).mul_(mask)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_inner, down).view(x.shape)
+            grad_x = (grad @ ctx.layer.weight).addmm_(grad_inner, down).view(x.shape)
         if ctx.needs_input_grad[3]:  # an adapter that runs below the trained one is frozen
             grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[4]:

@@ -46,7 +46,7 @@ def misfit(weights: AdapterWeights, layer: FrozenLayer) -> LoraError:
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.tensors.items())
     return LoraError(
         f"an adapter of the kind {weights.algorithm} with {shapes} does not fit a layer with weight "
-        f"{tuple(layer.weight.shape)}; it was made for another model"
+        f"{tuple(layer.shape)}; it was made for another model"
     )
 
 

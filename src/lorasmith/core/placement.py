@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,16 +70,21 @@ def reproducible(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def held(
+    module: nn.Module, *, device: torch.device, dtype: torch.dtype, without: Iterable[Tensor] = ()
+) -> Iterator[None]:
     """Run `module` with its floating-point tensors in `dtype` on `device`.
 
     Converted copies stand in for the tensors meanwhile; the originals are kept and put back, bit for bit. A model that
-    is already there is not copied.
+    is already there is not copied. Tensors in `without` are left as they are.
     """
+    others = {id(tensor) for tensor in without}
     layout = memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor in [*module.parameters(), *module.buffers()]:
+            if id(tensor) in others:
+                continue
             target = dtype if tensor.is_floating_point() else tensor.dtype
             wanted = layout if tensor.ndim == 4 else torch.preserve_format
             original = tensor.data

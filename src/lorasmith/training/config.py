@@ -301,8 +301,18 @@ class TrainConfig:
         group=_MEMORY,
         help="Size of the recomputed pieces: 1 is whole blocks (least memory), each step deeper is one level inside.",
     )
+    quantization: str = option(
+        "none",
+        choices=("none", "fp8_e4m3", "fp8_e5m2", "int8", "nf4"),
+        group=_MEMORY,
+        help="Hold the frozen weights of Linear layers and convolutions in fewer bytes while training, and make each "
+        "anew where it is used. Of their memory in bf16, fp8 and int8 save a half and nf4 (4 bits) 72 %; int8 changes "
+        "the weights least.",
+    )
     offloading: bool = option(
-        False, group=_MEMORY, help="Keep the frozen weights in host memory and stream them in. Not available yet."
+        False,
+        group=_MEMORY,
+        help="Keep the frozen weights in host memory and stream them in as they are used. It changes no number.",
     )
     quantized_backward: bool = option(
         False, group=_MEMORY, help="Run the backward products of quantized layers in low precision. Not available yet."

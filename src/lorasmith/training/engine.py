@@ -29,9 +29,11 @@ from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.flat import FlatParameters
+from lorasmith.training.frozen_weights import kept
 from lorasmith.training.optimizers import GatedOptimizer
 from lorasmith.training.precision import LossScale
 from lorasmith.training.schedules import rate_factor
+from lorasmith.training.streaming import WeightStream
 
 __all__ = ["Engine", "Recipe", "batch_maker", "frozen", "prepared", "sample_losses"]
 
@@ -46,6 +48,8 @@ class Recipe:
         learning_rates: of the module paths where it is not `learning_rate`.
         micro_batch: images per forward pass, when memory is too small for `batch_size`.
         checkpoint_depth: 0 for no gradient checkpointing.
+        quantization: how frozen weights are kept, of `PACKINGS`.
+        offloading: whether they wait in host memory.
     """
 
     steps: int
@@ -83,16 +87,21 @@ class Recipe:
     deterministic: bool = False
     micro_batch: int | None = None
     checkpoint_depth: int
+    quantization: str = "none"
+    offloading: bool = False
 
 
 @contextlib.contextmanager
 def frozen(denoiser: Denoiser, recipe: Recipe) -> Iterator[None]:
-    """The denoiser as training finds it: patches applied, weights held."""
+    """The denoiser as training finds it: patches applied, weights quantized or offloaded where asked for, or held."""
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(recipe.deterministic))
         stack.enter_context(merged_weights(module, denoiser.patches))
-        stack.enter_context(held(module, device=recipe.device, dtype=recipe.dtype))
+        kind, device, dtype = recipe.quantization, recipe.device, recipe.dtype
+        stream = WeightStream(device) if recipe.offloading else None
+        packed = stack.enter_context(kept(module, kind=kind, device=device, dtype=dtype, stream=stream))
+        stack.enter_context(held(module, device=device, dtype=dtype, without=packed))
         stack.enter_context(attached(module, attachments(module, denoiser.patches)))
         yield
 

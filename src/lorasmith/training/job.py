@@ -140,7 +140,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         existing.steps,
         (
             *existing.note(len(fresh.adapters)),
-            *_slow_products(asked, device),
+            *_on_device(asked, device),
             *notes_on(asked, denoiser, fresh, adapters, len(differences)),
             *notes_on_file(denoiser, adapters, differences),
         ),
@@ -163,9 +163,12 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> T
     )
 
 
-def _slow_products(config: TrainConfig, device: torch.device) -> Iterator[str]:
+def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
+    """Settings that do little on this device."""
     if config.training_dtype == "bf16" and product_dtype(device) != torch.bfloat16:
         yield "This device has no bf16 products and emulates them, slowly; training_dtype fp32 is faster here."
+    if config.offloading and device.type == "cpu":
+        yield "offloading changes nothing on the CPU, which computes where the weights are; quantization shrinks them."
 
 
 def _default_rate(denoiser: Denoiser, algorithm: str) -> float:
@@ -254,7 +257,7 @@ def _existing(path: Path, denoiser: Denoiser) -> _Existing:
 
 
 def _refuse_unavailable(config: TrainConfig) -> None:
-    if config.offloading:
-        raise TrainingError("offloading is not available yet; turn it off, and use gradient_checkpointing for memory")
     if config.quantized_backward:
-        raise TrainingError("quantized_backward is not available yet, as there are no quantized weights; turn it off")
+        raise TrainingError(
+            "quantized_backward is not available yet; turn it off, and all products run in training_dtype"
+        )

@@ -17,6 +17,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.training.config import TrainConfig, unused_settings
+from lorasmith.training.frozen_weights import packable_layers
 from lorasmith.training.update_rules import default_rate, takes_weight_decay
 
 __all__ = ["notes_on", "notes_on_file", "notes_on_plan"]
@@ -45,6 +46,7 @@ def notes_on(
     """
     return (
         *_on_settings(config),
+        *_on_quantization(config, denoiser),
         *_on_noise_levels(config, denoiser),
         *notes_on_plan(plan),
         *_on_targets(config, denoiser, plan, adapters, differences),
@@ -98,6 +100,17 @@ def _on_settings(config: TrainConfig) -> Iterator[str]:
         if not config.is_default(name):
             variant = "pissa" if config.pissa else config.algorithm
             yield f"{name} {getattr(config, name)} changes nothing with {variant}, which does not use it."
+
+
+def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+    """What share of the model it is about, and what it is not about."""
+    if config.quantization == "none":
+        return
+    packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
+    share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
+    yield f"quantization {config.quantization} is of {share:.1%} of the frozen weights: Linear layers and convolutions."
+    if config.previews:
+        yield "Previews are drawn with the base model as it is, not with the quantized one that training sees."
 
 
 def _on_learning(config: TrainConfig) -> Iterator[str]:

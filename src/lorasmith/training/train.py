@@ -214,6 +214,8 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         device=device,
         deterministic=config.deterministic,
         checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
+        quantization=config.quantization,
+        offloading=config.offloading and device.type != "cpu",
     )
 
 

@@ -1,0 +1,138 @@
+"""Weights that wait in host memory and come to the device when they are used (offloading).
+
+They never change, so they travel one way and are dropped after use. Which weight follows is learnt from the run itself:
+a pass goes through the same layers in the same order each time, forwards, backwards, and block by block where
+activations are recomputed, so the last two tell the next. As many are sent for ahead of time as make up one block of
+the model, on a stream of their own, while the device computes. A wrong guess costs one transfer and changes nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.quantization import Packed
+
+__all__ = ["Resident", "WeightStream"]
+
+
+class _Sent(NamedTuple):
+    """Tensors on their way to the device; `arrived` is None where there is nothing to wait for."""
+
+    tensors: tuple[Tensor, ...]
+    arrived: torch.cuda.Event | None
+
+
+class Resident:
+    """Bytes of tensors that are alive: `now`, and at the `peak`."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor until it is gone."""
+        size = tensor.numel() * tensor.element_size()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+class WeightStream:
+    """Packed weights in host memory, pinned for a GPU.
+
+    Args:
+        device: where they are used. On the CPU they are copied as well, which serves tests alone.
+
+    Attributes:
+        ahead_bytes: how much is sent for ahead of time.
+        resident: what is on the device; at most `ahead_bytes` and the weight in use.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.ahead_bytes = 0
+        self.resident = Resident()
+        self._device = device
+        self._weights: list[Packed] = []
+        self._coming: dict[int, _Sent] = {}
+        self._following: dict[tuple[int, int], int] = {}
+        self._last = (-1, -1)
+        self._on_gpu = device.type == "cuda"
+        self._side = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def add(self, weight: Packed) -> int:
+        """Take in a packed weight; returns its number."""
+        tensors = tuple(tensor.cpu() for tensor in weight.tensors)
+        if self._on_gpu:
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+        self._weights.append(Packed(tensors, weight.unpack))
+        return len(self._weights) - 1
+
+    def fetch(self, number: int) -> Tensor:
+        """A weight, unpacked on the device; it is gone when the caller lets go of it."""
+        self._settle()
+        before = self._last
+        self._following[before] = number
+        self._last = (before[1], number)
+        sent = self._coming.pop(number, None)
+        coming = self._foreseen()
+        self._coming = {one: waiting for one, waiting in self._coming.items() if one in coming}
+        sent = sent or self._send(number)
+        for one in coming:
+            if one not in self._coming:
+                self._coming[one] = self._send(one)
+        if sent.arrived is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(sent.arrived)
+            for tensor in sent.tensors:
+                tensor.record_stream(here)
+        return self._weights[number].unpack(*sent.tensors)
+
+    def clear(self) -> None:
+        """Let go of everything, on the device and on the host."""
+        self._weights.clear()
+        self._coming.clear()
+        self._in_flight.clear()
+        self._following.clear()
+        self._last = (-1, -1)
+
+    def _foreseen(self) -> list[int]:
+        """The weights that will probably be asked for next, as many as may be here ahead of time."""
+        found: list[int] = []
+        last, free = self._last, self.ahead_bytes
+        while (one := self._following.get(last)) is not None and one not in found:
+            free -= self._weights[one].size_bytes
+            if free < 0:
+                break
+            found.append(one)
+            last = (last[1], one)
+        return found
+
+    def _send(self, number: int) -> _Sent:
+        if self._side is None:
+            tensors = tuple(tensor.clone() for tensor in self._weights[number].tensors)
+            arrived = None
+        else:
+            with torch.cuda.stream(self._side):
+                tensors = tuple(tensor.to(self._device, non_blocking=True) for tensor in self._weights[number].tensors)
+                arrived = self._side.record_event()
+        for tensor in tensors:
+            self.resident.count(tensor)
+        return _Sent(tensors, arrived)
+
+    def _settle(self) -> None:
+        """Keep the host from running ahead of a GPU: memory of a used weight is free only when its product is done."""
+        if not self._on_gpu or self._last[1] < 0:
+            return
+        size = self._weights[self._last[1]].size_bytes
+        self._in_flight.append((torch.cuda.current_stream(self._device).record_event(), size))
+        while sum(size for _, size in self._in_flight) > self.ahead_bytes and len(self._in_flight) > 1:
+            self._in_flight.popleft()[0].synchronize()

@@ -1,0 +1,111 @@
+"""Packed weights: how near they come, what they take, and that they agree with other programs' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.quantization import BLOCK, NF4_LEVELS, PACKINGS, packed
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(96, 80),
+    "odd linear": lambda: nn.Linear(33, 5),
+    "conv 1x1": lambda: nn.Conv2d(24, 32, 1),
+    "conv 3x3 stride 2": lambda: nn.Conv2d(32, 48, 3, stride=2),
+    "conv in groups": lambda: nn.Conv2d(64, 32, 3, groups=4),
+}
+# Largest error as a share of the largest number that the scale is for: half the widest gap between two codes.
+ERROR = {"none": 0.0, "int8": 0.5 / 127, "fp8_e4m3": 16 / 448, "fp8_e5m2": 4096 / 57344, "nf4": 0.152}
+BYTES = {"int8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "nf4": 0.5}
+
+
+def weight_of(layer: str, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weight = LAYERS[layer]().get_parameter("weight").detach()
+    return weight.to(memory_format=memory_format) if weight.ndim == 4 else weight
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_a_weight_comes_back_within_half_a_step(kind: str, layer: str, layout: torch.memory_format) -> None:
+    weight = weight_of(layer, layout)
+    back = packed(weight, kind, torch.float32).weight()
+
+    assert back.stride() == weight.stride()
+    largest = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) if kind != "nf4" else weight.abs().max()
+    assert ((back - weight).abs() <= ERROR[kind] * largest * (1 + 1e-5)).all()
+    assert kind == "none" or not torch.equal(back, weight)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_codes_and_scales_are_all_that_is_kept(kind: str) -> None:
+    weight = weight_of("conv 3x3 stride 2")
+    scales = weight.numel() // BLOCK if kind == "nf4" else len(weight)
+    assert packed(weight, kind, torch.float32).size_bytes == BYTES[kind] * weight.numel() + 4 * scales
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision_see_the_numbers_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    weight = weight_of("linear")
+    half = packed(weight, kind, dtype).weight()
+    assert half.dtype == dtype
+    assert torch.equal(half, packed(weight, kind, torch.float32).weight().to(dtype))
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_zeros_stay_zeros_and_the_largest_number_of_a_row_stays_exact(kind: str) -> None:
+    weight = torch.zeros(3, 128)
+    weight[1, 5], weight[2, 70] = 2.0, -0.375
+    torch.testing.assert_close(packed(weight, kind, torch.float32).weight(), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_packing_again_changes_nothing(kind: str) -> None:
+    once = packed(weight_of("linear"), kind, torch.float32).weight()
+    torch.testing.assert_close(packed(once, kind, torch.float32).weight(), once, rtol=1e-6, atol=0)
+
+
+def test_nf4_levels_are_the_papers_quantiles() -> None:
+    """Appendix E: evenly spaced quantiles of each half of a normal distribution, cut off alike at both ends."""
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    quantile = torch.special.ndtri
+    above = quantile(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -quantile(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat((above, below, torch.zeros(1))).sort().values
+    torch.testing.assert_close(torch.tensor(NF4_LEVELS).double(), levels / levels.max(), rtol=0, atol=1e-6)
+
+
+def test_nf4_takes_the_nearest_level_of_each_block() -> None:
+    weight = weight_of("linear")
+    blocks = weight.view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(NF4_LEVELS)
+    nearest = levels[(blocks[..., None] / scale[..., None] - levels).abs().argmin(-1)] * scale
+    torch.testing.assert_close(packed(weight, "nf4", torch.float32).weight(), nearest.view_as(weight), rtol=0, atol=0)
+
+
+def test_nf4_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = torch.randn(64, 2 * BLOCK, generator=torch.Generator().manual_seed(0))
+    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    ours = packed(weight, "nf4", torch.float32)
+    assert torch.equal(ours.tensors[0], codes.flatten())
+    # Its dequantization on the CPU takes rows for whole blocks, so that they have to be here.
+    assert torch.equal(ours.weight(), functional.dequantize_4bit(codes, state))
+
+
+def test_int8_is_that_of_torchao() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = nn.Sequential(nn.Linear(96, 80))
+    weight = layer[0].weight.detach().clone()
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    theirs = layer[0].weight.dequantize()
+    # Their scale divides by 127.5, so that codes reach from −128 to 127.
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((packed(weight, "int8", torch.float32).weight() - theirs).abs() <= step).all()

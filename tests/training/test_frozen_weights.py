@@ -1,0 +1,258 @@
+"""Frozen weights that are quantized, or wait in host memory: the same numbers, nothing kept, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import assert_same, fingerprint, tensors
+from torch import Tensor, nn
+
+from lorasmith.adapters.base import Adapter, FrozenLayer, is_targetable
+from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.core.placement import memory_format_for
+from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training import engine, frozen_weights
+from lorasmith.training.checkpointing import checkpointed
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Recipe, prepared, sample_losses
+from lorasmith.training.events import StepDone, Warned
+from lorasmith.training.frozen_weights import kept, packable_layers
+from lorasmith.training.streaming import WeightStream
+from lorasmith.training.train import TrainResult, plan_job, recipe_of
+
+CPU = torch.device("cpu")
+QUANTIZED = [kind for kind in PACKINGS if kind != "none"]
+Run = Callable[..., TrainResult]
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module, kind: str) -> Iterator[None]:
+    """The model with the weights that `kind` unpacks to, as plain parameters."""
+    originals = [(layer.get_parameter("weight"), layer.weight.data) for layer in packable_layers(model)]
+    for weight, original in originals:
+        wanted = memory_format_for(model) if original.ndim == 4 else torch.preserve_format
+        weight.data = packed(original.to(memory_format=wanted), kind, original.dtype).weight()
+    yield
+    for weight, original in originals:
+        weight.data = original
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoKr"])
+def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
+    tiny: Model, dataset: EncodedDataset, kind: str, offloading: bool, depth: int, algorithm: str
+) -> None:
+    with rounded(tiny.components.denoiser, kind):
+        expected = one_step(tiny, dataset, algorithm=algorithm)
+    found = one_step(
+        tiny, dataset, algorithm=algorithm, quantization=kind, offloading=offloading, checkpoint_depth=depth
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: int) -> None:
+    assert_same(
+        one_step(tiny, dataset, checkpoint_depth=depth, offloading=True),
+        one_step(tiny, dataset, checkpoint_depth=depth),
+    )
+
+
+def randomise(adapter: Adapter, *, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=g)
+
+
+def one_step(tiny: Model, dataset: EncodedDataset, *, algorithm: str = "LoRA", **changes: Any) -> dict[str, Tensor]:
+    """Losses and gradients of one step, by name."""
+    job, recipe = planned(tiny, algorithm=algorithm, targets="attention, *.conv1")
+    recipe = replace(recipe, **changes)
+    for number, adapter in enumerate(job.adapters.values()):
+        randomise(adapter, seed=number)
+    maker = engine.batch_maker(tiny.denoiser, dataset.samples, recipe)
+    with prepared(tiny.denoiser, job.adapters, recipe):
+        loss = sample_losses(tiny.denoiser, maker.step(0)[0], recipe)
+        loss.sum().backward()
+    named = ((f"{path}.{name}", p) for path, one in job.adapters.items() for name, p in one.named_parameters())
+    return {"loss": loss.detach()} | {name: p.grad for name, p in named if p.grad is not None}
+
+
+def planned(tiny: Model, **settings: Any) -> tuple[Any, Recipe]:
+    config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "batch_size": 2} | settings))
+    job = plan_job(tiny.denoiser, config, CPU)
+    return job, recipe_of(job, CPU)
+
+
+def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
+    module = tiny.components.denoiser
+    layers = packable_layers(module)
+    assert {id(layer) for layer in layers} == {id(layer) for layer in module.modules() if is_targetable(layer)}
+    numbers = sum(layer.get_parameter("weight").numel() for layer in layers)
+    with kept(module, kind="nf4", device=CPU, dtype=torch.bfloat16):
+        sizes = [layer.weight_source.__self__.size_bytes for layer in layers]
+        assert {layer.get_parameter("weight").untyped_storage().nbytes() for layer in layers} == {2}
+    assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedDataset, tiny: Model, kind: str) -> None:
+    before = fingerprint(tiny)
+    run(dataset, steps=2, quantization=kind, training_dtype="bf16", gradient_checkpointing=True, targets="all")
+
+    def explode(event: object) -> None:
+        raise RuntimeError("a bug")
+
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        kept(tiny.components.denoiser, kind=kind, device=CPU, dtype=torch.float32, stream=WeightStream(CPU)),
+    ):
+        explode(None)
+    after = fingerprint(tiny)
+    assert before[:2] == after[:2]
+    assert_same(before[2], after[2])
+    assert not any("weight_source" in vars(module) for module in tiny.components.denoiser.modules())
+
+
+def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "steps": 4,
+        "quantization": "nf4",
+        "grad_accumulation_steps": 2,
+        "ema_decay": 0.9,
+        "gradient_checkpointing": True,
+        "checkpoint_every": 1,
+        "validation_share": 0.3,
+        "validation_draws": 2,
+        "validate_every": 2,
+    }
+    whole = run(dataset, **settings)
+    seen: list[object] = []
+    broken = run(
+        dataset,
+        **settings,
+        output=tmp_path / "run",
+        on_event=lambda event: seen.append(event) if isinstance(event, StepDone) else None,
+        cancelled=lambda: len(seen) >= 1,
+    )
+    assert 0 < broken.steps < 4
+    resumed = run(dataset, **settings, output=tmp_path / "run")
+    assert resumed.losses == whole.losses
+    assert resumed.validations == whole.validations
+    assert_same(tensors(resumed), tensors(whole))
+
+
+def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDataset) -> None:
+    plain, coarse = (
+        run(dataset, steps=1, validation_share=0.3, validation_draws=2, quantization=kind) for kind in ("none", "nf4")
+    )
+    assert plain.base_loss is not None
+    assert coarse.base_loss is not None
+    assert coarse.base_loss != plain.base_loss
+    assert coarse.base_loss == pytest.approx(plain.base_loss, rel=0.05)
+
+
+def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
+    for settings in ({"dora": "output"}, {"pissa": True}):
+        plain, coarse = (planned(tiny, quantization=kind, **settings)[0] for kind in ("none", "nf4"))
+        for path, adapter in plain.adapters.items():
+            assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
+
+
+def test_it_says_what_share_is_quantized_and_what_previews_show(run: Run, dataset: EncodedDataset) -> None:
+    events: list[object] = []
+    run(dataset, steps=1, quantization="int8", previews="a cat", on_event=events.append)
+    said = [event.message for event in events if isinstance(event, Warned)]
+    assert any(text.startswith("quantization int8 is of 9") and "% of the frozen weights" in text for text in said)
+    assert any("not with the quantized one" in text for text in said)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, 2 * width)
+        self.outer = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(self.norm(x))))
+
+
+class Transformer(nn.Module):
+    """Blocks whose weights are nearly all of it."""
+
+    def __init__(self, blocks: int, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+def test_a_model_of_twice_the_budget_trains_within_it(kind: str, depth: int) -> None:
+    torch.manual_seed(0)
+    model = Transformer(24).requires_grad_(False)
+    weights = sum(
+        packed(layer.get_parameter("weight"), kind, torch.float32).size_bytes for layer in packable_layers(model)
+    )
+    budget = weights // 2
+    x = torch.randn(3, 32)
+    adapters = {}
+    for number in range(24):
+        path = f"blocks.{number}.inner"
+        layer = FrozenLayer(model.get_submodule(path))
+        adapters[path] = LoraAdapter.create(layer, rank=2, alpha=2.0, seed=0, path=path, zero="up")
+        randomise(adapters[path], seed=number)
+
+    def losses(stream: WeightStream | None) -> list[Tensor]:
+        trained = [parameter for one in adapters.values() for parameter in one.parameters()]
+        found = []
+        with (
+            kept(model, kind=kind, device=CPU, dtype=torch.float32, stream=stream),
+            attached(model, [Attached(adapters)]),
+            checkpointed(model, depth),
+        ):
+            for _ in range(3):
+                loss = model(x).square().mean()
+                found += [loss.detach(), *torch.autograd.grad(loss, trained)]
+        return found
+
+    stream = WeightStream(CPU)
+    streamed = losses(stream)
+    for one, other in zip(streamed, losses(None), strict=True):
+        assert torch.equal(one, other)
+    assert stream.resident.peak <= budget
+    assert stream.resident.peak <= weights // 24 * 2  # a block ahead, and the weight in use
+    assert stream.resident.now == 0
+
+
+def test_only_plain_layers_that_share_nothing_are_taken() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.table.weight
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.plain = nn.Linear(4, 4)
+
+    model = Tied()
+    assert packable_layers(model) == [model.plain]
+    assert frozen_weights.is_targetable(model.head)
