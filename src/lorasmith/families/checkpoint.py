@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.fp8 import check_formats, companions, scale_name, unscaled
 from lorasmith.families.unsupported import looks_like
 from lorasmith.formats.container import check_safetensors
 
@@ -39,7 +40,7 @@ class Shapes(dict[str, tuple[int, ...]]):
 
 
 class OriginalCheckpoint:
-    """A safetensors file in the original layout.
+    """A safetensors file in the original layout, in whatever precision; of fp8 files see `families.fp8`.
 
     Args:
         path: the file.
@@ -51,7 +52,11 @@ class OriginalCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         header = check_safetensors(path, error=ModelError)
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in header.tensors.items()}
+        self._names = frozenset(header.tensors)
+        besides = companions(self._names)
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: info.shape for name, info in header.tensors.items() if name not in besides
+        }
         self.metadata: Mapping[str, str] = header.metadata
 
     @cached_property
@@ -84,12 +89,19 @@ class OriginalCheckpoint:
         )
 
     def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype` if given."""
+        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype` if given.
+
+        Raises:
+            ModelError: weights are quantized in a way that is not known here.
+        """
         tensors = {}
         with safe_open(self.path, framework="pt") as file:
+            check_formats(self.path.name, self._names, self.metadata, file.get_tensor)
             for name in self.shapes:
                 if name.startswith(prefix):
                     tensor = file.get_tensor(name)
+                    if (scale := scale_name(name, self._names)) is not None:
+                        tensor = unscaled(tensor, file.get_tensor(scale), name)
                     tensors[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return tensors
 

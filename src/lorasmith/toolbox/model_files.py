@@ -24,6 +24,7 @@ from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
+from lorasmith.families.fp8 import scale_name
 from lorasmith.families.loading import built_in_models
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names import ModelNames
@@ -96,9 +97,13 @@ class ModelFiles:
         return (tensor if place.rows is None else tensor[place.rows]).reshape(place.shape)
 
     def tensor(self, file: Path, name: str) -> Tensor:
-        """One tensor of one of the files."""
+        """One tensor of one of the files. Raises ModelError if it is codes, to which a scale belongs."""
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
+        if scale_name(name, self._open[file].keys()) is not None:
+            raise ModelError(
+                f"{name} in {file} is scaled fp8, which the tools do not compute on; use the bf16 or fp16 version of it"
+            )
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor
 

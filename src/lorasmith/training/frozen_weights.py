@@ -1,8 +1,8 @@
 """Frozen weights while a run lasts: quantized, or streamed in from host memory, or both.
 
-The weights of Linear layers and convolutions are nearly all of a denoiser. Each is kept packed (`core.quantization`), on
-the device or in host memory (`training.streaming`), and made anew where `FrozenLayer` asks for it: for the forward pass
-and again for the backward pass, which finds no weight among its saved tensors. Layers with an adapter and layers
+The weights of Linear layers and convolutions are nearly all of a denoiser. Each is kept packed (`core.quantization`),
+on the device or in host memory (`training.streaming`), and made anew where `FrozenLayer` asks for it: for the forward
+pass and again for the backward pass, which finds no weight among its saved tensors. Layers with an adapter and layers
 without one go the same way. Everything else (norms, biases, embeddings) is left to `core.placement.held`.
 """
 

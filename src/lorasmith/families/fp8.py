@@ -1,0 +1,84 @@
+"""Checkpoints in fp8: plain ones, whose tensors are the weights, and scaled ones, whose tensors are codes.
+
+A scaled weight is `code · scale`, one scale for the tensor or one for each row, as ComfyUI writes them:
+
+    X.weight          float8_e4m3fn or float8_e5m2
+    X.scale_weight    the scale, in files that have a tensor `scaled_fp8`; X.weight_scale in newer ones
+    X.scale_input     of activations, for products in fp8 (X.input_scale in newer ones); changes no weight
+    X.comfy_quant     newer files: JSON as bytes, with the `format`; or all formats are in the metadata
+
+Other formats that go by the same marks (nvfp4, int8, rotated ones) are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+
+__all__ = ["check_formats", "companions", "scale_name", "unscaled"]
+
+_SCALES = (".scale_weight", ".weight_scale")
+_COMPANIONS = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+_MARK = "scaled_fp8"
+_METADATA = "_quantization_metadata"
+_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+def companions(names: Collection[str]) -> set[str]:
+    """Tensors that say how others are to be read, and are no weights themselves."""
+    return {
+        name
+        for name in names
+        if name.rpartition(".")[2] == _MARK
+        or any(name.endswith(end) and f"{name.removesuffix(end)}.weight" in names for end in _COMPANIONS)
+    }
+
+
+def scale_name(weight: str, names: Collection[str]) -> str | None:
+    """Name of the scale that belongs to a tensor; None if it has none."""
+    stem = weight.removesuffix(".weight")
+    return None if stem == weight else next((stem + end for end in _SCALES if stem + end in names), None)
+
+
+def check_formats(file: str, names: Iterable[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+    """Raises ModelError if a file says of a weight that it is in another format than fp8."""
+    for layer, kind in _formats(file, names, metadata, read):
+        if kind not in _FORMATS:
+            raise ModelError(
+                f"weights must be plain numbers or fp8, but {layer} of {file} is stored as {kind}; get the bf16, "
+                "fp16 or fp8 version of the model"
+            )
+
+
+def unscaled(code: Tensor, scale: Tensor, name: str) -> Tensor:
+    """The weight in fp32. Raises ModelError if the scale does not fit."""
+    if code.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise ModelError(f"{name} has a scale and must be fp8, but is {code.dtype}; get the bf16 version of the model")
+    if scale.numel() not in (1, len(code)):
+        raise ModelError(
+            f"the scale of {name} must be one number or one for each of {len(code)} rows, got {scale.numel()}; "
+            "get the bf16 version of the model"
+        )
+    return code.float().mul_(scale.float().reshape(-1, *(1,) * (code.ndim - 1)))
+
+
+def _formats(
+    file: str, names: Iterable[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, str]]:
+    try:
+        for layer, said in json.loads(metadata.get(_METADATA, "{}")).get("layers", {}).items():
+            yield layer, str(said["format"])
+        for name in names:
+            if name.endswith(".comfy_quant"):
+                said = json.loads(bytes(read(name).tolist()))
+                yield name.removesuffix(".comfy_quant"), str(said["format"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"what {file} says about its quantized weights must be JSON with a format for each; the file was damaged "
+            "or edited, so get it again"
+        ) from error
