@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from lorasmith.adapters.base import Adapter, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.core.folders import ASSETS
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.loading import load_dataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine, frozen_weights
 from lorasmith.training.checkpointing import checkpointed
@@ -27,7 +29,7 @@ from lorasmith.training.engine import Recipe, prepared, sample_losses
 from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.frozen_weights import kept, packable_layers
 from lorasmith.training.streaming import WeightStream
-from lorasmith.training.train import TrainResult, plan_job, recipe_of
+from lorasmith.training.train import TrainResult, plan_job, recipe_of, train
 
 CPU = torch.device("cpu")
 QUANTIZED = [kind for kind in PACKINGS if kind != "none"]
@@ -256,3 +258,17 @@ def test_only_plain_layers_that_share_nothing_are_taken() -> None:
     model = Tied()
     assert packable_layers(model) == [model.plain]
     assert frozen_weights.is_targetable(model.head)
+
+
+def test_a_quantized_base_teaches_as_much_as_a_plain_one(tiny: Model) -> None:
+    data = load_dataset(ASSETS / "input" / "high-contrast", tiny)
+    settings: dict[str, Any] = {"steps": 12, "batch_size": 4, "rank": 8, "seed": 1, "training_dtype": "fp32"}
+    settings |= {"validation_share": 0.25, "validation_draws": 4, "validate_every": 12}
+    losses = {}
+    for kind in PACKINGS:
+        result = train(tiny, data, quantization=kind, **settings)
+        assert result.base_loss is not None
+        losses[kind] = result.validations[-1][1]
+        assert losses[kind] < 0.95 * result.base_loss
+    for kind, loss in losses.items():
+        assert loss == pytest.approx(losses["none"], rel=0.02), kind

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
+from lorasmith.training.frozen_weights import kept
 from lorasmith.training.lora import Lora
+from lorasmith.training.streaming import WeightStream
 from lorasmith.training.train import TrainResult
 
 pytestmark = [
@@ -44,3 +48,43 @@ def test_pictures_come_from_the_gpu(
     lora = run(dataset, device="cuda").lora
     (image,) = generate(lora.applied_to(tiny.denoiser, bypass=bypass), "a cat", steps=2)
     assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_quantized_and_offloaded_weights_agree_with_the_cpus(
+    run: Callable[..., TrainResult], mixed: EncodedDataset, kind: str, offloading: bool
+) -> None:
+    settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "gradient_checkpointing": True}
+    on_cpu = run(mixed, device="cpu", **settings)
+    on_gpu = run(mixed, device="cuda", offloading=offloading, **settings)
+    assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("int8", 0.3), ("nf4", 0.2)])
+def test_a_gpu_holds_codes_alone(tiny: Model, kind: str, share: float) -> None:
+    module, device = tiny.components.denoiser, torch.device("cuda")
+    plain = sum(parameter.numel() * 4 for parameter in module.parameters())
+    before = torch.cuda.memory_allocated()
+    with kept(module, kind=kind, device=device, dtype=torch.float32) as parameters:
+        assert {parameter.device.type for parameter in parameters} == {"cuda"}
+        assert torch.cuda.memory_allocated() - before < share * plain
+    assert torch.cuda.memory_allocated() - before < 0.01 * plain
+
+
+def test_a_stream_stays_within_a_few_layers_while_the_gpu_lags_behind() -> None:
+    device, count, size = torch.device("cuda"), 64, 4 * 1024 * 1024
+    stream = WeightStream(device)
+    for number in range(count):
+        stream.add(packed(torch.full((1024, 1024), float(number)), "none", torch.float32))
+    stream.ahead_bytes = 2 * size
+    x = torch.randn(8192, 1024, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        for number in range(count):
+            weight = stream.fetch(number)
+            y = x @ weight
+            assert number % 16 or torch.equal(weight.mean().cpu(), torch.tensor(float(number)))
+            del weight, y
+    assert torch.cuda.max_memory_allocated() - before < 12 * size + 2 * x.numel() * 4
