@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 Command = Callable[..., Any]
 
@@ -27,4 +28,5 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str) -> None:
     ran = lorasmith(*arguments, *short)
 
     assert ran.code == 0, ran.err
-    assert "changes nothing" not in ran.out
+    idle = "--offloading" in command and not torch.cuda.is_available()  # it is for GPUs
+    assert ("changes nothing" in ran.out) == idle

@@ -182,6 +182,18 @@ def test_it_says_what_share_is_quantized_and_what_previews_show(run: Run, datase
     assert any("not with the quantized one" in text for text in said)
 
 
+@pytest.mark.parametrize("bypass", [False, True])
+def test_loras_below_and_differences_train_on_quantized_weights_too(
+    tiny: Model, run: Run, dataset: EncodedDataset, bypass: bool
+) -> None:
+    below = run(dataset, steps=8, learning_rate=1e-2).lora.applied_to(tiny.denoiser, bypass=bypass)
+    settings: dict[str, Any] = {"steps": 2, "rank": 4, "training_dtype": "fp32", "seed": 3, "targets": "attention"}
+    settings |= {"differences": "norms+biases", "rank_dropout": 0.5}
+    plain, coarse = (train(below, dataset, quantization=kind, **settings) for kind in ("none", "int8"))
+    assert coarse.losses != plain.losses
+    assert coarse.losses == pytest.approx(plain.losses, rel=0.01)
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -383,7 +383,8 @@ class Loop:
         else:
             raise TrainingError(
                 f"memory must hold one image's forward and backward pass, and did not at step {self.step + 1} with "
-                f"gradient checkpointing ({trouble.splitlines()[0]}); use smaller pictures or a lower rank"
+                f"gradient checkpointing ({trouble.splitlines()[0]}); use smaller pictures or a lower rank, or "
+                "quantization"
             )
         gc.collect()
         if recipe.device.type == "cuda":
