@@ -94,7 +94,7 @@ _SETTINGS = (
     _own("timesteps", default=_AUTO, options=(_AUTO, *_OPTIONS["timesteps"].choices)),
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
-    _own("schedule"),
+    _own("schedule", default="constant"),
     _own("warmup_steps"),
     _own("ema_decay"),
     _own("validation_share", default=0.0),

@@ -100,7 +100,7 @@ def training_metadata(
         num_images=len({sample.name for sample in data.samples}),
         max_grad_norm=config.max_grad_norm,
         loss={"MSE": "l2", "SmoothL1": "smooth_l1"}.get(config.loss_function, config.loss_function.lower()),
-        lr_scheduler=config.schedule,
+        lr_scheduler=config.schedule or "constant",
         gradient_checkpointing=config.gradient_checkpointing,
         network_args=_lycoris_args(config),
         buckets=Counter(_picture_size(base, sample) for sample in data.samples),

@@ -177,7 +177,7 @@ def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult
 def recipe_of(job: Job, device: torch.device) -> Recipe:
     """What the engine needs to know of a planned run."""
     config = job.config
-    assert config.learning_rate is not None and config.timesteps is not None  # decided by plan_job
+    assert config.learning_rate and config.timesteps and config.schedule  # decided by plan_job
     own = next(job.denoiser.module.parameters()).dtype
     return Recipe(
         steps=config.steps,
