@@ -175,7 +175,7 @@ def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> fl
 
 
 def _anneals(config: TrainConfig) -> bool:
-    """Whether the learning rate goes down from twice the model's: where neither rate nor schedule are somebody's choice.
+    """Whether the rate goes down from twice the model's: where neither rate nor schedule are somebody's choice.
 
     On the built-in model that ends lower and gets there in half of the time (docs/lab-log.md). A rate that is given
     means what it means in other trainers, where it is kept.
