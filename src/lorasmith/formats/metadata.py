@@ -23,7 +23,7 @@ BOUNDS = "lorasmith.oft_bounds"
 """Entry in which kohya's layout keeps how far rotations may go, since its tensors have been shortened to that."""
 
 RUN_ENTRY = "lorasmith.run"
-"""Entry with what it takes to train the very file again: how it was asked for, the run's fingerprint and environment."""
+"""Entry with what it takes to train the file again: how that was asked for, its fingerprint and environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
