@@ -81,7 +81,7 @@ def main() -> None:
             _row(name, multiple, own * multiple, scores, taken)
             rows[f"{name}, {own * multiple:.2g}"] = pictures
     if arguments.sheet is not None:
-        contact_sheet(list(rows.values()), list(rows), PROMPTS, min_cell=64).quantize(64).save(arguments.sheet)
+        contact_sheet(list(rows.values()), list(rows), PROMPTS, min_cell=64).save(arguments.sheet, optimize=True)
 
 
 def _trained(name: str, rate: float, model: Model, data: EncodedDataset, arguments: argparse.Namespace) -> Lora | None:

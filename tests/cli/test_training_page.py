@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.cli.test_resume import interrupted
 
 Command = Callable[..., Any]
 
@@ -30,3 +34,19 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str) -> None:
     assert ran.code == 0, ran.err
     idle = "--offloading" in command and not torch.cuda.is_available()  # it is for GPUs
     assert ("changes nothing" in ran.out) == idle
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
+    section = PAGE.split("## Nothing is lost\n")[1].split("\n## ")[0]
+    train, resume, *others = re.findall(r"^    lorasmith (.*)$", section, flags=re.MULTILINE)
+    again, dry, reproduce = map(shlex.split, others)
+    assert (resume, again[-1], dry[-1]) == ("resume runs/dog", "--fresh", "--dry-run")
+    short = ["--steps", "2", "--targets", "mid_block.*.attn2.to_q"]
+    with interrupted(signal.SIGINT, at=1):
+        stopped = lorasmith(*shlex.split(train.replace("sd15.safetensors", "lorasmith-tiny")), *short)
+    assert "  lorasmith resume runs/dog" in stopped.out, stopped.err
+    resumed = lorasmith(*shlex.split(resume))
+    assert "Going on with runs/dog from step 1, to the bit" in resumed.out, resumed.err
+    assert "are as they were" in lorasmith(*dry).out
+    assert "the same, to the bit" in lorasmith(*reproduce).out

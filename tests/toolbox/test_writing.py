@@ -130,3 +130,10 @@ def test_rank_and_alpha_are_those_of_the_modules(adapters: list[AdapterWeights],
 
 def test_without_a_rank_there_is_no_entry() -> None:
     assert rank_entries([AdapterWeights("oft", {"oft_blocks": torch.zeros(2, 4, 4)}, 0.0)]) == {}
+
+
+def test_what_it_took_to_train_a_file_is_not_said_of_one_that_was_made_from_it() -> None:
+    assert noted({"lorasmith.run": "{}", "ss_steps": "4"}, "resized") == {
+        "ss_steps": "4",
+        "lorasmith.history": "resized",
+    }

@@ -20,11 +20,14 @@ from lorasmith.core.errors import OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.container import read_safetensors
-from lorasmith.training import checkpoints, engine
+from lorasmith.training import checkpoints, engine, report
+from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.divergence import exploded
 from lorasmith.training.events import CheckpointSaved, Resumed, RolledBack, Shrunk, StepDone, Warned
+from lorasmith.training.lora import Lora
 from lorasmith.training.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
+from lorasmith.training.verdict import History
 
 Run = Callable[..., TrainResult]
 
@@ -396,7 +399,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     audience = Audience()
     result = run(dataset, steps=6, checkpoint_every=1, output=tmp_path, on_event=audience)
-    told = [event.message for event in audience.of(Warned) if "checkpoint" in event.message]
+    told = [event.message for event in audience.of(Warned) if "No checkpoint" in event.message]
     assert len(told) == 1
     assert "No checkpoint of step 1: a checkpoint needs" in told[0]
     assert result.path is not None
@@ -424,3 +427,143 @@ def test_a_disk_that_fills_up_while_it_is_written_to_leaves_the_last_checkpoint(
     assert kept.paths()
     assert all(checkpoints.load_state(path) for path in kept.paths())
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+# What a second pair of eyes found
+
+
+def test_the_best_lora_is_there_after_a_run_went_on(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at the step that is the best, the run has no second file; gone on with, it must have one."""
+    add = History.add
+
+    def best_at_two(self: History, step: int, losses: list[list[float]]) -> Any:
+        return add(self, step, [[abs(step - 2) + draw for draw, _ in enumerate(row)] for row in losses])
+
+    monkeypatch.setattr(History, "add", best_at_two)
+    settings = {"validation_share": 0.3, "validate_every": 1, "validation_draws": 4}
+    whole = run(dataset, output=tmp_path / "whole", **settings)
+    assert whole.best_path is not None
+    audience = Audience(cancel_at=2)
+    broken = run(dataset, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled, **settings)
+    assert broken.best_path is None
+    best = saved(tmp_path / "run")
+    resumed = run(dataset, output=tmp_path / "run", **settings)
+    assert resumed.best_path is not None
+    assert same(read_safetensors(resumed.best_path)[0], read_safetensors(whole.best_path)[0])
+    assert same(read_safetensors(resumed.best_path)[0], best)
+
+
+def test_a_run_that_was_killed_after_it_stopped_early_stays_stopped(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    settings = {"steps": 30, "validation_share": 0.3, "validate_every": 1, "validation_draws": 4}
+    settings |= {"learning_rate": 3e-2, "patience": 2}
+    whole = run(dataset, output=tmp_path, **settings)
+    assert whole.reason == "stopped"
+    log = tmp_path / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if "RunFinished" not in line))
+    expected = saved(tmp_path)
+    again = run(dataset, output=tmp_path, **settings)
+    assert (again.reason, again.losses) == ("stopped", whole.losses)
+    assert same(saved(tmp_path), expected)
+
+
+def test_checkpoints_of_which_none_can_be_read_are_not_started_over(
+    run: Run, dataset: EncodedDataset, tmp_path: Path
+) -> None:
+    audience = Audience(cancel_at=2)
+    run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
+    (only,) = (tmp_path / "checkpoints").iterdir()
+    only.write_bytes(b"spoilt")
+    with pytest.raises(OutputError, match=r"no checkpoint of this run can be read .*; start fresh"):
+        run(dataset, output=tmp_path)
+
+
+def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audience = Audience()
+    original = Lora.save
+    failures = iter([True])
+
+    def full(self: Lora, path: Path, **rest: Any) -> Path:
+        if "-best" in path.name and next(failures, False):
+            raise OutputError(f"{path} was not written because the disk is full; free some space and save again")
+        return original(self, path, **rest)
+
+    monkeypatch.setattr(Lora, "save", full)
+    settings = {"validation_share": 0.3, "validate_every": 1, "validation_draws": 4}
+    assert run(dataset, output=tmp_path, on_event=audience, **settings).reason == "finished"
+    assert any("The best LoRA so far is not saved yet" in event.message for event in audience.of(Warned))
+
+
+def test_a_report_that_fails_costs_the_report_alone(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "write_report", lambda folder: 1 / 0)
+    audience = Audience()
+    assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
+    assert "the report is not: division by zero" in audience.of(Warned)[-1].message
+
+
+def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(dataset, batch_size=4, steps=3)
+    original = BatchMaker.step
+
+    def scarce(self: BatchMaker, step: int) -> list[Batch]:
+        if step == 1 and self.micro_batch is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, step)
+
+    monkeypatch.setattr(BatchMaker, "step", scarce)
+    audience = Audience()
+    result = run(dataset, batch_size=4, steps=3, on_event=audience)
+    assert [(event.step, event.micro_batch) for event in audience.of(Shrunk)] == [(2, 2)]
+    assert result.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_a_single_image_that_is_too_large_is_said_in_numbers(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    out_of_memory(monkeypatch, lambda batch, used: used == depth)
+    audience = Audience()
+    run(dataset, steps=1, gradient_checkpointing=bool(depth), checkpoint_depth=depth or 1, on_event=audience)
+    assert "1 at a time, with gradient checkpointing" in audience.of(Shrunk)[0].message
+
+
+def test_a_gradient_that_is_not_finite_is_no_explosion(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.Engine.gradient
+    steps = 0
+
+    def broken(self: engine.Engine, batches: Any) -> tuple[Tensor, Tensor]:
+        nonlocal steps
+        losses, first = original(self, batches)
+        steps += 1
+        if steps == 3:
+            self.flat.grad.fill_(math.inf)
+        return losses, first
+
+    monkeypatch.setattr(engine.Engine, "gradient", broken)
+    with pytest.raises(TrainingError, match=r"must stay finite .* at step 3 .*; the LoRA as it was before that step"):
+        run(dataset, max_rollbacks=0, output=tmp_path / "run")
+    monkeypatch.undo()
+    run(dataset, steps=2, output=tmp_path / "two")
+    assert same(saved(tmp_path / "run"), saved(tmp_path / "two"))
+
+
+def test_little_room_on_the_disk_is_said_at_the_start(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    audience = Audience()
+    run(dataset, steps=1, output=tmp_path, on_event=audience)
+    assert "are free on the disk, and 3 checkpoints may take" in audience.of(Warned)[0].message

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,3 +303,18 @@ def test_strength_zero_is_the_model_itself_and_bypass_gives_the_same(
         with torch.no_grad(), denoiser.active():
             outputs.append(denoiser.predict(torch.ones(1, 4, 8, 8), torch.tensor([300.0]), conditioning))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_models_own_rate_goes_down_from_twice_its_value_and_a_given_one_stays(tiny: Model) -> None:
+    own = tiny.defaults.learning_rate
+
+    def planned(**settings: Any) -> tuple[float | None, str | None]:
+        config = plan_job(tiny.denoiser, TrainConfig(rank=4, **settings)).config
+        return config.learning_rate, config.schedule
+
+    assert planned() == (2 * own, "linear")
+    assert planned(algorithm="LoKr") == (6 * own, "linear")
+    assert planned(learning_rate=own) == (own, "constant")
+    assert planned(schedule="cosine") == (own, "cosine")
+    assert planned(optimizer="SGD") == (own, "constant")
+    assert planned(targets="attention lr=1e-3, *.ff.*") == (own, "constant")

@@ -22,8 +22,8 @@ class Algorithm:
         default_alpha: alpha when nothing is said; None is the rank, for adapters that are scaled by alpha / rank.
         variants: settings of `TrainConfig` that it takes and not every algorithm does.
         unused: settings of `TrainConfig` that every algorithm accepts and that change nothing for this one.
-        learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given: the least at
-            which `benchmarks/learning_rates.py` saw it learn as much as LoRA in as many steps.
+        learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given, so that it
+            learns about as much in as many steps as LoRA does (`benchmarks/learning_rates.py`).
     """
 
     summary: str

@@ -69,7 +69,7 @@ def reproduce(
 
 def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a file says of the run that made it. Raises OptionError."""
-    from lorasmith.training.records import RUN_ENTRY
+    from lorasmith.formats.metadata import RUN_ENTRY
 
     try:
         run: dict[str, Any] = json.loads(metadata[RUN_ENTRY])

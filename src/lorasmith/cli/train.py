@@ -308,10 +308,14 @@ def _say_plan(scan: FolderScan, base: Model, job: Job, resolution: int | None) -
         "Pictures": f"about {side}×{side} pixels, sides that divide by {base.defaults.pixel_multiple}",
         "Steps": f"{config.steps} × {batch} = {taken} samples, {per_epoch} in an epoch{repeats} "
         f"= {taken / per_epoch:.1f} epochs",
-        "Learning": f"{config.optimizer}, rate {config.learning_rate:g}, seed {config.seed}, "
-        f"{config.training_dtype} products, timesteps {config.timesteps}",
+        "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{_falling(config.schedule)}, "
+        f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}",
     }.items():
         say(f"{label:<9}{text}")
+
+
+def _falling(schedule: str | None) -> str:
+    return "" if schedule == "constant" else f" ({schedule})"
 
 
 def _which_models() -> str:

@@ -73,8 +73,7 @@ class KohyaLayout(Layout):
             if weights.alpha:
                 state.adapters[ref] = replace(weights, alpha=weights.alpha * blocks.shape[-3] * blocks.shape[-1])
             elif ref.path in bounds:
-                # Rounded to the file's number format, blocks may be a little longer than the bound they were cut to.
-                state.adapters[ref] = replace(weights, alpha=max(bounds[ref.path], _length(weights)))
+                state.adapters[ref] = replace(weights, alpha=bounds[ref.path])
         return state
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
@@ -127,7 +126,10 @@ def _bounded(state: AdapterState) -> AdapterState:
 def _shortened(weights: AdapterWeights) -> AdapterWeights:
     if weights.algorithm not in _ROTATIONS or not weights.alpha:
         return weights
-    shortened = multiplied(weights.tensors["oft_blocks"], weights.alpha / max(_length(weights), weights.alpha))
+    # Rounded to a file's number format, blocks may be a little longer than the bound they were cut to already.
+    length = _length(weights)
+    factor = weights.alpha / length if length > weights.alpha * 1.005 else 1.0
+    shortened = multiplied(weights.tensors["oft_blocks"], factor)
     return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
 
 

@@ -22,6 +22,9 @@ __all__ = ["BOUNDS", "TrainingFacts", "build_metadata", "steps_of", "tag_frequen
 BOUNDS = "lorasmith.oft_bounds"
 """Entry in which kohya's layout keeps how far rotations may go, since its tensors have been shortened to that."""
 
+RUN_ENTRY = "lorasmith.run"
+"""Entry with what it takes to train the file again: how that was asked for, its fingerprint and environment."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:

@@ -18,6 +18,7 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.formats.spelling import rank_of
 
 __all__ = ["HISTORY", "atomic_folder", "file_target", "free_target", "noted", "rank_entries", "rewritten"]
@@ -101,9 +102,10 @@ def rewritten(
 
 
 def noted(metadata: Mapping[str, str], note: str) -> dict[str, str]:
-    """Metadata with one more line of history."""
+    """Metadata with one more line of history; what it took to train the file it comes from is no longer true of it."""
     lines = [*([metadata[HISTORY]] if metadata.get(HISTORY) else []), note]
-    return {**metadata, HISTORY: "\n".join(lines)}
+    kept = {key: value for key, value in metadata.items() if key != RUN_ENTRY}
+    return {**kept, HISTORY: "\n".join(lines)}
 
 
 def rank_entries(adapters: Iterable[AdapterWeights]) -> dict[str, str]:

@@ -8,7 +8,6 @@ is said and worked around; it never ends a run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -26,12 +25,12 @@ from lorasmith.training.loop import RunState, Watcher
 if TYPE_CHECKING:
     from lorasmith.training.loop import Loop
 
-__all__ = ["Checkpointer", "Checkpoints"]
+__all__ = ["Checkpointer", "Checkpoints", "free_bytes"]
 
 _KEY = "lorasmith.run_state"
 _FORMAT = 1
 _SPARE_BYTES = 64 * 2**20
-"""Room left on the disk for what the run writes besides: its LoRA, plots, pictures."""
+"""Room left on the disk for what the run writes besides: plots, pictures, the report."""
 
 
 class Checkpoints:
@@ -53,11 +52,27 @@ class Checkpoints:
         found = [path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d+", path.stem)]
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
-    def newest(self) -> RunState | None:
-        """The newest checkpoint that can be read, None if there is none."""
+    def newest(self, tell: Callable[[str], None] = lambda sentence: None) -> RunState | None:
+        """The newest checkpoint that can be read, None if there are none.
+
+        Those that are passed over are told of and renamed, so that they do not count among the last ones any more.
+
+        Raises:
+            OutputError: there are some, and none can be read.
+        """
+        unreadable: list[tuple[Path, LorasmithError]] = []
         for path in self.paths():
-            with contextlib.suppress(LorasmithError, ValueError, KeyError):
-                return load_state(path)
+            try:
+                state = load_state(path)
+            except LorasmithError as error:
+                unreadable.append((path, error))
+                continue
+            for other, reason in unreadable:
+                tell(f"A checkpoint is passed over: {reason}.")
+                other.rename(other.with_suffix(".unreadable"))
+            return state
+        if unreadable:
+            raise OutputError(f"no checkpoint of this run can be read ({unreadable[0][1]}); start fresh")
         return None
 
     def save(self, state: RunState) -> Path:
@@ -68,9 +83,10 @@ class Checkpoints:
         """
         path = self.folder / f"step-{state.step:06}.safetensors"
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
-        if free_bytes(self.folder) < size + _SPARE_BYTES:
+        needed = 2 * size + _SPARE_BYTES  # the LoRA at the end is smaller than a checkpoint
+        if free_bytes(self.folder) < needed:
             self._remove_beyond(1)  # rather few checkpoints than none
-        if (free := free_bytes(self.folder)) < size + _SPARE_BYTES:
+        if (free := free_bytes(self.folder)) < needed:
             raise OutputError(
                 f"a checkpoint needs {size / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are free; "
                 "free some space"
@@ -143,9 +159,12 @@ def load_state(path: Path) -> RunState:
     text = check_safetensors(path, OutputError).metadata.get(_KEY)
     if text is None:
         raise OutputError(f"{path} must be a checkpoint of a run but is another file; name the folder of a run")
-    numbers = json.loads(text)
-    if numbers.pop("format") != _FORMAT:
-        raise OutputError(f"{path} was written by a newer version of Lorasmith; update it, or start the run anew")
+    try:
+        numbers = json.loads(text)
+        if numbers.pop("format") != _FORMAT:
+            raise OutputError(f"{path} was written by a newer version of Lorasmith; update it, or start the run anew")
+    except (ValueError, KeyError) as error:
+        raise OutputError(f"{path} must be a checkpoint of a run but its header is damaged; name another") from error
     tensors, _ = read_safetensors(path, OutputError)
     # Copies: the file may be removed while the run still holds on to its tensors.
     return RunState(numbers.pop("step"), {name: tensor.clone() for name, tensor in tensors.items()}, numbers)

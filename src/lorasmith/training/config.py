@@ -191,11 +191,12 @@ class TrainConfig:
         group=_HOW,
         help="Decay of the weights towards zero, for optimizers that take one; Adam, SGD and RMSprop have none here.",
     )
-    schedule: str = option(
-        "constant",
+    schedule: str | None = option(
+        None,
         choices=("constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"),
         group=_HOW,
-        help="How the learning rate goes down over the run, after the warm-up.",
+        help="How the learning rate goes down over the run, after the warm-up. Left out, a rate that you give is kept "
+        "constant, and the model's own goes down linearly from twice its value.",
     )
     warmup_steps: int = option(
         0, min=0, max=100_000, group=_HOW, help="Steps over which the learning rate rises from zero at the start."

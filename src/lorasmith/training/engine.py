@@ -112,16 +112,19 @@ def prepared(
     adapters: Mapping[str, Adapter],
     recipe: Recipe,
     differences: Mapping[str, Difference] | None = None,
+    *,
+    first: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """The denoiser as it trains: frozen, adapters attached, blocks recomputed."""
+    """The denoiser as it trains: frozen, adapters attached, blocks recomputed.
+
+    `first` is called when it is frozen and the adapters are not attached yet.
+    """
     module = denoiser.module
     trained = Attached(adapters, differences=differences or {})
-    with (
-        frozen(denoiser, recipe),
-        attached(module, [trained]),
-        checkpointed(module, recipe.checkpoint_depth),
-    ):
-        yield
+    with frozen(denoiser, recipe):
+        first()
+        with attached(module, [trained]), checkpointed(module, recipe.checkpoint_depth):
+            yield
 
 
 def sample_losses(denoiser: Denoiser, batch: Batch, recipe: Recipe) -> Tensor:
@@ -181,14 +184,10 @@ class Engine:
         self._average = self.flat.master.clone() if recipe.ema_decay else None
         self._sound = torch.ones((), dtype=torch.bool, device=recipe.device)
 
-    @contextlib.contextmanager
-    def prepared(self, first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def prepared(self, first: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
         """The denoiser as it trains; `first` is called before the trained adapters are attached."""
-        module = self.denoiser.module
-        with frozen(self.denoiser, self.recipe):
-            first()
-            with attached(module, [self._trained]), checkpointed(module, self.recipe.checkpoint_depth):
-                yield
+        trained = self._trained
+        return prepared(self.denoiser, trained.adapters, self.recipe, trained.differences, first=first)
 
     def rate(self, step: int) -> float:
         """What learning rates are multiplied by at a step of the run, counted from 0."""
@@ -241,17 +240,19 @@ class Engine:
             first = first / self._scale.scale
         norm = torch.linalg.vector_norm(grad)
         finite = norm.isfinite()
-        # An overflow of scaled fp16 gradients is routine and only skips the step. Anything else is for the host to
-        # decide on: the flag stays down, so that no later step moves the weights before it has heard.
-        self._sound = self._sound & losses.isfinite().all() & (finite | self._scale.enabled)
+        # An overflow of scaled fp16 gradients is routine and only skips the step, as long as there is scale to lower.
+        # Anything else is for the host to decide on: the flag stays down, so that no later step moves the weights
+        # before it has heard.
+        self._sound = self._sound & losses.isfinite().all() & (finite | (self._scale.scale > 1))
         if recipe.max_grad_norm:
             grad.mul_((recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self._optimizer.step(self._sound & finite, self.rate(step))
+        proceed = self._sound & finite
+        self._optimizer.step(proceed, self.rate(step))
         self._scale.update(finite)
         if self._average is not None:
             # Young averages forget their start sooner, as in torch's and timm's.
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))
-            self._average.lerp_(self.flat.master, 1 - decay)
+            self._average.lerp_(self.flat.master, (1 - decay) * proceed)
         self.flat.publish()
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
 

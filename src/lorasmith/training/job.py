@@ -32,7 +32,7 @@ from lorasmith.training.notes import notes_on, notes_on_file
 from lorasmith.training.optimizers import check_optimizer
 from lorasmith.training.schedules import check_schedule
 from lorasmith.training.targets import parse_targets, resolve_targets
-from lorasmith.training.update_rules import default_rate
+from lorasmith.training.update_rules import default_rate, rule_of
 
 __all__ = ["Job", "fresh_differences", "plan_job", "variant_of"]
 
@@ -141,7 +141,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         (
             *existing.note(len(fresh.adapters)),
             *_on_device(asked, device),
-            *notes_on(asked, denoiser, fresh, adapters, len(differences)),
+            *notes_on(replace(asked, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
             *notes_on_file(denoiser, adapters, differences),
         ),
     )
@@ -155,7 +155,8 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> T
         config,
         learning_rate=config.learning_rate
         or default_rate(config.optimizer)
-        or _default_rate(denoiser, config.algorithm),
+        or _default_rate(denoiser, config, config.algorithm),
+        schedule=config.schedule or ("linear" if _anneals(config) else "constant"),
         alpha=alpha,
         targets=config.targets or defaults.targets,
         timesteps=config.timesteps or defaults.timestep_distribution,
@@ -171,8 +172,19 @@ def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
         yield "offloading changes nothing on the CPU, which computes where the weights are; quantization shrinks them."
 
 
-def _default_rate(denoiser: Denoiser, algorithm: str) -> float:
-    return denoiser.base.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
+def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:
+    rate = denoiser.base.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
+    return 2 * rate if _anneals(config) else rate
+
+
+def _anneals(config: TrainConfig) -> bool:
+    """Whether the rate goes down from twice the model's: where neither rate nor schedule are somebody's choice.
+
+    On the built-in model that ends lower and gets there in half of the time (docs/lab-log.md). A rate that is given
+    means what it means in other trainers, where it is kept.
+    """
+    chosen = config.learning_rate is not None or config.schedule is not None or "lr=" in (config.targets or "")
+    return not chosen and rule_of(config.optimizer).anneals
 
 
 def _learning_rates(
@@ -182,7 +194,7 @@ def _learning_rates(
     own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
     if asked.learning_rate is not None or default_rate(asked.optimizer) is not None:
         return own
-    return {path: _default_rate(denoiser, one.algorithm) for path, one in existing.items()} | own
+    return {path: _default_rate(denoiser, asked, one.algorithm) for path, one in existing.items()} | own
 
 
 def _distinct_rates(config: TrainConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:

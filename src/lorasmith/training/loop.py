@@ -12,7 +12,7 @@ import contextlib
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,7 +168,7 @@ class Loop:
         self._watchers = watchers
         self._mailbox = Mailbox(engine.recipe.device)
         self._noise = NoiseScale()
-        self._posted: dict[int, list[Batch]] = {}
+        self._taken: dict[int, _Taken] = {}
         self._good: RunState | None = None
         self._begun = False
         self._torn = False
@@ -181,12 +181,14 @@ class Loop:
     def run(self) -> None:
         """Take the remaining steps."""
         self._good = self._good or self._snapshot()
+        device = self.engine.recipe.device
         try:
-            while not self.reason:
-                with self.engine.prepared(self._begin):
-                    waiting = self._segment()
-                for watcher in waiting:
-                    self._call(watcher)
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                while not self.reason:
+                    with self.engine.prepared(self._begin):
+                        waiting = self._segment()
+                    for watcher in waiting:
+                        self._call(watcher)
         finally:
             for watcher in self._watchers:
                 watcher.end(self)
@@ -203,6 +205,7 @@ class Loop:
             "engine": now.numbers,
             "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
             "rollbacks": self.rollbacks,
+            "stopped": self.reason == "stopped",
             "noise_scale": self._noise.to_json(),
             "micro_batch": recipe.micro_batch,
             "checkpoint_depth": recipe.checkpoint_depth,
@@ -230,6 +233,7 @@ class Loop:
         self.step = state.step
         self.losses = [math.nan if loss is None else loss for loss in numbers["losses"]]
         self.rollbacks = numbers["rollbacks"]
+        self.reason = "stopped" if numbers["stopped"] else ""  # nothing is left to do but to save what there is
         self._noise = NoiseScale.from_json(numbers["noise_scale"])
         self.engine.load(parts["engine"], numbers["engine"])
         self._change(micro_batch=numbers["micro_batch"], checkpoint_depth=numbers["checkpoint_depth"])
@@ -248,37 +252,36 @@ class Loop:
         recipe = self.engine.recipe
         maker = batch_maker(self.engine.denoiser, self._samples, recipe, self.engine.dropout)
         first = recipe.first_step
+        trouble = ""
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
-            for _, batches in coming:
-                if self._cancelled():
+            while self.step < self._until and not self._cancelled():
+                if trouble := self._take(coming):
                     break
-                if not self._take(batches):
-                    return []
                 waiting = self._between()
                 if waiting is None or waiting or self.reason:
                     return waiting or []
-        if self._hear(wait=True):
+        if trouble:  # now that nothing holds on to the activations any more
+            self._shrink(trouble)
+        elif self._hear(wait=True):
             self.reason = "finished" if self.step == self.steps else "cancelled"
         return []
 
-    def _take(self, batches: list[Batch]) -> bool:
-        """Take one step; False if memory ran out and the step is to be taken anew, in smaller pieces."""
-        trouble = ""
+    def _take(self, coming: Iterator[tuple[int, list[Batch]]]) -> str:
+        """Take one step. A text says that memory ran out, and that the step is to be taken anew in smaller pieces."""
         try:
+            # The next step's batch is put on the device beside this one's work, so memory may run out there as well.
+            _, batches = next(coming)
             gradient = self.engine.gradient(batches)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            trouble = str(error)
-        if trouble:  # outside of the handler, whose traceback holds on to the activations
-            self._shrink(trouble)
-            return False
+            return str(error)
         self._torn = True
-        self._posted[self.step] = batches
+        self._taken[self.step] = _Taken.of(batches)
         self._mailbox.post(self.step, self.engine.update(self.step, *gradient))
         self.step += 1
         self._torn = False
-        return True
+        return ""
 
     def _between(self) -> list[Watcher] | None:
         """What is due between two steps. Returns the watchers that wait for the bare model; None after going back."""
@@ -307,13 +310,13 @@ class Loop:
     def _hear(self, *, wait: bool = False) -> bool:
         """Take in what the device has reported; False if a step went wrong and the loop went back."""
         for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait):
-            batches = self._posted.pop(step)
+            taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
             if not sound or exploded(self.losses):
-                self._go_back(step, batches)
+                self._go_back(step, taken, updated=bool(sound))
                 return False
-            whole, small = len(losses), len(batches[0].names)
             if math.isfinite(norm):
+                whole, small = len(losses), taken.first
                 self._noise.update((first * whole / small) ** 2, norm**2, small=small, big=whole)
             self.tell(
                 StepDone(
@@ -321,24 +324,31 @@ class Loop:
                     loss=self.losses[-1],
                     grad_norm=norm,
                     learning_rate=self.engine.recipe.learning_rate * self.engine.rate(step),
-                    draws=_draws(batches, losses),
+                    draws=tuple(zip(taken.indices, taken.quantiles, losses, strict=True)),
                     noise_scale=self._noise.value or 0.0,
                 )
             )
         return True
 
-    def _go_back(self, step: int, batches: Sequence[Batch]) -> None:
-        """Leave a step out and go on behind it, from the last snapshot before it, at half the rate."""
+    def _go_back(self, step: int, taken: _Taken, *, updated: bool) -> None:
+        """Leave a step out and go on behind it, from the last snapshot before it, at half the rate.
+
+        Args:
+            step: counted from 0.
+            taken: its samples.
+            updated: whether it moved the weights: its numbers were finite, but its loss exploded.
+        """
         loss = self.losses.pop()
         good = self._good
         assert good is not None  # there is one before the first step
-        images = tuple(dict.fromkeys(name for batch in batches for name in batch.names))
-        trouble = _trouble(step + 1, loss, images)
+        images = tuple(dict.fromkeys(taken.names))
+        what = f"the loss exploded to {loss:.3g}" if updated else "loss and gradient must stay finite but did not"
+        trouble = f"{what} at step {step + 1} (images: {', '.join(images)})"
         self._mailbox = Mailbox(self.engine.recipe.device)
-        self._posted.clear()
+        self._taken.clear()
         fruitless = step + 1 == self.steps and not any(map(math.isfinite, self.losses))
         if self.rollbacks == self.engine.recipe.max_rollbacks or fruitless:
-            self._give_up(step, loss, good, trouble)
+            self._give_up(step, good if updated else None, trouble)
         factor = self.engine.rate_factor / 2
         self.engine.load(good.tensors, good.numbers)
         self.engine.rate_factor = factor
@@ -356,11 +366,11 @@ class Loop:
             )
         )
 
-    def _give_up(self, step: int, loss: float, good: RunState, trouble: str) -> None:
-        """End the run with the last good state. Raises TrainingError."""
+    def _give_up(self, step: int, good: RunState | None, trouble: str) -> None:
+        """End the run with the state before a step, or with an earlier one. Raises TrainingError."""
         self.step = step
         kept = "the LoRA as it was before that step is kept"  # for its update was never made
-        if math.isfinite(loss):
+        if good is not None:
             self.engine.load(good.tensors, good.numbers)
             self.step = good.step
             kept = f"the LoRA of step {good.step} is kept"
@@ -378,7 +388,7 @@ class Loop:
         pieces = recipe.micro_batch or recipe.batch_size
         if pieces > 1:
             self._change(micro_batch=-(-pieces // 2))
-        elif recipe.checkpoint_depth == 0:
+        elif recipe.checkpoint_depth != 1:  # whole blocks take the least
             self._change(checkpoint_depth=1)
         else:
             raise TrainingError(
@@ -390,13 +400,14 @@ class Loop:
         if recipe.device.type == "cuda":
             torch.cuda.empty_cache()
         recipe = self.engine.recipe
-        how = f"{recipe.micro_batch} at a time"
+        pieces = recipe.micro_batch or recipe.batch_size
+        how = f"{pieces} at a time"
         if recipe.checkpoint_depth:
             how += ", with gradient checkpointing"
         self.tell(
             Shrunk(
                 step=self.step + 1,
-                micro_batch=recipe.micro_batch or recipe.batch_size,
+                micro_batch=pieces,
                 checkpoint_depth=recipe.checkpoint_depth,
                 message=f"Memory ran out at step {self.step + 1}: it is taken again with the same images, {how}.",
             )
@@ -409,13 +420,25 @@ class Loop:
         return RunState(self.step, *self.engine.state())
 
 
-def _draws(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tuple[int, float, float], ...]:
-    indices = [index for batch in batches for index in batch.indices]
-    quantiles = [quantile for batch in batches for quantile in batch.quantiles]
-    return tuple(zip(indices, quantiles, losses, strict=True))
+@dataclass(frozen=True)
+class _Taken:
+    """What is remembered of a step whose numbers are still on their way: no tensors.
 
+    Attributes:
+        names, indices, quantiles: of its samples.
+        first: samples of its first batch.
+    """
 
-def _trouble(step: int, loss: float, images: Sequence[str]) -> str:
-    what = "the loss exploded" if math.isfinite(loss) else "loss and gradient must stay finite but did not"
-    shown = f" to {loss:.3g}" if math.isfinite(loss) else ""
-    return f"{what}{shown} at step {step} (images: {', '.join(images)})"
+    names: tuple[str, ...]
+    indices: tuple[int, ...]
+    quantiles: tuple[float, ...]
+    first: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> _Taken:
+        return cls(
+            tuple(name for batch in batches for name in batch.names),
+            tuple(index for batch in batches for index in batch.indices),
+            tuple(quantile for batch in batches for quantile in batch.quantiles),
+            len(batches[0].names),
+        )

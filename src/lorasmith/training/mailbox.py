@@ -29,7 +29,7 @@ class Mailbox:
         landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         landed.copy_(values.detach(), non_blocking=True)
         arrived = torch.Event(self._device)
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(self._device))  # not that of whichever device is current
         self._waiting.append((step, landed, arrived))
 
     def collect(self, *, wait: bool = False) -> list[tuple[int, list[float]]]:

@@ -124,7 +124,7 @@ def _on_learning(config: TrainConfig) -> Iterator[str]:
             f"{usual:g} is usual."
         )
     for name, takes in _SCHEDULES_WITH.items():
-        if not config.is_default(name) and not takes(config.schedule):
+        if not config.is_default(name) and not takes(config.schedule or "constant"):
             yield f"{name} {getattr(config, name):g} changes nothing with schedule {config.schedule}."
 
 

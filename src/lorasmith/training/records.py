@@ -19,17 +19,14 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.split import Split
 from lorasmith.families.model import Model
 from lorasmith.formats.hashes import autov1, sha256_file
-from lorasmith.formats.metadata import TrainingFacts, build_metadata, tag_frequency, without_private
+from lorasmith.formats.metadata import RUN_ENTRY, TrainingFacts, build_metadata, tag_frequency, without_private
 from lorasmith.training.fingerprint import environment, fingerprint
 
 if TYPE_CHECKING:
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.job import Job
 
-__all__ = ["RUN_ENTRY", "run_record", "training_metadata"]
-
-RUN_ENTRY = "lorasmith.run"
-"""Metadata entry with what it takes to repeat the run: how it was asked for, its fingerprint and environment."""
+__all__ = ["run_record", "training_metadata"]
 
 
 def run_record(
@@ -100,7 +97,7 @@ def training_metadata(
         num_images=len({sample.name for sample in data.samples}),
         max_grad_norm=config.max_grad_norm,
         loss={"MSE": "l2", "SmoothL1": "smooth_l1"}.get(config.loss_function, config.loss_function.lower()),
-        lr_scheduler=config.schedule,
+        lr_scheduler=config.schedule or "constant",
         gradient_checkpointing=config.gradient_checkpointing,
         network_args=_lycoris_args(config),
         buckets=Counter(_picture_size(base, sample) for sample in data.samples),

@@ -26,7 +26,7 @@ from lorasmith.core.placement import best_device, chosen_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.training.checkpoints import Checkpointer
+from lorasmith.training.checkpoints import Checkpointer, free_bytes
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, Recipe
 from lorasmith.training.events import Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
@@ -42,12 +42,17 @@ from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
 __all__ = ["Job", "Surroundings", "TrainResult", "plan_job", "recipe_of", "run_job", "train"]
 
 
+_CHECKPOINT_BYTES = 16
+"""Of a checkpoint for each trained number: the weights in fp32, their average, and two moments of the optimizer."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What came out of a run.
 
     Attributes:
-        lora: the LoRA as it stands after the last good step; of a run that validation stopped, the best one.
+        lora: the LoRA as it stands after the last good step; of a run that validation stopped or that failed, the best
+            one on the held-out images.
         losses: loss of each step taken, those before a resumption included; NaN for a step that was left out.
         steps: steps in all, those of the LoRA that was continued included.
         reason: `finished`, `stopped` (early, by validation), `cancelled` or `failed`.
@@ -177,7 +182,7 @@ def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult
 def recipe_of(job: Job, device: torch.device) -> Recipe:
     """What the engine needs to know of a planned run."""
     config = job.config
-    assert config.learning_rate is not None and config.timesteps is not None  # decided by plan_job
+    assert config.learning_rate and config.timesteps and config.schedule  # decided by plan_job
     own = next(job.denoiser.module.parameters()).dtype
     return Recipe(
         steps=config.steps,
@@ -219,6 +224,18 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
     )
 
 
+def _lacking_space(folder: Path, job: Job) -> str:
+    """What to say where the disk has no room for a run's checkpoints; empty where it has."""
+    kept = job.config.keep_checkpoints + 1  # an older one is removed when the new one is there
+    needed, free = kept * _CHECKPOINT_BYTES * job.parameters, free_bytes(folder)
+    if free > needed:
+        return ""
+    return (
+        f"{free / 2**30:.1f} GiB are free on the disk, and {kept} checkpoints may take {needed / 2**30:.1f} GiB: fewer "
+        "are kept where it is full; free some space, or lower keep_checkpoints."
+    )
+
+
 class _Run:
     """One run: training, then the LoRA with its metadata, then the records, whatever ended it."""
 
@@ -256,34 +273,46 @@ class _Run:
         except BaseException as error:
             # Whatever ended the run, the steps that were taken are worth keeping; the error then goes on its way.
             self._tell(RunFinished(step=loop.step, reason=reason))
-            result = self._kept(loop, reason, best=True)
-            if result.folder is not None:
-                self._report(result.folder)
-                where = f"the LoRA of {result.steps} steps is at {result.path}"
+            if kept := self._salvaged(loop, reason):
                 if isinstance(error, LorasmithError):
-                    raise type(error)(f"{error}; {where}") from error
-                error.add_note(where)
+                    raise type(error)(f"{error}; {kept}") from error
+                error.add_note(kept)
             raise
         result = self._kept(loop, reason, best=reason == "stopped")
         if result.path is not None and self._draw is not None:
             for event in self._draw(loop.step, result.path, final=True):
                 self._tell(event)
         self._tell(RunFinished(step=loop.step, reason=reason))
-        if result.folder is not None:
-            self._report(result.folder)
+        self._extra("report", self._write_report)
         return result
+
+    def _salvaged(self, loop: Loop, reason: str) -> str:
+        """Save what a run leaves that failed; returns where it is, in words, or what went wrong with that as well."""
+        try:
+            result = self._kept(loop, reason, best=True)
+        except Exception as error:  # such as a full disk, or a device that is gone; what failed first counts more
+            return f"what there was could not be saved ({error})"
+        if result.path is None:
+            return ""
+        self._extra("report", self._write_report)
+        return f"the LoRA of {result.steps} steps is at {result.path}"
 
     def _tell(self, event: Event) -> None:
         for handler in self._handlers:
             handler(event)
 
-    def _report(self, folder: Path) -> None:
+    def _write_report(self) -> None:
         from lorasmith.training.report import write_report
 
+        if self._folder is not None:
+            write_report(self._folder.path)
+
+    def _extra(self, what: str, make: Callable[[], object]) -> None:
+        """Make something that a run can do without once its LoRA is saved."""
         try:
-            write_report(folder)
-        except LorasmithError as error:
-            self._tell(Warned(message=f"The LoRA is saved, but the report is not: {error}"))
+            make()
+        except Exception as error:  # whatever it is, the result is worth more
+            self._tell(Warned(message=f"The LoRA is saved, but the {what} is not: {error}"))
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:
@@ -335,8 +364,12 @@ class _Run:
         if start is None:
             for note in (*job.notes, *([f"{self._parts.note}."] if self._parts.held_out else [])):
                 self._tell(Warned(message=note))
+            if folder is not None and (lack := _lacking_space(folder.path, job)):
+                self._tell(Warned(message=lack))
         elif folder is not None:
             found = differences(folder.record().get("environment", {}), self._record["environment"])
+            if self._recipe.device.type == "cuda" and not self._recipe.deterministic:
+                found.append("the order in which a GPU adds up, for deterministic is off")
             same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
             self._tell(Resumed(step=start.step, message=f"Going on with {folder.path} from step {start.step}, {same}."))
 
@@ -354,8 +387,15 @@ class _Run:
         watch = self._validation
         history = watch.history if watch is not None and watch.best is not None else None
         values = watch.best if watch is not None and best else None
-        loop.engine.release(values)
         step = loop.step if values is None or history is None else history.best_step
+        best_path = None
+        if self._folder is not None:
+            self._path("-best").unlink(missing_ok=True)
+            if watch is not None and history is not None and history.best_step != step:
+                best_path = self._path("-best")
+                with loop.engine.exported(watch.best):
+                    self._lora(history.best_step).save(best_path)
+        loop.engine.release(values)
         result = TrainResult(
             self._lora(step),
             loop.losses,
@@ -369,11 +409,8 @@ class _Run:
             return result
         path = result.lora.save(self._path(""))
         if any(map(math.isfinite, result.losses)):
-            result.plot(self._folder.path / "loss.png")
-        best_path = self._path("-best")
-        if values is not None or history is None or history.best_step == step:
-            best_path.unlink(missing_ok=True)  # it is the one above
-        return replace(result, folder=self._folder.path, path=path, best_path=best_path if best_path.exists() else None)
+            self._extra("loss plot", lambda: result.plot(path.with_name("loss.png")))
+        return replace(result, folder=self._folder.path, path=path, best_path=best_path)
 
     def _path(self, suffix: str) -> Path:
         assert self._folder is not None

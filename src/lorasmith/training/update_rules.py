@@ -35,6 +35,7 @@ class UpdateRule:
         elementwise: it does not look at the shape of a parameter, so that a flat buffer will do.
         decays: it takes the setting weight_decay.
         own_rate: learning rate if none is set, where the model's does not suit it.
+        anneals: a rate that goes down to zero was measured to suit it.
         eager_on_cpu: it compiles its step, which takes a C++ compiler and half a minute on a CPU, to no use.
     """
 
@@ -44,6 +45,7 @@ class UpdateRule:
     elementwise: bool = True
     decays: bool = True
     own_rate: float | None = None
+    anneals: bool = False
     eager_on_cpu: bool = False
 
 
@@ -51,13 +53,16 @@ OPTIMIZERS: Registry[UpdateRule] = Registry("optimizer")
 
 _FUSED = {"fused": True}
 _RULES = {
-    "AdamW": UpdateRule(paths=("torch.optim.AdamW",), settings=_FUSED),
+    "AdamW": UpdateRule(paths=("torch.optim.AdamW",), settings=_FUSED, anneals=True),
     # ComfyUI's have no decay: in these three it would be an L2 penalty, not AdamW's.
     "Adam": UpdateRule(paths=("torch.optim.Adam",), settings=_FUSED, decays=False),
     "SGD": UpdateRule(paths=("torch.optim.SGD",), settings=_FUSED, decays=False),
     "RMSprop": UpdateRule(paths=("torch.optim.RMSprop",), decays=False),
     "AdamW8bit": UpdateRule(
-        paths=("torchao.optim.AdamW8bit", "bitsandbytes.optim.AdamW8bit"), package="torchao", eager_on_cpu=True
+        paths=("torchao.optim.AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
+        package="torchao",
+        anneals=True,
+        eager_on_cpu=True,
     ),
     # torch's own Adafactor always scales the rate by the size of the parameter, which is 0 for one half of a new LoRA.
     "Adafactor": UpdateRule(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
@@ -85,19 +85,29 @@ class ValidationWatch(Watcher):
             if judgement.best:
                 self.best = weights.to("cpu", copy=True)
         if judgement.best:
-            self._on_best(loop)
+            _spared(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
         loop.tell(Validated(**asdict(judgement)))
         return "stopped" if self.history.should_stop(self._patience) else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return (
-            {} if self.best is None else {"best": self.best},
-            {} if self.history is None else {"history": self.history.to_json()},
-        )
+        if self.history is None:
+            return {}, {}
+        kept = self.history.to_json()
+        steps, tables = [step for step, _ in kept["validations"]], [table for _, table in kept["validations"]]
+        # As tensors: of many images and validations they would be more than a header can hold.
+        tensors = {"base": torch.tensor(kept["base"], dtype=torch.float64)}
+        if tables:
+            tensors["tables"] = torch.tensor(tables, dtype=torch.float64)
+        if self.best is not None:
+            tensors["best"] = self.best
+        return tensors, {"steps": steps}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.best = tensors.get("best")
-        self.history = History.from_json(numbers["history"]) if "history" in numbers else None
+        if "base" in tensors:
+            tables = tensors["tables"].tolist() if "tables" in tensors else []
+            validations = list(zip(numbers["steps"], tables, strict=True))
+            self.history = History.from_json({"base": tensors["base"].tolist(), "validations": validations})
 
 
 class Draw(Protocol):
@@ -134,10 +144,21 @@ class PreviewWatch(Watcher):
         return loop.step % self._every == 0 and loop.step < loop.steps  # the last one is drawn from the final file
 
     def __call__(self, loop: Loop) -> None:
+        _spared(loop, f"No preview at step {loop.step}", lambda: self._drawn(loop))
+
+    def _drawn(self, loop: Loop) -> None:
         try:
-            with loop.engine.exported(), torch.no_grad():
+            with loop.engine.exported():
                 self._save(loop, self._path)
             for event in self._draw(loop.step, self._path, final=False):
                 loop.tell(event)
         finally:
             self._path.unlink(missing_ok=True)
+
+
+def _spared(loop: Loop, trouble: str, write: Callable[[], None]) -> None:
+    """Do something that writes files; a disk that is full costs what is written, and not the run."""
+    try:
+        write()
+    except (LorasmithError, OSError) as error:
+        loop.tell(Warned(message=f"{trouble}: {error}. Training goes on."))
