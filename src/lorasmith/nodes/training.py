@@ -147,7 +147,6 @@ def train_lora(
     model: list[Denoiser],
     latents: list[Latent],
     positive: list[list[Conditioning]],
-    fresh: Sequence[bool] = (False,),
     **settings: Sequence[Any],
 ) -> tuple[Lora, LossMap, int]:
     """Train a LoRA on images and their captions.
@@ -156,11 +155,12 @@ def train_lora(
     """
     denoiser = single(context, "model", model)
     values = {name: single(context, name, given) for name, given in settings.items()}
+    fresh = values.pop("fresh", False)
     config = _config(context.folders, values)
     data = _dataset(denoiser, latents, positive)
     job = plan_job(denoiser, config)
     around = Surroundings(
-        output=partial(_run_folder, context.folders, fresh=single(context, "fresh", fresh)),
+        output=partial(_run_folder, context.folders, fresh=fresh),
         title="lora",
         previews=lambda folder: run_previews(denoiser, job.config, folder, title="lora", cancelled=context.cancelled),
         source={"command": "run", "prompt": context.prompt},
