@@ -139,9 +139,12 @@ def test_a_mount_that_flushes_no_folders_is_written_to(tmp_path: Path, monkeypat
 
 
 def test_a_lock_is_held_by_one_and_let_go(tmp_path: Path) -> None:
-    with locked(tmp_path / ".lock", "it is taken"):
-        with pytest.raises(OutputError, match="it is taken; wait for it"), locked(tmp_path / ".lock", "it is taken"):
-            pass
+    with (
+        locked(tmp_path / ".lock", "it is taken"),
+        pytest.raises(OutputError, match="it is taken; wait for it"),
+        locked(tmp_path / ".lock", "it is taken"),
+    ):
+        pass
     with locked(tmp_path / ".lock", "it is taken"):
         pass
 
