@@ -13,14 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lorasmith.cli import train as train_command
 from lorasmith.cli.console import training_progress
 from lorasmith.cli.main import main
+from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
+from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
+from lorasmith.nodes import previewing
+from lorasmith.training import records
 from lorasmith.training.events import Event, EventHandler, StepDone
+from lorasmith.training.fingerprint import fingerprint
+from lorasmith.training.lora import Lora
 from lorasmith.training.records import RUN_ENTRY
 from lorasmith.training.run_folder import RunFolder
 
@@ -354,3 +361,56 @@ def test_a_run_that_validation_stopped(lorasmith: Command, images: Path, tmp_pat
     assert "Verdict " in ran.out
     assert "is done" in lorasmith("resume", "run").err
     assert "are the same, to the bit." in lorasmith("reproduce", "run/cat.safetensors").out
+
+
+def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith: Command, broken: Path) -> None:
+    with RunFolder(broken).claimed():
+        ran = lorasmith("resume", broken)
+    assert (ran.code, "belongs to a run that is going on" in ran.err) == (1, True)
+    assert "images" not in ran.out
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_reproducing_takes_the_fingerprint_once(
+    lorasmith: Command, whole: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    taken = []
+    monkeypatch.setattr(records, "fingerprint", lambda *given: taken.append(given) or fingerprint(*given))
+    assert lorasmith("reproduce", whole / "cat.safetensors", *more).code == 0
+    assert len(taken) == 1
+
+
+def test_every_environment_of_a_lora_is_compared(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(whole / "cat.safetensors", tmp_path))
+    with_metadata(
+        file, lambda run: run.update(environments=[{**run["environment"], "threads": 99}, run["environment"]])
+    )
+    ran = lorasmith("reproduce", file, "--dry-run")
+    assert "Differs: threads 99 there" in ran.out
+
+
+def test_previews_are_drawn_of_the_plain_model(
+    lorasmith: Command, images: Path, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A continued LoRA's file has what it carries along, which would else be applied twice."""
+    layer = ModuleRef("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    shape = tiny.denoiser.module.get_submodule(layer.path).weight.shape
+    down, up = torch.ones(2, shape[1]), torch.zeros(shape[0], 2)
+    state = AdapterState(
+        {layer: AdapterWeights("lora", {"down": down, "up": up}, alpha=2.0)}, {layer: {"weight": torch.ones(shape)}}
+    )
+    Lora(state, tiny.names, torch.float32).save(tmp_path / "before.safetensors")
+    seen: list[Any] = []
+    monkeypatch.setattr(previewing, "run_previews", lambda denoiser, *_, **__: seen.append(denoiser))
+    ran = lorasmith("train", images, *RUN, "--existing-lora", "before.safetensors")
+    assert ran.code == 0, ran.err
+    assert seen[0].patches == ()
+
+
+def test_a_demo_that_is_stopped_draws_nothing(lorasmith: Command, tmp_path: Path) -> None:
+    with interrupted(signal.SIGINT, at=1):
+        ran = lorasmith("demo", "--output", "run", "--steps", 3)
+    assert ran.code == 0, ran.err
+    assert "Stopped after 1 steps; the LoRA of those steps is saved." in ran.out
+    assert (tmp_path / "run" / "high-contrast.safetensors").is_file()
+    assert not (tmp_path / "run" / "before-and-after.png").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.core.dtypes import dtype_from_name, dtype_name
+from lorasmith.core.dtypes import chosen_dtype, dtype_from_name, dtype_name
 from lorasmith.core.errors import OptionError
 
 
@@ -35,3 +35,9 @@ def test_other_dtypes_keep_torchs_name() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(OptionError, match=r"^a dtype is one of fp32, bf16, fp16, got 'fp8'$"):
         dtype_from_name("fp8")
+
+
+def test_none_keeps_the_format_of_the_model() -> None:
+    model = torch.nn.Linear(2, 2, dtype=torch.float16)
+    assert chosen_dtype("none", model) == torch.float16
+    assert chosen_dtype("bf16", model) == torch.bfloat16

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lorasmith.core import files
 from lorasmith.core.errors import OutputError
-from lorasmith.core.files import atomic_path, ensure_folder, write_atomic
+from lorasmith.core.files import atomic_path, ensure_folder, locked, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -69,7 +70,7 @@ def test_the_content_reaches_the_disk_before_it_takes_the_name(tmp_path: Path, m
     monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(target.exists()), synced(handle)))
     write_atomic(target, "new")
 
-    assert seen == [False]
+    assert seen == [False, True]  # the second time it is the name
 
 
 @pytest.mark.parametrize(
@@ -122,3 +123,45 @@ def test_a_folder_where_the_file_should_be_is_a_sentence(tmp_path: Path) -> None
 def test_ensure_folder_returns_the_folder_and_takes_one_that_is_there(tmp_path: Path) -> None:
     assert ensure_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert ensure_folder(tmp_path / "a" / "b").is_dir()
+
+
+def test_a_mount_that_flushes_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    write_atomic(tmp_path / "state", "new")
+    assert (tmp_path / "state").read_text() == "new"
+
+
+def test_a_lock_is_held_by_one_and_let_go(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / ".lock", "it is taken"),
+        pytest.raises(OutputError, match="it is taken; wait for it"),
+        locked(tmp_path / ".lock", "it is taken"),
+    ):
+        pass
+    with locked(tmp_path / ".lock", "it is taken"):
+        pass
+
+
+@pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    monkeypatch.setattr(files, "_lock", fail(error))
+    with locked(tmp_path / ".lock", "it is taken"):
+        pass
+
+
+def test_a_lock_in_a_folder_that_cannot_be_written_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pathlib.Path.open", fail(errno.EACCES))
+    sentence = r"\.lock cannot be written \(Permission denied\)"
+    with pytest.raises(OutputError, match=sentence), locked(tmp_path / ".lock", "it is taken"):
+        pass

@@ -124,3 +124,16 @@ def test_datasets_refuse_what_cannot_be_trained_on() -> None:
             EncodedDataset((good, Sample(latents, CONDITIONING, "odd")))
     with pytest.raises(DataError, match=r"finite.* for odd"):
         EncodedDataset((good, Sample(torch.full((4, 8, 8), torch.nan), CONDITIONING, "odd")))
+
+
+def test_digests_tell_images_captions_and_sizes_apart_and_nothing_else(folder: Path) -> None:
+    def digests(**options: int) -> list[str]:
+        return [sample.digest for sample in Encoder().encode(folder, **options).samples]
+
+    before = digests()
+    assert len(set(before)) == 3
+    assert digests() == before
+    assert not set(digests(resolution=32)) & set(before)
+    (folder / "1.txt").write_text("a fox")
+    Image.new("RGB", (200, 100), "blue").save(folder / "2.png")
+    assert [new == old for new, old in zip(digests(), before, strict=True)] == [False, False, True]

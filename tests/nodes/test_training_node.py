@@ -326,6 +326,21 @@ def test_a_cancelled_graph_goes_on_when_it_is_run_again(bench: Any) -> None:
     assert (bench.folders.output / "loras" / "fox_5_steps_00001_.safetensors").is_file()
 
 
+def test_a_cancelled_graph_starts_anew_where_it_is_told_to(bench: Any) -> None:
+    cancel = threading.Event()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, NodeProgress):
+            cancel.set()
+
+    with pytest.raises(CancelledError):
+        Executor(bench.folders, on_event=stop).run(validate(prompt(2), bench.folders), cancel=cancel)
+    graph = prompt(2)
+    graph["6"]["inputs"]["fresh"] = True
+    Executor(bench.folders).run(validate(graph, bench.folders))
+    assert {path.name for path in (bench.folders.output / "runs").iterdir()} == {"lora_00001", "lora_00002"}
+
+
 def test_cancelling_before_the_first_step_leaves_no_lora_among_loras(train: Make, bench: Any) -> None:
     def cancel(event: Event) -> None:
         bench.context.cancel.set()

@@ -368,3 +368,19 @@ class CountsForItself(_Momentum):
     def move(self, parameter: Tensor, momentum: Any, rate: float) -> None:
         self.steps += 1
         parameter.sub_(parameter.grad, alpha=rate / self.steps)
+
+
+def test_the_check_is_of_matrices_on_the_device_that_are_large_enough_for_8_bits() -> None:
+    Looking.seen.clear()
+    with pytest.raises(OptionError, match="cannot be used with"):  # numbers on `meta` cannot be read
+        check_optimizer(f"{__name__}.Looking", weight_decay=0.0, device=torch.device("meta"))
+    assert {parameter.device.type for parameter in Looking.seen} == {"meta"}
+    assert all(parameter.numel() >= 4096 and parameter.ndim == 2 for parameter in Looking.seen)
+
+
+class Looking(_Momentum):
+    seen: list[Tensor] = []  # noqa: RUF012
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.seen.extend(parameter for group in self.param_groups for parameter in group["params"])

@@ -58,6 +58,9 @@ def demo(
     model = prepared.base
     folder = output or free_folder(Path("runs"), "demo")
     result = run_prepared(prepared, output=folder, fresh=True)
+    if result.reason == "cancelled":
+        report(result)
+        return
     with counting("Drawing") as progress:
         rows = []
         for index, strength in enumerate(_STRENGTHS):

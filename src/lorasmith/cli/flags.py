@@ -10,7 +10,7 @@ import typer
 
 from lorasmith.core.options import Option
 
-__all__ = ["with_flags"]
+__all__ = ["arguments_for", "with_flags"]
 
 
 def with_flags(
@@ -35,11 +35,27 @@ def with_flags(
     return run
 
 
+def arguments_for(values: Mapping[str, Any]) -> list[str]:
+    """What to type for options to have `values`, by name; a switch is True or False."""
+    arguments: list[str] = []
+    for name, value in values.items():
+        arguments += [_off(name)] if value is False else [_name(name)] if value is True else [_name(name), str(value)]
+    return arguments
+
+
+def _name(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _off(option: str) -> str:
+    return "--no-" + option.replace("_", "-")
+
+
 def _flag(option: Option, alias: str | None) -> inspect.Parameter:
-    name = "--" + option.name.replace("_", "-")
     # Types are converted by typer; ranges and choices are checked, and worded, by the option itself. A switch that is
     # off by default needs no flag that turns it off.
-    declared = [name, *([alias] if alias else [])]
+    name, off = _name(option.name), f"/{_off(option.name)}" if option.default is True else ""
+    declared = [name + off, *([alias] if alias else [])]
     details: dict[str, Any] = {"help": _described(option), "rich_help_panel": option.group or None}
     if option.type is not bool:
         details["metavar"] = {int: "N", float: "X", str: "NAME" if option.choices else "TEXT"}[option.type]

@@ -38,7 +38,7 @@ def reproduce(
     Says what is not as it was (base model, images, settings, versions). If the run is the same, trains it, and tells
     whether the same tensors came out. Exit status 1 if something that decides the result differs, or the result does.
     """
-    from lorasmith.cli.train import asked_again, prepare, report, run_prepared
+    from lorasmith.cli.train import asked_again, free_folder, prepare, report, run_prepared
     from lorasmith.formats.container import check_safetensors
     from lorasmith.formats.hashes import sha256_body
     from lorasmith.formats.metadata import steps_of
@@ -52,12 +52,16 @@ def reproduce(
     steps, planned = steps_of(metadata, lora.name) - prepared.job.steps_before, prepared.job.config.steps
     if steps < planned:  # cancelled, stopped early, or the best on the way
         say(f"{lora.name} is of step {steps} of {planned}, so that training ends there.")
-    if _say_differences(before, prepared):
-        raise typer.Exit(1)
-    if dry_run:
-        say("Base model, images, settings and initial weights are as they were.")
-        return
-    result = run_prepared(prepared, output=output, fresh=True, until=steps)
+
+    def folder_for(fingerprint: Mapping[str, Any]) -> Path:
+        if _say_differences(before, fingerprint, prepared):
+            raise typer.Exit(1)
+        if dry_run:
+            say("Base model, images, settings and initial weights are as they were.")
+            raise typer.Exit
+        return output or free_folder(Path("runs"), prepared.source["name"])
+
+    result = run_prepared(prepared, output=folder_for, fresh=True, until=steps)
     report(result)
     if result.path is None or len(result.losses) < steps:
         raise typer.Exit(1)
@@ -85,18 +89,14 @@ def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return run
 
 
-def _say_differences(before: Mapping[str, Any], prepared: Prepared) -> bool:
+def _say_differences(before: Mapping[str, Any], fingerprint: Mapping[str, Any], prepared: Prepared) -> bool:
     """Name what is not as it was; returns whether any of it decides the result."""
-    from lorasmith.data.split import split
-    from lorasmith.training.fingerprint import differences
-    from lorasmith.training.records import run_record
+    from lorasmith.training.fingerprint import differences, environment, environments_of
 
-    job, source = prepared.job, prepared.source
-    parts = split(prepared.data, share=job.config.validation_share, given=prepared.validation)
-    now = run_record(job, parts, title=source["name"], source=source, device=prepared.device)
-    for found in differences(before["environment"], now["environment"]):
+    now = environment(prepared.device, prepared.job.config.optimizer)
+    for found in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
         remark(f"{found}, so that the last bits may be others.", kind="Differs")
-    decisive = differences(before["fingerprint"], now["fingerprint"])
+    decisive = differences(before["fingerprint"], fingerprint)
     for found in decisive:
         remark(f"{found}, so that the result would be another.", kind="Differs")
     return bool(decisive)

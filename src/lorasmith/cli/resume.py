@@ -42,6 +42,7 @@ def resume(
         )
     if folder.outcome() in DONE:
         raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
+    folder.check_free()
     prepared = prepare(*asked_again(record, model=model, data=data, device=device))
     if not folder.checkpoints().paths():
         remark(f"{run} ended before its first checkpoint, so it begins again.")

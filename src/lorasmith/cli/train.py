@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, counting, say, stoppable, training_progress
-from lorasmith.cli.flags import with_flags
+from lorasmith.cli.flags import arguments_for, with_flags
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import config_from, options_of
 from lorasmith.training.config import TrainConfig
@@ -115,10 +115,8 @@ def source_of(
         "device": device,
     }
     chosen = {option: getattr(config, option) for option in options_of(TrainConfig) if not config.is_default(option)}
-    argv = ["lorasmith", "train", str(folder.resolve())]
-    for option, value in (own | chosen).items():
-        if value:
-            argv += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    given = {option: value for option, value in own.items() if value} | chosen
+    argv = ["lorasmith", "train", str(folder.resolve()), *arguments_for(given)]
     title = name or folder.resolve().name
     return {**own, "command": "train", "argv": argv, "folder": str(folder.resolve()), "name": title}
 
@@ -184,17 +182,24 @@ def prepare(source: Mapping[str, Any], config: TrainConfig) -> Prepared:
     job = plan_job(base.denoiser, config, place)
     _say_plan(scan, base, job, resolution)
     with counting("Encoding") as progress:
-        data = encode_scan(scan, base, resolution=resolution, progress=progress)
-        held_out = None if judged is None else encode_scan(judged, base, resolution=resolution)
+        data = encode_scan(scan, base, resolution=resolution, device=place, progress=progress)
+        held_out = None if judged is None else encode_scan(judged, base, resolution=resolution, device=place)
     return Prepared(source, scan, base, job, data, held_out, place)
 
 
-def run_prepared(prepared: Prepared, *, output: Path | None, fresh: bool, until: int | None = None) -> TrainResult:
+def run_prepared(
+    prepared: Prepared,
+    *,
+    output: Path | Callable[[Mapping[str, Any]], Path] | None,
+    fresh: bool,
+    until: int | None = None,
+) -> TrainResult:
     """Train with a progress bar.
 
     Args:
         prepared: what.
-        output: folder of the run; left out, the folder under runs/ that holds this run, broken off, or a new one.
+        output: folder of the run, or what chooses it by the run's fingerprint; left out, the folder under runs/ that
+            holds this run, broken off, or a new one.
         fresh: do not go on with a run that was broken off.
         until: step behind which it ends; None for the last.
     """
@@ -216,8 +221,9 @@ def run_prepared(prepared: Prepared, *, output: Path | None, fresh: bool, until:
             trigger=prepared.source["trigger"] or None,
             device=prepared.device,
             validation=prepared.validation,
+            # They load the LoRA as it is saved, which has what the job's denoiser carries along of a continued one.
             previews=lambda folder: run_previews(
-                job.denoiser, job.config, folder, title=title, device=prepared.device, cancelled=stop.is_set
+                prepared.base.denoiser, job.config, folder, title=title, device=prepared.device, cancelled=stop.is_set
             ),
             source=prepared.source,
             on_event=show,

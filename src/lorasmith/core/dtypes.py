@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from lorasmith.core.errors import OptionError
 
-__all__ = ["dtype_from_name", "dtype_name"]
+__all__ = ["chosen_dtype", "dtype_from_name", "dtype_name"]
 
 _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SPELLINGS = {**_NAMES, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,3 +24,12 @@ def dtype_from_name(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` → `bf16`."""
     return next((name for name, known in _NAMES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
+def chosen_dtype(name: str, module: nn.Module) -> torch.dtype:
+    """The format that a setting chooses for a model: `none` keeps its own, that of its first parameter.
+
+    Raises:
+        OptionError: as `dtype_from_name`.
+    """
+    return next(module.parameters()).dtype if name == "none" else dtype_from_name(name)

@@ -74,18 +74,27 @@ def locked(path: Path, owned: str) -> Iterator[None]:
         owned: what to say when another process holds it.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, or the file cannot be written.
     """
-    with path.open("a") as file:
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise _explained(path, error) from error
+    with file:
         try:
             _lock(file.fileno())
         except OSError as error:
-            raise OutputError(f"{owned}; wait for it, or choose another output") from error
+            if error.errno in _BUSY:
+                raise OutputError(f"{owned}; wait for it, or choose another output") from error
+            # Any other means that this file system has no locks, and a run there is better than none.
         yield
 
 
+_BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK})
+
+
 def _lock(descriptor: int) -> None:
-    """Raises OSError when another process has the lock."""
+    """Raises OSError when another process has the lock, with one of `_BUSY`, or there are no locks."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -97,11 +106,12 @@ def _lock(descriptor: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have a new name on the disk too, where the system can (Windows cannot open folders)."""
+    """Have a new name on the disk too, where system (Windows cannot open folders) and file system can."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with contextlib.suppress(OSError):  # network and FUSE mounts refuse it for folders
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 

@@ -5,6 +5,8 @@ Works on plain functions for image and text, so it needs no model object; famili
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,11 +30,14 @@ class Sample:
         latents: fp32 (channels, height, width) on the CPU, as the denoiser sees them (`LatentFormat.to_model` applied).
         conditioning: what the denoiser is told about it, batch of 1.
         name: what messages call it, usually the file name.
+        digest: of what latents and conditioning were made from, where that is known. They themselves have other last
+            bits on another device.
     """
 
     latents: Tensor
     conditioning: Conditioning
     name: str
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def encode_folder(
         for done, image in enumerate(scan.images, start=1):
             pixels = _pixels(image, resolution=resolution, multiple=multiple, upscale=upscale)
             latents = encode_image(pixels)[0].to("cpu", torch.float32)
-            sample = Sample(latents, captions[image.caption], image.path.name)
+            sample = Sample(latents, captions[image.caption], image.path.name, _digest(image, pixels))
             _check_latents(sample, channels=len(latents))
             samples += [sample] * image.repeats
             if progress:
@@ -100,6 +105,13 @@ def _pixels(image: ImageFile, *, resolution: int, multiple: int, upscale: bool) 
     """The image at its bucket's size, (1, 3, height, width) in [−1, 1]."""
     width, height = bucket_size(image.width, image.height, resolution=resolution, multiple=multiple, upscale=upscale)
     return to_tensor(resize_and_crop(open_image(image.path), width, height))[None]
+
+
+def _digest(image: ImageFile, pixels: Tensor) -> str:
+    """SHA-256 of an image's file, its caption and the size that it is trained at."""
+    content = hashlib.sha256(json.dumps([image.caption, list(pixels.shape)]).encode())
+    content.update(image.path.read_bytes())
+    return content.hexdigest()
 
 
 def _on_cpu(conditioning: Conditioning) -> Conditioning:

@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from lorasmith.core.placement import chosen_device
 from lorasmith.data.dataset import EncodedDataset, encode_folder
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.families.model import Model
@@ -19,6 +22,7 @@ def load_dataset(
     *,
     trigger: str = "",
     resolution: int | None = None,
+    device: str | torch.device | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> EncodedDataset:
     """Read and encode a folder of images with captions in same-name `.txt` files.
@@ -28,12 +32,15 @@ def load_dataset(
         model: whose autoencoder and text encoder to use.
         trigger: put in front of captions that lack it, and alone where there is no caption.
         resolution: side in pixels of the square whose area pictures are scaled to; the model's own if None.
+        device: where to encode; the first GPU, or the CPU, if None.
         progress: called after each image with the number done, the number in all and the image's name.
 
     Raises:
         DataError: the folder or its images cannot be used.
+        OptionError: there is no such device here.
     """
-    return encode_scan(scan_folder(Path(folder), trigger=trigger), model, resolution=resolution, progress=progress)
+    place, scan = chosen_device(device), scan_folder(Path(folder), trigger=trigger)
+    return encode_scan(scan, model, resolution=resolution, device=place, progress=progress)
 
 
 def encode_scan(
@@ -41,11 +48,12 @@ def encode_scan(
     model: Model,
     *,
     resolution: int | None = None,
+    device: torch.device | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> EncodedDataset:
     """Encode a folder that was looked through before; see `load_dataset`."""
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
-    with encoder.active(), autoencoder.active():
+    with encoder.active(device), autoencoder.active(device):
         return encode_folder(
             scan,
             encode_image=lambda pixels: latent.to_model(autoencoder.encode(pixels)),

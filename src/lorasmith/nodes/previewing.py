@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.dtypes import chosen_dtype
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.placement import best_device, product_dtype
 from lorasmith.families.model import Denoiser
@@ -198,9 +198,7 @@ def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.devic
     for which the weights need not be copied."""
     if device.type == "cpu":
         return torch.float32
-    if training_dtype == "none":
-        return next(denoiser.module.parameters()).dtype
-    return product_dtype(device) if training_dtype == "auto" else dtype_from_name(training_dtype)
+    return product_dtype(device) if training_dtype == "auto" else chosen_dtype(training_dtype, denoiser.module)
 
 
 def _reason(error: Exception) -> str:

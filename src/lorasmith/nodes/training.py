@@ -130,6 +130,13 @@ def _continued_file(folders: Folders, existing_lora: str = NONE_LORA) -> object:
         Input("latents", "LATENT", tooltip="The images, as a batch or as a list of batches of any sizes."),
         Input("positive", "CONDITIONING", tooltip="One caption for each image, combined or as a list, or one for all."),
         *_SETTINGS,
+        Input(
+            "fresh",
+            "BOOLEAN",
+            default=False,
+            optional=True,
+            tooltip="Start anew, even if this run was cancelled before and could go on.",
+        ),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
@@ -149,11 +156,12 @@ def train_lora(
     """
     denoiser = single(context, "model", model)
     values = {name: single(context, name, given) for name, given in settings.items()}
+    fresh = values.pop("fresh", False)
     config = _config(context.folders, values)
     data = _dataset(denoiser, latents, positive)
     job = plan_job(denoiser, config)
     around = Surroundings(
-        output=partial(_run_folder, context.folders),
+        output=partial(_run_folder, context.folders, fresh=fresh),
         title="lora",
         previews=lambda folder: run_previews(denoiser, job.config, folder, title="lora", cancelled=context.cancelled),
         source={"command": "run", "prompt": context.prompt},
@@ -200,10 +208,10 @@ def _dataset(
     )
 
 
-def _run_folder(folders: Folders, fingerprint: Mapping[str, Any]) -> Path:
+def _run_folder(folders: Folders, fingerprint: Mapping[str, Any], *, fresh: bool) -> Path:
     """The folder of this run, if it was broken off before, or a new `output/runs/lora_<counter>`."""
     runs = folders.output / "runs"
-    if before := unfinished_run(runs, "lora", fingerprint):
+    if not fresh and (before := unfinished_run(runs, "lora", fingerprint)):
         return before
     names = [entry.name for entry in runs.iterdir()] if runs.is_dir() else []
     taken = [int(match[1]) for name in names if (match := re.fullmatch(r"lora_(\d+)", name))]

@@ -128,6 +128,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         weight_decay=config.weight_decay,
         arguments=config.optimizer_args,
         rates=_distinct_rates(config, adapters, rates),
+        device=device,
     )
     return Job(
         config,

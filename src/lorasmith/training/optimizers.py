@@ -205,18 +205,25 @@ class GatedOptimizer:
 
 @torch.no_grad()
 def check_optimizer(
-    name: str, *, weight_decay: float, arguments: str | None = None, rates: Collection[float] = (1e-3,)
+    name: str,
+    *,
+    weight_decay: float,
+    arguments: str | None = None,
+    rates: Collection[float] = (1e-3,),
+    device: torch.device | None = None,
 ) -> None:
     """Try an optimizer on a small matrix: it must take steps, and go on exactly from its stored state.
 
     Args:
         name, weight_decay, arguments: as for `GatedOptimizer`.
         rates: learning rates of the groups there will be.
+        device: where it will run, as there are optimizers for some devices only; the CPU if None.
 
     Raises:
         OptionError: it is not known or not installed, refuses its arguments, or does not pass.
     """
-    first, second = ([_small_group(rate) for rate in rates] for _ in range(2))
+    device = device or torch.device("cpu")
+    first, second = ([_small_group(rate, device) for rate in rates] for _ in range(2))
     one = GatedOptimizer(name, first, weight_decay=weight_decay, arguments=arguments)
     other = GatedOptimizer(name, second, weight_decay=weight_decay, arguments=arguments)
     try:
@@ -239,11 +246,12 @@ def check_optimizer(
         )
 
 
-def _small_group(rate: float) -> ParameterGroup:
-    flat = torch.linspace(-1, 1, 32)
-    flat.grad = torch.zeros(32)
-    view = flat.view(8, 4)
-    view.grad = flat.grad.view(8, 4)
+def _small_group(rate: float, device: torch.device) -> ParameterGroup:
+    # Optimizers with a state of 8 bits keep one of 32 for less than 4096 numbers, which would not try them out.
+    flat = torch.linspace(-1, 1, 4096, device=device)
+    flat.grad = torch.zeros_like(flat)
+    view = flat.view(64, 64)
+    view.grad = flat.grad.view(64, 64)
     return ParameterGroup(flat, (view,), rate)
 
 
@@ -252,7 +260,7 @@ def _trial_steps(optimizer: GatedOptimizer, groups: Sequence[ParameterGroup], st
         for group in groups:
             assert group.flat.grad is not None
             group.flat.grad.copy_(torch.sin(group.flat * 7 + step))
-        optimizer.step(torch.tensor(True))
+        optimizer.step(torch.tensor(True, device=groups[0].flat.device))
 
 
 def _kept(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.dtypes import chosen_dtype, dtype_name
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.split import Split
 from lorasmith.families.model import Model
@@ -55,7 +55,7 @@ def run_record(
         "adapters": {path: _size(adapter) for path, adapter in job.adapters.items()},
         "differences": {path: _size(difference) for path, difference in job.differences.items()},
         "fingerprint": fingerprint(job, parts.training, parts.held_out),
-        "environment": environment(device),
+        "environment": environment(device, job.config.optimizer),
     }
 
 
@@ -92,7 +92,7 @@ def training_metadata(
         batch_size=config.batch_size,
         accumulation=config.grad_accumulation_steps,
         seed=config.seed,
-        training_dtype=_trained_in(job),
+        training_dtype=dtype_name(chosen_dtype(config.training_dtype, job.denoiser.module)),
         lora_dtype=config.lora_dtype,
         num_images=len({sample.name for sample in data.samples}),
         max_grad_norm=config.max_grad_norm,
@@ -108,7 +108,8 @@ def training_metadata(
         trigger=trigger or "",
         config=asdict(config),
     )
-    repeat = {name: record[name] for name in ("source", "asked", "fingerprint", "environment")}
+    told = ("source", "asked", "fingerprint", "environment", "environments")
+    repeat = {name: record[name] for name in told if name in record}
     metadata = {**build_metadata(facts), RUN_ENTRY: json.dumps(repeat, sort_keys=True)}
     return without_private(metadata) if config.private else metadata
 
@@ -137,11 +138,6 @@ def _largest_picture(base: Model, data: EncodedDataset) -> tuple[int, int]:
 def _picture_size(base: Model, sample: Sample) -> tuple[int, int]:
     factor = base.components.latent.downscale
     return sample.latents.shape[-1] * factor, sample.latents.shape[-2] * factor
-
-
-def _trained_in(job: Job) -> str:
-    named = job.config.training_dtype
-    return dtype_name(next(job.denoiser.module.parameters()).dtype) if named == "none" else named
 
 
 def _hashes(path: Path | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,7 @@ from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder, locked, write_atomic
 from lorasmith.training.checkpoints import Checkpoints
 from lorasmith.training.events import Event, EventHandler, Warned, as_json
-from lorasmith.training.fingerprint import differences
+from lorasmith.training.fingerprint import differences, environments_of
 from lorasmith.training.loop import RunState
 
 __all__ = ["DONE", "RunFolder", "claimed_run", "unfinished_run"]
@@ -60,7 +61,7 @@ class RunFolder:
         """What happened, line by line; lines that a kill has cut short are left out."""
         path = self.path / "events.jsonl"
         if path.is_file():
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     with contextlib.suppress(ValueError):
                         yield json.loads(line)
@@ -79,24 +80,37 @@ class RunFolder:
         """The folder, made if it is missing, for one process alone. Raises OutputError if another one has it."""
         ensure_folder(self.path)
         with self._locked():
-            for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # of a process that was killed
-                left.unlink(missing_ok=True)
+            self._tidy()
             try:
                 yield
             finally:
                 self.close()
 
+    def check_free(self) -> None:
+        """Raises OutputError if another process is training in it, or it cannot be written to."""
+        with self._locked():
+            pass
+
     @property
     def is_busy(self) -> bool:
-        """Whether another process is training in it."""
+        """Whether it can not be trained in now: another process does, or it is somebody else's."""
         try:
-            with self._locked():
-                return False
+            self.check_free()
         except OutputError:
             return True
+        return False
+
+    def environments(self) -> list[dict[str, Any]]:
+        """Those that the run was trained in so far, one after the other: its numbers come from all of them."""
+        return environments_of(self.record())
+
+    def note_environment(self, environment: Mapping[str, Any]) -> None:
+        """Add the one that the run goes on in to `run.json`, unless it is there. Raises OutputError."""
+        if environment not in (known := self.environments()):
+            self.begin({**self.record(), "environments": [*known, environment]})
 
     def begin(self, record: Mapping[str, Any]) -> None:
-        """Write `run.json` of a new run. Raises OutputError."""
+        """Write `run.json`. Raises OutputError."""
         write_atomic(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False))
 
     def check_continues(self, record: Mapping[str, Any]) -> None:
@@ -111,11 +125,17 @@ class RunFolder:
             raise OutputError(f"{self.path} holds this run, and it is done; choose another output, or start fresh")
 
     def move_aside(self) -> Path:
-        """Rename the folder, so that a fresh run finds its place free; returns the new name."""
+        """Rename the folder, so that a fresh run finds its place free; returns the new name. Raises OutputError."""
         number = 1
         while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
             number += 1
-        self.path.rename(target)
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be renamed to {target.name} ({error.strerror or error}); close what has its files "
+                "open, or choose another output"
+            ) from error
         return target
 
     def rewind(self, step: int) -> None:
@@ -145,6 +165,14 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 os.fsync(self._log.fileno())
 
+    def _tidy(self) -> None:
+        """Remove what a process that was killed has left half done."""
+        left = [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]
+        if not self.outcome():  # otherwise it is a LoRA of that name
+            left.append(self.path / "preview.safetensors")
+        for path in left:
+            path.unlink(missing_ok=True)
+
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.path / ".lock", f"{self.path} belongs to a run that is going on in another process")
 
@@ -173,8 +201,8 @@ def claimed_run(
     """
     folder = RunFolder(path)
     if fresh and folder.exists:
-        with folder.claimed():
-            aside = folder.move_aside()
+        folder.check_free()  # and not while it is claimed: Windows renames no folder in which a file is open
+        aside = folder.move_aside()
         tell(Warned(message=f"The run that was in {path} is in {aside} now."))
     with folder.claimed():
         state = None
@@ -182,6 +210,7 @@ def claimed_run(
             folder.check_continues(record)
             state = folder.checkpoints().newest()
             folder.rewind(0 if state is None else state.step)
+            folder.note_environment(record["environment"])
         else:
             folder.begin(record)
         yield folder, state
@@ -189,12 +218,18 @@ def claimed_run(
 
 def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
     """The newest folder below `parent`, named after the title, that holds this run to be continued by nobody else."""
-    folders = [path for path in parent.iterdir() if path.name.startswith(title)] if parent.is_dir() else []
-    for path in sorted(folders, reverse=True):
+    names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
+    numbered = [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
+    for _, path in sorted(numbered, reverse=True):
         folder = RunFolder(path)
         if not folder.exists or not folder.checkpoints().paths() or folder.is_busy:
             continue
         with contextlib.suppress(OutputError):
-            if folder.record().get("fingerprint") == fingerprint and folder.outcome() not in DONE:
+            same = not differences(folder.record().get("fingerprint", {}), fingerprint)
+            if same and folder.outcome() not in DONE:
                 return path
     return None
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []

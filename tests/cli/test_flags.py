@@ -1,0 +1,51 @@
+"""Flags of options, and the way back: what to type for a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lorasmith.cli import train as train_command
+from lorasmith.cli.train import source_of
+from lorasmith.core.options import options_of
+from lorasmith.training.config import TrainConfig
+
+OPTIONS = options_of(TrainConfig)
+OTHERS: dict[str, Any] = {
+    "algorithm": "LoKr", "differences": "norms", "zero_init": "down", "dora": "input", "optimizer": "Adam",
+    "schedule": "cosine", "loss_function": "L1", "objective": "x0", "timesteps": "uniform", "lora_dtype": "fp32",
+    "loss_weighting": "min_snr", "training_dtype": "none", "track": "wandb", "previews": "-a fox |\nb", "targets": "",
+    "existing_lora": "gone.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",
+}  # fmt: skip
+
+
+def values(name: str) -> list[Any]:
+    """Some that are not the default, falsy ones above all."""
+    one = OPTIONS[name]
+    if one.type is bool:
+        return [not one.default]
+    if one.type is str:
+        return [OTHERS[name]]
+    return [value for value in {one.type(one.min), one.type(min(one.max, 1e6))} if value != one.default]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OPTIONS for value in values(name)])
+def test_what_a_run_says_to_type_gives_its_configuration_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    config = replace(TrainConfig(), **{name: value})
+    seen = []
+    monkeypatch.setattr(train_command, "prepare", lambda source, config: seen.append(config))
+    monkeypatch.setattr(train_command, "finish", lambda prepared, **options: None)
+    app = typer.Typer()
+    train_command.register(app)
+    app.callback()(lambda: None)
+    argv = source_of(tmp_path, "lorasmith-tiny", config=config)["argv"]
+    ran = CliRunner().invoke(app, argv[1:])
+    assert ran.exit_code == 0, ran.output
+    assert seen == [config]
