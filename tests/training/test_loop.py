@@ -507,6 +507,7 @@ def test_a_report_that_fails_costs_the_report_alone(
     audience = Audience()
     assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
     assert "the report is not: division by zero" in audience.of(Warned)[-1].message
+    assert RunFolder(tmp_path).outcome() == "finished"
 
 
 def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(

@@ -68,8 +68,8 @@ class RunFolder:
 
     def outcome(self) -> str:
         """Reason for which the run ended; empty if it was killed, or goes on."""
-        events = list(self.events())
-        return str(events[-1].get("reason", "")) if events and events[-1].get("event") == "RunFinished" else ""
+        ends = [event for event in self.events() if event.get("event") in ("RunStarted", "RunFinished")]
+        return str(ends[-1].get("reason", "")) if ends else ""
 
     def checkpoints(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> Checkpoints:
         """Its checkpoints."""
@@ -194,7 +194,7 @@ def claimed_run(
         path: the folder.
         record: content of its `run.json`, with the run's fingerprint.
         fresh: move a run that is there aside.
-        tell: is told where to.
+        tell: is told where to, and of checkpoints that cannot be read.
 
     Raises:
         OutputError: the folder holds another run, one that is done, or one that goes on elsewhere.
@@ -208,7 +208,7 @@ def claimed_run(
         state = None
         if folder.exists:
             folder.check_continues(record)
-            state = folder.checkpoints().newest()
+            state = folder.checkpoints().newest(lambda sentence: tell(Warned(message=sentence)))
             folder.rewind(0 if state is None else state.step)
             folder.note_environment(record["environment"])
         else:

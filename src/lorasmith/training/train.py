@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.core.dtypes import dtype_from_name, dtype_name
+from lorasmith.core.dtypes import chosen_dtype, dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import config_from
@@ -183,7 +183,6 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
     """What the engine needs to know of a planned run."""
     config = job.config
     assert config.learning_rate and config.timesteps and config.schedule  # decided by plan_job
-    own = next(job.denoiser.module.parameters()).dtype
     return Recipe(
         steps=config.steps,
         first_step=job.steps_before,
@@ -215,7 +214,7 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         noise_offset=config.noise_offset,
         zero_terminal_snr=config.zero_terminal_snr,
         seed=config.seed,
-        dtype=own if config.training_dtype == "none" else dtype_from_name(config.training_dtype),
+        dtype=chosen_dtype(config.training_dtype, job.denoiser.module),
         device=device,
         deterministic=config.deterministic,
         checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
@@ -367,7 +366,8 @@ class _Run:
             if folder is not None and (lack := _lacking_space(folder.path, job)):
                 self._tell(Warned(message=lack))
         elif folder is not None:
-            found = differences(folder.record().get("environment", {}), self._record["environment"])
+            now = self._record["environment"]
+            found = list(dict.fromkeys(word for before in folder.environments() for word in differences(before, now)))
             if self._recipe.device.type == "cuda" and not self._recipe.deterministic:
                 found.append("the order in which a GPU adds up, for deterministic is off")
             same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
