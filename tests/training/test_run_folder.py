@@ -34,7 +34,7 @@ def unfinished(path: Path, title: str = "cat") -> Path:
 def with_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are folders here, with nothing in them to go on from."""
     monkeypatch.setattr(run_folder.Checkpoints, "paths", lambda self: [*self._folder_of_test.iterdir()], raising=True)
-    monkeypatch.setattr(run_folder.Checkpoints, "newest", lambda self: None)
+    monkeypatch.setattr(run_folder.Checkpoints, "newest", lambda self, tell: None)
     made = run_folder.Checkpoints.__init__
 
     def remember(self: Any, folder: Path, **options: Any) -> None:
