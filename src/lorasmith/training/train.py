@@ -176,7 +176,8 @@ def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult
         return _Run(job, parts, around, record, None)(None)
     path = around.output if isinstance(around.output, Path) else around.output(record["fingerprint"])
     with claimed_run(path, record, fresh=around.fresh, tell=around.on_event) as (folder, start):
-        return _Run(job, parts, around, {**record, "environments": folder.environments()}, folder)(start)
+        seen = folder.environments()
+        return _Run(job, parts, around, {**record, "environments": seen} if len(seen) > 1 else record, folder)(start)
 
 
 def recipe_of(job: Job, device: torch.device) -> Recipe:
