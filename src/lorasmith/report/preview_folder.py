@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.files import atomic_path
 from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.report.pictures import thinned
 
 __all__ = ["PreviewFolder"]
 
@@ -66,7 +67,7 @@ class PreviewFolder:
     def write_steps_sheet(self) -> Path:
         """`steps.png`: the base and the steps below each other; of very many some, the first and the last included."""
         names = (re.fullmatch(r"step-(\d+)-\d+\.png", file.name) for file in self.folder.iterdir())
-        steps = _thinned(sorted({int(name[1]) for name in names if name}))
+        steps = thinned(sorted({int(name[1]) for name in names if name}), _MOST_ROWS)
         rows = {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
         return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
 
@@ -122,10 +123,3 @@ def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image |
             return picture.copy()
     except (OSError, KeyError, ValueError):  # other programs may have changed the file, or its text may be gone
         return None
-
-
-def _thinned(steps: Sequence[int]) -> list[int]:
-    """At most `_MOST_ROWS` of them, evenly spread, ends included."""
-    if len(steps) <= _MOST_ROWS:
-        return list(steps)
-    return [steps[round(row * (len(steps) - 1) / (_MOST_ROWS - 1))] for row in range(_MOST_ROWS)]

@@ -280,7 +280,7 @@ class _Run:
             raise
         result = self._kept(loop, reason, best=reason == "stopped")
         if result.path is not None and self._draw is not None:
-            for event in self._draw(loop.step, result.path, final=True):
+            for event in self._draw(result.steps - job.steps_before, result.path, final=True):
                 self._tell(event)
         self._tell(RunFinished(step=loop.step, reason=reason))
         self._extra("report", self._write_report)

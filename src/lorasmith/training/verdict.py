@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorasmith.core.errors import OptionError
+from lorasmith.training.events import Validated
 
-__all__ = ["FEW_IMAGES", "UNJUDGED", "History", "Judgement", "interval"]
+__all__ = ["FEW_IMAGES", "UNJUDGED", "History", "interval"]
 
 FEW_IMAGES = 5
 """Below this many held-out images the interval is over pairs of image and noise level."""
@@ -40,20 +40,6 @@ _SHARE_RISEN = 0.1  # of all that was gained, for a rise to matter
 _SHARE_FALLEN = 0.05  # of all that was gained, for a fall to matter
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One validation, judged; the fields are those of the `Validated` event."""
-
-    step: int
-    loss: float
-    base_loss: float
-    low: float
-    high: float
-    best: bool
-    best_step: int
-    verdict: str
 
 
 class History:
@@ -78,15 +64,24 @@ class History:
                 "validation needs two images or two noise levels at least, got one of each; raise validation_draws"
             )
 
-    def add(self, step: int, losses: Sequence[Sequence[float]]) -> Judgement:
+    def add(self, step: int, losses: Sequence[Sequence[float]]) -> Validated:
         """Take in the losses, (images, draws), after `step` updates; what was there from that step on is forgotten."""
         while self._steps and self._steps[-1] >= step:
             for column in (self._steps, self._tables, self._curve):
                 column.pop()
         self._append(step, losses)
-        loss, base_loss = float(self._curve[-1].mean()), float(self._base.mean())
+        loss, base_loss = float(self._curve[-1].mean()), self.base_loss
         low, high = interval(self._curve[-1] - self._base)
-        return Judgement(step, loss, base_loss, low, high, self.since_best == 0, self.best_step, self.verdict)
+        return Validated(
+            step=step,
+            loss=loss,
+            base_loss=base_loss,
+            low=low,
+            high=high,
+            best=self.since_best == 0,
+            best_step=self.best_step,
+            verdict=self.verdict,
+        )
 
     @property
     def base_loss(self) -> float:

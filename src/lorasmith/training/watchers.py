@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, Recipe
-from lorasmith.training.events import Event, Validated, Warned
+from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
@@ -81,12 +80,12 @@ class ValidationWatch(Watcher):
             except TrainingError as error:  # broken weights: the next step will show it, and the loop go back
                 loop.tell(Warned(message=f"No validation at step {loop.step}: {error}."))
                 return None
-            judgement = self.history.add(loop.step, losses.tolist())
-            if judgement.best:
+            validated = self.history.add(loop.step, losses.tolist())
+            if validated.best:
                 self.best = weights.to("cpu", copy=True)
-        if judgement.best:
+        if validated.best:
             _spared(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
-        loop.tell(Validated(**asdict(judgement)))
+        loop.tell(validated)
         return "stopped" if self.history.should_stop(self._patience) else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
