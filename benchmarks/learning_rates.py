@@ -98,6 +98,7 @@ def _trained(name: str, rate: float, model: Model, data: EncodedDataset, argumen
             rank=arguments.rank,
             seed=arguments.seed,
             learning_rate=rate,
+            validation_share=0.0,
             training_dtype=arguments.dtype,
             lora_dtype="fp32",
             **VARIANTS[name],

@@ -85,7 +85,7 @@ def measure(name: str, grid: Path | None) -> None:
     data = load_dataset(STYLE_FOLDER, model)
     for quarter, loss in held_out_noise_loss(model.denoiser, data.samples).items():
         say(f"loss on the held-out style, {quarter}", loss)
-    result = train(model, data, steps=150, batch_size=8, rank=8, seed=1)
+    result = train(model, data, steps=150, batch_size=8, rank=8, seed=1, validation_share=0.0)
     adapted = result.lora.applied_to(model.denoiser)
     for quarter, loss in held_out_noise_loss(adapted, data.samples).items():
         say(f"the same with a LoRA of 150 steps, {quarter}", loss)
