@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,7 +153,8 @@ def test_the_state_survives_json() -> None:
     for images in (2, 7):
         told = history(0.5 + 0.01 * (np.arange(12) - 5) ** 2, images=images)
         again = History.from_json(json.loads(json.dumps(told.to_json())))
-        assert again.add(500, table(0.7, images)) == told.add(500, table(0.7, images))
+        one, other = (replace(each.add(500, table(0.7, images)), at=0.0) for each in (again, told))
+        assert one == other
         assert again.to_json() == told.to_json()
 
 
