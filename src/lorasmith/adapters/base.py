@@ -88,7 +88,7 @@ class FrozenLayer:
     def product(self, x: Tensor, *, bias: bool) -> Tensor:
         """`W x`, with `+ b` if `bias`."""
         added = self.bias if bias else None
-        if self._source is None:
+        if self._source is None and not self.is_conv:  # a frozen Linear keeps no input; torch's convolution does
             return self.product_with(self.weight, x, added)
         return _product(self, x, added)
 
@@ -138,20 +138,20 @@ class FrozenLayer:
 
 
 class _Product(torch.autograd.Function):
-    """The product of a layer whose weight is made anew for it, and again for the backward pass."""
+    """The product of a frozen layer, which keeps nothing: the weight is asked for again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x if layer.is_conv else None)  # a convolution's geometry depends on it
+        ctx.layer, ctx.shape = layer, x.shape
         return layer.product_with(layer.weight, x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer, (x,) = ctx.layer, ctx.saved_tensors
-        if x is None:
-            return None, grads[0] @ layer.weight, None
-        _, grad_x = layer.product_gradients(grads[0], layer.weight, x, of_weight=False, of_input=True)
+        layer, (grad,) = ctx.layer, grads
+        if not layer.is_conv:
+            return None, grad @ layer.weight, None
+        x = grad.new_empty(()).expand(ctx.shape)  # only its shape counts
+        _, grad_x = layer.product_gradients(grad, layer.weight, x, of_weight=False, of_input=True)
         return None, grad_x, None
 
 

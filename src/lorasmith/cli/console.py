@@ -21,7 +21,17 @@ from rich.progress import (
 from rich.text import Text
 
 from lorasmith.core.errors import CancelledError
-from lorasmith.training.events import Event, Resumed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
+from lorasmith.training.events import (
+    Event,
+    Planned,
+    Resumed,
+    RolledBack,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
 
 __all__ = [
     "complain",
@@ -109,6 +119,8 @@ def training_progress() -> Iterator[Callable[[Event], None]]:
             progress.start()
         elif isinstance(event, Warned | RolledBack | Shrunk):
             remark(event.message)
+        elif isinstance(event, Planned):
+            remark(event.message, kind="Memory", colour="green")
         elif isinstance(event, Resumed):
             remark(event.message, kind="Resumed", colour="green")
             progress.update(task, completed=event.step)

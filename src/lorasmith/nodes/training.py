@@ -33,6 +33,7 @@ from lorasmith.training.config import NONE_LORA, TrainConfig, unused_settings
 from lorasmith.training.events import (
     Event,
     EventHandler,
+    Planned,
     Previewed,
     Resumed,
     RolledBack,
@@ -95,6 +96,7 @@ _SETTINGS = (
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
     _own("quantization"),
+    _own("activations"),
     _own("schedule", default="constant"),
     _own("warmup_steps"),
     _own("ema_decay"),
@@ -230,7 +232,7 @@ def _teller(context: NodeContext, steps: int) -> EventHandler:
                 context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
             case Warned() | RolledBack() | Shrunk():
                 context.warn(event.message)
-            case Resumed():
+            case Resumed() | Planned():
                 context.log(event.message)
             case Validated():
                 context.log(f"Step {event.step}: {event.verdict}")

@@ -26,9 +26,11 @@ OPTIMIZER_NAMES = ("AdamW", "Adam", "SGD", "RMSprop", "AdamW8bit", "Adafactor", 
 
 WATCHING = frozenset(
     {
+        "activations",
         "checkpoint_every",
         "checkpoint_minutes",
         "keep_checkpoints",
+        "memory_budget",
         "patience",
         "previews",
         "preview_every",
@@ -301,6 +303,24 @@ class TrainConfig:
         max=5,
         group=_MEMORY,
         help="Size of the recomputed pieces: 1 is whole blocks (least memory), each step deeper is one level inside.",
+    )
+    activations: str = option(
+        "keep",
+        choices=("keep", "lean", "selective", "host", "auto"),
+        group=_MEMORY,
+        help="What becomes of activations until the backward pass: keep keeps them; lean makes cheap ones (norms, "
+        "activation functions) again, which nearly halves their memory and costs little time; selective does so with "
+        "the wide layers of feed-forward networks too; host moves them from the GPU to host memory; auto measures "
+        "first and takes the fastest that fits memory_budget, gradient checkpointing among them. All give the same "
+        "numbers.",
+    )
+    memory_budget: float | None = option(
+        None,
+        min=0.1,
+        max=10_000.0,
+        group=_MEMORY,
+        help="Memory in GiB on the device that activations auto may plan with, weights included. Left out, it is what "
+        "is free.",
     )
     quantization: str = option(
         "none",

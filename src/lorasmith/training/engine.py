@@ -26,6 +26,7 @@ from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.timesteps import quantile_map
 from lorasmith.families.model import Denoiser
+from lorasmith.training.activations import economical, sparing
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.flat import FlatParameters
@@ -48,6 +49,9 @@ class Recipe:
         learning_rates: of the module paths where it is not `learning_rate`.
         micro_batch: images per forward pass, when memory is too small for `batch_size`.
         checkpoint_depth: 0 for no gradient checkpointing.
+        activations: what the rest keeps for the backward pass, of `activations.KINDS`; `auto` is decided by a
+            measurement before the first step.
+        memory_budget: bytes on the device that `auto` may plan with, weights included; None for what is free.
         quantization: how frozen weights are kept, of `PACKINGS`.
         offloading: whether they wait in host memory.
     """
@@ -87,6 +91,8 @@ class Recipe:
     deterministic: bool = False
     micro_batch: int | None = None
     checkpoint_depth: int
+    activations: str = "keep"
+    memory_budget: int | None = None
     quantization: str = "none"
     offloading: bool = False
 
@@ -114,22 +120,27 @@ def prepared(
     differences: Mapping[str, Difference] | None = None,
     *,
     first: Callable[[], None] = lambda: None,
+    planned: Callable[[], Recipe] | None = None,
 ) -> Iterator[None]:
     """The denoiser as it trains: frozen, adapters attached, blocks recomputed.
 
-    `first` is called when it is frozen and the adapters are not attached yet.
+    `first` is called when it is frozen and the adapters are not attached yet; `planned` when they are, for the recipe
+    by which activations are kept, if that is not decided yet.
     """
     module = denoiser.module
     trained = Attached(adapters, differences=differences or {})
     with frozen(denoiser, recipe):
         first()
-        with attached(module, [trained]), checkpointed(module, recipe.checkpoint_depth):
-            yield
+        with attached(module, [trained]):
+            recipe = recipe if planned is None else planned()
+            with sparing(module, recipe.activations), checkpointed(module, recipe.checkpoint_depth):
+                yield
 
 
 def sample_losses(denoiser: Denoiser, batch: Batch, recipe: Recipe) -> Tensor:
     """Loss of each sample of a batch, (batch,) fp32, with the graph to the adapters."""
-    prediction = denoiser.predict(batch.noised.to(recipe.dtype), batch.level.time, batch.conditioning)
+    with economical(recipe.activations, denoiser.module):
+        prediction = denoiser.predict(batch.noised.to(recipe.dtype), batch.level.time, batch.conditioning)
     return diffusion_loss(
         prediction,
         clean=batch.clean,
@@ -184,10 +195,12 @@ class Engine:
         self._average = self.flat.master.clone() if recipe.ema_decay else None
         self._sound = torch.ones((), dtype=torch.bool, device=recipe.device)
 
-    def prepared(self, first: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-        """The denoiser as it trains; `first` is called before the trained adapters are attached."""
+    def prepared(
+        self, first: Callable[[], None], planned: Callable[[], Recipe] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """The denoiser as it trains; see the function of this name."""
         trained = self._trained
-        return prepared(self.denoiser, trained.adapters, self.recipe, trained.differences, first=first)
+        return prepared(self.denoiser, trained.adapters, self.recipe, trained.differences, first=first, planned=planned)
 
     def rate(self, step: int) -> float:
         """What learning rates are multiplied by at a step of the run, counted from 0."""

@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointSaved",
     "Event",
     "EventHandler",
+    "Planned",
     "Previewed",
     "Resumed",
     "RolledBack",
@@ -184,6 +185,24 @@ class Shrunk(Event):
     step: int
     micro_batch: int
     checkpoint_depth: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(Event):
+    """How activations are kept was decided by a measurement.
+
+    Attributes:
+        activations, checkpoint_depth: as in `Recipe`.
+        needed_bytes: estimated peak of a step.
+        budget_bytes: what it had to fit.
+        message: all of it, in a sentence.
+    """
+
+    activations: str
+    checkpoint_depth: int
+    needed_bytes: int
+    budget_bytes: int
     message: str
 
 

@@ -169,6 +169,8 @@ def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
     """Settings that do little on this device."""
     if config.training_dtype == "bf16" and product_dtype(device) != torch.bfloat16:
         yield "This device has no bf16 products and emulates them, slowly; training_dtype fp32 is faster here."
+    if config.activations == "host" and device.type == "cpu":
+        yield "activations host changes nothing on the CPU, whose memory is the host's; lean and selective shrink them."
     if config.offloading and device.type == "cpu":
         yield "offloading changes nothing on the CPU, which computes where the weights are; quantization shrinks them."
 

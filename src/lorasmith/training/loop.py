@@ -13,7 +13,7 @@ import gc
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, prefetched
 from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, Recipe, batch_maker
-from lorasmith.training.events import EventHandler, RolledBack, Shrunk, StepDone
+from lorasmith.training.events import EventHandler, Planned, RolledBack, Shrunk, StepDone
 from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.memory_plan import chosen_plan, free_memory
 from lorasmith.training.noise_scale import NoiseScale
 
 __all__ = ["Loop", "RunState", "Watcher", "fit"]
@@ -185,7 +186,7 @@ class Loop:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 while not self.reason:
-                    with self.engine.prepared(self._begin):
+                    with self.engine.prepared(self._begin, self._planned):
                         waiting = self._segment()
                     for watcher in waiting:
                         self._call(watcher)
@@ -236,7 +237,9 @@ class Loop:
         self.reason = "stopped" if numbers["stopped"] else ""  # nothing is left to do but to save what there is
         self._noise = NoiseScale.from_json(numbers["noise_scale"])
         self.engine.load(parts["engine"], numbers["engine"])
-        self._change(micro_batch=numbers["micro_batch"], checkpoint_depth=numbers["checkpoint_depth"])
+        self._change(micro_batch=numbers["micro_batch"])
+        if self.engine.recipe.activations != "auto":  # which decides on it anew, as it changes no number
+            self._change(checkpoint_depth=numbers["checkpoint_depth"])
         if "snapshot" in numbers:
             kept = numbers["snapshot"]
             self._good = RunState(kept["step"], parts["snapshot"], kept["engine"])
@@ -412,6 +415,17 @@ class Loop:
                 message=f"Memory ran out at step {self.step + 1}: it is taken again with the same images, {how}.",
             )
         )
+
+    def _planned(self) -> Recipe:
+        """The recipe, with activations as memory has room for them."""
+        recipe = self.engine.recipe
+        if recipe.activations == "auto":
+            optimizer = 2 * self.engine.flat.master.nbytes  # its state comes with the first step
+            free = free_memory(recipe.device, recipe.memory_budget) - optimizer
+            plan = chosen_plan(self.engine.denoiser, self._samples, recipe, free)
+            self._change(activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
+            self.tell(Planned(**asdict(plan), message=str(plan)))
+        return self.engine.recipe
 
     def _change(self, **settings: Any) -> None:
         self.engine.recipe = replace(self.engine.recipe, **settings)

@@ -92,6 +92,11 @@ def _on_settings(config: TrainConfig) -> Iterator[str]:
             "bypass_mode changes nothing here: training always runs adapters beside the weights, and how a LoRA is "
             "applied is chosen when it is loaded."
         )
+    if config.activations == "auto":
+        if config.gradient_checkpointing:
+            yield "gradient_checkpointing is left to activations auto, which measures whether it is needed."
+    elif config.memory_budget is not None:
+        yield f"memory_budget {config.memory_budget:g} changes nothing without activations auto."
     if not config.gradient_checkpointing and not config.is_default("checkpoint_depth"):
         yield f"checkpoint_depth {config.checkpoint_depth} changes nothing without gradient_checkpointing."
     yield from _on_learning(config)

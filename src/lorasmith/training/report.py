@@ -23,7 +23,17 @@ from lorasmith.report.curves import Curves
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, number, run_report
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Previewed, Resumed, RolledBack, RunStarted, Shrunk, StepDone, Validated, Warned
+from lorasmith.training.events import (
+    Planned,
+    Previewed,
+    Resumed,
+    RolledBack,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
 from lorasmith.training.history import RunHistory, read_history
 from lorasmith.training.ledger import ImageRecord, Ledger, QuantileCurve
 
@@ -293,6 +303,8 @@ def _notes(history: RunHistory) -> list[Note]:
             notes.append(Note("Resumed", event.message, event.step))
         elif isinstance(event, Shrunk):
             notes.append(Note("Out of memory", event.message, event.step))
+        elif isinstance(event, Planned):
+            notes.append(Note("Memory", event.message))
         elif isinstance(event, Warned):
             notes.append(Note("Note", event.message))
     notes = list(dict.fromkeys(notes))  # a run that was resumed says some things again

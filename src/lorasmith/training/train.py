@@ -219,6 +219,8 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         device=device,
         deterministic=config.deterministic,
         checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
+        activations=config.activations if config.activations != "host" or device.type != "cpu" else "keep",
+        memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
         quantization=config.quantization,
         offloading=config.offloading and device.type != "cpu",
     )
