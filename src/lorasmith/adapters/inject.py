@@ -7,7 +7,8 @@ the model is exactly as before once the context manager is left, whatever ended 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -16,10 +17,14 @@ from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa:
 from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
+from lorasmith.adapters.lora import LowRank, SharedInput
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+
+_SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+"""Names of the layers of an attention, in diffusers' models, that are given the same input."""
 
 __all__ = ["Attached", "attached", "create_adapters", "load_adapters", "load_differences", "restore_forward"]
 
@@ -121,7 +126,11 @@ def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
             module = model.get_submodule(path)
             own = module.__dict__.get("forward")
             undo.callback(restore_forward, module, own)
+            if isinstance(own, _Stacked) and own.shared is not None:
+                undo.callback(setattr, own.shared[0], "is_complete", own.shared[0].is_complete)
+                own.shared[0].is_complete = False
             module.forward = _Stacked(FrozenLayer(module), on_layer.above(own))
+        _share_inputs(model, layers)
         for path, difference, strength in norms:
             module = model.get_submodule(path)
             undo.callback(restore_forward, module, module.__dict__.get("forward"))
@@ -155,6 +164,7 @@ class _Stacked:
 
     def __init__(self, layer: FrozenLayer, on_layer: _OnLayer) -> None:
         self.on_layer = on_layer
+        self.shared: tuple[SharedInput, int] | None = None
         self._layer = layer
         adapters = on_layer.adapters
         self._bias_last = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
@@ -163,14 +173,45 @@ class _Stacked:
             seen = _LayerAbove(layer, adapters[:number]) if number and adapter.reads_weight else layer
             self._run = _wrapped(adapter, self._run, seen, strength)
 
+    @property
+    def single(self) -> tuple[LowRank, FrozenLayer, float] | None:
+        """The adapter with layer and strength, if it is the only one and can be computed together with others."""
+        if len(self.on_layer.adapters) != 1:
+            return None
+        adapter, strength = self.on_layer.adapters[0]
+        if not isinstance(adapter, LowRank) or not SharedInput.takes(adapter, self._layer):
+            return None
+        return adapter, self._layer, strength
+
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._run(x)
+        y = None if self.shared is None else self.shared[0](self.shared[1], x)
+        if y is None:
+            y = self._run(x)
         if self._bias_last:
             assert self._layer.bias is not None
             y = y + self._layer.channelwise(self._layer.bias)
         for difference, strength in self.on_layer.biases:
             y = y + strength * self._layer.channelwise(difference.get_parameter("bias"))
         return y
+
+
+def _share_inputs(model: nn.Module, paths: Iterable[str]) -> None:
+    """Let attached layers of one attention that are given the same input be computed together."""
+    groups: dict[tuple[object, ...], list[tuple[_Stacked, tuple[LowRank, FrozenLayer, float]]]] = defaultdict(list)
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        names = next((names for names in _SAME_INPUT if name in names), None)
+        stacked = model.get_submodule(path).__dict__["forward"]
+        if names is None or stacked.single is None:
+            continue
+        # Cross-attention has its keys and values from the text.
+        is_text = getattr(model.get_submodule(parent), "is_cross_attention", False) and name != names[0]
+        groups[parent, names, is_text, stacked.single[1].in_features].append((stacked, stacked.single))
+    for members in groups.values():
+        if len(members) > 1:
+            shared = SharedInput([single for _, single in members])
+            for index, (stacked, _) in enumerate(members):
+                stacked.shared = shared, index
 
 
 class _LayerAbove(FrozenLayer):

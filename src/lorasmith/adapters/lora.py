@@ -7,7 +7,8 @@
 them `down` is 1×1 too (Yeh et al. 2023, arXiv:2309.14859).
 
 In activation space neither ΔW nor W + ΔW is ever built. A Linear layer's whole forward is one autograd function, which
-adds the low-rank product in place and keeps the layer's input and the rank-sized projection for the backward pass.
+adds the low-rank product in place and keeps the layer's input and the rank-sized projection for the backward pass;
+layers that share their input are one function together.
 
 Variants that are low-rank too share `LowRank`: `pissa` has other factors, `dropout` sets the mask, `dora` wraps.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.random import keyed_generator
 
-__all__ = ["Factors", "LoraAdapter", "LowRank"]
+__all__ = ["Factors", "LoraAdapter", "LowRank", "SharedInput"]
 
 
 class Factors(NamedTuple):
@@ -207,6 +208,105 @@ class LoraAdapter(LowRank):
     def to_weights(self) -> AdapterWeights:
         tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
         return AdapterWeights(self.algorithm, tensors, self.alpha)
+
+
+class SharedInput:
+    """Linear layers that are given the same input (q, k and v), each with a low-rank adapter: one pass for all.
+
+    Whichever is asked first computes the others too, and they find their result when they are asked for the same input:
+    the down matrices make one product, and so do their gradients, and the gradient of the input is summed up in place.
+
+    Args:
+        members: adapter, layer and strength of each.
+
+    Attributes:
+        is_complete: whether none of them has got a further adapter since; else all are computed by themselves.
+    """
+
+    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
+        self.is_complete = True
+        self._members = members
+        self._x: Tensor | None = None
+        self._results: dict[int, Tensor] = {}
+
+    @staticmethod
+    def takes(adapter: Adapter, layer: FrozenLayer) -> bool:
+        """Whether an adapter on a layer can be a member."""
+        return type(adapter).attached is LowRank.attached and not layer.is_conv
+
+    def __call__(self, index: int, x: Tensor) -> Tensor | None:
+        """`W x + b + change` of a member; None if it has to be computed by itself, as dropout wants it."""
+        if self._x is not x or index not in self._results:
+            if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
+                return None
+            downs, ups, layers, factors = [], [], [], []
+            for adapter, layer, strength in self._members:
+                down, up, _ = adapter.factors()
+                downs.append(down)
+                ups.append(up)
+                layers.append(layer)
+                factors.append(strength * adapter.scale)
+            self._x = x
+            self._results = dict(enumerate(_linear_group(x, layers, factors, *downs, *ups)))
+        result = self._results.pop(index)
+        if not self._results:
+            self._x = None
+        return result
+
+
+class _LinearGroup(torch.autograd.Function):
+    """`x Wᵢᵀ + bᵢ + factorᵢ · (x downᵢᵀ) upᵢᵀ` for x (..., in) and several layers i, with W and b frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[FrozenLayer], factors: Sequence[float], *downs_and_ups: Tensor
+    ) -> tuple[Tensor, ...]:
+        downs, ups = downs_and_ups[: len(layers)], downs_and_ups[len(layers) :]
+        down = torch.cat(downs)
+        ctx.ranks = [len(one) for one in downs]
+        inner = F.linear(x, down)
+        results = []
+        for layer, factor, part, up in zip(layers, factors, _parts(inner, ctx.ranks), ups, strict=True):
+            y = F.linear(x, layer.weight, layer.bias)
+            y.view(-1, y.shape[-1]).addmm_(part, up.t(), alpha=factor)
+            results.append(y)
+        ctx.save_for_backward(x, inner, down, *ups)
+        ctx.layers, ctx.factors = layers, factors
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, inner, down, *ups = ctx.saved_tensors
+        grad_x: Tensor | None = None
+        grad_inner = torch.zeros_like(inner) if None in grads else torch.empty_like(inner)
+        grad_ups: list[Tensor | None] = []
+        parts = zip(_parts(inner, ctx.ranks), _parts(grad_inner, ctx.ranks), strict=True)
+        for layer, factor, up, grad, (part, grad_part) in zip(ctx.layers, ctx.factors, ups, grads, parts, strict=True):
+            if grad is None:
+                grad_ups.append(None)
+                continue
+            rows = grad.reshape(-1, up.shape[0])
+            grad_part.copy_(_scaled(rows @ up, factor))
+            wanted = ctx.needs_input_grad[3 + len(ctx.layers) + len(grad_ups)]
+            grad_ups.append(_scaled(part.t() @ rows, factor).t() if wanted else None)
+            if ctx.needs_input_grad[0]:
+                grad_x = rows @ layer.weight if grad_x is None else grad_x.addmm_(rows, layer.weight)
+        flat = grad_inner.view(-1, grad_inner.shape[-1])
+        if grad_x is not None:
+            grad_x = grad_x.addmm_(flat, down).view(x.shape)
+        grad_downs: Sequence[Tensor | None] = [None] * len(ctx.layers)
+        if any(ctx.needs_input_grad[3 : 3 + len(ctx.layers)]):  # an adapter that runs below the trained one is frozen
+            grad_downs = (flat.t() @ x.reshape(-1, x.shape[-1])).split(ctx.ranks)
+        return grad_x, None, None, *grad_downs, *grad_ups
+
+
+_linear_group: Callable[..., tuple[Tensor, ...]] = _LinearGroup.apply
+
+
+def _parts(inner: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
+    """The columns of each layer, (rows, rank); views."""
+    return torch.split(inner.view(-1, inner.shape[-1]), list(ranks), dim=1)
 
 
 class _LinearWithLora(torch.autograd.Function):

@@ -1,0 +1,131 @@
+"""Layers that share an input are computed together: the same function, fewer products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters import inject, lora
+from lorasmith.adapters.base import FrozenLayer
+from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.lora import LoraAdapter
+
+
+class Attention(nn.Module):
+    """Names and order of calls as in diffusers' attention."""
+
+    def __init__(self, width: int, text_width: int | None = None) -> None:
+        super().__init__()
+        self.is_cross_attention = text_width is not None
+        self.to_q = nn.Linear(width, 24, bias=False)
+        self.to_k = nn.Linear(text_width or width, 24)
+        self.to_v = nn.Linear(text_width or width, 16)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        return torch.softmax(q @ k.transpose(1, 2), -1) @ v
+
+
+def adapters_of(net: Attention, ranks: tuple[int, ...] = (4, 2, 6)) -> dict[str, LoraAdapter]:
+    g = torch.Generator().manual_seed(3)
+    found = {}
+    for rank, (name, layer) in zip(ranks, net.named_children(), strict=True):
+        adapter = LoraAdapter.create(FrozenLayer(layer), rank=rank, alpha=2.0, seed=0, path=name, zero="up")
+        adapter.up.data = torch.randn(adapter.up.shape, generator=g)
+        found[name] = adapter
+    return found
+
+
+def outcome(net: Attention, adapters: dict[str, Any], *inputs: Tensor) -> list[Tensor]:
+    """Output, gradient of each input and of each matrix."""
+    leaves = [one.clone().requires_grad_() for one in inputs]
+    parameters = [p for one in adapters.values() for p in one.parameters()]
+    with attached(net, [Attached(adapters, strength=0.7)]):
+        y = net(*leaves)
+    return [y, *torch.autograd.grad(y.square().sum(), [*leaves, *parameters])]
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the groups that were computed together."""
+    seen: list[int] = []
+    original: Callable[..., Any] = lora._linear_group
+
+    def counted(x: Tensor, layers: Any, *rest: Any) -> Any:
+        seen.append(len(layers))
+        return original(x, layers, *rest)
+
+    monkeypatch.setattr(lora, "_linear_group", counted)
+    return seen
+
+
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inject, "_share_inputs", lambda *_: None)
+
+
+@pytest.mark.parametrize("text", [None, 20, 32])  # with 32 in, keys and values could be taken for siblings of the query
+def test_together_is_apart(text: int | None, groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = Attention(32, text).requires_grad_(False)
+    adapters = adapters_of(net)
+    inputs = [torch.randn(2, 5, 32), *([] if text is None else [torch.randn(2, 7, text)])]
+    together = outcome(net, adapters, *inputs)
+    assert groups == [3] if text is None else groups == [2]
+    apart(monkeypatch)
+    for found, expected in zip(together, outcome(net, adapters, *inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_turn_out_to_have_other_inputs_are_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Attention(32, 32).requires_grad_(False)
+    net.is_cross_attention = False  # nothing says that k and v see something else
+    adapters, inputs = adapters_of(net), (torch.randn(2, 5, 32), torch.randn(2, 7, 32))
+    together = outcome(net, adapters, *inputs)
+    apart(monkeypatch)
+    for found, expected in zip(together, outcome(net, adapters, *inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_computes_them_apart(groups: list[int]) -> None:
+    net = Attention(32).requires_grad_(False)
+    adapters = adapters_of(net)
+    dropout = Dropout(adapters, rank=0.5, module=0.0, seed=0)
+    with dropout.applied(dropout.masks([0, 1])), attached(net, [Attached(adapters)]):
+        dropped = net(torch.ones(2, 5, 32))
+    assert not groups
+    with attached(net, [Attached(adapters)]):
+        whole = net(torch.ones(2, 5, 32))
+    assert groups == [3]
+    assert not torch.allclose(dropped, whole)
+
+
+def test_nothing_stays_behind(groups: list[int]) -> None:
+    net = Attention(32).requires_grad_(False)
+    adapters = adapters_of(net)
+    with attached(net, [Attached(adapters)]):
+        shared, index = net.to_q.forward.shared
+        x = torch.randn(2, 5, 32)
+        net(x)
+        assert shared._x is None
+        assert not shared._results
+        assert torch.equal(shared(index, x), net.to_q(x))  # asked alone, it answers as well
+    assert groups == [3, 3, 3][: len(groups)]
+    assert not any("forward" in vars(module) for module in net.modules())
+
+
+def test_a_further_adapter_on_one_of_them_parts_them(groups: list[int]) -> None:
+    net = Attention(32).requires_grad_(False)
+    adapters = adapters_of(net)
+    x = torch.randn(1, 3, 32)
+    with attached(net, [Attached(adapters)]):
+        with attached(net, [Attached({"to_q": adapters["to_q"]})]):
+            net(x)
+        assert not groups
+        net(x)
+    assert groups == [3]

@@ -1,0 +1,78 @@
+"""One training step on tiny models of two families, with whatever memory levers: what the tests of levers share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorasmith.adapters.base import Adapter
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Model
+from lorasmith.training import engine
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Recipe, prepared, sample_losses
+from lorasmith.training.train import plan_job, recipe_of
+
+CPU = torch.device("cpu")
+
+
+def flux_model(folder: Path) -> Model:
+    path = folder / "flux.safetensors"
+    save_file(models.tiny_flux_checkpoint(0), path)
+    return load_model(path)
+
+
+def flux_dataset() -> EncodedDataset:
+    shape = models.FLUX_TINY
+
+    def sample(index: int) -> Sample:
+        context = models.seeded("context", (1, 8, shape.context), seed=index)
+        pooled = models.seeded("pooled", (1, shape.pooled), seed=index)
+        tensors = {"context": context, "pooled": pooled, "guidance": torch.full((1,), 3.5)}
+        return Sample(models.seeded("latents", (16, 8, 8), seed=index), Conditioning(tensors), f"{index}")
+
+    return EncodedDataset(tuple(sample(index) for index in range(4)))
+
+
+def planned(model: Model, **settings: Any) -> tuple[Any, Recipe]:
+    """A job and its recipe; adapters are no longer the identity."""
+    config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "batch_size": 2} | settings))
+    job = plan_job(model.denoiser, config, CPU)
+    for number, adapter in enumerate(job.adapters.values()):
+        randomise(adapter, seed=number)
+    return job, recipe_of(job, CPU)
+
+
+def randomise(adapter: Adapter, *, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=g).to(parameter.dtype)
+
+
+def one_step(
+    model: Model, data: EncodedDataset, changes: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Tensor]:
+    """Losses and gradients of one step, by name.
+
+    Args:
+        changes: to the recipe that the settings make.
+    """
+    job, recipe = planned(model, **settings)
+    recipe = replace(recipe, **(changes or {}))
+    for one in (*job.adapters.values(), *job.differences.values()):
+        one.to(recipe.dtype)
+    maker = engine.batch_maker(model.denoiser, data.samples, recipe)
+    with prepared(model.denoiser, job.adapters, recipe, job.differences):
+        loss = sample_losses(model.denoiser, maker.step(0)[0], recipe)
+        loss.sum().backward()
+    trained = [*job.adapters.items(), *job.differences.items()]
+    named = ((f"{path}.{name}", p) for path, one in trained for name, p in one.named_parameters())
+    return {"loss": loss.detach()} | {name: p.grad for name, p in named if p.grad is not None}
