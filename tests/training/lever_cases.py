@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import models
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.base import Adapter
+from lorasmith.core.placement import memory_format_for
+from lorasmith.core.quantization import packed
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
@@ -19,6 +23,7 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Recipe, prepared, sample_losses
+from lorasmith.training.frozen_weights import packable_layers
 from lorasmith.training.train import plan_job, recipe_of
 
 CPU = torch.device("cpu")
@@ -42,12 +47,22 @@ def flux_dataset() -> EncodedDataset:
     return EncodedDataset(tuple(sample(index) for index in range(4)))
 
 
+@contextlib.contextmanager
+def rounded(model: nn.Module, kind: str) -> Iterator[None]:
+    """The model with the weights that `kind` unpacks to, as plain parameters."""
+    originals = [(layer.get_parameter("weight"), layer.weight.data) for layer in packable_layers(model)]
+    for weight, original in originals:
+        wanted = memory_format_for(model) if original.ndim == 4 else torch.preserve_format
+        weight.data = packed(original.to(memory_format=wanted), kind, original.dtype).weight()
+    yield
+    for weight, original in originals:
+        weight.data = original
+
+
 def planned(model: Model, **settings: Any) -> tuple[Any, Recipe]:
-    """A job and its recipe; adapters are no longer the identity."""
+    """A job and its recipe."""
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "batch_size": 2} | settings))
     job = plan_job(model.denoiser, config, CPU)
-    for number, adapter in enumerate(job.adapters.values()):
-        randomise(adapter, seed=number)
     return job, recipe_of(job, CPU)
 
 
@@ -67,6 +82,8 @@ def one_step(
     """
     job, recipe = planned(model, **settings)
     recipe = replace(recipe, **(changes or {}))
+    for number, adapter in enumerate(job.adapters.values()):  # no longer the identity
+        randomise(adapter, seed=number)
     for one in (*job.adapters.values(), *job.differences.values()):
         one.to(recipe.dtype)
     maker = engine.batch_maker(model.denoiser, data.samples, recipe)

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lever_cases import CPU, one_step, planned, randomise, rounded
 from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Adapter, FrozenLayer, is_targetable
+from lorasmith.adapters.base import FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.core.folders import ASSETS
-from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.loading import load_dataset
 from lorasmith.families.model import Model
-from lorasmith.training import engine, frozen_weights
+from lorasmith.training import frozen_weights
 from lorasmith.training.checkpointing import checkpointed
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Recipe, prepared, sample_losses
 from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.frozen_weights import kept, packable_layers
 from lorasmith.training.streaming import WeightStream
-from lorasmith.training.train import TrainResult, plan_job, recipe_of, train
+from lorasmith.training.train import TrainResult, train
 
-CPU = torch.device("cpu")
 QUANTIZED = [kind for kind in PACKINGS if kind != "none"]
+LAYERS = "attention, *.conv1"
 Run = Callable[..., TrainResult]
-
-
-@contextlib.contextmanager
-def rounded(model: nn.Module, kind: str) -> Iterator[None]:
-    """The model with the weights that `kind` unpacks to, as plain parameters."""
-    originals = [(layer.get_parameter("weight"), layer.weight.data) for layer in packable_layers(model)]
-    for weight, original in originals:
-        wanted = memory_format_for(model) if original.ndim == 4 else torch.preserve_format
-        weight.data = packed(original.to(memory_format=wanted), kind, original.dtype).weight()
-    yield
-    for weight, original in originals:
-        weight.data = original
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -56,10 +40,9 @@ def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
     tiny: Model, dataset: EncodedDataset, kind: str, offloading: bool, depth: int, algorithm: str
 ) -> None:
     with rounded(tiny.components.denoiser, kind):
-        expected = one_step(tiny, dataset, algorithm=algorithm)
-    found = one_step(
-        tiny, dataset, algorithm=algorithm, quantization=kind, offloading=offloading, checkpoint_depth=depth
-    )
+        expected = one_step(tiny, dataset, algorithm=algorithm, targets=LAYERS)
+    changes = {"quantization": kind, "offloading": offloading, "checkpoint_depth": depth}
+    found = one_step(tiny, dataset, changes, algorithm=algorithm, targets=LAYERS)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
@@ -68,35 +51,9 @@ def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: int) -> None:
     assert_same(
-        one_step(tiny, dataset, checkpoint_depth=depth, offloading=True),
-        one_step(tiny, dataset, checkpoint_depth=depth),
+        one_step(tiny, dataset, {"checkpoint_depth": depth, "offloading": True}, targets=LAYERS),
+        one_step(tiny, dataset, {"checkpoint_depth": depth}, targets=LAYERS),
     )
-
-
-def randomise(adapter: Adapter, *, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=g)
-
-
-def one_step(tiny: Model, dataset: EncodedDataset, *, algorithm: str = "LoRA", **changes: Any) -> dict[str, Tensor]:
-    """Losses and gradients of one step, by name."""
-    job, recipe = planned(tiny, algorithm=algorithm, targets="attention, *.conv1")
-    recipe = replace(recipe, **changes)
-    for number, adapter in enumerate(job.adapters.values()):
-        randomise(adapter, seed=number)
-    maker = engine.batch_maker(tiny.denoiser, dataset.samples, recipe)
-    with prepared(tiny.denoiser, job.adapters, recipe):
-        loss = sample_losses(tiny.denoiser, maker.step(0)[0], recipe)
-        loss.sum().backward()
-    named = ((f"{path}.{name}", p) for path, one in job.adapters.items() for name, p in one.named_parameters())
-    return {"loss": loss.detach()} | {name: p.grad for name, p in named if p.grad is not None}
-
-
-def planned(tiny: Model, **settings: Any) -> tuple[Any, Recipe]:
-    config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "batch_size": 2} | settings))
-    job = plan_job(tiny.denoiser, config, CPU)
-    return job, recipe_of(job, CPU)
 
 
 def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
