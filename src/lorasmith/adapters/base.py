@@ -183,6 +183,7 @@ class Adapter(nn.Module, ABC):
         rank_meaning: what `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
         transforms_output: whether g is something else than the identity; then the bias is added after it.
         reads_weight: whether `attached` looks at the layer's weight; then it is shown that of the adapters below too.
+        compiles: whether torch.compile takes `attached` in one piece, and keeps nothing of the weight's size for it.
     """
 
     algorithm: ClassVar[str]
@@ -190,6 +191,7 @@ class Adapter(nn.Module, ABC):
     rank_meaning: ClassVar[str]
     transforms_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -21,7 +21,15 @@ from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
-__all__ = ["Attached", "attached", "create_adapters", "load_adapters", "load_differences", "restore_forward"]
+__all__ = [
+    "Attached",
+    "adapters_on",
+    "attached",
+    "create_adapters",
+    "load_adapters",
+    "load_differences",
+    "restore_forward",
+]
 
 
 @dataclass(frozen=True)
@@ -121,12 +129,18 @@ def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
             module = model.get_submodule(path)
             own = module.__dict__.get("forward")
             undo.callback(restore_forward, module, own)
-            module.forward = _Stacked(FrozenLayer(module), on_layer.above(own))
+            # As a method, for torch.compile tells methods apart by their function and other objects one by one.
+            module.forward = _Stacked(FrozenLayer(module), on_layer.above(own)).run
         for path, difference, strength in norms:
             module = model.get_submodule(path)
             undo.callback(restore_forward, module, module.__dict__.get("forward"))
             module.forward = difference.on_norm(module, module.forward, strength)
         yield
+
+
+def adapters_on(module: nn.Module) -> list[Adapter]:
+    """The adapters that are attached to a layer at the moment, innermost first."""
+    return [adapter for adapter, _ in _OnLayer().above(module.__dict__.get("forward")).adapters]
 
 
 def restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
@@ -146,7 +160,8 @@ class _OnLayer:
 
     def above(self, forward: object) -> _OnLayer:
         """This on top of what an enclosing call has attached, if it is that which made `forward`."""
-        below = forward.on_layer if isinstance(forward, _Stacked) else _OnLayer()
+        stacked = getattr(forward, "__self__", None)
+        below = stacked.on_layer if isinstance(stacked, _Stacked) else _OnLayer()
         return _OnLayer([*below.adapters, *self.adapters], [*below.biases, *self.biases])
 
 
@@ -163,7 +178,8 @@ class _Stacked:
             seen = _LayerAbove(layer, adapters[:number]) if number and adapter.reads_weight else layer
             self._run = _wrapped(adapter, self._run, seen, strength)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's forward."""
         y = self._run(x)
         if self._bias_last:
             assert self._layer.bias is not None

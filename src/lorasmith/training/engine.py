@@ -28,6 +28,7 @@ from lorasmith.diffusion.timesteps import quantile_map
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
+from lorasmith.training.compilation import compiled
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.frozen_weights import kept
 from lorasmith.training.optimizers import GatedOptimizer
@@ -50,6 +51,8 @@ class Recipe:
         checkpoint_depth: 0 for no gradient checkpointing.
         quantization: how frozen weights are kept, of `PACKINGS`.
         offloading: whether they wait in host memory.
+        compile: whether blocks run compiled, unless weights are streamed in.
+        varying_sizes: whether compiled code is for any size of latents.
     """
 
     steps: int
@@ -89,6 +92,8 @@ class Recipe:
     checkpoint_depth: int
     quantization: str = "none"
     offloading: bool = False
+    compile: bool = False
+    varying_sizes: bool = False
 
 
 @contextlib.contextmanager
@@ -115,7 +120,7 @@ def prepared(
     *,
     first: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """The denoiser as it trains: frozen, adapters attached, blocks recomputed.
+    """The denoiser as it trains: frozen, adapters attached, blocks recomputed, and compiled.
 
     `first` is called when it is frozen and the adapters are not attached yet.
     """
@@ -123,7 +128,11 @@ def prepared(
     trained = Attached(adapters, differences=differences or {})
     with frozen(denoiser, recipe):
         first()
-        with attached(module, [trained]), checkpointed(module, recipe.checkpoint_depth):
+        with (
+            attached(module, [trained]),
+            checkpointed(module, recipe.checkpoint_depth),
+            compiled(module, recipe.compile and not recipe.offloading, varying_sizes=recipe.varying_sizes),
+        ):
             yield
 
 

@@ -171,6 +171,8 @@ def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
         yield "This device has no bf16 products and emulates them, slowly; training_dtype fp32 is faster here."
     if config.offloading and device.type == "cpu":
         yield "offloading changes nothing on the CPU, which computes where the weights are; quantization shrinks them."
+    elif config.offloading and config.compile:
+        yield "compile changes nothing with offloading, which is work for the host between any two layers."
 
 
 def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:
