@@ -17,7 +17,7 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "comfyui
 OWN = {
     "TrainLoraNode": [
         "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
-        "quantization", "schedule", "warmup_steps", "ema_decay", "validation_share", "patience", "previews",
+        "quantization", "compile", "schedule", "warmup_steps", "ema_decay", "validation_share", "patience", "previews",
         "preview_every", "private", "fresh",
     ],
 }

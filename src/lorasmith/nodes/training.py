@@ -95,6 +95,7 @@ _SETTINGS = (
     _own("max_grad_norm", default=0.0),
     _own("zero_init", default="down"),
     _own("quantization"),
+    _own("compile"),
     _own("schedule", default="constant"),
     _own("warmup_steps"),
     _own("ema_decay"),
