@@ -109,7 +109,7 @@ def test_nothing_stays_behind(groups: list[int]) -> None:
     net = Attention(32).requires_grad_(False)
     adapters = adapters_of(net)
     with attached(net, [Attached(adapters)]):
-        shared, index = net.to_q.forward.shared
+        shared, index = net.to_q.forward.__self__.shared
         x = torch.randn(2, 5, 32)
         net(x)
         assert shared._x is None

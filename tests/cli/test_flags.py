@@ -19,7 +19,8 @@ OPTIONS = options_of(TrainConfig)
 OTHERS: dict[str, Any] = {
     "algorithm": "LoKr", "differences": "norms", "zero_init": "down", "dora": "input", "optimizer": "Adam",
     "schedule": "cosine", "loss_function": "L1", "objective": "x0", "timesteps": "uniform", "lora_dtype": "fp32",
-    "loss_weighting": "min_snr", "quantization": "int8", "training_dtype": "none", "track": "wandb",
+    "loss_weighting": "min_snr", "quantization": "int8", "activations": "lean",
+    "training_dtype": "none", "track": "wandb",
     "previews": "-a fox |\nb", "targets": "",
     "existing_lora": "gone.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",
 }  # fmt: skip

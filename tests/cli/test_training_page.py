@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.training import compilation
 from tests.cli.test_resume import interrupted
 
 Command = Callable[..., Any]
@@ -23,7 +24,8 @@ COMMANDS = re.findall(r"^    lorasmith (train .*)$", PAGE, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(lorasmith: Command, photos: Path, command: str) -> None:
+def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # machine code for twenty blocks takes minutes
     for word, package in (("Prodigy", "prodigyopt"), ("tensorboard", "tensorboard")):
         if word in command:
             pytest.importorskip(package)

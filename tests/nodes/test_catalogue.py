@@ -17,8 +17,8 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "comfyui
 OWN = {
     "TrainLoraNode": [
         "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
-        "quantization", "activations", "schedule", "warmup_steps", "ema_decay", "validation_share", "patience",
-        "previews", "preview_every", "private", "fresh",
+        "quantization", "activations", "compile", "schedule", "warmup_steps", "ema_decay", "validation_share",
+        "patience", "previews", "preview_every", "private", "fresh",
     ],
 }
 # fmt: on

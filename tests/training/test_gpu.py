@@ -13,10 +13,13 @@ from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
+from lorasmith.training.compilation import compiler
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event, Warned
 from lorasmith.training.frozen_weights import kept
 from lorasmith.training.lora import Lora
 from lorasmith.training.streaming import WeightStream
-from lorasmith.training.train import TrainResult
+from lorasmith.training.train import TrainResult, plan_job
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,3 +91,37 @@ def test_a_stream_stays_within_a_few_layers_while_the_gpu_lags_behind() -> None:
             assert number % 16 or torch.equal(weight.mean().cpu(), torch.tensor(float(number)))
             del weight, y
     assert torch.cuda.max_memory_allocated() - before < 12 * size + 2 * x.numel() * 4
+
+
+@pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_checkpointing": True, "checkpoint_depth": 2}, {"quantization": "int8"}, {"rank_dropout": 0.3}],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_compiled_blocks_give_the_same_losses(
+    run: Callable[..., TrainResult], dataset: EncodedDataset, settings: dict[str, Any], dtype: str, tolerance: float
+) -> None:
+    heard: list[Event] = []
+    common: dict[str, Any] = {"training_dtype": dtype, "batch_size": 2, "device": "cuda", **settings}
+    compiled = run(dataset, compile=True, on_event=heard.append, **common)
+    assert not [event.message for event in heard if isinstance(event, Warned) and "compile" in event.message]
+    assert compiled.losses == pytest.approx(run(dataset, **common).losses, rel=tolerance)
+
+
+@pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+def test_compiled_blocks_take_mixed_sizes(run: Callable[..., TrainResult], mixed: EncodedDataset) -> None:
+    settings: dict[str, Any] = {"batch_size": 3, "device": "cuda"}
+    assert run(mixed, compile=True, **settings).losses == pytest.approx(run(mixed, **settings).losses, rel=1e-3)
+
+
+@pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], dataset: EncodedDataset) -> None:
+    settings: dict[str, Any] = {"compile": True, "deterministic": True, "device": "cuda", "batch_size": 2}
+    assert run(dataset, **settings).losses == run(dataset, **settings).losses
+
+
+def test_streamed_weights_are_not_compiled_aloud(tiny: Model) -> None:
+    job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), torch.device("cuda"))
+    assert any("compile changes nothing with offloading" in note for note in job.notes)

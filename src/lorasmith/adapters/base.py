@@ -88,7 +88,8 @@ class FrozenLayer:
     def product(self, x: Tensor, *, bias: bool) -> Tensor:
         """`W x`, with `+ b` if `bias`."""
         added = self.bias if bias else None
-        if self._source is None and not self.is_conv:  # a frozen Linear keeps no input; torch's convolution does
+        # A frozen Linear keeps no input, torch's convolution does; a compiler finds out by itself what is needed.
+        if self._source is None and (not self.is_conv or torch.compiler.is_compiling()):
             return self.product_with(self.weight, x, added)
         return _product(self, x, added)
 
@@ -183,6 +184,7 @@ class Adapter(nn.Module, ABC):
         rank_meaning: what `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
         transforms_output: whether g is something else than the identity; then the bias is added after it.
         reads_weight: whether `attached` looks at the layer's weight; then it is shown that of the adapters below too.
+        compiles: whether torch.compile takes `attached` in one piece, and keeps nothing of the weight's size for it.
     """
 
     algorithm: ClassVar[str]
@@ -190,6 +192,7 @@ class Adapter(nn.Module, ABC):
     rank_meaning: ClassVar[str]
     transforms_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

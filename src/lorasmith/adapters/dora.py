@@ -38,6 +38,7 @@ class DoraAdapter(Adapter):
 
     algorithm = "dora"
     reads_weight = True
+    compiles = True
     axis: ClassVar[int]
     """Dimension of the weight that the magnitudes are for."""
 

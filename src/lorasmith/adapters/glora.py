@@ -42,6 +42,7 @@ class GloraAdapter(Adapter):
     algorithm = "glora"
     summary = ALGORITHMS["GLoRA"].summary
     rank_meaning = ALGORITHMS["GLoRA"].rank_meaning
+    compiles = True
 
     def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa: F401  (algorithms register themselves)
@@ -26,7 +27,15 @@ from lorasmith.core.errors import LoraError
 _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 """Names of the layers of an attention, in diffusers' models, that are given the same input."""
 
-__all__ = ["Attached", "attached", "create_adapters", "load_adapters", "load_differences", "restore_forward"]
+__all__ = [
+    "Attached",
+    "adapters_on",
+    "attached",
+    "create_adapters",
+    "load_adapters",
+    "load_differences",
+    "restore_forward",
+]
 
 
 @dataclass(frozen=True)
@@ -126,16 +135,22 @@ def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
             module = model.get_submodule(path)
             own = module.__dict__.get("forward")
             undo.callback(restore_forward, module, own)
-            if isinstance(own, _Stacked) and own.shared is not None:
-                undo.callback(setattr, own.shared[0], "is_complete", own.shared[0].is_complete)
-                own.shared[0].is_complete = False
-            module.forward = _Stacked(FrozenLayer(module), on_layer.above(own))
+            if (below := _stacked(own)) is not None and below.shared is not None:
+                undo.callback(setattr, below.shared[0], "is_complete", below.shared[0].is_complete)
+                below.shared[0].is_complete = False
+            # As a method, for torch.compile tells methods apart by their function and other objects one by one.
+            module.forward = _Stacked(FrozenLayer(module), on_layer.above(own)).run
         _share_inputs(model, layers)
         for path, difference, strength in norms:
             module = model.get_submodule(path)
             undo.callback(restore_forward, module, module.__dict__.get("forward"))
             module.forward = difference.on_norm(module, module.forward, strength)
         yield
+
+
+def adapters_on(module: nn.Module) -> list[Adapter]:
+    """The adapters that are attached to a layer at the moment, innermost first."""
+    return [adapter for adapter, _ in _OnLayer().above(module.__dict__.get("forward")).adapters]
 
 
 def restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
@@ -155,7 +170,8 @@ class _OnLayer:
 
     def above(self, forward: object) -> _OnLayer:
         """This on top of what an enclosing call has attached, if it is that which made `forward`."""
-        below = forward.on_layer if isinstance(forward, _Stacked) else _OnLayer()
+        stacked = _stacked(forward)
+        below = _OnLayer() if stacked is None else stacked.on_layer
         return _OnLayer([*below.adapters, *self.adapters], [*below.biases, *self.biases])
 
 
@@ -183,8 +199,9 @@ class _Stacked:
             return None
         return adapter, self._layer, strength
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = None if self.shared is None else self.shared[0](self.shared[1], x)
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's forward."""
+        y = None if self.shared is None or torch.compiler.is_compiling() else self.shared[0](self.shared[1], x)
         if y is None:
             y = self._run(x)
         if self._bias_last:
@@ -195,14 +212,20 @@ class _Stacked:
         return y
 
 
+def _stacked(forward: object) -> _Stacked | None:
+    """What an attached layer's forward belongs to."""
+    owner = getattr(forward, "__self__", None)
+    return owner if isinstance(owner, _Stacked) else None
+
+
 def _share_inputs(model: nn.Module, paths: Iterable[str]) -> None:
     """Let attached layers of one attention that are given the same input be computed together."""
     groups: dict[tuple[object, ...], list[tuple[_Stacked, tuple[LowRank, FrozenLayer, float]]]] = defaultdict(list)
     for path in paths:
         parent, _, name = path.rpartition(".")
         names = next((names for names in _SAME_INPUT if name in names), None)
-        stacked = model.get_submodule(path).__dict__["forward"]
-        if names is None or stacked.single is None:
+        stacked = _stacked(model.get_submodule(path).forward)
+        if names is None or stacked is None or stacked.single is None:
             continue
         # Cross-attention has its keys and values from the text.
         is_text = getattr(model.get_submodule(parent), "is_cross_attention", False) and name != names[0]

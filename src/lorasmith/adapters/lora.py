@@ -55,6 +55,7 @@ class LowRank(Adapter):
         mask: what the inner dimension is multiplied with in a training step, (batch, rank); None for nothing.
     """
 
+    compiles = True
     alpha: float
     mask: Tensor | None = None
 

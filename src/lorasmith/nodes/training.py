@@ -97,6 +97,7 @@ _SETTINGS = (
     _own("zero_init", default="down"),
     _own("quantization"),
     _own("activations"),
+    _own("compile"),
     _own("schedule", default="constant"),
     _own("warmup_steps"),
     _own("ema_decay"),

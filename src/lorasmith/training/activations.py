@@ -54,7 +54,7 @@ def sparing(module: nn.Module, kind: str) -> Iterator[None]:
             own = layer.__dict__.get("forward")
             forward: Callable[[Tensor], Tensor] | None = None
             if isinstance(layer, CONVOLUTIONS) and own is None:
-                forward = FrozenProduct(FrozenLayer(layer), with_bias=True)
+                forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
             elif kind == "selective" and isinstance(layer, nn.Linear) and layer.out_features >= 4 * layer.in_features:
                 forward = functools.partial(_made_again, layer.forward)
             if forward is not None:

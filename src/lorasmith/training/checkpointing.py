@@ -8,7 +8,7 @@ covered too, and loss and gradients are the same with and without.
 from __future__ import annotations
 
 import contextlib
-import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +34,7 @@ def checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
     own = ["forward" in block.__dict__ for block in blocks]
     try:
         for block in blocks:
-            block.forward = functools.partial(_recomputed, block.forward)
+            block.forward = types.MethodType(_recomputed, block.forward)
         yield
     finally:
         for block, forward, was_own in zip(blocks, previous, own, strict=True):

@@ -18,6 +18,7 @@ NONE_LORA = "[None]"
 """What `existing_lora` says when there is none, as ComfyUI's list spells it."""
 
 _WHAT, _HOW, _MEMORY, _NUMBERS = "What is trained", "How it learns", "Memory", "Precision and repeatability"
+_SPEED = "Speed"
 _VARIANTS = "Variants of the algorithm"
 _WATCH, _KEEP = "Knowing whether it works", "Losing nothing"
 _FACTORS = ", ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "factor")
@@ -337,6 +338,12 @@ class TrainConfig:
     )
     quantized_backward: bool = option(
         False, group=_MEMORY, help="Run the backward products of quantized layers in low precision. Not available yet."
+    )
+    compile: bool = option(
+        False,
+        group=_SPEED,
+        help="Compile the model's blocks (torch.compile): the first step takes minutes, all others less time. It needs "
+        "a C++ compiler, on GPUs triton, and changes the last bits of the numbers.",
     )
     bucket_mode: bool = option(
         False,

@@ -29,6 +29,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.training.activations import economical, sparing
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
+from lorasmith.training.compilation import compiled
 from lorasmith.training.flat import FlatParameters
 from lorasmith.training.frozen_weights import kept
 from lorasmith.training.optimizers import GatedOptimizer
@@ -54,6 +55,8 @@ class Recipe:
         memory_budget: bytes on the device that `auto` may plan with, weights included; None for what is free.
         quantization: how frozen weights are kept, of `PACKINGS`.
         offloading: whether they wait in host memory.
+        compile: whether blocks run compiled, unless weights are streamed in.
+        varying_sizes: whether compiled code is for any size of latents.
     """
 
     steps: int
@@ -95,6 +98,8 @@ class Recipe:
     memory_budget: int | None = None
     quantization: str = "none"
     offloading: bool = False
+    compile: bool = False
+    varying_sizes: bool = False
 
 
 @contextlib.contextmanager
@@ -122,7 +127,7 @@ def prepared(
     first: Callable[[], None] = lambda: None,
     planned: Callable[[], Recipe] | None = None,
 ) -> Iterator[None]:
-    """The denoiser as it trains: frozen, adapters attached, blocks recomputed.
+    """The denoiser as it trains: frozen, adapters attached, blocks recomputed, and compiled.
 
     `first` is called when it is frozen and the adapters are not attached yet; `planned` when they are, for the recipe
     by which activations are kept, if that is not decided yet.
@@ -133,7 +138,11 @@ def prepared(
         first()
         with attached(module, [trained]):
             recipe = recipe if planned is None else planned()
-            with sparing(module, recipe.activations), checkpointed(module, recipe.checkpoint_depth):
+            with (
+                sparing(module, recipe.activations),
+                checkpointed(module, recipe.checkpoint_depth),
+                compiled(module, recipe.compile and not recipe.offloading, varying_sizes=recipe.varying_sizes),
+            ):
                 yield
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.training.compilation import compiler
 from lorasmith.training.config import WATCHING, TrainConfig
 from lorasmith.training.update_rules import rule_of
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
 
-_UNCOMPARED = WATCHING | {"existing_lora"}  # what matters of that file is in the initial weights
+# What matters of that file is in the initial weights, and compiled code changes what the environment does: last bits.
+_UNCOMPARED = WATCHING | {"existing_lora", "compile"}
 _SAMPLED = 64
 
 
@@ -83,9 +85,10 @@ def versions(optimizer: str) -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, optimizer: str) -> dict[str, Any]:
+def environment(device: torch.device, optimizer: str, *, compile: bool = False) -> dict[str, Any]:
     """What the last bits of a run's numbers depend on besides its fingerprint."""
     return {
+        **({"compiled_by": compiler(device)} if compile else {}),
         "versions": versions(optimizer),
         **(_gpu(device) if device.type == "cuda" else {"device": device.type}),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",

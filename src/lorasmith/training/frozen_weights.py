@@ -78,7 +78,7 @@ def kept(
             undo.callback(delattr, layer, WEIGHT_SOURCE)
             setattr(layer, WEIGHT_SOURCE, source)
             undo.callback(restore_forward, layer, layer.__dict__.get("forward"))
-            layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True)
+            layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
         if stream is not None:
             blocks = [block.modules() for block in blocks_at_depth(module, 1)]
             stream.ahead_bytes = max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)

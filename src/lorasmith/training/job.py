@@ -173,6 +173,8 @@ def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
         yield "activations host changes nothing on the CPU, whose memory is the host's; lean and selective shrink them."
     if config.offloading and device.type == "cpu":
         yield "offloading changes nothing on the CPU, which computes where the weights are; quantization shrinks them."
+    elif config.offloading and config.compile:
+        yield "compile changes nothing with offloading, which is work for the host between any two layers."
 
 
 def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:

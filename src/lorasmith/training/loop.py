@@ -2,8 +2,9 @@
 
 Watchers (validations, checkpoints, previews) are called between two steps. A step whose loss or gradient is not finite,
 or whose loss explodes, is left out: the loop goes back to its last snapshot, halves the learning rate and goes on with
-the draws behind that step. A step that runs out of memory is taken again in smaller pieces, of the same draws. Both
-depend on the step and on what came before alone, so that a run that was killed and resumed takes the same turns.
+the draws behind that step. A step that runs out of memory is taken again in smaller pieces, of the same draws; one
+whose compiled code fails, without compiling. All of it depends on the step and on what came before alone, so that a run
+that was killed and resumed takes the same turns.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from torch import Tensor
 from lorasmith.adapters.base import Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.core.allocator import is_out_of_memory
-from lorasmith.core.errors import LoraError, TrainingError
+from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, prefetched
+from lorasmith.training.compilation import reason
 from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, Recipe, batch_maker
-from lorasmith.training.events import EventHandler, Planned, RolledBack, Shrunk, StepDone
+from lorasmith.training.events import EventHandler, Planned, RolledBack, Shrunk, StepDone, Warned
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory_plan import chosen_plan, free_memory
 from lorasmith.training.noise_scale import NoiseScale
@@ -173,6 +175,7 @@ class Loop:
         self._good: RunState | None = None
         self._begun = False
         self._torn = False
+        self._eager = False
 
     @property
     def steps(self) -> int:
@@ -210,6 +213,7 @@ class Loop:
             "noise_scale": self._noise.to_json(),
             "micro_batch": recipe.micro_batch,
             "checkpoint_depth": recipe.checkpoint_depth,
+            "eager": self._eager,
             "layout": self.engine.flat.layout,
         }
         parts = {"engine": now.tensors}
@@ -240,6 +244,8 @@ class Loop:
         self._change(micro_batch=numbers["micro_batch"])
         if self.engine.recipe.activations != "auto":  # which decides on it anew, as it changes no number
             self._change(checkpoint_depth=numbers["checkpoint_depth"])
+        if numbers.get("eager"):
+            self._stop_compiling()
         if "snapshot" in numbers:
             kept = numbers["snapshot"]
             self._good = RunState(kept["step"], parts["snapshot"], kept["engine"])
@@ -255,36 +261,46 @@ class Loop:
         recipe = self.engine.recipe
         maker = batch_maker(self.engine.denoiser, self._samples, recipe, self.engine.dropout)
         first = recipe.first_step
-        trouble = ""
+        memory = failure = ""
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
             while self.step < self._until and not self._cancelled():
-                if trouble := self._take(coming):
+                memory, failure = self._take(coming)
+                if memory or failure:
                     break
                 waiting = self._between()
                 if waiting is None or waiting or self.reason:
                     return waiting or []
-        if trouble:  # now that nothing holds on to the activations any more
-            self._shrink(trouble)
+        if memory:  # now that nothing holds on to the activations any more
+            self._shrink(memory)
+        elif failure:
+            self._go_on_without_compiling(failure)
         elif self._hear(wait=True):
             self.reason = "finished" if self.step == self.steps else "cancelled"
         return []
 
-    def _take(self, coming: Iterator[tuple[int, list[Batch]]]) -> str:
-        """Take one step. A text says that memory ran out, and that the step is to be taken anew in smaller pieces."""
+    def _take(self, coming: Iterator[tuple[int, list[Batch]]]) -> tuple[str, str]:
+        """Take one step. The first text says that memory ran out, the second that compiled code failed.
+
+        The step is then to be taken anew in smaller pieces, or without compiling.
+        """
+        batches = None
         try:
             # The next step's batch is put on the device beside this one's work, so memory may run out there as well.
             _, batches = next(coming)
             gradient = self.engine.gradient(batches)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            if is_out_of_memory(error):
+                return str(error), ""
+            # What torch raises where it cannot compile is of any kind; if it was something else it comes again.
+            if batches is None or not self.engine.recipe.compile or isinstance(error, LorasmithError):
                 raise
-            return str(error)
+            return "", reason(error)
         self._torn = True
         self._taken[self.step] = _Taken.of(batches)
         self._mailbox.post(self.step, self.engine.update(self.step, *gradient))
         self.step += 1
         self._torn = False
-        return ""
+        return "", ""
 
     def _between(self) -> list[Watcher] | None:
         """What is due between two steps. Returns the watchers that wait for the bare model; None after going back."""
@@ -426,6 +442,19 @@ class Loop:
             self._change(activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
             self.tell(Planned(**asdict(plan), message=str(plan)))
         return self.engine.recipe
+
+    def _go_on_without_compiling(self, failure: str) -> None:
+        self._stop_compiling()
+        self.tell(
+            Warned(
+                message=f"Blocks cannot be compiled here ({failure}): step {self.step + 1} is taken again, and the "
+                "run goes on, without compile."
+            )
+        )
+
+    def _stop_compiling(self) -> None:
+        self._eager = True
+        self._change(compile=False)
 
     def _change(self, **settings: Any) -> None:
         self.engine.recipe = replace(self.engine.recipe, **settings)

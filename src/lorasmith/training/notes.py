@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from lorasmith.adapters.base import Adapter, FrozenLayer
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import OutputDora
 from lorasmith.adapters.dropout import Dropout
@@ -16,6 +16,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
+from lorasmith.training.compilation import compilable, units
 from lorasmith.training.config import TrainConfig, unused_settings
 from lorasmith.training.frozen_weights import packable_layers
 from lorasmith.training.update_rules import default_rate, takes_weight_decay
@@ -50,6 +51,7 @@ def notes_on(
         *_on_noise_levels(config, denoiser),
         *notes_on_plan(plan),
         *_on_targets(config, denoiser, plan, adapters, differences),
+        *_on_compiling(config, denoiser, adapters),
     )
 
 
@@ -92,7 +94,9 @@ def _on_settings(config: TrainConfig) -> Iterator[str]:
             "bypass_mode changes nothing here: training always runs adapters beside the weights, and how a LoRA is "
             "applied is chosen when it is loaded."
         )
-    if config.activations == "auto":
+    if config.compile and not config.is_default("activations"):
+        yield f"activations {config.activations} changes nothing with compile, which decides itself what to keep."
+    elif config.activations == "auto":
         if config.gradient_checkpointing:
             yield "gradient_checkpointing is left to activations auto, which measures whether it is needed."
     elif config.memory_budget is not None:
@@ -169,3 +173,26 @@ def _on_targets(
             yield f"Dropout leaves {spared} of {len(adapters)} layers alone, which go on from no LoRA."
     if not config.is_default("differences") and not differences:
         yield f"differences {config.differences} changes nothing: the model has none of those parameters."
+
+
+def _on_compiling(config: TrainConfig, denoiser: Denoiser, adapters: Mapping[str, Adapter]) -> Iterator[str]:
+    """Blocks that stay as they are."""
+    if not config.compile:
+        return
+    module = denoiser.module
+    blocks = units(module)
+    on_layer = {module.get_submodule(path): adapter for path, adapter in adapters.items()}
+    inside = [[on_layer[layer] for layer in block.modules() if layer in on_layer] for block in blocks]
+    left = [some for some in inside if not compilable(some)]
+    if not left and blocks:
+        return
+    kinds = sorted({ADAPTERS.canonical(one.algorithm) for some in left for one in some if not compilable([one])})
+    if len(left) < len(blocks):
+        yield (
+            f"compile leaves {len(left)} of {len(blocks)} blocks as they are, whose adapters ({', '.join(kinds)}) "
+            "torch does not compile."
+        )
+    elif left:
+        yield f"compile changes nothing: every block has adapters ({', '.join(kinds)}) that torch does not compile."
+    else:
+        yield "compile changes nothing: the model repeats no blocks."

@@ -55,7 +55,7 @@ def run_record(
         "adapters": {path: _size(adapter) for path, adapter in job.adapters.items()},
         "differences": {path: _size(difference) for path, difference in job.differences.items()},
         "fingerprint": fingerprint(job, parts.training, parts.held_out),
-        "environment": environment(device, job.config.optimizer),
+        "environment": environment(device, job.config.optimizer, compile=job.config.compile),
     }
 
 

@@ -27,6 +27,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.checkpoints import Checkpointer, free_bytes
+from lorasmith.training.compilation import sizes_vary
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, Recipe
 from lorasmith.training.events import Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
@@ -219,11 +220,18 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         device=device,
         deterministic=config.deterministic,
         checkpoint_depth=config.checkpoint_depth if config.gradient_checkpointing else 0,
-        activations=config.activations if config.activations != "host" or device.type != "cpu" else "keep",
+        activations=_activations(config, device),
         memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
         quantization=config.quantization,
         offloading=config.offloading and device.type != "cpu",
+        compile=config.compile,
     )
+
+
+def _activations(config: TrainConfig, device: torch.device) -> str:
+    """How activations are kept where the setting has an effect; notes say where it has none."""
+    is_idle = config.compile or (config.activations == "host" and device.type == "cpu")
+    return "keep" if is_idle else config.activations
 
 
 def _lacking_space(folder: Path, job: Job) -> str:
@@ -249,7 +257,7 @@ class _Run:
         self._around = around
         self._record = record
         self._folder = folder
-        self._recipe = recipe_of(job, around.device)
+        self._recipe = replace(recipe_of(job, around.device), varying_sizes=sizes_vary(parts.training.samples))
         self._started = time.time()
         self._draw = None if folder is None else around.previews(folder.path)
         self._handlers: list[EventHandler] = [around.on_event] if folder is None else [folder, around.on_event]
@@ -373,6 +381,8 @@ class _Run:
             found = list(dict.fromkeys(word for before in folder.environments() for word in differences(before, now)))
             if self._recipe.device.type == "cuda" and not self._recipe.deterministic:
                 found.append("the order in which a GPU adds up, for deterministic is off")
+            if self._recipe.compile and self._recipe.varying_sizes:
+                found.append("the sizes that compiled code meets first")
             same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
             self._tell(Resumed(step=start.step, message=f"Going on with {folder.path} from step {start.step}, {same}."))
 
