@@ -168,6 +168,31 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_no_weight_is_kept_for_the_backward_pass(toy: Toy, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager_decomp_partition")  # divides passes as machine code does
+    toy.narrow, toy.between, toy.wide = nn.ModuleList([Block(64)]), nn.Identity(), nn.ModuleList()
+    toy.requires_grad_(False)
+    adapters = adapters_for(toy)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with (
+        kept(toy, kind=kind, device=CPU, dtype=torch.float32),
+        attached(toy, [Attached(adapters)]),
+        compiled(toy, True),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        toy(x).sum().backward()
+    assert graphs() == 1 and len(saved) > 5
+    own = {parameter.data_ptr() for parameter in toy.parameters()}
+    assert max(tensor.numel() for tensor in saved if tensor.data_ptr() not in own) <= 2 * 3 * 128
+
+
 def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     adapters = adapters_for(toy)
     dropout = Dropout(adapters, rank=0.5, module=0.1, seed=0)

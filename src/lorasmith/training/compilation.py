@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.base import WEIGHT_SOURCE, Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.data.dataset import Sample
 from lorasmith.training.checkpointing import blocks_at_depth
@@ -94,10 +94,13 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
     if not wanted:
         yield
         return
-    from torch import _dynamo
+    from torch import _dynamo, _functorch
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(_dynamo.config.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=16 * _VARIANTS))
+        if any(WEIGHT_SOURCE in vars(layer) for layer in model.modules()):
+            # The backward pass makes weights anew; torch would find that it is the same twice, and keep the first.
+            undo.enter_context(_functorch.config.patch(cse=False))
         undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\.")  # on how it compiles, which nobody here can change
         for block in units(model):
