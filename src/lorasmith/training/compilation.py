@@ -97,7 +97,7 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
     from torch import _dynamo, _functorch
 
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_dynamo.config.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=16 * _VARIANTS))
+        undo.enter_context(_dynamo.config.patch(_limits(_dynamo.config)))
         if any(WEIGHT_SOURCE in vars(layer) for layer in model.modules()):
             # The backward pass makes weights anew; torch would find that it is the same twice, and keep the first.
             undo.enter_context(_functorch.config.patch(cse=False))
@@ -110,6 +110,12 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
             undo.callback(restore_forward, block, own)
             block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
         yield
+
+
+def _limits(config: object) -> dict[str, int]:
+    """torch's limits on variants of code, by the names that they have had since 2.7 or had before."""
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return {name: _VARIANTS, f"accumulated_{name}": 16 * _VARIANTS}
 
 
 class _Compiled:
