@@ -35,7 +35,7 @@ from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.compilation import compilable, compiled, compiler, sizes_vary, units
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
-from lorasmith.training.events import Event, Resumed, Warned
+from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.fingerprint import environment
 from lorasmith.training.frozen_weights import kept
 from lorasmith.training.train import TrainResult, plan_job, recipe_of
@@ -350,6 +350,25 @@ def test_where_torch_cannot_compile_the_run_goes_on(
     (message,) = (event.message for event in heard if isinstance(event, Warned) and "compile" in event.message)
     assert "there is no compiler here" in message and "\n" not in message and "step 1 is taken again" in message
     assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
+
+
+@pytest.mark.usefixtures("one_block")
+def test_a_run_that_went_on_without_stays_so_when_it_is_resumed(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heard: list[Event] = []
+
+    def some(**settings: Any) -> TrainResult:
+        return run(dataset, compile=True, output=tmp_path / "run", on_event=heard.append, **settings)
+
+    monkeypatch.setattr(compilation, "BACKEND", failing_forward)
+    stopped = some(cancelled=lambda: any(isinstance(event, StepDone) for event in heard))
+    assert stopped.reason == "cancelled"
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    before = graphs()
+    assert some().losses == run(dataset).losses
+    assert graphs() == before
+    assert sum(isinstance(event, Warned) and "cannot be compiled" in event.message for event in heard) == 1
 
 
 def test_no_compiler_at_all(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

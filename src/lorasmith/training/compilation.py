@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import subprocess
 import types
@@ -63,10 +64,11 @@ def sizes_vary(samples: Sequence[Sample]) -> bool:
 def compiler(device: torch.device) -> str:
     """What makes the code on a device, with its version; `none` where it is not installed."""
     if device.type == "cuda":
-        with contextlib.suppress(PackageNotFoundError):
-            return f"triton {version('triton')}"
+        for name in ("triton", "triton-windows", "pytorch-triton-rocm"):
+            with contextlib.suppress(PackageNotFoundError):
+                return f"triton {version(name)}"
         return "none"
-    for name in ("g++", "clang++", "cl"):
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl"):  # torch's own order
         if path := shutil.which(name):
             told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
             return told.partition("\n")[0] or name
