@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.inject import Attached, adapters_on, attached
@@ -33,13 +35,15 @@ from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.compilation import compilable, compiled, compiler, sizes_vary, units
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
-from lorasmith.training.events import Event, Resumed, Warned
+from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.fingerprint import environment
 from lorasmith.training.frozen_weights import kept
 from lorasmith.training.train import TrainResult, plan_job, recipe_of
 
 Run = Callable[..., TrainResult]
 CPU = torch.device("cpu")
+OTHERS = (ADAPTERS["GLoRA"].create, InputDora.create, OutputDora.create)
+"""Other adapters that are compiled."""
 
 
 class Block(nn.Module):
@@ -72,6 +76,24 @@ class Toy(nn.Module):
         return x
 
 
+class Chain(nn.Module):
+    """What it is given, one after the other."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def stages() -> Chain:
+    """Like a UNet: stages of blocks that have lists of layers inside. The second stage has one block more."""
+    return Chain(*(Chain(*(Chain(Block(8), Block(8)) for _ in range(blocks))) for blocks in (1, 2)))
+
+
 @pytest.fixture
 def toy() -> Toy:
     torch.manual_seed(0)
@@ -100,7 +122,7 @@ def adapters_for(model: nn.Module, make: Callable[..., Adapter] = LoraAdapter.cr
     return made
 
 
-def gradients(model: nn.Module, adapters: dict[str, Adapter], *, batch: int = 2) -> list[Tensor]:
+def gradients(model: nn.Module, adapters: Mapping[str, nn.Module], *, batch: int = 2) -> list[Tensor]:
     """The output, and the gradients to the adapters' parameters and to the input."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 5, 8, generator=g).requires_grad_()
@@ -119,7 +141,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("make", [LoraAdapter.create, ADAPTERS["GLoRA"].create, InputDora.create, OutputDora.create])
+@pytest.mark.parametrize("make", [LoraAdapter.create, *OTHERS])
 def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Adapter]) -> None:
     adapters = adapters_for(toy, make)
     with attached(toy, [Attached(adapters)]):
@@ -147,15 +169,28 @@ def test_a_dora_is_compiled_where_what_it_goes_around_is(toy: Toy) -> None:
     assert compilable([OutputDora.create(layer, rank=2, alpha=1.0, seed=0, path="", zero="up")])
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_recomputed_blocks(toy: Toy, depth: int) -> None:
-    adapters = adapters_for(toy)
-    with attached(toy, [Attached(adapters)]):
-        plain = gradients(toy, adapters)
-        with checkpointed(toy, depth), compiled(toy, True):
-            assert_close(gradients(toy, adapters), plain)
-    assert graphs() == 2
+@pytest.mark.parametrize("depth", [1, 2, 3], ids=["around", "the same", "inside"])
+def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
+    torch.manual_seed(0)
+    model = stages().requires_grad_(False)
+    assert units(model) == [block for stage in model.parts for block in stage.get_submodule("parts").children()]
+    adapters = adapters_for(model)
+    with attached(model, [Attached(adapters)]):
+        plain = gradients(model, adapters)
+        with checkpointed(model, depth), compiled(model, True):
+            assert_close(gradients(model, adapters), plain)
+    assert graphs() == 1
     assert not counters["graph_break"]
+
+
+def test_differences_of_norms_and_biases(toy: Toy) -> None:
+    paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
+    differences = {path: Difference.create(module) for path, module in paths.items()}
+    with attached(toy, [Attached({}, differences=differences)]):
+        plain = gradients(toy, differences)
+        with compiled(toy, True):
+            assert_close(gradients(toy, differences), plain)
+    assert graphs() > 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind != "none"])
@@ -166,6 +201,39 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
         with compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
     assert graphs() == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        *((kind, LoraAdapter.create) for kind in PACKINGS),
+        *((kind, make) for kind in ("none", "nf4") for make in OTHERS),
+    ],
+)
+def test_no_weight_is_kept_for_the_backward_pass(
+    toy: Toy, kind: str, make: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager_decomp_partition")  # divides passes as machine code does
+    toy.narrow, toy.between, toy.wide = nn.ModuleList([Block(64)]), nn.Identity(), nn.ModuleList()
+    toy.requires_grad_(False)
+    adapters = adapters_for(toy, make)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with (
+        kept(toy, kind=kind, device=CPU, dtype=torch.float32),
+        attached(toy, [Attached(adapters)]),
+        compiled(toy, True),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        toy(x).sum().backward()
+    assert graphs() == 1 and len(saved) > 5
+    own = {parameter.data_ptr() for parameter in toy.parameters()}
+    assert max(tensor.numel() for tensor in saved if tensor.data_ptr() not in own) <= 2 * 3 * 128
 
 
 def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
@@ -213,6 +281,13 @@ def test_units_are_blocks_that_repeat(tiny: Model) -> None:
     assert {"ResnetBlock2D", "Transformer2DModel"} <= set(kinds)
     assert not [kind for kind in kinds if kind.endswith("Block2D") and kind != "ResnetBlock2D"], "no whole stages"
     assert kinds.count("Transformer2DModel") > 2
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=2, num_attention_heads=1, attention_head_dim=8)
+    assert [type(block).__name__ for block in units(flux)] == [
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "FluxSingleTransformerBlock",
+    ]
 
 
 def test_sizes_of_samples(dataset: EncodedDataset, mixed: EncodedDataset) -> None:
@@ -275,6 +350,25 @@ def test_where_torch_cannot_compile_the_run_goes_on(
     (message,) = (event.message for event in heard if isinstance(event, Warned) and "compile" in event.message)
     assert "there is no compiler here" in message and "\n" not in message and "step 1 is taken again" in message
     assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
+
+
+@pytest.mark.usefixtures("one_block")
+def test_a_run_that_went_on_without_stays_so_when_it_is_resumed(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heard: list[Event] = []
+
+    def some(**settings: Any) -> TrainResult:
+        return run(dataset, compile=True, output=tmp_path / "run", on_event=heard.append, **settings)
+
+    monkeypatch.setattr(compilation, "BACKEND", failing_forward)
+    stopped = some(cancelled=lambda: any(isinstance(event, StepDone) for event in heard))
+    assert stopped.reason == "cancelled"
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    before = graphs()
+    assert some().losses == run(dataset).losses
+    assert graphs() == before
+    assert sum(isinstance(event, Warned) and "cannot be compiled" in event.message for event in heard) == 1
 
 
 def test_no_compiler_at_all(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import subprocess
 import types
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.base import WEIGHT_SOURCE, Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.data.dataset import Sample
 from lorasmith.training.checkpointing import blocks_at_depth
@@ -63,10 +64,11 @@ def sizes_vary(samples: Sequence[Sample]) -> bool:
 def compiler(device: torch.device) -> str:
     """What makes the code on a device, with its version; `none` where it is not installed."""
     if device.type == "cuda":
-        with contextlib.suppress(PackageNotFoundError):
-            return f"triton {version('triton')}"
+        for name in ("triton", "triton-windows", "pytorch-triton-rocm"):
+            with contextlib.suppress(PackageNotFoundError):
+                return f"triton {version(name)}"
         return "none"
-    for name in ("g++", "clang++", "cl"):
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl"):  # torch's own order
         if path := shutil.which(name):
             told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
             return told.partition("\n")[0] or name
@@ -94,10 +96,13 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
     if not wanted:
         yield
         return
-    from torch import _dynamo
+    from torch import _dynamo, _functorch
 
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_dynamo.config.patch(recompile_limit=_VARIANTS, accumulated_recompile_limit=16 * _VARIANTS))
+        undo.enter_context(_dynamo.config.patch(_limits(_dynamo.config)))
+        if any(WEIGHT_SOURCE in vars(layer) for layer in model.modules()):
+            # The backward pass makes weights anew; torch would find that it is the same twice, and keep the first.
+            undo.enter_context(_functorch.config.patch(cse=False))
         undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\.")  # on how it compiles, which nobody here can change
         for block in units(model):
@@ -107,6 +112,12 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
             undo.callback(restore_forward, block, own)
             block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
         yield
+
+
+def _limits(config: object) -> dict[str, int]:
+    """torch's limits on variants of code, by the names that they have had since 2.7 or had before."""
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return {name: _VARIANTS, f"accumulated_{name}": 16 * _VARIANTS}
 
 
 class _Compiled:
