@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasmith.adapters import few_pixels
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
@@ -144,15 +145,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        return layer.product_with(layer.weight, x, bias)
+        weight = layer.weight
+        if few_pixels.is_worthwhile(layer.module, x.shape, weight):
+            return few_pixels.convolve(layer.module, x, weight, bias)
+        return layer.product_with(weight, x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer, (grad,) = ctx.layer, grads
         if not layer.is_conv:
             return None, grad @ layer.weight, None
+        weight = layer.weight
+        if few_pixels.is_worthwhile(layer.module, ctx.shape, weight):
+            return None, few_pixels.gradient(layer.module, grad, weight, ctx.shape), None
         x = grad.new_empty(()).expand(ctx.shape)  # only its shape counts
-        _, grad_x = layer.product_gradients(grad, layer.weight, x, of_weight=False, of_input=True)
+        _, grad_x = layer.product_gradients(grad, weight, x, of_weight=False, of_input=True)
         return None, grad_x, None
 
 

@@ -1,0 +1,65 @@
+"""Convolutions as matrix products: the same function, where it pays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters import few_pixels
+from lorasmith.adapters.base import FrozenLayer, FrozenProduct
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_pixels, "_WEIGHTS_PER_PIXEL", 0)
+
+
+def outcome(layer: nn.Conv2d, x: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor]:
+    x = x.clone(memory_format=torch.channels_last).requires_grad_()
+    y = FrozenProduct(FrozenLayer(layer), with_bias=True)(x) if frozen else layer(x)
+    (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+    return y, grad
+
+
+@pytest.mark.parametrize("kernel", [1, 3, (3, 5)])
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_it_is_the_convolution(
+    kernel: int, stride: int, padding: int, bias: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 4, kernel, stride, padding, bias=bias).to(dtype, memory_format=torch.channels_last)
+    layer.requires_grad_(False)
+    x = torch.randn(2, 6, 7, 8, dtype=dtype)
+    assert few_pixels.is_worthwhile(layer, x.shape, layer.weight)
+    for found, expected in zip(outcome(layer, x, frozen=True), outcome(layer, x, frozen=False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert found.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 4, 3, groups=2),
+        nn.Conv2d(6, 4, 3, dilation=2),
+        nn.Conv2d(6, 4, 3, padding="same"),
+        nn.Conv1d(6, 4, 3),
+        nn.Linear(6, 4),
+    ],
+)
+def test_others_stay_convolutions(layer: nn.Module) -> None:
+    weight = layer.get_parameter("weight")
+    if weight.ndim == 4:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    assert not few_pixels.is_worthwhile(layer, torch.Size((1, 6, 8, 8)[: weight.ndim]), weight)
+
+
+def test_only_large_weights_on_few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    large = nn.Conv2d(1280, 640, 3, padding=1).to(memory_format=torch.channels_last)
+    assert few_pixels.is_worthwhile(large, torch.Size((1, 1280, 8, 8)), large.weight)
+    assert not few_pixels.is_worthwhile(large, torch.Size((1, 1280, 32, 32)), large.weight)
+    assert not few_pixels.is_worthwhile(large, torch.Size((4, 1280, 8, 8)), large.weight)
