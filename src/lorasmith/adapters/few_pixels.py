@@ -44,7 +44,7 @@ def gradient(module: nn.Conv2d, grad: Tensor, weight: Tensor, shape: Size) -> Te
     (down, right), (top, left) = module.stride, _padding(module)
     batch, channels, height, width = shape
     rows, columns = grad.shape[2:]
-    patches = (grad.permute(0, 2, 3, 1) @ _matrix(weight)).unflatten(3, (*module.kernel_size, channels))
+    patches = (grad.permute(0, 2, 3, 1) @ _matrix(weight)).view(batch, rows, columns, *module.kernel_size, channels)
     # Summed up in fp32, as within a convolution.
     padded = torch.zeros(batch, height + 2 * top, width + 2 * left, channels)
     for i in range(module.kernel_size[0]):
