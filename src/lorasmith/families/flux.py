@@ -174,6 +174,10 @@ class Flux(Family):
             "train it on conditioning that you encoded elsewhere"
         )
 
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
+
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]
         if height % 2 or width % 2:
