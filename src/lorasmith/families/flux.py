@@ -33,7 +33,7 @@ from lorasmith.families.checkpoint import OriginalCheckpoint
 from lorasmith.families.convert import build, from_original_tensors, module_paths, part_of_folder, weight_shapes
 from lorasmith.formats.names import ModelNames, OriginalName
 
-__all__ = ["Flux"]
+__all__ = ["Flux", "components_of"]
 
 _ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
 _MLP = ("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*", "*.proj_mlp", "*blocks.*.proj_out")
@@ -139,12 +139,12 @@ class Flux(Family):
             _config(checkpoint.denoiser_shapes),
             lambda model: from_original_tensors(model, _table(model), tensors),
         )
-        return _components(transformer)
+        return components_of(transformer)
 
     def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
         from diffusers import FluxTransformer2DModel
 
-        return _components(part_of_folder(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype))
+        return components_of(part_of_folder(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype))
 
     def kohya_version(self, parameterization: str) -> str:
         return "flux1"
@@ -204,7 +204,8 @@ class Flux(Family):
         return _unpacked(prediction, height, width)
 
 
-def _components(transformer: Any) -> Components:
+def components_of(transformer: Any) -> Components:
+    """Components around diffusers' transformer."""
     return Components(
         denoiser=transformer,
         schedule=FlowSchedule(shift=math.exp(_MAX_SHIFT)),
