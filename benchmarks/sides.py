@@ -113,15 +113,15 @@ class Ours(Side):
         self._warmup = 2 if settings.get("compile") else 1
         config = TrainConfig(**{**work.settings, **settings, "steps": work.steps + self._warmup})
         self._work = work
-        self._job = plan_job(work.model.denoiser, config, work.device)
-        self._recipe = recipe_of(self._job, work.device)
-        self.parameters = self._job.parameters
+        self.job = plan_job(work.model.denoiser, config, work.device)
+        self.recipe = recipe_of(self.job, work.device)
+        self.parameters = self.job.parameters
 
     def seconds(self) -> Sequence[float]:
-        return step_seconds(self._job, self._work.samples, self._recipe, warmup=self._warmup, clock=clock).seconds
+        return step_seconds(self.job, self._work.samples, self.recipe, warmup=self._warmup, clock=clock).seconds
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
-        return training_steps(self._job, self._work.samples, self._recipe, counter)
+        return training_steps(self.job, self._work.samples, self.recipe, counter)
 
 
 class Peft(Side):
