@@ -72,14 +72,14 @@ def _result(command: list[str], threads: int) -> Result:
 
 def _report(results: dict[str, list[Result]]) -> None:
     base = results["lorasmith"]
-    print("\n| side | step, s | × lorasmith | peak above weights, MiB | peak, MiB | first loss |")
-    print("|---|---|---|---|---|---|")
+    print("\n| side | step, s | × lorasmith | peak above weights, MiB | peak, MiB |")
+    print("|---|---|---|---|---|")
     for name, runs in results.items():
         ratio = statistics.median(a["step_cpu_s"] / b["step_cpu_s"] for a, b in zip(runs, base, strict=True))
         step, above, peak = (
             statistics.median(run[key] for run in runs) for key in ("step_cpu_s", "peak_above_mb", "peak_mb")
         )
-        print(f"| {name} | {step:.3f} | {ratio:.2f} | {above:.0f} | {peak:.0f} | {runs[0]['loss'][0]:.4f} |")
+        print(f"| {name} | {step:.3f} | {ratio:.2f} | {above:.0f} | {peak:.0f} |")
 
 
 def _arguments() -> argparse.Namespace:
