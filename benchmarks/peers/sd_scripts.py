@@ -15,9 +15,12 @@ import argparse
 import contextlib
 import copy
 import importlib
+import importlib.machinery
+import importlib.util
 import json
 import statistics
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +107,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    networks = sd_scripts_headless.boot(arguments.path)
+    networks = _networks(arguments.path)
     device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
     print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine()}, default=str))
     model = sd15(dtype, device)
@@ -145,6 +148,20 @@ def _compare(sides: dict[str, Side], rounds: int, device: torch.device) -> None:
             f"{ratios[1]:.3f} | {counts.held / MIB:.1f} | {peak / MIB:.1f} |",
             flush=True,
         )
+
+
+def _networks(checkout: Path) -> Any:
+    """Its module `networks.lora`. Its helpers import torchvision, whose transforms nothing here calls."""
+    if importlib.util.find_spec("torchvision") is None:
+        # Both look for torchvision when they are imported, and shall not find the stand-in.
+        importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")
+        importlib.import_module("diffusers.schedulers.scheduling_ddpm")
+        importlib.import_module("transformers.models.clip.modeling_clip")
+        module = types.ModuleType("torchvision")
+        module.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+        module.transforms = None  # type: ignore[attr-defined]
+        sys.modules["torchvision"] = module
+    return sd_scripts_headless.boot(checkout)
 
 
 def _their_unet(work: Work) -> Any:
