@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.step_time import VARIANTS, machine
+from benchmarks.models import machine
+from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError

@@ -1,18 +1,19 @@
 """Time and memory of a training step, as multiples of the floor and beside a plain diffusers + PEFT loop.
 
 The floor is one forward and one backward to the latents (which require grad) of the frozen model as diffusers gives
-it: same batch, same dtype, eager, contiguous. Everything runs in one process in alternating rounds, and ratios are
-medians over rounds, so that a busy machine slows both sides. On the CPU the clock is processor time.
+it: same batch, same dtype, eager, contiguous. Times are taken in one process in alternating rounds, and ratios are
+medians over rounds, so that a busy machine slows all sides. On the CPU the clock is processor time.
 
-    python benchmarks/step_time.py --model sd15 --latent 32 --dtype bf16
-    python benchmarks/step_time.py --model tiny --latent 16 --batch 8 --rounds 9
-    python benchmarks/step_time.py --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
+    python -m benchmarks.step_time --model sd15 --latent 32 --dtype bf16
+    python -m benchmarks.step_time --model flux --latent 32 64 --batch 1 4
+    python -m benchmarks.step_time --model sd15 --latent 64 --batch 4 --sides floor lorasmith --steps 1 --rounds 1
+    python -m benchmarks.step_time --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
 
-With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios are to LoRA's step.
-`sd15` is Stable Diffusion 1.5's UNet at full size with random weights; `tiny` the model that comes with the package.
-Memory is the peak resident size during the steps above that before them: activations and, on our own sides, what a run
-sets up (trained weights, gradients, optimizer state), which the PEFT loop has kept from its first round. On a GPU it is
-the allocator's peak.
+Models are described in `benchmarks.models`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
+pass keeps for the backward pass, `peak` the most above the frozen weights with all that is trained; both are bytes of
+tensors and the same each time (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
+process for each side. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
+are to LoRA's step.
 """
 
 from __future__ import annotations
@@ -20,36 +21,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
-import gc
-import itertools
 import json
-import platform
+import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
+from benchmarks.models import MODELS, machine
+from benchmarks.sides import Frozen, Ours, Peft, Side, Work, allocated_peak, counts_of, resident_peak
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.options import options_of
 from lorasmith.core.placement import held
-from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.base import Conditioning
-from lorasmith.families.loading import load_model
-from lorasmith.families.model import Denoiser, Model
-from lorasmith.families.stable_diffusion import StableDiffusion, components_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, StepDone
-from lorasmith.training.loop import fit
-from lorasmith.training.train import plan_job, recipe_of
-
-STEPS = 3  # timed per side and round
+from lorasmith.training.measure import synthetic_samples
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "DoRA-input": {"dora": "input"},
@@ -57,285 +47,183 @@ VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALG
 }
 """What is compared by `--algorithms` → settings of the run."""
 
-# On the CPU, processor seconds: what else runs on the machine counts less than in wall time. One thread is steadiest,
-# since waiting threads of a pool count as busy.
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+OURS: dict[str, dict[str, Any]] = {
+    "lorasmith": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "selective": {"activations": "selective"},
+    "compile": {"compile": True},
+}
+"""Sides of ours → settings of the run."""
+
+SIDES = ("forward", "floor", *OURS, "peft")
+TITLES = {"checkpointing": "lorasmith, checkpointing", "selective": "lorasmith, selective",
+          "compile": "lorasmith, compiled", "peft": "diffusers + PEFT"}  # fmt: skip
+MIB = 2**20
 
 
 @dataclass
-class Case:
-    """One side of the comparison: a function that takes STEPS steps and returns the seconds of each."""
+class Row:
+    """What is known of a side on a batch.
+
+    Attributes:
+        latent, batch: side of the square latents, and how many.
+        seconds: medians of the rounds.
+        kept, peak, resident: bytes; None where they were not measured.
+    """
 
     name: str
-    run: Callable[[], list[float]]
+    latent: int
+    batch: int
     parameters: int = 0
+    seconds: list[float] = field(default_factory=list)
+    kept: int | None = None
+    peak: int | None = None
+    resident: int | None = None
 
 
 def main() -> None:
     arguments = _arguments()
+    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": _set_up(arguments)}))
+    with _model(arguments) as open_work:
+        rows = [
+            row
+            for latent in arguments.latent
+            for batch in arguments.batch
+            for row in compare(arguments, open_work(latent, batch), latent, batch)
+        ]
+    report(arguments, rows)
+
+
+def compare(arguments: argparse.Namespace, work: Work, latent: int, batch: int) -> list[Row]:
+    """All sides on one batch."""
+    sides = {name: side_of(name, work) for name in arguments.sides}
+    rows = {name: Row(name, latent, batch) for name in sides}
+    for round_ in range(arguments.rounds + 1):
+        for name, side in sides.items():
+            taken = side.seconds()
+            if round_:  # the first round warms caches and lets libraries pick their kernels
+                rows[name].seconds.append(statistics.median(taken))
+    for name, side in sides.items():
+        side.close()
+        counts = counts_of(side, work.device)
+        rows[name].parameters = side.parameters
+        rows[name].kept = counts.held
+        rows[name].peak = counts.peak if work.device.type == "cpu" else allocated_peak(side, work.device)
+        if arguments.memory:
+            rows[name].resident = _in_a_process_of_its_own(arguments, name, latent, batch)
+    return list(rows.values())
+
+
+def side_of(name: str, work: Work) -> Side:
+    """A side by its name, or that of an algorithm."""
+    if name in ("forward", "floor"):
+        return Frozen(work, backward=name == "floor")
+    if name == "peft":
+        return Peft(work)
+    return Ours(work, **(OURS[name] if name in OURS else VARIANTS[name]))
+
+
+def report(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """One table with all rows; ratios are medians over rounds."""
+    memory = " resident, MiB |" * arguments.memory
+    other = "× LoRA | × floor" if arguments.algorithms is not None else "× floor | × (floor + forward)"
+    print(f"\n| latents | batch | side | parameters | step, s | {other} | kept, MiB | peak, MiB |{memory}")
+    print("|---|---|---|---|---|---|---|---|---|" + "---|" * arguments.memory)
+    for row in rows:
+        beside = {one.name: one.seconds for one in rows if (one.latent, one.batch) == (row.latent, row.batch)}
+        pair = (("LoRA",), ("floor",)) if arguments.algorithms is not None else (("floor",), ("floor", "forward"))
+        ratios = " | ".join(_ratio(row.seconds, *(beside.get(name) for name in names)) for names in pair)
+        bytes_ = [row.kept, row.peak, *([row.resident] if arguments.memory else [])]
+        print(
+            f"| {row.latent}×{row.latent} | {row.batch} | {TITLES.get(row.name, row.name)} | {row.parameters:,} | "
+            f"{statistics.median(row.seconds):.3f} | {ratios} | "
+            + " | ".join("" if one is None else f"{one / MIB:.1f}" for one in bytes_)
+            + " |"
+        )
+
+
+def _ratio(mine: list[float], *others: list[float] | None) -> str:
+    """Empty where one of the others was not measured."""
+    known = [one for one in others if one is not None]
+    if len(known) < len(others):
+        return ""
+    return f"{statistics.median(a / sum(b) for a, *b in zip(mine, *known, strict=True)):.3f}"
+
+
+@contextlib.contextmanager
+def _model(arguments: argparse.Namespace) -> Iterator[Any]:
+    """The model as a run holds it: conversions happen once, before its first step. Yields what makes a `Work`."""
+    device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
+    model = MODELS[arguments.model](dtype, device)
+    plain = copy.deepcopy(model.components.denoiser)
+
+    def work(latent: int, batch: int) -> Work:
+        samples = synthetic_samples(model, batch, latent, latent, tokens=arguments.tokens)
+        settings = {
+            "batch_size": batch,
+            "rank": arguments.rank,
+            "targets": arguments.targets,
+            "training_dtype": arguments.dtype,
+        }
+        return Work(model, plain, samples, settings, device, dtype, arguments.steps)
+
+    with held(model.components.denoiser, device=device, dtype=dtype):
+        yield work
+
+
+def _in_a_process_of_its_own(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> int:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident, arguments, name, latent, batch).result()
+
+
+def _resident(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> int:
+    _set_up(arguments)
+    with _model(arguments) as open_work:
+        work = open_work(latent, batch)
+        with side_of("forward", work).opened() as once:
+            once()  # loads what libraries load for it
+        return resident_peak(side_of(name, work))
+
+
+def _set_up(arguments: argparse.Namespace) -> str:
     if arguments.keep_memory:
         keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    device = torch.device(arguments.device)
-    dtype = dtype_from_name(arguments.dtype)
-    model = _model(arguments.model, dtype, device)
-    data = _dataset(model, arguments.batch, arguments.latent)
-    floor_model = copy.deepcopy(model.components.denoiser)
-    # Held for the whole benchmark: a run converts the weights once, before its first step.
-    with held(model.components.denoiser, device=device, dtype=dtype):
-        _compare(list(_cases(model, floor_model, data, arguments, device, dtype)), arguments, device)
-
-
-def _compare(cases: list[Case], arguments: argparse.Namespace, device: torch.device) -> None:
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    memory: dict[str, list[float]] = {case.name: [] for case in cases}
-    for round_ in range(arguments.rounds + 1):
-        for case in cases:
-            with _peak_memory(device) as peak:
-                taken = case.run()
-            if round_:  # the first round warms caches and lets libraries pick their kernels
-                seconds[case.name].append(statistics.median(taken))
-                memory[case.name].append(peak[0])
-    _report(arguments, cases, seconds, memory)
-
-
-def _cases(
-    model: Model,
-    floor_model: nn.Module,
-    data: EncodedDataset,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[Case]:
-    yield Case("forward", lambda: _floor(model, floor_model, data, device, dtype, backward=False))
-    yield Case("floor", lambda: _floor(model, floor_model, data, device, dtype, backward=True))
-    if arguments.algorithms is not None:
-        for name in dict.fromkeys(("LoRA", *(arguments.algorithms or VARIANTS))):
-            yield _ours(name, model.denoiser, data, arguments, device, **VARIANTS[name])
-        return
-    yield _ours("lorasmith", model.denoiser, data, arguments, device)
-    yield _ours("lorasmith, checkpointing", model.denoiser, data, arguments, device, gradient_checkpointing=True)
-    if arguments.peft:
-        peer = copy.deepcopy(floor_model)
-        yield Case("diffusers + PEFT", _peft(model, peer, data, arguments, device, dtype))
-
-
-def _floor(
-    model: Model, network: nn.Module, data: EncodedDataset, device: torch.device, dtype: torch.dtype, *, backward: bool
-) -> list[float]:
-    latents, conditioning, time_ = _inputs(data, device, dtype)
-    family = model.family
-
-    def once() -> None:
-        x = latents.clone().requires_grad_(backward)
-        with torch.set_grad_enabled(backward):
-            prediction = family.predict(network, x, time_, conditioning)
-            if backward:
-                prediction.float().square().mean().backward()
-
-    return _timed(once, device)
-
-
-def _ours(
-    name: str,
-    denoiser: Denoiser,
-    data: EncodedDataset,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    **settings: Any,
-) -> Case:
-    config = TrainConfig(
-        steps=STEPS + 1,
-        batch_size=arguments.batch,
-        rank=arguments.rank,
-        targets=arguments.targets,
-        training_dtype=arguments.dtype,
-        **settings,
-    )
-    job = plan_job(denoiser, config)
-    recipe = recipe_of(job, device)
-
-    def run() -> list[float]:
-        ends: list[float] = []
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, StepDone):
-                ends.append(clock())
-
-        fit(denoiser, job.adapters, data.samples, recipe, on_event=on_event, cancelled=lambda: False)
-        return [after - before for before, after in itertools.pairwise(ends)]
-
-    return Case(name, run, job.parameters)
-
-
-def _peft(
-    model: Model,
-    network: Any,
-    data: EncodedDataset,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Callable[[], list[float]]:
-    """diffusers' own text-to-image LoRA recipe: fp32 adapters under autocast, clipping, AdamW."""
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    config = TrainConfig(rank=arguments.rank, targets=arguments.targets)
-    paths = list(plan_job(model.denoiser, config).adapters)
-    network.add_adapter(LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=paths))
-    cast_training_params(network, dtype=torch.float32)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    latents, conditioning, time_ = _inputs(data, device, dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    def once() -> None:
-        noise = torch.randn_like(latents)
-        with autocast:
-            prediction = model.family.predict(network, latents + noise, time_, conditioning)
-        loss = nn.functional.mse_loss(prediction.float(), noise.float())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return lambda: _timed(once, device)
-
-
-def _timed(once: Callable[[], None], device: torch.device) -> list[float]:
-    taken = []
-    for _ in range(STEPS):
-        start = clock()
-        once()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(clock() - start)
-    return taken
-
-
-def _inputs(
-    data: EncodedDataset, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, Conditioning, torch.Tensor]:
-    latents = torch.stack([sample.latents for sample in data.samples]).to(device, dtype)
-    tensors = {
-        key: torch.cat([sample.conditioning.tensors[key] for sample in data.samples])
-        for key in data.samples[0].conditioning.tensors
-    }
-    return latents, Conditioning(tensors).to(device, dtype), torch.full((len(latents),), 500.0, device=device)
-
-
-def _dataset(model: Model, batch: int, side: int) -> EncodedDataset:
-    config = model.components.denoiser.config
-    g = torch.Generator().manual_seed(0)
-    return EncodedDataset(
-        tuple(
-            Sample(
-                torch.randn(config.in_channels, side, side, generator=g),
-                Conditioning({"context": torch.randn(1, 77, config.cross_attention_dim, generator=g)}),
-                f"{index}",
-            )
-            for index in range(batch)
-        )
-    )
-
-
-def _model(name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    if name == "tiny":
-        model = load_model("lorasmith-tiny", dtype=dtype)
-        model.components.denoiser.to(device)
-        return model
-    from diffusers import UNet2DConditionModel
-
-    config = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
-    unet = UNet2DConditionModel(**config).to(device, dtype).eval().requires_grad_(False)
-    components = components_of(unet, None, parameterization="epsilon")
-    return Model(StableDiffusion(1), components, title="random SD 1.5")
-
-
-@contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """MiB above what was there before, in the first element once the block is left."""
-    result = [0.0]
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield result
-        result[0] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    if not Path("/proc/self/clear_refs").exists():
-        yield result
-        result[0] = float("nan")
-        return
-    Path("/proc/self/clear_refs").write_text("5")
-    before_kib = _status_kib("VmRSS")
-    yield result
-    result[0] = (_status_kib("VmHWM") - before_kib) / 1024
-
-
-def _status_kib(field: str) -> int:
-    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(f"{field}:"))
-    return int(line.split()[1])
-
-
-def _report(
-    arguments: argparse.Namespace, cases: list[Case], seconds: dict[str, list[float]], memory: dict[str, list[float]]
-) -> None:
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine(), "steps": STEPS}))
-    if arguments.algorithms is not None:
-        _report_algorithms(cases, seconds, memory)
-        return
-    print("\n| side | step, s | × floor | × (floor + forward) | peak above weights, MiB |")
-    print("|---|---|---|---|---|")
-    for case in cases:
-        mine, floor, forward = seconds[case.name], seconds["floor"], seconds["forward"]
-        ratio = statistics.median(a / b for a, b in zip(mine, floor, strict=True))
-        whole = statistics.median(a / (b + c) for a, b, c in zip(mine, floor, forward, strict=True))
-        print(
-            f"| {case.name} | {statistics.median(mine):.3f} | {ratio:.3f} | {whole:.3f} "
-            f"| {statistics.median(memory[case.name]):.0f} |"
-        )
-
-
-def _report_algorithms(cases: list[Case], seconds: dict[str, list[float]], memory: dict[str, list[float]]) -> None:
-    print("\n| algorithm | parameters | step, s | × LoRA | × floor | peak above weights, MiB |")
-    print("|---|---|---|---|---|---|")
-    for case in cases:
-        mine = seconds[case.name]
-        ratios = [
-            statistics.median(a / b for a, b in zip(mine, seconds[other], strict=True)) for other in ("LoRA", "floor")
-        ]
-        print(
-            f"| {case.name} | {case.parameters:,} | {statistics.median(mine):.3f} | {ratios[0]:.2f} | {ratios[1]:.2f} "
-            f"| {statistics.median(memory[case.name]):.0f} |"
-        )
-
-
-def machine() -> str:
-    """Processor and threads, or the graphics card."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return machine()
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("tiny", "sd15"), default="sd15")
-    parser.add_argument("--latent", type=int, default=32, help="side of the square latents")
-    parser.add_argument("--batch", type=int, default=1)
+    add_common(parser)
+    parser.add_argument("--latent", type=int, nargs="+", default=[32], help="sides of the square latents")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="NAME", help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--compile", action="store_true", help="the compiled side as well")
+    parser.add_argument("--memory", action="store_true", help="resident memory too, in a process for each side")
+    parser.add_argument(
+        "--algorithms", nargs="*", choices=VARIANTS, metavar="NAME", help="compare these, or all if none is named"
+    )
+    arguments = parser.parse_args()
+    if arguments.algorithms is not None:
+        arguments.sides = list(dict.fromkeys(("forward", "floor", "LoRA", *(arguments.algorithms or VARIANTS))))
+    else:
+        known = options_of(TrainConfig)
+        usual = [name for name in SIDES if name != "compile" and set(OURS.get(name, ())) <= set(known)]
+        arguments.sides = [*(arguments.sides or usual), *(["compile"] if arguments.compile else [])]
+    return arguments
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of steps takes."""
+    parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--tokens", type=int, help="of the text; the family's usual number if left out")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", default="attention+ff")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32", "fp16"))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="timed of each side in each round")
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")
     parser.add_argument(
         "--keep-memory",
@@ -343,11 +231,6 @@ def _arguments() -> argparse.Namespace:
         default=True,
         help="let every side keep freed memory, as the command line does",
     )
-    parser.add_argument(
-        "--algorithms", nargs="*", choices=VARIANTS, metavar="NAME", help="compare these, or all if none is named"
-    )
-    parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

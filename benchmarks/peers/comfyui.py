@@ -1,165 +1,103 @@
-"""Time ComfyUI's own Train LoRA on a random-weight model, on the CPU, and print one JSON line.
+"""ComfyUI's own Train LoRA beside ours: the same checkpoint file, inputs, targets and optimizer, in one table.
 
-    python benchmarks/peers/comfyui.py --comfyui PATH/TO/ComfyUI --model sd15
-    python benchmarks/peers/comfyui.py --comfyui PATH/TO/ComfyUI --model flux-small --batch 4 --mode bypass
-    python benchmarks/peers/comfyui.py --comfyui PATH/TO/ComfyUI --model sd1-tiny --steps 3 --latent-size 8
+    python benchmarks/peers/comfyui.py --comfyui PATH/TO/ComfyUI --python PATH/TO/ITS/VENV/bin/python
+    python benchmarks/peers/comfyui.py --comfyui ... --python ... --model flux-small --batch 4 --rounds 3
 
-Defaults are the node's own: weight mode, bf16, rank 8, AdamW at 5e-4, gradient checkpointing at depth 1, every module
-trained. Weights, latents, captions and their seeds come from `tests/peers/models.py`, so that another trainer can be
-given the very same work; attention is torch's, as on a GPU. Flux needs checkpointing (its residuals are added in
-place, which autograd refuses otherwise).
-
-Numbers printed
-    step_cpu_s         median CPU seconds of this process per step, steadier than wall time on a shared machine
-    step_wall_s        median wall seconds per step
-    weights_mb         the model's weights, once, in the dtype of the checkpoint
-    peak_above_mb      peak resident memory during the measured steps, less what the process held before it loaded the
-                       model, less `weights_mb`: second copies of the weights count, the program itself does not
-                       (but for some 200 MB that torch allocates in its first steps)
-    loss               of each step, warm-up included
+ComfyUI lives in a venv of its own: torch and torchvision, then its requirements without torch*, comfyui-*, PyOpenGL and
+comfy-angle. Sides take turns, each round one process for each of them, on the CPU; ratios are medians over rounds.
+Seconds are processor seconds. What either side trains, and how memory is measured, is said in `comfyui_train.py` and
+`ours_train.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
-
-import comfyui_headless
-import models
-
-MODELS = {
-    "sd15": models.SD1_FULL,
-    "sd1-tiny": models.SD1_TINY,
-    "flux-small": models.FLUX_SMALL,
-    "flux-tiny": models.FLUX_TINY,
+HERE = Path(__file__).resolve().parent
+COMFYUI = {
+    "ComfyUI, default (weight, checkpointing)": ("weight", True),
+    "ComfyUI, weight": ("weight", False),
+    "ComfyUI, bypass": ("bypass", False),
+    "ComfyUI, bypass, checkpointing": ("bypass", True),
 }
-TOKENS = 77
-MB = 2**20
+OURS = {"lorasmith": False, "lorasmith, checkpointing": True}
+Result = dict[str, Any]
 
 
 def main() -> None:
     arguments = _arguments()
-    comfyui_headless.boot(arguments.comfyui)
-    import comfy.utils
-    import torch
-    from safetensors.torch import save_file
+    # Flux adds its residuals in place there, which autograd refuses without checkpointing.
+    sides = {name: how for name, how in COMFYUI.items() if how[1] or not arguments.model.startswith("flux")} | OURS
+    results: dict[str, list[Result]] = {name: [] for name in sides}
+    for _ in range(arguments.rounds):
+        for name in sides:
+            results[name].append(
+                _theirs(arguments, *COMFYUI[name]) if name in COMFYUI else _ours(arguments, OURS[name])
+            )
+            print(f"  {name}: {results[name][-1]['step_cpu_s']} s", file=sys.stderr, flush=True)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("comfyui", "python")}
+    print(json.dumps(settings | {"comfyui": results[next(iter(sides))][0]["comfyui"]}))
+    _report(results)
 
-    torch.set_num_threads(arguments.threads)
-    shape = MODELS[arguments.model]
-    weights = models.checkpoint(shape, arguments.seed, getattr(torch, arguments.weights))
-    weights_mb = sum(tensor.nbytes for tensor in weights.values()) / MB
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.safetensors"
-        save_file(weights, str(file))
-        del weights
-        gc.collect()
-        before_mb = _memory_mb("VmRSS")
-        patcher = comfyui_headless.load_model(file)
-        meter = _Meter(arguments.warmup)
-        comfy.utils.set_progress_bar_global_hook(meter)
-        losses = _train(patcher, shape, arguments)
-    settings = {key: value for key, value in vars(arguments).items() if key != "comfyui"}
-    figures = meter.figures() | {
-        "weights_mb": round(weights_mb, 1),
-        "peak_above_mb": round(meter.peak_mb - before_mb - weights_mb, 1),
-        "loss": [round(loss, 6) for loss in losses],
-    }
-    versions = {"comfyui": comfyui_headless.version(), "torch": torch.__version__}
-    print(json.dumps({"trainer": "comfyui"} | settings | versions | figures))
+
+def _theirs(arguments: argparse.Namespace, mode: str, checkpointing: bool) -> Result:
+    command = [str(arguments.python), str(HERE / "comfyui_train.py"), "--comfyui", str(arguments.comfyui)]
+    command += ["--mode", mode, "--checkpointing" if checkpointing else "--no-checkpointing"]
+    for name in ("model", "batch", "latent_size", "rank", "dtype", "steps", "warmup", "threads", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return _result(command, arguments.threads)
+
+
+def _ours(arguments: argparse.Namespace, checkpointing: bool) -> Result:
+    names = ("model", "batch", "latent_size", "rank", "dtype", "steps", "warmup", "threads", "seed", "differences")
+    settings = {name: getattr(arguments, name) for name in names} | {"checkpointing": checkpointing}
+    return _result([sys.executable, str(HERE / "ours_train.py"), json.dumps(settings)], arguments.threads)
+
+
+def _result(command: list[str], threads: int) -> Result:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(command[:2])} failed:\n{ran.stderr[-3000:]}")
+    result: Result = json.loads(ran.stdout.strip().splitlines()[-1])
+    return result
+
+
+def _report(results: dict[str, list[Result]]) -> None:
+    base = results["lorasmith"]
+    print("\n| side | step, s | × lorasmith | peak above weights, MiB | peak, MiB |")
+    print("|---|---|---|---|---|")
+    for name, runs in results.items():
+        ratio = statistics.median(a["step_cpu_s"] / b["step_cpu_s"] for a, b in zip(runs, base, strict=True))
+        step, above, peak = (
+            statistics.median(run[key] for run in runs) for key in ("step_cpu_s", "peak_above_mb", "peak_mb")
+        )
+        print(f"| {name} | {step:.3f} | {ratio:.2f} | {above:.0f} | {peak:.0f} |")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--weights", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
-    parser.add_argument("--mode", choices=("weight", "bypass"), default="weight")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of training and of the LoRA")
+    parser.add_argument("--python", type=Path, required=True, help="of the venv that ComfyUI runs in")
+    parser.add_argument("--model", choices=("sd15", "sd1-tiny", "flux-small", "flux-tiny"), default="sd15")
+    parser.add_argument("--differences", default="norms+biases", help="what ours trains besides; none leaves them out")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--latent-size", type=int, default=32, help="height and width of the latents")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least one")
+    parser.add_argument("--latent-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4, help="measured in each process")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.warmup < 1:
-        parser.error("--warmup must be at least 1: the first step's start is not seen")
-    return arguments
-
-
-class _Meter:
-    """ComfyUI's progress hook, which fires at the end of each step: notes the clocks, and peak memory after warm-up."""
-
-    def __init__(self, warmup: int) -> None:
-        self._warmup = warmup
-        self._cpu: list[float] = []
-        self._wall: list[float] = []
-        self.peak_mb = 0.0
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        self._cpu.append(time.process_time())
-        self._wall.append(time.perf_counter())
-        if len(self._cpu) == self._warmup:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
-        self.peak_mb = _memory_mb("VmHWM")
-
-    def figures(self) -> dict[str, float]:
-        return {"step_cpu_s": self._median(self._cpu), "step_wall_s": self._median(self._wall)}
-
-    def _median(self, ends: list[float]) -> float:
-        measured = ends[self._warmup - 1 :]
-        return round(statistics.median(after - before for before, after in itertools.pairwise(measured)), 4)
-
-
-def _memory_mb(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"/proc/self/status has no {field}; memory can be measured on Linux only")
-
-
-def _train(patcher: Any, shape: models.UNetShape | models.FluxShape, arguments: argparse.Namespace) -> list[float]:
-    """Run the node; one picture per place in the batch, four at least. Returns the losses."""
-    import torch
-    from comfy_extras.nodes_train import TrainLoraNode
-
-    count = max(4, arguments.batch)
-    size = arguments.latent_size
-    latents = models.seeded("latents", (count, shape.latent_channels, size, size), seed=arguments.seed)
-    context = models.seeded("context", (count, TOKENS, shape.context), seed=arguments.seed)
-    extra: list[dict[str, Any]] = [{} for _ in range(count)]
-    if isinstance(shape, models.FluxShape):
-        pooled = models.seeded("pooled", (count, shape.pooled), seed=arguments.seed)
-        extra = [{"pooled_output": pooled[i : i + 1], "guidance": 3.5} for i in range(count)]
-    settings = {
-        "batch_size": arguments.batch, "steps": arguments.warmup + arguments.steps, "grad_accumulation_steps": 1,
-        "learning_rate": 5e-4, "rank": arguments.rank, "optimizer": "AdamW", "loss_function": "MSE",
-        "seed": arguments.seed, "training_dtype": arguments.dtype, "lora_dtype": arguments.dtype,
-        "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": arguments.checkpointing,
-        "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]", "bucket_mode": False,
-        "bypass_mode": arguments.mode == "bypass",
-    }  # fmt: skip
-    torch.manual_seed(arguments.seed)
-    output = TrainLoraNode.execute(
-        model=[patcher],
-        latents=[{"samples": latents}],
-        positive=[[[context[i : i + 1], extra[i]] for i in range(count)]],
-        **{name: [value] for name, value in settings.items()},
-    )
-    losses: list[float] = output.result[1]["loss"]
-    return losses
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

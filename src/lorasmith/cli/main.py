@@ -7,6 +7,7 @@ import sys
 import typer
 
 from lorasmith.cli import (
+    bench,
     check,
     convert,
     demo,
@@ -53,6 +54,7 @@ merge.register(app)
 resize.register(app)
 extract.register(app)
 diff.register(app)
+bench.register(app)
 
 
 def main() -> None:

@@ -71,15 +71,21 @@ def reproducible(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(
-    module: nn.Module, *, device: torch.device, dtype: torch.dtype, without: Iterable[Tensor] = ()
+    module: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    without: Iterable[Tensor] = (),
+    layout: torch.memory_format | None = None,
 ) -> Iterator[None]:
     """Run `module` with its floating-point tensors in `dtype` on `device`.
 
     Converted copies stand in for the tensors meanwhile; the originals are kept and put back, bit for bit. A model that
-    is already there is not copied. Tensors in `without` are left as they are.
+    is already there is not copied. Tensors in `without` are left as they are. `layout` is of the kernels of
+    convolutions; None is the one that suits the module.
     """
     others = {id(tensor) for tensor in without}
-    layout = memory_format_for(module)
+    layout = layout or memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor in [*module.parameters(), *module.buffers()]:

@@ -1,4 +1,4 @@
-"""The family contract: a model architecture is data plus four functions and a name table.
+"""The family contract: a model architecture is data plus a few functions and a name table.
 
 Shared code (training, sampling, formats, nodes) never asks which family it works on; whatever differs between
 architectures is answered here. Adding a family is one module that subclasses `Family` and registers an instance.
@@ -218,6 +218,10 @@ class Family(ABC):
             text: the prompt.
             skip_layers: how many of the encoder's last layers to leave out ("clip skip" minus one).
         """
+
+    @abstractmethod
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what a prompt of usual length gives, batch of 1: all that `predict` needs."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -33,7 +33,7 @@ from lorasmith.families.checkpoint import OriginalCheckpoint
 from lorasmith.families.convert import build, from_original_tensors, module_paths, part_of_folder, weight_shapes
 from lorasmith.formats.names import ModelNames, OriginalName
 
-__all__ = ["Flux"]
+__all__ = ["Flux", "components_of"]
 
 _ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
 _MLP = ("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*", "*.proj_mlp", "*blocks.*.proj_out")
@@ -139,12 +139,12 @@ class Flux(Family):
             _config(checkpoint.denoiser_shapes),
             lambda model: from_original_tensors(model, _table(model), tensors),
         )
-        return _components(transformer)
+        return components_of(transformer)
 
     def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
         from diffusers import FluxTransformer2DModel
 
-        return _components(part_of_folder(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype))
+        return components_of(part_of_folder(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype))
 
     def kohya_version(self, parameterization: str) -> str:
         return "flux1"
@@ -174,6 +174,10 @@ class Flux(Family):
             "train it on conditioning that you encoded elsewhere"
         )
 
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
+
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]
         if height % 2 or width % 2:
@@ -200,7 +204,8 @@ class Flux(Family):
         return _unpacked(prediction, height, width)
 
 
-def _components(transformer: Any) -> Components:
+def components_of(transformer: Any) -> Components:
+    """Components around diffusers' transformer."""
     return Components(
         denoiser=transformer,
         schedule=FlowSchedule(shift=math.exp(_MAX_SHIFT)),

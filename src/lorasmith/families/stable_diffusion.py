@@ -154,6 +154,10 @@ class StableDiffusion(Family):
         )
         return Conditioning({"context": context, "pooled": pooled}, text)
 
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 77, config.cross_attention_dim)}
+
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = denoiser(
             latents, time, encoder_hidden_states=conditioning.tensors["context"], return_dict=False

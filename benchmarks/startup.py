@@ -1,0 +1,60 @@
+"""How long the command line takes to say something, and to take its first step.
+
+`--help` is the wall time of `lorasmith --help`, the median of fresh processes. `first step` is the wall time from the
+command `lorasmith train`, on the example pictures and the built-in model, to the end of its first step; the first of
+those runs warms the caches and is not counted.
+
+    python -m benchmarks.startup
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lorasmith.core.folders import ASSETS
+
+_MAIN = "from lorasmith.cli.main import main; main()"
+
+
+def main() -> None:
+    arguments = _arguments()
+    helps = [_seconds(["--help"]) for _ in range(arguments.times)]
+    with tempfile.TemporaryDirectory() as folder:
+        steps = [_first_step(Path(folder) / str(index), arguments.pictures) for index in range(arguments.times + 1)]
+    print("| | median, s | fastest | slowest |")
+    print("|---|---|---|---|")
+    for name, seconds in {"lorasmith --help": helps, "lorasmith train, to the first step": steps[1:]}.items():
+        print(f"| `{name}` | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", _MAIN, *command], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def _first_step(output: Path, pictures: str) -> float:
+    """Seconds to the first step, by the time at which the log of the run says that it was taken."""
+    command = ["train", str(ASSETS / "input" / pictures), "--model", "lorasmith-tiny", "--steps", "1"]
+    start = time.time()
+    _seconds([*command, "--output", str(output)])
+    events = map(json.loads, (output / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    return float(next(event["at"] for event in events if event["event"] == "StepDone")) - start
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=5, help="fresh processes of each kind")
+    parser.add_argument("--pictures", default="fox", help="folder of the example pictures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""`lorasmith bench`: what a training step costs on this machine, and what limits it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.flags import with_flags
+from lorasmith.core.options import options_of
+from lorasmith.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lorasmith.training.job import Job
+    from lorasmith.training.limits import Measured
+    from lorasmith.training.measure import Counts, Spread
+
+__all__ = ["register"]
+
+_GROUPS = ("What is trained", "Variants of the algorithm", "Memory")
+_ALSO = ("batch_size", "grad_accumulation_steps", "optimizer", "optimizer_args", "ema_decay", "training_dtype")
+_NOT = ("existing_lora", "bypass_mode")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    options = {
+        name: one
+        for name, one in options_of(TrainConfig).items()
+        if (one.group in _GROUPS or name in (*_ALSO, "deterministic")) and name not in _NOT
+    }
+    app.command("bench", help=bench.__doc__)(with_flags(bench, options, aliases={"training_dtype": "--dtype"}))
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."),
+    ] = "lorasmith-tiny",
+    resolution: Annotated[
+        int | None, typer.Option(help="Side in pixels of the square pictures. Left out: the model's own.")
+    ] = None,
+    measured_steps: Annotated[
+        int | None, typer.Option("--steps", min=2, help="Steps that are timed. Left out: some seconds of them.")
+    ] = None,
+    floor: Annotated[
+        bool, typer.Option("--floor/--no-floor", help="Measure the frozen model beside it, which needs it whole.")
+    ] = True,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: the first GPU, or the CPU.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    **settings: Any,
+) -> None:
+    """Measure what a training step costs on this machine, and say what limits it.
+
+    Takes the options of `lorasmith train` that change the cost of a step, and random pictures and captions. The floor
+    is one forward and one backward pass of the frozen model as diffusers gives it: nothing that trains all layers is
+    faster.
+    """
+    from lorasmith.core.placement import chosen_device
+    from lorasmith.families.loading import load_model
+    from lorasmith.training.bench import latent_side, measured
+    from lorasmith.training.job import plan_job
+    from lorasmith.training.measure import synthetic_samples
+    from lorasmith.training.train import recipe_of
+
+    config = TrainConfig(**settings)
+    place = chosen_device(device)
+    with console.status(f"Loading {model}") as status:
+        base = load_model(model)
+        side = latent_side(base, resolution)
+        job = plan_job(base.denoiser, config, place)
+        samples = synthetic_samples(base, config.batch_size * config.grad_accumulation_steps, side, side)
+        found = measured(
+            job,
+            samples,
+            recipe_of(job, place),
+            steps=measured_steps,
+            floor=floor,
+            tell=lambda what: status.update(f"Measuring {what}"),
+        )
+    pixels = side * base.components.latent.downscale
+    if as_json:
+        console.print_json(json.dumps(_everything(found, job, model, pixels, str(place))))
+        return
+    _print(found, job, pixels, str(place))
+
+
+def _everything(found: Measured, job: Job, model: str, pixels: int, device: str) -> dict[str, Any]:
+    import torch
+
+    from lorasmith.training.fingerprint import environment
+    from lorasmith.training.limits import limits, shares
+
+    return {
+        "model": model,
+        "pixels": pixels,
+        "settings": dataclasses.asdict(job.config),
+        "trained": job.parameters,
+        "environment": environment(torch.device(device), job.config.optimizer),
+        **dataclasses.asdict(found),
+        "step_s": found.step.median,
+        "of_floor": found.of_floor,
+        "images_per_hour": found.images_per_hour,
+        "shares": [dataclasses.asdict(one) for one in shares(found)],
+        "limits": limits(found),
+        "notes": job.notes,
+    }
+
+
+def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
+    from rich.table import Table
+
+    from lorasmith.training.limits import limits
+
+    base, config, counts = job.denoiser.base, job.config, found.counts
+    say(f"{base.title} ({base.family.title}) on {_machine(device)}, products in {config.training_dtype}")
+    say(job.summary)
+    say(f"batch {config.batch_size} × {config.grad_accumulation_steps}, {pixels}×{pixels} pixels")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "seconds", "from", "to", "GFLOP", "operations", "kept for backward, MiB"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    if found.forward is not None:
+        table.add_row("forward", *_seconds(found.forward))
+    if found.floor is not None:
+        table.add_row("floor", *_seconds(found.floor), *_counted(found.floor_counts))
+    table.add_row("[bold]step[/]", *_seconds(found.step), *_counted(counts))
+    console.print()
+    console.print(table)
+    console.print()
+    console.print(f"[bold]{found.images_per_hour:,.0f}[/] images an hour", soft_wrap=True)
+    if found.of_floor is not None:
+        passes = "" if found.passes == 1 else f" × {found.passes}"
+        console.print(f"[bold]{found.of_floor:.0%}[/] of a step is the floor{passes}", soft_wrap=True)
+    elif found.floor is None:
+        say("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
+    have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"
+    say(
+        f"Memory: {_mib(found.weights)} of frozen weights, and {_mib(found.above)} above them in a step, of which "
+        f"{_mib(counts.state)} for what is trained; at most {_mib(found.peak)}{have}"
+    )
+    console.print("\n[bold]What limits it[/]")
+    for sentence in limits(found):
+        say(f"- {sentence}")
+    for note in job.notes:
+        remark(note)
+
+
+def _seconds(spread: Spread) -> list[str]:
+    return [f"{number:.3f}" for number in (spread.median, spread.low, spread.high)]
+
+
+def _counted(counts: Counts | None) -> list[str]:
+    if counts is None:
+        return []
+    return [f"{counts.flops / 1e9:,.1f}", f"{counts.operations:,}", f"{counts.held / 2**20:,.1f}"]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _machine(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads != 1)}"

@@ -1,0 +1,105 @@
+"""What a piece of work does, counted as it happens: operations, FLOPs, bytes that are alive, bytes that travel.
+
+Numbers are those of torch's operations, so they are the same on every run and do not depend on what else the machine
+does. What a kernel uses inside (scratch memory, its own copies) is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+__all__ = ["Counter"]
+
+_flops: Callable[..., int] = sdpa_flop_count
+_backward_flops: Callable[..., int] = sdpa_backward_flop_count
+_aten = torch.ops.aten
+
+
+def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(_flops(query.shape, key.shape, value.shape))
+
+
+def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(_backward_flops(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    # torch's table has no attention of the CPU.
+    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts while it is entered, which may be several times; memory is followed outside of it as well.
+
+    Args:
+        device: whose memory is counted.
+
+    Attributes:
+        operations: those that compute something; views are left out.
+        flops: of products and attention, a multiplication and an addition being two.
+        live: bytes that were made inside and are still there.
+        peak: the highest `live`.
+        held: the highest `live` at the beginning of a backward pass: what the forward pass keeps for it.
+        sent: bytes that came to the device from somewhere else.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._sizes: dict[int, int] = {}
+        self._backward = -1
+        self.live = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Count anew; what is alive stays alive."""
+        self.operations = self.flops = self.sent = self.held = 0
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._notice_backward()
+        result = func(*args, **kwargs)
+        formula = _FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        known = {one.untyped_storage()._cdata for one in inputs}
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        fresh = [one for one in made if one.untyped_storage()._cdata not in known]
+        self.operations += bool(fresh) or func._schema.is_mutable
+        for one in fresh:
+            self._follow(one)
+        if any(one.device.type != self._device.type for one in inputs if one.ndim):
+            self.sent += sum(one.nbytes for one in fresh if one.device.type == self._device.type)
+        return result
+
+    def _notice_backward(self) -> None:
+        task = torch._C._current_graph_task_id()
+        # Recomputing a block starts no backward pass of its own, so each pass is noticed once.
+        if task not in (-1, self._backward):
+            self.held = max(self.held, self.live)
+        self._backward = task if task != -1 else self._backward
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type != self._device.type or storage._cdata in self._sizes:
+            return
+        self._sizes[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, storage._cdata).atexit = False
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
