@@ -50,13 +50,14 @@ VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALG
 OURS: dict[str, dict[str, Any]] = {
     "lorasmith": {},
     "checkpointing": {"gradient_checkpointing": True},
+    "lean": {"activations": "lean"},
     "selective": {"activations": "selective"},
     "compile": {"compile": True},
 }
 """Sides of ours → settings of the run."""
 
 SIDES = ("forward", "floor", *OURS, "peft")
-TITLES = {"checkpointing": "lorasmith, checkpointing", "selective": "lorasmith, selective",
+TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean", "selective": "lorasmith, selective",
           "compile": "lorasmith, compiled", "peft": "diffusers + PEFT"}  # fmt: skip
 MIB = 2**20
 
