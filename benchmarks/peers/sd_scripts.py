@@ -18,6 +18,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import statistics
 import sys
 import types
@@ -104,6 +105,7 @@ class SdScripts(Side):
 
 def main() -> None:
     arguments = _arguments()
+    logging.disable(logging.INFO)  # it tells of every block
     keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
