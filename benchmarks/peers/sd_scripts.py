@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
 import sd_scripts_headless
 
-from benchmarks.models import clock, machine, sd15
+from benchmarks.bases import clock, machine, sd15
 from benchmarks.sides import Frozen, Once, Ours, Side, Work, allocated_peak, counts_of
 from benchmarks.step_time import MIB
 from lorasmith.core.allocator import keep_freed_memory
