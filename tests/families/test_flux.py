@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import models
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from original_models import save
 from torch import Tensor
 
-import models
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.flux import _packed, _positions, _unpacked
