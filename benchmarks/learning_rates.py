@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.models import machine
+from benchmarks.bases import machine
 from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory

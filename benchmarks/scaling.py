@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.models import MODELS, machine
+from benchmarks.bases import MODELS, machine
 from benchmarks.sides import Ours, Work, counts_of
 from benchmarks.step_time import MIB, add_common
 from lorasmith.core.allocator import keep_freed_memory

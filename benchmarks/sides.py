@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import clock
+from benchmarks.bases import clock
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import collate
 from lorasmith.families.model import Model

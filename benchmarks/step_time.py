@@ -9,7 +9,7 @@ medians over rounds, so that a busy machine slows all sides. On the CPU the cloc
     python -m benchmarks.step_time --model sd15 --latent 64 --batch 4 --sides floor lorasmith --steps 1 --rounds 1
     python -m benchmarks.step_time --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
 
-Models are described in `benchmarks.models`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
+Models are described in `benchmarks.bases`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
 pass keeps for the backward pass, `peak` the most above the frozen weights with all that is trained; both are bytes of
 tensors and the same each time (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
 process for each side. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import MODELS, machine
+from benchmarks.bases import MODELS, machine
 from benchmarks.sides import Frozen, Ours, Peft, Side, Work, allocated_peak, counts_of, resident_peak
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory

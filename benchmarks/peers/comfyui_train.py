@@ -35,7 +35,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
 import comfyui_headless
-
 import models
 
 MODELS = {

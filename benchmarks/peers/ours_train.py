@@ -19,10 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
+import models
 from comfyui_train import MB, MODELS, TOKENS, Meter, memory_mb
 from safetensors.torch import save_file
 
-import models
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning

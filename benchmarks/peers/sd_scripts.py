@@ -18,6 +18,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import statistics
 import sys
 import types
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
 import sd_scripts_headless
 
-from benchmarks.models import clock, machine, sd15
+from benchmarks.bases import clock, machine, sd15
 from benchmarks.sides import Frozen, Once, Ours, Side, Work, allocated_peak, counts_of
 from benchmarks.step_time import MIB
 from lorasmith.core.allocator import keep_freed_memory
@@ -104,6 +105,7 @@ class SdScripts(Side):
 
 def main() -> None:
     arguments = _arguments()
+    logging.disable(logging.INFO)  # it tells of every block
     keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)

@@ -183,6 +183,13 @@ def test_odd_latents_are_refused(model: Model, size: tuple[int, int]) -> None:
     )
 
 
+def test_conditioning_of_the_shapes_that_it_names_is_taken(model: Model) -> None:
+    shapes = model.family.conditioning_shapes(model.components.denoiser)
+    assert shapes["context"][1] == 512
+    told = Conditioning({name: torch.zeros(shape) for name, shape in shapes.items()})
+    assert model.denoiser.predict(torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), told).shape == (1, 16, 4, 4)
+
+
 def arguments_of(model: Model, given: Conditioning) -> dict[str, Any]:
     denoiser = model.components.denoiser
     with mock.patch.object(denoiser, "forward", side_effect=lambda **kwargs: (kwargs["hidden_states"],)) as forward:
