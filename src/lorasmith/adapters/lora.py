@@ -223,7 +223,7 @@ class _LinearWithLora(torch.autograd.Function):
         factor: float,
         mask: Tensor | None,
     ) -> Tensor:
-        y = F.linear(x, layer.weight, bias)
+        y = layer.times(x, bias)
         inner = F.linear(x, down)
         if mask is not None:
             inner.mul_(mask)
@@ -241,7 +241,7 @@ class _LinearWithLora(torch.autograd.Function):
             grad_inner.view(inner.shape).mul_(mask)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.layer.weight).addmm_(grad_inner, down).view(x.shape)
+            grad_x = ctx.layer.grad_times(grad).addmm_(grad_inner, down).view(x.shape)
         if ctx.needs_input_grad[3]:  # an adapter that runs below the trained one is frozen
             grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[4]:

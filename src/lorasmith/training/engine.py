@@ -29,7 +29,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.flat import FlatParameters
-from lorasmith.training.frozen_weights import kept
+from lorasmith.training.frozen_weights import kept, multiplied_in_fp8
 from lorasmith.training.optimizers import GatedOptimizer
 from lorasmith.training.precision import LossScale
 from lorasmith.training.schedules import rate_factor
@@ -50,6 +50,7 @@ class Recipe:
         checkpoint_depth: 0 for no gradient checkpointing.
         quantization: how frozen weights are kept, of `PACKINGS`.
         offloading: whether they wait in host memory.
+        quantized_backward: whether products with weights in fp8 are in fp8.
     """
 
     steps: int
@@ -89,6 +90,7 @@ class Recipe:
     checkpoint_depth: int
     quantization: str = "none"
     offloading: bool = False
+    quantized_backward: bool = False
 
 
 @contextlib.contextmanager
@@ -102,6 +104,8 @@ def frozen(denoiser: Denoiser, recipe: Recipe) -> Iterator[None]:
         stream = WeightStream(device) if recipe.offloading else None
         packed = stack.enter_context(kept(module, kind=kind, device=device, dtype=dtype, stream=stream))
         stack.enter_context(held(module, device=device, dtype=dtype, without=packed))
+        if recipe.quantized_backward:
+            stack.enter_context(multiplied_in_fp8(module))
         stack.enter_context(attached(module, attachments(module, denoiser.patches)))
         yield
 
