@@ -13,7 +13,7 @@ from lorasmith.adapters.dora import OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
 from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
@@ -145,6 +145,11 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
     share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
     yield f"quantization {config.quantization} is of {share:.1%} of the frozen weights: Linear layers and convolutions."
+    if again := len(packed_layers(denoiser.module)):
+        yield (
+            f"{again} of these weights are quantized in the checkpoint already and rounded a second time; quantization "
+            "none keeps them as they are there."
+        )
     if config.previews:
         yield "Previews are drawn with the base model as it is, not with the quantized one that training sees."
 
