@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from layer_cases import KINDS, LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import WEIGHT_SOURCE, Adapter, FrozenLayer, FrozenProduct
+from lorasmith.adapters.base import Adapter, FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
-from lorasmith.core.quantization import packed
+from lorasmith.adapters.packed_layers import give_source
+from lorasmith.core.quantization import Packed, packed
 
 pytestmark = [
     pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS),
@@ -38,11 +40,8 @@ def passes(model: nn.Module, adapters: dict[str, Adapter], x: Tensor) -> Iterato
         yield torch.autograd.grad(y.square().sum(), [x, *trained])
 
 
-def with_source(model: nn.Module, source: Callable[[], Tensor]) -> nn.Module:
-    layer = model.get_submodule("layer")
-    setattr(layer, WEIGHT_SOURCE, source)
-    layer.weight.data = torch.full((), torch.nan).expand(layer.weight.shape)
-    layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True)
+def with_packed(model: nn.Module, weight: Packed) -> nn.Module:
+    give_source(model.get_submodule("layer"), weight, device=torch.device("cpu"), dtype=torch.float32)
     return model
 
 
@@ -54,7 +53,7 @@ def test_outputs_and_gradients_are_exactly_those_of_a_parameter(algorithm: str, 
     parameter.data = weight.weight()
 
     expected = [tensor for tensors in passes(plain, adapters, x) for tensor in tensors]
-    found = [tensor for tensors in passes(with_source(case.model(), weight.weight), adapters, x) for tensor in tensors]
+    found = [tensor for tensors in passes(with_packed(case.model(), weight), adapters, x) for tensor in tensors]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -65,11 +64,11 @@ def test_no_weight_is_kept_for_the_backward_pass_which_makes_it_again(algorithm:
     made: list[Tensor] = []  # holds on to them, so that no address is used twice
     saved: list[Tensor] = []
 
-    def source() -> Tensor:
-        made.append(weight.weight())
+    def unpack(*tensors: Tensor, dtype: torch.dtype) -> Tensor:
+        made.append(weight.unpack(*tensors, dtype=dtype))
         return made[-1]
 
-    steps = passes(with_source(model, source), filled(case, algorithm), x)
+    steps = passes(with_packed(model, replace(weight, unpack=unpack)), filled(case, algorithm), x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         next(steps)
     forward = len(made)

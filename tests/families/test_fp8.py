@@ -1,16 +1,18 @@
-"""Checkpoints in fp8: what is loaded is the weight, never the code."""
+"""Checkpoints in fp8: they stay so, and what they are computed with is the weight, never the code."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import models
 import pytest
 import torch
 from original_models import SD1, SMALLEST
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import packed
 from lorasmith.families.loading import load_model
@@ -20,21 +22,30 @@ PREFIX = "model.diffusion_model."
 Tensors = dict[str, Tensor]
 
 
-def weights_of(tensors: Tensors) -> list[str]:
+def weights_of(tensors: Tensors, prefix: str = PREFIX) -> list[str]:
     """Names of the denoiser's matrices and kernels."""
-    return [name for name, t in tensors.items() if name.startswith(PREFIX) and t.ndim > 1]
+    return [name for name, t in tensors.items() if name.startswith(prefix) and t.ndim > 1]
+
+
+def denoiser(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> nn.Module:
+    """The denoiser that a file of these tensors is loaded as."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return load_model(path).components.denoiser
 
 
 def state(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Tensors:
-    """The denoiser that a file of these tensors is loaded as."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return load_model(path).components.denoiser.state_dict()
+    """Its parameters, those that are packed as the weights they stand for."""
+    model = denoiser(path, tensors, metadata)
+    packed = {f"{path}.weight": one.weight() for path, one in packed_layers(model).items()}
+    return {name: packed.get(name, parameter.data) for name, parameter in model.named_parameters()}
 
 
-def scaled(tensors: Tensors, *, by_row: bool, dtype: torch.dtype, newer: bool) -> tuple[Tensors, Tensors]:
+def scaled(
+    tensors: Tensors, *, by_row: bool, dtype: torch.dtype, newer: bool, prefix: str = PREFIX
+) -> tuple[Tensors, Tensors]:
     """The tensors as a scaled checkpoint has them, and the weights that these stand for."""
     file, meant = dict(tensors), dict(tensors)
-    for name in weights_of(tensors):
+    for name in weights_of(tensors, prefix):
         weight, stem = tensors[name].float(), name.removesuffix(".weight")
         scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) / torch.finfo(dtype).max
         scale = scale if by_row else scale.max().reshape(())
@@ -46,7 +57,7 @@ def scaled(tensors: Tensors, *, by_row: bool, dtype: torch.dtype, newer: bool) -
             said = json.dumps({"format": str(dtype).removeprefix("torch.")}).encode()
             file[f"{stem}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
     if not newer:
-        file[f"{PREFIX}scaled_fp8"] = torch.zeros(2, dtype=dtype)
+        file[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=dtype)
     return file, meant
 
 
@@ -73,6 +84,30 @@ def test_scaled_fp8_is_multiplied_by_its_scales(tmp_path: Path, dtype: torch.dty
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
     for name, tensor in loaded.items():
         assert (tensor - original[name]).norm() <= 0.2 * original[name].norm()
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_codes_are_what_is_held(tmp_path: Path, by_row: bool) -> None:
+    file, _ = scaled(SMALLEST.unet_tensors(), by_row=by_row, dtype=torch.float8_e5m2, newer=True)
+    model = denoiser(tmp_path / "fp8.safetensors", file)
+    packed, layers = packed_layers(model), packable_layers(model)
+    assert len(packed) == len(layers)
+    for path, one in packed.items():
+        weight = model.get_submodule(path).weight
+        assert one.code == torch.float8_e5m2
+        assert one.size_bytes == weight.numel() + 4 * (len(weight) if by_row else 1)
+        assert weight.untyped_storage().nbytes() == 4
+
+
+def test_fused_weights_are_cut_with_their_scales(tmp_path: Path) -> None:
+    """Flux' query, key and value are one tensor in the file, and halves of its last norm's layer change places."""
+    tensors = models.tiny_flux_checkpoint(0)
+    for by_row in (False, True):
+        file, meant = scaled(tensors, by_row=by_row, dtype=torch.float8_e4m3fn, newer=False, prefix="")
+        loaded = state(tmp_path / "fp8.safetensors", file)
+        expected = state(tmp_path / "plain.safetensors", meant)
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
 def test_a_whole_checkpoint_keeps_its_other_parts(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import packed
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -23,7 +24,6 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Recipe, prepared, sample_losses
-from lorasmith.training.frozen_weights import packable_layers
 from lorasmith.training.train import plan_job, recipe_of
 
 CPU = torch.device("cpu")

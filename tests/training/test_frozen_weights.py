@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,24 @@ from lever_cases import CPU, one_step, planned, randomise, rounded
 from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import FrozenLayer, is_targetable
+from lorasmith.adapters.base import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
+from lorasmith.core.fp8_products import Fp8Products
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.loading import load_dataset
 from lorasmith.families.model import Model
-from lorasmith.training import frozen_weights
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.events import StepDone, Warned
-from lorasmith.training.frozen_weights import kept, packable_layers
+from lorasmith.training.frozen_weights import kept, takes_fp8_products
 from lorasmith.training.streaming import WeightStream
 from lorasmith.training.train import TrainResult, train
 
-QUANTIZED = [kind for kind in PACKINGS if kind != "none"]
+QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
 LAYERS = "attention, *.conv1"
 Run = Callable[..., TrainResult]
 
@@ -56,13 +60,78 @@ def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: 
     )
 
 
+@pytest.mark.parametrize("kind", ["fp8_e4m3", "fp8_e5m2_tensor"])
+@pytest.mark.parametrize("offloading", [False, True])
+def test_products_in_fp8_are_those_of_the_unpacked_weights_to_rounding(
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, kind: str, offloading: bool
+) -> None:
+    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: True)
+    with rounded(tiny.components.denoiser, kind):
+        expected = one_step(tiny, dataset, targets=LAYERS)
+    calls = counted(monkeypatch)
+    changes = {"quantization": kind, "offloading": offloading, "quantized_backward": True}
+    found = one_step(tiny, dataset, changes, targets=LAYERS)
+    module = tiny.components.denoiser
+    fitting = [layer for layer in packable_layers(module) if takes_fp8_products(layer, torch.float8_e5m2)]
+    assert calls["forward"] == len(fitting) > 50
+    # Layers that see time or text alone pass no gradient on.
+    assert len(fitting) / 2 < calls["backward"] < len(fitting)
+    assert not any(PRODUCTS in vars(layer) for layer in module.modules())
+    assert found["loss"] != pytest.approx(expected["loss"], rel=1e-6)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=0.03, atol=0)
+    one, other = (torch.cat([t.flatten() for name, t in each.items() if name != "loss"]) for each in (found, expected))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.97
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each product in fp8 is taken from now on."""
+    calls: Counter[str] = Counter()
+    for name in ("forward", "backward"):
+        original = getattr(Fp8Products, name)
+
+        def recorded(*arguments: Any, name: str = name, original: Any = original) -> Tensor:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(Fp8Products, name, recorded)
+    return calls
+
+
+def test_a_run_with_products_in_fp8_learns_as_the_others_do(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"steps": 4, "quantization": "fp8_e4m3", "targets": "attention"}
+    plain = run(dataset, **settings)
+    assert run(dataset, quantized_backward=True, **settings).losses == plain.losses  # this device has none
+    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: True)
+    lossy = run(dataset, quantized_backward=True, **settings)
+    assert lossy.losses != plain.losses
+    assert lossy.losses == pytest.approx(plain.losses, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "sentence"),
+    [
+        ("fp8_e4m3", False, "quantized_backward changes nothing on cpu, which has no products in fp8"),
+        ("int8", True, "quantized_backward changes nothing with quantization int8"),
+        ("fp8_e4m3", True, r"quantized_backward is of \d+ of \d+ layers; .* convolutions"),
+    ],
+)
+def test_it_says_what_products_in_fp8_are_of(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
+) -> None:
+    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: there)
+    notes = planned(tiny, quantization=kind, quantized_backward=True)[0].notes
+    assert [note for note in notes if re.match(sentence, note)]
+
+
 def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
     module = tiny.components.denoiser
     layers = packable_layers(module)
     assert {id(layer) for layer in layers} == {id(layer) for layer in module.modules() if is_targetable(layer)}
     numbers = sum(layer.get_parameter("weight").numel() for layer in layers)
     with kept(module, kind="nf4", device=CPU, dtype=torch.bfloat16):
-        sizes = [layer.weight_source.__self__.size_bytes for layer in layers]
+        sizes = [layer.weight_source.size_bytes for layer in layers]
         assert {layer.get_parameter("weight").untyped_storage().nbytes() for layer in layers} == {2}
     assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
 
@@ -226,7 +295,7 @@ def test_only_plain_layers_that_share_nothing_are_taken() -> None:
 
     model = Tied()
     assert packable_layers(model) == [model.plain]
-    assert frozen_weights.is_targetable(model.head)
+    assert is_targetable(model.head)
 
 
 def test_a_quantized_base_teaches_as_much_as_a_plain_one(tiny: Model) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
@@ -64,6 +65,38 @@ def test_quantized_and_offloaded_weights_agree_with_the_cpus(
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind.startswith("fp8")])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_products_in_fp8_agree_with_those_of_the_unpacked_weights(
+    run: Callable[..., TrainResult], mixed: EncodedDataset, kind: str, dtype: str
+) -> None:
+    if not has_fp8_products(torch.device("cuda")):
+        pytest.skip("needs compute capability 8.9")
+    settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "training_dtype": dtype, "device": "cuda"}
+    plain, fp8 = (run(mixed, quantized_backward=wanted, **settings) for wanted in (False, True))
+    assert fp8.losses != plain.losses
+    assert fp8.losses == pytest.approx(plain.losses, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind.startswith("fp8")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) -> None:
+    device = torch.device("cuda")
+    if not has_fp8_products(device):
+        pytest.skip("needs compute capability 8.9")
+    generator = torch.Generator().manual_seed(0)
+    weight = packed(torch.randn(320, 768, generator=generator), kind, dtype)
+    x, grad = (torch.randn(rows, size, generator=generator).to(dtype) for size in (768, 320))
+    products, there = Fp8Products(), weight.to(device, dtype)
+    for found, expected in (
+        (products.forward(there, x.to(device), None), products.forward(weight, x, None)),
+        (products.backward(there, grad.to(device)), products.backward(weight, grad)),
+    ):
+        assert found.dtype == dtype
+        assert (found.cpu().float() - expected.float()).norm() <= 0.02 * expected.float().norm()
+
+
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.3), ("nf4", 0.2)])
 def test_a_gpu_holds_codes_alone(tiny: Model, kind: str, share: float) -> None:
     module, device = tiny.components.denoiser, torch.device("cuda")
@@ -86,7 +119,7 @@ def test_a_stream_stays_within_a_few_layers_while_the_gpu_lags_behind() -> None:
     before = torch.cuda.memory_allocated()
     for _ in range(3):
         for number in range(count):
-            weight = stream.fetch(number)
+            weight = stream.fetch(number).weight()
             y = x @ weight
             assert number % 16 or torch.equal(weight.mean().cpu(), torch.tensor(float(number)))
             del weight, y

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lorasmith.core.errors import LoraError, OptionError, OutputError, TrainingError
+from lorasmith.core.errors import LoraError, OptionError, OutputError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import BUILT_IN
@@ -190,7 +190,6 @@ def test_a_file_where_the_output_folder_should_be(run: Run, dataset: EncodedData
         ({"optimizer": "AdamX"}, OptionError, r"optimizer must be one of AdamW, .*did you mean 'Adam"),
         ({"targets": "*.nothing"}, OptionError, r"\*.nothing matches none; use one of attention"),
         ({"quantization": "int4"}, OptionError, "quantization must be one of none, .*nf4, got 'int4'"),
-        ({"quantized_backward": True}, TrainingError, "quantized_backward is not available yet"),
         (
             {"algorithm": "LoHaa"},
             OptionError,

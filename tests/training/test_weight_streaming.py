@@ -27,7 +27,7 @@ def sent(stream: WeightStream) -> list[int]:
 def fetched(stream: WeightStream, numbers: list[int]) -> Iterator[tuple[int, list[int]]]:
     """Each weight in turn, with those that are sent ahead while it is in use."""
     for number in numbers:
-        weight = stream.fetch(number)
+        weight = stream.fetch(number).weight()
         assert (weight == number).all()
         ahead = sent(stream)
         del weight
@@ -67,7 +67,7 @@ def test_a_wrong_guess_is_dropped() -> None:
 
 def test_a_weight_that_is_used_lives_as_long_as_its_user() -> None:
     stream = stream_of(2, ahead=0)
-    weight = stream.fetch(0)
+    weight = stream.fetch(0).weight()
     assert stream.resident.now == SIZE
     del weight
     assert stream.resident.now == 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,22 @@ from torch import Tensor, nn
 from lorasmith.adapters import few_pixels
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.core.quantization import Packed, WeightSource, weight_source
 from lorasmith.core.registry import Registry
 
-__all__ = ["ADAPTERS", "CONVOLUTIONS", "WEIGHT_SOURCE", "Adapter", "FrozenLayer", "FrozenProduct", "is_targetable"]
+__all__ = [
+    "ADAPTERS",
+    "CONVOLUTIONS",
+    "PRODUCTS",
+    "Adapter",
+    "FrozenLayer",
+    "FrozenProduct",
+    "Products",
+    "is_targetable",
+]
 
-WEIGHT_SOURCE = "weight_source"
-"""Attribute of a layer whose weight is not in its parameter: a function that makes it anew, for one use."""
+PRODUCTS = "products"
+"""Attribute of a Linear layer with a packed weight whose products are not the ordinary ones: a `Products`."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -41,6 +51,16 @@ _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: 
 def is_targetable(module: nn.Module) -> bool:
     """Whether a module can carry an adapter: Linear, or a zero-padded convolution."""
     return isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros")
+
+
+class Products(Protocol):
+    """How a Linear layer is multiplied with while its weight stays packed."""
+
+    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` of x (..., in), in its dtype."""
+
+    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
+        """`grad W` of grad (..., out), in its dtype."""
 
 
 class FrozenLayer:
@@ -71,8 +91,8 @@ class FrozenLayer:
     @property
     def weight(self) -> Tensor:
         """The frozen weight."""
-        source: Callable[[], Tensor] | None = self._source
-        weight: Tensor = self.module.weight if source is None else source()  # type: ignore[assignment]
+        source = self._source
+        weight: Tensor = self.module.weight if source is None else source.fetch().weight()  # type: ignore[assignment]
         return weight
 
     @property
@@ -93,6 +113,26 @@ class FrozenLayer:
         if self._source is None and (not self.is_conv or torch.compiler.is_compiling()):
             return self.product_with(self.weight, x, added)
         return _product(self, x, added)
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd and in whatever way the layer multiplies."""
+        source, products = self._source, self._products
+        if source is None or products is None:
+            return F.linear(x, self.weight, bias)
+        return products.forward(source.fetch(), x, bias)
+
+    def grad_times(self, grad: Tensor) -> Tensor:
+        """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
+        source, products = self._source, self._products
+        if source is None or products is None:
+            return grad @ self.weight
+        return products.backward(source.fetch(), grad)
+
+    def add_grad_times(self, total: Tensor, grad: Tensor) -> Tensor:
+        """`total + grad W` for total (rows, in) and grad (rows, out), in place."""
+        if self._source is None or self._products is None:
+            return total.addmm_(grad, self.weight)
+        return total.add_(self.grad_times(grad))
 
     def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's product with another weight and bias; a weight of two dimensions makes it that of a Linear."""
@@ -135,8 +175,12 @@ class FrozenLayer:
         return vector.reshape(-1, *(1,) * (len(self.shape) - 2)) if self.is_conv else vector
 
     @property
-    def _source(self) -> Callable[[], Tensor] | None:
-        return self.module.__dict__.get(WEIGHT_SOURCE)
+    def _source(self) -> WeightSource | None:
+        return weight_source(self.module)
+
+    @property
+    def _products(self) -> Products | None:
+        return self.module.__dict__.get(PRODUCTS)
 
 
 class _Product(torch.autograd.Function):
@@ -145,6 +189,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
+        if not layer.is_conv:
+            return layer.times(x, bias)
         weight = layer.weight
         if few_pixels.is_worthwhile(layer.module, x.shape, weight):
             return few_pixels.convolve(layer.module, x, weight, bias)
@@ -154,7 +200,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer, (grad,) = ctx.layer, grads
         if not layer.is_conv:
-            return None, grad @ layer.weight, None
+            return None, layer.grad_times(grad), None
         weight = layer.weight
         if few_pixels.is_worthwhile(layer.module, ctx.shape, weight):
             return None, few_pixels.gradient(layer.module, grad, weight, ctx.shape), None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa: F401  (algorithms register themselves)
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, Products, is_targetable
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
 from lorasmith.adapters.lora import LowRank, SharedInput
@@ -251,6 +251,10 @@ class _LayerAbove(FrozenLayer):
         for adapter, strength in self._below:
             weight = adapter.merged(weight, strength)
         return weight
+
+    @property
+    def _products(self) -> Products | None:
+        return None if self._below else super()._products  # those know the frozen weight alone
 
 
 def _wrapped(

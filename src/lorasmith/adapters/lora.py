@@ -268,7 +268,7 @@ class _LinearGroup(torch.autograd.Function):
         inner = F.linear(x, down)
         results = []
         for layer, factor, part, up in zip(layers, factors, _parts(inner, ctx.ranks), ups, strict=True):
-            y = F.linear(x, layer.weight, layer.bias)
+            y = layer.times(x, layer.bias)
             y.view(-1, y.shape[-1]).addmm_(part, up.t(), alpha=factor)
             results.append(y)
         ctx.save_for_backward(x, inner, down, *ups)
@@ -292,7 +292,7 @@ class _LinearGroup(torch.autograd.Function):
             wanted = ctx.needs_input_grad[3 + len(ctx.layers) + len(grad_ups)]
             grad_ups.append(_scaled(part.t() @ rows, factor).t() if wanted else None)
             if ctx.needs_input_grad[0]:
-                grad_x = rows @ layer.weight if grad_x is None else grad_x.addmm_(rows, layer.weight)
+                grad_x = layer.grad_times(rows) if grad_x is None else layer.add_grad_times(grad_x, rows)
         flat = grad_inner.view(-1, grad_inner.shape[-1])
         if grad_x is not None:
             grad_x = grad_x.addmm_(flat, down).view(x.shape)
@@ -324,7 +324,7 @@ class _LinearWithLora(torch.autograd.Function):
         factor: float,
         mask: Tensor | None,
     ) -> Tensor:
-        y = F.linear(x, layer.weight, bias)
+        y = layer.times(x, bias)
         inner = F.linear(x, down)
         if mask is not None:
             inner.mul_(mask)
@@ -342,7 +342,7 @@ class _LinearWithLora(torch.autograd.Function):
             grad_inner.view(inner.shape).mul_(mask)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.layer.weight).addmm_(grad_inner, down).view(x.shape)
+            grad_x = ctx.layer.grad_times(grad).addmm_(grad_inner, down).view(x.shape)
         if ctx.needs_input_grad[3]:  # an adapter that runs below the trained one is frozen
             grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[4]:

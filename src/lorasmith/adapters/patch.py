@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.base import Adapter, FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, load_adapters
+from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 
-__all__ = ["Patch", "applied", "attachments", "merged_weights"]
+__all__ = ["Patch", "applied", "attachments", "cannot_merge", "merged_weights"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Patch:
 
     Attributes:
         adapters: adapter of each module path.
-        differences: additive differences by module path and parameter name; they are folded in even with `bypass`.
+        differences: additive differences by module path and parameter name; they are folded in even with `bypass`,
+            except those of weights that are packed.
         strength: 1 is the LoRA as trained.
         bypass: run adapters in activation space instead of folding them into the weights.
     """
@@ -42,15 +45,31 @@ def applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def merged_weights(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
+def merged_weights(model: nn.Module, patches: Sequence[Patch], *, unpacking: bool = False) -> Iterator[None]:
     """Fold in whatever is not applied in activation space, in order.
 
     Patched parameters point to new tensors meanwhile; the old ones are kept and put back, so nothing is rounded.
 
+    Args:
+        model: what is patched.
+        patches: as for `applied`.
+        unpacking: let packed weights that are patched be plain ones meanwhile, instead of refusing.
+
     Raises:
-        LoraError: an adapter or a difference does not fit the model.
+        LoraError: an adapter or a difference does not fit the model, or belongs into a weight that is packed.
     """
     originals: dict[nn.Parameter, Tensor] = {}
+    sources: dict[nn.Module, object] = {}
+
+    def unpacked(path: str) -> None:
+        """Let a packed layer have its weight in its parameter."""
+        layer = model.get_submodule(path)
+        if weight_source(layer) is None:
+            return
+        if not unpacking:
+            raise LoraError(cannot_merge(model))
+        replace(layer.get_parameter("weight"), FrozenLayer(layer).weight)
+        sources[layer] = layer.__dict__.pop(WEIGHT_SOURCE)
 
     def replace(parameter: nn.Parameter, value: Tensor) -> None:
         originals.setdefault(parameter, parameter.data)
@@ -61,15 +80,21 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]
             if not patch.bypass:
                 for path, adapter in load_adapters(model, patch.adapters).items():
                     weight = _parameter(model, path, "weight")
+                    unpacked(path)
                     replace(weight, adapter.to(weight.device).merged(weight, patch.strength))
+            beside = _weights_beside(model, patch)
             for path, changes in patch.differences.items():
                 for name, difference in changes.items():
+                    if name == "weight" and path in beside:
+                        continue
                     parameter = _parameter(model, path, name)
                     if difference.shape != parameter.shape:
                         raise LoraError(
                             f"a difference of shape {tuple(difference.shape)} does not fit {path}.{name} of shape "
                             f"{tuple(parameter.shape)}; the LoRA was made for another model"
                         )
+                    if name == "weight":
+                        unpacked(path)
                     added = difference.to(parameter.device, torch.float32)
                     total = torch.add(parameter.float(), added, alpha=patch.strength)
                     replace(parameter, total.to(parameter.dtype))
@@ -77,15 +102,39 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]
     finally:
         for parameter, original in originals.items():
             parameter.data = original
+        for layer, source in sources.items():
+            setattr(layer, WEIGHT_SOURCE, source)
+
+
+def cannot_merge(model: nn.Module) -> str:
+    """What to say where a LoRA would have to go into weights that are codes."""
+    layers = packable_layers(model)
+    count = sum(weight_source(layer) is not None for layer in layers)
+    return (
+        f"a LoRA can be merged into plain weights only, but {count} of {len(layers)} layers of this model are "
+        "quantized (fp8, GGUF); set bypass on, or load the bf16 or fp16 version of the model"
+    )
 
 
 def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
     """The adapters of `bypass` patches, frozen, on the device and in the dtype that their layers have now."""
     return [
-        Attached(_placed(model, load_adapters(model, patch.adapters)), patch.strength)
+        Attached(_placed(model, load_adapters(model, weights)), patch.strength)
         for patch in patches
         if patch.bypass
+        for weights in (patch.adapters, _weights_beside(model, patch))
+        if weights
     ]
+
+
+def _weights_beside(model: nn.Module, patch: Patch) -> dict[str, AdapterWeights]:
+    """The differences of a `bypass` patch that cannot be folded in, since their weights are packed, as adapters."""
+    modules = dict(model.named_modules()) if patch.bypass else {}
+    return {
+        path: AdapterWeights("full", {"diff": changes["weight"]})
+        for path, changes in patch.differences.items()
+        if "weight" in changes and path in modules and weight_source(modules[path]) is not None
+    }
 
 
 def _placed(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

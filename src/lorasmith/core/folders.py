@@ -34,7 +34,7 @@ __all__ = [
 ASSETS = Path(__file__).parents[1] / "assets"
 """The built-in root, laid out like a base folder."""
 
-MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """What counts as a model file in lists. Pickled kinds are listed so that loading one can say why it is refused."""
 
 Place = Literal["input", "output", "temp"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder
 
 __all__ = ["best_device", "chosen_device", "held", "memory_format_for", "product_dtype", "reproducible"]
 
@@ -81,13 +82,26 @@ def held(
     """Run `module` with its floating-point tensors in `dtype` on `device`.
 
     Converted copies stand in for the tensors meanwhile; the originals are kept and put back, bit for bit. A model that
-    is already there is not copied. Tensors in `without` are left as they are. `layout` is of the kernels of
-    convolutions; None is the one that suits the module.
+    is already there is not copied. Weights that are packed stay so: their codes go to `device`, and are unpacked to
+    `dtype`. Tensors in `without` are left as they are. `layout` is of the kernels of convolutions; None is the one that
+    suits the module.
     """
     others = {id(tensor) for tensor in without}
     layout = layout or memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
+    sources: list[tuple[nn.Module, Packed]] = []
     try:
+        for layer in module.modules():
+            source = layer.__dict__.get(WEIGHT_SOURCE)
+            weight = layer._parameters.get("weight")
+            if not isinstance(source, Packed) or weight is None or id(weight) in others:
+                continue
+            moved = source.to(device, dtype, layout)
+            sources.append((layer, source))
+            setattr(layer, WEIGHT_SOURCE, moved)
+            originals.append((weight, weight.data))
+            weight.data = placeholder(weight.shape, device, dtype)
+            others.add(id(weight))
         for tensor in [*module.parameters(), *module.buffers()]:
             if id(tensor) in others:
                 continue
@@ -102,3 +116,5 @@ def held(
     finally:
         for tensor, original in originals:
             tensor.data = original
+        for layer, source in sources:
+            setattr(layer, WEIGHT_SOURCE, source)

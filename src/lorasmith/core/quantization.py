@@ -1,14 +1,19 @@
 """Frozen weights in fewer bytes: codes and scales, from which a weight is made again whenever it is used.
 
-    kind        codes                                         scale (fp32)                  bytes for each number
-    int8        round(w / s), s = max |row| / 127             one for each output           1 + 4 / row
-    fp8_e4m3    w / s in float8, s = max |row| / 448          one for each output           1 + 4 / row
-    fp8_e5m2    w / s in float8, s = max |row| / 57344        one for each output           1 + 4 / row
-    nf4         nearest of 16 levels, two codes a byte        max |block| of 64 numbers     0.5 + 4 / 64
+    kind               codes                                    scale (fp32)                 bytes for each number
+    int8               round(w / s), s = max |row| / 127        one for each output          1 + 4 / row
+    fp8_e4m3           w / s in float8, s = max |row| / 448     one for each output          1 + 4 / row
+    fp8_e5m2           w / s in float8, s = max |row| / 57344   one for each output          1 + 4 / row
+    fp8_e4m3_tensor    as fp8_e4m3, s = max |w| / 448           one for the weight           1
+    fp8_e5m2_tensor    as fp8_e5m2, s = max |w| / 57344         one for the weight           1
+    nf4                nearest of 16 levels, two codes a byte   max |block| of 64 numbers    0.5 + 4 / 64
 
 NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E) without the second
 quantization of its scales; codes lie as in bitsandbytes, the first of a pair in the upper half. A row is what belongs
 to one output of a Linear or convolution; blocks follow the weight as it lies in memory.
+
+Checkpoints have weights in forms of their own (`families.fp8`, `families.gguf`), which are `Packed` too. A layer whose
+weight is packed has it, or whatever fetches it, under `WEIGHT_SOURCE`, and a `placeholder` for its parameter.
 """
 
 from __future__ import annotations
@@ -16,13 +21,28 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["BLOCK", "NF4_LEVELS", "PACKINGS", "Packed", "packed"]
+__all__ = [
+    "BLOCK",
+    "NF4_LEVELS",
+    "PACKINGS",
+    "WEIGHT_SOURCE",
+    "Packed",
+    "WeightSource",
+    "packed",
+    "placeholder",
+    "scaled_codes",
+    "weight_source",
+]
+
+WEIGHT_SOURCE = "weight_source"
+"""Attribute of a layer whose weight is not in its parameter: a `WeightSource`."""
 
 BLOCK = 64
 """Numbers that share a scale in nf4."""
@@ -53,21 +73,71 @@ class Packed:
     """A weight as it is kept.
 
     Attributes:
-        tensors: what is kept of it.
-        unpack: from those tensors, on whatever device, to the weight.
+        tensors: what is kept of it, the codes first.
+        unpack: from those tensors, on whatever device, and `dtype` to the weight.
+        dtype: what it is unpacked to.
+        shape: of the weight.
     """
 
     tensors: tuple[Tensor, ...]
     unpack: Callable[..., Tensor]
+    dtype: torch.dtype
+    shape: torch.Size
 
     @property
     def size_bytes(self) -> int:
         """What it takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
+    @property
+    def code(self) -> torch.dtype:
+        """The number format of its codes."""
+        return self.tensors[0].dtype
+
+    def fetch(self) -> Packed:
+        """Itself: it is there already."""
+        return self
+
     def weight(self) -> Tensor:
         """The weight, made anew."""
-        return self.unpack(*self.tensors)
+        return self.unpack(*self.tensors, dtype=self.dtype)
+
+    def to(
+        self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
+    ) -> Packed:
+        """On `device`, to be unpacked to `dtype`; codes of a convolution's shape lie in `memory_format`."""
+        formats = (memory_format if tensor.ndim == 4 else torch.preserve_format for tensor in self.tensors)
+        moved = (one.to(device, memory_format=wanted) for one, wanted in zip(self.tensors, formats, strict=True))
+        return replace(self, tensors=tuple(moved), dtype=dtype)
+
+    def of_rows(self, choose: Callable[[Tensor], Tensor]) -> Packed | Tensor:
+        """What `choose` makes of the weight's rows, packed as before where each of them has codes of its own."""
+        if any(len(tensor) not in (1, self.shape[0]) for tensor in self.tensors):
+            return choose(self.weight())
+        chosen = tuple(choose(tensor) if len(tensor) == self.shape[0] else tensor for tensor in self.tensors)
+        return replace(self, tensors=chosen, shape=torch.Size((len(chosen[0]), *self.shape[1:])))
+
+
+class WeightSource(Protocol):
+    """Where a layer's packed weight is."""
+
+    @property
+    def code(self) -> torch.dtype:
+        """The number format of its codes."""
+
+    def fetch(self) -> Packed:
+        """The packed weight on the device where it is used, for one use."""
+
+
+def weight_source(module: nn.Module) -> WeightSource | None:
+    """What a layer's weight is made from; None where it is in the parameter."""
+    source: WeightSource | None = module.__dict__.get(WEIGHT_SOURCE)
+    return source
+
+
+def placeholder(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What stands for a weight that is packed: a single NaN, which shows wherever something reads it for the weight."""
+    return torch.full((), torch.nan, device=device, dtype=dtype).expand(shape)
 
 
 def packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Packed:
@@ -76,28 +146,33 @@ def packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Packed:
 
 
 def _as_it_is(weight: Tensor, dtype: torch.dtype) -> Packed:
-    return Packed((weight.to(dtype),), lambda tensor: tensor)
+    return Packed((weight.to(dtype),), lambda tensor, dtype: tensor.to(dtype), dtype, weight.shape)
 
 
 def _scaled_int8(weight: Tensor, dtype: torch.dtype) -> Packed:
-    rows, scale = _by_row(weight, 127.0)
-    return Packed((rows.round_().to(torch.int8), scale), functools.partial(_from_rows, dtype=dtype))
+    codes, scale = _scaled(weight, 127.0)
+    return scaled_codes(codes.round_().to(torch.int8), scale, dtype)
 
 
-def _scaled_fp8(weight: Tensor, dtype: torch.dtype, *, code: torch.dtype) -> Packed:
-    rows, scale = _by_row(weight, torch.finfo(code).max)
-    return Packed((rows.to(code), scale), functools.partial(_from_rows, dtype=dtype))
+def _scaled_fp8(weight: Tensor, dtype: torch.dtype, *, code: torch.dtype, by_row: bool) -> Packed:
+    codes, scale = _scaled(weight, torch.finfo(code).max, by_row=by_row)
+    return scaled_codes(codes.to(code), scale, dtype)
 
 
-def _by_row(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Rows scaled so that their largest number becomes ±`largest`, and the scales (out, 1, ...); a new tensor."""
+def scaled_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Packed:
+    """The weight `codes · scale`, for codes (out, ...) and a scale (out, 1, ...) or (1, 1, ...) in fp32."""
+    return Packed((codes, scale), _from_scaled, dtype, codes.shape)
+
+
+def _scaled(weight: Tensor, largest: float, *, by_row: bool = True) -> tuple[Tensor, Tensor]:
+    """Numbers scaled so that the largest of a row, or of all, becomes ±`largest`, and the scales; a new tensor."""
     full = weight.float()
-    scale = full.abs().amax(tuple(range(1, full.ndim)), keepdim=True) / largest
+    scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
     return (full / scale).clamp_(-largest, largest), scale
 
 
-def _from_rows(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+def _from_scaled(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     return codes.float().mul_(scale).to(dtype)
 
 
@@ -111,7 +186,9 @@ def _normal_float(weight: Tensor, dtype: torch.dtype) -> Packed:
     pairs = codes.view(-1, 2).to(torch.uint8)
     return Packed(
         ((pairs[:, 0] << 4) | pairs[:, 1], scale),
-        functools.partial(_from_levels, shape=laid.shape, order=order, dtype=dtype),
+        functools.partial(_from_levels, shape=laid.shape, order=order),
+        dtype,
+        weight.shape,
     )
 
 
@@ -131,8 +208,10 @@ def _level_pairs(device: torch.device) -> Tensor:
 
 PACKINGS: dict[str, Callable[[Tensor, torch.dtype], Packed]] = {
     "none": _as_it_is,
-    "fp8_e4m3": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn),
-    "fp8_e5m2": functools.partial(_scaled_fp8, code=torch.float8_e5m2),
+    "fp8_e4m3": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=True),
+    "fp8_e5m2": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=True),
+    "fp8_e4m3_tensor": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=False),
+    "fp8_e5m2_tensor": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=False),
     "int8": _scaled_int8,
     "nf4": _normal_float,
 }

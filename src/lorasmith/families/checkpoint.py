@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Family
-from lorasmith.families.fp8 import check_formats, companions, scale_name, unscaled
+from lorasmith.families.tensor_files import open_tensors
 from lorasmith.families.unsupported import looks_like
-from lorasmith.formats.container import check_safetensors
 
 __all__ = ["ARCHITECTURE", "OriginalCheckpoint", "recognise"]
 
@@ -40,24 +39,20 @@ class Shapes(dict[str, tuple[int, ...]]):
 
 
 class OriginalCheckpoint:
-    """A safetensors file in the original layout, in whatever precision; of fp8 files see `families.fp8`.
+    """A file in the original layout, in whatever precision; of those that are quantized see `families.tensor_files`.
 
     Args:
         path: the file.
 
     Raises:
-        ModelError: the file is missing, pickled, truncated or not safetensors.
+        ModelError: the file is missing, pickled, truncated or of another format.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = check_safetensors(path, error=ModelError)
-        self._names = frozenset(header.tensors)
-        besides = companions(self._names)
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: info.shape for name, info in header.tensors.items() if name not in besides
-        }
-        self.metadata: Mapping[str, str] = header.metadata
+        self.file = open_tensors(path)
+        self.shapes: Mapping[str, tuple[int, ...]] = self.file.shapes
+        self.metadata: Mapping[str, str] = self.file.metadata
 
     @cached_property
     def denoiser_prefix(self) -> str:
@@ -88,22 +83,19 @@ class OriginalCheckpoint:
             (name.removeprefix(prefix), shape) for name, shape in self.shapes.items() if name.startswith(prefix)
         )
 
-    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype` if given.
+    def load(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype`.
 
         Raises:
             ModelError: weights are quantized in a way that is not known here.
         """
-        tensors = {}
-        with safe_open(self.path, framework="pt") as file:
-            check_formats(self.path.name, self._names, self.metadata, file.get_tensor)
-            for name in self.shapes:
-                if name.startswith(prefix):
-                    tensor = file.get_tensor(name)
-                    if (scale := scale_name(name, self._names)) is not None:
-                        tensor = unscaled(tensor, file.get_tensor(scale), name)
-                    tensors[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        return tensors
+        loaded = self.load_packed(prefix, dtype)
+        return {name: one.weight() if isinstance(one, Packed) else one for name, one in loaded.items()}
+
+    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+        """As `load`, but weights that the file has as codes stay packed; they unpack to `dtype`."""
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        return {name.removeprefix(prefix): one for name, one in self.file.read(names, dtype)}
 
 
 def recognise(checkpoint: OriginalCheckpoint) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.packed_layers import give_source, packable_layers
 from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed, placeholder
 from lorasmith.formats.names import OriginalName
 
 __all__ = ["build", "from_original_tensors", "module_paths", "part_of_folder", "weight_shapes"]
@@ -27,9 +30,13 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def build(
-    kind: Callable[..., nn.Module], config: Mapping[str, Any], tensors: Callable[[nn.Module], dict[str, Tensor]]
+    kind: Callable[..., nn.Module],
+    config: Mapping[str, Any],
+    tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]],
 ) -> nn.Module:
     """A model of class `kind` that takes over given tensors without ever holding random weights.
+
+    Weights that are packed stay so where their layer can compute with them (`adapters.packed_layers`).
 
     Args:
         kind: model class.
@@ -44,12 +51,21 @@ def build(
     try:
         with init_empty_weights():
             model = kind(**config)
-        model.load_state_dict(tensors(model), assign=True)
+        packable = set(packable_layers(model))
+        able = {f"{path}.weight": layer for path, layer in model.named_modules() if layer in packable}
+        given = {
+            name: one.weight() if isinstance(one, Packed) and name not in able else one
+            for name, one in tensors(model).items()
+        }
+        packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
+        model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of a variant that is not known here"
         ) from error
+    for name, one in packed.items():
+        give_source(able[name], one, device=one.tensors[0].device, dtype=one.dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -77,8 +93,8 @@ def part_of_folder(kind: Any, folder: Path, part: str, **settings: Any) -> Any:
 
 
 def from_original_tensors(
-    model: nn.Module, table: Mapping[str, OriginalName], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+    model: nn.Module, table: Mapping[str, OriginalName], tensors: Mapping[str, Tensor | Packed]
+) -> dict[str, Tensor | Packed]:
     """The state dict of a diffusers denoiser from original-layout tensors.
 
     Fused tensors are cut into rows and swapped halves put in order, as the table says.
@@ -86,7 +102,7 @@ def from_original_tensors(
     Raises:
         ModelError: a tensor is missing, or one is left that the table does not name.
     """
-    state: dict[str, Tensor] = {}
+    state: dict[str, Tensor | Packed] = {}
     unused = set(tensors)
     for name in model.state_dict():
         path, _, leaf = name.rpartition(".")
@@ -98,9 +114,9 @@ def from_original_tensors(
         tensor = tensors[original]
         unused.discard(original)
         if place.rows is not None:
-            tensor = tensor[slice(*place.rows)]
+            tensor = _of_rows(tensor, operator.itemgetter(slice(*place.rows)))
         if place.swap_halves:
-            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
+            tensor = _of_rows(tensor, lambda rows: torch.cat(tuple(reversed(rows.chunk(2)))))
         state[name] = tensor
     if unused:
         raise ModelError(
@@ -108,3 +124,12 @@ def from_original_tensors(
             "it is of a variant that is not known here"
         )
     return state
+
+
+def _of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
+    return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
+
+
+def _tensor(given: Tensor | Packed) -> Tensor:
+    """What a parameter holds."""
+    return placeholder(given.shape, given.tensors[0].device, given.dtype) if isinstance(given, Packed) else given

@@ -133,7 +133,7 @@ class Flux(Family):
     def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
         from diffusers import FluxTransformer2DModel
 
-        tensors = checkpoint.load(checkpoint.denoiser_prefix, dtype)
+        tensors = checkpoint.load_packed(checkpoint.denoiser_prefix, dtype)
         transformer = build(
             FluxTransformer2DModel,
             _config(checkpoint.denoiser_shapes),

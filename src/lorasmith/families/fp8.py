@@ -1,4 +1,4 @@
-"""Checkpoints in fp8: plain ones, whose tensors are the weights, and scaled ones, whose tensors are codes.
+"""Checkpoints in fp8, whose weights stay so: plain ones, whose codes are the weights, and scaled ones.
 
 A scaled weight is `code · scale`, one scale for the tensor or one for each row, as ComfyUI writes them:
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.fp8_products import CODES
+from lorasmith.core.quantization import Packed, scaled_codes
 
-__all__ = ["check_formats", "companions", "scale_name", "unscaled"]
+__all__ = ["check_formats", "companions", "packed_fp8", "scale_name"]
 
 _SCALES = (".scale_weight", ".weight_scale")
 _COMPANIONS = (*_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -55,16 +57,24 @@ def check_formats(file: str, names: Iterable[str], metadata: Mapping[str, str], 
             )
 
 
-def unscaled(code: Tensor, scale: Tensor, name: str) -> Tensor:
-    """The weight in fp32. Raises ModelError if the scale does not fit."""
-    if code.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+def packed_fp8(code: Tensor, scale: Tensor | None, name: str, dtype: torch.dtype | None) -> Packed | None:
+    """The weight of codes (out, ...) and, where it has one, their scale; None for a plain weight that is not in fp8.
+
+    Raises:
+        ModelError: the scale does not fit, or belongs to something else than fp8.
+    """
+    if code.dtype not in CODES:
+        if scale is None:
+            return None
         raise ModelError(f"{name} has a scale and must be fp8, but is {code.dtype}; get the bf16 version of the model")
+    if scale is None:
+        scale = torch.ones(1)
     if scale.numel() not in (1, len(code)):
         raise ModelError(
             f"the scale of {name} must be one number or one for each of {len(code)} rows, got {scale.numel()}; "
             "get the bf16 version of the model"
         )
-    return code.float().mul_(scale.float().reshape(-1, *(1,) * (code.ndim - 1)))
+    return scaled_codes(code, scale.float().reshape(-1, *(1,) * (code.ndim - 1)), dtype or torch.float32)
 
 
 def _formats(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
 from lorasmith.families import clip_layout, unet_layout, vae_layout
@@ -81,7 +82,7 @@ class StableDiffusion(Family):
     def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
         from diffusers import UNet2DConditionModel
 
-        tensors = checkpoint.load(checkpoint.denoiser_prefix, dtype)
+        tensors = checkpoint.load_packed(checkpoint.denoiser_prefix, dtype)
         said = checkpoint.architecture
         config = unet_layout.unet_config(checkpoint.denoiser_shapes, head_dim=None if self._version == 1 else 64)
         config |= said.get("unet", {})
@@ -185,7 +186,7 @@ class StableDiffusion(Family):
         betas = (config.get(key, value) for key, value in _BETAS.items())
         return PARAMETERIZATIONS.canonical(predicted), DiscreteSchedule.scaled_linear(*betas)
 
-    def _parameterization(self, checkpoint: OriginalCheckpoint, unet: Mapping[str, Tensor]) -> str:
+    def _parameterization(self, checkpoint: OriginalCheckpoint, unet: Mapping[str, Tensor | Packed]) -> str:
         """`v` for v-prediction checkpoints, which nothing in most files says outright."""
         said = checkpoint.metadata.get("modelspec.prediction_type")
         if said is not None:
@@ -194,7 +195,7 @@ class StableDiffusion(Family):
             return "v"
         # Of the two 2.x releases, the v-prediction one has a widely spread bias here (0.15 against 0.05).
         probe = unet.get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
-        return "v" if self._version == 2 and probe is not None and probe.float().std() > 0.09 else "epsilon"
+        return "v" if self._version == 2 and isinstance(probe, Tensor) and probe.float().std() > 0.09 else "epsilon"
 
     def _tokenizer(self, encoder: nn.Module) -> Any:
         size = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]

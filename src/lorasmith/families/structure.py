@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lorasmith.core.quantization import Packed
 from lorasmith.families.checkpoint import OriginalCheckpoint, Shapes, recognise
 from lorasmith.families.loading import built_in_models, load_model
 from lorasmith.families.model import Model
@@ -36,9 +36,10 @@ class _Outline(OriginalCheckpoint):
     def shapes_under(self, prefix: str) -> Shapes:
         return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()
 
-    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        with safe_open(self.path, framework="pt") as file:
-            return {
-                name: torch.empty(shape, device="meta") if len(shape) > 1 else file.get_tensor(f"{prefix}{name}")
-                for name, shape in self.shapes_under(prefix).items()
-            }
+    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+        return {
+            name: torch.empty(shape, device="meta")
+            if len(shape) > 1
+            else next(one for _, one in self.file.read([f"{prefix}{name}"], None))
+            for name, shape in self.shapes_under(prefix).items()
+        }

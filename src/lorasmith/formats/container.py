@@ -166,7 +166,7 @@ _HOW_TO_CONVERT = (
 _OTHER_FORMATS = {
     b"PK\x03\x04": f"is a pickled PyTorch file, which can run code when it is opened; {_HOW_TO_CONVERT}",
     b"\x80": f"is a pickled PyTorch file, which can run code when it is opened; {_HOW_TO_CONVERT}",
-    b"GGUF": "is a GGUF file, which is not supported; use the safetensors version of it",
+    b"GGUF": "is a GGUF file, which base models alone may be; use the safetensors version of it",
     b"version ": "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`",
     b"<!DOCTYP": "is a web page, not a model; download the file itself",
     b"<html": "is a web page, not a model; download the file itself",

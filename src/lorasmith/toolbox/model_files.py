@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
 from lorasmith.families.fp8 import scale_name
+from lorasmith.families.gguf import is_gguf
 from lorasmith.families.loading import built_in_models
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names import ModelNames
@@ -118,6 +120,11 @@ def open_model(source: str | os.PathLike[str]) -> ModelFiles:
         ModelError: it cannot be found, read or recognised.
     """
     path = built_in_models().get(str(source), Path(source))
+    if is_gguf(path):
+        raise ModelError(
+            f"{path} is a GGUF file, whose weights are codes that the tools do not compute on; use the bf16 or fp16 "
+            "version of it"
+        )
     return _folder(path) if path.is_dir() else _single_file(path)
 
 
@@ -132,7 +139,7 @@ class _RowNumbers(OriginalCheckpoint):
             self.starts.append(rows)
             rows += shape[0] if shape else 1
 
-    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
         return {
             name.removeprefix(prefix): _row_numbers(shape, start)
             for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
@@ -143,7 +150,7 @@ class _RowNumbers(OriginalCheckpoint):
 class _SmallTensors(OriginalCheckpoint):
     """A checkpoint that has its vectors and scalars alone, by which families tell how a model predicts."""
 
-    def load(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
         with safe_open(self.path, framework="pt") as file:
             return {
                 name.removeprefix(prefix): file.get_tensor(name).float() if len(shape) < 2 else _row_numbers(shape, 0)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorasmith.adapters.base import CONVOLUTIONS, FrozenLayer, FrozenProduct
 from lorasmith.adapters.inject import restore_forward
-from lorasmith.training.frozen_weights import packable_layers
+from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.training.host_memory import HostMemory
 
 __all__ = ["KINDS", "Notes", "Remade", "economical", "held_by", "noted", "sparing"]

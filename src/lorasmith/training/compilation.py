@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.adapters.base import WEIGHT_SOURCE, Adapter
+from lorasmith.adapters.base import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
+from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.training.checkpointing import blocks_at_depth
 
@@ -100,7 +101,7 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(_dynamo.config.patch(_limits(_dynamo.config)))
-        if any(WEIGHT_SOURCE in vars(layer) for layer in model.modules()):
+        if any(weight_source(layer) is not None for layer in model.modules()):
             # The backward pass makes weights anew; torch would find that it is the same twice, and keep the first.
             undo.enter_context(_functorch.config.patch(cse=False))
         undo.enter_context(warnings.catch_warnings())

@@ -31,7 +31,7 @@ from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.checkpointing import checkpointed
 from lorasmith.training.compilation import compiled
 from lorasmith.training.flat import FlatParameters
-from lorasmith.training.frozen_weights import kept
+from lorasmith.training.frozen_weights import kept, multiplied_in_fp8
 from lorasmith.training.optimizers import GatedOptimizer
 from lorasmith.training.precision import LossScale
 from lorasmith.training.schedules import rate_factor
@@ -55,6 +55,7 @@ class Recipe:
         memory_budget: bytes on the device that `auto` may plan with, weights included; None for what is free.
         quantization: how frozen weights are kept, of `PACKINGS`.
         offloading: whether they wait in host memory.
+        quantized_backward: whether products with weights in fp8 are in fp8.
         compile: whether blocks run compiled, unless weights are streamed in.
         varying_sizes: whether compiled code is for any size of latents.
     """
@@ -98,6 +99,7 @@ class Recipe:
     memory_budget: int | None = None
     quantization: str = "none"
     offloading: bool = False
+    quantized_backward: bool = False
     compile: bool = False
     varying_sizes: bool = False
 
@@ -113,6 +115,8 @@ def frozen(denoiser: Denoiser, recipe: Recipe) -> Iterator[None]:
         stream = WeightStream(device) if recipe.offloading else None
         packed = stack.enter_context(kept(module, kind=kind, device=device, dtype=dtype, stream=stream))
         stack.enter_context(held(module, device=device, dtype=dtype, without=packed))
+        if recipe.quantized_backward:
+            stack.enter_context(multiplied_in_fp8(module))
         stack.enter_context(attached(module, attachments(module, denoiser.patches)))
         yield
 

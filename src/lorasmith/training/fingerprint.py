@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.compilation import compiler
@@ -138,8 +139,11 @@ def _base_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """Of the denoiser, and of what encodes images and captions."""
     parts = job.denoiser.base.components
     for module in (parts.denoiser, *parts.text_encoders.values(), *(() if parts.vae is None else (parts.vae,))):
-        yield from module.named_parameters()
+        packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+        yield from ((name, one) for name, one in module.named_parameters() if name not in packed)
         yield from module.named_buffers()
+        for name, weight in packed.items():
+            yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
 
 
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:

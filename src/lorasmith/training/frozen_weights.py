@@ -3,37 +3,27 @@
 The weights of Linear layers and convolutions are nearly all of a denoiser. Each is kept packed (`core.quantization`),
 on the device or in host memory (`training.streaming`), and made anew where `FrozenLayer` asks for it: for the forward
 pass and again for the backward pass, which finds no weight among its saved tensors. Layers with an adapter and layers
-without one go the same way. Everything else (norms, biases, embeddings) is left to `core.placement.held`.
+without one go the same way. Everything else (norms, biases, embeddings) is left to `core.placement.held`, and so are
+weights that are packed in the model already, unless they are to be packed otherwise or streamed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from lorasmith.adapters.base import CONVOLUTIONS, WEIGHT_SOURCE, FrozenLayer, FrozenProduct, is_targetable
-from lorasmith.adapters.inject import restore_forward
+from lorasmith.adapters.base import PRODUCTS, FrozenLayer
+from lorasmith.adapters.packed_layers import packable_layers, with_source
+from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.placement import memory_format_for
-from lorasmith.core.quantization import packed
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, packed, weight_source
 from lorasmith.training.checkpointing import blocks_at_depth
-from lorasmith.training.streaming import WeightStream
+from lorasmith.training.streaming import StreamedWeight, WeightStream
 
-__all__ = ["kept", "packable_layers"]
-
-
-def packable_layers(module: nn.Module) -> list[nn.Module]:
-    """Layers whose weight nobody uses but their own forward: plain Linear layers and convolutions, in model order."""
-    owners = Counter(id(p) for one in module.modules() for p in one.parameters(recurse=False))
-    return [
-        layer
-        for layer in module.modules()
-        if is_targetable(layer) and type(layer) in (nn.Linear, *CONVOLUTIONS) and owners[id(layer.weight)] == 1
-    ]
+__all__ = ["kept", "multiplied_in_fp8", "takes_fp8_products"]
 
 
 @contextlib.contextmanager
@@ -52,7 +42,7 @@ def kept(
 
     Args:
         module: the frozen model.
-        kind: of `PACKINGS`; `none` keeps the numbers as they are.
+        kind: of `PACKINGS`; `none` keeps the numbers as they are, and what is packed in the model as that is.
         device: where products are computed.
         dtype: what weights are unpacked to.
         stream: where packed weights wait in host memory, one block of the model ahead; None keeps them on the device.
@@ -67,19 +57,47 @@ def kept(
         if stream is not None:
             undo.callback(stream.clear)
         for layer in layers:
-            weight = layer.get_parameter("weight")
-            wanted = layout if weight.ndim == 4 else torch.preserve_format
-            there = weight.device if kind == "none" else device  # where quantizing is fast
-            one = packed(weight.data.to(there, memory_format=wanted), kind, dtype)
-            source = one.weight if stream is None else functools.partial(stream.fetch, stream.add(one))
+            one = _packed(layer, kind, device, dtype, layout)
+            source: WeightSource = one if stream is None else StreamedWeight(stream, stream.add(one))
             sizes[layer] = one.size_bytes
-            undo.callback(setattr, weight, "data", weight.data)
-            weight.data = torch.full((), torch.nan, device=device, dtype=dtype).expand(weight.shape)
-            undo.callback(delattr, layer, WEIGHT_SOURCE)
-            setattr(layer, WEIGHT_SOURCE, source)
-            undo.callback(restore_forward, layer, layer.__dict__.get("forward"))
-            layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
+            undo.enter_context(with_source(layer, source, device=device, dtype=dtype))
         if stream is not None:
             blocks = [block.modules() for block in blocks_at_depth(module, 1)]
             stream.ahead_bytes = max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
         yield [layer.get_parameter("weight") for layer in layers]
+
+
+@contextlib.contextmanager
+def multiplied_in_fp8(module: nn.Module) -> Iterator[None]:
+    """Let the layers that can (`takes_fp8_products`) multiply in fp8 while inside, forwards and backwards."""
+    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, _code(layer))]
+    try:
+        for layer in chosen:
+            setattr(layer, PRODUCTS, Fp8Products())
+        yield
+    finally:
+        for layer in chosen:
+            layer.__dict__.pop(PRODUCTS, None)
+
+
+def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
+    """Whether products in fp8 exist for a layer with codes of this format: Linear ones whose sizes divide by 16."""
+    sizes = layer.get_parameter("weight").shape
+    return code in CODES and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
+
+
+def _packed(
+    layer: nn.Module, kind: str, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> Packed:
+    """A layer's weight as `kind` keeps it; a weight that is packed is unpacked first, unless it may stay as it is."""
+    source = layer.__dict__.get(WEIGHT_SOURCE)
+    if isinstance(source, Packed) and kind == "none":
+        return source.to(source.tensors[0].device, dtype, layout)
+    weight = FrozenLayer(layer).weight.detach()
+    there = weight.device if kind == "none" else device  # where quantizing is fast
+    return packed(weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format), kind, dtype)
+
+
+def _code(layer: nn.Module) -> torch.dtype | None:
+    source = weight_source(layer)
+    return None if source is None else source.code

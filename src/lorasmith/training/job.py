@@ -21,14 +21,13 @@ from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.dtypes import dtype_name
-from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import best_device, product_dtype
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora import Lora
-from lorasmith.training.notes import notes_on, notes_on_file
+from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optimizers import check_optimizer
 from lorasmith.training.schedules import check_schedule
 from lorasmith.training.targets import parse_targets, resolve_targets
@@ -99,7 +98,6 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     Raises:
         OptionError, LoraError: settings or an existing LoRA do not fit.
     """
-    _refuse_unavailable(config)
     device = torch.device(device or best_device())
     components = denoiser.base.components
     check_noising(components.schedule, components.parameterization, zero_terminal_snr=config.zero_terminal_snr)
@@ -111,7 +109,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
     module = denoiser.module
     # What the weights are while training decides how a DoRA or PiSSA starts.
-    with merged_weights(module, [replace(patch, bypass=False) for patch in denoiser.patches]):
+    with merged_weights(module, [replace(patch, bypass=False) for patch in denoiser.patches], unpacking=True):
         adapters = load_adapters(module, existing.adapters) | create_adapters(
             module,
             fresh,
@@ -142,6 +140,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         (
             *existing.note(len(fresh.adapters)),
             *_on_device(asked, device),
+            *notes_on_products(asked, denoiser, device),
             *notes_on(replace(asked, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
             *notes_on_file(denoiser, adapters, differences),
         ),
@@ -271,10 +270,3 @@ def _existing(path: Path, denoiser: Denoiser) -> _Existing:
         replace(state, adapters=others, differences=carried),
         steps_of(state.metadata, path.name),
     )
-
-
-def _refuse_unavailable(config: TrainConfig) -> None:
-    if config.quantized_backward:
-        raise TrainingError(
-            "quantized_backward is not available yet; turn it off, and all products run in training_dtype"
-        )

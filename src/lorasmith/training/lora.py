@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorasmith.adapters.patch import Patch
+from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Denoiser, Model, TextEncoder
@@ -54,16 +55,28 @@ class Lora:
         save_lora(target, state, self.names, layout=layout, dtype=self.dtype, metadata=state.metadata)
         return target
 
-    def applied_to(self, denoiser: Denoiser, *, strength: float = 1.0, bypass: bool = False) -> Denoiser:
+    def applied_to(self, denoiser: Denoiser, *, strength: float = 1.0, bypass: bool | None = None) -> Denoiser:
         """The denoiser with this LoRA on top; strength 0 is the denoiser itself.
 
+        Args:
+            denoiser: what it is applied to.
+            strength: 1 is as trained.
+            bypass: whether it runs beside the weights instead of being merged into them; None merges it, except where
+                weights that it changes are packed.
+
         Raises:
-            LoraError: the LoRA belongs to another model.
+            LoraError: the LoRA belongs to another model, or would have to be merged into packed weights.
         """
         if strength == 0:
             return denoiser
         self._check_fits(denoiser.base)
-        return denoiser.patched(self._patch(DENOISER, strength=strength, bypass=bypass))
+        patch = self._patch(DENOISER, strength=strength, bypass=bool(bypass))
+        changed = {*patch.adapters, *(path for path, one in patch.differences.items() if "weight" in one)}
+        if not bypass and changed & packed_layers(denoiser.module).keys():
+            if bypass is not None:
+                raise LoraError(cannot_merge(denoiser.module))
+            patch = replace(patch, bypass=True)
+        return denoiser.patched(patch)
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0) -> TextEncoder:
         """The text encoders with this LoRA on top, where it has something for them."""

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import WEIGHT_SOURCE
 from lorasmith.core.placement import held
-from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning, collate
 from lorasmith.families.model import Denoiser, Model
@@ -29,7 +28,7 @@ from lorasmith.training.counting import Counter
 from lorasmith.training.engine import Engine, Recipe, batch_maker
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop, Watcher, fit
-from lorasmith.training.streaming import WeightStream
+from lorasmith.training.streaming import StreamedWeight, WeightStream
 
 __all__ = [
     "Counts",
@@ -284,12 +283,11 @@ def weight_bytes(module: nn.Module) -> int:
     total = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(module)}.values())
     streams: dict[int, WeightStream] = {}
     for layer in module.modules():
-        source = layer.__dict__.get(WEIGHT_SOURCE)
-        owner = getattr(source, "__self__", None) or getattr(getattr(source, "func", None), "__self__", None)
-        if isinstance(owner, Packed):
-            total += owner.size_bytes
-        elif isinstance(owner, WeightStream):
-            streams[id(owner)] = owner
+        source = weight_source(layer)
+        if isinstance(source, Packed):
+            total += source.size_bytes
+        elif isinstance(source, StreamedWeight):
+            streams[id(source.stream)] = source.stream
     return total + sum(stream.ahead_bytes for stream in streams.values())
 
 

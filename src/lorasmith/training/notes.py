@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
+
 from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
+from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.quantization import packed, weight_source
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.training.compilation import compilable, units
 from lorasmith.training.config import TrainConfig, unused_settings
-from lorasmith.training.frozen_weights import packable_layers
+from lorasmith.training.frozen_weights import takes_fp8_products
 from lorasmith.training.update_rules import default_rate, takes_weight_decay
 
-__all__ = ["notes_on", "notes_on_file", "notes_on_plan"]
+__all__ = ["notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
 
 _FRESH_ONLY = ("algorithm", "alpha", "dora", "pissa", "rank", "rslora", "tucker", "zero_init")
 
@@ -85,6 +90,37 @@ def notes_on_plan(plan: Plan) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> tuple[str, ...]:
+    """How much of the model quantized_backward is about on a device, where it is asked for."""
+    if not config.quantized_backward:
+        return ()
+    own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
+    codes = {layer: own or _code_in_model(layer) for layer in packable_layers(denoiser.module)}
+    fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
+    if not any(code in fp8_products.CODES for code in codes.values()):
+        return (
+            f"quantized_backward changes nothing with quantization {config.quantization}: products in fp8 need weights "
+            "in fp8, such as quantization fp8_e4m3 makes them.",
+        )
+    if not fp8_products.has_fp8_products(device):
+        return (
+            f"quantized_backward changes nothing on {device}, which has no products in fp8 (NVIDIA's have from compute "
+            "capability 8.9 on); all are in training_dtype.",
+        )
+    if fitting == len(codes):
+        return ()
+    return (
+        f"quantized_backward is of {fitting} of {len(codes)} layers; products with the others stay in training_dtype, "
+        f"because they are convolutions, have no weight in fp8 or sizes that {fp8_products.MULTIPLE} does not divide.",
+    )
+
+
+def _code_in_model(layer: torch.nn.Module) -> torch.dtype | None:
+    """The number format of a layer's codes; None where its weight is not packed."""
+    source = weight_source(layer)
+    return None if source is None else source.code
+
+
 def _on_settings(config: TrainConfig) -> Iterator[str]:
     """Settings that change nothing beside the others."""
     if config.bucket_mode:
@@ -118,6 +154,11 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
     share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
     yield f"quantization {config.quantization} is of {share:.1%} of the frozen weights: Linear layers and convolutions."
+    if again := len(packed_layers(denoiser.module)):
+        yield (
+            f"{again} of these weights are quantized in the checkpoint already and rounded a second time; quantization "
+            "none keeps them as they are there."
+        )
     if config.previews:
         yield "Previews are drawn with the base model as it is, not with the quantized one that training sees."
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lorasmith.core.quantization import Packed
 
-__all__ = ["Resident", "WeightStream"]
+__all__ = ["Resident", "StreamedWeight", "WeightStream"]
 
 
 class _Sent(NamedTuple):
@@ -73,11 +74,15 @@ class WeightStream:
         tensors = tuple(tensor.cpu() for tensor in weight.tensors)
         if self._on_gpu:
             tensors = tuple(tensor.pin_memory() for tensor in tensors)
-        self._weights.append(Packed(tensors, weight.unpack))
+        self._weights.append(replace(weight, tensors=tensors))
         return len(self._weights) - 1
 
-    def fetch(self, number: int) -> Tensor:
-        """A weight, unpacked on the device; it is gone when the caller lets go of it."""
+    def on_host(self, number: int) -> Packed:
+        """A packed weight as it waits."""
+        return self._weights[number]
+
+    def fetch(self, number: int) -> Packed:
+        """A packed weight on the device; it is gone when the caller lets go of it."""
         self._settle()
         before = self._last
         self._following[before] = number
@@ -94,7 +99,7 @@ class WeightStream:
             here.wait_event(sent.arrived)
             for tensor in sent.tensors:
                 tensor.record_stream(here)
-        return self._weights[number].unpack(*sent.tensors)
+        return replace(self._weights[number], tensors=sent.tensors)
 
     def clear(self) -> None:
         """Let go of everything, on the device and on the host."""
@@ -136,3 +141,20 @@ class WeightStream:
         self._in_flight.append((torch.cuda.current_stream(self._device).record_event(), size))
         while sum(size for _, size in self._in_flight) > self.ahead_bytes and len(self._in_flight) > 1:
             self._in_flight.popleft()[0].synchronize()
+
+
+@dataclass(frozen=True)
+class StreamedWeight:
+    """The weight of a layer that comes through a stream."""
+
+    stream: WeightStream
+    number: int
+
+    @property
+    def code(self) -> torch.dtype:
+        """The number format of its codes."""
+        return self.stream.on_host(self.number).code
+
+    def fetch(self) -> Packed:
+        """The packed weight on the device."""
+        return self.stream.fetch(self.number)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import chosen_dtype, dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError
@@ -225,6 +226,7 @@ def recipe_of(job: Job, device: torch.device) -> Recipe:
         quantization=config.quantization,
         offloading=config.offloading and device.type != "cpu",
         compile=config.compile,
+        quantized_backward=config.quantized_backward and fp8_products.has_fp8_products(device),
     )
 
 

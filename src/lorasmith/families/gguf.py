@@ -1,0 +1,156 @@
+"""GGUF files of denoisers, as they are published for ComfyUI: original names, weights in blocks of a few bits.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read by the package `gguf`. Blocks become numbers by
+diffusers' functions (`diffusers.quantizers.gguf`), on whatever device the codes are. A row of a matrix is a whole
+number of blocks. Where it is none, writers lay the numbers out in rows of 256 and say the shape in the metadata:
+
+    comfy.gguf.orig_shape.NAME     array of integers
+
+Weights in blocks stay codes. F32, F16, BF16 and F64 are plain numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed
+
+__all__ = ["GgufFile", "is_gguf"]
+
+_MAGIC = b"GGUF"
+_SHAPE = "comfy.gguf.orig_shape."
+_PLAIN = ("F32", "F16", "F64")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do; False for one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+class GgufFile:
+    """A GGUF file, of which no tensor has been read.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelError: the package `gguf` is missing, or the file is damaged or of a kind that is not known here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        reader = _reader(path)
+        self._tensors = {one.name: one for one in reader.tensors}
+        try:
+            self.metadata: Mapping[str, str] = dict(_texts(reader))
+            self.shapes: Mapping[str, tuple[int, ...]] = {
+                name: _shape(path, reader, one) for name, one in self._tensors.items()
+            }
+        except (IndexError, ValueError) as error:  # UnicodeDecodeError is one
+            raise ModelError(f"{path} has damaged GGUF metadata ({error}); get the file again") from error
+
+    def read(self, names: Iterable[str], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor | Packed]]:
+        """Tensors by name; those in blocks stay packed, all others are in `dtype`, or as they are if None."""
+        for name in names:
+            one = self._tensors[name]
+            # A copy, since what is there belongs to the file.
+            stored = torch.from_numpy(np.array(one.data))
+            kind = one.tensor_type.name
+            if kind == "BF16":
+                stored = stored.view(torch.bfloat16)
+            if kind in _PLAIN or kind == "BF16":
+                plain = stored.reshape(self.shapes[name])
+                yield name, plain if dtype is None else plain.to(dtype)
+            else:
+                packed = self._packed(name, kind, stored, dtype or torch.float32)
+                yield name, packed if len(packed.shape) > 1 else packed.weight()
+
+    def _packed(self, name: str, kind: str, codes: Tensor, dtype: torch.dtype) -> Packed:
+        if kind not in _decoders():
+            known = ", ".join((*_PLAIN, *sorted(_decoders())))
+            raise ModelError(
+                f"{name} of {self._path.name} is stored as {kind}, which is not known here (known are {known}); get a "
+                "version of the model in one of these"
+            )
+        shape = torch.Size(self.shapes[name])
+        unpack = functools.partial(_from_blocks, kind=kind, inside=tuple(shape[1:]))
+        return Packed((codes.reshape(-1, codes.shape[-1]),), unpack, dtype, shape)
+
+
+def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[int, ...]) -> Tensor:
+    """The weight (out, *inside) of codes (rows, bytes of a row)."""
+    decode, size, size_bytes = _decoders()[kind]
+    numbers: Tensor = decode(codes.reshape(-1, size_bytes), size, size_bytes, torch.float32)
+    return numbers.to(dtype).reshape(-1, *inside)
+
+
+@functools.cache
+def _decoders() -> dict[str, tuple[Callable[..., Tensor], int, int]]:
+    """By name of the type: what makes numbers of blocks, and how many numbers and bytes a block has."""
+    from diffusers.quantizers.gguf.utils import GGML_QUANT_SIZES, dequantize_functions
+
+    return {kind.name: (decode, *GGML_QUANT_SIZES[kind]) for kind, decode in dequantize_functions.items()}
+
+
+def _reader(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelError(
+            f"{path} is a GGUF file, which takes the package gguf to read; install it with: pip install gguf"
+        ) from error
+    try:
+        return GGUFReader(path)
+    except (
+        ArithmeticError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        MemoryError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # Whatever the package's parsing runs into: a wrong version, a type without a name, sizes beyond the file's end.
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{path} cannot be read as a GGUF file ({reason}); it is cut short, damaged or of a newer kind, so get it "
+            "again or use another version of the model"
+        ) from error
+
+
+def _texts(reader: Any) -> Iterator[tuple[str, str]]:
+    """The metadata that is text."""
+    from gguf import GGUFValueType
+
+    for name, entry in reader.fields.items():
+        if list(entry.types) == [GGUFValueType.STRING]:
+            yield name, bytes(entry.parts[entry.data[0]]).decode("utf-8")
+
+
+def _shape(path: Path, reader: Any, tensor: Any) -> tuple[int, ...]:
+    """A tensor's shape as torch has it: the file lists dimensions the other way round."""
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    entry = reader.fields.get(f"{_SHAPE}{tensor.name}")
+    if entry is None:
+        return shape
+    said = tuple(int(entry.parts[place][0]) for place in entry.data)
+    if math.prod(said) != math.prod(shape):
+        raise ModelError(
+            f"{tensor.name} of {path} must have as many numbers as its shape {said} says, but has {math.prod(shape)}; "
+            "the file was damaged or edited, so get it again"
+        )
+    return said
