@@ -14,6 +14,7 @@ from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
+from lorasmith.training import activations, host_memory
 from lorasmith.training.compilation import compiler
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
@@ -95,6 +96,38 @@ def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) 
     ):
         assert found.dtype == dtype
         assert (found.cpu().float() - expected.float()).norm() <= 0.02 * expected.float().norm()
+
+
+@pytest.mark.parametrize("kind", ["lean", "selective", "host", "auto"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_activations_that_are_not_kept_change_no_bit(
+    run: Callable[..., TrainResult], mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+) -> None:
+    monkeypatch.setattr(activations, "_SMALL", 256)
+    monkeypatch.setattr(host_memory, "_WORTH_MOVING", 256)
+    settings: dict[str, Any] = {"batch_size": 3, "training_dtype": dtype, "device": "cuda", "deterministic": True}
+    assert run(mixed, activations=kind, **settings).losses == run(mixed, **settings).losses
+
+
+@pytest.mark.parametrize(("kind", "share"), [("lean", 0.8), ("selective", 0.6), ("host", 0.2)])
+def test_activations_that_are_not_kept_take_no_gpu_memory(kind: str, share: float) -> None:
+    device = torch.device("cuda")
+    nn = torch.nn
+    blocks = [(nn.LayerNorm(512), nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(8)]
+    net = nn.Sequential(*(nn.Sequential(*block) for block in blocks)).to(device)
+    net.requires_grad_(False)
+    x = torch.randn(4096, 512, device=device, requires_grad=True)
+    held = {}
+    for one in ("keep", kind):
+        before = torch.cuda.memory_allocated()
+        with activations.sparing(net, one), activations.economical(one, net):
+            y = net(x)
+        torch.cuda.synchronize()
+        held[one] = torch.cuda.memory_allocated() - before
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        assert grad.isfinite().all()
+        del y, grad
+    assert held[kind] < share * held["keep"]
 
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.3), ("nf4", 0.2)])

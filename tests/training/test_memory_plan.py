@@ -16,7 +16,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import activations, engine, loop, memory_plan
 from lorasmith.training.engine import prepared
-from lorasmith.training.events import Planned
+from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory_plan import MemoryPlan, chosen_plan, free_memory
 from lorasmith.training.train import TrainResult
 
@@ -80,6 +80,19 @@ def test_a_run_decides_once_says_so_and_has_the_same_numbers(
         assert words in planned_event.message
         assert_same(tensors(result), tensors(plain))
     assert probes == 2
+
+
+def test_a_probe_that_runs_out_of_memory_is_no_end(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> MemoryPlan:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "chosen_plan", broken)
+    events: list[object] = []
+    result = run(dataset, activations="auto", on_event=events.append)
+    assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)
+    assert any(isinstance(event, Warned) and "ran out while" in event.message for event in events)
 
 
 def test_the_budget_counts_what_is_taken_already() -> None:

@@ -438,7 +438,14 @@ class Loop:
         if recipe.activations == "auto":
             optimizer = 2 * self.engine.flat.master.nbytes  # its state comes with the first step
             free = free_memory(recipe.device, recipe.memory_budget) - optimizer
-            plan = chosen_plan(self.engine.denoiser, self._samples, recipe, free)
+            try:
+                plan = chosen_plan(self.engine.denoiser, self._samples, recipe, free)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._change(activations="keep", checkpoint_depth=1)  # the step itself finds out about smaller pieces
+                self.tell(Warned(message="Memory ran out while activations were measured: blocks are computed again."))
+                return self.engine.recipe
             self._change(activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
             self.tell(Planned(**asdict(plan), message=str(plan)))
         return self.engine.recipe
