@@ -99,9 +99,11 @@ def compare(arguments: argparse.Namespace, work: Work, latent: int, batch: int) 
     """All sides on one batch."""
     sides = {name: side_of(name, work) for name in arguments.sides}
     rows = {name: Row(name, latent, batch) for name in sides}
+    names = list(sides)
     for round_ in range(arguments.rounds + 1):
-        for name, side in sides.items():
-            taken = side.seconds()
+        turn = round_ % len(names)  # who comes first after another side pays for what that has left in the caches
+        for name in names[turn:] + names[:turn]:
+            taken = sides[name].seconds()
             if round_:  # the first round warms caches and lets libraries pick their kernels
                 rows[name].seconds.append(statistics.median(taken))
     for name, side in sides.items():
