@@ -39,7 +39,7 @@ def test_it_fits_on_a_screen_and_says_what_limits_the_step(lorasmith: Command) -
 
 
 def test_json_has_everything(lorasmith: Command) -> None:
-    ran = lorasmith("bench", *QUICK, "--batch-size", 2, "--no-floor", "--json")
+    ran = lorasmith("bench", *QUICK, "--batch-size", 2, "--activations", "auto", "--no-floor", "--json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert found["settings"]["rank"] == 4
@@ -49,6 +49,7 @@ def test_json_has_everything(lorasmith: Command) -> None:
     assert found["images_per_hour"] == pytest.approx(2 * 3600 / found["step_s"])
     assert found["counts"]["flops"] > 0 and found["counts"]["held"] > 0
     assert found["limits"]
+    assert found["plan"]["activations"] == "keep"  # there is memory enough for this model
 
 
 def test_sizes_that_the_model_does_not_take_are_refused(lorasmith: Command) -> None:
@@ -63,5 +64,5 @@ def test_its_options_are_those_of_train_that_change_the_cost() -> None:
     out = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     shown = {name for name in options_of(TrainConfig) if f"--{name.replace('_', '-')}" in re.split(r"[\s,│]+", out)}
     memory = {name for name, one in options_of(TrainConfig).items() if one.group == "Memory"} - {"bypass_mode"}
-    assert shown >= memory | {"batch_size", "rank", "targets", "algorithm", "optimizer", "training_dtype"}
+    assert shown >= memory | {"compile", "batch_size", "rank", "targets", "algorithm", "optimizer", "training_dtype"}
     assert not shown & {"learning_rate", "seed", "previews", "checkpoint_every", "existing_lora"}

@@ -189,6 +189,7 @@ def test_latents_of_a_resolution(tiny: Model) -> None:
 
 COUNTS = Counts(flops=10**9, operations=1000, sent=0, held=2**20, peak=2**21, state=2**19)
 SOUND = Measured(
+    plan=None,
     step=Spread((1.0, 1.0, 1.1)),
     images=2,
     parts=Parts(making=0.01, waiting=0.0, gradient=0.98, update=0.02, busy=1.0),

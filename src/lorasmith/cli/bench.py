@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_GROUPS = ("What is trained", "Variants of the algorithm", "Memory")
+_GROUPS = ("What is trained", "Variants of the algorithm", "Memory", "Speed")
 _ALSO = ("batch_size", "grad_accumulation_steps", "optimizer", "optimizer_args", "ema_decay", "training_dtype")
 _NOT = ("existing_lora", "bypass_mode")
 
@@ -143,6 +143,8 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
         f"Memory: {_mib(found.weights)} of frozen weights, and {_mib(found.above)} above them in a step, of which "
         f"{_mib(counts.state)} for what is trained; at most {_mib(found.peak)}{have}"
     )
+    if found.plan is not None:
+        say(str(found.plan))
     console.print("\n[bold]What limits it[/]")
     for sentence in limits(found):
         say(f"- {sentence}")

@@ -66,6 +66,7 @@ def sparing(module: nn.Module, kind: str) -> Iterator[None]:
 @contextlib.contextmanager
 def economical(kind: str, module: nn.Module) -> Iterator[None]:
     """Run a forward pass of `module` inside; `kind` is one of `KINDS`. The backward pass comes later."""
+    assert kind in KINDS, f"activations {kind} has to be decided before a step"
     if kind == "keep" or not torch.is_grad_enabled():
         yield
         return

@@ -27,6 +27,7 @@ from lorasmith.training.measure import (
     training_steps,
     weight_bytes,
 )
+from lorasmith.training.memory_plan import MemoryPlan, chosen_plan, free_memory
 from lorasmith.training.profiling import profiled
 
 __all__ = ["latent_side", "measured"]
@@ -69,6 +70,11 @@ def measured(
         tell: is told what is being measured.
     """
     device = recipe.device
+    plan = None
+    if recipe.activations == "auto":
+        tell("activations")
+        plan = _plan(job, samples, recipe)
+        recipe = replace(recipe, activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
     tell("rates of this device")
     rates = measured_rates(device, recipe.dtype)
     frozen = _Floor(job, samples[: recipe.batch_size], recipe) if floor else None
@@ -88,6 +94,7 @@ def measured(
         frozen.measure(len(frozen.passes))
     fits = frozen is not None and frozen.counts is not None
     return Measured(
+        plan=plan,
         step=step,
         images=recipe.batch_size * recipe.accumulation,
         parts=parts,
@@ -103,6 +110,19 @@ def measured(
         memory=device_memory(device),
         rates=rates,
     )
+
+
+def _plan(job: Job, samples: Sequence[Sample], recipe: Recipe) -> MemoryPlan:
+    """What a run with these settings would decide."""
+    found: list[MemoryPlan] = []
+
+    def planned() -> Recipe:
+        free = free_memory(recipe.device, recipe.memory_budget)
+        found.append(chosen_plan(job.denoiser, samples, recipe, free))
+        return replace(recipe, activations="keep")
+
+    with prepared(job.denoiser, job.adapters, recipe, job.differences, planned=planned):
+        return found[0]
 
 
 class _Floor:

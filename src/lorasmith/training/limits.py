@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lorasmith.training.measure import Counts, Parts, Spread
+from lorasmith.training.memory_plan import MemoryPlan
 from lorasmith.training.profiling import Profile
 
 __all__ = ["Measured", "Rates", "Share", "device_memory", "limits", "measured_rates", "shares"]
@@ -43,6 +44,7 @@ class Measured:
     """A step and what it is compared with.
 
     Attributes:
+        plan: how activations are kept, where that was to be measured.
         step: seconds of a step.
         images: that one takes in.
         parts, counts, profile: of the step.
@@ -56,6 +58,7 @@ class Measured:
         rates: of the device.
     """
 
+    plan: MemoryPlan | None
     step: Spread
     images: int
     parts: Parts
@@ -188,7 +191,7 @@ def _on_memory(measured: Measured) -> Iterator[str]:
     if measured.memory is not None and measured.peak > 0.9 * measured.memory:
         yield (
             f"Memory is next to its limit: {measured.peak / measured.memory:.0%} of {measured.memory / 2**30:.1f} GiB; "
-            "gradient_checkpointing, quantization or a smaller batch make room."
+            "activations auto, quantization or a smaller batch make room."
         )
 
 

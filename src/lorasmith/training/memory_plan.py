@@ -67,8 +67,8 @@ class MemoryPlan:
         }
         way = f"blocks are computed again, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
         text = (
-            f"Activations: {way or ways[self.activations]}; about {_gib(self.needed_bytes)} of "
-            f"{_gib(self.budget_bytes)} for a step."
+            f"Activations: {way or ways[self.activations]}; about {_size(self.needed_bytes)} of "
+            f"{_size(self.budget_bytes)} for a step."
         )
         return text if self.fits else f"{text} That may not be enough: a smaller batch or picture needs less."
 
@@ -208,5 +208,5 @@ def _no_backward(packed: None) -> Tensor:
     raise AssertionError("a probe runs forwards only")
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
