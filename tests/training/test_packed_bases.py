@@ -18,8 +18,10 @@ from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.fingerprint import fingerprint
+from lorasmith.training.train import TrainResult, plan_job, train
 
 Pair = tuple[Model, Model]
 
@@ -84,6 +86,18 @@ def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]
     assert packed_layers(packed.components.denoiser)
 
 
+def test_codes_of_a_file_are_multiplied_in_fp8_too(tmp_path: Path) -> None:
+    write_fp8(tmp_path / "model.safetensors")
+    model = load_model(tmp_path / "model.safetensors")
+    plain = one_step(model, flux_dataset(), {})
+    for offloading in (False, True):
+        found = one_step(model, flux_dataset(), {"quantized_backward": True, "offloading": offloading})
+        assert found["loss"] != pytest.approx(plain["loss"], rel=1e-6)
+        torch.testing.assert_close(found["loss"], plain["loss"], rtol=0.03, atol=0)
+        one, other = (torch.cat([t.flatten() for name, t in each.items() if name != "loss"]) for each in (found, plain))
+        assert torch.cosine_similarity(one, other, dim=0) > 0.97
+
+
 @pytest.mark.parametrize("bypass_mode", [False, True])
 def test_training_works_whatever_bypass_mode_says(pair: Pair, bypass_mode: bool) -> None:
     packed, plain = (run(model, bypass_mode=bypass_mode) for model in pair)
@@ -117,3 +131,47 @@ def test_a_lora_runs_beside_codes_and_is_not_merged_into_them(pair: Pair) -> Non
         found = predicted(lora.applied_to(packed.denoiser, bypass=bypass))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(expected, predicted(plain.denoiser), atol=1e-2)
+
+
+def test_adapters_start_from_the_weights_with_what_runs_beside_them(pair: Pair) -> None:
+    packed, plain = pair
+    lora = run(plain, learning_rate=1e-2).lora
+    found, expected = (
+        plan_job(lora.applied_to(model.denoiser, bypass=True), TrainConfig(rank=4, dora="output", targets="attention"))
+        for model in pair
+    )
+    before = packed_layers(packed.components.denoiser)
+    for path, adapter in expected.adapters.items():
+        for name, tensor in adapter.to_weights().tensors.items():
+            torch.testing.assert_close(found.adapters[path].to_weights().tensors[name], tensor, rtol=1e-5, atol=1e-6)
+    bare = plan_job(packed.denoiser, TrainConfig(rank=4, dora="output", targets="attention"))
+    scales = [
+        {path: one.to_weights().tensors["dora_scale"] for path, one in job.adapters.items()} for job in (found, bare)
+    ]
+    assert any(not torch.equal(scale, scales[1][path]) for path, scale in scales[0].items())
+    assert packed_layers(packed.components.denoiser) == before
+
+
+def test_a_difference_of_a_whole_weight_runs_beside_codes(pair: Pair) -> None:
+    packed, plain = pair
+    lora = run(plain, algorithm="Full", learning_rate=1e-2).lora
+    expected = predicted(lora.applied_to(plain.denoiser))
+    torch.testing.assert_close(predicted(lora.applied_to(packed.denoiser)), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, predicted(plain.denoiser), atol=1e-2)
+
+
+def test_a_model_of_other_codes_is_another_one(pair: Pair) -> None:
+    packed, plain = pair
+    module = packed.components.denoiser
+    prints = [base_print(model) for model in (packed, packed, plain)]
+    assert prints[0] == prints[1] != prints[2]
+    codes = packed_layers(module)["transformer_blocks.0.attn.to_q"].tensors[0].view(torch.uint8)
+    original = codes.clone()
+    codes.zero_()
+    assert base_print(packed) != prints[0]
+    codes.copy_(original)
+    assert base_print(packed) == prints[0]
+
+
+def base_print(model: Model) -> object:
+    return fingerprint(plan_job(model.denoiser, TrainConfig(rank=4)), flux_dataset(), None)["base"]
