@@ -24,6 +24,7 @@ from comfyui_train import MB, MODELS, TOKENS, Meter, memory_mb
 from safetensors.torch import save_file
 
 from lorasmith.core.allocator import keep_freed_memory
+from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
@@ -58,7 +59,8 @@ def main() -> None:
         del weights
         gc.collect()
         before_mb = memory_mb("VmRSS")
-        denoiser = load_model(str(file)).denoiser
+        # ComfyUI's loader chooses the format that it computes in by itself; ours is told.
+        denoiser = load_model(str(file), dtype=dtype_from_name(settings["dtype"])).denoiser
         config = TrainConfig(
             steps=settings["warmup"] + settings["steps"],
             batch_size=settings["batch"],
