@@ -49,7 +49,6 @@ class _Steps(Watcher):
 def main() -> None:
     settings: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    keep_freed_memory()
     shape = MODELS[settings["model"]]
     weights = models.checkpoint(shape, settings["seed"])
     weights_mb = sum(tensor.nbytes for tensor in weights.values()) / MB
@@ -58,6 +57,7 @@ def main() -> None:
         save_file(weights, str(file))
         del weights
         gc.collect()
+        keep_freed_memory()  # from here on, so that what making the checkpoint took is not counted
         before_mb = memory_mb("VmRSS")
         # ComfyUI's loader chooses the format that it computes in by itself; ours is told.
         denoiser = load_model(str(file), dtype=dtype_from_name(settings["dtype"])).denoiser
