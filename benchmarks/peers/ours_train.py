@@ -24,6 +24,7 @@ from comfyui_train import MB, MODELS, TOKENS, Meter, memory_mb
 from safetensors.torch import save_file
 
 from lorasmith.core.allocator import keep_freed_memory
+from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
@@ -48,7 +49,6 @@ class _Steps(Watcher):
 def main() -> None:
     settings: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    keep_freed_memory()
     shape = MODELS[settings["model"]]
     weights = models.checkpoint(shape, settings["seed"])
     weights_mb = sum(tensor.nbytes for tensor in weights.values()) / MB
@@ -57,8 +57,10 @@ def main() -> None:
         save_file(weights, str(file))
         del weights
         gc.collect()
+        keep_freed_memory()  # from here on, so that what making the checkpoint took is not counted
         before_mb = memory_mb("VmRSS")
-        denoiser = load_model(str(file)).denoiser
+        # ComfyUI's loader chooses the format that it computes in by itself; ours is told.
+        denoiser = load_model(str(file), dtype=dtype_from_name(settings["dtype"])).denoiser
         config = TrainConfig(
             steps=settings["warmup"] + settings["steps"],
             batch_size=settings["batch"],

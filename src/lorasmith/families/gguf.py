@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ __all__ = ["GgufFile", "is_gguf"]
 _MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
 _PLAIN = ("F32", "F16", "F64")
+_TEXT, _ARRAY = 8, 9
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Types of values in the header, and the bytes of those of fixed size."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -113,6 +117,7 @@ def _reader(path: Path) -> Any:
             f"{path} is a GGUF file, which takes the package gguf to read; install it with: pip install gguf"
         ) from error
     try:
+        _check_lengths(path)
         return GGUFReader(path)
     except (
         ArithmeticError,
@@ -130,6 +135,56 @@ def _reader(path: Path) -> Any:
             f"{path} cannot be read as a GGUF file ({reason}); it is cut short, damaged or of a newer kind, so get it "
             "again or use another version of the model"
         ) from error
+
+
+def _check_lengths(path: Path) -> None:
+    """Raises ValueError if a count or length in the header is more than the file holds: the package believes them all.
+
+    Scalars have the sizes of `_SCALARS`, a text its length before it, an array type and count of its elements.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number(code: str) -> int:
+            data = file.read(struct.calcsize(code))
+            if len(data) < struct.calcsize(code):
+                raise ValueError("it ends within its header")
+            return int(struct.unpack(code, data)[0])
+
+        def skip(length: int) -> None:
+            if length > size - file.tell():
+                raise ValueError(f"a length of {length:,} bytes is more than the file has left")
+            file.seek(length, 1)
+
+        def skip_value(kind: int) -> None:
+            if kind == _TEXT:
+                skip(number("<Q"))
+            elif kind == _ARRAY:
+                inside, count = number("<I"), number("<Q")
+                if inside in _SCALARS:
+                    skip(count * _SCALARS[inside])
+                    return
+                if count > size - file.tell():
+                    raise ValueError(f"an array of {count:,} elements is more than the file has left")
+                for _ in range(count):
+                    skip_value(inside)
+            elif kind in _SCALARS:
+                skip(_SCALARS[kind])
+            else:
+                raise ValueError(f"type {kind} is not known")
+
+        skip(len(_MAGIC))
+        version, tensors, entries = number("<I"), number("<Q"), number("<Q")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not known")
+        if max(tensors, entries) > size:
+            raise ValueError(f"{max(tensors, entries):,} entries are more than the file holds")
+        for _ in range(entries):
+            skip_value(_TEXT)
+            skip_value(number("<I"))
+        for _ in range(tensors):
+            skip_value(_TEXT)
+            skip(8 * number("<I") + 12)  # dimensions, type, place
 
 
 def _texts(reader: Any) -> Iterator[tuple[str, str]]:

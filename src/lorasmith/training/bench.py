@@ -13,7 +13,7 @@ from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
-from lorasmith.training.engine import Recipe, prepared
+from lorasmith.training.engine import Engine, Recipe, prepared
 from lorasmith.training.job import Job
 from lorasmith.training.limits import Measured, device_memory, measured_rates
 from lorasmith.training.measure import (
@@ -121,8 +121,12 @@ def _plan(job: Job, samples: Sequence[Sample], recipe: Recipe) -> MemoryPlan:
         found.append(chosen_plan(job.denoiser, samples, recipe, free))
         return replace(recipe, activations="keep")
 
-    with prepared(job.denoiser, job.adapters, recipe, job.differences, planned=planned):
-        return found[0]
+    engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
+    try:
+        with engine.prepared(lambda: None, planned):
+            return found[0]
+    finally:
+        engine.release()
 
 
 class _Floor:
