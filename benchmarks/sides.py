@@ -163,20 +163,29 @@ class Peft(Side):
         time = schedule.at(torch.full((len(latents),), 0.5)).to(work.device).time
         autocast = torch.autocast(work.device.type, work.dtype, enabled=work.dtype != torch.float32)
 
-        def once() -> None:
-            noise = torch.randn_like(latents)
+        def predict(noised: torch.Tensor) -> torch.Tensor:
             with autocast:
-                prediction = work.model.family.predict(network, latents + noise, time, conditioning)
-            loss = nn.functional.mse_loss(prediction.float(), noise.float())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                return work.model.family.predict(network, noised, time, conditioning)
 
         try:
-            yield once
+            yield lambda: textbook_step(predict, latents, trained, optimizer)
         finally:
             network.delete_adapters("default")
+
+
+def textbook_step(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    trained: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """A step as training scripts write it: noise, loss, backward pass, clipping, update."""
+    noise = torch.randn_like(latents)
+    loss = nn.functional.mse_loss(predict(latents + noise).float(), noise.float())
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def counts_of(side: Side, device: torch.device) -> Counts:

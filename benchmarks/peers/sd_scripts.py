@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 import sd_scripts_headless
 
 from benchmarks.bases import clock, machine, sd15
-from benchmarks.sides import Frozen, Once, Ours, Side, Work, allocated_peak, counts_of
+from benchmarks.sides import Frozen, Once, Ours, Side, Work, allocated_peak, counts_of, textbook_step
 from benchmarks.step_time import MIB
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
@@ -86,18 +86,12 @@ class SdScripts(Side):
         time = torch.full((len(latents),), 500, device=work.device)
         autocast = torch.autocast(work.device.type, work.dtype, enabled=work.dtype != torch.float32)
 
-        def once() -> None:
-            noise = torch.randn_like(latents)
+        def predict(noised: torch.Tensor) -> torch.Tensor:
             with autocast:
-                prediction = unet((latents + noise).requires_grad_(self._checkpointing), time, context).sample
-            loss = torch.nn.functional.mse_loss(prediction.float(), noise.float())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                return unet(noised.requires_grad_(self._checkpointing), time, context).sample
 
         try:
-            yield once
+            yield lambda: textbook_step(predict, latents, trained, optimizer)
         finally:
             for module, forward in forwards.items():
                 module.forward = forward

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from original_models import SMALLEST, save
@@ -32,32 +33,6 @@ FLUX = models.tiny_flux_checkpoint(0)
 UNET = {name.removeprefix("model.diffusion_model."): one for name, one in SMALLEST.unet_tensors().items()}
 WRITABLE = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]  # that the package can encode
 CPU = torch.device("cpu")
-
-
-def write(
-    path: Path, tensors: Mapping[str, Tensor], kind: Kind, *, metadata: Mapping[str, str] | None = None
-) -> dict[str, Tensor]:
-    """Write a file as the converters for ComfyUI do; returns the tensors that it stands for."""
-    writer = gguf.GGUFWriter(path, "flux")
-    for key, text in (metadata or {}).items():
-        writer.add_string(key, text)
-    meant = {}
-    for name, tensor in tensors.items():
-        stored, numbers = (Kind.F32 if tensor.ndim < 2 else kind), tensor.numpy()
-        block = gguf.GGML_QUANT_SIZES[stored][0]
-        if numbers.shape[-1] % block and numbers.size % 256 == 0 and tensor.ndim > 1:
-            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(numbers.shape))
-            numbers = numbers.reshape(-1, 256)
-        elif numbers.shape[-1] % block:
-            stored = Kind.F16
-        codes = gguf.quants.quantize(numbers, stored)
-        writer.add_tensor(name, codes, raw_dtype=stored)
-        meant[name] = torch.from_numpy(gguf.quants.dequantize(codes, stored).reshape(tuple(tensor.shape)).copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return meant
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

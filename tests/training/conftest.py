@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lever_cases import flux_model
 
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
+from lorasmith.training import activations, host_memory
 from lorasmith.training.train import TrainResult, train
 
 CAPTIONS = ("a cat", "a dog", "a red apple, noto style", "", "a lion", "(a bus:1.3) on a blue background")
@@ -36,6 +38,19 @@ def mixed(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
     extra = [Sample(torch.randn(4, 8, 12, generator=g), long, "wide.png")]
     extra.append(Sample(torch.randn(4, 8, 8, generator=g), long, "long.png"))
     return EncodedDataset((*dataset.samples, *extra))
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A small Flux.1 with random weights."""
+    return flux_model(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture
+def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny models' activations are below the size from which anything is done about them."""
+    monkeypatch.setattr(activations, "_SMALL", 256)
+    monkeypatch.setattr(host_memory, "_WORTH_MOVING", 256)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from lever_cases import flux_dataset, flux_model, one_step, planned
+from lever_cases import flux_dataset, one_step, planned
 from test_engine import assert_same
 from torch import Tensor, nn
 
@@ -21,16 +21,7 @@ from lorasmith.training.engine import prepared
 SPARING = [kind for kind in KINDS if kind != "keep"]
 
 
-@pytest.fixture(autouse=True)
-def everything_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' activations are below the size from which anything is done."""
-    monkeypatch.setattr(activations, "_SMALL", 256)
-    monkeypatch.setattr(host_memory, "_WORTH_MOVING", 256)
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return flux_model(tmp_path_factory.mktemp("flux"))
+pytestmark = pytest.mark.usefixtures("small_is_worth_it")
 
 
 @pytest.mark.parametrize("kind", SPARING)

@@ -14,7 +14,7 @@ from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
-from lorasmith.training import activations, host_memory
+from lorasmith.training import activations
 from lorasmith.training.compilation import compiler
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
@@ -101,10 +101,8 @@ def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) 
 @pytest.mark.parametrize("kind", ["lean", "selective", "host", "auto"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_activations_that_are_not_kept_change_no_bit(
-    run: Callable[..., TrainResult], mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
+    run: Callable[..., TrainResult], mixed: EncodedDataset, small_is_worth_it: None, kind: str, dtype: str
 ) -> None:
-    monkeypatch.setattr(activations, "_SMALL", 256)
-    monkeypatch.setattr(host_memory, "_WORTH_MOVING", 256)
     settings: dict[str, Any] = {"batch_size": 3, "training_dtype": dtype, "device": "cuda", "deterministic": True}
     assert run(mixed, activations=kind, **settings).losses == run(mixed, **settings).losses
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lever_cases import flux_dataset, flux_model, one_step, rounded
+from lever_cases import flux_dataset, one_step, rounded
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import activations, host_memory
 from lorasmith.training.activations import KINDS
 
 LAYERS = "*.0.attn1.*, *.ff.*, *.conv1"
@@ -27,16 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALG
 }
 
 
-@pytest.fixture(autouse=True)
-def everything_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' activations are below the size from which anything is done."""
-    monkeypatch.setattr(activations, "_SMALL", 256)
-    monkeypatch.setattr(host_memory, "_WORTH_MOVING", 256)
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return flux_model(tmp_path_factory.mktemp("flux"))
+pytestmark = pytest.mark.usefixtures("small_is_worth_it")
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

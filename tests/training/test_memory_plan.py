@@ -14,18 +14,16 @@ from test_engine import assert_same, tensors
 
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import activations, engine, loop, memory_plan
+from lorasmith.training import engine, loop, memory_plan
 from lorasmith.training.engine import prepared
 from lorasmith.training.events import Planned, Warned
-from lorasmith.training.memory_plan import MemoryPlan, chosen_plan, free_memory
+from lorasmith.training.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
 from lorasmith.training.train import TrainResult
 
 Run = Callable[..., TrainResult]
 
 
-@pytest.fixture(autouse=True)
-def everything_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "_SMALL", 256)
+pytestmark = pytest.mark.usefixtures("small_is_worth_it")
 
 
 def plans(model: Model, data: EncodedDataset, budget: int) -> tuple[list[MemoryPlan], MemoryPlan]:
@@ -65,14 +63,14 @@ def test_a_run_decides_once_says_so_and_has_the_same_numbers(
 ) -> None:
     plain = run(dataset, batch_size=2)
     probes = 0
-    original = chosen_plan
+    original = plan_for
 
     def counted(*args: Any) -> MemoryPlan:
         nonlocal probes
         probes += 1
         return original(*args)
 
-    monkeypatch.setattr(loop, "chosen_plan", counted)
+    monkeypatch.setattr(loop, "plan_for", counted)
     for budget, words in ((1000.0, "all are kept"), (0.1, "computed again, at depth")):
         events: list[object] = []
         result = run(dataset, batch_size=2, activations="auto", memory_budget=budget, on_event=events.append)
@@ -88,7 +86,7 @@ def test_a_probe_that_runs_out_of_memory_is_no_end(
     def broken(*args: Any) -> MemoryPlan:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "chosen_plan", broken)
+    monkeypatch.setattr(loop, "plan_for", broken)
     events: list[object] = []
     result = run(dataset, activations="auto", on_event=events.append)
     assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import models
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import write
 from lever_cases import flux_dataset, one_step
 from safetensors.torch import save_file
 from test_engine import assert_same, tensors
@@ -28,17 +29,7 @@ Pair = tuple[Model, Model]
 
 def write_gguf(path: Path) -> dict[str, Tensor]:
     """Returns what it stands for."""
-    writer, meant = gguf.GGUFWriter(path, "flux"), {}
-    for name, tensor in models.tiny_flux_checkpoint(0).items():
-        kind = gguf.GGMLQuantizationType.F32 if tensor.ndim < 2 else gguf.GGMLQuantizationType.Q8_0
-        codes = gguf.quants.quantize(tensor.numpy(), kind)
-        writer.add_tensor(name, codes, raw_dtype=kind)
-        meant[name] = torch.from_numpy(gguf.quants.dequantize(codes, kind).reshape(tuple(tensor.shape)).copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return meant
+    return write(path, models.tiny_flux_checkpoint(0), Kind.Q8_0)
 
 
 def write_fp8(path: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
 __all__ = ["best_device", "chosen_device", "held", "memory_format_for", "product_dtype", "reproducible"]
 
@@ -92,7 +92,7 @@ def held(
     sources: list[tuple[nn.Module, Packed]] = []
     try:
         for layer in module.modules():
-            source = layer.__dict__.get(WEIGHT_SOURCE)
+            source = weight_source(layer)
             weight = layer._parameters.get("weight")
             if not isinstance(source, Packed) or weight is None or id(weight) in others:
                 continue

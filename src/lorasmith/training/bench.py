@@ -27,7 +27,7 @@ from lorasmith.training.measure import (
     training_steps,
     weight_bytes,
 )
-from lorasmith.training.memory_plan import MemoryPlan, chosen_plan, free_memory
+from lorasmith.training.memory_plan import MemoryPlan, plan_for
 from lorasmith.training.profiling import profiled
 
 __all__ = ["latent_side", "measured"]
@@ -117,8 +117,7 @@ def _plan(job: Job, samples: Sequence[Sample], recipe: Recipe) -> MemoryPlan:
     found: list[MemoryPlan] = []
 
     def planned() -> Recipe:
-        free = free_memory(recipe.device, recipe.memory_budget)
-        found.append(chosen_plan(job.denoiser, samples, recipe, free))
+        found.append(plan_for(engine, samples))
         return replace(recipe, activations="keep")
 
     engine = Engine(job.denoiser, job.adapters, recipe, job.differences)

@@ -310,7 +310,7 @@ class TrainConfig:
         choices=("keep", "lean", "selective", "host", "auto"),
         group=_MEMORY,
         help="What becomes of activations until the backward pass: keep keeps them; lean makes cheap ones (norms, "
-        "activation functions) again, which nearly halves their memory and costs little time; selective does so with "
+        "activation functions) again, which takes a fifth to two fifths off their memory; selective does so with "
         "the wide layers of feed-forward networks too; host moves them from the GPU to host memory; auto measures "
         "first and takes the fastest that fits memory_budget, gradient checkpointing among them. All give the same "
         "numbers.",

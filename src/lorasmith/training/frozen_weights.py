@@ -19,7 +19,7 @@ from lorasmith.adapters.base import PRODUCTS, FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, with_source
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.placement import memory_format_for
-from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, packed, weight_source
+from lorasmith.core.quantization import Packed, WeightSource, packed, weight_source
 from lorasmith.training.checkpointing import blocks_at_depth
 from lorasmith.training.streaming import StreamedWeight, WeightStream
 
@@ -90,7 +90,7 @@ def _packed(
     layer: nn.Module, kind: str, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
     """A layer's weight as `kind` keeps it; a weight that is packed is unpacked first, unless it may stay as it is."""
-    source = layer.__dict__.get(WEIGHT_SOURCE)
+    source = weight_source(layer)
     if isinstance(source, Packed) and kind == "none":
         return source.to(source.tensors[0].device, dtype, layout)
     weight = FrozenLayer(layer).weight.detach()

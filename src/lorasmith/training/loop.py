@@ -32,7 +32,7 @@ from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, Recipe, batch_maker
 from lorasmith.training.events import EventHandler, Planned, RolledBack, Shrunk, StepDone, Warned
 from lorasmith.training.mailbox import Mailbox
-from lorasmith.training.memory_plan import chosen_plan, free_memory
+from lorasmith.training.memory_plan import plan_for
 from lorasmith.training.noise_scale import NoiseScale
 
 __all__ = ["Loop", "RunState", "Watcher", "fit"]
@@ -436,10 +436,8 @@ class Loop:
         """The recipe, with activations as memory has room for them."""
         recipe = self.engine.recipe
         if recipe.activations == "auto":
-            optimizer = 2 * self.engine.flat.master.nbytes  # its state comes with the first step
-            free = free_memory(recipe.device, recipe.memory_budget) - optimizer
             try:
-                plan = chosen_plan(self.engine.denoiser, self._samples, recipe, free)
+                plan = plan_for(self.engine, self._samples)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

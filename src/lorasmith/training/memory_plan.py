@@ -30,9 +30,9 @@ from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.activations import Remade, held_by, noted, sparing
 from lorasmith.training.checkpointing import blocks_at_depth
-from lorasmith.training.engine import Recipe, batch_maker
+from lorasmith.training.engine import Engine, Recipe, batch_maker
 
-__all__ = ["MemoryPlan", "chosen_plan", "free_memory"]
+__all__ = ["MemoryPlan", "chosen_plan", "free_memory", "plan_for"]
 
 _DEPTHS = 5
 _SHARE = 0.9  # of what is free; fragments and other programs have the rest
@@ -95,6 +95,14 @@ def chosen_plan(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe, b
             return plan
         plans.append(plan)
     return min(plans, key=lambda plan: plan.needed_bytes)
+
+
+def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
+    """What a run decides before its first step, with what its device has free for one; see `chosen_plan`."""
+    recipe = engine.recipe
+    optimizer = 2 * engine.flat.master.nbytes  # its state comes with the first step
+    free = free_memory(recipe.device, recipe.memory_budget) - optimizer
+    return chosen_plan(engine.denoiser, samples, recipe, free)
 
 
 def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
