@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.loading import load_dataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.events import Event, StepDone, Validated

@@ -34,12 +34,12 @@ from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.loading import load_dataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import train
 from tools.pretrain.data import UNTAUGHT, with_article
 from tools.pretrain.judge import Judge, colourless

@@ -23,7 +23,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.core.placement import best_device
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.loading import load_dataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig

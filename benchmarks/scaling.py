@@ -28,12 +28,12 @@ import torch
 from benchmarks.bases import MODELS, machine
 from benchmarks.sides import Ours, Work, counts_of
 from benchmarks.step_time import MIB, add_common
+from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
 from lorasmith.training import engine
-from lorasmith.training.measure import synthetic_samples, training_steps, weight_bytes
-from lorasmith.training.streaming import WeightStream
+from lorasmith.training.memory.weight_stream import WeightStream
 
 Point = tuple[int, float, int, int]
 """What grows, median seconds, bytes kept for the backward pass, bytes at the most above the weights."""

@@ -3,7 +3,7 @@
 Every side does the same work on the same model and the same samples. What is measured of it: seconds a step; bytes that
 the forward pass keeps for the backward pass; bytes at the most above the frozen weights, in which trained weights,
 gradients and optimizer state count for everybody. Bytes are those of torch's tensors, counted as they come and go
-(`lorasmith.training.counting`), so they are the same each time; on a GPU the second of them is the allocator's.
+(`lorasmith.bench.counting`), so they are the same each time; on a GPU the second of them is the allocator's.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ import torch
 from torch import nn
 
 from benchmarks.bases import clock
-from lorasmith.data.dataset import Sample
-from lorasmith.families.base import collate
-from lorasmith.families.model import Model
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.counting import Counter
-from lorasmith.training.job import plan_job
-from lorasmith.training.measure import (
+from lorasmith.bench.counting import Counter
+from lorasmith.bench.measure import (
     Counts,
     counted,
     frozen_pass,
@@ -36,6 +31,11 @@ from lorasmith.training.measure import (
     step_seconds,
     training_steps,
 )
+from lorasmith.data.dataset import Sample
+from lorasmith.families.base import collate
+from lorasmith.families.model import Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import plan_job
 from lorasmith.training.train import recipe_of
 
 Once = Callable[[], None]

@@ -34,12 +34,12 @@ import torch
 from benchmarks.bases import MODELS, machine
 from benchmarks.sides import Frozen, Ours, Peft, Side, Work, allocated_peak, counts_of, resident_peak
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import held
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.measure import synthetic_samples
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "DoRA-input": {"dora": "input"},

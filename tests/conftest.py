@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywher
 import pytest
 from hypothesis import settings
 
+from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
 
@@ -21,3 +22,10 @@ settings.load_profile("untimed")
 def tiny() -> Model:
     """The model that comes with the package. Nothing may change it."""
     return load_model(BUILT_IN)
+
+
+@pytest.fixture(scope="session")
+def captions(tiny: Model) -> list[Conditioning]:
+    """Three prompts, encoded."""
+    with tiny.text_encoder.active():
+        return [tiny.text_encoder.encode(text) for text in ("a fox", "a red bus", "a green tree")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # room → rooms whose modules it may import, besides its own.
 BELOW_FAMILIES = {"adapters", "formats", "diffusion", "core"}
-BELOW_NODES = {"training", "toolbox", "sampling", "families", "data", "formats", "report", "core"}
+BELOW_TRAINING = {"data", "families", "report", *BELOW_FAMILIES}
+BELOW_APP = {"training", "sampling", "bench", "toolbox", *BELOW_TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "adapters": {"core"},
@@ -23,11 +26,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"families", *BELOW_FAMILIES},
     "report": {"core"},
     "toolbox": {"families", *BELOW_FAMILIES},
-    "training": {"families", "data", "report", "toolbox", *BELOW_FAMILIES},
-    "sampling": {"families", "data", "report", *BELOW_FAMILIES},
+    "training": BELOW_TRAINING,
+    "sampling": BELOW_TRAINING,
+    "bench": {"training", *BELOW_TRAINING},
+    "app": BELOW_APP,
     "workflow": {"core"},
-    "nodes": {"workflow", *BELOW_NODES},
-    "server": {"nodes", "workflow", *BELOW_NODES},
+    "nodes": {"app", "workflow", *BELOW_APP},
 }
 DOORS = {"cli"}  # may import every room
 
@@ -106,3 +110,25 @@ def test_the_package_gives_what_it_promises() -> None:
     assert set(lorasmith.__all__) <= set(dir(lorasmith))
     with pytest.raises(AttributeError, match="'lorasmith' has no attribute 'tain'"):
         lorasmith.tain  # noqa: B018
+
+
+def test_no_room_is_a_ghost() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))} == {*ALLOWED, *DOORS}
+
+
+def test_no_imports_in_a_circle() -> None:
+    arrows = {dotted(path): {name for _, name in imports(path)} for path in MODULES}
+    known = {module: {name for name in names if name in arrows} for module, names in arrows.items()}
+    try:
+        graphlib.TopologicalSorter(known).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports in a circle: {' → '.join(error.args[1])}")
+
+
+def test_outside_the_command_line_a_file_name_is_its_own() -> None:
+    names = [path.name for path in MODULES if path.name != "__init__.py" and "cli" not in path.parts]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def dotted(path: Path) -> str:
+    return ".".join(["lorasmith", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")

@@ -19,13 +19,18 @@ MODULES = sorted(
 
 
 def test_every_module_has_a_line_in_the_tree_and_every_line_a_module() -> None:
-    tree = README.split("    src/lorasmith/\n")[1].split("      assets/")[0]
-    found, room = [], ""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.split("    src/lorasmith/\n")[1].split("      assets/")[0]
+    found: list[Path] = []
+    folders: list[str] = []
     for line in tree.splitlines():
-        if match := re.match(r" {6}(\w+)/ ", line):
-            room = match[1]
-        elif match := re.match(r" {8}(\w+\.py) +\S", line):
-            found.append(Path(room) / match[1])
+        match = re.fullmatch(r"( {6,})(\w+/|\w+\.py) +\S.*", line)
+        assert match is not None, line
+        del folders[(len(match[1]) - 6) // 2 :]
+        if match[2].endswith("/"):
+            folders.append(match[2])
+        else:
+            found.append(Path(*folders, match[2]))
     assert sorted(found) == MODULES
 
 

@@ -16,7 +16,7 @@ from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import PORTABLE, load_lora
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -35,11 +35,11 @@ import sd_scripts_headless
 from benchmarks.bases import clock, machine, sd15
 from benchmarks.sides import Frozen, Once, Ours, Side, Work, allocated_peak, counts_of, textbook_step
 from benchmarks.step_time import MIB
+from lorasmith.bench.counting import Counter
+from lorasmith.bench.measure import pass_seconds, synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
-from lorasmith.training.counting import Counter
-from lorasmith.training.measure import pass_seconds, synthetic_samples
 
 
 class SdScripts(Side):

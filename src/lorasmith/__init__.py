@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorasmith.core.errors import LorasmithError
-    from lorasmith.data.loading import load_dataset
+    from lorasmith.data.encoding import load_dataset
     from lorasmith.families.loading import load_model
     from lorasmith.sampling.generate import generate
-    from lorasmith.training.lora import Lora
+    from lorasmith.training.lora_handle import Lora
     from lorasmith.training.train import train
 
 __all__ = ["Lora", "LorasmithError", "generate", "load_dataset", "load_model", "train"]
 
 _HOMES = {
-    "Lora": "training.lora",
+    "Lora": "training.lora_handle",
     "LorasmithError": "core.errors",
     "generate": "sampling.generate",
-    "load_dataset": "data.loading",
+    "load_dataset": "data.encoding",
     "load_model": "families.loading",
     "train": "training.train",
 }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.adapters.lora import LoraAdapter

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lorasmith.adapters import inject  # noqa: F401  registers every algorithm
-from lorasmith.adapters.base import ADAPTERS, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig

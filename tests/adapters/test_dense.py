@@ -7,7 +7,7 @@ import torch
 from layer_cases import LAYERS, LayerCase
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import FrozenLayer, FrozenProduct
+from lorasmith.adapters.adapter import FrozenLayer, FrozenProduct
 from lorasmith.adapters.dense import change_alone, changed_product
 
 GEOMETRIES = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
 from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora, dora_from_weights
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.core.adapter_state import AdapterWeights

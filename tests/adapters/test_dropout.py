@@ -9,7 +9,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Adapter, FrozenLayer
+from lorasmith.adapters.adapter import Adapter, FrozenLayer
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.full import FullAdapter

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import few_pixels
-from lorasmith.adapters.base import FrozenLayer, FrozenProduct
+from lorasmith.adapters.adapter import FrozenLayer, FrozenProduct
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import FrozenLayer
+from lorasmith.adapters.adapter import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.targets import Plan, PlannedAdapter
@@ -158,8 +158,8 @@ def test_lora_plus_takes_pefts_steps() -> None:
     from peft.optimizers import create_loraplus_optimizer
 
     from lorasmith.training.engine import Recipe, _rate, _trained
-    from lorasmith.training.flat import FlatParameters
-    from lorasmith.training.optimizers import GatedOptimizer
+    from lorasmith.training.optim.flat import FlatParameters
+    from lorasmith.training.optim.optimizers import GatedOptimizer
 
     def make() -> nn.Module:
         torch.manual_seed(0)

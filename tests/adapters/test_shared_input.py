@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import inject, lora
-from lorasmith.adapters.base import FrozenLayer
+from lorasmith.adapters.adapter import FrozenLayer
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter

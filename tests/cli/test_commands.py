@@ -23,7 +23,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 Command = Callable[..., Any]
 QUICK = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 2, "--targets", "attention")

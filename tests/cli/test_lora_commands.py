@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import load_lora, save_lora
 
 Command = Callable[..., Any]

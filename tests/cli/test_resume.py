@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lorasmith.app import run_previews as previewing
 from lorasmith.cli import train as train_command
 from lorasmith.cli.console import training_progress
 from lorasmith.cli.main import main
@@ -23,13 +24,12 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
-from lorasmith.nodes import previewing
-from lorasmith.training import records
 from lorasmith.training.events import Event, EventHandler, StepDone
-from lorasmith.training.fingerprint import fingerprint
-from lorasmith.training.lora import Lora
-from lorasmith.training.records import RUN_ENTRY
-from lorasmith.training.run_folder import RunFolder
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.runs import records
+from lorasmith.training.runs.fingerprint import fingerprint
+from lorasmith.training.runs.records import RUN_ENTRY
+from lorasmith.training.runs.run_folder import RunFolder
 
 Command = Callable[..., Any]
 Interrupt = Callable[..., contextlib.AbstractContextManager[None]]

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.families.files.structure import load_structure
 from lorasmith.families.loading import built_in_models
-from lorasmith.families.structure import load_structure
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.preview import preview_targets
+from lorasmith.training.targets_summary import preview_targets
 
 Command = Callable[..., Any]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.adapter_state import AdapterState, ModuleRef
 from lorasmith.families.loading import built_in_models
 from lorasmith.families.model import Model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from tests.toolbox import cases
 
 Command = Callable[..., Any]

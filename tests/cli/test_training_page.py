@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.training import compilation
+from lorasmith.training.memory import compilation
 from tests.cli.test_resume import interrupted
 
 Command = Callable[..., Any]

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS
 from lorasmith.families.base import Conditioning
-from lorasmith.families.checkpoint import ARCHITECTURE
+from lorasmith.families.files.checkpoint import ARCHITECTURE
 from lorasmith.families.loading import BUILT_IN, built_in_models, load_model
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate

@@ -19,11 +19,11 @@ from torch import nn
 
 from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
-from lorasmith.families.clip_layout import written_paths
-from lorasmith.families.convert import module_paths, weight_shapes
+from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
-from lorasmith.families.unet_layout import original_unet_path, unet_config
-from lorasmith.formats.names import ModelNames, OriginalName
+from lorasmith.families.parts.clip_layout import written_paths
+from lorasmith.families.parts.unet_layout import original_unet_path, unet_config
+from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

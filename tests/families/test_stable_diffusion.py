@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning
-from lorasmith.families.clip_text import clip_tokenizer
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.parts.clip_text import clip_tokenizer
 
 PREFIX = "model.diffusion_model."
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.names import ModelNames, OriginalName
+from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
 WIDTH = 24
 """Hidden width of the invented transformer."""

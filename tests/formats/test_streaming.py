@@ -9,7 +9,7 @@ import torch
 
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.formats import streaming
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.streaming import save_streamed, spooled
 

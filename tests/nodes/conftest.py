@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import NodeContext
-from lorasmith.workflow.events import Event, NodeMessage
+from lorasmith.workflow.execution_events import Event, NodeMessage
 from lorasmith.workflow.mapping import NodeResult, call_node
 
 
@@ -52,12 +50,6 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(Folders(tmp_path))
-
-
-@pytest.fixture(scope="session")
-def captions(tiny: Model) -> list[Conditioning]:
-    with tiny.text_encoder.active():
-        return [tiny.text_encoder.encode(text) for text in ("a fox", "a red bus", "a green tree")]
 
 
 @pytest.fixture

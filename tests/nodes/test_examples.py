@@ -14,7 +14,7 @@ from PIL import Image
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Executor, apply_overrides, parse_prompt, validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

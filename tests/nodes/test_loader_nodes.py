@@ -12,7 +12,7 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 Make = Callable[..., Any]
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 Make = Callable[..., Any]
 

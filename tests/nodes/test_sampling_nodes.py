@@ -16,7 +16,7 @@ from lorasmith.nodes import load_nodes
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 from lorasmith.workflow import validate
-from lorasmith.workflow.events import NodeProgress
+from lorasmith.workflow.execution_events import NodeProgress
 
 Make = Callable[..., Any]
 

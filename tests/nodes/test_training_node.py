@@ -28,10 +28,10 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import Job, Surroundings, TrainResult
 from lorasmith.workflow import Executor, validate
-from lorasmith.workflow.events import Event, NodeMessage, NodeProgress
+from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
 
 Make = Callable[..., Any]
 

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER
-from lorasmith.families.convert import from_original_tensors
+from lorasmith.families.files.original_weights import from_original_tensors
 from lorasmith.families.model import Model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 __all__ = ["LOADERS", "Inputs"]
 

@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import PORTABLE, save_lora
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

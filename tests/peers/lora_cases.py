@@ -23,7 +23,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 __all__ = ["CASES", "FLUX_WIDE", "SHAPES", "Case", "answer", "base_model", "clip_l", "example", "inputs"]
 

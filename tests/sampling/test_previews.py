@@ -15,7 +15,7 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 PROMPTS = ("a lion", "a red heart")
 ENCODER_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["ATTENTION", "difference_of", "lora_state", "random_weights", "saved", "shapes_of", "weight_change"]
 

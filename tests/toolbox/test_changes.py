@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.formats.spelling import ModuleTensors
+from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.toolbox.changes import (
     added_by,
     is_additive,

@@ -17,9 +17,9 @@ from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.hashes import sha256_body
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import load_lora, save_lora
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.toolbox import convert
 from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.released import released_names

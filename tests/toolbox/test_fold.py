@@ -25,7 +25,7 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.toolbox import fold
 from lorasmith.toolbox.fold import fold_into
 from lorasmith.toolbox.model_files import Parameter, open_model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 
 def applied_weights(model: Model, loras: Sequence[tuple[Path, float]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
-from lorasmith.formats.spelling import KOHYA
+from lorasmith.formats.names.spelling import KOHYA
 from lorasmith.toolbox.lora_files import flat_shapes, read_lora, read_together, save_alike
 from lorasmith.toolbox.released import released_names
 

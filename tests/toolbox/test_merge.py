@@ -20,11 +20,11 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.lora_file import load_lora
-from lorasmith.formats.spelling import ModuleTensors
+from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.toolbox.changes import added_by
 from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 
 LAYOUTS = ("kohya", "comfy", "diffusers")
 STRENGTHS = (0.8, -0.5)

@@ -17,7 +17,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.lora_file import load_lora
-from lorasmith.formats.spelling import ModuleTensors
+from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.toolbox.lora_files import read_lora, spelled_like
 from lorasmith.toolbox.resize import resize
 

@@ -11,7 +11,7 @@ from lever_cases import flux_model
 
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
-from lorasmith.training import activations, host_memory
+from lorasmith.training.memory import activations, host_memory
 from lorasmith.training.train import TrainResult, train
 
 CAPTIONS = ("a cat", "a dog", "a red apple, noto style", "", "a lion", "(a bus:1.3) on a blue background")

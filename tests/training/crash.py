@@ -34,7 +34,7 @@ from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
-from lorasmith.training.run_folder import DONE, RunFolder
+from lorasmith.training.runs.run_folder import DONE, RunFolder
 from lorasmith.training.train import train
 
 _BASE: dict[str, Any] = {

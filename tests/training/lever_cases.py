@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import packed

@@ -17,7 +17,7 @@ from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.events import RunFinished, StepDone
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult, plan_job, recipe_of, train
 
 Run = Callable[..., TrainResult]

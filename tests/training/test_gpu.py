@@ -14,13 +14,13 @@ from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
-from lorasmith.training import activations
-from lorasmith.training.compilation import compiler
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
-from lorasmith.training.frozen_weights import kept
-from lorasmith.training.lora import Lora
-from lorasmith.training.streaming import WeightStream
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.memory import activations
+from lorasmith.training.memory.compilation import compiler
+from lorasmith.training.memory.frozen_weights import kept
+from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.train import TrainResult, plan_job
 
 pytestmark = [

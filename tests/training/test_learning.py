@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.loading import load_dataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine

@@ -20,12 +20,14 @@ from lorasmith.core.errors import OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.container import read_safetensors
-from lorasmith.training import checkpoints, engine, report
+from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.divergence import exploded
 from lorasmith.training.events import CheckpointSaved, Resumed, RolledBack, Shrunk, StepDone, Warned
-from lorasmith.training.lora import Lora
-from lorasmith.training.run_folder import RunFolder, unfinished_run
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.runs import run_page as report
+from lorasmith.training.runs import run_states as checkpoints
+from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
 from lorasmith.training.verdict import History
 

@@ -6,7 +6,7 @@ import torch
 
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.loading import load_dataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.data.split import split
 from lorasmith.families.model import Model
 from lorasmith.training.events import Event, Validated

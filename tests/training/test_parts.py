@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lorasmith.families.model import Model
-from lorasmith.training.checkpointing import blocks_at_depth
-from lorasmith.training.flat import FlatParameters
 from lorasmith.training.mailbox import Mailbox
-from lorasmith.training.optimizers import GatedOptimizer
-from lorasmith.training.precision import LossScale
+from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.optim.flat import FlatParameters
+from lorasmith.training.optim.loss_scale import LossScale
+from lorasmith.training.optim.optimizers import GatedOptimizer
 
 CPU = torch.device("cpu")
 

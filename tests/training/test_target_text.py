@@ -13,7 +13,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.families.base import TargetPreset
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.targets import parse_targets, resolve_targets
+from lorasmith.training.target_text import parse_targets, resolve_targets
 
 PRESETS = {"attention": TargetPreset(("*.to_*",)), "linear": TargetPreset(("*",), ("*.x",), linear_only=True)}
 ATTENTION = Rule(("*.to_*",), name="attention")

@@ -22,7 +22,7 @@ from lorasmith.formats.container import read_safetensors
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, Warned
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult, plan_job, recipe_of
 
 Run = Callable[..., TrainResult]

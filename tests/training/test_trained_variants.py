@@ -18,7 +18,7 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult, plan_job, recipe_of
 
 Run = Callable[..., TrainResult]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import CancelledError, DataError, NodeError
 from lorasmith.workflow import Executor, Input, NodeContext, Output, node, validate
-from lorasmith.workflow.events import (
+from lorasmith.workflow.execution_events import (
     Event,
     ExecutionCancelled,
     ExecutionFailed,

@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from lorasmith.families.checkpoint import ARCHITECTURE
-from lorasmith.families.clip_text import clip_tokenizer
+from lorasmith.families.files.checkpoint import ARCHITECTURE
+from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.vae_layout import diffusers_vae
 from lorasmith.families.stable_diffusion import StableDiffusion
-from lorasmith.families.vae_layout import diffusers_vae
 from lorasmith.formats.container import write_safetensors
 
 __all__ = ["original_tensors", "pipeline", "save"]

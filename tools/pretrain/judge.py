@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorasmith.data.images import to_tensor
+from lorasmith.data.image_files import to_tensor
 from tools.pretrain.data import CONCEPTS, HELD_OUT_STYLE, HELD_OUT_SUBJECTS, OTHER_SETS, STYLES
 
 __all__ = ["Judge", "colourless"]

@@ -19,7 +19,7 @@ from PIL import Image
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import Sample
-from lorasmith.data.loading import load_dataset
+from lorasmith.data.encoding import load_dataset
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorasmith.adapters.base import ADAPTERS, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.oft import Rotation, rotated
 from lorasmith.adapters.weights import misfit, taken

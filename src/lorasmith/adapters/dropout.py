@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.lora import LowRank
 from lorasmith.core.random import keyed_generator
 

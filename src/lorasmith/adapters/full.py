@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.dense import change_alone, changed_product
 from lorasmith.adapters.weights import misfit, saved, taken, wide

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_state import AdapterWeights

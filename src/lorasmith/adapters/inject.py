@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa: F401  (algorithms register themselves)
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, Products, is_targetable
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, Products, is_targetable
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
 from lorasmith.adapters.lora import LowRank, SharedInput

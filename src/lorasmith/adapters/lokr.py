@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.dense import change_alone
 from lorasmith.adapters.weights import misfit, saved, taken, wide

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError

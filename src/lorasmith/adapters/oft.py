@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_state import AdapterWeights

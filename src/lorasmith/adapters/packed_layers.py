@@ -1,7 +1,7 @@
 """Layers whose weight is packed: which ones can be, and how a layer is given a packed weight and gets its own back.
 
 A packed layer computes through `FrozenLayer`, which makes the weight anew for each product; its parameter is a
-`placeholder`. A model is so while a run lasts (`training.frozen_weights`), or from its file on (`families.convert`).
+`placeholder`. A model is so while a run lasts (`frozen_weights`), or from its file on (`families.files`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorasmith.adapters.base import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.adapters.adapter import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, weight_source
 
 __all__ = ["give_source", "packable_layers", "packed_layers", "with_source"]

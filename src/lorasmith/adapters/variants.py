@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora
 from lorasmith.adapters.lora import LoraAdapter

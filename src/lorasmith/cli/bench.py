@@ -14,9 +14,9 @@ from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from lorasmith.bench.limits import Measured
+    from lorasmith.bench.measure import Counts, Spread
     from lorasmith.training.job import Job
-    from lorasmith.training.limits import Measured
-    from lorasmith.training.measure import Counts, Spread
 
 __all__ = ["register"]
 
@@ -61,11 +61,11 @@ def bench(
     is one forward and one backward pass of the frozen model as diffusers gives it: nothing that trains all layers is
     faster.
     """
+    from lorasmith.bench.benchmark import latent_side, measured
+    from lorasmith.bench.measure import synthetic_samples
     from lorasmith.core.placement import chosen_device
     from lorasmith.families.loading import load_model
-    from lorasmith.training.bench import latent_side, measured
     from lorasmith.training.job import plan_job
-    from lorasmith.training.measure import synthetic_samples
     from lorasmith.training.train import recipe_of
 
     config = TrainConfig(**settings)
@@ -93,8 +93,8 @@ def bench(
 def _everything(found: Measured, job: Job, model: str, pixels: int, device: str) -> dict[str, Any]:
     import torch
 
-    from lorasmith.training.fingerprint import environment
-    from lorasmith.training.limits import limits, shares
+    from lorasmith.bench.limits import limits, shares
+    from lorasmith.training.runs.fingerprint import environment
 
     return {
         "model": model,
@@ -115,7 +115,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
 def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
     from rich.table import Table
 
-    from lorasmith.training.limits import limits
+    from lorasmith.bench.limits import limits
 
     base, config, counts = job.denoiser.base, job.config, found.counts
     say(f"{base.title} ({base.family.title}) on {_machine(device)}, products in {config.training_dtype}")

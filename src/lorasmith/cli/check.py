@@ -12,7 +12,7 @@ import typer
 from lorasmith.cli.console import console, remark, say
 
 if TYPE_CHECKING:
-    from lorasmith.formats.check import Finding
+    from lorasmith.formats.quality.faults import Finding
     from lorasmith.toolbox.check import Checked
 
 __all__ = ["register"]

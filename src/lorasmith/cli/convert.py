@@ -64,7 +64,7 @@ def convert(
 
 def _beside(file: Path, layout: str) -> Path:
     """`dog-comfy.safetensors` for `dog.safetensors`, and a folder for PEFT."""
-    from lorasmith.formats.layout import LAYOUTS
+    from lorasmith.formats.layouts.layout import LAYOUTS
     from lorasmith.formats.lora_file import PORTABLE
 
     name = PORTABLE if layout.casefold() == PORTABLE else LAYOUTS.canonical(layout)

@@ -55,7 +55,7 @@ def generate(
     from lorasmith.core.folders import next_counter
     from lorasmith.families.loading import load_model
     from lorasmith.sampling.generate import generate as sample
-    from lorasmith.training.lora import Lora
+    from lorasmith.training.lora_handle import Lora
 
     number_format = dtype_from_name(dtype)
     with console.status(f"Loading {model}"):

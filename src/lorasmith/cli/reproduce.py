@@ -42,7 +42,7 @@ def reproduce(
     from lorasmith.formats.container import check_safetensors
     from lorasmith.formats.hashes import sha256_body
     from lorasmith.formats.metadata import steps_of
-    from lorasmith.training.run_folder import RunFolder
+    from lorasmith.training.runs.run_folder import RunFolder
 
     metadata = check_safetensors(lora).metadata
     before = _run_of(lora, metadata)
@@ -91,7 +91,7 @@ def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _say_differences(before: Mapping[str, Any], fingerprint: Mapping[str, Any], prepared: Prepared) -> bool:
     """Name what is not as it was; returns whether any of it decides the result."""
-    from lorasmith.training.fingerprint import differences, environment, environments_of
+    from lorasmith.training.runs.fingerprint import differences, environment, environments_of
 
     now = environment(prepared.device, prepared.job.config.optimizer)
     for found in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):

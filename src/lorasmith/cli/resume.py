@@ -32,7 +32,7 @@ def resume(
     stopped; what differs is said. Other images, settings or another base model are refused.
     """
     from lorasmith.cli.train import asked_again, finish, prepare
-    from lorasmith.training.run_folder import DONE, RunFolder
+    from lorasmith.training.runs.run_folder import DONE, RunFolder
 
     folder = RunFolder(run)
     record = folder.record()

@@ -13,7 +13,7 @@ from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.training.preview import TargetGroup, TargetPreview
+    from lorasmith.training.targets_summary import TargetGroup, TargetPreview
 
 __all__ = ["register"]
 
@@ -37,8 +37,8 @@ def targets(
 
     Takes the options of `lorasmith train` that decide it. Of a single-file checkpoint only the structure is read.
     """
-    from lorasmith.families.structure import load_structure
-    from lorasmith.training.preview import preview_targets
+    from lorasmith.families.files.structure import load_structure
+    from lorasmith.training.targets_summary import preview_targets
 
     config = TrainConfig(**settings)
     with console.status(f"Reading {model}"):

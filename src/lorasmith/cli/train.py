@@ -163,8 +163,8 @@ class Prepared:
 def prepare(source: Mapping[str, Any], config: TrainConfig) -> Prepared:
     """Load and encode everything that `lorasmith train` needs, and say what will be done."""
     from lorasmith.core.placement import chosen_device
+    from lorasmith.data.encoding import encode_scan
     from lorasmith.data.folder import scan_folder
-    from lorasmith.data.loading import encode_scan
     from lorasmith.families.loading import load_model
     from lorasmith.training.job import plan_job
 
@@ -203,8 +203,8 @@ def run_prepared(
         fresh: do not go on with a run that was broken off.
         until: step behind which it ends; None for the last.
     """
-    from lorasmith.nodes.previewing import run_previews
-    from lorasmith.training.run_folder import unfinished_run
+    from lorasmith.app.run_previews import run_previews
+    from lorasmith.training.runs.run_folder import unfinished_run
     from lorasmith.training.train import Surroundings, run_job
 
     job, title = prepared.job, prepared.source["name"]
@@ -235,7 +235,7 @@ def run_prepared(
 
 def finish(prepared: Prepared, *, output: Path | None, fresh: bool) -> None:
     """Train, say where everything is and how to see it at work."""
-    from lorasmith.training.report import command_line
+    from lorasmith.training.runs.run_page import command_line
 
     result = run_prepared(prepared, output=output, fresh=fresh)
     report(result)
@@ -249,7 +249,7 @@ def finish(prepared: Prepared, *, output: Path | None, fresh: bool) -> None:
 
 def report(result: TrainResult) -> None:
     """How it ended, and where everything is."""
-    from lorasmith.training.report import command_line
+    from lorasmith.training.runs.run_page import command_line
 
     folder = result.folder
     if folder is None:

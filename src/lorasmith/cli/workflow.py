@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from lorasmith.core.folders import Folders
-    from lorasmith.workflow.events import Event, UiOutput
+    from lorasmith.workflow.execution_events import Event, UiOutput
 
 __all__ = ["register"]
 
@@ -83,7 +83,7 @@ class _Narrator:
         self._end_bar()
 
     def __call__(self, event: Event) -> None:
-        from lorasmith.workflow import events
+        from lorasmith.workflow import execution_events as events
 
         match event:
             case events.NodeStarted(node_id, title):

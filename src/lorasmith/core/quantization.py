@@ -12,8 +12,8 @@ NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, a
 quantization of its scales; codes lie as in bitsandbytes, the first of a pair in the upper half. A row is what belongs
 to one output of a Linear or convolution; blocks follow the weight as it lies in memory.
 
-Checkpoints have weights in forms of their own (`families.fp8`, `families.gguf`), which are `Packed` too. A layer whose
-weight is packed has it, or whatever fetches it, under `WEIGHT_SOURCE`, and a `placeholder` for its parameter.
+Checkpoints have weights in forms of their own (`families.files`), which are `Packed` too. A layer whose weight is
+packed has it, or whatever fetches it, under `WEIGHT_SOURCE`, and a `placeholder` for its parameter.
 """
 
 from __future__ import annotations

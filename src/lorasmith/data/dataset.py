@@ -16,7 +16,7 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.data.buckets import bucket_size
 from lorasmith.data.folder import FolderScan, ImageFile
-from lorasmith.data.images import open_image, resize_and_crop, to_tensor
+from lorasmith.data.image_files import open_image, resize_and_crop, to_tensor
 from lorasmith.families.base import Conditioning
 
 __all__ = ["EncodedDataset", "Sample", "encode_folder"]

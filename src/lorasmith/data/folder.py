@@ -19,7 +19,7 @@ from typing import Literal
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.captions import read_caption, with_trigger
-from lorasmith.data.images import ImageError, image_size, image_suffixes
+from lorasmith.data.image_files import ImageError, image_size, image_suffixes
 
 __all__ = ["MAX_ASPECT", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
 

@@ -21,8 +21,8 @@ from lorasmith.core.registry import Registry
 
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
-    from lorasmith.families.checkpoint import OriginalCheckpoint
-    from lorasmith.formats.names import ModelNames
+    from lorasmith.families.files.checkpoint import OriginalCheckpoint
+    from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["FAMILIES", "Components", "Conditioning", "Defaults", "Family", "LatentFormat", "TargetPreset", "collate"]
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families import clip_layout
 from lorasmith.families.base import (
     FAMILIES,
     Components,
@@ -29,9 +28,16 @@ from lorasmith.families.base import (
     LatentFormat,
     TargetPreset,
 )
-from lorasmith.families.checkpoint import OriginalCheckpoint
-from lorasmith.families.convert import build, from_original_tensors, module_paths, part_of_folder, weight_shapes
-from lorasmith.formats.names import ModelNames, OriginalName
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import (
+    build,
+    from_original_tensors,
+    module_paths,
+    part_of_folder,
+    weight_shapes,
+)
+from lorasmith.families.parts import clip_layout
+from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
 __all__ = ["Flux", "components_of"]
 

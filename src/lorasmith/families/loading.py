@@ -10,12 +10,13 @@ import torch
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS
 from lorasmith.families import flux, stable_diffusion  # noqa: F401  (register themselves)
-from lorasmith.families.base import FAMILIES
-from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
+from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint
 from lorasmith.families.model import Model
+from lorasmith.families.unsupported import looks_like
 from lorasmith.formats.container import check_safetensors
 
-__all__ = ["BUILT_IN", "built_in_models", "load_model"]
+__all__ = ["BUILT_IN", "built_in_models", "load_model", "recognise"]
 
 BUILT_IN = "lorasmith-tiny"
 """Name of the small model that comes with the package, for trying things out and for tests."""
@@ -55,6 +56,24 @@ def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.flo
     raise ModelError(
         f"there is no model at {source}; give a .safetensors checkpoint, a diffusers folder, "
         f"a hub id such as owner/name, or {', '.join(built_in_models())} to try things out"
+    )
+
+
+def recognise(checkpoint: OriginalCheckpoint) -> Family:
+    """The family of a checkpoint. Raises ModelError when no family knows it."""
+    shapes = checkpoint.denoiser_shapes
+    # First, because some LoRAs carry a few of their model's own tensors as well.
+    if any(mark in name for name in checkpoint.shapes for mark in LORA_MARKS):
+        raise ModelError(f"{checkpoint.path.name} is a LoRA, not a base model; give it as the LoRA and choose a model")
+    for _, family in FAMILIES.items():
+        if family.recognises(shapes):
+            return family
+    titles = ", ".join(family.title for _, family in FAMILIES.items())
+    if (found := looks_like(shapes)) is not None:
+        raise ModelError(f"{checkpoint.path.name} looks like {found}, which cannot be loaded here; known are {titles}")
+    raise ModelError(
+        f"{checkpoint.path.name} is of no architecture known here (its first tensors are "
+        f"{', '.join(sorted(shapes)[:3])}); known are {titles}"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.patch import Patch, applied
 from lorasmith.core.placement import best_device, held
 from lorasmith.families.base import Components, Conditioning, Defaults, Family
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["Autoencoder", "Denoiser", "Model", "TextEncoder"]
 

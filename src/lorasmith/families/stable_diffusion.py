@@ -18,7 +18,6 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
-from lorasmith.families import clip_layout, unet_layout, vae_layout
 from lorasmith.families.base import (
     FAMILIES,
     Components,
@@ -28,10 +27,17 @@ from lorasmith.families.base import (
     LatentFormat,
     TargetPreset,
 )
-from lorasmith.families.checkpoint import OriginalCheckpoint
-from lorasmith.families.clip_text import clip_tokenizer, encode_prompt
-from lorasmith.families.convert import build, from_original_tensors, module_paths, part_of_folder, weight_shapes
-from lorasmith.formats.names import ModelNames, OriginalName
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import (
+    build,
+    from_original_tensors,
+    module_paths,
+    part_of_folder,
+    weight_shapes,
+)
+from lorasmith.families.parts import clip_layout, unet_layout, vae_layout
+from lorasmith.families.parts.clip_text import clip_tokenizer, encode_prompt
+from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
 __all__ = ["StableDiffusion", "components_of"]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.check import findings_of
 from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
+from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.norms import squared_change
-from lorasmith.formats.peft_config import stated_alphas
-from lorasmith.formats.recognise import block_of, component_of, guessed_family, kind_of
-from lorasmith.formats.spelling import ModuleTensors, assembled, grouped, kronecker_shapes, rank_of
+from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
+from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, kronecker_shapes, rank_of
+from lorasmith.formats.quality.faults import findings_of
+from lorasmith.formats.quality.norms import squared_change
 
 __all__ = ["LoraSummary", "describe"]
 
@@ -44,7 +44,7 @@ class LoraSummary:
         steps: optimizer updates, 0 when nothing tells.
         metadata: all of the header's.
         hashes: `sha256`, `autov1`, `autov2`, `autov3`.
-        findings: one sentence for each thing wrong with the file; `formats.check` says more.
+        findings: one sentence for each thing wrong with the file; `formats.quality.faults` says more.
     """
 
     path: Path

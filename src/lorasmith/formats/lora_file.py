@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 # The layouts register themselves when they are imported, and are asked in this order.
-from lorasmith.formats import kohya, comfy, diffusers, peft  # isort: skip  # noqa: F401
+from lorasmith.formats.layouts import kohya, comfy, diffusers, peft  # isort: skip  # noqa: F401
 from lorasmith.core.adapter_state import AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import write_atomic
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
-from lorasmith.formats.layout import LAYOUTS, Layout, sentences
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
+from lorasmith.formats.layouts.peft import PEFT_CONFIG, PEFT_PREFIX
+from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, header_fields
 from lorasmith.formats.metadata import BOUNDS
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.peft import PEFT_CONFIG, PEFT_PREFIX
-from lorasmith.formats.peft_config import ADAPTER_METADATA, header_fields
-from lorasmith.formats.portable import made_portable
-from lorasmith.formats.recognise import component_of, guessed_family
-from lorasmith.formats.spelling import UNREADABLE, grouped
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.recognise import component_of, guessed_family
+from lorasmith.formats.names.spelling import UNREADABLE, grouped
+from lorasmith.formats.quality.portable import made_portable
 
 __all__ = [
     "PORTABLE",

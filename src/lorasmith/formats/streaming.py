@@ -19,9 +19,9 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder
-from lorasmith.formats.layout import Layout
+from lorasmith.formats.layouts.layout import Layout
 from lorasmith.formats.lora_file import with_header, write_lora
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["Spool", "save_streamed", "spooled"]
 

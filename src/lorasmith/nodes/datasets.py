@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import fingerprint
 from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
-from lorasmith.data.images import open_image, to_tensor
+from lorasmith.data.image_files import open_image, to_tensor
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.nodes.conditioning import check_encoder

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.data.images import image_suffixes, open_frames
+from lorasmith.data.image_files import image_suffixes, open_frames
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__ = ["known_input", "resized"]

@@ -8,7 +8,7 @@ from lorasmith.core.folders import fingerprint
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Autoencoder, Denoiser, Model, TextEncoder
 from lorasmith.formats.lora_file import unapplied
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []

@@ -8,7 +8,7 @@ from lorasmith.core.files import write_atomic
 from lorasmith.nodes.saving import graph_metadata, save_images, save_lora
 from lorasmith.nodes.values import LossMap
 from lorasmith.report.loss_plot import plot_losses
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, NodeOutput, Output, node
 from lorasmith.workflow.node import Hidden
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import NumberedFiles
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext
 
 __all__ = ["graph_metadata", "save_images", "save_lora"]

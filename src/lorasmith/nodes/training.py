@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorasmith.app.run_previews import PreviewFrames, run_previews
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import config_from, options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.previewing import PreviewFrames, run_previews
 from lorasmith.nodes.saving import save_lora
 from lorasmith.nodes.values import (
     Latent,
@@ -43,8 +43,8 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
-from lorasmith.training.lora import Lora
-from lorasmith.training.run_folder import unfinished_run
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.runs.run_folder import unfinished_run
 from lorasmith.training.train import Surroundings, TrainResult, plan_job, run_job
 from lorasmith.workflow import Input, NodeContext, Output, node
 

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS
+from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
-from lorasmith.formats.spelling import ModuleTensors, kronecker_shapes, multiplied, scale_of, without_core
+from lorasmith.formats.names.spelling import ModuleTensors, kronecker_shapes, multiplied, scale_of, without_core
 from lorasmith.toolbox.lowrank import Change, Truncated, stacked
 
 __all__ = [

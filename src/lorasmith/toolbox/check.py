@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.check import Finding, findings_of, main_layout
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.lora_file import read_lora_tensors
-from lorasmith.formats.recognise import guessed_family
-from lorasmith.formats.spelling import grouped
+from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names.spelling import grouped
+from lorasmith.formats.quality.faults import Finding, findings_of, main_layout
 from lorasmith.formats.streaming import spooled
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.released import released_names

@@ -21,8 +21,8 @@ from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.families.loading import built_in_models
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.recognise import block_of
-from lorasmith.formats.spelling import ModuleTensors, grouped, rank_of
+from lorasmith.formats.names.recognise import block_of
+from lorasmith.formats.names.spelling import ModuleTensors, grouped, rank_of
 from lorasmith.toolbox.changes import added_by, is_additive, layer_like, merged_weight, title_of
 from lorasmith.toolbox.lora_files import LoraFile, read_together
 from lorasmith.toolbox.lowrank import Change, stacked

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.acceptance import shortfalls
-from lorasmith.formats.layout import sentences
+from lorasmith.formats.layouts.layout import sentences
 from lorasmith.formats.lora_file import (
     PORTABLE,
     layout_for,
@@ -28,9 +27,10 @@ from lorasmith.formats.lora_file import (
     without,
 )
 from lorasmith.formats.metadata import without_private
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.portable import made_portable, misread_alphas
-from lorasmith.formats.recognise import guessed_family
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.quality.acceptance import shortfalls
+from lorasmith.formats.quality.portable import made_portable, misread_alphas
 from lorasmith.formats.streaming import save_streamed
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.released import released_names

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import is_targetable
+from lorasmith.adapters.adapter import is_targetable
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
-from lorasmith.formats.fusing import fused_rows, split
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
-from lorasmith.formats.names import OriginalName
+from lorasmith.formats.names.fusing import fused_rows, split
+from lorasmith.formats.names.model_names import OriginalName
 from lorasmith.toolbox.changes import as_lora, with_one_alpha
 from lorasmith.toolbox.lowrank import Change, share
 from lorasmith.toolbox.model_files import ModelFiles, Parameter

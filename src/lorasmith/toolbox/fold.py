@@ -18,7 +18,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.spelling import ModuleTensors
+from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.toolbox.changes import added, layer_like, merged_weight
 from lorasmith.toolbox.lora_files import LoraFile, read_lora
 from lorasmith.toolbox.merge import Part

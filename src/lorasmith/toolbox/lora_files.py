@@ -19,12 +19,21 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
-from lorasmith.formats.layout import LAYOUTS
+from lorasmith.formats.layouts.layout import LAYOUTS
+from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
 from lorasmith.formats.lora_file import load_lora, read_lora_tensors, save_lora
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.peft_config import ADAPTER_METADATA, stated_alphas
-from lorasmith.formats.recognise import component_of, guessed_family
-from lorasmith.formats.spelling import KOHYA, PEFT, ModuleTensors, assembled, grouped, scale_of, spelled, without_core
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.recognise import component_of, guessed_family
+from lorasmith.formats.names.spelling import (
+    KOHYA,
+    PEFT,
+    ModuleTensors,
+    assembled,
+    grouped,
+    scale_of,
+    spelled,
+    without_core,
+)
 from lorasmith.toolbox.changes import is_plain_lora, scaled_by, with_one_alpha
 from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import rank_entries

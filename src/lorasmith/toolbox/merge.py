@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
-from lorasmith.formats.spelling import ModuleTensors, multiplied, rank_of, scale_of, without_core
+from lorasmith.formats.names.spelling import ModuleTensors, multiplied, rank_of, scale_of, without_core
 from lorasmith.toolbox.changes import (
     added,
     added_by,

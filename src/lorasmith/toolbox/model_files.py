@@ -24,12 +24,12 @@ from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Family
-from lorasmith.families.checkpoint import OriginalCheckpoint, recognise
-from lorasmith.families.fp8 import scale_name
-from lorasmith.families.gguf import is_gguf
-from lorasmith.families.loading import built_in_models
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.fp8 import scale_name
+from lorasmith.families.files.gguf import is_gguf
+from lorasmith.families.loading import built_in_models, recognise
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["ModelFiles", "Parameter", "Place", "open_model", "weight_files"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasmith.families import loading  # noqa: F401  registers the families
 from lorasmith.families.base import FAMILIES
-from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["released_names"]
 
@@ -22,7 +22,7 @@ def released_names(title: str) -> ModelNames | None:
     """The name table of a family's released model.
 
     Args:
-        title: what people call the family, as `formats.recognise` and `Family.title` have it.
+        title: what people call the family, as `formats.names.recognise` and `Family.title` have it.
 
     Returns:
         None for families that are not known here.

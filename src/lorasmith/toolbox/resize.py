@@ -23,9 +23,9 @@ from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.peft_config import ADAPTER_METADATA
-from lorasmith.formats.spelling import ModuleTensors, grouped, scale_of
+from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.spelling import ModuleTensors, grouped, scale_of
 from lorasmith.toolbox.changes import (
     added_by,
     as_lora,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.inject import Attached, attached
@@ -26,16 +26,16 @@ from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.timesteps import quantile_map
 from lorasmith.families.model import Denoiser
-from lorasmith.training.activations import economical, sparing
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
-from lorasmith.training.checkpointing import checkpointed
-from lorasmith.training.compilation import compiled
-from lorasmith.training.flat import FlatParameters
-from lorasmith.training.frozen_weights import kept, multiplied_in_fp8
-from lorasmith.training.optimizers import GatedOptimizer
-from lorasmith.training.precision import LossScale
-from lorasmith.training.schedules import rate_factor
-from lorasmith.training.streaming import WeightStream
+from lorasmith.training.memory.activation_checkpointing import checkpointed
+from lorasmith.training.memory.activations import economical, sparing
+from lorasmith.training.memory.compilation import compiled
+from lorasmith.training.memory.frozen_weights import kept, multiplied_in_fp8
+from lorasmith.training.memory.weight_stream import WeightStream
+from lorasmith.training.optim.flat import FlatParameters
+from lorasmith.training.optim.loss_scale import LossScale
+from lorasmith.training.optim.optimizers import GatedOptimizer
+from lorasmith.training.optim.schedules import rate_factor
 
 __all__ = ["Engine", "Recipe", "batch_maker", "frozen", "prepared", "sample_losses"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.base import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
 from lorasmith.adapters.difference import Difference, is_norm
 from lorasmith.adapters.inject import create_adapters, load_adapters, load_differences
@@ -26,12 +26,12 @@ from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.lora import Lora
+from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
-from lorasmith.training.optimizers import check_optimizer
-from lorasmith.training.schedules import check_schedule
-from lorasmith.training.targets import parse_targets, resolve_targets
-from lorasmith.training.update_rules import default_rate, rule_of
+from lorasmith.training.optim.optimizers import check_optimizer
+from lorasmith.training.optim.schedules import check_schedule
+from lorasmith.training.optim.update_rules import default_rate, rule_of
+from lorasmith.training.target_text import parse_targets, resolve_targets
 
 __all__ = ["Job", "fresh_differences", "plan_job", "variant_of"]
 

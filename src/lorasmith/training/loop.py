@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, prefetched
-from lorasmith.training.compilation import reason
 from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, Recipe, batch_maker
 from lorasmith.training.events import EventHandler, Planned, RolledBack, Shrunk, StepDone, Warned
 from lorasmith.training.mailbox import Mailbox
-from lorasmith.training.memory_plan import plan_for
+from lorasmith.training.memory.compilation import reason
+from lorasmith.training.memory.memory_plan import plan_for
 from lorasmith.training.noise_scale import NoiseScale
 
 __all__ = ["Loop", "RunState", "Watcher", "fit"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from lorasmith.adapters.base import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import OutputDora
 from lorasmith.adapters.dropout import Dropout
@@ -19,12 +19,12 @@ from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.quantization import packed, weight_source
 from lorasmith.families.model import Denoiser
-from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.training.compilation import compilable, units
+from lorasmith.formats.quality.acceptance import shortfalls
 from lorasmith.training.config import TrainConfig, unused_settings
-from lorasmith.training.frozen_weights import takes_fp8_products
-from lorasmith.training.update_rules import default_rate, takes_weight_decay
+from lorasmith.training.memory.compilation import compilable, units
+from lorasmith.training.memory.frozen_weights import takes_fp8_products
+from lorasmith.training.optim.update_rules import default_rate, takes_weight_decay
 
 __all__ = ["notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
 

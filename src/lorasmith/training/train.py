@@ -27,17 +27,17 @@ from lorasmith.core.placement import best_device, chosen_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.training.checkpoints import Checkpointer, free_bytes
-from lorasmith.training.compilation import sizes_vary
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, Recipe
 from lorasmith.training.events import Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
-from lorasmith.training.fingerprint import differences
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.loop import Loop, RunState, Watcher
-from lorasmith.training.lora import Lora
-from lorasmith.training.records import run_record, training_metadata
-from lorasmith.training.run_folder import RunFolder, claimed_run
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.memory.compilation import sizes_vary
+from lorasmith.training.runs.fingerprint import differences
+from lorasmith.training.runs.records import run_record, training_metadata
+from lorasmith.training.runs.run_folder import RunFolder, claimed_run
+from lorasmith.training.runs.run_states import Checkpointer, free_bytes
 from lorasmith.training.verdict import UNJUDGED
 from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
 
@@ -314,7 +314,7 @@ class _Run:
             handler(event)
 
     def _write_report(self) -> None:
-        from lorasmith.training.report import write_report
+        from lorasmith.training.runs.run_page import write_report
 
         if self._folder is not None:
             write_report(self._folder.path)
@@ -333,7 +333,7 @@ class _Run:
         if config.track == "none" or self._folder is None:
             yield
             return
-        from lorasmith.training.trackers import tracker_for
+        from lorasmith.training.runs.trackers import tracker_for
 
         title = self._around.title
         with contextlib.closing(

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
-from lorasmith.workflow.events import Event, NodeMessage, NodeProgress
+from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
 
 __all__ = ["NodeContext", "ignore"]
 

@@ -19,7 +19,7 @@ from typing import Any
 from lorasmith.core.errors import CancelledError, LorasmithError, NodeError
 from lorasmith.core.folders import Folders
 from lorasmith.workflow.context import NodeContext, ignore
-from lorasmith.workflow.events import (
+from lorasmith.workflow.execution_events import (
     Event,
     ExecutionCancelled,
     ExecutionFailed,

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasmith.core.errors import DataError
 from lorasmith.workflow.context import NodeContext
-from lorasmith.workflow.events import UiOutput
+from lorasmith.workflow.execution_events import UiOutput
 from lorasmith.workflow.node import Node, NodeOutput
 
 __all__ = ["NodeResult", "call_node"]

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from lorasmith.core.errors import GraphError
 from lorasmith.core.registry import Registry
-from lorasmith.workflow.events import UiOutput
+from lorasmith.workflow.execution_events import UiOutput
 from lorasmith.workflow.sockets import Input, Output
 
 __all__ = ["NODES", "Hidden", "Node", "NodeOutput", "node"]

@@ -1,0 +1,1 @@
+"""What every door does: train a folder, resume, reproduce, preview, report."""

@@ -1,0 +1,209 @@
+"""Previews of a run, for the node and the command line: from settings to pictures on disk, told as training's events.
+
+This is where the parts meet that may not know of each other: `sampling` draws, `training` loads LoRAs and has the
+events, `report` writes the files. A failing preview costs pictures, never the run.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.dtypes import chosen_dtype
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.families.model import Denoiser
+from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.report.preview_folder import PreviewFolder
+from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
+from lorasmith.sampling.sample import SamplingCancelledError
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event, Previewed, Warned
+from lorasmith.training.lora_handle import Lora
+
+__all__ = ["PreviewFrames", "RunPreviews", "run_previews"]
+
+_MOST_FAILURES = 2
+"""Failures in a row after which a run draws no more previews."""
+
+
+def run_previews(
+    denoiser: Denoiser,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    title: str,
+    device: torch.device | str | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> RunPreviews | None:
+    """What draws the previews that a configuration asks for; None when it asks for none. Encodes the prompts.
+
+    Args:
+        denoiser: what is trained on.
+        config: settings of the run.
+        folder: of the run; pictures go to `samples/` in it.
+        title: name of the LoRA.
+        device: where the run trains; the first GPU, or the CPU, if None.
+        cancelled: asked between evaluations of the network.
+
+    Raises:
+        OptionError: there are too many prompts, or a strength is out of range.
+        ModelError: the model lacks a text encoder or an autoencoder.
+        LoraError: the LoRA that is continued cannot be read.
+    """
+    prompts, strengths = parse_prompts(config.previews), parse_strengths(config.preview_strengths)
+    if not prompts:
+        return None
+    base, device = denoiser.base, torch.device(device or best_device())
+    text_encoder = base.text_encoder
+    # Training leaves text encoders alone, but a LoRA that is continued carries its own along.
+    carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
+    previewer = Previewer(
+        denoiser,
+        prompts,
+        load=lambda path, strength: Lora.load(path, base).applied_to(denoiser, strength=strength),
+        strengths=(1.0, *strengths),
+        encoder=lambda strength: carried.applied_to_text(text_encoder, strength=strength),
+        seed=config.seed,
+        steps=config.preview_steps,
+        dtype=_sampling_dtype(denoiser, config.training_dtype, device),
+        device=device,
+        cancelled=cancelled,
+    )
+    return RunPreviews(previewer, folder / "samples", title=title, model=base.title, strengths=strengths)
+
+
+class RunPreviews:
+    """Draws a LoRA as it is saved, writes the pictures and their sheets, and tells of them.
+
+    Args:
+        previewer: draws.
+        folder: for the files of `PreviewFolder`.
+        title: name of the LoRA.
+        model: name of the base model.
+        strengths: at which the finished LoRA is shown.
+    """
+
+    def __init__(
+        self, previewer: Previewer, folder: Path, *, title: str, model: str, strengths: tuple[float, ...] = ()
+    ) -> None:
+        sampling = {
+            "Steps": previewer.steps,
+            "Sampler": "euler normal",
+            "CFG scale": previewer.cfg,
+            "Seed": previewer.seed,
+            "Model": model,
+        }
+        self._previewer = previewer
+        self._files = PreviewFolder(folder, previewer.prompts, title=title, sampling=sampling)
+        self._strengths = strengths
+        self._base_is_written = False
+        self._failures = 0
+
+    def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
+        """Draw the LoRA saved at `lora` after `step` updates; to be called with no adapters attached to the model.
+
+        Returns:
+            A `Previewed` for each row of pictures, the base's the first time, and a `Warned` if something failed. The
+            second failure in a row is the last: after that nothing is drawn. A cancelled preview returns what it has.
+        """
+        events: list[Event] = []
+        if self._failures == _MOST_FAILURES:
+            return events
+        try:
+            for previewed in self._previews(step, lora, final):
+                events.append(previewed)
+            self._failures = 0
+        except SamplingCancelledError:
+            pass
+        except Exception as error:  # whatever it is, hours of training are worth more
+            self._failures += 1
+            events.append(Warned(message=self._complaint(step, error)))
+        # Sampling has left blocks of other sizes than training's in the cache, and after a failure training needs all.
+        torch.cuda.empty_cache()
+        return events
+
+    def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Previewed]:
+        files, draw = self._files, self._previewer.draw
+        if not self._base_is_written:
+            yield self._previewed(step, files.write_base(draw(None)), 0.0)
+            self._base_is_written = True
+        full = draw(lora)
+        yield self._previewed(step, files.write_step(full, step, lora.name), 1.0)
+        files.write_steps_sheet()
+        if not (final and self._strengths):
+            return
+        for strength in self._strengths:
+            drawn = full if strength == 1 else draw(lora, strength)
+            paths = files.write_strength(drawn, strength, step, lora.name)
+            if strength != 1:  # which has been told of
+                yield self._previewed(step, paths, strength)
+        files.write_strengths_sheet(self._strengths, step)
+
+    def _previewed(self, step: int, paths: tuple[Path, ...], strength: float) -> Previewed:
+        return Previewed(step=step, prompts=self._previewer.prompts, paths=tuple(map(str, paths)), strength=strength)
+
+    def _complaint(self, step: int, error: Exception) -> str:
+        what = f"the preview at step {step} could not be drawn ({_reason(error)})"
+        if self._failures < _MOST_FAILURES:
+            return f"{what}; training goes on"
+        return f"{what}, nor could the one before; training goes on without previews"
+
+
+class PreviewFrames:
+    """A run's newest pictures as one small picture for user interfaces: the base's, below it those of the step.
+
+    Args:
+        columns: prompts that are shown, the first of all.
+        cell: longest edge of a picture in pixels.
+    """
+
+    def __init__(self, *, columns: int = 4, cell: int = 192) -> None:
+        self._columns, self._cell = columns, cell
+        self._step = 0
+        self._rows: dict[float, list[Image.Image]] = {}  # by strength
+
+    def __call__(self, event: Previewed) -> bytes | None:
+        """JPEG of an event's pictures below those told of before of the same step and of the base; None if their files
+        are gone."""
+        if event.step != self._step:
+            self._step = event.step
+            self._rows = {strength: row for strength, row in self._rows.items() if strength == 0}
+        try:
+            self._rows[event.strength] = [self._opened(path) for path in event.paths[: self._columns]]
+        except OSError:  # a run does not end because somebody tidied up
+            return None
+        labels = {0.0: "base", 1.0: f"step {event.step}"}
+        rows = {labels.get(strength, f"strength {strength:g}"): row for strength, row in sorted(self._rows.items())}
+        sheet = contact_sheet(
+            list(rows.values()), list(rows), event.prompts[: self._columns], min_cell=self._cell, max_cell=self._cell
+        )
+        buffer = io.BytesIO()
+        sheet.save(buffer, format="JPEG", quality=90)
+        return buffer.getvalue()
+
+    def _opened(self, path: str) -> Image.Image:
+        with Image.open(path) as picture:
+            picture.thumbnail((self._cell, self._cell))
+            return picture.copy()
+
+
+def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.device) -> torch.dtype:
+    """Training's number format on GPUs, so that a preview fits wherever training fits; on CPUs the one of `generate`,
+    for which the weights need not be copied."""
+    if device.type == "cpu":
+        return torch.float32
+    return product_dtype(device) if training_dtype == "auto" else chosen_dtype(training_dtype, denoiser.module)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a few words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory"
+    text = next(iter(str(error).splitlines()), "").strip()
+    return text if isinstance(error, LorasmithError) else f"{type(error).__name__}: {text}".removesuffix(": ")

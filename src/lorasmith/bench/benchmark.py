@@ -1,0 +1,194 @@
+"""A planned run, measured as a whole: a few of its steps, the floor before and behind them, counts, memory, rates."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from lorasmith.bench.limits import Measured, device_memory, measured_rates
+from lorasmith.bench.measure import (
+    Counts,
+    Spread,
+    counted,
+    frozen_floor,
+    measured_parts,
+    pass_seconds,
+    step_seconds,
+    training_steps,
+    weight_bytes,
+)
+from lorasmith.bench.profiling import profiled
+from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.errors import OptionError
+from lorasmith.data.dataset import Sample
+from lorasmith.families.model import Model
+from lorasmith.training.engine import Engine, Recipe, prepared
+from lorasmith.training.job import Job
+from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
+
+__all__ = ["latent_side", "measured"]
+
+_WARMUP = 2
+_ENOUGH_S = 6.0
+"""How many seconds steps and passes take together, if nobody says how many there are to be."""
+
+
+def latent_side(model: Model, resolution: int | None) -> int:
+    """Side of the latents of square pictures; None is the model's own size.
+
+    Raises:
+        OptionError: the model takes no pictures of that size.
+    """
+    side, multiple = resolution or model.defaults.resolution, model.defaults.pixel_multiple
+    if side < multiple or side % multiple:
+        nearest = max(multiple, round(side / multiple) * multiple)
+        raise OptionError(f"resolution must divide by {multiple} for this model, got {side}; use {nearest}")
+    return side // model.components.latent.downscale
+
+
+def measured(
+    job: Job,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    steps: int | None = None,
+    floor: bool = True,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Measured:
+    """Measure a job's steps. The model is as before afterwards, and the job's adapters are trained a little.
+
+    Args:
+        job: what is trained.
+        samples: on what; a batch of them is what the floor takes.
+        recipe: settings of the run; its number of steps is not used.
+        steps: how many steps and passes are timed; None is as many as take some seconds, at least three.
+        floor: whether to measure the frozen model beside it.
+        tell: is told what is being measured.
+    """
+    device = recipe.device
+    plan = None
+    if recipe.activations == "auto":
+        tell("activations")
+        plan = _plan(job, samples, recipe)
+        recipe = replace(recipe, activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
+    tell("rates of this device")
+    rates = measured_rates(device, recipe.dtype)
+    frozen = _Floor(job, samples[: recipe.batch_size], recipe) if floor else None
+    if frozen is not None:
+        tell("the floor")
+        steps = frozen.measure(steps and -(-steps // 2)) * 2
+    tell("steps")
+    step, weights, allocated = _steps(job, samples, replace(recipe, steps=_WARMUP + (steps or 5)))
+    tell("the parts of a step")
+    parts = measured_parts(job, samples, recipe)
+    counts = counted(lambda counter: training_steps(job, samples, recipe, counter), device)
+    with training_steps(job, samples, recipe) as once:
+        once()
+        profile = min((profiled(once, device) for _ in range(2)), key=lambda one: one.whole)
+    if frozen is not None and frozen.counts is not None:
+        tell("the floor again")
+        frozen.measure(len(frozen.passes))
+    fits = frozen is not None and frozen.counts is not None
+    return Measured(
+        plan=plan,
+        step=step,
+        images=recipe.batch_size * recipe.accumulation,
+        parts=parts,
+        counts=counts,
+        profile=profile,
+        floor=Spread(tuple(frozen.passes)) if frozen is not None and fits else None,
+        forward=Spread(tuple(frozen.forwards)) if frozen is not None and fits else None,
+        floor_counts=None if frozen is None else frozen.counts,
+        passes=recipe.accumulation,
+        weights=weights,
+        above=counts.peak if allocated is None else allocated - weights,
+        peak=_process_peak() or weights + counts.peak if allocated is None else allocated,
+        memory=device_memory(device),
+        rates=rates,
+    )
+
+
+def _plan(job: Job, samples: Sequence[Sample], recipe: Recipe) -> MemoryPlan:
+    """What a run with these settings would decide."""
+    found: list[MemoryPlan] = []
+
+    def planned() -> Recipe:
+        found.append(plan_for(engine, samples))
+        return replace(recipe, activations="keep")
+
+    engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
+    try:
+        with engine.prepared(lambda: None, planned):
+            return found[0]
+    finally:
+        engine.release()
+
+
+class _Floor:
+    """Passes of the frozen model, as often as they are asked for.
+
+    Attributes:
+        passes, forwards: seconds, of all that were measured.
+        counts: of a pass; None as long as there is none, or where memory is too small for the model as it is.
+    """
+
+    def __init__(self, job: Job, samples: Sequence[Sample], recipe: Recipe) -> None:
+        self._job = job
+        self._samples = samples
+        self._recipe = recipe
+        self.passes: list[float] = []
+        self.forwards: list[float] = []
+        self.counts: Counts | None = None
+
+    def measure(self, steps: int | None) -> int:
+        """Measure so many passes, or as many as take some seconds; returns how many, 0 where memory is too small."""
+        device = self._recipe.device
+        try:
+            with self._open() as once, self._open(backward=False) as forward:
+                first = pass_seconds(once, steps=1, warmup=1, device=device).median
+                steps = steps or max(2, min(10, int(_ENOUGH_S / 5 / first)))
+                self.passes += pass_seconds(once, steps=steps, device=device).seconds
+                self.forwards += pass_seconds(forward, steps=steps, warmup=1, device=device).seconds
+                if self.counts is None:
+                    self.counts = counted(lambda counter: contextlib.nullcontext(once), device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0
+        return steps
+
+    def _open(self, *, backward: bool = True) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        recipe = self._recipe
+        return frozen_floor(
+            self._job.denoiser, self._samples, device=recipe.device, dtype=recipe.dtype, backward=backward
+        )
+
+
+def _steps(job: Job, samples: Sequence[Sample], recipe: Recipe) -> tuple[Spread, int, int | None]:
+    """Seconds of the steps behind the warm-up, bytes of the frozen weights, and the most allocated on a GPU."""
+    weights = 0
+
+    def look() -> None:
+        nonlocal weights
+        weights = weight_bytes(job.denoiser.module)
+
+    with prepared(job.denoiser, job.adapters, recipe, job.differences, first=look):
+        pass
+    if recipe.device.type != "cuda":
+        return step_seconds(job, samples, recipe, warmup=_WARMUP), weights, None
+    torch.cuda.reset_peak_memory_stats(recipe.device)
+    seconds = step_seconds(job, samples, recipe, warmup=_WARMUP)
+    return seconds, weights, torch.cuda.max_memory_allocated(recipe.device)
+
+
+def _process_peak() -> int | None:
+    """Bytes of memory that this process has had at the most; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,331 @@
+"""What a training step costs here: its time beside the floor, its parts, its memory, its FLOPs.
+
+The floor is one forward and one backward pass to the latents of the frozen model as diffusers gives it; no trainer that
+needs gradients of all layers can be faster. Inputs are random, for what they are changes no cost. `limits` says what
+follows from the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.bench.counting import Counter
+from lorasmith.core.placement import held
+from lorasmith.core.quantization import Packed, weight_source
+from lorasmith.data.dataset import Sample
+from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.batches import prefetched
+from lorasmith.training.engine import Engine, Recipe, batch_maker
+from lorasmith.training.job import Job
+from lorasmith.training.loop import Loop, Watcher, fit
+from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
+
+__all__ = [
+    "Counts",
+    "Parts",
+    "Spread",
+    "counted",
+    "frozen_floor",
+    "frozen_pass",
+    "measured_parts",
+    "pass_seconds",
+    "step_seconds",
+    "synthetic_samples",
+    "training_steps",
+    "weight_bytes",
+]
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of the same work, several times."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.seconds)
+
+    @property
+    def low(self) -> float:
+        """The fastest."""
+        return min(self.seconds)
+
+    @property
+    def high(self) -> float:
+        """The slowest."""
+        return max(self.seconds)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one step or pass does; see `Counter`.
+
+    Attributes:
+        flops, operations: of one of them.
+        sent: bytes that came to the device.
+        held: bytes that the forward pass keeps for the backward pass.
+        peak: bytes at the most, above the frozen weights, with what is trained.
+        state: bytes that stay between two steps: trained weights, gradients, the optimizer's state.
+    """
+
+    flops: int
+    operations: int
+    sent: int
+    held: int
+    peak: int
+    state: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the seconds of a step go, each waited for; medians.
+
+    Attributes:
+        making: a step's batches, which another thread makes.
+        waiting: what the step waits for them.
+        gradient: forward and backward.
+        update: clipping, optimizer, publishing.
+        busy: processor seconds of the process for each second and thread, on a CPU; None on another device.
+    """
+
+    making: float
+    waiting: float
+    gradient: float
+    update: float
+    busy: float | None
+
+
+def synthetic_samples(
+    model: Model, count: int, height: int, width: int, *, tokens: int | None = None, seed: int = 0
+) -> tuple[Sample, ...]:
+    """Random latents (channels, height, width) with conditioning of the usual length, or of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
+    if tokens is not None:
+        shapes["context"] = (1, tokens, *shapes["context"][2:])
+
+    def sample(index: int) -> Sample:
+        latents = torch.randn(model.components.latent.channels, height, width, generator=generator)
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        return Sample(latents, Conditioning(tensors), f"random {index}")
+
+    return tuple(sample(index) for index in range(count))
+
+
+def frozen_pass(
+    denoiser: Denoiser,
+    module: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backward: bool = True,
+) -> Callable[[], None]:
+    """A function that takes all samples through a frozen `module`, and back to the latents."""
+    latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
+    conditioning = collate([sample.conditioning for sample in samples]).to(device, dtype)
+    schedule = denoiser.base.components.schedule
+    level = schedule.at(torch.full((len(samples),), 0.5)).to(device)
+
+    def once() -> None:
+        x = latents.clone().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            prediction = denoiser.base.family.predict(module, x, level.time, conditioning)
+            if backward:
+                torch.autograd.backward(prediction.float().square().mean())
+
+    return once
+
+
+@contextlib.contextmanager
+def frozen_floor(
+    denoiser: Denoiser, samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype, backward: bool = True
+) -> Iterator[Callable[[], None]]:
+    """The floor: the model's own module, contiguous on the device meanwhile. Yields one pass."""
+    module = denoiser.module
+    with held(module, device=device, dtype=dtype, layout=torch.contiguous_format):
+        yield frozen_pass(denoiser, module, samples, device=device, dtype=dtype, backward=backward)
+
+
+@contextlib.contextmanager
+def training_steps(
+    job: Job, samples: Sequence[Sample], recipe: Recipe, counter: Counter | None = None
+) -> Iterator[Callable[[], None]]:
+    """A run's steps one by one, without what is between them. Yields a function that takes the next.
+
+    With a `counter` everything that is trained is made inside of it, and the frozen weights outside.
+    """
+    with counter or contextlib.nullcontext():
+        engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
+    maker = batch_maker(job.denoiser, samples, recipe, engine.dropout)
+    steps = itertools.count()
+
+    def once() -> None:
+        step = next(steps)
+        engine.update(step, *engine.gradient(maker.step(step)))
+
+    try:
+        with engine.prepared(lambda: None):
+            yield once
+    finally:
+        engine.release()
+
+
+def counted(
+    steps: Callable[[Counter], contextlib.AbstractContextManager[Callable[[], None]]], device: torch.device
+) -> Counts:
+    """Counts of one step, the second: the first makes what stays, such as the optimizer's state.
+
+    Args:
+        steps: opens the work, given the counter in which to make what is trained, and yields one step of it.
+        device: where it runs.
+    """
+    counter = Counter(device)
+    with steps(counter) as once, torch.compiler.set_stance("force_eager"):
+        with counter:
+            once()
+        state = counter.live
+        counter.reset()
+        with counter:
+            once()
+    return Counts(counter.flops, counter.operations, counter.sent, counter.held - state, counter.peak, state)
+
+
+def pass_seconds(
+    once: Callable[[], None],
+    *,
+    steps: int,
+    device: torch.device,
+    warmup: int = 0,
+    clock: Clock = time.perf_counter,
+) -> Spread:
+    """Seconds of each of `steps` calls, after those that warm up."""
+    seconds = []
+    for index in range(warmup + steps):
+        _wait_for(device)
+        start = clock()
+        once()
+        _wait_for(device)
+        if index >= warmup:
+            seconds.append(clock() - start)
+    return Spread(tuple(seconds))
+
+
+def step_seconds(
+    job: Job, samples: Sequence[Sample], recipe: Recipe, *, warmup: int = 1, clock: Clock = time.perf_counter
+) -> Spread:
+    """Seconds from the end of one step to that of the next, in the loop that trains, of all behind the warm-up.
+
+    On a GPU nobody waits for it between steps; the times are the device's own.
+    """
+    ends = _Ends(recipe.device, clock)
+    fit(
+        job.denoiser,
+        job.adapters,
+        samples,
+        recipe,
+        differences=job.differences,
+        on_event=lambda event: None,
+        cancelled=lambda: False,
+        watchers=[ends],
+    )
+    return Spread(ends.differences()[warmup - 1 :])
+
+
+def measured_parts(job: Job, samples: Sequence[Sample], recipe: Recipe, *, steps: int = 2) -> Parts:
+    """The parts of a step, one after the other."""
+    engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
+    maker = batch_maker(job.denoiser, samples, recipe, engine.dropout)
+    device = recipe.device
+    rows = []
+    try:
+        with (
+            engine.prepared(lambda: None),
+            contextlib.closing(prefetched(maker, range(steps + 1))) as coming,
+        ):
+            for step in range(steps + 1):
+                times = [time.perf_counter()]
+                _, batches = next(coming)
+                times.append(time.perf_counter())
+                gradient = engine.gradient(batches)
+                _wait_for(device)
+                times.append(time.perf_counter())
+                engine.update(step, *gradient)
+                _wait_for(device)
+                times.append(time.perf_counter())
+                rows.append(([b - a for a, b in itertools.pairwise(times)], time.process_time()))
+            ended = time.perf_counter()
+    finally:
+        engine.release()
+    waiting, gradient_s, update = (statistics.median(row[0][part] for row in rows[1:]) for part in range(3))
+    making = pass_seconds(lambda: _left(maker.step(0)), steps=3, device=device).median
+    began = ended - sum(sum(row[0]) for row in rows[1:])
+    busy = (rows[-1][1] - rows[0][1]) / ((ended - began) * torch.get_num_threads())
+    return Parts(making, waiting, gradient_s, update, busy if device.type == "cpu" else None)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a denoiser's frozen weights on the device, as they are now: quantized ones and streamed ones too."""
+    total = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(module)}.values())
+    streams: dict[int, WeightStream] = {}
+    for layer in module.modules():
+        source = weight_source(layer)
+        if isinstance(source, Packed):
+            total += source.size_bytes
+        elif isinstance(source, StreamedWeight):
+            streams[id(source.stream)] = source.stream
+    return total + sum(stream.ahead_bytes for stream in streams.values())
+
+
+class _Ends(Watcher):
+    """Notes when steps end."""
+
+    def __init__(self, device: torch.device, clock: Clock) -> None:
+        self._device = device
+        self._clock = clock
+        self._ends: list[Any] = []
+
+    def due(self, loop: Loop) -> bool:
+        if self._device.type == "cuda":
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end.record()
+            self._ends.append(end)
+        else:
+            self._ends.append(self._clock())
+        return False
+
+    def differences(self) -> tuple[float, ...]:
+        """Seconds between neighbouring ends."""
+        _wait_for(self._device)
+        pairs = itertools.pairwise(self._ends)
+        if self._device.type == "cuda":
+            return tuple(before.elapsed_time(after) / 1000 for before, after in pairs)
+        return tuple(after - before for before, after in pairs)
+
+
+def _left(value: object) -> None:
+    """Let go of something that was made to be timed."""
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

@@ -1,0 +1,1 @@
+"""Files that hold base models: containers, packed weights, original layouts."""

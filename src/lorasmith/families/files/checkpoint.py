@@ -1,0 +1,96 @@
+"""Single-file checkpoints in the original layout: what they hold, and whose they are.
+
+Tensors are read when asked for, one component at a time. Recognition is our own (families look at names and shapes):
+diffusers' detection takes every unknown file for Stable Diffusion 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed
+from lorasmith.families.files.tensor_files import open_tensors
+
+__all__ = ["ARCHITECTURE", "LORA_MARKS", "OriginalCheckpoint", "Shapes"]
+
+ARCHITECTURE = "lorasmith.architecture"
+"""Metadata key under which a checkpoint may say what shapes leave open: JSON, settings by component."""
+
+# Full checkpoints put the denoiser under the first; other tools save it alone under one of the others, or under none.
+_DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
+LORA_MARKS = ("lora_", "lora.", "hada_w", "lokr_w", "oft_blocks")
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Tensor shapes by name. Looking up a tensor that the file lacks raises ModelError: the file is at fault."""
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise ModelError(f"the checkpoint lacks {name}; it is incomplete or was cut short")
+
+
+class OriginalCheckpoint:
+    """A file in the original layout, in whatever precision; of those that are quantized see `tensor_files`.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelError: the file is missing, pickled, truncated or of another format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = open_tensors(path)
+        self.shapes: Mapping[str, tuple[int, ...]] = self.file.shapes
+        self.metadata: Mapping[str, str] = self.file.metadata
+
+    @cached_property
+    def denoiser_prefix(self) -> str:
+        """What stands before the denoiser's names: the first known prefix that more than five tensors carry."""
+        counts = {prefix: sum(name.startswith(prefix) for name in self.shapes) for prefix in _DENOISER_PREFIXES}
+        return next((prefix for prefix in _DENOISER_PREFIXES if counts[prefix] > 5), "")
+
+    @cached_property
+    def denoiser_shapes(self) -> Shapes:
+        """Shapes of the denoiser's tensors by their name without prefix."""
+        return self.shapes_under(self.denoiser_prefix)
+
+    @cached_property
+    def architecture(self) -> dict[str, dict[str, Any]]:
+        """Settings that the file itself gives for `unet`, `vae`, `text_encoder` and `defaults`; most give none."""
+        try:
+            said = json.loads(self.metadata.get(ARCHITECTURE, "{}"))
+            return {component: dict(settings) for component, settings in said.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{ARCHITECTURE} in the metadata of {self.path} must be settings by component in JSON; "
+                "the file was damaged or edited, so get it again"
+            ) from error
+
+    def shapes_under(self, prefix: str) -> Shapes:
+        """Shapes of the tensors whose names begin with `prefix`, which is cut off."""
+        return Shapes(
+            (name.removeprefix(prefix), shape) for name, shape in self.shapes.items() if name.startswith(prefix)
+        )
+
+    def load(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype`.
+
+        Raises:
+            ModelError: weights are quantized in a way that is not known here.
+        """
+        loaded = self.load_packed(prefix, dtype)
+        return {name: one.weight() if isinstance(one, Packed) else one for name, one in loaded.items()}
+
+    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+        """As `load`, but weights that the file has as codes stay packed; they unpack to `dtype`."""
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        return {name.removeprefix(prefix): one for name, one in self.file.read(names, dtype)}

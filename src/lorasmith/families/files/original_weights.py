@@ -1,0 +1,135 @@
+"""Models from original-layout tensors or from diffusers' folders, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.packed_layers import give_source, packable_layers
+from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed, placeholder
+from lorasmith.formats.names.model_names import OriginalName
+
+__all__ = ["build", "from_original_tensors", "module_paths", "part_of_folder", "weight_shapes"]
+
+
+def module_paths(model: nn.Module) -> list[str]:
+    """Paths of all modules that own parameters (Linear, convolution, norm, embedding), in the model's order."""
+    return [path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
+
+
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of the weight of each module that owns parameters, by path."""
+    parameters = dict(model.named_parameters())
+    return {path: tuple(parameters[f"{path}.weight"].shape) for path in module_paths(model)}
+
+
+def build(
+    kind: Callable[..., nn.Module],
+    config: Mapping[str, Any],
+    tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]],
+) -> nn.Module:
+    """A model of class `kind` that takes over given tensors without ever holding random weights.
+
+    Weights that are packed stay so where their layer can compute with them (`adapters.packed_layers`).
+
+    Args:
+        kind: model class.
+        config: its keyword arguments.
+        tensors: state dict for the empty model.
+
+    Raises:
+        ModelError: tensors are missing, left over or of the wrong shape.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights():
+            model = kind(**config)
+        packable = set(packable_layers(model))
+        able = {f"{path}.weight": layer for path, layer in model.named_modules() if layer in packable}
+        given = {
+            name: one.weight() if isinstance(one, Packed) and name not in able else one
+            for name, one in tensors(model).items()
+        }
+        packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
+        model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
+            "it is incomplete or of a variant that is not known here"
+        ) from error
+    for name, one in packed.items():
+        give_source(able[name], one, device=one.tensors[0].device, dtype=one.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def part_of_folder(kind: Any, folder: Path, part: str, **settings: Any) -> Any:
+    """One model of a diffusers folder, in eval mode and frozen.
+
+    Args:
+        kind: its class in diffusers or transformers.
+        folder: the folder with `model_index.json`.
+        part: name of its subfolder.
+        settings: keyword arguments of `from_pretrained`, such as the dtype.
+
+    Raises:
+        ModelError: the part is missing, or tensors of it are (the libraries would fill them with random numbers).
+        OSError, ValueError, RuntimeError: whatever the libraries raise for damaged files.
+    """
+    if not (folder / part).is_dir():
+        raise ModelError(f"{folder} must hold a folder {part} but does not; it is incomplete, so get it again")
+    model, info = kind.from_pretrained(
+        folder / part, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"the weights in {folder / part} lack {missing[0]}; they are incomplete, so get them again")
+    return model.eval().requires_grad_(False)
+
+
+def from_original_tensors(
+    model: nn.Module, table: Mapping[str, OriginalName], tensors: Mapping[str, Tensor | Packed]
+) -> dict[str, Tensor | Packed]:
+    """The state dict of a diffusers denoiser from original-layout tensors.
+
+    Fused tensors are cut into rows and swapped halves put in order, as the table says.
+
+    Raises:
+        ModelError: a tensor is missing, or one is left that the table does not name.
+    """
+    state: dict[str, Tensor | Packed] = {}
+    unused = set(tensors)
+    for name in model.state_dict():
+        path, _, leaf = name.rpartition(".")
+        place = table[path]
+        # Flux calls the weight of its RMS norms "scale".
+        original = next((k for k in (f"{place.path}.{leaf}", f"{place.path}.scale") if k in tensors), None)
+        if original is None:
+            raise ModelError(f"the checkpoint lacks {place.path}.{leaf}; it is incomplete or was cut short")
+        tensor = tensors[original]
+        unused.discard(original)
+        if place.rows is not None:
+            tensor = _of_rows(tensor, operator.itemgetter(slice(*place.rows)))
+        if place.swap_halves:
+            tensor = _of_rows(tensor, lambda rows: torch.cat(tuple(reversed(rows.chunk(2)))))
+        state[name] = tensor
+    if unused:
+        raise ModelError(
+            f"the checkpoint has {len(unused)} denoiser tensors that this architecture lacks, such as {min(unused)}; "
+            "it is of a variant that is not known here"
+        )
+    return state
+
+
+def _of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
+    return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
+
+
+def _tensor(given: Tensor | Packed) -> Tensor:
+    """What a parameter holds."""
+    return placeholder(given.shape, given.tensors[0].device, given.dtype) if isinstance(given, Packed) else given

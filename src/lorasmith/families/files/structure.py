@@ -1,0 +1,45 @@
+"""A model's structure without its weights, for questions about layers alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.quantization import Packed
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
+from lorasmith.families.loading import built_in_models, load_model, recognise
+from lorasmith.families.model import Model
+
+__all__ = ["load_structure"]
+
+
+def load_structure(source: str | os.PathLike[str]) -> Model:
+    """A model whose denoiser's matrices are on the meta device, with no text encoder and no autoencoder.
+
+    Of a single file its header and its vectors are read, which takes a second or two whatever its size. Folders and hub
+    ids are loaded as `load_model` does. Arguments and errors are its own too.
+    """
+    path = built_in_models().get(str(source), Path(source))
+    if not path.is_file():
+        return load_model(source)
+    outline = _Outline(path)
+    family = recognise(outline)
+    return Model(family, family.from_original(outline, torch.float32), title=path.stem, path=path)
+
+
+class _Outline(OriginalCheckpoint):
+    """A checkpoint with nothing but a denoiser, of which only vectors have values: some tell the parameterization."""
+
+    def shapes_under(self, prefix: str) -> Shapes:
+        return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()
+
+    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+        return {
+            name: torch.empty(shape, device="meta")
+            if len(shape) > 1
+            else next(one for _, one in self.file.read([f"{prefix}{name}"], None))
+            for name, shape in self.shapes_under(prefix).items()
+        }

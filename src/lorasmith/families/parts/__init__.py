@@ -1,0 +1,1 @@
+"""Parts that several families share: text encoders, autoencoders, UNets, in their namings."""

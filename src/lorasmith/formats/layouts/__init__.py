@@ -1,0 +1,1 @@
+"""LoRA layouts: one convention of naming tensors a file."""

@@ -1,0 +1,111 @@
+"""The layout of ComfyUI's own trainer: `diffusion_model.<original path>.lora_up.weight`, `.lora_down.weight`, `.alpha`.
+
+Module paths are those of the original checkpoint, with dots. Convolutions are flattened to two dimensions: down is
+(rank, in·kh·kw). Norms and biases have full differences, `.diff` and `.diff_b`. ComfyUI reads every key of it; most
+other programs read none for UNets, so it serves exchange with ComfyUI and not as a general format.
+
+Read as well: diffusers' paths behind `diffusion_model.` (ai-toolkit), and `model.diffusion_model.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.places import (
+    Parts,
+    addressed,
+    alias_places,
+    diffusers_places,
+    encoder_paths,
+    original_places,
+    read_tensors,
+)
+from lorasmith.formats.names.spelling import KOHYA, ModuleTensors, spelled, split_key, without_core
+
+__all__ = ["ComfyLayout"]
+
+
+class ComfyLayout(Layout):
+    """Original module paths behind `diffusion_model.`, everything in at most two dimensions."""
+
+    name = "comfy"
+    title = "ComfyUI"
+
+    def detects(self, keys: Iterable[str]) -> int:
+        return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
+
+    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
+        places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
+        bases = {prefix + path: parts for prefix in _DENOISER_PREFIXES for path, parts in places.items()}
+        for component in names.text_encoders:
+            for kind in _encoder_kinds(component, names):
+                prefix = f"text_encoders.{kind}.transformer."
+                bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
+        return bases
+
+    def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
+        return read_tensors(tensors, self.bases(names), names)
+
+    def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
+        """Adapters that have no exact place under an original name keep diffusers' name, behind PEFT's prefix."""
+
+        def base_of(ref: ModuleRef) -> str:
+            if ref.component != DENOISER:
+                return f"text_encoders.{_encoder_kinds(ref.component, names)[0]}.transformer.{ref.path}"
+            return f"{names.peft_prefix}.{ref.path}"
+
+        modules = addressed(state, names, base_of, "diffusion_model.{}".format)
+        return {
+            base + suffix: tensor
+            for base, module in modules.items()
+            for suffix, tensor in spelled(_plain(module), KOHYA).items()
+        }
+
+    def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
+        return {}
+
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+        found = []
+        for ref, weights in state.adapters.items():
+            magnitudes = weights.tensors.get("dora_scale")
+            if magnitudes is not None and magnitudes.shape[0] > 1:
+                reason = "ComfyUI takes DoRA's magnitudes for each output relative to the untrained weight's norm"
+                found.append(Loss(ref, reason, left_out=False))
+            if "rescale" in weights.tensors:
+                found.append(Loss(ref, "ComfyUI leaves out the rescale of OFT and BOFT", left_out=False))
+        return found
+
+
+LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
+
+_DENOISER_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
+_PREFIX = re.compile(r"(model\.)?diffusion_model\.|text_encoders\.\w+\.transformer\.")
+
+
+def _encoder_kinds(component: str, names: ModelNames) -> tuple[str, ...]:
+    """What ComfyUI calls a text encoder, the name to write first: SD 1 has `clip_l` where SD 2 has `clip_h`."""
+    kind = names.encoder_kinds.get(component, component)
+    return {"clip_l": ("clip_l", "clip_h"), "clip_h": ("clip_h", "clip_l")}.get(kind, (kind,))
+
+
+def _plain(module: ModuleTensors) -> ModuleTensors:
+    """A LoRA's factors in two dimensions, and LoKr without a Tucker core, which ComfyUI fails to merge.
+
+    A LoRA's Tucker core needs its kernel, so such an adapter stays as it is.
+    """
+    weights = module.adapter
+    if weights is None:
+        return module
+    if weights.algorithm == "lokr":
+        return replace(module, adapter=without_core(weights))
+    if weights.algorithm != "lora" or "mid" in weights.tensors:
+        return module
+    tensors = {name: t.flatten(1) if name in ("down", "up") else t for name, t in weights.tensors.items()}
+    return replace(module, adapter=replace(weights, tensors=tensors))

@@ -1,0 +1,159 @@
+"""diffusers' layout: `unet.<path>.lora_A.weight` and `.lora_B.weight` as PEFT names them, A being the down matrix.
+
+Alpha has no tensor here. diffusers keeps it in the header, where the other programs that read this layout do not look:
+without it they scale by 1. Written files are right for both: alpha / rank is multiplied into the factors, and the
+header says that alpha equals the rank.
+
+Read as well: older diffusers (`.lora.down.weight`, `.processor.to_q_lora.down.weight`), paths with no prefix at all,
+original paths in their place, `.alpha` tensors; XLabs' names for Flux.1 (`double_blocks.0.processor.qkv_lora1`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.layouts.peft_config import (
+    ADAPTER_METADATA,
+    rank_fields,
+    stated_alphas,
+    targets,
+    uneven_magnitudes,
+)
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.places import (
+    Parts,
+    addressed,
+    alias_places,
+    diffusers_places,
+    encoder_paths,
+    original_places,
+    read_tensors,
+)
+from lorasmith.formats.names.spelling import (
+    PEFT,
+    ModuleTensors,
+    multiplied,
+    scale_of,
+    spelled,
+    split_key,
+    without_core,
+)
+
+__all__ = ["DiffusersLayout"]
+
+
+class DiffusersLayout(Layout):
+    """Dotted diffusers paths behind `unet.`, `transformer.` and `text_encoder.`, alpha baked in."""
+
+    name = "diffusers"
+    title = "diffusers"
+
+    def detects(self, keys: Iterable[str]) -> int:
+        return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
+
+    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
+        bases: dict[str, Parts] = {}
+        for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
+            for spelling in _spellings(path):
+                bases |= {prefix + spelling: parts for prefix in _DENOISER_PREFIXES}
+        for component in names.text_encoders:
+            bases |= {f"{component}.{path}": parts for path, parts in encoder_paths(names, component)}
+        return bases
+
+    def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
+        """Raises LoraError when the header's `lora_adapter_metadata` is malformed."""
+        return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, metadata))
+
+    def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
+        def base_of(ref: ModuleRef) -> str:
+            return f"{_prefix(ref.component, names)}.{ref.path}"
+
+        return {
+            base + suffix: tensor
+            for base, module in addressed(state, names, base_of).items()
+            for suffix, tensor in spelled(_baked(module), PEFT, alpha=False).items()
+        }
+
+    def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
+        fields: dict[str, Any] = {}
+        for component in dict.fromkeys(ref.component for ref in state.adapters):
+            loras = {
+                ref.path: weights
+                for ref, weights in state.adapters.items()
+                if ref.component == component and weights.algorithm == "lora"
+            }
+            if loras:
+                prefix = _prefix(component, names)
+                modules = names.denoiser if component == DENOISER else names.text_encoders.get(component, ())
+                config = {
+                    **rank_fields(loras, alpha_is_rank=True),
+                    "target_modules": targets(loras, modules),
+                    "use_dora": any("dora_scale" in weights.tensors for weights in loras.values()),
+                }
+                fields |= {f"{prefix}.{field}": value for field, value in config.items()}
+        return {ADAPTER_METADATA: json.dumps(fields, sort_keys=True)} if fields else {}
+
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+        loras = {ref: weights for ref, weights in state.adapters.items() if weights.algorithm == "lora"}
+        others = {ref: weights for ref, weights in state.adapters.items() if ref not in loras}
+        reasons = {
+            **{ref: f"diffusers loads LoRA alone, and this is {weights.algorithm}" for ref, weights in others.items()},
+            **uneven_magnitudes(loras),
+        }
+        return [
+            *(Loss(ref, reasons[ref]) for ref in state.adapters if ref in reasons),
+            *(Loss(ref, "diffusers has no differences of weights, norms and biases") for ref in state.differences),
+        ]
+
+
+LAYOUTS.register(DiffusersLayout.name)(DiffusersLayout())
+
+_DENOISER_PREFIXES = ("unet.", "transformer.", "")
+_PREFIX = re.compile(
+    r"unet\.|transformer\.|text_encoder(_2|_3)?\.|(single_)?transformer_blocks\.|"
+    r"(down|mid|up|double|single|joint)_blocks?\."
+)
+
+
+def _prefix(component: str, names: ModelNames) -> str:
+    return names.peft_prefix if component == DENOISER else component
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """A path as PEFT has it and, for attention projections, as diffusers' attention processors had it."""
+    yield path
+    parent, _, projection = path.rpartition(".attn1.")
+    if not parent:
+        parent, _, projection = path.rpartition(".attn2.")
+    if projection in ("to_q", "to_k", "to_v", "to_out.0"):
+        attention = path.removesuffix(projection)
+        yield f"{attention}processor.{projection.removesuffix('.0')}"
+
+
+def _baked(module: ModuleTensors) -> ModuleTensors:
+    """A LoRA with alpha / rank multiplied into its factors.
+
+    Half of the scale, as a power of two, goes into the down matrix and the rest into the up matrix: a small scale on
+    one side alone would push fp16 values below what fp16 can hold.
+    """
+    weights = module.adapter
+    if weights is None or weights.algorithm != "lora":
+        return module
+    weights = without_core(weights)
+    scale = scale_of(weights)
+    share = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
+    tensors = {
+        **weights.tensors,
+        "down": multiplied(weights.tensors["down"], share),
+        "up": multiplied(weights.tensors["up"], scale / share),
+    }
+    return replace(module, adapter=replace(weights, tensors=tensors))

@@ -1,0 +1,173 @@
+"""kohya's layout: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+Module paths have their dots flattened to underscores, so names are looked up in tables made from the model and never
+taken apart. UNets of Stable Diffusion 1 and 2 go by diffusers' names, SDXL and transformers by those of the original
+checkpoint. LyCORIS uses the same layout for its algorithms.
+
+Read as well: the other naming, `lycoris_` (LyCORIS' wrapper), `lora_transformer_` (OneTrainer), `oft_unet_` (the OFT
+of sd-scripts for UNets, which is LyCORIS' in all but the name).
+
+LyCORIS bounds the rotations of OFT and BOFT by alpha times the number of outputs, where `AdapterWeights` and ComfyUI
+have the bound itself. Read, alpha becomes the bound; written, rotations are shortened to it and alpha is zero, which
+is the same to every program. The metadata keeps the bounds, for a run that goes on from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.metadata import BOUNDS
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.places import (
+    Parts,
+    addressed,
+    diffusers_places,
+    encoder_paths,
+    original_places,
+    read_tensors,
+    unfusable,
+)
+from lorasmith.formats.names.spelling import KOHYA, multiplied, spelled, split_key
+
+__all__ = ["KohyaLayout"]
+
+
+class KohyaLayout(Layout):
+    """Flattened module paths behind `lora_unet_` and `lora_te_`, a scalar `.alpha` for each module."""
+
+    name = "kohya"
+    title = "kohya / sd-scripts"
+
+    def detects(self, keys: Iterable[str]) -> int:
+        return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
+
+    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
+        namings = [diffusers_places(names), original_places(names)]
+        if names.kohya_naming == "original":
+            namings.reverse()
+        bases: dict[str, Parts] = {}
+        for prefix in _DENOISER_PREFIXES:
+            for places in namings:
+                for path, parts in places.items():
+                    bases.setdefault(prefix + _flat(path), parts)
+        for component in names.text_encoders:
+            for prefix in _encoder_prefixes(component, names):
+                bases |= {prefix + _flat(path): parts for path, parts in encoder_paths(names, component)}
+        return bases
+
+    def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
+        state = read_tensors(tensors, self.bases(names), names)
+        bounds = _stated_bounds(metadata)
+        for ref, weights in state.adapters.items():
+            if weights.algorithm not in _ROTATIONS:
+                continue
+            blocks = weights.tensors["oft_blocks"]
+            if weights.alpha:
+                state.adapters[ref] = replace(weights, alpha=weights.alpha * blocks.shape[-3] * blocks.shape[-1])
+            elif ref.path in bounds:
+                state.adapters[ref] = replace(weights, alpha=bounds[ref.path])
+        return state
+
+    def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
+        """Adapters that have no exact place under an original name keep diffusers' name, behind `lycoris_`."""
+        by_original = names.kohya_naming == "original"
+
+        def base_of(ref: ModuleRef) -> str:
+            if ref.component != DENOISER:
+                return _encoder_prefixes(ref.component, names)[0] + _flat(ref.path)
+            return ("lycoris_" if by_original else "lora_unet_") + _flat(ref.path)
+
+        modules = addressed(_bounded(state), names, base_of, _original_base if by_original else None)
+        return {
+            base + suffix: tensor
+            for base, module in modules.items()
+            for suffix, tensor in spelled(module, KOHYA, norm_names=True).items()
+        }
+
+    def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
+        bounds = {
+            ref.path: weights.alpha
+            for ref, weights in state.adapters.items()
+            if weights.algorithm in _ROTATIONS and weights.alpha
+        }
+        return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
+
+    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
+        if names.kohya_naming == "diffusers":
+            return []
+        reason = (
+            "what the original model fuses (q, k, v) cannot be fused exactly for these, so that they keep names which "
+            "kohya's scripts and diffusers do not look for"
+        )
+        return [Loss(ref, reason, left_out=False) for ref in unfusable(_bounded(state), names)]
+
+
+LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
+
+_DENOISER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
+_ROTATIONS = ("oft", "boft")
+_PREFIX = re.compile(r"lora_unet_|lora_te[123]?_|lora_transformer_|lycoris_|oft_unet_")
+
+
+def _bounded(state: AdapterState) -> AdapterState:
+    """A LoRA whose rotations are no longer than their bounds, and have none."""
+    adapters = {ref: _shortened(weights) for ref, weights in state.adapters.items()}
+    return replace(state, adapters=adapters)
+
+
+def _shortened(weights: AdapterWeights) -> AdapterWeights:
+    if weights.algorithm not in _ROTATIONS or not weights.alpha:
+        return weights
+    # Rounded to a file's number format, blocks may be a little longer than the bound they were cut to already.
+    length = _length(weights)
+    factor = weights.alpha / length if length > weights.alpha * 1.005 else 1.0
+    shortened = multiplied(weights.tensors["oft_blocks"], factor)
+    return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
+
+
+def _length(weights: AdapterWeights) -> float:
+    """‖Q‖ of a rotation, over all its blocks."""
+    blocks = weights.tensors["oft_blocks"].float()
+    return float((blocks - blocks.mT).norm())
+
+
+def _stated_bounds(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Bounds of rotations by module path, as `header` states them. Raises LoraError where they are malformed."""
+    text = metadata.get(BOUNDS, "{}")
+    try:
+        bounds = {str(path): float(bound) for path, bound in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoraError(
+            f"{BOUNDS} in a LoRA's metadata must give a number for each module path, got {text[:60]!r}; "
+            "remove that entry, and rotations have no bound"
+        ) from error
+    return {path: bound for path, bound in bounds.items() if bound > 0}
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _original_base(path: str) -> str:
+    return "lora_unet_" + _flat(path)
+
+
+def _encoder_prefixes(component: str, names: ModelNames) -> tuple[str, ...]:
+    """Prefixes of a text encoder's keys, the one to write first."""
+    kind = names.encoder_kinds.get(component, "")
+    if kind == "t5xxl":
+        # OneTrainer counts the encoders of a model; kohya gives T5 the number it has in Stable Diffusion 3.
+        return ("lora_te3_", "lora_te2_") if "clip_g" not in names.encoder_kinds.values() else ("lora_te3_",)
+    if kind == "clip_g":
+        return ("lora_te2_",)
+    # Models with a single CLIP have no number, save for transformers, whose first encoder is number one.
+    alone = len(names.text_encoders) == 1 and names.peft_prefix == "unet"
+    return ("lora_te_", "lora_te1_") if alone else ("lora_te1_", "lora_te_")

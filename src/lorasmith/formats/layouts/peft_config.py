@@ -1,0 +1,236 @@
+"""PEFT's adapter configurations (LoraConfig, LoHaConfig, LoKrConfig), read for what they say of ranks and alphas, and
+written for adapters at hand.
+
+A PEFT folder keeps one as `adapter_config.json`; diffusers keeps the same fields in a file's header, as JSON under
+`lora_adapter_metadata`, each behind the prefix of its component (`unet.lora_alpha`). Here the folder's fields are put
+under the prefix of its keys as well, so that both are read alike.
+
+PEFT matches the keys of `rank_pattern` and `alpha_pattern` as regular expressions against the end of a module path, and
+a list of `target_modules` as ends of paths; a string of them is a regular expression for the whole path.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.names.spelling import grouped, rank_of, scales_outputs
+
+__all__ = [
+    "ADAPTER_METADATA",
+    "Config",
+    "configs_of",
+    "header_fields",
+    "rank_fields",
+    "stated_alphas",
+    "targets",
+    "uneven_magnitudes",
+]
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each behind its component's name."""
+
+_ENCODER_PREFIX = "text_model."
+_READ = ("LORA", "LOHA", "LOKR")
+# Ways to start that change the base model's weights, which an adapter saved as it was trained relies upon.
+_STARTS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
+
+_REPETITION = re.compile(r"(?<!\\)[*+{]")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+_MOST_REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """What of a configuration decides the scale.
+
+    Attributes:
+        rank, alpha: of modules that no pattern names.
+        rank_pattern, alpha_pattern: (regular expression for the end of a path, value).
+        rank_stabilized: whether the scale is alpha / √rank.
+    """
+
+    rank: float
+    alpha: float
+    rank_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    rank_stabilized: bool
+
+    def rank_of(self, path: str) -> float:
+        """The rank that a module was made with."""
+        return next((rank for pattern, rank in self.rank_pattern if pattern.match(path)), self.rank)
+
+    def alpha_of(self, path: str, rank: int | None) -> float:
+        """The numerator of alpha / rank. rsLoRA scales by alpha / √rank, which is an alpha √rank times as large."""
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(path)), self.alpha)
+        return alpha * math.sqrt(rank) if self.rank_stabilized and rank else alpha
+
+
+def configs_of(metadata: Mapping[str, str]) -> Mapping[str, Config]:
+    """Configurations by prefix of their keys, longest last: `unet.`, or nothing where diffusers saved a single model.
+
+    Raises:
+        LoraError: the header's entry is malformed.
+    """
+    return _parsed(metadata[ADAPTER_METADATA]) if ADAPTER_METADATA in metadata else {}
+
+
+def stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, float]:
+    """Alphas by base, as the header gives them. Raises LoraError when its entry is malformed."""
+    alphas = {}
+    for prefix, config in configs_of(metadata).items():
+        for base, keys in grouped(tensors).items():
+            if base.startswith(prefix):
+                rank = tensors[keys["down"]].shape[0] if "down" in keys else None
+                alphas[base] = config.alpha_of(base.removeprefix(prefix), rank)
+    return alphas
+
+
+def header_fields(config: str, prefix: str) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`, behind the prefix that the keys of its tensors have.
+
+    Raises:
+        LoraError: it is not a configuration that can be read.
+    """
+    try:
+        fields = json.loads(config)
+        kind, start = fields.get("peft_type", "LORA"), fields.get("init_lora_weights")
+    except (ValueError, AttributeError, RecursionError):
+        raise LoraError("adapter_config.json must be a JSON object, and it is not; get the file again") from None
+    if kind not in _READ:
+        why = ", which turns a layer's inputs where every other program turns its outputs" if kind == "OFT" else ""
+        raise LoraError(
+            f"PEFT adapters of type {', '.join(_READ)} can be read, and this one is {kind}{why}; "
+            "merge it into its model with PEFT instead"
+        )
+    if isinstance(start, str) and start.startswith(_STARTS_THAT_CHANGE_THE_MODEL):
+        raise LoraError(
+            f"this PEFT adapter was started with {start}, which changed the model's own weights, so that it fits no "
+            "other model; save it again with path_initial_model_for_weight_conversion"
+        )
+    if kind != "LORA":
+        fields["lora_alpha"] = fields.get("alpha", 8)
+    return {prefix + name: value for name, value in fields.items()}
+
+
+def rank_fields(adapters: Mapping[str, AdapterWeights], *, alpha_is_rank: bool = False) -> dict[str, Any]:
+    """`r`, `lora_alpha` and their patterns for adapters by module path.
+
+    Args:
+        adapters: with their alphas; those without a rank count as they are scaled, by one.
+        alpha_is_rank: whether alpha / rank has been multiplied into the factors.
+    """
+    ranks = {path: _rank(weights) for path, weights in adapters.items()}
+    alphas = {
+        path: ranks[path] if alpha_is_rank or weights.alpha is None or rank_of(weights) is None else weights.alpha
+        for path, weights in adapters.items()
+    }
+    rank, alpha = _most_frequent(ranks.values()), _most_frequent(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {_pattern(path): one for path, one in ranks.items() if one != rank},
+        "alpha_pattern": {_pattern(path): _plain(one) for path, one in alphas.items() if one != alpha},
+    }
+
+
+def targets(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """`target_modules` that choose exactly these paths among a model's modules.
+
+    A list where that is enough, as every program that looks into it expects; a regular expression where one of the
+    paths is also the end of another module's.
+    """
+    chosen = {path.removeprefix(_ENCODER_PREFIX) for path in paths}
+    others = {path.removeprefix(_ENCODER_PREFIX) for path in modules} - chosen
+    ends = {other[index + 1 :] for other in others for index, letter in enumerate(other) if letter == "."}
+    if not chosen & ends:
+        return sorted(chosen)
+    return rf"({re.escape(_ENCODER_PREFIX)})?({'|'.join(re.escape(path) for path in sorted(chosen))})"
+
+
+def uneven_magnitudes(loras: Mapping[ModuleRef, AdapterWeights]) -> dict[ModuleRef, str]:
+    """LoRAs that a configuration cannot describe together with the others, and why.
+
+    PEFT's DoRA has a magnitude for each output, and a LoRA has one in all of its modules or in none.
+    """
+    reasons = {}
+    with_magnitudes = set()
+    for ref, weights in loras.items():
+        if "dora_scale" not in weights.tensors:
+            continue
+        if scales_outputs(weights):
+            with_magnitudes.add(ref)
+        else:
+            reasons[ref] = "PEFT knows DoRA's magnitudes for each output alone, and these are for each input"
+    without = loras.keys() - with_magnitudes - reasons.keys()
+    odd = min(with_magnitudes, without, key=len)
+    reasons |= dict.fromkeys(odd, "PEFT gives DoRA's magnitudes to all modules of a LoRA or to none")
+    return reasons
+
+
+def _rank(weights: AdapterWeights) -> int:
+    """The rank that PEFT must be told: for a LoKr of whole factors, one that leaves both whole."""
+    return rank_of(weights) or max(weights.tensors["lokr_w2"].shape[:2])
+
+
+def _most_frequent(values: Iterable[float]) -> Any:
+    counts = collections.Counter(values)
+    return max(counts, key=lambda value: (counts[value], -value))
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _pattern(path: str) -> str:
+    """A regular expression by which PEFT finds a module; it may match the end of a path unless a caret forbids that.
+
+    Text encoders need that, for some versions of transformers have `text_model.` in front of their paths.
+    """
+    start = "" if path.startswith(_ENCODER_PREFIX) else "^"
+    return start + re.escape(path.removeprefix(_ENCODER_PREFIX))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(entry: str) -> Mapping[str, Config]:
+    try:
+        fields = json.loads(entry)
+        prefixes = sorted({name.removesuffix("lora_alpha") for name in fields if name.endswith("lora_alpha")}, key=len)
+        return {
+            prefix: Config(
+                rank=float(fields.get(f"{prefix}r", 8)),
+                alpha=float(fields[f"{prefix}lora_alpha"]),
+                rank_pattern=_compiled(fields.get(f"{prefix}rank_pattern")),
+                alpha_pattern=_compiled(fields.get(f"{prefix}alpha_pattern")),
+                rank_stabilized=bool(fields.get(f"{prefix}use_rslora")),
+            )
+            for prefix in prefixes
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as problem:
+        raise LoraError(
+            f"the header entry {ADAPTER_METADATA} must be JSON with the fields of a LoraConfig, and it is not "
+            f"({problem}); get the file again, or save it anew from the program that made it"
+        ) from problem
+
+
+def _compiled(pattern: Any) -> tuple[tuple[re.Pattern[str], float], ...]:
+    """A pattern's entries, matched as PEFT does.
+
+    Raises:
+        ValueError: an entry could take for ever to match, as no program's own do.
+    """
+    entries = dict(pattern or {})
+    for key in entries:
+        if len(_REPETITION.findall(key)) > _MOST_REPETITIONS or _REPEATED_GROUP.search(key):
+            raise ValueError(f"the pattern {key[:40]!r} repeats too much")
+    return tuple((re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in entries.items())

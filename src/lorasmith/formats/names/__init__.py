@@ -1,0 +1,1 @@
+"""Names in LoRA files: name tables, places of fused layers, spelling of tensors."""

@@ -1,0 +1,366 @@
+"""What is wrong with a LoRA file, and what can be done about it.
+
+A finding is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
+model's names (modules that the model lacks, layers that programs leave out). Each says how it is mended; `Mend` carries
+that out in the file's own spelling, so that it needs no model and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.formats.hashes import sshs_model_hash
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout
+from lorasmith.formats.layouts.peft_config import stated_alphas
+from lorasmith.formats.lora_file import state_from_tensors
+from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, rank_of, scale_of, split_key
+from lorasmith.formats.quality.acceptance import MISREAD_ALPHAS, shortfalls
+from lorasmith.formats.quality.mending import Mend, bases_of, full_alpha, levelled, scalar
+from lorasmith.formats.quality.portable import misread_alphas
+
+__all__ = ["Finding", "findings_of", "main_layout"]
+
+_HUGE_SCALE = 64.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or worth knowing before a file is given away.
+
+    Attributes:
+        problem: what, in one sentence without a full stop.
+        remedy: what to do about it, likewise.
+        is_fault: whether the file is at fault; otherwise programs differ in what they make of it.
+        mend: what `--fix` does about it, None where it can do nothing.
+    """
+
+    problem: str
+    remedy: str
+    is_fault: bool
+    mend: Mend | None = None
+
+
+def main_layout(keys: Sequence[str]) -> Layout:
+    """The layout that most of a file's keys have."""
+    return max((layout for _, layout in LAYOUTS.items()), key=lambda layout: layout.detects(keys))
+
+
+def findings_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
+) -> list[Finding]:
+    """Everything that is wrong with a LoRA file.
+
+    Args:
+        tensors, metadata: the file's, as `read_lora_tensors` gives them.
+        names: of the model that it is for, None where nothing is known of it.
+        is_model_sure: whether that model was named; otherwise it is the released one of the file's family, from which
+            a user's own model may differ a little.
+    """
+    groups = grouped(tensors)
+    if not groups:
+        problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
+        return [Finding(problem, "use a LoRA file; a base model goes to --model", True)]
+    alphas = stated_alphas(tensors, metadata)
+    modules = {
+        base: assembled({role: tensors[key] for role, key in keys.items()}, None, alphas.get(base))
+        for base, keys in groups.items()
+    }
+    found = [
+        *_numbers(tensors, groups),
+        *_strangers(tensors),
+        *_rare_names(groups),
+        *_halves(modules, groups),
+        *_idle(modules, groups),
+        *_alphas(modules, groups, main_layout(list(tensors))),
+        *_hash(tensors, metadata),
+    ]
+    if names is None:
+        return found
+    whole = {base for base, module in modules.items() if module is not None}
+    return [*found, *_on_model(tensors, metadata, names, whole, is_model_sure)]
+
+
+Groups = Mapping[str, Mapping[str, str]]
+Modules = Mapping[str, ModuleTensors | None]
+
+
+def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
+    """NaN and infinity."""
+    bases = {key: base for base, keys in groups.items() for key in keys.values()}
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if bad:
+        hit = {bases.get(key, key) for key in bad}
+        left_out = {key for base in hit for key in groups.get(base, {"": base}).values()}
+        yield Finding(
+            f"{_some(bad, 'tensors hold', 'holds')} NaN or infinity, which spoils every picture",
+            "go back to an earlier file; --fix leaves the modules out that have such values",
+            True,
+            Mend(frozenset(left_out)),
+        )
+
+
+def _strangers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    unknown = [key for key in tensors if split_key(key) is None]
+    if unknown:
+        yield Finding(
+            f"{_some(unknown, 'tensors have', 'has')} no name that LoRA files use, so that programs ignore "
+            "them or refuse the file",
+            "find out what wrote them; --fix leaves them out",
+            True,
+            Mend(frozenset(unknown)),
+        )
+
+
+# Names that only the program which writes them, and few others, look for: pattern on bases, whose they are.
+_RARE_NAMES = (
+    (re.compile(r"oft_unet_"), "sd-scripts' OFT (oft_unet_), which ComfyUI, LyCORIS and diffusers"),
+    (re.compile(r".*\.processor\.(qkv|proj)_lora[12]?$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
+)
+
+
+def _rare_names(groups: Groups) -> Iterator[Finding]:
+    for pattern, whose in _RARE_NAMES:
+        rare = [base for base in groups if pattern.match(base)]
+        if rare:
+            yield Finding(
+                f"{_some(rare, 'modules have', 'has')} names of {whose} do not look for",
+                "convert it with `lorasmith convert --to portable`",
+                False,
+            )
+
+
+def _halves(modules: Modules, groups: Groups) -> Iterator[Finding]:
+    incomplete = [base for base, module in modules.items() if module is None]
+    if incomplete:
+        yield Finding(
+            f"{_some(incomplete, 'modules are', 'is')} incomplete: the tensors do not make up an adapter",
+            "get the file again; --fix leaves them out",
+            True,
+            Mend(frozenset(key for base in incomplete for key in groups[base].values())),
+        )
+
+
+def _idle(modules: Modules, groups: Groups) -> Iterator[Finding]:
+    """Adapters that are exactly the identity."""
+    idle = [base for base, module in modules.items() if module is not None and _changes_nothing(module)]
+    if idle:
+        whole = len(idle) == len(modules)
+        yield Finding(
+            "all of its modules change nothing, for a factor of each is zero: it was never trained"
+            if whole
+            else f"{_some(idle, 'modules change', 'changes')} nothing, for all values of a factor are zero",
+            "train it" if whole else "nothing needs to be done; --fix leaves them out, for a smaller file",
+            whole,
+            None if whole else Mend(frozenset(key for base in idle for key in groups[base].values())),
+        )
+
+
+# One group of tensors of which all must have a value other than zero for the adapter to do anything.
+_FACTORS = {
+    "lora": ("down", "up"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    "oft": ("oft_blocks",),
+    "boft": ("oft_blocks",),
+}
+
+
+def _changes_nothing(module: ModuleTensors) -> bool:
+    if any(bool(tensor.any()) for tensor in module.differences.values()):
+        return False
+    weights = module.adapter
+    if weights is None:
+        return True
+    if weights.algorithm not in _FACTORS or {"dora_scale", "rescale"} & weights.tensors.keys():
+        return False
+    present = [weights.tensors[name] for name in _FACTORS[weights.algorithm] if name in weights.tensors]
+    return any(not bool(tensor.any()) for tensor in present)
+
+
+def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Finding]:
+    adapters = {base: module.adapter for base, module in modules.items() if module and module.adapter}
+    ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
+    if layout.name in ("kohya", "comfy"):
+        yield from _missing_alphas(ranked, groups)
+    zero = [base for base, weights in ranked.items() if weights.alpha == 0]
+    if zero:
+        yield Finding(
+            f"{_some(zero, 'modules have', 'has')} an alpha of zero, by which ComfyUI and diffusers apply nothing and "
+            "sd-scripts everything",
+            "--fix gives them the alpha of full strength, their rank",
+            True,
+            Mend(
+                changed={
+                    groups[base]["alpha"]: scalar(full_alpha(ranked[base])) for base in zero if "alpha" in groups[base]
+                }
+            ),
+        )
+    huge = [base for base, weights in ranked.items() if abs(scale_of(weights)) > _HUGE_SCALE]
+    if huge:
+        first = ranked[huge[0]]
+        yield Finding(
+            f"{_some(huge, 'modules have', 'has')} a huge alpha, {first.alpha:g} at rank {rank_of(first)}, which "
+            "multiplies the change by more than 64",
+            "look at a picture at a low strength, such as 0.1, before you use it",
+            False,
+        )
+    unbounded = [base for base, one in adapters.items() if one.algorithm == "boft" and "alpha" not in groups[base]]
+    if unbounded:
+        yield Finding(
+            f"{_some(unbounded, 'modules have', 'has')} no alpha, without which ComfyUI does not apply BOFT",
+            "--fix adds an alpha of zero, which changes nothing",
+            True,
+            Mend(changed={f"{base}.alpha": scalar(0.0) for base in unbounded}),
+        )
+
+
+def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Iterator[Finding]:
+    missing = [base for base, weights in ranked.items() if weights.alpha is None]
+    if missing:
+        everywhere = len(missing) == len(ranked)
+        yield Finding(
+            "it has no alphas, which programs take for the ranks"
+            if everywhere
+            else f"{_some(missing, 'modules have', 'has')} no alpha, though others have",
+            "--fix writes the ranks as alphas, which changes nothing",
+            not everywhere,
+            Mend(changed={f"{base}.alpha": scalar(full_alpha(ranked[base])) for base in missing}),
+        )
+
+
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Finding]:
+    recorded = metadata.get("sshs_model_hash")
+    if recorded is not None and not any("/" in key for key in tensors) and recorded != sshs_model_hash(tensors):
+        yield Finding(
+            "its tensors are not those that its metadata has the hash of: something changed them and left the hash",
+            "trust the metadata less; --fix brings the hash up to date",
+            False,
+            Mend(),
+        )
+
+
+def _on_model(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    names: ModelNames,
+    whole: Collection[str],
+    is_model_sure: bool,
+) -> Iterator[Finding]:
+    """What the model's names show; `whole` are the bases that make up adapters at all."""
+    try:
+        state = state_from_tensors(tensors, metadata, names)
+    except LoraError as problem:
+        said, _, remedy = str(problem).partition("; ")
+        yield Finding(said, remedy, True)
+        return
+    if not is_model_sure and not state.adapters and not state.differences:
+        yield Finding(
+            f"its layers are not those of the released {names.family} model",
+            "name its model with --model, for a closer look",
+            False,
+        )
+        return
+    kind = f"the {names.family} model" if is_model_sure else f"the released {names.family} model"
+    groups = {base: keys for base, keys in grouped(state.unknown).items() if base in whole}
+    if groups:
+        yield Finding(
+            f"{_some(list(groups), 'modules have', 'has')} no place in {kind}",
+            "use the model that it was trained on; --fix leaves them out"
+            if is_model_sure
+            else "if your model is another than the released one, name it with --model; --fix leaves them out",
+            is_model_sure,
+            Mend(frozenset(key for keys in groups.values() for key in keys.values())),
+        )
+    if not state.adapters and not state.differences:
+        return
+    yield from _gaps(state, names)
+    yield from _uneven(tensors, state, names)
+    layout = main_layout(list(tensors))
+    for one in shortfalls(state, layout, names):
+        if one.reason != MISREAD_ALPHAS:  # a finding of its own, which can be mended
+            yield Finding(one.sentence, _other_layout(state, one.program, layout, names), False)
+
+
+def _gaps(state: AdapterState, names: ModelNames) -> Iterator[Finding]:
+    """Layers that most blocks have a change for and some do not."""
+    present = {ref.path for ref in (*state.adapters, *state.differences) if ref.component == DENOISER}
+    kinds: dict[str, list[str]] = {}
+    for path in names.denoiser:
+        kinds.setdefault(_NUMBER.sub("*", _SIDE.sub("*.", path)), []).append(path)
+    missing = {
+        kind: lacking
+        for kind, paths in kinds.items()
+        if 0 < len(lacking := [path for path in paths if path not in present]) < len(paths) / 2
+    }
+    if missing:
+        kind, paths = next(iter(missing.items()))
+        others = f", and some of {len(missing) - 1} other kinds of layers" if len(missing) > 1 else ""
+        yield Finding(
+            f"it lacks {len(paths)} of {len(kinds[kind])} layers {kind}, such as {paths[0]}{others}",
+            "nothing needs to be done if they were left out on purpose; otherwise get the file again",
+            False,
+        )
+
+
+_SIDE = re.compile(r"^(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[Finding]:
+    """Alphas that differ where some programs expect one."""
+    bases = bases_of(tensors, names)
+    wanted = misread_alphas(state, names) if main_layout(list(tensors)).name == "kohya" else {}
+    if wanted:
+        yield Finding(
+            f"{_some([ref.path for ref in wanted], 'modules have', 'has')} another alpha than most, which diffusers "
+            "ignores in attention layers and text encoders, so that it applies them at a wrong strength",
+            "--fix gives them the alpha of the others and changes their factors accordingly",
+            False,
+            levelled({ref: alpha for ref, alpha in wanted.items() if ref in bases}, state, bases, tensors),
+        )
+    groups: dict[str, list[ModuleRef]] = {}
+    for ref, weights in state.adapters.items():
+        if ref in bases and ref not in wanted and weights.alpha is not None and rank_of(weights):
+            place = names.denoiser.get(ref.path) if ref.component == DENOISER else None
+            if place is not None and place.rows is not None:
+                groups.setdefault(place.path, []).append(ref)
+    odd = {
+        ref: scale_of(state.adapters[refs[0]]) * (rank_of(state.adapters[ref]) or 1)
+        for refs in groups.values()
+        for ref in refs
+        if scale_of(state.adapters[ref]) != scale_of(state.adapters[refs[0]])
+    }
+    if odd:
+        yield Finding(
+            f"{_some([ref.path for ref in odd], 'modules have', 'has')} another alpha than the layers with which the "
+            "original model fuses them (q, k, v), where programs that fuse them expect one",
+            "--fix gives them one scale and changes their factors accordingly",
+            False,
+            levelled(odd, state, bases, tensors),
+        )
+
+
+def _other_layout(state: AdapterState, program: str, layout: Layout, names: ModelNames) -> str:
+    """Which layout the program would apply completely, in words."""
+    for name, other in LAYOUTS.items():
+        if other is layout or other.losses(state, names):
+            continue
+        if not any(one.program == program for one in shortfalls(state, other, names)):
+            return f"convert it with `lorasmith convert --to {name}` for {program}"
+    return f"use another program than {program} for it"
+
+
+def _some(things: Sequence[str], several: str, one: str) -> str:
+    """`3 modules are, such as x,` or `x is`."""
+    if len(things) == 1:
+        return f"{things[0]} {one}"
+    noun, verb = several.split(" ", 1)
+    return f"{len(things)} {noun}, such as {things[0]}, {verb}"

@@ -1,0 +1,1 @@
+"""How a run fits into memory: activations, frozen weights, streams, compiled blocks."""

@@ -1,0 +1,1 @@
+"""What updates the weights: the flat buffer, optimizers, schedules, the loss scale."""

@@ -1,0 +1,284 @@
+"""Optimizers over the flat master buffer: gated on the device, and stored as plain tensors and JSON.
+
+A step that may not proceed changes nothing, counters included. Where an optimizer reads torch's `found_inf` flag (the
+fused ones), it does so itself; others are undone with a copy. Neither waits for the device. It has to be asked in the
+first step, in which optimizers make their state, and in every step of those that count on the host, since a number
+there cannot depend on one on the device: Adafactor, Prodigy, ScheduleFree, and AdamW8bit and RMSprop on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.training.optim.flat import ParameterGroup
+from lorasmith.training.optim.update_rules import build_optimizer, one_line, rule_of
+
+__all__ = ["GatedOptimizer", "check_optimizer"]
+
+_SET_EACH_STEP = ("params", "lr")
+
+
+class GatedOptimizer:
+    """An optimizer whose step takes effect only where a device-side flag says so.
+
+    Args:
+        name: registered optimizer, or the import path of an optimizer class.
+        groups: the parameters with their gradients and learning rates.
+        weight_decay: for optimizers that take one.
+        arguments: further ones, as `betas=(0.9,0.99) eps=1e-7`.
+
+    Raises:
+        OptionError: the optimizer is not known or not installed, or refuses its arguments.
+    """
+
+    def __init__(
+        self, name: str, groups: Sequence[ParameterGroup], *, weight_decay: float, arguments: str | None = None
+    ) -> None:
+        self._flats = [group.flat for group in groups]
+        self._rates = [group.rate for group in groups]
+        optimizer: Any = build_optimizer(name, groups, weight_decay=weight_decay, arguments=arguments)
+        self._optimizer = optimizer
+        # Schedule-free optimizers train with other weights than they are used with, and must be told which are wanted.
+        self._turns = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+        if self._turns:
+            optimizer.train()
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._fresh = [_kept(group) for group in optimizer.param_groups]
+        self._made = [copy.deepcopy(optimizer.state.get(parameter, {})) for parameter in self._parameters]
+        self._reads_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._eager = rule_of(name).eager_on_cpu and self._flats[0].device.type == "cpu"
+        self._started = False
+        self._waits = True
+
+    @torch.no_grad()
+    def step(self, proceed: Tensor, factor: float = 1.0) -> None:
+        """Update the buffers if `proceed` (0-d bool, on the buffers' device) is true. Gradients may be overwritten.
+
+        Args:
+            proceed: whether the step counts.
+            factor: share of every group's learning rate that the step is taken with.
+        """
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            _set_rate(group, rate * factor)
+        if self._waits:
+            if proceed:
+                self._take_step()
+                self._start()
+        elif self._reads_flag:
+            self._take_step(found_inf=(~proceed).to(torch.float32))
+        else:
+            before = [tensor.clone() for tensor in (*self._flats, *self._tensors().values())]
+            self._take_step()
+            for tensor, old in zip((*self._flats, *self._tensors().values()), before, strict=True):
+                tensor.copy_(torch.where(proceed, tensor, old))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on besides the buffers: tensors by name, and numbers fit for JSON.
+
+        The tensors are the optimizer's own, which its next step changes. Not to be asked for within `evaluating`.
+        """
+        changed = [
+            {key: value for key, value in _kept(group).items() if key not in fresh or value != fresh[key]}
+            for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True)
+        ]
+        return self._tensors(), {"started": self._started, "parameters": self._numbers(), "groups": changed}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Become as the optimizer was when `state` gave these; the buffers are left as they are, the gradients zero.
+
+        Raises:
+            TrainingError: the state is that of another optimizer or of other parameters.
+        """
+        self._reset()
+        if not numbers["started"]:
+            return
+        self._make_state()
+        if self._tensors().keys() != tensors.keys() or self._numbers().keys() != numbers["parameters"].keys():
+            raise TrainingError(
+                "the stored state of the optimizer must be that of the same optimizer and layers, but names other "
+                "tensors; continue with the settings that it was stored with, or start afresh"
+            )
+        own = self._tensors()
+        for name, stored in tensors.items():
+            state, key, is_whole = self._place(name)
+            if is_whole:
+                state[key] = stored.to(own[name].device, copy=True)
+            else:  # a part of a tensor of another kind, such as the codes of a quantized one
+                own[name].copy_(stored)
+        for name, number in numbers["parameters"].items():
+            state, key, _ = self._place(name)
+            state[key] = number
+        self._set_groups(numbers["groups"])
+        self._start()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the buffers hold the weights that are to be looked at and saved; afterwards, exactly those of before.
+
+        For schedule-free optimizers that is their average; for others nothing changes.
+        """
+        if not self._turns:
+            yield
+            return
+        before = [flat.clone() for flat in self._flats]
+        self._optimizer.eval()
+        try:
+            yield
+        finally:
+            self._optimizer.train()
+            for flat, old in zip(self._flats, before, strict=True):  # there and back would not give the same bits
+                flat.copy_(old)
+
+    def _take_step(self, found_inf: Tensor | None = None) -> None:
+        if self._reads_flag:
+            self._optimizer.found_inf, self._optimizer.grad_scale = found_inf, None
+        with torch.compiler.set_stance("force_eager") if self._eager else contextlib.nullcontext():
+            self._optimizer.step()
+
+    def _start(self) -> None:
+        """Note, once there is state, whether some of it is on the host."""
+        if self._started:
+            return
+        self._started = True
+        elsewhere = any(tensor.device != self._flats[0].device for tensor in self._tensors().values())
+        counts = any(isinstance(number, int | float) for number in self._numbers().values())
+        self._waits = elsewhere or counts or any(self.state()[1]["groups"])
+
+    def _reset(self) -> None:
+        """Become as after construction."""
+        self._started, self._waits = False, True
+        self._optimizer.state.clear()
+        for parameter, made in zip(self._parameters, self._made, strict=True):
+            if made:
+                self._optimizer.state[parameter] = copy.deepcopy(made)
+        self._set_groups([{}] * len(self._fresh))
+
+    def _make_state(self) -> None:
+        """Let the optimizer make its state, with a step that is taken back."""
+        before = [flat.clone() for flat in self._flats]
+        for flat in self._flats:
+            if flat.grad is not None:
+                flat.grad.zero_()
+        self._take_step()
+        for flat, old in zip(self._flats, before, strict=True):
+            flat.copy_(old)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The plain tensors of the optimizer's state, in a fixed order."""
+        return {
+            name: plain
+            for index, parameter in enumerate(self._parameters)
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+            for name, plain in _plain(f"{index}.{key}", value)
+        }
+
+    def _numbers(self) -> dict[str, Any]:
+        """The rest of the optimizer's state."""
+        return {
+            f"{index}.{key}": value
+            for index, parameter in enumerate(self._parameters)
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if not isinstance(value, Tensor)
+        }
+
+    def _place(self, name: str) -> tuple[dict[str, Any], str, bool]:
+        """A parameter's state, the key in it, and whether the name is that of the value there or of a part of it."""
+        index, key, *parts = name.split(".")
+        return self._optimizer.state[self._parameters[int(index)]], key, not parts
+
+    def _set_groups(self, changed: Sequence[Mapping[str, Any]]) -> None:
+        for group, fresh, values in zip(self._optimizer.param_groups, self._fresh, changed, strict=True):
+            ours = {key: group[key] for key in _SET_EACH_STEP}
+            group.clear()
+            group.update({**ours, **fresh, **values})
+
+
+@torch.no_grad()
+def check_optimizer(
+    name: str,
+    *,
+    weight_decay: float,
+    arguments: str | None = None,
+    rates: Collection[float] = (1e-3,),
+    device: torch.device | None = None,
+) -> None:
+    """Try an optimizer on a small matrix: it must take steps, and go on exactly from its stored state.
+
+    Args:
+        name, weight_decay, arguments: as for `GatedOptimizer`.
+        rates: learning rates of the groups there will be.
+        device: where it will run, as there are optimizers for some devices only; the CPU if None.
+
+    Raises:
+        OptionError: it is not known or not installed, refuses its arguments, or does not pass.
+    """
+    device = device or torch.device("cpu")
+    first, second = ([_small_group(rate, device) for rate in rates] for _ in range(2))
+    one = GatedOptimizer(name, first, weight_decay=weight_decay, arguments=arguments)
+    other = GatedOptimizer(name, second, weight_decay=weight_decay, arguments=arguments)
+    try:
+        _trial_steps(one, first, range(2))
+        tensors, numbers = one.state()
+        for group, same in zip(first, second, strict=True):
+            same.flat.copy_(group.flat)
+        other.load(tensors, json.loads(json.dumps(numbers)))
+        _trial_steps(one, first, range(2, 4))
+        _trial_steps(other, second, range(2, 4))
+    except Exception as error:
+        remedy = "give all layers one learning rate or choose another optimizer" if len(rates) > 1 else "choose another"
+        raise OptionError(
+            f"optimizer {name} cannot be used with these settings: {one_line(error)}; {remedy}"
+        ) from error
+    if not all(torch.equal(group.flat, same.flat) for group, same in zip(first, second, strict=True)):
+        raise OptionError(
+            f"optimizer must go on exactly from its stored state, which {name} does not: it keeps something outside "
+            "the state that torch knows of; choose another one"
+        )
+
+
+def _small_group(rate: float, device: torch.device) -> ParameterGroup:
+    # Optimizers with a state of 8 bits keep one of 32 for less than 4096 numbers, which would not try them out.
+    flat = torch.linspace(-1, 1, 4096, device=device)
+    flat.grad = torch.zeros_like(flat)
+    view = flat.view(64, 64)
+    view.grad = flat.grad.view(64, 64)
+    return ParameterGroup(flat, (view,), rate)
+
+
+def _trial_steps(optimizer: GatedOptimizer, groups: Sequence[ParameterGroup], steps: range) -> None:
+    for step in steps:
+        for group in groups:
+            assert group.flat.grad is not None
+            group.flat.grad.copy_(torch.sin(group.flat * 7 + step))
+        optimizer.step(torch.tensor(True, device=groups[0].flat.device))
+
+
+def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps of a parameter group between steps."""
+    return {key: value for key, value in group.items() if key not in _SET_EACH_STEP}
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the ones that it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{part}", getattr(tensor, part))
+    else:
+        yield name, tensor

@@ -1,0 +1,192 @@
+"""Optimizers by name: where each comes from, what it takes, and its arguments as people write them.
+
+The rules themselves are torch's, transformers' and those of small packages; any optimizer class can be named by its
+import path. What a run does with them is `optimizers.py`'s part.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.registry import Registry, nearest
+from lorasmith.training.optim.flat import ParameterGroup
+
+__all__ = ["OPTIMIZERS", "UpdateRule", "build_optimizer", "default_rate", "one_line", "rule_of", "takes_weight_decay"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """What is known of an optimizer.
+
+    Attributes:
+        paths: import paths of its class; the first whose package is installed is taken.
+        package: what pip installs it from; empty for what is always there.
+        settings: arguments of the class that are not its defaults here.
+        elementwise: it does not look at the shape of a parameter, so that a flat buffer will do.
+        decays: it takes the setting weight_decay.
+        own_rate: learning rate if none is set, where the model's does not suit it.
+        anneals: a rate that goes down to zero was measured to suit it.
+        eager_on_cpu: it compiles its step, which takes a C++ compiler and half a minute on a CPU, to no use.
+    """
+
+    paths: tuple[str, ...]
+    package: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    elementwise: bool = True
+    decays: bool = True
+    own_rate: float | None = None
+    anneals: bool = False
+    eager_on_cpu: bool = False
+
+
+OPTIMIZERS: Registry[UpdateRule] = Registry("optimizer")
+
+_FUSED = {"fused": True}
+_RULES = {
+    "AdamW": UpdateRule(paths=("torch.optim.AdamW",), settings=_FUSED, anneals=True),
+    # ComfyUI's have no decay: in these three it would be an L2 penalty, not AdamW's.
+    "Adam": UpdateRule(paths=("torch.optim.Adam",), settings=_FUSED, decays=False),
+    "SGD": UpdateRule(paths=("torch.optim.SGD",), settings=_FUSED, decays=False),
+    "RMSprop": UpdateRule(paths=("torch.optim.RMSprop",), decays=False),
+    "AdamW8bit": UpdateRule(
+        paths=("torchao.optim.AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
+        package="torchao",
+        anneals=True,
+        eager_on_cpu=True,
+    ),
+    # torch's own Adafactor always scales the rate by the size of the parameter, which is 0 for one half of a new LoRA.
+    "Adafactor": UpdateRule(
+        paths=("transformers.optimization.Adafactor",),
+        settings={"relative_step": False, "scale_parameter": False, "warmup_init": False},
+        elementwise=False,
+    ),
+    "Lion": UpdateRule(paths=("lion_pytorch.Lion",), package="lion-pytorch"),
+    "Prodigy": UpdateRule(paths=("prodigyopt.Prodigy",), package="prodigyopt", own_rate=1.0),
+    "ScheduleFree": UpdateRule(paths=("schedulefree.AdamWScheduleFree",), package="schedulefree"),
+}
+for _name, _rule in _RULES.items():
+    OPTIMIZERS.register(_name)(_rule)
+
+
+def rule_of(name: str) -> UpdateRule:
+    """The rule of a registered name or of an import path. Raises OptionError for unknown names."""
+    if "." not in name:
+        return OPTIMIZERS[name]
+    return UpdateRule(paths=(name,), elementwise=False, decays="weight_decay" in _parameters(_class_at(name)))
+
+
+def default_rate(name: str) -> float | None:
+    """Learning rate of an optimizer if none is set; None for those that the model's suits."""
+    return rule_of(name).own_rate
+
+
+def takes_weight_decay(name: str) -> bool:
+    """Whether the setting weight_decay changes anything with an optimizer."""
+    return rule_of(name).decays
+
+
+def build_optimizer(
+    name: str, groups: Sequence[ParameterGroup], *, weight_decay: float, arguments: str | None
+) -> Optimizer:
+    """The optimizer over the groups' buffers or, where shapes matter to it, over their views.
+
+    Raises:
+        OptionError: it is not known or not installed, or refuses its arguments.
+    """
+    rule = rule_of(name)
+    kind = _class_of(name, rule)
+    given = {**rule.settings, **_parsed(arguments, name, kind)}
+    decay = {"weight_decay": weight_decay} if rule.decays else {}
+    parts = [
+        {"params": [group.flat] if rule.elementwise else list(group.views), "lr": group.rate, **decay}
+        for group in groups
+    ]
+    try:
+        return kind(parts, lr=max(group.rate for group in groups), **given)  # type: ignore[call-arg]
+    except Exception as error:
+        raise OptionError(f"{name} cannot be used with its settings: {one_line(error)}") from error
+
+
+def _class_of(name: str, rule: UpdateRule) -> type[Optimizer]:
+    for path in rule.paths:
+        if not rule.package or importlib.util.find_spec(path.partition(".")[0]) is not None:
+            return _class_at(path)
+    raise OptionError(
+        f"optimizer {name} needs the package {rule.package}, which is not installed; get it with: "
+        f"pip install {rule.package}"
+    )
+
+
+def _class_at(path: str) -> type[Optimizer]:
+    where, _, what = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(where), what)
+    except ImportError as error:
+        raise OptionError(
+            f"optimizer must be a known name or the import path of an installed class, got {path!r}: {one_line(error)}"
+        ) from error
+    except AttributeError:
+        kinds = (key for key, value in vars(importlib.import_module(where)).items() if _is_optimizer(value))
+        raise OptionError(f"{where} has no optimizer class {what!r}{nearest(what, kinds)}") from None
+    if not _is_optimizer(found):
+        raise OptionError(f"optimizer must be a class of torch optimizers, which {path} is not; try torch.optim.NAdam")
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise OptionError(f"optimizer must take a step from one gradient, but {path} asks for several; use another one")
+    if "lr" not in _parameters(found):
+        raise OptionError(f"optimizer must take a learning rate, which {path} does not; use another one")
+    return found  # type: ignore[no-any-return]
+
+
+def _is_optimizer(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Optimizer) and thing is not Optimizer
+
+
+def _parameters(kind: type[Optimizer]) -> frozenset[str]:
+    """Names of the arguments of an optimizer class, besides the parameters."""
+    return frozenset(inspect.signature(kind).parameters) - {"params"}
+
+
+_OURS = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "targets"}
+_PAIR = re.compile(r"(?:^|[\s,]+)([A-Za-z_]\w*)\s*=")
+
+
+def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str, Any]:
+    """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators blanks or commas."""
+    before, *pairs = _PAIR.split(arguments or "")
+    if before.strip():
+        raise OptionError(
+            f"optimizer_args must be name=value, separated by blanks, such as betas=(0.9,0.99) eps=1e-7, got {before!r}"
+        )
+    values: dict[str, Any] = {}
+    for key, text in zip(pairs[::2], pairs[1::2], strict=True):
+        if key in _OURS:
+            raise OptionError(f"optimizer_args must not have {key}, which is for the setting {_OURS[key]}; use that")
+        if key not in (known := _parameters(kind)):
+            listed = ", ".join(sorted(known - _OURS.keys()))
+            raise OptionError(f"{name} has no argument {key!r}{nearest(key, known - _OURS.keys())}; it has {listed}")
+        if key in values:
+            raise OptionError(f"optimizer_args must have each argument once, got {key} twice; leave one out")
+        try:
+            values[key] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise OptionError(
+                f"{key} of optimizer_args must be a number, True, False, None, a text in quotes or a tuple of those, "
+                f"got {text.strip()!r}"
+            ) from None
+    return values
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another program says, on a line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,1 @@
+"""Runs on disk: the folder, states to resume from, fingerprints, records, trackers."""

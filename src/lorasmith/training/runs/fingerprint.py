@@ -1,0 +1,172 @@
+"""What a run's numbers depend on, in a form that can be compared: settings, base model, data, initial weights.
+
+Two runs with the same fingerprint are the same run, so one that was broken off can be continued by starting it again.
+What their last bits depend on besides (versions, device, threads) is recorded as the environment, and named where it
+differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.options import options_of
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.training.config import WATCHING, TrainConfig
+from lorasmith.training.memory.compilation import compiler
+from lorasmith.training.optim.update_rules import rule_of
+
+if TYPE_CHECKING:
+    from lorasmith.training.job import Job
+
+__all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
+
+# What matters of that file is in the initial weights, and compiled code changes what the environment does: last bits.
+_UNCOMPARED = WATCHING | {"existing_lora", "compile"}
+_SAMPLED = 64
+
+
+def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> dict[str, Any]:
+    """Settings as they are and hashes of the rest, for `run.json`."""
+    config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
+    trained = [*job.adapters.items(), *job.differences.items()]
+    initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
+    return {
+        "config": config,
+        "base": _digest(_sampled(_base_tensors(job))),
+        "patches": _digest(_patch_tensors(job)),
+        "data": _digest(_data_tensors(data)),
+        "held_out": _digest(_data_tensors(held_out)) if held_out else "",
+        "initial": _digest(initial),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two fingerprints or environments differ in, in words; empty for the same."""
+    words = {
+        "base": "the base model",
+        "patches": "LoRAs applied to the base model",
+        "data": "the images or captions",
+        "held_out": "the held-out images",
+        "initial": "the LoRA that training starts from",
+    }
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if key == "config":
+            old, new = _completed(old), _completed(new)
+        if old == new or (key == "initial" and found):  # initial weights follow from all else
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new)
+        else:
+            found.append(words.get(key) or f"{key} {_shown(old)} there, {_shown(new)} here")
+    return found
+
+
+def versions(optimizer: str) -> dict[str, str]:
+    """Versions that a run's numbers depend on, the optimizer's package among them."""
+    packages = ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    for path in rule_of(optimizer).paths:  # the first that is installed is used
+        with contextlib.suppress(PackageNotFoundError):
+            name = path.partition(".")[0]
+            return {**found, name: version(name)}
+    return found
+
+
+def environment(device: torch.device, optimizer: str, *, compile: bool = False) -> dict[str, Any]:
+    """What the last bits of a run's numbers depend on besides its fingerprint."""
+    return {
+        **({"compiled_by": compiler(device)} if compile else {}),
+        "versions": versions(optimizer),
+        **(_gpu(device) if device.type == "cuda" else {"device": device.type}),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def environments_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every environment that a run was trained in, from its `run.json` or its LoRA: it may have gone on in others."""
+    return record.get("environments") or [record.get("environment", {})]
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "matrix_products": torch.get_float32_matmul_precision(),
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings as a version compares them that knows more of them, or watches others, than the one that wrote them."""
+    defaults = {name: one.default for name, one in options_of(TrainConfig).items()}
+    return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode("utf-8", "replace"))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Evenly spaced values of each tensor: a model of many gigabytes is told from another in a moment."""
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
+        yield f"{name} {list(tensor.shape)}", flat[places.long().to(flat.device)]
+
+
+def _base_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """Of the denoiser, and of what encodes images and captions."""
+    parts = job.denoiser.base.components
+    for module in (parts.denoiser, *parts.text_encoders.values(), *(() if parts.vae is None else (parts.vae,))):
+        packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+        yield from ((name, one) for name, one in module.named_parameters() if name not in packed)
+        yield from module.named_buffers()
+        for name, weight in packed.items():
+            yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
+
+
+def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for sample in data.samples:
+        if sample.digest:  # stands for the tensors, whose last bits differ between devices
+            yield f"{sample.name} {sample.digest}", torch.empty(0)
+            continue
+        yield f"{sample.name} {sample.conditioning.text}", sample.latents
+        for key, tensor in sorted(sample.conditioning.tensors.items()):
+            if id(tensor) not in seen:  # images share the conditioning of one caption
+                seen.add(id(tensor))
+                yield key, tensor
+
+
+def _patch_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
+    for number, patch in enumerate(job.denoiser.patches):
+        for path, weights in patch.adapters.items():
+            for name, tensor in weights.tensors.items():
+                yield f"{number} {patch.strength} {path} {weights.algorithm} {weights.alpha} {name}", tensor
+        for path, changes in patch.differences.items():
+            yield from ((f"{number} {patch.strength} {path} {name}", tensor) for name, tensor in changes.items())
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else str(value)

@@ -1,0 +1,355 @@
+"""The report of a run from its folder alone, so that it can be made again at any time."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from statistics import geometric_mean
+from typing import Any
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.files import write_atomic
+from lorasmith.core.options import options_of
+from lorasmith.families.loading import BUILT_IN
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import steps_of
+from lorasmith.report.curves import Curves
+from lorasmith.report.pictures import PictureTable, thinned
+from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, number, run_report
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import (
+    Planned,
+    Previewed,
+    Resumed,
+    RolledBack,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
+from lorasmith.training.runs.history import RunHistory, read_history
+from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
+
+__all__ = ["command_line", "report_of", "write_report"]
+
+_ENDS = {  # how it is called, how it is coloured, whether the run can go on
+    "finished": ("Finished", "good", False),
+    "stopped": ("Stopped early", "good", False),
+    "cancelled": ("Cancelled", "fair", True),
+    "failed": ("Failed", "bad", True),
+    None: ("No end recorded", "fair", True),
+}
+_QUANTILES = 5  # more lines than that cannot be told apart
+_MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, which is to stay small
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into the folder of a run, which may still be going on.
+
+    Raises:
+        OptionError: there is no run in the folder.
+        TrainingError: its `run.json` cannot be read.
+        OutputError: the page cannot be written.
+    """
+    target = folder / "report.html"
+    write_atomic(target, run_report(report_of(read_history(folder))))
+    return target
+
+
+def report_of(history: RunHistory) -> RunReport:
+    """What there is to say of a run."""
+    steps = history.steps()
+    status, mood, _ = _end(history)
+    before_after, progress = _pictures(history)
+    quantiles, images = _ledger(history)
+    lora = _lora(history)
+    return RunReport(
+        title=str(history.record.get("title", history.folder.name)),
+        status=status,
+        mood=mood,
+        verdict=_verdict(history, steps),
+        summary=_summary(history, steps),
+        facts=_facts(history, steps, lora),
+        files=_files(history.folder, lora),
+        commands=_commands(history, lora),
+        curves=_curves(history, steps),
+        validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in _validations(history)],
+        quantiles=quantiles,
+        images=images,
+        before_after=before_after,
+        progress=progress,
+        settings=_settings(_part(history.record, "config")),
+        data=_data(history.record),
+        captions=[(str(one.get("name")), str(one.get("caption") or "")) for one in _samples(history.record)],
+        environment=_environment(history.record),
+        notes=_notes(history),
+    )
+
+
+def _end(history: RunHistory) -> tuple[str, str, bool]:
+    return _ENDS.get(history.reason(), _ENDS[None])
+
+
+def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
+    """The last validation's, or what can be said without one."""
+    if validations := _validations(history):
+        verdict = validations[-1].verdict
+        return verdict[:1].upper() + verdict[1:]
+    losses = [step.loss for step in steps if math.isfinite(step.loss)]
+    if not losses:
+        return "No step was completed."
+    unknown = "no images were held out, so whether the LoRA overfits cannot be judged"
+    if len(losses) < 20:
+        return f"Too few steps to see a trend, and {unknown}."
+    tenth = len(losses) // 10
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    went = "fell" if last < first else "rose"
+    return f"The training loss {went} from {number(first)} to {number(last)}; {unknown}."
+
+
+def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
+    config, model = _part(history.record, "config"), _part(history.record, "model")
+    parts = [f"{config.get('algorithm', 'LoRA')} on {model.get('name', 'a model')}"]
+    if starts := history.of(RunStarted):
+        parts.append(time.strftime("%d %B %Y, %H:%M", time.localtime(starts[0].at)).lstrip("0"))
+        parts.append(f"{starts[-1].device}, {starts[-1].dtype}")
+        if len(starts) > 1:
+            parts.append(f"started {len(starts)} times")
+    if history.reason() is None:
+        parts.append(f"it was killed after step {steps[-1].step if steps else 0}, or is still going on")
+    return " · ".join(parts)
+
+
+def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) -> dict[str, str]:
+    done, planned = steps[-1].step if steps else 0, _part(history.record, "config").get("steps")
+    facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
+    if before := history.record.get("steps_before"):
+        facts["steps before, of the LoRA continued"] = str(before)
+    facts["training time"] = _duration(history.seconds())
+    facts["training images"] = f"{len(_samples(history.record)):,}"
+    if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
+        best = min(validations, key=lambda one: one.loss)
+        facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
+        facts["that of the base model"] = number(best.base_loss)
+    if starts := history.of(RunStarted):
+        facts["trained numbers"] = f"{starts[0].parameters:,}"
+        facts["layers"] = f"{starts[0].adapters:,}"
+    if lora is not None:
+        facts["LoRA file"] = _size(lora.stat().st_size)
+    return facts
+
+
+def _lora(history: RunHistory) -> Path | None:
+    path = history.folder / f"{history.record.get('title')}.safetensors"
+    return path if path.is_file() else None
+
+
+def _files(folder: Path, lora: Path | None) -> dict[str, str]:
+    files = {"LoRA": "none was saved" if lora is None else _described(lora)}
+    if lora is not None and (best := lora.with_stem(f"{lora.stem}-best")).is_file():
+        files["Best on held-out images"] = _described(best)
+    return {**files, "Folder of the run": str(folder.resolve())}
+
+
+def _described(lora: Path) -> str:
+    """Where a LoRA is, with its size and how many steps made it."""
+    try:
+        steps = f", {steps_of(check_safetensors(lora).metadata, lora.name):,} steps"
+    except LorasmithError:  # not readable, which is for `lorasmith check` to explain
+        steps = ""
+    return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"
+
+
+def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
+    record, folder = history.record, str(history.folder.resolve())
+    model, trigger = _part(record, "model"), _part(record, "data").get("trigger")
+    base = model.get("name") if model.get("name") == BUILT_IN else model.get("path") or model.get("name")
+    caption = next((one["caption"] for one in _samples(record) if one.get("caption")), "a picture")
+    repeat = record.get("command")
+    commands = {}
+    if lora is not None:
+        use = ["lorasmith", "generate", "--model", base, "--lora", lora.resolve(), "--prompt", trigger or caption]
+        commands["See it at work"] = command_line(use)
+    if _end(history)[2]:
+        commands["Go on where it ended"] = command_line(["lorasmith", "resume", folder])
+    if isinstance(repeat, list) and repeat:
+        commands["Repeat the run"] = command_line(repeat)
+    commands["Make this page again"] = command_line(["lorasmith", "report", folder])
+    return commands
+
+
+def command_line(arguments: Sequence[object]) -> str:
+    """A command line to copy: a caption in it must not become a command of its own."""
+    texts = list(map(str, arguments))
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+
+
+def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
+    last = steps[-1].step if steps else 0
+    losses, rates = [math.nan] * last, [math.nan] * last
+    for step in steps:
+        losses[step.step - 1], rates[step.step - 1] = step.loss, step.learning_rate
+    validations = _validations(history)
+    return Curves(
+        losses=losses,
+        rates=rates,
+        validations=[(one.step, one.loss) for one in validations],
+        base_loss=validations[-1].base_loss if validations else None,
+        faults=[event.step for event in history.of(RolledBack)],
+    )
+
+
+def _validations(history: RunHistory) -> list[Validated]:
+    """The last look at each step, in order: a run that was resumed may have looked twice."""
+    latest = {event.step: event for event in history.of(Validated)}
+    return [latest[step] for step in sorted(latest)]
+
+
+def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
+    """Loss by noise level, and image by image; nothing of a run whose steps do not tell their draws."""
+    names = [str(one.get("name")) for one in _samples(history.record)]
+    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
+    told = False
+    for step in history.steps():
+        draws = [draw for draw in step.draws if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
+        told = told or bool(draws)
+        for ledger in (curve, images):
+            ledger.add(step.step, draws)
+    return (curve.curve(), images.images(held_out_fall=_fall(_validations(history)))) if told else (None, [])
+
+
+def _fall(validations: Sequence[Validated]) -> float | None:
+    """Held-out loss late in the run as a share of that early; None below three validations."""
+    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
+    third = len(losses) // 3
+    return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
+
+
+def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
+    """Base model and finished LoRA, and the same pictures over the steps."""
+    samples = history.folder / "samples"
+    shots = {(event.step, event.strength): event for event in history.of(Previewed)}
+    prompts = max((event.prompts for event in shots.values()), key=len, default=())[:_MOST_PROMPTS]
+
+    def row(event: Previewed) -> list[Path | None]:
+        # Only names are taken from the log: the folder may have been moved, and nothing outside it is shown.
+        found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
+        return [path if path.is_file() else None for path in found] + [None] * (len(prompts) - len(found))
+
+    rows = {key: row(event) for key, event in sorted(shots.items())}
+    rows = {key: paths for key, paths in rows.items() if any(paths)}
+    if not rows:
+        return _sheet(samples / "strengths.png", history.folder / "before-and-after.png"), _sheet(samples / "steps.png")
+    base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
+    adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
+    last = max((step for step, _, _ in adapted), default=0)
+    final = [(f"LoRA at {strength:g}", paths) for step, strength, paths in adapted if step == last]
+    usual = Counter(strength for _, strength, _ in adapted).most_common(1)
+    over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
+    before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
+    if len(over_time) < 2:
+        return before_after, _sheet(samples / "steps.png")
+    about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
+    return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
+
+
+def _sheet(*candidates: Path) -> PictureTable | None:
+    found = [path for path in candidates if path.is_file()]
+    return PictureTable((), [("", (found[0],))], "Contact sheet with its labels in the picture") if found else None
+
+
+def _settings(config: Mapping[str, Any]) -> list[Setting]:
+    known = options_of(TrainConfig)
+    return [
+        Setting(name, value, known[name].default, known[name].help, known[name].group) if name in known
+        else Setting(name, value)
+        for name, value in config.items()
+    ]  # fmt: skip
+
+
+def _data(record: Mapping[str, Any]) -> dict[str, str]:
+    samples = _samples(record)
+    sizes = Counter(
+        "×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if isinstance(one.get("latents"), list)
+    )
+    captioned = sum(bool(one.get("caption")) for one in samples)
+    described = {
+        "Training images": f"{len(samples):,}, of which {captioned:,} have a caption",
+        "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
+    }
+    described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(_part(record, "data")).items()}
+    return {name: text for name, text in described.items() if text}
+
+
+def _environment(record: Mapping[str, Any]) -> dict[str, str]:
+    model = {f"base model {name}": text for name, text in _flat(_part(record, "model")).items()}
+    whole = {**model, **_flat(_part(record, "environment")), **_flat(_part(record, "versions"))}
+    return {name.replace("_", " "): text for name, text in whole.items() if text}
+
+
+def _notes(history: RunHistory) -> list[Note]:
+    notes = []
+    for event in history.events:
+        if isinstance(event, RolledBack):
+            notes.append(Note("Rolled back", event.message, event.step))
+        elif isinstance(event, Resumed):
+            notes.append(Note("Resumed", event.message, event.step))
+        elif isinstance(event, Shrunk):
+            notes.append(Note("Out of memory", event.message, event.step))
+        elif isinstance(event, Planned):
+            notes.append(Note("Memory", event.message))
+        elif isinstance(event, Warned):
+            notes.append(Note("Note", event.message))
+    notes = list(dict.fromkeys(notes))  # a run that was resumed says some things again
+    if history.unreadable:
+        lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"
+        left = "is" if history.unreadable == 1 else "are"
+        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and {left} left out here."))
+    return notes
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `12 min` or `3 h 5 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _size(num_bytes: int) -> str:
+    """`12 kB`, `1.3 MB` or `2.1 GB`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping in `run.json`, empty if it is not there: records of other versions may lack it."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _samples(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    samples = record.get("samples")
+    return [one for one in samples if isinstance(one, dict)] if isinstance(samples, list) else []
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested names joined by blanks, lists by commas; None is left out."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, list):
+            flat[f"{prefix}{name}"] = ", ".join(map(str, value))
+        elif value is not None:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat

@@ -1,0 +1,173 @@
+"""What a choice of targets would train, told from the model's structure: kinds of layers, parameters, file size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasmith.adapters.adapter import CONVOLUTIONS, is_targetable
+from lorasmith.adapters.inject import create_adapters
+from lorasmith.adapters.targets import Plan, PlannedAdapter
+from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.families.model import Denoiser
+from lorasmith.formats.names.spelling import without_core
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import fresh_differences, variant_of
+from lorasmith.training.notes import notes_on_plan
+from lorasmith.training.target_text import resolve_targets
+
+__all__ = ["TargetGroup", "TargetPreview", "preview_targets"]
+
+_HEADER_BYTES = 130  # of a safetensors file, for each tensor: its name, dtype, shape and place
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """Layers of one kind: the same place in repeated blocks, and the same settings.
+
+    Attributes:
+        name: their module paths, with `*` for what repeats.
+        layer: `Linear`, `Conv2d 3×3`, or the class of a norm.
+        count: how many.
+        ranks: lowest and highest.
+        alpha, learning_rate: their own, None for the run's.
+        parameters: trained numbers, all layers together.
+    """
+
+    name: str
+    layer: str
+    count: int
+    ranks: tuple[int, int]
+    alpha: float | None
+    learning_rate: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class TargetPreview:
+    """A choice of targets.
+
+    Attributes:
+        targets: the choice as text.
+        groups: in the model's order; differences of norms and biases come last.
+        layers: layers that are trained.
+        targetable: layers that could be.
+        parameters: trained numbers.
+        size_bytes: of the file, to a few percent.
+        notes: sentences that the person should read.
+    """
+
+    targets: str
+    groups: tuple[TargetGroup, ...]
+    layers: int
+    targetable: int
+    parameters: int
+    size_bytes: int
+    notes: tuple[str, ...]
+
+
+def preview_targets(denoiser: Denoiser, config: TrainConfig) -> TargetPreview:
+    """What `config` would train. The denoiser's weights may be on the meta device. Raises OptionError."""
+    config = replace(config, targets=config.targets or denoiser.base.defaults.targets)
+    plan = resolve_targets(denoiser, config)
+    sizes: dict[object, _Size] = {}
+    members: dict[tuple[str, str, float | None, float | None], list[tuple[PlannedAdapter, _Size]]] = {}
+    for one in plan.adapters:
+        module = denoiser.module.get_submodule(one.path)
+        alike = (type(module), module.weight.shape, getattr(module, "groups", 1), replace(one, path=""))
+        if alike not in sizes:
+            sizes[alike] = _size(module, one, config)
+        key = (_kind(one.path), _layer_name(module), one.alpha, one.learning_rate)
+        members.setdefault(key, []).append((one, sizes[alike]))
+    groups = [_group(key, found) for key, found in members.items()]
+    differences = fresh_differences(denoiser, plan, config)
+    changed = {path: sum(p.numel() for p in one.parameters()) for path, one in differences.items()}
+    groups += _difference_groups(denoiser.module, changed)
+    saved = [size for found in members.values() for _, size in found]
+    saved += [_Size(numbers, numbers, 2) for numbers in changed.values()]
+    width = dtype_from_name(config.lora_dtype).itemsize
+    return TargetPreview(
+        targets=config.targets or "",
+        groups=tuple(groups),
+        layers=len(plan.adapters),
+        targetable=sum(map(is_targetable, denoiser.module.modules())),
+        parameters=sum(size.trained for size in saved),
+        size_bytes=sum(size.saved * width + size.tensors * _HEADER_BYTES for size in saved),
+        notes=notes_on_plan(plan),
+    )
+
+
+@dataclass(frozen=True)
+class _Size:
+    trained: int
+    saved: int
+    tensors: int
+
+
+def _size(module: nn.Module, one: PlannedAdapter, config: TrainConfig) -> _Size:
+    """The numbers of a layer's adapter, counted on one for a layer of zeros."""
+    variant = replace(variant_of(config), pissa=False)  # it has a LoRA's numbers, and would take a decomposition
+    (adapter,) = create_adapters(
+        nn.ModuleDict({"layer": _zeros_like(module)}),
+        Plan((replace(one, path="layer"),)),
+        algorithm=config.algorithm,
+        alpha=None,
+        seed=0,
+        zero="up",
+        variant=variant,
+    ).values()
+    tensors = without_core(adapter.to_weights()).tensors  # as the portable layout has them
+    # PiSSA is saved at twice the rank.
+    saved = sum(t.numel() * (2 if config.pissa and name != "dora_scale" else 1) for name, t in tensors.items())
+    return _Size(sum(p.numel() for p in adapter.parameters()), saved, len(tensors) + 1)
+
+
+def _zeros_like(module: nn.Module) -> nn.Module:
+    with torch.device("meta"):
+        if isinstance(module, CONVOLUTIONS):
+            kind: Any = type(module)
+            sizes = (module.in_channels, module.out_channels, module.kernel_size)
+            layer: nn.Module = kind(*sizes, groups=module.groups, bias=False)
+        else:
+            assert isinstance(module, nn.Linear)
+            layer = nn.Linear(module.in_features, module.out_features, bias=False)
+    layer = layer.to_empty(device="cpu").requires_grad_(False)
+    layer.get_parameter("weight").zero_()
+    return layer
+
+
+def _group(key: tuple[str, str, float | None, float | None], found: list[tuple[PlannedAdapter, _Size]]) -> TargetGroup:
+    name, layer, alpha, learning_rate = key
+    ranks = [one.rank for one, _ in found]
+    parameters = sum(size.trained for _, size in found)
+    return TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters)
+
+
+def _difference_groups(model: nn.Module, changed: dict[str, int]) -> list[TargetGroup]:
+    members: dict[tuple[str, str], list[int]] = {}
+    for path, numbers in changed.items():
+        module = model.get_submodule(path)
+        what = f"{type(module).__name__} bias" if is_targetable(module) else type(module).__name__
+        members.setdefault((_kind(path), what), []).append(numbers)
+    return [
+        TargetGroup(name, what, len(numbers), (0, 0), None, None, sum(numbers))
+        for (name, what), numbers in members.items()
+    ]
+
+
+def _kind(path: str) -> str:
+    """A path from its innermost list of blocks on, whose names are plural: `transformer_blocks.*.attn1.to_q`."""
+    parts = path.split(".")
+    lists = [i for i in range(len(parts) - 2) if parts[i].endswith("s") and parts[i + 1].isdecimal()]
+    if not lists:
+        return path
+    return ".".join([parts[lists[-1]], "*", *parts[lists[-1] + 2 :]])
+
+
+def _layer_name(module: nn.Module) -> str:
+    if isinstance(module, CONVOLUTIONS):
+        return f"{type(module).__name__} {'×'.join(map(str, module.kernel_size))}"
+    return type(module).__name__

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from lorasmith.data.image_files import ImageError, image_size, image_suffixes, open_image, resize_and_crop, to_tensor
+
+
+def picture(width: int = 40, height: int = 24, channels: int = 3) -> Image.Image:
+    """Smooth colours, another in each corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (width + height - 2)]
+    return Image.fromarray(np.stack(planes[:channels], axis=-1).astype(np.uint8).squeeze())
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("suffix", sorted(image_suffixes() - {".heic", ".heif"}))
+def test_reads_every_format(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix.upper()}"
+    format_name = {".jpg": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper())
+    picture().save(path, format_name)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (40, 24))
+    assert abs(pixels(image) - pixels(picture())).mean() < 30, "the same picture, palettes and compression aside"
+    assert image_size(path) == (40, 24)
+
+
+def test_formats_asked_for_are_there() -> None:
+    assert image_suffixes() >= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_honoured(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    picture().save(path, exif=exif, quality=95)
+    with Image.open(path) as stored:
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    image = open_image(path)
+    assert image.size == expected.size == image_size(path)
+    assert image.size == ((24, 40) if orientation >= 5 else (40, 24))
+    assert np.array_equal(pixels(image), pixels(expected))
+
+
+def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    picture().save(path, exif=b"Exif\0\0nonsense")
+    assert open_image(path).size == image_size(path) == (40, 24)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
+def test_transparency_is_laid_on_white(tmp_path: Path, mode: str) -> None:
+    """The left half is transparent (by alpha, or by a colour or palette entry), the right half black."""
+    path = tmp_path / "a.png"
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode, (20, 20))
+        image.paste(Image.new(mode, (10, 20), (0, 255) if mode == "LA" else (0, 0, 0, 255)), (10, 0))
+        image.save(path)
+    else:
+        image = Image.new(mode, (20, 20), 1 if mode == "1" else 0)
+        key = {"P": 7, "L": 7, "RGB": (7, 8, 9), "1": 1}[mode]
+        image.paste(key, (0, 0, 10, 20))
+        image.paste({"RGB": (0, 0, 0)}.get(mode, 0), (10, 0, 20, 20))
+        if mode == "P":
+            image.putpalette([0, 0, 0] * 256)
+        image.save(path, transparency=255 if mode == "1" else key)
+    opened = open_image(path)
+    assert opened.getpixel((2, 2)) == (255, 255, 255)
+    assert opened.getpixel((17, 17)) == (0, 0, 0)
+
+
+def test_half_transparency_is_blended(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_palette_with_alpha_in_its_entries(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    image.save(tmp_path / "a.png", transparency=bytes([255, 0]))
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.array([[0, 257, 32896, 65535]], np.uint16), [0, 1, 128, 255]),
+        (np.array([[0, 0, 13107, 65535]], np.int32), [0, 0, 51, 255]),
+        (np.array([[-5, 0, 2**30, 2**31 - 1]], np.int32), [0, 0, 128, 255]),
+        (np.array([[0, 0.2, 0.5, 1]], np.float32), [0, 51, 128, 255]),
+        (np.array([[0, 1, 100, 254]], np.float32), [0, 1, 100, 254]),
+        (np.array([[np.nan, np.inf, -1, 65535]], np.float32), [0, 0, 0, 255]),
+        (np.array([[0, 0, 50_000, 100_000]], np.float32), [0, 0, 128, 255]),
+        (np.zeros((1, 4), np.float32), [0, 0, 0, 0]),
+    ],
+)
+def test_wide_greys_are_scaled_to_8_bits(tmp_path: Path, array: np.ndarray, expected: list[int]) -> None:
+    Image.fromarray(array).save(tmp_path / "a.tif")
+    image = open_image(tmp_path / "a.tif")
+    assert image.mode == "RGB"
+    assert pixels(image)[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_16_bit_png(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 32896, np.uint16)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red, green, blue = open_image(tmp_path / "a.jpg").getpixel((8, 8))
+    assert red > 250 and green < 5 and blue < 5
+    assert image_size(tmp_path / "a.jpg") == (16, 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=100)
+    red, green, blue = open_image(tmp_path / f"a.{suffix}").getpixel((5, 5))
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("read", [open_image, image_size])
+class TestRefusals:
+    def test_text_with_the_name_of_an_image(self, tmp_path: Path, read) -> None:
+        (tmp_path / "a.png").write_text("not a picture")
+        with pytest.raises(
+            ImageError, match=r"a\.png is not an image, whatever its name says: .*; replace or remove it$"
+        ):
+            read(tmp_path / "a.png")
+
+    def test_empty_file(self, tmp_path: Path, read) -> None:
+        (tmp_path / "a.jpg").touch()
+        with pytest.raises(ImageError, match=r"a\.jpg is empty; get a good copy or remove it$"):
+            read(tmp_path / "a.jpg")
+
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
+    def test_cut_short(self, tmp_path: Path, read, suffix: str) -> None:
+        path = tmp_path / f"a.{suffix}"
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        with pytest.raises(ImageError, match=rf"a\.{suffix} is (damaged or cut short|not an image)"):
+            read(path)
+
+    def test_damaged_png(self, tmp_path: Path, read) -> None:
+        picture().save(tmp_path / "a.png")
+        content = bytearray((tmp_path / "a.png").read_bytes())
+        at = content.index(b"IDAT") + 12
+        content[at : at + 8] = bytes(8)
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(ImageError, match=r"is damaged or cut short \(.+\); get a good copy or remove it$"):
+            read(tmp_path / "a.png")
+
+    def test_decompression_bomb(self, tmp_path: Path, read) -> None:
+        (tmp_path / "a.png").write_bytes(_png_that_claims(200_000, 200_000))
+        with pytest.raises(ImageError, match=r"has more than 178 million pixels; scale it down first$"):
+            read(tmp_path / "a.png")
+
+    def test_single_pixel(self, tmp_path: Path, read) -> None:
+        Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
+        with pytest.raises(ImageError, match=r"is a single pixel; replace it by a picture or remove it$"):
+            read(tmp_path / "a.png")
+
+    def test_missing_file_and_folder(self, tmp_path: Path, read) -> None:
+        with pytest.raises(ImageError, match="does not exist; check the name"):
+            read(tmp_path / "a.png")
+        with pytest.raises(ImageError, match=r"is damaged or cut short|may not be read"):
+            read(tmp_path)
+
+    def test_other_formats_behind_the_name(self, tmp_path: Path, read) -> None:
+        """Pillow would start Ghostscript for PostScript, whatever the file's name."""
+        picture().save(tmp_path / "a.png", "EPS")
+        with pytest.raises(ImageError, match="is not an image"):
+            read(tmp_path / "a.png")
+
+
+def test_large_photographs_are_read_without_a_warning(tmp_path: Path) -> None:
+    """100 million pixels are above Pillow's threshold for a warning, and warnings are errors here."""
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")
+    assert image_size(tmp_path / "a.png") == (10_000, 10_000)
+
+
+def test_error_names_file_and_reason() -> None:
+    error = ImageError(Path("a.png"), "is empty")
+    assert (str(error), error.path, error.reason) == ("a.png is empty", Path("a.png"), "is empty")
+
+
+def _encoded(format_name: str) -> bytes:
+    buffer = io.BytesIO()
+    picture().save(buffer, format_name)
+    return buffer.getvalue()
+
+
+_SOUND = {name: _encoded(name) for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    name=st.sampled_from(sorted(_SOUND)),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    kept=st.floats(0.05, 1),
+)
+def test_damaged_files_raise_nothing_but_image_errors(tmp_path_factory, name, edits, kept) -> None:
+    content = bytearray(_SOUND[name])
+    for place, value in edits:
+        content[int(place * len(content))] = value
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{name.lower()}"
+    path.write_bytes(content[: int(kept * len(content))])
+    try:
+        assert open_image(path).mode == "RGB"
+    except ImageError as error:
+        assert re.fullmatch(r"[^\n]+", str(error), re.DOTALL)
+
+
+@given(st.integers(2, 60), st.integers(2, 60), st.integers(1, 40), st.integers(1, 40))
+def test_resize_and_crop_always_fills_the_size(width: int, height: int, to_width: int, to_height: int) -> None:
+    assert resize_and_crop(Image.new("RGB", (width, height), "red"), to_width, to_height).getcolors() == [
+        (to_width * to_height, (255, 0, 0))
+    ]
+
+
+def test_crop_takes_the_middle() -> None:
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    for cropped in (resize_and_crop(image, 50, 50), resize_and_crop(turned, 50, 50)):
+        inside = cropped.crop((3, 3, 47, 47))  # at the edges the filter still sees a little of the neighbours
+        assert inside.getcolors() == [(44 * 44, (0, 0, 255))]
+
+
+def test_crop_equals_scaling_first_and_cropping_then() -> None:
+    scaled = picture(120, 80).resize((90, 60), Image.Resampling.LANCZOS)
+    expected = scaled.crop((15, 0, 75, 60))
+    assert abs(pixels(resize_and_crop(picture(120, 80), 60, 60)) - pixels(expected)).max() <= 1
+
+
+def test_same_size_changes_nothing() -> None:
+    assert np.array_equal(pixels(resize_and_crop(picture(), 40, 24)), pixels(picture()))
+
+
+def test_resize_is_antialiased() -> None:
+    """A fine checkerboard becomes grey; anything that only picks pixels would leave black and white."""
+    board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert abs(pixels(resize_and_crop(board, 32, 32)) - 127.5).max() < 3
+
+
+def test_resize_agrees_with_another_antialiased_resampler() -> None:
+    """Independent resampler: torch's antialiased bicubic differs in kernel only."""
+    source = to_tensor(picture(128, 96))[None]
+    theirs = torch.nn.functional.interpolate(source, (48, 64), mode="bicubic", antialias=True)
+    ours = to_tensor(resize_and_crop(picture(128, 96), 64, 48))[None]
+    assert (theirs - ours).abs().max() < 0.05
+
+
+def test_extreme_shapes_stay_small() -> None:
+    """Scaling 20,000×20 to cover 512 px before cropping would need 500 million pixels."""
+    assert resize_and_crop(Image.new("RGB", (20_000, 20)), 512, 512).size == (512, 512)
+
+
+def test_to_tensor_range_and_layout() -> None:
+    image = Image.new("RGB", (3, 2), (0, 255, 51))
+    tensor = to_tensor(image)
+    assert tensor.shape == (3, 2, 3) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    assert tensor[0].eq(-1).all() and tensor[1].eq(1).all()
+    assert torch.allclose(tensor[2], torch.tensor(-0.6))
+
+
+def _png_that_claims(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")

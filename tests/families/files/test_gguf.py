@@ -1,0 +1,204 @@
+"""GGUF checkpoints: the weights that the package `gguf` decodes, kept as codes, and files that are no good."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import models
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from original_models import SMALLEST, save
+from torch import Tensor, nn
+
+from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.packed_layers import packable_layers, packed_layers
+from lorasmith.core.errors import ModelError
+from lorasmith.core.placement import held
+from lorasmith.families.files.gguf import GgufFile
+from lorasmith.families.files.structure import load_structure
+from lorasmith.families.loading import load_model
+from lorasmith.toolbox.model_files import open_model
+
+FLUX = models.tiny_flux_checkpoint(0)
+UNET = {name.removeprefix("model.diffusion_model."): one for name, one in SMALLEST.unet_tensors().items()}
+WRITABLE = [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]  # that the package can encode
+CPU = torch.device("cpu")
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, unpacked."""
+    packed = {f"{path}.weight": one.weight() for path, one in packed_layers(model).items()}
+    return {name: packed.get(name, parameter.data) for name, parameter in model.named_parameters()}
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("kind", [*WRITABLE, Kind.F16, Kind.BF16, Kind.F32])
+@pytest.mark.parametrize("tensors", [FLUX, UNET], ids=["flux", "sd1"])
+def test_a_file_is_loaded_as_the_weights_it_stands_for(tmp_path: Path, tensors: dict[str, Tensor], kind: Kind) -> None:
+    meant = write(tmp_path / "model.gguf", tensors, kind)
+    loaded = load_model(tmp_path / "model.gguf").components.denoiser
+    plain = load_model(save(tmp_path / "plain.safetensors", meant)).components.denoiser
+    assert_same(weights(loaded), weights(plain))
+    layers = packable_layers(loaded)
+    packed = packed_layers(loaded)
+    if kind not in WRITABLE:
+        assert not packed
+        return
+    assert len(packed) > 0.8 * len(layers)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    numbers = sum(one.shape.numel() for one in packed.values())
+    assert sum(one.size_bytes for one in packed.values()) == numbers * size / block
+    assert {loaded.get_submodule(path).weight.untyped_storage().nbytes() for path in packed} == {4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_predicts_as_the_plain_model_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    meant = write(tmp_path / "model.gguf", UNET, Kind.Q8_0)
+    models_ = [load_model(tmp_path / "model.gguf"), load_model(save(tmp_path / "plain.safetensors", meant))]
+    x, time = models.seeded("x", (2, 4, 8, 8), seed=0), torch.tensor([3.0, 700.0])
+    context = models.seeded("context", (2, 7, SMALLEST.unet.context), seed=0)
+    found = []
+    for one in models_:
+        module = one.components.denoiser
+        with torch.no_grad(), held(module, device=CPU, dtype=dtype):
+            found.append(module(x.to(dtype), time, encoder_hidden_states=context.to(dtype), return_dict=False)[0])
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_placing_keeps_codes_and_puts_them_back(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", UNET, Kind.Q5_1)
+    module = load_model(tmp_path / "model.gguf").components.denoiser
+    before = {path: (id(one), one.dtype) for path, one in packed_layers(module).items()}
+    whole = weights(module)
+    with held(module, device=CPU, dtype=torch.bfloat16):
+        inside = packed_layers(module)
+        assert inside.keys() == before.keys()
+        for path, one in inside.items():
+            layer = module.get_submodule(path)
+            assert layer.weight.dtype == FrozenLayer(layer).weight.dtype == one.weight().dtype == torch.bfloat16
+            assert layer.weight.untyped_storage().nbytes() == 2
+    assert {path: (id(one), one.dtype) for path, one in packed_layers(module).items()} == before
+    assert_same(weights(module), whole, 0)
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS, *WRITABLE]
+)
+def test_blocks_become_the_numbers_that_the_package_reads(tmp_path: Path, kind: Kind) -> None:
+    """K-quants and others that it cannot encode: any bytes are codes, if the scales in them are finite."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(0).integers(0, 256, (96, 256 // block * size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(rows, kind)
+    fine = np.isfinite(expected).all(1)
+    rows, expected = rows[fine][:32], expected[fine][:32]
+    assert len(rows) == 32
+    name = "txt_in.weight"
+    writer = gguf.GGUFWriter(tmp_path / "codes.gguf", "flux")
+    writer.add_tensor(name, rows, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GgufFile(tmp_path / "codes.gguf")
+    assert file.shapes == {name: (32, 256)}
+    ((_, packed),) = file.read([name], torch.float32)
+    assert not isinstance(packed, Tensor)
+    torch.testing.assert_close(packed.weight(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_file_says_of_its_architecture_counts(tmp_path: Path) -> None:
+    said = {"lorasmith.architecture": json.dumps({"defaults": {"resolution": 96}})}
+    write(tmp_path / "model.gguf", UNET, Kind.Q8_0, metadata=said)
+    assert load_model(tmp_path / "model.gguf").defaults.resolution == 96
+
+
+def test_its_structure_is_known_without_its_weights(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", FLUX, Kind.Q4_0)
+    outline, loaded = load_structure(tmp_path / "model.gguf"), load_model(tmp_path / "model.gguf")
+    assert outline.names.weight_shapes == loaded.names.weight_shapes
+    assert not packed_layers(outline.components.denoiser)
+
+
+def test_types_that_nobody_decodes_are_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "flux")
+    for name, tensor in FLUX.items():
+        if name == "img_in.weight":
+            writer.add_tensor(name, np.zeros((tensor.shape[0], 64), dtype=np.int8))
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"img_in.weight of model.gguf is stored as I8, which is not known .*Q4_0"):
+        load_model(tmp_path / "model.gguf")
+
+
+def test_a_shape_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "sd1")
+    writer.add_tensor("x.weight", np.zeros((2, 256), dtype=np.float32))
+    writer.add_array("comfy.gguf.orig_shape.x.weight", [3, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"x.weight of .* must have as many numbers as its shape \(3, 3\) says"):
+        load_model(tmp_path / "model.gguf")
+
+
+def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model.gguf", UNET, Kind.Q8_0)
+    original = builtins.__import__
+
+    def lacking(name: str, *rest: Any) -> Any:
+        if name == "gguf":
+            raise ImportError(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", lacking)
+    with pytest.raises(ModelError, match="takes the package gguf to read; install it with: pip install gguf"):
+        load_model(tmp_path / "model.gguf")
+
+
+def test_the_tools_refuse_it(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", UNET, Kind.Q8_0)
+    with pytest.raises(ModelError, match="the tools do not compute on"):
+        open_model(tmp_path / "model.gguf")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**16), st.integers(0, 255), st.floats(0, 1))
+def test_damage_is_told_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, place: int, value: int, share: float
+) -> None:
+    """A byte of the header is another, or the file is cut short; what loads all the same is a model."""
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder.mkdir(exist_ok=True)
+    whole = folder / "whole.gguf"
+    if not whole.exists():
+        write(whole, UNET, Kind.Q8_0)
+    data = bytearray(whole.read_bytes())
+    data[4 + place % 20_000] = value
+    damaged = folder / "damaged.gguf"
+    damaged.write_bytes(data[: max(4, int(len(data) * share))] if value % 2 else data)
+    try:
+        load_model(damaged)
+    except ModelError as error:
+        assert str(damaged) in str(error) or "checkpoint" in str(error) or "architecture" in str(error)

@@ -1,0 +1,76 @@
+"""The rules of who applies what are what the load matrix measured."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lora_cases
+import pytest
+
+from lorasmith.families.model import Model
+from lorasmith.formats.lora_file import PORTABLE, layout_for
+from lorasmith.formats.quality.acceptance import PROGRAMS, shortfalls
+from lorasmith.training.lora_handle import Lora
+
+RECORD = json.loads((Path(__file__).parents[2] / "golden" / "load_matrix.json").read_text(encoding="utf-8"))
+AGREEMENT = 1e-3
+ROWS = sorted({(cell["family"], cell["case"], cell["layout"]) for cell in RECORD["cells"] if "refused" not in cell})
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def model(family: str) -> Model:
+        return lora_cases.base_model(family, folder)[0]
+
+    @cache
+    def make(family: str, case: str) -> Lora:
+        return lora_cases.example(lora_cases.CASES[case], model(family))
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "case", "layout"), ROWS)
+def test_the_rules_say_what_was_measured(lora, family: str, case: str, layout: str) -> None:
+    one = lora(family, case)
+    found = shortfalls(one.state, layout_for(layout, one.names), one.names, is_portable=layout == PORTABLE)
+    predicted = {short.program for short in found}
+    cells = {c["loader"]: c for c in RECORD["cells"] if (c["family"], c["case"], c["layout"]) == (family, case, layout)}
+    measured = {
+        program
+        for program in PROGRAMS
+        if program in cells
+        and not (
+            cells[program]["applied"] == cells[program]["modules"] > 0
+            and (cells[program]["difference"] or 0.0) < AGREEMENT
+        )
+    }
+    assert predicted & cells.keys() == measured
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux1"])
+@pytest.mark.parametrize("case", ["lora", "lora-uneven"])
+def test_portable_loras_are_applied_completely_everywhere(family: str, case: str) -> None:
+    cells = [c for c in RECORD["cells"] if (c["family"], c["case"], c["layout"]) == (family, case, PORTABLE)]
+    assert {c["loader"] for c in cells} >= {"ours", "diffusers", "ComfyUI", "sd-scripts", "LyCORIS"}
+    for cell in cells:
+        assert cell["applied"] == cell["modules"] > 0, cell
+        assert cell["difference"] < AGREEMENT < cell["effect"], cell
+
+
+def test_programs_are_named_once_for_each_reason(lora) -> None:
+    one = lora("sd1", "lora-all")
+    found = shortfalls(one.state, layout_for("kohya", one.names), one.names)
+    assert [short.program for short in found] == ["sd-scripts"]
+    assert {ref.path for ref in found[0].modules} == {
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+    }
+    assert found[0].sentence.startswith("sd-scripts does not apply 4 modules, such as conv_in, as meant: ")

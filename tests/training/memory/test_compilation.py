@@ -1,0 +1,438 @@
+"""Compiled blocks: the same numbers, code that is shared, and a way back where torch cannot compile.
+
+Most of it runs on a model of a few small layers, and on graphs that are not turned into machine code, which would take
+seconds for each block; one test makes the code as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.difference import Difference
+from lorasmith.adapters.dora import InputDora, OutputDora
+from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.inject import Attached, adapters_on, attached
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.core.errors import OptionError
+from lorasmith.core.quantization import PACKINGS
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.model import Model
+from lorasmith.training import engine
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import prepared
+from lorasmith.training.events import Event, Resumed, StepDone, Warned
+from lorasmith.training.memory import compilation
+from lorasmith.training.memory.activation_checkpointing import checkpointed
+from lorasmith.training.memory.compilation import compilable, compiled, compiler, sizes_vary, units
+from lorasmith.training.memory.frozen_weights import kept
+from lorasmith.training.runs.fingerprint import environment
+from lorasmith.training.train import TrainResult, plan_job, recipe_of
+
+Run = Callable[..., TrainResult]
+CPU = torch.device("cpu")
+OTHERS = (ADAPTERS["GLoRA"].create, InputDora.create, OutputDora.create)
+"""Other adapters that are compiled."""
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.one = nn.Linear(width, 2 * width)
+        self.two = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        y: Tensor = x + scale * self.two(nn.functional.silu(self.one(self.norm(x))))
+        return y
+
+
+class Toy(nn.Module):
+    """Two kinds of blocks: three of 8 features, and two of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.ModuleList(Block(8) for _ in range(3))
+        self.between = nn.Linear(8, 16)
+        self.wide = nn.ModuleList(Block(16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.narrow:
+            x = block(x)
+        x = self.between(x)
+        for block in self.wide:
+            x = block(x)
+        return x
+
+
+class Chain(nn.Module):
+    """What it is given, one after the other."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def stages() -> Chain:
+    """Like a UNet: stages of blocks that have lists of layers inside. The second stage has one block more."""
+    return Chain(*(Chain(*(Chain(Block(8), Block(8)) for _ in range(blocks))) for blocks in (1, 2)))
+
+
+@pytest.fixture
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No machine code, which takes long to make; and nothing compiled is left to others."""
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def adapters_for(model: nn.Module, make: Callable[..., Adapter] = LoraAdapter.create) -> dict[str, Adapter]:
+    """One on every layer of the blocks, none of them the identity."""
+    g = torch.Generator().manual_seed(0)
+    made = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and "." in path:
+            made[path] = make(FrozenLayer(layer), rank=2, alpha=3.0, seed=0, path=path, zero="up")
+            for parameter in made[path].parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
+    return made
+
+
+def gradients(model: nn.Module, adapters: Mapping[str, nn.Module], *, batch: int = 2) -> list[Tensor]:
+    """The output, and the gradients to the adapters' parameters and to the input."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 5, 8, generator=g).requires_grad_()
+    y = model(x)
+    parameters = [parameter for one in adapters.values() for parameter in one.parameters()]
+    return [y, *torch.autograd.grad(y.square().sum(), [*parameters, x])]
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("make", [LoraAdapter.create, *OTHERS])
+def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Adapter]) -> None:
+    adapters = adapters_for(toy, make)
+    with attached(toy, [Attached(adapters)]):
+        plain = gradients(toy, adapters)
+        with compiled(toy, True):
+            assert_close(gradients(toy, adapters), plain)
+    assert not counters["graph_break"], "each block is one graph"
+    assert graphs() == 2, "blocks of a kind share their code"
+
+
+@pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"LoRA", "GLoRA"}))
+def test_blocks_with_other_adapters_stay_as_they_are(toy: Toy, name: str) -> None:
+    adapters = adapters_for(toy, ADAPTERS[name].create)
+    assert not compilable(list(adapters.values()))
+    with attached(toy, [Attached(adapters)]), compiled(toy, True):
+        assert [adapters_on(toy.get_submodule(path)) for path in adapters] == [[one] for one in adapters.values()]
+        gradients(toy, adapters)
+    assert graphs() == 0
+
+
+def test_a_dora_is_compiled_where_what_it_goes_around_is(toy: Toy) -> None:
+    layer = FrozenLayer(toy.between)
+    loha = ADAPTERS["LoHa"].create(layer, rank=2, alpha=1.0, seed=0, path="", zero="up")
+    assert not compilable([OutputDora.around(loha, layer)])
+    assert compilable([OutputDora.create(layer, rank=2, alpha=1.0, seed=0, path="", zero="up")])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3], ids=["around", "the same", "inside"])
+def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
+    torch.manual_seed(0)
+    model = stages().requires_grad_(False)
+    assert units(model) == [block for stage in model.parts for block in stage.get_submodule("parts").children()]
+    adapters = adapters_for(model)
+    with attached(model, [Attached(adapters)]):
+        plain = gradients(model, adapters)
+        with checkpointed(model, depth), compiled(model, True):
+            assert_close(gradients(model, adapters), plain)
+    assert graphs() == 1
+    assert not counters["graph_break"]
+
+
+def test_differences_of_norms_and_biases(toy: Toy) -> None:
+    paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
+    differences = {path: Difference.create(module) for path, module in paths.items()}
+    with attached(toy, [Attached({}, differences=differences)]):
+        plain = gradients(toy, differences)
+        with compiled(toy, True):
+            assert_close(gradients(toy, differences), plain)
+    assert graphs() > 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind != "none"])
+def test_quantized_weights(toy: Toy, kind: str) -> None:
+    adapters = adapters_for(toy)
+    with kept(toy, kind=kind, device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
+        plain = gradients(toy, adapters)
+        with compiled(toy, True):
+            assert_close(gradients(toy, adapters), plain)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        *((kind, LoraAdapter.create) for kind in PACKINGS),
+        *((kind, make) for kind in ("none", "nf4") for make in OTHERS),
+    ],
+)
+def test_no_weight_is_kept_for_the_backward_pass(
+    toy: Toy, kind: str, make: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager_decomp_partition")  # divides passes as machine code does
+    toy.narrow, toy.between, toy.wide = nn.ModuleList([Block(64)]), nn.Identity(), nn.ModuleList()
+    toy.requires_grad_(False)
+    adapters = adapters_for(toy, make)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with (
+        kept(toy, kind=kind, device=CPU, dtype=torch.float32),
+        attached(toy, [Attached(adapters)]),
+        compiled(toy, True),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        toy(x).sum().backward()
+    assert graphs() == 1 and len(saved) > 5
+    own = {parameter.data_ptr() for parameter in toy.parameters()}
+    assert max(tensor.numel() for tensor in saved if tensor.data_ptr() not in own) <= 2 * 3 * 128
+
+
+def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
+    adapters = adapters_for(toy)
+    dropout = Dropout(adapters, rank=0.5, module=0.1, seed=0)
+    with attached(toy, [Attached(adapters)]):
+        for draws in ((0, 1), (2, 3)):
+            with dropout.applied(dropout.masks(draws)):
+                plain = gradients(toy, adapters)
+                with compiled(toy, True):
+                    assert_close(gradients(toy, adapters), plain)
+    assert graphs() == 2, "masks are data, not code"
+
+
+@pytest.mark.parametrize(("varying", "more"), [(False, 2), (True, 0)])
+def test_code_for_any_size(toy: Toy, varying: bool, more: int) -> None:
+    adapters = adapters_for(toy)
+    with attached(toy, [Attached(adapters)]):
+        plain = gradients(toy, adapters, batch=3)
+        with compiled(toy, True, varying_sizes=varying):
+            gradients(toy, adapters)
+            before = graphs()
+            assert_close(gradients(toy, adapters, batch=3), plain)
+    assert graphs() - before == more
+
+
+def test_passes_without_a_gradient_are_not_compiled(toy: Toy) -> None:
+    with compiled(toy, True), torch.no_grad():
+        toy(torch.zeros(1, 5, 8))
+    assert graphs() == 0
+
+
+def test_the_model_is_as_before_whatever_happens(toy: Toy) -> None:
+    before = [dict(vars(module)) for module in toy.modules()]
+    with contextlib.suppress(KeyboardInterrupt), compiled(toy, True):
+        assert sum("forward" in vars(block) for block in units(toy)) == 5
+        raise KeyboardInterrupt
+    assert [dict(vars(module)) for module in toy.modules()] == before
+    with compiled(toy, False):
+        assert [dict(vars(module)) for module in toy.modules()] == before
+
+
+def test_units_are_blocks_that_repeat(tiny: Model) -> None:
+    kinds = [type(block).__name__ for block in units(tiny.components.denoiser)]
+    assert {"ResnetBlock2D", "Transformer2DModel"} <= set(kinds)
+    assert not [kind for kind in kinds if kind.endswith("Block2D") and kind != "ResnetBlock2D"], "no whole stages"
+    assert kinds.count("Transformer2DModel") > 2
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=2, num_attention_heads=1, attention_head_dim=8)
+    assert [type(block).__name__ for block in units(flux)] == [
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "FluxSingleTransformerBlock",
+    ]
+
+
+def test_sizes_of_samples(dataset: EncodedDataset, mixed: EncodedDataset) -> None:
+    assert not sizes_vary(dataset.samples)
+    assert sizes_vary(mixed.samples)
+    long = Sample(dataset.samples[0].latents, mixed.samples[-1].conditioning, "long.png")
+    assert sizes_vary([dataset.samples[0], long]), "captions have sizes as well"
+
+
+@pytest.mark.skipif(compiler(CPU) == "none", reason="needs a C++ compiler")
+def test_machine_code(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    del toy.wide[:], toy.narrow[1:]  # seconds for each kind
+    adapters = adapters_for(toy)
+    with kept(toy, kind="int8", device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
+        plain = gradients(toy, adapters)
+        with compiled(toy, True):
+            assert_close(gradients(toy, adapters), plain)
+    assert graphs() == 1
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile one block of the built-in model, for there are twenty."""
+    monkeypatch.setattr(compilation, "units", lambda model: units(model)[-1:])
+
+
+def failing_forward(graph: Any, inputs: Any) -> Any:
+    raise ModuleNotFoundError("there is no compiler here\nand a trace of many lines")
+
+
+def failing_backward(graph: Any, inputs: Any) -> Any:
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=failing_forward)(graph, inputs)
+
+
+@pytest.mark.usefixtures("one_block")
+def test_a_run_has_the_same_losses(run: Run, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    settings: dict[str, Any] = {"batch_size": 2, "grad_accumulation_steps": 2, "steps": 2}
+    heard: list[Event] = []
+    ours = run(mixed, compile=True, on_event=heard.append, **settings)
+    assert graphs() > 0
+    assert not [event.message for event in heard if isinstance(event, Warned) and "compile" in event.message]
+    assert ours.losses == pytest.approx(run(mixed, **settings).losses, rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_block")
+@pytest.mark.parametrize("backend", [failing_forward, failing_backward])
+def test_where_torch_cannot_compile_the_run_goes_on(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, backend: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    heard: list[Event] = []
+    result = run(dataset, compile=True, on_event=heard.append, output=tmp_path / "run")
+    (message,) = (event.message for event in heard if isinstance(event, Warned) and "compile" in event.message)
+    assert "there is no compiler here" in message and "\n" not in message and "step 1 is taken again" in message
+    assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
+
+
+@pytest.mark.usefixtures("one_block")
+def test_a_run_that_went_on_without_stays_so_when_it_is_resumed(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heard: list[Event] = []
+
+    def some(**settings: Any) -> TrainResult:
+        return run(dataset, compile=True, output=tmp_path / "run", on_event=heard.append, **settings)
+
+    monkeypatch.setattr(compilation, "BACKEND", failing_forward)
+    stopped = some(cancelled=lambda: any(isinstance(event, StepDone) for event in heard))
+    assert stopped.reason == "cancelled"
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    before = graphs()
+    assert some().losses == run(dataset).losses
+    assert graphs() == before
+    assert sum(isinstance(event, Warned) and "cannot be compiled" in event.message for event in heard) == 1
+
+
+def test_no_compiler_at_all(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    heard: list[Event] = []
+    assert run(dataset, compile=True, on_event=heard.append).losses == run(dataset).losses
+    assert [event for event in heard if isinstance(event, Warned) and "cannot be compiled here" in event.message]
+    assert compiler(CPU) == "none"
+
+
+@pytest.mark.usefixtures("one_block")
+def test_errors_of_the_model_are_not_hidden(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Tensor:
+        raise OptionError("no such thing")
+
+    monkeypatch.setattr(engine, "sample_losses", refused)
+    heard: list[Event] = []
+    with pytest.raises(OptionError, match="no such thing"):
+        run(dataset, compile=True, on_event=heard.append)
+    assert not [event for event in heard if isinstance(event, Warned) and "compiled" in event.message]
+
+
+@pytest.mark.usefixtures("one_block")
+def test_a_run_goes_on_with_another_setting_and_says_so(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    def once(*, until: int, **settings: Any) -> list[Event]:
+        heard: list[Event] = []
+        run(
+            dataset,
+            steps=4,
+            output=tmp_path / "run",
+            on_event=heard.append,
+            cancelled=lambda: sum(type(event).__name__ == "StepDone" for event in heard) >= until,
+            **settings,
+        )
+        return heard
+
+    once(until=2)
+    (resumed,) = (event for event in once(until=9, compile=True) if isinstance(event, Resumed))
+    assert f"compiled_by nothing there, {compiler(CPU)} here" in resumed.message
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [one.get("compiled_by") for one in record["environments"]] == [None, compiler(CPU)]
+    assert "compiled_by" not in environment(CPU, "AdamW")
+
+
+def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
+    def notes(**settings: Any) -> str:
+        config = TrainConfig(**{"rank": 2, "targets": "attention", "compile": True, **settings})
+        return " ".join(plan_job(tiny.denoiser, config, CPU).notes)
+
+    total = len(units(tiny.components.denoiser))
+    assert "compile" not in notes()
+    assert f"of {total} blocks as they are, whose adapters (LoHa)" in notes(algorithm="LoHa")
+    assert "compile changes nothing: every block has adapters (LoHa)" in notes(algorithm="LoHa", targets="all")
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_streamed_weights_are_not_compiled(tiny: Model, offloading: bool) -> None:
+    job = plan_job(tiny.denoiser, TrainConfig(compile=True, rank=2, targets="attention"), CPU)
+    recipe = replace(recipe_of(job, CPU), offloading=offloading)
+    blocks = units(tiny.components.denoiser)
+    with prepared(tiny.denoiser, job.adapters, recipe):
+        assert all(("forward" in vars(block)) != offloading for block in blocks)
+    assert not any("forward" in vars(block) for block in blocks)

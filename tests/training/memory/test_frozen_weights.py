@@ -1,0 +1,312 @@
+"""Frozen weights that are quantized, or wait in host memory: the same numbers, nothing kept, nothing left behind."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lever_cases import CPU, one_step, planned, randomise, rounded
+from test_engine import assert_same, fingerprint, tensors
+from torch import Tensor, nn
+
+from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer, is_targetable
+from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.core import fp8_products
+from lorasmith.core.folders import ASSETS
+from lorasmith.core.fp8_products import Fp8Products
+from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.encoding import load_dataset
+from lorasmith.families.model import Model
+from lorasmith.training.events import StepDone, Warned
+from lorasmith.training.memory.activation_checkpointing import checkpointed
+from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
+from lorasmith.training.memory.weight_stream import WeightStream
+from lorasmith.training.train import TrainResult, train
+
+QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
+LAYERS = "attention, *.conv1"
+Run = Callable[..., TrainResult]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoKr"])
+def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
+    tiny: Model, dataset: EncodedDataset, kind: str, offloading: bool, depth: int, algorithm: str
+) -> None:
+    with rounded(tiny.components.denoiser, kind):
+        expected = one_step(tiny, dataset, algorithm=algorithm, targets=LAYERS)
+    changes = {"quantization": kind, "offloading": offloading, "checkpoint_depth": depth}
+    found = one_step(tiny, dataset, changes, algorithm=algorithm, targets=LAYERS)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: int) -> None:
+    assert_same(
+        one_step(tiny, dataset, {"checkpoint_depth": depth, "offloading": True}, targets=LAYERS),
+        one_step(tiny, dataset, {"checkpoint_depth": depth}, targets=LAYERS),
+    )
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3", "fp8_e5m2_tensor"])
+@pytest.mark.parametrize("offloading", [False, True])
+def test_products_in_fp8_are_those_of_the_unpacked_weights_to_rounding(
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, kind: str, offloading: bool
+) -> None:
+    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: True)
+    with rounded(tiny.components.denoiser, kind):
+        expected = one_step(tiny, dataset, targets=LAYERS)
+    calls = counted(monkeypatch)
+    changes = {"quantization": kind, "offloading": offloading, "quantized_backward": True}
+    found = one_step(tiny, dataset, changes, targets=LAYERS)
+    module = tiny.components.denoiser
+    fitting = [layer for layer in packable_layers(module) if takes_fp8_products(layer, torch.float8_e5m2)]
+    assert calls["forward"] == len(fitting) > 50
+    # Layers that see time or text alone pass no gradient on.
+    assert len(fitting) / 2 < calls["backward"] < len(fitting)
+    assert not any(PRODUCTS in vars(layer) for layer in module.modules())
+    assert found["loss"] != pytest.approx(expected["loss"], rel=1e-6)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=0.03, atol=0)
+    one, other = (torch.cat([t.flatten() for name, t in each.items() if name != "loss"]) for each in (found, expected))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.97
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each product in fp8 is taken from now on."""
+    calls: Counter[str] = Counter()
+    for name in ("forward", "backward"):
+        original = getattr(Fp8Products, name)
+
+        def recorded(*arguments: Any, name: str = name, original: Any = original) -> Tensor:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(Fp8Products, name, recorded)
+    return calls
+
+
+def test_a_run_with_products_in_fp8_learns_as_the_others_do(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"steps": 4, "quantization": "fp8_e4m3", "targets": "attention"}
+    plain = run(dataset, **settings)
+    assert run(dataset, quantized_backward=True, **settings).losses == plain.losses  # this device has none
+    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: True)
+    lossy = run(dataset, quantized_backward=True, **settings)
+    assert lossy.losses != plain.losses
+    assert lossy.losses == pytest.approx(plain.losses, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "sentence"),
+    [
+        ("fp8_e4m3", False, "quantized_backward changes nothing on cpu, which has no products in fp8"),
+        ("int8", True, "quantized_backward changes nothing with quantization int8"),
+        ("fp8_e4m3", True, r"quantized_backward is of \d+ of \d+ layers; .* convolutions"),
+    ],
+)
+def test_it_says_what_products_in_fp8_are_of(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
+) -> None:
+    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: there)
+    notes = planned(tiny, quantization=kind, quantized_backward=True)[0].notes
+    assert [note for note in notes if re.match(sentence, note)]
+
+
+def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
+    module = tiny.components.denoiser
+    layers = packable_layers(module)
+    assert {id(layer) for layer in layers} == {id(layer) for layer in module.modules() if is_targetable(layer)}
+    numbers = sum(layer.get_parameter("weight").numel() for layer in layers)
+    with kept(module, kind="nf4", device=CPU, dtype=torch.bfloat16):
+        sizes = [layer.weight_source.size_bytes for layer in layers]
+        assert {layer.get_parameter("weight").untyped_storage().nbytes() for layer in layers} == {2}
+    assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedDataset, tiny: Model, kind: str) -> None:
+    before = fingerprint(tiny)
+    run(dataset, steps=2, quantization=kind, training_dtype="bf16", gradient_checkpointing=True, targets="all")
+
+    def explode(event: object) -> None:
+        raise RuntimeError("a bug")
+
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        kept(tiny.components.denoiser, kind=kind, device=CPU, dtype=torch.float32, stream=WeightStream(CPU)),
+    ):
+        explode(None)
+    after = fingerprint(tiny)
+    assert before[:2] == after[:2]
+    assert_same(before[2], after[2])
+    assert not any("weight_source" in vars(module) for module in tiny.components.denoiser.modules())
+
+
+def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "steps": 4,
+        "quantization": "nf4",
+        "grad_accumulation_steps": 2,
+        "ema_decay": 0.9,
+        "gradient_checkpointing": True,
+        "checkpoint_every": 1,
+        "validation_share": 0.3,
+        "validation_draws": 2,
+        "validate_every": 2,
+    }
+    whole = run(dataset, **settings)
+    seen: list[object] = []
+    broken = run(
+        dataset,
+        **settings,
+        output=tmp_path / "run",
+        on_event=lambda event: seen.append(event) if isinstance(event, StepDone) else None,
+        cancelled=lambda: len(seen) >= 1,
+    )
+    assert 0 < broken.steps < 4
+    resumed = run(dataset, **settings, output=tmp_path / "run")
+    assert resumed.losses == whole.losses
+    assert resumed.validations == whole.validations
+    assert_same(tensors(resumed), tensors(whole))
+
+
+def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDataset) -> None:
+    plain, coarse = (
+        run(dataset, steps=1, validation_share=0.3, validation_draws=2, quantization=kind) for kind in ("none", "nf4")
+    )
+    assert plain.base_loss is not None
+    assert coarse.base_loss is not None
+    assert coarse.base_loss != plain.base_loss
+    assert coarse.base_loss == pytest.approx(plain.base_loss, rel=0.05)
+
+
+def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
+    for settings in ({"dora": "output"}, {"pissa": True}):
+        plain, coarse = (planned(tiny, quantization=kind, **settings)[0] for kind in ("none", "nf4"))
+        for path, adapter in plain.adapters.items():
+            assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
+
+
+def test_it_says_what_share_is_quantized_and_what_previews_show(run: Run, dataset: EncodedDataset) -> None:
+    events: list[object] = []
+    run(dataset, steps=1, quantization="int8", previews="a cat", on_event=events.append)
+    said = [event.message for event in events if isinstance(event, Warned)]
+    assert any(text.startswith("quantization int8 is of 9") and "% of the frozen weights" in text for text in said)
+    assert any("not with the quantized one" in text for text in said)
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_loras_below_and_differences_train_on_quantized_weights_too(
+    tiny: Model, run: Run, dataset: EncodedDataset, bypass: bool
+) -> None:
+    below = run(dataset, steps=8, learning_rate=1e-2).lora.applied_to(tiny.denoiser, bypass=bypass)
+    settings: dict[str, Any] = {"steps": 2, "rank": 4, "training_dtype": "fp32", "seed": 3, "targets": "attention"}
+    settings |= {"differences": "norms+biases", "rank_dropout": 0.5}
+    plain, coarse = (train(below, dataset, quantization=kind, **settings) for kind in ("none", "int8"))
+    assert coarse.losses != plain.losses
+    assert coarse.losses == pytest.approx(plain.losses, rel=0.01)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, 2 * width)
+        self.outer = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(self.norm(x))))
+
+
+class Transformer(nn.Module):
+    """Blocks whose weights are nearly all of it."""
+
+    def __init__(self, blocks: int, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+def test_a_model_of_twice_the_budget_trains_within_it(kind: str, depth: int) -> None:
+    torch.manual_seed(0)
+    model = Transformer(24).requires_grad_(False)
+    weights = sum(
+        packed(layer.get_parameter("weight"), kind, torch.float32).size_bytes for layer in packable_layers(model)
+    )
+    budget = weights // 2
+    x = torch.randn(3, 32)
+    adapters = {}
+    for number in range(24):
+        path = f"blocks.{number}.inner"
+        layer = FrozenLayer(model.get_submodule(path))
+        adapters[path] = LoraAdapter.create(layer, rank=2, alpha=2.0, seed=0, path=path, zero="up")
+        randomise(adapters[path], seed=number)
+
+    def losses(stream: WeightStream | None) -> list[Tensor]:
+        trained = [parameter for one in adapters.values() for parameter in one.parameters()]
+        found = []
+        with (
+            kept(model, kind=kind, device=CPU, dtype=torch.float32, stream=stream),
+            attached(model, [Attached(adapters)]),
+            checkpointed(model, depth),
+        ):
+            for _ in range(3):
+                loss = model(x).square().mean()
+                found += [loss.detach(), *torch.autograd.grad(loss, trained)]
+        return found
+
+    stream = WeightStream(CPU)
+    streamed = losses(stream)
+    for one, other in zip(streamed, losses(None), strict=True):
+        assert torch.equal(one, other)
+    assert stream.resident.peak <= budget
+    assert stream.resident.peak <= weights // 24 * 2  # a block ahead, and the weight in use
+    assert stream.resident.now == 0
+
+
+def test_only_plain_layers_that_share_nothing_are_taken() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+            self.head = nn.Linear(4, 5, bias=False)
+            self.head.weight = self.table.weight
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.plain = nn.Linear(4, 4)
+
+    model = Tied()
+    assert packable_layers(model) == [model.plain]
+    assert is_targetable(model.head)
+
+
+def test_a_quantized_base_teaches_as_much_as_a_plain_one(tiny: Model) -> None:
+    data = load_dataset(ASSETS / "input" / "high-contrast", tiny)
+    settings: dict[str, Any] = {"steps": 12, "batch_size": 4, "rank": 8, "seed": 1, "training_dtype": "fp32"}
+    settings |= {"validation_share": 0.25, "validation_draws": 4, "validate_every": 12}
+    losses = {}
+    for kind in PACKINGS:
+        result = train(tiny, data, quantization=kind, **settings)
+        assert result.base_loss is not None
+        losses[kind] = result.validations[-1][1]
+        assert losses[kind] < 0.95 * result.base_loss
+    for kind, loss in losses.items():
+        assert loss == pytest.approx(losses["none"], rel=0.02), kind

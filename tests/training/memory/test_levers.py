@@ -1,0 +1,60 @@
+"""Every memory lever with every other: a step is that of the plain path, to rounding, whatever is combined."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from lever_cases import flux_dataset, one_step, rounded
+from torch import Tensor
+
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.quantization import PACKINGS
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training.memory.activations import KINDS
+
+LAYERS = "*.0.attn1.*, *.ff.*, *.conv1"
+VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
+    "DoRA per input": {"dora": "input"},
+    "DoRA per output": {"dora": "output"},
+    "PiSSA": {"pissa": True},
+    "Tucker": {"tucker": True},
+    "norms and biases": {"differences": "norms+biases"},
+}
+
+
+pytestmark = pytest.mark.usefixtures("small_is_worth_it")
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * max(1.0, float(tensor.abs().max())))
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_all_of_them_together(tiny: Model, dataset: EncodedDataset, flux: Model, kind: str) -> None:
+    # Formats differ in nothing but how a weight is made from them: one is enough for the second family.
+    for model, data in ((tiny, dataset), (flux, flux_dataset()))[: 2 if kind == "nf4" else 1]:
+        with rounded(model.components.denoiser, kind):
+            expected = one_step(model, data, targets="attention+ff")
+        for offloading, kept, depth in itertools.product((False, True), KINDS, (0, 2)):
+            changes = {"activations": kept, "checkpoint_depth": depth}
+            changes |= {"quantization": kind, "offloading": offloading}
+            assert_close(one_step(model, data, changes, targets="attention+ff"), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_adapter_on_the_hardest_combination(
+    tiny: Model, dataset: EncodedDataset, variant: dict[str, Any]
+) -> None:
+    # DoRA and PiSSA start from the weights as the model has them, so rounding those beforehand makes another adapter.
+    kind = "none" if {"dora", "pissa"} & variant.keys() else "nf4"
+    with rounded(tiny.components.denoiser, kind):
+        expected = one_step(tiny, dataset, targets=LAYERS, **variant)
+    for kept, depth in (("selective", 0), ("host", 2)):
+        changes = {"activations": kept, "checkpoint_depth": depth, "quantization": kind, "offloading": True}
+        assert_close(one_step(tiny, dataset, changes, targets=LAYERS, **variant), expected)

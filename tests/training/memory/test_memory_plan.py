@@ -1,0 +1,102 @@
+"""Choosing how activations are kept: by measurement, the cheapest that fits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lever_cases import planned
+from test_engine import assert_same, tensors
+
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.training import engine, loop
+from lorasmith.training.engine import prepared
+from lorasmith.training.events import Planned, Warned
+from lorasmith.training.memory import memory_plan
+from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
+from lorasmith.training.train import TrainResult
+
+Run = Callable[..., TrainResult]
+
+
+pytestmark = pytest.mark.usefixtures("small_is_worth_it")
+
+
+def plans(model: Model, data: EncodedDataset, budget: int) -> tuple[list[MemoryPlan], MemoryPlan]:
+    job, recipe = planned(model, targets="all", activations="auto")
+    chosen: list[Any] = []
+
+    def plan() -> Any:
+        batch = engine.batch_maker(model.denoiser, data.samples, recipe).step(0)[0]
+        run = functools.partial(model.denoiser.predict, batch.noised, batch.level.time, batch.conditioning)
+        chosen.append(list(memory_plan._plans(model.components.denoiser, run, budget)))
+        chosen.append(chosen_plan(model.denoiser, data.samples, recipe, budget))
+        return replace(recipe, activations="keep")
+
+    with prepared(model.denoiser, job.adapters, recipe, planned=plan):
+        pass
+    return chosen[0], chosen[1]
+
+
+def test_the_cheapest_that_fits_is_taken(tiny: Model, dataset: EncodedDataset) -> None:
+    ladder, _ = plans(tiny, dataset, 0)
+    assert [plan.activations for plan in ladder] == ["keep", "lean", "selective", "keep"]
+    needs = [plan.needed_bytes for plan in ladder]
+    assert needs == sorted(needs, reverse=True)
+    assert [plan.checkpoint_depth > 0 for plan in ladder] == [False, False, False, True]
+    for wanted in ladder:
+        _, chosen = plans(tiny, dataset, int(wanted.needed_bytes / 0.9) + 2)
+        assert (chosen.activations, chosen.checkpoint_depth) == (wanted.activations, wanted.checkpoint_depth)
+        assert chosen.fits
+    _, chosen = plans(tiny, dataset, 1)
+    assert chosen.checkpoint_depth
+    assert not chosen.fits
+    assert "may not be enough" in str(chosen)
+
+
+def test_a_run_decides_once_says_so_and_has_the_same_numbers(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(dataset, batch_size=2)
+    probes = 0
+    original = plan_for
+
+    def counted(*args: Any) -> MemoryPlan:
+        nonlocal probes
+        probes += 1
+        return original(*args)
+
+    monkeypatch.setattr(loop, "plan_for", counted)
+    for budget, words in ((1000.0, "all are kept"), (0.1, "computed again, at depth")):
+        events: list[object] = []
+        result = run(dataset, batch_size=2, activations="auto", memory_budget=budget, on_event=events.append)
+        (planned_event,) = [event for event in events if isinstance(event, Planned)]
+        assert words in planned_event.message
+        assert_same(tensors(result), tensors(plain))
+    assert probes == 2
+
+
+def test_a_probe_that_runs_out_of_memory_is_no_end(
+    run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> MemoryPlan:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "plan_for", broken)
+    events: list[object] = []
+    result = run(dataset, activations="auto", on_event=events.append)
+    assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)
+    assert any(isinstance(event, Warned) and "ran out while" in event.message for event in events)
+
+
+def test_the_budget_counts_what_is_taken_already() -> None:
+    cpu = torch.device("cpu")
+    free = free_memory(cpu)
+    assert free > 0
+    assert free_memory(cpu, 1 << 50) == pytest.approx(free, rel=0.2)
+    assert free_memory(cpu, 1 << 20) < 0  # the program itself takes more

@@ -1,0 +1,168 @@
+"""Training and drawing on checkpoints that are quantized: on the weights that their codes stand for, kept as codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import write
+from lever_cases import flux_dataset, one_step
+from safetensors.torch import save_file
+from test_engine import assert_same, tensors
+from torch import Tensor
+
+from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.errors import LoraError
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Warned
+from lorasmith.training.runs.fingerprint import fingerprint
+from lorasmith.training.train import TrainResult, plan_job, train
+
+Pair = tuple[Model, Model]
+
+
+def write_gguf(path: Path) -> dict[str, Tensor]:
+    """Returns what it stands for."""
+    return write(path, models.tiny_flux_checkpoint(0), Kind.Q8_0)
+
+
+def write_fp8(path: Path) -> dict[str, Tensor]:
+    """Scaled, one scale for a tensor."""
+    file: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    meant = {}
+    for name, tensor in models.tiny_flux_checkpoint(0).items():
+        file[name] = meant[name] = tensor.contiguous()
+        if tensor.ndim > 1:
+            scale = tensor.abs().max() / 448
+            file[name] = (tensor / scale).to(torch.float8_e4m3fn).contiguous()
+            file[name.removesuffix(".weight") + ".scale_weight"] = scale
+            meant[name] = file[name].float() * scale
+    save_file(file, path)
+    return meant
+
+
+@pytest.fixture(scope="module", params=["gguf", "fp8"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A model whose weights are codes, and one with the same weights as plain numbers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    path = folder / ("model.gguf" if request.param == "gguf" else "model.safetensors")
+    meant = (write_gguf if request.param == "gguf" else write_fp8)(path)
+    save_file(meant, folder / "plain.safetensors")
+    return load_model(path), load_model(folder / "plain.safetensors")
+
+
+def run(model: Model, **settings: Any) -> TrainResult:
+    base = {"steps": 3, "rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "lora_dtype": "fp32", "seed": 3}
+    return train(model, flux_dataset(), **(base | {"targets": "attention"} | settings))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"offloading": True}, {"checkpoint_depth": 1}, {"activations": "selective"}, {"quantization": "nf4"}],
+    ids=str,
+)
+def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]) -> None:
+    packed, plain = pair
+    expected = one_step(plain, flux_dataset(), {"quantization": changes.get("quantization", "none")})
+    found = one_step(packed, flux_dataset(), changes)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert packed_layers(packed.components.denoiser)
+
+
+def test_codes_of_a_file_are_multiplied_in_fp8_too(tmp_path: Path) -> None:
+    write_fp8(tmp_path / "model.safetensors")
+    model = load_model(tmp_path / "model.safetensors")
+    plain = one_step(model, flux_dataset(), {})
+    for offloading in (False, True):
+        found = one_step(model, flux_dataset(), {"quantized_backward": True, "offloading": offloading})
+        assert found["loss"] != pytest.approx(plain["loss"], rel=1e-6)
+        torch.testing.assert_close(found["loss"], plain["loss"], rtol=0.03, atol=0)
+        one, other = (torch.cat([t.flatten() for name, t in each.items() if name != "loss"]) for each in (found, plain))
+        assert torch.cosine_similarity(one, other, dim=0) > 0.97
+
+
+@pytest.mark.parametrize("bypass_mode", [False, True])
+def test_training_works_whatever_bypass_mode_says(pair: Pair, bypass_mode: bool) -> None:
+    packed, plain = (run(model, bypass_mode=bypass_mode) for model in pair)
+    assert packed.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert_same(tensors(packed), tensors(plain), rtol=1e-2)
+
+
+def test_it_says_what_is_rounded_twice(pair: Pair) -> None:
+    said: list[str] = []
+    run(pair[0], steps=1, quantization="int8", on_event=lambda event: said.extend(_warnings(event)))
+    assert any("quantized in the checkpoint already" in one for one in said)
+
+
+def _warnings(event: object) -> list[str]:
+    return [event.message] if isinstance(event, Warned) else []
+
+
+def predicted(denoiser: Denoiser) -> Tensor:
+    sample = flux_dataset().samples[0]
+    with torch.no_grad(), denoiser.active():
+        return denoiser.predict(sample.latents[None], torch.tensor([0.5]), sample.conditioning)
+
+
+def test_a_lora_runs_beside_codes_and_is_not_merged_into_them(pair: Pair) -> None:
+    packed, plain = pair
+    lora = run(packed, learning_rate=1e-2).lora
+    with pytest.raises(LoraError, match=r"plain weights only, but \d+ of \d+ layers .* set bypass on"):
+        lora.applied_to(packed.denoiser, bypass=False)
+    expected = predicted(run(plain, learning_rate=1e-2).lora.applied_to(plain.denoiser, bypass=True))
+    for bypass in (None, True):
+        found = predicted(lora.applied_to(packed.denoiser, bypass=bypass))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, predicted(plain.denoiser), atol=1e-2)
+
+
+def test_adapters_start_from_the_weights_with_what_runs_beside_them(pair: Pair) -> None:
+    packed, plain = pair
+    lora = run(plain, learning_rate=1e-2).lora
+    found, expected = (
+        plan_job(lora.applied_to(model.denoiser, bypass=True), TrainConfig(rank=4, dora="output", targets="attention"))
+        for model in pair
+    )
+    before = packed_layers(packed.components.denoiser)
+    for path, adapter in expected.adapters.items():
+        for name, tensor in adapter.to_weights().tensors.items():
+            torch.testing.assert_close(found.adapters[path].to_weights().tensors[name], tensor, rtol=1e-5, atol=1e-6)
+    bare = plan_job(packed.denoiser, TrainConfig(rank=4, dora="output", targets="attention"))
+    scales = [
+        {path: one.to_weights().tensors["dora_scale"] for path, one in job.adapters.items()} for job in (found, bare)
+    ]
+    assert any(not torch.equal(scale, scales[1][path]) for path, scale in scales[0].items())
+    assert packed_layers(packed.components.denoiser) == before
+
+
+def test_a_difference_of_a_whole_weight_runs_beside_codes(pair: Pair) -> None:
+    packed, plain = pair
+    lora = run(plain, algorithm="Full", learning_rate=1e-2).lora
+    expected = predicted(lora.applied_to(plain.denoiser))
+    torch.testing.assert_close(predicted(lora.applied_to(packed.denoiser)), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, predicted(plain.denoiser), atol=1e-2)
+
+
+def test_a_model_of_other_codes_is_another_one(pair: Pair) -> None:
+    packed, plain = pair
+    module = packed.components.denoiser
+    prints = [base_print(model) for model in (packed, packed, plain)]
+    assert prints[0] == prints[1] != prints[2]
+    codes = packed_layers(module)["transformer_blocks.0.attn.to_q"].tensors[0].view(torch.uint8)
+    original = codes.clone()
+    codes.zero_()
+    assert base_print(packed) != prints[0]
+    codes.copy_(original)
+    assert base_print(packed) == prints[0]
+
+
+def base_print(model: Model) -> object:
+    return fingerprint(plan_job(model.denoiser, TrainConfig(rank=4)), flux_dataset(), None)["base"]

@@ -1,0 +1,96 @@
+"""Runs are told apart by what decides their numbers, not by what moves the last bits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from lorasmith.training.config import WATCHING, TrainConfig
+from lorasmith.training.job import Job, plan_job
+from lorasmith.training.runs.fingerprint import differences, environment, environments_of, fingerprint
+
+
+@pytest.fixture(scope="module")
+def job(tiny: Model) -> Job:
+    return plan_job(tiny.denoiser, TrainConfig(targets="mid_block.*", rank=2), "cpu")
+
+
+def with_digests(data: EncodedDataset, digest: str, noise: float = 0.0) -> EncodedDataset:
+    return EncodedDataset(
+        tuple(
+            replace(
+                one,
+                latents=one.latents + noise,
+                conditioning=Conditioning({k: t + noise for k, t in one.conditioning.tensors.items()}),
+                digest=digest,
+            )
+            for one in data.samples
+        )
+    )
+
+
+def test_images_are_known_by_what_they_were_made_from(job: Job, dataset: EncodedDataset) -> None:
+    one = fingerprint(job, with_digests(dataset, "a"), None)
+    assert differences(one, fingerprint(job, with_digests(dataset, "a", noise=1e-6), None)) == []
+    assert differences(one, fingerprint(job, with_digests(dataset, "b"), None)) == ["the images or captions"]
+
+
+def test_images_of_which_no_more_is_known_are_known_by_their_tensors(job: Job, dataset: EncodedDataset) -> None:
+    one = fingerprint(job, dataset, dataset)
+    other = fingerprint(job, with_digests(dataset, "", noise=1e-6), dataset)
+    assert differences(one, other) == ["the images or captions"]
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_another_encoder_is_another_base_model(job: Job, dataset: EncodedDataset, tiny: Model, part: str) -> None:
+    data = with_digests(dataset, "a")
+    before = fingerprint(job, data, None)
+    module = tiny.components.vae if part == "vae" else tiny.components.text_encoders[part]
+    weight = next(module.parameters())
+    was = weight.data
+    weight.data = was + 1
+    try:
+        assert differences(before, fingerprint(job, data, None)) == ["the base model"]
+    finally:
+        weight.data = was
+
+
+def test_a_setting_that_an_older_version_did_not_know_had_its_default() -> None:
+    config = {name: value for name, value in asdict(TrainConfig()).items() if name not in WATCHING}
+    older = {name: value for name, value in config.items() if name != "noise_offset"}
+    assert differences({"config": older}, {"config": config}) == []
+    assert differences({"config": config}, {"config": older}) == []
+    assert differences({"config": older | {"patience": 5}}, {"config": config}) == []
+    assert differences({"config": older}, {"config": config | {"noise_offset": 0.1}}) == [
+        "noise_offset 0.0 there, 0.1 here"
+    ]
+
+
+def test_the_environment_names_the_optimizers_package_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = environment(torch.device("cpu"), "AdamW")["versions"]
+    assert plain["numpy"] == version("numpy") and plain["pillow"] == version("pillow")
+    assert not {"prodigyopt", "schedulefree", "lion_pytorch"} & plain.keys()
+    pytest.importorskip("schedulefree")
+    for name in ("ScheduleFree", "schedulefree.RAdamScheduleFree"):
+        found = environment(torch.device("cpu"), name)["versions"]
+        assert found == {**plain, "schedulefree": version("schedulefree")}
+    assert environment(torch.device("cpu"), f"{__name__}.Own")["versions"] == plain
+
+
+class Own(torch.optim.SGD):
+    """An optimizer of no package."""
+
+
+def test_a_run_that_began_before_environments_were_listed_has_one() -> None:
+    assert environments_of({"environment": {"threads": 2}}) == [{"threads": 2}]
+    assert environments_of({}) == [{}]
+    assert environments_of({"environment": {"threads": 2}, "environments": [{"threads": 2}, {"threads": 4}]}) == [
+        {"threads": 2},
+        {"threads": 4},
+    ]

@@ -1,0 +1,128 @@
+"""The folder of a run: whose it is, which one goes on, and what a kill or another machine leaves in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.core.errors import OutputError
+from lorasmith.training.events import Event, Warned
+from lorasmith.training.runs import run_folder
+from lorasmith.training.runs.run_folder import RunFolder, claimed_run, unfinished_run
+
+FINGERPRINT = {"config": {"seed": 3}, "data": "d"}
+HERE, THERE = {"device": "cpu"}, {"device": "H100"}
+
+
+def record(environment: dict[str, Any] = HERE) -> dict[str, Any]:
+    return {"fingerprint": FINGERPRINT, "environment": environment}
+
+
+def unfinished(path: Path, title: str = "cat") -> Path:
+    """A run with a checkpoint, killed."""
+    (path / "checkpoints" / "step-000002").mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"title": title, **record()}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def with_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are folders here, with nothing in them to go on from."""
+    monkeypatch.setattr(run_folder.Checkpoints, "paths", lambda self: [*self._folder_of_test.iterdir()], raising=True)
+    monkeypatch.setattr(run_folder.Checkpoints, "newest", lambda self, tell: None)
+    made = run_folder.Checkpoints.__init__
+
+    def remember(self: Any, folder: Path, **options: Any) -> None:
+        made(self, folder, **options)
+        self._folder_of_test = folder
+
+    monkeypatch.setattr(run_folder.Checkpoints, "__init__", remember)
+
+
+def test_a_folder_is_moved_aside_with_no_file_in_it_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename, told = unfinished(tmp_path / "run"), Path.rename, list[Event]()
+
+    def unless_open(self: Path, target: Path) -> Path:
+        RunFolder(self).check_free()  # Windows refuses while its lock is held
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", unless_open)
+    with claimed_run(path, record(), fresh=True, tell=told.append) as (folder, state):
+        assert (folder.path, state) == (path, None)
+    assert isinstance(told[0], Warned) and "is in" in told[0].message
+    assert (tmp_path / "run-old-1" / "checkpoints").is_dir()
+
+
+def test_a_folder_that_is_trained_in_is_not_moved(tmp_path: Path) -> None:
+    path = unfinished(tmp_path / "run")
+    with (
+        RunFolder(path).claimed(),
+        pytest.raises(OutputError, match="going on in another process"),
+        claimed_run(path, record(), fresh=True),
+    ):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_cannot_be_moved_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match=r"cannot be renamed to run-old-1 \(Permission denied\); close what has"):
+        RunFolder(unfinished(tmp_path / "run")).move_aside()
+
+
+def test_a_folder_that_cannot_be_written_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = unfinished(tmp_path / "cat-001"), Path.open
+
+    def refuse(self: Path, mode: str = "r", **options: Any) -> Any:
+        if "a" in mode:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert RunFolder(path).is_busy
+    assert unfinished_run(tmp_path, "cat", FINGERPRINT) is None
+
+
+def test_the_newest_of_a_title_is_the_one_with_the_largest_number(tmp_path: Path) -> None:
+    for name in ("cat-999", "cat-1000", "cat-1000-old-1", "cat-2000x", "cats-3000", "cat.4000"):
+        unfinished(tmp_path / name)
+    assert unfinished_run(tmp_path, "cat", FINGERPRINT) == tmp_path / "cat-1000"
+    unfinished(tmp_path / "cat_01001")
+    assert unfinished_run(tmp_path, "cat", FINGERPRINT) == tmp_path / "cat_01001"
+    assert unfinished_run(tmp_path, "c.t", FINGERPRINT) is None
+
+
+def test_every_environment_that_a_run_went_on_in_is_kept_once(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    for environment in (HERE, THERE, HERE):
+        with claimed_run(path, record(environment), fresh=False) as (folder, _):
+            pass
+    assert folder.environments() == [HERE, THERE]
+    assert folder.record()["environment"] == HERE
+
+
+def test_what_a_killed_run_left_half_done_is_removed(tmp_path: Path) -> None:
+    folder = RunFolder(unfinished(tmp_path))
+    left = [tmp_path / ".loss.png.x.tmp", tmp_path / "checkpoints" / ".step.tmp", tmp_path / "preview.safetensors"]
+    for path in left:
+        path.touch()
+    with folder.claimed():
+        assert not any(path.exists() for path in left)
+    # That of a run which ended by itself is a LoRA of this name.
+    (tmp_path / "preview.safetensors").touch()
+    (tmp_path / "events.jsonl").write_text('{"event": "RunFinished", "reason": "finished"}\n')
+    with folder.claimed():
+        assert (tmp_path / "preview.safetensors").exists()
+
+
+def test_a_log_with_bytes_that_are_no_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "A"}\n\xff\xfe\x00\n{"event": "B"}\n')
+    assert [event["event"] for event in RunFolder(tmp_path).events()] == ["A", "B"]
