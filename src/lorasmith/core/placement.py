@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
 __all__ = ["best_device", "chosen_device", "held", "memory_format_for", "product_dtype", "reproducible"]
@@ -97,6 +98,9 @@ def held(
             if not isinstance(source, Packed) or weight is None or id(weight) in others:
                 continue
             moved = source.to(device, dtype, layout)
+            for before, after in zip(source.tensors, moved.tensors, strict=True):
+                if after is not before:
+                    release_pages(before)
             sources.append((layer, source))
             setattr(layer, WEIGHT_SOURCE, moved)
             originals.append((weight, weight.data))
@@ -112,6 +116,7 @@ def held(
             if converted is not original:
                 originals.append((tensor, original))
                 tensor.data = converted
+                release_pages(original)
         yield
     finally:
         for tensor, original in originals:

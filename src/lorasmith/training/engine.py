@@ -350,7 +350,7 @@ def batch_maker(
         stratified=recipe.stratified,
         noise_offset=recipe.noise_offset,
         seed=recipe.seed,
-        repeatable_context=denoiser.base.family.repeatable_context,
+        join=denoiser.base.family.join,
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
         device=recipe.device,

@@ -1,0 +1,85 @@
+"""Kinds of autoencoders: how each is recognised by its tensors and built from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed
+from lorasmith.core.registry import Registry
+from lorasmith.families.files.checkpoint import Shapes
+from lorasmith.families.files.original_weights import build
+from lorasmith.families.parts import vae_layout
+
+__all__ = ["AUTOENCODERS", "AutoencoderKind", "recognised_autoencoder"]
+
+
+class AutoencoderKind(ABC):
+    """A kind of autoencoder.
+
+    Attributes:
+        name: registered name.
+    """
+
+    name: str
+
+    @abstractmethod
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether these are the tensors of such an autoencoder, in the original naming or in diffusers'."""
+
+    @abstractmethod
+    def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Channels of its latents."""
+
+    @abstractmethod
+    def build(
+        self, tensors: Mapping[str, Tensor | Packed], settings: Mapping[str, Any], config: Mapping[str, Any] | None
+    ) -> nn.Module:
+        """The autoencoder.
+
+        Args:
+            tensors: in the original naming or in diffusers'.
+            settings: of its configuration that shapes leave open.
+            config: its whole configuration, where it comes from a diffusers folder.
+
+        Raises:
+            ModelError: tensors are missing or of the wrong shape.
+        """
+
+
+class KlAutoencoder(AutoencoderKind):
+    """The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), which Flux.1 has too."""
+
+    name = "kl"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        # Flux.2's, which is built alike, normalises its latents by statistics of its own.
+        return len(shapes.get("decoder.conv_in.weight", ())) == 4 and "bn.running_mean" not in shapes
+
+    def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return shapes["decoder.conv_in.weight"][1]
+
+    def build(
+        self, tensors: Mapping[str, Tensor | Packed], settings: Mapping[str, Any], config: Mapping[str, Any] | None
+    ) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        plain = {name: one.weight() if isinstance(one, Packed) else one for name, one in tensors.items()}
+        named = vae_layout.diffusers_vae(plain)
+        if config is None:
+            shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
+            config = vae_layout.vae_config(shapes) | dict(settings)
+        return build(lambda: AutoencoderKL.from_config(config), lambda _: named)
+
+
+AUTOENCODERS: Registry[AutoencoderKind] = Registry("autoencoder", ModelError)
+AUTOENCODERS.register(KlAutoencoder.name)(KlAutoencoder())
+
+
+def recognised_autoencoder(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderKind | None:
+    """The kind of autoencoder that a file with these tensors holds, None if it is none that is known here."""
+    return next((kind for _, kind in AUTOENCODERS.items() if kind.recognises(shapes)), None)
