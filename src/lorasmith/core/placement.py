@@ -14,7 +14,15 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
-__all__ = ["best_device", "chosen_device", "held", "memory_format_for", "product_dtype", "reproducible"]
+__all__ = [
+    "best_device",
+    "chosen_device",
+    "held",
+    "memory_format_for",
+    "product_dtype",
+    "reproducible",
+    "sampling_dtype",
+]
 
 
 def best_device() -> torch.device:
@@ -47,6 +55,11 @@ def product_dtype(device: torch.device) -> torch.dtype:
         known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.9
         native = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """fp32 on CPUs, whose 16-bit products are slow or coarse; on GPUs the dtype that the weights are held in."""
+    return torch.float32 if device.type == "cpu" else next(module.parameters()).dtype
 
 
 def memory_format_for(module: nn.Module) -> torch.memory_format:

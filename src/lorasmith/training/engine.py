@@ -110,7 +110,7 @@ def frozen(denoiser: Denoiser, recipe: Recipe) -> Iterator[None]:
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(recipe.deterministic))
-        stack.enter_context(merged_weights(module, denoiser.patches))
+        stack.enter_context(merged_weights(module, denoiser.patches, dtype=torch.float32))
         kind, device, dtype = recipe.quantization, recipe.device, recipe.dtype
         stream = WeightStream(device) if recipe.offloading else None
         packed = stack.enter_context(kept(module, kind=kind, device=device, dtype=dtype, stream=stream))

@@ -191,11 +191,11 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) 
     Raises:
         ModelError: tensors that fix the configuration are missing.
     """
-    channels, attention, layers = _levels(shapes)
+    channels, depths, layers = _levels(shapes)
     keys = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
     proj_in = shapes[keys.partition(".transformer_blocks.")[0] + ".proj_in.weight"]
-    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
-    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
+    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)]
     return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
@@ -207,13 +207,14 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) 
         "use_linear_projection": len(proj_in) == 2,
         "down_block_types": tuple(down),
         "up_block_types": tuple(up),
+        "transformer_layers_per_block": tuple(max(1, depth) for depth in depths),
     }
 
 
-def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool], int]:
-    """Channels of each level, whether it has attention, and resnets per level."""
+def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[int], int]:
+    """Channels of each level, transformer layers of its attention (0 where it has none), and resnets per level."""
     channels: list[int] = []
-    attention: list[bool] = []
+    depths: list[int] = []
     counts: list[int] = []
     fresh = True
     block = 1
@@ -224,14 +225,19 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool
             width = shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0]
             if fresh:
                 channels.append(width)
-                attention.append(f"input_blocks.{block}.1.proj_in.weight" in shapes)
+                depths.append(_depth(shapes, f"input_blocks.{block}.1.transformer_blocks."))
                 counts.append(0)
                 fresh = False
             counts[-1] += 1
         block += 1
     if not channels:
         raise ModelError("the checkpoint lacks input_blocks.1.0.in_layers.0.weight; it is incomplete or was cut short")
-    return channels, attention, counts[0]
+    return channels, depths, counts[0]
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    numbers = (int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
+    return 1 + max(numbers, default=-1)
 
 
 def _inside(kind: str, rest: str) -> str:
