@@ -9,8 +9,9 @@ import pytest
 from torch import nn
 
 from lorasmith.adapters import inject  # noqa: F401  registers every algorithm
-from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 

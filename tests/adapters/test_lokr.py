@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layer_cases import LAYERS, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lokr import LokrAdapter, factorization
 from lorasmith.core.adapter_state import AdapterWeights

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.oft import Rotation, rotated
 from lorasmith.adapters.weights import misfit, taken
 from lorasmith.core.adapter_state import AdapterWeights

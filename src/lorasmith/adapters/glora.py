@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.weights import fill_uniform, misfit, saved, taken, wide
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
@@ -60,9 +61,7 @@ class GloraAdapter(Adapter):
         tensors = {name: torch.zeros(shape) for name, shape in _shapes(layer, rank).items()}
         generator = keyed_generator(seed, "init", path)
         for name in ("a2", "b2") if zero == "up" else ("a1", "b1"):
-            # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
-            bound = 1 / math.sqrt(tensors[name][0].numel())
-            tensors[name].uniform_(-bound, bound, generator=generator)
+            fill_uniform(tensors[name], generator)
         return cls(tensors, alpha=alpha)
 
     @classmethod

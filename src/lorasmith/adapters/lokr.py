@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.dense import change_alone
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
+from lorasmith.adapters.weights import fill_uniform, misfit, saved, taken, wide
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
@@ -79,9 +80,7 @@ class LokrAdapter(Adapter):
         (out_l, out_k), (in_m, in_n) = (factorization(size, rank) for size in layer.shape[:2])
         tensors = {"lokr_w1": torch.zeros(out_l, in_m), "lokr_w2": torch.zeros(out_k, in_n, *layer.shape[2:])}
         filled = tensors["lokr_w1" if zero == "up" else "lokr_w2"]
-        # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
-        bound = 1 / math.sqrt(filled[0].numel())
-        filled.uniform_(-bound, bound, generator=keyed_generator(seed, "init", path))
+        fill_uniform(filled, keyed_generator(seed, "init", path))
         return cls(tensors, alpha=alpha)
 
     @classmethod

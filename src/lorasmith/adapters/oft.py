@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError

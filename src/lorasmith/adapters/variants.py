@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.pissa import PissaAdapter
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
-__all__ = ["misfit", "saved", "taken", "wide"]
+__all__ = ["fill_uniform", "misfit", "saved", "taken", "wide"]
 
 
 def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -48,6 +49,12 @@ def misfit(weights: AdapterWeights, layer: FrozenLayer) -> LoraError:
         f"an adapter of the kind {weights.algorithm} with {shapes} does not fit a layer with weight "
         f"{tuple(layer.shape)}; it was made for another model"
     )
+
+
+def fill_uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """kaiming_uniform(a=√5), the default of torch's own layers, which is uniform within 1/√fan_in."""
+    bound = 1 / math.sqrt(tensor[0].numel())
+    tensor.uniform_(-bound, bound, generator=generator)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.adapter import is_targetable
+from lorasmith.adapters.frozen_layer import is_targetable
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
