@@ -84,7 +84,7 @@ def test_released_models_have_the_sizes_they_are_known_by(title: str) -> None:
     inputs = [s[1] for p, s in names.weight_shapes.items() if p.endswith(("attn2.to_k", "context_embedder"))]
     assert set(inputs) == {widths[title]}
     counts = {"Stable Diffusion 1.x": 12, "Stable Diffusion 2.x": 23, "Flux.1": 12}
-    assert len({path.split(".")[3] for path in names.text_encoders["text_encoder"]}) == counts[title]
+    assert len({path.split(".")[3] for path in names.paths("text_encoder")}) == counts[title]
 
 
 def test_a_family_without_a_released_model_here_is_unknown() -> None:

@@ -37,7 +37,7 @@ from lorasmith.families.files.original_weights import (
 )
 from lorasmith.families.parts import clip_layout, unet_layout, vae_layout
 from lorasmith.families.parts.clip_text import clip_tokenizer, encode_prompt
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
 
 __all__ = ["StableDiffusion", "components_of"]
 
@@ -141,14 +141,20 @@ class StableDiffusion(Family):
             denoiser=table,
             out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
-            encoder_kinds={"text_encoder": "clip_l" if self._version == 1 else "clip_h"},
-            text_encoders={name: clip_layout.written_paths(encoder) for name, encoder in text_encoders.items()}
-            or {
-                "text_encoder": clip_layout.released_paths(layers=12 if self._version == 1 else _OPENCLIP_H_LAYERS - 1)
+            text_encoders={
+                "text_encoder": EncoderNames(
+                    clip_layout.written_paths(text_encoders["text_encoder"])
+                    if text_encoders
+                    else clip_layout.released_paths(layers=12 if self._version == 1 else _OPENCLIP_H_LAYERS - 1),
+                    kohya=("lora_te_", "lora_te1_"),
+                    comfyui=("clip_l", "clip_h") if self._version == 1 else ("clip_h", "clip_l"),
+                    drops_text_model=True,
+                )
             },
             kohya_naming="diffusers",
             peft_prefix="unet",
             portable="kohya",
+            limits=unet_layout.UNET_LIMITS,
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:

@@ -137,7 +137,7 @@ def _groups(base: ModelFiles, tuned: ModelFiles) -> dict[str, list[tuple[Paramet
         if ref.component == DENOISER:
             place = base.names.denoiser[ref.path]
             groups.setdefault(place.path, []).append((weight, place))
-        elif ref.path in base.names.text_encoders.get(ref.component, ()):
+        elif ref.path in base.names.paths(ref.component):
             groups[f"{ref.component}.{ref.path}"] = [(weight, OriginalName(ref.path))]
     return groups
 
@@ -185,11 +185,7 @@ def _rest(
             continue
         ref = parameter.module
         tally.total += square
-        if (
-            taken
-            and difference.ndim == 1
-            and (ref.component == DENOISER or ref.path in base.names.text_encoders[ref.component])
-        ):
+        if taken and difference.ndim == 1 and ref.path in base.names.paths(ref.component):
             found.setdefault(ref, {})[parameter.name] = difference
             tally.kept += square
         else:

@@ -11,8 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorasmith.core.errors import ModelError
+from lorasmith.formats.names.model_names import ProgramLimits
 
-__all__ = ["original_unet_path", "unet_config"]
+__all__ = ["UNET_LIMITS", "original_unet_path", "unet_config"]
+
+UNET_LIMITS = ProgramLimits(
+    unknown_to_comfyui=("*.attn[12].to_[qkv]", "*.attn[12].to_out.0"),
+    diffusers_reads=("kohya",),
+    diffusers_refuses_others=True,
+    diffusers_one_alpha=("*.attn[12].*",),
+    sd_scripts_applies=("down_blocks.*", "mid_block.*", "up_blocks.*"),
+)
+"""What programs do not do with LoRA files of models with this UNet."""
 
 _RESNET_PARTS = {
     "norm1": "in_layers.0",

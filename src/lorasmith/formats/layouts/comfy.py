@@ -45,7 +45,7 @@ class ComfyLayout(Layout):
         places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
         bases = {prefix + path: parts for prefix in _DENOISER_PREFIXES for path, parts in places.items()}
         for component in names.text_encoders:
-            for kind in _encoder_kinds(component, names):
+            for kind in names.text_encoders[component].comfyui:
                 prefix = f"text_encoders.{kind}.transformer."
                 bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
         return bases
@@ -58,7 +58,7 @@ class ComfyLayout(Layout):
 
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
-                return f"text_encoders.{_encoder_kinds(ref.component, names)[0]}.transformer.{ref.path}"
+                return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
             return f"{names.peft_prefix}.{ref.path}"
 
         modules = addressed(state, names, base_of, "diffusion_model.{}".format)
@@ -87,12 +87,6 @@ LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
 
 _DENOISER_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
 _PREFIX = re.compile(r"(model\.)?diffusion_model\.|text_encoders\.\w+\.transformer\.")
-
-
-def _encoder_kinds(component: str, names: ModelNames) -> tuple[str, ...]:
-    """What ComfyUI calls a text encoder, the name to write first: SD 1 has `clip_l` where SD 2 has `clip_h`."""
-    kind = names.encoder_kinds.get(component, component)
-    return {"clip_l": ("clip_l", "clip_h"), "clip_h": ("clip_h", "clip_l")}.get(kind, (kind,))
 
 
 def _plain(module: ModuleTensors) -> ModuleTensors:

@@ -93,10 +93,9 @@ class DiffusersLayout(Layout):
             }
             if loras:
                 prefix = _prefix(component, names)
-                modules = names.denoiser if component == DENOISER else names.text_encoders.get(component, ())
                 config = {
                     **rank_fields(loras, alpha_is_rank=True),
-                    "target_modules": targets(loras, modules),
+                    "target_modules": targets(loras, names.paths(component)),
                     "use_dora": any("dora_scale" in weights.tensors for weights in loras.values()),
                 }
                 fields |= {f"{prefix}.{field}": value for field, value in config.items()}

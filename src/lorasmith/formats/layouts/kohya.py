@@ -59,7 +59,7 @@ class KohyaLayout(Layout):
                 for path, parts in places.items():
                     bases.setdefault(prefix + _flat(path), parts)
         for component in names.text_encoders:
-            for prefix in _encoder_prefixes(component, names):
+            for prefix in names.text_encoders[component].kohya:
                 bases |= {prefix + _flat(path): parts for path, parts in encoder_paths(names, component)}
         return bases
 
@@ -82,7 +82,7 @@ class KohyaLayout(Layout):
 
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
-                return _encoder_prefixes(ref.component, names)[0] + _flat(ref.path)
+                return names.text_encoders[ref.component].kohya[0] + _flat(ref.path)
             return ("lycoris_" if by_original else "lora_unet_") + _flat(ref.path)
 
         modules = addressed(_bounded(state), names, base_of, _original_base if by_original else None)
@@ -158,16 +158,3 @@ def _flat(path: str) -> str:
 
 def _original_base(path: str) -> str:
     return "lora_unet_" + _flat(path)
-
-
-def _encoder_prefixes(component: str, names: ModelNames) -> tuple[str, ...]:
-    """Prefixes of a text encoder's keys, the one to write first."""
-    kind = names.encoder_kinds.get(component, "")
-    if kind == "t5xxl":
-        # OneTrainer counts the encoders of a model; kohya gives T5 the number it has in Stable Diffusion 3.
-        return ("lora_te3_", "lora_te2_") if "clip_g" not in names.encoder_kinds.values() else ("lora_te3_",)
-    if kind == "clip_g":
-        return ("lora_te2_",)
-    # Models with a single CLIP have no number, save for transformers, whose first encoder is number one.
-    alone = len(names.text_encoders) == 1 and names.peft_prefix == "unet"
-    return ("lora_te_", "lora_te1_") if alone else ("lora_te1_", "lora_te_")

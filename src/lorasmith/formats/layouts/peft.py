@@ -119,7 +119,7 @@ def _installed_path(ref: ModuleRef, names: ModelNames) -> str:
 
     Version 5.6 dropped `text_model.` from CLIPTextModel, though not from the class with a projection (OpenCLIP bigG).
     """
-    if ref.component == DENOISER or names.encoder_kinds.get(ref.component) not in ("clip_l", "clip_h"):
+    if ref.component == DENOISER or not names.text_encoders[ref.component].drops_text_model:
         return ref.path
     installed = tuple(int(part) for part in version("transformers").split(".")[:2])
     return ref.path.removeprefix("text_model.") if installed >= (5, 6) else ref.path
@@ -139,12 +139,11 @@ def _without_core(module: ModuleTensors) -> ModuleTensors:
 def _config(component: str, adapters: Mapping[str, AdapterWeights], names: ModelNames) -> dict[str, Any]:
     """Content of `adapter_config.json` for adapters of one kind."""
     algorithm = next(iter(adapters.values())).algorithm
-    modules = names.denoiser if component == DENOISER else names.text_encoders.get(component, ())
     fields: dict[str, Any] = {
         "peft_type": _KINDS[algorithm],
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": targets(adapters, modules),
+        "target_modules": targets(adapters, names.paths(component)),
         **rank_fields(adapters),
     }
     if algorithm == "lora":

@@ -64,7 +64,7 @@ def alias_places(names: ModelNames) -> dict[str, Parts]:
 
 def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, Parts]]:
     """Paths in a text encoder as files spell them, with and without `text_model.` in front."""
-    for path in names.text_encoders.get(component, ()):
+    for path in names.paths(component):
         yield path, _itself(component, path)
         if path.startswith("text_model."):
             yield path.removeprefix("text_model."), _itself(component, path)

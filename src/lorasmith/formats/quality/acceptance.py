@@ -7,13 +7,12 @@ layout and all that `AdapterWeights` knows except DoRA per input.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.layouts.layout import Layout, named
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout, named
+from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
 from lorasmith.formats.names.places import unfusable
 from lorasmith.formats.quality.portable import misread_alphas
 
@@ -74,14 +73,18 @@ class _Whole:
     is_portable: bool
 
     @property
-    def unet(self) -> bool:
-        return self.names.peft_prefix == "unet"
+    def limits(self) -> ProgramLimits:
+        return self.names.limits
 
     def refs(self) -> list[ModuleRef]:
         return list(dict.fromkeys((*self.state.adapters, *self.state.differences)))
 
     def where(self, reason: str, refs: Iterator[ModuleRef]) -> dict[ModuleRef, str]:
         return dict.fromkeys(refs, reason)
+
+    def outside(self, patterns: tuple[str, ...]) -> Iterator[ModuleRef]:
+        """The denoiser's modules that no pattern matches."""
+        return (ref for ref in self.refs() if ref.component == DENOISER and not matches(ref.path, patterns))
 
     def others_than_plain_lora(self) -> Iterator[ModuleRef]:
         """Modules that have more than two factors, or differences."""
@@ -113,15 +116,15 @@ def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
             (ref for ref, weights in adapters if "lokr_t2" in weights.tensors),
         )
     if lora.layout == "diffusers":
+        unknown = lora.limits.unknown_to_comfyui
         found |= lora.where(
             "it does not know DoRA's magnitudes by PEFT's name",
             (ref for ref, weights in adapters if "dora_scale" in weights.tensors),
         )
-        if lora.unet:
-            found |= lora.where(
-                "it knows the attention layers of a UNet by other names than diffusers'",
-                (ref for ref in lora.refs() if _ATTENTION.search(ref.path)),
-            )
+        found |= lora.where(
+            "it knows these layers by other names than diffusers'",
+            (ref for ref in lora.refs() if ref.component == DENOISER and matches(ref.path, unknown)),
+        )
     return found
 
 
@@ -130,20 +133,19 @@ def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
         return lora.where("it loads its own layout, not PEFT's folders", iter(lora.refs()))
     if lora.layout == "diffusers":
         return {}
-    if lora.layout == "comfy" and lora.unet:
-        return lora.where("it refuses ComfyUI's names of a UNet", iter(lora.refs()))
+    if lora.layout not in lora.limits.diffusers_reads:
+        return lora.where(f"it refuses {LAYOUTS[lora.layout].title}'s names of this family", iter(lora.refs()))
     odd = list(lora.others_than_plain_lora())
     others = [ref for ref in odd if not _is_dora(lora.state.adapters.get(ref)) or ref in lora.state.differences]
-    if others and lora.unet:
+    if others and lora.limits.diffusers_refuses_others:
         return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
     found = lora.where("it loads LoRA alone", iter(others))
     found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
-    if lora.unet and lora.is_portable:
-        return found
-    if lora.unet:
-        return found | dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
-    outside = (ref for ref in lora.refs() if ref.component == DENOISER and not _in_block(ref))
-    return found | lora.where("it reads the blocks alone of the original names", outside)
+    if not lora.is_portable:
+        found |= dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
+    return found | lora.where(
+        "it reads the blocks alone of the original names", lora.outside(lora.limits.diffusers_applies)
+    )
 
 
 def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
@@ -151,28 +153,16 @@ def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
         return lora.where("it reads kohya's layout alone", iter(lora.refs()))
     odd = list(lora.others_than_plain_lora())
     found = lora.where("its own network is LoRA without extras (LyCORIS' network loads the others)", iter(odd))
-    if not lora.unet:
-        found |= lora.where("it looks for the fused layers", iter(unfusable(lora.state, lora.names)))
-    outside = (ref for ref in lora.refs() if ref.component == DENOISER and not _trained_by_sd_scripts(ref, lora.unet))
-    return found | lora.where("it trains and loads the blocks' layers alone", outside)
+    found |= lora.where("it looks for the fused layers", iter(unfusable(lora.state, lora.names)))
+    return found | lora.where(
+        "it trains and loads the blocks' layers alone", lora.outside(lora.limits.sd_scripts_applies)
+    )
 
 
 MISREAD_ALPHAS = "it takes the alphas of attention layers and text encoders for the most frequent one"
 PROGRAMS = ("ComfyUI", "diffusers", "sd-scripts")
 _RULES = {"ComfyUI": _comfyui, "diffusers": _diffusers, "sd-scripts": _sd_scripts}
 
-_ATTENTION = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)$")
-
 
 def _is_dora(weights: AdapterWeights | None) -> bool:
     return weights is not None and weights.tensors.keys() == {"down", "up", "dora_scale"}
-
-
-def _in_block(ref: ModuleRef) -> bool:
-    return ref.path.startswith(("transformer_blocks.", "single_transformer_blocks."))
-
-
-def _trained_by_sd_scripts(ref: ModuleRef, unet: bool) -> bool:
-    if unet:
-        return ref.path.startswith(("down_blocks.", "mid_block.", "up_blocks."))
-    return not ref.path.startswith(("norm_out.", "proj_out"))

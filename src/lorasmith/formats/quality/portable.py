@@ -1,25 +1,22 @@
 """What more than one program must agree on in a file: changes of form that leave a LoRA the same.
 
-diffusers, reading kohya's names of a model with a UNet, takes the alphas of attention layers, and those of all layers
-of a text encoder, for the most frequent alpha of that part of the model; there the factors take over what alpha would
-have said. Tucker cores, which diffusers and sd-scripts do not know and ComfyUI fails to merge in a LoKr, are
-multiplied in.
+diffusers, reading kohya's names of some families (`ProgramLimits.diffusers_one_alpha`), takes the alphas of attention
+layers, and those of all layers of a text encoder, for the most frequent alpha of that part of the model; there the
+factors take over what alpha would have said. Tucker cores, which diffusers and sd-scripts do not know and ComfyUI fails
+to merge in a LoKr, are multiplied in.
 """
 
 from __future__ import annotations
 
 import collections
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.model_names import ModelNames, matches
 from lorasmith.formats.names.spelling import multiplied, rank_of, without_core
 
 __all__ = ["made_portable", "misread_alphas"]
-
-_ATTENTION = re.compile(r"\.attn[12]\.")
 
 
 def made_portable(
@@ -41,7 +38,8 @@ def made_portable(
 
 def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, float]:
     """Modules whose alpha diffusers mistakes in kohya's layout, and what it takes it for."""
-    if names.peft_prefix != "unet":
+    patterns = names.limits.diffusers_one_alpha
+    if not patterns:
         return {}
     found: dict[ModuleRef, float] = {}
     for component in dict.fromkeys(ref.component for ref in state.adapters):
@@ -52,7 +50,7 @@ def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, fl
         }
         counts = collections.Counter(alphas.values())
         common = max(counts, key=lambda alpha: (counts[alpha], alpha), default=0.0)
-        mistaken = {ref for ref in alphas if component != DENOISER or _ATTENTION.search(ref.path)}
+        mistaken = {ref for ref in alphas if component != DENOISER or matches(ref.path, patterns)}
         if len(counts) < 2 or not common or not mistaken:
             continue
         after = collections.Counter(common if ref in mistaken else alpha for ref, alpha in alphas.items())
