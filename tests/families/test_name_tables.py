@@ -257,5 +257,4 @@ def test_tables_list_shapes_for_every_module(name: str, model: nn.Module) -> Non
 
     assert names.family == name
     assert names.weight_shapes == weight_shapes(model)
-    assert names.weight_shapes.keys() == names.denoiser.keys() == names.out_features.keys()
-    assert all(names.out_features[path] == shape[0] for path, shape in names.weight_shapes.items())
+    assert names.weight_shapes.keys() == names.denoiser.keys()

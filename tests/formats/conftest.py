@@ -51,7 +51,6 @@ def unet_names(make_unet: Callable[[], nn.Module]) -> ModelNames:
     return ModelNames(
         family="sd1",
         denoiser={path: OriginalName(original_unet_path(path)) for path in shapes},
-        out_features={path: shape[0] for path, shape in shapes.items()},
         weight_shapes=shapes,
         text_encoders={"text_encoder": EncoderNames(paths, ("lora_te_", "lora_te1_"), ("clip_l", "clip_h"), True)},
         peft_prefix="unet",
@@ -105,7 +104,6 @@ def flux_table(width: int) -> ModelNames:
     return ModelNames(
         family="flux",
         denoiser=table,
-        out_features={path: shape[0] for path, shape in shapes.items()},
         weight_shapes=shapes,
         kohya_naming="original",
         peft_prefix="transformer",

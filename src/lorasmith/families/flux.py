@@ -164,7 +164,6 @@ class Flux(Family):
         return ModelNames(
             family=self.name,
             denoiser=table,
-            out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
             # LoRAs for the released encoders are carried along, whether these are loaded or not.
             text_encoders={

@@ -139,7 +139,6 @@ class StableDiffusion(Family):
         return ModelNames(
             family=self.name,
             denoiser=table,
-            out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
             text_encoders={
                 "text_encoder": EncoderNames(

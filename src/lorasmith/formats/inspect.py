@@ -15,7 +15,8 @@ from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
+from lorasmith.formats.names.prefixes import component_of
+from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
 from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, kronecker_shapes, rank_of
 from lorasmith.formats.quality.faults import findings_of
 from lorasmith.formats.quality.norms import squared_change
@@ -95,7 +96,7 @@ def describe(path: Path) -> LoraSummary:
         size_bytes=sum(file.stat().st_size for file in files),
         layouts={name: count for name, layout in LAYOUTS.items() if (count := layout.detects(tensors))},
         family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}),
-        components=_counted(_component(base) for base in groups),
+        components=_counted(component_of(base) for base in groups),
         layers=_counted(kind_of(base) for base in groups),
         algorithms=_counted(module.adapter.algorithm if module.adapter else "difference" for module in whole.values()),
         magnitudes=_counted(
@@ -132,12 +133,6 @@ def _counted(values: Iterable[T]) -> dict[T, int]:
     return dict(collections.Counter(values).most_common())
 
 
-def _component(base: str) -> str:
-    """Where a base belongs; in a PEFT folder the subfolder says it."""
-    folder, slash, _ = base.partition("/")
-    return folder if slash else component_of(base)
-
-
 def _hashes(file: Path) -> dict[str, str]:
     digest = sha256_file(file)
     return {"sha256": digest, "autov1": autov1(file), "autov2": digest[:10], "autov3": sha256_body(file)[:12]}
@@ -148,6 +143,6 @@ def _block_norms(modules: Mapping[str, ModuleTensors]) -> dict[str, float]:
     for base, module in modules.items():
         change = squared_change(module)
         if change is not None:
-            name = ".".join(part for part in (_component(base), block_of(base)) if part)
+            name = ".".join(part for part in (component_of(base), block_of(base)) if part)
             squares[name] = squares.get(name, 0.0) + change
     return {name: math.sqrt(square) for name, square in squares.items()}

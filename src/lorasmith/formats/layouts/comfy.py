@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -43,7 +44,7 @@ class ComfyLayout(Layout):
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
         places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
-        bases = {prefix + path: parts for prefix in _DENOISER_PREFIXES for path, parts in places.items()}
+        bases = {prefix + path: parts for prefix in prefixes.COMFYUI for path, parts in places.items()}
         for component in names.text_encoders:
             for kind in names.text_encoders[component].comfyui:
                 prefix = f"text_encoders.{kind}.transformer."
@@ -61,7 +62,7 @@ class ComfyLayout(Layout):
                 return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
             return f"{names.peft_prefix}.{ref.path}"
 
-        modules = addressed(state, names, base_of, "diffusion_model.{}".format)
+        modules = addressed(state, names, base_of, _original_base)
         return {
             base + suffix: tensor
             for base, module in modules.items()
@@ -85,8 +86,11 @@ class ComfyLayout(Layout):
 
 LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
 
-_DENOISER_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
-_PREFIX = re.compile(r"(model\.)?diffusion_model\.|text_encoders\.\w+\.transformer\.")
+_PREFIX = re.compile(f"{prefixes.any_of(prefixes.COMFYUI)}|{prefixes.COMFYUI_ENCODER}")
+
+
+def _original_base(path: str) -> str:
+    return prefixes.COMFYUI[0] + path
 
 
 def _plain(module: ModuleTensors) -> ModuleTensors:

@@ -28,6 +28,7 @@ from lorasmith.formats.layouts.peft_config import (
     targets,
     uneven_magnitudes,
 )
+from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -64,7 +65,7 @@ class DiffusersLayout(Layout):
         bases: dict[str, Parts] = {}
         for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
             for spelling in _spellings(path):
-                bases |= {prefix + spelling: parts for prefix in _DENOISER_PREFIXES}
+                bases |= {prefix + spelling: parts for prefix in (*prefixes.DIFFUSERS, "")}
         for component in names.text_encoders:
             bases |= {f"{component}.{path}": parts for path, parts in encoder_paths(names, component)}
         return bases
@@ -116,9 +117,9 @@ class DiffusersLayout(Layout):
 
 LAYOUTS.register(DiffusersLayout.name)(DiffusersLayout())
 
-_DENOISER_PREFIXES = ("unet.", "transformer.", "")
 _PREFIX = re.compile(
-    r"unet\.|transformer\.|text_encoder(_2|_3)?\.|(single_)?transformer_blocks\.|"
+    f"{prefixes.any_of(prefixes.DIFFUSERS)}|{prefixes.DIFFUSERS_ENCODER}|"
+    r"(single_)?transformer_blocks\.|"
     r"(down|mid|up|double|single|joint)_blocks?\."
 )
 

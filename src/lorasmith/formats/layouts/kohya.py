@@ -25,6 +25,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
+from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -54,7 +55,7 @@ class KohyaLayout(Layout):
         if names.kohya_naming == "original":
             namings.reverse()
         bases: dict[str, Parts] = {}
-        for prefix in _DENOISER_PREFIXES:
+        for prefix in prefixes.KOHYA:
             for places in namings:
                 for path, parts in places.items():
                     bases.setdefault(prefix + _flat(path), parts)
@@ -83,7 +84,7 @@ class KohyaLayout(Layout):
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
                 return names.text_encoders[ref.component].kohya[0] + _flat(ref.path)
-            return ("lycoris_" if by_original else "lora_unet_") + _flat(ref.path)
+            return (_UNFUSED if by_original else _WRITTEN) + _flat(ref.path)
 
         modules = addressed(_bounded(state), names, base_of, _original_base if by_original else None)
         return {
@@ -112,9 +113,9 @@ class KohyaLayout(Layout):
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
-_DENOISER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
+_WRITTEN, _UNFUSED = prefixes.KOHYA[:2]
 _ROTATIONS = ("oft", "boft")
-_PREFIX = re.compile(r"lora_unet_|lora_te[123]?_|lora_transformer_|lycoris_|oft_unet_")
+_PREFIX = re.compile(f"{prefixes.any_of(prefixes.KOHYA)}|{prefixes.KOHYA_ENCODER}")
 
 
 def _bounded(state: AdapterState) -> AdapterState:
@@ -157,4 +158,4 @@ def _flat(path: str) -> str:
 
 
 def _original_base(path: str) -> str:
-    return "lora_unet_" + _flat(path)
+    return _WRITTEN + _flat(path)

@@ -25,6 +25,7 @@ from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import configs_of, rank_fields, stated_alphas, targets, uneven_magnitudes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import Parts, addressed, diffusers_places, encoder_paths, read_tensors
+from lorasmith.formats.names.prefixes import PEFT as PREFIX
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
@@ -36,11 +37,9 @@ from lorasmith.formats.names.spelling import (
     without_core,
 )
 
-__all__ = ["PEFT_CONFIG", "PEFT_PREFIX", "PeftLayout"]
+__all__ = ["PEFT_CONFIG", "PeftLayout"]
 
 PEFT_CONFIG = "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
-"""What stands before a module's path in PEFT's keys."""
 
 
 class PeftLayout(Layout):
@@ -51,21 +50,21 @@ class PeftLayout(Layout):
     in_folder = True
 
     def detects(self, keys: Iterable[str]) -> int:
-        return sum(key.rpartition("/")[2].startswith(PEFT_PREFIX) and split_key(key) is not None for key in keys)
+        return sum(key.rpartition("/")[2].startswith(PREFIX) and split_key(key) is not None for key in keys)
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
-        bases = {PEFT_PREFIX + path: parts for path, parts in diffusers_places(names).items()}
+        bases = {PREFIX + path: parts for path, parts in diffusers_places(names).items()}
         for component in names.text_encoders:
             for path, parts in encoder_paths(names, component):
-                bases[_folder(component) + PEFT_PREFIX + path] = parts
-                bases.setdefault(PEFT_PREFIX + path, parts)
+                bases[_folder(component) + PREFIX + path] = parts
+                bases.setdefault(PREFIX + path, parts)
         return bases
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
         state = read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, metadata))
         configs = configs_of(metadata)
         for ref, weights in state.adapters.items():
-            config = configs.get(_folder(ref.component) + PEFT_PREFIX)
+            config = configs.get(_folder(ref.component) + PREFIX)
             if weights.algorithm == "lokr" and rank_of(weights) is None and config is not None:
                 # PEFT scales whole factors too; all others take them as they are.
                 scale = config.alpha_of(ref.path, None) / config.rank_of(ref.path)
@@ -75,7 +74,7 @@ class PeftLayout(Layout):
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
         def base_of(ref: ModuleRef) -> str:
-            return f"{_folder(ref.component)}{PEFT_PREFIX}{_installed_path(ref, names)}"
+            return f"{_folder(ref.component)}{PREFIX}{_installed_path(ref, names)}"
 
         return {
             base + suffix: tensor

@@ -85,7 +85,6 @@ class ModelNames:
         family: registered family name.
         denoiser: diffusers path of every module that can carry an adapter or a difference (Linear, convolution, norm,
             embedding) → its place in the original checkpoint.
-        out_features: diffusers path → size of the weight's first dimension, for fusing and splitting rows.
         peft_prefix: the denoiser's name in diffusers' pipelines and so in its keys, `unet` or `transformer`.
         text_encoders: by component (`text_encoder`, `text_encoder_2`).
         kohya_naming: which naming this family's `lora_unet_` keys use by convention.
@@ -99,7 +98,6 @@ class ModelNames:
 
     family: str
     denoiser: Mapping[str, OriginalName]
-    out_features: Mapping[str, int]
     peft_prefix: str
     text_encoders: Mapping[str, EncoderNames] = field(default_factory=dict)
     kohya_naming: Literal["diffusers", "original"] = "diffusers"

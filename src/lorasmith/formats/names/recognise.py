@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from lorasmith.formats.names.prefixes import FLAT
 from lorasmith.formats.names.spelling import grouped
 
-__all__ = ["block_of", "component_of", "guessed_family", "kind_of"]
+__all__ = ["block_of", "guessed_family", "kind_of"]
 
 
 def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -24,14 +25,6 @@ def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-def component_of(base: str) -> str:
-    """`denoiser`, `text_encoder`, `text_encoder_2` or `text_encoder_3`, by the way a base is spelled."""
-    for pattern, component in _COMPONENTS:
-        if re.match(pattern, base):
-            return component
-    return "denoiser"
-
-
 def block_of(base: str) -> str:
     """The outermost numbered block that a base lies in, such as `down_blocks.1`, or an empty string."""
     match = _BLOCK.search(base)
@@ -45,7 +38,7 @@ def kind_of(base: str) -> str:
     return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
-_START = r"^(lora_unet_|lora_transformer_|lycoris_|oft_unet_|diffusion_model_|transformer_|base_model_model_)?"
+_START = rf"^({FLAT})?"
 _CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
 
 # Tested in this order on bases with underscores for dots; the second entry gives titles by input width of a matching
@@ -74,15 +67,7 @@ _FAMILIES: tuple[tuple[str, dict[int | None, str]], ...] = (
     (r"(down|up|input|output)_blocks_\d|(mid|middle)_block_", {None: "Stable Diffusion"}),
 )
 
-_COMPONENTS = (
-    (r"lora_te3_|text_encoder_3\.|text_encoders\.t5", "text_encoder_3"),
-    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g", "text_encoder_2"),
-    (r"lora_te1?_|text_encoder\.|text_encoders\.", "text_encoder"),
-)
-
-_UP_TO_KIND = re.compile(
-    r"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^(lora_unet|oft_unet|unet|transformer|diffusion_model)_"
-)
+_UP_TO_KIND = re.compile(rf"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^({FLAT})")
 _BLOCK = re.compile(
     r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"
     r"|(mid_block|middle_block)"

@@ -24,6 +24,7 @@ __all__ = [
     "KOHYA",
     "PEFT",
     "UNREADABLE",
+    "XLABS",
     "ModuleTensors",
     "assembled",
     "fits",
@@ -311,7 +312,10 @@ _ROLES: dict[str, str] = {
 }
 
 # XLabs' trainer numbers the streams of a double block behind what would be the suffix: that number tells the module.
-_XLABS = re.compile(r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+XLABS = r".*\.processor\.(?:qkv|proj)_lora[12]?"
+"""Regular expression for the bases of XLabs' trainer."""
+
+_XLABS = re.compile(rf"({XLABS})\.(down|up)\.weight")
 
 UNREADABLE: Mapping[str, tuple[str, str]] = {
     ".oft_diag": (

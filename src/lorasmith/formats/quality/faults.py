@@ -21,7 +21,7 @@ from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, rank_of, scale_of, split_key
+from lorasmith.formats.names.spelling import XLABS, ModuleTensors, assembled, grouped, rank_of, scale_of, split_key
 from lorasmith.formats.quality.acceptance import MISREAD_ALPHAS, shortfalls
 from lorasmith.formats.quality.mending import Mend, bases_of, full_alpha, levelled, scalar
 from lorasmith.formats.quality.portable import misread_alphas
@@ -122,7 +122,7 @@ def _strangers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
 # Names that only the program which writes them, and few others, look for: pattern on bases, whose they are.
 _RARE_NAMES = (
     (re.compile(r"oft_unet_"), "sd-scripts' OFT (oft_unet_), which ComfyUI, LyCORIS and diffusers"),
-    (re.compile(r".*\.processor\.(qkv|proj)_lora[12]?$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
+    (re.compile(rf"{XLABS}$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
 )
 
 
