@@ -20,7 +20,7 @@ BELOW_APP = {"training", "sampling", "bench", "toolbox", *BELOW_TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "adapters": {"core"},
-    "formats": {"core"},
+    "formats": {"adapters", "core"},
     "diffusion": {"core"},
     "families": BELOW_FAMILIES,
     "data": {"families", *BELOW_FAMILIES},

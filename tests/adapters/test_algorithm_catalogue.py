@@ -19,8 +19,6 @@ from lorasmith.training.config import TrainConfig
 def test_catalogue_and_registry_agree() -> None:
     assert set(ALGORITHMS) == set(ADAPTERS)
     for name, adapter in ADAPTERS.items():
-        assert adapter.summary == ALGORITHMS[name].summary
-        assert adapter.rank_meaning == ALGORITHMS[name].rank_meaning
         assert adapter.algorithm == name.casefold()
 
 

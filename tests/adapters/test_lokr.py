@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
-from lorasmith.adapters.lokr import LokrAdapter, factorization
+from lorasmith.adapters.lokr import LokrAdapter
+from lorasmith.adapters.lokr_sizes import factorization
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 

@@ -7,18 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.formats.names.spelling import ModuleTensors
-from lorasmith.toolbox.changes import (
-    added_by,
-    is_additive,
-    is_plain_lora,
-    layer_like,
-    merged_weight,
-    scaled_by,
-    title_of,
-    weight_shape,
-)
+from lorasmith.formats.scales import scaled_by
+from lorasmith.toolbox.changes import added_by, is_additive, is_plain_lora, layer_like, merged_weight, weight_shape
 
 LINEAR, CONV = (24, 16), (8, 4, 3, 3)
 

@@ -10,7 +10,8 @@ BOFT and output-axis DoRA g; input-axis DoRA f; GLoRA f and h, of which h sees x
 `strength` interpolates from the frozen layer (0) to the adapter as trained (1) and beyond. A fresh adapter is exactly
 the identity, and `attached` agrees with `merged` to rounding.
 
-Adding an algorithm is one module that subclasses `Adapter` and registers itself in `ADAPTERS`.
+Adding an algorithm is one module that subclasses `Adapter`, declares the format of its tensors and registers itself in
+`ADAPTERS`, and an entry of the module's name in the catalogue.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
@@ -33,17 +35,15 @@ class Adapter(nn.Module, ABC):
     """One layer's adapter. Its parameters are the trained tensors; everything else is plain data.
 
     Attributes:
-        algorithm: registered name.
-        summary: one sentence for people who choose an algorithm.
-        rank_meaning: what `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
+        algorithm: registered name in lower case, as `AdapterWeights` has it.
+        format: what its tensors are to files, tools and other programs.
         transforms_output: whether g is something else than the identity; then the bias is added after it.
         reads_weight: whether `attached` looks at the layer's weight; then it is shown that of the adapters below too.
         compiles: whether torch.compile takes `attached` in one piece, and keeps nothing of the weight's size for it.
     """
 
     algorithm: ClassVar[str]
-    summary: ClassVar[str]
-    rank_meaning: ClassVar[str]
+    format: ClassVar[AdapterFormat]
     transforms_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     compiles: ClassVar[bool] = False

@@ -22,6 +22,7 @@ class Algorithm:
         default_alpha: alpha when nothing is said; None is the rank, for adapters that are scaled by alpha / rank.
         variants: settings of `TrainConfig` that it takes and not every algorithm does.
         unused: settings of `TrainConfig` that every algorithm accepts and that change nothing for this one.
+        with_dora: what it is called with DoRA's magnitudes, where that is not `X with DoRA`.
         learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given, so that it
             learns about as much in as many steps as LoRA does (`benchmarks/learning_rates.py`).
     """
@@ -31,6 +32,7 @@ class Algorithm:
     default_alpha: float | None = None
     variants: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
+    with_dora: str = ""
     learning_rate_factor: float = 1.0
 
 
@@ -40,6 +42,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "LoRA": Algorithm(
         summary="Adds a product of two narrow matrices; every program loads it.",
         variants=_EVERY_VARIANT,
+        with_dora="DoRA",
     ),
     "LoHa": Algorithm(
         summary="Multiplies two low-rank products entry by entry, which reaches the square of the rank.",

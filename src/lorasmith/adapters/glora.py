@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.weights import fill_uniform, misfit, saved, taken, wide
+from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
@@ -41,8 +41,6 @@ class GloraAdapter(Adapter):
     """
 
     algorithm = "glora"
-    summary = ALGORITHMS["GLoRA"].summary
-    rank_meaning = ALGORITHMS["GLoRA"].rank_meaning
     compiles = True
 
     def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
@@ -135,3 +133,13 @@ def _shaped(tensors: Mapping[str, Tensor], layer: FrozenLayer) -> dict[str, Tens
 def _for_each_group(weight: Tensor, groups: int) -> Tensor:
     """The weight of a convolution in groups that does the same in all of them."""
     return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))
+
+
+GloraAdapter.format = AdapterFormat(
+    suffixes={name: f".{name}.weight" for name in (*_NAMES, "bm")},
+    needed=(frozenset(_NAMES),),
+    weight_shape=lambda shapes: (shapes["b1"][0],),
+    rank_axes={"b2": 0},
+    rows=lambda weights: {"b1": 1},
+    all_rows=frozenset({"b1"}),  # the inputs change for all rows
+)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa: F401  (algorithms register themselves)
+from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights

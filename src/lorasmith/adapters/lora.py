@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 from lorasmith.adapters.low_rank_products import linear_with_lora
-from lorasmith.adapters.weights import fill_uniform, misfit, saved, taken
+from lorasmith.adapters.weights import fill_uniform, misfit, saved, squared_product, taken
+from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, PeftKind, Shapes
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
@@ -136,8 +137,6 @@ class LoraAdapter(LowRank):
     """
 
     algorithm = "lora"
-    summary = ALGORITHMS["LoRA"].summary
-    rank_meaning = ALGORITHMS["LoRA"].rank_meaning
 
     def __init__(self, down: Tensor, up: Tensor, *, alpha: float, mid: Tensor | None = None) -> None:
         super().__init__()
@@ -206,3 +205,59 @@ class LoraAdapter(LowRank):
 
     def to_weights(self) -> AdapterWeights:
         return saved(self, self.algorithm, self.alpha)
+
+
+def _weight_shape(shapes: Shapes) -> tuple[int, ...]:
+    return shapes["up"][0], shapes["down"][1], *shapes["mid" if "mid" in shapes else "down"][2:]
+
+
+def _canonical(weights: AdapterWeights, shape: tuple[int, ...] | None) -> AdapterWeights | None:
+    """Factors with the dimensions of the layer's weight, or None for factors that do not belong together.
+
+    Files flatten convolutions to two dimensions (ComfyUI's trainer), or give a Linear the 1×1 kernel of the convolution
+    that stands in its place in another version of the model.
+    """
+    down, up = weights.tensors["down"], weights.tensors["up"]
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or math.prod(up.shape[2:]) != 1:
+        return None
+    tensors = dict(weights.tensors)
+    if shape is not None and "mid" not in tensors and math.prod(down.shape[1:]) == math.prod(shape[1:]):
+        tensors["down"] = down.reshape(down.shape[0], *shape[1:])
+    tensors["up"] = up.reshape(*up.shape[:2], *(1,) * (tensors["down"].ndim - 2))
+    if "dora_scale" in tensors and tensors["dora_scale"].ndim == 1:
+        tensors["dora_scale"] = tensors["dora_scale"].reshape(-1, *(1,) * (tensors["down"].ndim - 1))
+    return replace(weights, tensors=tensors)
+
+
+def _without_core(weights: AdapterWeights) -> AdapterWeights:
+    if "mid" not in weights.tensors:
+        return weights
+    tensors = dict(weights.tensors)
+    core, down = tensors.pop("mid").float(), tensors["down"].float()
+    return replace(weights, tensors={**tensors, "down": torch.einsum("mn...,ni->mi...", core, down.flatten(1))})
+
+
+def _peft_fields(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
+    dora = any("dora_scale" in weights.tensors for weights in adapters.values())
+    return {"bias": "none", "use_dora": dora, "use_rslora": False}
+
+
+LoraAdapter.format = AdapterFormat(
+    suffixes={"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"},
+    peft_suffixes={"down": ".lora_A.weight", "up": ".lora_B.weight"},
+    needed=(frozenset({"down", "up"}),),
+    weight_shape=_weight_shape,
+    canonical=_canonical,
+    rank_axes={"down": 0},
+    input_axes={"down": 1},
+    cores=frozenset({"mid"}),
+    without_core=_without_core,
+    is_additive=True,
+    is_low_rank=True,
+    squared_norm=lambda tensors: squared_product(tensors["up"], tensors["down"]),
+    vital=("down", "up"),
+    rows=lambda weights: {"up": 1},
+    stacks=True,
+    programs=frozenset({COMFYUI, DIFFUSERS, SD_SCRIPTS}),
+    peft=PeftKind(name="LORA", alpha="lora_alpha", magnitudes=True, fields=_peft_fields),
+)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lorasmith.adapters.algorithms import size_of, words_of
+from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
 from lorasmith.formats.layouts.layout import LAYOUTS
@@ -17,9 +19,10 @@ from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names.prefixes import component_of
 from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
-from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, kronecker_shapes, rank_of
+from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped
 from lorasmith.formats.quality.faults import findings_of
 from lorasmith.formats.quality.norms import squared_change
+from lorasmith.formats.scales import rank_of
 
 __all__ = ["LoraSummary", "describe"]
 
@@ -105,12 +108,8 @@ def describe(path: Path) -> LoraSummary:
             if "dora_scale" in one.tensors
         ),
         ranks=_counted(rank for weights in adapters.values() if (rank := rank_of(weights)) is not None),
-        factors=_counted(
-            max(*kronecker_shapes(one.tensors)[0]) for one in adapters.values() if one.algorithm == "lokr"
-        ),
-        block_sizes=_counted(
-            one.tensors["oft_blocks"].shape[-1] for one in adapters.values() if one.algorithm in ("oft", "boft")
-        ),
+        factors=_sizes("factor", adapters.values()),
+        block_sizes=_sizes("block size", adapters.values()),
         alphas=_counted(weights.alpha for weights in adapters.values()),
         tensors=len(tensors),
         parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")),
@@ -131,6 +130,13 @@ T = TypeVar("T", bound=Hashable)
 def _counted(values: Iterable[T]) -> dict[T, int]:
     """How often each value occurs, most frequent first."""
     return dict(collections.Counter(values).most_common())
+
+
+def _sizes(meaning: str, adapters: Iterable[AdapterWeights]) -> dict[int, int]:
+    """How often each number occurs that was given as `rank` and means this."""
+    return _counted(
+        size for one in adapters if words_of(one.algorithm).rank_meaning == meaning and (size := size_of(one))
+    )
 
 
 def _hashes(file: Path) -> dict[str, str]:

@@ -20,7 +20,8 @@ from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.formats.names.fusing import fused_rows, split
 from lorasmith.formats.names.model_names import OriginalName
-from lorasmith.toolbox.changes import as_lora, with_one_alpha
+from lorasmith.formats.scales import with_one_alpha
+from lorasmith.toolbox.changes import as_lora
 from lorasmith.toolbox.lowrank import Change, share
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.resize import check_bounds

@@ -32,11 +32,11 @@ from lorasmith.formats.names.spelling import (
     ModuleTensors,
     assembled,
     grouped,
-    scale_of,
     spelled,
     without_core,
 )
-from lorasmith.toolbox.changes import is_plain_lora, scaled_by, with_one_alpha
+from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
+from lorasmith.toolbox.changes import is_plain_lora
 from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import rank_entries
 

@@ -4,18 +4,8 @@ import pytest
 import torch
 
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.formats.names.spelling import (
-    KOHYA,
-    PEFT,
-    ModuleTensors,
-    assembled,
-    fits,
-    grouped,
-    rank_of,
-    scale_of,
-    spelled,
-    split_key,
-)
+from lorasmith.formats.names.spelling import KOHYA, PEFT, ModuleTensors, assembled, fits, grouped, spelled, split_key
+from lorasmith.formats.scales import rank_of, scale_of
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
@@ -72,17 +73,6 @@ class ComfyLayout(Layout):
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         return {}
 
-    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        found = []
-        for ref, weights in state.adapters.items():
-            magnitudes = weights.tensors.get("dora_scale")
-            if magnitudes is not None and magnitudes.shape[0] > 1:
-                reason = "ComfyUI takes DoRA's magnitudes for each output relative to the untrained weight's norm"
-                found.append(Loss(ref, reason, left_out=False))
-            if "rescale" in weights.tensors:
-                found.append(Loss(ref, "ComfyUI leaves out the rescale of OFT and BOFT", left_out=False))
-        return found
-
 
 LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
 
@@ -94,16 +84,17 @@ def _original_base(path: str) -> str:
 
 
 def _plain(module: ModuleTensors) -> ModuleTensors:
-    """A LoRA's factors in two dimensions, and LoKr without a Tucker core, which ComfyUI fails to merge.
+    """A LoRA's factors in two dimensions, and other algorithms without a Tucker core, which ComfyUI fails to merge.
 
     A LoRA's Tucker core needs its kernel, so such an adapter stays as it is.
     """
     weights = module.adapter
     if weights is None:
         return module
-    if weights.algorithm == "lokr":
+    form = format_of(weights)
+    if not form.is_low_rank:
         return replace(module, adapter=without_core(weights))
-    if weights.algorithm != "lora" or "mid" in weights.tensors:
+    if form.cores & weights.tensors.keys():
         return module
     tensors = {name: t.flatten(1) if name in ("down", "up") else t for name, t in weights.tensors.items()}
     return replace(module, adapter=replace(weights, tensors=tensors))

@@ -21,7 +21,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
@@ -36,7 +37,7 @@ from lorasmith.formats.names.places import (
     read_tensors,
     unfusable,
 )
-from lorasmith.formats.names.spelling import KOHYA, multiplied, spelled, split_key
+from lorasmith.formats.names.spelling import KOHYA, spelled, split_key
 
 __all__ = ["KohyaLayout"]
 
@@ -46,6 +47,7 @@ class KohyaLayout(Layout):
 
     name = "kohya"
     title = "kohya / sd-scripts"
+    writes_cores = True
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
@@ -68,11 +70,11 @@ class KohyaLayout(Layout):
         state = read_tensors(tensors, self.bases(names), names)
         bounds = _stated_bounds(metadata)
         for ref, weights in state.adapters.items():
-            if weights.algorithm not in _ROTATIONS:
+            form = format_of(weights)
+            if form.bounded is None:
                 continue
-            blocks = weights.tensors["oft_blocks"]
             if weights.alpha:
-                state.adapters[ref] = replace(weights, alpha=weights.alpha * blocks.shape[-3] * blocks.shape[-1])
+                state.adapters[ref] = replace(weights, alpha=weights.alpha * form.shape_of(weights)[0])
             elif ref.path in bounds:
                 state.adapters[ref] = replace(weights, alpha=bounds[ref.path])
         return state
@@ -97,7 +99,7 @@ class KohyaLayout(Layout):
         bounds = {
             ref.path: weights.alpha
             for ref, weights in state.adapters.items()
-            if weights.algorithm in _ROTATIONS and weights.alpha
+            if format_of(weights).bounded is not None and weights.alpha
         }
         return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
 
@@ -114,30 +116,19 @@ class KohyaLayout(Layout):
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
 _WRITTEN, _UNFUSED = prefixes.KOHYA[:2]
-_ROTATIONS = ("oft", "boft")
 _PREFIX = re.compile(f"{prefixes.any_of(prefixes.KOHYA)}|{prefixes.KOHYA_ENCODER}")
 
 
 def _bounded(state: AdapterState) -> AdapterState:
     """A LoRA whose rotations are no longer than their bounds, and have none."""
-    adapters = {ref: _shortened(weights) for ref, weights in state.adapters.items()}
-    return replace(state, adapters=adapters)
-
-
-def _shortened(weights: AdapterWeights) -> AdapterWeights:
-    if weights.algorithm not in _ROTATIONS or not weights.alpha:
-        return weights
-    # Rounded to a file's number format, blocks may be a little longer than the bound they were cut to already.
-    length = _length(weights)
-    factor = weights.alpha / length if length > weights.alpha * 1.005 else 1.0
-    shortened = multiplied(weights.tensors["oft_blocks"], factor)
-    return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
-
-
-def _length(weights: AdapterWeights) -> float:
-    """‖Q‖ of a rotation, over all its blocks."""
-    blocks = weights.tensors["oft_blocks"].float()
-    return float((blocks - blocks.mT).norm())
+    bounded = {ref: format_of(weights).bounded for ref, weights in state.adapters.items()}
+    return replace(
+        state,
+        adapters={
+            ref: weights if (apply := bounded[ref]) is None else apply(weights)
+            for ref, weights in state.adapters.items()
+        },
+    )
 
 
 def _stated_bounds(metadata: Mapping[str, str]) -> dict[str, float]:

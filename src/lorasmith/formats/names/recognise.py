@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from lorasmith.adapters.algorithms import algorithms
 from lorasmith.formats.names.prefixes import FLAT
 from lorasmith.formats.names.spelling import grouped
 
@@ -76,8 +77,10 @@ _BLOCK = re.compile(
 
 def _input_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Input width of each module by base, 0 where no tensor shows it."""
+    axes = {role: axis for _, form in algorithms() for role, axis in form.input_axes.items()}
     widths = {}
     for base, keys in grouped(shapes).items():
-        key = next((keys[role] for role in ("down", "hada_w1_b") if role in keys), None)
-        widths[base] = shapes[key][1] if key is not None and len(shapes[key]) > 1 else 0
+        role = next((role for role in axes if role in keys), "")
+        shape = shapes[keys[role]] if role else ()
+        widths[base] = shape[axes[role]] if len(shape) > 1 else 0
     return widths

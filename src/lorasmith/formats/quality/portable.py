@@ -12,9 +12,10 @@ import collections
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.names.model_names import ModelNames, matches
-from lorasmith.formats.names.spelling import multiplied, rank_of, without_core
+from lorasmith.formats.names.spelling import without_core
+from lorasmith.formats.scales import loras_in, most_frequent_alpha, with_alpha
 
 __all__ = ["made_portable", "misread_alphas"]
 
@@ -32,7 +33,7 @@ def made_portable(
     wanted = misread_alphas(state, names) if alphas is None else alphas
     adapters = {ref: without_core(weights) for ref, weights in state.adapters.items()}
     for ref in adapters.keys() & wanted.keys():
-        adapters[ref] = _with_alpha(adapters[ref], wanted[ref])
+        adapters[ref] = with_alpha(adapters[ref], wanted[ref])
     return replace(state, adapters=adapters)
 
 
@@ -43,27 +44,14 @@ def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, fl
         return {}
     found: dict[ModuleRef, float] = {}
     for component in dict.fromkeys(ref.component for ref in state.adapters):
-        alphas = {
-            ref: _alpha(weights)
-            for ref, weights in state.adapters.items()
-            if ref.component == component and weights.algorithm == "lora"
-        }
-        counts = collections.Counter(alphas.values())
-        common = max(counts, key=lambda alpha: (counts[alpha], alpha), default=0.0)
+        common, alphas = most_frequent_alpha(
+            loras_in({ref: weights for ref, weights in state.adapters.items() if ref.component == component})
+        )
         mistaken = {ref for ref in alphas if component != DENOISER or matches(ref.path, patterns)}
-        if len(counts) < 2 or not common or not mistaken:
+        if len({*alphas.values()}) < 2 or not common or not mistaken:
             continue
         after = collections.Counter(common if ref in mistaken else alpha for ref, alpha in alphas.items())
         # Of equally frequent ones diffusers takes the one that it meets first, which could be another.
         tied = any(count == after[common] for alpha, count in after.items() if alpha != common)
         found |= {ref: common for ref, alpha in alphas.items() if alpha != common and (tied or ref in mistaken)}
     return found
-
-
-def _alpha(weights: AdapterWeights) -> float:
-    return float(rank_of(weights) or 1) if weights.alpha is None else weights.alpha
-
-
-def _with_alpha(weights: AdapterWeights, alpha: float) -> AdapterWeights:
-    up = multiplied(weights.tensors["up"], _alpha(weights) / alpha)
-    return AdapterWeights(weights.algorithm, {**weights.tensors, "up": up}, alpha)
