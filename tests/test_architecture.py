@@ -116,6 +116,11 @@ def test_no_room_is_a_ghost() -> None:
     assert {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))} == {*ALLOWED, *DOORS}
 
 
+def test_formats_see_what_algorithms_say_and_no_adapters() -> None:
+    seen = {name for path in MODULES if "formats" in path.parts for _, name in imports(path)}
+    assert {name for name in seen if room_of(name) == "adapters"} == {"lorasmith.adapters.algorithms"}
+
+
 def test_no_imports_in_a_circle() -> None:
     arrows = {dotted(path): {name for _, name in imports(path)} for path in MODULES}
     known = {module: {name for name in names if name in arrows} for module, names in arrows.items()}

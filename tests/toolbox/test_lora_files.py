@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
-from lorasmith.formats.names.spelling import KOHYA
 from lorasmith.toolbox.lora_files import flat_shapes, read_lora, read_together, save_alike
 from lorasmith.toolbox.released import released_names
 
@@ -113,7 +112,8 @@ def test_files_for_different_families_are_refused(tmp_path: Path) -> None:
 def test_a_module_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     pair = {"down": torch.ones(2, 3), "up": torch.ones(4, 2)}
     bases = ("lora_unet_mid_block_x_to_q", "unet.mid_block.x.to_q")
-    save_file({base + KOHYA[role]: t.clone() for base in bases for role, t in pair.items()}, tmp_path / "a.safetensors")
+    tensors = {f"{base}.lora_{role}.weight": t.clone() for base in bases for role, t in pair.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(LoraError, match="one adapter for a module"):
         read_lora(tmp_path / "a.safetensors")
 

@@ -39,8 +39,6 @@ def size_of(weights: AdapterWeights) -> int | None:
 
 def title_of(weights: AdapterWeights) -> str:
     """What people call an adapter's algorithm; a LoRA with magnitudes is a DoRA."""
-    if weights.algorithm not in ADAPTERS:
-        return weights.algorithm
     name = ADAPTERS.canonical(weights.algorithm)
     return (ALGORITHMS[name].with_dora or f"{name} with DoRA") if "dora_scale" in weights.tensors else name
 

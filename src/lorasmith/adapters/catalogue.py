@@ -1,7 +1,7 @@
 """The algorithms in words: what each is, what `rank` and `alpha` mean to it, which variants and settings it takes.
 
-Plain data without torch, so that help texts and configurations can use it at no cost. The classes are in the modules of
-the same name and take their words from here; a test keeps table and registry together.
+Plain data without torch, so that help texts and configurations can use it at no cost. It is the list of algorithms too:
+the class of each is in the module of its name (`algorithms`).
 """
 
 from __future__ import annotations
