@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from original_models import SMALLEST, save
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import held
