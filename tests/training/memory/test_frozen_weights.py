@@ -121,7 +121,7 @@ def test_it_says_what_products_in_fp8_are_of(
     tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
 ) -> None:
     monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: there)
-    notes = planned(tiny, quantization=kind, quantized_backward=True)[0].notes
+    notes = planned(tiny, quantization=kind, quantized_backward=True).notes
     assert [note for note in notes if re.match(sentence, note)]
 
 
@@ -195,7 +195,7 @@ def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDatase
 
 def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
     for settings in ({"dora": "output"}, {"pissa": True}):
-        plain, coarse = (planned(tiny, quantization=kind, **settings)[0] for kind in ("none", "nf4"))
+        plain, coarse = (planned(tiny, quantization=kind, **settings) for kind in ("none", "nf4"))
         for path, adapter in plain.adapters.items():
             assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
 
