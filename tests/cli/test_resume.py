@@ -24,12 +24,12 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.training.events import Event, EventHandler, StepDone
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runs import records
 from lorasmith.training.runs.fingerprint import fingerprint
 from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.records import RUN_ENTRY
 from lorasmith.training.runs.run_folder import RunFolder
 
 Command = Callable[..., Any]
