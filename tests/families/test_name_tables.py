@@ -97,7 +97,11 @@ def test_the_configuration_of_a_unet_is_read_off_its_shapes(shape: models.UNetSh
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    assert {key: plain(value) for key, value in found.items()} == {**expected, "use_linear_projection": False}
+    assert {key: plain(value) for key, value in found.items()} == {
+        **expected,
+        "use_linear_projection": False,
+        "transformer_layers_per_block": [1] * len(expected["block_out_channels"]),
+    }
 
 
 def test_heads_of_version_2_are_64_wide() -> None:

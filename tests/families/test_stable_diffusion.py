@@ -164,12 +164,13 @@ def test_a_denoiser_alone_says_what_it_cannot_do(tmp_path: Path) -> None:
     model = load_model(save(tmp_path / "unet.safetensors", SMALLEST.unet_tensors()))
 
     with pytest.raises(
-        ModelError, match=r"^this Stable Diffusion 1.x file has no text encoder; load a full checkpoint"
+        ModelError,
+        match=r"^Stable Diffusion 1.x needs the text encoder clip_l, which this model came without",
     ):
         model.text_encoder.encode("a fox")
-    with pytest.raises(ModelError, match=r"file has no autoencoder; load a full checkpoint to encode images$"):
+    with pytest.raises(ModelError, match=r"needs an autoencoder for pictures, which this model came without"):
         model.autoencoder.encode(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ModelError, match=r"file has no autoencoder; load a full checkpoint to decode latents$"):
+    with pytest.raises(ModelError, match=r"needs an autoencoder for pictures, which this model came without"):
         model.autoencoder.decode(torch.zeros(1, 4, 8, 8))
 
 

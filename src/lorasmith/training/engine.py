@@ -49,7 +49,7 @@ def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iter
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(config.deterministic))
-        stack.enter_context(merged_weights(module, denoiser.patches))
+        stack.enter_context(merged_weights(module, denoiser.patches, dtype=torch.float32))
         device, dtype = runtime.device, runtime.dtype
         stream = WeightStream(device) if runtime.offloading else None
         packed = stack.enter_context(kept(module, kind=config.quantization, device=device, dtype=dtype, stream=stream))
@@ -310,7 +310,7 @@ def batch_maker(
         samples=samples,
         schedule=schedule,
         quantiles=quantile_map(config.timesteps, config.timestep_shift, schedule),
-        repeatable_context=denoiser.base.family.repeatable_context,
+        join=denoiser.base.family.join,
         memory_format=memory_format_for(denoiser.module),
         masks=no_masks if dropout is None else dropout.masks,
         config=config,
