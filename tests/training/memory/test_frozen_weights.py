@@ -121,7 +121,7 @@ def test_it_says_what_products_in_fp8_are_of(
     tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
 ) -> None:
     monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: there)
-    notes = planned(tiny, quantization=kind, quantized_backward=True)[0].notes
+    notes = planned(tiny, quantization=kind, quantized_backward=True).notes
     assert [note for note in notes if re.match(sentence, note)]
 
 
@@ -162,7 +162,7 @@ def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: P
         "grad_accumulation_steps": 2,
         "ema_decay": 0.9,
         "gradient_checkpointing": True,
-        "checkpoint_every": 1,
+        "save_state_every": 1,
         "validation_share": 0.3,
         "validation_draws": 2,
         "validate_every": 2,
@@ -195,7 +195,7 @@ def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDatase
 
 def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
     for settings in ({"dora": "output"}, {"pissa": True}):
-        plain, coarse = (planned(tiny, quantization=kind, **settings)[0] for kind in ("none", "nf4"))
+        plain, coarse = (planned(tiny, quantization=kind, **settings) for kind in ("none", "nf4"))
         for path, adapter in plain.adapters.items():
             assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
 
