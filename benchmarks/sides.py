@@ -3,13 +3,13 @@
 Every side does the same work on the same model and the same samples. What is measured of it: seconds a step; bytes that
 the forward pass keeps for the backward pass; bytes at the most above the frozen weights, in which trained weights,
 gradients and optimizer state count for everybody. Bytes are those of torch's tensors, counted as they come and go
-(`lorasmith.bench.counting`), so they are the same each time; on a GPU the second of them is the allocator's.
+(`lorasmith.bench.counting`), so they are the same each time; on a GPU the second of them is the allocator's, which
+counts what libraries take for themselves as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import gc
 from abc import ABC, abstractmethod
@@ -21,24 +21,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.bases import clock
+from benchmarks.bases import clock_of, structural_copy
 from lorasmith.bench.counting import Counter
 from lorasmith.bench.measure import (
-    Counts,
     counted,
     frozen_pass,
     pass_seconds,
     step_seconds,
     training_steps,
 )
+from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event, Shrunk, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.train import recipe_of
 
 Once = Callable[[], None]
+Memory = tuple[int, int]
+"""Bytes that the forward pass keeps, and at the most above the frozen weights."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Work:
 
     Attributes:
         model: the base model.
-        plain: a copy of its denoiser, as diffusers gives it.
+        plain: its denoiser as diffusers gives it, see `structural_copy`.
         samples: a batch.
         settings: of the run, which each side adds to.
         steps: timed of each side in each round.
@@ -60,6 +63,11 @@ class Work:
     device: torch.device
     dtype: torch.dtype
     steps: int
+
+    def timed(self, once: Once, *, warmup: int = 0) -> Sequence[float]:
+        """Seconds of each of a round's steps."""
+        device = self.device
+        return pass_seconds(once, steps=self.steps, warmup=warmup, device=device, clock=clock_of(device)).seconds
 
 
 class Side(ABC):
@@ -99,7 +107,7 @@ class Frozen(Side):
         )
 
     def seconds(self) -> Sequence[float]:
-        return pass_seconds(self._once, steps=self._work.steps, device=self._work.device, clock=clock).seconds
+        return self._work.timed(self._once)
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
         return contextlib.nullcontext(self._once)
@@ -118,7 +126,10 @@ class Ours(Side):
         self.parameters = self.job.parameters
 
     def seconds(self) -> Sequence[float]:
-        return step_seconds(self.job, self._work.samples, self.recipe, warmup=self._warmup, clock=clock).seconds
+        clock = clock_of(self._work.device)
+        return step_seconds(
+            self.job, self._work.samples, self.recipe, warmup=self._warmup, clock=clock, on_event=_as_asked
+        ).seconds
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
         return training_steps(self.job, self._work.samples, self.recipe, counter)
@@ -129,14 +140,14 @@ class Peft(Side):
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._network: Any = copy.deepcopy(work.plain)
+        self._network: Any = structural_copy(work.plain)
         self._kept = contextlib.ExitStack()
         self._once: Once | None = None
 
     def seconds(self) -> Sequence[float]:
         if self._once is None:
             self._once = self._kept.enter_context(self.opened())
-        return pass_seconds(self._once, steps=self._work.steps, device=self._work.device, clock=clock).seconds
+        return self._work.timed(self._once)
 
     def close(self) -> None:
         self._once = None
@@ -188,22 +199,34 @@ def textbook_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def counts_of(side: Side, device: torch.device) -> Counts:
-    """Counts of a step of a side."""
-    return counted(side.opened, device)
+def memory_of(side: Side, device: torch.device) -> Memory:
+    """Memory of a step of a side, which is not being timed."""
+    counts = counted(side.opened, device)
+    return counts.held, counts.peak if device.type == "cpu" else _allocated_peak(side, device)
 
 
-def allocated_peak(side: Side, device: torch.device) -> int:
-    """Bytes of GPU memory at the most in its first steps, above what was there before it was opened."""
+def let_go() -> None:
+    """Give back memory that nobody holds any more, on a GPU to the device."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _allocated_peak(side: Side, device: torch.device) -> int:
+    """Bytes of GPU memory at the most in its first steps, above what was there before it was opened."""
+    let_go()
     before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     with side.opened() as once:
-        torch.cuda.reset_peak_memory_stats(device)
         for _ in range(2):
             once()
         torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _as_asked(event: Event) -> None:
+    """Raises where a run helps itself to other settings than it was measured for."""
+    if isinstance(event, Shrunk | Warned):
+        raise TrainingError(event.message)
 
 
 def resident_peak(side: Side) -> int:

@@ -12,7 +12,7 @@ medians over rounds, so that a busy machine slows all sides. On the CPU the cloc
 Models are described in `benchmarks.bases`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
 pass keeps for the backward pass, `peak` the most above the frozen weights with all that is trained; both are bytes of
 tensors and the same each time (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
-process for each side. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
+process for each side on the CPU. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
 are to LoRA's step.
 """
 
@@ -20,23 +20,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import json
 import multiprocessing
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks.bases import MODELS, machine
-from benchmarks.sides import Frozen, Ours, Peft, Side, Work, allocated_peak, counts_of, resident_peak
+from benchmarks.bases import MODELS, machine, structural_copy
+from benchmarks.results import Results, add_json
+from benchmarks.sides import Frozen, Ours, Peft, Side, Work, let_go, memory_of, resident_peak
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.allocator import keep_freed_memory
+from lorasmith.core.allocator import is_out_of_memory, keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.errors import TrainingError
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import held
 from lorasmith.training.config import TrainConfig
@@ -70,6 +70,7 @@ class Row:
         latent, batch: side of the square latents, and how many.
         seconds: medians of the rounds.
         kept, peak, resident: bytes; None where they were not measured.
+        trouble: why there are no numbers; empty where there are.
     """
 
     name: str
@@ -80,41 +81,58 @@ class Row:
     kept: int | None = None
     peak: int | None = None
     resident: int | None = None
+    trouble: str = ""
 
 
 def main() -> None:
     arguments = _arguments()
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": _set_up(arguments)}))
+    results = Results(arguments, torch=torch.__version__, machine=_set_up(arguments))
+    begin(arguments, results)
     with _model(arguments) as open_work:
-        rows = [
-            row
-            for latent in arguments.latent
-            for batch in arguments.batch
-            for row in compare(arguments, open_work(latent, batch), latent, batch)
-        ]
-    report(arguments, rows)
+        for latent in arguments.latent:
+            for batch in arguments.batch:
+                report(arguments, results, compare(arguments, open_work(latent, batch), latent, batch))
 
 
 def compare(arguments: argparse.Namespace, work: Work, latent: int, batch: int) -> list[Row]:
     """All sides on one batch."""
-    sides = {name: side_of(name, work) for name in arguments.sides}
-    rows = {name: Row(name, latent, batch) for name in sides}
-    names = list(sides)
-    for round_ in range(arguments.rounds + 1):
-        turn = round_ % len(names)  # who comes first after another side pays for what that has left in the caches
-        for name in names[turn:] + names[:turn]:
-            taken = sides[name].seconds()
-            if round_:  # the first round warms caches and lets libraries pick their kernels
-                rows[name].seconds.append(statistics.median(taken))
-    for name, side in sides.items():
-        side.close()
-        counts = counts_of(side, work.device)
-        rows[name].parameters = side.parameters
-        rows[name].kept = counts.held
-        rows[name].peak = counts.peak if work.device.type == "cpu" else allocated_peak(side, work.device)
+    rows = [Row(name, latent, batch) for name in arguments.sides]
+    sides: dict[str, Side] = {}
+
+    def measure_memory(row: Row) -> None:
+        side = sides[row.name] = side_of(row.name, work)
+        row.kept, row.peak = memory_of(side, work.device)
+        row.parameters = side.parameters
         if arguments.memory:
-            rows[name].resident = _in_a_process_of_its_own(arguments, name, latent, batch)
-    return list(rows.values())
+            row.resident = _in_a_process_of_its_own(arguments, row.name, latent, batch)
+
+    def measure_time(row: Row) -> None:
+        row.seconds.append(statistics.median(sides[row.name].seconds()))
+
+    for row in rows:  # memory first: what is too large for the device shows at once
+        _try(measure_memory, row)
+    for round_ in range(arguments.rounds + 1):
+        turn = round_ % len(rows)  # who comes first after another side pays for what that has left in the caches
+        for row in rows[turn:] + rows[:turn]:
+            if not row.trouble:
+                _try(measure_time, row)
+    for side in sides.values():
+        side.close()
+    for row in rows:
+        del row.seconds[:1]  # the first round warms caches and lets libraries pick their kernels
+    return rows
+
+
+def _try(measure: Callable[[Row], None], row: Row) -> None:
+    """Measure, and note in the row if memory or a compiler is missing."""
+    try:
+        measure(row)
+    except (RuntimeError, MemoryError, TrainingError) as error:
+        if not isinstance(error, TrainingError) and not is_out_of_memory(error):
+            raise
+        row.trouble = "does not fit" if is_out_of_memory(error) else str(error)
+    if row.trouble:
+        let_go()  # only now that nothing holds the tensors of what failed
 
 
 def side_of(name: str, work: Work) -> Side:
@@ -126,39 +144,47 @@ def side_of(name: str, work: Work) -> Side:
     return Ours(work, **(OURS[name] if name in OURS else VARIANTS[name]))
 
 
-def report(arguments: argparse.Namespace, rows: list[Row]) -> None:
-    """One table with all rows; ratios are medians over rounds."""
-    memory = " resident, MiB |" * arguments.memory
-    other = "× LoRA | × floor" if arguments.algorithms is not None else "× floor | × (floor + forward)"
-    print(f"\n| latents | batch | side | parameters | step, s | {other} | kept, MiB | peak, MiB |{memory}")
-    print("|---|---|---|---|---|---|---|---|---|" + "---|" * arguments.memory)
+def begin(arguments: argparse.Namespace, results: Results) -> None:
+    """The table that `report` fills."""
+    by_algorithm = arguments.algorithms is not None
+    columns = {"latents": "", "batch": "d", "side": "", "parameters": ",", "step, s": ".4f"}
+    columns |= dict.fromkeys(("× LoRA", "× floor") if by_algorithm else ("× floor", "× (floor + forward)"), ".3f")
+    columns |= {"kept, MiB": ".1f", "peak, MiB": ".1f"} | ({"resident, MiB": ".1f"} if arguments.memory else {})
+    results.table(columns)
+
+
+def report(arguments: argparse.Namespace, results: Results, rows: list[Row]) -> None:
+    """The rows of one batch; ratios are medians over rounds."""
+    beside = {one.name: one.seconds for one in rows if not one.trouble}
+    pair = (("LoRA",), ("floor",)) if arguments.algorithms is not None else (("floor",), ("floor", "forward"))
     for row in rows:
-        beside = {one.name: one.seconds for one in rows if (one.latent, one.batch) == (row.latent, row.batch)}
-        pair = (("LoRA",), ("floor",)) if arguments.algorithms is not None else (("floor",), ("floor", "forward"))
-        ratios = " | ".join(_ratio(row.seconds, *(beside.get(name) for name in names)) for names in pair)
+        title = TITLES.get(row.name, row.name)
         bytes_ = [row.kept, row.peak, *([row.resident] if arguments.memory else [])]
-        print(
-            f"| {row.latent}×{row.latent} | {row.batch} | {TITLES.get(row.name, row.name)} | {row.parameters:,} | "
-            f"{statistics.median(row.seconds):.3f} | {ratios} | "
-            + " | ".join("" if one is None else f"{one / MIB:.1f}" for one in bytes_)
-            + " |"
+        results.add(
+            f"{row.latent}×{row.latent}",
+            row.batch,
+            f"{title}: {row.trouble}" if row.trouble else title,
+            row.parameters,
+            statistics.median(row.seconds) if row.seconds and not row.trouble else None,
+            *(None if row.trouble else _ratio(row.seconds, *map(beside.get, names)) for names in pair),
+            *(None if one is None else one / MIB for one in bytes_),
         )
 
 
-def _ratio(mine: list[float], *others: list[float] | None) -> str:
-    """Empty where one of the others was not measured."""
+def _ratio(mine: list[float], *others: list[float] | None) -> float | None:
+    """None where one of the others was not measured."""
     known = [one for one in others if one is not None]
     if len(known) < len(others):
-        return ""
-    return f"{statistics.median(a / sum(b) for a, *b in zip(mine, *known, strict=True)):.3f}"
+        return None
+    return statistics.median(a / sum(b) for a, *b in zip(mine, *known, strict=True))
 
 
 @contextlib.contextmanager
 def _model(arguments: argparse.Namespace) -> Iterator[Any]:
     """The model as a run holds it: conversions happen once, before its first step. Yields what makes a `Work`."""
     device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
-    model = MODELS[arguments.model](dtype, device)
-    plain = copy.deepcopy(model.components.denoiser)
+    model = MODELS[arguments.model].make(dtype, device)
+    plain = structural_copy(model.components.denoiser)
 
     def work(latent: int, batch: int) -> Work:
         samples = synthetic_samples(model, batch, latent, latent, tokens=arguments.tokens)
@@ -193,7 +219,7 @@ def _set_up(arguments: argparse.Namespace) -> str:
         keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    return machine()
+    return machine(torch.device(arguments.device))
 
 
 def _arguments() -> argparse.Namespace:
@@ -218,7 +244,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of steps takes."""
+    """The options of every benchmark of steps."""
+    add_json(parser)
     parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--tokens", type=int, help="of the text; the family's usual number if left out")
     parser.add_argument("--rank", type=int, default=16)
