@@ -7,17 +7,15 @@
 One thing grows at a time, the others stay at `--latent`, `--at-batch` and `--rank`. Columns are those of
 `benchmarks.step_time`. `--offloading` leaves the frozen weights in host memory and streams them to the device, which on
 the CPU are copies that are counted as a GPU would hold them: the table has the most of them that were there at a time,
-beside all of them.
+beside all of them. What a GPU's allocator says of it is in `benchmarks.levers`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.bases import MODELS, machine
-from benchmarks.sides import Ours, Work, counts_of
+from benchmarks.bases import MODELS, machine, structural_copy
+from benchmarks.results import Results
+from benchmarks.sides import Ours, Work, memory_of
 from benchmarks.step_time import MIB, add_common
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.allocator import keep_freed_memory
@@ -45,10 +44,10 @@ def main() -> None:
         keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine()}, default=str))
     device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
-    model = MODELS[arguments.model](dtype, device)
-    plain = model.components.denoiser if arguments.offloading else copy.deepcopy(model.components.denoiser)
+    results = Results(arguments, torch=torch.__version__, machine=machine(device))
+    model = MODELS[arguments.model].make(dtype, device)
+    plain = structural_copy(model.components.denoiser)
 
     def work(latent: int, batch: int, rank: int) -> Work:
         samples = synthetic_samples(model, batch, latent, latent, tokens=arguments.tokens)
@@ -56,42 +55,35 @@ def main() -> None:
         return Work(model, plain, samples, settings, device, dtype, arguments.steps)
 
     if arguments.offloading:
-        _offloaded(work(arguments.latent, arguments.at_batch, arguments.rank))
+        _offloaded(work(arguments.latent, arguments.at_batch, arguments.rank), results)
         return
+    results.table({"grows": "", "to": "d", "step, s": ".4f", "× the first": ".2f", "kept, MiB": ".1f", "peak, MiB": ".1f"})
+    at = {"batch": arguments.at_batch, "latents": arguments.latent, "rank": arguments.rank}
+    growing = {"batch": arguments.batches, "latents": arguments.latents, "rank": arguments.ranks}
+    curves: dict[str, list[Point]] = {}
     with held(model.components.denoiser, device=device, dtype=dtype):
-        curves = {
-            "batch": _curve(arguments, arguments.batches, lambda n: work(arguments.latent, n, arguments.rank)),
-            "latents": _curve(arguments, arguments.latents, lambda n: work(n, arguments.at_batch, arguments.rank)),
-            "rank": _curve(arguments, arguments.ranks, lambda n: work(arguments.latent, arguments.at_batch, n)),
-        }
-    _report(curves)
+        for name, values in growing.items():
+            points = [{**at, name: value} for value in values]
+            curves[name] = _curve(arguments, values, [work(one["latents"], one["batch"], one["rank"]) for one in points])
+            for value, seconds, kept, peak in curves[name]:
+                results.add(name, value, seconds, seconds / curves[name][0][1], kept / MIB, peak / MIB)
     if arguments.plot:
         _plot(curves, arguments.plot)
 
 
-def _curve(arguments: argparse.Namespace, values: list[int], work: Callable[[int], Work]) -> list[Point]:
-    sides = {value: Ours(work(value)) for value in values}
+def _curve(arguments: argparse.Namespace, values: list[int], works: list[Work]) -> list[Point]:
+    sides = {value: Ours(work) for value, work in zip(values, works, strict=True)}
     seconds: dict[int, list[float]] = {value: [] for value in values}
     for round_ in range(arguments.rounds + 1):
         for value, side in sides.items():
             taken = statistics.median(side.seconds())
             if round_:
                 seconds[value].append(taken)
-    device = torch.device(arguments.device)
-    counts = {value: counts_of(side, device) for value, side in sides.items()}
-    return [(value, statistics.median(seconds[value]), counts[value].held, counts[value].peak) for value in values]
+    memory = {value: memory_of(side, torch.device(arguments.device)) for value, side in sides.items()}
+    return [(value, statistics.median(seconds[value]), *memory[value]) for value in values]
 
 
-def _report(curves: dict[str, list[Point]]) -> None:
-    print("\n| grows | to | step, s | × the first | kept, MiB | peak, MiB |")
-    print("|---|---|---|---|---|---|")
-    for name, points in curves.items():
-        for value, seconds, kept, peak in points:
-            ratio = seconds / points[0][1]
-            print(f"| {name} | {value} | {seconds:.3f} | {ratio:.2f} | {kept / MIB:.1f} | {peak / MIB:.1f} |")
-
-
-def _offloaded(work: Work) -> None:
+def _offloaded(work: Work, results: Results) -> None:
     """Some steps with weights in host memory: the most that was on the device, against all."""
     with _recorded_streams() as streams:
         side = Ours(work, offloading=True)
@@ -102,9 +94,9 @@ def _offloaded(work: Work) -> None:
                 once()
             peak = streams[0].resident.peak
             rest = weight_bytes(work.model.components.denoiser) - streams[0].ahead_bytes
-    print("\n| frozen weights, MiB | streamed, at most at a time, MiB | always there, MiB | share |")
-    print("|---|---|---|---|")
-    print(f"| {whole / MIB:.1f} | {peak / MIB:.1f} | {rest / MIB:.1f} | {(peak + rest) / whole:.3f} |")
+    columns = dict.fromkeys(("frozen weights, MiB", "streamed, at most at a time, MiB", "always there, MiB"), ".1f")
+    results.table(columns | {"share": ".3f"})
+    results.add(whole / MIB, peak / MIB, rest / MIB, (peak + rest) / whole)
 
 
 @contextlib.contextmanager
