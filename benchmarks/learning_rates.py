@@ -11,8 +11,8 @@ of the model's own rate for LoRA. Three numbers tell whether a rate is too low, 
     python -m benchmarks.learning_rates --algorithms LoKr OFT --multiples 3 10 30
     python -m benchmarks.learning_rates --multiples default --sheet algorithms.png
 
-`default` is the rate that a run takes when none is given. LoRAs are kept in `--output`, so that a sweep that was
-interrupted, or that goes on with more rates, trains no run twice.
+`default` is the rate of a run for which none is given. With `--output` LoRAs are kept, so that a sweep that was
+interrupted, or is repeated with more rates, trains no run twice.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def main() -> None:
 
 def _trained(name: str, rate: float, model: Model, data: EncodedDataset, arguments: argparse.Namespace) -> Lora | None:
     """The LoRA of a run, read if it is there already; None where the loss became infinite."""
-    path = arguments.output / f"{name}-{arguments.steps}-steps-{rate:.3g}.safetensors"
-    if path.exists():
+    path = arguments.output and arguments.output / f"{name}-{arguments.steps}-steps-{rate:.3g}.safetensors"
+    if path is not None and path.exists():
         return Lora.load(path, model)
     try:
         result = train(
@@ -108,8 +108,9 @@ def _trained(name: str, rate: float, model: Model, data: EncodedDataset, argumen
         )
     except TrainingError:
         return None
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    result.lora.save(path)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.lora.save(path)
     return result.lora
 
 
@@ -137,7 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning-rates"), help="where LoRAs are kept")
+    parser.add_argument("--output", type=Path, help="folder where LoRAs are kept, and taken from if they are there")
     add_json(parser)
     parser.add_argument("--sheet", type=Path, help="PNG of the pictures of all runs, one row for each")
     return parser.parse_args()

@@ -1,11 +1,12 @@
-"""What each lever on memory and speed costs and saves: seconds of a step, and all memory of the device, weights included.
+"""What levers on memory and speed cost and save: seconds of a step, and all memory of the device with the weights.
 
     python -m benchmarks.levers --model sd15 --latent 64 --batch 1 4
     python -m benchmarks.levers --model flux-12b --levers none int8 nf4 offloading
 
-The model waits in host memory, as after loading, so that the device holds what a run has put there and nothing else: on a
-GPU `weights` are the frozen ones there, `peak` is the allocator's, and what libraries take for themselves counts. On the
-CPU, where `host` and `offloading` change nothing, `peak` are bytes of tensors as in `benchmarks.step_time`.
+The model waits in host memory, as after loading, so that the device holds what a run has put there and nothing else: on
+a GPU `weights` are the frozen ones there, `peak` is the allocator's from the run's preparation on, and what libraries
+take for themselves counts. On the CPU, where `host` and `offloading` change nothing, `peak` are bytes of tensors as in
+`benchmarks.step_time`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 
 from benchmarks.bases import MODELS, clock_of, machine
 from benchmarks.results import Results
-from benchmarks.sides import let_go
-from benchmarks.step_time import MIB, add_common
+from benchmarks.sides import MIB, let_go
+from benchmarks.step_time import add_common
 from lorasmith.bench.measure import counted, pass_seconds, synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.allocator import is_out_of_memory, keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
@@ -38,10 +39,10 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "int8": {"quantization": "int8"},
     "nf4": {"quantization": "nf4"},
     "fp8": {"quantization": "fp8_e4m3"},
-    "fp8 products": {"quantization": "fp8_e4m3", "quantized_backward": True},
+    "fp8-products": {"quantization": "fp8_e4m3", "quantized_backward": True},
     "offloading": {"offloading": True},
-    "offloading, int8": {"offloading": True, "quantization": "int8"},
-    "nf4, checkpointing": {"quantization": "nf4", "gradient_checkpointing": True},
+    "offloading-int8": {"offloading": True, "quantization": "int8"},
+    "nf4-checkpointing": {"quantization": "nf4", "gradient_checkpointing": True},
 }
 """Levers by name → settings of the run. `compile` is a side of `benchmarks.step_time`."""
 

@@ -1,7 +1,7 @@
 """Tables of a benchmark: printed as Markdown row by row, and kept as JSON as they grow.
 
-The JSON file is written again after each row, so that a benchmark that is killed leaves the rows that it had. Nothing but
-the standard library is imported: `benchmarks.gpu` reads these files before it knows what is installed.
+The JSON file is written again after each row, so that a benchmark that is killed leaves the rows that it had. Nothing
+but the standard library is imported: `benchmarks.gpu` reads these files before it knows what is installed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +77,7 @@ def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

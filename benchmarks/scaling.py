@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +25,14 @@ import torch
 
 from benchmarks.bases import MODELS, machine, structural_copy
 from benchmarks.results import Results
-from benchmarks.sides import Ours, Work, memory_of
-from benchmarks.step_time import MIB, add_common
+from benchmarks.sides import MIB, Found, Ours, Work, compared
+from benchmarks.step_time import add_common
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
 from lorasmith.training import engine
 from lorasmith.training.memory.weight_stream import WeightStream
-
-Point = tuple[int, float, int, int]
-"""What grows, median seconds, bytes kept for the backward pass, bytes at the most above the weights."""
 
 
 def main() -> None:
@@ -57,30 +54,24 @@ def main() -> None:
     if arguments.offloading:
         _offloaded(work(arguments.latent, arguments.at_batch, arguments.rank), results)
         return
-    results.table({"grows": "", "to": "d", "step, s": ".4f", "× the first": ".2f", "kept, MiB": ".1f", "peak, MiB": ".1f"})
+    columns = {"grows": "", "to": "d", "step, s": ".4f", "× the first": ".2f"}
+    results.table(columns | {"kept, MiB": ".1f", "peak, MiB": ".1f"})
     at = {"batch": arguments.at_batch, "latents": arguments.latent, "rank": arguments.rank}
     growing = {"batch": arguments.batches, "latents": arguments.latents, "rank": arguments.ranks}
-    curves: dict[str, list[Point]] = {}
+    curves: dict[str, dict[int, Found]] = {}
     with held(model.components.denoiser, device=device, dtype=dtype):
         for name, values in growing.items():
-            points = [{**at, name: value} for value in values]
-            curves[name] = _curve(arguments, values, [work(one["latents"], one["batch"], one["rank"]) for one in points])
-            for value, seconds, kept, peak in curves[name]:
-                results.add(name, value, seconds, seconds / curves[name][0][1], kept / MIB, peak / MIB)
+            points = {value: {**at, name: value} for value in values}
+            makers = {
+                value: functools.partial(lambda one: Ours(work(one["latents"], one["batch"], one["rank"])), point)
+                for value, point in points.items()
+            }
+            curves[name] = compared(makers, device, arguments.rounds)
+            first = curves[name][values[0]]
+            for value, one in curves[name].items():
+                results.add(one.titled(name), value, one.step, one.ratio(first), *one.mib)
     if arguments.plot:
         _plot(curves, arguments.plot)
-
-
-def _curve(arguments: argparse.Namespace, values: list[int], works: list[Work]) -> list[Point]:
-    sides = {value: Ours(work) for value, work in zip(values, works, strict=True)}
-    seconds: dict[int, list[float]] = {value: [] for value in values}
-    for round_ in range(arguments.rounds + 1):
-        for value, side in sides.items():
-            taken = statistics.median(side.seconds())
-            if round_:
-                seconds[value].append(taken)
-    memory = {value: memory_of(side, torch.device(arguments.device)) for value, side in sides.items()}
-    return [(value, statistics.median(seconds[value]), *memory[value]) for value in values]
 
 
 def _offloaded(work: Work, results: Results) -> None:
@@ -112,20 +103,20 @@ def _recorded_streams() -> Iterator[list[WeightStream]]:
         yield made
 
 
-def _plot(curves: dict[str, list[Point]], path: Path) -> None:
+def _plot(curves: dict[str, dict[int, Found]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, points) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
-        values = [point[0] for point in points]
-        axes.plot(values, [point[1] for point in points], color="#1f5fa8", marker="o")
+    for axes, (name, found) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        points = {value: (one.step, one.peak / MIB) for value, one in found.items() if one.step and one.peak}
+        axes.plot(list(points), [step for step, _ in points.values()], color="#1f5fa8", marker="o")
         axes.set_xlabel({"latents": "side of the latents"}.get(name, name))
         axes.set_ylabel("seconds a step", color="#1f5fa8")
         axes.set_ylim(bottom=0)
         memory = axes.twinx()
-        memory.plot(values, [point[3] / MIB for point in points], color="#c0562b", marker="s")
+        memory.plot(list(points), [peak for _, peak in points.values()], color="#c0562b", marker="s")
         memory.set_ylabel("peak above weights, MiB", color="#c0562b")
         memory.set_ylim(bottom=0)
     figure.savefig(path)

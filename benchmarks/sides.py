@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from lorasmith.bench.measure import (
     step_seconds,
     training_steps,
 )
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import collate
@@ -39,9 +41,9 @@ from lorasmith.training.events import Event, Shrunk, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.train import recipe_of
 
+MIB = 2**20
 Once = Callable[[], None]
-Memory = tuple[int, int]
-"""Bytes that the forward pass keeps, and at the most above the frozen weights."""
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -199,10 +201,91 @@ def textbook_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def memory_of(side: Side, device: torch.device) -> Memory:
-    """Memory of a step of a side, which is not being timed."""
-    counts = counted(side.opened, device)
-    return counts.held, counts.peak if device.type == "cpu" else _allocated_peak(side, device)
+@dataclass
+class Found:
+    """What was measured of a side.
+
+    Attributes:
+        parameters: trained numbers.
+        seconds: of a step, the median of each round.
+        kept, peak: bytes that the forward pass keeps, and at the most above the frozen weights.
+        trouble: why there are no numbers; empty where there are.
+    """
+
+    parameters: int = 0
+    seconds: list[float] = field(default_factory=list)
+    kept: int | None = None
+    peak: int | None = None
+    trouble: str = ""
+
+    def titled(self, title: str) -> str:
+        """A title that says what the trouble was."""
+        return f"{title}: {self.trouble}" if self.trouble else title
+
+    @property
+    def mib(self) -> list[float | None]:
+        """Kept and peak memory in MiB."""
+        return [None if size is None else size / MIB for size in (self.kept, self.peak)]
+
+    def ratio(self, *others: Found | None) -> float | None:
+        """Seconds to those of others together, the median over rounds; None where one of them was not measured."""
+        known = [one.seconds for one in others if one is not None]
+        if len(known) < len(others) or not self.seconds or not all(known):
+            return None
+        return statistics.median(a / sum(b) for a, *b in zip(self.seconds, *known, strict=True))
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a step, the median over rounds."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, rounds: int) -> dict[Name, Found]:
+    """Memory of each side, then seconds of all in alternating rounds.
+
+    Args:
+        makers: what makes a side, by its name. One that needs more memory than there is has `trouble`, and no more.
+        device: where they run.
+        rounds: how many, besides a first one that warms caches and lets libraries pick their kernels.
+    """
+    found = {name: Found() for name in makers}
+    sides: dict[Name, Side] = {}
+
+    def measure_memory(name: Name) -> None:
+        sides[name] = makers[name]()
+        counts = counted(sides[name].opened, device)
+        found[name].kept = counts.held
+        found[name].peak = counts.peak if device.type == "cpu" else _allocated_peak(sides[name], device)
+        found[name].parameters = sides[name].parameters
+
+    def measure_time(name: Name) -> None:
+        found[name].seconds.append(statistics.median(sides[name].seconds()))
+
+    names = list(makers)
+    for name in names:  # memory first: what is too large for the device shows at once
+        found[name].trouble = _trouble(measure_memory, name)
+    for round_ in range(rounds + 1):
+        turn = round_ % len(names)  # who comes first after another side pays for what that has left in the caches
+        for name in names[turn:] + names[:turn]:
+            found[name].trouble = found[name].trouble or _trouble(measure_time, name)
+    for side in sides.values():
+        side.close()
+    for one in found.values():
+        one.seconds = [] if one.trouble else one.seconds[1:]
+    return found
+
+
+def _trouble(measure: Callable[[Any], None], name: object) -> str:
+    """Measure; what to say if memory or a compiler is missing."""
+    try:
+        measure(name)
+        return ""
+    except (RuntimeError, MemoryError, TrainingError) as error:
+        if not isinstance(error, TrainingError) and not is_out_of_memory(error):
+            raise
+        trouble = "does not fit" if is_out_of_memory(error) else str(error)
+    let_go()  # only now that nothing holds the tensors of what failed
+    return trouble
 
 
 def let_go() -> None:

@@ -12,7 +12,7 @@ medians over rounds, so that a busy machine slows all sides. On the CPU the cloc
 Models are described in `benchmarks.bases`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
 pass keeps for the backward pass, `peak` the most above the frozen weights with all that is trained; both are bytes of
 tensors and the same each time (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
-process for each side on the CPU. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
+process for each side. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
 are to LoRA's step.
 """
 
@@ -20,23 +20,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks.bases import MODELS, machine, structural_copy
 from benchmarks.results import Results, add_json
-from benchmarks.sides import Frozen, Ours, Peft, Side, Work, let_go, memory_of, resident_peak
+from benchmarks.sides import MIB, Frozen, Ours, Peft, Side, Work, compared, resident_peak
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.allocator import is_out_of_memory, keep_freed_memory
+from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.errors import TrainingError
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import held
 from lorasmith.training.config import TrainConfig
@@ -59,80 +57,36 @@ OURS: dict[str, dict[str, Any]] = {
 SIDES = ("forward", "floor", *OURS, "peft")
 TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean", "selective": "lorasmith, selective",
           "compile": "lorasmith, compiled", "peft": "diffusers + PEFT"}  # fmt: skip
-MIB = 2**20
-
-
-@dataclass
-class Row:
-    """What is known of a side on a batch.
-
-    Attributes:
-        latent, batch: side of the square latents, and how many.
-        seconds: medians of the rounds.
-        kept, peak, resident: bytes; None where they were not measured.
-        trouble: why there are no numbers; empty where there are.
-    """
-
-    name: str
-    latent: int
-    batch: int
-    parameters: int = 0
-    seconds: list[float] = field(default_factory=list)
-    kept: int | None = None
-    peak: int | None = None
-    resident: int | None = None
-    trouble: str = ""
 
 
 def main() -> None:
     arguments = _arguments()
     results = Results(arguments, torch=torch.__version__, machine=_set_up(arguments))
-    begin(arguments, results)
+    by_algorithm = arguments.algorithms is not None
+    columns = {"latents": "", "batch": "d", "side": "", "parameters": ",", "step, s": ".4f"}
+    columns |= dict.fromkeys(("× LoRA", "× floor") if by_algorithm else ("× floor", "× (floor + forward)"), ".3f")
+    columns |= {"kept, MiB": ".1f", "peak, MiB": ".1f"} | ({"resident, MiB": ".1f"} if arguments.memory else {})
+    results.table(columns)
+    others = (("LoRA",), ("floor",)) if by_algorithm else (("floor",), ("floor", "forward"))
     with _model(arguments) as open_work:
         for latent in arguments.latent:
             for batch in arguments.batch:
-                report(arguments, results, compare(arguments, open_work(latent, batch), latent, batch))
-
-
-def compare(arguments: argparse.Namespace, work: Work, latent: int, batch: int) -> list[Row]:
-    """All sides on one batch."""
-    rows = [Row(name, latent, batch) for name in arguments.sides]
-    sides: dict[str, Side] = {}
-
-    def measure_memory(row: Row) -> None:
-        side = sides[row.name] = side_of(row.name, work)
-        row.kept, row.peak = memory_of(side, work.device)
-        row.parameters = side.parameters
-        if arguments.memory:
-            row.resident = _in_a_process_of_its_own(arguments, row.name, latent, batch)
-
-    def measure_time(row: Row) -> None:
-        row.seconds.append(statistics.median(sides[row.name].seconds()))
-
-    for row in rows:  # memory first: what is too large for the device shows at once
-        _try(measure_memory, row)
-    for round_ in range(arguments.rounds + 1):
-        turn = round_ % len(rows)  # who comes first after another side pays for what that has left in the caches
-        for row in rows[turn:] + rows[:turn]:
-            if not row.trouble:
-                _try(measure_time, row)
-    for side in sides.values():
-        side.close()
-    for row in rows:
-        del row.seconds[:1]  # the first round warms caches and lets libraries pick their kernels
-    return rows
-
-
-def _try(measure: Callable[[Row], None], row: Row) -> None:
-    """Measure, and note in the row if memory or a compiler is missing."""
-    try:
-        measure(row)
-    except (RuntimeError, MemoryError, TrainingError) as error:
-        if not isinstance(error, TrainingError) and not is_out_of_memory(error):
-            raise
-        row.trouble = "does not fit" if is_out_of_memory(error) else str(error)
-    if row.trouble:
-        let_go()  # only now that nothing holds the tensors of what failed
+                work = open_work(latent, batch)
+                makers = {name: functools.partial(side_of, name, work) for name in arguments.sides}
+                found = compared(makers, work.device, arguments.rounds)
+                for name, one in found.items():
+                    ratios = [one.ratio(*map(found.get, names)) for names in others]
+                    resident = [_resident_mib(arguments, name, latent, batch)] if arguments.memory else []
+                    results.add(
+                        f"{latent}×{latent}",
+                        batch,
+                        one.titled(TITLES.get(name, name)),
+                        one.parameters,
+                        one.step,
+                        *ratios,
+                        *one.mib,
+                        *resident,
+                    )
 
 
 def side_of(name: str, work: Work) -> Side:
@@ -151,32 +105,6 @@ def begin(arguments: argparse.Namespace, results: Results) -> None:
     columns |= dict.fromkeys(("× LoRA", "× floor") if by_algorithm else ("× floor", "× (floor + forward)"), ".3f")
     columns |= {"kept, MiB": ".1f", "peak, MiB": ".1f"} | ({"resident, MiB": ".1f"} if arguments.memory else {})
     results.table(columns)
-
-
-def report(arguments: argparse.Namespace, results: Results, rows: list[Row]) -> None:
-    """The rows of one batch; ratios are medians over rounds."""
-    beside = {one.name: one.seconds for one in rows if not one.trouble}
-    pair = (("LoRA",), ("floor",)) if arguments.algorithms is not None else (("floor",), ("floor", "forward"))
-    for row in rows:
-        title = TITLES.get(row.name, row.name)
-        bytes_ = [row.kept, row.peak, *([row.resident] if arguments.memory else [])]
-        results.add(
-            f"{row.latent}×{row.latent}",
-            row.batch,
-            f"{title}: {row.trouble}" if row.trouble else title,
-            row.parameters,
-            statistics.median(row.seconds) if row.seconds and not row.trouble else None,
-            *(None if row.trouble else _ratio(row.seconds, *map(beside.get, names)) for names in pair),
-            *(None if one is None else one / MIB for one in bytes_),
-        )
-
-
-def _ratio(mine: list[float], *others: list[float] | None) -> float | None:
-    """None where one of the others was not measured."""
-    known = [one for one in others if one is not None]
-    if len(known) < len(others):
-        return None
-    return statistics.median(a / sum(b) for a, *b in zip(mine, *known, strict=True))
 
 
 @contextlib.contextmanager
@@ -200,9 +128,10 @@ def _model(arguments: argparse.Namespace) -> Iterator[Any]:
         yield work
 
 
-def _in_a_process_of_its_own(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> int:
+def _resident_mib(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> float:
+    """Measured in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_resident, arguments, name, latent, batch).result()
+        return pool.submit(_resident, arguments, name, latent, batch).result() / MIB
 
 
 def _resident(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> int:
