@@ -127,7 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--quantized-backward", action="store_true", help="multiply in fp8 where weights are, on GPUs")
     parser.add_argument("--images", default="high-contrast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

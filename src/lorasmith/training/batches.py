@@ -140,7 +140,7 @@ class BatchMaker:
             level=level.to(self.device),
             conditioning=collate([sample.conditioning for sample in samples]).to(self.device, self.dtype),
             names=tuple(sample.name for sample in samples),
-            masks=None if masks is None else masks.to(self.device, self.dtype),
+            masks=None if masks is None else masks.to(self.device, self.dtype, non_blocking=True),
             draws=tuple(draws),
             indices=tuple(indices),
             quantiles=tuple(quantiles.tolist()),
