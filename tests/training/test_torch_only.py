@@ -10,7 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
-sys.modules.update(dict.fromkeys(("diffusers", "transformers", "accelerate")))  # importing them is an error
+from importlib import metadata
+ABSENT = ("diffusers", "transformers", "accelerate")
+sys.modules.update(dict.fromkeys(ABSENT))  # importing them is an error
+known = metadata.version
+def version(name):
+    if name in ABSENT:
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.version = version
 from tests.training.plain_torch_run import main
 main()
 """
