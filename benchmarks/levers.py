@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.bases import MODELS, clock_of, machine
-from benchmarks.results import Results
+from benchmarks.bases import MODELS, clock_of
 from benchmarks.sides import MIB, let_go
-from benchmarks.step_time import add_common
+from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import counted, pass_seconds, synthetic_samples, training_steps, weight_bytes
-from lorasmith.core.allocator import is_out_of_memory, keep_freed_memory
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
@@ -52,12 +51,8 @@ _WARMUP = 2
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.keep_memory:
-        keep_freed_memory()
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    torch.manual_seed(0)
+    results = begin(arguments)
     device = torch.device(arguments.device)
-    results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = MODELS[arguments.model].make(dtype_from_name(arguments.dtype), device)
     model.components.denoiser.to("cpu")
     let_go()

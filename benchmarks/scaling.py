@@ -23,12 +23,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks.bases import MODELS, machine, structural_copy
+from benchmarks.bases import MODELS, structural_copy
 from benchmarks.results import Results
 from benchmarks.sides import MIB, Found, Ours, Work, compared
-from benchmarks.step_time import add_common
+from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
-from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
 from lorasmith.training import engine
@@ -37,12 +36,8 @@ from lorasmith.training.memory.weight_stream import WeightStream
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.keep_memory:
-        keep_freed_memory()
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    torch.manual_seed(0)
+    results = begin(arguments)
     device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
-    results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = MODELS[arguments.model].make(dtype, device)
     plain = structural_copy(model.components.denoiser)
 

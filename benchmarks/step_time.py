@@ -61,7 +61,7 @@ TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean"
 
 def main() -> None:
     arguments = _arguments()
-    results = Results(arguments, torch=torch.__version__, machine=_set_up(arguments))
+    results = begin(arguments)
     by_algorithm = arguments.algorithms is not None
     columns = {"latents": "", "batch": "d", "side": "", "parameters": ",", "step, s": ".4f"}
     columns |= dict.fromkeys(("× LoRA", "× floor") if by_algorithm else ("× floor", "× (floor + forward)"), ".3f")
@@ -96,15 +96,6 @@ def side_of(name: str, work: Work) -> Side:
     if name == "peft":
         return Peft(work)
     return Ours(work, **(OURS[name] if name in OURS else VARIANTS[name]))
-
-
-def begin(arguments: argparse.Namespace, results: Results) -> None:
-    """The table that `report` fills."""
-    by_algorithm = arguments.algorithms is not None
-    columns = {"latents": "", "batch": "d", "side": "", "parameters": ",", "step, s": ".4f"}
-    columns |= dict.fromkeys(("× LoRA", "× floor") if by_algorithm else ("× floor", "× (floor + forward)"), ".3f")
-    columns |= {"kept, MiB": ".1f", "peak, MiB": ".1f"} | ({"resident, MiB": ".1f"} if arguments.memory else {})
-    results.table(columns)
 
 
 @contextlib.contextmanager
@@ -143,12 +134,11 @@ def _resident(arguments: argparse.Namespace, name: str, latent: int, batch: int)
         return resident_peak(side_of(name, work))
 
 
-def _set_up(arguments: argparse.Namespace) -> str:
+def _set_up(arguments: argparse.Namespace) -> None:
     if arguments.keep_memory:
         keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    return machine(torch.device(arguments.device))
 
 
 def _arguments() -> argparse.Namespace:
@@ -170,6 +160,12 @@ def _arguments() -> argparse.Namespace:
         usual = [name for name in SIDES if name != "compile" and set(OURS.get(name, ())) <= set(known)]
         arguments.sides = [*(arguments.sides or usual), *(["compile"] if arguments.compile else [])]
     return arguments
+
+
+def begin(arguments: argparse.Namespace) -> Results:
+    """Set memory, threads and seed as the options of `add_common` say; what every benchmark of steps begins with."""
+    _set_up(arguments)
+    return Results(arguments, torch=torch.__version__, machine=machine(torch.device(arguments.device)))
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
