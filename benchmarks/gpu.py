@@ -41,6 +41,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ROOT / "build" / "gpu-packages"
 """Where wheels are unpacked."""
 
+_GRACE_S = 15
+"""For a part that is asked to end, before it is killed."""
+
 _LAST_LINES = 40
 """Of a part that did not pass, in the results."""
 
@@ -196,8 +199,8 @@ def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: b
         minutes = one.minutes * (4 if rehearsed else 1)  # for where it is rehearsed, other work may be going on
         return Part(name, ("-m", f"benchmarks.{one.module}", *more, *options, *device), minutes)
 
-    tests = ("-m", "pytest", "-m", "gpu", "-q", "-rfE", "--color=no", *arguments.tests)
-    yield Part("tests", tests, 5, report="--junit-xml")
+    tests = ("-m", "pytest", "-m", "gpu", "-v", "-rfE", "--color=no", *arguments.tests)
+    yield Part("tests", tests, 6, report="--junit-xml")
     for one in FOR_EACH_FAMILY:
         for model, (latent, batches, rehearsal) in models.items():
             base = ("--model", rehearsal, "--latent", "8") if rehearsed else ("--model", model, "--latent", str(latent))
@@ -318,6 +321,9 @@ def _outcome(command: Sequence[str], log: int, limit: float) -> str:
         try:
             return "passed" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest then reports the tests that it has run
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
             return "over time"
         finally:
             with contextlib.suppress(ProcessLookupError):
