@@ -34,7 +34,6 @@ from lorasmith.bench.measure import (
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Shrunk, Warned
@@ -171,7 +170,9 @@ class Peft(Side):
             optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.parameters = sum(p.numel() for p in trained)
         latents = torch.stack([sample.latents for sample in work.samples]).to(work.device, work.dtype)
-        conditioning = collate([sample.conditioning for sample in work.samples]).to(work.device, work.dtype)
+        conditioning = work.model.family.join([sample.conditioning for sample in work.samples]).to(
+            work.device, work.dtype
+        )
         schedule = work.model.components.schedule
         time = schedule.at(torch.full((len(latents),), 0.5)).to(work.device).time
         autocast = torch.autocast(work.device.type, work.dtype, enabled=work.dtype != torch.float32)

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
 import pytest
+import torch
 from hypothesis import settings
 
 from lorasmith.families.base import Conditioning
@@ -20,8 +21,8 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def tiny() -> Model:
-    """The model that comes with the package. Nothing may change it."""
-    return load_model(BUILT_IN)
+    """The model that comes with the package, in fp32. Nothing may change it."""
+    return load_model(BUILT_IN, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from lorasmith.bench.counting import Counter
 from lorasmith.core.placement import held
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.batches import prefetched
 from lorasmith.training.engine import Engine, Recipe, batch_maker
@@ -113,14 +113,16 @@ class Parts:
 def synthetic_samples(
     model: Model, count: int, height: int, width: int, *, tokens: int | None = None, seed: int = 0
 ) -> tuple[Sample, ...]:
-    """Random latents (channels, height, width) with conditioning of the usual length, or of so many tokens."""
+    """Random latents of so many rows and columns with conditioning of the usual length, or of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
     if tokens is not None:
         shapes["context"] = (1, tokens, *shapes["context"][2:])
 
     def sample(index: int) -> Sample:
-        latents = torch.randn(model.components.latent.channels, height, width, generator=generator)
+        latent = model.components.latent
+        shape = latent.shape(height * latent.downscale, width * latent.downscale)
+        latents = torch.randn(shape, generator=generator)
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         return Sample(latents, Conditioning(tensors), f"random {index}")
 
@@ -138,7 +140,7 @@ def frozen_pass(
 ) -> Callable[[], None]:
     """A function that takes all samples through a frozen `module`, and back to the latents."""
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
-    conditioning = collate([sample.conditioning for sample in samples]).to(device, dtype)
+    conditioning = denoiser.base.family.join([sample.conditioning for sample in samples]).to(device, dtype)
     schedule = denoiser.base.components.schedule
     level = schedule.at(torch.full((len(samples),), 0.5)).to(device)
 

@@ -18,7 +18,7 @@ from lorasmith.core.random import keyed_normal, keyed_permutation
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule
 from lorasmith.diffusion.timesteps import QuantileMap, uniform_numbers
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.base import Conditioning
 
 __all__ = ["Batch", "BatchMaker", "no_masks", "prefetched"]
 
@@ -28,7 +28,7 @@ class Batch:
     """Samples that go through the denoiser together.
 
     Attributes:
-        clean, noise, noised: fp32 (batch, channels, height, width).
+        clean, noise, noised: fp32 (batch, channels, [frames,] height, width).
         level: their noise levels.
         conditioning: one batch.
         names: the samples' names.
@@ -64,7 +64,7 @@ class BatchMaker:
         schedule: the noise schedule in training.
         quantiles: where uniform numbers fall on it.
         seed: key of everything drawn.
-        repeatable_context: whether captions of different length may share a forward pass; see `Family`.
+        join: makes one batch of several samples' conditionings; see `Family.join`.
         batch_size: draws per forward pass.
         accumulation: forward passes per step.
         device, dtype: where the denoiser runs and the dtype of its conditioning.
@@ -79,7 +79,7 @@ class BatchMaker:
     schedule: NoiseSchedule
     quantiles: QuantileMap
     seed: int
-    repeatable_context: bool
+    join: Callable[[Sequence[Conditioning]], Conditioning]
     batch_size: int
     accumulation: int
     device: torch.device
@@ -118,9 +118,9 @@ class BatchMaker:
         return batches
 
     def _kind(self, conditioning: Conditioning) -> object:
-        """What must agree between conditionings of a batch: tensors, shapes, the context's length if it matters."""
+        """What must agree between conditionings of a batch: tensors and shapes, but for the context's length."""
         return frozenset(
-            (key, tensor.shape[2:] if key == "context" and self.repeatable_context else tensor.shape)
+            (key, tensor.shape[2:] if key == "context" else tensor.shape)
             for key, tensor in conditioning.tensors.items()
         )
 
@@ -138,7 +138,7 @@ class BatchMaker:
             noise=self._placed(noise),
             noised=self._placed(level.noised(clean, noise)),
             level=level.to(self.device),
-            conditioning=collate([sample.conditioning for sample in samples]).to(self.device, self.dtype),
+            conditioning=self.join([sample.conditioning for sample in samples]).to(self.device, self.dtype),
             names=tuple(sample.name for sample in samples),
             masks=None if masks is None else masks.to(self.device, self.dtype, non_blocking=True),
             draws=tuple(draws),
@@ -149,7 +149,9 @@ class BatchMaker:
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
         noise = keyed_normal(shape, self.seed, "noise", draw)
         if self.noise_offset:
-            noise += self.noise_offset * keyed_normal((shape[0], 1, 1), self.seed, "noise offset", draw)
+            noise += self.noise_offset * keyed_normal(
+                (shape[0], *(1,) * (len(shape) - 1)), self.seed, "noise offset", draw
+            )
         return noise
 
     def _placed(self, tensor: Tensor) -> Tensor:

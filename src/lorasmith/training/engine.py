@@ -110,7 +110,7 @@ def frozen(denoiser: Denoiser, recipe: Recipe) -> Iterator[None]:
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(recipe.deterministic))
-        stack.enter_context(merged_weights(module, denoiser.patches))
+        stack.enter_context(merged_weights(module, denoiser.patches, dtype=torch.float32))
         kind, device, dtype = recipe.quantization, recipe.device, recipe.dtype
         stream = WeightStream(device) if recipe.offloading else None
         packed = stack.enter_context(kept(module, kind=kind, device=device, dtype=dtype, stream=stream))
@@ -350,7 +350,7 @@ def batch_maker(
         stratified=recipe.stratified,
         noise_offset=recipe.noise_offset,
         seed=recipe.seed,
-        repeatable_context=denoiser.base.family.repeatable_context,
+        join=denoiser.base.family.join,
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
         device=recipe.device,
