@@ -26,6 +26,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.batches import prefetched
 from lorasmith.training.engine import batch_maker
+from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
@@ -216,27 +217,42 @@ def pass_seconds(
     warmup: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Spread:
-    """Seconds of each of `steps` calls, after those that warm up."""
-    seconds = []
-    for index in range(warmup + steps):
-        _wait_for(device)
-        start = clock()
+    """Seconds of each of `steps` calls, after those that warm up.
+
+    On a GPU nobody waits for it between calls, as in `step_seconds`: both are then slowed alike where the host is slow.
+    """
+    for _ in range(warmup):
         once()
-        _wait_for(device)
-        if index >= warmup:
-            seconds.append(clock() - start)
-    return Spread(tuple(seconds))
+    ends = _Ends(device, clock)
+    ends.note()
+    for _ in range(steps):
+        once()
+        ends.note()
+    return Spread(ends.differences())
 
 
-def step_seconds(job: Job, samples: Sequence[Sample], *, warmup: int = 1, clock: Clock = time.perf_counter) -> Spread:
+def step_seconds(
+    job: Job,
+    samples: Sequence[Sample],
+    *,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    on_event: EventHandler = lambda event: None,
+) -> Spread:
     """Seconds from the end of one step to that of the next, in the loop that trains, of all behind the warm-up.
 
     On a GPU nobody waits for it between steps; the times are the device's own.
+
+    Args:
+        job, samples: the run.
+        warmup: first steps that are not counted.
+        clock: of the CPU.
+        on_event: receives the run's events, such as a `Shrunk` where memory ran out.
     """
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)
     try:
-        Loop(engine, samples, watchers=[ends]).run()
+        Loop(engine, samples, tell=on_event, watchers=[ends]).run()
     finally:
         engine.release()
     return Spread(ends.differences()[warmup - 1 :])
@@ -297,13 +313,17 @@ class _Ends(Watcher):
         self._ends: list[Any] = []
 
     def due(self, loop: Loop) -> bool:
+        self.note()
+        return False
+
+    def note(self) -> None:
+        """Note the time on the device, which it reaches when it has done what it was given before."""
         if self._device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._ends.append(end)
         else:
             self._ends.append(self._clock())
-        return False
 
     def differences(self) -> tuple[float, ...]:
         """Seconds between neighbouring ends."""

@@ -130,7 +130,7 @@ class BatchMaker:
             level=level.to(device),
             conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
-            masks=None if masks is None else masks.to(device, dtype),
+            masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
             draws=tuple(draws),
             indices=tuple(indices),
             quantiles=tuple(quantiles.tolist()),
