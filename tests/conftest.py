@@ -12,10 +12,19 @@ from hypothesis import settings
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
+from tests.covering import cases
 
 # Examples are counted, not timed: a busy machine makes no test fail.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases of `pairwise` marks; the slow ones are made only where slow tests are wanted, for making them takes time."""
+    axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
+    if axes:
+        slow_wanted = "not slow" not in metafunc.config.getoption("markexpr")
+        metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted))
 
 
 @pytest.fixture(scope="session")

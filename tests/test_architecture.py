@@ -6,6 +6,7 @@ import ast
 import graphlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,14 @@ def room_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of every module of ours that a file imports, inside functions and for types alone too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -63,44 +69,43 @@ def test_there_is_a_house() -> None:
     assert {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE} >= {"core", "adapters"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_imports_point_down(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
-    if not room or room in DOORS:
-        return
-    assert room in ALLOWED, f"the room {room} has no place in the picture yet"
-    wrong = [f"line {line}: {name}" for line, name in imports(path) if room_of(name) not in {room, *ALLOWED[room]}]
-    assert not wrong, f"{relative(path)} imports from above or beside: {wrong}"
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in MODULES:
+        room = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
+        if room and room not in DOORS:
+            assert room in ALLOWED, f"the room {room} has no place in the picture yet"
+            allowed = {room, *ALLOWED[room]}
+            wrong += [
+                f"{relative(path)}:{line}: {name}" for line, name in imports(path) if room_of(name) not in allowed
+            ]
+    assert wrong == [], "imports from above or beside"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_every_module_says_what_it_owns(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-    assert docstring and docstring.strip(), f"{relative(path)} has no docstring"
+def test_every_module_says_what_it_owns() -> None:
+    assert [relative(path) for path in MODULES if not (ast.get_docstring(tree(path)) or "").strip()] == []
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if path.relative_to(PACKAGE).parts[0] != "cli"], ids=relative
-)
-def test_only_the_command_line_prints(path: Path) -> None:
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-
-    assert not lines, f"{relative(path)} prints in lines {lines}"
+def test_only_the_command_line_prints() -> None:
+    calls = [(path, node) for path in MODULES for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    prints = [(path, call) for path, call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    assert [f"{relative(path)}:{call.lineno}" for path, call in prints if path.parent.name != "cli"] == []
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.name == "__init__.py" and p.parent != PACKAGE], ids=relative)
-def test_packages_only_re_export(path: Path) -> None:
-    docstring, *statements = ast.parse(path.read_text(encoding="utf-8")).body
-    others = [node for node in statements if not isinstance(node, (ast.Import, ast.ImportFrom)) and not _is_all(node)]
+def test_packages_only_re_export() -> None:
+    others = []
+    for path in MODULES:
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            docstring, *statements = tree(path).body
+            assert isinstance(docstring, ast.Expr), f"{relative(path)} begins with its docstring"
+            wrong = [node for node in statements if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
+            wrong += [node for node in statements if isinstance(node, ast.Assign) and not _is_all(node)]
+            others += [f"{relative(path)}:{node.lineno}" for node in wrong]
+    assert others == [], "definitions in a package's __init__"
 
-    assert isinstance(docstring, ast.Expr)
-    assert not others, f"{relative(path)} defines something in line {others[0].lineno}"
 
-
-def _is_all(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+def _is_all(node: ast.Assign) -> bool:
+    return [ast.unparse(target) for target in node.targets] == ["__all__"]
 
 
 def test_the_package_gives_what_it_promises() -> None:
