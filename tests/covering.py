@@ -3,10 +3,10 @@
     @pytest.mark.pairwise(kind=KINDS, depth=[0, 1], layer=LAYERS)
     def test_it(kind, depth, layer): ...
 
-runs over a covering array of the three axes: for any two values of two axes there is a case that has both. A fault that
-needs three particular values may need one of the other cases, which are marked slow and made for `make test-all` alone.
-An axis is a mapping, whose keys name its cases, or a sequence of values that name themselves. Axes of several such marks
-(of a module and of its function) are those of one product.
+runs over a covering array of the three axes: for any two values of two axes there is a case that has both. A fault
+that needs three particular values may need one of the other cases, which are marked slow and made for `make test-all`
+alone. An axis is a mapping, whose keys name its cases, or a sequence of values that name themselves. The axes of
+several such marks (of a module and of its function) are those of one product.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ option is a field of a frozen dataclass:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
 import types
@@ -112,6 +113,7 @@ def option(
     return dataclasses.field(default=default, metadata={"option": details})
 
 
+@functools.cache
 def options_of(config: type) -> dict[str, Option]:
     """The options that a configuration dataclass declares, in order."""
     hints = typing.get_type_hints(config)

@@ -36,10 +36,7 @@ LAYERS = "attention, *.conv1"
 Run = Callable[..., TrainResult]
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
-@pytest.mark.parametrize("offloading", [False, True])
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("algorithm", ["LoRA", "LoKr"])
+@pytest.mark.pairwise(kind=QUANTIZED, offloading=[False, True], depth=[0, 1], algorithm=["LoRA", "LoKr"])
 def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
     tiny: Model, dataset: EncodedDataset, kind: str, offloading: bool, depth: int, algorithm: str
 ) -> None:
