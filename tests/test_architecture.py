@@ -36,6 +36,63 @@ ALLOWED: dict[str, set[str]] = {
 }
 DOORS = {"cli"}  # may import every room
 
+# Modules that no test file is named after, and the files in tests/ whose tests are theirs.
+TESTED_ELSEWHERE = {
+    "adapters/adapter.py": "adapters/test_contract.py",
+    "adapters/variants.py": "adapters/test_lora.py",
+    "bench/benchmark.py": "bench/test_measure.py",
+    "bench/counting.py": "bench/test_measure.py",
+    "bench/limits.py": "bench/test_measure.py",
+    "bench/profiling.py": "bench/test_measure.py",
+    "cli/check.py": "cli/test_lora_commands.py",
+    "cli/console.py": "cli/test_resume.py",
+    "cli/convert.py": "cli/test_lora_commands.py",
+    "cli/demo.py": "cli/test_resume.py",
+    "cli/diff.py": "cli/test_tools.py",
+    "cli/extract.py": "cli/test_tools.py",
+    "cli/generate.py": "cli/test_commands.py",
+    "cli/inspect.py": "cli/test_commands.py",
+    "cli/main.py": "cli/test_startup.py",
+    "cli/merge.py": "cli/test_tools.py",
+    "cli/reproduce.py": "cli/test_resume.py",
+    "cli/resize.py": "cli/test_tools.py",
+    "cli/targets.py": "cli/test_targets_command.py",
+    "cli/train.py": "cli/test_commands.py",
+    "cli/workflow.py": "cli/test_commands.py",
+    "families/files/checkpoint.py": "families/test_stable_diffusion.py",
+    "families/files/original_weights.py": "families/test_name_tables.py",
+    "families/files/structure.py": "cli/test_targets_command.py",
+    "families/files/tensor_files.py": "families/files/test_gguf.py",
+    "families/parts/clip_layout.py": "families/test_name_tables.py",
+    "families/parts/unet_layout.py": "families/test_name_tables.py",
+    "families/parts/vae_layout.py": "families/test_name_tables.py",
+    "families/unsupported.py": "families/test_loading.py",
+    "formats/layouts/peft_config.py": "formats/layouts/test_peft.py",
+    "formats/names/model_names.py": "families/test_name_tables.py",
+    "formats/names/places.py": "formats/layouts/test_layout.py",
+    "formats/quality/mending.py": "formats/quality/test_faults.py",
+    "nodes/saving.py": "nodes/test_outputs.py",
+    "nodes/values.py": "nodes/test_images.py",
+    "report/curves.py": "report/test_run_report.py",
+    "report/markup.py": "report/test_run_report.py",
+    "report/pictures.py": "report/test_run_report.py",
+    "sampling/generate.py": "sampling/test_previews.py",
+    "toolbox/released.py": "toolbox/test_convert.py",
+    "training/config.py": "training/test_train.py",
+    "training/divergence.py": "training/test_loop.py",
+    "training/events.py": "training/runs/test_run_folder.py",
+    "training/job.py": "training/test_train.py",
+    "training/lora_handle.py": "training/test_trained_variants.py",
+    "training/memory/host_memory.py": "training/memory/test_activations.py",
+    "training/notes.py": "training/test_trained_variants.py",
+    "training/runs/records.py": "training/test_train.py",
+    "training/runs/run_states.py": "training/test_loop.py",
+    "training/targets_summary.py": "cli/test_targets_command.py",
+    "training/watchers.py": "training/test_loop.py",
+    "workflow/context.py": "workflow/test_executor.py",
+    "workflow/execution_events.py": "workflow/test_executor.py",
+}
+
 
 def room_of(module: str) -> str:
     """`lorasmith.core.errors` → `core`; the package itself is a door."""
@@ -119,6 +176,15 @@ def test_the_package_gives_what_it_promises() -> None:
 
 def test_no_room_is_a_ghost() -> None:
     assert {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))} == {*ALLOWED, *DOORS}
+
+
+def test_every_module_has_a_test_file_of_its_name_or_says_which_one_it_is() -> None:
+    tests = PACKAGE.parents[1] / "tests"
+    modules = {relative(path) for path in MODULES if path.name != "__init__.py"}
+    own = {name for name in modules if (tests / name).with_name(f"test_{Path(name).name}").is_file()}
+    assert sorted(modules - own - TESTED_ELSEWHERE.keys()) == [], "no test file is theirs"
+    assert sorted(TESTED_ELSEWHERE.keys() - (modules - own)) == [], "are gone, or have a file of their name"
+    assert [file for file in TESTED_ELSEWHERE.values() if not (tests / file).is_file()] == []
 
 
 def test_no_imports_in_a_circle() -> None:
