@@ -84,6 +84,7 @@ class Plain(Family):
             family=self.name,
             denoiser={path: OriginalName(path) for path in shapes},
             weight_shapes=shapes,
+            peft_prefix="unet",
         )
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
