@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
 from matplotlib.figure import Figure
 from PIL import Image
@@ -69,7 +68,10 @@ def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     """The model that comes with the package, in fp32. Nothing may change it."""
-    return load_model(BUILT_IN, dtype=torch.float32)
+    model = load_model(BUILT_IN)
+    for module in model.components.modules().values():
+        module.float()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_cancelling_is_honoured(make: Callable[..., Previewer], saved: Path) -> 
 def test_models_without_autoencoder_or_text_encoder_are_refused_at_the_start(tiny: Model) -> None:
     blind = replace(tiny, components=replace(tiny.components, vae=None))
     deaf = replace(tiny, components=replace(tiny.components, text_encoders={}, tokenizers={}))
-    for model, sentence in ((blind, "previews need an autoencoder"), (deaf, "no text encoder; load a full checkpoint")):
+    for model, sentence in ((blind, "needs an autoencoder for pictures"), (deaf, "needs the text encoder clip_l")):
         with pytest.raises(ModelError, match=sentence):
             Previewer(model.denoiser, PROMPTS, load=lambda path, strength, model=model: model.denoiser)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lorasmith.core.errors import ModelError, OptionError
+from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.sampling.generate import pictures
@@ -61,8 +61,7 @@ class Previewer:
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         base = denoiser.base
-        if base.components.vae is None:
-            raise ModelError(f"previews need an autoencoder, which {base.title} lacks; load a full checkpoint")
+        base.family.check_parts(base.components, text=True, images=True)
         self.prompts = tuple(prompts)
         self.seed, self.steps = seed, steps
         self.cfg = base.defaults.guidance if cfg is None else cfg
