@@ -29,6 +29,7 @@ from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import Job, Surroundings, TrainResult
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
@@ -53,7 +54,7 @@ def asked(
 
     def listen(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
         heard.append(Asked(job.asked, data))
-        return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1)
+        return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, Outcome.FINISHED)
 
     monkeypatch.setattr(training, "run_job", listen)
 
