@@ -284,7 +284,7 @@ class _Run:
         elif folder is not None:
             found = list(self._inexact(folder))
             same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
-            message = f"Continuing {folder.path} from step {start.step}, {same}."
+            message = f"Going on with {folder.path} from step {start.step}, {same}."
             self._tell(Resumed(step=start.step, message=message))
 
     def _notes(self) -> Iterator[str]:
