@@ -83,7 +83,7 @@ class Plain(Family):
         return ModelNames(
             family=self.name,
             denoiser={path: OriginalName(path) for path in shapes},
-            out_features={path: shape[0] for path, shape in shapes.items()},
+            peft_prefix="transformer",
             weight_shapes=shapes,
         )
 
