@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test crash gpu lint clean
+.PHONY: demo test test-all crash gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
 
 test: .venv/installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The full products and the long runs as well.
+test-all: .venv/installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 crash: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200

@@ -27,7 +27,6 @@ from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.train import recipe_of
 
 LEVERS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
@@ -96,16 +95,15 @@ def measured(
     common = {"batch_size": batch, "rank": arguments.rank, "targets": arguments.targets}
     config = TrainConfig(**{**common, "training_dtype": arguments.dtype, **settings})
     job = plan_job(model.denoiser, config, device)
-    recipe = recipe_of(job, device)
     samples = synthetic_samples(model, batch, arguments.latent, arguments.latent, tokens=arguments.tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with training_steps(job, samples, recipe) as once:
+    with training_steps(job, samples) as once:
         weights = weight_bytes(model.components.denoiser)
         taken = pass_seconds(once, steps=arguments.steps, warmup=_WARMUP, device=device, clock=clock_of(device))
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     if device.type == "cpu":
-        peak = weights + counted(lambda counter: training_steps(job, samples, recipe, counter), device).peak
+        peak = weights + counted(lambda counter: training_steps(job, samples, counter), device).peak
     return statistics.median(taken.seconds), weights, peak
 
 

@@ -83,8 +83,8 @@ class Plain(Family):
         return ModelNames(
             family=self.name,
             denoiser={path: OriginalName(path) for path in shapes},
-            peft_prefix="transformer",
             weight_shapes=shapes,
+            peft_prefix="unet",
         )
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

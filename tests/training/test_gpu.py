@@ -27,14 +27,15 @@ from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Previewed, RolledBack, StepDone, Warned
+from lorasmith.training.job import engine_of
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
-from lorasmith.training.train import Surroundings, TrainResult, plan_job, recipe_of, run_job, train
+from lorasmith.training.train import Surroundings, TrainResult, plan_job, run_job, train
 
 DEVICE = torch.device("cuda")
 
@@ -212,9 +213,8 @@ def test_numbers_come_to_the_host_without_anybody_waiting() -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_waits_for_nothing(tiny: Model, mixed: EncodedDataset, settings: dict[str, Any]) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(rank=4, batch_size=3, **{"training_dtype": "fp32"} | settings), DEVICE)
-    recipe = recipe_of(job, DEVICE)
-    engine = Engine(job.denoiser, job.adapters, recipe)
-    maker = batch_maker(job.denoiser, mixed.samples, recipe, engine.dropout)
+    engine = engine_of(job)
+    maker = batch_maker(job.denoiser, mixed.samples, job.config, job.runtime, engine.dropout)
     with engine.prepared(lambda: None):
         for step in range(3):  # the optimizer makes its state in the first
             engine.update(step, *engine.gradient(maker.step(step)))
