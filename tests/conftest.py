@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from matplotlib.figure import Figure
 from PIL import Image
@@ -37,6 +38,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
     if axes:
         metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws from torch's global generator is the same each time, whatever ran before."""
+    torch.manual_seed(0)
 
 
 SAVE_FIGURE = Figure.savefig

@@ -31,6 +31,7 @@ from lorasmith.training.memory.activation_checkpointing import checkpointed
 from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.train import TrainResult, train
+from tests.covering import slow_except
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
 LAYERS = "attention, *.conv1"
@@ -134,7 +135,7 @@ def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
     assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", slow_except(QUANTIZED, "fp8_e4m3"))
 def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedDataset, tiny: Model, kind: str) -> None:
     before = fingerprint(tiny)
     run(dataset, steps=2, quantization=kind, training_dtype="bf16", gradient_checkpointing=True, targets="all")
@@ -313,8 +314,7 @@ def taught(tiny: Model) -> Callable[[str], float]:
     return loss
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(one, marks=pytest.mark.slow if one != "nf4" else ()) for one in QUANTIZED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_quantized_base_teaches_as_much_as_a_plain_one(taught: Callable[[str], float], kind: str) -> None:
     assert taught(kind) == pytest.approx(taught("none"), rel=0.02)
