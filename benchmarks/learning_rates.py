@@ -30,6 +30,7 @@ from PIL import Image
 from benchmarks.bases import machine
 from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.app.model_run import train
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.folders import ASSETS
@@ -40,7 +41,6 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import train
 from tools.pretrain.data import UNTAUGHT, with_article
 from tools.pretrain.judge import Judge, colourless
 from tools.pretrain.quality import held_out_noise_loss

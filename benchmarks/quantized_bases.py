@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.placement import best_device
@@ -28,7 +29,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
-from lorasmith.training.train import plan_job, recipe_of, train
+from lorasmith.training.train import plan_job, recipe_of
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lorasmith.core.errors import (
 )
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Model
+from lorasmith.families.model import Denoiser, Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
@@ -51,11 +51,11 @@ def asked(
     """Calls the node with the engine replaced by one that only listens."""
     heard: list[Asked] = []
 
-    def listen(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+    def listen(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
         heard.append(Asked(job.asked, data))
         return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1)
 
-    monkeypatch.setattr(training, "run_job", listen)
+    monkeypatch.setattr(training, "train_job", listen)
 
     def call(*, lists: dict[str, list[Any]] | None = None, **values: Any) -> Asked:
         lists = {"latents": [latents(3)], "positive": [captions], **(lists or {})}

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lorasmith.cli.console import console, counting, say, stoppable
-from lorasmith.core.errors import OptionError
+from lorasmith.cli.flags import split_strength
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["register", "split_strength"]
-
-_OUTPUT = Path("output")
+__all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -94,18 +89,3 @@ def generate(
         with atomic_path(target) as temporary:
             image.save(temporary, format="png", pnginfo=info)
         say(target)
-
-
-def split_strength(text: str) -> tuple[Path, float]:
-    """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
-
-    Raises:
-        OptionError: what follows the last colon is no number (a drive letter's colon is none of these).
-    """
-    path, colon, strength = text.rpartition(":")
-    if not colon or len(path) <= 1 or strength.endswith((".safetensors", "/", "\\")):
-        return Path(text), 1.0
-    try:
-        return Path(path), float(strength)
-    except ValueError:
-        raise OptionError(f"a LoRA's strength must be a number, got {strength!r} in {text!r}; write FILE:0.8") from None

@@ -18,6 +18,7 @@ from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.fp8_products import Fp8Products
@@ -29,7 +30,7 @@ from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.memory.activation_checkpointing import checkpointed
 from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
 LAYERS = "attention, *.conv1"

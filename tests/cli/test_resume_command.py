@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.app import run_previews as previewing
-from lorasmith.cli import train as train_command
-from lorasmith.cli.console import training_progress
+from lorasmith.app import model_run
+from lorasmith.cli import run_output
 from lorasmith.cli.main import main
+from lorasmith.cli.run_output import training_progress
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
@@ -64,7 +64,7 @@ def interrupted(*numbers: signal.Signals, at: int = 2) -> Iterator[None]:
             yield hear
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_command, "training_progress", progress)
+        patch.setattr(run_output, "training_progress", progress)
         yield
 
 
@@ -401,7 +401,7 @@ def test_previews_are_drawn_of_the_plain_model(
     )
     Lora(state, tiny.names, torch.float32).save(tmp_path / "before.safetensors")
     seen: list[Any] = []
-    monkeypatch.setattr(previewing, "run_previews", lambda denoiser, *_, **__: seen.append(denoiser))
+    monkeypatch.setattr(model_run, "run_previews", lambda denoiser, *_, **__: seen.append(denoiser))
     ran = lorasmith("train", images, *RUN, "--existing-lora", "before.safetensors")
     assert ran.code == 0, ran.err
     assert seen[0].patches == ()
