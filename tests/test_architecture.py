@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,12 @@ def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def commands() -> dict[str, Path]:
+    """Modules of commands: those that register one."""
+    files = {path.stem: path for path in (PACKAGE / "cli").glob("*.py")}
+    return {name: path for name, path in files.items() if "\ndef register(" in path.read_text(encoding="utf-8")}
+
+
 def test_there_is_a_house() -> None:
     assert {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE} >= {"core", "adapters"}
 
@@ -71,6 +78,35 @@ def test_imports_point_down(path: Path) -> None:
     assert room in ALLOWED, f"the room {room} has no place in the picture yet"
     wrong = [f"line {line}: {name}" for line, name in imports(path) if room_of(name) not in {room, *ALLOWED[room]}]
     assert not wrong, f"{relative(path)} imports from above or beside: {wrong}"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_a_command_knows_no_other_and_one_runs_nodes(name: str) -> None:
+    wrong = {f"lorasmith.cli.{other}" for other in (*commands(), "main") if other != name}
+    wrong |= set() if name == "workflow" else {"lorasmith.nodes", "lorasmith.workflow"}
+    found = [
+        one for _, one in imports(commands()[name]) if any(one == bad or one.startswith(f"{bad}.") for bad in wrong)
+    ]
+    assert not found, f"cli/{name}.py imports what belongs to another door: {found}"
+
+
+def test_what_commands_share_knows_none_of_them() -> None:
+    shared = [path for path in (PACKAGE / "cli").glob("*.py") if path.stem not in {*commands(), "main"}]
+    bad = {f"lorasmith.cli.{name}" for name in (*commands(), "main")}
+    assert {path.stem: {one for _, one in imports(path)} & bad for path in shared} == {
+        path.stem: set() for path in shared
+    }
+
+
+def test_the_library_knows_no_other_door() -> None:
+    rooms = {room_of(name) for _, name in imports(PACKAGE / "__init__.py")}
+    assert rooms.isdisjoint({"cli", "nodes", "workflow"})
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if "cli" not in path.parts], ids=relative)
+def test_only_the_command_line_knows_a_terminal(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(import|from) (typer|rich|click)\b", text, flags=re.MULTILINE), relative(path)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
