@@ -50,9 +50,8 @@ def test_settings_are_laid_over_a_configuration(tiny: Model, data: EncodedDatase
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name(tiny: Model, data: EncodedDataset) -> None:
-    for wrong, right in {"stepz": "steps", "outputs": "output"}.items():
-        with pytest.raises(OptionError, match=f"unknown option '{wrong}' .did you mean '{right}'"):
-            train(tiny, data, **{wrong: 3})
+    with pytest.raises(OptionError, match=r"unknown option 'stepz' .did you mean 'steps'"):
+        train(tiny, data, stepz=3)
 
 
 def test_previews_are_drawn_into_the_folder_of_the_run(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, get_type_hints
 
@@ -17,7 +17,7 @@ import torch
 from lorasmith.app.run_page import write_report
 from lorasmith.app.run_previews import run_previews
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import config_from, options_of
+from lorasmith.core.options import config_from
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
@@ -111,6 +111,10 @@ class TrainArguments(TrainConfig):
     cancelled: Callable[[], bool] | None = None
 
 
+_SURROUNDINGS = [field.name for field in fields(TrainArguments) if "option" not in field.metadata]
+"""Of the arguments of `train`, those that are no settings."""
+
+
 class _Train(Protocol[P]):
     def __call__(
         self, model: Model | Denoiser, data: EncodedDataset, *args: P.args, **arguments: P.kwargs
@@ -124,7 +128,7 @@ def _with_arguments(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[.
         plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
         first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
         others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
-        others.sort(key=lambda one: one.name in options_of(TrainConfig))
+        others.sort(key=lambda one: one.name not in _SURROUNDINGS)
         function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
         return function
 
@@ -145,9 +149,8 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         LorasmithError: the settings, the data or an existing LoRA do not fit, or the loss became non-finite. If some
             steps were taken and there is an output folder, their LoRA is in it and the message says where.
     """
-    before = arguments.get("config")
-    given: TrainArguments = config_from(TrainArguments, {**(asdict(before) if before else {}), **arguments})
-    config = TrainConfig(**{name: getattr(given, name) for name in options_of(TrainConfig)})
+    given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
+    config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
     denoiser, device = model if isinstance(model, Denoiser) else model.denoiser, chosen_device(given.device)
     around = Surroundings(
         output=None if given.output is None else Path(given.output),

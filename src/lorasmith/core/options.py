@@ -132,7 +132,7 @@ def check_options(config: Any) -> None:
 
 def config_from(config: type, values: Mapping[str, Any]) -> Any:
     """An instance of `config` from a mapping. Unknown keys are refused with the nearest known name."""
-    known = [field.name for field in dataclasses.fields(config)]
+    known = options_of(config)
     for key in values:
         if key not in known:
             raise OptionError(f"unknown option {key!r}{nearest(key, known)}; known are {', '.join(known)}")
