@@ -93,6 +93,7 @@ def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved
     for path, picture in zip(first[1].paths, users, strict=True):
         with Image.open(path) as written:
             assert written.tobytes() == picture.tobytes()
+            assert "Sampler: euler normal" in written.info["parameters"]
             assert "Seed: 9" in written.info["parameters"] and "LoRA: pets.safetensors" in written.info["parameters"]
 
 
