@@ -21,7 +21,6 @@ from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.app.model_run import train
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.folders import ASSETS
-from lorasmith.core.placement import best_device
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
@@ -29,7 +28,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
-from lorasmith.training.train import plan_job, recipe_of
+from lorasmith.training.train import plan_job
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,11 @@ def outcome(model: Model, data: EncodedDataset, kind: str, seed: int, arguments:
 
 def loss_on(denoiser: Denoiser, data: EncodedDataset) -> float:
     """Mean loss over all pictures, in fp32, at noise of a seed of its own."""
-    device = best_device()
-    recipe = recipe_of(
-        plan_job(denoiser, TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32"), device), device
-    )
-    maker = batch_maker(denoiser, data.samples, recipe)
-    with torch.no_grad(), frozen(denoiser, recipe):
-        losses = [sample_losses(denoiser, batch, recipe) for step in range(8) for batch in maker.step(step)]
+    job = plan_job(denoiser, TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32"))
+    maker = batch_maker(denoiser, data.samples, job.config, job.runtime)
+    with torch.no_grad(), frozen(denoiser, job.config, job.runtime):
+        batches = [batch for step in range(8) for batch in maker.step(step)]
+        losses = [sample_losses(denoiser, batch, job.config, job.runtime) for batch in batches]
     return torch.cat(losses).mean().item()
 
 

@@ -95,9 +95,9 @@ def _offloaded(work: Work) -> None:
     """Some steps with weights in host memory: the most that was on the device, against all."""
     with _recorded_streams() as streams:
         side = Ours(work, offloading=True)
-        recipe = replace(side.recipe, offloading=True)  # which a run does without on the CPU
+        runtime = replace(side.job.runtime, offloading=True)  # which a run does without on the CPU
         whole = weight_bytes(work.model.components.denoiser)
-        with training_steps(side.job, work.samples, recipe) as once:
+        with training_steps(replace(side.job, runtime=runtime), work.samples) as once:
             for _ in range(3):
                 once()
             peak = streams[0].resident.peak

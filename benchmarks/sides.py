@@ -36,7 +36,6 @@ from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.train import recipe_of
 
 Once = Callable[[], None]
 
@@ -114,14 +113,13 @@ class Ours(Side):
         config = TrainConfig(**{**work.settings, **settings, "steps": work.steps + self._warmup})
         self._work = work
         self.job = plan_job(work.model.denoiser, config, work.device)
-        self.recipe = recipe_of(self.job, work.device)
         self.parameters = self.job.parameters
 
     def seconds(self) -> Sequence[float]:
-        return step_seconds(self.job, self._work.samples, self.recipe, warmup=self._warmup, clock=clock).seconds
+        return step_seconds(self.job, self._work.samples, warmup=self._warmup, clock=clock).seconds
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
-        return training_steps(self.job, self._work.samples, self.recipe, counter)
+        return training_steps(self.job, self._work.samples, counter)
 
 
 class Peft(Side):

@@ -30,9 +30,8 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
-from lorasmith.training.job import plan_job
-from lorasmith.training.loop import Loop, Watcher, fit
-from lorasmith.training.train import recipe_of
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.loop import Loop, Watcher
 
 
 class _Steps(Watcher):
@@ -83,16 +82,9 @@ def main() -> None:
             if isinstance(event, StepDone):
                 losses.append(event.loss)
 
-        fit(
-            denoiser,
-            job.adapters,
-            _samples(shape, settings),
-            recipe_of(job, torch.device("cpu")),
-            differences=job.differences,
-            on_event=note,
-            cancelled=lambda: False,
-            watchers=[_Steps(meter)],
-        )
+        engine = engine_of(job)
+        Loop(engine, _samples(shape, settings), tell=note, watchers=[_Steps(meter)]).run()
+        engine.release()
     figures = meter.figures() | {
         "weights_mb": round(weights_mb, 1),
         "peak_above_mb": round(meter.peak_mb - before_mb - weights_mb, 1),

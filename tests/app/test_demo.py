@@ -10,6 +10,7 @@ from lorasmith.app.demo import before_and_after, demo_folder, demo_source
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import TrainResult
 
 
@@ -30,7 +31,7 @@ def test_a_row_for_each_strength_and_progress_over_all(
         return [Image.new("RGB", (32, 32))] * len(prompts)
 
     monkeypatch.setattr(demo, "generate", drawn)
-    result = TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, folder=tmp_path)
+    result = TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, Outcome.FINISHED, folder=tmp_path)
     seen: list[tuple[int, int]] = []
     sheet = before_and_after(tiny, result, seed=1, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(5, 30), (15, 30), (25, 30)]

@@ -24,17 +24,17 @@ def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: P
     assert tensors_of(broken) == tensors_of(whole)
 
 
-def test_a_run_without_a_checkpoint_begins_from_the_start(broken: Path) -> None:
-    shutil.rmtree(broken / "checkpoints")
+def test_a_run_without_a_state_begins_from_the_start(broken: Path) -> None:
+    shutil.rmtree(broken / "states")
     audience = Audience()
     prepare_again(broken, on_event=audience)
     (warned,) = (event for event in audience.events if isinstance(event, Warned))
-    assert "ended before its first checkpoint, so it begins again" in warned.message
+    assert "ended before its first state was saved, so it begins again" in warned.message
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
-    "no run": (lambda run: (run / "run.json").unlink(), {}, "must be the folder of a run"),
-    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "must be the folder of a run"),
+    "no run": (lambda run: (run / "run.json").unlink(), {}, "a run's folder has a run.json, which"),
+    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "without it nothing is known of the run"),
     "model moved": (
         lambda run: with_record(run, source={"model": "/gone/m.safetensors"}), {}, "m.safetensors does not exist"
     ),

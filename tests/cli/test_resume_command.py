@@ -17,6 +17,7 @@ from lorasmith.cli.main import main
 from lorasmith.cli.run_output import training_progress
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.training.events import Event, EventHandler, StepDone
+from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.folder_cases import pictures, tensors_of, with_metadata, with_record
 
@@ -153,13 +154,13 @@ def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Comma
     assert RunFolder(broken).outcome() == "cancelled"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+def test_a_run_that_was_killed_before_its_first_state_begins_again(
     lorasmith: Command, whole: Path, broken: Path
 ) -> None:
-    shutil.rmtree(broken / "checkpoints")
+    shutil.rmtree(broken / "states")
     ran = lorasmith("resume", broken)
     assert ran.code == 0, ran.err
-    assert "ended before its first checkpoint, so it begins again" in ran.out
+    assert "ended before its first state was saved, so it begins again" in ran.out
     assert tensors_of(broken) == tensors_of(whole)
 
 
@@ -212,7 +213,7 @@ def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
     assert ran.code == 0, ran.err
     assert "cat.safetensors is of step 2 of 5, so that training ends there." in ran.out
     assert "are the same, to the bit." in ran.out
-    assert len([e for e in RunFolder(tmp_path / "runs" / "cat-001").events() if e["event"] == "StepDone"]) == 2
+    assert len(read_history(tmp_path / "runs" / "cat-001").of(StepDone)) == 2
 
 
 def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Path) -> None:

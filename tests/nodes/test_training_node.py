@@ -30,6 +30,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import Job, Surroundings, TrainResult
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
@@ -54,7 +55,7 @@ def asked(
 
     def listen(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
         heard.append(Asked(job.asked, data))
-        return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1)
+        return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, Outcome.FINISHED)
 
     monkeypatch.setattr(training, "train_job", listen)
 
@@ -188,7 +189,7 @@ def test_each_run_has_a_folder_of_its_own(train: Make, bench: Any) -> None:
         "lora.safetensors",
         "loss.png",
         "report.html",
-        "checkpoints",
+        "states",
         ".lock",
     }
     assert json.loads((runs[0] / "run.json").read_text("utf-8"))["samples"][2]["caption"] == "a green tree"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lever_cases import resolved
 from torch import Tensor
 
 from lorasmith.core.random import keyed_normal
@@ -19,20 +20,22 @@ from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.diffusion.timesteps import quantile_map, resolution_shift, uniform_numbers
 from lorasmith.families.model import Model
 from lorasmith.training.batches import BatchMaker, prefetched
+from lorasmith.training.runtime import Runtime
 
 CPU = torch.device("cpu")
 
 
 def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
-    base = {"seed": 0, "batch_size": 4, "accumulation": 1, "repeatable_context": True}
+    own = {name: settings.pop(name) for name in ("masks", "repeatable_context") if name in settings}
+    config = resolved(**({"batch_size": 4, "stratified": False} | settings))
     return BatchMaker(
         samples=dataset.samples,
         schedule=tiny.components.schedule,
         quantiles=quantile_map("uniform", None, tiny.components.schedule),
-        device=CPU,
-        dtype=torch.float32,
         memory_format=torch.contiguous_format,
-        **(base | settings),
+        config=config,
+        runtime=Runtime.of(config, tiny.components.denoiser, CPU),
+        **({"repeatable_context": True} | own),
     )
 
 
@@ -40,7 +43,7 @@ def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
 def test_every_sample_is_seen_once_before_any_is_seen_twice(
     dataset: EncodedDataset, tiny: Model, batch_size: int, accumulation: int, seed: int
 ) -> None:
-    made = maker(dataset, tiny, batch_size=batch_size, accumulation=accumulation, seed=seed)
+    made = maker(dataset, tiny, batch_size=batch_size, grad_accumulation_steps=accumulation, seed=seed)
     drawn = [made.sample(draw).name for draw in range(4 * len(dataset))]
     for epoch in range(4):
         assert len(set(drawn[epoch * len(dataset) : (epoch + 1) * len(dataset)])) == len(dataset)
@@ -56,7 +59,7 @@ def test_draws_do_not_depend_on_how_they_are_batched(mixed: EncodedDataset, tiny
                     found[name, time.item()] = noised
         return found
 
-    one, six = draws(batch_size=1), draws(batch_size=6, accumulation=2)
+    one, six = draws(batch_size=1), draws(batch_size=6, grad_accumulation_steps=2)
     assert one.keys() == six.keys()
     assert all(torch.equal(one[key], six[key]) for key in one)
 
@@ -103,8 +106,9 @@ def test_a_step_in_smaller_pieces_has_the_same_draws(
     step: int,
     stratified: bool,
 ) -> None:
-    made = maker(mixed, tiny, batch_size=batch_size, accumulation=accumulation, stratified=stratified, noise_offset=0.1)
-    small = replace(made, micro_batch=min(micro_batch, batch_size))
+    settings = {"batch_size": batch_size, "grad_accumulation_steps": accumulation, "stratified": stratified}
+    made = maker(mixed, tiny, noise_offset=0.1, **settings)
+    small = replace(made, runtime=replace(made.runtime, micro_batch=min(micro_batch, batch_size)))
     whole, pieces = drawn(made, range(step, step + 1)), drawn(small, range(step, step + 1))
 
     assert sorted(pieces) == list(range(step * made.per_step, (step + 1) * made.per_step))

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorasmith.app.command_lines import arguments_for
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
@@ -104,7 +102,6 @@ class PreparedRun:
         base: the model.
         job: what is trained.
         data, validation: on what, and judged by what, if not by a share of it.
-        device: where.
     """
 
     source: FolderSource
@@ -113,7 +110,6 @@ class PreparedRun:
     job: Job
     data: EncodedDataset
     validation: EncodedDataset | None
-    device: torch.device
 
 
 def prepare(source: FolderSource, config: TrainConfig, *, on_event: EventHandler = lambda event: None) -> PreparedRun:
@@ -144,7 +140,7 @@ def prepare(source: FolderSource, config: TrainConfig, *, on_event: EventHandler
         return encode_scan(found, base, resolution=source.resolution, device=device, progress=progress)
 
     data = encoded(scan, lambda done, total, name: on_event(ImageEncoded(done=done, total=total)))
-    return PreparedRun(source, plan, base, job, data, None if judged is None else encoded(judged, None), device)
+    return PreparedRun(source, plan, base, job, data, None if judged is None else encoded(judged, None))
 
 
 def train_prepared(
@@ -176,7 +172,6 @@ def train_prepared(
         fresh=fresh,
         title=source.name,
         trigger=source.trigger or None,
-        device=prepared.device,
         validation=prepared.validation,
         source=source.to_record(),
         on_event=on_event,

@@ -40,7 +40,7 @@ def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surrou
         denoiser: what the job was planned for; previews load the LoRA onto it as users do.
         job: what is trained; a job is run once.
         data: encoded samples.
-        around: folder, device, events and the like; its `previews` and `page` are set here.
+        around: folder, events and the like; its `previews` and `page` are set here.
 
     Raises:
         OptionError: previews are asked for and there is no folder to put them in.
@@ -52,7 +52,7 @@ def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surrou
 
     def previews(folder: Path) -> Any:
         return run_previews(
-            denoiser, config, folder, title=around.title, device=around.device, cancelled=around.cancelled
+            denoiser, config, folder, title=around.title, device=job.runtime.device, cancelled=around.cancelled
         )
 
     return run_job(job, data, replace(around, previews=previews, page=write_report))
@@ -151,15 +151,14 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
     """
     given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
-    denoiser, device = model if isinstance(model, Denoiser) else model.denoiser, chosen_device(given.device)
+    denoiser = model if isinstance(model, Denoiser) else model.denoiser
     around = Surroundings(
         output=None if given.output is None else Path(given.output),
         fresh=given.fresh,
         title=given.title,
         trigger=given.trigger,
-        device=device,
         validation=given.validation,
         on_event=given.on_event or Surroundings.on_event,
         cancelled=given.cancelled or Surroundings.cancelled,
     )
-    return train_job(denoiser, plan_job(denoiser, config, device), data, around)
+    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, around)

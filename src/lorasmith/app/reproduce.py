@@ -167,7 +167,8 @@ def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _differences(again: Reproduction, fingerprint: Mapping[str, Any], tell: EventHandler) -> tuple[str, ...]:
     """Tell what is not as it was; returns what of it decides the result."""
     prepared, before = again.prepared, again.before
-    now = environment(prepared.device, prepared.job.config.optimizer)
+    config = prepared.job.config
+    now = environment(prepared.job.runtime.device, config.optimizer, compile=config.compile)
     for what in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
         tell(Differs(what=what, is_decisive=False))
     decisive = differences(before["fingerprint"], fingerprint)

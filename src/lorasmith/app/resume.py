@@ -7,7 +7,7 @@ from pathlib import Path
 from lorasmith.app.folder_run import PreparedRun, prepare, repeated
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.training.events import EventHandler, Warned
-from lorasmith.training.runs.run_folder import DONE, RunFolder
+from lorasmith.training.runs.run_folder import RunFolder
 
 __all__ = ["prepare_again"]
 
@@ -38,10 +38,10 @@ def prepare_again(
         raise OptionError(
             f"{run} was not made by lorasmith train; start its workflow or script again, which goes on with it"
         )
-    if folder.outcome() in DONE:
+    if folder.is_done:
         raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
     folder.check_free()
     prepared = prepare(*repeated(record, model=model, data=data, device=device), on_event=on_event)
-    if not folder.checkpoints().paths():
-        on_event(Warned(message=f"{run} ended before its first checkpoint, so it begins again."))
+    if not folder.states().paths():
+        on_event(Warned(message=f"{run} ended before its first state was saved, so it begins again."))
     return prepared

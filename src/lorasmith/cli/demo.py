@@ -9,6 +9,7 @@ import typer
 from lorasmith.cli.console import console, counting, say
 from lorasmith.cli.flags import RunOutput
 from lorasmith.cli.run_output import preparation, say_result, training
+from lorasmith.training.outcome import Outcome
 
 __all__ = ["register"]
 
@@ -43,7 +44,7 @@ def demo(
         result = train_prepared(
             prepared, output=output or demo_folder(), fresh=True, on_event=show, cancelled=cancelled
         )
-    if result.reason == "cancelled":
+    if result.reason is Outcome.CANCELLED:
         say_result(result)
         return
     with counting("Drawing") as progress:

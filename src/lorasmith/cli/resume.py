@@ -26,7 +26,7 @@ def resume(
         str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: as when the run began.")
     ] = None,
 ) -> None:
-    """Go on with a run that was stopped or killed, from its last checkpoint.
+    """Go on with a run that was stopped or killed, from its last saved state.
 
     With the same versions, device and number of threads the result is, to the bit, that of a run that was never
     stopped; what differs is said. Other images, settings or another base model are refused.

@@ -24,6 +24,7 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
+from lorasmith.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from lorasmith.app.folder_run import PreparedRun
@@ -123,10 +124,10 @@ def say_result(result: TrainResult) -> None:
     if folder is None:
         say("Stopped before the first step: there is nothing to save.")
         return
-    if result.reason == "cancelled":
+    if result.reason is Outcome.CANCELLED:
         say(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To go on with it:")
         say(f"  {resume_command(folder)}")
-    if result.reason == "stopped":
+    if result.reason is Outcome.STOPPED:
         best = min(result.validations, key=lambda one: one[1])[0]
         say(f"Stopped early, at step {len(result.losses)}: the held-out images were best at {best}, which is saved.")
     say(f"{'Verdict':<11}{result.verdict}")

@@ -43,6 +43,7 @@ from lorasmith.training.events import (
 )
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import Surroundings, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
 
@@ -171,7 +172,7 @@ def train_lora(
         cancelled=context.cancelled,
     )
     result = train_job(denoiser, job, data, around)
-    if result.reason == "cancelled":
+    if result.reason is Outcome.CANCELLED:
         raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps
 

@@ -163,7 +163,7 @@ def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: P
         "grad_accumulation_steps": 2,
         "ema_decay": 0.9,
         "gradient_checkpointing": True,
-        "checkpoint_every": 1,
+        "save_state_every": 1,
         "validation_share": 0.3,
         "validation_draws": 2,
         "validate_every": 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from lever_cases import flux_dataset, one_step, rounded
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.choices import Activations
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training.memory.activations import KINDS
 
 LAYERS = "*.0.attn1.*, *.ff.*, *.conv1"
 VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
@@ -41,7 +41,7 @@ def test_all_of_them_together(tiny: Model, dataset: EncodedDataset, flux: Model,
     for model, data in ((tiny, dataset), (flux, flux_dataset()))[: 2 if kind == "nf4" else 1]:
         with rounded(model.components.denoiser, kind):
             expected = one_step(model, data, targets="attention+ff")
-        for offloading, kept, depth in itertools.product((False, True), KINDS, (0, 2)):
+        for offloading, kept, depth in itertools.product((False, True), get_args(Activations), (0, 2)):
             changes = {"activations": kept, "checkpoint_depth": depth}
             changes |= {"quantization": kind, "offloading": offloading}
             assert_close(one_step(model, data, changes, targets="attention+ff"), expected)

@@ -23,7 +23,7 @@ from torch import Tensor
 from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.training.config import WATCHING, TrainConfig
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.update_rules import rule_of
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
 
 # What matters of that file is in the initial weights, and compiled code changes what the environment does: last bits.
-_UNCOMPARED = WATCHING | {"existing_lora", "compile"}
+_UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
+    "existing_lora",
+    "compile",
+}
 _SAMPLED = 64
 
 
@@ -86,7 +89,7 @@ def versions(optimizer: str) -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, optimizer: str, *, compile: bool = False) -> dict[str, Any]:
+def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[str, Any]:
     """What the last bits of a run's numbers depend on besides its fingerprint."""
     return {
         **({"compiled_by": compiler(device)} if compile else {}),
