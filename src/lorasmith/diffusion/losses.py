@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.core.choices import LossFunction, Objective
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
@@ -30,8 +31,8 @@ def diffusion_loss(
     noised: Tensor,
     level: NoiseLevel,
     parameterization: str,
-    objective: str,
-    loss_function: str,
+    objective: Objective,
+    loss_function: LossFunction,
 ) -> Tensor:
     """Loss of each sample, shape (batch,), without the weight of its noise level (`weightings`).
 
@@ -44,7 +45,7 @@ def diffusion_loss(
         level: levels that `noised` was made with.
         parameterization: registered name.
         objective: `native` compares what the network predicts; `x0` compares clean samples, as ComfyUI's trainer does.
-        loss_function: registered name.
+        loss_function: how the two are compared.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()

@@ -12,17 +12,11 @@ from typing import Any, Literal
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.choices import (
     ActivationPlan,
-    DoraAxis,
-    LoraDtype,
     LossFunction,
     LossWeighting,
-    NormsAndBiases,
     Objective,
     Quantization,
     TimestepDistribution,
-    TrackerName,
-    TrainingDtype,
-    ZeroInit,
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
@@ -112,13 +106,13 @@ class TrainConfig:
         choices=ALGORITHMS,
         help="Kind of adapter. " + " ".join(f"{name}: {facts.summary}" for name, facts in ALGORITHMS.items()),
     )
-    differences: NormsAndBiases = option(
+    differences: Literal["none", "norms", "biases", "norms+biases"] = option(
         "none",
         group=_WHAT,
         help="Train what is added to norms and biases too: norms is all norms of the model, biases those of the target "
         "layers. ComfyUI and A1111 apply them; other programs leave them out or refuse the file.",
     )
-    zero_init: ZeroInit = option(
+    zero_init: Literal["up", "down"] = option(
         "up",
         group=_WHAT,
         help="Which of the two matrices starts at zero: up is the field's habit, down is ComfyUI's.",
@@ -128,7 +122,7 @@ class TrainConfig:
         group=_WHAT,
         help="A LoRA file to go on from. Its layers keep their own algorithm, rank and alpha, and its steps count on.",
     )
-    dora: DoraAxis = option(
+    dora: Literal["none", "input", "output"] = option(
         "none",
         group=_VARIANTS,
         help="DoRA: magnitude and direction of the weight are trained apart. input has a magnitude for each input, "
@@ -275,13 +269,13 @@ class TrainConfig:
         group=_NUMBERS,
         help="Decides initial weights, order, noise and timesteps: the same seed gives the same LoRA.",
     )
-    training_dtype: TrainingDtype = option(
+    training_dtype: Literal["auto", "bf16", "fp32", "none"] = option(
         "auto",
         group=_NUMBERS,
         help="Number format of the frozen weights and of the products. The trained weights are always updated in fp32. "
         "auto is bf16 where the device multiplies in it, else fp32; none keeps the format that the model is loaded in.",
     )
-    lora_dtype: LoraDtype = option("bf16", group=_NUMBERS, help="Number format of the saved LoRA.")
+    lora_dtype: Literal["bf16", "fp32"] = option("bf16", group=_NUMBERS, help="Number format of the saved LoRA.")
     gradient_checkpointing: bool = option(
         False,
         group=_MEMORY,
@@ -396,7 +390,7 @@ class TrainConfig:
     preview_steps: int = option(
         20, min=1, max=1000, group=_WATCH, changes_numbers=False, help="Sampling steps of a preview."
     )
-    track: TrackerName = option(
+    track: Literal["none", "tensorboard", "wandb"] = option(
         "none",
         group=_WATCH,
         changes_numbers=False,
