@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.test_resume_command import interrupted
 
 from lorasmith.training.memory import compilation
+from tests.cli.test_resume_command import interrupted
 
 Command = Callable[..., Any]
 
