@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
 import models
-from comfyui_train import MB, MODELS, TOKENS, Meter, memory_mb
+from comfyui_train import MB, MODELS, TOKENS, Meter
 from safetensors.torch import save_file
 
 from lorasmith.core.allocator import keep_freed_memory
@@ -57,7 +57,8 @@ def main() -> None:
         del weights
         gc.collect()
         keep_freed_memory()  # from here on, so that what making the checkpoint took is not counted
-        before_mb = memory_mb("VmRSS")
+        device, meter = torch.device(settings["device"]), Meter(settings["warmup"], settings["device"])
+        before_mb = meter.memory_mb("VmRSS")
         # ComfyUI's loader chooses the format that it computes in by itself; ours is told.
         denoiser = load_model(str(file), dtype=dtype_from_name(settings["dtype"])).denoiser
         config = TrainConfig(
@@ -74,8 +75,7 @@ def main() -> None:
             gradient_checkpointing=settings["checkpointing"],
             seed=settings["seed"],
         )
-        job = plan_job(denoiser, config, torch.device("cpu"))
-        meter = Meter(settings["warmup"])
+        job = plan_job(denoiser, config, device)
         losses: list[float] = []
 
         def note(event: Event) -> None:

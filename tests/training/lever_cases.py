@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
+from lorasmith.training.runtime import Runtime
 from lorasmith.training.train import Job, plan_job
 
 CPU = torch.device("cpu")
@@ -82,17 +83,19 @@ def one_step(
     """Losses and gradients of one step, by name.
 
     Args:
-        changes: to the runtime that the settings make.
+        changes: to runtime and settings, behind the plan.
     """
     job = planned(model, **settings)
-    runtime = replace(job.runtime, **(changes or {}))
+    own = {field.name for field in fields(Runtime)}
+    runtime = replace(job.runtime, **{name: value for name, value in (changes or {}).items() if name in own})
+    config = replace(job.config, **{name: value for name, value in (changes or {}).items() if name not in own})
     for number, adapter in enumerate(job.adapters.values()):  # no longer the identity
         randomise(adapter, seed=number)
     for one in (*job.adapters.values(), *job.differences.values()):
         one.to(runtime.dtype)
-    maker = engine.batch_maker(model.denoiser, data.samples, job.config, runtime)
-    with prepared(model.denoiser, job.adapters, job.config, runtime, job.differences):
-        loss = sample_losses(model.denoiser, maker.step(0)[0], job.config, runtime)
+    maker = engine.batch_maker(model.denoiser, data.samples, config, runtime)
+    with prepared(model.denoiser, job.adapters, config, runtime, job.differences):
+        loss = sample_losses(model.denoiser, maker.step(0)[0], config, runtime)
         loss.sum().backward()
     trained = [*job.adapters.items(), *job.differences.items()]
     named = ((f"{path}.{name}", p) for path, one in trained for name, p in one.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from dataclasses import replace
 from typing import Any
@@ -18,24 +19,27 @@ from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.diffusion.timesteps import quantile_map, resolution_shift, uniform_numbers
+from lorasmith.families.base import collate
 from lorasmith.families.model import Model
-from lorasmith.training.batches import BatchMaker, prefetched
+from lorasmith.training.batches import BatchMaker, no_masks, prefetched
 from lorasmith.training.runtime import Runtime
 
 CPU = torch.device("cpu")
 
 
-def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
-    own = {name: settings.pop(name) for name in ("masks", "repeatable_context") if name in settings}
+def maker(
+    dataset: EncodedDataset, tiny: Model, *, masks: Any = no_masks, repeatable: bool = True, **settings: Any
+) -> BatchMaker:
     config = resolved(**({"batch_size": 4, "stratified": False} | settings))
     return BatchMaker(
         samples=dataset.samples,
         schedule=tiny.components.schedule,
         quantiles=quantile_map("uniform", None, tiny.components.schedule),
+        join=functools.partial(collate, repeatable=repeatable),
         memory_format=torch.contiguous_format,
         config=config,
         runtime=Runtime.of(config, tiny.components.denoiser, CPU),
-        **({"repeatable_context": True} | own),
+        masks=masks,
     )
 
 
@@ -70,14 +74,18 @@ def test_sizes_are_grouped_and_contexts_repeated(mixed: EncodedDataset, tiny: Mo
     assert sum(len(batch.names) for batch in batches) == 8
 
 
-def test_captions_of_different_length_stay_apart_where_repeating_would_change_them(
+def test_captions_of_different_length_are_filled_up_and_masked_where_repeating_would_change_them(
     mixed: EncodedDataset, tiny: Model
 ) -> None:
-    batches = maker(mixed, tiny, batch_size=8, repeatable_context=False).step(0)
-    lengths = {name: s.conditioning.tensors["context"].shape[1] for s in mixed.samples for name in [s.name]}
+    batches = maker(mixed, tiny, batch_size=8, repeatable=False).step(0)
+    lengths = {sample.name: sample.conditioning.tensors["context"].shape[1] for sample in mixed.samples}
+    assert len(batches) == 2
     for batch in batches:
-        assert {lengths[name] for name in batch.names} == {batch.conditioning.tensors["context"].shape[1]}
-    assert len(batches) == 3
+        own = [lengths[name] for name in batch.names]
+        assert batch.conditioning.tensors["context"].shape[1] == max(own)
+        mask = batch.conditioning.mask
+        assert (mask is None) == (len(set(own)) == 1)
+        assert mask is None or mask.sum(1).tolist() == own
 
 
 def drawn(made: BatchMaker, steps: range) -> dict[int, tuple[int, float, Tensor]]:

@@ -51,14 +51,12 @@ def callables() -> Iterator[tuple[str, Any]]:
     """Functions, methods and constructors of the package, by name without `lorasmith.`."""
     for module in pkgutil.walk_packages(lorasmith.__path__, "lorasmith."):
         for name, thing in vars(importlib.import_module(module.name)).items():
-            if getattr(thing, "__module__", None) != module.name or hasattr(thing, "__signature__"):
-                continue  # a signature that is made from the settings
-            if inspect.isclass(thing) and issubclass(thing, TrainConfig):
+            if getattr(thing, "__module__", None) != module.name:
                 continue
             where = f"{module.name}.{name}".removeprefix("lorasmith.")
-            if inspect.isfunction(thing):
+            if inspect.isfunction(thing) and not hasattr(thing, "__signature__"):  # which is made of the declarations
                 yield where, thing
-            elif inspect.isclass(thing):
+            elif inspect.isclass(thing) and not issubclass(thing, TrainConfig):
                 methods = {key: getattr(value, "__func__", value) for key, value in vars(thing).items()}
                 for key, method in methods.items():
                     if inspect.isfunction(method):

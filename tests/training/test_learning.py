@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorasmith.app.model_run import train
@@ -27,6 +28,7 @@ def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
     return torch.cat(losses).mean().item()
 
 
+@pytest.mark.slow
 def test_a_style_is_learnt_from_sixteen_pictures(tiny: Model) -> None:
     data = load_dataset(ASSETS / "input" / "high-contrast", tiny)
     assert len(data) == 16

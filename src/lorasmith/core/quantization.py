@@ -37,6 +37,7 @@ __all__ = [
     "WEIGHT_SOURCE",
     "Packed",
     "WeightSource",
+    "of_rows",
     "packed",
     "placeholder",
     "scaled_codes",
@@ -118,6 +119,11 @@ class Packed:
             return choose(self.weight())
         chosen = tuple(choose(tensor) if len(tensor) == self.shape[0] else tensor for tensor in self.tensors)
         return replace(self, tensors=chosen, shape=torch.Size((len(chosen[0]), *self.shape[1:])))
+
+
+def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
+    """What `choose` makes of the rows of a tensor, packed where it can be; see `Packed.of_rows`."""
+    return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
 
 
 class WeightSource(Protocol):

@@ -142,7 +142,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
 
 
-def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[int, int, int, int]:
+def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[int, ...]:
     defaults, latent = model.defaults, model.components.latent
     sides = {"width": width or defaults.resolution, "height": height or defaults.resolution}
     for name, side in sides.items():
@@ -151,7 +151,7 @@ def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[
                 f"{name} must divide by {defaults.pixel_multiple} for {model.title}, got {side}; "
                 f"try {max(1, round(side / defaults.pixel_multiple)) * defaults.pixel_multiple}"
             )
-    return (1, latent.channels, sides["height"] // latent.downscale, sides["width"] // latent.downscale)
+    return (1, *latent.shape(sides["height"], sides["width"]))
 
 
 def _counter(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int, Tensor], None]:

@@ -18,7 +18,7 @@ from lorasmith.core.random import keyed_normal, keyed_permutation
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule
 from lorasmith.diffusion.timesteps import QuantileMap, uniform_numbers
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime
 
@@ -30,7 +30,7 @@ class Batch:
     """Samples that go through the denoiser together.
 
     Attributes:
-        clean, noise, noised: fp32 (batch, channels, height, width).
+        clean, noise, noised: fp32 (batch, channels, [frames,] height, width).
         level: their noise levels.
         conditioning: one batch.
         names: the samples' names.
@@ -65,7 +65,7 @@ class BatchMaker:
         samples: the dataset.
         schedule: the noise schedule in training.
         quantiles: where uniform numbers fall on it.
-        repeatable_context: whether captions of different length may share a forward pass; see `Family`.
+        join: makes one batch of several samples' conditionings; see `Family.join`.
         memory_format: of the tensors that go through the denoiser.
         config, runtime: of the run.
         masks: dropout's masks for draws, by their index, one row each.
@@ -74,7 +74,7 @@ class BatchMaker:
     samples: Sequence[Sample]
     schedule: NoiseSchedule
     quantiles: QuantileMap
-    repeatable_context: bool
+    join: Callable[[Sequence[Conditioning]], Conditioning]
     memory_format: torch.memory_format
     config: ResolvedConfig
     runtime: Runtime
@@ -108,9 +108,9 @@ class BatchMaker:
         return batches
 
     def _kind(self, conditioning: Conditioning) -> object:
-        """What must agree between conditionings of a batch: tensors, shapes, the context's length if it matters."""
+        """What must agree between conditionings of a batch: tensors and shapes, but for the context's length."""
         return frozenset(
-            (key, tensor.shape[2:] if key == "context" and self.repeatable_context else tensor.shape)
+            (key, tensor.shape[2:] if key == "context" else tensor.shape)
             for key, tensor in conditioning.tensors.items()
         )
 
@@ -128,11 +128,9 @@ class BatchMaker:
             noise=self._placed(noise),
             noised=self._placed(level.noised(clean, noise)),
             level=level.to(device),
-            conditioning=collate([sample.conditioning for sample in samples]).to(
-                self.runtime.device, self.runtime.dtype
-            ),
+            conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
-            masks=None if masks is None else masks.to(device, dtype),
+            masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
             draws=tuple(draws),
             indices=tuple(indices),
             quantiles=tuple(quantiles.tolist()),
@@ -141,7 +139,8 @@ class BatchMaker:
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
         noise = keyed_normal(shape, self.config.seed, "noise", draw)
         if offset := self.config.noise_offset:
-            noise += offset * keyed_normal((shape[0], 1, 1), self.config.seed, "noise offset", draw)
+            one_each = (shape[0], *(1,) * (len(shape) - 1))
+            noise += offset * keyed_normal(one_each, self.config.seed, "noise offset", draw)
         return noise
 
     def _placed(self, tensor: Tensor) -> Tensor:

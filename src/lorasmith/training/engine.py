@@ -30,7 +30,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.memory.activation_checkpointing import checkpointed
-from lorasmith.training.memory.activations import decided, economical, sparing
+from lorasmith.training.memory.activations import economical, sparing
 from lorasmith.training.memory.compilation import compiled
 from lorasmith.training.memory.frozen_weights import kept, multiplied_in_fp8
 from lorasmith.training.memory.weight_stream import WeightStream
@@ -49,7 +49,7 @@ def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iter
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(config.deterministic))
-        stack.enter_context(merged_weights(module, denoiser.patches))
+        stack.enter_context(merged_weights(module, denoiser.patches, dtype=torch.float32))
         device, dtype = runtime.device, runtime.dtype
         stream = WeightStream(device) if runtime.offloading else None
         packed = stack.enter_context(kept(module, kind=config.quantization, device=device, dtype=dtype, stream=stream))
@@ -88,7 +88,7 @@ def prepared(
         with attached(module, [trained]):
             runtime = runtime if planned is None else planned()
             with (
-                sparing(module, decided(runtime.activations)),
+                sparing(module, runtime.activations),
                 checkpointed(module, runtime.checkpoint_depth),
                 compiled(module, runtime.compile and not runtime.offloading, varying_sizes=runtime.varying_sizes),
             ):
@@ -97,7 +97,7 @@ def prepared(
 
 def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
     """Loss of each sample of a batch, (batch,) fp32, with the graph to the adapters."""
-    with economical(decided(runtime.activations), denoiser.module):
+    with economical(runtime.activations, denoiser.module):
         prediction = denoiser.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
     parameterization = denoiser.base.components.parameterization
     losses = diffusion_loss(
@@ -310,7 +310,7 @@ def batch_maker(
         samples=samples,
         schedule=schedule,
         quantiles=quantile_map(config.timesteps, config.timestep_shift, schedule),
-        repeatable_context=denoiser.base.family.repeatable_context,
+        join=denoiser.base.family.join,
         memory_format=memory_format_for(denoiser.module),
         masks=no_masks if dropout is None else dropout.masks,
         config=config,

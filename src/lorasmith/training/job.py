@@ -114,7 +114,8 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
     module = denoiser.module
     # What the weights are while training decides how a DoRA or PiSSA starts.
-    with merged_weights(module, [replace(patch, bypass=False) for patch in denoiser.patches], unpacking=True):
+    patches = [replace(patch, bypass=False) for patch in denoiser.patches]
+    with merged_weights(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | create_adapters(
             module,
             fresh,

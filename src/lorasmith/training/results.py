@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.files import write_atomic
@@ -98,8 +99,9 @@ class Results:
         changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
         for path, one in job.differences.items():
             changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
-        for ref in [ref for ref, weights in trained.items() if weights.algorithm == "full"]:
-            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors["diff"]  # what files call it
+        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+            if role:  # files hold it as a difference
+                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
         metadata = training_metadata(
             job,
             self._data,

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters.adapter import CONVOLUTIONS, FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.adapters.packed_layers import packable_layers
-from lorasmith.core.choices import ActivationPlan, Activations
+from lorasmith.core.choices import ActivationPlan
 from lorasmith.training.memory.host_memory import HostMemory
 
-__all__ = ["Notes", "Remade", "decided", "economical", "held_by", "noted", "sparing"]
+__all__ = ["Notes", "Remade", "economical", "held_by", "noted", "sparing"]
 
 _SMALL = 1 << 16
 """Bytes below which a tensor is not worth the trouble of making it again."""
@@ -45,14 +45,8 @@ _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
 """Names of torch's functions whose results are made again; none of them changes its arguments."""
 
 
-def decided(plan: ActivationPlan) -> Activations:
-    """The kind that a plan is, once a measurement has replaced `auto`."""
-    assert plan != "auto", "activations auto has to be decided before a step"
-    return plan
-
-
 @contextlib.contextmanager
-def sparing(module: nn.Module, kind: Activations) -> Iterator[None]:
+def sparing(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
     """The layers of `module` as `kind` wants them while inside, adapters attached or not."""
     with contextlib.ExitStack() as undo:
         for layer in packable_layers(module):
@@ -69,8 +63,9 @@ def sparing(module: nn.Module, kind: Activations) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def economical(kind: Activations, module: nn.Module) -> Iterator[None]:
+def economical(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
     """Run a forward pass of `module` inside. The backward pass comes later."""
+    assert kind != "auto", "activations auto has to be decided before a step"
     if kind == "keep" or not torch.is_grad_enabled():
         yield
         return

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, with_source
 from lorasmith.core.choices import Quantization
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import Packed, WeightSource, packed, weight_source
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
@@ -96,7 +97,11 @@ def _packed(
         return source.to(source.tensors[0].device, dtype, layout)
     weight = FrozenLayer(layer).weight.detach()
     there = weight.device if kind == "none" else device  # where quantizing is fast
-    return packed(weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format), kind, dtype)
+    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+    one = packed(laid, kind, dtype)
+    if kind != "none" or laid is not weight:
+        release_pages(weight)
+    return one
 
 
 def _code(layer: nn.Module) -> torch.dtype | None:

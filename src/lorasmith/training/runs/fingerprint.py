@@ -79,9 +79,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def versions(optimizer: str) -> dict[str, str]:
-    """Versions that a run's numbers depend on, the optimizer's package among them."""
-    packages = ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
-    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Versions that a run's numbers depend on, of what is installed; the optimizer's package among them."""
+    found = {"python": platform.python_version()}
+    for name in ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     for path in rule_of(optimizer).paths:  # the first that is installed is used
         with contextlib.suppress(PackageNotFoundError):
             name = path.partition(".")[0]

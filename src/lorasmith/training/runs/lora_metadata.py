@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lorasmith.adapters.algorithms import format_named
+from lorasmith.core.adapter_format import SD_SCRIPTS
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
@@ -68,7 +70,7 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
     config, base = job.config, job.denoiser.base
     version = base.family.kohya_version(base.components.parameterization)
     algorithm, arguments = config.algorithm.lower(), _lycoris_arguments(config)
-    is_plain = algorithm == "lora" and not arguments
+    is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
     per_step = config.batch_size * config.grad_accumulation_steps
     epochs = -(-(steps - job.steps_before) * per_step // len(data))
     images = len({sample.name for sample in data.samples})
@@ -151,8 +153,8 @@ def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
         "rs_lora": config.rslora,
         "use_tucker": config.tucker,
     }
-    factor = {"factor": config.rank} if config.algorithm == "LoKr" else {}
-    return {**{name: value for name, value in arguments.items() if value}, **factor}
+    size = format_named(config.algorithm).lycoris_size
+    return {**{name: value for name, value in arguments.items() if value}, **({size: config.rank} if size else {})}
 
 
 def _picture_sizes(base: Model, data: EncodedDataset) -> list[tuple[int, int]]:

@@ -22,7 +22,12 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any])
     return {
         "title": title,
         "source": dict(source),
-        "model": {"name": base.title, "path": str(base.path) if base.path else None, "family": base.family.name},
+        "model": {
+            "name": base.title,
+            "path": str(base.path) if base.path else None,
+            "family": base.family.name,
+            "files": {part: str(path) for part, path in base.files.items()},
+        },
         "config": asdict(job.config),
         "asked": asdict(job.asked),
         "steps_before": job.steps_before,
