@@ -19,6 +19,7 @@ from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.fp8_products import Fp8Products
@@ -30,7 +31,7 @@ from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.memory.activation_checkpointing import checkpointed
 from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
 from tests.covering import slow_except
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
