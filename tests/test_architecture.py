@@ -20,7 +20,7 @@ BELOW_APP = {"training", "sampling", "bench", "toolbox", *BELOW_TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "adapters": {"core"},
-    "formats": {"core"},
+    "formats": {"adapters", "core"},
     "diffusion": {"core"},
     "families": BELOW_FAMILIES,
     "data": {"families", *BELOW_FAMILIES},
@@ -114,6 +114,11 @@ def test_the_package_gives_what_it_promises() -> None:
 
 def test_no_room_is_a_ghost() -> None:
     assert {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))} == {*ALLOWED, *DOORS}
+
+
+def test_formats_see_what_algorithms_say_and_no_adapters() -> None:
+    seen = {name for path in MODULES if "formats" in path.parts for _, name in imports(path)}
+    assert {name for name in seen if room_of(name) == "adapters"} == {"lorasmith.adapters.algorithms"}
 
 
 def test_no_imports_in_a_circle() -> None:

@@ -9,7 +9,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.targets import Plan, PlannedAdapter
@@ -99,7 +99,6 @@ LINEAR, CONV, GROUPED = nn.Linear(6, 8), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3, 
         (LINEAR, tensors((2, 6), (7, 2))),
         (LINEAR, tensors((2, 6), (8, 3))),
         (LINEAR, tensors((2, 6), (8, 2, 1, 1))),
-        (LINEAR, tensors((0, 6), (8, 0))),
         (LINEAR, tensors((8, 2), (2, 6))),  # the factors mixed up
         (CONV, tensors((2, 6, 3, 3), (8, 2))),
         (CONV, tensors((2, 54), (8, 2, 1, 1))),
@@ -116,8 +115,13 @@ def test_tensors_that_do_not_fit_the_layer_are_refused(layer: nn.Module, weights
         LoraAdapter.from_weights(AdapterWeights("lora", weights), FrozenLayer(layer))
 
 
+def test_a_lora_of_no_rank_is_refused() -> None:
+    with pytest.raises(LoraError, match=r"^down of an adapter of the kind lora must be a matrix, got shape \(0, 6\)"):
+        LoraAdapter.from_weights(AdapterWeights("lora", tensors((0, 6), (8, 0))), FrozenLayer(LINEAR))
+
+
 def test_half_a_lora_is_refused() -> None:
-    with pytest.raises(LoraError, match=r"^a LoRA layer needs both a down and an up matrix, got only down$"):
+    with pytest.raises(LoraError, match=r"of the kind lora needs down, up, .* this one has down,"):
         LoraAdapter.from_weights(AdapterWeights("lora", {"down": torch.zeros(2, 6)}), FrozenLayer(LINEAR))
 
 

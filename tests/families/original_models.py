@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["SD1", "SD2", "SMALLEST", "TinyModel", "openclip", "save"]
+__all__ = ["SD1", "SD2", "SMALLEST", "TinyModel", "clip_l", "openclip", "save"]
 
 VOCABULARY = 49408
 TEXT_WIDTH = 64
@@ -187,11 +187,16 @@ def _linear(name: str, width: int, out: int) -> Iterator[tuple[str, tuple[int, .
 
 def _clip(seed: int) -> dict[str, Tensor]:
     """OpenAI's CLIP text encoder as Stable Diffusion 1 holds it."""
+    return {f"cond_stage_model.transformer.{name}": tensor for name, tensor in clip_l(seed, layers=TEXT_LAYERS).items()}
+
+
+def clip_l(seed: int = 0, *, layers: int = 12) -> dict[str, Tensor]:
+    """OpenAI's CLIP text encoder in a file of its own, which is known by its number of layers."""
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.token_embedding.weight": (VOCABULARY, TEXT_WIDTH),
         "embeddings.position_embedding.weight": (77, TEXT_WIDTH),
     }
-    for layer in range(TEXT_LAYERS):
+    for layer in range(layers):
         name = f"encoder.layers.{layer}"
         shapes |= dict(_norm(f"{name}.layer_norm1", TEXT_WIDTH)) | dict(_norm(f"{name}.layer_norm2", TEXT_WIDTH))
         for part in ("q", "k", "v", "out"):
@@ -199,9 +204,8 @@ def _clip(seed: int) -> dict[str, Tensor]:
         shapes |= dict(_linear(f"{name}.mlp.fc1", TEXT_WIDTH, 4 * TEXT_WIDTH))
         shapes |= dict(_linear(f"{name}.mlp.fc2", 4 * TEXT_WIDTH, TEXT_WIDTH))
     shapes |= dict(_norm("final_layer_norm", TEXT_WIDTH))
-    prefix = "cond_stage_model.transformer.text_model."
-    positions = {f"{prefix}embeddings.position_ids": torch.arange(77).unsqueeze(0)}
-    return _filled(prefix, shapes, seed) | positions
+    positions = {"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
+    return _filled("text_model.", shapes, seed) | positions
 
 
 def openclip(seed: int = 0, *, layers: int = TEXT_LAYERS + 1, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:

@@ -135,12 +135,12 @@ def test_names_say_what_each_family_calls_its_parts(loaded: Loaded) -> None:
 
     assert names.kohya_naming == "diffusers"
     assert names.peft_prefix == "unet"
-    assert names.encoder_kinds == {"text_encoder": "clip_l" if version == 1 else "clip_h"}
-    assert len(names.text_encoders["text_encoder"]) == 2 * 6
-    assert all(path.startswith("text_model.encoder.layers.") for path in names.text_encoders["text_encoder"])
+    assert names.text_encoders["text_encoder"].comfyui[0] == ("clip_l" if version == 1 else "clip_h")
+    assert len(names.paths("text_encoder")) == 2 * 6
+    assert all(path.startswith("text_model.encoder.layers.") for path in names.paths("text_encoder"))
     # Projections are 1×1 convolutions in version 1 and matrices in version 2.
     assert names.weight_shapes["mid_block.attentions.0.proj_in"][2:] == ((1, 1) if version == 1 else ())
-    assert names.out_features["conv_in"] == 64
+    assert names.weight_shapes["conv_in"][0] == 64
 
 
 def test_the_denoiser_alone_takes_the_dtype_asked_for(tmp_path: Path) -> None:
@@ -164,12 +164,13 @@ def test_a_denoiser_alone_says_what_it_cannot_do(tmp_path: Path) -> None:
     model = load_model(save(tmp_path / "unet.safetensors", SMALLEST.unet_tensors()))
 
     with pytest.raises(
-        ModelError, match=r"^this Stable Diffusion 1.x file has no text encoder; load a full checkpoint"
+        ModelError,
+        match=r"^Stable Diffusion 1.x needs the text encoder clip_l, which this model came without",
     ):
         model.text_encoder.encode("a fox")
-    with pytest.raises(ModelError, match=r"file has no autoencoder; load a full checkpoint to encode images$"):
+    with pytest.raises(ModelError, match=r"needs an autoencoder for pictures, which this model came without"):
         model.autoencoder.encode(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ModelError, match=r"file has no autoencoder; load a full checkpoint to decode latents$"):
+    with pytest.raises(ModelError, match=r"needs an autoencoder for pictures, which this model came without"):
         model.autoencoder.decode(torch.zeros(1, 4, 8, 8))
 
 

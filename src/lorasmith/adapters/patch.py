@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter, FrozenLayer
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights

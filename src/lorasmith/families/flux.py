@@ -34,7 +34,7 @@ from lorasmith.families.base import (
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.parts import clip_layout
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["Flux"]
@@ -52,6 +52,7 @@ _TARGETS = {
 _DEFAULT_GUIDANCE = 3.5
 _MAX_SHIFT = 1.15  # mu of the exponential time shift at 1024×1024
 
+_IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _T5_PATHS = tuple(
     f"encoder.block.{block}.layer.{layer}"
     for block in range(24)
@@ -196,15 +197,26 @@ class Flux(Family):
         return ModelNames(
             family=self.name,
             denoiser=table,
-            out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
             # LoRAs for the released encoders are carried along, whether these are loaded or not.
-            text_encoders={"text_encoder": clip_layout.released_paths(layers=12), "text_encoder_2": _T5_PATHS},
-            encoder_kinds={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+            text_encoders={
+                "text_encoder": EncoderNames(
+                    clip_layout.released_paths(layers=12),
+                    kohya=("lora_te1_", "lora_te_"),
+                    comfyui=("clip_l", "clip_h"),
+                    drops_text_model=True,
+                ),
+                # kohya gives T5 the number it has in Stable Diffusion 3; OneTrainer counts a model's encoders.
+                "text_encoder_2": EncoderNames(_T5_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
+            },
             kohya_naming="original",
             peft_prefix="transformer",
             portable="kohya",
             aliases=_xlabs_names(table),
+            limits=ProgramLimits(
+                diffusers_applies=_IN_BLOCKS,
+                sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
+            ),
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:

@@ -10,20 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS
-from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Components, Defaults, Diffusion, Family
 from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint, Shapes
 from lorasmith.families.files.diffusers_folder import PartFolder, read_json
-from lorasmith.families.files.original_weights import build, from_original_tensors
+from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
 from lorasmith.families.known import looks_like
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS, recognised_autoencoder
@@ -127,16 +125,18 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
     denoiser = build(
         lambda: family.denoiser_class()(**config),
         lambda model: from_original_tensors(model, family.table(model), tensors),
+        where=str(checkpoint.path),
     )
     encoders: dict[str, nn.Module] = {}
     for component, slot in family.text_encoders.items():
         if (prefix := checkpoint.prefix_of(slot.prefixes)) and checkpoint.shapes_under(prefix):
             settings = {**slot.settings, **said.get(component, {})}
-            encoders[component] = ENCODERS[slot.kind].build(checkpoint.load(prefix), settings, None)
+            source = PartSource(str(checkpoint.path), checkpoint.load(prefix), settings)
+            encoders[component] = ENCODERS[slot.kind].build(source)
     vae, slot_ = None, family.autoencoder
     if (prefix := checkpoint.prefix_of(slot_.prefixes)) and checkpoint.shapes_under(prefix):
         settings = {**slot_.settings, **said.get("vae", {})}
-        vae = AUTOENCODERS[slot_.kind].build(checkpoint.load(prefix), settings, None)
+        vae = AUTOENCODERS[slot_.kind].build(PartSource(str(checkpoint.path), checkpoint.load(prefix), settings))
     components = _assembled(
         family, denoiser, family.diffusion(checkpoint), encoders, vae, overrides=said.get("defaults", {})
     )
@@ -156,12 +156,10 @@ def _model_of_folder(folder: Path, *, title: str) -> Model:
         encoders = {}
         for component, slot in family.text_encoders.items():
             if (folder / component).is_dir():
-                part = PartFolder(folder / component)
-                encoders[component] = ENCODERS[slot.kind].build(part.tensors(), {}, part.config)
+                encoders[component] = ENCODERS[slot.kind].build(PartFolder(folder / component).source())
         vae = None
         if (folder / "vae").is_dir():
-            part = PartFolder(folder / "vae")
-            vae = AUTOENCODERS[family.autoencoder.kind].build(part.tensors(), {}, part.config)
+            vae = AUTOENCODERS[family.autoencoder.kind].build(PartFolder(folder / "vae").source())
         diffusion = family.diffusion_of_folder(folder)
         overrides = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
         components = _assembled(family, denoiser, diffusion, encoders, vae, overrides=overrides, folder=folder)
@@ -176,8 +174,8 @@ def _model_of_folder(folder: Path, *, title: str) -> Model:
 
 def _denoiser_of_folder(family: Family, part: PartFolder) -> nn.Module:
     kind: Any = family.denoiser_class()
-    tensors = part.tensors()
-    return build(lambda: kind.from_config(part.config), lambda model: tensors)
+    source = part.source()
+    return build(lambda: kind.from_config(source.config), lambda model: source.tensors, where=source.where)
 
 
 def _assembled(
@@ -232,7 +230,7 @@ def _with_encoders(model: Model, path: Path) -> Model:
             raise ModelError(
                 f"{path} is the text encoder {kind.name}, but {family.title} has {needed}; give one of these"
             )
-        found[component] = kind.build(part.load(), slots[component].settings, part.config)
+        found[component] = kind.build(part.source(slots[component].settings))
     if not found:
         needed = " or ".join(slot.usual_file for slot in slots.values())
         raise ModelError(f"{path} must hold a text encoder, but is {_title_of(path)}; give the file {needed}")
@@ -260,7 +258,7 @@ def _with_autoencoder(model: Model, path: Path) -> Model:
                 f"{path} is {_autoencoder_title(kind.name, channels)}, but {family.title} has "
                 f"{_autoencoder_title(slot.kind, slot.channels)} (its file is usually called {slot.usual_file})"
             )
-        vae = kind.build(part.load(), slot.settings, part.config)
+        vae = kind.build(part.source(slot.settings))
         latent = family.latent_format(model.components.denoiser, vae)
         components = replace(model.components, vae=vae, latent=latent)
         return replace(model, components=components, files={**model.files, "vae": path})
@@ -272,8 +270,7 @@ class _Part:
     """Something in a file or folder that may be one part of a model."""
 
     shapes: Shapes
-    load: Callable[[], Mapping[str, Tensor | Packed]]
-    config: Mapping[str, Any] | None = None
+    source: Callable[[Mapping[str, Any]], PartSource]
 
 
 def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[_Part]:
@@ -281,12 +278,15 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
     if path.is_dir():
         whole = (path / "model_index.json").is_file()
         folders = [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]
-        for part in map(PartFolder, folders):
-            yield _Part(part.shapes, part.tensors, part.config)
+        yield from (_Part(part.shapes, lambda _, part=part: part.source()) for part in map(PartFolder, folders))  # type: ignore[misc]
         return
     checkpoint = OriginalCheckpoint(path)
     for prefix in dict.fromkeys(("", *prefixes)):
-        yield _Part(checkpoint.shapes_under(prefix), partial(checkpoint.load, prefix))
+
+        def source(settings: Mapping[str, Any], prefix: str = prefix) -> PartSource:
+            return PartSource(str(path), checkpoint.load(prefix), settings)
+
+        yield _Part(checkpoint.shapes_under(prefix), source)
 
 
 def _title_of(path: Path) -> str:

@@ -28,7 +28,7 @@ from lorasmith.families.files.diffusers_folder import read_json
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompt
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
 from lorasmith.formats.names.recognise import SIGNATURES, Signature
 
 __all__ = ["StableDiffusion"]
@@ -137,14 +137,21 @@ class StableDiffusion(Family):
         return ModelNames(
             family=self.name,
             denoiser=self.table(denoiser),
-            out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
-            encoder_kinds={"text_encoder": self.text_encoders["text_encoder"].kind},
-            text_encoders={name: clip_layout.written_paths(encoder) for name, encoder in text_encoders.items()}
-            or {"text_encoder": clip_layout.released_paths(layers=_ENCODER_LAYERS[self._version])},
+            text_encoders={
+                "text_encoder": EncoderNames(
+                    clip_layout.written_paths(text_encoders["text_encoder"])
+                    if text_encoders
+                    else clip_layout.released_paths(layers=_ENCODER_LAYERS[self._version]),
+                    kohya=("lora_te_", "lora_te1_"),
+                    comfyui=("clip_l", "clip_h") if self._version == 1 else ("clip_h", "clip_l"),
+                    drops_text_model=True,
+                )
+            },
             kohya_naming="diffusers",
             peft_prefix="unet",
             portable="kohya",
+            limits=unet_layout.UNET_LIMITS,
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:

@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from lorasmith.adapters.algorithms import format_named
+from lorasmith.core.adapter_format import SD_SCRIPTS
+
 __all__ = ["BOUNDS", "TrainingFacts", "build_metadata", "steps_of", "tag_frequency", "without_private"]
 
 BOUNDS = "lorasmith.oft_bounds"
@@ -165,7 +168,7 @@ _PUBLIC = frozenset((BOUNDS, *_PUBLIC_WORDS.split()))
 
 def _kohya(facts: TrainingFacts) -> dict[str, object]:
     known_batch = facts.batch_size is not None and facts.accumulation is not None
-    plain = facts.algorithm == "lora" and not facts.network_args
+    plain = SD_SCRIPTS in format_named(facts.algorithm).programs and not facts.network_args
     per_step = (facts.batch_size or 0) * (facts.accumulation or 0) if known_batch else 0
     samples = sum(facts.buckets.values())
     return {

@@ -205,7 +205,7 @@ def _folder(folder: Path) -> ModelFiles:
             path = parameter.module.path
             if f"{path}.{parameter.name}" in held:
                 places[parameter] = Place(*held[f"{path}.{parameter.name}"], None, tuple(tensor.shape))
-            elif part == DENOISER or path in names.text_encoders[part]:  # others may be tied to one that is there
+            elif part == DENOISER or path in names.paths(part):  # others may be tied to one that is there
                 raise ModelError(
                     f"the weights in {folder / folders[part]} lack {path}.{parameter.name}; "
                     "they are incomplete, so get them again"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lorasmith.adapters.algorithms import format_of
 from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import chosen_dtype, dtype_from_name, dtype_name
@@ -438,8 +439,9 @@ class _Run:
         changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
         for path, one in job.differences.items():
             changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
-        for ref in [ref for ref, weights in trained.items() if weights.algorithm == "full"]:
-            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors["diff"]  # what files call it
+        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+            if role:  # files hold it as a difference
+                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
         metadata = training_metadata(
             job,
             self._parts.training,

@@ -20,10 +20,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_on, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.core.errors import OptionError

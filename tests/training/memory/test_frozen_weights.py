@@ -14,7 +14,7 @@ from lever_cases import CPU, one_step, planned, randomise, rounded
 from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer, is_targetable
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers

@@ -8,11 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lorasmith.core.errors import ModelError
-from lorasmith.core.quantization import Packed
 from lorasmith.families.files.checkpoint import Shapes
+from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.files.tensor_files import TensorFile, open_tensors
 
 __all__ = ["PartFolder", "read_json", "weight_files"]
@@ -41,9 +39,9 @@ class PartFolder:
         """Shapes of its tensors by name."""
         return Shapes(self._file.shapes)
 
-    def tensors(self) -> dict[str, Tensor | Packed]:
-        """Its tensors by name, on the memory-mapped files and in their dtype."""
-        return dict(self._file.read(self._file.shapes))
+    def source(self) -> PartSource:
+        """Its tensors, on the memory-mapped files and in their dtype, and its configuration."""
+        return PartSource(str(self.path), dict(self._file.read(self._file.shapes)), config=self.config)
 
     @cached_property
     def _file(self) -> TensorFile:

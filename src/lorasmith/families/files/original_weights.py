@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
 from lorasmith.formats.names.model_names import OriginalName
 
-__all__ = ["build", "from_original_tensors", "module_paths", "weight_shapes"]
+__all__ = ["PartSource", "build", "from_original_tensors", "module_paths", "weight_shapes"]
 
 
 def module_paths(model: nn.Module) -> list[str]:
@@ -31,7 +33,26 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(weight.shape) for path, weight in weights if weight is not None}
 
 
-def build(make: Callable[[], nn.Module], tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]]) -> nn.Module:
+@dataclass(frozen=True)
+class PartSource:
+    """Where one part of a model comes from.
+
+    Attributes:
+        where: the file or folder, as messages begin with it.
+        tensors: by name, as the file has them.
+        settings: of its configuration that shapes leave open.
+        config: its whole configuration, where it comes from a diffusers folder.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor | Packed]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+def build(
+    make: Callable[[], nn.Module], tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]], *, where: str
+) -> nn.Module:
     """A model that takes over given tensors, as they are, without ever holding random weights.
 
     Weights that are packed stay so where their layer can compute with them (`adapters.packed_layers`).
@@ -39,6 +60,7 @@ def build(make: Callable[[], nn.Module], tensors: Callable[[nn.Module], Mapping[
     Args:
         make: gives the model; called where parameters get no memory.
         tensors: state dict for the empty model.
+        where: what the tensors come from, as messages begin with it.
 
     Raises:
         ModelError: tensors are missing, left over or of the wrong shape.
@@ -54,11 +76,13 @@ def build(make: Callable[[], nn.Module], tensors: Callable[[nn.Module], Mapping[
             name: one.weight() if isinstance(one, Packed) and name not in able else one
             for name, one in tensors(model).items()
         }
+        if missing := [name for name in model.state_dict() if name not in given]:
+            raise ModelError(f"{where} lacks {missing[0]}; it is incomplete, so get it again")
         packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
         model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
+            f"{where} does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of a variant that is not known here"
         ) from error
     for name, one in packed.items():

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.fp8_products import CODES
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.fp8 import check_formats, companions, packed_fp8, scale_name
 from lorasmith.families.files.gguf import GgufFile, is_gguf
@@ -68,7 +69,7 @@ class _Safetensors:
                 if packed is not None:
                     yield name, packed
                     continue
-            yield name, tensor
+            yield name, tensor.float() if tensor.dtype in CODES else tensor  # vectors, which layers do not unpack
 
 
 class _Shards:

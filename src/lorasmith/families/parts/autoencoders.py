@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.core.registry import Registry
 from lorasmith.families.files.checkpoint import Shapes
-from lorasmith.families.files.original_weights import build
+from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts import vae_layout
 
 __all__ = ["AUTOENCODERS", "AutoencoderKind", "recognised_autoencoder"]
@@ -36,15 +35,11 @@ class AutoencoderKind(ABC):
         """Channels of its latents."""
 
     @abstractmethod
-    def build(
-        self, tensors: Mapping[str, Tensor | Packed], settings: Mapping[str, Any], config: Mapping[str, Any] | None
-    ) -> nn.Module:
+    def build(self, source: PartSource) -> nn.Module:
         """The autoencoder.
 
         Args:
-            tensors: in the original naming or in diffusers'.
-            settings: of its configuration that shapes leave open.
-            config: its whole configuration, where it comes from a diffusers folder.
+            source: its tensors, in any of the namings that are in use.
 
         Raises:
             ModelError: tensors are missing or of the wrong shape.
@@ -63,17 +58,16 @@ class KlAutoencoder(AutoencoderKind):
     def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return shapes["decoder.conv_in.weight"][1]
 
-    def build(
-        self, tensors: Mapping[str, Tensor | Packed], settings: Mapping[str, Any], config: Mapping[str, Any] | None
-    ) -> nn.Module:
+    def build(self, source: PartSource) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        plain = {name: one.weight() if isinstance(one, Packed) else one for name, one in tensors.items()}
+        plain = {name: one.weight() if isinstance(one, Packed) else one for name, one in source.tensors.items()}
         named = vae_layout.diffusers_vae(plain)
+        config = source.config
         if config is None:
             shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
-            config = vae_layout.vae_config(shapes) | dict(settings)
-        return build(lambda: AutoencoderKL.from_config(config), lambda _: named)
+            config = vae_layout.vae_config(shapes) | dict(source.settings)
+        return build(lambda: AutoencoderKL.from_config(config), lambda _: named, where=source.where)
 
 
 AUTOENCODERS: Registry[AutoencoderKind] = Registry("autoencoder", ModelError)

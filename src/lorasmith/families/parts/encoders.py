@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.quantization import Packed
 from lorasmith.core.registry import Registry
-from lorasmith.families.files.original_weights import build
+from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts import clip_layout
 from lorasmith.families.parts.clip_text import clip_tokenizer
 
@@ -36,15 +35,11 @@ class EncoderKind(ABC):
         """Whether these are the tensors of a file that holds such an encoder alone."""
 
     @abstractmethod
-    def build(
-        self, tensors: Mapping[str, Tensor | Packed], settings: Mapping[str, Any], config: Mapping[str, Any] | None
-    ) -> nn.Module:
+    def build(self, source: PartSource) -> nn.Module:
         """The encoder.
 
         Args:
-            tensors: as files have them, in any of the namings that are in use.
-            settings: of its configuration that shapes leave open.
-            config: its whole configuration, where it comes from a diffusers folder.
+            source: its tensors, in any of the namings that are in use.
 
         Raises:
             ModelError: tensors are missing or of the wrong shape.
@@ -87,22 +82,24 @@ class ClipEncoder(EncoderKind):
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return clip_layout.depth_of(shapes) in (self._depth, self._depth - self._unused_layers)
 
-    def build(
-        self, tensors: Mapping[str, Tensor | Packed], settings: Mapping[str, Any], config: Mapping[str, Any] | None
-    ) -> nn.Module:
+    def build(self, source: PartSource) -> nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         kind = CLIPTextModelWithProjection if self._is_projected else CLIPTextModel
-        depth, used = clip_layout.depth_of(tensors), self._depth - self._unused_layers
-        # Files that were converted back from diffusers have lost the unused layers already.
-        layers = depth if depth == used else depth - self._unused_layers
-        named = clip_layout.in_transformers_naming(tensors, layers=layers, is_projected=self._is_projected)
+        depth, config = clip_layout.depth_of(source.tensors), source.config
+        # Files that were converted back from diffusers, and its folders, have lost the unused layers already.
+        is_cut = config is not None or depth == self._depth - self._unused_layers
+        named = clip_layout.in_transformers_naming(
+            source.tensors, layers=depth if is_cut else depth - self._unused_layers, is_projected=self._is_projected
+        )
         if config is None:
             # The tokens that fill prompts up are those of OpenAI's vocabulary, or the first of all.
             pad = 0 if self._pad_token == "!" else None
-            config = clip_layout.clip_config(named, activation=self._activation, pad_token_id=pad) | dict(settings)
+            config = clip_layout.clip_config(named, activation=self._activation, pad_token_id=pad) | dict(
+                source.settings
+            )
         wanted = CLIPTextConfig(**config)
-        return build(lambda: kind(wanted), lambda model: clip_layout.renamed_for(model, named))
+        return build(lambda: kind(wanted), lambda model: clip_layout.renamed_for(model, named), where=source.where)
 
     def tokenizer(self, encoder: nn.Module, folder: Path | None) -> Any:
         if folder is not None:

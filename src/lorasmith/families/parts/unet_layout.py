@@ -18,11 +18,12 @@ from lorasmith.families.base import Diffusion, LatentFormat, TargetPreset
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.diffusers_folder import read_json
 from lorasmith.families.files.original_weights import module_paths
-from lorasmith.formats.names.model_names import OriginalName
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 
 __all__ = [
     "CROSS_ATTENTION",
     "TARGETS",
+    "UNET_LIMITS",
     "context_widths",
     "diffusion_of_checkpoint",
     "diffusion_of_folder",
@@ -46,6 +47,15 @@ TARGETS = {
     "all": TargetPreset(("*",)),
 }
 """Target presets of these UNets."""
+
+UNET_LIMITS = ProgramLimits(
+    unknown_to_comfyui=("*.attn[12].to_[qkv]", "*.attn[12].to_out.0"),
+    diffusers_reads=("kohya",),
+    diffusers_refuses_others=True,
+    diffusers_one_alpha=("*.attn[12].*",),
+    sd_scripts_applies=("down_blocks.*", "mid_block.*", "up_blocks.*"),
+)
+"""What programs do not do with LoRA files of models with this UNet."""
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 

@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lorasmith.adapters.algorithms import algorithms
+from lorasmith.formats.names.prefixes import FLAT
 from lorasmith.formats.names.spelling import grouped
 
-__all__ = ["DENOISER_START", "SIGNATURES", "Signature", "block_of", "component_of", "guessed_family", "kind_of"]
+__all__ = ["DENOISER_START", "SIGNATURES", "Signature", "block_of", "guessed_family", "kind_of"]
 
-DENOISER_START = r"^(lora_unet_|lora_transformer_|lycoris_|oft_unet_|diffusion_model_|transformer_|base_model_model_)?"
+DENOISER_START = rf"^({FLAT})?"
 """What may stand before the first module name of a denoiser, for signatures that need to know where it begins."""
 
 
@@ -48,14 +50,6 @@ def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-def component_of(base: str) -> str:
-    """`denoiser`, `text_encoder`, `text_encoder_2` or `text_encoder_3`, by the way a base is spelled."""
-    for pattern, component in _COMPONENTS:
-        if re.match(pattern, base):
-            return component
-    return "denoiser"
-
-
 def block_of(base: str) -> str:
     """The outermost numbered block that a base lies in, such as `down_blocks.1`, or an empty string."""
     match = _BLOCK.search(base)
@@ -69,15 +63,7 @@ def kind_of(base: str) -> str:
     return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
-_COMPONENTS = (
-    (r"lora_te3_|text_encoder_3\.|text_encoders\.t5", "text_encoder_3"),
-    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g", "text_encoder_2"),
-    (r"lora_te1?_|text_encoder\.|text_encoders\.", "text_encoder"),
-)
-
-_UP_TO_KIND = re.compile(
-    r"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^(lora_unet|oft_unet|unet|transformer|diffusion_model)_"
-)
+_UP_TO_KIND = re.compile(rf"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^({FLAT})")
 _BLOCK = re.compile(
     r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"
     r"|(mid_block|middle_block)"
@@ -86,8 +72,10 @@ _BLOCK = re.compile(
 
 def _input_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Input width of each module by base, 0 where no tensor shows it."""
+    axes = {role: axis for _, form in algorithms() for role, axis in form.input_axes.items()}
     widths = {}
     for base, keys in grouped(shapes).items():
-        key = next((keys[role] for role in ("down", "hada_w1_b") if role in keys), None)
-        widths[base] = shapes[key][1] if key is not None and len(shapes[key]) > 1 else 0
+        role = next((role for role in axes if role in keys), "")
+        shape = shapes[keys[role]] if role else ()
+        widths[base] = shape[axes[role]] if len(shape) > 1 else 0
     return widths

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters.adapter import CONVOLUTIONS, FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.training.memory.host_memory import HostMemory

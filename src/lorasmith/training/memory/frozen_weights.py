@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, with_source
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.mapped_files import release_pages

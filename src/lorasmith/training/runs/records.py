@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorasmith.adapters.algorithms import format_named
 from lorasmith.core.dtypes import chosen_dtype, dtype_name
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.split import Split
@@ -131,8 +132,8 @@ def _lycoris_args(config: TrainConfig) -> dict[str, object]:
         "rs_lora": config.rslora,
         "use_tucker": config.tucker,
     }
-    factor = {"factor": config.rank} if config.algorithm == "LoKr" else {}
-    return {**{name: value for name, value in args.items() if value}, **factor}
+    size = format_named(config.algorithm).lycoris_size
+    return {**{name: value for name, value in args.items() if value}, **({size: config.rank} if size else {})}
 
 
 def _largest_picture(base: Model, data: EncodedDataset) -> tuple[int, int]:
