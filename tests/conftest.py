@@ -6,17 +6,64 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
+from PIL import Image
 
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
+from tests.covering import cases
 
 # Examples are counted, not timed: a busy machine makes no test fail.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+settings.register_profile("default run", deadline=None, max_examples=30)
+settings.register_profile("all tests", deadline=None, max_examples=100)
+
+
+def slow_wanted(config: pytest.Config) -> bool:
+    return "not slow" not in config.getoption("markexpr")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("all tests" if slow_wanted(config) else "default run")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases of `pairwise` marks; the slow ones only where slow tests are wanted, as making them takes time, too."""
+    axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
+    if axes:
+        metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+
+
+SAVE_FIGURE = Figure.savefig
+
+
+def save_blank(figure: Figure, target: Any, *, format: str, **_: Any) -> None:
+    """A picture of the figure's size with nothing on it."""
+    width, height = (int(inches * figure.dpi) for inches in figure.get_size_inches())
+    if format == "svg":
+        target.write(f'<svg viewBox="0 0 {width} {height}"></svg>')
+    else:
+        Image.new("RGB", (width, height)).save(target, format)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def figures_blank() -> Iterator[None]:
+    """Figures are made but not drawn: drawing those of a report takes longer than a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_blank)
+        yield
+
+
+@pytest.fixture
+def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at figures."""
+    monkeypatch.setattr(Figure, "savefig", SAVE_FIGURE)
 
 
 @pytest.fixture(scope="session")

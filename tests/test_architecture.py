@@ -6,6 +6,7 @@ import ast
 import graphlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,77 @@ ALLOWED: dict[str, set[str]] = {
 }
 DOORS = {"cli"}  # may import every room
 
+# Modules that no test file is named after, and the files in tests/ whose tests are theirs.
+TESTED_ELSEWHERE = {
+    "adapters/adapter.py": "adapters/test_contract.py",
+    "adapters/variants.py": "adapters/test_lora.py",
+    "bench/benchmark.py": "bench/test_measure.py",
+    "bench/counting.py": "bench/test_measure.py",
+    "bench/limits.py": "bench/test_measure.py",
+    "bench/profiling.py": "bench/test_measure.py",
+    "cli/check.py": "cli/test_lora_commands.py",
+    "cli/console.py": "cli/test_resume.py",
+    "cli/convert.py": "cli/test_lora_commands.py",
+    "cli/demo.py": "cli/test_resume.py",
+    "cli/diff.py": "cli/test_tools.py",
+    "cli/extract.py": "cli/test_tools.py",
+    "cli/generate.py": "cli/test_commands.py",
+    "cli/inspect.py": "cli/test_commands.py",
+    "cli/main.py": "cli/test_startup.py",
+    "cli/merge.py": "cli/test_tools.py",
+    "cli/reproduce.py": "cli/test_resume.py",
+    "cli/resize.py": "cli/test_tools.py",
+    "cli/targets.py": "cli/test_targets_command.py",
+    "cli/train.py": "cli/test_commands.py",
+    "cli/workflow.py": "cli/test_commands.py",
+    "families/files/checkpoint.py": "families/test_stable_diffusion.py",
+    "families/files/original_weights.py": "families/test_name_tables.py",
+    "families/files/structure.py": "cli/test_targets_command.py",
+    "families/files/tensor_files.py": "families/files/test_gguf.py",
+    "families/parts/clip_layout.py": "families/test_name_tables.py",
+    "families/parts/unet_layout.py": "families/test_name_tables.py",
+    "families/parts/vae_layout.py": "families/test_name_tables.py",
+    "families/unsupported.py": "families/test_loading.py",
+    "formats/layouts/peft_config.py": "formats/layouts/test_peft.py",
+    "formats/names/model_names.py": "families/test_name_tables.py",
+    "formats/names/places.py": "formats/layouts/test_layout.py",
+    "formats/quality/mending.py": "formats/quality/test_faults.py",
+    "nodes/saving.py": "nodes/test_outputs.py",
+    "nodes/values.py": "nodes/test_images.py",
+    "report/curves.py": "report/test_run_report.py",
+    "report/markup.py": "report/test_run_report.py",
+    "report/pictures.py": "report/test_run_report.py",
+    "sampling/generate.py": "sampling/test_previews.py",
+    "toolbox/released.py": "toolbox/test_convert.py",
+    "training/config.py": "training/test_train.py",
+    "training/divergence.py": "training/test_loop.py",
+    "training/events.py": "training/runs/test_run_folder.py",
+    "training/job.py": "training/test_train.py",
+    "training/lora_handle.py": "training/test_trained_variants.py",
+    "training/memory/host_memory.py": "training/memory/test_activations.py",
+    "training/notes.py": "training/test_trained_variants.py",
+    "training/runs/records.py": "training/test_train.py",
+    "training/runs/run_states.py": "training/test_loop.py",
+    "training/targets_summary.py": "cli/test_targets_command.py",
+    "training/watchers.py": "training/test_loop.py",
+    "workflow/context.py": "workflow/test_executor.py",
+    "workflow/execution_events.py": "workflow/test_executor.py",
+}
+
 
 def room_of(module: str) -> str:
     """`lorasmith.core.errors` → `core`; the package itself is a door."""
     return module.split(".")[1] if "." in module else ""
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of every module of ours that a file imports, inside functions and for types alone too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -63,44 +126,43 @@ def test_there_is_a_house() -> None:
     assert {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE} >= {"core", "adapters"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_imports_point_down(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
-    if not room or room in DOORS:
-        return
-    assert room in ALLOWED, f"the room {room} has no place in the picture yet"
-    wrong = [f"line {line}: {name}" for line, name in imports(path) if room_of(name) not in {room, *ALLOWED[room]}]
-    assert not wrong, f"{relative(path)} imports from above or beside: {wrong}"
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in MODULES:
+        room = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else ""
+        if room and room not in DOORS:
+            assert room in ALLOWED, f"the room {room} has no place in the picture yet"
+            allowed = {room, *ALLOWED[room]}
+            wrong += [
+                f"{relative(path)}:{line}: {name}" for line, name in imports(path) if room_of(name) not in allowed
+            ]
+    assert wrong == [], "imports from above or beside"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_every_module_says_what_it_owns(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-    assert docstring and docstring.strip(), f"{relative(path)} has no docstring"
+def test_every_module_says_what_it_owns() -> None:
+    assert [relative(path) for path in MODULES if not (ast.get_docstring(tree(path)) or "").strip()] == []
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if path.relative_to(PACKAGE).parts[0] != "cli"], ids=relative
-)
-def test_only_the_command_line_prints(path: Path) -> None:
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-
-    assert not lines, f"{relative(path)} prints in lines {lines}"
+def test_only_the_command_line_prints() -> None:
+    calls = [(path, node) for path in MODULES for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    prints = [(path, call) for path, call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    assert [f"{relative(path)}:{call.lineno}" for path, call in prints if path.parent.name != "cli"] == []
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.name == "__init__.py" and p.parent != PACKAGE], ids=relative)
-def test_packages_only_re_export(path: Path) -> None:
-    docstring, *statements = ast.parse(path.read_text(encoding="utf-8")).body
-    others = [node for node in statements if not isinstance(node, (ast.Import, ast.ImportFrom)) and not _is_all(node)]
+def test_packages_only_re_export() -> None:
+    others = []
+    for path in MODULES:
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            docstring, *statements = tree(path).body
+            assert isinstance(docstring, ast.Expr), f"{relative(path)} begins with its docstring"
+            wrong = [node for node in statements if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
+            wrong += [node for node in statements if isinstance(node, ast.Assign) and not _is_all(node)]
+            others += [f"{relative(path)}:{node.lineno}" for node in wrong]
+    assert others == [], "definitions in a package's __init__"
 
-    assert isinstance(docstring, ast.Expr)
-    assert not others, f"{relative(path)} defines something in line {others[0].lineno}"
 
-
-def _is_all(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+def _is_all(node: ast.Assign) -> bool:
+    return [ast.unparse(target) for target in node.targets] == ["__all__"]
 
 
 def test_the_package_gives_what_it_promises() -> None:
@@ -119,6 +181,15 @@ def test_no_room_is_a_ghost() -> None:
 def test_formats_see_what_algorithms_say_and_no_adapters() -> None:
     seen = {name for path in MODULES if "formats" in path.parts for _, name in imports(path)}
     assert {name for name in seen if room_of(name) == "adapters"} == {"lorasmith.adapters.algorithms"}
+
+
+def test_every_module_has_a_test_file_of_its_name_or_says_which_one_it_is() -> None:
+    tests = PACKAGE.parents[1] / "tests"
+    modules = {relative(path) for path in MODULES if path.name != "__init__.py"}
+    own = {name for name in modules if (tests / name).with_name(f"test_{Path(name).name}").is_file()}
+    assert sorted(modules - own - TESTED_ELSEWHERE.keys()) == [], "no test file is theirs"
+    assert sorted(TESTED_ELSEWHERE.keys() - (modules - own)) == [], "are gone, or have a file of their name"
+    assert [file for file in TESTED_ELSEWHERE.values() if not (tests / file).is_file()] == []
 
 
 def test_no_imports_in_a_circle() -> None:

@@ -56,6 +56,7 @@ PAGES = [
     "README.md",
     "MODEL_CARD.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
 ]
 

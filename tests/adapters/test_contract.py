@@ -16,10 +16,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.patch import Patch, applied, merged_weights
 
-pytestmark = [
-    pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS),
-    pytest.mark.parametrize("algorithm", KINDS),
-]
+pytestmark = pytest.mark.pairwise(algorithm=KINDS.keys(), case=LAYERS)
 
 STRENGTHS = [1.0, 0.5, -1.3, 2.0, 0.0]
 
@@ -40,7 +37,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, x: Tensor, strength: float 
         return model(x)
 
 
-@pytest.mark.parametrize("zero", ["up", "down"])
+@pytest.mark.pairwise(zero=["up", "down"])
 def test_a_fresh_adapter_is_exactly_the_identity(algorithm: str, case: LayerCase, zero: str) -> None:
     model, x = case.model(), case.input()
     adapter = create(model, algorithm, zero=zero)
@@ -52,7 +49,7 @@ def test_a_fresh_adapter_is_exactly_the_identity(algorithm: str, case: LayerCase
         assert torch.equal(adapter.merged(weight, strength), weight)
 
 
-@pytest.mark.parametrize("zero", ["up", "down"])
+@pytest.mark.pairwise(zero=["up", "down"])
 def test_a_fresh_adapter_can_learn(algorithm: str, case: LayerCase, zero: str) -> None:
     model = case.model()
     adapter = create(model, algorithm, zero=zero)
@@ -61,7 +58,7 @@ def test_a_fresh_adapter_can_learn(algorithm: str, case: LayerCase, zero: str) -
     assert any(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
 
 
-@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.pairwise(strength=STRENGTHS)
 def test_attached_and_merged_agree(algorithm: str, case: LayerCase, strength: float) -> None:
     model, x = case.model(), case.input()
     adapter = filled(model, algorithm)
@@ -84,15 +81,12 @@ def test_gradients_reach_the_adapter_alone(algorithm: str, case: LayerCase) -> N
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.7])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-5)], ids=["single", "double"]
-)
+@pytest.mark.pairwise(strength=[1.0, -0.7], dtype={"single": torch.float32, "double": torch.float64})
 def test_gradients_are_those_of_the_merged_weight(
-    algorithm: str, case: LayerCase, strength: float, dtype: torch.dtype, tolerance: float
+    algorithm: str, case: LayerCase, strength: float, dtype: torch.dtype
 ) -> None:
-    if dtype == torch.float64 and not KINDS[algorithm].gradient_is_exact:
-        pytest.skip("its norms are in single precision")
+    if not KINDS[algorithm].gradient_is_exact:
+        dtype = torch.float32  # which its norms are in
     model, x = case.model(dtype), case.input(dtype).requires_grad_()
     adapter = filled(model, algorithm).to(dtype)
     inputs = [x, *adapter.parameters()]
@@ -102,11 +96,12 @@ def test_gradients_are_those_of_the_merged_weight(
     folded = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
     reference = torch.autograd.grad(folded.square().sum(), inputs)
 
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-5
     for one, other in zip(ours, reference, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("input_gradient", [True, False])
+@pytest.mark.pairwise(input_gradient=[True, False])
 def test_gradients_are_right_in_double_precision(algorithm: str, case: LayerCase, input_gradient: bool) -> None:
     if not KINDS[algorithm].gradient_is_exact:
         pytest.skip("it holds a norm constant on purpose; the test above has its gradients")
@@ -259,8 +254,7 @@ APPLYING: dict[str, Callable[[nn.Module, Adapter], Any]] = {
 }
 
 
-@pytest.mark.parametrize("apply", APPLYING.values(), ids=APPLYING)
-@pytest.mark.parametrize("failing", [False, True], ids=["well", "by exception"])
+@pytest.mark.pairwise(apply=APPLYING, failing={"well": False, "by exception": True})
 def test_the_model_is_untouched_afterwards(
     algorithm: str, case: LayerCase, apply: Callable[[nn.Module, Adapter], Any], failing: bool
 ) -> None:

@@ -211,7 +211,7 @@ def test_every_option_of_a_run_is_a_flag(lorasmith: Command, monkeypatch: pytest
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_what_there_is(photos: Path, tmp_path: Path, tiny: Model, number: signal.Signals) -> None:
     command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", "train", str(photos)]
     command += ["--model", "lorasmith-tiny", "--steps", "100000", "--output", "run", "--name", "cat"]

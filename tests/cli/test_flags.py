@@ -36,17 +36,23 @@ def values(name: str) -> list[Any]:
     return [value for value in {one.type(one.min), one.type(min(one.max, 1e6))} if value != one.default]
 
 
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    """`lorasmith` with one command."""
+    app = typer.Typer()
+    train_command.register(app)
+    app.callback()(lambda: None)
+    return app
+
+
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in OPTIONS for value in values(name)])
 def test_what_a_run_says_to_type_gives_its_configuration_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+    app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     config = replace(TrainConfig(), **{name: value})
     seen = []
     monkeypatch.setattr(train_command, "prepare", lambda source, config: seen.append(config))
     monkeypatch.setattr(train_command, "finish", lambda prepared, **options: None)
-    app = typer.Typer()
-    train_command.register(app)
-    app.callback()(lambda: None)
     argv = source_of(tmp_path, "lorasmith-tiny", config=config)["argv"]
     ran = CliRunner().invoke(app, argv[1:])
     assert ran.exit_code == 0, ran.output

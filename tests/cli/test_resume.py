@@ -24,11 +24,12 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.training.events import Event, EventHandler, StepDone
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runs import records
 from lorasmith.training.runs.fingerprint import fingerprint
-from lorasmith.training.runs.records import RUN_ENTRY
+from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 
 Command = Callable[..., Any]
@@ -190,13 +191,13 @@ def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Comma
     assert RunFolder(broken).outcome() == "cancelled"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+def test_a_run_that_was_killed_before_its_first_state_begins_again(
     lorasmith: Command, whole: Path, broken: Path
 ) -> None:
-    shutil.rmtree(broken / "checkpoints")
+    shutil.rmtree(broken / "states")
     ran = lorasmith("resume", broken)
     assert ran.code == 0, ran.err
-    assert "ended before its first checkpoint, so it begins again" in ran.out
+    assert "ended before its first state was saved, so it begins again" in ran.out
     assert tensors_of(broken) == tensors_of(whole)
 
 
@@ -221,8 +222,8 @@ def test_what_differs_of_the_machine_is_said(lorasmith: Command, broken: Path) -
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
-    "no run": (lambda run: (run / "run.json").unlink(), (), "must be the folder of a run"),
-    "damaged": (lambda run: (run / "run.json").write_text("{"), (), "must be the folder of a run"),
+    "no run": (lambda run: (run / "run.json").unlink(), (), "a run's folder has a run.json, which"),
+    "damaged": (lambda run: (run / "run.json").write_text("{"), (), "without it nothing is known of the run"),
     "model moved": (
         lambda run: with_record(run, source={"model": "/gone/m.safetensors"}), (), "m.safetensors does not exist"
     ),
@@ -264,7 +265,7 @@ def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
     assert ran.code == 0, ran.err
     assert "cat.safetensors is of step 2 of 5, so that training ends there." in ran.out
     assert "are the same, to the bit." in ran.out
-    assert len([e for e in RunFolder(tmp_path / "runs" / "cat-001").events() if e["event"] == "StepDone"]) == 2
+    assert len(read_history(tmp_path / "runs" / "cat-001").of(StepDone)) == 2
 
 
 def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Path) -> None:

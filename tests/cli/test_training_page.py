@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lorasmith.training.memory import compilation
+from lorasmith.training.memory.compilation import units
 from tests.cli.test_resume import interrupted
 
 Command = Callable[..., Any]
@@ -25,7 +26,8 @@ COMMANDS = re.findall(r"^    lorasmith (train .*)$", PAGE, flags=re.MULTILINE)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "BACKEND", "eager")  # machine code for twenty blocks takes minutes
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # machine code for twenty blocks takes minutes,
+    monkeypatch.setattr(compilation, "units", lambda model: units(model)[-1:])  # and graphs of all of them seconds
     for word, package in (("Prodigy", "prodigyopt"), ("tensorboard", "tensorboard")):
         if word in command:
             pytest.importorskip(package)

@@ -13,6 +13,8 @@ from PIL import Image
 from lorasmith.core.errors import OutputError
 from lorasmith.report.loss_plot import plot_losses, smoothed
 
+pytestmark = pytest.mark.usefixtures("figures_drawn")
+
 NAN, INF = math.nan, math.inf
 
 

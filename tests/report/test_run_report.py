@@ -16,6 +16,8 @@ from lorasmith.report.markup import Html, document, tag
 from lorasmith.report.pictures import PictureTable, data_uri, picture_table, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, run_report
 
+pytestmark = pytest.mark.usefixtures("figures_drawn")
+
 NAN = math.nan
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & \'"'
 VOID = {"br", "col", "hr", "img", "meta"}

@@ -49,20 +49,23 @@ def solve(sampler: str, schedule: NoiseSchedule, x: Tensor, sigmas: Tensor, **ov
     return SAMPLERS[sampler].solve(denoise, x, sigmas, **(settings | overrides))
 
 
+def of(run: dict[str, Any]) -> str:
+    return f"{run['schedule']}, {run['scheduler']}, {run['steps']} steps, denoise {run['denoise']}"
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(
-    "run", GOLDEN["runs"], ids=lambda run: f"{run['schedule']}-{run['scheduler']}-{run['steps']}-{run['denoise']}"
-)
-def test_results_are_comfyuis(run: dict[str, Any], sampler: str) -> None:
-    schedule = SCHEDULES[run["schedule"]]
+def test_results_are_comfyuis(sampler: str) -> None:
     noises = torch.tensor(GOLDEN["noises"])
-    sigmas = sigmas_for(schedule, run["scheduler"], run["steps"], denoise=run["denoise"], sampler=sampler)
-    start = schedule.initial(noises[-1], torch.tensor(GOLDEN["latents"]), sigmas[0].item())
+    for run in GOLDEN["runs"]:
+        schedule = SCHEDULES[run["schedule"]]
+        sigmas = sigmas_for(schedule, run["scheduler"], run["steps"], denoise=run["denoise"], sampler=sampler)
+        start = schedule.initial(noises[-1], torch.tensor(GOLDEN["latents"]), sigmas[0].item())
 
-    denoise = posterior_mean(schedule, GOLDEN["mean"], GOLDEN["spread"])
-    result = solve(sampler, schedule, start, sigmas, denoise=denoise, noise=lambda step: noises[step])
+        denoise = posterior_mean(schedule, GOLDEN["mean"], GOLDEN["spread"])
+        result = solve(sampler, schedule, start, sigmas, denoise=denoise, noise=lambda step: noises[step])
 
-    torch.testing.assert_close(result, torch.tensor(run[sampler]), rtol=0, atol=1e-4)
+        expected = torch.tensor(run[sampler])
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4, msg=lambda text, run=run: f"{of(run)}: {text}")
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)

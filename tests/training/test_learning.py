@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorasmith.core.folders import ASSETS
@@ -10,7 +11,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import plan_job, recipe_of, train
+from lorasmith.training.train import plan_job, train
 from tools.pretrain.data import UNTAUGHT
 from tools.pretrain.judge import Judge, colourless
 
@@ -18,13 +19,15 @@ from tools.pretrain.judge import Judge, colourless
 def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
     """Mean loss over the samples at noise that no run here has seen."""
     config = TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32")
-    recipe = recipe_of(plan_job(denoiser, config), torch.device("cpu"))
-    maker = engine.batch_maker(denoiser, samples, recipe)  # type: ignore[arg-type]
+    job = plan_job(denoiser, config, torch.device("cpu"))
+    maker = engine.batch_maker(denoiser, samples, job.config, job.runtime)  # type: ignore[arg-type]
     with torch.no_grad(), denoiser.active():
-        losses = [engine.sample_losses(denoiser, batch, recipe) for step in range(8) for batch in maker.step(step)]
+        batches = [batch for step in range(8) for batch in maker.step(step)]
+        losses = [engine.sample_losses(denoiser, batch, job.config, job.runtime) for batch in batches]
     return torch.cat(losses).mean().item()
 
 
+@pytest.mark.slow
 def test_a_style_is_learnt_from_sixteen_pictures(tiny: Model) -> None:
     data = load_dataset(ASSETS / "input" / "high-contrast", tiny)
     assert len(data) == 16

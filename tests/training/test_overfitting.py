@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorasmith.core.folders import ASSETS
@@ -14,6 +15,7 @@ from lorasmith.training.train import train
 from lorasmith.training.validation import Validator
 
 
+@pytest.mark.slow
 def test_an_overfit_run_is_called_so_and_stopped_and_its_best_lora_is_kept(tiny: Model) -> None:
     data = EncodedDataset(load_dataset(ASSETS / "input" / "high-contrast", tiny).samples[:8])
     seen: list[Validated] = []

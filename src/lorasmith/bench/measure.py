@@ -25,9 +25,10 @@ from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.batches import prefetched
-from lorasmith.training.engine import Engine, Recipe, batch_maker
-from lorasmith.training.job import Job
-from lorasmith.training.loop import Loop, Watcher, fit
+from lorasmith.training.engine import batch_maker
+from lorasmith.training.events import EventHandler
+from lorasmith.training.job import Job, engine_of
+from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
 __all__ = [
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 Clock = Callable[[], float]
+
+_PART_STEPS = 2
+"""Steps whose parts are timed, behind one that warms up."""
 
 
 @dataclass(frozen=True)
@@ -164,16 +168,14 @@ def frozen_floor(
 
 
 @contextlib.contextmanager
-def training_steps(
-    job: Job, samples: Sequence[Sample], recipe: Recipe, counter: Counter | None = None
-) -> Iterator[Callable[[], None]]:
+def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None = None) -> Iterator[Callable[[], None]]:
     """A run's steps one by one, without what is between them. Yields a function that takes the next.
 
     With a `counter` everything that is trained is made inside of it, and the frozen weights outside.
     """
     with counter or contextlib.nullcontext():
-        engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
-    maker = batch_maker(job.denoiser, samples, recipe, engine.dropout)
+        engine = engine_of(job)
+    maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
     steps = itertools.count()
 
     def once() -> None:
@@ -181,7 +183,7 @@ def training_steps(
         engine.update(step, *engine.gradient(maker.step(step)))
 
     try:
-        with engine.prepared(lambda: None):
+        with engine.prepared():
             yield once
     finally:
         engine.release()
@@ -215,48 +217,57 @@ def pass_seconds(
     warmup: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Spread:
-    """Seconds of each of `steps` calls, after those that warm up."""
-    seconds = []
-    for index in range(warmup + steps):
-        _wait_for(device)
-        start = clock()
+    """Seconds of each of `steps` calls, after those that warm up.
+
+    On a GPU nobody waits for it between calls, as in `step_seconds`: both are then slowed alike where the host is slow.
+    """
+    for _ in range(warmup):
         once()
-        _wait_for(device)
-        if index >= warmup:
-            seconds.append(clock() - start)
-    return Spread(tuple(seconds))
+    ends = _Ends(device, clock)
+    ends.note()
+    for _ in range(steps):
+        once()
+        ends.note()
+    return Spread(ends.differences())
 
 
 def step_seconds(
-    job: Job, samples: Sequence[Sample], recipe: Recipe, *, warmup: int = 1, clock: Clock = time.perf_counter
+    job: Job,
+    samples: Sequence[Sample],
+    *,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    on_event: EventHandler = lambda event: None,
 ) -> Spread:
     """Seconds from the end of one step to that of the next, in the loop that trains, of all behind the warm-up.
 
     On a GPU nobody waits for it between steps; the times are the device's own.
+
+    Args:
+        job, samples: the run.
+        warmup: first steps that are not counted.
+        clock: of the CPU.
+        on_event: receives the run's events, such as a `Shrunk` where memory ran out.
     """
-    ends = _Ends(recipe.device, clock)
-    fit(
-        job.denoiser,
-        job.adapters,
-        samples,
-        recipe,
-        differences=job.differences,
-        on_event=lambda event: None,
-        cancelled=lambda: False,
-        watchers=[ends],
-    )
+    ends = _Ends(job.runtime.device, clock)
+    engine = engine_of(job)
+    try:
+        Loop(engine, samples, tell=on_event, watchers=[ends]).run()
+    finally:
+        engine.release()
     return Spread(ends.differences()[warmup - 1 :])
 
 
-def measured_parts(job: Job, samples: Sequence[Sample], recipe: Recipe, *, steps: int = 2) -> Parts:
+def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
     """The parts of a step, one after the other."""
-    engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
-    maker = batch_maker(job.denoiser, samples, recipe, engine.dropout)
-    device = recipe.device
+    steps = _PART_STEPS
+    engine = engine_of(job)
+    maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
+    device = job.runtime.device
     rows = []
     try:
         with (
-            engine.prepared(lambda: None),
+            engine.prepared(),
             contextlib.closing(prefetched(maker, range(steps + 1))) as coming,
         ):
             for step in range(steps + 1):
@@ -302,13 +313,17 @@ class _Ends(Watcher):
         self._ends: list[Any] = []
 
     def due(self, loop: Loop) -> bool:
+        self.note()
+        return False
+
+    def note(self) -> None:
+        """Note the time on the device, which it reaches when it has done what it was given before."""
         if self._device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._ends.append(end)
         else:
             self._ends.append(self._clock())
-        return False
 
     def differences(self) -> tuple[float, ...]:
         """Seconds between neighbouring ends."""

@@ -66,7 +66,6 @@ def bench(
     from lorasmith.core.placement import chosen_device
     from lorasmith.families.loading import load_model
     from lorasmith.training.job import plan_job
-    from lorasmith.training.train import recipe_of
 
     config = TrainConfig(**settings)
     place = chosen_device(device)
@@ -78,7 +77,6 @@ def bench(
         found = measured(
             job,
             samples,
-            recipe_of(job, place),
             steps=measured_steps,
             floor=floor,
             tell=lambda what: status.update(f"Measuring {what}"),
@@ -101,7 +99,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
         "pixels": pixels,
         "settings": dataclasses.asdict(job.config),
         "trained": job.parameters,
-        "environment": environment(torch.device(device), job.config.optimizer),
+        "environment": environment(torch.device(device), job.config.optimizer, compile=job.config.compile),
         **dataclasses.asdict(found),
         "step_s": found.step.median,
         "of_floor": found.of_floor,

@@ -11,6 +11,7 @@ from lorasmith.cli.console import console, counting, say
 from lorasmith.cli.train import free_folder, prepare, report, run_prepared, source_of
 from lorasmith.core.folders import ASSETS
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.outcome import Outcome
 
 __all__ = ["register"]
 
@@ -58,7 +59,7 @@ def demo(
     model = prepared.base
     folder = output or free_folder(Path("runs"), "demo")
     result = run_prepared(prepared, output=folder, fresh=True)
-    if result.reason == "cancelled":
+    if result.reason is Outcome.CANCELLED:
         report(result)
         return
     with counting("Drawing") as progress:

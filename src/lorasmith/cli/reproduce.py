@@ -93,7 +93,8 @@ def _say_differences(before: Mapping[str, Any], fingerprint: Mapping[str, Any], 
     """Name what is not as it was; returns whether any of it decides the result."""
     from lorasmith.training.runs.fingerprint import differences, environment, environments_of
 
-    now = environment(prepared.device, prepared.job.config.optimizer)
+    config = prepared.job.config
+    now = environment(prepared.device, config.optimizer, compile=config.compile)
     for found in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
         remark(f"{found}, so that the last bits may be others.", kind="Differs")
     decisive = differences(before["fingerprint"], fingerprint)

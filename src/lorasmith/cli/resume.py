@@ -26,13 +26,13 @@ def resume(
         str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: as when the run began.")
     ] = None,
 ) -> None:
-    """Go on with a run that was stopped or killed, from its last checkpoint.
+    """Go on with a run that was stopped or killed, from its last saved state.
 
     With the same versions, device and number of threads the result is, to the bit, that of a run that was never
     stopped; what differs is said. Other images, settings or another base model are refused.
     """
     from lorasmith.cli.train import asked_again, finish, prepare
-    from lorasmith.training.runs.run_folder import DONE, RunFolder
+    from lorasmith.training.runs.run_folder import RunFolder
 
     folder = RunFolder(run)
     record = folder.record()
@@ -40,10 +40,10 @@ def resume(
         raise OptionError(
             f"{run} was not made by lorasmith train; start its workflow or script again, which goes on with it"
         )
-    if folder.outcome() in DONE:
+    if folder.is_done:
         raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
     folder.check_free()
     prepared = prepare(*asked_again(record, model=model, data=data, device=device))
-    if not folder.checkpoints().paths():
-        remark(f"{run} ended before its first checkpoint, so it begins again.")
+    if not folder.states().paths():
+        remark(f"{run} ended before its first state was saved, so it begins again.")
     finish(prepared, output=run, fresh=False)

@@ -15,6 +15,7 @@ from lorasmith.cli.flags import arguments_for, with_flags
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import config_from, options_of
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.outcome import Outcome
 
 if TYPE_CHECKING:
     import torch
@@ -219,7 +220,6 @@ def run_prepared(
             fresh=fresh,
             title=title,
             trigger=prepared.source["trigger"] or None,
-            device=prepared.device,
             validation=prepared.validation,
             # They load the LoRA as it is saved, which has what the job's denoiser carries along of a continued one.
             previews=lambda folder: run_previews(
@@ -255,10 +255,10 @@ def report(result: TrainResult) -> None:
     if folder is None:
         say("Stopped before the first step: there is nothing to save.")
         return
-    if result.reason == "cancelled":
+    if result.reason is Outcome.CANCELLED:
         say(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To go on with it:")
         say(f"  {command_line(['lorasmith', 'resume', folder])}")
-    if result.reason == "stopped":
+    if result.reason is Outcome.STOPPED:
         best = min(result.validations, key=lambda one: one[1])[0]
         say(f"Stopped early, at step {len(result.losses)}: the held-out images were best at {best}, which is saved.")
     say(f"{'Verdict':<11}{result.verdict}")

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasmith.core.choices import Quantization
+
 __all__ = [
     "BLOCK",
     "NF4_LEVELS",
@@ -146,7 +148,7 @@ def placeholder(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> 
     return torch.full((), torch.nan, device=device, dtype=dtype).expand(shape)
 
 
-def packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Packed:
+def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
     """A weight (out, ...) as `kind` of `PACKINGS` keeps it; it unpacks to `dtype` and to the same memory format."""
     return PACKINGS[kind](weight.detach(), dtype)
 
@@ -212,7 +214,7 @@ def _level_pairs(device: torch.device) -> Tensor:
     return torch.cartesian_prod(levels, levels)
 
 
-PACKINGS: dict[str, Callable[[Tensor, torch.dtype], Packed]] = {
+PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "none": _as_it_is,
     "fp8_e4m3": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=True),
     "fp8_e5m2": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=True),

@@ -44,6 +44,7 @@ from lorasmith.training.events import (
     Warned,
 )
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.run_folder import unfinished_run
 from lorasmith.training.train import Surroundings, TrainResult, plan_job, run_job
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -172,7 +173,7 @@ def train_lora(
         cancelled=context.cancelled,
     )
     result = run_job(job, data, around)
-    if result.reason == "cancelled":
+    if result.reason is Outcome.CANCELLED:
         raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps
 

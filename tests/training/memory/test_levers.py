@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from lever_cases import flux_dataset, one_step, rounded
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.choices import Activations
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training.memory.activations import KINDS
 
 LAYERS = "*.0.attn1.*, *.ff.*, *.conv1"
 VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
@@ -24,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALG
     "Tucker": {"tucker": True},
     "norms and biases": {"differences": "norms+biases"},
 }
+Step = Callable[[str, str], tuple[Model, EncodedDataset, dict[str, Tensor]]]
 
 
 pytestmark = pytest.mark.usefixtures("small_is_worth_it")
@@ -35,16 +37,33 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * max(1.0, float(tensor.abs().max())))
 
 
-@pytest.mark.parametrize("kind", PACKINGS)
-def test_all_of_them_together(tiny: Model, dataset: EncodedDataset, flux: Model, kind: str) -> None:
-    # Formats differ in nothing but how a weight is made from them: one is enough for the second family.
-    for model, data in ((tiny, dataset), (flux, flux_dataset()))[: 2 if kind == "nf4" else 1]:
+@pytest.fixture(scope="module")
+def plain_step(tiny: Model, dataset: EncodedDataset, flux: Model) -> Step:
+    """A step of a family on weights that a kind of packing rounded, with no lever; taken once."""
+    families = {"Stable Diffusion": (tiny, dataset), "Flux": (flux, flux_dataset())}
+
+    @cache
+    def step(family: str, kind: str) -> tuple[Model, EncodedDataset, dict[str, Tensor]]:
+        model, data = families[family]
         with rounded(model.components.denoiser, kind):
-            expected = one_step(model, data, targets="attention+ff")
-        for offloading, kept, depth in itertools.product((False, True), KINDS, (0, 2)):
-            changes = {"activations": kept, "checkpoint_depth": depth}
-            changes |= {"quantization": kind, "offloading": offloading}
-            assert_close(one_step(model, data, changes, targets="attention+ff"), expected)
+            return model, data, one_step(model, data, targets="attention+ff")
+
+    return step
+
+
+@pytest.mark.pairwise(
+    kind=[*PACKINGS],
+    kept=list(get_args(Activations)),
+    family=["Stable Diffusion", "Flux"],
+    offloading=[False, True],
+    depth=[0, 2],
+)
+def test_all_of_them_together(
+    plain_step: Step, kind: str, kept: str, family: str, offloading: bool, depth: int
+) -> None:
+    model, data, expected = plain_step(family, kind)
+    changes = {"activations": kept, "checkpoint_depth": depth, "quantization": kind, "offloading": offloading}
+    assert_close(one_step(model, data, changes, targets="attention+ff"), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

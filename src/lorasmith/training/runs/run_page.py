@@ -34,17 +34,18 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
 
 __all__ = ["command_line", "report_of", "write_report"]
 
-_ENDS = {  # how it is called, how it is coloured, whether the run can go on
-    "finished": ("Finished", "good", False),
-    "stopped": ("Stopped early", "good", False),
-    "cancelled": ("Cancelled", "fair", True),
-    "failed": ("Failed", "bad", True),
-    None: ("No end recorded", "fair", True),
+_ENDS: dict[Outcome | None, tuple[str, str]] = {  # how it is called, and how it is coloured
+    Outcome.FINISHED: ("Finished", "good"),
+    Outcome.STOPPED: ("Stopped early", "good"),
+    Outcome.CANCELLED: ("Cancelled", "fair"),
+    Outcome.FAILED: ("Failed", "bad"),
+    None: ("No end recorded", "fair"),
 }
 _QUANTILES = 5  # more lines than that cannot be told apart
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, which is to stay small
@@ -66,7 +67,7 @@ def write_report(folder: Path) -> Path:
 def report_of(history: RunHistory) -> RunReport:
     """What there is to say of a run."""
     steps = history.steps()
-    status, mood, _ = _end(history)
+    status, mood = _ENDS[history.outcome]
     before_after, progress = _pictures(history)
     quantiles, images = _ledger(history)
     lora = _lora(history)
@@ -91,10 +92,6 @@ def report_of(history: RunHistory) -> RunReport:
         environment=_environment(history.record),
         notes=_notes(history),
     )
-
-
-def _end(history: RunHistory) -> tuple[str, str, bool]:
-    return _ENDS.get(history.reason(), _ENDS[None])
 
 
 def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
@@ -122,7 +119,7 @@ def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
         parts.append(f"{starts[-1].device}, {starts[-1].dtype}")
         if len(starts) > 1:
             parts.append(f"started {len(starts)} times")
-    if history.reason() is None:
+    if history.outcome is None:
         parts.append(f"it was killed after step {steps[-1].step if steps else 0}, or is still going on")
     return " · ".join(parts)
 
@@ -177,7 +174,7 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     if lora is not None:
         use = ["lorasmith", "generate", "--model", base, "--lora", lora.resolve(), "--prompt", trigger or caption]
         commands["See it at work"] = command_line(use)
-    if _end(history)[2]:
+    if history.outcome is None or not history.outcome.is_final:
         commands["Go on where it ended"] = command_line(["lorasmith", "resume", folder])
     if isinstance(repeat, list) and repeat:
         commands["Repeat the run"] = command_line(repeat)

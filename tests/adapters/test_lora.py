@@ -161,9 +161,11 @@ def test_lora_plus_takes_pefts_steps() -> None:
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
-    from lorasmith.training.engine import Recipe, _rate, _trained
+    from lorasmith.training.config import ResolvedConfig
+    from lorasmith.training.engine import _rate, _trained
     from lorasmith.training.optim.flat import FlatParameters
     from lorasmith.training.optim.optimizers import GatedOptimizer
+    from lorasmith.training.runtime import Runtime
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -178,17 +180,17 @@ def test_lora_plus_takes_pefts_steps() -> None:
         theirs[name].lora_A["default"].weight.data.copy_(adapter.down)
     optimizer = create_loraplus_optimizer(peer, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0)
 
-    recipe = Recipe(
-        steps=1, batch_size=1, accumulation=1, learning_rate=1e-2, lora_plus_ratio=16.0, optimizer="AdamW",
-        weight_decay=0.0, max_grad_norm=0.0, loss_function="MSE", objective="native", timesteps="uniform", seed=0,
-        dtype=torch.float32, device=torch.device("cpu"), checkpoint_depth=0,
+    config = ResolvedConfig(
+        learning_rate=1e-2, lora_plus_ratio=16.0, alpha=2.0, targets="all", schedule="constant", timesteps="uniform",
+        training_dtype="fp32",
     )  # fmt: skip
+    runtime = Runtime.of(config, base, torch.device("cpu"))
     trained = list(_trained(adapters, {}))
     flat = FlatParameters(
         {name: parameter for _, name, parameter in trained},
-        device=recipe.device,
-        dtype=recipe.dtype,
-        rates={name: _rate(path, name, recipe) for path, name, _ in trained},
+        device=runtime.device,
+        dtype=runtime.dtype,
+        rates={name: _rate(path, name, config, runtime) for path, name, _ in trained},
     )
     ours = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
     with attached(base.requires_grad_(False), [Attached(adapters)]):

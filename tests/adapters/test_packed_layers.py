@@ -16,10 +16,7 @@ from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.packed_layers import give_source
 from lorasmith.core.quantization import Packed, packed
 
-pytestmark = [
-    pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS),
-    pytest.mark.parametrize("algorithm", [*KINDS, "none"]),
-]
+pytestmark = pytest.mark.pairwise(algorithm=[*KINDS, "none"], case=LAYERS)
 
 
 def filled(case: LayerCase, algorithm: str) -> dict[str, Adapter]:
@@ -46,7 +43,7 @@ def with_packed(model: nn.Module, weight: Packed) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+@pytest.mark.pairwise(kind=["none", "int8", "nf4"])
 def test_outputs_and_gradients_are_exactly_those_of_a_parameter(algorithm: str, case: LayerCase, kind: str) -> None:
     plain, x, adapters = case.model(), case.input().requires_grad_(), filled(case, algorithm)
     parameter = plain.get_submodule("layer").weight

@@ -56,6 +56,7 @@ def test_previews_go_to_the_temp_folder(bench: Any, pictures: Make) -> None:
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.5, 0.5, 0.5], [0.5, math.nan, 0.25, math.nan]])
+@pytest.mark.usefixtures("figures_drawn")
 def test_a_loss_plot_takes_what_training_gives(bench: Any, losses: list[float]) -> None:
     (shown,) = bench.call("LossGraphNode", loss={"loss": losses}, filename_prefix="fox").ui["images"]
     assert shown == {"filename": "fox_00001_.png", "subfolder": "", "type": "temp"}

@@ -1,4 +1,4 @@
-"""Flat buffers, the loss scale, checkpointing's blocks."""
+"""Flat buffers: values kept, gradients summed in fp32, groups by rate."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.families.model import Model
-from lorasmith.training.mailbox import Mailbox
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.optim.flat import FlatParameters
-from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.optimizers import GatedOptimizer
 
 CPU = torch.device("cpu")
@@ -87,39 +83,3 @@ def test_views_of_a_group_are_its_parameters_in_the_buffers() -> None:
 def test_groups_are_whole_blocks_of_8_bit_state() -> None:
     flat = FlatParameters(parameters(), device=CPU, dtype=torch.float32, rates={"a": 1e-3})
     assert [group.flat.numel() % 256 for group in flat.groups] == [0, 0]
-
-
-def test_the_loss_scale_halves_on_overflow_and_doubles_when_calm() -> None:
-    scale = LossScale(CPU, enabled=True)
-    first = scale.scale.item()
-    scale.update(torch.tensor(False))
-    assert scale.scale.item() == first / 2
-    for _ in range(500):
-        scale.update(torch.tensor(True))
-    assert scale.scale.item() == first
-
-
-def test_a_disabled_loss_scale_is_one() -> None:
-    scale = LossScale(CPU, enabled=False)
-    scale.update(torch.tensor(False))
-    assert scale.scale.item() == 1.0
-
-
-def test_blocks_by_depth(tiny: Model) -> None:
-    unet = tiny.components.denoiser
-    names = {id(module): path for path, module in unet.named_modules()}
-    depth = {d: [names[id(block)] for block in blocks_at_depth(unet, d)] for d in (1, 2, 3, 5)}
-    assert depth[1] == [*(f"down_blocks.{i}" for i in range(3)), *(f"up_blocks.{i}" for i in range(3)), "mid_block"]
-    assert "down_blocks.0.resnets.0" in depth[2]
-    assert "mid_block.attentions.0" in depth[2]
-    assert "down_blocks.0.attentions.0.transformer_blocks.0" in depth[3]
-    assert depth[5]  # past the nesting there are still blocks
-    assert all(list(unet.get_submodule(path).children()) for paths in depth.values() for path in paths)
-
-
-def test_the_mailbox_delivers_in_order() -> None:
-    mailbox = Mailbox(CPU)
-    for step in range(3):
-        mailbox.post(step, torch.tensor([float(step), 2.0]))
-    assert mailbox.collect(wait=True) == [(0, [0.0, 2.0]), (1, [1.0, 2.0]), (2, [2.0, 2.0])]
-    assert mailbox.collect() == []

@@ -1,0 +1,15 @@
+"""Numbers arrive on the host in the order of their steps."""
+
+from __future__ import annotations
+
+import torch
+
+from lorasmith.training.mailbox import Mailbox
+
+
+def test_the_mailbox_delivers_in_order() -> None:
+    mailbox = Mailbox(torch.device("cpu"))
+    for step in range(3):
+        mailbox.post(step, torch.tensor([float(step), 2.0]))
+    assert mailbox.collect(wait=True) == [(0, [0.0, 2.0]), (1, [1.0, 2.0]), (2, [2.0, 2.0])]
+    assert mailbox.collect() == []

@@ -1,0 +1,245 @@
+"""Breaks one line of the package at a time and counts how often the default test run notices.
+
+    python -m tools.mutation                        # this work tree as it is
+    python -m tools.mutation --repository ../other  # another one
+    python -m tools.mutation --only 3 --only 17
+
+Each of `MUTATIONS` is made in a copy of the work tree, where the default run then goes on until something fails. The
+files whose tests are nearest to the broken module come first, which changes nothing about what is caught, only how
+soon. A failure counts if the test that failed passes again once the line is mended. What no test of the module's room
+catches is given to all other tests, for as long as `--minutes` allows.
+
+A line is found by its text, wherever its file lies. One that is gone, or stands twice, is refused: amend the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path("src", "lorasmith")
+AT_LEAST = 0.95
+"""Share of the mutations that the default run must catch."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A line and what becomes of it.
+
+    Attributes:
+        line: its text, without indentation and comment; it stands once in the package.
+        replace: part of it.
+        by: what takes that part's place.
+    """
+
+    line: str
+    replace: str
+    by: str
+
+
+MUTATIONS = (
+    # core
+    Mutation(
+        'digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()', "/{purpose}", ""
+    ),
+    Mutation("scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest", "by_row, ", ""),
+    # adapters
+    Mutation("grad_up = _scaled(inner.view(-1, inner.shape[-1]).t() @ grad, ctx.factor).t()", "ctx.factor", "1"),
+    Mutation("turn = torch.lerp(identity, inverse, 2 * strength)", "2 * strength", "strength"),
+    # formats
+    Mutation("ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))", "(-", "("),
+    Mutation(
+        "rows = whole if part.rows is None else whole[slice(*part.rows)]", "slice(*part.rows)", "slice(part.rows[1])"
+    ),
+    # diffusion
+    Mutation("return shift * time / (1 + (shift - 1) * time)", "shift - 1", "1 - shift"),
+    Mutation("return scale * signal / torch.maximum(level.sigma**2, signal / gamma)", "/ gamma", "* gamma"),
+    # families
+    Mutation(
+        "context = torch.where(weights == 1, context, hidden[-1:].lerp(context, weights))",
+        "hidden[-1:].lerp(context, weights)",
+        "context * weights",
+    ),
+    # data
+    Mutation("count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)", "ceil", "floor"),
+    # toolbox
+    Mutation("up=(u[:, :count] * root).float().cpu(),", " * root", ""),
+    # sampling
+    Mutation(
+        'weighted = [*_shares("positive", positive, cfg), *_shares("negative", negative, 1 - cfg)]',
+        "1 - cfg",
+        "cfg - 1",
+    ),
+    # training
+    Mutation("size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT", "-(-parameter", "(parameter"),
+    Mutation("return (step + 1) / warmup_steps", "step + 1", "step"),
+    # bench
+    Mutation("self.held = max(self.held, self.live)", "self.live)", "self.peak)"),
+    # report
+    Mutation("decay = 1 - 1 / span", "1 / span", "2 / span"),
+    # workflow
+    Mutation(
+        "yield {name: items[min(index, len(items) - 1)] for name, items in lists.items()}",
+        "min(index, len(items) - 1)",
+        "index % len(items)",
+    ),
+    # nodes, app, cli
+    Mutation(
+        'return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)',
+        "height // 8, width // 8",
+        "width // 8, height // 8",
+    ),
+    Mutation("strengths=(1.0, *strengths),", "(1.0, *strengths)", "strengths"),
+    Mutation("return Path(path), float(strength)", "float(strength)", "abs(float(strength))"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mutation's line stands.
+
+    Attributes:
+        path: of the file, relative to the work tree.
+        number: of the line, from 1.
+    """
+
+    path: Path
+    number: int
+
+
+def found(mutation: Mutation, tree: Path) -> Place:
+    """The only line of the package with the mutation's text.
+
+    Raises:
+        SystemExit: there is none, or there are several, or it lacks what is to be replaced.
+    """
+    if mutation.line.count(mutation.replace) != 1:
+        raise SystemExit(f"what is replaced must stand once in its line: {mutation}")
+    places = [
+        Place(path.relative_to(tree), number)
+        for path in sorted((tree / SOURCE).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.partition("  # ")[0].strip() == mutation.line
+    ]
+    if len(places) != 1:
+        raise SystemExit(f"a line must stand once in {SOURCE}, this one stands {len(places)} times: {mutation.line}")
+    return places[0]
+
+
+@contextlib.contextmanager
+def broken(mutation: Mutation, place: Place, tree: Path) -> Iterator[None]:
+    """The work tree with the mutation made."""
+    path = tree / place.path
+    whole = path.read_text(encoding="utf-8")
+    lines = whole.splitlines(keepends=True)
+    lines[place.number - 1] = lines[place.number - 1].replace(mutation.replace, mutation.by)
+    try:
+        _write_source(path, "".join(lines))
+        yield
+    finally:
+        _write_source(path, whole)
+
+
+def _write_source(path: Path, text: str) -> None:
+    """Write a module; its compiled form goes, which is only known by the second that it was written in and its size."""
+    path.write_text(text, encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
+
+
+def stages(place: Path, tree: Path) -> list[list[str]]:
+    """All test files, those that are nearest to a module first: of its name, of its folder, of its room, all others."""
+    folder, name = Path("tests", *place.parent.relative_to(SOURCE).parts), place.stem.rstrip("s")
+    nearest: list[list[str]] = [[], [], [], []]
+    for path in sorted(path.relative_to(tree) for path in (tree / "tests").rglob("test_*.py")):
+        in_room = path.parts[1] == folder.parts[1]
+        distance = 0 if name in path.stem else 1 if path.parent == folder else 2
+        nearest[distance if in_room else 3].append(path.as_posix())
+    return [files for files in nearest if files]
+
+
+def run_tests(tree: Path, arguments: Sequence[str], *, seconds: float) -> tuple[int | None, str]:
+    """Exit status and output of pytest, None for the status if it was stopped after so many seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def caught(mutation: Mutation, place: Place, tree: Path, *, minutes: float) -> str | None:
+    """The test that fails with the line broken and passes with it whole; None if there is none in the time."""
+    deadline = time.monotonic() + 60 * minutes
+    for files in stages(place.path, tree):
+        with broken(mutation, place, tree):
+            status, output = run_tests(tree, files, seconds=max(1.0, deadline - time.monotonic()))
+        if status is None:
+            return None
+        if status == 0:
+            continue
+        test = re.search(r"^(?:FAILED|ERROR) (\S+(?: .*?)?)(?: - .*)?$", output, flags=re.MULTILINE)
+        if status not in (1, 2) or test is None:
+            raise SystemExit(f"pytest ended with status {status} and named no test:\n{output[-2000:]}")
+        status, output = run_tests(tree, [test[1]], seconds=600)
+        if status != 0:
+            raise SystemExit(f"{test[1]} fails without any mutation, too:\n{output[-2000:]}")
+        return test[1]
+    return None
+
+
+@contextlib.contextmanager
+def copied(repository: Path) -> Iterator[Path]:
+    """A copy of a work tree's files, without what git ignores."""
+    listed = subprocess.run(
+        ["git", "-C", str(repository), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    with tempfile.TemporaryDirectory(prefix="lorasmith-mutation-") as folder:
+        tree = Path(folder)
+        for name in filter(None, listed.split("\0")):
+            if (repository / name).is_file():  # and not deleted since
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(repository / name, tree / name)
+        yield tree
+
+
+def main() -> None:
+    """Make the mutations that are asked for, and say which test caught each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repository", type=Path, default=Path(__file__).parents[1], help="a git work tree")
+    parser.add_argument("--only", type=int, action="append", help="number of a mutation, from 1; may be repeated")
+    parser.add_argument("--minutes", type=float, default=30.0, help="for the tests of one mutation")
+    arguments = parser.parse_args()
+    numbers = arguments.only or range(1, len(MUTATIONS) + 1)
+    with copied(arguments.repository.resolve()) as tree:
+        places = {number: found(MUTATIONS[number - 1], tree) for number in numbers}
+        catches = 0
+        for number, place in places.items():
+            start, mutation = time.monotonic(), MUTATIONS[number - 1]
+            test = caught(mutation, place, tree, minutes=arguments.minutes)
+            catches += test is not None
+            where = f"{place.path.relative_to(SOURCE)}:{place.number}"
+            change = f"{mutation.replace.strip()} → {mutation.by.strip() or 'nothing'}"
+            took = f"{time.monotonic() - start:.0f} s"
+            print(f"{number:2} {where}  {change}  {took}\n   {test or 'NOT CAUGHT'}", flush=True)
+    print(f"{catches} of {len(places)} mutations caught")
+    sys.exit(catches < AT_LEAST * len(places))
+
+
+if __name__ == "__main__":
+    main()
