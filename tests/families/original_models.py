@@ -17,7 +17,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["SD1", "SD2", "SMALLEST", "TinyModel", "autoencoder", "clip_l", "openclip", "save"]
+__all__ = [
+    "SD1",
+    "SD2",
+    "SMALLEST",
+    "TinyModel",
+    "autoencoder",
+    "autoencoder_shapes",
+    "clip_l",
+    "clip_l_shapes",
+    "openclip",
+    "openclip_shapes",
+    "save",
+]
 
 VOCABULARY = 49408
 TEXT_WIDTH = 64
@@ -115,10 +127,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 
 def autoencoder(seed: int = 0, widths: tuple[int, ...] = (32, 64, 64)) -> dict[str, Tensor]:
     """The KL autoencoder of a checkpoint, with levels of these widths."""
-    return _filled("first_stage_model.", dict(_autoencoder(widths)), seed)
+    return _filled("first_stage_model.", dict(autoencoder_shapes(widths)), seed)
 
 
-def _autoencoder(widths: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def autoencoder_shapes(widths: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of the KL autoencoder's tensors: two resnets a level (three on the way up)."""
     first, last = widths[0], widths[-1]
     yield from _conv("encoder.conv_in", 3, first, 3)
@@ -186,26 +198,35 @@ def _clip(seed: int) -> dict[str, Tensor]:
 
 def clip_l(seed: int = 0, *, layers: int = 12, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
     """OpenAI's CLIP text encoder in a file of its own, which is known by its number of layers."""
+    positions = {"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
+    return _filled("text_model.", clip_l_shapes(layers, vocabulary, TEXT_WIDTH), seed) | positions
+
+
+def clip_l_shapes(layers: int, vocabulary: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shape of its tensors by name, without `text_model.`."""
     shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.token_embedding.weight": (vocabulary, TEXT_WIDTH),
-        "embeddings.position_embedding.weight": (77, TEXT_WIDTH),
+        "embeddings.token_embedding.weight": (vocabulary, width),
+        "embeddings.position_embedding.weight": (77, width),
     }
     for layer in range(layers):
         name = f"encoder.layers.{layer}"
-        shapes |= dict(_norm(f"{name}.layer_norm1", TEXT_WIDTH)) | dict(_norm(f"{name}.layer_norm2", TEXT_WIDTH))
+        shapes |= dict(_norm(f"{name}.layer_norm1", width)) | dict(_norm(f"{name}.layer_norm2", width))
         for part in ("q", "k", "v", "out"):
-            shapes |= dict(_linear(f"{name}.self_attn.{part}_proj", TEXT_WIDTH, TEXT_WIDTH))
-        shapes |= dict(_linear(f"{name}.mlp.fc1", TEXT_WIDTH, 4 * TEXT_WIDTH))
-        shapes |= dict(_linear(f"{name}.mlp.fc2", 4 * TEXT_WIDTH, TEXT_WIDTH))
-    shapes |= dict(_norm("final_layer_norm", TEXT_WIDTH))
-    positions = {"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
-    return _filled("text_model.", shapes, seed) | positions
+            shapes |= dict(_linear(f"{name}.self_attn.{part}_proj", width, width))
+        shapes |= dict(_linear(f"{name}.mlp.fc1", width, 4 * width))
+        shapes |= dict(_linear(f"{name}.mlp.fc2", 4 * width, width))
+    return shapes | dict(_norm("final_layer_norm", width))
 
 
 def openclip(
     seed: int = 0, *, layers: int = TEXT_LAYERS + 1, vocabulary: int = VOCABULARY, width: int = TEXT_WIDTH
 ) -> dict[str, Tensor]:
-    """OpenCLIP's text encoder as Stable Diffusion 2 holds it: one layer more than is used, q, k and v in one."""
+    """OpenCLIP's text encoder as Stable Diffusion 2 holds it: one layer more than is used."""
+    return _filled("cond_stage_model.model.", openclip_shapes(layers, vocabulary, width), seed)
+
+
+def openclip_shapes(layers: int, vocabulary: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shape of its tensors by name; q, k and v are one."""
     shapes: dict[str, tuple[int, ...]] = {
         "positional_embedding": (77, width),
         "text_projection": (width, width),
@@ -219,8 +240,7 @@ def openclip(
         shapes |= dict(_linear(f"{name}.attn.out_proj", width, width))
         shapes |= dict(_linear(f"{name}.mlp.c_fc", width, 4 * width))
         shapes |= dict(_linear(f"{name}.mlp.c_proj", 4 * width, width))
-    shapes |= dict(_norm("ln_final", width))
-    return _filled("cond_stage_model.model.", shapes, seed)
+    return shapes | dict(_norm("ln_final", width))
 
 
 def _filled(prefix: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ __all__ = [
     "seeded",
     "tiny_flux_checkpoint",
     "tiny_sd1_checkpoint",
+    "weight",
 ]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -205,9 +206,9 @@ def tiny_flux_checkpoint(seed: int) -> dict[str, Tensor]:
 
 
 def checkpoint(shape: UNetShape | FluxShape, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random weights that keep activations near unit size: key with prefix → tensor."""
+    """Random weights: key with prefix → tensor."""
     return {
-        shape.prefix + name: _weight(name, size, seed=seed).to(dtype, copy=True).contiguous()
+        shape.prefix + name: weight(name, size, seed=seed).to(dtype, copy=True).contiguous()
         for name, size in shape.tensors()
     }
 
@@ -248,6 +249,15 @@ def seeded(name: str, shape: tuple[int, ...], *, seed: int, std: float = 1.0, me
     return (torch.rand(shape, generator=generator) * 2 - 1) * (math.sqrt(3) * std) + mean
 
 
+def weight(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """fp32 values for a tensor of such a name and shape that keep activations near unit size."""
+    if len(shape) >= 2:
+        return seeded(name, shape, seed=seed, std=0.7 / math.sqrt(math.prod(shape[1:])))
+    if name.endswith(".bias"):
+        return seeded(name, shape, seed=seed, std=0.05)
+    return seeded(name, shape, seed=seed, std=0.1, mean=1.0)
+
+
 def fresh_start(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
     """A LoRA tensor as ComfyUI starts it: up uniform within ±1/√rank, down and differences zero, alpha one."""
     if key.endswith(".lora_up.weight"):
@@ -276,14 +286,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         state.update(name.encode())
         state.update(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
-
-
-def _weight(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    if len(shape) >= 2:
-        return seeded(name, shape, seed=seed, std=0.7 / math.sqrt(math.prod(shape[1:])))
-    if name.endswith(".bias"):
-        return seeded(name, shape, seed=seed, std=0.05)
-    return seeded(name, shape, seed=seed, std=0.1, mean=1.0)
 
 
 def _layer(name: str, width: int, out: int, kernel: int | None = None) -> Shapes:
