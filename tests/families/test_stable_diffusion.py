@@ -174,7 +174,7 @@ def test_a_denoiser_alone_says_what_it_cannot_do(tmp_path: Path) -> None:
         model.autoencoder.decode(torch.zeros(1, 4, 8, 8))
 
 
-DEEP = TinyModel(2, models.UNetShape(64, (1, 1, 1, 1), 2, (True, True, True, False), context=1024))
+DEEP = TinyModel(2, models.UNetShape(64, (1, 1, 1, 1), 2, (True, True, True, False), context=1024, linear=True))
 PROBE = f"{PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
@@ -197,7 +197,7 @@ def with_bias(spread: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def test_v_prediction_is_recognised(
     tmp_path: Path, version: int, change: Callable[..., dict[str, Tensor]], metadata: dict[str, str], expected: str
 ) -> None:
-    tiny = DEEP if version == 2 else TinyModel(1, replace(DEEP.unet, context=768))
+    tiny = DEEP if version == 2 else TinyModel(1, replace(DEEP.unet, context=768, linear=False))
     model = load_model(save(tmp_path / "m.safetensors", change(tiny.unet_tensors()), metadata))
 
     assert model.components.parameterization == expected
@@ -207,7 +207,7 @@ def test_v_prediction_is_recognised(
 
 @pytest.mark.parametrize(("stored", "used"), [(24, 23), (23, 23), (3, 2)])
 def test_the_last_openclip_layer_is_left_out_unless_it_is_gone_already(tmp_path: Path, stored: int, used: int) -> None:
-    unet = TinyModel(2, models.UNetShape(32, (1,), 1, (True,), context=1024)).unet_tensors()
+    unet = TinyModel(2, models.UNetShape(32, (1,), 1, (True,), context=1024, linear=True)).unet_tensors()
     text = openclip(layers=stored, vocabulary=50)
     model = load_model(save(tmp_path / "m.safetensors", {**unet, **text}))
     layers = model.components.text_encoders["text_encoder"].state_dict()
