@@ -15,7 +15,7 @@ import torch
 
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.compilation import units
-from tests.cli.test_resume import interrupted
+from tests.cli.test_stopped_runs import interrupted
 
 Command = Callable[..., Any]
 
