@@ -28,6 +28,7 @@ OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "bench.measure.synthetic_samples": "the seed of random inputs",
     "cli.convert.convert": "a file's metadata",
+    "core.adapter_format.PeftKind": "the name of a field",
     "cli.demo.demo": "the demo's own run",
     "cli.extract.extract": "the size of a LoRA made of two checkpoints",
     "cli.generate.generate": "steps of a sampler, and the seed of a picture",
