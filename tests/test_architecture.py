@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -57,11 +58,11 @@ TESTED_ELSEWHERE = {
     "cli/main.py": "cli/test_startup.py",
     "cli/merge.py": "cli/test_tools.py",
     "cli/reproduce.py": "cli/test_resume.py",
+    "cli/run_output.py": "cli/test_resume.py",
     "cli/resize.py": "cli/test_tools.py",
     "cli/targets.py": "cli/test_targets_command.py",
     "cli/train.py": "cli/test_commands.py",
     "cli/workflow.py": "cli/test_commands.py",
-    "core/adapter_format.py": "adapters/test_algorithms.py",
     "core/choices.py": "training/test_config.py",
     "families/files/checkpoint.py": "families/test_stable_diffusion.py",
     "families/files/diffusers_folder.py": "families/test_loading.py",
@@ -75,7 +76,6 @@ TESTED_ELSEWHERE = {
     "families/parts/unet_layout.py": "families/test_name_tables.py",
     "families/parts/vae_layout.py": "families/test_name_tables.py",
     "formats/layouts/peft_config.py": "formats/layouts/test_peft.py",
-    "formats/names/model_names.py": "families/test_name_tables.py",
     "formats/names/places.py": "formats/layouts/test_layout.py",
     "formats/quality/mending.py": "formats/quality/test_faults.py",
     "nodes/saving.py": "nodes/test_outputs.py",
@@ -131,6 +131,12 @@ def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def commands() -> dict[str, Path]:
+    """Modules of commands: those that register one."""
+    files = {path.stem: path for path in (PACKAGE / "cli").glob("*.py")}
+    return {name: path for name, path in files.items() if "\ndef register(" in path.read_text(encoding="utf-8")}
+
+
 def test_there_is_a_house() -> None:
     assert {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE} >= {"core", "adapters"}
 
@@ -146,6 +152,30 @@ def test_imports_point_down() -> None:
                 f"{relative(path)}:{line}: {name}" for line, name in imports(path) if room_of(name) not in allowed
             ]
     assert wrong == [], "imports from above or beside"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_a_command_knows_no_other_and_one_runs_nodes(name: str) -> None:
+    wrong = {f"lorasmith.cli.{other}" for other in (*commands(), "main") if other != name}
+    wrong |= set() if name == "workflow" else {"lorasmith.nodes", "lorasmith.workflow"}
+    found = [one for _, one in imports(commands()[name]) if any(f"{one}.".startswith(f"{bad}.") for bad in wrong)]
+    assert not found, f"cli/{name}.py imports what belongs to another door"
+
+
+def test_what_commands_share_knows_none_of_them() -> None:
+    shared = [path for path in (PACKAGE / "cli").glob("*.py") if path.stem not in {*commands(), "main"}]
+    known = {f"lorasmith.cli.{name}" for name in (*commands(), "main")}
+    assert [f"{path.stem}: {one}" for path in shared for _, one in imports(path) if one in known] == []
+
+
+def test_the_library_knows_no_other_door() -> None:
+    assert {room_of(name) for _, name in imports(PACKAGE / "__init__.py")}.isdisjoint({"cli", "nodes", "workflow"})
+
+
+def test_only_the_command_line_knows_a_terminal() -> None:
+    terminal = re.compile(r"^\s*(import|from) (typer|rich|click)\b", flags=re.MULTILINE)
+    others = [path for path in MODULES if path.parent.name != "cli"]
+    assert [relative(path) for path in others if terminal.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_module_says_what_it_owns() -> None:

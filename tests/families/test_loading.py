@@ -185,7 +185,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "{}/model_index.json cannot be read (Expecting property name",
     ),
     "another pipeline": (
-        lambda f: change(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        lambda f: change(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
         "{} is a diffusers model of an architecture not known here; known are ",
     ),
     "no unet config": (
@@ -318,7 +318,6 @@ def test_a_lora_with_some_of_its_models_tensors_is_no_base_model(tmp_path: Path)
 TO_K = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 CONV_IN = "input_blocks.0.0.weight"
 KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "sdxl": ({CONV_IN: (8, 4, 3, 3), TO_K: (8, 2048)}, "Stable Diffusion XL"),
     "refiner": ({CONV_IN: (8, 4, 3, 3), TO_K: (8, 1280)}, "the Stable Diffusion XL refiner"),
     "inpainting": ({CONV_IN: (8, 9, 3, 3), TO_K: (8, 768)}, "an inpainting model"),
     "pix2pix": ({CONV_IN: (8, 8, 3, 3), TO_K: (8, 768)}, "an InstructPix2Pix model"),

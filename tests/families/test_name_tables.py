@@ -21,7 +21,7 @@ from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
-from lorasmith.families.parts.clip_layout import written_paths
+from lorasmith.families.parts.clip_layout import released_paths, written_paths
 from lorasmith.families.parts.unet_layout import original_unet_path, unet_config
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
@@ -220,6 +220,14 @@ def test_models_without_text_encoders_know_the_released_ones() -> None:
     paths = sd15()[1].paths("text_encoder")
     assert sorted(f"lora_te_{path.replace('.', '_')}" for path in paths) == record["text_encoder"]
     assert len(FAMILIES["sd2"].names(sd15()[0], {}).paths("text_encoder")) == 23 * 6
+
+
+def test_the_projection_of_the_pooled_text_has_no_name_in_files() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        encoder = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=3))
+    assert set(written_paths(encoder)) == set(released_paths(3))
 
 
 def test_flux_knows_its_encoders_by_the_paths_that_transformers_has() -> None:

@@ -26,8 +26,8 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole checkpoint of Stable Diffusion 1, and each of its parts in a file of its own."""
+def files(tmp_path_factory: pytest.TempPathFactory, sdxl_file: Path) -> dict[str, Path]:
+    """A whole checkpoint of Stable Diffusion 1, each of its parts in a file of its own, and other families."""
     folder = tmp_path_factory.mktemp("parts")
     tensors = {name: t for name, t in SD1.tensors().items() if not name.startswith("cond_stage_model.")}
     tensors |= {f"{ENCODER}{name}": t for name, t in clip_l().items()}
@@ -39,6 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "whole": save(folder / "whole.safetensors", tensors),
         "clip_g": save(folder / "clip_g.safetensors", clip_g),
         "flux": save(folder / "flux.safetensors", models.tiny_flux_checkpoint(0)),
+        "sdxl": sdxl_file,
     }
 
 
@@ -125,7 +126,7 @@ def test_an_absent_part_is_refused_where_it_is_needed(files: dict[str, Path]) ->
 def test_each_recogniser_takes_its_own_alone(files: dict[str, Path]) -> None:
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
 
-    opened = {name: OriginalCheckpoint(files[name]) for name in ("unet", "vae", "clip_l", "clip_g", "flux")}
+    opened = {name: OriginalCheckpoint(files[name]) for name in ("unet", "vae", "clip_l", "clip_g", "flux", "sdxl")}
     encoders = {
         name: [kind for kind, one in ENCODERS.items() if one.recognises(o.shapes)] for name, o in opened.items()
     }
@@ -136,12 +137,13 @@ def test_each_recogniser_takes_its_own_alone(files: dict[str, Path]) -> None:
         name: [key for key, one in FAMILIES.items() if one.recognises(o.denoiser_shapes)] for name, o in opened.items()
     }
 
-    assert encoders == {"unet": [], "vae": [], "clip_l": ["clip_l"], "clip_g": ["clip_g"], "flux": []}
-    assert vaes == {"unet": [], "vae": ["kl"], "clip_l": [], "clip_g": [], "flux": []}
-    assert families == {"unet": ["sd1"], "vae": [], "clip_l": [], "clip_g": [], "flux": ["flux1"]}
+    assert encoders == {"unet": [], "vae": [], "clip_l": ["clip_l"], "clip_g": ["clip_g"], "flux": [], "sdxl": []}
+    assert vaes == {"unet": [], "vae": ["kl"], "clip_l": [], "clip_g": [], "flux": [], "sdxl": []}
+    expected = {"unet": ["sd1"], "flux": ["flux1"], "sdxl": ["sdxl"]}
+    assert families == {name: expected.get(name, []) for name in opened}
 
 
-@pytest.mark.parametrize("name", ["whole", "flux"])
+@pytest.mark.parametrize("name", ["whole", "flux", "sdxl"])
 def test_captions_of_different_length_share_a_batch(name: str, files: dict[str, Path]) -> None:
     model = load_model(files[name], dtype=torch.float32)
     family, denoiser = model.family, model.components.denoiser

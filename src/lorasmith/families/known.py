@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.families import flux, stable_diffusion  # noqa: F401  (register themselves)
-from lorasmith.families.parts.unet_layout import CROSS_ATTENTION, context_widths
+from lorasmith.families import flux, sdxl, stable_diffusion  # noqa: F401  (register themselves)
+from lorasmith.families.parts.unet_layout import context_widths
 from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
 
 __all__ = ["looks_like"]
@@ -29,13 +29,11 @@ _SIGNS = {
 # Input channels of a Stable Diffusion UNet; four are the noisy latents.
 _UNET_INPUTS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
 # Width of its text conditioning.
-_UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner", 2048: "Stable Diffusion XL"}
+_UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner"}
 _QWEN_DEEP = r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj"  # Flux.1 has 19 blocks of this kind, Qwen-Image 60
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
 SIGNATURES += [
-    Signature("Stable Diffusion XL", CROSS_ATTENTION, 2048, order=6),
-    Signature("Stable Diffusion XL", r"^(lora_te2|text_encoder_2)_text_model_", order=7),
     Signature("Stable Diffusion 3", r"(^|_)joint_blocks_\d"),
     Signature("Flux.2", r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"),
     Signature("Flux.2", r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", 6144, order=1),

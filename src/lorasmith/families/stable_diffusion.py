@@ -79,9 +79,10 @@ class StableDiffusion(Family):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         contexts = unet_layout.context_widths(shapes)
-        # Small models of this architecture have narrower contexts than any release; they count as version 1.
-        is_small = self._version == 1 and len(contexts) == 1 and max(contexts) < 768
-        return contexts == {_CONTEXT_WIDTH[self._version]} or is_small
+        # Small models of this architecture have narrower contexts than any release; they count as version 1. Those that
+        # are conditioned on more than text and time are of other families, such as Stable Diffusion XL.
+        is_small = len(contexts) == 1 and max(contexts) < 768 and "label_emb.0.0.weight" not in shapes
+        return contexts == {_CONTEXT_WIDTH[self._version]} or (is_small and self._version == 1)
 
     def recognises_folder(self, folder: Path, index: Mapping[str, Any]) -> bool:
         if not super().recognises_folder(folder, index):

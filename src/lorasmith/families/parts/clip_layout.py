@@ -126,7 +126,9 @@ def released_paths(layers: int) -> tuple[str, ...]:
 def written_paths(encoder: nn.Module) -> tuple[str, ...]:
     """Paths of the modules a LoRA can name, as every program writes them: with `text_model.` in front.
 
-    transformers 5.6 dropped that part from CLIPTextModel; files keep it.
+    transformers 5.6 dropped that part from CLIPTextModel; files keep it. The projection of the pooled vector, which
+    stands outside `text_model`, has no name in files.
     """
-    paths = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    linear = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    paths = (path for path in linear if "encoder.layers." in path)
     return tuple(path if path.startswith("text_model.") else f"text_model.{path}" for path in paths)
