@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all crash lint clean
+.PHONY: demo test test-all crash gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
@@ -16,6 +16,14 @@ test-all: .venv/installed-dev lint
 
 crash: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200
+
+# GPU tests and benchmarks, on a machine that may have no network: docs/benchmarks.md says how. Without a GPU, a rehearsal.
+MINUTES ?= 25
+OUT ?= gpu-results
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes $(MINUTES) --output $(OUT) \
+	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--parts $(PARTS)) \
+	  $(if $(COMFYUI),--comfyui $(COMFYUI)) $(if $(SD_SCRIPTS),--sd-scripts $(SD_SCRIPTS))
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

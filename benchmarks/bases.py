@@ -2,68 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from lorasmith.families.flux import Flux
-from lorasmith.families.flux import components_of as flux_components
+from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule
+from lorasmith.families.base import FAMILIES, Components, Diffusion
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.families.stable_diffusion import StableDiffusion
-from lorasmith.families.stable_diffusion import components_of as unet_components
-
-# On the CPU, processor seconds: what else runs on the machine counts less than in wall time. One thread is steadiest,
-# since waiting threads of a pool count as busy.
-clock: Callable[[], float] = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
-def tiny(dtype: torch.dtype, device: torch.device) -> Model:
-    """The model that comes with the package."""
+@dataclass(frozen=True)
+class Base:
+    """A model that benchmarks train.
+
+    Attributes:
+        make: the model in a dtype on a device, weights of the denoiser included.
+        latent: side of its square latents where a GPU is measured.
+        batches: the batch sizes there.
+        rehearsal: name of the model that stands in for it where there is no GPU; None for models that `benchmarks.gpu`
+            leaves out.
+    """
+
+    make: Callable[[torch.dtype, torch.device], Model]
+    latent: int = 64
+    batches: tuple[int, ...] = (1, 4)
+    rehearsal: str | None = None
+
+
+def _tiny(dtype: torch.dtype, device: torch.device) -> Model:
     model = load_model("lorasmith-tiny", dtype=dtype)
     model.components.denoiser.to(device)
     return model
 
 
-def sd15(dtype: torch.dtype, device: torch.device) -> Model:
-    """Stable Diffusion 1.5's UNet at full size, 860 million parameters."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-    unet.to(device, dtype).eval().requires_grad_(False)
-    return Model(StableDiffusion(1), unet_components(unet, None, parameterization="epsilon"), title="random SD 1.5")
-
-
-def flux(dtype: torch.dtype, device: torch.device) -> Model:
-    """Flux.1's transformer, a third as wide and with a tenth of the blocks: 155 million parameters."""
-    from diffusers import FluxTransformer2DModel
-
-    transformer = FluxTransformer2DModel(
-        num_layers=2,
-        num_single_layers=4,
-        num_attention_heads=8,
-        attention_head_dim=128,
-        joint_attention_dim=4096,
-        pooled_projection_dim=768,
-        guidance_embeds=True,
+def _random(
+    family: str, diffusion: Diffusion, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> Model:
+    """A family's released denoiser with random weights; `config` is laid over its configuration."""
+    kind = FAMILIES[family]
+    with _made_on(device, dtype):
+        denoiser = kind.denoiser_class()(**(kind.released or {}) | config)
+    denoiser.eval().requires_grad_(False)
+    latent = kind.latent_format(denoiser, None)
+    components = Components(
+        denoiser=denoiser,
+        schedule=diffusion.schedule,
+        parameterization=diffusion.parameterization,
+        latent=latent,
+        defaults=kind.defaults(denoiser, latent, diffusion),
     )
-    transformer.to(device, dtype).eval().requires_grad_(False)
-    return Model(Flux(), flux_components(transformer), title="random Flux.1")
+    return Model(kind, components, title=f"random {kind.title}")
 
 
-MODELS: dict[str, Callable[[torch.dtype, torch.device], Model]] = {"tiny": tiny, "sd15": sd15, "flux": flux}
+_EPSILON = Diffusion("epsilon", DiscreteSchedule.scaled_linear())
+_FLOW = Diffusion("flow", FlowSchedule())
+# A third as wide and with a tenth of the blocks: 155 million parameters.
+_SMALLER_FLUX = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8}
+_TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64}
+
+MODELS: dict[str, Base] = {
+    "tiny": Base(_tiny),
+    "sd15": Base(functools.partial(_random, "sd1", _EPSILON, {}), rehearsal="tiny"),
+    "flux": Base(functools.partial(_random, "flux1", _FLOW, _SMALLER_FLUX)),
+    "flux-tiny": Base(functools.partial(_random, "flux1", _FLOW, _TINY_FLUX)),
+    "flux-12b": Base(functools.partial(_random, "flux1", _FLOW, {}), rehearsal="flux-tiny"),
+}
+"""The models by name; one line makes a new one known to every benchmark, and with a `rehearsal` to `benchmarks.gpu`."""
 
 
-def machine() -> str:
-    """Processor and threads, or the graphics card."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def structural_copy(module: nn.Module) -> nn.Module:
+    """A copy whose layers may be changed, with the very weights of `module`.
+
+    Only kernels of convolutions are copied: a run has them channels-last, diffusers' own code as they were made.
+    """
+    shared = {id(one): one for one in (*module.parameters(), *module.buffers()) if one.ndim != 4}
+    return copy.deepcopy(module, dict(shared))
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds as they count on a device.
+
+    On the CPU, processor seconds: what else runs on the machine counts less than in wall time. One thread is steadiest,
+    since waiting threads of a pool count as busy. On a GPU processor seconds say nothing.
+    """
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
+def machine(device: torch.device) -> str:
+    """The graphics card, or processor and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     names = [
         line.split(":", 1)[1].strip()
         for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
         if line.startswith("model name")
     ]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules are made on `device` in `dtype` inside: 12 billion numbers in fp32 on a host take minutes and 48 GB."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)

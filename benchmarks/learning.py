@@ -1,11 +1,11 @@
 """Held-out loss against training time, of recipes on the built-in model: which defaults learn fastest.
 
 Sixteen pictures of a style that the model has not seen; four are held out and looked at at fixed noise. Every recipe
-runs in this project's engine, so that a step costs the same and only what is learnt per step differs. Time is processor
-time of the steps alone.
+runs in this project's engine, so that a step costs the same and only what is learnt per step differs. Time is that of
+the steps alone, on the CPU processor time.
 
-    python benchmarks/learning.py --recipes comfyui ours --seeds 0 1 2 --steps 500 --plot curves.png
-    python benchmarks/learning.py --recipes ours ours,schedule=cosine ours,ema_decay=0.99
+    python -m benchmarks.learning --recipes comfyui ours --seeds 0 1 2 --steps 500 --plot curves.png
+    python -m benchmarks.learning --recipes ours ours,schedule=cosine ours,ema_decay=0.99
 
 A recipe is a name of `RECIPES`, and changes to it. `comfyui` is what Train LoRA of ComfyUI does with its defaults:
 every layer, uniform times, loss on the clean picture, AdamW on bf16 weights, alpha 1 (a scale of 1 / rank), and no
@@ -18,7 +18,6 @@ import argparse
 import ast
 import itertools
 import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.bases import clock_of, machine
+from benchmarks.results import Results, add_json
+from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.events import Event, StepDone, Validated
-from lorasmith.training.train import train
 
 Curve = list[tuple[float, float]]
 """Seconds of training and held-out loss."""
@@ -68,13 +69,15 @@ class Bf16AdamW(torch.optim.AdamW):
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = load_model("lorasmith-tiny")
-    data = load_dataset(ASSETS / "input" / arguments.images, model)
+    data = load_dataset(ASSETS / "input" / arguments.images, model, device=device)
     curves = {
         recipe: [_curve(model, data, recipe, seed, arguments) for seed in arguments.seeds]
         for recipe in arguments.recipes
     }
-    _report(curves, arguments)
+    _report(curves, arguments, results)
     if arguments.plot:
         _plot(curves, arguments.plot)
 
@@ -95,19 +98,20 @@ def settings_of(recipe: str) -> dict[str, Any]:
 def _curve(model: Model, data: EncodedDataset, recipe: str, seed: int, arguments: argparse.Namespace) -> Curve:
     """Held-out loss by seconds, from the base model on."""
     seconds = 0.0
-    since = time.process_time()
+    clock = clock_of(torch.device(arguments.device))
+    since = clock()
     curve: Curve = []
 
     def on_event(event: Event) -> None:
         nonlocal seconds, since
         if isinstance(event, StepDone):
-            now = time.process_time()
+            now = clock()
             seconds, since = seconds + now - since, now
         elif isinstance(event, Validated):
             if not curve:
                 curve.append((0.0, event.base_loss))
             curve.append((seconds, event.loss))
-            since = time.process_time()
+            since = clock()
 
     fixed: dict[str, Any] = {
         "steps": arguments.steps,
@@ -117,7 +121,7 @@ def _curve(model: Model, data: EncodedDataset, recipe: str, seed: int, arguments
         "validate_every": arguments.every,
         "validation_draws": 16,
     }
-    train(model, data, seed=seed, on_event=on_event, **(fixed | settings_of(recipe)))
+    train(model, data, seed=seed, device=arguments.device, on_event=on_event, **(fixed | settings_of(recipe)))
     print(
         f"  {recipe} seed {seed}: " + " ".join(f"{loss:.4f}" for _, loss in curve[:: max(1, len(curve) // 10)]),
         flush=True,
@@ -133,22 +137,21 @@ def _reaches(curve: Curve, loss: float) -> float:
     return float("inf")
 
 
-def _report(curves: Mapping[str, list[Curve]], arguments: argparse.Namespace) -> None:
+def _report(curves: Mapping[str, list[Curve]], arguments: argparse.Namespace, results: Results) -> None:
     first = arguments.recipes[0]
-    print(
-        f"\n| recipe | held-out loss at the end | best | seconds | time to the end loss of {first}, share of its time |"
-    )
-    print("|---|---|---|---|---|")
+    columns = {"recipe": "", "held-out loss at the end": ".4f", "its deviation": ".4f", "best": ".4f", "seconds": ".1f"}
+    results.table({**columns, f"time to the end loss of {first}, share of its time": ""})
     for recipe, runs in curves.items():
         ends = [run[-1][1] for run in runs]
         bests = [min(loss for _, loss in run) for run in runs]
         shares = [_reaches(run, other[-1][1]) / other[-1][0] for run, other in zip(runs, curves[first], strict=True)]
-        spread = f" ± {statistics.stdev(ends):.4f}" if len(ends) > 1 else ""
-        print(
-            f"| {recipe} | {statistics.mean(ends):.4f}{spread} | {statistics.mean(bests):.4f} | "
-            f"{statistics.mean(run[-1][0] for run in runs):.0f} | "
-            + ", ".join(f"{share:.3f}" for share in shares)
-            + " |"
+        results.add(
+            recipe,
+            statistics.mean(ends),
+            statistics.stdev(ends) if len(ends) > 1 else None,
+            statistics.mean(bests),
+            statistics.mean(run[-1][0] for run in runs),
+            ", ".join(f"{share:.3f}" for share in shares),
         )
 
 
@@ -164,7 +167,7 @@ def _plot(curves: Mapping[str, list[Curve]], path: Path) -> None:
     ):
         for number, run in enumerate(runs):
             axes.plot(*zip(*run, strict=True), color=colour, label=recipe if number == 0 else None)
-    axes.set_xlabel("processor seconds of training")
+    axes.set_xlabel("seconds of training")
     axes.set_ylabel("loss on four held-out pictures")
     axes.grid(color="#e4e8ec")
     axes.spines[["top", "right"]].set_visible(False)
@@ -181,7 +184,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--images", default="high-contrast")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
+    add_json(parser)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 

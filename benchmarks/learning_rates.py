@@ -11,25 +11,25 @@ of the model's own rate for LoRA. Three numbers tell whether a rate is too low, 
     python -m benchmarks.learning_rates --algorithms LoKr OFT --multiples 3 10 30
     python -m benchmarks.learning_rates --multiples default --sheet algorithms.png
 
-`default` is the rate that a run takes when none is given. LoRAs are kept in `--output`, so that a sweep that was
-interrupted, or that goes on with more rates, trains no run twice.
+`default` is the rate of a run for which none is given. With `--output` LoRAs are kept, so that a sweep that was
+interrupted, or is repeated with more rates, trains no run twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from benchmarks.bases import machine
+from benchmarks.bases import clock_of, machine
+from benchmarks.results import Results, add_json
 from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.app.model_run import train
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.folders import ASSETS
@@ -40,7 +40,6 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import train
 from tools.pretrain.data import UNTAUGHT, with_article
 from tools.pretrain.judge import Judge, colourless
 from tools.pretrain.quality import held_out_noise_loss
@@ -61,25 +60,27 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     keep_freed_memory()
+    device = torch.device(arguments.device)
+    clock = clock_of(device)
+    results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model, judge = load_model("lorasmith-tiny"), Judge.load()
-    data = load_dataset(ASSETS / "input" / "high-contrast", model)
+    data = load_dataset(ASSETS / "input" / "high-contrast", model, device=device)
     own = model.denoiser.base.defaults.learning_rate
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine()}, default=str))
-    print("\n| algorithm | × the model's rate | rate | held-out loss | colourless | concept | training, s |")
-    print("|---|---|---|---|---|---|---|")
-    scores, pictures = _judged(model.denoiser, data, judge, arguments.seed)
-    _row("base", 0, 0, scores, 0)
+    columns = {"algorithm": "", "× the model's rate": "g", "rate": ".2g"}
+    results.table(columns | dict.fromkeys(("held-out loss", "colourless", "concept"), ".3f") | {"training, s": ".1f"})
+    scores, pictures = _judged(model.denoiser, data, judge, arguments)
+    results.add("base", 0, 0, *astuple(scores), 0)
     rows = {"base": pictures}
     for name in arguments.algorithms:
         for multiple in _multiples(name, arguments.multiples):
-            started = time.process_time()
+            started = clock()
             lora = _trained(name, own * multiple, model, data, arguments)
-            taken = time.process_time() - started
+            taken = clock() - started
             if lora is None:
-                print(f"| {name} | {multiple:g} | {own * multiple:.2g} | not finite | | | |", flush=True)
+                results.add(name, multiple, own * multiple, "not finite", None, None, None)
                 continue
-            scores, pictures = _judged(lora.applied_to(model.denoiser), data, judge, arguments.seed)
-            _row(name, multiple, own * multiple, scores, taken)
+            scores, pictures = _judged(lora.applied_to(model.denoiser), data, judge, arguments)
+            results.add(name, multiple, own * multiple, *astuple(scores), taken)
             rows[f"{name}, {own * multiple:.2g}"] = pictures
     if arguments.sheet is not None:
         contact_sheet(list(rows.values()), list(rows), PROMPTS, min_cell=64).save(arguments.sheet, optimize=True)
@@ -87,8 +88,8 @@ def main() -> None:
 
 def _trained(name: str, rate: float, model: Model, data: EncodedDataset, arguments: argparse.Namespace) -> Lora | None:
     """The LoRA of a run, read if it is there already; None where the loss became infinite."""
-    path = arguments.output / f"{name}-{arguments.steps}-steps-{rate:.3g}.safetensors"
-    if path.exists():
+    path = arguments.output and arguments.output / f"{name}-{arguments.steps}-steps-{rate:.3g}.safetensors"
+    if path is not None and path.exists():
         return Lora.load(path, model)
     try:
         result = train(
@@ -98,6 +99,7 @@ def _trained(name: str, rate: float, model: Model, data: EncodedDataset, argumen
             batch_size=8,
             rank=arguments.rank,
             seed=arguments.seed,
+            device=arguments.device,
             learning_rate=rate,
             validation_share=0.0,
             training_dtype=arguments.dtype,
@@ -106,21 +108,19 @@ def _trained(name: str, rate: float, model: Model, data: EncodedDataset, argumen
         )
     except TrainingError:
         return None
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    result.lora.save(path)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.lora.save(path)
     return result.lora
 
 
-def _judged(denoiser: Denoiser, data: EncodedDataset, judge: Judge, seed: int) -> tuple[Scores, Sequence[Image.Image]]:
-    pictures = generate(denoiser, PROMPTS, seed=seed, steps=12)
+def _judged(
+    denoiser: Denoiser, data: EncodedDataset, judge: Judge, arguments: argparse.Namespace
+) -> tuple[Scores, Sequence[Image.Image]]:
+    pictures = generate(denoiser, PROMPTS, seed=arguments.seed, steps=12, device=torch.device(arguments.device))
     seen = judge.subjects(pictures)
     right = sum(mine == asked for mine, asked in zip(seen, UNTAUGHT, strict=True)) / len(UNTAUGHT)
     return Scores(held_out_noise_loss(denoiser, data.samples)["mean"], colourless(pictures), right), pictures
-
-
-def _row(name: str, multiple: float, rate: float, scores: Scores, taken: float) -> None:
-    numbers = " | ".join(f"{value:.3f}" for value in asdict(scores).values())
-    print(f"| {name} | {multiple:g} | {rate:.2g} | {numbers} | {taken:.0f} |", flush=True)
 
 
 def _multiples(name: str, asked: Sequence[str]) -> list[float]:
@@ -136,8 +136,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8, help="or factor, or block size")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning-rates"), help="where LoRAs are kept")
+    parser.add_argument("--output", type=Path, help="folder where LoRAs are kept, and taken from if they are there")
+    add_json(parser)
     parser.add_argument("--sheet", type=Path, help="PNG of the pictures of all runs, one row for each")
     return parser.parse_args()
 

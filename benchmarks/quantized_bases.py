@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.bases import machine
+from benchmarks.results import Results, add_json
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.folders import ASSETS
-from lorasmith.core.placement import best_device
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
@@ -28,7 +30,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
-from lorasmith.training.train import plan_job, recipe_of, train
+from lorasmith.training.train import plan_job
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,27 @@ class Outcome:
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = load_model("lorasmith-tiny")
-    data = load_dataset(ASSETS / "input" / arguments.images, model)
-    print(f"{arguments.steps} steps of {arguments.batch} in {arguments.dtype}, seeds {arguments.seeds}\n")
-    print(
-        "| base | bytes a weight | error (RMS) | held out, base | held out | of plain | LoRA on plain base | of plain |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    data = load_dataset(ASSETS / "input" / arguments.images, model, device=device)
+    columns = {"base": "", "bytes a weight": ".3f", "error (RMS)": ".2%"}
+    columns |= dict.fromkeys(("held out, base", "held out", "of plain", "LoRA on plain base", "of plain, on plain"), "")
+    results.table(columns)
     reference: list[Outcome] = []
     for kind in ["none", *(kind for kind in arguments.kinds if kind != "none")]:
         size, error = weights_of(model, kind, dtype_from_name(arguments.dtype))
         runs = [outcome(model, data, kind, seed, arguments) for seed in arguments.seeds]
         reference = reference or runs
-        print(
-            f"| {kind} | {size:.3f} | {error:.2%} | {_mean([run.before for run in runs])} "
-            f"| {_mean([run.after for run in runs])} | {_ratio(runs, reference, 'after')} "
-            f"| {_mean([run.plain for run in runs])} | {_ratio(runs, reference, 'plain')} |",
-            flush=True,
+        results.add(
+            kind,
+            size,
+            error,
+            _mean([run.before for run in runs]),
+            _mean([run.after for run in runs]),
+            _ratio(runs, reference, "after"),
+            _mean([run.plain for run in runs]),
+            _ratio(runs, reference, "plain"),
         )
 
 
@@ -88,21 +94,19 @@ def outcome(model: Model, data: EncodedDataset, kind: str, seed: int, arguments:
         "validation_draws": 16,
         "validate_every": arguments.steps,
     }
-    result = train(model, data, quantization=kind, seed=seed, **settings)
+    result = train(model, data, quantization=kind, seed=seed, device=arguments.device, **settings)
     assert result.base_loss is not None
-    plain = loss_on(result.lora.applied_to(model.denoiser), data)
+    plain = loss_on(result.lora.applied_to(model.denoiser), data, torch.device(arguments.device))
     return Outcome(result.base_loss, result.validations[-1][1], plain)
 
 
-def loss_on(denoiser: Denoiser, data: EncodedDataset) -> float:
+def loss_on(denoiser: Denoiser, data: EncodedDataset, device: torch.device) -> float:
     """Mean loss over all pictures, in fp32, at noise of a seed of its own."""
-    device = best_device()
-    recipe = recipe_of(
-        plan_job(denoiser, TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32"), device), device
-    )
-    maker = batch_maker(denoiser, data.samples, recipe)
-    with torch.no_grad(), frozen(denoiser, recipe):
-        losses = [sample_losses(denoiser, batch, recipe) for step in range(8) for batch in maker.step(step)]
+    job = plan_job(denoiser, TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32"), device)
+    maker = batch_maker(denoiser, data.samples, job.config, job.runtime)
+    with torch.no_grad(), frozen(denoiser, job.config, job.runtime):
+        batches = [batch for step in range(8) for batch in maker.step(step)]
+        losses = [sample_losses(denoiser, batch, job.config, job.runtime) for batch in batches]
     return torch.cat(losses).mean().item()
 
 
@@ -123,10 +127,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--quantized-backward", action="store_true", help="multiply in fp8 where weights are, on GPUs")
     parser.add_argument("--images", default="high-contrast")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
+    add_json(parser)
     return parser.parse_args()
 
 

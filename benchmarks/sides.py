@@ -3,42 +3,45 @@
 Every side does the same work on the same model and the same samples. What is measured of it: seconds a step; bytes that
 the forward pass keeps for the backward pass; bytes at the most above the frozen weights, in which trained weights,
 gradients and optimizer state count for everybody. Bytes are those of torch's tensors, counted as they come and go
-(`lorasmith.bench.counting`), so they are the same each time; on a GPU the second of them is the allocator's.
+(`lorasmith.bench.counting`), so they are the same each time; on a GPU the second of them is the allocator's, which
+counts what libraries take for themselves as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import gc
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from benchmarks.bases import clock
+from benchmarks.bases import clock_of, structural_copy
 from lorasmith.bench.counting import Counter
 from lorasmith.bench.measure import (
-    Counts,
     counted,
     frozen_pass,
     pass_seconds,
     step_seconds,
     training_steps,
 )
+from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event, Shrunk, Warned
 from lorasmith.training.job import plan_job
-from lorasmith.training.train import recipe_of
 
+MIB = 2**20
 Once = Callable[[], None]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Work:
 
     Attributes:
         model: the base model.
-        plain: a copy of its denoiser, as diffusers gives it.
+        plain: its denoiser as diffusers gives it, see `structural_copy`.
         samples: a batch.
         settings: of the run, which each side adds to.
         steps: timed of each side in each round.
@@ -60,6 +63,11 @@ class Work:
     device: torch.device
     dtype: torch.dtype
     steps: int
+
+    def timed(self, once: Once, *, warmup: int = 0) -> Sequence[float]:
+        """Seconds of each of a round's steps."""
+        device = self.device
+        return pass_seconds(once, steps=self.steps, warmup=warmup, device=device, clock=clock_of(device)).seconds
 
 
 class Side(ABC):
@@ -99,7 +107,7 @@ class Frozen(Side):
         )
 
     def seconds(self) -> Sequence[float]:
-        return pass_seconds(self._once, steps=self._work.steps, device=self._work.device, clock=clock).seconds
+        return self._work.timed(self._once)
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
         return contextlib.nullcontext(self._once)
@@ -114,14 +122,14 @@ class Ours(Side):
         config = TrainConfig(**{**work.settings, **settings, "steps": work.steps + self._warmup})
         self._work = work
         self.job = plan_job(work.model.denoiser, config, work.device)
-        self.recipe = recipe_of(self.job, work.device)
         self.parameters = self.job.parameters
 
     def seconds(self) -> Sequence[float]:
-        return step_seconds(self.job, self._work.samples, self.recipe, warmup=self._warmup, clock=clock).seconds
+        clock = clock_of(self._work.device)
+        return step_seconds(self.job, self._work.samples, warmup=self._warmup, clock=clock, on_event=_as_asked).seconds
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
-        return training_steps(self.job, self._work.samples, self.recipe, counter)
+        return training_steps(self.job, self._work.samples, counter)
 
 
 class Peft(Side):
@@ -129,14 +137,14 @@ class Peft(Side):
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._network: Any = copy.deepcopy(work.plain)
+        self._network: Any = structural_copy(work.plain)
         self._kept = contextlib.ExitStack()
         self._once: Once | None = None
 
     def seconds(self) -> Sequence[float]:
         if self._once is None:
             self._once = self._kept.enter_context(self.opened())
-        return pass_seconds(self._once, steps=self._work.steps, device=self._work.device, clock=clock).seconds
+        return self._work.timed(self._once)
 
     def close(self) -> None:
         self._once = None
@@ -158,7 +166,9 @@ class Peft(Side):
             optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.parameters = sum(p.numel() for p in trained)
         latents = torch.stack([sample.latents for sample in work.samples]).to(work.device, work.dtype)
-        conditioning = collate([sample.conditioning for sample in work.samples]).to(work.device, work.dtype)
+        conditioning = work.model.family.join([sample.conditioning for sample in work.samples]).to(
+            work.device, work.dtype
+        )
         schedule = work.model.components.schedule
         time = schedule.at(torch.full((len(latents),), 0.5)).to(work.device).time
         autocast = torch.autocast(work.device.type, work.dtype, enabled=work.dtype != torch.float32)
@@ -188,22 +198,115 @@ def textbook_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def counts_of(side: Side, device: torch.device) -> Counts:
-    """Counts of a step of a side."""
-    return counted(side.opened, device)
+@dataclass
+class Found:
+    """What was measured of a side.
+
+    Attributes:
+        parameters: trained numbers.
+        seconds: of a step, the median of each round.
+        kept, peak: bytes that the forward pass keeps, and at the most above the frozen weights.
+        trouble: why there are no numbers; empty where there are.
+    """
+
+    parameters: int = 0
+    seconds: list[float] = field(default_factory=list)
+    kept: int | None = None
+    peak: int | None = None
+    trouble: str = ""
+
+    def titled(self, title: str) -> str:
+        """A title that says what the trouble was."""
+        return f"{title}: {self.trouble}" if self.trouble else title
+
+    @property
+    def mib(self) -> list[float | None]:
+        """Kept and peak memory in MiB."""
+        return [None if size is None else size / MIB for size in (self.kept, self.peak)]
+
+    def ratio(self, *others: Found | None) -> float | None:
+        """Seconds to those of others together, the median over rounds; None where one of them was not measured."""
+        known = [one.seconds for one in others if one is not None]
+        if len(known) < len(others) or not self.seconds or not all(known):
+            return None
+        return statistics.median(a / sum(b) for a, *b in zip(self.seconds, *known, strict=True))
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a step, the median over rounds."""
+        return statistics.median(self.seconds) if self.seconds else None
 
 
-def allocated_peak(side: Side, device: torch.device) -> int:
-    """Bytes of GPU memory at the most in its first steps, above what was there before it was opened."""
+def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, rounds: int) -> dict[Name, Found]:
+    """Memory of each side, then seconds of all in alternating rounds.
+
+    Args:
+        makers: what makes a side, by its name. One that needs more memory than there is has `trouble`, and no more.
+        device: where they run.
+        rounds: how many, besides a first one that warms caches and lets libraries pick their kernels.
+    """
+    found = {name: Found() for name in makers}
+    sides: dict[Name, Side] = {}
+
+    def measure_memory(name: Name) -> None:
+        sides[name] = makers[name]()
+        counts = counted(sides[name].opened, device)
+        found[name].kept = counts.held
+        found[name].peak = counts.peak if device.type == "cpu" else _allocated_peak(sides[name], device)
+        found[name].parameters = sides[name].parameters
+
+    def measure_time(name: Name) -> None:
+        found[name].seconds.append(statistics.median(sides[name].seconds()))
+
+    names = list(makers)
+    for name in names:  # memory first: what is too large for the device shows at once
+        found[name].trouble = _trouble(measure_memory, name)
+    for round_ in range(rounds + 1):
+        turn = round_ % len(names)  # who comes first after another side pays for what that has left in the caches
+        for name in names[turn:] + names[:turn]:
+            found[name].trouble = found[name].trouble or _trouble(measure_time, name)
+    for side in sides.values():
+        side.close()
+    for one in found.values():
+        one.seconds = [] if one.trouble else one.seconds[1:]
+    return found
+
+
+def _trouble(measure: Callable[[Any], None], name: object) -> str:
+    """Measure; what to say if memory or a compiler is missing."""
+    try:
+        measure(name)
+        return ""
+    except (RuntimeError, MemoryError, TrainingError) as error:
+        if not isinstance(error, TrainingError) and not is_out_of_memory(error):
+            raise
+        trouble = "does not fit" if is_out_of_memory(error) else str(error)
+    let_go()  # only now that nothing holds the tensors of what failed
+    return trouble
+
+
+def let_go() -> None:
+    """Give back memory that nobody holds any more, on a GPU to the device."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _allocated_peak(side: Side, device: torch.device) -> int:
+    """Bytes of GPU memory at the most in its first steps, above what was there before it was opened."""
+    let_go()
     before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     with side.opened() as once:
-        torch.cuda.reset_peak_memory_stats(device)
         for _ in range(2):
             once()
         torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _as_asked(event: Event) -> None:
+    """Raises where a run helps itself to other settings than it was measured for."""
+    if isinstance(event, Shrunk | Warned):
+        raise TrainingError(event.message)
 
 
 def resident_peak(side: Side) -> int:

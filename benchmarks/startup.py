@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.results import Results, add_json
 from lorasmith.core.folders import ASSETS
 
 _MAIN = "from lorasmith.cli.main import main; main()"
@@ -25,13 +26,17 @@ _MAIN = "from lorasmith.cli.main import main; main()"
 
 def main() -> None:
     arguments = _arguments()
+    results = Results(arguments)
+    results.table({"": ""} | dict.fromkeys(("median, s", "fastest", "slowest"), ".2f"))
     helps = [_seconds(["--help"]) for _ in range(arguments.times)]
+    _add(results, "`lorasmith --help`", helps)
     with tempfile.TemporaryDirectory() as folder:
-        steps = [_first_step(Path(folder) / str(index), arguments.pictures) for index in range(arguments.times + 1)]
-    print("| | median, s | fastest | slowest |")
-    print("|---|---|---|---|")
-    for name, seconds in {"lorasmith --help": helps, "lorasmith train, to the first step": steps[1:]}.items():
-        print(f"| `{name}` | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {max(seconds):.2f} |")
+        steps = [_first_step(Path(folder) / str(index), arguments) for index in range(arguments.times + 1)]
+    _add(results, "`lorasmith train`, to the first step", steps[1:])
+
+
+def _add(results: Results, name: str, seconds: list[float]) -> None:
+    results.add(name, statistics.median(seconds), min(seconds), max(seconds))
 
 
 def _seconds(command: list[str]) -> float:
@@ -40,9 +45,10 @@ def _seconds(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def _first_step(output: Path, pictures: str) -> float:
+def _first_step(output: Path, arguments: argparse.Namespace) -> float:
     """Seconds to the first step, by the time at which the log of the run says that it was taken."""
-    command = ["train", str(ASSETS / "input" / pictures), "--model", "lorasmith-tiny", "--steps", "1"]
+    command = ["train", str(ASSETS / "input" / arguments.pictures), "--model", "lorasmith-tiny", "--steps", "1"]
+    command += ["--device", arguments.device] if arguments.device else []
     start = time.time()
     _seconds([*command, "--output", str(output)])
     events = map(json.loads, (output / "events.jsonl").read_text(encoding="utf-8").splitlines())
@@ -53,6 +59,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=5, help="fresh processes of each kind")
     parser.add_argument("--pictures", default="fox", help="folder of the example pictures")
+    parser.add_argument("--device", help="where to train; the first GPU, or the CPU, if left out")
+    add_json(parser)
     return parser.parse_args()
 
 

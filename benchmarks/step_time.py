@@ -20,19 +20,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import json
+import functools
 import multiprocessing
-import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks.bases import MODELS, machine
-from benchmarks.sides import Frozen, Ours, Peft, Side, Work, allocated_peak, counts_of, resident_peak
+from benchmarks.bases import MODELS, machine, structural_copy
+from benchmarks.results import Results, add_json
+from benchmarks.sides import MIB, Frozen, Ours, Peft, Side, Work, compared, resident_peak
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
@@ -59,62 +57,36 @@ OURS: dict[str, dict[str, Any]] = {
 SIDES = ("forward", "floor", *OURS, "peft")
 TITLES = {"checkpointing": "lorasmith, checkpointing", "lean": "lorasmith, lean", "selective": "lorasmith, selective",
           "compile": "lorasmith, compiled", "peft": "diffusers + PEFT"}  # fmt: skip
-MIB = 2**20
-
-
-@dataclass
-class Row:
-    """What is known of a side on a batch.
-
-    Attributes:
-        latent, batch: side of the square latents, and how many.
-        seconds: medians of the rounds.
-        kept, peak, resident: bytes; None where they were not measured.
-    """
-
-    name: str
-    latent: int
-    batch: int
-    parameters: int = 0
-    seconds: list[float] = field(default_factory=list)
-    kept: int | None = None
-    peak: int | None = None
-    resident: int | None = None
 
 
 def main() -> None:
     arguments = _arguments()
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": _set_up(arguments)}))
+    results = begin(arguments)
+    by_algorithm = arguments.algorithms is not None
+    columns = {"latents": "", "batch": "d", "side": "", "parameters": ",", "step, s": ".4f"}
+    columns |= dict.fromkeys(("× LoRA", "× floor") if by_algorithm else ("× floor", "× (floor + forward)"), ".3f")
+    columns |= {"kept, MiB": ".1f", "peak, MiB": ".1f"} | ({"resident, MiB": ".1f"} if arguments.memory else {})
+    results.table(columns)
+    others = (("LoRA",), ("floor",)) if by_algorithm else (("floor",), ("floor", "forward"))
     with _model(arguments) as open_work:
-        rows = [
-            row
-            for latent in arguments.latent
-            for batch in arguments.batch
-            for row in compare(arguments, open_work(latent, batch), latent, batch)
-        ]
-    report(arguments, rows)
-
-
-def compare(arguments: argparse.Namespace, work: Work, latent: int, batch: int) -> list[Row]:
-    """All sides on one batch."""
-    sides = {name: side_of(name, work) for name in arguments.sides}
-    rows = {name: Row(name, latent, batch) for name in sides}
-    names = list(sides)
-    for round_ in range(arguments.rounds + 1):
-        turn = round_ % len(names)  # who comes first after another side pays for what that has left in the caches
-        for name in names[turn:] + names[:turn]:
-            taken = sides[name].seconds()
-            if round_:  # the first round warms caches and lets libraries pick their kernels
-                rows[name].seconds.append(statistics.median(taken))
-    for name, side in sides.items():
-        side.close()
-        counts = counts_of(side, work.device)
-        rows[name].parameters = side.parameters
-        rows[name].kept = counts.held
-        rows[name].peak = counts.peak if work.device.type == "cpu" else allocated_peak(side, work.device)
-        if arguments.memory:
-            rows[name].resident = _in_a_process_of_its_own(arguments, name, latent, batch)
-    return list(rows.values())
+        for latent in arguments.latent:
+            for batch in arguments.batch:
+                work = open_work(latent, batch)
+                makers = {name: functools.partial(side_of, name, work) for name in arguments.sides}
+                found = compared(makers, work.device, arguments.rounds)
+                for name, one in found.items():
+                    ratios = [one.ratio(*map(found.get, names)) for names in others]
+                    resident = [_resident_mib(arguments, name, latent, batch)] if arguments.memory else []
+                    results.add(
+                        f"{latent}×{latent}",
+                        batch,
+                        one.titled(TITLES.get(name, name)),
+                        one.parameters,
+                        one.step,
+                        *ratios,
+                        *one.mib,
+                        *resident,
+                    )
 
 
 def side_of(name: str, work: Work) -> Side:
@@ -126,39 +98,12 @@ def side_of(name: str, work: Work) -> Side:
     return Ours(work, **(OURS[name] if name in OURS else VARIANTS[name]))
 
 
-def report(arguments: argparse.Namespace, rows: list[Row]) -> None:
-    """One table with all rows; ratios are medians over rounds."""
-    memory = " resident, MiB |" * arguments.memory
-    other = "× LoRA | × floor" if arguments.algorithms is not None else "× floor | × (floor + forward)"
-    print(f"\n| latents | batch | side | parameters | step, s | {other} | kept, MiB | peak, MiB |{memory}")
-    print("|---|---|---|---|---|---|---|---|---|" + "---|" * arguments.memory)
-    for row in rows:
-        beside = {one.name: one.seconds for one in rows if (one.latent, one.batch) == (row.latent, row.batch)}
-        pair = (("LoRA",), ("floor",)) if arguments.algorithms is not None else (("floor",), ("floor", "forward"))
-        ratios = " | ".join(_ratio(row.seconds, *(beside.get(name) for name in names)) for names in pair)
-        bytes_ = [row.kept, row.peak, *([row.resident] if arguments.memory else [])]
-        print(
-            f"| {row.latent}×{row.latent} | {row.batch} | {TITLES.get(row.name, row.name)} | {row.parameters:,} | "
-            f"{statistics.median(row.seconds):.3f} | {ratios} | "
-            + " | ".join("" if one is None else f"{one / MIB:.1f}" for one in bytes_)
-            + " |"
-        )
-
-
-def _ratio(mine: list[float], *others: list[float] | None) -> str:
-    """Empty where one of the others was not measured."""
-    known = [one for one in others if one is not None]
-    if len(known) < len(others):
-        return ""
-    return f"{statistics.median(a / sum(b) for a, *b in zip(mine, *known, strict=True)):.3f}"
-
-
 @contextlib.contextmanager
 def _model(arguments: argparse.Namespace) -> Iterator[Any]:
     """The model as a run holds it: conversions happen once, before its first step. Yields what makes a `Work`."""
     device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
-    model = MODELS[arguments.model](dtype, device)
-    plain = copy.deepcopy(model.components.denoiser)
+    model = MODELS[arguments.model].make(dtype, device)
+    plain = structural_copy(model.components.denoiser)
 
     def work(latent: int, batch: int) -> Work:
         samples = synthetic_samples(model, batch, latent, latent, tokens=arguments.tokens)
@@ -174,9 +119,10 @@ def _model(arguments: argparse.Namespace) -> Iterator[Any]:
         yield work
 
 
-def _in_a_process_of_its_own(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> int:
+def _resident_mib(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> float:
+    """Measured in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_resident, arguments, name, latent, batch).result()
+        return pool.submit(_resident, arguments, name, latent, batch).result() / MIB
 
 
 def _resident(arguments: argparse.Namespace, name: str, latent: int, batch: int) -> int:
@@ -188,12 +134,11 @@ def _resident(arguments: argparse.Namespace, name: str, latent: int, batch: int)
         return resident_peak(side_of(name, work))
 
 
-def _set_up(arguments: argparse.Namespace) -> str:
+def _set_up(arguments: argparse.Namespace) -> None:
     if arguments.keep_memory:
         keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    return machine()
 
 
 def _arguments() -> argparse.Namespace:
@@ -217,8 +162,15 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
+def begin(arguments: argparse.Namespace) -> Results:
+    """Set memory, threads and seed as the options of `add_common` say; what every benchmark of steps begins with."""
+    _set_up(arguments)
+    return Results(arguments, torch=torch.__version__, machine=machine(torch.device(arguments.device)))
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of steps takes."""
+    """The options of every benchmark of steps."""
+    add_json(parser)
     parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--tokens", type=int, help="of the text; the family's usual number if left out")
     parser.add_argument("--rank", type=int, default=16)

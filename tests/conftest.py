@@ -74,8 +74,11 @@ def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> Model:
-    """The model that comes with the package. Nothing may change it."""
-    return load_model(BUILT_IN)
+    """The model that comes with the package, in fp32. Nothing may change it."""
+    model = load_model(BUILT_IN)
+    for module in model.components.modules().values():
+        module.float()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -74,3 +74,16 @@ def test_the_public_names_are_the_documented_ones() -> None:
 
     assert len(lorasmith.__all__) <= 6
     assert all(getattr(lorasmith, name) is not None for name in lorasmith.__all__)
+
+
+def test_the_page_on_families_names_every_question_and_no_other() -> None:
+    from lorasmith.families.base import Family
+
+    page = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+    table = page.split("| method | answers |")[1].split("\n\n")[0]
+    asked = {name for row in re.findall(r"^\| (`[^|]+) \|", table, flags=re.MULTILINE) for name in row.split("`")[1::2]}
+    assert asked == Family.__abstractmethods__
+    override = page.split("Override where")[1].split("\n\n")[0].split("`")[1::2]
+    assert all(callable(getattr(Family, name)) and name not in asked for name in override)
+    files = re.findall(r"`((?:tests|families)/[\w/]+\.py)`", page)
+    assert [name for name in files if not ((ROOT / name).exists() or (ROOT / "src/lorasmith" / name).exists())] == []

@@ -1,11 +1,11 @@
 """ComfyUI's own Train LoRA beside ours: the same checkpoint file, inputs, targets and optimizer, in one table.
 
-    python benchmarks/peers/comfyui.py --comfyui PATH/TO/ComfyUI --python PATH/TO/ITS/VENV/bin/python
-    python benchmarks/peers/comfyui.py --comfyui ... --python ... --model flux-small --batch 4 --rounds 3
+    python -m benchmarks.peers.comfyui --comfyui PATH/TO/ComfyUI --python PATH/TO/ITS/VENV/bin/python
+    python -m benchmarks.peers.comfyui --comfyui ... --python ... --model flux-small --batch 4 --rounds 3
 
 ComfyUI lives in a venv of its own: torch and torchvision, then its requirements without torch*, comfyui-*, PyOpenGL and
-comfy-angle. Sides take turns, each round one process for each of them, on the CPU; ratios are medians over rounds.
-Seconds are processor seconds. What either side trains, and how memory is measured, is said in `comfyui_train.py` and
+comfy-angle. Sides take turns, each round one process for each of them; ratios are medians over rounds. On the CPU
+seconds are processor seconds. What either side trains, and how memory is measured, is said in `comfyui_train.py` and
 `ours_train.py`.
 """
 
@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.results import Results, add_json
 
 HERE = Path(__file__).resolve().parent
 COMFYUI = {
@@ -41,23 +43,22 @@ def main() -> None:
             results[name].append(
                 _theirs(arguments, *COMFYUI[name]) if name in COMFYUI else _ours(arguments, OURS[name])
             )
-            print(f"  {name}: {results[name][-1]['step_cpu_s']} s", file=sys.stderr, flush=True)
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("comfyui", "python")}
-    print(json.dumps(settings | {"comfyui": results[next(iter(sides))][0]["comfyui"]}))
-    _report(results)
+            print(f"  {name}: {results[name][-1]['step_s']} s", file=sys.stderr, flush=True)
+    _report(results, Results(arguments, comfyui=results[next(iter(sides))][0]["comfyui"]))
 
 
 def _theirs(arguments: argparse.Namespace, mode: str, checkpointing: bool) -> Result:
     command = [str(arguments.python), str(HERE / "comfyui_train.py"), "--comfyui", str(arguments.comfyui)]
     command += ["--mode", mode, "--checkpointing" if checkpointing else "--no-checkpointing"]
-    for name in ("model", "batch", "latent_size", "rank", "dtype", "steps", "warmup", "threads", "seed"):
+    for name in ("model", "batch", "latent_size", "rank", "dtype", "steps", "warmup", "device", "threads", "seed"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     return _result(command, arguments.threads)
 
 
 def _ours(arguments: argparse.Namespace, checkpointing: bool) -> Result:
-    names = ("model", "batch", "latent_size", "rank", "dtype", "steps", "warmup", "threads", "seed", "differences")
-    settings = {name: getattr(arguments, name) for name in names} | {"checkpointing": checkpointing}
+    others = ("comfyui", "python", "rounds", "json")
+    settings = {name: value for name, value in vars(arguments).items() if name not in others}
+    settings["checkpointing"] = checkpointing
     return _result([sys.executable, str(HERE / "ours_train.py"), json.dumps(settings)], arguments.threads)
 
 
@@ -70,22 +71,20 @@ def _result(command: list[str], threads: int) -> Result:
     return result
 
 
-def _report(results: dict[str, list[Result]]) -> None:
-    base = results["lorasmith"]
-    print("\n| side | step, s | × lorasmith | peak above weights, MiB | peak, MiB |")
-    print("|---|---|---|---|---|")
-    for name, runs in results.items():
-        ratio = statistics.median(a["step_cpu_s"] / b["step_cpu_s"] for a, b in zip(runs, base, strict=True))
-        step, above, peak = (
-            statistics.median(run[key] for run in runs) for key in ("step_cpu_s", "peak_above_mb", "peak_mb")
-        )
-        print(f"| {name} | {step:.3f} | {ratio:.2f} | {above:.0f} | {peak:.0f} |")
+def _report(found: dict[str, list[Result]], results: Results) -> None:
+    base = found["lorasmith"]
+    columns = {"side": "", "step, s": ".4f", "× lorasmith": ".2f", "peak above weights, MiB": ".0f", "peak, MiB": ".0f"}
+    results.table(columns)
+    for name, runs in found.items():
+        ratio = statistics.median(a["step_s"] / b["step_s"] for a, b in zip(runs, base, strict=True))
+        step, *sizes = (statistics.median(run[key] for run in runs) for key in ("step_s", "peak_above_mb", "peak_mb"))
+        results.add(name, step, ratio, *sizes)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
-    parser.add_argument("--python", type=Path, required=True, help="of the venv that ComfyUI runs in")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of the venv that ComfyUI runs in")
     parser.add_argument("--model", choices=("sd15", "sd1-tiny", "flux-small", "flux-tiny"), default="sd15")
     parser.add_argument("--differences", default="norms+biases", help="what ours trains besides; none leaves them out")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -95,7 +94,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="measured in each process")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    add_json(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Time ComfyUI's own Train LoRA on a random-weight model, on the CPU, and print one JSON line; `comfyui.py` compares.
+"""Time ComfyUI's own Train LoRA on a random-weight model, and print one JSON line; `comfyui.py` compares.
 
     python benchmarks/peers/comfyui_train.py --comfyui PATH/TO/ComfyUI --model sd15
     python benchmarks/peers/comfyui_train.py --comfyui PATH/TO/ComfyUI --model flux-small --batch 4 --mode bypass
@@ -10,12 +10,13 @@ given the very same work; attention is torch's, as on a GPU. Flux needs checkpoi
 place, which autograd refuses otherwise).
 
 Numbers printed
-    step_cpu_s         median CPU seconds of this process per step, steadier than wall time on a shared machine
+    step_s             median seconds per step: on the CPU those of the processor, steadier than wall time on a shared
+                       machine; on a GPU wall time up to when the device is done
     step_wall_s        median wall seconds per step
     weights_mb         the model's weights, once, in the dtype of the checkpoint
     peak_above_mb      peak resident memory during the measured steps, less what the process held before it loaded the
                        model, less `weights_mb`: second copies of the weights count, the program itself does not
-                       (but for some 200 MB that torch allocates in its first steps)
+                       (but for some 200 MB that torch allocates in its first steps); on a GPU the allocator's peak
     loss               of each step, warm-up included
 """
 
@@ -49,7 +50,7 @@ MB = 2**20
 
 def main() -> None:
     arguments = _arguments()
-    comfyui_headless.boot(arguments.comfyui)
+    comfyui_headless.boot(arguments.comfyui, arguments.device)
     import comfy.utils
     import torch
     from safetensors.torch import save_file
@@ -63,9 +64,9 @@ def main() -> None:
         save_file(weights, str(file))
         del weights
         gc.collect()
-        before_mb = memory_mb("VmRSS")
+        meter = Meter(arguments.warmup, arguments.device)
+        before_mb = meter.memory_mb("VmRSS")
         patcher = comfyui_headless.load_model(file)
-        meter = Meter(arguments.warmup)
         comfy.utils.set_progress_bar_global_hook(meter)
         losses = _train(patcher, shape, arguments)
     settings = {key: value for key, value in vars(arguments).items() if key != "comfyui"}
@@ -92,6 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--latent-size", type=int, default=32, help="height and width of the latents")
     parser.add_argument("--steps", type=int, default=6, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -101,36 +103,51 @@ def _arguments() -> argparse.Namespace:
 
 
 class Meter:
-    """ComfyUI's progress hook, which fires at the end of each step: notes the clocks, and peak memory after warm-up."""
+    """ComfyUI's progress hook, which fires at the end of each step: notes the clocks, and peak memory after warm-up.
 
-    def __init__(self, warmup: int) -> None:
+    Args:
+        warmup: steps that are not measured.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, warmup: int, device: str = "cpu") -> None:
         self._warmup = warmup
-        self._cpu: list[float] = []
-        self._wall: list[float] = []
+        self._on_gpu = device != "cpu"
+        self._clocks: dict[str, list[float]] = {"cpu": [], "wall": []}
         self.peak_mb = 0.0
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        self._cpu.append(time.process_time())
-        self._wall.append(time.perf_counter())
-        if len(self._cpu) == self._warmup:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
-        self.peak_mb = memory_mb("VmHWM")
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+        self._clocks["cpu"].append(time.process_time())
+        self._clocks["wall"].append(time.perf_counter())
+        if len(self._clocks["wall"]) == self._warmup:
+            if self._on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
+        self.peak_mb = self.memory_mb("VmHWM")
 
     def figures(self) -> dict[str, float]:
         """Medians of the steps behind the warm-up."""
-        return {"step_cpu_s": self._median(self._cpu), "step_wall_s": self._median(self._wall)}
+        return {"step_s": self._median("wall" if self._on_gpu else "cpu"), "step_wall_s": self._median("wall")}
 
-    def _median(self, ends: list[float]) -> float:
-        measured = ends[self._warmup - 1 :]
-        return round(statistics.median(after - before for before, after in itertools.pairwise(measured)), 4)
+    def memory_mb(self, field: str) -> float:
+        """Resident memory now (VmRSS) or at the most (VmHWM), in MiB; on a GPU the allocator's."""
+        if self._on_gpu:
+            import torch
 
+            return (torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()) / MB
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+        raise SystemExit(f"/proc/self/status has no {field}; memory can be measured on Linux only")
 
-def memory_mb(field: str) -> float:
-    """A field of this process' status, such as VmHWM, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"/proc/self/status has no {field}; memory can be measured on Linux only")
+    def _median(self, clock: str) -> float:
+        ends = self._clocks[clock][self._warmup - 1 :]
+        return round(statistics.median(after - before for before, after in itertools.pairwise(ends)), 4)
 
 
 def _train(patcher: Any, shape: models.UNetShape | models.FluxShape, arguments: argparse.Namespace) -> list[float]:

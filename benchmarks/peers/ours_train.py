@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
 import models
-from comfyui_train import MB, MODELS, TOKENS, Meter, memory_mb
+from comfyui_train import MB, MODELS, TOKENS, Meter
 from safetensors.torch import save_file
 
 from lorasmith.core.allocator import keep_freed_memory
@@ -30,9 +30,8 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
-from lorasmith.training.job import plan_job
-from lorasmith.training.loop import Loop, Watcher, fit
-from lorasmith.training.train import recipe_of
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.loop import Loop, Watcher
 
 
 class _Steps(Watcher):
@@ -58,7 +57,8 @@ def main() -> None:
         del weights
         gc.collect()
         keep_freed_memory()  # from here on, so that what making the checkpoint took is not counted
-        before_mb = memory_mb("VmRSS")
+        device, meter = torch.device(settings["device"]), Meter(settings["warmup"], settings["device"])
+        before_mb = meter.memory_mb("VmRSS")
         # ComfyUI's loader chooses the format that it computes in by itself; ours is told.
         denoiser = load_model(str(file), dtype=dtype_from_name(settings["dtype"])).denoiser
         config = TrainConfig(
@@ -75,24 +75,16 @@ def main() -> None:
             gradient_checkpointing=settings["checkpointing"],
             seed=settings["seed"],
         )
-        job = plan_job(denoiser, config, torch.device("cpu"))
-        meter = Meter(settings["warmup"])
+        job = plan_job(denoiser, config, device)
         losses: list[float] = []
 
         def note(event: Event) -> None:
             if isinstance(event, StepDone):
                 losses.append(event.loss)
 
-        fit(
-            denoiser,
-            job.adapters,
-            _samples(shape, settings),
-            recipe_of(job, torch.device("cpu")),
-            differences=job.differences,
-            on_event=note,
-            cancelled=lambda: False,
-            watchers=[_Steps(meter)],
-        )
+        engine = engine_of(job)
+        Loop(engine, _samples(shape, settings), tell=note, watchers=[_Steps(meter)]).run()
+        engine.release()
     figures = meter.figures() | {
         "weights_mb": round(weights_mb, 1),
         "peak_above_mb": round(meter.peak_mb - before_mb - weights_mb, 1),

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib
 import importlib.machinery
 import importlib.util
-import json
 import logging
-import statistics
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -32,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "peers"))
 
 import sd_scripts_headless
 
-from benchmarks.bases import clock, machine, sd15
-from benchmarks.sides import Frozen, Once, Ours, Side, Work, allocated_peak, counts_of, textbook_step
-from benchmarks.step_time import MIB
+from benchmarks.bases import MODELS, machine, structural_copy
+from benchmarks.results import Results, add_json
+from benchmarks.sides import Frozen, Once, Ours, Side, Work, compared, textbook_step
 from lorasmith.bench.counting import Counter
-from lorasmith.bench.measure import pass_seconds, synthetic_samples
+from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.placement import held
@@ -59,8 +56,7 @@ class SdScripts(Side):
 
     def seconds(self) -> Sequence[float]:
         with self.opened() as once:
-            work = self._work
-            return pass_seconds(once, steps=work.steps, warmup=1, device=work.device, clock=clock).seconds
+            return self._work.timed(once, warmup=1)
 
     @contextlib.contextmanager
     def opened(self, counter: Counter | None = None) -> Iterator[Once]:
@@ -105,45 +101,30 @@ def main() -> None:
     torch.manual_seed(0)
     networks = _networks(arguments.path)
     device, dtype = torch.device(arguments.device), dtype_from_name(arguments.dtype)
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, "machine": machine()}, default=str))
-    model = sd15(dtype, device)
-    plain = copy.deepcopy(model.components.denoiser)
+    results = Results(arguments, torch=torch.__version__, machine=machine(device))
+    model = MODELS["sd15"].make(dtype, device)
+    plain = structural_copy(model.components.denoiser)
     settings = {"batch_size": arguments.batch, "rank": arguments.rank, "targets": "transformer"}
     samples = synthetic_samples(model, arguments.batch, arguments.latent, arguments.latent)
     settings |= {"training_dtype": arguments.dtype}
     work = Work(model, plain, samples, settings, device, dtype, arguments.steps)
     with held(model.components.denoiser, device=device, dtype=dtype):
-        sides: dict[str, Side] = {
-            "floor": Frozen(work, backward=True),
-            "lorasmith": Ours(work),
-            "lorasmith, checkpointing": Ours(work, gradient_checkpointing=True),
-            "sd-scripts": SdScripts(work, networks, checkpointing=False),
-            "sd-scripts, checkpointing": SdScripts(work, networks, checkpointing=True),
-        }
-        _compare(sides, arguments.rounds, device)
-
-
-def _compare(sides: dict[str, Side], rounds: int, device: torch.device) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
-        for name, side in sides.items():
-            taken = statistics.median(side.seconds())
-            if round_:
-                seconds[name].append(taken)
-    print("\n| side | parameters | step, s | × lorasmith | × floor | kept, MiB | peak, MiB |")
-    print("|---|---|---|---|---|---|---|")
-    for name, side in sides.items():
-        counts = counts_of(side, device)
-        peak = counts.peak if device.type == "cpu" else allocated_peak(side, device)
-        ratios = [
-            statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
-            for other in ("lorasmith", "floor")
-        ]
-        print(
-            f"| {name} | {side.parameters:,} | {statistics.median(seconds[name]):.3f} | {ratios[0]:.3f} | "
-            f"{ratios[1]:.3f} | {counts.held / MIB:.1f} | {peak / MIB:.1f} |",
-            flush=True,
+        found = compared(
+            {
+                "floor": lambda: Frozen(work, backward=True),
+                "lorasmith": lambda: Ours(work),
+                "lorasmith, checkpointing": lambda: Ours(work, gradient_checkpointing=True),
+                "sd-scripts": lambda: SdScripts(work, networks, checkpointing=False),
+                "sd-scripts, checkpointing": lambda: SdScripts(work, networks, checkpointing=True),
+            },
+            device,
+            arguments.rounds,
         )
+    columns = {"side": "", "parameters": ",", "step, s": ".4f", "× lorasmith": ".3f", "× floor": ".3f"}
+    results.table(columns | {"kept, MiB": ".1f", "peak, MiB": ".1f"})
+    for name, one in found.items():
+        ratios = [one.ratio(found[other]) for other in ("lorasmith", "floor")]
+        results.add(one.titled(name), one.parameters, one.step, *ratios, *one.mib)
 
 
 def _networks(checkout: Path) -> Any:
@@ -183,6 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2, help="timed of each side in each round")
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's own choice")
+    add_json(parser)
     return parser.parse_args()
 
 

@@ -7,8 +7,8 @@ import torch
 from layer_cases import randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
 from lorasmith.adapters.boft import BoftAdapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError

@@ -11,7 +11,8 @@ import torch.utils.checkpoint
 from layer_cases import KINDS, LAYERS, LayerCase, randomised, snapshot
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.patch import Patch, applied, merged_weights
 

@@ -9,8 +9,8 @@ from diffusers.models.normalization import RMSNorm
 from layer_cases import LAYERS, LayerCase, randomised, snapshot
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
 from lorasmith.adapters.difference import Difference, is_norm
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, load_differences
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.oft import OftAdapter

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora, dora_from_weights
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError

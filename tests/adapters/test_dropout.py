@@ -9,9 +9,10 @@ import torch
 from layer_cases import LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter, FrozenLayer
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter

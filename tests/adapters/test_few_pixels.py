@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import few_pixels
-from lorasmith.adapters.adapter import FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from layer_cases import randomised
 from torch import nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError

@@ -9,7 +9,8 @@ import torch
 from layer_cases import LAYERS, LayerCase, randomised, snapshot
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter, FrozenLayer, is_targetable
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached, create_adapters, load_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch, merged_weights

@@ -7,7 +7,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.loha import LohaAdapter
 from lorasmith.core.adapter_state import AdapterWeights

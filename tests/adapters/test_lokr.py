@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from layer_cases import LAYERS, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
-from lorasmith.adapters.lokr import LokrAdapter, factorization
+from lorasmith.adapters.lokr import LokrAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
 
 def fresh(layer: nn.Module, *, factor: int = 4, zero: str = "up") -> LokrAdapter:
     return LokrAdapter.create(FrozenLayer(layer), rank=factor, alpha=1.0, seed=3, path="layer", zero=zero)
-
-
-@given(st.integers(1, 2000), st.integers(1, 300))
-def test_dimensions_are_factorized_as_by_lycoris_up_to_their_root(dimension: int, factor: int) -> None:
-    from lycoris.functional import factorization as lycoris_factorization
-
-    small, large = factorization(dimension, factor)
-    assert small * large == dimension
-    assert small <= large
-    if factor**2 <= dimension or dimension % factor:
-        assert (small, large) == lycoris_factorization(dimension, factor)
-
-
-@pytest.mark.parametrize(
-    ("dimension", "factor", "expected"),
-    [(320, 8, (8, 40)), (320, 32, (16, 20)), (640, 64, (20, 32)), (12, 4, (3, 4)), (4, 8, (2, 2)), (127, 16, (1, 127))],
-)
-def test_dimensions_are_factorized_as_by_comfyui(dimension: int, factor: int, expected: tuple[int, int]) -> None:
-    assert factorization(dimension, factor) == expected
 
 
 def test_a_fresh_one_has_two_whole_factors_as_comfyuis() -> None:

@@ -9,7 +9,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.targets import Plan, PlannedAdapter
@@ -99,7 +99,6 @@ LINEAR, CONV, GROUPED = nn.Linear(6, 8), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3, 
         (LINEAR, tensors((2, 6), (7, 2))),
         (LINEAR, tensors((2, 6), (8, 3))),
         (LINEAR, tensors((2, 6), (8, 2, 1, 1))),
-        (LINEAR, tensors((0, 6), (8, 0))),
         (LINEAR, tensors((8, 2), (2, 6))),  # the factors mixed up
         (CONV, tensors((2, 6, 3, 3), (8, 2))),
         (CONV, tensors((2, 54), (8, 2, 1, 1))),
@@ -116,8 +115,13 @@ def test_tensors_that_do_not_fit_the_layer_are_refused(layer: nn.Module, weights
         LoraAdapter.from_weights(AdapterWeights("lora", weights), FrozenLayer(layer))
 
 
+def test_a_lora_of_no_rank_is_refused() -> None:
+    with pytest.raises(LoraError, match=r"^down of an adapter of the kind lora must be a matrix, got shape \(0, 6\)"):
+        LoraAdapter.from_weights(AdapterWeights("lora", tensors((0, 6), (8, 0))), FrozenLayer(LINEAR))
+
+
 def test_half_a_lora_is_refused() -> None:
-    with pytest.raises(LoraError, match=r"^a LoRA layer needs both a down and an up matrix, got only down$"):
+    with pytest.raises(LoraError, match=r"of the kind lora needs down, up, .* this one has down,"):
         LoraAdapter.from_weights(AdapterWeights("lora", {"down": torch.zeros(2, 6)}), FrozenLayer(LINEAR))
 
 
@@ -157,9 +161,11 @@ def test_lora_plus_takes_pefts_steps() -> None:
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer
 
-    from lorasmith.training.engine import Recipe, _rate, _trained
+    from lorasmith.training.config import ResolvedConfig
+    from lorasmith.training.engine import _rate, _trained
     from lorasmith.training.optim.flat import FlatParameters
     from lorasmith.training.optim.optimizers import GatedOptimizer
+    from lorasmith.training.runtime import Runtime
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -174,17 +180,17 @@ def test_lora_plus_takes_pefts_steps() -> None:
         theirs[name].lora_A["default"].weight.data.copy_(adapter.down)
     optimizer = create_loraplus_optimizer(peer, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0)
 
-    recipe = Recipe(
-        steps=1, batch_size=1, accumulation=1, learning_rate=1e-2, lora_plus_ratio=16.0, optimizer="AdamW",
-        weight_decay=0.0, max_grad_norm=0.0, loss_function="MSE", objective="native", timesteps="uniform", seed=0,
-        dtype=torch.float32, device=torch.device("cpu"), checkpoint_depth=0,
+    config = ResolvedConfig(
+        learning_rate=1e-2, lora_plus_ratio=16.0, alpha=2.0, targets="all", schedule="constant", timesteps="uniform",
+        training_dtype="fp32",
     )  # fmt: skip
+    runtime = Runtime.of(config, base, torch.device("cpu"))
     trained = list(_trained(adapters, {}))
     flat = FlatParameters(
         {name: parameter for _, name, parameter in trained},
-        device=recipe.device,
-        dtype=recipe.dtype,
-        rates={name: _rate(path, name, recipe) for path, name, _ in trained},
+        device=runtime.device,
+        dtype=runtime.dtype,
+        rates={name: _rate(path, name, config, runtime) for path, name, _ in trained},
     )
     ours = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
     with attached(base.requires_grad_(False), [Attached(adapters)]):

@@ -7,7 +7,7 @@ import torch
 from layer_cases import randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.oft import OftAdapter
 from lorasmith.core.adapter_state import AdapterWeights

@@ -10,7 +10,8 @@ import torch
 from layer_cases import KINDS, LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter, FrozenLayer
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.packed_layers import give_source
 from lorasmith.core.quantization import Packed, packed

@@ -7,7 +7,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.pissa import PissaAdapter

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import inject, lora
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters import inject, shared_input
 from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 
@@ -55,13 +55,13 @@ def outcome(net: Attention, adapters: dict[str, Any], *inputs: Tensor) -> list[T
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the groups that were computed together."""
     seen: list[int] = []
-    original: Callable[..., Any] = lora._linear_group
+    original: Callable[..., Any] = shared_input.linear_group
 
     def counted(x: Tensor, layers: Any, *rest: Any) -> Any:
         seen.append(len(layers))
         return original(x, layers, *rest)
 
-    monkeypatch.setattr(lora, "_linear_group", counted)
+    monkeypatch.setattr(shared_input, "linear_group", counted)
     return seen
 
 
@@ -83,6 +83,7 @@ def test_together_is_apart(text: int | None, groups: list[int], monkeypatch: pyt
 
 
 def test_layers_that_turn_out_to_have_other_inputs_are_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     net = Attention(32, 32).requires_grad_(False)
     net.is_cross_attention = False  # nothing says that k and v see something else
     adapters, inputs = adapters_of(net), (torch.randn(2, 5, 32), torch.randn(2, 7, 32))

@@ -32,24 +32,20 @@ from lorasmith.bench.profiling import Profile, profiled
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Recipe
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.train import recipe_of
 
 CPU = torch.device("cpu")
-Planned = tuple[Job, Recipe]
 
 
-def planned(tiny: Model, **settings: Any) -> Planned:
+def planned(tiny: Model, **settings: Any) -> Job:
     base = {"steps": 4, "batch_size": 2, "rank": 4, "training_dtype": "fp32", "targets": "attention"}
-    job = plan_job(tiny.denoiser, TrainConfig(**(base | settings)), CPU)
-    return job, recipe_of(job, CPU)
+    return plan_job(tiny.denoiser, TrainConfig(**(base | settings)), CPU)
 
 
 def counts_of(tiny: Model, **settings: Any) -> Counts:
-    job, recipe = planned(tiny, **settings)
+    job = planned(tiny, **settings)
     samples = synthetic_samples(tiny, 2, 8, 8)
-    return counted(lambda counter: training_steps(job, samples, recipe, counter), CPU)
+    return counted(lambda counter: training_steps(job, samples, counter), CPU)
 
 
 def test_bytes_are_followed_until_they_are_gone() -> None:
@@ -87,12 +83,12 @@ def test_flops_are_those_of_torchs_own_counter_and_of_attention_on_the_cpu() -> 
 
 
 def test_what_a_step_keeps_is_what_autograd_saves(tiny: Model) -> None:
-    job, recipe = planned(tiny)
+    job = planned(tiny)
     samples = synthetic_samples(tiny, 2, 8, 8)
-    counts = counted(lambda counter: training_steps(job, samples, recipe, counter), CPU)
+    counts = counted(lambda counter: training_steps(job, samples, counter), CPU)
     saved: dict[int, int] = {}
     kept: list[torch.Tensor] = []  # a storage that is gone would give its place to another
-    with training_steps(job, samples, recipe) as once:
+    with training_steps(job, samples) as once:
         once()
         weights = [*tiny.denoiser.module.parameters(), *(p for one in job.adapters.values() for p in one.parameters())]
         frozen = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -144,8 +140,8 @@ def test_the_floor_is_the_frozen_model_and_leaves_it_alone(tiny: Model) -> None:
 
 
 def test_seconds_are_of_the_steps_behind_the_warm_up(tiny: Model) -> None:
-    job, recipe = planned(tiny, steps=5)
-    spread = step_seconds(job, synthetic_samples(tiny, 2, 8, 8), recipe, warmup=2)
+    job = planned(tiny, steps=5)
+    spread = step_seconds(job, synthetic_samples(tiny, 2, 8, 8), warmup=2)
     assert len(spread.seconds) == 3
     assert 0 < spread.low <= spread.median <= spread.high
     calls: list[int] = []
@@ -158,8 +154,8 @@ def test_weights_are_counted_as_they_are_kept(tiny: Model) -> None:
     whole = weight_bytes(module)
     assert whole == sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
     for kind, share in {"int8": 0.25, "nf4": 0.14}.items():
-        job, recipe = planned(tiny, quantization=kind)
-        with training_steps(job, synthetic_samples(tiny, 2, 8, 8), recipe):
+        job = planned(tiny, quantization=kind)
+        with training_steps(job, synthetic_samples(tiny, 2, 8, 8)):
             assert weight_bytes(module) == pytest.approx(share * whole, rel=0.15)
     assert weight_bytes(module) == whole
 
@@ -247,8 +243,8 @@ def test_nothing_is_said_that_does_not_hold() -> None:
 
 
 def test_a_job_is_measured_as_a_whole(tiny: Model) -> None:
-    job, recipe = planned(tiny, grad_accumulation_steps=2, quantization="int8", targets="all")
-    found = measured(job, synthetic_samples(tiny, 4, 8, 8), recipe, steps=2)
+    job = planned(tiny, grad_accumulation_steps=2, quantization="int8", targets="all")
+    found = measured(job, synthetic_samples(tiny, 4, 8, 8), steps=2)
     assert found.images == 4
     assert len(found.step.seconds) == 2
     assert found.floor is not None and found.floor_counts is not None

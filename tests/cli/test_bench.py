@@ -65,4 +65,4 @@ def test_its_options_are_those_of_train_that_change_the_cost() -> None:
     shown = {name for name in options_of(TrainConfig) if f"--{name.replace('_', '-')}" in re.split(r"[\s,│]+", out)}
     memory = {name for name, one in options_of(TrainConfig).items() if one.group == "Memory"} - {"bypass_mode"}
     assert shown >= memory | {"compile", "batch_size", "rank", "targets", "algorithm", "optimizer", "training_dtype"}
-    assert not shown & {"learning_rate", "seed", "previews", "checkpoint_every", "existing_lora"}
+    assert not shown & {"learning_rate", "seed", "previews", "save_state_every", "existing_lora"}

@@ -34,7 +34,7 @@ def loss(parameterization: str, objective: str, weighting: str, gamma: float = 5
     generator = torch.Generator().manual_seed(0)
     clean, noise, error = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(3))
     level = SCHEDULES[parameterization].at(QUANTILES)
-    return diffusion_loss(
+    losses = diffusion_loss(
         PARAMETERIZATIONS[parameterization].target(clean, noise, level) + 0.1 * error,
         clean=clean,
         noise=noise,
@@ -43,9 +43,8 @@ def loss(parameterization: str, objective: str, weighting: str, gamma: float = 5
         parameterization=parameterization,
         objective=objective,
         loss_function="MSE",
-        weighting=weighting,
-        gamma=gamma,
     )
+    return losses * weights(level, weighting, parameterization, objective=objective, gamma=gamma)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])

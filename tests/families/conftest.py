@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
+import sdxl_models
+
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Model
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +19,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     monkeypatch.setattr(socket.socket, "connect", refused)
+
+
+@pytest.fixture(scope="session")
+def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion XL in the original layout."""
+    return sdxl_models.saved_checkpoint(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_file: Path) -> Model:
+    """It as loaded. Nothing may change it."""
+    return load_model(sdxl_file)

@@ -17,7 +17,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["SD1", "SD2", "SMALLEST", "TinyModel", "openclip", "save"]
+__all__ = [
+    "SD1",
+    "SD2",
+    "SMALLEST",
+    "TinyModel",
+    "autoencoder",
+    "autoencoder_shapes",
+    "clip_l",
+    "clip_l_shapes",
+    "openclip",
+    "openclip_shapes",
+    "save",
+]
 
 VOCABULARY = 49408
 TEXT_WIDTH = 64
@@ -40,18 +52,14 @@ class TinyModel:
         """A whole checkpoint, with the tables and counters that real ones carry along."""
         return {
             **self.unet_tensors(seed),
-            **_filled("first_stage_model.", dict(_autoencoder()), seed),
+            **autoencoder(seed),
             **(_clip(seed) if self.version == 1 else openclip(seed)),
             "alphas_cumprod": torch.linspace(1, 0, 1000),
             "model_ema.decay": torch.tensor(0.999),
         }
 
     def unet_tensors(self, seed: int = 0) -> dict[str, Tensor]:
-        tensors = models.checkpoint(self.unet, seed)
-        if self.version == 2:  # its projections are matrices, no convolutions
-            squeezed = (".proj_in.weight", ".proj_out.weight")
-            tensors = {name: t[:, :, 0, 0].clone() if name.endswith(squeezed) else t for name, t in tensors.items()}
-        return tensors
+        return models.checkpoint(self.unet, seed)
 
     def diffusers_folder(self, folder: Path) -> Path:
         """The configuration files with which diffusers converts such a checkpoint."""
@@ -64,7 +72,7 @@ class TinyModel:
                 "unet": ["diffusers", "UNet2DConditionModel"],
                 "vae": ["diffusers", "AutoencoderKL"],
             },
-            "unet/config.json": {"_class_name": "UNet2DConditionModel", **self._unet_config()},
+            "unet/config.json": {"_class_name": "UNet2DConditionModel", **models.diffusers_config(self.unet)},
             "vae/config.json": {"_class_name": "AutoencoderKL", **_VAE_CONFIG},
             "text_encoder/config.json": self._text_config(),
             "scheduler/scheduler_config.json": {
@@ -80,13 +88,6 @@ class TinyModel:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(config))
         return folder
-
-    def _unet_config(self) -> dict[str, Any]:
-        config = models.diffusers_config(self.unet)
-        if self.version == 2:
-            heads = [multiplier * self.unet.channels // 64 for multiplier in self.unet.multipliers]
-            config |= {"use_linear_projection": True, "attention_head_dim": heads}
-        return config
 
     def _text_config(self) -> dict[str, Any]:
         return {
@@ -104,7 +105,7 @@ class TinyModel:
 
 
 SD1 = TinyModel(1, models.SD1_TINY)
-SD2 = TinyModel(2, models.UNetShape(64, (1, 2), 2, (True, False), context=1024))
+SD2 = TinyModel(2, models.UNetShape(64, (1, 2), 2, (True, False), context=1024, linear=True))
 SMALLEST = TinyModel(1, models.UNetShape(32, (1,), 1, (True,)))
 """One level, for tests of what goes wrong with files."""
 
@@ -124,33 +125,38 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     return path
 
 
-def _autoencoder() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of the KL autoencoder's tensors: widths 32, 64, 64, two resnets a level (three on the way up)."""
-    widths = (32, 64, 64)
-    yield from _conv("encoder.conv_in", 3, 32, 3)
-    width = 32
+def autoencoder(seed: int = 0, widths: tuple[int, ...] = (32, 64, 64)) -> dict[str, Tensor]:
+    """The KL autoencoder of a checkpoint, with levels of these widths."""
+    return _filled("first_stage_model.", dict(autoencoder_shapes(widths)), seed)
+
+
+def autoencoder_shapes(widths: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the KL autoencoder's tensors: two resnets a level (three on the way up)."""
+    first, last = widths[0], widths[-1]
+    yield from _conv("encoder.conv_in", 3, first, 3)
+    width = first
     for level, out in enumerate(widths):
         for block in range(2):
             yield from _resnet(f"encoder.down.{level}.block.{block}", width, out)
             width = out
-        if level < 2:
+        if level + 1 < len(widths):
             yield from _conv(f"encoder.down.{level}.downsample.conv", width, width, 3)
-    yield from _middle("encoder.mid", 64)
-    yield from _norm("encoder.norm_out", 64)
-    yield from _conv("encoder.conv_out", 64, 8, 3)
+    yield from _middle("encoder.mid", last)
+    yield from _norm("encoder.norm_out", last)
+    yield from _conv("encoder.conv_out", last, 8, 3)
     yield from _conv("quant_conv", 8, 8, 1)
     yield from _conv("post_quant_conv", 4, 4, 1)
-    yield from _conv("decoder.conv_in", 4, 64, 3)
-    yield from _middle("decoder.mid", 64)
-    width = 64
+    yield from _conv("decoder.conv_in", 4, last, 3)
+    yield from _middle("decoder.mid", last)
+    width = last
     for level, out in reversed(list(enumerate(widths))):
         for block in range(3):
             yield from _resnet(f"decoder.up.{level}.block.{block}", width, out)
             width = out
         if level:
             yield from _conv(f"decoder.up.{level}.upsample.conv", width, width, 3)
-    yield from _norm("decoder.norm_out", 32)
-    yield from _conv("decoder.conv_out", 32, 3, 3)
+    yield from _norm("decoder.norm_out", first)
+    yield from _conv("decoder.conv_out", first, 3, 3)
 
 
 def _middle(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -187,26 +193,40 @@ def _linear(name: str, width: int, out: int) -> Iterator[tuple[str, tuple[int, .
 
 def _clip(seed: int) -> dict[str, Tensor]:
     """OpenAI's CLIP text encoder as Stable Diffusion 1 holds it."""
+    return {f"cond_stage_model.transformer.{name}": tensor for name, tensor in clip_l(seed, layers=TEXT_LAYERS).items()}
+
+
+def clip_l(seed: int = 0, *, layers: int = 12, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
+    """OpenAI's CLIP text encoder in a file of its own, which is known by its number of layers."""
+    positions = {"text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}
+    return _filled("text_model.", clip_l_shapes(layers, vocabulary, TEXT_WIDTH), seed) | positions
+
+
+def clip_l_shapes(layers: int, vocabulary: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shape of its tensors by name, without `text_model.`."""
     shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.token_embedding.weight": (VOCABULARY, TEXT_WIDTH),
-        "embeddings.position_embedding.weight": (77, TEXT_WIDTH),
+        "embeddings.token_embedding.weight": (vocabulary, width),
+        "embeddings.position_embedding.weight": (77, width),
     }
-    for layer in range(TEXT_LAYERS):
+    for layer in range(layers):
         name = f"encoder.layers.{layer}"
-        shapes |= dict(_norm(f"{name}.layer_norm1", TEXT_WIDTH)) | dict(_norm(f"{name}.layer_norm2", TEXT_WIDTH))
+        shapes |= dict(_norm(f"{name}.layer_norm1", width)) | dict(_norm(f"{name}.layer_norm2", width))
         for part in ("q", "k", "v", "out"):
-            shapes |= dict(_linear(f"{name}.self_attn.{part}_proj", TEXT_WIDTH, TEXT_WIDTH))
-        shapes |= dict(_linear(f"{name}.mlp.fc1", TEXT_WIDTH, 4 * TEXT_WIDTH))
-        shapes |= dict(_linear(f"{name}.mlp.fc2", 4 * TEXT_WIDTH, TEXT_WIDTH))
-    shapes |= dict(_norm("final_layer_norm", TEXT_WIDTH))
-    prefix = "cond_stage_model.transformer.text_model."
-    positions = {f"{prefix}embeddings.position_ids": torch.arange(77).unsqueeze(0)}
-    return _filled(prefix, shapes, seed) | positions
+            shapes |= dict(_linear(f"{name}.self_attn.{part}_proj", width, width))
+        shapes |= dict(_linear(f"{name}.mlp.fc1", width, 4 * width))
+        shapes |= dict(_linear(f"{name}.mlp.fc2", 4 * width, width))
+    return shapes | dict(_norm("final_layer_norm", width))
 
 
-def openclip(seed: int = 0, *, layers: int = TEXT_LAYERS + 1, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
-    """OpenCLIP's text encoder as Stable Diffusion 2 holds it: one layer more than is used, q, k and v in one."""
-    width = TEXT_WIDTH
+def openclip(
+    seed: int = 0, *, layers: int = TEXT_LAYERS + 1, vocabulary: int = VOCABULARY, width: int = TEXT_WIDTH
+) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder as Stable Diffusion 2 holds it: one layer more than is used."""
+    return _filled("cond_stage_model.model.", openclip_shapes(layers, vocabulary, width), seed)
+
+
+def openclip_shapes(layers: int, vocabulary: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shape of its tensors by name; q, k and v are one."""
     shapes: dict[str, tuple[int, ...]] = {
         "positional_embedding": (77, width),
         "text_projection": (width, width),
@@ -220,8 +240,7 @@ def openclip(seed: int = 0, *, layers: int = TEXT_LAYERS + 1, vocabulary: int = 
         shapes |= dict(_linear(f"{name}.attn.out_proj", width, width))
         shapes |= dict(_linear(f"{name}.mlp.c_fc", width, 4 * width))
         shapes |= dict(_linear(f"{name}.mlp.c_proj", 4 * width, width))
-    shapes |= dict(_norm("ln_final", width))
-    return _filled("cond_stage_model.model.", shapes, seed)
+    return shapes | dict(_norm("ln_final", width))
 
 
 def _filled(prefix: str, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:

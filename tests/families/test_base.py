@@ -23,7 +23,7 @@ def conditioning(tokens: int, *, seed: int = 0, **extra: torch.Tensor) -> Condit
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_a_batch_keeps_the_order_and_repeats_to_the_common_multiple(lengths: list[int]) -> None:
     parts = [conditioning(n, seed=i, pooled=torch.full((1, 2), float(i))) for i, n in enumerate(lengths)]
-    batch = collate(parts)
+    batch = collate(parts, repeatable=True)
     tokens = math.lcm(*lengths)
 
     assert batch.tensors["context"].shape == (len(lengths), tokens, 4)
@@ -36,7 +36,7 @@ def test_a_batch_keeps_the_order_and_repeats_to_the_common_multiple(lengths: lis
 def test_repeating_leaves_cross_attention_unchanged() -> None:
     short, long = conditioning(2, seed=1), conditioning(3, seed=2)
     query = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3))
-    batch = collate([short, long]).tensors["context"]
+    batch = collate([short, long], repeatable=True).tensors["context"]
     together = F.scaled_dot_product_attention(query, batch, batch)
 
     for i, part in enumerate((short, long)):
@@ -47,7 +47,7 @@ def test_repeating_leaves_cross_attention_unchanged() -> None:
 
 def test_conditionings_of_different_kinds_are_refused() -> None:
     with pytest.raises(DataError) as caught:
-        collate([conditioning(2), conditioning(2, guidance=torch.ones(1))])
+        collate([conditioning(2), conditioning(2, guidance=torch.ones(1))], repeatable=True)
 
     assert str(caught.value) == (
         "conditionings in one batch must carry the same tensors, got context and context, guidance; "

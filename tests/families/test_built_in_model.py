@@ -73,7 +73,7 @@ def test_it_is_small() -> None:
 
 def test_the_vocabulary_is_the_first_part_of_clips(tiny: Model, pipe: Any) -> None:
     text = "a hippopotamus on a light-blue background!"
-    assert tiny.components.tokenizers["tokenizer"](text).input_ids == pipe.tokenizer(text).input_ids
+    assert tiny.components.tokenizers["text_encoder"](text).input_ids == pipe.tokenizer(text).input_ids
 
 
 def pixels_of(picture: Path, side: int) -> Tensor:

@@ -127,6 +127,23 @@ def test_a_schedulers_own_betas_count(folder: Path) -> None:
     torch.testing.assert_close(sigmas, ((1 - reference) / reference).sqrt(), rtol=1e-3, atol=0)
 
 
+def test_a_scheduler_may_end_in_pure_noise(folder: Path) -> None:
+    change(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    level = load_model(folder).components.schedule.at(torch.tensor([0.9999]))
+
+    assert (level.alpha.item(), level.sigma.item()) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_folder_may_lack_a_part_until_it_is_needed(folder: Path, part: str) -> None:
+    shutil.rmtree(folder / part)
+    model = load_model(folder)
+
+    assert part not in model.files
+    with pytest.raises(ModelError, match="this model came without"):
+        model.family.check_parts(model.components, text=True, images=True)
+
+
 def test_a_context_of_1024_is_version_2(folder: Path) -> None:
     change(folder / "unet" / "config.json", cross_attention_dim=1024)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -165,40 +182,46 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "{} is no diffusers model (it has no model_index.json);"),
     "broken index": (
         lambda f: (f / "model_index.json").write_text("{"),
-        "{} cannot be read as a diffusers model: Expecting property name",
+        "{}/model_index.json cannot be read (Expecting property name",
     ),
     "another pipeline": (
-        lambda f: change(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        lambda f: change(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
         "{} is a diffusers model of an architecture not known here; known are ",
     ),
     "no unet config": (
         lambda f: (f / "unet" / "config.json").unlink(),
-        "{} cannot be read as a diffusers model: [Errno 2] No such file or directory",
+        "{}/unet/config.json cannot be read ([Errno 2] No such file or directory",
     ),
     **{
         f"no {part}": (
             lambda f, part=part: shutil.rmtree(f / part),
             f"{{}} must hold a folder {part} but does not; it is incomplete, so get it again",
         )
-        for part in ("vae", "text_encoder", "tokenizer", "scheduler")
+        for part in ("tokenizer", "scheduler")
     },
-    "an empty scheduler": (lambda f: (f / SCHEDULER).unlink(), "{} cannot be read as a diffusers model: [Errno 2]"),
+    "an empty scheduler": (
+        lambda f: (f / SCHEDULER).unlink(),
+        "{}/scheduler/scheduler_config.json cannot be read (",
+    ),
     "a tensor less in the unet": (
         lambda f: without(f / "unet" / "diffusion_pytorch_model.safetensors", "conv_in.bias"),
-        "the weights in {}/unet lack conv_in.bias; they are incomplete, so get them again",
+        "{}/unet lacks conv_in.bias; it is incomplete, so get it again",
     ),
     "a tensor less in the vae": (
         lambda f: without(f / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias"),
-        "the weights in {}/vae lack decoder.conv_in.bias; they are incomplete",
+        "{}/vae lacks decoder.conv_in.bias; it is incomplete",
     ),
     "a tensor less in the text encoder": (
         lambda f: without(f / "text_encoder" / "model.safetensors", "final_layer_norm.bias"),
-        "the weights in {}/text_encoder lack ",
+        "{}/text_encoder lacks ",
     ),
     "unet cut short": (damage("unet"), "{}/unet/diffusion_pytorch_model.safetensors is cut short: "),
     "text encoder cut short": (damage("text_encoder"), "{}/text_encoder/model.safetensors is cut short: "),
-    "pickled weights": (replace_by_pickle, "{} cannot be read as a diffusers model: "),
-    "weights of another shape": (widen, "{} cannot be read as a diffusers model: "),
+    "pickled weights": (
+        replace_by_pickle,
+        "{}/unet must hold its weights as safetensors and does not;",
+    ),
+    "weights of another shape": (widen, "{}/unet does not fit its architecture: "),
     "another schedule": (
         lambda f: change(f / SCHEDULER, beta_schedule="linear"),
         "beta_schedule in the scheduler_config.json of model must be 'scaled_linear' as in Stable Diffusion 1.x's "
@@ -207,10 +230,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a schedule that does not say": (
         lambda f: change(f / SCHEDULER, beta_schedule=None),
         "beta_schedule in the scheduler_config.json of model must be 'scaled_linear'",
-    ),
-    "no signal at the end": (
-        lambda f: change(f / SCHEDULER, rescale_betas_zero_snr=True),
-        "rescale_betas_zero_snr in the scheduler_config.json of model must be False",
     ),
     "another prediction": (
         lambda f: change(f / SCHEDULER, prediction_type="sample"),
@@ -299,7 +318,6 @@ def test_a_lora_with_some_of_its_models_tensors_is_no_base_model(tmp_path: Path)
 TO_K = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 CONV_IN = "input_blocks.0.0.weight"
 KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "sdxl": ({CONV_IN: (8, 4, 3, 3), TO_K: (8, 2048)}, "Stable Diffusion XL"),
     "refiner": ({CONV_IN: (8, 4, 3, 3), TO_K: (8, 1280)}, "the Stable Diffusion XL refiner"),
     "inpainting": ({CONV_IN: (8, 9, 3, 3), TO_K: (8, 768)}, "an inpainting model"),
     "pix2pix": ({CONV_IN: (8, 8, 3, 3), TO_K: (8, 768)}, "an InstructPix2Pix model"),

@@ -21,7 +21,7 @@ from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
-from lorasmith.families.parts.clip_layout import written_paths
+from lorasmith.families.parts.clip_layout import released_paths, written_paths
 from lorasmith.families.parts.unet_layout import original_unet_path, unet_config
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
@@ -97,7 +97,11 @@ def test_the_configuration_of_a_unet_is_read_off_its_shapes(shape: models.UNetSh
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    assert {key: plain(value) for key, value in found.items()} == {**expected, "use_linear_projection": False}
+    assert {key: plain(value) for key, value in found.items()} == {
+        **expected,
+        "use_linear_projection": False,
+        "transformer_layers_per_block": [1] * len(expected["block_out_channels"]),
+    }
 
 
 def test_heads_of_version_2_are_64_wide() -> None:
@@ -206,16 +210,24 @@ def test_text_encoder_names_are_those_of_sd_scripts() -> None:
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12))
     model, _ = sd15()
-    paths = FAMILIES["sd1"].names(model, {"text_encoder": encoder}).text_encoders["text_encoder"]
+    paths = FAMILIES["sd1"].names(model, {"text_encoder": encoder}).paths("text_encoder")
 
     assert sorted(f"lora_te_{path.replace('.', '_')}" for path in paths) == record["text_encoder"]
 
 
 def test_models_without_text_encoders_know_the_released_ones() -> None:
     record = json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())
-    paths = sd15()[1].text_encoders["text_encoder"]
+    paths = sd15()[1].paths("text_encoder")
     assert sorted(f"lora_te_{path.replace('.', '_')}" for path in paths) == record["text_encoder"]
-    assert len(FAMILIES["sd2"].names(sd15()[0], {}).text_encoders["text_encoder"]) == 23 * 6
+    assert len(FAMILIES["sd2"].names(sd15()[0], {}).paths("text_encoder")) == 23 * 6
+
+
+def test_the_projection_of_the_pooled_text_has_no_name_in_files() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        encoder = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=3))
+    assert set(written_paths(encoder)) == set(released_paths(3))
 
 
 def test_flux_knows_its_encoders_by_the_paths_that_transformers_has() -> None:
@@ -225,10 +237,10 @@ def test_flux_knows_its_encoders_by_the_paths_that_transformers_has() -> None:
     with torch.device("meta"):
         clip = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12))
         t5 = T5EncoderModel(T5Config(num_layers=24, feed_forward_proj="gated-gelu"))
-    assert set(names.text_encoders["text_encoder"]) == set(written_paths(clip))
+    assert set(names.paths("text_encoder")) == set(written_paths(clip))
     linear = {path for path, module in t5.named_modules() if isinstance(module, nn.Linear)}
-    assert set(names.text_encoders["text_encoder_2"]) == linear
-    assert names.encoder_kinds["text_encoder_2"] == "t5xxl"
+    assert set(names.paths("text_encoder_2")) == linear
+    assert names.text_encoders["text_encoder_2"].comfyui == ("t5xxl",)
 
 
 @pytest.mark.parametrize(
@@ -257,5 +269,4 @@ def test_tables_list_shapes_for_every_module(name: str, model: nn.Module) -> Non
 
     assert names.family == name
     assert names.weight_shapes == weight_shapes(model)
-    assert names.weight_shapes.keys() == names.denoiser.keys() == names.out_features.keys()
-    assert all(names.out_features[path] == shape[0] for path, shape in names.weight_shapes.items())
+    assert names.weight_shapes.keys() == names.denoiser.keys()

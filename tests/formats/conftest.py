@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.families.parts.unet_layout import UNET_LIMITS
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
 
 WIDTH = 24
 """Hidden width of the invented transformer."""
@@ -45,24 +47,28 @@ def unet_names(make_unet: Callable[[], nn.Module]) -> ModelNames:
     }
     encoder = "text_model.encoder.layers.{}.{}"
     parts = (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+    paths = tuple(encoder.format(layer, part) for layer in range(2) for part in parts)
     return ModelNames(
         family="sd1",
         denoiser={path: OriginalName(original_unet_path(path)) for path in shapes},
-        out_features={path: shape[0] for path, shape in shapes.items()},
         weight_shapes=shapes,
-        text_encoders={"text_encoder": tuple(encoder.format(layer, part) for layer in range(2) for part in parts)},
+        text_encoders={"text_encoder": EncoderNames(paths, ("lora_te_", "lora_te1_"), ("clip_l", "clip_h"), True)},
+        peft_prefix="unet",
+        limits=UNET_LIMITS,
     )
 
 
 @pytest.fixture(scope="session")
 def sdxl_names(unet_names: ModelNames) -> ModelNames:
     """The same UNet under SDXL's conventions: original names, two text encoders."""
-    return ModelNames(
+    encoder = unet_names.text_encoders["text_encoder"]
+    return replace(
+        unet_names,
         family="sdxl",
-        denoiser=unet_names.denoiser,
-        out_features=unet_names.out_features,
-        weight_shapes=unet_names.weight_shapes,
-        text_encoders=dict.fromkeys(("text_encoder", "text_encoder_2"), unet_names.text_encoders["text_encoder"]),
+        text_encoders={
+            "text_encoder": replace(encoder, kohya=("lora_te1_", "lora_te_")),
+            "text_encoder_2": EncoderNames(encoder.paths, ("lora_te2_",), ("clip_g",)),
+        },
         kohya_naming="original",
     )
 
@@ -98,7 +104,6 @@ def flux_table(width: int) -> ModelNames:
     return ModelNames(
         family="flux",
         denoiser=table,
-        out_features={path: shape[0] for path, shape in shapes.items()},
         weight_shapes=shapes,
         kohya_naming="original",
         peft_prefix="transformer",

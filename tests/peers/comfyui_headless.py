@@ -1,4 +1,4 @@
-"""ComfyUI from a source checkout, without server, browser or GPU: what the peer scripts share.
+"""ComfyUI from a source checkout, without server or browser: what the peer scripts share.
 
 Facts about the checkout that these functions deal with (ComfyUI 0.33):
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 __all__ = ["boot", "denoise", "load_model", "version"]
 
 
-def boot(checkout: Path) -> None:
-    """Make `comfy` importable, on the CPU, with torch's own attention (what a GPU run uses)."""
+def boot(checkout: Path, device: str = "cpu") -> None:
+    """Make `comfy` importable, on the CPU or the first GPU, with torch's own attention."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     if not (checkout / "comfy" / "sd.py").is_file():
         raise SystemExit(f"{checkout} is not a ComfyUI checkout; give the folder that holds comfy/ and main.py")
     sys.path.insert(0, str(checkout))
-    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    sys.argv = [sys.argv[0], *(["--cpu"] if device == "cpu" else []), "--use-pytorch-cross-attention"]
     if importlib.util.find_spec("torchaudio") is None:
         _stand_in_for_torchaudio()
     import comfy.options

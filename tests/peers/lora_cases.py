@@ -118,7 +118,7 @@ def example(case: Case, model: Model) -> Lora:
                 values = {name: models.seeded(f"{path}.{name}", t.shape, seed=1, std=0.05) for name, t in zeros.items()}
                 differences[ModuleRef(DENOISER, path)] = values
     if case.text_encoder:
-        for path in model.names.text_encoders["text_encoder"]:
+        for path in model.names.paths("text_encoder"):
             adapters[ModuleRef("text_encoder", path)] = _encoder_lora(path)
     return Lora(AdapterState(adapters, differences), model.names)
 

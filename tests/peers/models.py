@@ -5,7 +5,8 @@ computed on a model, and the test that reads it rebuilds the very same model. Va
 come straight from the Mersenne Twister: no vectorised logarithm can differ between processors.
 
 Key names and shapes are those of the published checkpoints: the latent diffusion UNet of Stable Diffusion 1.x
-(Rombach et al. 2022, arXiv:2112.10752) and Flux.1 (Black Forest Labs 2024).
+(Rombach et al. 2022, arXiv:2112.10752) and XL (Podell et al. 2023, arXiv:2307.01952), and Flux.1 (Black Forest Labs
+2024).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ __all__ = [
     "FLUX_TINY",
     "SD1_FULL",
     "SD1_TINY",
+    "SDXL_FULL",
+    "SDXL_TINY",
+    "SIZE_WIDTH",
     "FluxShape",
     "UNetShape",
     "checkpoint",
@@ -36,30 +40,38 @@ __all__ = [
     "seeded",
     "tiny_flux_checkpoint",
     "tiny_sd1_checkpoint",
+    "weight",
 ]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
+SIZE_WIDTH = 256
+"""In how many numbers SDXL embeds each of its sizes."""
+
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What fixes the tensors of a Stable Diffusion 1.x UNet.
+    """What fixes the tensors of a Stable Diffusion UNet.
 
     Attributes:
         channels: width of the first level; GroupNorm has 32 groups, so a multiple of 32.
         multipliers: width of each level in units of `channels`.
         resnets: residual blocks per level on the way down (one more on the way up).
-        attention: which levels have transformers.
+        attention: transformer layers in each attention of a level; True is one, False none.
         context: width of the text conditioning.
         latent_channels: channels in and out.
+        linear: whether projections around transformers are matrices, as from version 2 on, and no convolutions.
+        pooled: width of the pooled text that is a condition beside six sizes, as in SDXL; 0 for neither.
     """
 
     channels: int
     multipliers: tuple[int, ...]
     resnets: int
-    attention: tuple[bool, ...]
+    attention: tuple[int, ...]
     context: int = 768
     latent_channels: int = 4
+    linear: bool = False
+    pooled: int = 0
 
     prefix = "model.diffusion_model."
 
@@ -68,6 +80,9 @@ class UNetShape:
         width, embed = self.channels, 4 * self.channels
         yield from _layer("time_embed.0", width, embed)
         yield from _layer("time_embed.2", embed, embed)
+        if self.pooled:
+            yield from _layer("label_emb.0.0", self.pooled + 6 * SIZE_WIDTH, embed)
+            yield from _layer("label_emb.0.2", embed, embed)
         yield from _layer("input_blocks.0.0", self.latent_channels, width, 3)
         skips, block = [width], 1
         for level, multiplier in enumerate(self.multipliers):
@@ -81,7 +96,7 @@ class UNetShape:
                 skips.append(width)
                 block += 1
         yield from _resnet("middle_block.0", width, width, embed)
-        yield from _transformer("middle_block.1", width, self.context)
+        yield from _transformer("middle_block.1", width, self.context, self.attention[-1] or 1, linear=self.linear)
         yield from _resnet("middle_block.2", width, width, embed)
         yield from self._up(width, skips)
         yield from _norm("out.0", self.channels)
@@ -101,8 +116,8 @@ class UNetShape:
 
     def _block(self, name: str, width: int, out: int, level: int) -> Shapes:
         yield from _resnet(f"{name}.0", width, out, 4 * self.channels)
-        if self.attention[level]:
-            yield from _transformer(f"{name}.1", out, self.context)
+        if depth := self.attention[level]:
+            yield from _transformer(f"{name}.1", out, self.context, depth, linear=self.linear)
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,12 @@ SD1_FULL = UNetShape(320, (1, 2, 4, 4), 2, (True, True, True, False))
 SD1_TINY = UNetShape(64, (1, 2, 2), 1, (True, True, False))
 """Three levels of it, the last one without attention as in the original."""
 
+SDXL_FULL = UNetShape(320, (1, 2, 4), 2, (0, 2, 10), context=2048, linear=True, pooled=1280)
+"""The UNet of Stable Diffusion XL, 2.6 billion parameters."""
+
+SDXL_TINY = UNetShape(32, (1, 2, 2), 1, (0, 1, 2), context=192, linear=True, pooled=128)
+"""Three levels of it, with texts of 64 and 128 channels."""
+
 FLUX_SMALL = FluxShape(384, 2, 4, 768, 256)
 """20 million parameters: small enough to time, large enough that layers rather than overhead are timed."""
 
@@ -185,32 +206,56 @@ def tiny_flux_checkpoint(seed: int) -> dict[str, Tensor]:
 
 
 def checkpoint(shape: UNetShape | FluxShape, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random weights that keep activations near unit size: key with prefix → tensor."""
+    """Random weights: key with prefix → tensor."""
     return {
-        shape.prefix + name: _weight(name, size, seed=seed).to(dtype, copy=True).contiguous()
+        shape.prefix + name: weight(name, size, seed=seed).to(dtype, copy=True).contiguous()
         for name, size in shape.tensors()
     }
 
 
 def diffusers_config(shape: UNetShape) -> dict[str, Any]:
-    """Config of the diffusers `UNet2DConditionModel` that this UNet is, eight heads at every level."""
+    """Config of the diffusers `UNet2DConditionModel` that this UNet is.
+
+    It has eight heads at every level, or, where its projections are matrices, heads of 64 channels.
+    """
     attention = shape.attention
-    return {
+    widths = [multiplier * shape.channels for multiplier in shape.multipliers]
+    config = {
         "in_channels": shape.latent_channels,
         "out_channels": shape.latent_channels,
-        "block_out_channels": [multiplier * shape.channels for multiplier in shape.multipliers],
+        "block_out_channels": widths,
         "layers_per_block": shape.resnets,
         "cross_attention_dim": shape.context,
         "attention_head_dim": 8,
         "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention],
         "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        "transformer_layers_per_block": [depth or 1 for depth in attention],
     }
+    if shape.linear:
+        heads = [max(1, width // 64) for width in widths]
+        config |= {"use_linear_projection": True, "attention_head_dim": heads}
+    if shape.pooled:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": shape.pooled + 6 * SIZE_WIDTH,
+        }
+    return config
 
 
 def seeded(name: str, shape: tuple[int, ...], *, seed: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
     """fp32 values, uniform with the given mean and standard deviation, that depend on (seed, name) alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     return (torch.rand(shape, generator=generator) * 2 - 1) * (math.sqrt(3) * std) + mean
+
+
+def weight(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """fp32 values for a tensor of such a name and shape that keep activations near unit size."""
+    if len(shape) >= 2:
+        return seeded(name, shape, seed=seed, std=0.7 / math.sqrt(math.prod(shape[1:])))
+    if name.endswith(".bias"):
+        return seeded(name, shape, seed=seed, std=0.05)
+    return seeded(name, shape, seed=seed, std=0.1, mean=1.0)
 
 
 def fresh_start(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
@@ -243,14 +288,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def _weight(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    if len(shape) >= 2:
-        return seeded(name, shape, seed=seed, std=0.7 / math.sqrt(math.prod(shape[1:])))
-    if name.endswith(".bias"):
-        return seeded(name, shape, seed=seed, std=0.05)
-    return seeded(name, shape, seed=seed, std=0.1, mean=1.0)
-
-
 def _layer(name: str, width: int, out: int, kernel: int | None = None) -> Shapes:
     """Weight and bias of a Linear, or of a convolution with a square kernel."""
     yield f"{name}.weight", (out, width) if kernel is None else (out, width, kernel, kernel)
@@ -272,10 +309,15 @@ def _resnet(name: str, width: int, out: int, embed: int) -> Shapes:
         yield from _layer(f"{name}.skip_connection", width, out, 1)
 
 
-def _transformer(name: str, width: int, context: int) -> Shapes:
+def _transformer(name: str, width: int, context: int, depth: int, *, linear: bool) -> Shapes:
     yield from _norm(f"{name}.norm", width)
-    yield from _layer(f"{name}.proj_in", width, width, 1)
-    block = f"{name}.transformer_blocks.0"
+    yield from _layer(f"{name}.proj_in", width, width, None if linear else 1)
+    for index in range(depth):
+        yield from _transformer_layer(f"{name}.transformer_blocks.{index}", width, context)
+    yield from _layer(f"{name}.proj_out", width, width, None if linear else 1)
+
+
+def _transformer_layer(block: str, width: int, context: int) -> Shapes:
     for attention, keys in (("attn1", width), ("attn2", context)):
         yield f"{block}.{attention}.to_q.weight", (width, width)
         yield f"{block}.{attention}.to_k.weight", (width, keys)
@@ -285,4 +327,3 @@ def _transformer(name: str, width: int, context: int) -> Shapes:
     yield from _layer(f"{block}.ff.net.2", 4 * width, width)
     for index in (1, 2, 3):
         yield from _norm(f"{block}.norm{index}", width)
-    yield from _layer(f"{name}.proj_out", width, width, 1)

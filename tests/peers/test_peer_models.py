@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 PUBLISHED = {
     "Stable Diffusion 1.5": (models.SD1_FULL, 686, 859_520_964),
+    "Stable Diffusion XL": (models.SDXL_FULL, 1680, 2_567_463_684),
     "Flux.1 dev": (models.FluxShape(3072, 19, 38, 4096, 768), 780, 11_901_408_320),
 }
 

@@ -27,7 +27,7 @@ def shapes_of(model: Model, ends: Sequence[str] = ATTENTION) -> dict[ModuleRef, 
         if path.endswith(tuple(ends)) and len(shape) > 1
     }
     for component, encoder in model.components.text_encoders.items():
-        for path in model.names.text_encoders[component]:
+        for path in model.names.paths(component):
             if path.endswith("q_proj"):
                 module = dict(encoder.named_modules()).get(path) or encoder.get_submodule(
                     path.removeprefix("text_model.")

@@ -7,18 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError
 from lorasmith.formats.names.spelling import ModuleTensors
-from lorasmith.toolbox.changes import (
-    added_by,
-    is_additive,
-    is_plain_lora,
-    layer_like,
-    merged_weight,
-    scaled_by,
-    title_of,
-    weight_shape,
-)
+from lorasmith.toolbox.changes import added_by, is_additive, is_plain_lora, layer_like, merged_weight, weight_shape
 
 LINEAR, CONV = (24, 16), (8, 4, 3, 3)
 
@@ -65,7 +58,6 @@ def test_shapes_are_told_by_the_tensors(algorithm: str, expected: tuple[int, ...
         (cases.random_weights(LINEAR, variant="dora"), False, False, "DoRA"),
         (cases.random_weights(LINEAR, "loha"), False, True, "LoHa"),
         (cases.random_weights(LINEAR, "oft"), False, False, "OFT"),
-        (AdapterWeights("novel", {"x": torch.zeros(1)}), False, False, "novel"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -74,16 +66,9 @@ def test_kinds_of_changes(weights: AdapterWeights, plain: bool, additive: bool, 
     assert title_of(weights) in (title, title.lower())
 
 
-@pytest.mark.parametrize("factor", [0.5, -0.3, 1e-4, 0.0, 3.0])
-def test_a_factor_is_shared_between_the_matrices(factor: float) -> None:
-    weights = cases.random_weights(LINEAR, alpha=7.0)
-    scaled = scaled_by(weights, factor)
-    product = scaled.tensors["up"].double() @ scaled.tensors["down"].double()
-
-    assert scaled.alpha == 4
-    assert torch.allclose(
-        product, factor * (weights.tensors["up"].double() @ weights.tensors["down"].double()), rtol=1e-5
-    )
+def test_an_unknown_algorithm_is_refused() -> None:
+    with pytest.raises(LoraError, match=r"^unknown adapter algorithm 'novel'"):
+        is_additive(AdapterWeights("novel", {"x": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
-from lorasmith.formats.names.spelling import KOHYA
 from lorasmith.toolbox.lora_files import flat_shapes, read_lora, read_together, save_alike
 from lorasmith.toolbox.released import released_names
 
@@ -84,7 +83,7 @@ def test_released_models_have_the_sizes_they_are_known_by(title: str) -> None:
     inputs = [s[1] for p, s in names.weight_shapes.items() if p.endswith(("attn2.to_k", "context_embedder"))]
     assert set(inputs) == {widths[title]}
     counts = {"Stable Diffusion 1.x": 12, "Stable Diffusion 2.x": 23, "Flux.1": 12}
-    assert len({path.split(".")[3] for path in names.text_encoders["text_encoder"]}) == counts[title]
+    assert len({path.split(".")[3] for path in names.paths("text_encoder")}) == counts[title]
 
 
 def test_a_family_without_a_released_model_here_is_unknown() -> None:
@@ -113,7 +112,8 @@ def test_files_for_different_families_are_refused(tmp_path: Path) -> None:
 def test_a_module_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     pair = {"down": torch.ones(2, 3), "up": torch.ones(4, 2)}
     bases = ("lora_unet_mid_block_x_to_q", "unet.mid_block.x.to_q")
-    save_file({base + KOHYA[role]: t.clone() for base in bases for role, t in pair.items()}, tmp_path / "a.safetensors")
+    tensors = {f"{base}.lora_{role}.weight": t.clone() for base in bases for role, t in pair.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(LoraError, match="one adapter for a module"):
         read_lora(tmp_path / "a.safetensors")
 

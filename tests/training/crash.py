@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
-from lorasmith.training.runs.run_folder import DONE, RunFolder
-from lorasmith.training.train import train
+from lorasmith.training.runs.run_folder import RunFolder
 
 _BASE: dict[str, Any] = {
     "steps": 10,
@@ -43,7 +43,7 @@ _BASE: dict[str, Any] = {
     "targets": "attention",
     "learning_rate": 1e-3,
     "seed": 3,
-    "checkpoint_every": 2,
+    "save_state_every": 2,
     "validation_share": 0.0,
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
         "validate_every": 3,
         "validation_draws": 2,
         "ema_decay": 0.8,
-        "checkpoint_every": 1,
+        "save_state_every": 1,
         "training_dtype": "fp32",
     },
 }
@@ -150,7 +150,7 @@ class Trials:
             if folder.exists():
                 check_readable(folder)
             hits += child.exitcode != 0
-            if RunFolder(folder).outcome() in DONE:  # which is said before the report is written
+            if RunFolder(folder).is_done:  # which is said before the report is written
                 break
         else:
             child = self._start(case, folder, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training import engine
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Recipe, prepared, sample_losses
-from lorasmith.training.train import plan_job, recipe_of
+from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.engine import prepared, sample_losses
+from lorasmith.training.runtime import Runtime
+from lorasmith.training.train import Job, plan_job
 
 CPU = torch.device("cpu")
 
@@ -59,11 +60,15 @@ def rounded(model: nn.Module, kind: str) -> Iterator[None]:
         weight.data = original
 
 
-def planned(model: Model, **settings: Any) -> tuple[Any, Recipe]:
-    """A job and its recipe."""
+def resolved(**settings: Any) -> ResolvedConfig:
+    """Settings with nothing left open."""
+    decided = {"learning_rate": 1e-3, "alpha": 1.0, "targets": "all", "schedule": "constant", "timesteps": "uniform"}
+    return ResolvedConfig(**(decided | {"training_dtype": "fp32"} | settings))
+
+
+def planned(model: Model, **settings: Any) -> Job:
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "batch_size": 2} | settings))
-    job = plan_job(model.denoiser, config, CPU)
-    return job, recipe_of(job, CPU)
+    return plan_job(model.denoiser, config, CPU)
 
 
 def randomise(adapter: Adapter, *, seed: int) -> None:
@@ -78,17 +83,19 @@ def one_step(
     """Losses and gradients of one step, by name.
 
     Args:
-        changes: to the recipe that the settings make.
+        changes: to runtime and settings, behind the plan.
     """
-    job, recipe = planned(model, **settings)
-    recipe = replace(recipe, **(changes or {}))
+    job = planned(model, **settings)
+    own = {field.name for field in fields(Runtime)}
+    runtime = replace(job.runtime, **{name: value for name, value in (changes or {}).items() if name in own})
+    config = replace(job.config, **{name: value for name, value in (changes or {}).items() if name not in own})
     for number, adapter in enumerate(job.adapters.values()):  # no longer the identity
         randomise(adapter, seed=number)
     for one in (*job.adapters.values(), *job.differences.values()):
-        one.to(recipe.dtype)
-    maker = engine.batch_maker(model.denoiser, data.samples, recipe)
-    with prepared(model.denoiser, job.adapters, recipe, job.differences):
-        loss = sample_losses(model.denoiser, maker.step(0)[0], recipe)
+        one.to(runtime.dtype)
+    maker = engine.batch_maker(model.denoiser, data.samples, config, runtime)
+    with prepared(model.denoiser, job.adapters, config, runtime, job.differences):
+        loss = sample_losses(model.denoiser, maker.step(0)[0], config, runtime)
         loss.sum().backward()
     trained = [*job.adapters.items(), *job.differences.items()]
     named = ((f"{path}.{name}", p) for path, one in trained for name, p in one.named_parameters())

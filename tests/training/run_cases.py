@@ -22,8 +22,9 @@ from lorasmith.training.events import (
     StepDone,
     Validated,
     Warned,
-    as_json,
+    encoded,
 )
+from lorasmith.training.outcome import Outcome
 
 PROMPTS = ("a lion", "a skull", "a red heart", "a <b>robot</b>")
 HOSTILE = "<script>alert(\"x\")</script> & 'co'; $(rm -rf ~)"
@@ -58,7 +59,7 @@ def write_run(
 
 
 def log_events(folder: Path, events: Sequence[Event]) -> None:
-    lines = [json.dumps(as_json(event)) for event in events]
+    lines = list(map(encoded, events))
     (folder / "events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -156,7 +157,7 @@ def whole_run(folder: Path, *, total: int = 400, images: int = 18) -> Path:
     events = [
         started(total, samples=images), Warned(message=f"A note with {HOSTILE} in it.", at=BEGIN), shrunk,
         *numbers[:place], rolled, *again, *numbers[place:],
-        RunFinished(step=end, reason="stopped", at=BEGIN + 0.8 * end),
+        RunFinished(step=end, reason=Outcome.STOPPED, at=BEGIN + 0.8 * end),
     ]  # fmt: skip
     captions = [HOSTILE, *(f"a fox, pose {index}" for index in range(1, images))]
     write_run(folder, events, captions=captions, steps=total, batch_size=4, schedule="cosine", patience=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from dataclasses import replace
 from typing import Any
@@ -11,28 +12,34 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lever_cases import resolved
 from torch import Tensor
 
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.diffusion.timesteps import quantile_map, resolution_shift, uniform_numbers
+from lorasmith.families.base import collate
 from lorasmith.families.model import Model
-from lorasmith.training.batches import BatchMaker, prefetched
+from lorasmith.training.batches import BatchMaker, no_masks, prefetched
+from lorasmith.training.runtime import Runtime
 
 CPU = torch.device("cpu")
 
 
-def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
-    base = {"seed": 0, "batch_size": 4, "accumulation": 1, "repeatable_context": True}
+def maker(
+    dataset: EncodedDataset, tiny: Model, *, masks: Any = no_masks, repeatable: bool = True, **settings: Any
+) -> BatchMaker:
+    config = resolved(**({"batch_size": 4, "stratified": False} | settings))
     return BatchMaker(
         samples=dataset.samples,
         schedule=tiny.components.schedule,
         quantiles=quantile_map("uniform", None, tiny.components.schedule),
-        device=CPU,
-        dtype=torch.float32,
+        join=functools.partial(collate, repeatable=repeatable),
         memory_format=torch.contiguous_format,
-        **(base | settings),
+        config=config,
+        runtime=Runtime.of(config, tiny.components.denoiser, CPU),
+        masks=masks,
     )
 
 
@@ -40,7 +47,7 @@ def maker(dataset: EncodedDataset, tiny: Model, **settings: Any) -> BatchMaker:
 def test_every_sample_is_seen_once_before_any_is_seen_twice(
     dataset: EncodedDataset, tiny: Model, batch_size: int, accumulation: int, seed: int
 ) -> None:
-    made = maker(dataset, tiny, batch_size=batch_size, accumulation=accumulation, seed=seed)
+    made = maker(dataset, tiny, batch_size=batch_size, grad_accumulation_steps=accumulation, seed=seed)
     drawn = [made.sample(draw).name for draw in range(4 * len(dataset))]
     for epoch in range(4):
         assert len(set(drawn[epoch * len(dataset) : (epoch + 1) * len(dataset)])) == len(dataset)
@@ -56,7 +63,7 @@ def test_draws_do_not_depend_on_how_they_are_batched(mixed: EncodedDataset, tiny
                     found[name, time.item()] = noised
         return found
 
-    one, six = draws(batch_size=1), draws(batch_size=6, accumulation=2)
+    one, six = draws(batch_size=1), draws(batch_size=6, grad_accumulation_steps=2)
     assert one.keys() == six.keys()
     assert all(torch.equal(one[key], six[key]) for key in one)
 
@@ -67,14 +74,18 @@ def test_sizes_are_grouped_and_contexts_repeated(mixed: EncodedDataset, tiny: Mo
     assert sum(len(batch.names) for batch in batches) == 8
 
 
-def test_captions_of_different_length_stay_apart_where_repeating_would_change_them(
+def test_captions_of_different_length_are_filled_up_and_masked_where_repeating_would_change_them(
     mixed: EncodedDataset, tiny: Model
 ) -> None:
-    batches = maker(mixed, tiny, batch_size=8, repeatable_context=False).step(0)
-    lengths = {name: s.conditioning.tensors["context"].shape[1] for s in mixed.samples for name in [s.name]}
+    batches = maker(mixed, tiny, batch_size=8, repeatable=False).step(0)
+    lengths = {sample.name: sample.conditioning.tensors["context"].shape[1] for sample in mixed.samples}
+    assert len(batches) == 2
     for batch in batches:
-        assert {lengths[name] for name in batch.names} == {batch.conditioning.tensors["context"].shape[1]}
-    assert len(batches) == 3
+        own = [lengths[name] for name in batch.names]
+        assert batch.conditioning.tensors["context"].shape[1] == max(own)
+        mask = batch.conditioning.mask
+        assert (mask is None) == (len(set(own)) == 1)
+        assert mask is None or mask.sum(1).tolist() == own
 
 
 def drawn(made: BatchMaker, steps: range) -> dict[int, tuple[int, float, Tensor]]:
@@ -103,8 +114,9 @@ def test_a_step_in_smaller_pieces_has_the_same_draws(
     step: int,
     stratified: bool,
 ) -> None:
-    made = maker(mixed, tiny, batch_size=batch_size, accumulation=accumulation, stratified=stratified, noise_offset=0.1)
-    small = replace(made, micro_batch=min(micro_batch, batch_size))
+    settings = {"batch_size": batch_size, "grad_accumulation_steps": accumulation, "stratified": stratified}
+    made = maker(mixed, tiny, noise_offset=0.1, **settings)
+    small = replace(made, runtime=replace(made.runtime, micro_batch=min(micro_batch, batch_size)))
     whole, pieces = drawn(made, range(step, step + 1)), drawn(small, range(step, step + 1))
 
     assert sorted(pieces) == list(range(step * made.per_step, (step + 1) * made.per_step))

@@ -12,6 +12,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from lever_cases import resolved
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +26,8 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.training.batches import Batch
-from lorasmith.training.engine import Recipe, prepared, sample_losses
+from lorasmith.training.engine import prepared, sample_losses
+from lorasmith.training.runtime import Runtime
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = {"sd1": models.tiny_sd1_checkpoint, "flux": models.tiny_flux_checkpoint}
@@ -66,23 +68,7 @@ def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Recording(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def recipe() -> Recipe:
-    return Recipe(
-        steps=1,
-        batch_size=1,
-        accumulation=1,
-        learning_rate=5e-4,
-        optimizer="AdamW",
-        weight_decay=0.01,
-        max_grad_norm=0.0,
-        loss_function="MSE",
-        objective="x0",
-        timesteps="uniform",
-        seed=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        checkpoint_depth=0,
-    )
+CONFIG = resolved(batch_size=1, learning_rate=5e-4, max_grad_norm=0.0, objective="x0", training_dtype="fp32")
 
 
 def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[float, dict[str, Tensor]]:
@@ -95,8 +81,9 @@ def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[fl
     )
     differences = {ref.path: one for ref, one in state.differences.items()}
     denoiser: Denoiser = recording.model.denoiser.patched(Patch({}, differences))
-    with prepared(denoiser, adapters, recipe()):
-        loss = sample_losses(denoiser, recording.batch(step), recipe()).sum()
+    runtime = Runtime.of(CONFIG, denoiser.module, torch.device("cpu"))
+    with prepared(denoiser, adapters, CONFIG, runtime):
+        loss = sample_losses(denoiser, recording.batch(step), CONFIG, runtime).sum()
         loss.backward()
     gradients = {}
     for path, adapter in adapters.items():

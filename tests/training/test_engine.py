@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.app.model_run import train
 from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Denoiser, Model
@@ -18,7 +19,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.events import RunFinished, StepDone
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult, plan_job, recipe_of, train
+from lorasmith.training.train import TrainResult, plan_job
 
 Run = Callable[..., TrainResult]
 
@@ -96,12 +97,12 @@ def test_each_sample_meets_its_own_caption(run: Run, dataset: EncodedDataset, mo
     original = engine.sample_losses
     checked = 0
 
-    def checking(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+    def checking(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
         nonlocal checked
         for name, context in zip(batch.names, batch.conditioning.tensors["context"], strict=True):
             assert torch.equal(context[: captions[name].shape[1]], captions[name][0])
             checked += 1
-        return original(denoiser, batch, recipe)
+        return original(denoiser, batch, config, runtime)
 
     monkeypatch.setattr(engine, "sample_losses", checking)
     run(dataset, steps=2, batch_size=5)
@@ -157,10 +158,10 @@ def test_nan_stops_with_step_images_and_the_last_good_state(
     steps = 0
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
         nonlocal steps
         steps += 1
-        return original(denoiser, batch, recipe) * (float("nan") if steps == 3 else 1.0)
+        return original(denoiser, batch, config, runtime) * (float("nan") if steps == 3 else 1.0)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
     with pytest.raises(TrainingError, match=r"at step 3 \(images: \d\.png\); the LoRA as it was before") as caught:
@@ -187,10 +188,9 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
     """What a training step keeps for its backward pass, frozen weights themselves aside."""
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "targets": "all", "learning_rate": 1e-3} | settings))
     job = plan_job(tiny.denoiser, config)
-    recipe = recipe_of(job, torch.device("cpu"))
-    maker = engine.batch_maker(tiny.denoiser, dataset.samples, recipe)
+    maker = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime)
     kept: list[Tensor] = []
-    with prepared(tiny.denoiser, job.adapters, recipe):
+    with prepared(tiny.denoiser, job.adapters, job.config, job.runtime):
         frozen = {parameter.data_ptr() for parameter in tiny.components.denoiser.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            sample_losses(tiny.denoiser, maker.step(0)[0], recipe).sum().backward()
+            sample_losses(tiny.denoiser, maker.step(0)[0], job.config, job.runtime).sum().backward()
     return kept
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import plan_job, recipe_of, train
+from lorasmith.training.train import plan_job
 from tools.pretrain.data import UNTAUGHT
 from tools.pretrain.judge import Judge, colourless
 
@@ -19,10 +20,11 @@ from tools.pretrain.judge import Judge, colourless
 def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
     """Mean loss over the samples at noise that no run here has seen."""
     config = TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32")
-    recipe = recipe_of(plan_job(denoiser, config), torch.device("cpu"))
-    maker = engine.batch_maker(denoiser, samples, recipe)  # type: ignore[arg-type]
+    job = plan_job(denoiser, config, torch.device("cpu"))
+    maker = engine.batch_maker(denoiser, samples, job.config, job.runtime)  # type: ignore[arg-type]
     with torch.no_grad(), denoiser.active():
-        losses = [engine.sample_losses(denoiser, batch, recipe) for step in range(8) for batch in maker.step(step)]
+        batches = [batch for step in range(8) for batch in maker.step(step)]
+        losses = [engine.sample_losses(denoiser, batch, job.config, job.runtime) for batch in batches]
     return torch.cat(losses).mean().item()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.app import model_run
 from lorasmith.core import files
 from lorasmith.core.errors import OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
@@ -23,10 +24,9 @@ from lorasmith.formats.container import read_safetensors
 from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.divergence import exploded
-from lorasmith.training.events import CheckpointSaved, Resumed, RolledBack, Shrunk, StepDone, Warned
+from lorasmith.training.events import Resumed, RolledBack, Shrunk, StateSaved, StepDone, Warned
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.runs import run_page as report
-from lorasmith.training.runs import run_states as checkpoints
+from lorasmith.training.runs import run_states
 from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
 from lorasmith.training.verdict import History
@@ -105,9 +105,9 @@ def test_checkpoints_come_by_steps_and_the_last_ones_are_kept(
     run: Run, dataset: EncodedDataset, tmp_path: Path
 ) -> None:
     audience = Audience()
-    run(dataset, steps=7, output=tmp_path, checkpoint_every=2, keep_checkpoints=2, on_event=audience)
-    assert [event.step for event in audience.of(CheckpointSaved)] == [2, 4, 6, 7]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+    run(dataset, steps=7, output=tmp_path, save_state_every=2, keep_states=2, on_event=audience)
+    assert [event.step for event in audience.of(StateSaved)] == [2, 4, 6, 7]
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == [
         "step-000006.safetensors",
         "step-000007.safetensors",
     ]
@@ -126,25 +126,25 @@ def test_checkpoints_come_by_minutes_whatever_the_clock_on_the_wall_does(
         if isinstance(event, StepDone):
             now[0] += 61.0
 
-    run(dataset, steps=5, output=tmp_path, checkpoint_every=0, checkpoint_minutes=2.0, on_event=on_event)
-    assert [event.step for event in audience.of(CheckpointSaved)] == [2, 4, 5]
+    run(dataset, steps=5, output=tmp_path, save_state_every=0, save_state_minutes=2.0, on_event=on_event)
+    assert [event.step for event in audience.of(StateSaved)] == [2, 4, 5]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    whole = run(dataset, steps=6, output=tmp_path / "whole", checkpoint_every=2)
+    whole = run(dataset, steps=6, output=tmp_path / "whole", save_state_every=2)
     audience = Audience(cancel_at=4)
     run(
         dataset,
         steps=6,
         output=tmp_path / "run",
-        checkpoint_every=2,
+        save_state_every=2,
         on_event=audience,
         cancelled=audience.cancelled,
     )
-    newest = tmp_path / "run" / "checkpoints" / "step-000004.safetensors"
+    newest = tmp_path / "run" / "states" / "step-000004.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     audience = Audience()
-    resumed = run(dataset, steps=6, output=tmp_path / "run", checkpoint_every=2, on_event=audience)
+    resumed = run(dataset, steps=6, output=tmp_path / "run", save_state_every=2, on_event=audience)
     assert audience.of(Resumed)[0].step == 2
     assert resumed.losses == whole.losses
     assert same(saved(tmp_path / "whole"), saved(tmp_path / "run"))
@@ -168,7 +168,7 @@ def test_another_run_in_the_folder_is_left_alone_and_what_differs_is_named(
 def test_settings_that_change_no_number_may_change(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     audience = Audience(cancel_at=2)
     run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
-    assert run(dataset, output=tmp_path, checkpoint_every=1, keep_checkpoints=5, private=True).reason == "finished"
+    assert run(dataset, output=tmp_path, save_state_every=1, keep_states=5, private=True).reason == "finished"
 
 
 def test_a_run_that_is_done_is_not_taken_up_again(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
@@ -222,10 +222,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], float], *, s
     count = start
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
         nonlocal count
         count += 1
-        return original(denoiser, batch, recipe) * spoilt(count)
+        return original(denoiser, batch, config, runtime) * spoilt(count)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
 
@@ -326,11 +326,11 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[int, int
     seen: list[int] = []
     original = engine.sample_losses
 
-    def scarce(denoiser: Denoiser, batch: Any, recipe: Any) -> Tensor:
-        if too_large(len(batch.names), recipe.checkpoint_depth):
+    def scarce(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+        if too_large(len(batch.names), runtime.checkpoint_depth):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
         seen.append(len(batch.names))
-        return original(denoiser, batch, recipe)
+        return original(denoiser, batch, config, runtime)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
     return seen
@@ -398,12 +398,12 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(run_states.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     audience = Audience()
-    result = run(dataset, steps=6, checkpoint_every=1, output=tmp_path, on_event=audience)
-    told = [event.message for event in audience.of(Warned) if "No checkpoint" in event.message]
+    result = run(dataset, steps=6, save_state_every=1, output=tmp_path, on_event=audience)
+    told = [event.message for event in audience.of(Warned) if "is not saved" in event.message]
     assert len(told) == 1
-    assert "No checkpoint of step 1: a checkpoint needs" in told[0]
+    assert "The state of step 1 is not saved: a run state needs" in told[0]
     assert result.path is not None
     assert result.path.is_file()
 
@@ -423,11 +423,11 @@ def test_a_disk_that_fills_up_while_it_is_written_to_leaves_the_last_checkpoint(
 
     monkeypatch.setattr(files.os, "fsync", full)
     audience = Audience()
-    run(dataset, steps=6, checkpoint_every=1, keep_checkpoints=9, output=tmp_path, on_event=audience)
+    run(dataset, steps=6, save_state_every=1, keep_states=9, output=tmp_path, on_event=audience)
     assert any("the disk is full" in event.message for event in audience.of(Warned))
-    kept = checkpoints.Checkpoints(tmp_path / "checkpoints", keep=9)
+    kept = run_states.RunStates(tmp_path / "states", keep=9)
     assert kept.paths()
-    assert all(checkpoints.load_state(path) for path in kept.paths())
+    assert all(run_states.load_state(path) for path in kept.paths())
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -478,9 +478,9 @@ def test_checkpoints_of_which_none_can_be_read_are_not_started_over(
 ) -> None:
     audience = Audience(cancel_at=2)
     run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
-    (only,) = (tmp_path / "checkpoints").iterdir()
+    (only,) = (tmp_path / "states").iterdir()
     only.write_bytes(b"spoilt")
-    with pytest.raises(OutputError, match=r"no checkpoint of this run can be read .*; start fresh"):
+    with pytest.raises(OutputError, match=r"no state of this run can be read .*; start fresh"):
         run(dataset, output=tmp_path)
 
 
@@ -505,7 +505,7 @@ def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
 def test_a_report_that_fails_costs_the_report_alone(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(model_run, "write_report", lambda folder: 1 / 0)
     audience = Audience()
     assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
     assert "the report is not: division by zero" in audience.of(Warned)[-1].message
@@ -519,7 +519,7 @@ def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(
     original = BatchMaker.step
 
     def scarce(self: BatchMaker, step: int) -> list[Batch]:
-        if step == 1 and self.micro_batch is None:
+        if step == 1 and self.runtime.micro_batch == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, step)
 
@@ -566,7 +566,7 @@ def test_little_room_on_the_disk_is_said_at_the_start(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(run_states.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     audience = Audience()
     run(dataset, steps=1, output=tmp_path, on_event=audience)
-    assert "are free on the disk, and 3 checkpoints may take" in audience.of(Warned)[0].message
+    assert "are free on the disk, and 3 run states may take" in audience.of(Warned)[0].message

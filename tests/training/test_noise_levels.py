@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import TrainResult, plan_job, recipe_of, train
+from lorasmith.training.train import TrainResult, plan_job
 
 Run = Callable[..., TrainResult]
 
@@ -56,8 +57,8 @@ def test_a_weighted_squared_error_is_the_same_in_both_objectives(run: Run, datas
 def test_a_zero_terminal_schedule_trains_v_predictions(tiny: Model, dataset: EncodedDataset) -> None:
     assert tiny.components.parameterization == "v"
     config = TrainConfig(zero_terminal_snr=True, timestep_shift=100.0, batch_size=16, training_dtype="fp32", steps=2)
-    recipe = recipe_of(plan_job(tiny.denoiser, config), torch.device("cpu"))
-    [batch] = engine.batch_maker(tiny.denoiser, dataset.samples, recipe).step(0)
+    job = plan_job(tiny.denoiser, config, torch.device("cpu"))
+    [batch] = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
 
     assert batch.level.alpha.min() == 0  # pure noise is among what it learns
     for weighting in ("none", "soft_min_snr"):

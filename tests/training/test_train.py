@@ -23,7 +23,7 @@ from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, Warned
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult, plan_job, recipe_of
+from lorasmith.training.train import TrainResult, plan_job
 
 Run = Callable[..., TrainResult]
 
@@ -37,10 +37,10 @@ def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
 
     def loss_at_step_11(denoiser: Denoiser) -> float:
         config = TrainConfig(training_dtype="fp32", seed=9)
-        recipe = recipe_of(plan_job(denoiser, config), torch.device("cpu"))
-        (batch,) = engine.batch_maker(denoiser, dataset.samples, recipe).step(10)
+        job = plan_job(denoiser, config, torch.device("cpu"))
+        (batch,) = engine.batch_maker(denoiser, dataset.samples, job.config, job.runtime).step(10)
         with torch.no_grad(), denoiser.active():
-            return engine.sample_losses(denoiser, batch, recipe).item()
+            return engine.sample_losses(denoiser, batch, job.config, job.runtime).item()
 
     assert continued.losses[0] == pytest.approx(loss_at_step_11(first.lora.applied_to(tiny.denoiser)), rel=1e-5)
     assert continued.losses[0] != pytest.approx(loss_at_step_11(tiny.denoiser), rel=1e-3)
@@ -147,7 +147,7 @@ def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_pa
     assert len(record["samples"]) == 6
     assert record["environment"]["versions"]["torch"] == version("torch")
     lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 4, "CheckpointSaved", "RunFinished"]
+    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 4, "StateSaved", "RunFinished"]
     with safe_open(result.path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.trigger_phrase"] == "sks cat"

@@ -19,7 +19,7 @@ from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult, plan_job, recipe_of
+from lorasmith.training.train import TrainResult, plan_job
 
 Run = Callable[..., TrainResult]
 
@@ -125,15 +125,15 @@ def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
     )
 
     config = TrainConfig(training_dtype="fp32", seed=12)
-    recipe = recipe_of(plan_job(tiny.denoiser, config), torch.device("cpu"))
-    (batch,) = engine.batch_maker(tiny.denoiser, dataset.samples, recipe).step(2)
+    job = plan_job(tiny.denoiser, config, torch.device("cpu"))
+    (batch,) = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(2)
     for bypass in (False, True):
         denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser, bypass=bypass)
         with torch.no_grad(), denoiser.active():
-            loss = engine.sample_losses(denoiser, batch, recipe).item()
+            loss = engine.sample_losses(denoiser, batch, job.config, job.runtime).item()
         assert continued.losses[0] == pytest.approx(loss, rel=2e-5)
     with torch.no_grad():
-        plain = engine.sample_losses(tiny.denoiser, batch, recipe).item()
+        plain = engine.sample_losses(tiny.denoiser, batch, job.config, job.runtime).item()
     assert loss != pytest.approx(plain, rel=1e-4)
 
     before, after = first.lora.state, continued.lora.state
@@ -187,11 +187,13 @@ def test_a_layer_with_an_adapter_and_differences_keeps_them_all(
     assert torch.equal(saved[f"{name}.diff"], extra[f"{name}.diff"])
     assert not torch.equal(saved[f"{name}.diff_b"], extra[f"{name}.diff_b"])
     config = TrainConfig(training_dtype="fp32", seed=9)
-    recipe = recipe_of(plan_job(tiny.denoiser, config), torch.device("cpu"))
-    (batch,) = engine.batch_maker(tiny.denoiser, dataset.samples, recipe).step(0)
+    job = plan_job(tiny.denoiser, config, torch.device("cpu"))
+    (batch,) = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
     denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser)
     with torch.no_grad(), denoiser.active():
-        assert result.losses[0] == pytest.approx(engine.sample_losses(denoiser, batch, recipe).item(), rel=2e-5)
+        assert result.losses[0] == pytest.approx(
+            engine.sample_losses(denoiser, batch, job.config, job.runtime).item(), rel=2e-5
+        )
 
 
 def test_a_dora_on_top_of_a_lora_starts_as_the_model_with_that_lora(
@@ -203,12 +205,11 @@ def test_a_dora_on_top_of_a_lora_starts_as_the_model_with_that_lora(
         for variant in ({"dora": "input"}, {"dora": "output"}, {"pissa": True}):
             config = TrainConfig(targets=LAYERS, rank=4, training_dtype="fp32", **variant)
             job = plan_job(below, config)
-            recipe = recipe_of(job, torch.device("cpu"))
-            (batch,) = engine.batch_maker(below, dataset.samples, recipe).step(0)
-            with torch.no_grad(), engine.prepared(below, job.adapters, recipe):
-                fresh = engine.sample_losses(below, batch, recipe).item()
+            (batch,) = engine.batch_maker(below, dataset.samples, job.config, job.runtime).step(0)
+            with torch.no_grad(), engine.prepared(below, job.adapters, job.config, job.runtime):
+                fresh = engine.sample_losses(below, batch, job.config, job.runtime).item()
             with torch.no_grad(), below.active():
-                expected = engine.sample_losses(below, batch, recipe).item()
+                expected = engine.sample_losses(below, batch, job.config, job.runtime).item()
             assert fresh == pytest.approx(expected, rel=1e-5)
 
 

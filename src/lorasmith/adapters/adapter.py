@@ -10,239 +10,40 @@ BOFT and output-axis DoRA g; input-axis DoRA f; GLoRA f and h, of which h sees x
 `strength` interpolates from the frozen layer (0) to the adapter as trained (1) and beyond. A fresh adapter is exactly
 the identity, and `attached` agrees with `merged` to rounding.
 
-Adding an algorithm is one module that subclasses `Adapter` and registers itself in `ADAPTERS`.
+Adding an algorithm is one module that subclasses `Adapter`, declares the format of its tensors and registers itself in
+`ADAPTERS`, and an entry of the module's name in the catalogue.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters import few_pixels
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.core.quantization import Packed, WeightSource, weight_source
 from lorasmith.core.registry import Registry
 
-__all__ = [
-    "ADAPTERS",
-    "CONVOLUTIONS",
-    "PRODUCTS",
-    "Adapter",
-    "FrozenLayer",
-    "FrozenProduct",
-    "Products",
-    "is_targetable",
-]
-
-PRODUCTS = "products"
-"""Attribute of a Linear layer with a packed weight whose products are not the ordinary ones: a `Products`."""
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-
-
-def is_targetable(module: nn.Module) -> bool:
-    """Whether a module can carry an adapter: Linear, or a zero-padded convolution."""
-    return isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros")
-
-
-class Products(Protocol):
-    """How a Linear layer is multiplied with while its weight stays packed."""
-
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + b` of x (..., in), in its dtype."""
-
-    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
-        """`grad W` of grad (..., out), in its dtype."""
-
-
-class FrozenLayer:
-    """A Linear or convolution as adapters see it: its product, its geometry, its weight on request.
-
-    The weight may be quantized, or somewhere else, and is then made anew each time it is asked for. So nobody keeps it:
-    a backward pass asks the layer again.
-
-    Attributes:
-        module: the layer; never modified.
-        is_conv: whether it is a convolution.
-        in_features: input features, or input channels per group times kernel size of a convolution.
-        out_features: output features or channels.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.is_conv = isinstance(module, CONVOLUTIONS)
-        self.in_features = math.prod(self.shape[1:])
-        self.out_features = self.shape[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the weight: (out, in) or (out, in / groups, *kernel)."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.shape
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight."""
-        source = self._source
-        weight: Tensor = self.module.weight if source is None else source.fetch().weight()  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias (out,), or None."""
-        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
-        return bias
-
-    @property
-    def groups(self) -> int:
-        """Groups of a convolution; 1 for a Linear."""
-        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
-
-    def product(self, x: Tensor, *, bias: bool) -> Tensor:
-        """`W x`, with `+ b` if `bias`."""
-        added = self.bias if bias else None
-        # A frozen Linear keeps no input, torch's convolution does; a compiler finds out by itself what is needed.
-        if self._source is None and (not self.is_conv or torch.compiler.is_compiling()):
-            return self.product_with(self.weight, x, added)
-        return _product(self, x, added)
-
-    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd and in whatever way the layer multiplies."""
-        source, products = self._source, self._products
-        if source is None or products is None:
-            return F.linear(x, self.weight, bias)
-        return products.forward(source.fetch(), x, bias)
-
-    def grad_times(self, grad: Tensor) -> Tensor:
-        """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
-        source, products = self._source, self._products
-        if source is None or products is None:
-            return grad @ self.weight
-        return products.backward(source.fetch(), grad)
-
-    def add_grad_times(self, total: Tensor, grad: Tensor) -> Tensor:
-        """`total + grad W` for total (rows, in) and grad (rows, out), in place."""
-        if self._source is None or self._products is None:
-            return total.addmm_(grad, self.weight)
-        return total.add_(self.grad_times(grad))
-
-    def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's product with another weight and bias; a weight of two dimensions makes it that of a Linear."""
-        return self.convolve(x, weight, bias=bias, groups=self.groups) if weight.ndim > 2 else F.linear(x, weight, bias)
-
-    def product_gradients(
-        self, grad: Tensor, weight: Tensor, x: Tensor, *, of_weight: bool, of_input: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of `product_with` to weight and x, None where not asked for; `grad` is that of its result."""
-        if weight.ndim == 2:
-            rows = grad.reshape(-1, weight.shape[0])
-            grad_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None
-            return grad_weight, (rows @ weight).view(x.shape) if of_input else None
-        module = self.module
-        assert isinstance(module, CONVOLUTIONS)
-        padding, around = module.padding, None
-        if isinstance(padding, str):  # "same" may pad the two sides of a dimension differently
-            padding, around = (0,) * len(module.kernel_size), module._reversed_padding_repeated_twice
-            x = F.pad(x, around)
-        geometry = (module.stride, padding, module.dilation, False, (0,) * len(padding), module.groups)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *geometry, (of_input, of_weight, False)
-        )
-        if around is not None and grad_x is not None:
-            grad_x = F.pad(grad_x, [-size for size in around])
-        return grad_weight, grad_x
-
-    def convolve(self, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """A convolution with other weights but the layer's stride, padding and dilation."""
-        module = self.module
-        assert isinstance(module, CONVOLUTIONS)
-        return _CONVOLVE[type(module)](x, weight, bias, module.stride, module.padding, module.dilation, groups)
-
-    def pointwise(self, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
-        """A 1×1 convolution with `weight` (out, in / groups, 1, ...), stride 1."""
-        return _CONVOLVE[type(self.module)](x, weight, groups=groups)
-
-    def channelwise(self, vector: Tensor) -> Tensor:
-        """One number per feature or channel, shaped to meet the layer's inputs and outputs."""
-        return vector.reshape(-1, *(1,) * (len(self.shape) - 2)) if self.is_conv else vector
-
-    @property
-    def _source(self) -> WeightSource | None:
-        return weight_source(self.module)
-
-    @property
-    def _products(self) -> Products | None:
-        return self.module.__dict__.get(PRODUCTS)
-
-
-class _Product(torch.autograd.Function):
-    """The product of a frozen layer, which keeps nothing: the weight is asked for again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        if not layer.is_conv:
-            return layer.times(x, bias)
-        weight = layer.weight
-        if few_pixels.is_worthwhile(layer.module, x.shape, weight):
-            return few_pixels.convolve(layer.module, x, weight, bias)
-        return layer.product_with(weight, x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer, (grad,) = ctx.layer, grads
-        if not layer.is_conv:
-            return None, layer.grad_times(grad), None
-        weight = layer.weight
-        if few_pixels.is_worthwhile(layer.module, ctx.shape, weight):
-            return None, few_pixels.gradient(layer.module, grad, weight, ctx.shape), None
-        x = grad.new_empty(()).expand(ctx.shape)  # only its shape counts
-        _, grad_x = layer.product_gradients(grad, weight, x, of_weight=False, of_input=True)
-        return None, grad_x, None
-
-
-_product: Callable[..., Tensor] = _Product.apply
-
-
-class FrozenProduct:
-    """The frozen layer itself as the innermost function of a stack: `W x`, and `+ b` where nothing rotates it later."""
-
-    def __init__(self, layer: FrozenLayer, *, with_bias: bool) -> None:
-        self._layer = layer
-        self._with_bias = with_bias
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias that is added here, if any."""
-        return self._layer.bias if self._with_bias else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._layer.product(x, bias=self._with_bias)
+__all__ = ["ADAPTERS", "Adapter"]
 
 
 class Adapter(nn.Module, ABC):
     """One layer's adapter. Its parameters are the trained tensors; everything else is plain data.
 
     Attributes:
-        algorithm: registered name.
-        summary: one sentence for people who choose an algorithm.
-        rank_meaning: what `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
+        algorithm: registered name in lower case, as `AdapterWeights` has it.
+        format: what its tensors are to files, tools and other programs.
         transforms_output: whether g is something else than the identity; then the bias is added after it.
         reads_weight: whether `attached` looks at the layer's weight; then it is shown that of the adapters below too.
         compiles: whether torch.compile takes `attached` in one piece, and keeps nothing of the weight's size for it.
     """
 
     algorithm: ClassVar[str]
-    summary: ClassVar[str]
-    rank_meaning: ClassVar[str]
+    format: ClassVar[AdapterFormat]
     transforms_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     compiles: ClassVar[bool] = False

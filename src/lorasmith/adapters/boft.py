@@ -15,13 +15,15 @@ keeping an activation for each.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorasmith.adapters.adapter import ADAPTERS, FrozenLayer
-from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.oft import Rotation, rotated
+from lorasmith.adapters.adapter import ADAPTERS
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.oft import OftAdapter, Rotation, rotated
 from lorasmith.adapters.weights import misfit, taken
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
@@ -34,8 +36,6 @@ class BoftAdapter(Rotation):
     """Butterfly of block-diagonal rotations of the outputs, by blocks (stages, blocks, block size, block size)."""
 
     algorithm = "boft"
-    summary = ALGORITHMS["BOFT"].summary
-    rank_meaning = ALGORITHMS["BOFT"].rank_meaning
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> BoftAdapter:
@@ -87,3 +87,12 @@ def _is_butterfly(shape: torch.Size, layer: FrozenLayer) -> bool:
     whole = size == columns and size % 2 == 0 and count & (count - 1) == 0 and count * size == layer.out_features
     widest = size << (stages - 1)
     return whole and layer.out_features // layer.groups % widest == 0
+
+
+BoftAdapter.format = replace(
+    OftAdapter.format,
+    dimensions={"oft_blocks": 4},
+    rows=lambda weights: None,
+    comfyui_needs_alpha=True,
+    peft=None,
+)

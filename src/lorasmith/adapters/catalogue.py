@@ -1,7 +1,7 @@
 """The algorithms in words: what each is, what `rank` and `alpha` mean to it, which variants and settings it takes.
 
-Plain data without torch, so that help texts and configurations can use it at no cost. The classes are in the modules of
-the same name and take their words from here; a test keeps table and registry together.
+Plain data without torch, so that help texts and configurations can use it at no cost. It is the list of algorithms too:
+the class of each is in the module of its name (`algorithms`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Algorithm:
         default_alpha: alpha when nothing is said; None is the rank, for adapters that are scaled by alpha / rank.
         variants: settings of `TrainConfig` that it takes and not every algorithm does.
         unused: settings of `TrainConfig` that every algorithm accepts and that change nothing for this one.
+        with_dora: what it is called with DoRA's magnitudes, where that is not `X with DoRA`.
         learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given, so that it
             learns about as much in as many steps as LoRA does (`benchmarks/learning_rates.py`).
     """
@@ -31,6 +32,7 @@ class Algorithm:
     default_alpha: float | None = None
     variants: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
+    with_dora: str = ""
     learning_rate_factor: float = 1.0
 
 
@@ -40,6 +42,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "LoRA": Algorithm(
         summary="Adds a product of two narrow matrices; every program loads it.",
         variants=_EVERY_VARIANT,
+        with_dora="DoRA",
     ),
     "LoHa": Algorithm(
         summary="Multiplies two low-rank products entry by entry, which reaches the square of the rank.",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.adapter import FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 
 __all__ = ["change_alone", "changed_product"]
 

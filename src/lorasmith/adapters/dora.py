@@ -19,8 +19,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.algorithms import words_of
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.lora import LoraAdapter, LowRank
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
@@ -133,7 +135,7 @@ def dora_from_weights(weights: AdapterWeights, layer: FrozenLayer) -> DoraAdapte
     Raises:
         LoraError: the scale does not fit the layer, or goes with an algorithm that it has no meaning for.
     """
-    if "dora" not in ALGORITHMS[ADAPTERS.canonical(weights.algorithm)].variants:
+    if "dora" not in words_of(weights.algorithm).variants:
         takers = ", ".join(name for name, facts in ALGORITHMS.items() if "dora" in facts.variants)
         raise LoraError(
             f"dora_scale must come with {takers}, got one with {weights.algorithm}; remove it from the file"

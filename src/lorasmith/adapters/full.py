@@ -14,10 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.dense import change_alone, changed_product
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 
 __all__ = ["FullAdapter"]
@@ -32,8 +33,6 @@ class FullAdapter(Adapter):
     """
 
     algorithm = "full"
-    summary = ALGORITHMS["Full"].summary
-    rank_meaning = ALGORITHMS["Full"].rank_meaning
 
     def __init__(self, diff: Tensor) -> None:
         super().__init__()
@@ -65,3 +64,12 @@ class FullAdapter(Adapter):
 
 def _scaled(factor: float, diff: Tensor) -> Tensor:
     return diff if factor == 1 else diff * factor
+
+
+FullAdapter.format = AdapterFormat(
+    suffixes={},
+    needed=(),
+    weight_shape=lambda shapes: tuple(shapes["diff"]),
+    is_additive=True,
+    difference="diff",
+)

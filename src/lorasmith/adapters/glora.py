@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
-from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.weights import fill_uniform, misfit, saved, taken, wide
+from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
@@ -40,8 +41,6 @@ class GloraAdapter(Adapter):
     """
 
     algorithm = "glora"
-    summary = ALGORITHMS["GLoRA"].summary
-    rank_meaning = ALGORITHMS["GLoRA"].rank_meaning
     compiles = True
 
     def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
@@ -60,9 +59,7 @@ class GloraAdapter(Adapter):
         tensors = {name: torch.zeros(shape) for name, shape in _shapes(layer, rank).items()}
         generator = keyed_generator(seed, "init", path)
         for name in ("a2", "b2") if zero == "up" else ("a1", "b1"):
-            # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
-            bound = 1 / math.sqrt(tensors[name][0].numel())
-            tensors[name].uniform_(-bound, bound, generator=generator)
+            fill_uniform(tensors[name], generator)
         return cls(tensors, alpha=alpha)
 
     @classmethod
@@ -136,3 +133,13 @@ def _shaped(tensors: Mapping[str, Tensor], layer: FrozenLayer) -> dict[str, Tens
 def _for_each_group(weight: Tensor, groups: int) -> Tensor:
     """The weight of a convolution in groups that does the same in all of them."""
     return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))
+
+
+GloraAdapter.format = AdapterFormat(
+    suffixes={name: f".{name}.weight" for name in (*_NAMES, "bm")},
+    needed=(frozenset(_NAMES),),
+    weight_shape=lambda shapes: (shapes["b1"][0],),
+    rank_axes={"b2": 0},
+    rows=lambda weights: {"b1": 1},
+    all_rows=frozenset({"b1"}),  # the inputs change for all rows
+)

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import boft, full, glora, loha, lokr, lora, oft  # noqa: F401  (algorithms register themselves)
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct, Products, is_targetable
+from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
-from lorasmith.adapters.lora import LowRank, SharedInput
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
+from lorasmith.adapters.lora import LowRank
+from lorasmith.adapters.shared_input import SharedInput
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights

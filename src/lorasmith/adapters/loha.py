@@ -18,10 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.dense import change_alone, changed_product
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, Tensors
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
@@ -41,8 +42,6 @@ class LohaAdapter(Adapter):
     """
 
     algorithm = "loha"
-    summary = ALGORITHMS["LoHa"].summary
-    rank_meaning = ALGORITHMS["LoHa"].rank_meaning
 
     def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
         super().__init__()
@@ -121,3 +120,44 @@ def _hadamard(
         )
         return first * second
     return ((first_a * scale) @ first_b * (second_a @ second_b)).reshape(shape)
+
+
+def _weight_shape(shapes: Shapes) -> tuple[int, ...]:
+    a, b = shapes["hada_w1_a"], shapes["hada_w1_b"]
+    return (a[1], b[1], *shapes["hada_t1"][2:]) if "hada_t1" in shapes else (a[0], b[1])
+
+
+def _squared_norm(tensors: Tensors) -> float:
+    """Of the change, of which a few rows are made at a time."""
+    first_a, first_b, second_a, second_b = (tensors[name].float() for name in _FACTORS)
+    if "hada_t1" in tensors:
+        shape, cores = torch.Size(), (tensors[name].float() for name in _CORES)
+        return float(_hadamard(1.0, shape, first_a, first_b, second_a, second_b, *cores).square().sum())
+    total = 0.0
+    for start in range(0, len(first_a), _ROWS):
+        rows = slice(start, start + _ROWS)
+        total += float(((first_a[rows] @ first_b) * (second_a[rows] @ second_b)).square().sum())
+    return total
+
+
+_ROWS = 512
+
+LohaAdapter.format = AdapterFormat(
+    suffixes={name: f".{name}" for name in (*_FACTORS, *_CORES)},
+    needed=(frozenset(_FACTORS),),
+    weight_shape=_weight_shape,
+    rank_axes={"hada_w1_b": 0},
+    input_axes={"hada_w1_b": 1},
+    cores=frozenset(_CORES),
+    is_additive=True,
+    squared_norm=_squared_norm,
+    vital=_FACTORS,
+    rows=lambda weights: None if "hada_t1" in weights.tensors else {"hada_w1_a": 1, "hada_w2_a": 1},
+    stacks=True,
+    peft=PeftKind(
+        name="LOHA",
+        fields=lambda adapters, kernels: {
+            "use_effective_conv2d": any("hada_t1" in weights.tensors for weights in adapters.values())
+        },
+    ),
+)

@@ -18,34 +18,26 @@ the first of which the backward pass repeats, so that only x is kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.dense import change_alone
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
+from lorasmith.adapters.lokr_sizes import factor_shapes, factorization, peft_fields, peft_misfits, rank_in
+from lorasmith.adapters.weights import fill_uniform, misfit, saved, squared_product, taken, wide
+from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, Tensors
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
-__all__ = ["LokrAdapter", "factorization"]
+__all__ = ["LokrAdapter"]
 
 _WHOLE, _PARTS = ("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
-
-
-def factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """(a, b) with a · b = dimension and a ≤ b, a as large as possible but not above `factor`.
-
-    This is ComfyUI's rule. LyCORIS' is the same up to the root of the dimension; beyond it a factor that divides the
-    dimension gives (dimension / factor, factor) there. Loaders take the shapes from the file.
-    """
-    a = next(a for a in range(min(factor, math.isqrt(dimension)), 0, -1) if dimension % a == 0)
-    return a, dimension // a
 
 
 @ADAPTERS.register("LoKr")
@@ -58,8 +50,6 @@ class LokrAdapter(Adapter):
     """
 
     algorithm = "lokr"
-    summary = ALGORITHMS["LoKr"].summary
-    rank_meaning = ALGORITHMS["LoKr"].rank_meaning
 
     def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:
         super().__init__()
@@ -79,9 +69,7 @@ class LokrAdapter(Adapter):
         (out_l, out_k), (in_m, in_n) = (factorization(size, rank) for size in layer.shape[:2])
         tensors = {"lokr_w1": torch.zeros(out_l, in_m), "lokr_w2": torch.zeros(out_k, in_n, *layer.shape[2:])}
         filled = tensors["lokr_w1" if zero == "up" else "lokr_w2"]
-        # kaiming_uniform(a=√5), the default of torch's own layers, is uniform within 1/√fan_in.
-        bound = 1 / math.sqrt(filled[0].numel())
-        filled.uniform_(-bound, bound, generator=keyed_generator(seed, "init", path))
+        fill_uniform(filled, keyed_generator(seed, "init", path))
         return cls(tensors, alpha=alpha)
 
     @classmethod
@@ -249,9 +237,8 @@ def _factors(tensors: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, 
     return w1, (a @ b.flatten(1)).reshape(len(a), -1, *shape[2:])
 
 
-def _rank(tensors: Mapping[str, Tensor]) -> int | None:
-    """The rank that the scale is a fraction of, None for two whole factors."""
-    return next((len(tensors[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors), None)
+def _rank(tensors: Tensors) -> int | None:
+    return rank_in({name: tensor.shape for name, tensor in tensors.items()})
 
 
 def _kronecker(shape: torch.Size, w1: Tensor, w2: Tensor) -> Tensor:
@@ -268,3 +255,64 @@ def _is_pointwise(layer: FrozenLayer) -> bool:
         and max(module.kernel_size) == max(module.stride) == 1
         and (module.padding == "valid" or module.padding == "same" or not any(module.padding))
     )
+
+
+def _weight_shape(shapes: Shapes) -> tuple[int, ...]:
+    (out_l, in_m), (out_k, in_n, *kernel) = factor_shapes(shapes)
+    return out_l * out_k, in_m * in_n, *kernel
+
+
+def _without_core(weights: AdapterWeights) -> AdapterWeights:
+    if "lokr_t2" not in weights.tensors:
+        return weights
+    tensors = dict(weights.tensors)
+    rank = _rank(tensors)
+    scale = 1.0 if weights.alpha is None or not rank else weights.alpha / rank
+    core, outer, inner = (tensors.pop(f"lokr_{name}").float() for name in ("t2", "w2_a", "w2_b"))
+    tensors["lokr_w2"] = torch.einsum("ij...,ip,jq->pq...", core, outer, inner).contiguous() * scale
+    return replace(weights, tensors=tensors, alpha=float(_rank(tensors) or 1))
+
+
+def _squared_norm(tensors: Tensors) -> float:
+    square = 1.0
+    for name in _WHOLE:
+        if name in tensors:
+            square *= float(tensors[name].float().square().sum())
+        else:
+            square *= squared_product(tensors[f"{name}_a"], tensors[f"{name}_b"])
+    return square
+
+
+def _rows(weights: AdapterWeights) -> dict[str, int] | None:
+    tensors = weights.tensors
+    if "lokr_t2" in tensors:
+        return None
+    first = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
+    return {first: tensors["lokr_w2" if "lokr_w2" in tensors else "lokr_w2_a"].shape[0]}
+
+
+_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
+_SECOND = (frozenset({"lokr_w2"}), frozenset({"lokr_w2_a", "lokr_w2_b"}))
+
+LokrAdapter.format = AdapterFormat(
+    suffixes={name: f".{name}" for name in (*_WHOLE, *_PARTS, "lokr_t2")},
+    needed=tuple(first | second for first in _FIRST for second in _SECOND),
+    weight_shape=_weight_shape,
+    rank_axes={"lokr_w2_b": 0, "lokr_w1_b": 0},  # the second factor decides, as in LyCORIS
+    cores=frozenset({"lokr_t2"}),
+    without_core=_without_core,
+    is_additive=True,
+    squared_norm=_squared_norm,
+    vital=(*_WHOLE, *_PARTS),
+    rows=_rows,
+    size=lambda shapes: max(factor_shapes(shapes)[0]),
+    comfyui_lacks={"lokr_t2": "it fails to merge a LoKr with a Tucker core"},
+    peft=PeftKind(
+        name="LOKR",
+        fields=peft_fields,
+        misfits=peft_misfits,
+        unscaled=lambda tensors: max(tensors["lokr_w2"].shape[:2]),  # leaves both factors whole
+        scaled="lokr_w1",
+    ),
+    lycoris_size="factor",
+)

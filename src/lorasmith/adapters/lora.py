@@ -6,9 +6,8 @@
 (rank, in, kh, kw) and `up` is 1×1 (out, rank, 1, 1), as in LoCon; with a Tucker core `mid` (rank, rank, kh, kw) between
 them `down` is 1×1 too (Yeh et al. 2023, arXiv:2309.14859).
 
-In activation space neither ΔW nor W + ΔW is ever built. A Linear layer's whole forward is one autograd function, which
-adds the low-rank product in place and keeps the layer's input and the rank-sized projection for the backward pass;
-layers that share their input are one function together.
+In activation space neither ΔW nor W + ΔW is built: `low_rank_products` adds the low-rank product to the layer's, and
+`shared_input` computes layers with one input (q, k, v) together.
 
 Variants that are low-rank too share `LowRank`: `pissa` has other factors, `dropout` sets the mask, `dora` wraps.
 """
@@ -17,20 +16,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer, FrozenProduct
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
+from lorasmith.adapters.low_rank_products import linear_with_lora
+from lorasmith.adapters.weights import fill_uniform, misfit, saved, squared_product, taken
+from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, PeftKind, Shapes
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
 
-__all__ = ["Factors", "LoraAdapter", "LowRank", "SharedInput"]
+__all__ = ["Factors", "LoraAdapter", "LowRank"]
 
 
 class Factors(NamedTuple):
@@ -102,7 +105,7 @@ class LowRank(Adapter):
         if isinstance(inner, FrozenProduct) and not layer.is_conv:
             down, up, _ = self.factors()
             mask = self._inner_mask((*x.shape[:-1], len(down)), layer)
-            return _linear_with_lora(x, layer, inner.bias, down, up, strength * self.scale, mask)
+            return linear_with_lora(x, layer, inner.bias, down, up, strength * self.scale, mask)
         return super().attached(inner, layer, x, strength)
 
     def _masked(self, inner: Tensor, layer: FrozenLayer) -> Tensor:
@@ -134,8 +137,6 @@ class LoraAdapter(LowRank):
     """
 
     algorithm = "lora"
-    summary = ALGORITHMS["LoRA"].summary
-    rank_meaning = ALGORITHMS["LoRA"].rank_meaning
 
     def __init__(self, down: Tensor, up: Tensor, *, alpha: float, mid: Tensor | None = None) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class LoraAdapter(LowRank):
         point = (1,) * len(layer.shape[2:])
         down = torch.zeros((rank, *layer.shape[1:]))
         up = torch.zeros((layer.out_features, rank, *point))
-        _fill(down if zero == "up" else up, seed, path)
+        fill_uniform(down if zero == "up" else up, keyed_generator(seed, "init", path))
         return cls(down, up, alpha=alpha)
 
     @classmethod
@@ -174,8 +175,8 @@ class LoraAdapter(LowRank):
         down = torch.zeros((rank, layer.shape[1], *point))
         up = torch.zeros((layer.out_features, rank, *point))
         mid = torch.zeros((rank, rank, *kernel))
-        _fill(down if zero == "up" else up, seed, path)
-        _fill(mid, seed, f"{path}/mid")
+        fill_uniform(down if zero == "up" else up, keyed_generator(seed, "init", path))
+        fill_uniform(mid, keyed_generator(seed, "init", f"{path}/mid"))
         return cls(down, up, alpha=alpha, mid=mid)
 
     @staticmethod
@@ -185,9 +186,9 @@ class LoraAdapter(LowRank):
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> LoraAdapter:
-        down, up, mid = (weights.tensors.get(name) for name in ("down", "up", "mid"))
-        if down is None or up is None:
-            raise LoraError(f"a LoRA layer needs both a down and an up matrix, got only {', '.join(weights.tensors)}")
+        tensors = taken(weights, ("down", "up"), ("mid",))
+        down, up, mid = (tensors.get(name) for name in ("down", "up", "mid"))
+        assert down is not None and up is not None
         rank, kernel = down.shape[0], layer.shape[2:]
         point = (1,) * len(kernel)
         if mid is None:
@@ -198,172 +199,65 @@ class LoraAdapter(LowRank):
                 and mid.shape == (rank, rank, *kernel)
                 and down.shape[1:] == (*layer.shape[1:2], *point)
             )
-        if not (rank and fits and up.shape == (layer.out_features, rank, *point)):
-            raise LoraError(
-                f"a LoRA with down {tuple(down.shape)} and up {tuple(up.shape)} does not fit a layer with weight "
-                f"{tuple(layer.shape)}; it was made for another model"
-            )
-        alpha = float(rank) if weights.alpha is None else weights.alpha
-        return cls(*(t.detach().to("cpu", torch.float32, copy=True) for t in (down, up)), alpha=alpha, mid=_copied(mid))
+        if not (fits and up.shape == (layer.out_features, rank, *point)):
+            raise misfit(weights, layer)
+        return cls(down, up, alpha=float(rank) if weights.alpha is None else weights.alpha, mid=mid)
 
     def to_weights(self) -> AdapterWeights:
-        tensors = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
-        return AdapterWeights(self.algorithm, tensors, self.alpha)
+        return saved(self, self.algorithm, self.alpha)
 
 
-class SharedInput:
-    """Linear layers that are given the same input (q, k and v), each with a low-rank adapter: one pass for all.
+def _weight_shape(shapes: Shapes) -> tuple[int, ...]:
+    return shapes["up"][0], shapes["down"][1], *shapes["mid" if "mid" in shapes else "down"][2:]
 
-    Whichever is asked first computes the others too, and they find their result when they are asked for the same input:
-    the down matrices make one product, and so do their gradients, and the gradient of the input is summed up in place.
 
-    Args:
-        members: adapter, layer and strength of each.
+def _canonical(weights: AdapterWeights, shape: tuple[int, ...] | None) -> AdapterWeights | None:
+    """Factors with the dimensions of the layer's weight, or None for factors that do not belong together.
 
-    Attributes:
-        is_complete: whether none of them has got a further adapter since; else all are computed by themselves.
+    Files flatten convolutions to two dimensions (ComfyUI's trainer), or give a Linear the 1×1 kernel of the convolution
+    that stands in its place in another version of the model.
     """
-
-    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
-        self.is_complete = True
-        self._members = members
-        self._x: Tensor | None = None
-        self._results: dict[int, Tensor] = {}
-
-    @staticmethod
-    def takes(adapter: Adapter, layer: FrozenLayer) -> bool:
-        """Whether an adapter on a layer can be a member."""
-        return type(adapter).attached is LowRank.attached and not layer.is_conv
-
-    def __call__(self, index: int, x: Tensor) -> Tensor | None:
-        """`W x + b + change` of a member; None if it has to be computed by itself, as dropout wants it."""
-        if self._x is not x or index not in self._results:
-            if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
-                return None
-            downs, ups, layers, factors = [], [], [], []
-            for adapter, layer, strength in self._members:
-                down, up, _ = adapter.factors()
-                downs.append(down)
-                ups.append(up)
-                layers.append(layer)
-                factors.append(strength * adapter.scale)
-            self._x = x
-            self._results = dict(enumerate(_linear_group(x, layers, factors, *downs, *ups)))
-        result = self._results.pop(index)
-        if not self._results:
-            self._x = None
-        return result
+    down, up = weights.tensors["down"], weights.tensors["up"]
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or math.prod(up.shape[2:]) != 1:
+        return None
+    tensors = dict(weights.tensors)
+    if shape is not None and "mid" not in tensors and math.prod(down.shape[1:]) == math.prod(shape[1:]):
+        tensors["down"] = down.reshape(down.shape[0], *shape[1:])
+    tensors["up"] = up.reshape(*up.shape[:2], *(1,) * (tensors["down"].ndim - 2))
+    if "dora_scale" in tensors and tensors["dora_scale"].ndim == 1:
+        tensors["dora_scale"] = tensors["dora_scale"].reshape(-1, *(1,) * (tensors["down"].ndim - 1))
+    return replace(weights, tensors=tensors)
 
 
-class _LinearGroup(torch.autograd.Function):
-    """`x Wᵢᵀ + bᵢ + factorᵢ · (x downᵢᵀ) upᵢᵀ` for x (..., in) and several layers i, with W and b frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layers: Sequence[FrozenLayer], factors: Sequence[float], *downs_and_ups: Tensor
-    ) -> tuple[Tensor, ...]:
-        downs, ups = downs_and_ups[: len(layers)], downs_and_ups[len(layers) :]
-        down = torch.cat(downs)
-        ctx.ranks = [len(one) for one in downs]
-        inner = F.linear(x, down)
-        results = []
-        for layer, factor, part, up in zip(layers, factors, _parts(inner, ctx.ranks), ups, strict=True):
-            y = layer.times(x, layer.bias)
-            y.view(-1, y.shape[-1]).addmm_(part, up.t(), alpha=factor)
-            results.append(y)
-        ctx.save_for_backward(x, inner, down, *ups)
-        ctx.layers, ctx.factors = layers, factors
-        ctx.set_materialize_grads(False)
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, inner, down, *ups = ctx.saved_tensors
-        grad_x: Tensor | None = None
-        grad_inner = torch.zeros_like(inner) if None in grads else torch.empty_like(inner)
-        grad_ups: list[Tensor | None] = []
-        parts = zip(_parts(inner, ctx.ranks), _parts(grad_inner, ctx.ranks), strict=True)
-        for layer, factor, up, grad, (part, grad_part) in zip(ctx.layers, ctx.factors, ups, grads, parts, strict=True):
-            if grad is None:
-                grad_ups.append(None)
-                continue
-            rows = grad.reshape(-1, up.shape[0])
-            grad_part.copy_(_scaled(rows @ up, factor))
-            wanted = ctx.needs_input_grad[3 + len(ctx.layers) + len(grad_ups)]
-            grad_ups.append(_scaled(part.t() @ rows, factor).t() if wanted else None)
-            if ctx.needs_input_grad[0]:
-                grad_x = layer.grad_times(rows) if grad_x is None else layer.add_grad_times(grad_x, rows)
-        flat = grad_inner.view(-1, grad_inner.shape[-1])
-        if grad_x is not None:
-            grad_x = grad_x.addmm_(flat, down).view(x.shape)
-        grad_downs: Sequence[Tensor | None] = [None] * len(ctx.layers)
-        if any(ctx.needs_input_grad[3 : 3 + len(ctx.layers)]):  # an adapter that runs below the trained one is frozen
-            grad_downs = (flat.t() @ x.reshape(-1, x.shape[-1])).split(ctx.ranks)
-        return grad_x, None, None, *grad_downs, *grad_ups
+def _without_core(weights: AdapterWeights) -> AdapterWeights:
+    if "mid" not in weights.tensors:
+        return weights
+    tensors = dict(weights.tensors)
+    core, down = tensors.pop("mid").float(), tensors["down"].float()
+    return replace(weights, tensors={**tensors, "down": torch.einsum("mn...,ni->mi...", core, down.flatten(1))})
 
 
-_linear_group: Callable[..., tuple[Tensor, ...]] = _LinearGroup.apply
+def _peft_fields(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
+    dora = any("dora_scale" in weights.tensors for weights in adapters.values())
+    return {"bias": "none", "use_dora": dora, "use_rslora": False}
 
 
-def _parts(inner: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
-    """The columns of each layer, (rows, rank); views."""
-    return torch.split(inner.view(-1, inner.shape[-1]), list(ranks), dim=1)
-
-
-class _LinearWithLora(torch.autograd.Function):
-    """`x Wᵀ + b + factor · (mask ∘ x downᵀ) upᵀ` for x (..., in), with the layer's W and b frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        layer: FrozenLayer,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        factor: float,
-        mask: Tensor | None,
-    ) -> Tensor:
-        y = layer.times(x, bias)
-        inner = F.linear(x, down)
-        if mask is not None:
-            inner.mul_(mask)
-        y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), up.t(), alpha=factor)
-        ctx.save_for_backward(x, inner, down, up, mask)
-        ctx.layer, ctx.factor = layer, factor
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, down, up, mask = ctx.saved_tensors
-        grad = grads[0].reshape(-1, up.shape[0])
-        grad_inner = _scaled(grad @ up, ctx.factor)
-        if mask is not None:
-            grad_inner.view(inner.shape).mul_(mask)
-        grad_x = grad_down = grad_up = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.layer.grad_times(grad).addmm_(grad_inner, down).view(x.shape)
-        if ctx.needs_input_grad[3]:  # an adapter that runs below the trained one is frozen
-            grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[4]:
-            # This way round the narrow matrix is the one that is transposed, which is a quarter faster on a CPU.
-            grad_up = _scaled(inner.view(-1, inner.shape[-1]).t() @ grad, ctx.factor).t()
-        return grad_x, None, None, grad_down, grad_up, None, None
-
-
-_linear_with_lora: Callable[..., Tensor] = _LinearWithLora.apply
-
-
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """In place, and not at all for the usual factor of 1."""
-    return tensor if factor == 1 else tensor.mul_(factor)
-
-
-def _fill(tensor: Tensor, seed: int, key: str) -> None:
-    """kaiming_uniform(a=√5), the default of torch's own layers, which is uniform within 1/√fan_in."""
-    bound = 1 / math.sqrt(tensor[0].numel())
-    tensor.uniform_(-bound, bound, generator=keyed_generator(seed, "init", key))
-
-
-def _copied(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to("cpu", torch.float32, copy=True)
+LoraAdapter.format = AdapterFormat(
+    suffixes={"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"},
+    peft_suffixes={"down": ".lora_A.weight", "up": ".lora_B.weight"},
+    needed=(frozenset({"down", "up"}),),
+    weight_shape=_weight_shape,
+    canonical=_canonical,
+    rank_axes={"down": 0},
+    input_axes={"down": 1},
+    cores=frozenset({"mid"}),
+    without_core=_without_core,
+    is_additive=True,
+    is_low_rank=True,
+    squared_norm=lambda tensors: squared_product(tensors["up"], tensors["down"]),
+    vital=("down", "up"),
+    rows=lambda weights: {"up": 1},
+    stacks=True,
+    programs=frozenset({COMFYUI, DIFFUSERS, SD_SCRIPTS}),
+    peft=PeftKind(name="LORA", alpha="lora_alpha", magnitudes=True, fields=_peft_fields),
+)

@@ -19,14 +19,16 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 
@@ -78,8 +80,6 @@ class OftAdapter(Rotation):
     """Block-diagonal rotation of the outputs, by blocks (blocks, block size, block size)."""
 
     algorithm = "oft"
-    summary = ALGORITHMS["OFT"].summary
-    rank_meaning = ALGORITHMS["OFT"].rank_meaning
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> OftAdapter:
@@ -195,3 +195,41 @@ def _diagonal(joined: Tensor, size: int) -> Tensor:
     """A view of joined blocks as (joined, size, size, together)."""
     together = joined.shape[-1] // size
     return joined.view(-1, together, size, together, size).diagonal(dim1=1, dim2=3)
+
+
+def _weight_shape(shapes: Shapes) -> tuple[int, ...]:
+    blocks = shapes["oft_blocks"]
+    return (blocks[-3] * blocks[-1],)
+
+
+def _rows(weights: AdapterWeights) -> dict[str, int] | None:
+    if weights.alpha:  # it bounds all blocks together
+        return None
+    units = {"oft_blocks": weights.tensors["oft_blocks"].shape[-1]}
+    return units | ({"rescale": 1} if "rescale" in weights.tensors else {})
+
+
+def _bounded(weights: AdapterWeights) -> AdapterWeights:
+    if not weights.alpha:
+        return weights
+    blocks = weights.tensors["oft_blocks"].float()
+    length = float((blocks - blocks.mT).norm())
+    # Rounded to a file's number format, blocks may be a little longer than the bound they were cut to already.
+    factor = weights.alpha / length if length > weights.alpha * 1.005 else 1.0
+    shortened = multiplied(weights.tensors["oft_blocks"], factor)
+    return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
+
+
+OftAdapter.format = AdapterFormat(
+    suffixes={name: f".{name}" for name in ("oft_blocks", "rescale")},
+    needed=(frozenset({"oft_blocks"}),),
+    dimensions={"oft_blocks": 3},
+    weight_shape=_weight_shape,
+    vital=("oft_blocks",),
+    rows=_rows,
+    all_rows=frozenset({"rescale"}),
+    bounded=_bounded,
+    size=lambda shapes: shapes["oft_blocks"][-1],
+    comfyui_lacks={"rescale": "it leaves out the rescale of OFT and BOFT"},
+    peft=PeftKind(name="OFT", differs="turns a layer's inputs where every other program turns its outputs"),
+)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorasmith.adapters.adapter import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, weight_source
 
 __all__ = ["give_source", "packable_layers", "packed_layers", "with_source"]

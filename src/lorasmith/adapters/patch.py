@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter, FrozenLayer
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
@@ -45,7 +46,9 @@ def applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def merged_weights(model: nn.Module, patches: Sequence[Patch], *, unpacking: bool = False) -> Iterator[None]:
+def merged_weights(
+    model: nn.Module, patches: Sequence[Patch], *, dtype: torch.dtype | None = None, unpacking: bool = False
+) -> Iterator[None]:
     """Fold in whatever is not applied in activation space, in order.
 
     Patched parameters point to new tensors meanwhile; the old ones are kept and put back, so nothing is rounded.
@@ -53,6 +56,7 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch], *, unpacking: boo
     Args:
         model: what is patched.
         patches: as for `applied`.
+        dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
         unpacking: let packed weights that are patched be plain ones meanwhile, instead of refusing.
 
     Raises:
@@ -81,7 +85,8 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch], *, unpacking: boo
                 for path, adapter in load_adapters(model, patch.adapters).items():
                     weight = _parameter(model, path, "weight")
                     unpacked(path)
-                    replace(weight, adapter.to(weight.device).merged(weight, patch.strength))
+                    merged = adapter.to(weight.device).merged(weight.to(dtype or weight.dtype), patch.strength)
+                    replace(weight, merged)
             beside = _weights_beside(model, patch)
             for path, changes in patch.differences.items():
                 for name, difference in changes.items():
@@ -97,7 +102,7 @@ def merged_weights(model: nn.Module, patches: Sequence[Patch], *, unpacking: boo
                         unpacked(path)
                     added = difference.to(parameter.device, torch.float32)
                     total = torch.add(parameter.float(), added, alpha=patch.strength)
-                    replace(parameter, total.to(parameter.dtype))
+                    replace(parameter, total.to(dtype or parameter.dtype))
         yield
     finally:
         for parameter, original in originals.items():

@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter, FrozenLayer
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.lora import Factors, LoraAdapter, LowRank
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_normal

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lorasmith.adapters.adapter import FrozenLayer, is_targetable
+from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.core.errors import OptionError
 
 __all__ = ["Plan", "PlannedAdapter", "Rule", "plan_adapters"]

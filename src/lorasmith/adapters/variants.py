@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.algorithms import words_of
 from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.pissa import PissaAdapter
 
@@ -40,7 +41,7 @@ class Variant:
 
     def default_alpha(self, algorithm: str, rank: int) -> float:
         """Alpha when nothing is said: a scale of 1, no constraint."""
-        default = ALGORITHMS[ADAPTERS.canonical(algorithm)].default_alpha
+        default = words_of(algorithm).default_alpha
         if default is not None:
             return default
         return _RSLORA_ALPHA if self.rslora else float(rank)
@@ -55,7 +56,7 @@ class Variant:
             asked: the rank that was asked for; a capped layer keeps the scale that it would have had.
         """
         alpha = self.default_alpha(algorithm, asked) if alpha is None else alpha
-        if ALGORITHMS[ADAPTERS.canonical(algorithm)].default_alpha is not None:
+        if words_of(algorithm).default_alpha is not None:
             return alpha
         return alpha * math.sqrt(rank) if self.rslora else alpha * rank / asked
 

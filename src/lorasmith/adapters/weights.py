@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
-__all__ = ["misfit", "saved", "taken", "wide"]
+__all__ = ["fill_uniform", "misfit", "saved", "squared_product", "taken", "wide"]
 
 
 def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -48,6 +49,19 @@ def misfit(weights: AdapterWeights, layer: FrozenLayer) -> LoraError:
         f"an adapter of the kind {weights.algorithm} with {shapes} does not fit a layer with weight "
         f"{tuple(layer.shape)}; it was made for another model"
     )
+
+
+def fill_uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """kaiming_uniform(a=√5), the default of torch's own layers, which is uniform within 1/√fan_in."""
+    bound = 1 / math.sqrt(tensor[0].numel())
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def squared_product(up: Tensor, down: Tensor) -> float:
+    """Squared Frobenius norm of up (out, rank, ...) · down (rank, in, ...), from two rank × rank products."""
+    up, down = up.flatten(1).float(), down.flatten(1).float()
+    # Rounding can leave a zero norm a little below zero.
+    return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
 
 def wide(tensor: Tensor) -> Tensor:

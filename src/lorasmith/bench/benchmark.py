@@ -26,9 +26,10 @@ from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
-from lorasmith.training.engine import Engine, Recipe, prepared
-from lorasmith.training.job import Job
+from lorasmith.training.engine import prepared
+from lorasmith.training.job import Job, engine_of
 from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
+from lorasmith.training.runtime import Runtime
 
 __all__ = ["latent_side", "measured"]
 
@@ -53,7 +54,6 @@ def latent_side(model: Model, resolution: int | None) -> int:
 def measured(
     job: Job,
     samples: Sequence[Sample],
-    recipe: Recipe,
     *,
     steps: int | None = None,
     floor: bool = True,
@@ -62,31 +62,31 @@ def measured(
     """Measure a job's steps. The model is as before afterwards, and the job's adapters are trained a little.
 
     Args:
-        job: what is trained.
+        job: what is trained; its number of steps is not used.
         samples: on what; a batch of them is what the floor takes.
-        recipe: settings of the run; its number of steps is not used.
         steps: how many steps and passes are timed; None is as many as take some seconds, at least three.
         floor: whether to measure the frozen model beside it.
         tell: is told what is being measured.
     """
-    device = recipe.device
+    config, device = job.config, job.runtime.device
     plan = None
-    if recipe.activations == "auto":
+    if job.runtime.activations == "auto":
         tell("activations")
-        plan = _plan(job, samples, recipe)
-        recipe = replace(recipe, activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
+        plan = _plan(job, samples)
+        runtime = replace(job.runtime, activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
+        job = replace(job, runtime=runtime)
     tell("rates of this device")
-    rates = measured_rates(device, recipe.dtype)
-    frozen = _Floor(job, samples[: recipe.batch_size], recipe) if floor else None
+    rates = measured_rates(device, job.runtime.dtype)
+    frozen = _Floor(job, samples[: config.batch_size]) if floor else None
     if frozen is not None:
         tell("the floor")
         steps = frozen.measure(steps and -(-steps // 2)) * 2
     tell("steps")
-    step, weights, allocated = _steps(job, samples, replace(recipe, steps=_WARMUP + (steps or 5)))
+    step, weights, allocated = _steps(replace(job, config=replace(config, steps=_WARMUP + (steps or 5))), samples)
     tell("the parts of a step")
-    parts = measured_parts(job, samples, recipe)
-    counts = counted(lambda counter: training_steps(job, samples, recipe, counter), device)
-    with training_steps(job, samples, recipe) as once:
+    parts = measured_parts(job, samples)
+    counts = counted(lambda counter: training_steps(job, samples, counter), device)
+    with training_steps(job, samples) as once:
         once()
         profile = min((profiled(once, device) for _ in range(2)), key=lambda one: one.whole)
     if frozen is not None and frozen.counts is not None:
@@ -96,14 +96,14 @@ def measured(
     return Measured(
         plan=plan,
         step=step,
-        images=recipe.batch_size * recipe.accumulation,
+        images=config.batch_size * config.grad_accumulation_steps,
         parts=parts,
         counts=counts,
         profile=profile,
         floor=Spread(tuple(frozen.passes)) if frozen is not None and fits else None,
         forward=Spread(tuple(frozen.forwards)) if frozen is not None and fits else None,
         floor_counts=None if frozen is None else frozen.counts,
-        passes=recipe.accumulation,
+        passes=config.grad_accumulation_steps,
         weights=weights,
         above=counts.peak if allocated is None else allocated - weights,
         peak=_process_peak() or weights + counts.peak if allocated is None else allocated,
@@ -112,17 +112,17 @@ def measured(
     )
 
 
-def _plan(job: Job, samples: Sequence[Sample], recipe: Recipe) -> MemoryPlan:
+def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
     """What a run with these settings would decide."""
     found: list[MemoryPlan] = []
 
-    def planned() -> Recipe:
+    def planned() -> Runtime:
         found.append(plan_for(engine, samples))
-        return replace(recipe, activations="keep")
+        return replace(job.runtime, activations="keep")
 
-    engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
+    engine = engine_of(job)
     try:
-        with engine.prepared(lambda: None, planned):
+        with engine.prepared(planned=planned):
             return found[0]
     finally:
         engine.release()
@@ -136,17 +136,16 @@ class _Floor:
         counts: of a pass; None as long as there is none, or where memory is too small for the model as it is.
     """
 
-    def __init__(self, job: Job, samples: Sequence[Sample], recipe: Recipe) -> None:
+    def __init__(self, job: Job, samples: Sequence[Sample]) -> None:
         self._job = job
         self._samples = samples
-        self._recipe = recipe
         self.passes: list[float] = []
         self.forwards: list[float] = []
         self.counts: Counts | None = None
 
     def measure(self, steps: int | None) -> int:
         """Measure so many passes, or as many as take some seconds; returns how many, 0 where memory is too small."""
-        device = self._recipe.device
+        device = self._job.runtime.device
         try:
             with self._open() as once, self._open(backward=False) as forward:
                 first = pass_seconds(once, steps=1, warmup=1, device=device).median
@@ -162,27 +161,27 @@ class _Floor:
         return steps
 
     def _open(self, *, backward: bool = True) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        recipe = self._recipe
+        runtime = self._job.runtime
         return frozen_floor(
-            self._job.denoiser, self._samples, device=recipe.device, dtype=recipe.dtype, backward=backward
+            self._job.denoiser, self._samples, device=runtime.device, dtype=runtime.dtype, backward=backward
         )
 
 
-def _steps(job: Job, samples: Sequence[Sample], recipe: Recipe) -> tuple[Spread, int, int | None]:
+def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Spread, int, int | None]:
     """Seconds of the steps behind the warm-up, bytes of the frozen weights, and the most allocated on a GPU."""
-    weights = 0
+    weights, device = 0, job.runtime.device
 
     def look() -> None:
         nonlocal weights
         weights = weight_bytes(job.denoiser.module)
 
-    with prepared(job.denoiser, job.adapters, recipe, job.differences, first=look):
+    with prepared(job.denoiser, job.adapters, job.config, job.runtime, job.differences, first=look):
         pass
-    if recipe.device.type != "cuda":
-        return step_seconds(job, samples, recipe, warmup=_WARMUP), weights, None
-    torch.cuda.reset_peak_memory_stats(recipe.device)
-    seconds = step_seconds(job, samples, recipe, warmup=_WARMUP)
-    return seconds, weights, torch.cuda.max_memory_allocated(recipe.device)
+    if device.type != "cuda":
+        return step_seconds(job, samples, warmup=_WARMUP), weights, None
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = step_seconds(job, samples, warmup=_WARMUP)
+    return seconds, weights, torch.cuda.max_memory_allocated(device)
 
 
 def _process_peak() -> int | None:

@@ -22,12 +22,13 @@ from lorasmith.bench.counting import Counter
 from lorasmith.core.placement import held
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.batches import prefetched
-from lorasmith.training.engine import Engine, Recipe, batch_maker
-from lorasmith.training.job import Job
-from lorasmith.training.loop import Loop, Watcher, fit
+from lorasmith.training.engine import batch_maker
+from lorasmith.training.events import EventHandler
+from lorasmith.training.job import Job, engine_of
+from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
 __all__ = [
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 Clock = Callable[[], float]
+
+_PART_STEPS = 2
+"""Steps whose parts are timed, behind one that warms up."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,16 @@ class Parts:
 def synthetic_samples(
     model: Model, count: int, height: int, width: int, *, tokens: int | None = None, seed: int = 0
 ) -> tuple[Sample, ...]:
-    """Random latents (channels, height, width) with conditioning of the usual length, or of so many tokens."""
+    """Random latents of so many rows and columns with conditioning of the usual length, or of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
     if tokens is not None:
         shapes["context"] = (1, tokens, *shapes["context"][2:])
 
     def sample(index: int) -> Sample:
-        latents = torch.randn(model.components.latent.channels, height, width, generator=generator)
+        latent = model.components.latent
+        shape = latent.shape(height * latent.downscale, width * latent.downscale)
+        latents = torch.randn(shape, generator=generator)
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         return Sample(latents, Conditioning(tensors), f"random {index}")
 
@@ -137,7 +143,7 @@ def frozen_pass(
 ) -> Callable[[], None]:
     """A function that takes all samples through a frozen `module`, and back to the latents."""
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
-    conditioning = collate([sample.conditioning for sample in samples]).to(device, dtype)
+    conditioning = denoiser.base.family.join([sample.conditioning for sample in samples]).to(device, dtype)
     schedule = denoiser.base.components.schedule
     level = schedule.at(torch.full((len(samples),), 0.5)).to(device)
 
@@ -162,16 +168,14 @@ def frozen_floor(
 
 
 @contextlib.contextmanager
-def training_steps(
-    job: Job, samples: Sequence[Sample], recipe: Recipe, counter: Counter | None = None
-) -> Iterator[Callable[[], None]]:
+def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None = None) -> Iterator[Callable[[], None]]:
     """A run's steps one by one, without what is between them. Yields a function that takes the next.
 
     With a `counter` everything that is trained is made inside of it, and the frozen weights outside.
     """
     with counter or contextlib.nullcontext():
-        engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
-    maker = batch_maker(job.denoiser, samples, recipe, engine.dropout)
+        engine = engine_of(job)
+    maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
     steps = itertools.count()
 
     def once() -> None:
@@ -179,7 +183,7 @@ def training_steps(
         engine.update(step, *engine.gradient(maker.step(step)))
 
     try:
-        with engine.prepared(lambda: None):
+        with engine.prepared():
             yield once
     finally:
         engine.release()
@@ -213,48 +217,57 @@ def pass_seconds(
     warmup: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Spread:
-    """Seconds of each of `steps` calls, after those that warm up."""
-    seconds = []
-    for index in range(warmup + steps):
-        _wait_for(device)
-        start = clock()
+    """Seconds of each of `steps` calls, after those that warm up.
+
+    On a GPU nobody waits for it between calls, as in `step_seconds`: both are then slowed alike where the host is slow.
+    """
+    for _ in range(warmup):
         once()
-        _wait_for(device)
-        if index >= warmup:
-            seconds.append(clock() - start)
-    return Spread(tuple(seconds))
+    ends = _Ends(device, clock)
+    ends.note()
+    for _ in range(steps):
+        once()
+        ends.note()
+    return Spread(ends.differences())
 
 
 def step_seconds(
-    job: Job, samples: Sequence[Sample], recipe: Recipe, *, warmup: int = 1, clock: Clock = time.perf_counter
+    job: Job,
+    samples: Sequence[Sample],
+    *,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    on_event: EventHandler = lambda event: None,
 ) -> Spread:
     """Seconds from the end of one step to that of the next, in the loop that trains, of all behind the warm-up.
 
     On a GPU nobody waits for it between steps; the times are the device's own.
+
+    Args:
+        job, samples: the run.
+        warmup: first steps that are not counted.
+        clock: of the CPU.
+        on_event: receives the run's events, such as a `Shrunk` where memory ran out.
     """
-    ends = _Ends(recipe.device, clock)
-    fit(
-        job.denoiser,
-        job.adapters,
-        samples,
-        recipe,
-        differences=job.differences,
-        on_event=lambda event: None,
-        cancelled=lambda: False,
-        watchers=[ends],
-    )
+    ends = _Ends(job.runtime.device, clock)
+    engine = engine_of(job)
+    try:
+        Loop(engine, samples, tell=on_event, watchers=[ends]).run()
+    finally:
+        engine.release()
     return Spread(ends.differences()[warmup - 1 :])
 
 
-def measured_parts(job: Job, samples: Sequence[Sample], recipe: Recipe, *, steps: int = 2) -> Parts:
+def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
     """The parts of a step, one after the other."""
-    engine = Engine(job.denoiser, job.adapters, recipe, job.differences)
-    maker = batch_maker(job.denoiser, samples, recipe, engine.dropout)
-    device = recipe.device
+    steps = _PART_STEPS
+    engine = engine_of(job)
+    maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
+    device = job.runtime.device
     rows = []
     try:
         with (
-            engine.prepared(lambda: None),
+            engine.prepared(),
             contextlib.closing(prefetched(maker, range(steps + 1))) as coming,
         ):
             for step in range(steps + 1):
@@ -300,13 +313,17 @@ class _Ends(Watcher):
         self._ends: list[Any] = []
 
     def due(self, loop: Loop) -> bool:
+        self.note()
+        return False
+
+    def note(self) -> None:
+        """Note the time on the device, which it reaches when it has done what it was given before."""
         if self._device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._ends.append(end)
         else:
             self._ends.append(self._clock())
-        return False
 
     def differences(self) -> tuple[float, ...]:
         """Seconds between neighbouring ends."""

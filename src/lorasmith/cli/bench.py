@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, remark, say
-from lorasmith.cli.flags import with_flags
+from lorasmith.cli.flags import AsJson, BaseModel, Device, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
@@ -36,10 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    model: Annotated[
-        str,
-        typer.Option(help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."),
-    ] = "lorasmith-tiny",
+    model: BaseModel = "lorasmith-tiny",
     resolution: Annotated[
         int | None, typer.Option(help="Side in pixels of the square pictures. Left out: the model's own.")
     ] = None,
@@ -49,10 +46,8 @@ def bench(
     floor: Annotated[
         bool, typer.Option("--floor/--no-floor", help="Measure the frozen model beside it, which needs it whole.")
     ] = True,
-    device: Annotated[
-        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: the first GPU, or the CPU.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
     """Measure what a training step costs on this machine, and say what limits it.
@@ -66,7 +61,6 @@ def bench(
     from lorasmith.core.placement import chosen_device
     from lorasmith.families.loading import load_model
     from lorasmith.training.job import plan_job
-    from lorasmith.training.train import recipe_of
 
     config = TrainConfig(**settings)
     place = chosen_device(device)
@@ -78,7 +72,6 @@ def bench(
         found = measured(
             job,
             samples,
-            recipe_of(job, place),
             steps=measured_steps,
             floor=floor,
             tell=lambda what: status.update(f"Measuring {what}"),
@@ -101,7 +94,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
         "pixels": pixels,
         "settings": dataclasses.asdict(job.config),
         "trained": job.parameters,
-        "environment": environment(torch.device(device), job.config.optimizer),
+        "environment": environment(torch.device(device), job.config.optimizer, compile=job.config.compile),
         **dataclasses.asdict(found),
         "step_s": found.step.median,
         "of_floor": found.of_floor,

@@ -62,7 +62,8 @@ def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lorasmith.formats.names.recognise import block_of, component_of
+    from lorasmith.formats.names.prefixes import component_of
+    from lorasmith.formats.names.recognise import block_of
 
     groups: dict[str, list[Resized]] = {}
     for one in modules:

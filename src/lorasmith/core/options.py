@@ -43,6 +43,7 @@ class Option:
         choices: allowed values of a string, matched whatever their case.
         pattern: regular expression that values besides the choices must match; empty allows none.
         group: heading under which the help lists it.
+        changes_numbers: whether it can change a number of what is computed.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Option:
     choices: tuple[str, ...] = ()
     pattern: str = ""
     group: str = ""
+    changes_numbers: bool = True
 
     def check(self, value: Any) -> Any:
         """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
@@ -106,24 +108,29 @@ def option(
     choices: Iterable[str] = (),
     pattern: str = "",
     group: str = "",
+    changes_numbers: bool = True,
 ) -> Any:
-    """A dataclass field that declares an `Option`; the field's name and annotation give name and type."""
+    """A dataclass field that declares an `Option`: name, type and (of a `Literal`) choices are those of the field."""
     details: dict[str, Any] = {"help": help, "min": min, "max": max, "step": step, "group": group}
-    details |= {"choices": tuple(choices), "pattern": pattern}
+    details |= {"choices": tuple(choices), "pattern": pattern, "changes_numbers": changes_numbers}
     return dataclasses.field(default=default, metadata={"option": details})
 
 
-@functools.cache
-def options_of(config: type) -> dict[str, Option]:
+def options_of(config: type) -> Mapping[str, Option]:
     """The options that a configuration dataclass declares, in order."""
+    return _options_of(config)
+
+
+@functools.cache
+def _options_of(config: type) -> Mapping[str, Option]:
     hints = typing.get_type_hints(config)
-    return {
-        field.name: Option(
-            name=field.name, type=_plain_type(hints[field.name]), default=field.default, **field.metadata["option"]
-        )
-        for field in dataclasses.fields(config)
-        if "option" in field.metadata
-    }
+    return types.MappingProxyType(
+        {
+            field.name: _declared(field.name, hints[field.name], field.default, field.metadata["option"])
+            for field in dataclasses.fields(config)
+            if "option" in field.metadata
+        }
+    )
 
 
 def check_options(config: Any) -> None:
@@ -141,11 +148,13 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
     return config(**values)
 
 
-def _plain_type(annotation: Any) -> type:
-    """`int` from `int` or `int | None`."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(arm for arm in annotation.__args__ if arm is not type(None))
-    return typing.cast(type, annotation)
+def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, Any]) -> Option:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # such as `int | None`
+        annotation = next(arm for arm in typing.get_args(annotation) if arm is not type(None))
+    if typing.get_origin(annotation) is typing.Literal:
+        details = {**details, "choices": typing.get_args(annotation)}
+        annotation = str
+    return Option(name=name, type=annotation, default=default, **details)
 
 
 _TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false value"}

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
-__all__ = ["best_device", "chosen_device", "held", "memory_format_for", "product_dtype", "reproducible"]
+__all__ = [
+    "best_device",
+    "chosen_device",
+    "held",
+    "memory_format_for",
+    "product_dtype",
+    "reproducible",
+    "sampling_dtype",
+]
 
 
 def best_device() -> torch.device:
@@ -46,6 +55,11 @@ def product_dtype(device: torch.device) -> torch.dtype:
         known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.9
         native = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """fp32 on CPUs, whose 16-bit products are slow or coarse; on GPUs the dtype that the weights are held in."""
+    return torch.float32 if device.type == "cpu" else next(module.parameters()).dtype
 
 
 def memory_format_for(module: nn.Module) -> torch.memory_format:
@@ -97,6 +111,9 @@ def held(
             if not isinstance(source, Packed) or weight is None or id(weight) in others:
                 continue
             moved = source.to(device, dtype, layout)
+            for before, after in zip(source.tensors, moved.tensors, strict=True):
+                if after is not before:
+                    release_pages(before)
             sources.append((layer, source))
             setattr(layer, WEIGHT_SOURCE, moved)
             originals.append((weight, weight.data))
@@ -112,6 +129,7 @@ def held(
             if converted is not original:
                 originals.append((tensor, original))
                 tensor.data = converted
+                release_pages(original)
         yield
     finally:
         for tensor, original in originals:

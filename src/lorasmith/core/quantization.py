@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasmith.core.choices import Quantization
+
 __all__ = [
     "BLOCK",
     "NF4_LEVELS",
@@ -35,6 +37,7 @@ __all__ = [
     "WEIGHT_SOURCE",
     "Packed",
     "WeightSource",
+    "of_rows",
     "packed",
     "placeholder",
     "scaled_codes",
@@ -118,6 +121,11 @@ class Packed:
         return replace(self, tensors=chosen, shape=torch.Size((len(chosen[0]), *self.shape[1:])))
 
 
+def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
+    """What `choose` makes of the rows of a tensor, packed where it can be; see `Packed.of_rows`."""
+    return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
+
+
 class WeightSource(Protocol):
     """Where a layer's packed weight is."""
 
@@ -140,7 +148,7 @@ def placeholder(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> 
     return torch.full((), torch.nan, device=device, dtype=dtype).expand(shape)
 
 
-def packed(weight: Tensor, kind: str, dtype: torch.dtype) -> Packed:
+def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
     """A weight (out, ...) as `kind` of `PACKINGS` keeps it; it unpacks to `dtype` and to the same memory format."""
     return PACKINGS[kind](weight.detach(), dtype)
 
@@ -206,7 +214,7 @@ def _level_pairs(device: torch.device) -> Tensor:
     return torch.cartesian_prod(levels, levels)
 
 
-PACKINGS: dict[str, Callable[[Tensor, torch.dtype], Packed]] = {
+PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "none": _as_it_is,
     "fp8_e4m3": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=True),
     "fp8_e5m2": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=True),

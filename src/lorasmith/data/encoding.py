@@ -58,6 +58,7 @@ def encode_scan(
             scan,
             encode_image=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
             encode_text=encoder.encode,
+            sized=model.family.sized,
             resolution=resolution or model.defaults.resolution,
             multiple=model.defaults.pixel_multiple,
             progress=progress,

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 
-__all__ = ["ImageError", "image_size", "image_suffixes", "open_frames", "open_image", "resize_and_crop", "to_tensor"]
+__all__ = [
+    "ImageError",
+    "crop_offsets",
+    "image_size",
+    "image_suffixes",
+    "open_frames",
+    "open_image",
+    "resize_and_crop",
+    "to_tensor",
+]
 
 
 class ImageError(DataError):
@@ -96,11 +105,21 @@ def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     One resampling of the part that stays: nothing outside the crop is computed, and the centre is exact to a fraction
     of a pixel.
     """
-    kept_width = min(image.width, image.height * width / height)
-    kept_height = min(image.height, image.width * height / width)
-    left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
-    box = (left, top, left + kept_width, top + kept_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=_kept(image.width, image.height, width, height))
+
+
+def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int]:
+    """Pixels that `resize_and_crop` cuts off on the left and at the top of a picture, counted after scaling."""
+    left, top, right, bottom = _kept(width, height, to_width, to_height)
+    return round(left * to_width / (right - left)), round(top * to_height / (bottom - top))
+
+
+def _kept(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
+    """The part of a picture that stays when it is scaled to cover a size: left, top, right and bottom."""
+    kept_width = min(width, height * to_width / to_height)
+    kept_height = min(height, width * to_height / to_width)
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return left, top, left + kept_width, top + kept_height
 
 
 def to_tensor(image: Image.Image) -> Tensor:

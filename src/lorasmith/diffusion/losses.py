@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.core.choices import LossFunction, Objective
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
-from lorasmith.diffusion.weightings import loss_weights
 
 __all__ = ["LOSSES", "diffusion_loss"]
 
@@ -31,12 +31,10 @@ def diffusion_loss(
     noised: Tensor,
     level: NoiseLevel,
     parameterization: str,
-    objective: str,
-    loss_function: str,
-    weighting: str = "none",
-    gamma: float = 5.0,
+    objective: Objective,
+    loss_function: LossFunction,
 ) -> Tensor:
-    """Loss of each sample, shape (batch,).
+    """Loss of each sample, shape (batch,), without the weight of its noise level (`weightings`).
 
     With MSE the `x0` objective equals the native one times sigma²/alpha² (epsilon), sigma² (v and flow): it weighs the
     noisy end up by the noise-to-signal ratio.
@@ -47,8 +45,7 @@ def diffusion_loss(
         level: levels that `noised` was made with.
         parameterization: registered name.
         objective: `native` compares what the network predicts; `x0` compares clean samples, as ComfyUI's trainer does.
-        loss_function: registered name.
-        weighting, gamma: weight of the noise level in the loss, see `weightings`.
+        loss_function: how the two are compared.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()
@@ -56,7 +53,4 @@ def diffusion_loss(
         prediction, target = kind.clean(prediction, noised, level), clean
     else:
         target = kind.target(clean, noise, level)
-    weights = loss_weights(
-        level, weighting=weighting, gamma=gamma, parameterization=parameterization, objective=objective
-    )
-    return LOSSES[loss_function](prediction, target).flatten(1).mean(1) * weights
+    return LOSSES[loss_function](prediction, target).flatten(1).mean(1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lorasmith.core.choices import TimestepDistribution
 from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
@@ -54,7 +55,7 @@ def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Ten
     return torch.tensor(numbers)
 
 
-def quantile_map(distribution: str, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
+def quantile_map(distribution: TimestepDistribution, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
     """Where uniform numbers fall on a schedule.
 
     `shift` is that of diffusion time as a whole: a flow's levels are `shifted(distribution(u), shift)`, and the flow's
@@ -62,12 +63,12 @@ def quantile_map(distribution: str, shift: float | None, schedule: NoiseSchedule
     of their own; there it moves the step index.
 
     Args:
-        distribution: registered name.
+        distribution: of the uniform numbers.
         shift: None for the one that suits the size of the picture with `shifted`, the schedule's own with the others.
         schedule: what the quantiles are for.
     """
     time = TIMESTEP_DISTRIBUTIONS[distribution]
-    by_size = shift is None and distribution.casefold() == "shifted"
+    by_size = shift is None and distribution == "shifted"
     whole = schedule.shift if shift is None else shift
 
     def quantiles(u: Tensor, size: tuple[int, int]) -> Tensor:

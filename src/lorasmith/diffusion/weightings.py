@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorasmith.core.choices import LossWeighting, Objective
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
@@ -47,12 +48,14 @@ def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
     return scale * signal / (level.sigma**2 + signal / gamma)
 
 
-def loss_weights(level: NoiseLevel, *, weighting: str, gamma: float, parameterization: str, objective: str) -> Tensor:
+def loss_weights(
+    level: NoiseLevel, *, weighting: LossWeighting, gamma: float, parameterization: str, objective: Objective
+) -> Tensor:
     """Factor of each sample's loss, shape (batch,).
 
     Args:
         level: levels of the samples.
-        weighting: registered name.
+        weighting: as above.
         gamma: signal-to-noise ratio at which the weights level off.
         parameterization: registered name.
         objective: `native` or `x0`, what the loss compares.

@@ -1,7 +1,8 @@
 """The family contract: a model architecture is data plus a few functions and a name table.
 
 Shared code (training, sampling, formats, nodes) never asks which family it works on; whatever differs between
-architectures is answered here. Adding a family is one module that subclasses `Family` and registers an instance.
+architectures is answered here. Adding a family is one module that subclasses `Family` and registers an instance; see
+docs/adding-a-family.md.
 """
 
 from __future__ import annotations
@@ -11,34 +12,51 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.registry import Registry
+from lorasmith.formats.names.recognise import SIGNATURES, Signature
 
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
-    from lorasmith.formats.names.model_names import ModelNames
+    from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
-__all__ = ["FAMILIES", "Components", "Conditioning", "Defaults", "Family", "LatentFormat", "TargetPreset", "collate"]
+__all__ = [
+    "FAMILIES",
+    "AutoencoderSlot",
+    "Components",
+    "Conditioning",
+    "Defaults",
+    "Diffusion",
+    "EncoderSlot",
+    "Family",
+    "LatentFormat",
+    "PictureSize",
+    "TargetPreset",
+    "collate",
+    "register",
+]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told about a picture besides the noisy latents.
+    """What a denoiser receives about a picture besides the noisy latents.
 
     Attributes:
-        tensors: every tensor's first dimension is the batch, 1 for a single prompt. `context` (1, tokens, width) is
-            there in each family; `pooled` (1, width), `guidance` (1,) and others where the family has them.
+        tensors: every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is
+            there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them.
         text: the prompt it came from, for reports and metadata; None when unknown.
+        mask: bool (batch, tokens), which tokens of the context count; None for all of them.
     """
 
     tensors: Mapping[str, Tensor]
     text: str | None = None
+    mask: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """A copy on `device` with floating-point tensors in `dtype`."""
@@ -46,14 +64,32 @@ class Conditioning:
             key: t.to(device, dtype if t.is_floating_point() else t.dtype, non_blocking=True)
             for key, t in self.tensors.items()
         }
-        return Conditioning(moved, self.text)
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return Conditioning(moved, self.text, mask)
 
 
-def collate(conditionings: Sequence[Conditioning]) -> Conditioning:
+class PictureSize(NamedTuple):
+    """How a training picture got its size; (height, width) or (top, left) in pixels.
+
+    Attributes:
+        original: of the image file, upright.
+        crop: what was cut off above and to the left after scaling.
+        target: of what is trained on.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Conditioning:
     """One batch of several prompts' conditionings, in order.
 
-    Contexts of different length are repeated to their least common multiple, which leaves unmasked cross-attention
-    unchanged: softmax over k copies of the keys gives each copy 1/k of the weight.
+    Args:
+        conditionings: batches of any size.
+        repeatable: how contexts of different length share the batch. True repeats each to their least common multiple,
+            which leaves unmasked cross-attention unchanged: softmax over k copies of the keys gives each copy 1/k of
+            the weight. False fills up with zeros and masks them.
 
     Raises:
         DataError: the conditionings carry different tensors.
@@ -65,14 +101,36 @@ def collate(conditionings: Sequence[Conditioning]) -> Conditioning:
             + " and ".join(sorted({", ".join(sorted(one.tensors)) for one in conditionings}))
             + "; encode all captions with the same text encoder"
         )
-    batch = {}
-    for key in keys:
-        parts = [one.tensors[key] for one in conditionings]
-        if key == "context":
-            tokens = math.lcm(*(part.shape[1] for part in parts))
-            parts = [part.repeat(1, tokens // part.shape[1], 1) for part in parts]
-        batch[key] = torch.cat(parts)
-    return Conditioning(batch)
+    batch = {key: [one.tensors[key] for one in conditionings] for key in keys}
+    masks = [one.mask for one in conditionings]
+    contexts = batch.get("context", [])
+    lengths = [context.shape[1] for context in contexts]
+    if len(set(lengths)) > 1 and repeatable:
+        tokens = math.lcm(*lengths)
+        batch["context"] = [_times(context, tokens // context.shape[1]) for context in contexts]
+        masks = [mask if mask is None else _times(mask, tokens // mask.shape[1]) for mask in masks]
+    elif len(set(lengths)) > 1:
+        batch["context"] = [_filled(context, max(lengths)) for context in contexts]
+        masks = [_filled(_known(mask, context), max(lengths)) for mask, context in zip(masks, contexts, strict=True)]
+    mask = None
+    if any(one is not None for one in masks):
+        mask = torch.cat([_known(*pair) for pair in zip(masks, batch["context"], strict=True)])
+    return Conditioning({key: torch.cat(parts) for key, parts in batch.items()}, mask=mask)
+
+
+def _times(tensor: Tensor, count: int) -> Tensor:
+    """(batch, tokens, ...) with all tokens `count` times."""
+    return tensor.repeat(1, count, *(1,) * (tensor.ndim - 2))
+
+
+def _filled(tensor: Tensor, tokens: int) -> Tensor:
+    """(batch, tokens, ...) with zeros behind what there is."""
+    rest = tensor.new_zeros(len(tensor), tokens - tensor.shape[1], *tensor.shape[2:])
+    return torch.cat((tensor, rest), dim=1)
+
+
+def _known(mask: Tensor | None, context: Tensor) -> Tensor:
+    return context.new_ones(context.shape[:2], dtype=torch.bool) if mask is None else mask
 
 
 @dataclass(frozen=True)
@@ -83,15 +141,22 @@ class LatentFormat:
         channels: latent channels.
         downscale: pixels per latent in each direction.
         scale, shift: numbers, or one number per channel.
+        frames: whether latents have a time axis, (batch, channels, frames, height, width); pictures are one frame.
     """
 
     channels: int
     downscale: int
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...] = 0.0
+    frames: bool = False
+
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latents of one picture of so many pixels, without the batch."""
+        frames = (1,) if self.frames else ()
+        return (self.channels, *frames, height // self.downscale, width // self.downscale)
 
     def to_model(self, latents: Tensor) -> Tensor:
-        """VAE latents (batch, channels, height, width) as the denoiser sees them."""
+        """VAE latents (batch, channels, [frames,] height, width) as the denoiser sees them."""
         return (latents - self._per_channel(self.shift, latents)) * self._per_channel(self.scale, latents)
 
     def from_model(self, latents: Tensor) -> Tensor:
@@ -140,17 +205,66 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Diffusion:
+    """How a denoiser was trained.
+
+    Attributes:
+        parameterization: registered kind of prediction, `epsilon`, `v` or `flow`.
+        schedule: its noise schedule.
+    """
+
+    parameterization: str
+    schedule: NoiseSchedule
+
+
+@dataclass(frozen=True)
+class EncoderSlot:
+    """A text encoder that a family has.
+
+    Attributes:
+        kind: registered name in `families.parts.encoders`, such as `clip_l`.
+        usual_file: what people call its file, for messages.
+        prefixes: before its tensors' names in a full checkpoint; the first that is there counts.
+        settings: of its architecture that differ from the kind's own.
+    """
+
+    kind: str
+    usual_file: str
+    prefixes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AutoencoderSlot:
+    """The autoencoder that a family has.
+
+    Attributes:
+        kind: registered name in `families.parts.autoencoders`.
+        channels: of its latents; autoencoders of another number are refused.
+        usual_file: what people call its file, for messages.
+        prefixes: before its tensors' names in a full checkpoint; the first that is there counts.
+        settings: of its configuration that shapes leave open.
+    """
+
+    kind: str
+    channels: int
+    usual_file: str
+    prefixes: tuple[str, ...] = ("first_stage_model.", "vae.")
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Components:
     """The parts of a loaded base model; absent parts are None or empty (a bare denoiser file, say).
 
     Attributes:
         denoiser: the network that is trained, in eval mode, without gradients.
         schedule, parameterization: the noise schedule and the kind of prediction the checkpoint was trained with.
-        latent: latent format, from the autoencoder's config where it says so.
+        latent: latent format.
         defaults: settings that suit it.
         text_encoders: by component name (`text_encoder`, `text_encoder_2`).
-        tokenizers: by name (`tokenizer`, `tokenizer_2`), in the same order.
-        vae: the autoencoder, a diffusers AutoencoderKL.
+        tokenizers: by the component name of their encoder.
+        vae: the autoencoder, as diffusers has it.
     """
 
     denoiser: nn.Module
@@ -162,6 +276,14 @@ class Components:
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     vae: Any = None
 
+    def modules(self) -> dict[str, nn.Module]:
+        """Every part that is there, by component name."""
+        return {
+            "denoiser": self.denoiser,
+            **self.text_encoders,
+            **({} if self.vae is None else {"vae": self.vae}),
+        }
+
 
 class Family(ABC):
     """One model architecture.
@@ -169,33 +291,73 @@ class Family(ABC):
     Attributes:
         name: registered name, such as `sd1`.
         title: what people call it.
+        pipeline: class of the diffusers pipeline whose folders hold it.
+        denoiser_folder: subfolder of the denoiser there, which is also the prefix of its LoRA keys in PEFT's naming.
         modelspec_implementation: `modelspec.implementation`.
         targets: target presets by name.
+        text_encoders: its text encoders by component name, in the order of the pipeline's.
+        autoencoder: its autoencoder.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
-            says the same; joint attention would weigh the text k times as much.
+            says the same. Contexts of other families are filled up and masked; see `collate`.
+        lora_signatures: how its LoRA files are recognised without a model.
+        released: configuration of the released denoiser as its diffusers class has it, to name its modules without a
+            file.
     """
 
     name: str
     title: str
+    pipeline: str
+    denoiser_folder: str
     modelspec_implementation: str
     targets: Mapping[str, TargetPreset]
+    text_encoders: Mapping[str, EncoderSlot]
+    autoencoder: AutoencoderSlot
     repeatable_context: bool
+    lora_signatures: tuple[Signature, ...] = ()
+    released: Mapping[str, Any] | None = None
 
     @abstractmethod
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether an original-layout checkpoint with these denoiser tensors (prefix cut off) is of this family."""
 
-    @abstractmethod
-    def recognises_folder(self, folder: Path) -> bool:
-        """Whether a diffusers folder (with `model_index.json`) is of this family."""
+    def recognises_folder(self, folder: Path, index: Mapping[str, Any]) -> bool:
+        """Whether a diffusers folder with this `model_index.json` is of this family."""
+        return bool(index.get("_class_name") == self.pipeline)
 
     @abstractmethod
-    def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
-        """Components from a single file in the original layout."""
+    def denoiser_class(self) -> type[nn.Module]:
+        """The class of the denoiser in diffusers, imported when this is called."""
 
     @abstractmethod
-    def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
-        """Components from a diffusers folder."""
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Configuration of the denoiser's class for original-layout shapes (prefix cut off).
+
+        Raises:
+            ModelError: tensors that fix the configuration are missing, or it is a variant that is not known here.
+        """
+
+    @abstractmethod
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        """Path of each module of the denoiser that has parameters → its place in the original checkpoint.
+
+        Parameters at the root of the model, which no module has, are under the path "".
+        """
+
+    @abstractmethod
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        """How the denoiser of a checkpoint was trained, from whatever the file says of it."""
+
+    @abstractmethod
+    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+        """How the denoiser of a diffusers folder was trained. Raises ModelError for schedules not known here."""
+
+    @abstractmethod
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        """Latent format, from the autoencoder where it says so; `vae` is None where there is none."""
+
+    @abstractmethod
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        """Settings that suit the model."""
 
     @abstractmethod
     def kohya_version(self, parameterization: str) -> str:
@@ -217,7 +379,18 @@ class Family(ABC):
             components: text encoders and tokenizers, wherever they are; the result stays on their device.
             text: the prompt.
             skip_layers: how many of the encoder's last layers to leave out ("clip skip" minus one).
+
+        Raises:
+            ModelError: a text encoder is missing; see `text_encoder`.
         """
+
+    def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
+        """One batch of conditionings of any length; see `collate`."""
+        return collate(conditionings, repeatable=self.repeatable_context)
+
+    def sized(self, conditioning: Conditioning, size: PictureSize) -> Conditioning:
+        """The conditioning of one picture, where the denoiser is conditioned on its size; else as it is."""
+        return conditioning
 
     @abstractmethod
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
@@ -227,29 +400,57 @@ class Family(ABC):
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction for noisy latents.
 
+        Times that run the other way and outputs of the other sign are put right here.
+
         Args:
             denoiser: the network, possibly with adapters attached.
-            latents: (batch, channels, height, width) in the denoiser's dtype.
+            latents: (batch, channels, [frames,] height, width) in the denoiser's dtype.
             time: (batch,) as `NoiseLevel.time`.
-            conditioning: a batch of the same size.
+            conditioning: a batch of the same size. A mask that it has must be followed.
 
         Returns:
-            (batch, channels, height, width), in the parameterization that `Components` names.
+            The shape of `latents`, in the parameterization that `Components` names.
         """
+
+    def text_encoder(self, components: Components, component: str) -> nn.Module:
+        """A text encoder of the model. Raises ModelError, which names the file to get, if it is not there."""
+        if component in components.text_encoders:
+            return components.text_encoders[component]
+        slot = self.text_encoders[component]
+        raise ModelError(
+            f"{self.title} needs the text encoder {slot.kind}, which this model came without; load a full checkpoint, "
+            f"or give the encoder as well (its file is usually called {slot.usual_file})"
+        )
+
+    def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
+        """Raises ModelError, which names the file to get, if a part is missing that text, or images, need."""
+        for component in self.text_encoders if text else ():
+            self.text_encoder(components, component)
+        if images and components.vae is None:
+            raise ModelError(
+                f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
+                f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
+            )
 
     def encode_image(self, components: Components, pixels: Tensor) -> Tensor:
         """VAE latents (the distribution's mean, unscaled) of pixels (batch, 3, height, width) in [−1, 1]."""
-        if components.vae is None:
-            raise ModelError(f"this {self.title} file has no autoencoder; load a full checkpoint to encode images")
+        self.check_parts(components, images=True)
+        if components.latent.frames:
+            pixels = pixels.unsqueeze(2)
         latents: Tensor = components.vae.encode(pixels).latent_dist.mean
         return latents
 
     def decode_latents(self, components: Components, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, height, width) in [−1, 1] of unscaled VAE latents."""
-        if components.vae is None:
-            raise ModelError(f"this {self.title} file has no autoencoder; load a full checkpoint to decode latents")
+        """Pixels (batch, 3, height, width) in [−1, 1] of unscaled VAE latents; of several frames, the first."""
+        self.check_parts(components, images=True)
         pixels: Tensor = components.vae.decode(latents).sample
-        return pixels.clamp(-1, 1)
+        return (pixels[:, :, 0] if components.latent.frames else pixels).clamp(-1, 1)
 
 
 FAMILIES: Registry[Family] = Registry("model family", ModelError)
+
+
+def register(family: Family, *aliases: str) -> None:
+    """Make a family known, under its name and aliases, and the signatures of its LoRA files with it."""
+    FAMILIES.register(family.name, *aliases)(family)
+    SIGNATURES.extend(family.lora_signatures)

@@ -7,11 +7,11 @@ one tensor; diffusers splits them.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,26 +20,24 @@ from torch import Tensor, nn
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import (
-    FAMILIES,
+    AutoencoderSlot,
     Components,
     Conditioning,
     Defaults,
+    Diffusion,
+    EncoderSlot,
     Family,
     LatentFormat,
     TargetPreset,
+    register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import (
-    build,
-    from_original_tensors,
-    module_paths,
-    part_of_folder,
-    weight_shapes,
-)
+from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.parts import clip_layout
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import Signature
 
-__all__ = ["Flux", "components_of"]
+__all__ = ["Flux"]
 
 _ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
 _MLP = ("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*", "*.proj_mlp", "*blocks.*.proj_out")
@@ -54,6 +52,7 @@ _TARGETS = {
 _DEFAULT_GUIDANCE = 3.5
 _MAX_SHIFT = 1.15  # mu of the exponential time shift at 1024×1024
 
+_IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _T5_PATHS = tuple(
     f"encoder.block.{block}.layer.{layer}"
     for block in range(24)
@@ -122,9 +121,25 @@ class Flux(Family):
 
     name = "flux1"
     title = "Flux.1"
+    pipeline = "FluxPipeline"
+    denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
     targets = _TARGETS
+    text_encoders: Mapping[str, EncoderSlot] = MappingProxyType({})  # conditioning is brought along
+    autoencoder = AutoencoderSlot(
+        "kl",
+        channels=16,
+        usual_file="ae.safetensors",
+        prefixes=("vae.", "first_stage_model."),
+        settings={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    )
     repeatable_context = False
+    released = MappingProxyType({"guidance_embeds": True})
+    lora_signatures = (
+        Signature(title, r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", order=1),
+        Signature(title, r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", 3072, order=4),
+        Signature(title, r"^text_encoder_2_encoder_block_", order=7),
+    )
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         if not any(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in shapes for leaf in ("scale", "weight")):
@@ -132,25 +147,44 @@ class Flux(Family):
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
 
-    def recognises_folder(self, folder: Path) -> bool:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return bool(index.get("_class_name") == "FluxPipeline")
-
-    def from_original(self, checkpoint: OriginalCheckpoint, dtype: torch.dtype) -> Components:
+    def denoiser_class(self) -> type[nn.Module]:
         from diffusers import FluxTransformer2DModel
 
-        tensors = checkpoint.load_packed(checkpoint.denoiser_prefix, dtype)
-        transformer = build(
-            FluxTransformer2DModel,
-            _config(checkpoint.denoiser_shapes),
-            lambda model: from_original_tensors(model, _table(model), tensors),
+        return FluxTransformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return _config(shapes)
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        config: Any = denoiser.config
+        hidden = config.num_attention_heads * config.attention_head_dim
+        return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return Diffusion("flow", FlowSchedule(shift=math.exp(_MAX_SHIFT)))
+
+    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+        return Diffusion("flow", FlowSchedule(shift=math.exp(_MAX_SHIFT)))
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        config: Any = denoiser.config
+        constants = self.autoencoder.settings
+        return LatentFormat(
+            channels=config.in_channels // 4,
+            downscale=8,
+            scale=constants["scaling_factor"],
+            shift=constants["shift_factor"],
         )
-        return components_of(transformer)
 
-    def from_folder(self, folder: Path, dtype: torch.dtype) -> Components:
-        from diffusers import FluxTransformer2DModel
-
-        return components_of(part_of_folder(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype))
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            targets="attention+ff",
+            guidance=1.0,  # Flux.1 is distilled: its guidance is an input, not a second pass
+            timestep_distribution="logit_normal",
+        )
 
     def kohya_version(self, parameterization: str) -> str:
         return "flux1"
@@ -159,19 +193,30 @@ class Flux(Family):
         return "flux-1-dev"
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        table, shapes = _table(denoiser), weight_shapes(denoiser)
+        table, shapes = self.table(denoiser), weight_shapes(denoiser)
         return ModelNames(
             family=self.name,
             denoiser=table,
-            out_features={path: shape[0] for path, shape in shapes.items()},
             weight_shapes=shapes,
             # LoRAs for the released encoders are carried along, whether these are loaded or not.
-            text_encoders={"text_encoder": clip_layout.released_paths(layers=12), "text_encoder_2": _T5_PATHS},
-            encoder_kinds={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+            text_encoders={
+                "text_encoder": EncoderNames(
+                    clip_layout.released_paths(layers=12),
+                    kohya=("lora_te1_", "lora_te_"),
+                    comfyui=("clip_l", "clip_h"),
+                    drops_text_model=True,
+                ),
+                # kohya gives T5 the number it has in Stable Diffusion 3; OneTrainer counts a model's encoders.
+                "text_encoder_2": EncoderNames(_T5_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
+            },
             kohya_naming="original",
             peft_prefix="transformer",
             portable="kohya",
             aliases=_xlabs_names(table),
+            limits=ProgramLimits(
+                diffusers_applies=_IN_BLOCKS,
+                sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
+            ),
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
@@ -192,6 +237,10 @@ class Flux(Family):
                 "use picture sizes that divide by 16"
             )
         context = conditioning.tensors["context"]
+        attention: dict[str, Any] = {}
+        if conditioning.mask is not None:  # text comes first, then the picture, which is seen whole
+            picture = conditioning.mask.new_ones(len(latents), height // 2 * (width // 2))
+            attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
         config: Any = denoiser.config
         guidance = None
         if config.guidance_embeds:  # schnell has no such input
@@ -205,27 +254,10 @@ class Flux(Family):
             encoder_hidden_states=context,
             txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
             img_ids=_positions(height // 2, width // 2, latents.device),
+            joint_attention_kwargs=attention,
             return_dict=False,
         )[0]
         return _unpacked(prediction, height, width)
-
-
-def components_of(transformer: Any) -> Components:
-    """Components around diffusers' transformer."""
-    return Components(
-        denoiser=transformer,
-        schedule=FlowSchedule(shift=math.exp(_MAX_SHIFT)),
-        parameterization="flow",
-        latent=LatentFormat(channels=transformer.config.in_channels // 4, downscale=8, scale=0.3611, shift=0.1159),
-        defaults=Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
-            targets="attention+ff",
-            guidance=1.0,  # Flux.1 is distilled: its guidance is an input, not a second pass
-            timestep_distribution="logit_normal",
-        ),
-    )
 
 
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -258,12 +290,6 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def _blocks(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
     numbers = (int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name)))
     return 1 + max(numbers, default=-1)
-
-
-def _table(transformer: Any) -> dict[str, OriginalName]:
-    """Diffusers path of every module with parameters → its original place."""
-    hidden = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    return {path: _original(path, hidden, transformer) for path in module_paths(transformer)}
 
 
 def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]]:
@@ -312,4 +338,4 @@ def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
 
 
-FAMILIES.register("flux1", "flux")(Flux())
+register(Flux(), "flux")

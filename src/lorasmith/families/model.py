@@ -7,8 +7,8 @@ the shared module only while something runs inside `active()`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.patch import Patch, applied
 from lorasmith.core.placement import best_device, held
 from lorasmith.families.base import Components, Conditioning, Defaults, Family
+from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["Autoencoder", "Denoiser", "Model", "TextEncoder"]
@@ -31,13 +32,15 @@ class Model:
         family: its architecture.
         components: its parts.
         title: what it is called in reports (the file's or folder's name).
-        path: the file or folder it came from, None for models made in memory.
+        path: the file or folder its denoiser came from, None for models made in memory.
+        files: the file or folder of each part, by component name; empty for models made in memory.
     """
 
     family: Family
     components: Components
     title: str
     path: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def defaults(self) -> Defaults:
@@ -112,15 +115,21 @@ class TextEncoder:
         """Apply the patches and stay on `device` (the best one if None) while inside, for many prompts in a row."""
         with contextlib.ExitStack() as stack:
             for name, module in self.base.components.text_encoders.items():
-                stack.enter_context(held(module, device=device or best_device(), dtype=torch.float32))
+                stack.enter_context(held(module, device=device or best_device(), dtype=self._dtype(name)))
                 stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
             yield
 
     @torch.no_grad()
     def encode(self, text: str) -> Conditioning:
         """Conditioning of one prompt, in fp32 on the CPU. Patches count inside `active()` only."""
-        conditioning = self.base.family.encode_text(self.base.components, text, skip_layers=self.skip_layers)
-        return conditioning.to("cpu", torch.float32)
+        base = self.base
+        with contextlib.ExitStack() as stack:  # does nothing inside `active()`
+            for name, module in base.components.text_encoders.items():
+                stack.enter_context(held(module, device=_device_of(module), dtype=self._dtype(name)))
+            return base.family.encode_text(base.components, text, skip_layers=self.skip_layers).to("cpu", torch.float32)
+
+    def _dtype(self, component: str) -> torch.dtype:
+        return ENCODERS[self.base.family.text_encoders[component].kind].dtype
 
 
 @dataclass(frozen=True)
@@ -138,14 +147,27 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """VAE latents (batch, channels, h, w) of pixels (batch, 3, height, width) in [−1, 1], in fp32 on the CPU."""
-        return self.base.family.encode_image(self.base.components, self._placed(pixels)).float().cpu()
+        """VAE latents (batch, channels, [frames,] h, w) of pixels (batch, 3, height, width) in [−1, 1], fp32, CPU."""
+        with self._placed(pixels) as placed:
+            return self.base.family.encode_image(self.base.components, placed).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (batch, 3, height, width) in [−1, 1] of VAE latents, in fp32 on the CPU."""
-        return self.base.family.decode_latents(self.base.components, self._placed(latents)).float().cpu()
+        with self._placed(latents) as placed:
+            return self.base.family.decode_latents(self.base.components, placed).float().cpu()
 
-    def _placed(self, tensor: Tensor) -> Tensor:
+    @contextlib.contextmanager
+    def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The autoencoder in fp32 where it is, which does nothing inside `active()`, and a tensor beside it."""
         module = self.base.components.vae
-        return tensor if module is None else tensor.to(next(module.parameters()).device, torch.float32)
+        if module is None:
+            yield tensor
+            return
+        device = _device_of(module)
+        with held(module, device=device, dtype=torch.float32):
+            yield tensor.to(device, torch.float32)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -21,8 +21,17 @@ from torch import Tensor
 
 from lorasmith.core.errors import LoraError, LorasmithError
 from lorasmith.core.files import atomic_path
+from lorasmith.core.mapped_files import MappedFile
 
-__all__ = ["Header", "TensorInfo", "check_safetensors", "read_safetensors", "serialised", "write_safetensors"]
+__all__ = [
+    "Header",
+    "TensorInfo",
+    "check_safetensors",
+    "map_safetensors",
+    "read_safetensors",
+    "serialised",
+    "write_safetensors",
+]
 
 
 class TensorInfo(NamedTuple):
@@ -94,6 +103,20 @@ def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tup
     return {name: tensors[name] for name in header.tensors}, header.metadata
 
 
+def map_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_safetensors`, but the tensors lie on the memory-mapped file and must not be changed."""
+    header = check_safetensors(path, error)
+    if not header.tensors:
+        return {}, header.metadata
+    file, offset = MappedFile(path), header.body_start
+    tensors = {}
+    for name, (spelling, shape) in header.tensors.items():  # in the order of the body, which has no gaps
+        dtype = _DTYPE[spelling]
+        tensors[name] = file.tensor(offset, dtype, shape)
+        offset += math.prod(shape) * dtype.itemsize
+    return tensors, header.metadata
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically; the same content always gives the same bytes.
 
@@ -157,6 +180,7 @@ _DTYPES = (
     ("U64", torch.uint64),
 )
 _SPELLING = {dtype: spelling for spelling, dtype in _DTYPES}
+_DTYPE = dict(_DTYPES)
 _SIZE = {spelling: dtype.itemsize for spelling, dtype in _DTYPES}
 _ORDER = {dtype: place for place, (_, dtype) in enumerate(_DTYPES)}
 

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lorasmith.adapters.algorithms import size_of, words_of
+from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
-from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, kronecker_shapes, rank_of
+from lorasmith.formats.names.prefixes import component_of
+from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
+from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped
 from lorasmith.formats.quality.faults import findings_of
 from lorasmith.formats.quality.norms import squared_change
+from lorasmith.formats.scales import rank_of
 
 __all__ = ["LoraSummary", "describe"]
 
@@ -95,7 +99,7 @@ def describe(path: Path) -> LoraSummary:
         size_bytes=sum(file.stat().st_size for file in files),
         layouts={name: count for name, layout in LAYOUTS.items() if (count := layout.detects(tensors))},
         family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}),
-        components=_counted(_component(base) for base in groups),
+        components=_counted(component_of(base) for base in groups),
         layers=_counted(kind_of(base) for base in groups),
         algorithms=_counted(module.adapter.algorithm if module.adapter else "difference" for module in whole.values()),
         magnitudes=_counted(
@@ -104,12 +108,8 @@ def describe(path: Path) -> LoraSummary:
             if "dora_scale" in one.tensors
         ),
         ranks=_counted(rank for weights in adapters.values() if (rank := rank_of(weights)) is not None),
-        factors=_counted(
-            max(*kronecker_shapes(one.tensors)[0]) for one in adapters.values() if one.algorithm == "lokr"
-        ),
-        block_sizes=_counted(
-            one.tensors["oft_blocks"].shape[-1] for one in adapters.values() if one.algorithm in ("oft", "boft")
-        ),
+        factors=_sizes("factor", adapters.values()),
+        block_sizes=_sizes("block size", adapters.values()),
         alphas=_counted(weights.alpha for weights in adapters.values()),
         tensors=len(tensors),
         parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")),
@@ -132,10 +132,11 @@ def _counted(values: Iterable[T]) -> dict[T, int]:
     return dict(collections.Counter(values).most_common())
 
 
-def _component(base: str) -> str:
-    """Where a base belongs; in a PEFT folder the subfolder says it."""
-    folder, slash, _ = base.partition("/")
-    return folder if slash else component_of(base)
+def _sizes(meaning: str, adapters: Iterable[AdapterWeights]) -> dict[int, int]:
+    """How often each number occurs that was given as `rank` and means this."""
+    return _counted(
+        size for one in adapters if words_of(one.algorithm).rank_meaning == meaning and (size := size_of(one))
+    )
 
 
 def _hashes(file: Path) -> dict[str, str]:
@@ -148,6 +149,6 @@ def _block_norms(modules: Mapping[str, ModuleTensors]) -> dict[str, float]:
     for base, module in modules.items():
         change = squared_change(module)
         if change is not None:
-            name = ".".join(part for part in (_component(base), block_of(base)) if part)
+            name = ".".join(part for part in (component_of(base), block_of(base)) if part)
             squares[name] = squares.get(name, 0.0) + change
     return {name: math.sqrt(square) for name, square in squares.items()}

@@ -17,17 +17,18 @@ from torch import Tensor
 
 # The layouts register themselves when they are imported, and are asked in this order.
 from lorasmith.formats.layouts import kohya, comfy, diffusers, peft  # isort: skip  # noqa: F401
-from lorasmith.core.adapter_state import AdapterState, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import write_atomic
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
-from lorasmith.formats.layouts.peft import PEFT_CONFIG, PEFT_PREFIX
+from lorasmith.formats.layouts.peft import PEFT_CONFIG
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, header_fields
 from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import component_of, guessed_family
+from lorasmith.formats.names.prefixes import PEFT, component_of
+from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.formats.names.spelling import UNREADABLE, grouped
 from lorasmith.formats.quality.portable import made_portable
 
@@ -207,28 +208,22 @@ def _tensors_in_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     fields: dict[str, Any] = {}
-    for folder, prefix in _SUBFOLDERS.items():
-        file = next((path / folder / name for name in _FILES_IN_FOLDERS if (path / folder / name).is_file()), None)
+    for folder in (path, *sorted(one for one in path.iterdir() if one.is_dir())):
+        file = next((folder / name for name in _FILES_IN_FOLDERS if (folder / name).is_file()), None)
         if file is None:
             continue
+        prefix = f"{folder.name}/" if folder.name.startswith("text_encoder") and folder != path else ""
         found, header = read_safetensors(file)
         tensors |= {prefix + key: tensor for key, tensor in found.items()}
         metadata = header | metadata
-        if (config := path / folder / PEFT_CONFIG).is_file():
-            fields |= header_fields(config.read_text("utf-8", "replace"), prefix + PEFT_PREFIX)
+        if (config := folder / PEFT_CONFIG).is_file():
+            fields |= header_fields(config.read_text("utf-8", "replace"), prefix + PEFT)
     if not tensors:
         raise LoraError(f"{path} must hold {' or '.join(_FILES_IN_FOLDERS)}; name the LoRA file itself")
     return tensors, metadata | ({ADAPTER_METADATA: json.dumps(fields)} if fields else {})
 
 
 _FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-# Where the denoiser's adapter stands, and those of text encoders, with what is put before the keys.
-_SUBFOLDERS = {
-    "": "",
-    "unet": "",
-    "transformer": "",
-    **{encoder: f"{encoder}/" for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3")},
-}
 
 # A LoRA of a related model has many module names, and some shapes, in common with this one. Input and output
 # convolutions may differ between versions of one model, so that a few misfits are no proof.
@@ -246,10 +241,10 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
             f"{path} {looks}, and none of its {len(groups)} modules fits the loaded {names.family} model; "
             "load the model that it was trained on"
         )
-    bases = [base for base in grouped(state.unknown) if component_of(base) == "denoiser"]
+    bases = [base for base in grouped(state.unknown) if component_of(base) == DENOISER]
     known = {base for _, layout in LAYOUTS.items() for base in layout.bases(names)}
     misfits = [base for base in bases if base in known]
-    if len(misfits) > _MISFIT_LIMIT * sum(component_of(base) == "denoiser" for base in groups):
+    if len(misfits) > _MISFIT_LIMIT * sum(component_of(base) == DENOISER for base in groups):
         raise LoraError(
             f"{path} {looks}: {len(misfits)} of its {len(groups)} modules, such as {misfits[0]}, have another shape "
             f"than in the loaded {names.family} model; load the model that it was trained on"

@@ -40,8 +40,7 @@ _LORA_NAME = Input("lora_name", "COMBO", options=lambda folders: folders.files("
 def load_checkpoint(context: NodeContext, *, ckpt_name: str) -> tuple[Denoiser, TextEncoder, Autoencoder]:
     """Load a model.
 
-    It is kept in fp32 in host memory: one model serves training in any dtype and sampling in full precision, and both
-    place converted copies where they run. Executors keep the result while graphs go on using it.
+    Its weights stay on the memory-mapped file: training and sampling place copies where they run, in their own dtype.
     """
     model = load_model(context.folders.find("checkpoints", ckpt_name))
     return model.denoiser, model.text_encoder, model.autoencoder

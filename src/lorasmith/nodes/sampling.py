@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import CancelledError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import best_device, held
+from lorasmith.core.placement import best_device, held, sampling_dtype
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser
@@ -98,7 +98,7 @@ def ksampler(
     latents = _model_latents(latent_image, components.latent)
     sigmas = sigmas_for(components.schedule, scheduler, steps, denoise=denoise, sampler=sampler_name)
     device = best_device()
-    dtype = next(model.module.parameters()).dtype
+    dtype = sampling_dtype(model.module, device)
     try:
         # Placed first and patched then, so that adapters beside the weights are where the weights are.
         with held(model.module, device=device, dtype=dtype), model.active():

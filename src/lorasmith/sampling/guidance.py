@@ -47,7 +47,7 @@ def guided(
         shapes = frozenset((key, tensor.shape[1:]) for key, tensor in conditioning.tensors.items())
         groups.setdefault(shapes, []).append((weight, _repeated(conditioning, batch)))
     forwards = [
-        ([weight for weight, _ in group], collate([conditioning for _, conditioning in group]))
+        ([weight for weight, _ in group], collate([conditioning for _, conditioning in group], repeatable=False))
         for group in groups.values()
     ]
 
@@ -76,8 +76,9 @@ def _shares(side: str, conditionings: Sequence[Conditioning], weight: float) -> 
 
 def _repeated(conditioning: Conditioning, batch: int) -> Conditioning:
     """`conditioning` for exactly `batch` latents: repeated in order, surplus left out."""
-    tensors = {
-        key: tensor.repeat(math.ceil(batch / len(tensor)), *(1,) * (tensor.ndim - 1))[:batch]
-        for key, tensor in conditioning.tensors.items()
-    }
-    return Conditioning(tensors, conditioning.text)
+
+    def repeated(tensor: Tensor) -> Tensor:
+        return tensor.repeat(math.ceil(batch / len(tensor)), *(1,) * (tensor.ndim - 1))[:batch]
+
+    tensors = {key: repeated(tensor) for key, tensor in conditioning.tensors.items()}
+    return Conditioning(tensors, conditioning.text, None if conditioning.mask is None else repeated(conditioning.mask))

@@ -7,19 +7,16 @@ OFT, BOFT and GLoRA transform W itself, so that their change takes the weight. T
 
 from __future__ import annotations
 
-import collections
 import copy
-import math
-from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS
+from lorasmith.adapters.algorithms import format_of
 from lorasmith.adapters.inject import load_adapters
-from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
-from lorasmith.formats.names.spelling import ModuleTensors, kronecker_shapes, multiplied, scale_of, without_core
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.formats.names.spelling import ModuleTensors, without_core
+from lorasmith.formats.scales import scale_of
 from lorasmith.toolbox.lowrank import Change, Truncated, stacked
 
 __all__ = [
@@ -28,53 +25,33 @@ __all__ = [
     "as_lora",
     "factors_of",
     "is_additive",
+    "is_low_rank",
     "is_plain_lora",
     "layer_like",
     "merged_weight",
-    "scaled_by",
-    "title_of",
     "weight_shape",
-    "with_one_alpha",
 ]
 
 
-def title_of(weights: AdapterWeights) -> str:
-    """What people call an adapter's algorithm; a LoRA with magnitudes is a DoRA."""
-    name = ADAPTERS.canonical(weights.algorithm) if weights.algorithm in ADAPTERS else weights.algorithm
-    if "dora_scale" in weights.tensors:
-        return "DoRA" if weights.algorithm == "lora" else f"{name} with DoRA"
-    return name
+def is_low_rank(weights: AdapterWeights) -> bool:
+    """Whether the change is scale · up · down, with or without magnitudes."""
+    return format_of(weights).is_low_rank
 
 
 def is_plain_lora(weights: AdapterWeights) -> bool:
     """Whether the change is scale · up · down and nothing else."""
-    return weights.algorithm == "lora" and "dora_scale" not in weights.tensors
+    return is_low_rank(weights) and "dora_scale" not in weights.tensors
 
 
 def is_additive(weights: AdapterWeights) -> bool:
     """Whether the change is the same for every weight."""
-    return weights.algorithm in _ADDITIVE and "dora_scale" not in weights.tensors
+    return format_of(weights).is_additive and "dora_scale" not in weights.tensors
 
 
 def factors_of(weights: AdapterWeights) -> Change:
     """up · down of a LoRA, unscaled, in fp32; a Tucker core is multiplied in, magnitudes are left out."""
     tensors = without_core(weights).tensors
     return Change((tensors["up"].float().flatten(1), tensors["down"].float().flatten(1)))
-
-
-def scaled_by(weights: AdapterWeights, factor: float) -> AdapterWeights:
-    """A LoRA with a factor multiplied into its matrices and a scale of 1.
-
-    The down matrix gets a power of two near the factor's root and the up matrix the rest: all of a small factor on one
-    side would push fp16 values below what fp16 can hold.
-    """
-    share = 2.0 ** round(math.log2(abs(factor)) / 2) if factor else 1.0
-    tensors = {
-        **weights.tensors,
-        "down": multiplied(weights.tensors["down"], share),
-        "up": multiplied(weights.tensors["up"], factor / share),
-    }
-    return replace(weights, tensors=tensors, alpha=float(tensors["down"].shape[0]))
 
 
 def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Change:
@@ -86,7 +63,7 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Cha
     """
     changes = []
     if (weights := module.adapter) is not None:
-        if weights.algorithm == "lora":
+        if is_low_rank(weights):
             changes.append(factors_of(weights).times(scale_of(weights)))
         else:
             empty = torch.zeros(shape or weight_shape(weights))
@@ -105,24 +82,6 @@ def as_lora(cut: Truncated, shape: tuple[int, ...], alpha: float) -> AdapterWeig
         "up": cut.up.reshape(-1, cut.rank, *point).contiguous(),
     }
     return AdapterWeights("lora", tensors, alpha)
-
-
-def with_one_alpha(adapters: Mapping[ModuleRef, AdapterWeights]) -> dict[ModuleRef, AdapterWeights]:
-    """Adapters whose LoRAs all have the alpha that is most frequent among them, with their changes as they were.
-
-    diffusers needs that: of a UNet's LoRA in kohya's layout it takes one alpha for all attention layers.
-    """
-    loras = {ref: weights for ref, weights in adapters.items() if weights.algorithm == "lora"}
-    alphas = {ref: scale_of(weights) * weights.tensors["down"].shape[0] for ref, weights in loras.items()}
-    counts = collections.Counter(alphas.values())
-    common = max(counts, key=lambda alpha: (counts[alpha], alpha), default=0.0)
-    result = dict(adapters)
-    for ref, alpha in alphas.items():
-        if common and alpha != common:
-            tensors = loras[ref].tensors
-            up = multiplied(tensors["up"], alpha / common)
-            result[ref] = AdapterWeights("lora", {**tensors, "up": up}, common)
-    return result
 
 
 def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, strength: float) -> Tensor:
@@ -164,21 +123,7 @@ def layer_like(module: nn.Module | None, weight: Tensor) -> nn.Module:
 
 def weight_shape(weights: AdapterWeights) -> tuple[int, ...]:
     """Shape of the weight that an additive adapter is for, as far as its tensors tell: kernels may be flattened."""
-    tensors = weights.tensors
-    match weights.algorithm:
-        case "lora":
-            kernel = tensors["mid" if "mid" in tensors else "down"].shape[2:]
-            return tensors["up"].shape[0], tensors["down"].shape[1], *kernel
-        case "loha":
-            a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
-            tucker = tensors.get("hada_t1")
-            return (a.shape[0], b.shape[1]) if tucker is None else (a.shape[1], b.shape[1], *tucker.shape[2:])
-        case "lokr":
-            (outer, inner), second = kronecker_shapes(tensors)
-            return outer * second[0], inner * second[1], *second[2:]
-        case _:
-            return tuple(next(iter(tensors.values())).shape)
+    return format_of(weights).shape_of(weights)
 
 
-_ADDITIVE = frozenset({"lora", "loha", "lokr", "full"})
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -17,16 +17,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
+from lorasmith.families.files.diffusers_folder import weight_files
 from lorasmith.families.loading import built_in_models
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.recognise import block_of
-from lorasmith.formats.names.spelling import ModuleTensors, grouped, rank_of
-from lorasmith.toolbox.changes import added_by, is_additive, layer_like, merged_weight, title_of
+from lorasmith.formats.names.spelling import ModuleTensors, grouped
+from lorasmith.formats.scales import rank_of
+from lorasmith.toolbox.changes import added_by, is_additive, layer_like, merged_weight
 from lorasmith.toolbox.lora_files import LoraFile, read_together
 from lorasmith.toolbox.lowrank import Change, stacked
-from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model, weight_files
+from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model
 
 __all__ = ["Comparison", "Pair", "compare"]
 

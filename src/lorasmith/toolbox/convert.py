@@ -92,7 +92,8 @@ def convert_lora(
     layout = layout_for(to, names)
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
-    said = sentences(losses)
+    found = shortfalls(state, layout, names, is_portable=is_portable)
+    said = [*sentences(losses), *(one.sentence for one in found if one.program == layout.title)]
     if strangers := unapplied(state):
         first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
         said.append(f"{first}: the model has no place for it")

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.adapter import is_targetable
+from lorasmith.adapters.frozen_layer import is_targetable
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.formats.names.fusing import fused_rows, split
 from lorasmith.formats.names.model_names import OriginalName
-from lorasmith.toolbox.changes import as_lora, with_one_alpha
+from lorasmith.formats.scales import with_one_alpha
+from lorasmith.toolbox.changes import as_lora
 from lorasmith.toolbox.lowrank import Change, share
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.resize import check_bounds
@@ -137,7 +138,7 @@ def _groups(base: ModelFiles, tuned: ModelFiles) -> dict[str, list[tuple[Paramet
         if ref.component == DENOISER:
             place = base.names.denoiser[ref.path]
             groups.setdefault(place.path, []).append((weight, place))
-        elif ref.path in base.names.text_encoders.get(ref.component, ()):
+        elif ref.path in base.names.paths(ref.component):
             groups[f"{ref.component}.{ref.path}"] = [(weight, OriginalName(ref.path))]
     return groups
 
@@ -185,11 +186,7 @@ def _rest(
             continue
         ref = parameter.module
         tally.total += square
-        if (
-            taken
-            and difference.ndim == 1
-            and (ref.component == DENOISER or ref.path in base.names.text_encoders[ref.component])
-        ):
+        if taken and difference.ndim == 1 and ref.path in base.names.paths(ref.component):
             found.setdefault(ref, {})[parameter.name] = difference
             tally.kept += square
         else:

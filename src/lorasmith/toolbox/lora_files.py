@@ -23,18 +23,20 @@ from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
 from lorasmith.formats.lora_file import load_lora, read_lora_tensors, save_lora
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import component_of, guessed_family
+from lorasmith.formats.names.prefixes import component_of, without_prefix
+from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.formats.names.spelling import (
     KOHYA,
     PEFT,
+    XLABS,
     ModuleTensors,
     assembled,
     grouped,
-    scale_of,
     spelled,
     without_core,
 )
-from lorasmith.toolbox.changes import is_plain_lora, scaled_by, with_one_alpha
+from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
+from lorasmith.toolbox.changes import is_plain_lora
 from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import rank_entries
 
@@ -206,7 +208,7 @@ def refuse_folder(file: LoraFile) -> None:
             f"{file.path} is in {LAYOUTS[file.layout].title}'s layout, which is a folder and not a file; convert it "
             "first with `lorasmith convert`"
         )
-    if any(_READ_ONLY.search(base) for base in file.bases.values()):
+    if any(re.fullmatch(XLABS, base) for base in file.bases.values()):
         raise LoraError(
             f"{file.path} has the names of XLabs' trainer, which are read and not written; convert it first with "
             "`lorasmith convert`"
@@ -238,15 +240,6 @@ def flat_shapes(names: ModelNames) -> dict[ModuleRef, tuple[int, ...]]:
     }
 
 
-_PREFIX = re.compile(
-    r"lora_unet_|lora_transformer_|lycoris_|oft_unet_|lora_te\d?_|(model\.)?diffusion_model\.|(\w+/)?base_model\.model\.|"
-    r"unet\.|transformer\.|text_encoder(_\d)?\.|text_encoders\.\w+\.transformer\."
-)
-
-
-_READ_ONLY = re.compile(r"\.processor\.(qkv|proj)_lora[12]?$")
-
-
 def _without_processor(base: str) -> str:
     """A path without the part that diffusers' attention processors added to it, back when they held LoRAs."""
     return base.replace(".processor.to_out", ".to_out.0").replace(".processor.to_", ".to_")
@@ -254,9 +247,8 @@ def _without_processor(base: str) -> str:
 
 def _flat(base: str) -> ModuleRef:
     """A module as a file spells it, less what differs between layouts that use the same paths."""
-    path = _PREFIX.sub("", _without_processor(base), count=1).replace(".", "_")
-    folder, slash, _ = base.partition("/")
-    return ModuleRef(folder if slash else component_of(base), path.removeprefix("text_model_"))
+    path = without_prefix(_without_processor(base)).replace(".", "_")
+    return ModuleRef(component_of(base), path.removeprefix("text_model_"))
 
 
 def _spelled_alike(first: LoraFile, other: LoraFile) -> bool:

@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import title_of
+from lorasmith.core.adapter_format import multiplied
 from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
-from lorasmith.formats.names.spelling import ModuleTensors, multiplied, rank_of, scale_of, without_core
+from lorasmith.formats.names.spelling import ModuleTensors, without_core
+from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.toolbox.changes import (
     added,
     added_by,
@@ -26,8 +29,6 @@ from lorasmith.toolbox.changes import (
     is_plain_lora,
     layer_like,
     merged_weight,
-    scaled_by,
-    title_of,
     weight_shape,
 )
 from lorasmith.toolbox.lora_files import LoraFile, read_together, save_alike

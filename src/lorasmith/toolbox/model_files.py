@@ -8,7 +8,6 @@ parameter says which tensor it was, and which of its rows. Nothing of a model's 
 from __future__ import annotations
 
 import bisect
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,15 +22,16 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed
-from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.diffusers_folder import read_json, weight_files
 from lorasmith.families.files.fp8 import scale_name
 from lorasmith.families.files.gguf import is_gguf
-from lorasmith.families.loading import built_in_models, recognise
+from lorasmith.families.loading import built_in_models, family_of, model_of_checkpoint
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.model_names import ModelNames
 
-__all__ = ["ModelFiles", "Parameter", "Place", "open_model", "weight_files"]
+__all__ = ["ModelFiles", "Parameter", "Place", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,8 @@ class ModelFiles:
     def parameterization(self) -> str:
         """`epsilon`, `v` or `flow`: what the model predicts."""
         if self.path.is_file():
-            return self.family.from_original(_SmallTensors(self.path), torch.float32).parameterization
-        config = _json(self.path / "scheduler" / "scheduler_config.json")
-        if "FlowMatch" in config.get("_class_name", ""):
-            return "flow"
-        return "v" if config.get("prediction_type") == "v_prediction" else "epsilon"
+            return self.family.diffusion(OriginalCheckpoint(self.path)).parameterization
+        return self.family.diffusion_of_folder(self.path).parameterization
 
     def files(self) -> set[Path]:
         """The files in which the parameters lie."""
@@ -139,24 +136,12 @@ class _RowNumbers(OriginalCheckpoint):
             self.starts.append(rows)
             rows += shape[0] if shape else 1
 
-    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+    def load(self, prefix: str) -> dict[str, Tensor | Packed]:
         return {
             name.removeprefix(prefix): _row_numbers(shape, start)
             for (name, shape), start in zip(self.shapes.items(), self.starts, strict=True)
             if name.startswith(prefix)
         }
-
-
-class _SmallTensors(OriginalCheckpoint):
-    """A checkpoint that has its vectors and scalars alone, by which families tell how a model predicts."""
-
-    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
-        with safe_open(self.path, framework="pt") as file:
-            return {
-                name.removeprefix(prefix): file.get_tensor(name).float() if len(shape) < 2 else _row_numbers(shape, 0)
-                for name, shape in self.shapes.items()
-                if name.startswith(prefix)
-            }
 
 
 def _row_numbers(shape: tuple[int, ...], start: int) -> Tensor:
@@ -169,9 +154,8 @@ def _row_numbers(shape: tuple[int, ...], start: int) -> Tensor:
 
 def _single_file(path: Path) -> ModelFiles:
     checkpoint = _RowNumbers(path)
-    family = recognise(checkpoint)
-    components = family.from_original(checkpoint, torch.float32)
-    parts = {DENOISER: components.denoiser, **components.text_encoders}
+    model = model_of_checkpoint(checkpoint)
+    parts = {DENOISER: model.components.denoiser, **model.components.text_encoders}
     tensors = list(checkpoint.shapes)
     places = {}
     for parameter, numbers in _parameters(parts):
@@ -185,8 +169,8 @@ def _single_file(path: Path) -> ModelFiles:
         places[parameter] = Place(path, tensors[index], _compact(rows, shape), tuple(numbers.shape))
     return ModelFiles(
         path=path,
-        family=family,
-        names=family.names(components.denoiser, components.text_encoders),
+        family=model.family,
+        names=model.names,
         modules=_modules(parts),
         places=places,
     )
@@ -201,17 +185,9 @@ def _compact(rows: Tensor, shape: tuple[int, ...]) -> slice | Tensor | None:
 
 
 def _folder(folder: Path) -> ModelFiles:
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(
-            f"{folder} is no diffusers model (it has no model_index.json); "
-            "give the folder that holds it, or a .safetensors file"
-        )
+    family = family_of(folder)
     try:
-        family = next((one for _, one in FAMILIES.items() if one.recognises_folder(folder)), None)
-        if family is None:
-            titles = ", ".join(one.title for _, one in FAMILIES.items())
-            raise ModelError(f"{folder} is a diffusers model of an architecture not known here; known are {titles}")
-        folders = _components(folder)
+        folders = _components(folder, family)
         found = {part: _without_weights(folder / name) for part, name in folders.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder} cannot be read as a diffusers model: {error}; get it again") from error
@@ -229,7 +205,7 @@ def _folder(folder: Path) -> ModelFiles:
             path = parameter.module.path
             if f"{path}.{parameter.name}" in held:
                 places[parameter] = Place(*held[f"{path}.{parameter.name}"], None, tuple(tensor.shape))
-            elif part == DENOISER or path in names.text_encoders[part]:  # others may be tied to one that is there
+            elif part == DENOISER or path in names.paths(part):  # others may be tied to one that is there
                 raise ModelError(
                     f"the weights in {folder / folders[part]} lack {path}.{parameter.name}; "
                     "they are incomplete, so get them again"
@@ -237,24 +213,12 @@ def _folder(folder: Path) -> ModelFiles:
     return ModelFiles(folder, family, names, _modules(parts), places)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weights of one part of a diffusers folder: one file, or the shards that its index lists."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-    raise ModelError(f"{folder} must hold its weights as safetensors and does not; get that version of the model")
-
-
-def _components(folder: Path) -> dict[str, str]:
+def _components(folder: Path, family: Family) -> dict[str, str]:
     """The parts of a diffusers folder that LoRAs are for: component → subfolder."""
-    denoiser = next((name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()), None)
-    if denoiser is None:
-        raise ModelError(f"{folder} must hold a folder unet or transformer but does not; it is incomplete")
-    encoders = (f"text_encoder{number}" for number in ("", "_2", "_3"))
-    return {DENOISER: denoiser, **{name: name for name in encoders if (folder / name / "config.json").is_file()}}
+    if not (folder / family.denoiser_folder / "config.json").is_file():
+        raise ModelError(f"{folder} must hold a folder {family.denoiser_folder} but does not; it is incomplete")
+    encoders = sorted(path.parent.name for path in folder.glob("text_encoder*/config.json"))
+    return {DENOISER: family.denoiser_folder, **{name: name for name in encoders}}
 
 
 def _without_weights(folder: Path) -> nn.Module:
@@ -263,7 +227,7 @@ def _without_weights(folder: Path) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     with init_empty_weights():
         if "_class_name" in config:
             kind = getattr(diffusers, config["_class_name"])
@@ -294,7 +258,3 @@ def _written(part: str, path: str) -> str:
     """A path as files spell it: in CLIP's text encoders behind `text_model.`, which transformers 5.6 dropped."""
     as_it_is = part == DENOISER or path.startswith(("text_model.", "encoder.block."))  # T5's blocks have no prefix
     return path if as_it_is else f"text_model.{path}"
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

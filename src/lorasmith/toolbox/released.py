@@ -6,9 +6,7 @@ no memory for weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 from lorasmith.families import loading  # noqa: F401  registers the families
 from lorasmith.families.base import FAMILIES
@@ -27,24 +25,11 @@ def released_names(title: str) -> ModelNames | None:
     Returns:
         None for families that are not known here.
     """
-    found = next(((name, family) for name, family in FAMILIES.items() if family.title == title), None)
-    if found is None or found[0] not in _RELEASED:
+    family = next((one for _, one in FAMILIES.items() if one.title == title), None)
+    if family is None or family.released is None:
         return None
-    import diffusers
     from accelerate import init_empty_weights
 
-    name, family = found
-    kind, settings = _RELEASED[name]
     with init_empty_weights():
-        denoiser = getattr(diffusers, kind)(**settings)
+        denoiser = family.denoiser_class()(**family.released)
     return family.names(denoiser, {})
-
-
-_UNET = {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}
-_HEADS = {"attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-_RELEASED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "sd1": ("UNet2DConditionModel", {**_UNET, "cross_attention_dim": 768}),
-    "sd2": ("UNet2DConditionModel", {**_UNET, **_HEADS, "cross_attention_dim": 1024}),
-    "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-}
-"""Family → class in diffusers and its settings. Families know the paths of the released text encoders by themselves."""

@@ -19,23 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import ModuleTensors, grouped, scale_of
-from lorasmith.toolbox.changes import (
-    added_by,
-    as_lora,
-    factors_of,
-    is_additive,
-    scaled_by,
-    title_of,
-    weight_shape,
-    with_one_alpha,
-)
+from lorasmith.formats.names.spelling import ModuleTensors, grouped
+from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
+from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, weight_shape
 from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
 from lorasmith.toolbox.lowrank import share
 from lorasmith.toolbox.released import released_names
@@ -159,7 +152,7 @@ def _has_full_difference(module: ModuleTensors) -> bool:
 
 def _refuse_unsuitable(file: LoraFile, ref: ModuleRef, module: ModuleTensors) -> None:
     weights = module.adapter
-    if weights is not None and weights.algorithm != "lora" and not is_additive(weights):
+    if weights is not None and not is_low_rank(weights) and not is_additive(weights):
         raise LoraError(
             f"{file.path} changes {file.bases[ref]} by {title_of(weights)}, which has no rank to choose; merge it into "
             "its model with `lorasmith merge --into`, and extract a LoRA from the result"
@@ -176,7 +169,7 @@ def _smaller(
 ) -> tuple[AdapterWeights, Resized]:
     """A module's LoRA of a smaller rank, and what became of it."""
     weights, name = module.adapter, file.bases[ref]
-    if weights is None or weights.algorithm != "lora" or _has_full_difference(module):
+    if weights is None or not is_low_rank(weights) or _has_full_difference(module):
         change = added_by(module, shape)
         cut = change.truncated(rank=rank, energy=energy, key=name)
         title = "full difference" if weights is None else title_of(weights)
@@ -219,7 +212,7 @@ def _replace(
 
 def _known_shapes(file: LoraFile, names: ModelNames | None) -> dict[ModuleRef, tuple[int, ...]]:
     """Shapes of weights whose kernels a file does not tell, from its model or the released one of its family."""
-    flattened = {ref: m.adapter for ref, m in file.modules.items() if m.adapter and m.adapter.algorithm != "lora"}
+    flattened = {ref: m.adapter for ref, m in file.modules.items() if m.adapter and not is_low_rank(m.adapter)}
     if not flattened:
         return {}
     names = names or released_names(file.family or "")
@@ -242,7 +235,7 @@ def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[Module
     unknown = [
         ref
         for ref, m in file.modules.items()
-        if m.adapter and m.adapter.algorithm != "lora" and ref not in shapes and ref not in told
+        if m.adapter and not is_low_rank(m.adapter) and ref not in shapes and ref not in told
     ]
     if unknown:
         warnings.append(

@@ -19,7 +19,7 @@ from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
-from lorasmith.formats.names.spelling import rank_of
+from lorasmith.formats.scales import rank_of
 
 __all__ = ["HISTORY", "atomic_folder", "file_target", "free_target", "noted", "rank_entries", "rewritten"]
 

@@ -18,7 +18,9 @@ from lorasmith.core.random import keyed_normal, keyed_permutation
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule
 from lorasmith.diffusion.timesteps import QuantileMap, uniform_numbers
-from lorasmith.families.base import Conditioning, collate
+from lorasmith.families.base import Conditioning
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.runtime import Runtime
 
 __all__ = ["Batch", "BatchMaker", "no_masks", "prefetched"]
 
@@ -28,7 +30,7 @@ class Batch:
     """Samples that go through the denoiser together.
 
     Attributes:
-        clean, noise, noised: fp32 (batch, channels, height, width).
+        clean, noise, noised: fp32 (batch, channels, [frames,] height, width).
         level: their noise levels.
         conditioning: one batch.
         names: the samples' names.
@@ -63,42 +65,30 @@ class BatchMaker:
         samples: the dataset.
         schedule: the noise schedule in training.
         quantiles: where uniform numbers fall on it.
-        seed: key of everything drawn.
-        repeatable_context: whether captions of different length may share a forward pass; see `Family`.
-        batch_size: draws per forward pass.
-        accumulation: forward passes per step.
-        device, dtype: where the denoiser runs and the dtype of its conditioning.
+        join: makes one batch of several samples' conditionings; see `Family.join`.
         memory_format: of the tensors that go through the denoiser.
+        config, runtime: of the run.
         masks: dropout's masks for draws, by their index, one row each.
-        stratified: whether neighbouring draws spread over the noise levels.
-        noise_offset: strength of noise that is one value for each channel of a sample.
-        micro_batch: draws per forward pass if it is not batch_size: less, when memory ran out.
     """
 
     samples: Sequence[Sample]
     schedule: NoiseSchedule
     quantiles: QuantileMap
-    seed: int
-    repeatable_context: bool
-    batch_size: int
-    accumulation: int
-    device: torch.device
-    dtype: torch.dtype
+    join: Callable[[Sequence[Conditioning]], Conditioning]
     memory_format: torch.memory_format
+    config: ResolvedConfig
+    runtime: Runtime
     masks: Callable[[Sequence[int]], Tensor | None] = no_masks
-    stratified: bool = False
-    noise_offset: float = 0.0
-    micro_batch: int | None = None
 
     @property
     def per_step(self) -> int:
         """Draws per step."""
-        return self.batch_size * self.accumulation
+        return self.config.batch_size * self.config.grad_accumulation_steps
 
     def index(self, draw: int) -> int:
         """Index in the dataset of a global draw's sample."""
         epoch, position = divmod(draw, len(self.samples))
-        return keyed_permutation(len(self.samples), self.seed, "order", epoch)[position]
+        return keyed_permutation(len(self.samples), self.config.seed, "order", epoch)[position]
 
     def sample(self, draw: int) -> Sample:
         """The sample of a global draw index."""
@@ -107,7 +97,7 @@ class BatchMaker:
     def step(self, step: int) -> list[Batch]:
         """The batches of a step (counted from 0), one or more per micro-batch."""
         draws = range(step * self.per_step, (step + 1) * self.per_step)
-        size = self.micro_batch or self.batch_size
+        size = self.runtime.micro_batch
         batches = []
         for start in range(0, len(draws), size):
             groups: dict[object, list[int]] = {}
@@ -118,9 +108,9 @@ class BatchMaker:
         return batches
 
     def _kind(self, conditioning: Conditioning) -> object:
-        """What must agree between conditionings of a batch: tensors, shapes, the context's length if it matters."""
+        """What must agree between conditionings of a batch: tensors and shapes, but for the context's length."""
         return frozenset(
-            (key, tensor.shape[2:] if key == "context" and self.repeatable_context else tensor.shape)
+            (key, tensor.shape[2:] if key == "context" else tensor.shape)
             for key, tensor in conditioning.tensors.items()
         )
 
@@ -129,33 +119,34 @@ class BatchMaker:
         samples = [self.samples[index] for index in indices]
         clean = torch.stack([sample.latents for sample in samples])
         noise = torch.stack([self._noise(tuple(clean.shape[1:]), draw) for draw in draws])
-        uniform = uniform_numbers(draws, seed=self.seed, stratified=self.stratified)
+        uniform = uniform_numbers(draws, seed=self.config.seed, stratified=self.config.stratified)
         quantiles = self.quantiles(uniform, (clean.shape[-2], clean.shape[-1]))
         level = self.schedule.at(quantiles)
-        masks = self.masks(draws)
+        masks, device, dtype = self.masks(draws), self.runtime.device, self.runtime.dtype
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
             noised=self._placed(level.noised(clean, noise)),
-            level=level.to(self.device),
-            conditioning=collate([sample.conditioning for sample in samples]).to(self.device, self.dtype),
+            level=level.to(device),
+            conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
-            masks=None if masks is None else masks.to(self.device, self.dtype),
+            masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
             draws=tuple(draws),
             indices=tuple(indices),
             quantiles=tuple(quantiles.tolist()),
         )
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
-        noise = keyed_normal(shape, self.seed, "noise", draw)
-        if self.noise_offset:
-            noise += self.noise_offset * keyed_normal((shape[0], 1, 1), self.seed, "noise offset", draw)
+        noise = keyed_normal(shape, self.config.seed, "noise", draw)
+        if offset := self.config.noise_offset:
+            one_each = (shape[0], *(1,) * (len(shape) - 1))
+            noise += offset * keyed_normal(one_each, self.config.seed, "noise offset", draw)
         return noise
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
+        if self.runtime.device.type == "cuda":
             tensor = tensor.pin_memory()  # lets the copy run beside the device's work
-        return tensor.to(self.device, memory_format=self.memory_format, non_blocking=True)
+        return tensor.to(self.runtime.device, memory_format=self.memory_format, non_blocking=True)
 
 
 def prefetched(maker: BatchMaker, steps: range) -> Generator[tuple[int, list[Batch]]]:

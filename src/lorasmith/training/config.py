@@ -7,12 +7,23 @@ keeps its meaning.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.choices import (
+    ActivationPlan,
+    LossFunction,
+    LossWeighting,
+    Objective,
+    Quantization,
+    TimestepDistribution,
+)
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
+from lorasmith.training.optim.schedules import SCHEDULES
+from lorasmith.training.optim.update_rules import OPTIMIZERS
 
-__all__ = ["NONE_LORA", "OPTIMIZER_NAMES", "WATCHING", "TrainConfig", "unused_settings"]
+__all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "unused_settings"]
 
 NONE_LORA = "[None]"
 """What `existing_lora` says when there is none, as ComfyUI's list spells it."""
@@ -20,30 +31,14 @@ NONE_LORA = "[None]"
 _WHAT, _HOW, _MEMORY, _NUMBERS = "What is trained", "How it learns", "Memory", "Precision and repeatability"
 _SPEED = "Speed"
 _VARIANTS = "Variants of the algorithm"
-_WATCH, _KEEP = "Knowing whether it works", "Losing nothing"
+_WATCH, _KEEP = "Knowing whether it works", "Saving and recovery"
 _FACTORS = ", ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "factor")
-OPTIMIZER_NAMES = ("AdamW", "Adam", "SGD", "RMSprop", "AdamW8bit", "Adafactor", "Lion", "Prodigy", "ScheduleFree")
-"""Update rules by name; the first four are ComfyUI's."""
-
-WATCHING = frozenset(
-    {
-        "activations",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "keep_checkpoints",
-        "memory_budget",
-        "patience",
-        "previews",
-        "preview_every",
-        "preview_strengths",
-        "preview_steps",
-        "private",
-        "track",
-    }
-)
-"""Settings that change nothing in the numbers of a step: a run that differs in them alone can be continued."""
-
 _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "block size")
+
+
+def _needed_packages() -> str:
+    needing = {name: rule.package for name, rule in OPTIMIZERS.items() if rule.package}
+    return f"Packages to install first: {', '.join(f'{package} for {name}' for name, package in needing.items())}."
 
 
 def unused_settings(algorithm: str) -> frozenset[str]:
@@ -111,16 +106,14 @@ class TrainConfig:
         choices=ALGORITHMS,
         help="Kind of adapter. " + " ".join(f"{name}: {facts.summary}" for name, facts in ALGORITHMS.items()),
     )
-    differences: str = option(
+    differences: Literal["none", "norms", "biases", "norms+biases"] = option(
         "none",
-        choices=("none", "norms", "biases", "norms+biases"),
         group=_WHAT,
         help="Train what is added to norms and biases too: norms is all norms of the model, biases those of the target "
         "layers. ComfyUI and A1111 apply them; other programs leave them out or refuse the file.",
     )
-    zero_init: str = option(
+    zero_init: Literal["up", "down"] = option(
         "up",
-        choices=("up", "down"),
         group=_WHAT,
         help="Which of the two matrices starts at zero: up is the field's habit, down is ComfyUI's.",
     )
@@ -129,9 +122,8 @@ class TrainConfig:
         group=_WHAT,
         help="A LoRA file to go on from. Its layers keep their own algorithm, rank and alpha, and its steps count on.",
     )
-    dora: str = option(
+    dora: Literal["none", "input", "output"] = option(
         "none",
-        choices=("none", "input", "output"),
         group=_VARIANTS,
         help="DoRA: magnitude and direction of the weight are trained apart. input has a magnitude for each input, "
         "which ComfyUI and A1111 reproduce, output one for each output, as in the paper and PEFT.",
@@ -175,12 +167,10 @@ class TrainConfig:
     )
     optimizer: str = option(
         "AdamW",
-        choices=OPTIMIZER_NAMES,
+        choices=OPTIMIZERS,
         pattern=r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
         group=_HOW,
-        help="Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. AdamW8bit needs "
-        "torchao or bitsandbytes, Lion and Prodigy the packages lion-pytorch and prodigyopt, ScheduleFree the package "
-        "schedulefree.",
+        help=f"Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. {_needed_packages()}",
     )
     optimizer_args: str | None = option(
         None,
@@ -196,7 +186,7 @@ class TrainConfig:
     )
     schedule: str | None = option(
         None,
-        choices=("constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"),
+        choices=SCHEDULES,
         group=_HOW,
         help="How the learning rate goes down over the run, after the warm-up. Left out, a rate that you give is kept "
         "constant, and the model's own goes down linearly from twice its value.",
@@ -220,22 +210,17 @@ class TrainConfig:
     max_grad_norm: float = option(
         1.0, min=0.0, max=1e6, group=_HOW, help="Gradients longer than this are scaled down to it. 0 leaves them alone."
     )
-    loss_function: str = option(
-        "MSE",
-        choices=("MSE", "L1", "Huber", "SmoothL1"),
-        group=_HOW,
-        help="How the distance between prediction and target is measured.",
+    loss_function: LossFunction = option(
+        "MSE", group=_HOW, help="How the distance between prediction and target is measured."
     )
-    objective: str = option(
+    objective: Objective = option(
         "native",
-        choices=("native", "x0"),
         group=_HOW,
         help="What is compared: native is what the model predicts (noise, velocity or flow), x0 the clean picture, as "
         "ComfyUI's trainer does, which puts most of the weight on the noisiest timesteps.",
     )
-    timesteps: str | None = option(
+    timesteps: TimestepDistribution | None = option(
         None,
-        choices=("uniform", "logit_normal", "sigmoid", "shifted"),
         group=_HOW,
         help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid another name of "
         "logit_normal. Left out, it is the one that suits the model.",
@@ -254,9 +239,8 @@ class TrainConfig:
         help="Spread the noise levels of neighbouring draws evenly over the range, so that each batch covers it; the "
         "distribution stays the same and the gradient varies less.",
     )
-    loss_weighting: str = option(
+    loss_weighting: LossWeighting = option(
         "none",
-        choices=("none", "min_snr", "soft_min_snr"),
         group=_HOW,
         help="Weight of a noise level in the loss: min_snr keeps the clean end from counting more than min_snr_gamma, "
         "soft_min_snr does so smoothly.",
@@ -285,14 +269,13 @@ class TrainConfig:
         group=_NUMBERS,
         help="Decides initial weights, order, noise and timesteps: the same seed gives the same LoRA.",
     )
-    training_dtype: str = option(
+    training_dtype: Literal["auto", "bf16", "fp32", "none"] = option(
         "auto",
-        choices=("auto", "bf16", "fp32", "none"),
         group=_NUMBERS,
         help="Number format of the frozen weights and of the products. The trained weights are always updated in fp32. "
         "auto is bf16 where the device multiplies in it, else fp32; none keeps the format that the model is loaded in.",
     )
-    lora_dtype: str = option("bf16", choices=("bf16", "fp32"), group=_NUMBERS, help="Number format of the saved LoRA.")
+    lora_dtype: Literal["bf16", "fp32"] = option("bf16", group=_NUMBERS, help="Number format of the saved LoRA.")
     gradient_checkpointing: bool = option(
         False,
         group=_MEMORY,
@@ -305,10 +288,10 @@ class TrainConfig:
         group=_MEMORY,
         help="Size of the recomputed pieces: 1 is whole blocks (least memory), each step deeper is one level inside.",
     )
-    activations: str = option(
+    activations: ActivationPlan = option(
         "keep",
-        choices=("keep", "lean", "selective", "host", "auto"),
         group=_MEMORY,
+        changes_numbers=False,
         help="What becomes of activations until the backward pass: keep keeps them; lean makes cheap ones (norms, "
         "activation functions) again, which takes a fifth to two fifths off their memory; selective does so with "
         "the wide layers of feed-forward networks too; host moves them from the GPU to host memory; auto measures "
@@ -320,12 +303,12 @@ class TrainConfig:
         min=0.1,
         max=10_000.0,
         group=_MEMORY,
+        changes_numbers=False,
         help="Memory in GiB on the device that activations auto may plan with, weights included. Left out, it is what "
         "is free.",
     )
-    quantization: str = option(
+    quantization: Quantization = option(
         "none",
-        choices=("none", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e5m2_tensor", "int8", "nf4"),
         group=_MEMORY,
         help="Hold the frozen weights of Linear layers and convolutions in fewer bytes while training, and make each "
         "anew where it is used. Of their memory in bf16, fp8 and int8 save a half and nf4 (4 bits) 72 %; int8 changes "
@@ -380,12 +363,14 @@ class TrainConfig:
         min=0,
         max=1000,
         group=_WATCH,
+        changes_numbers=False,
         help="Stop after this many validations without an improvement. 0 never stops early; the best LoRA is kept "
         "either way.",
     )
     previews: str | None = option(
         None,
         group=_WATCH,
+        changes_numbers=False,
         help="Prompts that are drawn as training goes on, separated by |, with and without the LoRA.",
     )
     preview_every: int | None = option(
@@ -393,34 +378,48 @@ class TrainConfig:
         min=1,
         max=100_000,
         group=_WATCH,
+        changes_numbers=False,
         help="Steps between previews. Left out, a quarter of the run; there is always one at the end.",
     )
     preview_strengths: str = option(
-        "0.5,1", group=_WATCH, help="Strengths at which the finished LoRA is shown, separated by commas."
-    )
-    preview_steps: int = option(20, min=1, max=1000, group=_WATCH, help="Sampling steps of a preview.")
-    track: str = option(
-        "none",
-        choices=("none", "tensorboard", "wandb"),
+        "0.5,1",
         group=_WATCH,
+        changes_numbers=False,
+        help="Strengths at which the finished LoRA is shown, separated by commas.",
+    )
+    preview_steps: int = option(
+        20, min=1, max=1000, group=_WATCH, changes_numbers=False, help="Sampling steps of a preview."
+    )
+    track: Literal["none", "tensorboard", "wandb"] = option(
+        "none",
+        group=_WATCH,
+        changes_numbers=False,
         help="Send the numbers to TensorBoard (into the folder of the run) or to Weights & Biases, where installed.",
     )
-    checkpoint_every: int = option(
+    save_state_every: int = option(
         100,
         min=0,
         max=100_000,
         group=_KEEP,
-        help="Steps between checkpoints, from which a run that was killed goes on. 0 makes none by steps.",
+        changes_numbers=False,
+        help="Steps between saves of the run state, from which a run that was interrupted continues. 0 saves none by "
+        "steps.",
     )
-    checkpoint_minutes: float = option(
-        10.0, min=0.0, max=10_000.0, group=_KEEP, help="Minutes between checkpoints, whichever is first. 0 makes none."
+    save_state_minutes: float = option(
+        10.0,
+        min=0.0,
+        max=10_000.0,
+        group=_KEEP,
+        changes_numbers=False,
+        help="Minutes between saves of the run state, whichever is first. 0 saves none by time.",
     )
-    keep_checkpoints: int = option(
+    keep_states: int = option(
         2,
         min=1,
         max=1000,
         group=_KEEP,
-        help="Number of checkpoints kept; older ones are removed. The best stays.",
+        changes_numbers=False,
+        help="Number of run states that are kept; older ones are removed.",
     )
     max_rollbacks: int = option(
         3,
@@ -438,6 +437,7 @@ class TrainConfig:
     private: bool = option(
         False,
         group=_NUMBERS,
+        changes_numbers=False,
         help="Leave paths, prompts, captions and the workflow out of the LoRA's metadata. The folder of the run keeps "
         "them.",
     )
@@ -459,3 +459,23 @@ class TrainConfig:
                 raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
         if self.pissa and self.tucker:
             raise OptionError("pissa and tucker are two starts of a convolution, got both; leave one of them out")
+
+
+class ResolvedConfig(TrainConfig):
+    """Settings as a run uses them: those that may be left to model, algorithm and device are decided."""
+
+    learning_rate: float
+    alpha: float
+    targets: str
+    schedule: str
+    timesteps: TimestepDistribution
+    training_dtype: Literal["bf16", "fp32", "none"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert all(getattr(self, name) is not None for name in ResolvedConfig.__annotations__)
+
+    @classmethod
+    def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:
+        """The settings with those that are decided in place of what was left open."""
+        return cls(**{**vars(config), **decided})

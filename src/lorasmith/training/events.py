@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_origin, get_type_hints
+
+from lorasmith.core.choices import Activations
+from lorasmith.training.outcome import Outcome
 
 __all__ = [
-    "CheckpointSaved",
     "Event",
     "EventHandler",
     "Planned",
@@ -19,10 +23,12 @@ __all__ = [
     "RunFinished",
     "RunStarted",
     "Shrunk",
+    "StateSaved",
     "StepDone",
     "Validated",
     "Warned",
-    "as_json",
+    "decoded",
+    "encoded",
 ]
 
 
@@ -140,12 +146,12 @@ class Previewed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointSaved(Event):
+class StateSaved(Event):
     """The state of the run is on disk.
 
     Attributes:
         step: updates taken.
-        path: the checkpoint.
+        path: the file.
     """
 
     step: int
@@ -193,13 +199,13 @@ class Planned(Event):
     """How activations are kept was decided by a measurement.
 
     Attributes:
-        activations, checkpoint_depth: as in `Recipe`.
+        activations, checkpoint_depth: as in `Runtime`.
         needed_bytes: estimated peak of a step.
         budget_bytes: what it had to fit.
         message: all of it, in a sentence.
     """
 
-    activations: str
+    activations: Activations
     checkpoint_depth: int
     needed_bytes: int
     budget_bytes: int
@@ -219,16 +225,71 @@ class RunFinished(Event):
 
     Attributes:
         step: updates taken in this run.
-        reason: `finished`, `stopped` (early, by validation), `cancelled` or `failed`.
+        reason: why.
     """
 
     step: int
-    reason: str
+    reason: Outcome
 
 
 EventHandler = Callable[[Event], None]
 
 
-def as_json(event: Event) -> dict[str, Any]:
+def encoded(event: Event) -> str:
     """An event as a line of `events.jsonl`."""
-    return {"event": type(event).__name__, **dataclasses.asdict(event)}
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
+
+
+def decoded(line: str) -> Event:
+    """The event of a line; fields that later versions add are left out.
+
+    Raises:
+        ValueError: the line is cut short, of a kind that is not known, or its numbers cannot be what they say.
+    """
+    try:
+        found = json.loads(line)
+        name = found.pop("event")
+        kinds = _field_kinds(name)
+        fields: dict[str, Any] = {key: _value(found[key], kinds[key]) for key in found.keys() & kinds.keys()}
+        event = _KINDS[name](**fields)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
+    if not _plausible(event):
+        raise ValueError(f"an event must have a time, steps and draws that can be, got {line[:80]!r}")
+    return event
+
+
+_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+_DRAWS = ([int, float, float], [int, int, float], [int, float, int], [int, int, int])  # JSON has one kind of number
+_JSON_KINDS: dict[Any, Any] = {float: (int, float), int: int, bool: bool}
+_LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
+
+
+@functools.cache
+def _field_kinds(name: str) -> dict[str, Any]:
+    return get_type_hints(_KINDS[name])
+
+
+def _value(value: Any, hint: Any) -> object:
+    """A value of JSON as a field's type has it. Raises ValueError and TypeError if it is of another kind."""
+    if hint is Outcome:
+        return Outcome(value)
+    kinds = tuple if get_origin(hint) is tuple else _JSON_KINDS.get(hint, str)
+    if not isinstance(frozen := _frozen(value), kinds):
+        raise TypeError
+    return frozen
+
+
+def _frozen(value: object) -> object:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _plausible(event: Event) -> bool:
+    """Whether the numbers can be what they say; everything after relies on it."""
+    step = getattr(event, "step", 1)
+    draws = getattr(event, "draws", ())
+    return (
+        0 <= event.at < _LAST_SECOND
+        and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP
+        and all(isinstance(draw, tuple) and list(map(type, draw)) in _DRAWS for draw in draws)
+    )

@@ -25,15 +25,17 @@ from lorasmith.core.placement import best_device, product_dtype
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.schedules import check_schedule
 from lorasmith.training.optim.update_rules import default_rate, rule_of
+from lorasmith.training.runtime import Runtime
 from lorasmith.training.target_text import parse_targets, resolve_targets
 
-__all__ = ["Job", "fresh_differences", "plan_job", "variant_of"]
+__all__ = ["Job", "engine_of", "fresh_differences", "plan_job", "variant_of"]
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,27 @@ class Job:
     Attributes:
         config: with no setting left open.
         asked: as it was asked for, some settings open.
+        runtime: how it is carried out where it was planned for.
         adapters: what will be trained, by module path.
         denoiser: what it is trained on.
         differences: of norms and biases, trained along, by module path.
-        learning_rates: of the module paths where it is not the configuration's.
         carried: parts of a continued LoRA that are not trained and go into the result unchanged.
-        steps_before: steps that the continued LoRA had.
         notes: sentences that the person should read.
     """
 
-    config: TrainConfig
+    config: ResolvedConfig
     asked: TrainConfig
+    runtime: Runtime
     adapters: dict[str, Adapter]
     denoiser: Denoiser
     differences: dict[str, Difference] = field(default_factory=dict)
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
     carried: AdapterState = field(default_factory=AdapterState)
-    steps_before: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the LoRA that is continued."""
+        return self.runtime.first_step
 
     @property
     def parameters(self) -> int:
@@ -109,7 +114,8 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
     module = denoiser.module
     # What the weights are while training decides how a DoRA or PiSSA starts.
-    with merged_weights(module, [replace(patch, bypass=False) for patch in denoiser.patches], unpacking=True):
+    patches = [replace(patch, bypass=False) for patch in denoiser.patches]
+    with merged_weights(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | create_adapters(
             module,
             fresh,
@@ -131,12 +137,11 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     return Job(
         config,
         asked,
+        Runtime.of(config, denoiser.module, device, first_step=existing.steps, learning_rates=rates),
         adapters,
         denoiser,
         differences,
-        rates,
         existing.carried,
-        existing.steps,
         (
             *existing.note(len(fresh.adapters)),
             *_on_device(asked, device),
@@ -147,11 +152,16 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     )
 
 
-def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> TrainConfig:
+def engine_of(job: Job) -> Engine:
+    """An engine that trains a job's adapters."""
+    return Engine(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
+
+
+def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> ResolvedConfig:
     """The configuration with the model's and the algorithm's own values where it left them open."""
     defaults = denoiser.base.defaults
     alpha = variant_of(config).default_alpha(config.algorithm, config.rank) if config.alpha is None else config.alpha
-    return replace(
+    return ResolvedConfig.of(
         config,
         learning_rate=config.learning_rate
         or default_rate(config.optimizer)
@@ -201,9 +211,8 @@ def _learning_rates(
     return {path: _default_rate(denoiser, asked, one.algorithm) for path, one in existing.items()} | own
 
 
-def _distinct_rates(config: TrainConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
+def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
     """The rates that there will be, each of which is a group of the optimizer's."""
-    assert config.learning_rate is not None
     found = {rates.get(path, config.learning_rate) for path in adapters} or {config.learning_rate}
     return found | {rate * config.lora_plus_ratio for rate in found}
 

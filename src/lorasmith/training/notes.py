@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import OutputDora
 from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers

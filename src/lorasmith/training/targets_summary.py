@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.adapters.adapter import CONVOLUTIONS, is_targetable
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
 from lorasmith.adapters.inject import create_adapters
 from lorasmith.adapters.targets import Plan, PlannedAdapter
 from lorasmith.core.dtypes import dtype_from_name

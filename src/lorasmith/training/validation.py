@@ -18,7 +18,6 @@ from lorasmith.core.placement import memory_format_for
 from lorasmith.core.random import keyed_normal, keyed_uniform
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.families.base import collate
 from lorasmith.families.model import Denoiser
 
 __all__ = ["Validator"]
@@ -116,7 +115,8 @@ class Validator:
         clean, noise, noised = (
             tensor.to(self._device, memory_format=self._memory_format) for tensor in (clean, noise, noised)
         )
-        conditioning = collate([sample.conditioning for sample in samples]).to(self._device, self._dtype)
+        conditioning = self._denoiser.base.family.join([sample.conditioning for sample in samples])
+        conditioning = conditioning.to(self._device, self._dtype)
         return diffusion_loss(
             self._denoiser.predict(noised.to(self._dtype), level.time, conditioning),
             clean=clean,

@@ -1,4 +1,4 @@
-"""What happens between the steps of a run besides checkpoints: validations and previews."""
+"""What happens between the steps of a run besides saving its state: validations and previews."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Engine, Recipe
+from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
+from lorasmith.training.runtime import Runtime
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
 
@@ -32,8 +33,7 @@ class ValidationWatch(Watcher):
     Args:
         denoiser: what is trained.
         samples: the held-out ones.
-        recipe: of the run.
-        config: of the run.
+        config, runtime: of the run.
         on_best: called with the loop when the weights are the best so far.
 
     Attributes:
@@ -47,8 +47,8 @@ class ValidationWatch(Watcher):
         self,
         denoiser: Denoiser,
         samples: Sequence[Sample],
-        recipe: Recipe,
         config: TrainConfig,
+        runtime: Runtime,
         on_best: Callable[[Loop], None] = lambda loop: None,
     ) -> None:
         self.history: History | None = None
@@ -61,8 +61,8 @@ class ValidationWatch(Watcher):
             samples,
             draws=config.validation_draws,
             batch_size=max(config.batch_size, 4),
-            device=recipe.device,
-            dtype=recipe.dtype,
+            device=runtime.device,
+            dtype=runtime.dtype,
         )
 
     def begin(self, engine: Engine) -> None:
@@ -72,21 +72,22 @@ class ValidationWatch(Watcher):
     def due(self, loop: Loop) -> bool:
         return loop.step % self._every == 0 or loop.step == loop.steps
 
-    def __call__(self, loop: Loop) -> str | None:
+    def __call__(self, loop: Loop) -> None:
         assert self.history is not None
         with loop.engine.evaluating() as weights:
             try:
                 losses = self._losses()
             except TrainingError as error:  # broken weights: the next step will show it, and the loop go back
                 loop.tell(Warned(message=f"No validation at step {loop.step}: {error}."))
-                return None
+                return
             validated = self.history.add(loop.step, losses.tolist())
             if validated.best:
                 self.best = weights.to("cpu", copy=True)
         if validated.best:
             _spared(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
         loop.tell(validated)
-        return "stopped" if self.history.should_stop(self._patience) else None
+        if self.history.should_stop(self._patience):
+            loop.stop()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.history is None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from original_models import SMALLEST, save
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import held
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """All parameters, unpacked."""
     packed = {f"{path}.weight": one.weight() for path, one in packed_layers(model).items()}
-    return {name: packed.get(name, parameter.data) for name, parameter in model.named_parameters()}
+    return {name: packed.get(name, parameter.data).float() for name, parameter in model.named_parameters()}
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -118,7 +118,7 @@ def test_blocks_become_the_numbers_that_the_package_reads(tmp_path: Path, kind: 
     writer.close()
     file = GgufFile(tmp_path / "codes.gguf")
     assert file.shapes == {name: (32, 256)}
-    ((_, packed),) = file.read([name], torch.float32)
+    ((_, packed),) = file.read([name])
     assert not isinstance(packed, Tensor)
     torch.testing.assert_close(packed.weight(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 

@@ -125,7 +125,7 @@ def test_the_tokenizer_is_openais() -> None:
 
 def test_any_vocabulary_works() -> None:
     components = load_model(BUILT_IN).components
-    small, model = components.tokenizers["tokenizer"], components.text_encoders["text_encoder"]
+    small, model = components.tokenizers["text_encoder"], components.text_encoders["text_encoder"]
     context, pooled = encode_prompt("a red (circle:1.3) " * 30, small, model)
 
     chunk = tokenize_prompt("a red circle", small)[0]

@@ -112,7 +112,7 @@ def test_diffusers_applies_text_encoder_modules(tmp_path: Path, unet_names, make
                 odd if path.endswith(("0.self_attn.q_proj", "mlp.fc2")) else 2.0,
                 generator,
             )
-            for path in unet_names.text_encoders["text_encoder"]
+            for path in unet_names.paths("text_encoder")
         }
     )
     lora_file.save_lora(tmp_path / "x.safetensors", state, unet_names, layout=layout)

@@ -134,8 +134,8 @@ def draw_state(data, names, make_adapter, algorithms=ALGORITHMS, *, differences:
             generator,
             variant=variant,
         )
-    for component, paths in names.text_encoders.items():
-        path = data.draw(st.sampled_from(paths))
+    for component in names.text_encoders:
+        path = data.draw(st.sampled_from(names.paths(component)))
         algorithm, variant = data.draw(st.sampled_from(algorithms))
         encoder = make_adapter((8, 4), algorithm, 2, 1.0, generator, variant=variant)
         state.adapters[ModuleRef(component, path)] = encoder

@@ -3,19 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.formats.names.spelling import (
-    KOHYA,
-    PEFT,
-    ModuleTensors,
-    assembled,
-    fits,
-    grouped,
-    rank_of,
-    scale_of,
-    spelled,
-    split_key,
-)
+from lorasmith.formats.names.spelling import KOHYA, PEFT, ModuleTensors, assembled, fits, grouped, spelled, split_key
 
 
 @pytest.mark.parametrize(
@@ -124,15 +112,6 @@ def test_a_flat_convolution_gets_its_kernel_back_and_a_pointwise_one_becomes_lin
 )
 def test_incomplete_modules_are_nothing(tensors) -> None:
     assert assembled(tensors) is None
-
-
-def test_scale() -> None:
-    lora = {"down": torch.ones(4, 8), "up": torch.ones(6, 4)}
-    assert scale_of(AdapterWeights("lora", lora, 2.0)) == 0.5
-    assert scale_of(AdapterWeights("lora", lora)) == 1.0
-    full = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(3, 4)}
-    assert rank_of(AdapterWeights("lokr", full, 7.0)) is None
-    assert scale_of(AdapterWeights("lokr", full, 7.0)) == 1.0
 
 
 def test_a_missing_alpha_is_written_as_one_that_changes_nothing(make_adapter) -> None:

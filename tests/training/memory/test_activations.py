@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import get_args
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ from test_engine import assert_same
 from torch import Tensor, nn
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.choices import Activations
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.engine import prepared
 from lorasmith.training.memory import activations, host_memory
-from lorasmith.training.memory.activations import KINDS, economical, held_by, noted, sparing
+from lorasmith.training.memory.activations import economical, held_by, noted, sparing
 
-SPARING = [kind for kind in KINDS if kind != "keep"]
+SPARING = [kind for kind in get_args(Activations) if kind != "keep"]
 
 
 pytestmark = pytest.mark.usefixtures("small_is_worth_it")
@@ -43,11 +45,11 @@ def test_no_bit_changes_in_a_transformer(flux: Model, kind: str, dtype: str, dep
 
 def kept_bytes(model: Model, data: EncodedDataset, kind: str) -> int:
     """Bytes that are kept from a forward pass for its backward pass, weights aside."""
-    job, recipe = planned(model, targets="attention+ff", activations=kind)
-    batch = engine.batch_maker(model.denoiser, data.samples, recipe).step(0)[0]
+    job = planned(model, targets="attention+ff", activations=kind)
+    batch = engine.batch_maker(model.denoiser, data.samples, job.config, job.runtime).step(0)[0]
     sizes: dict[int, int] = {}
     tensors: list[Tensor] = []
-    with prepared(model.denoiser, job.adapters, recipe), noted() as notes:
+    with prepared(model.denoiser, job.adapters, job.config, job.runtime), noted() as notes:
         weights = {p.untyped_storage().data_ptr() for p in model.components.denoiser.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:

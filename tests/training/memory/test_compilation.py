@@ -20,10 +20,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, FrozenLayer
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_on, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.core.errors import OptionError
@@ -39,7 +40,7 @@ from lorasmith.training.memory.activation_checkpointing import checkpointed
 from lorasmith.training.memory.compilation import compilable, compiled, compiler, sizes_vary, units
 from lorasmith.training.memory.frozen_weights import kept
 from lorasmith.training.runs.fingerprint import environment
-from lorasmith.training.train import TrainResult, plan_job, recipe_of
+from lorasmith.training.train import TrainResult, plan_job
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
@@ -422,7 +423,7 @@ def test_a_run_goes_on_with_another_setting_and_says_so(run: Run, dataset: Encod
     assert f"compiled_by nothing there, {compiler(CPU)} here" in resumed.message
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [one.get("compiled_by") for one in record["environments"]] == [None, compiler(CPU)]
-    assert "compiled_by" not in environment(CPU, "AdamW")
+    assert "compiled_by" not in environment(CPU, "AdamW", compile=False)
 
 
 def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
@@ -439,8 +440,8 @@ def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
 @pytest.mark.parametrize("offloading", [False, True])
 def test_streamed_weights_are_not_compiled(tiny: Model, offloading: bool) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(compile=True, rank=2, targets="attention"), CPU)
-    recipe = replace(recipe_of(job, CPU), offloading=offloading)
+    job = replace(job, runtime=replace(job.runtime, offloading=offloading))
     blocks = units(tiny.components.denoiser)
-    with prepared(tiny.denoiser, job.adapters, recipe):
+    with prepared(tiny.denoiser, job.adapters, job.config, job.runtime):
         assert all(("forward" in vars(block)) != offloading for block in blocks)
     assert not any("forward" in vars(block) for block in blocks)

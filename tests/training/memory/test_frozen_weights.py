@@ -15,10 +15,11 @@ from lever_cases import CPU, one_step, planned, randomise, rounded
 from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer, is_targetable
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.fp8_products import Fp8Products
@@ -30,7 +31,7 @@ from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.memory.activation_checkpointing import checkpointed
 from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
 from tests.covering import slow_except
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
@@ -120,7 +121,7 @@ def test_it_says_what_products_in_fp8_are_of(
     tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
 ) -> None:
     monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: there)
-    notes = planned(tiny, quantization=kind, quantized_backward=True)[0].notes
+    notes = planned(tiny, quantization=kind, quantized_backward=True).notes
     assert [note for note in notes if re.match(sentence, note)]
 
 
@@ -161,7 +162,7 @@ def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: P
         "grad_accumulation_steps": 2,
         "ema_decay": 0.9,
         "gradient_checkpointing": True,
-        "checkpoint_every": 1,
+        "save_state_every": 1,
         "validation_share": 0.3,
         "validation_draws": 2,
         "validate_every": 2,
@@ -194,7 +195,7 @@ def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDatase
 
 def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
     for settings in ({"dora": "output"}, {"pissa": True}):
-        plain, coarse = (planned(tiny, quantization=kind, **settings)[0] for kind in ("none", "nf4"))
+        plain, coarse = (planned(tiny, quantization=kind, **settings) for kind in ("none", "nf4"))
         for path, adapter in plain.adapters.items():
             assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
 

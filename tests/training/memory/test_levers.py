@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from lever_cases import flux_dataset, one_step, rounded
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.core.choices import Activations
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training.memory.activations import KINDS
 
 LAYERS = "*.0.attn1.*, *.ff.*, *.conv1"
 VARIANTS: dict[str, dict[str, Any]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
@@ -52,7 +52,11 @@ def plain_step(tiny: Model, dataset: EncodedDataset, flux: Model) -> Step:
 
 
 @pytest.mark.pairwise(
-    kind=[*PACKINGS], kept=KINDS, family=["Stable Diffusion", "Flux"], offloading=[False, True], depth=[0, 2]
+    kind=[*PACKINGS],
+    kept=list(get_args(Activations)),
+    family=["Stable Diffusion", "Flux"],
+    offloading=[False, True],
+    depth=[0, 2],
 )
 def test_all_of_them_together(
     plain_step: Step, kind: str, kept: str, family: str, offloading: bool, depth: int

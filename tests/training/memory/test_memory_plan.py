@@ -14,7 +14,7 @@ from test_engine import assert_same, tensors
 
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.training import engine, loop
+from lorasmith.training import engine
 from lorasmith.training.engine import prepared
 from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory import memory_plan
@@ -28,17 +28,17 @@ pytestmark = pytest.mark.usefixtures("small_is_worth_it")
 
 
 def plans(model: Model, data: EncodedDataset, budget: int) -> tuple[list[MemoryPlan], MemoryPlan]:
-    job, recipe = planned(model, targets="all", activations="auto")
+    job = planned(model, targets="all", activations="auto")
     chosen: list[Any] = []
 
     def plan() -> Any:
-        batch = engine.batch_maker(model.denoiser, data.samples, recipe).step(0)[0]
+        batch = engine.batch_maker(model.denoiser, data.samples, job.config, job.runtime).step(0)[0]
         run = functools.partial(model.denoiser.predict, batch.noised, batch.level.time, batch.conditioning)
         chosen.append(list(memory_plan._plans(model.components.denoiser, run, budget)))
-        chosen.append(chosen_plan(model.denoiser, data.samples, recipe, budget))
-        return replace(recipe, activations="keep")
+        chosen.append(chosen_plan(model.denoiser, data.samples, job.config, job.runtime, budget))
+        return replace(job.runtime, activations="keep")
 
-    with prepared(model.denoiser, job.adapters, recipe, planned=plan):
+    with prepared(model.denoiser, job.adapters, job.config, job.runtime, planned=plan):
         pass
     return chosen[0], chosen[1]
 
@@ -71,7 +71,7 @@ def test_a_run_decides_once_says_so_and_has_the_same_numbers(
         probes += 1
         return original(*args)
 
-    monkeypatch.setattr(loop, "plan_for", counted)
+    monkeypatch.setattr(memory_plan, "plan_for", counted)
     for budget, words in ((1000.0, "all are kept"), (0.1, "computed again, at depth")):
         events: list[object] = []
         result = run(dataset, batch_size=2, activations="auto", memory_budget=budget, on_event=events.append)
@@ -87,7 +87,7 @@ def test_a_probe_that_runs_out_of_memory_is_no_end(
     def broken(*args: Any) -> MemoryPlan:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "plan_for", broken)
+    monkeypatch.setattr(memory_plan, "plan_for", broken)
     events: list[object] = []
     result = run(dataset, activations="auto", on_event=events.append)
     assert_same(tensors(result), tensors(run(dataset)), rtol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,16 @@ from hypothesis import strategies as st
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.optim.schedules import SCHEDULES, check_schedule, rate_factor
+from lorasmith.training.optim import schedules
+from lorasmith.training.optim.schedules import SCHEDULES, check_schedule
 
 NAMES = st.sampled_from(list(SCHEDULES))
 FALLING = ["linear", "cosine", "polynomial", "rex"]
+
+
+def rate_factor(step: int, **settings: Any) -> float:
+    usual = {"warmup_steps": 0, "final_rate": 0.0, "cycles": 3, "power": 2.0}
+    return schedules.rate_factor(step, **(usual | settings))
 
 
 def test_the_setting_offers_what_there_is() -> None:

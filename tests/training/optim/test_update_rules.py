@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError
-from lorasmith.training.config import OPTIMIZER_NAMES
+from lorasmith.core.options import options_of
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.optim.flat import ParameterGroup
 from lorasmith.training.optim.update_rules import OPTIMIZERS, build_optimizer, default_rate, takes_weight_decay
 
@@ -23,7 +24,7 @@ def build(name: str, arguments: str | None = None, weight_decay: float = 0.01) -
 
 
 def test_the_setting_offers_what_there_is() -> None:
-    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
+    assert tuple(OPTIMIZERS) == options_of(TrainConfig)["optimizer"].choices
 
 
 def test_arguments_reach_the_optimizer() -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.training.events import RolledBack, RunFinished, RunStarted, StepDone, Warned, as_json
+from lorasmith.training.events import RolledBack, RunFinished, RunStarted, StepDone, Warned, encoded
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
 from tests.training.run_cases import BEGIN, started, steps_done, whole_run, write_run
 
@@ -21,7 +22,7 @@ def step(number: int, loss: float = 0.3, at: float = BEGIN) -> StepDone:
 
 
 def test_events_come_back_as_they_were(tmp_path: Path) -> None:
-    events = (started(3), *steps_done(1, 3, total=3), RunFinished(step=3, reason="finished", at=BEGIN))
+    events = (started(3), *steps_done(1, 3, total=3), RunFinished(step=3, reason=Outcome.FINISHED, at=BEGIN))
     history = read_history(write_run(tmp_path, events))
     assert history.events == events and history.unreadable == 0
     assert history.of(RunStarted) == [events[0]]
@@ -31,7 +32,7 @@ def test_events_come_back_as_they_were(tmp_path: Path) -> None:
 def test_every_kind_of_event_comes_back(tmp_path: Path) -> None:
     history = read_history(whole_run(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [json.loads(json.dumps(as_json(event))) for event in history.events] == lines
+    assert [json.loads(encoded(event)) for event in history.events] == lines
     assert len({line["event"] for line in lines}) == 8
 
 
@@ -40,7 +41,7 @@ def test_a_loss_that_is_no_number_comes_back(tmp_path: Path) -> None:
     assert math.isnan(found.loss)
 
 
-GOOD = as_json(step(2))
+GOOD = json.loads(encoded(step(2)))
 BROKEN = {
     "half a line": json.dumps(GOOD)[:40],
     "no object": "[1, 2]",
@@ -51,6 +52,8 @@ BROKEN = {
     "text for a number": json.dumps({**GOOD, "loss": "low"}),
     "step zero": json.dumps({**GOOD, "step": 0}),
     "a step beyond all runs": json.dumps({**GOOD, "step": 10**12}),
+    "text for a list": json.dumps({**GOOD, "draws": "none"}),
+    "an unknown outcome": json.dumps({"event": "RunFinished", "at": 1.0, "step": 1, "reason": "bored"}),
     "no time": json.dumps({**GOOD, "at": math.nan}),
     "a time in a million years": json.dumps({**GOOD, "at": 1e15}),
     "draws of two": json.dumps({**GOOD, "draws": [[0, 0.5]]}),
@@ -64,7 +67,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_cannot_be_read_is_counted_and_left_out(tmp_path: Path, case: str) -> None:
     write_run(tmp_path, [])
-    lines = [json.dumps(as_json(step(1))), BROKEN[case], "", json.dumps(as_json(step(3)))]
+    lines = [encoded(step(1)), BROKEN[case], "", encoded(step(3))]
     (tmp_path / "events.jsonl").write_text("\n".join(lines), encoding="utf-8")
     history = read_history(tmp_path)
     assert [event.step for event in history.of(StepDone)] == [1, 3]
@@ -102,12 +105,12 @@ def test_time_is_that_of_training_alone(tmp_path: Path) -> None:
 
 
 def test_why_a_run_ended(tmp_path: Path) -> None:
-    end = RunFinished(step=1, reason="cancelled", at=BEGIN)
-    assert read_history(write_run(tmp_path, [started(9), step(1), end, Warned(message="x", at=BEGIN)])).reason() == (
+    end = RunFinished(step=1, reason=Outcome.CANCELLED, at=BEGIN)
+    assert read_history(write_run(tmp_path, [started(9), step(1), end, Warned(message="x", at=BEGIN)])).outcome == (
         "cancelled"
     )
-    assert read_history(write_run(tmp_path, [started(9), step(1), end, started(9), step(2)])).reason() is None
-    assert read_history(write_run(tmp_path, [])).reason() is None
+    assert read_history(write_run(tmp_path, [started(9), step(1), end, started(9), step(2)])).outcome is None
+    assert read_history(write_run(tmp_path, [])).outcome is None
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OutputError
-from lorasmith.training.events import Event, Warned
+from lorasmith.training.events import Event, RunFinished, Warned, encoded
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs import run_folder
+from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run, unfinished_run
 
 FINGERPRINT = {"config": {"seed": 3}, "data": "d"}
@@ -24,24 +26,24 @@ def record(environment: dict[str, Any] = HERE) -> dict[str, Any]:
 
 
 def unfinished(path: Path, title: str = "cat") -> Path:
-    """A run with a checkpoint, killed."""
-    (path / "checkpoints" / "step-000002").mkdir(parents=True)
+    """A run with a saved state, killed."""
+    (path / "states" / "step-000002").mkdir(parents=True)
     (path / "run.json").write_text(json.dumps({"title": title, **record()}))
     return path
 
 
 @pytest.fixture(autouse=True)
-def with_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints are folders here, with nothing in them to go on from."""
-    monkeypatch.setattr(run_folder.Checkpoints, "paths", lambda self: [*self._folder_of_test.iterdir()], raising=True)
-    monkeypatch.setattr(run_folder.Checkpoints, "newest", lambda self, tell: None)
-    made = run_folder.Checkpoints.__init__
+def with_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run states are folders here, with nothing in them to continue from."""
+    monkeypatch.setattr(run_folder.RunStates, "paths", lambda self: [*self._folder_of_test.iterdir()], raising=True)
+    monkeypatch.setattr(run_folder.RunStates, "newest", lambda self, tell: None)
+    made = run_folder.RunStates.__init__
 
     def remember(self: Any, folder: Path, **options: Any) -> None:
         made(self, folder, **options)
         self._folder_of_test = folder
 
-    monkeypatch.setattr(run_folder.Checkpoints, "__init__", remember)
+    monkeypatch.setattr(run_folder.RunStates, "__init__", remember)
 
 
 def test_a_folder_is_moved_aside_with_no_file_in_it_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +57,7 @@ def test_a_folder_is_moved_aside_with_no_file_in_it_open(tmp_path: Path, monkeyp
     with claimed_run(path, record(), fresh=True, tell=told.append) as (folder, state):
         assert (folder.path, state) == (path, None)
     assert isinstance(told[0], Warned) and "is in" in told[0].message
-    assert (tmp_path / "run-old-1" / "checkpoints").is_dir()
+    assert (tmp_path / "run-old-1" / "states").is_dir()
 
 
 def test_a_folder_that_is_trained_in_is_not_moved(tmp_path: Path) -> None:
@@ -111,18 +113,20 @@ def test_every_environment_that_a_run_went_on_in_is_kept_once(tmp_path: Path) ->
 
 def test_what_a_killed_run_left_half_done_is_removed(tmp_path: Path) -> None:
     folder = RunFolder(unfinished(tmp_path))
-    left = [tmp_path / ".loss.png.x.tmp", tmp_path / "checkpoints" / ".step.tmp", tmp_path / "preview.safetensors"]
+    left = [tmp_path / ".loss.png.x.tmp", tmp_path / "states" / ".step.tmp", tmp_path / "preview.safetensors"]
     for path in left:
         path.touch()
     with folder.claimed():
         assert not any(path.exists() for path in left)
     # That of a run which ended by itself is a LoRA of this name.
     (tmp_path / "preview.safetensors").touch()
-    (tmp_path / "events.jsonl").write_text('{"event": "RunFinished", "reason": "finished"}\n')
+    (tmp_path / "events.jsonl").write_text(encoded(RunFinished(step=2, reason=Outcome.FINISHED)) + "\n")
     with folder.claimed():
         assert (tmp_path / "preview.safetensors").exists()
 
 
 def test_a_log_with_bytes_that_are_no_text_is_read(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_bytes(b'{"event": "A"}\n\xff\xfe\x00\n{"event": "B"}\n')
-    assert [event["event"] for event in RunFolder(tmp_path).events()] == ["A", "B"]
+    first, last = (encoded(Warned(message=message)).encode() for message in "AB")
+    (unfinished(tmp_path) / "events.jsonl").write_bytes(first + b"\n\xff\xfe\x00\n" + last + b"\n")
+    RunFolder(tmp_path).rewind(0)
+    assert [event.message for event in read_history(tmp_path).of(Warned)] == ["A", "B"]

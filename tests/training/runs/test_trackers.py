@@ -12,6 +12,7 @@ import pytest
 
 from lorasmith.core.errors import OptionError
 from lorasmith.training.events import Event, RunFinished, StepDone, Validated, Warned
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.trackers import Tracker, tracker_for
 
 CONFIG = {"rank": 8, "alpha": None, "previews": "a lion", "existing_lora": "/home/me/a.safetensors", "private": False}
@@ -46,7 +47,7 @@ needs_tensorboard = pytest.mark.skipif(
 @needs_tensorboard
 def test_tensorboard_shows_what_it_was_told(tmp_path: Path) -> None:
     tracker = tracker_for("tensorboard", tmp_path, "fox", CONFIG, tell=refuse)
-    for event in (step(1), step(2), look(2), Warned(message="x"), RunFinished(step=2, reason="finished")):
+    for event in (step(1), step(2), look(2), Warned(message="x"), RunFinished(step=2, reason=Outcome.FINISHED)):
         tracker(event)
     tracker.close()
     tracker.close()

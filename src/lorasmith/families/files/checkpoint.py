@@ -1,18 +1,17 @@
 """Single-file checkpoints in the original layout: what they hold, and whose they are.
 
-Tensors are read when asked for, one component at a time. Recognition is our own (families look at names and shapes):
-diffusers' detection takes every unknown file for Stable Diffusion 1.
+Tensors lie on the memory-mapped file. Recognition is our own (families look at names and shapes): diffusers' detection
+takes every unknown file for Stable Diffusion 1.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
@@ -81,16 +80,22 @@ class OriginalCheckpoint:
             (name.removeprefix(prefix), shape) for name, shape in self.shapes.items() if name.startswith(prefix)
         )
 
-    def load(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors whose names begin with `prefix`, which is cut off; floating-point ones in `dtype`.
+    def vector(self, name: str) -> Tensor:
+        """A tensor that is no matrix and so never packed, by its whole name."""
+        (_, tensor), *_ = self.file.read([name])
+        return tensor.weight() if isinstance(tensor, Packed) else tensor
+
+    def prefix_of(self, prefixes: Iterable[str]) -> str | None:
+        """The first of `prefixes` that a tensor's name begins with; None if there is none such."""
+        return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in self.shapes)), None)
+
+    def load(self, prefix: str) -> dict[str, Tensor | Packed]:
+        """Tensors whose names begin with `prefix`, which is cut off.
+
+        They lie on the memory-mapped file, in its dtype; weights that the file has as codes stay packed.
 
         Raises:
             ModelError: weights are quantized in a way that is not known here.
         """
-        loaded = self.load_packed(prefix, dtype)
-        return {name: one.weight() if isinstance(one, Packed) else one for name, one in loaded.items()}
-
-    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
-        """As `load`, but weights that the file has as codes stay packed; they unpack to `dtype`."""
         names = [name for name in self.shapes if name.startswith(prefix)]
-        return {name.removeprefix(prefix): one for name, one in self.file.read(names, dtype)}
+        return {name.removeprefix(prefix): one for name, one in self.file.read(names)}

@@ -57,7 +57,7 @@ def check_formats(file: str, names: Iterable[str], metadata: Mapping[str, str], 
             )
 
 
-def packed_fp8(code: Tensor, scale: Tensor | None, name: str, dtype: torch.dtype | None) -> Packed | None:
+def packed_fp8(code: Tensor, scale: Tensor | None, name: str) -> Packed | None:
     """The weight of codes (out, ...) and, where it has one, their scale; None for a plain weight that is not in fp8.
 
     Raises:
@@ -74,7 +74,7 @@ def packed_fp8(code: Tensor, scale: Tensor | None, name: str, dtype: torch.dtype
             f"the scale of {name} must be one number or one for each of {len(code)} rows, got {scale.numel()}; "
             "get the bf16 version of the model"
         )
-    return scaled_codes(code, scale.float().reshape(-1, *(1,) * (code.ndim - 1)), dtype or torch.float32)
+    return scaled_codes(code, scale.float().reshape(-1, *(1,) * (code.ndim - 1)), torch.float32)
 
 
 def _formats(

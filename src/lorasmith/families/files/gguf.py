@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.mapped_files import MappedFile
 from lorasmith.core.quantization import Packed
 
 __all__ = ["GgufFile", "is_gguf"]
 
 _MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
-_PLAIN = ("F32", "F16", "F64")
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _TEXT, _ARRAY = 8, 9
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Types of values in the header, and the bytes of those of fixed size."""
@@ -57,6 +57,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         reader = _reader(path)
+        self._file = MappedFile(path)
         self._tensors = {one.name: one for one in reader.tensors}
         try:
             self.metadata: Mapping[str, str] = dict(_texts(reader))
@@ -66,23 +67,19 @@ class GgufFile:
         except (IndexError, ValueError) as error:  # UnicodeDecodeError is one
             raise ModelError(f"{path} has damaged GGUF metadata ({error}); get the file again") from error
 
-    def read(self, names: Iterable[str], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor | Packed]]:
-        """Tensors by name; those in blocks stay packed, all others are in `dtype`, or as they are if None."""
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+        """Tensors by name, in the file's dtype; those in blocks stay packed."""
         for name in names:
             one = self._tensors[name]
-            # A copy, since what is there belongs to the file.
-            stored = torch.from_numpy(np.array(one.data))
             kind = one.tensor_type.name
-            if kind == "BF16":
-                stored = stored.view(torch.bfloat16)
-            if kind in _PLAIN or kind == "BF16":
-                plain = stored.reshape(self.shapes[name])
-                yield name, plain if dtype is None else plain.to(dtype)
+            if kind in _PLAIN:
+                yield name, self._file.tensor(int(one.data_offset), _PLAIN[kind], self.shapes[name])
             else:
-                packed = self._packed(name, kind, stored, dtype or torch.float32)
+                codes = self._file.tensor(int(one.data_offset), torch.uint8, one.data.shape)
+                packed = self._packed(name, kind, codes)
                 yield name, packed if len(packed.shape) > 1 else packed.weight()
 
-    def _packed(self, name: str, kind: str, codes: Tensor, dtype: torch.dtype) -> Packed:
+    def _packed(self, name: str, kind: str, codes: Tensor) -> Packed:
         if kind not in _decoders():
             known = ", ".join((*_PLAIN, *sorted(_decoders())))
             raise ModelError(
@@ -91,7 +88,7 @@ class GgufFile:
             )
         shape = torch.Size(self.shapes[name])
         unpack = functools.partial(_from_blocks, kind=kind, inside=tuple(shape[1:]))
-        return Packed((codes.reshape(-1, codes.shape[-1]),), unpack, dtype, shape)
+        return Packed((codes.reshape(-1, codes.shape[-1]),), unpack, torch.float32, shape)
 
 
 def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[int, ...]) -> Tensor:

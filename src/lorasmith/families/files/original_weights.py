@@ -1,10 +1,10 @@
-"""Models from original-layout tensors or from diffusers' folders, with every tensor accounted for."""
+"""Models built around the tensors of files, with every tensor accounted for."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,36 +12,55 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import give_source, packable_layers
 from lorasmith.core.errors import ModelError
-from lorasmith.core.quantization import Packed, placeholder
+from lorasmith.core.quantization import Packed, of_rows, placeholder
 from lorasmith.formats.names.model_names import OriginalName
 
-__all__ = ["build", "from_original_tensors", "module_paths", "part_of_folder", "weight_shapes"]
+__all__ = ["PartSource", "build", "from_original_tensors", "module_paths", "weight_shapes"]
 
 
 def module_paths(model: nn.Module) -> list[str]:
-    """Paths of all modules that own parameters (Linear, convolution, norm, embedding), in the model's order."""
+    """Paths of all modules that own parameters (Linear, convolution, norm, embedding), in the model's order.
+
+    The model itself is "", if it has parameters that no module of it has.
+    """
     return [path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of the weight of each module that owns parameters, by path."""
     parameters = dict(model.named_parameters())
-    return {path: tuple(parameters[f"{path}.weight"].shape) for path in module_paths(model)}
+    weights = ((path, parameters.get(f"{path}.weight")) for path in module_paths(model))
+    return {path: tuple(weight.shape) for path, weight in weights if weight is not None}
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """Where one part of a model comes from.
+
+    Attributes:
+        where: the file or folder, as messages begin with it.
+        tensors: by name, as the file has them.
+        settings: of its configuration that shapes leave open.
+        config: its whole configuration, where it comes from a diffusers folder.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor | Packed]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
 
 def build(
-    kind: Callable[..., nn.Module],
-    config: Mapping[str, Any],
-    tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]],
+    make: Callable[[], nn.Module], tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]], *, where: str
 ) -> nn.Module:
-    """A model of class `kind` that takes over given tensors without ever holding random weights.
+    """A model that takes over given tensors, as they are, without ever holding random weights.
 
     Weights that are packed stay so where their layer can compute with them (`adapters.packed_layers`).
 
     Args:
-        kind: model class.
-        config: its keyword arguments.
+        make: gives the model; called where parameters get no memory.
         tensors: state dict for the empty model.
+        where: what the tensors come from, as messages begin with it.
 
     Raises:
         ModelError: tensors are missing, left over or of the wrong shape.
@@ -50,45 +69,24 @@ def build(
 
     try:
         with init_empty_weights():
-            model = kind(**config)
+            model = make()
         packable = set(packable_layers(model))
         able = {f"{path}.weight": layer for path, layer in model.named_modules() if layer in packable}
         given = {
             name: one.weight() if isinstance(one, Packed) and name not in able else one
             for name, one in tensors(model).items()
         }
+        if missing := [name for name in model.state_dict() if name not in given]:
+            raise ModelError(f"{where} lacks {missing[0]}; it is incomplete, so get it again")
         packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
         model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"the checkpoint does not fit its architecture: {' '.join(str(error).split())[:300]}; "
+            f"{where} does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of a variant that is not known here"
         ) from error
     for name, one in packed.items():
         give_source(able[name], one, device=one.tensors[0].device, dtype=one.dtype)
-    return model.eval().requires_grad_(False)
-
-
-def part_of_folder(kind: Any, folder: Path, part: str, **settings: Any) -> Any:
-    """One model of a diffusers folder, in eval mode and frozen.
-
-    Args:
-        kind: its class in diffusers or transformers.
-        folder: the folder with `model_index.json`.
-        part: name of its subfolder.
-        settings: keyword arguments of `from_pretrained`, such as the dtype.
-
-    Raises:
-        ModelError: the part is missing, or tensors of it are (the libraries would fill them with random numbers).
-        OSError, ValueError, RuntimeError: whatever the libraries raise for damaged files.
-    """
-    if not (folder / part).is_dir():
-        raise ModelError(f"{folder} must hold a folder {part} but does not; it is incomplete, so get it again")
-    model, info = kind.from_pretrained(
-        folder / part, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"the weights in {folder / part} lack {missing[0]}; they are incomplete, so get them again")
     return model.eval().requires_grad_(False)
 
 
@@ -107,16 +105,17 @@ def from_original_tensors(
     for name in model.state_dict():
         path, _, leaf = name.rpartition(".")
         place = table[path]
-        # Flux calls the weight of its RMS norms "scale".
-        original = next((k for k in (f"{place.path}.{leaf}", f"{place.path}.scale") if k in tensors), None)
+        stem = f"{place.path}." if place.path else ""
+        # Black Forest Labs call the weight of their RMS norms "scale".
+        original = next((key for key in (f"{stem}{leaf}", f"{stem}scale") if key in tensors), None)
         if original is None:
-            raise ModelError(f"the checkpoint lacks {place.path}.{leaf}; it is incomplete or was cut short")
+            raise ModelError(f"the checkpoint lacks {stem}{leaf}; it is incomplete or was cut short")
         tensor = tensors[original]
         unused.discard(original)
         if place.rows is not None:
-            tensor = _of_rows(tensor, operator.itemgetter(slice(*place.rows)))
+            tensor = of_rows(tensor, operator.itemgetter(slice(*place.rows)))
         if place.swap_halves:
-            tensor = _of_rows(tensor, lambda rows: torch.cat(tuple(reversed(rows.chunk(2)))))
+            tensor = of_rows(tensor, lambda rows: torch.cat(tuple(reversed(rows.chunk(2)))))
         state[name] = tensor
     if unused:
         raise ModelError(
@@ -124,10 +123,6 @@ def from_original_tensors(
             "it is of a variant that is not known here"
         )
     return state
-
-
-def _of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
-    return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
 
 
 def _tensor(given: Tensor | Packed) -> Tensor:

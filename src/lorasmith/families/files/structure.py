@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
-from lorasmith.families.loading import built_in_models, load_model, recognise
+from lorasmith.families.loading import built_in_models, load_model, model_of_checkpoint
 from lorasmith.families.model import Model
 
 __all__ = ["load_structure"]
@@ -20,14 +20,10 @@ def load_structure(source: str | os.PathLike[str]) -> Model:
     """A model whose denoiser's matrices are on the meta device, with no text encoder and no autoencoder.
 
     Of a single file its header and its vectors are read, which takes a second or two whatever its size. Folders and hub
-    ids are loaded as `load_model` does. Arguments and errors are its own too.
+    ids are loaded as `load_model` does, with the same errors.
     """
     path = built_in_models().get(str(source), Path(source))
-    if not path.is_file():
-        return load_model(source)
-    outline = _Outline(path)
-    family = recognise(outline)
-    return Model(family, family.from_original(outline, torch.float32), title=path.stem, path=path)
+    return model_of_checkpoint(_Outline(path)) if path.is_file() else load_model(source)
 
 
 class _Outline(OriginalCheckpoint):
@@ -36,10 +32,8 @@ class _Outline(OriginalCheckpoint):
     def shapes_under(self, prefix: str) -> Shapes:
         return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()
 
-    def load_packed(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+    def load(self, prefix: str) -> dict[str, Tensor | Packed]:
         return {
-            name: torch.empty(shape, device="meta")
-            if len(shape) > 1
-            else next(one for _, one in self.file.read([f"{prefix}{name}"], None))
+            name: torch.empty(shape, device="meta") if len(shape) > 1 else self.vector(f"{prefix}{name}")
             for name, shape in self.shapes_under(prefix).items()
         }

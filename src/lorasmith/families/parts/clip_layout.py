@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.quantization import Packed, of_rows
 
 __all__ = [
     "clip_config",
-    "openclip_to_transformers",
+    "depth_of",
+    "in_transformers_naming",
     "released_paths",
     "renamed_for",
-    "without_text_model",
     "written_paths",
 ]
 
@@ -29,36 +31,60 @@ _OPENCLIP = (
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"encoder.layers.\1.mlp.fc2."),
     (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
 )
+_PROJECTION = "text_projection.weight"
+_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 _FUSED = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 
 
-def without_text_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI CLIP's tensors without `text_model.` in front, and without what CLIPTextModel has no parameter for.
+def depth_of(names: Iterable[str]) -> int:
+    """Layers of a CLIP text encoder with tensors of these names, in either naming; 0 where it is none."""
+    return 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1)
 
-    That is a table of positions, and the projection to the space shared with pictures, which some merges carry along.
+
+def in_transformers_naming(
+    tensors: Mapping[str, Tensor | Packed], *, layers: int, is_projected: bool
+) -> dict[str, Tensor | Packed]:
+    """A text encoder's tensors under transformers' names, without `text_model.` in front.
+
+    Args:
+        tensors: under transformers' names or OpenCLIP's.
+        layers: how many layers are kept.
+        is_projected: whether the projection of the pooled vector, to the space shared with pictures, is kept; some
+            files carry it along without need.
+
+    Tables of positions and temperatures, for which transformers' models have no parameters, are left out.
     """
-    cut = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return {name: t for name, t in cut.items() if not name.endswith(("position_ids", "text_projection.weight"))}
+    if any(name.startswith("transformer.resblocks.") for name in tensors):
+        named = _from_openclip(tensors)
+    else:
+        named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    left = ("position_ids", "logit_scale", *(() if is_projected else (_PROJECTION,)))
+    beyond = tuple(f"encoder.layers.{index}." for index in range(layers, depth_of(named)))
+    return {name: one for name, one in named.items() if not name.endswith(left) and not name.startswith(beyond)}
 
 
-def openclip_to_transformers(tensors: Mapping[str, Tensor], *, layers: int) -> dict[str, Tensor]:
-    """OpenCLIP's tensors under transformers' names, its fused attention projections split, the first `layers` only."""
-    converted = {}
+def _from_openclip(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
+    """OpenCLIP's tensors under transformers' names, its fused attention projections split."""
+    converted: dict[str, Tensor | Packed] = {}
     for name, tensor in tensors.items():
         if match := _FUSED.match(name):
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+            rows = tensor.shape[0] // 3
+            for number, part in enumerate("qkv"):
+                piece = of_rows(tensor, operator.itemgetter(slice(number * rows, (number + 1) * rows)))
                 converted[f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = piece
+            continue
+        if name == "text_projection":  # a matrix that is multiplied with from the right
+            converted[_PROJECTION] = (tensor.weight() if isinstance(tensor, Packed) else tensor).t().contiguous()
             continue
         for pattern, replacement in _OPENCLIP:
             new, hits = re.subn(pattern, replacement, name)
             if hits:
                 converted[new] = tensor
                 break
-    beyond = {f"encoder.layers.{index}." for index in range(layers, layers + 64)}
-    return {name: tensor for name, tensor in converted.items() if not any(name.startswith(layer) for layer in beyond)}
+    return converted
 
 
-def clip_config(tensors: Mapping[str, Tensor], *, activation: str, pad_token_id: int | None) -> dict[str, Any]:
+def clip_config(tensors: Mapping[str, Tensor | Packed], *, activation: str, pad_token_id: int | None) -> dict[str, Any]:
     """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide.
 
     Texts are padded with `pad_token_id`, or with the end token if it is None.
@@ -70,26 +96,25 @@ def clip_config(tensors: Mapping[str, Tensor], *, activation: str, pad_token_id:
         if f"{needed}.weight" not in tensors:
             raise ModelError(f"the checkpoint's text encoder lacks {needed}.weight; it is incomplete or was cut short")
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
-    layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers."))
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": layers,
+        "num_hidden_layers": depth_of(tensors),
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": tensors["embeddings.position_embedding.weight"].shape[0],
         "hidden_act": activation,
-        "projection_dim": width,
+        "projection_dim": tensors[_PROJECTION].shape[0] if _PROJECTION in tensors else width,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1 if pad_token_id is None else pad_token_id,
     }
 
 
-def renamed_for(encoder: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed_for(encoder: nn.Module, tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
     """Tensors without `text_model.`, under the names that this version of transformers uses."""
     nested = any(name.startswith("text_model.") for name in encoder.state_dict())
-    return {f"text_model.{name}" if nested else name: tensor for name, tensor in tensors.items()}
+    return {f"text_model.{name}" if nested and name != _PROJECTION else name: one for name, one in tensors.items()}
 
 
 def released_paths(layers: int) -> tuple[str, ...]:
@@ -101,7 +126,9 @@ def released_paths(layers: int) -> tuple[str, ...]:
 def written_paths(encoder: nn.Module) -> tuple[str, ...]:
     """Paths of the modules a LoRA can name, as every program writes them: with `text_model.` in front.
 
-    transformers 5.6 dropped that part from CLIPTextModel; files keep it.
+    transformers 5.6 dropped that part from CLIPTextModel; files keep it. The projection of the pooled vector, which
+    stands outside `text_model`, has no name in files.
     """
-    paths = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    linear = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    paths = (path for path in linear if "encoder.layers." in path)
     return tuple(path if path.startswith("text_model.") else f"text_model.{path}" for path in paths)

@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNet in its two namings: diffusers' and the original (CompVis / Stability "LDM") one.
+"""Stable Diffusion's UNet: its two namings, diffusers' and the original (CompVis / Stability "LDM") one, and its facts.
 
 One function maps a module path from diffusers to the original; tables for loading, saving and LoRA names are built by
 applying it to the real module list of a model, and inverted from there.
@@ -8,11 +8,56 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
+from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.families.base import Diffusion, LatentFormat, TargetPreset
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.diffusers_folder import read_json
+from lorasmith.families.files.original_weights import module_paths
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 
-__all__ = ["original_unet_path", "unet_config"]
+__all__ = [
+    "CROSS_ATTENTION",
+    "TARGETS",
+    "UNET_LIMITS",
+    "context_widths",
+    "diffusion_of_checkpoint",
+    "diffusion_of_folder",
+    "latent_format",
+    "original_unet_path",
+    "pixel_multiple",
+    "said_parameterization",
+    "unet_config",
+    "unet_table",
+]
+
+CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
+"""Finds a LoRA's modules whose input is the text, by whose width versions are told apart."""
+
+_ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
+TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, "*.ff.net.*")),
+    "transformer": TargetPreset((*_ATTENTION, "*.ff.net.*", "*.attentions.*.proj_in", "*.attentions.*.proj_out")),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+"""Target presets of these UNets."""
+
+UNET_LIMITS = ProgramLimits(
+    unknown_to_comfyui=("*.attn[12].to_[qkv]", "*.attn[12].to_out.0"),
+    diffusers_reads=("kohya",),
+    diffusers_refuses_others=True,
+    diffusers_one_alpha=("*.attn[12].*",),
+    sd_scripts_applies=("down_blocks.*", "mid_block.*", "up_blocks.*"),
+)
+"""What programs do not do with LoRA files of models with this UNet."""
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 
 _RESNET_PARTS = {
     "norm1": "in_layers.0",
@@ -68,6 +113,84 @@ def original_unet_path(path: str, *, layers_per_block: int, up_attention: tuple[
     return f"{base}.{1 if kind == 'attentions' else 0}.{_inside(kind, rest)}"
 
 
+def unet_table(unet: Any) -> dict[str, OriginalName]:
+    """Diffusers path of every module with parameters → its original place."""
+    attention = tuple("CrossAttn" in kind for kind in unet.config.up_block_types)
+    layers = unet.config.layers_per_block
+    return {
+        path: OriginalName(original_unet_path(path, layers_per_block=layers, up_attention=attention))
+        for path in module_paths(unet)
+    }
+
+
+def context_widths(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
+    """Widths of the text that an original-layout UNet attends to; none for another network, or one with other inputs.
+
+    Four input channels are the noisy latents; inpainting and instruction models have more.
+    """
+    if shapes.get("input_blocks.0.0.weight", (0, 0))[1] != 4:
+        return set()
+    return {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
+
+
+def pixel_multiple(unet: Any, latent: LatentFormat) -> int:
+    """What sides of pictures must divide by, so that every level of the UNet has whole pixels."""
+    return int(latent.downscale * 2 ** (len(unet.config.block_out_channels) - 1))
+
+
+def latent_format(unet: Any, vae: Any, *, scale: float) -> LatentFormat:
+    """Latents of a model with this autoencoder; with none, of eight pixels per latent and this scale."""
+    downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    scale = scale if vae is None else float(vae.config.scaling_factor)
+    return LatentFormat(channels=unet.config.in_channels, downscale=downscale, scale=scale)
+
+
+def said_parameterization(checkpoint: OriginalCheckpoint) -> str | None:
+    """`epsilon` or `v` as a checkpoint says it, in its metadata or by a tensor `v_pred`; None if it says nothing."""
+    said = checkpoint.metadata.get("modelspec.prediction_type")
+    if said is not None:
+        return "v" if said.startswith("v") else "epsilon"
+    return "v" if "v_pred" in checkpoint.shapes else None
+
+
+def diffusion_of_checkpoint(checkpoint: OriginalCheckpoint, parameterization: str) -> Diffusion:
+    """Stable Diffusion's noise schedule; one that ends in pure noise where a checkpoint has a tensor `ztsnr`."""
+    schedule = DiscreteSchedule.scaled_linear()
+    return Diffusion(parameterization, schedule.zero_terminal() if "ztsnr" in checkpoint.shapes else schedule)
+
+
+def diffusion_of_folder(folder: Path, title: str) -> Diffusion:
+    """Parameterization and noise schedule of a diffusers folder.
+
+    Args:
+        folder: the folder with `scheduler/scheduler_config.json`.
+        title: of the family, for messages.
+
+    Raises:
+        ModelError: there is no scheduler, or one whose settings no release of the family has.
+    """
+    if not (folder / "scheduler").is_dir():
+        raise ModelError(f"{folder} must hold a folder scheduler but does not; it is incomplete, so get it again")
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
+        # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
+        found = config.get(key, None if key == "beta_schedule" else value)
+        if found != value:
+            raise ModelError(
+                f"{key} in the scheduler_config.json of {folder.name} must be {value!r} as in {title}'s "
+                f"releases, got {found!r}; other noise schedules are not supported"
+            )
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in PARAMETERIZATIONS:
+        raise ModelError(
+            f"prediction_type in the scheduler_config.json of {folder.name} must be epsilon or v_prediction, "
+            f"got {predicted!r}; models that predict something else are not supported"
+        )
+    schedule = DiscreteSchedule.scaled_linear(*(config.get(key, value) for key, value in _BETAS.items()))
+    is_terminal = config.get("rescale_betas_zero_snr", False)
+    return Diffusion(PARAMETERIZATIONS.canonical(predicted), schedule.zero_terminal() if is_terminal else schedule)
+
+
 def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) -> dict[str, Any]:
     """Configuration of diffusers' UNet2DConditionModel for an original-layout UNet.
 
@@ -78,11 +201,11 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) 
     Raises:
         ModelError: tensors that fix the configuration are missing.
     """
-    channels, attention, layers = _levels(shapes)
+    channels, depths, layers = _levels(shapes)
     keys = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
     proj_in = shapes[keys.partition(".transformer_blocks.")[0] + ".proj_in.weight"]
-    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
-    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
+    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)]
     return {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
@@ -94,13 +217,14 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) 
         "use_linear_projection": len(proj_in) == 2,
         "down_block_types": tuple(down),
         "up_block_types": tuple(up),
+        "transformer_layers_per_block": tuple(max(1, depth) for depth in depths),
     }
 
 
-def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool], int]:
-    """Channels of each level, whether it has attention, and resnets per level."""
+def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[int], int]:
+    """Channels of each level, transformer layers of its attention (0 where it has none), and resnets per level."""
     channels: list[int] = []
-    attention: list[bool] = []
+    depths: list[int] = []
     counts: list[int] = []
     fresh = True
     block = 1
@@ -111,14 +235,19 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[bool
             width = shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0]
             if fresh:
                 channels.append(width)
-                attention.append(f"input_blocks.{block}.1.proj_in.weight" in shapes)
+                depths.append(_depth(shapes, f"input_blocks.{block}.1.transformer_blocks."))
                 counts.append(0)
                 fresh = False
             counts[-1] += 1
         block += 1
     if not channels:
         raise ModelError("the checkpoint lacks input_blocks.1.0.in_layers.0.weight; it is incomplete or was cut short")
-    return channels, attention, counts[0]
+    return channels, depths, counts[0]
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    numbers = (int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
+    return 1 + max(numbers, default=-1)
 
 
 def _inside(kind: str, rest: str) -> str:

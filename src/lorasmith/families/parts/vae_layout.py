@@ -26,30 +26,30 @@ _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _UP = re.compile(r"^decoder\.up\.(\d+)\.(block|upsample)\.(?:(\d+)\.)?")
 
 
-def vae_config(shapes: Mapping[str, tuple[int, ...]], *, scaling_factor: float) -> dict[str, Any]:
-    """Configuration of diffusers' AutoencoderKL for an original-layout autoencoder (`first_stage_model.` cut off)."""
-    levels = _counted(r"encoder\.down\.(\d+)\.", shapes)
-    channels = tuple(shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels))
-    layers = _counted(r"encoder\.down\.0\.block\.(\d+)\.", shapes)
+def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Configuration of diffusers' AutoencoderKL for tensors under its names, but for what shapes leave open."""
+    levels = _counted(r"encoder\.down_blocks\.(\d+)\.", shapes)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "block_out_channels": channels,
-        "layers_per_block": layers,
+        "block_out_channels": tuple(
+            shapes[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"][0] for level in range(levels)
+        ),
+        "layers_per_block": _counted(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", shapes),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "norm_num_groups": 32,
-        "scaling_factor": scaling_factor,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
 
 
 def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original autoencoder's tensors under diffusers' names; attention's 1×1 convolutions become matrices.
+    """An autoencoder's tensors under diffusers' names; attention's 1×1 convolutions become matrices.
 
-    What its own training left in the file (losses, averages' counters) is passed over.
+    Tensors that go by these names already stay as they are. What its own training left in the file (losses, averages'
+    counters) is passed over.
     """
     levels = _counted(r"decoder\.up\.(\d+)\.", tensors)
     converted = {}

@@ -15,8 +15,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout
+from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -43,9 +45,9 @@ class ComfyLayout(Layout):
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
         places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
-        bases = {prefix + path: parts for prefix in _DENOISER_PREFIXES for path, parts in places.items()}
+        bases = {prefix + path: parts for prefix in prefixes.COMFYUI for path, parts in places.items()}
         for component in names.text_encoders:
-            for kind in _encoder_kinds(component, names):
+            for kind in names.text_encoders[component].comfyui:
                 prefix = f"text_encoders.{kind}.transformer."
                 bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
         return bases
@@ -58,10 +60,10 @@ class ComfyLayout(Layout):
 
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
-                return f"text_encoders.{_encoder_kinds(ref.component, names)[0]}.transformer.{ref.path}"
+                return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
             return f"{names.peft_prefix}.{ref.path}"
 
-        modules = addressed(state, names, base_of, "diffusion_model.{}".format)
+        modules = addressed(state, names, base_of, _original_base)
         return {
             base + suffix: tensor
             for base, module in modules.items()
@@ -71,41 +73,28 @@ class ComfyLayout(Layout):
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         return {}
 
-    def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        found = []
-        for ref, weights in state.adapters.items():
-            magnitudes = weights.tensors.get("dora_scale")
-            if magnitudes is not None and magnitudes.shape[0] > 1:
-                reason = "ComfyUI takes DoRA's magnitudes for each output relative to the untrained weight's norm"
-                found.append(Loss(ref, reason, left_out=False))
-            if "rescale" in weights.tensors:
-                found.append(Loss(ref, "ComfyUI leaves out the rescale of OFT and BOFT", left_out=False))
-        return found
-
 
 LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
 
-_DENOISER_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
-_PREFIX = re.compile(r"(model\.)?diffusion_model\.|text_encoders\.\w+\.transformer\.")
+_PREFIX = re.compile(f"{prefixes.any_of(prefixes.COMFYUI)}|{prefixes.COMFYUI_ENCODER}")
 
 
-def _encoder_kinds(component: str, names: ModelNames) -> tuple[str, ...]:
-    """What ComfyUI calls a text encoder, the name to write first: SD 1 has `clip_l` where SD 2 has `clip_h`."""
-    kind = names.encoder_kinds.get(component, component)
-    return {"clip_l": ("clip_l", "clip_h"), "clip_h": ("clip_h", "clip_l")}.get(kind, (kind,))
+def _original_base(path: str) -> str:
+    return prefixes.COMFYUI[0] + path
 
 
 def _plain(module: ModuleTensors) -> ModuleTensors:
-    """A LoRA's factors in two dimensions, and LoKr without a Tucker core, which ComfyUI fails to merge.
+    """A LoRA's factors in two dimensions, and other algorithms without a Tucker core, which ComfyUI fails to merge.
 
     A LoRA's Tucker core needs its kernel, so such an adapter stays as it is.
     """
     weights = module.adapter
     if weights is None:
         return module
-    if weights.algorithm == "lokr":
+    form = format_of(weights)
+    if not form.is_low_rank:
         return replace(module, adapter=without_core(weights))
-    if weights.algorithm != "lora" or "mid" in weights.tensors:
+    if form.cores & weights.tensors.keys():
         return module
     tensors = {name: t.flatten(1) if name in ("down", "up") else t for name, t in weights.tensors.items()}
     return replace(module, adapter=replace(weights, tensors=tensors))

@@ -11,7 +11,6 @@ original paths in their place, `.alpha` tensors; XLabs' names for Flux.1 (`doubl
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -19,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_format import DIFFUSERS
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import (
@@ -28,6 +29,7 @@ from lorasmith.formats.layouts.peft_config import (
     targets,
     uneven_magnitudes,
 )
+from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -41,12 +43,11 @@ from lorasmith.formats.names.places import (
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
-    multiplied,
-    scale_of,
     spelled,
     split_key,
     without_core,
 )
+from lorasmith.formats.scales import loras_in, scale_of, scaled_by
 
 __all__ = ["DiffusersLayout"]
 
@@ -64,7 +65,7 @@ class DiffusersLayout(Layout):
         bases: dict[str, Parts] = {}
         for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
             for spelling in _spellings(path):
-                bases |= {prefix + spelling: parts for prefix in _DENOISER_PREFIXES}
+                bases |= {prefix + spelling: parts for prefix in (*prefixes.DIFFUSERS, "")}
         for component in names.text_encoders:
             bases |= {f"{component}.{path}": parts for path, parts in encoder_paths(names, component)}
         return bases
@@ -86,29 +87,24 @@ class DiffusersLayout(Layout):
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         fields: dict[str, Any] = {}
         for component in dict.fromkeys(ref.component for ref in state.adapters):
-            loras = {
-                ref.path: weights
-                for ref, weights in state.adapters.items()
-                if ref.component == component and weights.algorithm == "lora"
-            }
+            loras = loras_in({ref.path: one for ref, one in state.adapters.items() if ref.component == component})
             if loras:
                 prefix = _prefix(component, names)
-                modules = names.denoiser if component == DENOISER else names.text_encoders.get(component, ())
                 config = {
                     **rank_fields(loras, alpha_is_rank=True),
-                    "target_modules": targets(loras, modules),
+                    "target_modules": targets(loras, names.paths(component)),
                     "use_dora": any("dora_scale" in weights.tensors for weights in loras.values()),
                 }
                 fields |= {f"{prefix}.{field}": value for field, value in config.items()}
         return {ADAPTER_METADATA: json.dumps(fields, sort_keys=True)} if fields else {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        loras = {ref: weights for ref, weights in state.adapters.items() if weights.algorithm == "lora"}
-        others = {ref: weights for ref, weights in state.adapters.items() if ref not in loras}
+        known = {ref: one for ref, one in state.adapters.items() if DIFFUSERS in format_of(one).programs}
         reasons = {
-            **{ref: f"diffusers loads LoRA alone, and this is {weights.algorithm}" for ref, weights in others.items()},
-            **uneven_magnitudes(loras),
-        }
+            ref: f"diffusers loads LoRA alone, and this is {one.algorithm}"
+            for ref, one in state.adapters.items()
+            if ref not in known
+        } | uneven_magnitudes(known)
         return [
             *(Loss(ref, reasons[ref]) for ref in state.adapters if ref in reasons),
             *(Loss(ref, "diffusers has no differences of weights, norms and biases") for ref in state.differences),
@@ -117,9 +113,9 @@ class DiffusersLayout(Layout):
 
 LAYOUTS.register(DiffusersLayout.name)(DiffusersLayout())
 
-_DENOISER_PREFIXES = ("unet.", "transformer.", "")
 _PREFIX = re.compile(
-    r"unet\.|transformer\.|text_encoder(_2|_3)?\.|(single_)?transformer_blocks\.|"
+    f"{prefixes.any_of(prefixes.DIFFUSERS)}|{prefixes.DIFFUSERS_ENCODER}|"
+    r"(single_)?transformer_blocks\.|"
     r"(down|mid|up|double|single|joint)_blocks?\."
 )
 
@@ -140,20 +136,8 @@ def _spellings(path: str) -> Iterator[str]:
 
 
 def _baked(module: ModuleTensors) -> ModuleTensors:
-    """A LoRA with alpha / rank multiplied into its factors.
-
-    Half of the scale, as a power of two, goes into the down matrix and the rest into the up matrix: a small scale on
-    one side alone would push fp16 values below what fp16 can hold.
-    """
-    weights = module.adapter
-    if weights is None or weights.algorithm != "lora":
+    """A LoRA with alpha / rank multiplied into its factors."""
+    if module.adapter is None or not format_of(module.adapter).is_low_rank:
         return module
-    weights = without_core(weights)
-    scale = scale_of(weights)
-    share = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
-    tensors = {
-        **weights.tensors,
-        "down": multiplied(weights.tensors["down"], share),
-        "up": multiplied(weights.tensors["up"], scale / share),
-    }
-    return replace(module, adapter=replace(weights, tensors=tensors))
+    weights = without_core(module.adapter)
+    return replace(module, adapter=scaled_by(weights, scale_of(weights)))

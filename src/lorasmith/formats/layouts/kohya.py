@@ -21,10 +21,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
+from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -35,7 +37,7 @@ from lorasmith.formats.names.places import (
     read_tensors,
     unfusable,
 )
-from lorasmith.formats.names.spelling import KOHYA, multiplied, spelled, split_key
+from lorasmith.formats.names.spelling import KOHYA, spelled, split_key
 
 __all__ = ["KohyaLayout"]
 
@@ -45,6 +47,7 @@ class KohyaLayout(Layout):
 
     name = "kohya"
     title = "kohya / sd-scripts"
+    writes_cores = True
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
@@ -54,12 +57,12 @@ class KohyaLayout(Layout):
         if names.kohya_naming == "original":
             namings.reverse()
         bases: dict[str, Parts] = {}
-        for prefix in _DENOISER_PREFIXES:
+        for prefix in prefixes.KOHYA:
             for places in namings:
                 for path, parts in places.items():
                     bases.setdefault(prefix + _flat(path), parts)
         for component in names.text_encoders:
-            for prefix in _encoder_prefixes(component, names):
+            for prefix in names.text_encoders[component].kohya:
                 bases |= {prefix + _flat(path): parts for path, parts in encoder_paths(names, component)}
         return bases
 
@@ -67,11 +70,11 @@ class KohyaLayout(Layout):
         state = read_tensors(tensors, self.bases(names), names)
         bounds = _stated_bounds(metadata)
         for ref, weights in state.adapters.items():
-            if weights.algorithm not in _ROTATIONS:
+            form = format_of(weights)
+            if form.bounded is None:
                 continue
-            blocks = weights.tensors["oft_blocks"]
             if weights.alpha:
-                state.adapters[ref] = replace(weights, alpha=weights.alpha * blocks.shape[-3] * blocks.shape[-1])
+                state.adapters[ref] = replace(weights, alpha=weights.alpha * form.shape_of(weights)[0])
             elif ref.path in bounds:
                 state.adapters[ref] = replace(weights, alpha=bounds[ref.path])
         return state
@@ -82,8 +85,8 @@ class KohyaLayout(Layout):
 
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
-                return _encoder_prefixes(ref.component, names)[0] + _flat(ref.path)
-            return ("lycoris_" if by_original else "lora_unet_") + _flat(ref.path)
+                return names.text_encoders[ref.component].kohya[0] + _flat(ref.path)
+            return (_UNFUSED if by_original else _WRITTEN) + _flat(ref.path)
 
         modules = addressed(_bounded(state), names, base_of, _original_base if by_original else None)
         return {
@@ -96,7 +99,7 @@ class KohyaLayout(Layout):
         bounds = {
             ref.path: weights.alpha
             for ref, weights in state.adapters.items()
-            if weights.algorithm in _ROTATIONS and weights.alpha
+            if format_of(weights).bounded is not None and weights.alpha
         }
         return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
 
@@ -112,31 +115,20 @@ class KohyaLayout(Layout):
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
-_DENOISER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
-_ROTATIONS = ("oft", "boft")
-_PREFIX = re.compile(r"lora_unet_|lora_te[123]?_|lora_transformer_|lycoris_|oft_unet_")
+_WRITTEN, _UNFUSED = prefixes.KOHYA[:2]
+_PREFIX = re.compile(f"{prefixes.any_of(prefixes.KOHYA)}|{prefixes.KOHYA_ENCODER}")
 
 
 def _bounded(state: AdapterState) -> AdapterState:
     """A LoRA whose rotations are no longer than their bounds, and have none."""
-    adapters = {ref: _shortened(weights) for ref, weights in state.adapters.items()}
-    return replace(state, adapters=adapters)
-
-
-def _shortened(weights: AdapterWeights) -> AdapterWeights:
-    if weights.algorithm not in _ROTATIONS or not weights.alpha:
-        return weights
-    # Rounded to a file's number format, blocks may be a little longer than the bound they were cut to already.
-    length = _length(weights)
-    factor = weights.alpha / length if length > weights.alpha * 1.005 else 1.0
-    shortened = multiplied(weights.tensors["oft_blocks"], factor)
-    return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
-
-
-def _length(weights: AdapterWeights) -> float:
-    """‖Q‖ of a rotation, over all its blocks."""
-    blocks = weights.tensors["oft_blocks"].float()
-    return float((blocks - blocks.mT).norm())
+    bounded = {ref: format_of(weights).bounded for ref, weights in state.adapters.items()}
+    return replace(
+        state,
+        adapters={
+            ref: weights if (apply := bounded[ref]) is None else apply(weights)
+            for ref, weights in state.adapters.items()
+        },
+    )
 
 
 def _stated_bounds(metadata: Mapping[str, str]) -> dict[str, float]:
@@ -157,17 +149,4 @@ def _flat(path: str) -> str:
 
 
 def _original_base(path: str) -> str:
-    return "lora_unet_" + _flat(path)
-
-
-def _encoder_prefixes(component: str, names: ModelNames) -> tuple[str, ...]:
-    """Prefixes of a text encoder's keys, the one to write first."""
-    kind = names.encoder_kinds.get(component, "")
-    if kind == "t5xxl":
-        # OneTrainer counts the encoders of a model; kohya gives T5 the number it has in Stable Diffusion 3.
-        return ("lora_te3_", "lora_te2_") if "clip_g" not in names.encoder_kinds.values() else ("lora_te3_",)
-    if kind == "clip_g":
-        return ("lora_te2_",)
-    # Models with a single CLIP have no number, save for transformers, whose first encoder is number one.
-    alone = len(names.text_encoders) == 1 and names.peft_prefix == "unet"
-    return ("lora_te_", "lora_te1_") if alone else ("lora_te1_", "lora_te_")
+    return _WRITTEN + _flat(path)

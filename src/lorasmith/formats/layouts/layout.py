@@ -56,11 +56,13 @@ class Layout(ABC):
     Attributes:
         name: registered name.
         title: what people call it.
+        writes_cores: whether Tucker cores of all algorithms are written as they are.
         in_folder: whether it is a folder of files; then keys have the names of subfolders and a slash in front.
     """
 
     name: str
     title: str
+    writes_cores: bool = False
     in_folder: bool = False
 
     @abstractmethod

@@ -16,15 +16,17 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
+from lorasmith.adapters.algorithms import algorithms, format_of
+from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.names.spelling import grouped, rank_of, scales_outputs
+from lorasmith.formats.names.spelling import grouped, scales_outputs
+from lorasmith.formats.scales import rank_of
 
 __all__ = [
     "ADAPTER_METADATA",
@@ -40,8 +42,9 @@ __all__ = [
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each behind its component's name."""
 
+T = TypeVar("T", bound=Hashable)
+
 _ENCODER_PREFIX = "text_model."
-_READ = ("LORA", "LOHA", "LOKR")
 # Ways to start that change the base model's weights, which an adapter saved as it was trained relies upon.
 _STARTS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
 
@@ -107,10 +110,13 @@ def header_fields(config: str, prefix: str) -> dict[str, Any]:
         kind, start = fields.get("peft_type", "LORA"), fields.get("init_lora_weights")
     except (ValueError, AttributeError, RecursionError):
         raise LoraError("adapter_config.json must be a JSON object, and it is not; get the file again") from None
-    if kind not in _READ:
-        why = ", which turns a layer's inputs where every other program turns its outputs" if kind == "OFT" else ""
+    kinds = {one.peft.name: one.peft for _, one in algorithms() if one.peft is not None}
+    known = kinds.get(str(kind))
+    if known is None or known.differs:
+        why = "" if known is None else f", which {known.differs}"
+        read = ", ".join(name for name, one in kinds.items() if not one.differs)
         raise LoraError(
-            f"PEFT adapters of type {', '.join(_READ)} can be read, and this one is {kind}{why}; "
+            f"PEFT adapters of type {read} can be read, and this one is {kind}{why}; "
             "merge it into its model with PEFT instead"
         )
     if isinstance(start, str) and start.startswith(_STARTS_THAT_CHANGE_THE_MODEL):
@@ -118,8 +124,8 @@ def header_fields(config: str, prefix: str) -> dict[str, Any]:
             f"this PEFT adapter was started with {start}, which changed the model's own weights, so that it fits no "
             "other model; save it again with path_initial_model_for_weight_conversion"
         )
-    if kind != "LORA":
-        fields["lora_alpha"] = fields.get("alpha", 8)
+    if known.alpha != "lora_alpha":
+        fields["lora_alpha"] = fields.get(known.alpha, 8)
     return {prefix + name: value for name, value in fields.items()}
 
 
@@ -158,7 +164,7 @@ def targets(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     return rf"({re.escape(_ENCODER_PREFIX)})?({'|'.join(re.escape(path) for path in sorted(chosen))})"
 
 
-def uneven_magnitudes(loras: Mapping[ModuleRef, AdapterWeights]) -> dict[ModuleRef, str]:
+def uneven_magnitudes(loras: Mapping[T, AdapterWeights]) -> dict[T, str]:
     """LoRAs that a configuration cannot describe together with the others, and why.
 
     PEFT's DoRA has a magnitude for each output, and a LoRA has one in all of its modules or in none.
@@ -179,8 +185,9 @@ def uneven_magnitudes(loras: Mapping[ModuleRef, AdapterWeights]) -> dict[ModuleR
 
 
 def _rank(weights: AdapterWeights) -> int:
-    """The rank that PEFT must be told: for a LoKr of whole factors, one that leaves both whole."""
-    return rank_of(weights) or max(weights.tensors["lokr_w2"].shape[:2])
+    """The rank in the configuration, which an adapter without one needs too."""
+    rank, kind = rank_of(weights), format_of(weights).peft
+    return rank or (kind.unscaled(weights.tensors) if kind is not None and kind.unscaled is not None else 1)
 
 
 def _most_frequent(values: Iterable[float]) -> Any:

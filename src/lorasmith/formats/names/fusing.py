@@ -25,9 +25,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_format import multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.formats.names.model_names import OriginalName
-from lorasmith.formats.names.spelling import multiplied, rank_of, scale_of
+from lorasmith.formats.scales import rank_of, scale_of
 
 __all__ = ["fused", "fused_rows", "split", "split_rows"]
 
@@ -55,7 +57,7 @@ def split(whole: AdapterWeights, parts: Sequence[OriginalName]) -> list[AdapterW
         }
         for part in parts
     ]
-    if units.keys() & _NEEDS_ALL_ROWS or whole.algorithm == "glora":
+    if units.keys() & _needs_all_rows(whole):
         return [AdapterWeights(whole.algorithm, tensors, whole.alpha) for tensors in cut]
     return _trimmed(cut, whole, units)
 
@@ -83,18 +85,19 @@ def fused(adapters: Sequence[AdapterWeights], parts: Sequence[OriginalName], row
     if not all(_aligned(part, weights, units) for part, weights in zip(parts, adapters, strict=True)):
         return None
     covered = sum(_rows(part)[1] - _rows(part)[0] for part in parts) if rows else 0
-    if covered != rows and (units.keys() & _NEEDS_ALL_ROWS or algorithm == "glora"):
-        return None  # a row without a magnitude would be scaled to nothing, and GLoRA's inputs change for all rows
+    needs_all_rows = _needs_all_rows(adapters[0])
+    if covered != rows and units.keys() & needs_all_rows:
+        return None
     adapters, scale = _equally_scaled(adapters, next(iter(units)))
     shared = _share_columns(adapters, units)
-    if not shared and algorithm not in _STACKED:
+    if not shared and not format_of(adapters[0]).stacks:
         return None
     tensors = {}
     for name in names:
         pieces = _of_one_dtype([weights.tensors[name] for weights in adapters])
         if name not in units:
             tensors[name] = pieces[0] if shared else torch.cat(pieces)
-        elif shared or name in _NEEDS_ALL_ROWS:
+        elif shared or name in needs_all_rows:
             unit = units[name]
             tensors[name] = fused_rows(pieces, [_in_units(part, unit) for part in parts], rows // unit)
         else:
@@ -121,8 +124,9 @@ def fused_rows(pieces: Sequence[Tensor], parts: Sequence[OriginalName], rows: in
     return whole
 
 
-_STACKED = ("lora", "loha")
-_NEEDS_ALL_ROWS = frozenset({"dora_scale", "rescale"})
+def _needs_all_rows(weights: AdapterWeights) -> frozenset[str]:
+    """Roles of which a row without a value would not stay as it is: a missing magnitude scales it to nothing."""
+    return format_of(weights).all_rows | {"dora_scale"}
 
 
 def _is_plain(parts: Sequence[OriginalName]) -> bool:
@@ -134,28 +138,12 @@ def _row_units(weights: AdapterWeights) -> dict[str, int] | None:
 
     None when rows of the change are no rows of this adapter's tensors.
     """
-    tensors = weights.tensors
-    units: dict[str, int]
-    match weights.algorithm:
-        case "lora":
-            units = {"up": 1}
-        case "loha" if "hada_t1" not in tensors:
-            units = {"hada_w1_a": 1, "hada_w2_a": 1}
-        case "lokr" if "lokr_t2" not in tensors:
-            first = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
-            second = tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_a"]
-            units = {first: second.shape[0]}
-        case "oft" if not weights.alpha:
-            units = {"oft_blocks": tensors["oft_blocks"].shape[-1]}
-        case "glora":
-            units = {"b1": 1}
-        case _:
-            return None
-    if "dora_scale" in tensors:
-        if tensors["dora_scale"].shape[0] == 1:  # a magnitude for each input
-            return None
-        units["dora_scale"] = 1
-    return units | ({"rescale": 1} if "rescale" in tensors else {})
+    found = format_of(weights).rows(weights)
+    if found is None or "dora_scale" not in weights.tensors:
+        return None if found is None else dict(found)
+    if weights.tensors["dora_scale"].shape[0] == 1:  # a magnitude for each input
+        return None
+    return {**found, "dora_scale": 1}
 
 
 def _aligned(part: OriginalName, weights: AdapterWeights, units: Mapping[str, int]) -> bool:
@@ -237,7 +225,7 @@ def _trimmed(
     if not any(live):
         live = [True] * len(cut)
     columns = None
-    if whole.algorithm in _STACKED:
+    if format_of(whole).stacks:
         columns = _separate_columns(
             [_used(tensors, units) for tensors, is_live in zip(cut, live, strict=True) if is_live]
         )

@@ -6,11 +6,19 @@ Families build these tables from the real module list of a model; layouts only l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
-__all__ = ["ModelNames", "OriginalName"]
+from lorasmith.core.adapter_state import DENOISER
+
+__all__ = ["EncoderNames", "ModelNames", "OriginalName", "ProgramLimits", "matches"]
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns matches a whole module path; `*` crosses dots."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,47 @@ class OriginalName:
 
 
 @dataclass(frozen=True)
+class EncoderNames:
+    """One text encoder in LoRA files.
+
+    Attributes:
+        paths: module paths as every peer names them; a CLIP's have `text_model.` in front.
+        kohya: prefixes of its keys in kohya's layout; the first is written, all are read.
+        comfyui: what ComfyUI calls it (`clip_l`, `t5xxl`); the first is written, all are read.
+        drops_text_model: whether its class in transformers has no `text_model.` in its paths since version 5.6.
+    """
+
+    paths: tuple[str, ...]
+    kohya: tuple[str, ...]
+    comfyui: tuple[str, ...]
+    drops_text_model: bool = False
+
+
+@dataclass(frozen=True)
+class ProgramLimits:
+    """What programs do not do with LoRA files of a family, as `docs/load-matrix.md` measured it.
+
+    Patterns are those of `fnmatch`, on diffusers' paths of the denoiser.
+
+    Attributes:
+        unknown_to_comfyui: modules that ComfyUI does not find by diffusers' names.
+        diffusers_reads: layouts besides its own that diffusers reads.
+        diffusers_applies: modules that diffusers finds in those layouts.
+        diffusers_refuses_others: whether diffusers refuses a whole file because a module has more than LoRA's factors.
+        diffusers_one_alpha: modules for which diffusers takes one alpha in kohya's layout, the most frequent one. Where
+            there are any, it does so for all modules of a text encoder too.
+        sd_scripts_applies: modules that sd-scripts' own network loads.
+    """
+
+    unknown_to_comfyui: tuple[str, ...] = ()
+    diffusers_reads: tuple[str, ...] = ("kohya", "comfy")
+    diffusers_applies: tuple[str, ...] = ("*",)
+    diffusers_refuses_others: bool = False
+    diffusers_one_alpha: tuple[str, ...] = ()
+    sd_scripts_applies: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
 class ModelNames:
     """Names of one loaded model.
 
@@ -36,28 +85,29 @@ class ModelNames:
         family: registered family name.
         denoiser: diffusers path of every module that can carry an adapter or a difference (Linear, convolution, norm,
             embedding) → its place in the original checkpoint.
-        out_features: diffusers path → size of the weight's first dimension, for fusing and splitting rows.
-        text_encoders: component (`text_encoder`, `text_encoder_2`) → module paths as every peer names them, with
-            `text_model.` in front (transformers ≥ 5.6 dropped it from CLIPTextModel).
+        peft_prefix: the denoiser's name in diffusers' pipelines and so in its keys, `unet` or `transformer`.
+        text_encoders: by component (`text_encoder`, `text_encoder_2`).
         kohya_naming: which naming this family's `lora_unet_` keys use by convention.
-        peft_prefix: component prefix of PEFT keys, `unet` or `transformer`.
         portable: name of the layout that most programs apply completely for this family.
         weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to tell
             whether an adapter fits. Modules that are not listed are taken as they come.
         aliases: further names that files use, without a prefix → the diffusers paths that each stands for, in the order
             of their rows. Read, never written.
-        encoder_kinds: component → what ComfyUI calls that text encoder (`clip_l`, `clip_g`, `clip_h`, `t5xxl`).
+        limits: what programs do not do with this family's files.
     """
 
     family: str
     denoiser: Mapping[str, OriginalName]
-    out_features: Mapping[str, int]
-    text_encoders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    peft_prefix: str
+    text_encoders: Mapping[str, EncoderNames] = field(default_factory=dict)
     kohya_naming: Literal["diffusers", "original"] = "diffusers"
-    peft_prefix: Literal["unet", "transformer"] = "unet"
     portable: str = "kohya"
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    encoder_kinds: Mapping[str, str] = field(
-        default_factory=lambda: {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
-    )
+    limits: ProgramLimits = field(default_factory=ProgramLimits)
+
+    def paths(self, component: str) -> Collection[str]:
+        """Module paths of a component; none of a text encoder that the model lacks."""
+        if component == DENOISER:
+            return self.denoiser
+        return self.text_encoders[component].paths if component in self.text_encoders else ()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.names.fusing import fused, fused_rows, split, split_rows
@@ -64,7 +65,7 @@ def alias_places(names: ModelNames) -> dict[str, Parts]:
 
 def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, Parts]]:
     """Paths in a text encoder as files spell them, with and without `text_model.` in front."""
-    for path in names.text_encoders.get(component, ()):
+    for path in names.paths(component):
         yield path, _itself(component, path)
         if path.startswith("text_model."):
             yield path.removeprefix("text_model."), _itself(component, path)
@@ -172,7 +173,11 @@ def unfusable(state: AdapterState, names: ModelNames) -> list[ModuleRef]:
 
 def _always_fuses(adapters: Sequence[AdapterWeights]) -> bool:
     """Whether adapters need no look at their values: LoRAs without more than factors always fit together."""
-    return all(weights.tensors.keys() == {"down", "up"} for weights in adapters)
+    forms = [format_of(weights) for weights in adapters]
+    return all(
+        form.is_low_rank and weights.tensors.keys() in form.needed
+        for form, weights in zip(forms, adapters, strict=True)
+    )
 
 
 def _rows_in_all(parts: Parts) -> int:

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from lorasmith.adapters.algorithms import algorithms
+from lorasmith.formats.names.prefixes import FLAT
 from lorasmith.formats.names.spelling import grouped
 
-__all__ = ["block_of", "component_of", "guessed_family", "kind_of"]
+__all__ = ["DENOISER_START", "SIGNATURES", "Signature", "block_of", "guessed_family", "kind_of"]
+
+DENOISER_START = rf"^({FLAT})?"
+"""What may stand before the first module name of a denoiser, for signatures that need to know where it begins."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A sign by which LoRA files of a family are recognised.
+
+    Attributes:
+        title: of the family, as people call it.
+        pattern: regular expression that finds the name of one of its modules, with underscores for dots.
+        width: input width that this module has; None for any.
+        order: signs of a lower order are looked for first; one that other families share with this one comes late.
+    """
+
+    title: str
+    pattern: str
+    width: int | None = None
+    order: int = 0
+
+
+SIGNATURES: list[Signature] = []
+"""Of every family that is registered (`families.base.register`) or known by name alone (`families.unsupported`)."""
 
 
 def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -17,19 +44,10 @@ def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         shapes: shape of each tensor by key.
     """
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
-    for pattern, widths in _FAMILIES:
-        matching = [width for base, width in inputs.items() if re.search(pattern, base)]
-        if matching:
-            return next((title for width, title in widths.items() if width in matching), widths[None])
+    for sign in sorted(SIGNATURES, key=lambda one: (one.order, one.width is None)):
+        if any(re.search(sign.pattern, base) and sign.width in (None, width) for base, width in inputs.items()):
+            return sign.title
     return None
-
-
-def component_of(base: str) -> str:
-    """`denoiser`, `text_encoder`, `text_encoder_2` or `text_encoder_3`, by the way a base is spelled."""
-    for pattern, component in _COMPONENTS:
-        if re.match(pattern, base):
-            return component
-    return "denoiser"
 
 
 def block_of(base: str) -> str:
@@ -45,44 +63,7 @@ def kind_of(base: str) -> str:
     return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
-_START = r"^(lora_unet_|lora_transformer_|lycoris_|oft_unet_|diffusion_model_|transformer_|base_model_model_)?"
-_CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
-
-# Tested in this order on bases with underscores for dots; the second entry gives titles by input width of a matching
-# module, and under None the title for any other width.
-_FAMILIES: tuple[tuple[str, dict[int | None, str]], ...] = (
-    (r"(^|_)joint_blocks_\d", {None: "Stable Diffusion 3"}),
-    (r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj", {None: "Flux.2"}),
-    (r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", {6144: "Flux.2", None: "Flux.1"}),
-    (r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", {None: "Qwen-Image"}),
-    # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
-    (r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", {3072: "Qwen-Image", None: "Stable Diffusion 3"}),
-    (r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", {3072: "Flux.1", None: "Stable Diffusion 3"}),
-    (_START + r"layers_\d+_(attention|attn|feed_forward)_", {3840: "Z-Image", 2304: "Lumina 2", None: "Lumina"}),
-    (_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", {None: "Wan"}),
-    (
-        _CROSS_ATTENTION,
-        {
-            768: "Stable Diffusion 1.x",
-            1024: "Stable Diffusion 2.x",
-            2048: "Stable Diffusion XL",
-            None: "Stable Diffusion",
-        },
-    ),
-    (r"^(lora_te2|text_encoder_2)_text_model_", {None: "Stable Diffusion XL"}),
-    (r"^text_encoder_2_encoder_block_", {None: "Flux.1"}),
-    (r"(down|up|input|output)_blocks_\d|(mid|middle)_block_", {None: "Stable Diffusion"}),
-)
-
-_COMPONENTS = (
-    (r"lora_te3_|text_encoder_3\.|text_encoders\.t5", "text_encoder_3"),
-    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g", "text_encoder_2"),
-    (r"lora_te1?_|text_encoder\.|text_encoders\.", "text_encoder"),
-)
-
-_UP_TO_KIND = re.compile(
-    r"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^(lora_unet|oft_unet|unet|transformer|diffusion_model)_"
-)
+_UP_TO_KIND = re.compile(rf"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^({FLAT})")
 _BLOCK = re.compile(
     r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"
     r"|(mid_block|middle_block)"
@@ -91,8 +72,10 @@ _BLOCK = re.compile(
 
 def _input_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Input width of each module by base, 0 where no tensor shows it."""
+    axes = {role: axis for _, form in algorithms() for role, axis in form.input_axes.items()}
     widths = {}
     for base, keys in grouped(shapes).items():
-        key = next((keys[role] for role in ("down", "hada_w1_b") if role in keys), None)
-        widths[base] = shapes[key][1] if key is not None and len(shapes[key]) > 1 else 0
+        role = next((role for role in axes if role in keys), "")
+        shape = shapes[keys[role]] if role else ()
+        widths[base] = shape[axes[role]] if len(shape) > 1 else 0
     return widths

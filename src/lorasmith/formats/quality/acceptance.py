@@ -7,14 +7,14 @@ layout and all that `AdapterWeights` knows except DoRA per input.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.layouts.layout import Layout, named
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.places import unfusable
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout, named
+from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
 from lorasmith.formats.quality.portable import misread_alphas
 
 __all__ = ["MISREAD_ALPHAS", "PROGRAMS", "Shortfall", "shortfalls"]
@@ -54,7 +54,7 @@ def shortfalls(state: AdapterState, layout: Layout, names: ModelNames, *, is_por
     """
     found = []
     for program, rules in _RULES.items():
-        lora = _Whole(state, layout.name, names, is_portable)
+        lora = _Whole(state, layout, names, is_portable)
         by_reason: dict[str, list[ModuleRef]] = {}
         for ref, reason in rules(lora).items():
             by_reason.setdefault(reason, []).append(ref)
@@ -69,13 +69,13 @@ class _Whole:
     """A LoRA as a file of one layout."""
 
     state: AdapterState
-    layout: str
+    layout: Layout
     names: ModelNames
     is_portable: bool
 
     @property
-    def unet(self) -> bool:
-        return self.names.peft_prefix == "unet"
+    def limits(self) -> ProgramLimits:
+        return self.names.limits
 
     def refs(self) -> list[ModuleRef]:
         return list(dict.fromkeys((*self.state.adapters, *self.state.differences)))
@@ -83,96 +83,88 @@ class _Whole:
     def where(self, reason: str, refs: Iterator[ModuleRef]) -> dict[ModuleRef, str]:
         return dict.fromkeys(refs, reason)
 
-    def others_than_plain_lora(self) -> Iterator[ModuleRef]:
-        """Modules that have more than two factors, or differences."""
+    def outside(self, patterns: tuple[str, ...]) -> Iterator[ModuleRef]:
+        """The denoiser's modules that no pattern matches."""
+        return (ref for ref in self.refs() if ref.component == DENOISER and not matches(ref.path, patterns))
+
+    def having(self, role: str) -> Iterator[ModuleRef]:
+        """Modules whose adapters have a tensor of this role."""
+        return (ref for ref, weights in self.state.adapters.items() if role in weights.tensors)
+
+    def unapplied(self, program: str) -> Iterator[ModuleRef]:
+        """Modules that have differences, or more than the tensors of an algorithm that the program knows."""
         for ref in self.refs():
             weights = self.state.adapters.get(ref)
-            plain = {"down", "up", "mid"} if self.is_portable else {"down", "up"}
-            if weights is None or ref in self.state.differences or not weights.tensors.keys() <= plain:
+            if weights is None or ref in self.state.differences or not self._applies(program, weights):
                 yield ref
+
+    def _applies(self, program: str, weights: AdapterWeights) -> bool:
+        form = format_of(weights)
+        cores = form.cores if self.is_portable else frozenset()  # they will be multiplied in
+        return program in form.programs and any(weights.tensors.keys() <= whole | cores for whole in form.needed)
 
 
 def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
-    adapters = lora.state.adapters.items()
-    if lora.layout == "peft":
+    if lora.layout is LAYOUTS["peft"]:
         return lora.where("it loads files, not PEFT's folders", iter(lora.refs()))
+    adapters = lora.state.adapters
     found = lora.where(
         "it takes DoRA's magnitudes for each output relative to the untrained weight's norm",
-        (
-            ref
-            for ref, weights in adapters
-            if "dora_scale" in weights.tensors and weights.tensors["dora_scale"].shape[0] > 1
-        ),
+        (ref for ref in lora.having("dora_scale") if adapters[ref].tensors["dora_scale"].shape[0] > 1),
     )
-    found |= lora.where(
-        "it leaves out the rescale of OFT and BOFT", (ref for ref, weights in adapters if "rescale" in weights.tensors)
-    )
-    if lora.layout == "kohya" and not lora.is_portable:
+    cores_are_written = lora.layout.writes_cores and not lora.is_portable
+    for ref, weights in adapters.items():
+        form = format_of(weights)
+        for role, lacking in form.comfyui_lacks.items():
+            if role in weights.tensors and (role not in form.cores or cores_are_written):
+                found[ref] = lacking
+    if lora.layout is LAYOUTS["diffusers"]:
+        unknown = lora.limits.unknown_to_comfyui
+        found |= lora.where("it does not know DoRA's magnitudes by PEFT's name", lora.having("dora_scale"))
         found |= lora.where(
-            "it fails to merge a LoKr with a Tucker core",
-            (ref for ref, weights in adapters if "lokr_t2" in weights.tensors),
+            "it knows these layers by other names than diffusers'",
+            (ref for ref in lora.refs() if ref.component == DENOISER and matches(ref.path, unknown)),
         )
-    if lora.layout == "diffusers":
-        found |= lora.where(
-            "it does not know DoRA's magnitudes by PEFT's name",
-            (ref for ref, weights in adapters if "dora_scale" in weights.tensors),
-        )
-        if lora.unet:
-            found |= lora.where(
-                "it knows the attention layers of a UNet by other names than diffusers'",
-                (ref for ref in lora.refs() if _ATTENTION.search(ref.path)),
-            )
     return found
 
 
 def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
-    if lora.layout == "peft":
+    if lora.layout is LAYOUTS["peft"]:
         return lora.where("it loads its own layout, not PEFT's folders", iter(lora.refs()))
-    if lora.layout == "diffusers":
+    if lora.layout is LAYOUTS["diffusers"]:
         return {}
-    if lora.layout == "comfy" and lora.unet:
-        return lora.where("it refuses ComfyUI's names of a UNet", iter(lora.refs()))
-    odd = list(lora.others_than_plain_lora())
+    if lora.layout.name not in lora.limits.diffusers_reads:
+        return lora.where(f"it refuses {lora.layout.title}'s names of this family", iter(lora.refs()))
+    odd = list(lora.unapplied(DIFFUSERS))
     others = [ref for ref in odd if not _is_dora(lora.state.adapters.get(ref)) or ref in lora.state.differences]
-    if others and lora.unet:
+    if others and lora.limits.diffusers_refuses_others:
         return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
     found = lora.where("it loads LoRA alone", iter(others))
     found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
-    if lora.unet and lora.is_portable:
-        return found
-    if lora.unet:
-        return found | dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
-    outside = (ref for ref in lora.refs() if ref.component == DENOISER and not _in_block(ref))
+    if not lora.is_portable:
+        found |= dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
+    outside = lora.outside(lora.limits.diffusers_applies)
     return found | lora.where("it reads the blocks alone of the original names", outside)
 
 
 def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
-    if lora.layout != "kohya":
+    if lora.layout is not LAYOUTS["kohya"]:
         return lora.where("it reads kohya's layout alone", iter(lora.refs()))
-    odd = list(lora.others_than_plain_lora())
-    found = lora.where("its own network is LoRA without extras (LyCORIS' network loads the others)", iter(odd))
-    if not lora.unet:
-        found |= lora.where("it looks for the fused layers", iter(unfusable(lora.state, lora.names)))
-    outside = (ref for ref in lora.refs() if ref.component == DENOISER and not _trained_by_sd_scripts(ref, lora.unet))
+    found = lora.where(
+        "its own network is LoRA without extras (LyCORIS' network loads the others)", lora.unapplied(SD_SCRIPTS)
+    )
+    unfused = (loss.module for loss in lora.layout.losses(lora.state, lora.names) if not loss.left_out)
+    found |= lora.where("it looks for the fused layers", unfused)
+    outside = lora.outside(lora.limits.sd_scripts_applies)
     return found | lora.where("it trains and loads the blocks' layers alone", outside)
 
 
 MISREAD_ALPHAS = "it takes the alphas of attention layers and text encoders for the most frequent one"
-PROGRAMS = ("ComfyUI", "diffusers", "sd-scripts")
-_RULES = {"ComfyUI": _comfyui, "diffusers": _diffusers, "sd-scripts": _sd_scripts}
-
-_ATTENTION = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)$")
+_RULES = {COMFYUI: _comfyui, DIFFUSERS: _diffusers, SD_SCRIPTS: _sd_scripts}
+PROGRAMS = tuple(_RULES)
 
 
 def _is_dora(weights: AdapterWeights | None) -> bool:
-    return weights is not None and weights.tensors.keys() == {"down", "up", "dora_scale"}
-
-
-def _in_block(ref: ModuleRef) -> bool:
-    return ref.path.startswith(("transformer_blocks.", "single_transformer_blocks."))
-
-
-def _trained_by_sd_scripts(ref: ModuleRef, unet: bool) -> bool:
-    if unet:
-        return ref.path.startswith(("down_blocks.", "mid_block.", "up_blocks."))
-    return not ref.path.startswith(("norm_out.", "proj_out"))
+    if weights is None or DIFFUSERS not in (form := format_of(weights)).programs:
+        return False
+    return any(weights.tensors.keys() == whole | {"dora_scale"} for whole in form.needed)

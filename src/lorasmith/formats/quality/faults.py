@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.algorithms import format_of, title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.hashes import sshs_model_hash
@@ -21,10 +22,11 @@ from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped, rank_of, scale_of, split_key
+from lorasmith.formats.names.spelling import XLABS, ModuleTensors, assembled, grouped, split_key
 from lorasmith.formats.quality.acceptance import MISREAD_ALPHAS, shortfalls
-from lorasmith.formats.quality.mending import Mend, bases_of, full_alpha, levelled, scalar
+from lorasmith.formats.quality.mending import Mend, bases_of, levelled, scalar
 from lorasmith.formats.quality.portable import misread_alphas
+from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
 
 __all__ = ["Finding", "findings_of", "main_layout"]
 
@@ -122,7 +124,7 @@ def _strangers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
 # Names that only the program which writes them, and few others, look for: pattern on bases, whose they are.
 _RARE_NAMES = (
     (re.compile(r"oft_unet_"), "sd-scripts' OFT (oft_unet_), which ComfyUI, LyCORIS and diffusers"),
-    (re.compile(r".*\.processor\.(qkv|proj)_lora[12]?$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
+    (re.compile(rf"{XLABS}$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
 )
 
 
@@ -163,26 +165,16 @@ def _idle(modules: Modules, groups: Groups) -> Iterator[Finding]:
         )
 
 
-# One group of tensors of which all must have a value other than zero for the adapter to do anything.
-_FACTORS = {
-    "lora": ("down", "up"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-    "oft": ("oft_blocks",),
-    "boft": ("oft_blocks",),
-}
-
-
 def _changes_nothing(module: ModuleTensors) -> bool:
     if any(bool(tensor.any()) for tensor in module.differences.values()):
         return False
     weights = module.adapter
     if weights is None:
         return True
-    if weights.algorithm not in _FACTORS or {"dora_scale", "rescale"} & weights.tensors.keys():
+    form = format_of(weights)
+    if {"dora_scale", *form.all_rows} & weights.tensors.keys():
         return False
-    present = [weights.tensors[name] for name in _FACTORS[weights.algorithm] if name in weights.tensors]
-    return any(not bool(tensor.any()) for tensor in present)
+    return any(not bool(weights.tensors[role].any()) for role in form.vital if role in weights.tensors)
 
 
 def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Finding]:
@@ -212,13 +204,16 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Findin
             "look at a picture at a low strength, such as 0.1, before you use it",
             False,
         )
-    unbounded = [base for base, one in adapters.items() if one.algorithm == "boft" and "alpha" not in groups[base]]
-    if unbounded:
+    needing = [
+        base for base, one in adapters.items() if format_of(one).comfyui_needs_alpha and "alpha" not in groups[base]
+    ]
+    if needing:
+        title = title_of(adapters[needing[0]])
         yield Finding(
-            f"{_some(unbounded, 'modules have', 'has')} no alpha, without which ComfyUI does not apply BOFT",
-            "--fix adds an alpha of zero, which changes nothing",
+            f"{_some(needing, 'modules have', 'has')} no alpha, without which ComfyUI does not apply {title}",
+            "--fix adds the alpha that changes nothing",
             True,
-            Mend(changed={f"{base}.alpha": scalar(0.0) for base in unbounded}),
+            Mend(changed={f"{base}.alpha": scalar(idle_alpha(adapters[base])) for base in needing}),
         )
 
 
@@ -353,7 +348,7 @@ def _other_layout(state: AdapterState, program: str, layout: Layout, names: Mode
     for name, other in LAYOUTS.items():
         if other is layout or other.losses(state, names):
             continue
-        if not any(one.program == program for one in shortfalls(state, other, names)):
+        if not any(one.program in (program, other.title) for one in shortfalls(state, other, names)):
             return f"convert it with `lorasmith convert --to {name}` for {program}"
     return f"use another program than {program} for it"
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_format import multiplied
+from lorasmith.core.adapter_state import AdapterState, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import grouped, multiplied, rank_of
+from lorasmith.formats.names.spelling import grouped
+from lorasmith.formats.scales import full_alpha
 
-__all__ = ["Mend", "bases_of", "full_alpha", "levelled", "scalar"]
+__all__ = ["Mend", "bases_of", "levelled", "scalar"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,12 @@ def levelled(
     changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
     for ref, alpha in alphas.items():
         weights, keys = state.adapters[ref], groups[bases[ref]]
-        if weights.algorithm != "lora" or "alpha" not in keys:
+        if not format_of(weights).is_low_rank or "alpha" not in keys:
             continue
         now = full_alpha(weights) if weights.alpha is None else weights.alpha
         changed[keys["alpha"]] = scalar(alpha)
         changed[keys["up"]] = _times(now / alpha)
     return Mend(changed=changed)
-
-
-def full_alpha(weights: AdapterWeights) -> float:
-    """The alpha that scales by one: the rank."""
-    return float(rank_of(weights) or 1)
 
 
 def scalar(value: float) -> Callable[[Tensor | None], Tensor]:

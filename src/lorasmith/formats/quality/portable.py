@@ -1,25 +1,23 @@
 """What more than one program must agree on in a file: changes of form that leave a LoRA the same.
 
-diffusers, reading kohya's names of a model with a UNet, takes the alphas of attention layers, and those of all layers
-of a text encoder, for the most frequent alpha of that part of the model; there the factors take over what alpha would
-have said. Tucker cores, which diffusers and sd-scripts do not know and ComfyUI fails to merge in a LoKr, are
-multiplied in.
+diffusers, reading kohya's names of some families (`ProgramLimits.diffusers_one_alpha`), takes the alphas of attention
+layers, and those of all layers of a text encoder, for the most frequent alpha of that part of the model; there the
+factors take over what alpha would have said. Tucker cores, which diffusers and sd-scripts do not know and ComfyUI fails
+to merge in a LoKr, are multiplied in.
 """
 
 from __future__ import annotations
 
 import collections
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import multiplied, rank_of, without_core
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.formats.names.model_names import ModelNames, matches
+from lorasmith.formats.names.spelling import without_core
+from lorasmith.formats.scales import loras_in, most_frequent_alpha, with_alpha
 
 __all__ = ["made_portable", "misread_alphas"]
-
-_ATTENTION = re.compile(r"\.attn[12]\.")
 
 
 def made_portable(
@@ -35,37 +33,25 @@ def made_portable(
     wanted = misread_alphas(state, names) if alphas is None else alphas
     adapters = {ref: without_core(weights) for ref, weights in state.adapters.items()}
     for ref in adapters.keys() & wanted.keys():
-        adapters[ref] = _with_alpha(adapters[ref], wanted[ref])
+        adapters[ref] = with_alpha(adapters[ref], wanted[ref])
     return replace(state, adapters=adapters)
 
 
 def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, float]:
     """Modules whose alpha diffusers mistakes in kohya's layout, and what it takes it for."""
-    if names.peft_prefix != "unet":
+    patterns = names.limits.diffusers_one_alpha
+    if not patterns:
         return {}
     found: dict[ModuleRef, float] = {}
     for component in dict.fromkeys(ref.component for ref in state.adapters):
-        alphas = {
-            ref: _alpha(weights)
-            for ref, weights in state.adapters.items()
-            if ref.component == component and weights.algorithm == "lora"
-        }
-        counts = collections.Counter(alphas.values())
-        common = max(counts, key=lambda alpha: (counts[alpha], alpha), default=0.0)
-        mistaken = {ref for ref in alphas if component != DENOISER or _ATTENTION.search(ref.path)}
-        if len(counts) < 2 or not common or not mistaken:
+        common, alphas = most_frequent_alpha(
+            loras_in({ref: weights for ref, weights in state.adapters.items() if ref.component == component})
+        )
+        mistaken = {ref for ref in alphas if component != DENOISER or matches(ref.path, patterns)}
+        if len({*alphas.values()}) < 2 or not common or not mistaken:
             continue
         after = collections.Counter(common if ref in mistaken else alpha for ref, alpha in alphas.items())
         # Of equally frequent ones diffusers takes the one that it meets first, which could be another.
         tied = any(count == after[common] for alpha, count in after.items() if alpha != common)
         found |= {ref: common for ref, alpha in alphas.items() if alpha != common and (tied or ref in mistaken)}
     return found
-
-
-def _alpha(weights: AdapterWeights) -> float:
-    return float(rank_of(weights) or 1) if weights.alpha is None else weights.alpha
-
-
-def _with_alpha(weights: AdapterWeights, alpha: float) -> AdapterWeights:
-    up = multiplied(weights.tensors["up"], _alpha(weights) / alpha)
-    return AdapterWeights(weights.algorithm, {**weights.tensors, "up": up}, alpha)

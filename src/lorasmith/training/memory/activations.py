@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters.adapter import CONVOLUTIONS, FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.core.choices import ActivationPlan
 from lorasmith.training.memory.host_memory import HostMemory
 
-__all__ = ["KINDS", "Notes", "Remade", "economical", "held_by", "noted", "sparing"]
-
-KINDS = ("keep", "lean", "selective", "host")
+__all__ = ["Notes", "Remade", "economical", "held_by", "noted", "sparing"]
 
 _SMALL = 1 << 16
 """Bytes below which a tensor is not worth the trouble of making it again."""
@@ -47,7 +46,7 @@ _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
 
 
 @contextlib.contextmanager
-def sparing(module: nn.Module, kind: str) -> Iterator[None]:
+def sparing(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
     """The layers of `module` as `kind` wants them while inside, adapters attached or not."""
     with contextlib.ExitStack() as undo:
         for layer in packable_layers(module):
@@ -64,9 +63,9 @@ def sparing(module: nn.Module, kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def economical(kind: str, module: nn.Module) -> Iterator[None]:
-    """Run a forward pass of `module` inside; `kind` is one of `KINDS`. The backward pass comes later."""
-    assert kind in KINDS, f"activations {kind} has to be decided before a step"
+def economical(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
+    """Run a forward pass of `module` inside. The backward pass comes later."""
+    assert kind != "auto", "activations auto has to be decided before a step"
     if kind == "keep" or not torch.is_grad_enabled():
         yield
         return

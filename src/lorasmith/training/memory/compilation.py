@@ -3,7 +3,7 @@
 Compiling goes around all else (adapters, then recomputed blocks, then this), and only passes with a gradient run
 compiled: held-out images are measured on the code that measured the base model. torch compiles when a block is first
 used, in the forward pass and again in the backward pass, so what is missing for it (a compiler, triton, support for an
-operation) shows there; `Loop` then takes the step again without.
+operation) shows there; the loop then takes the step again without.
 
 Left as they are: blocks with adapters that torch cannot take in one piece (`Adapter.compiles`), and all of them where
 weights are streamed in, since that is work for the host between any two layers.
@@ -31,7 +31,7 @@ from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 
-__all__ = ["BACKEND", "compilable", "compiled", "compiler", "reason", "sizes_vary", "units"]
+__all__ = ["BACKEND", "compilable", "compiled", "compiler", "sizes_vary", "units"]
 
 BACKEND = "inductor"
 """What turns graphs into code, of `torch.compiler.list_backends()`."""
@@ -74,14 +74,6 @@ def compiler(device: torch.device) -> str:
             told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
             return told.partition("\n")[0] or name
     return "none"
-
-
-def reason(error: BaseException) -> str:
-    """What an error in a compiled block says, in a line: torch wraps those of compilers, and adds much advice."""
-    while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextlib.contextmanager

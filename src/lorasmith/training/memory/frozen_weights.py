@@ -15,9 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorasmith.adapters.adapter import PRODUCTS, FrozenLayer
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, with_source
+from lorasmith.core.choices import Quantization
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import Packed, WeightSource, packed, weight_source
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
@@ -30,7 +32,7 @@ __all__ = ["kept", "multiplied_in_fp8", "takes_fp8_products"]
 def kept(
     module: nn.Module,
     *,
-    kind: str,
+    kind: Quantization,
     device: torch.device,
     dtype: torch.dtype,
     stream: WeightStream | None = None,
@@ -42,7 +44,7 @@ def kept(
 
     Args:
         module: the frozen model.
-        kind: of `PACKINGS`; `none` keeps the numbers as they are, and what is packed in the model as that is.
+        kind: `none` keeps the numbers as they are, and what is packed in the model as that is.
         device: where products are computed.
         dtype: what weights are unpacked to.
         stream: where packed weights wait in host memory, one block of the model ahead; None keeps them on the device.
@@ -87,7 +89,7 @@ def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
 
 
 def _packed(
-    layer: nn.Module, kind: str, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+    layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
     """A layer's weight as `kind` keeps it; a weight that is packed is unpacked first, unless it may stay as it is."""
     source = weight_source(layer)
@@ -95,7 +97,11 @@ def _packed(
         return source.to(source.tensors[0].device, dtype, layout)
     weight = FrozenLayer(layer).weight.detach()
     there = weight.device if kind == "none" else device  # where quantizing is fast
-    return packed(weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format), kind, dtype)
+    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+    one = packed(laid, kind, dtype)
+    if kind != "none" or laid is not weight:
+        release_pages(weight)
+    return one
 
 
 def _code(layer: nn.Module) -> torch.dtype | None:

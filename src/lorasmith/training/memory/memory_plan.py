@@ -16,7 +16,7 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -26,13 +26,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from lorasmith.adapters.inject import restore_forward
+from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.choices import Activations
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
-from lorasmith.training.engine import Engine, Recipe, batch_maker
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.activations import Remade, held_by, noted, sparing
+from lorasmith.training.runtime import Runtime
 
-__all__ = ["MemoryPlan", "chosen_plan", "free_memory", "plan_for"]
+__all__ = ["MemoryPlan", "chosen_plan", "free_memory", "plan_activations", "plan_for"]
 
 _DEPTHS = 5
 _SHARE = 0.9  # of what is free; fragments and other programs have the rest
@@ -44,12 +49,12 @@ class MemoryPlan:
     """A way to keep activations.
 
     Attributes:
-        activations, checkpoint_depth: as in `Recipe`.
+        activations, checkpoint_depth: as in `Runtime`.
         needed_bytes: estimated peak of a step above weights and optimizer state.
         budget_bytes: what it had to fit.
     """
 
-    activations: str
+    activations: Activations
     checkpoint_depth: int
     needed_bytes: int
     budget_bytes: int
@@ -73,18 +78,21 @@ class MemoryPlan:
         return text if self.fits else f"{text} That may not be enough: a smaller batch or picture needs less."
 
 
-def chosen_plan(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe, budget_bytes: int) -> MemoryPlan:
+def chosen_plan(
+    denoiser: Denoiser, samples: Sequence[Sample], config: ResolvedConfig, runtime: Runtime, budget_bytes: int
+) -> MemoryPlan:
     """The cheapest plan that fits, or the one that needs the least.
 
     Args:
         denoiser: frozen, with the adapters attached and nothing else.
         samples: of the run; the largest is looked at.
-        recipe: of the run.
+        config, runtime: of the run.
         budget_bytes: what a step may take above what is there now.
     """
     largest = max(samples, key=lambda sample: sample.latents.numel())
-    batch = batch_maker(denoiser, [largest], replace(recipe, accumulation=1)).step(0)[0]
-    noised = batch.noised.to(recipe.dtype)
+    one_batch = replace(config, grad_accumulation_steps=1)
+    batch = batch_maker(denoiser, [largest], one_batch, runtime).step(0)[0]
+    noised = batch.noised.to(runtime.dtype)
     plans = []
     for plan in _plans(
         denoiser.module,
@@ -97,12 +105,25 @@ def chosen_plan(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe, b
     return min(plans, key=lambda plan: plan.needed_bytes)
 
 
+def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | Warned:
+    """Decide how an engine keeps activations, which has to be prepared; returns what to tell."""
+    try:
+        plan = plan_for(engine, samples)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        engine.change(activations="keep", checkpoint_depth=1)  # the step itself finds out about smaller pieces
+        return Warned(message="Memory ran out while activations were measured: blocks are computed again.")
+    engine.change(activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
+    return Planned(**asdict(plan), message=str(plan))
+
+
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """What a run decides before its first step, with what its device has free for one; see `chosen_plan`."""
-    recipe = engine.recipe
+    runtime = engine.runtime
     optimizer = 2 * engine.flat.master.nbytes  # its state comes with the first step
-    free = free_memory(recipe.device, recipe.memory_budget) - optimizer
-    return chosen_plan(engine.denoiser, samples, recipe, free)
+    free = free_memory(runtime.device, runtime.memory_budget) - optimizer
+    return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
 
 
 def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
@@ -128,7 +149,8 @@ def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> I
         run()
     transient = _TRANSIENT * probe.largest
     yield MemoryPlan("keep", 0, probe.total + transient, budget_bytes)
-    for kind in ("lean", "selective"):
+    kinds: tuple[Activations, ...] = ("lean", "selective")
+    for kind in kinds:
         smaller = _Probe(module)
         with sparing(module, kind), noted() as notes, smaller.counting(notes.pack):
             run()

@@ -59,10 +59,10 @@ def rate_factor(
     *,
     schedule: str,
     steps: int,
-    warmup_steps: int = 0,
-    final_rate: float = 0.0,
-    cycles: int = 3,
-    power: float = 2.0,
+    warmup_steps: int,
+    final_rate: float,
+    cycles: int,
+    power: float,
 ) -> float:
     """Share of the learning rate that a step is taken with, in [0, 1].
 

@@ -1,7 +1,8 @@
 """Optimizers by name: where each comes from, what it takes, and its arguments as people write them.
 
 The rules themselves are torch's, transformers' and those of small packages; any optimizer class can be named by its
-import path. What a run does with them is `optimizers.py`'s part.
+import path. What a run does with them is `optimizers.py`'s part. torch is imported when an optimizer is looked up, not
+with this module, from which the settings read the names.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import Registry, nearest
-from lorasmith.training.optim.flat import ParameterGroup
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lorasmith.training.optim.flat import ParameterGroup
 
 __all__ = ["OPTIMIZERS", "UpdateRule", "build_optimizer", "default_rate", "one_line", "rule_of", "takes_weight_decay"]
 
@@ -149,6 +152,8 @@ def _class_at(path: str) -> type[Optimizer]:
 
 
 def _is_optimizer(thing: Any) -> bool:
+    from torch.optim import Optimizer
+
     return isinstance(thing, type) and issubclass(thing, Optimizer) and thing is not Optimizer
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.training.config import WATCHING, TrainConfig
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.update_rules import rule_of
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
 
 # What matters of that file is in the initial weights, and compiled code changes what the environment does: last bits.
-_UNCOMPARED = WATCHING | {"existing_lora", "compile"}
+_UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
+    "existing_lora",
+    "compile",
+}
 _SAMPLED = 64
 
 
@@ -76,9 +79,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def versions(optimizer: str) -> dict[str, str]:
-    """Versions that a run's numbers depend on, the optimizer's package among them."""
-    packages = ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
-    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Versions that a run's numbers depend on, of what is installed; the optimizer's package among them."""
+    found = {"python": platform.python_version()}
+    for name in ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     for path in rule_of(optimizer).paths:  # the first that is installed is used
         with contextlib.suppress(PackageNotFoundError):
             name = path.partition(".")[0]
@@ -86,7 +91,7 @@ def versions(optimizer: str) -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, optimizer: str, *, compile: bool = False) -> dict[str, Any]:
+def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[str, Any]:
     """What the last bits of a run's numbers depend on besides its fingerprint."""
     return {
         **({"compiled_by": compiler(device)} if compile else {}),

@@ -6,7 +6,6 @@ out, because the rest is worth having.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,18 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.training import events as event_module
-from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone
+from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
+from lorasmith.training.outcome import Outcome
 
-__all__ = ["RunHistory", "read_history"]
+__all__ = ["EVENTS", "RECORD", "RunHistory", "read_history", "read_record"]
 
-_KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind
-    for kind in vars(event_module).values()
-    if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
-}
-_DRAWS = ([int, float, float], [int, int, float], [int, float, int], [int, int, int])  # JSON has one kind of number
-_LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
+RECORD, EVENTS = "run.json", "events.jsonl"
+"""Files in the folder of a run: what it is, and what happened."""
+
 _E = TypeVar("_E", bound=Event)
 
 
@@ -61,8 +56,9 @@ class RunHistory:
                 last = min(last, event.to_step)
         return [taken[step] for step in sorted(taken) if step <= last]
 
-    def reason(self) -> str | None:
-        """Why the run ended (see `RunFinished`); None if it was killed or is still going on."""
+    @property
+    def outcome(self) -> Outcome | None:
+        """Why the run ended; None if it was killed or is still running."""
         ends = [event for event in self.events if isinstance(event, (RunStarted, RunFinished))]
         return ends[-1].reason if ends and isinstance(ends[-1], RunFinished) else None
 
@@ -79,13 +75,26 @@ class RunHistory:
 
 
 def read_history(folder: Path) -> RunHistory:
-    """The history of the run in `folder`.
+    """The history of the run in `folder`. Raises OptionError and TrainingError, as `read_record` does."""
+    record = read_record(folder)
+    events: list[Event] = []
+    unreadable = 0
+    for line in _lines(folder / EVENTS):
+        try:
+            events.append(decoded(line))
+        except ValueError:
+            unreadable += 1
+    return RunHistory(folder, record, tuple(events), unreadable)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Content of a run's `run.json`.
 
     Raises:
-        OptionError: there is no run in it.
-        TrainingError: its `run.json` cannot be read.
+        OptionError: there is no run in the folder.
+        TrainingError: the file cannot be read.
     """
-    path = folder / "run.json"
+    path = folder / RECORD
     if not path.is_file():
         raise OptionError(f"a run's folder has a run.json, which {folder} has not; name one such as runs/photos-001")
     try:
@@ -96,9 +105,7 @@ def read_history(folder: Path) -> RunHistory:
         raise TrainingError(
             f"{path} cannot be read ({error}); without it nothing is known of the run, so restore it from a copy"
         ) from error
-    lines = _lines(folder / "events.jsonl")
-    events = [_event(line) for line in lines]
-    return RunHistory(folder, record, tuple(one for one in events if one is not None), events.count(None))
+    return record
 
 
 def _lines(path: Path) -> list[str]:
@@ -109,38 +116,3 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     return [line for line in text.split("\n") if line.strip()]
-
-
-def _event(line: str) -> Event | None:
-    """The event of a line; None where there is none. Events and fields that later versions add are left out."""
-    try:
-        found = json.loads(line)
-        kind = _KINDS[found.pop("event")]
-        known = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-        values: dict[str, Any] = {name: _frozen(value) for name, value in found.items() if name in known}
-        event = kind(**values)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    typed = all(_fits(getattr(event, name), annotation) for name, annotation in known.items())
-    return event if typed and _plausible(event) else None
-
-
-def _plausible(event: Event) -> bool:
-    """Whether the numbers can be what they say; everything after relies on it."""
-    step = getattr(event, "step", 1)
-    draws = getattr(event, "draws", ())
-    return (
-        0 <= event.at < _LAST_SECOND
-        and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP
-        and all(isinstance(draw, tuple) and list(map(type, draw)) in _DRAWS for draw in draws)
-    )
-
-
-def _fits(value: object, annotation: str) -> bool:
-    """Whether a value is of the annotated kind, as far as JSON can tell; draws and names are looked at as tuples."""
-    kinds = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
-    return isinstance(value, kinds.get(annotation, (tuple,)))
-
-
-def _frozen(value: object) -> object:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 run.json        configuration, fingerprint, model, data and environment
 events.jsonl    one event a line, as it happened
-checkpoints/    from which it goes on
+states/         run states, from which it continues
 samples/        pictures drawn on the way
 <name>.safetensors, loss.png, report.html    what came out
 """
@@ -17,17 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorasmith.core.errors import OutputError
+from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.files import ensure_folder, locked, write_atomic
-from lorasmith.training.events import Event, EventHandler, Warned, as_json
-from lorasmith.training.loop import RunState
+from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.progress import RunState
 from lorasmith.training.runs.fingerprint import differences, environments_of
-from lorasmith.training.runs.run_states import Checkpoints
+from lorasmith.training.runs.history import EVENTS, RECORD, read_history, read_record
+from lorasmith.training.runs.run_states import RunStates
 
-__all__ = ["DONE", "RunFolder", "claimed_run", "unfinished_run"]
-
-DONE = ("finished", "stopped")
-"""Reasons for which a run ends by itself and is not continued."""
+__all__ = ["RunFolder", "claimed_run", "numbered_runs", "unfinished_run"]
 
 
 class RunFolder:
@@ -45,35 +44,25 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether it holds a run."""
-        return (self.path / "run.json").is_file()
+        return (self.path / RECORD).is_file()
 
     def record(self) -> dict[str, Any]:
-        """Content of `run.json`. Raises OutputError if there is none that can be read."""
-        try:
-            record: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{self.path} must be the folder of a run, with its run.json, and is not ({error}); name another"
-            ) from error
-        return record
+        """Content of `run.json`. Raises OptionError and TrainingError, as `read_record` does."""
+        return read_record(self.path)
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """What happened, line by line; lines that a kill has cut short are left out."""
-        path = self.path / "events.jsonl"
-        if path.is_file():
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    with contextlib.suppress(ValueError):
-                        yield json.loads(line)
+    def outcome(self) -> Outcome | None:
+        """Why the run ended; None if it was killed, is still running, or there is none."""
+        return read_history(self.path).outcome if self.exists else None
 
-    def outcome(self) -> str:
-        """Reason for which the run ended; empty if it was killed, or goes on."""
-        ends = [event for event in self.events() if event.get("event") in ("RunStarted", "RunFinished")]
-        return str(ends[-1].get("reason", "")) if ends else ""
+    @property
+    def is_done(self) -> bool:
+        """Whether its run ended by itself, so that it is not continued."""
+        outcome = self.outcome()
+        return outcome is not None and outcome.is_final
 
-    def checkpoints(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> Checkpoints:
-        """Its checkpoints."""
-        return Checkpoints(self.path / "checkpoints", keep=keep, config=config)
+    def states(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> RunStates:
+        """Its run states."""
+        return RunStates(self.path / "states", keep=keep, config=config)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -111,7 +100,7 @@ class RunFolder:
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write `run.json`. Raises OutputError."""
-        write_atomic(self.path / "run.json", json.dumps(record, indent=2, ensure_ascii=False))
+        write_atomic(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False))
 
     def check_continues(self, record: Mapping[str, Any]) -> None:
         """Raises OutputError if the run in this folder is another one, or done."""
@@ -121,7 +110,7 @@ class RunFolder:
                 f"{self.path} holds another run, which differs in {'; '.join(found)}; undo that, choose another "
                 "output, or start fresh, which moves that one aside"
             )
-        if self.outcome() in DONE:
+        if self.is_done:
             raise OutputError(f"{self.path} holds this run, and it is done; choose another output, or start fresh")
 
     def move_aside(self) -> Path:
@@ -140,13 +129,13 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Cut the log behind a step, to go on from there."""
-        kept = []
-        for event in self.events():
-            if event.get("event") in ("StepDone", "RolledBack") and event["step"] > step:
+        kept: list[Event] = []
+        for event in read_history(self.path).events:
+            if isinstance(event, StepDone | RolledBack) and event.step > step:
                 break
-            if event.get("event") != "RunFinished":
+            if not isinstance(event, RunFinished):
                 kept.append(event)
-        write_atomic(self.path / "events.jsonl", "".join(json.dumps(event) + "\n" for event in kept))
+        write_atomic(self.path / EVENTS, "".join(f"{encoded(event)}\n" for event in kept))
 
     def __call__(self, event: Event) -> None:
         """Append an event. A disk without room costs the log, never the run."""
@@ -154,8 +143,8 @@ class RunFolder:
             return
         try:
             if self._log is None:
-                self._log = (self.path / "events.jsonl").open("a", encoding="utf-8", buffering=1)
-            self._log.write(json.dumps(as_json(event)) + "\n")
+                self._log = (self.path / EVENTS).open("a", encoding="utf-8", buffering=1)
+            self._log.write(f"{encoded(event)}\n")
         except OSError:
             self._broken = True
 
@@ -168,7 +157,7 @@ class RunFolder:
     def _tidy(self) -> None:
         """Remove what a process that was killed has left half done."""
         left = [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]
-        if not self.outcome():  # otherwise it is a LoRA of that name
+        if self.outcome() is None:  # otherwise it is a LoRA of that name
             left.append(self.path / "preview.safetensors")
         for path in left:
             path.unlink(missing_ok=True)
@@ -194,7 +183,7 @@ def claimed_run(
         path: the folder.
         record: content of its `run.json`, with the run's fingerprint.
         fresh: move a run that is there aside.
-        tell: is told where to, and of checkpoints that cannot be read.
+        tell: is told where to, and of run states that cannot be read.
 
     Raises:
         OutputError: the folder holds another run, one that is done, or one that goes on elsewhere.
@@ -208,7 +197,7 @@ def claimed_run(
         state = None
         if folder.exists:
             folder.check_continues(record)
-            state = folder.checkpoints().newest(lambda sentence: tell(Warned(message=sentence)))
+            state = folder.states().newest(lambda sentence: tell(Warned(message=sentence)))
             folder.rewind(0 if state is None else state.step)
             folder.note_environment(record["environment"])
         else:
@@ -218,17 +207,20 @@ def claimed_run(
 
 def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
     """The newest folder below `parent`, named after the title, that holds this run to be continued by nobody else."""
-    names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
-    numbered = [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
-    for _, path in sorted(numbered, reverse=True):
+    for _, path in sorted(numbered_runs(parent, title), reverse=True):
         folder = RunFolder(path)
-        if not folder.exists or not folder.checkpoints().paths() or folder.is_busy:
+        if not folder.exists or not folder.states().paths() or folder.is_busy:
             continue
-        with contextlib.suppress(OutputError):
-            same = not differences(folder.record().get("fingerprint", {}), fingerprint)
-            if same and folder.outcome() not in DONE:
+        with contextlib.suppress(LorasmithError):
+            if not differences(folder.record().get("fingerprint", {}), fingerprint) and not folder.is_done:
                 return path
     return None
+
+
+def numbered_runs(parent: Path, title: str) -> list[tuple[int, Path]]:
+    """What is below `parent` with a name of the title and a number, such as `dog-001`, with the number."""
+    names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
+    return [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -1,8 +1,8 @@
-"""Checkpoints: the state of a run on disk, from which it goes on to the bit.
+"""Run states on disk, from which a run continues to the bit.
 
-    checkpoints/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
+    states/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
 
-A checkpoint is written whole or not at all, and older ones are removed only when it is on disk. Little room on the disk
+A state is written whole or not at all, and older ones are removed only when it is on disk. Little room on the disk
 is said and worked around; it never ends a run.
 """
 
@@ -15,17 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
-from lorasmith.training.events import CheckpointSaved, Warned
-from lorasmith.training.loop import RunState, Watcher
+from lorasmith.training.events import StateSaved, Warned
+from lorasmith.training.loop import Loop, Watcher
+from lorasmith.training.progress import RunState
 
-if TYPE_CHECKING:
-    from lorasmith.training.loop import Loop
-
-__all__ = ["Checkpointer", "Checkpoints", "free_bytes"]
+__all__ = ["RunStates", "StateSaver", "free_bytes", "load_state", "save_state"]
 
 _KEY = "lorasmith.run_state"
 _FORMAT = 1
@@ -33,8 +31,8 @@ _SPARE_BYTES = 64 * 2**20
 """Room left on the disk for what the run writes besides: plots, pictures, the report."""
 
 
-class Checkpoints:
-    """The checkpoints of a run.
+class RunStates:
+    """The states of a run that are kept.
 
     Args:
         folder: where they are; it is made with the first one.
@@ -48,12 +46,12 @@ class Checkpoints:
         self._config = dict(config or {})
 
     def paths(self) -> list[Path]:
-        """The checkpoints there are, newest first."""
+        """The files, newest first."""
         found = [path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d+", path.stem)]
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
     def newest(self, tell: Callable[[str], None] = lambda sentence: None) -> RunState | None:
-        """The newest checkpoint that can be read, None if there are none.
+        """The newest state that can be read, None if there are none.
 
         Those that are passed over are told of and renamed, so that they do not count among the last ones any more.
 
@@ -68,27 +66,27 @@ class Checkpoints:
                 unreadable.append((path, error))
                 continue
             for other, reason in unreadable:
-                tell(f"A checkpoint is passed over: {reason}.")
+                tell(f"A run state is passed over: {reason}.")
                 other.rename(other.with_suffix(".unreadable"))
             return state
         if unreadable:
-            raise OutputError(f"no checkpoint of this run can be read ({unreadable[0][1]}); start fresh")
+            raise OutputError(f"no state of this run can be read ({unreadable[0][1]}); start fresh")
         return None
 
     def save(self, state: RunState) -> Path:
-        """Write a checkpoint, then remove those beyond the number kept.
+        """Write a state, then remove those beyond the number kept.
 
         Raises:
             OutputError: the disk has no room for it, or it cannot be written.
         """
         path = self.folder / f"step-{state.step:06}.safetensors"
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
-        needed = 2 * size + _SPARE_BYTES  # the LoRA at the end is smaller than a checkpoint
+        needed = 2 * size + _SPARE_BYTES  # the LoRA at the end is smaller than a state
         if free_bytes(self.folder) < needed:
-            self._remove_beyond(1)  # rather few checkpoints than none
+            self._remove_beyond(1)  # rather few states than none
         if (free := free_bytes(self.folder)) < needed:
             raise OutputError(
-                f"a checkpoint needs {size / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are free; "
+                f"a run state needs {size / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are free; "
                 "free some space"
             )
         save_state(path, replace(state, numbers={**state.numbers, "config": self._config}))
@@ -100,20 +98,20 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
 
-class Checkpointer(Watcher):
-    """Saves checkpoints by steps and by minutes, and whenever a run ends.
+class StateSaver(Watcher):
+    """Saves the state of a run by steps and by minutes, and whenever it ends.
 
     Args:
-        checkpoints: where.
+        states: where.
         every: steps, 0 for none by steps.
         minutes: 0 for none by time.
         before: called before each, to have on the disk what it will be read with.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, *, every: int, minutes: float, before: Callable[[], None] = lambda: None
+        self, states: RunStates, *, every: int, minutes: float, before: Callable[[], None] = lambda: None
     ) -> None:
-        self._checkpoints = checkpoints
+        self._states = states
         self._before = before
         self._every = every
         self._seconds = minutes * 60
@@ -129,15 +127,15 @@ class Checkpointer(Watcher):
         self._last_time = time.monotonic()
         self._before()
         try:
-            path = self._checkpoints.save(loop.state())
+            path = self._states.save(loop.state())
         except (LorasmithError, OSError) as error:
             if not self._failing:
-                loop.tell(Warned(message=f"No checkpoint of step {loop.step}: {error}. Training goes on."))
+                loop.tell(Warned(message=f"The state of step {loop.step} is not saved: {error}. Training continues."))
             self._failing = True
             return
         self._failing = False
         self._last_step = loop.step
-        loop.tell(CheckpointSaved(step=loop.step, path=str(path)))
+        loop.tell(StateSaved(step=loop.step, path=str(path)))
 
     def end(self, loop: Loop) -> None:
         if loop.is_whole and loop.step != self._last_step:
@@ -154,17 +152,17 @@ def load_state(path: Path) -> RunState:
     """Read a state.
 
     Raises:
-        OutputError: it is missing, damaged, or no checkpoint.
+        OutputError: it is missing, damaged, or no run state.
     """
     text = check_safetensors(path, OutputError).metadata.get(_KEY)
     if text is None:
-        raise OutputError(f"{path} must be a checkpoint of a run but is another file; name the folder of a run")
+        raise OutputError(f"{path} must be a run state but is another file; name the folder of a run")
     try:
         numbers = json.loads(text)
         if numbers.pop("format") != _FORMAT:
-            raise OutputError(f"{path} was written by a newer version of Lorasmith; update it, or start the run anew")
+            raise OutputError(f"{path} was written by a newer version of Lorasmith; update it, or start the run again")
     except (ValueError, KeyError) as error:
-        raise OutputError(f"{path} must be a checkpoint of a run but its header is damaged; name another") from error
+        raise OutputError(f"{path} must be a run state but its header is damaged; name another") from error
     tensors, _ = read_safetensors(path, OutputError)
     # Copies: the file may be removed while the run still holds on to its tensors.
     return RunState(numbers.pop("step"), {name: tensor.clone() for name, tensor in tensors.items()}, numbers)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lorasmith.app.run_page import report_of, write_report
 from lorasmith.training.events import RolledBack, RunFinished, StepDone, Warned
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.run_page import report_of, write_report
 from tests.training.run_cases import (
     BEGIN,
     HOSTILE,
@@ -36,8 +37,8 @@ def page(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def finish(step: int, reason: str = "finished") -> RunFinished:
-    return RunFinished(step=step, reason=reason, at=BEGIN + 0.8 * step)
+def finish(step: int, reason: str = Outcome.FINISHED) -> RunFinished:
+    return RunFinished(step=step, reason=Outcome(reason), at=BEGIN + 0.8 * step)
 
 
 def test_a_run_with_all_there_is(tmp_path: Path) -> None:

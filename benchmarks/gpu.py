@@ -1,0 +1,366 @@
+"""The GPU tests and every benchmark, one part after the other, within a time limit: what `make gpu` runs.
+
+    python -m benchmarks.gpu --minutes 25 --output gpu-results --wheels wheels
+    python -m benchmarks.gpu --parts tests step_time levers --minutes 9
+    python -m benchmarks.gpu --rehearse
+
+A part is a process of its own and has a slice of the time. It is killed when that is over, keeps the rows that it had,
+and does not stop the others; one for which less than half of its slice is left is listed as not run. The most telling
+parts come first, each for one model family after the other (`benchmarks.bases.MODELS`). Without a GPU everything is
+rehearsed: on the CPU, with small models and few steps. In the output folder are then
+
+    results.json     machine, versions, and of each part its outcome, its settings and its tables
+    tables.md        the tables, in the form of docs/benchmarks.md
+    log.txt          all that the parts printed
+
+which are up to date after each part. The exit status is 0 if every part passed. The machine needs no network: wheels of
+packages that it lacks come in a folder and are unpacked beside the project, so that nothing that is installed changes.
+This module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Table, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ROOT / "build" / "gpu-packages"
+"""Where wheels are unpacked."""
+
+_GRACE_S = 15
+"""For a part that is asked to end, before it is killed."""
+
+_LAST_LINES = 40
+"""Of a part that did not pass, in the results."""
+
+_DESCRIBE = """
+import json, torch
+from importlib.metadata import PackageNotFoundError, version
+from benchmarks.bases import MODELS
+def version_of(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+found = {name: version_of(name) for name in ("torch", "triton", "diffusers", "transformers", "accelerate", "peft")}
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0)
+    found |= {"cuda": torch.version.cuda, "card": card.name, "memory_gib": round(card.total_memory / 2**30, 1)}
+    found |= {"capability": f"{card.major}.{card.minor}"}
+models = {name: (one.latent, one.batches, one.rehearsal) for name, one in MODELS.items() if one.rehearsal}
+print(json.dumps({"machine": found, "models": models}))
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: of the benchmark, with the model after a colon where it is about one.
+        command: arguments of Python.
+        minutes: its slice.
+        report: option for the file in which it leaves its tables, `--json` or pytest's; None if it leaves none.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    minutes: float
+    report: str | None = "--json"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark and its options.
+
+    Attributes:
+        name: of the part.
+        module: in `benchmarks`.
+        minutes: slice.
+        full, rehearsed: options at full size, and where there is no GPU; `{batches}` stands for those of a family.
+    """
+
+    name: str
+    module: str
+    minutes: float
+    full: str = ""
+    rehearsed: str = ""
+
+
+FOR_EACH_FAMILY = (
+    Benchmark("step_time", "step_time", 2.5, "--batch {batches} --rounds 3 --steps 2", "--rounds 1 --steps 1"),
+    Benchmark(
+        "levers",
+        "levers",
+        3,
+        "--steps 4 --levers none host int8 nf4 fp8 fp8-products offloading",
+        "--steps 1 --levers none nf4 offloading",
+    ),
+    Benchmark("compile", "step_time", 2.5, "--sides floor lorasmith compile", "--sides floor --rounds 1 --steps 1"),
+    Benchmark(
+        "algorithms",
+        "step_time",
+        1.5,
+        "--rounds 2 --steps 2 --algorithms LoRA LoKr OFT LoHa GLoRA DoRA-input",
+        "--rounds 1 --steps 1 --algorithms LoRA",
+    ),
+    Benchmark(
+        "scaling",
+        "scaling",
+        1.5,
+        "--rounds 2 --steps 2",
+        "--rounds 1 --steps 1 --batches 1 --latents 8 --ranks 4 8",
+    ),
+)
+"""The most telling first; a model and the side of its latents are added."""
+
+ONCE = (
+    Benchmark("quantized_bases", "quantized_bases", 1, "", "--steps 2 --batch 1 --images fox --kinds none int8"),
+    Benchmark("startup", "startup", 1, "--times 3", "--times 1"),
+    Benchmark(
+        "learning",
+        "learning",
+        1.5,
+        "--seeds 0 --steps 300",
+        "--seeds 0 --steps 2 --every 1 --images fox --recipes ours",
+    ),
+    Benchmark(
+        "learning_rates",
+        "learning_rates",
+        1.5,
+        "--multiples default --algorithms LoRA LoKr OFT",
+        "--multiples default --algorithms LoRA --steps 2",
+    ),
+)
+"""On the built-in model."""
+
+PEERS = {
+    "comfyui": Benchmark(
+        "comfyui",
+        "peers.comfyui",
+        3,
+        "--latent-size 64",
+        "--model sd1-tiny --latent-size 8 --rounds 1 --steps 1",
+    ),
+    "sd_scripts": Benchmark("sd_scripts", "peers.sd_scripts", 2, "--latent 64", "--latent 8 --rounds 1 --steps 1"),
+}
+"""By the option that names the checkout."""
+
+
+def main() -> int:
+    arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part that is running ends as well
+    run = Run(arguments.output, seconds=60 * arguments.minutes)
+    if arguments.wheels is not None:
+        run.part(_unpacking(arguments.wheels))
+    described = subprocess.run(
+        [sys.executable, "-c", _DESCRIBE], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if described.returncode:
+        print(described.stderr, file=sys.stderr)
+        run.facts = {"error": described.stderr.strip().splitlines()[-1]}
+        run.finish()
+        return 1
+    found = json.loads(described.stdout.splitlines()[-1])
+    rehearsed = arguments.rehearse or "card" not in found["machine"]
+    run.facts = {**found["machine"], "rehearsed": rehearsed, "minutes": arguments.minutes}
+    for part in parts(found["models"], arguments, rehearsed=rehearsed):
+        if not arguments.parts or {part.name, part.name.partition(":")[0]} & set(arguments.parts):
+            run.part(part)
+    return 0 if all(one["outcome"] == "passed" for one in run.results) else 1
+
+
+def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: bool) -> Iterator[Part]:
+    """All there are, the most telling first.
+
+    Args:
+        models: name → side of the latents, batch sizes, and name of the model that rehearses for it.
+        arguments: of the command line: where tests are, and checkouts of peers.
+        rehearsed: whether models are small, steps few, and the device the CPU.
+    """
+
+    def part(one: Benchmark, name: str, *more: str, **fields: object) -> Part:
+        options = (one.rehearsed if rehearsed else one.full).format(**fields).split()
+        device = ("--device", "cpu" if rehearsed else "cuda")
+        minutes = one.minutes * (4 if rehearsed else 1)  # for where it is rehearsed, other work may be going on
+        return Part(name, ("-m", f"benchmarks.{one.module}", *more, *options, *device), minutes)
+
+    tests = ("-m", "pytest", "-m", "gpu", "-v", "-rfE", "--color=no", *arguments.tests)
+    yield Part("tests", tests, 6, report="--junit-xml")
+    for one in FOR_EACH_FAMILY:
+        for model, (latent, batches, rehearsal) in models.items():
+            base = ("--model", rehearsal, "--latent", "8") if rehearsed else ("--model", model, "--latent", str(latent))
+            yield part(one, f"{one.name}:{model}", *base, batches=" ".join(map(str, batches)))
+    for one in ONCE:
+        yield part(one, one.name)
+    if arguments.comfyui is not None:
+        python = str(arguments.comfyui_python or sys.executable)
+        yield part(PEERS["comfyui"], "comfyui", "--comfyui", str(arguments.comfyui), "--python", python)
+    if arguments.sd_scripts is not None:
+        yield part(PEERS["sd_scripts"], "sd_scripts", "--path", str(arguments.sd_scripts))
+
+
+class Run:
+    """Parts, one after the other.
+
+    Args:
+        output: folder of what is left.
+        seconds: for all of them.
+
+    Attributes:
+        facts: machine and versions.
+        results: of each part so far.
+    """
+
+    def __init__(self, output: Path, *, seconds: float) -> None:
+        self.facts: dict[str, Any] = {}
+        self.results: list[dict[str, Any]] = []
+        self._output = output
+        self._log = output / "log.txt"
+        self._end = time.monotonic() + seconds
+        output.mkdir(parents=True, exist_ok=True)
+        self._log.write_text("", encoding="utf-8")
+
+    def part(self, part: Part) -> None:
+        """Run one, unless too little time is left.
+
+        Its result has `outcome` (`passed`, `failed`, `over time` or `not run`), `seconds`, `command`, `settings` and
+        `tables`; that of a part that did not pass also the `last_lines` of its output.
+        """
+        result: dict[str, Any] = {"part": part.name, "command": " ".join(("python", *part.command)), "tables": []}
+        wanted, left = 60 * part.minutes, self._end - time.monotonic()
+        if left < wanted / 2:
+            result |= {"outcome": "not run", "seconds": 0.0}
+        else:
+            print(f"{part.name} …", flush=True)
+            result |= self._ran(part, min(wanted, left))
+        print(f"{part.name}: {result['outcome']}, {result['seconds']:.0f} s", flush=True)
+        if result["outcome"] not in ("passed", "not run"):
+            print(*(f"    {line}" for line in result["last_lines"]), sep="\n", flush=True)
+        self.results.append(result)
+        self.finish()
+
+    def finish(self) -> None:
+        """Write what there is."""
+        write_json(self._output / "results.json", {"machine": self.facts, "parts": self.results})
+        (self._output / "tables.md").write_text(markdown(self.facts, self.results), encoding="utf-8")
+
+    def _ran(self, part: Part, limit: float) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder, self._log.open("a+b") as log:
+            report = Path(folder) / "report"
+            command = [sys.executable, *part.command, *([] if part.report is None else [part.report, str(report)])]
+            log.write(f"\n$ {' '.join(command)}\n".encode())
+            log.flush()
+            start = log.seek(0, os.SEEK_END)
+            began = time.monotonic()
+            outcome = _outcome(command, log.fileno(), limit)
+            result: dict[str, Any] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
+            log.seek(start)
+            lines = log.read().decode(errors="replace").splitlines()
+            with contextlib.suppress(FileNotFoundError, ET.ParseError):  # of parts that left none
+                is_xml = part.report == "--junit-xml"
+                result |= _test_tables(report) if is_xml else json.loads(report.read_text(encoding="utf-8"))
+        return result if outcome == "passed" else {**result, "last_lines": lines[-_LAST_LINES:]}
+
+
+def markdown(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
+    """The page of tables."""
+    summary = Table({"part": "", "outcome": "", "seconds": ".0f"})
+    summary.rows = [[one["part"], one["outcome"], one["seconds"]] for one in results]
+    lines = ["# Measured on a GPU" if "card" in facts else "# Rehearsed without a GPU", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in facts.items()), "", summary.markdown(), ""]
+    for one in results:
+        if one["outcome"] == "not run":
+            continue
+        lines += [f"## {one['part']}", "", f"    {one['command']}", ""]
+        for table in one["tables"]:
+            lines += [Table(**table).markdown(), ""]
+        if one["outcome"] != "passed":
+            lines += [f"{one['outcome']}:", "", *(f"    {line}" for line in one["last_lines"]), ""]
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, str]:
+    """Of every part: the project and the unpacked wheels before what is installed, and no network."""
+    paths = [str(path) for path in (ROOT / "src", ROOT, PACKAGES)]
+    before = os.environ.get("PYTHONPATH")
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])]),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # for deterministic runs, and read once in a process
+    }
+
+
+def _unpacking(wheels: Path) -> Part:
+    """The wheels of a folder, beside the project; what they need is in the folder too, or installed."""
+    how = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(PACKAGES))
+    found = map(str, sorted(wheels.resolve().glob("*.whl")))
+    return Part("packages", ("-m", "pip", "install", *how, *found), 2, report=None)
+
+
+def _outcome(command: Sequence[str], log: int, limit: float) -> str:
+    """Run a command with all the processes that it starts, and end them all when the time is over."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            return "passed" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest then reports the tests that it has run
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
+            return "over time"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _test_tables(report: Path) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, and the failures, from pytest's XML."""
+    cases = list(ET.parse(report).iter("testcase"))
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures: list[list[str]] = []
+    for case in cases:
+        trouble = next((one for one in case if one.tag in ("failure", "error")), None)
+        skipped = case.find("skipped") is not None
+        counts["failed" if trouble is not None else "skipped" if skipped else "passed"] += 1
+        if trouble is not None:
+            first = (trouble.get("message") or "").partition("\n")[0].replace("|", "\\|")
+            failures.append([f"{case.get('classname')}::{case.get('name')}", first])
+    tables = [{"columns": dict.fromkeys(counts, "d"), "rows": [list(counts.values())]}]
+    if failures:
+        tables.append({"columns": {"test": "", "message": ""}, "rows": failures})
+    return {"tables": tables}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=25, help="for all parts together")
+    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder of results, tables and log")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that are not installed")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, such as tests, levers or levers:sd15")
+    parser.add_argument("--tests", nargs="+", default=["tests"], metavar="PATH", help="where GPU tests are looked for")
+    parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU, even where there is a GPU")
+    parser.add_argument("--comfyui", type=Path, help="folder of a ComfyUI checkout, to be measured as well")
+    parser.add_argument("--comfyui-python", type=Path, help="of the venv that ComfyUI runs in; this one if left out")
+    parser.add_argument("--sd-scripts", type=Path, help="folder of an sd-scripts checkout, to be measured as well")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

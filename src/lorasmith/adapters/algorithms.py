@@ -1,0 +1,48 @@
+"""Every algorithm of the catalogue, imported so that it is registered, and what each says of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+
+from lorasmith.adapters.adapter import ADAPTERS
+from lorasmith.adapters.catalogue import ALGORITHMS, Algorithm
+from lorasmith.core.adapter_format import AdapterFormat
+from lorasmith.core.adapter_state import AdapterWeights
+
+__all__ = ["ADAPTERS", "algorithms", "format_named", "format_of", "size_of", "title_of", "words_of"]
+
+for _name in ALGORITHMS:
+    import_module(f"lorasmith.adapters.{_name.casefold()}")  # the module of an algorithm has its name
+
+
+def algorithms() -> Iterator[tuple[str, AdapterFormat]]:
+    """Name, as `AdapterWeights` has it, and format of every algorithm."""
+    return ((name.casefold(), adapter.format) for name, adapter in ADAPTERS.items())
+
+
+def format_named(algorithm: str) -> AdapterFormat:
+    """The format of an algorithm. Raises LoraError for unknown names."""
+    return ADAPTERS[algorithm].format
+
+
+def format_of(weights: AdapterWeights) -> AdapterFormat:
+    """The format of an adapter's algorithm. Raises LoraError for one that is unknown."""
+    return format_named(weights.algorithm)
+
+
+def size_of(weights: AdapterWeights) -> int | None:
+    """The number that was given as `rank`, where it is no rank and the tensors show it."""
+    size = format_of(weights).size
+    return None if size is None else size({role: tensor.shape for role, tensor in weights.tensors.items()})
+
+
+def title_of(weights: AdapterWeights) -> str:
+    """What people call an adapter's algorithm; a LoRA with magnitudes is a DoRA."""
+    name = ADAPTERS.canonical(weights.algorithm)
+    return (ALGORITHMS[name].with_dora or f"{name} with DoRA") if "dora_scale" in weights.tensors else name
+
+
+def words_of(algorithm: str) -> Algorithm:
+    """What the catalogue says of an algorithm. Raises LoraError for unknown names."""
+    return ALGORITHMS[ADAPTERS.canonical(algorithm)]

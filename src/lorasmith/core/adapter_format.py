@@ -1,0 +1,133 @@
+"""What an algorithm says of its tensors, so that files and tools serve it without knowing its name.
+
+Each algorithm declares one `AdapterFormat` beside its adapter. Roles are the tensor names of `AdapterWeights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.adapter_state import AdapterWeights
+
+__all__ = ["COMFYUI", "DIFFUSERS", "SD_SCRIPTS", "AdapterFormat", "PeftKind", "Shapes", "Tensors", "multiplied"]
+
+COMFYUI, DIFFUSERS, SD_SCRIPTS = "ComfyUI", "diffusers", "sd-scripts"
+"""Programs whose loaders `docs/load-matrix.md` measures; of sd-scripts its own network, not LyCORIS'."""
+
+Tensors = Mapping[str, Tensor]
+"""By role."""
+
+Shapes = Mapping[str, Sequence[int]]
+"""Shapes of tensors by role."""
+
+
+def _nothing(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftKind:
+    """An algorithm in PEFT.
+
+    Attributes:
+        name: `peft_type` of its configuration.
+        alpha: the configuration's field with alpha.
+        differs: how PEFT's adapters of that name differ from all others; they are then neither read nor written.
+        magnitudes: whether it has DoRA's magnitudes, which PEFT keeps for each output.
+        fields: further fields of the configuration, for adapters and numbers of weights in a kernel by module path.
+        misfits: why PEFT cannot have some adapters beside the others, by module path; arguments as for `fields`.
+        unscaled: the rank in the configuration of an adapter that has none of its own.
+        scaled: role of the tensor that takes the scale by which PEFT multiplies such an adapter, alone in doing so.
+    """
+
+    name: str
+    alpha: str = "alpha"
+    differs: str = ""
+    magnitudes: bool = False
+    fields: Callable[[Mapping[str, AdapterWeights], Mapping[str, int]], dict[str, Any]] = _nothing
+    misfits: Callable[[Mapping[str, AdapterWeights], Mapping[str, int]], dict[str, str]] = _nothing
+    unscaled: Callable[[Tensors], int] | None = None
+    scaled: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFormat:
+    """An algorithm's tensors.
+
+    Attributes:
+        suffixes: what follows a module's name in the key of each tensor, by role, as kohya's scripts, LyCORIS and
+            ComfyUI write it.
+        peft_suffixes: the same for PEFT, where it differs.
+        needed: sets of roles, any of which makes a whole adapter; other roles are optional.
+        weight_shape: shape of the layer's weight as far as the tensors' shapes tell: (out,), (out, in · kernel) or all.
+        dimensions: number of dimensions of a tensor by role, where algorithms share roles and that tells them apart.
+        canonical: the adapter with its tensors in the dimensions of a weight (None: unknown), which some files flatten;
+            None for tensors that do not belong together.
+        rank_axes: role → axis that is the rank; the first role that is there decides.
+        input_axes: role → axis that is the layer's inputs, if need be times the kernel; what a file's family shows by.
+        cores: roles of Tucker cores.
+        without_core: the adapter with its Tucker core, which few programs know, multiplied into a factor in fp32.
+        is_additive: whether the change of the weight is the same for every weight.
+        is_low_rank: whether the change is alpha / rank · `up` · `down`, which tools stack, cut and scale.
+        squared_norm: squared Frobenius norm of the change at a scale of 1; None where it depends on the weight.
+        vital: roles of tensors none of which may be zero if the adapter is to do anything.
+        difference: role of the tensor that files hold as a difference of the weight and not as an adapter.
+        rows: role → output rows that one index of the tensor's first dimension stands for; None where the rows of the
+            change are not rows of the tensors.
+        stacks: whether adapters of several layers are stacked along the rank into one of a layer that fuses them.
+        all_rows: roles that leave nothing of a row that they have no value for.
+        bounded: the adapter with the bound that its alpha is applied to its tensors, and alpha 0; None where alpha is a
+            scale.
+        size: the number that `rank` was, told from the tensors' shapes, where it is no rank.
+        programs: programs that apply it, as far as all its tensors are `needed` ones.
+        comfyui_lacks: role → what ComfyUI does instead of applying it.
+        comfyui_needs_alpha: whether ComfyUI ignores an adapter without alpha.
+        peft: what it is in PEFT.
+        lycoris_size: argument of LyCORIS' network that takes `rank`, where it is no rank.
+    """
+
+    suffixes: Mapping[str, str]
+    needed: tuple[frozenset[str], ...]
+    weight_shape: Callable[[Shapes], tuple[int, ...]]
+    peft_suffixes: Mapping[str, str] = field(default_factory=dict)
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    canonical: Callable[[AdapterWeights, tuple[int, ...] | None], AdapterWeights | None] = lambda weights, shape: (
+        weights
+    )
+    rank_axes: Mapping[str, int] = field(default_factory=dict)
+    input_axes: Mapping[str, int] = field(default_factory=dict)
+    cores: frozenset[str] = frozenset()
+    without_core: Callable[[AdapterWeights], AdapterWeights] = lambda weights: weights
+    is_additive: bool = False
+    is_low_rank: bool = False
+    squared_norm: Callable[[Tensors], float] | None = None
+    vital: tuple[str, ...] = ()
+    difference: str = ""
+    rows: Callable[[AdapterWeights], Mapping[str, int] | None] = lambda weights: None
+    stacks: bool = False
+    all_rows: frozenset[str] = frozenset()
+    bounded: Callable[[AdapterWeights], AdapterWeights] | None = None
+    size: Callable[[Shapes], int] | None = None
+    programs: frozenset[str] = frozenset({COMFYUI})
+    comfyui_lacks: Mapping[str, str] = field(default_factory=dict)
+    comfyui_needs_alpha: bool = False
+    peft: PeftKind | None = None
+    lycoris_size: str = ""
+
+    def shape_of(self, weights: AdapterWeights) -> tuple[int, ...]:
+        """`weight_shape` of an adapter."""
+        return self.weight_shape({role: tensor.shape for role, tensor in weights.tensors.items()})
+
+
+def multiplied(tensor: Tensor, factor: float) -> Tensor:
+    """`tensor` times `factor`, in its own dtype where that is exact (powers of two), else in fp32."""
+    if factor == 1:
+        return tensor
+    product = tensor.float() * factor
+    back = product.to(tensor.dtype)
+    return back if torch.equal(back.float(), product) else product

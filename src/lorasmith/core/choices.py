@@ -1,0 +1,41 @@
+"""The names of choices that tables in several rooms have entries for, as types.
+
+`TrainConfig` annotates its settings with them, and `option` reads the choices from the annotation. Without torch, so
+that the help of the command line costs nothing. Choices that grow by registering something (algorithms, optimizers,
+schedules) are read from their registries instead.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = [
+    "ActivationPlan",
+    "Activations",
+    "LossFunction",
+    "LossWeighting",
+    "Objective",
+    "Quantization",
+    "TimestepDistribution",
+]
+
+Activations = Literal["keep", "lean", "selective", "host"]
+"""How activations are kept until the backward pass; see `training.memory.activations`."""
+
+ActivationPlan = Literal[Activations, "auto"]
+"""One of these, or the fastest that fits, by measurement."""
+
+LossFunction = Literal["MSE", "L1", "Huber", "SmoothL1"]
+"""Distance between prediction and target; see `diffusion.losses`."""
+
+LossWeighting = Literal["none", "min_snr", "soft_min_snr"]
+"""Weight of a noise level in the loss; see `diffusion.weightings`."""
+
+Objective = Literal["native", "x0"]
+"""What the loss compares: what the model predicts, or the clean sample."""
+
+Quantization = Literal["none", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e5m2_tensor", "int8", "nf4"]
+"""How frozen weights are stored; see `core.quantization`."""
+
+TimestepDistribution = Literal["uniform", "logit_normal", "sigmoid", "shifted"]
+"""Distribution of diffusion time in training; see `diffusion.timesteps`."""

@@ -1,0 +1,56 @@
+"""Which families there are: the modules of those that can be loaded, and what others are known by.
+
+Adding a family is a line here, and the removal of what stood here of it. The others are for messages alone: a
+checkpoint or LoRA that a family recognises is never looked for among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorasmith.families import flux, sdxl, stable_diffusion  # noqa: F401  (register themselves)
+from lorasmith.families.parts.unet_layout import context_widths
+from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
+
+__all__ = ["looks_like"]
+
+_PART = "one part of a diffusers model (give the folder that has its model_index.json instead)"
+# What a denoiser's tensor names begin with → architecture.
+_SIGNS = {
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_stream_modulation_img.": "Flux.2",
+    "distilled_guidance_layer.": "Chroma",
+    "cap_embedder.": "Lumina 2 or Z-Image",
+    "head.modulation": "Wan",
+    "txt_norm.": "Qwen-Image",
+    "down_blocks.": _PART,
+    "single_transformer_blocks.": _PART,
+}
+# Input channels of a Stable Diffusion UNet; four are the noisy latents.
+_UNET_INPUTS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
+# Width of its text conditioning.
+_UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner"}
+_QWEN_DEEP = r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj"  # Flux.1 has 19 blocks of this kind, Qwen-Image 60
+_NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
+
+SIGNATURES += [
+    Signature("Stable Diffusion 3", r"(^|_)joint_blocks_\d"),
+    Signature("Flux.2", r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"),
+    Signature("Flux.2", r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", 6144, order=1),
+    Signature("Qwen-Image", r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", order=2),
+    Signature("Qwen-Image", _QWEN_DEEP, 3072, order=3),
+    Signature("Stable Diffusion 3", _QWEN_DEEP, order=3),
+    Signature("Stable Diffusion 3", r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
+    Signature("Z-Image", _NEXT_DIT, 3840, order=5),
+    Signature("Lumina 2", _NEXT_DIT, 2304, order=5),
+    Signature("Lumina", _NEXT_DIT, order=5),
+    Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
+]
+
+
+def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What a denoiser with these tensors (prefix cut off) is called, or None."""
+    if "input_blocks.0.0.weight" in shapes:
+        known = (_UNET_CONTEXTS[width] for width in context_widths(shapes) if width in _UNET_CONTEXTS)
+        return _UNET_INPUTS.get(shapes["input_blocks.0.0.weight"][1]) or next(known, None)
+    return next((title for sign, title in _SIGNS.items() if any(name.startswith(sign) for name in shapes)), None)

@@ -1,0 +1,214 @@
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952): a UNet with two text encoders, conditioned on sizes.
+
+Text is the hidden states before the last layer of CLIP-L and OpenCLIP bigG, side by side. Besides text and time the
+UNet is conditioned on the projected pooled vector of bigG and on six numbers: height and width of the original picture,
+top and left of the crop, height and width of the result. Tuned models that predict v, with a noise schedule that ends
+in pure noise (NoobAI, Illustrious), are marked by tensors `v_pred` and `ztsnr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Components,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Family,
+    LatentFormat,
+    PictureSize,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.families.parts import clip_layout, unet_layout
+from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
+from lorasmith.formats.names.recognise import Signature
+
+__all__ = ["StableDiffusionXL"]
+
+_CONTEXT_WIDTH = 2048
+_HEAD_DIM = 64
+_SIZES = 6  # numbers of the size conditioning
+_SIZE_WIDTH = 256  # what each of them is embedded in
+_PIXELS_PER_LATENT = 8
+# Layers of the released encoders.
+_ENCODER_LAYERS = {"text_encoder": 12, "text_encoder_2": 32}
+# What marks models with the noise levels of Karras et al. 2022 (Playground 2.5, CosXL).
+_EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
+
+
+class StableDiffusionXL(Family):
+    """The base model and what was tuned from it; not the refiner."""
+
+    name = "sdxl"
+    title = "Stable Diffusion XL"
+    pipeline = "StableDiffusionXLPipeline"
+    denoiser_folder = "unet"
+    modelspec_implementation = "https://github.com/Stability-AI/generative-models"
+    targets = unet_layout.TARGETS
+    text_encoders = MappingProxyType(
+        {
+            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("conditioner.embedders.0.transformer.",)),
+            "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("conditioner.embedders.1.model.",)),
+        }
+    )
+    autoencoder = AutoencoderSlot(
+        "kl", channels=4, usual_file="sdxl_vae.safetensors", settings={"scaling_factor": 0.13025}
+    )
+    repeatable_context = True
+    released = MappingProxyType(
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": _CONTEXT_WIDTH,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": _SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": 1280 + _SIZES * _SIZE_WIDTH,
+        }
+    )
+    lora_signatures = (
+        Signature(title, unet_layout.CROSS_ATTENTION, _CONTEXT_WIDTH, order=6),
+        Signature(title, r"^(lora_te2|text_encoder_2)_text_model_", order=7),
+    )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        contexts = unet_layout.context_widths(shapes)
+        # Small models of this architecture have narrower contexts than any release.
+        is_small = len(contexts) == 1 and max(contexts) < 768 and "label_emb.0.0.weight" in shapes
+        return contexts == {_CONTEXT_WIDTH} or is_small
+
+    def denoiser_class(self) -> type[nn.Module]:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return {
+            **unet_layout.unet_config(shapes, head_dim=_HEAD_DIM),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": _SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        return unet_layout.unet_table(denoiser)
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        if found := next((mark for mark in _EDM_MARKS if mark in checkpoint.shapes), None):
+            raise ModelError(
+                f"{checkpoint.path.name} must have the noise schedule of {self.title}, but its tensor {found} marks "
+                "continuous noise levels (Playground 2.5, CosXL), which are not supported; choose another model"
+            )
+        return unet_layout.diffusion_of_checkpoint(
+            checkpoint, unet_layout.said_parameterization(checkpoint) or "epsilon"
+        )
+
+    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+        return unet_layout.diffusion_of_folder(folder, self.title)
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        config: Any = denoiser.config
+        return Defaults(
+            resolution=config.sample_size * latent.downscale if config.sample_size else 1024,
+            pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
+            learning_rate=1e-4,
+            targets="transformer",
+            guidance=5.0,
+            timestep_distribution="uniform",
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "sdxl_base_v1-0"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "stable-diffusion-xl-v1-base"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        paths = {
+            component: clip_layout.written_paths(text_encoders[component])
+            if component in text_encoders
+            else clip_layout.released_paths(layers)
+            for component, layers in _ENCODER_LAYERS.items()
+        }
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders={
+                "text_encoder": EncoderNames(
+                    paths["text_encoder"],
+                    kohya=("lora_te1_", "lora_te_"),
+                    comfyui=("clip_l",),
+                    drops_text_model=True,
+                ),
+                "text_encoder_2": EncoderNames(paths["text_encoder_2"], kohya=("lora_te2_",), comfyui=("clip_g",)),
+            },
+            kohya_naming="original",
+            peft_prefix="unet",
+            portable="kohya",
+            limits=unet_layout.UNET_LIMITS,
+        )
+
+    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
+        # The last layer is never used, so the first skip is already taken.
+        context_l, _ = self._encoded(components, "text_encoder", text, max(1, skip_layers))
+        context_g, pooled = self._encoded(components, "text_encoder_2", text, max(1, skip_layers))
+        return Conditioning({"context": torch.cat((context_l, context_g), dim=-1), "pooled": pooled}, text)
+
+    def sized(self, conditioning: Conditioning, size: PictureSize) -> Conditioning:
+        # Whole numbers, which no training dtype rounds: bf16 has none between 1024 and 1032.
+        sizes = torch.tensor([[*size.original, *size.crop, *size.target]])
+        return replace(conditioning, tensors={**conditioning.tensors, "time_ids": sizes})
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - _SIZES * config.addition_time_embed_dim
+        return {"context": (1, 77, config.cross_attention_dim), "pooled": (1, pooled)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        tensors = conditioning.tensors
+        sizes = tensors["time_ids"] if "time_ids" in tensors else _uncropped(latents)
+        prediction: Tensor = denoiser(
+            latents,
+            time,
+            encoder_hidden_states=tensors["context"],
+            added_cond_kwargs={"text_embeds": tensors["pooled"], "time_ids": sizes},
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def _encoded(self, components: Components, component: str, text: str, skip_layers: int) -> tuple[Tensor, Tensor]:
+        """Context and pooled vector of one prompt from one of the encoders."""
+        encoder, tokenizer = self.text_encoder(components, component), components.tokenizers[component]
+        return encode_prompt(text, tokenizer, encoder, skip_layers=skip_layers, final_norm=False)
+
+
+def _uncropped(latents: Tensor) -> Tensor:
+    """(batch, 6) size conditioning of pictures that were made as large as they are, as ComfyUI assumes."""
+    height, width = (side * _PIXELS_PER_LATENT for side in latents.shape[-2:])
+    sizes = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
+    return sizes.expand(len(latents), -1)
+
+
+register(StableDiffusionXL(), "stable-diffusion-xl")

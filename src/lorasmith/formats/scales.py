@@ -1,0 +1,98 @@
+"""The scale alpha / rank: what it is, and how it moves between alpha and the tensors of a LoRA."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_format import multiplied
+from lorasmith.core.adapter_state import AdapterWeights
+
+__all__ = [
+    "full_alpha",
+    "idle_alpha",
+    "loras_in",
+    "most_frequent_alpha",
+    "rank_of",
+    "scale_of",
+    "scaled_by",
+    "with_alpha",
+    "with_one_alpha",
+]
+
+T = TypeVar("T", bound=Hashable)
+
+
+def rank_of(weights: AdapterWeights) -> int | None:
+    """The r of the scale alpha / r, or None for adapters that have none (OFT, LoKr with two full factors)."""
+    for role, axis in format_of(weights).rank_axes.items():
+        if role in weights.tensors:
+            return weights.tensors[role].shape[axis]
+    return None
+
+
+def scale_of(weights: AdapterWeights) -> float:
+    """alpha / r; 1 where the file states no alpha or the algorithm has no rank."""
+    rank = rank_of(weights)
+    return 1.0 if weights.alpha is None or not rank else weights.alpha / rank
+
+
+def full_alpha(weights: AdapterWeights) -> float:
+    """The alpha that scales by one: the rank."""
+    return float(rank_of(weights) or 1)
+
+
+def idle_alpha(weights: AdapterWeights) -> float:
+    """The alpha that changes nothing: where it is a bound, zero means none."""
+    return full_alpha(weights) if format_of(weights).bounded is None else 0.0
+
+
+def loras_in(adapters: Mapping[T, AdapterWeights]) -> dict[T, AdapterWeights]:
+    """The low-rank adapters among others, whose scale can be moved into their factors."""
+    return {key: weights for key, weights in adapters.items() if format_of(weights).is_low_rank}
+
+
+def scaled_by(weights: AdapterWeights, factor: float) -> AdapterWeights:
+    """A LoRA with a factor multiplied into its matrices and a scale of 1.
+
+    The down matrix gets a power of two near the factor's root and the up matrix the rest: all of a small factor on one
+    side would push fp16 values below what fp16 can hold.
+    """
+    share = 2.0 ** round(math.log2(abs(factor)) / 2) if factor else 1.0
+    tensors = {
+        **weights.tensors,
+        "down": multiplied(weights.tensors["down"], share),
+        "up": multiplied(weights.tensors["up"], factor / share),
+    }
+    return replace(weights, tensors=tensors, alpha=full_alpha(weights))
+
+
+def with_alpha(weights: AdapterWeights, alpha: float) -> AdapterWeights:
+    """The same LoRA with another alpha, made up for in its up matrix."""
+    up = multiplied(weights.tensors["up"], _alpha(weights) / alpha)
+    return replace(weights, tensors={**weights.tensors, "up": up}, alpha=alpha)
+
+
+def most_frequent_alpha(loras: Mapping[T, AdapterWeights]) -> tuple[float, dict[T, float]]:
+    """The alpha that most LoRAs have, the larger of two, 0 without any LoRA; and the alpha of each."""
+    alphas = {key: _alpha(weights) for key, weights in loras.items()}
+    counts = collections.Counter(alphas.values())
+    return max(counts, key=lambda alpha: (counts[alpha], alpha), default=0.0), alphas
+
+
+def with_one_alpha(adapters: Mapping[T, AdapterWeights]) -> dict[T, AdapterWeights]:
+    """Adapters whose LoRAs all have the alpha that is most frequent among them, with their changes as they were.
+
+    diffusers needs that: of a UNet's LoRA in kohya's layout it takes one alpha for all attention layers.
+    """
+    common, alphas = most_frequent_alpha(loras_in(adapters))
+    odd = {key for key, alpha in alphas.items() if common and alpha != common}
+    return {key: with_alpha(weights, common) if key in odd else weights for key, weights in adapters.items()}
+
+
+def _alpha(weights: AdapterWeights) -> float:
+    return full_alpha(weights) if weights.alpha is None else weights.alpha

@@ -1,0 +1,171 @@
+"""What a run leaves: its LoRA, the one that did best on the held-out images, and the numbers of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.files import write_atomic
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.training.job import Job
+from lorasmith.training.loop import Loop
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.verdict import UNJUDGED
+from lorasmith.training.watchers import ValidationWatch
+
+__all__ = ["Results", "TrainResult"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run.
+
+    Attributes:
+        lora: the LoRA as it stands after the last good step; of a run that validation stopped or that failed, the best
+            one on the held-out images.
+        losses: loss of each step taken, those before a resumption included; NaN for a step that was left out.
+        steps: steps in all, those of the LoRA that was continued included.
+        reason: why it ended.
+        validations: steps and losses on the held-out images.
+        base_loss: theirs of the base model, None where nothing is held out.
+        verdict: what validation makes of it, in a sentence.
+        folder: the run's folder, if one was asked for.
+        path: the LoRA in it.
+        best_path: the LoRA that did best on the held-out images, where that is another one.
+    """
+
+    lora: Lora
+    losses: list[float]
+    steps: int
+    reason: Outcome
+    validations: tuple[tuple[int, float], ...] = ()
+    base_loss: float | None = None
+    verdict: str = UNJUDGED
+    folder: Path | None = None
+    path: Path | None = None
+    best_path: Path | None = None
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the loss curve as a PNG."""
+        from lorasmith.report.loss_plot import plot_losses
+
+        target = Path(path)
+        write_atomic(target, plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss))
+        return target
+
+
+class Results:
+    """Makes LoRAs of what a job's adapters hold.
+
+    Args:
+        job: what is trained.
+        data: on what.
+        title: of the LoRA, and the name of its file.
+        trigger: phrase for its metadata.
+        record: content of `run.json`.
+        folder: of the run; None to write nothing.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        data: EncodedDataset,
+        *,
+        title: str,
+        trigger: str | None,
+        record: Mapping[str, Any],
+        folder: Path | None,
+    ) -> None:
+        self._job = job
+        self._data = data
+        self._title = title
+        self._trigger = trigger
+        self._record = record
+        self._folder = folder
+        self._started = time.time()
+
+    def lora(self, step: int) -> Lora:
+        """What the adapters hold, as the LoRA of a step."""
+        job = self._job
+        trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
+        for path, one in job.differences.items():
+            changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
+        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+            if role:  # files hold it as a difference
+                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
+        metadata = training_metadata(
+            job,
+            self._data,
+            title=self._title,
+            trigger=self._trigger,
+            steps=job.steps_before + step,
+            started=self._started,
+            record=self._record,
+        )
+        state = AdapterState(
+            adapters={**job.carried.adapters, **trained},
+            differences=changes,
+            unknown=job.carried.unknown,
+            metadata=metadata,
+        )
+        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+
+    def save(self, loop: Loop, path: Path) -> None:
+        """Save the LoRA that the adapters hold."""
+        self.lora(loop.step).save(path)
+
+    def save_best(self, loop: Loop) -> None:
+        """Save the LoRA as it would be saved now, as the best one so far."""
+        if self._folder is not None:
+            with loop.engine.exported():
+                self.save(loop, self._path(self._folder, "-best"))
+
+    def collect(
+        self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
+    ) -> TrainResult:
+        """Take the weights back from the engine, and save them.
+
+        Args:
+            loop: at its end.
+            reason: why it ended.
+            validation: of the run, if images are held out.
+            prefer_best: take the weights that did best on those images, instead of the last ones.
+        """
+        best = None if validation is None else validation.best
+        history = None if validation is None or best is None else validation.history
+        values = best if prefer_best else None
+        step = loop.step if values is None or history is None else history.best_step
+        best_path = None
+        if self._folder is not None:
+            self._path(self._folder, "-best").unlink(missing_ok=True)
+            if history is not None and history.best_step != step:
+                best_path = self._path(self._folder, "-best")
+                with loop.engine.exported(best):
+                    self.lora(history.best_step).save(best_path)
+        loop.engine.release(values)
+        lora = self.lora(step)
+        is_saved = self._folder is not None and bool(loop.losses)
+        return TrainResult(
+            lora,
+            loop.losses,
+            self._job.steps_before + step,
+            reason,
+            validations=() if history is None else tuple(history.losses),
+            base_loss=None if history is None else history.base_loss,
+            verdict=UNJUDGED if history is None else history.verdict,
+            folder=self._folder if is_saved else None,
+            path=lora.save(self._path(self._folder)) if self._folder is not None and is_saved else None,
+            best_path=best_path if is_saved else None,
+        )
+
+    def _path(self, folder: Path, suffix: str = "") -> Path:
+        return folder / f"{self._title}{suffix}.safetensors"

@@ -1,0 +1,186 @@
+"""What a LoRA says of the run that made it, in the entries that `formats.metadata` describes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lorasmith.adapters.algorithms import format_named
+from lorasmith.core.adapter_format import SD_SCRIPTS
+from lorasmith.core.dtypes import dtype_name
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Model
+from lorasmith.formats.hashes import autov1, sha256_file
+from lorasmith.formats.metadata import RUN_ENTRY, tag_frequency, without_private
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.job import Job
+
+__all__ = ["training_metadata"]
+
+_DATASET = "dataset"
+"""What the images are called where sd-scripts names their folder."""
+
+_REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
+"""Entries of `run.json` from which a run can be reproduced."""
+
+
+def training_metadata(
+    job: Job,
+    data: EncodedDataset,
+    *,
+    title: str,
+    trigger: str | None,
+    steps: int,
+    started: float,
+    record: Mapping[str, Any],
+) -> dict[str, str]:
+    """Header metadata of a LoRA, sorted by key.
+
+    Args:
+        job: the run.
+        data: what it trains on.
+        title, trigger: for people.
+        steps: updates in the LoRA, those of one that was continued included.
+        started: when the run began, in seconds since 1970.
+        record: content of its `run.json`.
+    """
+    entries = {
+        **_kohya(job, data, title=title, steps=steps, started=started),
+        **_modelspec(job, data, title=title, trigger=trigger or ""),
+        "lorasmith.steps": steps,
+        "lorasmith.algorithm": job.config.algorithm.lower(),
+        "lorasmith.targets": job.config.targets,
+        "lorasmith.lora_dtype": job.config.lora_dtype,
+        "lorasmith.config": asdict(job.config),
+        "ss_training_comment": f"trigger: {trigger}" if trigger else "",
+        RUN_ENTRY: json.dumps({name: record[name] for name in _REPEATED if name in record}, sort_keys=True),
+    }
+    metadata = {key: _text(value) for key, value in sorted(entries.items()) if value is not None and value != ""}
+    return without_private(metadata) if job.config.private else metadata
+
+
+def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: float) -> dict[str, object]:
+    config, base = job.config, job.denoiser.base
+    version = base.family.kohya_version(base.components.parameterization)
+    algorithm, arguments = config.algorithm.lower(), _lycoris_arguments(config)
+    is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
+    per_step = config.batch_size * config.grad_accumulation_steps
+    epochs = -(-(steps - job.steps_before) * per_step // len(data))
+    images = len({sample.name for sample in data.samples})
+    tags = tag_frequency(sample.conditioning.text or "" for sample in data.samples)
+    buckets = Counter(_picture_sizes(base, data))
+    width, height = max(buckets, key=_area)
+    sha256, short_hash = _hashes(base.path)
+    dtype = dtype_name(job.runtime.dtype)
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": version.startswith("sd_v2"),
+        "ss_network_module": "networks.lora" if is_plain else "lycoris.kohya",
+        "ss_network_dim": config.rank,
+        "ss_network_alpha": float(config.alpha),
+        "ss_network_args": {} if is_plain else {"algo": algorithm, **arguments},
+        "ss_sd_model_name": base.title,
+        "ss_sd_model_hash": short_hash,
+        "ss_new_sd_model_hash": sha256,
+        "ss_output_name": title,
+        "ss_training_started_at": started,
+        "ss_training_finished_at": time.time(),
+        "ss_resolution": f"({width}, {height})",
+        "ss_steps": steps,
+        "ss_max_train_steps": steps,
+        "ss_epoch": epochs,
+        "ss_num_epochs": epochs,
+        "ss_num_train_images": images,
+        "ss_num_reg_images": 0,
+        "ss_num_batches_per_epoch": -(-len(data) // per_step),
+        "ss_learning_rate": config.learning_rate,
+        "ss_unet_lr": config.learning_rate,
+        "ss_optimizer": config.optimizer,
+        "ss_batch_size_per_device": config.batch_size,
+        "ss_total_batch_size": per_step,
+        "ss_gradient_accumulation_steps": config.grad_accumulation_steps,
+        "ss_gradient_checkpointing": config.gradient_checkpointing,
+        "ss_lr_scheduler": config.schedule,
+        "ss_lr_warmup_steps": config.warmup_steps,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_loss_type": {"MSE": "l2", "SmoothL1": "smooth_l1"}.get(config.loss_function, config.loss_function.lower()),
+        "ss_seed": config.seed,
+        "ss_mixed_precision": "no" if dtype == "fp32" else dtype,
+        "ss_cache_latents": True,
+        "ss_enable_bucket": len(buckets) > 1,
+        "ss_bucket_info": {
+            "buckets": {
+                str(number): {"resolution": list(size), "count": count}
+                for number, (size, count) in enumerate(sorted(buckets.items()))
+            }
+        },
+        "ss_dataset_dirs": {_DATASET: {"n_repeats": 1, "img_count": images}},
+        "ss_tag_frequency": {_DATASET: tags} if tags else None,
+    }
+
+
+def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> dict[str, object]:
+    base = job.denoiser.base
+    family, parameterization = base.family, base.components.parameterization
+    width, height = max(_picture_sizes(base, data), key=_area)
+    tags = tag_frequency(sample.conditioning.text or "" for sample in data.samples)
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family.modelspec_architecture(parameterization)}/lora",
+        "modelspec.implementation": family.modelspec_implementation,
+        "modelspec.title": title or "LoRA",
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.trigger_phrase": trigger,
+        # ModelSpec has no word for flow models.
+        "modelspec.prediction_type": "" if parameterization == "flow" else parameterization,
+        "modelspec.tags": ", ".join(list(tags)[:20]),
+    }
+
+
+def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
+    """Arguments of LyCORIS' network beside algorithm, rank and alpha."""
+    arguments = {
+        "dora_wd": config.dora != "none",
+        "wd_on_output": config.dora == "output",
+        "rs_lora": config.rslora,
+        "use_tucker": config.tucker,
+    }
+    size = format_named(config.algorithm).lycoris_size
+    return {**{name: value for name, value in arguments.items() if value}, **({size: config.rank} if size else {})}
+
+
+def _picture_sizes(base: Model, data: EncodedDataset) -> list[tuple[int, int]]:
+    """Width and height in pixels of each sample's picture."""
+    factor = base.components.latent.downscale
+    return [(sample.latents.shape[-1] * factor, sample.latents.shape[-2] * factor) for sample in data.samples]
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _hashes(path: Path | None) -> tuple[str, str]:
+    """SHA-256 and AutoV1 of a single-file base model; empty for folders, of which other programs know none."""
+    if path is None or not path.is_file():
+        return "", ""
+    return _file_hashes(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _file_hashes(path: Path, modified: int) -> tuple[str, str]:
+    return sha256_file(path), autov1(path)
+
+
+def _text(value: object) -> str:
+    """A value as metadata spells it: numbers and true or false as Python prints them, structures as JSON."""
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False, sort_keys=False)

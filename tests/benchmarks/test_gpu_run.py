@@ -1,0 +1,113 @@
+"""`make gpu`: parts fail, hang or find no time without stopping the others, and leave what they found."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bases import MODELS
+from benchmarks.gpu import ROOT, Part, Run, parts
+
+ROWS = """
+import argparse, sys, time
+from pathlib import Path
+from benchmarks.results import Results
+results = Results(argparse.Namespace(json=Path(sys.argv[-1]), batch=4), machine="none")
+results.table({"side": "", "step, s": ".3f", "kept": ".1f"}, "A title")
+results.add("one", 0.5, None)
+"""
+
+
+def written(folder: Path) -> dict[str, dict[str, object]]:
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return {one["part"]: one for one in found["parts"]}
+
+
+def test_each_part_has_an_outcome_and_what_it_found(tmp_path: Path) -> None:
+    run = Run(tmp_path, seconds=60)
+    run.part(Part("whole", ("-c", ROWS), 0.5))
+    run.part(Part("broken", ("-c", ROWS + "print('and then', 6 * 7)\nraise SystemExit(3)"), 0.5))
+    run.part(Part("late", ("-c", "pass"), 3))
+    found = written(tmp_path)
+    assert {name: one["outcome"] for name, one in found.items()} == {
+        "whole": "passed",
+        "broken": "failed",
+        "late": "not run",
+    }
+    assert found["broken"]["last_lines"][-1] == "and then 42"  # type: ignore[index]
+    for name in ("whole", "broken"):
+        assert found[name]["settings"] == {"batch": 4}
+        assert found[name]["tables"][0]["rows"] == [["one", 0.5, None]]  # type: ignore[index]
+    page = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert page.count("A title\n\n| side | step, s | kept |\n|---|---|---|\n| one | 0.500 |  |") == 2
+    assert "and then 42" in page
+    assert "and then 42" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    hang = f"""
+import subprocess
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path({str(child)!r}).write_text(str(started.pid))
+time.sleep(600)
+"""
+    run = Run(tmp_path, seconds=60)
+    began = time.monotonic()
+    run.part(Part("endless", ("-c", ROWS + hang), 4 / 60))
+    assert time.monotonic() - began < 30
+    found = written(tmp_path)["endless"]
+    assert found["outcome"] == "over time"
+    assert found["tables"][0]["rows"] == [["one", 0.5, None]]  # type: ignore[index]
+    state = Path(f"/proc/{child.read_text()}/stat")
+    assert not state.exists() or state.read_text().split(") ")[1][0] == "Z"
+
+
+def test_tests_are_counted(tmp_path: Path) -> None:
+    test = tmp_path / "test_three.py"
+    test.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): pytest.skip('no')\n")
+    run = Run(tmp_path, seconds=60)
+    run.part(Part("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)), 1, report="--junit-xml"))
+    found = written(tmp_path)["tests"]
+    assert found["outcome"] == "failed"
+    counts, failures = found["tables"]  # type: ignore[misc]
+    assert dict(zip(counts["columns"], counts["rows"][0], strict=True)) == {"passed": 1, "failed": 1, "skipped": 1}
+    assert failures["rows"][0][0].endswith("test_b")
+    assert "assert 1 == 2" in failures["rows"][0][1]
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_every_part_has_options_that_its_benchmark_knows(rehearsed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "peers"))
+    models = {name: (one.latent, one.batches, one.rehearsal) for name, one in MODELS.items() if one.rehearsal}
+    assert models
+    assert {rehearsal for *_, rehearsal in models.values()} <= MODELS.keys()
+    peers = argparse.Namespace(
+        tests=["tests"], comfyui=Path("comfyui"), comfyui_python=None, sd_scripts=Path("sd-scripts")
+    )
+    found = list(parts(models, peers, rehearsed=rehearsed))
+    assert len({one.name for one in found}) == len(found) == 1 + 5 * len(models) + 4 + 2
+    for part in found[1:]:
+        _, module, *options = part.command
+        monkeypatch.setattr(sys, "argv", [module, *options, str(part.report), "results.json"])
+        arguments = importlib.import_module(module)._arguments()
+        assert arguments.device == ("cpu" if rehearsed else "cuda")
+        assert arguments.json == Path("results.json")
+
+
+@pytest.mark.slow
+def test_the_whole_run_is_rehearsed(tmp_path: Path) -> None:
+    command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path}", "MINUTES=25"]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False)
+    found = written(tmp_path)
+    assert {one["outcome"] for one in found.values()} == {"passed"}, found
+    assert all(one["tables"] for one in found.values())
+    assert ran.returncode == 0

@@ -1,0 +1,85 @@
+"""Tensors on memory-mapped files: what they hold, and that their pages leave memory when they are released."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorasmith.core import mapped_files
+from lorasmith.core.mapped_files import MappedFile, release_pages
+
+NUMBERS = torch.arange(1 << 20, dtype=torch.float32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "numbers"
+    file.write_bytes(b"head" + NUMBERS.numpy().tobytes())
+    return file
+
+
+def resident_pages() -> int:
+    """Pages of mapped files that this process has in memory."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("RssFile:"))) * 1024 // mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64], ids=str)
+def test_a_tensor_is_what_the_file_holds(path: Path, dtype: torch.dtype) -> None:
+    count = 512 // dtype.itemsize
+    expected = NUMBERS[:128].view(torch.uint8).view(dtype).reshape(2, count // 2)
+    for offset in (4, 4 + 512):  # the first is no multiple of eight bytes
+        tensor = MappedFile(path).tensor(offset, dtype, (2, count // 2))
+        wanted = expected if offset == 4 else NUMBERS[128:256].view(torch.uint8).view(dtype).reshape(2, count // 2)
+        assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8))
+        assert tensor.dtype == dtype
+
+
+def test_empty_tensors_need_no_bytes(path: Path) -> None:
+    assert MappedFile(path).tensor(4, torch.float32, (0, 3)).shape == (0, 3)
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(path: Path) -> None:
+    MappedFile(path).tensor(4, torch.float32, (4,)).fill_(7.0)
+
+    assert torch.equal(MappedFile(path).tensor(4, torch.float32, (4,)), NUMBERS[:4])
+
+
+def test_a_tensor_outlives_its_file(path: Path) -> None:
+    tensor = MappedFile(path).tensor(4, torch.float32, (NUMBERS.numel(),))
+    gc.collect()
+    path.unlink()
+
+    assert torch.equal(tensor, NUMBERS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's accounts of memory")
+def test_released_pages_leave_memory_and_come_back(path: Path) -> None:
+    tensor = MappedFile(path).tensor(4, torch.float32, (NUMBERS.numel(),))
+    assert torch.equal(tensor, NUMBERS)
+    before = resident_pages()
+    release_pages(tensor[1:])
+
+    assert before - resident_pages() > 0.9 * NUMBERS.numel() * 4 / mmap.PAGESIZE
+    assert torch.equal(tensor, NUMBERS)
+
+
+def test_tensors_that_lie_elsewhere_are_left_alone() -> None:
+    tensor = torch.ones(1 << 20)
+    release_pages(tensor)
+
+    assert tensor.sum() == 1 << 20
+
+
+def test_nothing_is_remembered_of_files_that_nobody_uses(path: Path) -> None:
+    before = len(mapped_files._MAPPED)
+    tensor = MappedFile(path).tensor(4, torch.float32, (4,))
+    assert len(mapped_files._MAPPED) == before + 1
+    del tensor
+    gc.collect()
+
+    assert len(mapped_files._MAPPED) == before

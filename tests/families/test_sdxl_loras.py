@@ -1,0 +1,217 @@
+"""LoRAs of Stable Diffusion XL: trained, resumed, and applied by diffusers' own pipeline module for module."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sdxl_models import diffusers_pipeline
+from torch import Tensor
+
+from lorasmith.cli.main import main
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.families.model import Model
+from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.train import TrainResult, train
+
+
+@pytest.fixture(scope="module")
+def four(sdxl: Model) -> EncodedDataset:
+    """Four pictures of one colour each, of two sizes."""
+    samples = []
+    for index, caption in enumerate(("a fox", "a bus", "a penguin on a pink background, " * 20, "")):
+        size = PictureSize((64 + index, 64), (0, index), (64, 64))
+        conditioning = sdxl.family.sized(sdxl.text_encoder.encode(caption), size)
+        colour = models.seeded(f"colour {index}", (4, 1, 1), seed=0)
+        samples.append(Sample(colour.expand(4, 8, 8).contiguous(), conditioning, f"{index}.png"))
+    return EncodedDataset(tuple(samples))
+
+
+def run(model: Model, data: EncodedDataset, **settings: Any) -> TrainResult:
+    given = {"rank": 4, "training_dtype": "fp32", "lora_dtype": "fp32", "validation_share": 0.0, "seed": 1}
+    return train(model, data, **{**given, **settings})
+
+
+@pytest.fixture
+def pipeline(sdxl_file: Path, tmp_path: Path) -> Any:
+    return diffusers_pipeline(sdxl_file, tmp_path / "config")
+
+
+def test_a_step_changes_adapters_alone(sdxl: Model, four: EncodedDataset) -> None:
+    def digests() -> dict[str, str]:
+        return {name: models.digest(part.state_dict()) for name, part in sdxl.components.modules().items()}
+
+    before = digests()
+    result = run(sdxl, four, steps=1, batch_size=4, learning_rate=1e-2)
+    assert digests() == before
+    assert result.lora.state.adapters.keys() == {
+        ModuleRef(DENOISER, path)
+        for path in sdxl.names.denoiser
+        if path.endswith(("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", ".ff.net.0.proj", ".ff.net.2"))
+    }
+    assert all(one.tensors["up"].abs().max() > 0 for one in result.lora.state.adapters.values())
+
+
+def test_four_pictures_are_learnt(sdxl: Model, four: EncodedDataset) -> None:
+    result = run(sdxl, four, steps=30, batch_size=4, rank=8, learning_rate=6e-3, targets="all")
+
+    assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
+
+
+def test_a_run_that_is_broken_off_goes_on_to_the_bit(sdxl: Model, four: EncodedDataset, tmp_path: Path) -> None:
+    settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
+    whole = run(sdxl, four, output=tmp_path / "whole", **settings)
+    steps = iter((False, True))
+    broken = run(sdxl, four, output=tmp_path / "broken", cancelled=lambda: next(steps, True), **settings)
+    resumed = run(sdxl, four, output=tmp_path / "broken", **settings)
+
+    assert (broken.reason, len(broken.losses)) == ("cancelled", 1)
+    assert resumed.losses == whole.losses
+    tensors = [one.lora.state.adapters for one in (resumed, whole)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for ref, weights in tensors[0].items():
+        assert all(torch.equal(weights.tensors[role], tensors[1][ref].tensors[role]) for role in ("down", "up"))
+
+
+def layers_of_diffusers(module: Any) -> dict[str, Tensor]:
+    """The change of each weight that diffusers makes, by module path."""
+    return {
+        path: layer.get_delta_weight(layer.active_adapters[0]).detach().flatten(1)
+        for path, layer in module.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def change(weights: AdapterWeights) -> Tensor:
+    """The change of the weight by definition, (out, in · kernel)."""
+    down, up = weights.tensors["down"].float(), weights.tensors["up"].float()
+    alpha = len(down) if weights.alpha is None else weights.alpha
+    return up.flatten(1) @ down.flatten(1) * (alpha / len(down))
+
+
+@torch.no_grad()
+def assert_predictions_agree(pipeline: Any, lora: Lora, sdxl: Model) -> None:
+    denoiser = lora.applied_to(sdxl.denoiser)
+    latents, time = models.seeded("x", (1, 4, 8, 8), seed=0), torch.tensor([400.0])
+    tensors = {
+        "context": models.seeded("context", (1, 77, models.SDXL_TINY.context), seed=0),
+        "pooled": models.seeded("pooled", (1, models.SDXL_TINY.pooled), seed=0),
+        "time_ids": torch.tensor([[80, 70, 0, 3, 64, 64]]),
+    }
+    conditions = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
+    theirs = pipeline.unet(latents, time, encoder_hidden_states=tensors["context"], added_cond_kwargs=conditions).sample
+    plain = sdxl.denoiser.predict(latents, time, Conditioning(tensors))
+    with denoiser.active():
+        ours = denoiser.predict(latents, time, Conditioning(tensors))
+
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert (ours - plain).abs().max() > 1e-2
+
+
+def test_a_folder_of_pictures_becomes_a_lora_that_diffusers_applies(
+    sdxl_file: Path, sdxl: Model, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (80, 64 + 48 * index, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    command = f"lorasmith train photos --model {sdxl_file} --trigger fox --resolution 64 --steps 2 --rank 4"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--learning-rate", "0.05"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    path = tmp_path / "runs" / "photos-001" / "photos.safetensors"
+    lora = Lora.load(path, sdxl)
+    pipeline.load_lora_weights(str(path))
+    applied = layers_of_diffusers(pipeline.unet)
+
+    assert len(applied) == len(lora.state.adapters) == 11 * 10 + 7 * 2  # 11 transformer layers in 7 attentions
+    assert applied.keys() == {ref.path for ref in lora.state.adapters}
+    for ref, weights in lora.state.adapters.items():
+        torch.testing.assert_close(applied[ref.path], change(weights), rtol=1e-4, atol=1e-6)
+    assert_predictions_agree(pipeline, lora, sdxl)
+    assert lora.state.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert lora.state.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert lora.state.metadata["modelspec.prediction_type"] == "epsilon"
+
+
+@pytest.fixture(scope="module")
+def whole(sdxl: Model) -> AdapterState:
+    """A LoRA on every matrix and convolution of the UNet and on every layer of both text encoders."""
+    shapes = {ModuleRef(DENOISER, path): shape for path, shape in sdxl.names.weight_shapes.items() if len(shape) > 1}
+    for component, encoder in sdxl.components.text_encoders.items():
+        weights = dict(encoder.named_parameters())
+        for path in sdxl.names.paths(component):
+            weight = weights.get(f"{path}.weight", weights.get(f"{path.removeprefix('text_model.')}.weight"))
+            assert weight is not None
+            shapes[ModuleRef(component, path)] = tuple(weight.shape)
+
+    def random(ref: ModuleRef, shape: tuple[int, ...]) -> AdapterWeights:
+        down = models.seeded(f"{ref} down", (2, *shape[1:]), seed=0, std=0.1)
+        up = models.seeded(f"{ref} up", (shape[0], 2, *(1,) * (len(shape) - 2)), seed=0, std=0.1)
+        return AdapterWeights("lora", {"down": down, "up": up}, alpha=1.0)
+
+    return AdapterState({ref: random(ref, shape) for ref, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("layout", ["portable", "diffusers"])
+def test_everything_that_can_be_trained_is_applied_by_diffusers(
+    sdxl: Model, whole: AdapterState, pipeline: Any, tmp_path: Path, layout: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, whole, sdxl.names, layout=layout, dtype=torch.float32, metadata={})
+    lora = Lora.load(path, sdxl)
+    assert lora.state.adapters.keys() == whole.adapters.keys()
+    pipeline.load_lora_weights(str(path))
+    parts = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2, DENOISER: pipeline.unet}
+    for component, module in parts.items():
+        wanted = {
+            ref.path.removeprefix("text_model."): weights
+            for ref, weights in whole.adapters.items()
+            if ref.component == component
+        }
+        applied = {path.removeprefix("text_model."): delta for path, delta in layers_of_diffusers(module).items()}
+        assert applied.keys() == wanted.keys()
+        for path, weights in wanted.items():
+            torch.testing.assert_close(applied[path], change(weights), rtol=1e-4, atol=1e-6)
+    assert_predictions_agree(pipeline, lora, sdxl)
+
+
+def test_loras_of_both_text_encoders_change_prompts_as_in_diffusers(
+    sdxl: Model, whole: AdapterState, pipeline: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, whole, sdxl.names, layout="kohya", dtype=torch.float32, metadata={})
+    encoder = Lora.load(path, sdxl).applied_to_text(sdxl.text_encoder)
+    with encoder.active():
+        changed = encoder.encode("a red fox")
+    plain = sdxl.text_encoder.encode("a red fox")
+    pipeline.load_lora_weights(str(path))
+    with torch.no_grad():
+        context, _, pooled, _ = pipeline.encode_prompt("a red fox", negative_prompt="")
+
+    assert [component for component, _ in encoder.patches] == ["text_encoder", "text_encoder_2"]
+    scale = float(context.abs().max())
+    torch.testing.assert_close(changed.tensors["context"], context, rtol=0, atol=1e-4 * scale)
+    torch.testing.assert_close(changed.tensors["pooled"], pooled, rtol=0, atol=1e-4 * float(pooled.abs().max()))
+    for name, tensor in changed.tensors.items():
+        assert (tensor - plain.tensors[name]).abs().max() > 1e-2
+
+
+def test_files_are_recognised_without_a_model() -> None:
+    block = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight"
+    assert guessed_family({block: (4, 2048)}) == "Stable Diffusion XL"
+    encoder = "lora_te2_text_model_encoder_layers_31_mlp_fc1.lora_down.weight"
+    assert guessed_family({encoder: (4, 1280)}) == "Stable Diffusion XL"

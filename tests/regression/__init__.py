@@ -1,0 +1,1 @@
+"""What training computes, compared with what it computed before."""

@@ -1,0 +1,117 @@
+"""Settings: each default stands once in the package, names of choices are those of the tables, nothing needs torch."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+
+import lorasmith
+from lorasmith.core import choices
+from lorasmith.core.errors import OptionError
+from lorasmith.core.options import options_of
+from lorasmith.core.quantization import PACKINGS
+from lorasmith.diffusion.losses import LOSSES
+from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
+from lorasmith.diffusion.weightings import WEIGHTINGS
+from lorasmith.training.config import ResolvedConfig, TrainConfig
+
+SETTINGS = options_of(TrainConfig)
+
+OTHER_CONCEPTS = {
+    "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
+    "bench.measure.synthetic_samples": "the seed of random inputs",
+    "cli.convert.convert": "a file's metadata",
+    "core.adapter_format.PeftKind": "the name of a field",
+    "cli.demo.demo": "the demo's own run",
+    "cli.extract.extract": "the size of a LoRA made of two checkpoints",
+    "cli.generate.generate": "steps of a sampler, and the seed of a picture",
+    "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
+    "diffusion.schedule.FlowSchedule": "the length of a noise schedule",
+    "formats.names.spelling.spelled": "whether a file has alphas",
+    "nodes.training._continued_file": "what ComfyUI's list says for none",
+    "sampling.generate.generate": "steps of a sampler, and the seed of a picture",
+    "sampling.generate.Sampling": "steps of a sampler, and the seed of a picture",
+    "toolbox.convert.convert_lora": "a file's metadata",
+    "toolbox.extract.extract": "whether differences are extracted",
+    "training.events.StepDone": "the rate that a step was taken at",
+    "training.job._Existing": "steps of a LoRA that is continued",
+    "training.lora_handle.Lora": "whether a graph keeps itself out of the file",
+    "training.train.Surroundings": "what draws previews",
+}
+"""Where a parameter is called as a setting is and has a default, because it is another thing."""
+
+
+def callables() -> Iterator[tuple[str, Any]]:
+    """Functions, methods and constructors of the package, by name without `lorasmith.`."""
+    for module in pkgutil.walk_packages(lorasmith.__path__, "lorasmith."):
+        for name, thing in vars(importlib.import_module(module.name)).items():
+            if getattr(thing, "__module__", None) != module.name:
+                continue
+            where = f"{module.name}.{name}".removeprefix("lorasmith.")
+            if inspect.isfunction(thing) and not hasattr(thing, "__signature__"):  # which is made of the declarations
+                yield where, thing
+            elif inspect.isclass(thing) and not issubclass(thing, TrainConfig):
+                methods = {key: getattr(value, "__func__", value) for key, value in vars(thing).items()}
+                for key, method in methods.items():
+                    if inspect.isfunction(method):
+                        yield where if key == "__init__" else f"{where}.{key}", method
+
+
+def second_defaults() -> dict[str, list[str]]:
+    """Parameters and fields that are called as a setting is and have a default; None and empty say "not given"."""
+    found: dict[str, list[str]] = {}
+    for where, function in callables():
+        for parameter in inspect.signature(function).parameters.values():
+            is_given = parameter.default not in (None, inspect.Parameter.empty)
+            if parameter.name in SETTINGS and is_given and repr(parameter.default) != "<factory>":
+                found.setdefault(where, []).append(f"{parameter.name}={parameter.default!r}")
+    return found
+
+
+def test_the_default_of_a_setting_stands_in_one_place() -> None:
+    found = second_defaults()
+    assert {where: names for where, names in found.items() if where not in OTHER_CONCEPTS} == {}
+    assert OTHER_CONCEPTS.keys() - found.keys() == set(), "an exception that nothing needs any more"
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [
+        (choices.LossFunction, set(LOSSES)),
+        (choices.LossWeighting, set(WEIGHTINGS)),
+        (choices.Quantization, set(PACKINGS)),
+        (choices.TimestepDistribution, set(TIMESTEP_DISTRIBUTIONS) | {"sigmoid", "shifted"}),
+    ],
+)
+def test_tables_have_an_entry_for_each_choice(kind: Any, table: set[str]) -> None:
+    assert set(get_args(kind)) == table
+    assert all(name in TIMESTEP_DISTRIBUTIONS for name in get_args(choices.TimestepDistribution))
+
+
+def test_choices_are_those_of_the_annotated_type() -> None:
+    for setting, kind in (("activations", choices.ActivationPlan), ("timesteps", choices.TimestepDistribution)):
+        assert SETTINGS[setting].choices == get_args(kind)
+        assert SETTINGS[setting].type is str
+
+
+def test_settings_are_declared_without_torch() -> None:
+    program = "import sys, lorasmith.training.config as c; c.TrainConfig(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_resolved_settings_have_nothing_open() -> None:
+    decided = {"learning_rate": 1e-4, "alpha": 4.0, "targets": "all", "schedule": "constant", "timesteps": "uniform"}
+    config = ResolvedConfig.of(TrainConfig(rank=4), **decided, training_dtype="fp32")
+    assert (config.rank, config.alpha, config.steps) == (4, 4.0, SETTINGS["steps"].default)
+    assert options_of(ResolvedConfig).keys() == SETTINGS.keys()
+    with pytest.raises(OptionError, match="training_dtype must be one of bf16, fp32, none, got 'auto'"):
+        ResolvedConfig.of(TrainConfig(), **decided)
+    with pytest.raises(AssertionError):
+        ResolvedConfig.of(TrainConfig(), **{**decided, "timesteps": None}, training_dtype="fp32")
