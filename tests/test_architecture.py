@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"core"},
     "toolbox": {"families", *BELOW_FAMILIES},
     "training": BELOW_TRAINING,
-    "sampling": BELOW_TRAINING,
+    "sampling": {"families", *BELOW_FAMILIES},
     "bench": {"training", *BELOW_TRAINING},
     "app": BELOW_APP,
     "workflow": {"core"},

@@ -42,7 +42,7 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
-    section = PAGE.split("## Nothing is lost\n")[1].split("\n## ")[0]
+    section = PAGE.split("## Stopping and resuming\n")[1].split("\n## ")[0]
     train, resume, *others = re.findall(r"^    lorasmith (.*)$", section, flags=re.MULTILINE)
     again, dry, reproduce = map(shlex.split, others)
     assert (resume, again[-1], dry[-1]) == ("resume runs/dog", "--fresh", "--dry-run")
