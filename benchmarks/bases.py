@@ -7,19 +7,18 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorasmith.families.flux import Flux
-from lorasmith.families.flux import components_of as flux_components
+from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule
+from lorasmith.families.base import FAMILIES, Components, Diffusion
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.families.stable_diffusion import StableDiffusion
-from lorasmith.families.stable_diffusion import components_of as unet_components
 
 
 @dataclass(frozen=True)
@@ -46,43 +45,37 @@ def _tiny(dtype: torch.dtype, device: torch.device) -> Model:
     return model
 
 
-def _sd15(dtype: torch.dtype, device: torch.device) -> Model:
-    from diffusers import UNet2DConditionModel
-
-    with _made_on(device, dtype):
-        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-    unet.eval().requires_grad_(False)
-    return Model(StableDiffusion(1), unet_components(unet, None, parameterization="epsilon"), title="random SD 1.5")
-
-
-def _flux(
-    dtype: torch.dtype, device: torch.device, *, double: int, single: int, heads: int, context: int = 4096
+def _random(
+    family: str, diffusion: Diffusion, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> Model:
-    from diffusers import FluxTransformer2DModel
-
+    """A family's released denoiser with random weights; `config` is laid over its configuration."""
+    kind = FAMILIES[family]
     with _made_on(device, dtype):
-        transformer = FluxTransformer2DModel(
-            num_layers=double,
-            num_single_layers=single,
-            num_attention_heads=heads,
-            attention_head_dim=128,
-            joint_attention_dim=context,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
-        )
-    transformer.eval().requires_grad_(False)
-    return Model(Flux(), flux_components(transformer), title="random Flux.1")
+        denoiser = kind.denoiser_class()(**(kind.released or {}) | config)
+    denoiser.eval().requires_grad_(False)
+    latent = kind.latent_format(denoiser, None)
+    components = Components(
+        denoiser=denoiser,
+        schedule=diffusion.schedule,
+        parameterization=diffusion.parameterization,
+        latent=latent,
+        defaults=kind.defaults(denoiser, latent, diffusion),
+    )
+    return Model(kind, components, title=f"random {kind.title}")
 
+
+_EPSILON = Diffusion("epsilon", DiscreteSchedule.scaled_linear())
+_FLOW = Diffusion("flow", FlowSchedule())
+# A third as wide and with a tenth of the blocks: 155 million parameters.
+_SMALLER_FLUX = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8}
+_TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64}
 
 MODELS: dict[str, Base] = {
     "tiny": Base(_tiny),
-    # 860 million parameters.
-    "sd15": Base(_sd15, rehearsal="tiny"),
-    # A third as wide and with a tenth of the blocks of Flux.1: 155 million parameters.
-    "flux": Base(functools.partial(_flux, double=2, single=4, heads=8)),
-    "flux-tiny": Base(functools.partial(_flux, double=1, single=1, heads=1, context=64)),
-    # 11.9 billion parameters.
-    "flux-12b": Base(functools.partial(_flux, double=19, single=38, heads=24), rehearsal="flux-tiny"),
+    "sd15": Base(functools.partial(_random, "sd1", _EPSILON, {}), rehearsal="tiny"),
+    "flux": Base(functools.partial(_random, "flux1", _FLOW, _SMALLER_FLUX)),
+    "flux-tiny": Base(functools.partial(_random, "flux1", _FLOW, _TINY_FLUX)),
+    "flux-12b": Base(functools.partial(_random, "flux1", _FLOW, {}), rehearsal="flux-tiny"),
 }
 """The models by name; one line makes a new one known to every benchmark, and with a `rehearsal` to `benchmarks.gpu`."""
 

@@ -29,6 +29,7 @@ from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
 from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.app.model_run import train
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.folders import ASSETS
@@ -39,7 +40,6 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import train
 from tools.pretrain.data import UNTAUGHT, with_article
 from tools.pretrain.judge import Judge, colourless
 from tools.pretrain.quality import held_out_noise_loss

@@ -20,6 +20,7 @@ import torch
 from benchmarks.bases import machine
 from benchmarks.results import Results, add_json
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.quantization import PACKINGS, packed
@@ -29,7 +30,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
-from lorasmith.training.train import plan_job, train
+from lorasmith.training.train import plan_job
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws from torch's global generator is the same each time, whatever ran before."""
+    torch.manual_seed(0)
+
+
 SAVE_FIGURE = Figure.savefig
 
 
@@ -69,7 +75,10 @@ def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     """The model that comes with the package, in fp32. Nothing may change it."""
-    return load_model(BUILT_IN, dtype=torch.float32)
+    model = load_model(BUILT_IN)
+    for module in model.components.modules().values():
+        module.float()
+    return model
 
 
 @pytest.fixture(scope="session")

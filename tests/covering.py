@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["Axis", "cases", "covering"]
+__all__ = ["Axis", "cases", "covering", "slow_except"]
 
 Axis = Mapping[str, Any] | Iterable[Any]
 
@@ -72,3 +72,8 @@ def cases(axes: Mapping[str, Axis], *, full: bool) -> list[Any]:
         )
         for row in rows
     ]
+
+
+def slow_except(values: Iterable[Any], *default: Any) -> list[Any]:
+    """Values of a parameter, those marked slow that are not for the default run."""
+    return [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -39,6 +40,8 @@ DOORS = {"cli"}  # may import every room
 # Modules that no test file is named after, and the files in tests/ whose tests are theirs.
 TESTED_ELSEWHERE = {
     "adapters/adapter.py": "adapters/test_contract.py",
+    "adapters/frozen_layer.py": "adapters/test_contract.py",
+    "adapters/low_rank_products.py": "adapters/test_lora.py",
     "adapters/variants.py": "adapters/test_lora.py",
     "bench/benchmark.py": "bench/test_measure.py",
     "bench/counting.py": "bench/test_measure.py",
@@ -55,20 +58,24 @@ TESTED_ELSEWHERE = {
     "cli/main.py": "cli/test_startup.py",
     "cli/merge.py": "cli/test_tools.py",
     "cli/reproduce.py": "cli/test_resume.py",
+    "cli/run_output.py": "cli/test_resume.py",
     "cli/resize.py": "cli/test_tools.py",
     "cli/targets.py": "cli/test_targets_command.py",
     "cli/train.py": "cli/test_commands.py",
     "cli/workflow.py": "cli/test_commands.py",
+    "core/choices.py": "training/test_config.py",
     "families/files/checkpoint.py": "families/test_stable_diffusion.py",
+    "families/files/diffusers_folder.py": "families/test_loading.py",
     "families/files/original_weights.py": "families/test_name_tables.py",
     "families/files/structure.py": "cli/test_targets_command.py",
     "families/files/tensor_files.py": "families/files/test_gguf.py",
+    "families/known.py": "families/test_loading.py",
+    "families/parts/autoencoders.py": "families/test_parts_of_models.py",
     "families/parts/clip_layout.py": "families/test_name_tables.py",
+    "families/parts/encoders.py": "families/test_parts_of_models.py",
     "families/parts/unet_layout.py": "families/test_name_tables.py",
     "families/parts/vae_layout.py": "families/test_name_tables.py",
-    "families/unsupported.py": "families/test_loading.py",
     "formats/layouts/peft_config.py": "formats/layouts/test_peft.py",
-    "formats/names/model_names.py": "families/test_name_tables.py",
     "formats/names/places.py": "formats/layouts/test_layout.py",
     "formats/quality/mending.py": "formats/quality/test_faults.py",
     "nodes/saving.py": "nodes/test_outputs.py",
@@ -78,13 +85,15 @@ TESTED_ELSEWHERE = {
     "report/pictures.py": "report/test_run_report.py",
     "sampling/generate.py": "sampling/test_previews.py",
     "toolbox/released.py": "toolbox/test_convert.py",
-    "training/config.py": "training/test_train.py",
     "training/divergence.py": "training/test_loop.py",
     "training/events.py": "training/runs/test_run_folder.py",
     "training/job.py": "training/test_train.py",
     "training/lora_handle.py": "training/test_trained_variants.py",
     "training/memory/host_memory.py": "training/memory/test_activations.py",
     "training/notes.py": "training/test_trained_variants.py",
+    "training/outcome.py": "training/test_loop.py",
+    "training/progress.py": "training/test_loop.py",
+    "training/results.py": "training/test_train.py",
     "training/runs/records.py": "training/test_train.py",
     "training/runs/run_states.py": "training/test_loop.py",
     "training/targets_summary.py": "cli/test_targets_command.py",
@@ -122,6 +131,12 @@ def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def commands() -> dict[str, Path]:
+    """Modules of commands: those that register one."""
+    files = {path.stem: path for path in (PACKAGE / "cli").glob("*.py")}
+    return {name: path for name, path in files.items() if "\ndef register(" in path.read_text(encoding="utf-8")}
+
+
 def test_there_is_a_house() -> None:
     assert {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE} >= {"core", "adapters"}
 
@@ -137,6 +152,30 @@ def test_imports_point_down() -> None:
                 f"{relative(path)}:{line}: {name}" for line, name in imports(path) if room_of(name) not in allowed
             ]
     assert wrong == [], "imports from above or beside"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_a_command_knows_no_other_and_one_runs_nodes(name: str) -> None:
+    wrong = {f"lorasmith.cli.{other}" for other in (*commands(), "main") if other != name}
+    wrong |= set() if name == "workflow" else {"lorasmith.nodes", "lorasmith.workflow"}
+    found = [one for _, one in imports(commands()[name]) if any(f"{one}.".startswith(f"{bad}.") for bad in wrong)]
+    assert not found, f"cli/{name}.py imports what belongs to another door"
+
+
+def test_what_commands_share_knows_none_of_them() -> None:
+    shared = [path for path in (PACKAGE / "cli").glob("*.py") if path.stem not in {*commands(), "main"}]
+    known = {f"lorasmith.cli.{name}" for name in (*commands(), "main")}
+    assert [f"{path.stem}: {one}" for path in shared for _, one in imports(path) if one in known] == []
+
+
+def test_the_library_knows_no_other_door() -> None:
+    assert {room_of(name) for _, name in imports(PACKAGE / "__init__.py")}.isdisjoint({"cli", "nodes", "workflow"})
+
+
+def test_only_the_command_line_knows_a_terminal() -> None:
+    terminal = re.compile(r"^\s*(import|from) (typer|rich|click)\b", flags=re.MULTILINE)
+    others = [path for path in MODULES if path.parent.name != "cli"]
+    assert [relative(path) for path in others if terminal.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_every_module_says_what_it_owns() -> None:

@@ -17,12 +17,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorasmith.app.model_run import train
     from lorasmith.core.errors import LorasmithError
     from lorasmith.data.encoding import load_dataset
     from lorasmith.families.loading import load_model
     from lorasmith.sampling.generate import generate
     from lorasmith.training.lora_handle import Lora
-    from lorasmith.training.train import train
 
 __all__ = ["Lora", "LorasmithError", "generate", "load_dataset", "load_model", "train"]
 
@@ -32,7 +32,7 @@ _HOMES = {
     "generate": "sampling.generate",
     "load_dataset": "data.encoding",
     "load_model": "families.loading",
-    "train": "training.train",
+    "train": "app.model_run",
 }
 
 

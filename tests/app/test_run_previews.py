@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from lorasmith.app import run_previews as previewing
+from lorasmith.app.model_run import train
 from lorasmith.app.run_previews import PreviewFrames, RunPreviews, run_previews
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.families.base import Conditioning
@@ -20,7 +21,6 @@ from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import train
 
 Make = Callable[..., Any]
 
@@ -93,6 +93,7 @@ def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved
     for path, picture in zip(first[1].paths, users, strict=True):
         with Image.open(path) as written:
             assert written.tobytes() == picture.tobytes()
+            assert "Sampler: euler normal" in written.info["parameters"]
             assert "Seed: 9" in written.info["parameters"] and "LoRA: pets.safetensors" in written.info["parameters"]
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.generate import split_strength
+from lorasmith.cli.flags import split_strength
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.families.model import Model

@@ -10,8 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lorasmith.app import folder_run
+from lorasmith.app.folder_run import FolderSource
 from lorasmith.cli import train as train_command
-from lorasmith.cli.train import source_of
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
@@ -51,9 +52,9 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
 ) -> None:
     config = replace(TrainConfig(), **{name: value})
     seen = []
-    monkeypatch.setattr(train_command, "prepare", lambda source, config: seen.append(config))
-    monkeypatch.setattr(train_command, "finish", lambda prepared, **options: None)
-    argv = source_of(tmp_path, "lorasmith-tiny", config=config)["argv"]
+    monkeypatch.setattr(folder_run, "prepare", lambda source, config, on_event: seen.append(config))
+    monkeypatch.setattr(train_command, "train_and_say", lambda prepared, **options: None)
+    argv = FolderSource.of(tmp_path, "lorasmith-tiny", config).argv
     ran = CliRunner().invoke(app, argv[1:])
     assert ran.exit_code == 0, ran.output
     assert seen == [config]

@@ -17,6 +17,7 @@ from lorasmith.families.files.structure import load_structure
 from lorasmith.families.loading import built_in_models
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.targets_summary import preview_targets
+from tests.covering import slow_except
 
 Command = Callable[..., Any]
 
@@ -30,17 +31,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize(
+    "choice", slow_except(CHOICES, "LoRA", "LoKr", "OFT", "DoRA of PiSSA", "Tucker", "differences", "capped")
+)
 def test_counts_are_those_of_the_run_and_the_size_is_that_of_the_file(
-    lorasmith: Command, photos: Path, tmp_path: Path, options: tuple[str, ...]
+    lorasmith: Command, photos: Path, tmp_path: Path, choice: str
 ) -> None:
-    choice = ("--model", "lorasmith-tiny", "--targets", "*.resnets.0.conv1, *.0.attn2.*, conv_out", *options)
-    shown = lorasmith("targets", *choice)
+    targets = "*.resnets.0.conv1, *.0.attn2.*, conv_out"
+    options = ("--model", "lorasmith-tiny", "--targets", targets, *CHOICES[choice])
+    shown = lorasmith("targets", *options)
     assert shown.code == 0, shown.err
     found = re.search(r"(\d+) of 133 layers, ([\d,]+) parameters, a file of about ([\d.]+) MiB in bf16", shown.out)
     assert found is not None, shown.out
 
-    assert lorasmith("train", photos, *choice, "--steps", 1, "--output", "run", "--name", "x").code == 0
+    assert lorasmith("train", photos, *options, "--steps", 1, "--output", "run", "--name", "x").code == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     trained = {**record["adapters"], **{f"{path} ±": n for path, n in record["differences"].items()}}
     assert int(found[1]) == len(record["adapters"])

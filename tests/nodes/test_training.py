@@ -23,12 +23,14 @@ from lorasmith.core.errors import (
     OptionError,
     TrainingError,
 )
+from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Model
+from lorasmith.families.model import Denoiser, Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import Job, Surroundings, TrainResult
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
@@ -51,11 +53,11 @@ def asked(
     """Calls the node with the engine replaced by one that only listens."""
     heard: list[Asked] = []
 
-    def listen(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+    def listen(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
         heard.append(Asked(job.asked, data))
-        return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1)
+        return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, Outcome.FINISHED)
 
-    monkeypatch.setattr(training, "run_job", listen)
+    monkeypatch.setattr(training, "train_job", listen)
 
     def call(*, lists: dict[str, list[Any]] | None = None, **values: Any) -> Asked:
         lists = {"latents": [latents(3)], "positive": [captions], **(lists or {})}
@@ -90,6 +92,15 @@ def test_a_graph_means_what_it_means_in_comfyui(asked: Callable[..., Asked]) -> 
     # What differs on purpose: the model's own objective and noise levels.
     assert config.objective == "native"
     assert config.timesteps is None
+
+
+def test_only_defaults_that_differ_are_said_again() -> None:
+    options = options_of(TrainConfig)
+    slots = load_nodes()["TrainLoraNode"].slots
+    differing = {"steps", "learning_rate", "rank", "training_dtype", "gradient_checkpointing", "existing_lora", "alpha"}
+    differing |= {"targets", "timesteps", "max_grad_norm", "zero_init", "schedule", "validation_share"}
+    differing |= {"previews", "preview_every"}
+    assert {name for name in slots if name in options and slots[name].default != options[name].default} == differing
 
 
 def test_our_own_inputs_reach_the_engine(asked: Callable[..., Asked]) -> None:

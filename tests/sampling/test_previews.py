@@ -12,12 +12,13 @@ from PIL import Image
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.sampling.generate import generate
+from lorasmith.sampling.generate import Sampling, generate
 from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.lora_handle import Lora
 
 PROMPTS = ("a lion", "a red heart")
+HOW = Sampling(seed=5, steps=3)
 ENCODER_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
@@ -42,8 +43,7 @@ def make(tiny: Model) -> Callable[..., Previewer]:
         defaults: dict[str, Any] = {
             "load": lambda path, strength: Lora.load(path, tiny).applied_to(tiny.denoiser, strength=strength),
             "strengths": (0.5, 1.0),
-            "seed": 5,
-            "steps": 3,
+            "sampling": HOW,
         }
         return Previewer(tiny.denoiser, PROMPTS, **(defaults | settings))
 
@@ -59,7 +59,7 @@ def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
 def test_pictures_are_those_that_users_will_get(
     make: Callable[..., Previewer], tiny: Model, saved: Path, strength: float, dtype: torch.dtype
 ) -> None:
-    drawn = make(dtype=dtype).draw(saved, strength)
+    drawn = make(sampling=replace(HOW, dtype=dtype)).draw(saved, strength)
     adapted = Lora.load(saved, tiny).applied_to(tiny.denoiser, strength=strength)
     assert same(drawn, generate(adapted, PROMPTS, seed=5, steps=3, dtype=dtype))
     assert not same(drawn, generate(tiny, PROMPTS, seed=5, steps=3, dtype=dtype))
@@ -67,7 +67,7 @@ def test_pictures_are_those_that_users_will_get(
 
 def test_a_patched_model_is_the_base(make: Callable[..., Previewer], tiny: Model, saved: Path) -> None:
     patched = Lora.load(saved, tiny).applied_to(tiny.denoiser)
-    previewer = Previewer(patched, PROMPTS, load=lambda path, strength: patched, seed=5, steps=3)
+    previewer = Previewer(patched, PROMPTS, load=lambda path, strength: patched, sampling=HOW)
     assert same(previewer.draw(None), make().draw(saved))
 
 
@@ -116,7 +116,7 @@ def test_model_and_random_state_are_left_as_they_were(make: Callable[..., Previe
     before = {name: tensor.clone() for name, tensor in tiny.denoiser.module.state_dict().items()}
     homes = [parameter.data_ptr() for parameter in tiny.denoiser.module.parameters()]
     state = torch.get_rng_state()
-    make(dtype=torch.bfloat16).draw(saved)
+    make(sampling=replace(HOW, dtype=torch.bfloat16)).draw(saved)
     assert torch.equal(torch.get_rng_state(), state)
     assert [parameter.data_ptr() for parameter in tiny.denoiser.module.parameters()] == homes
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.denoiser.module.state_dict().items())
@@ -131,9 +131,9 @@ def test_cancelling_is_honoured(make: Callable[..., Previewer], saved: Path) -> 
 def test_models_without_autoencoder_or_text_encoder_are_refused_at_the_start(tiny: Model) -> None:
     blind = replace(tiny, components=replace(tiny.components, vae=None))
     deaf = replace(tiny, components=replace(tiny.components, text_encoders={}, tokenizers={}))
-    for model, sentence in ((blind, "previews need an autoencoder"), (deaf, "no text encoder; load a full checkpoint")):
+    for model, sentence in ((blind, "needs an autoencoder for pictures"), (deaf, "needs the text encoder clip_l")):
         with pytest.raises(ModelError, match=sentence):
-            Previewer(model.denoiser, PROMPTS, load=lambda path, strength, model=model: model.denoiser)
+            Previewer(model.denoiser, PROMPTS, load=lambda path, strength, model=model: model.denoiser, sampling=HOW)
 
 
 @pytest.mark.parametrize(

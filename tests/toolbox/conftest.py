@@ -33,7 +33,7 @@ def folder(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     components.denoiser.save_pretrained(path / "unet")
     components.vae.save_pretrained(path / "vae")
     components.text_encoders["text_encoder"].save_pretrained(path / "text_encoder")
-    components.tokenizers["tokenizer"].save_pretrained(path / "tokenizer")
+    components.tokenizers["text_encoder"].save_pretrained(path / "tokenizer")
     for name, content in {
         "model_index.json": {"_class_name": "StableDiffusionPipeline"},
         "scheduler/scheduler_config.json": {

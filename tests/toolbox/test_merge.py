@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError, OutputError
-from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
@@ -42,7 +41,7 @@ def predicted(model: Model, loras: Sequence[tuple[Path, float]]) -> Tensor:
     with encoder.active(torch.device("cpu")):
         conditioning = encoder.encode("a red apple")
     with denoiser.active(), torch.no_grad():
-        return denoiser.predict(latents, torch.tensor([400.0]), collate([conditioning]))
+        return denoiser.predict(latents, torch.tensor([400.0]), conditioning)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -119,8 +119,8 @@ def broken(copy: Path, case: str) -> None:
     [
         ("no index", "is no diffusers model"),
         ("unknown pipeline", "of an architecture not known here"),
-        ("no denoiser", "cannot be read as a diffusers model"),
-        ("damaged configuration", "cannot be read as a diffusers model"),
+        ("no denoiser", "config.json"),
+        ("damaged configuration", "config.json cannot be read"),
         ("pickled weights", "must hold its weights as safetensors"),
         ("a tensor is missing", "lack conv_in.weight"),
     ],

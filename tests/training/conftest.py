@@ -9,10 +9,11 @@ import pytest
 import torch
 from lever_cases import flux_model
 
+from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
 from lorasmith.training.memory import activations, host_memory
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
 
 CAPTIONS = ("a cat", "a dog", "a red apple, noto style", "", "a lion", "(a bus:1.3) on a blue background")
 

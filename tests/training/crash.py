@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import BUILT_IN, load_model
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
 from lorasmith.training.runs.run_folder import RunFolder
-from lorasmith.training.train import train
 
 _BASE: dict[str, Any] = {
     "steps": 10,

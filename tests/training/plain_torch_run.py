@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import Components, Conditioning, Defaults, Family, LatentFormat, TargetPreset
 from lorasmith.families.model import Model
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import train
 
 ENGINE = ("core", "adapters", "formats", "diffusion", "data", "training")
 CHANNELS, WIDTH, CONTEXT = 4, 32, 24
@@ -84,6 +84,7 @@ class Plain(Family):
             family=self.name,
             denoiser={path: OriginalName(path) for path in shapes},
             weight_shapes=shapes,
+            peft_prefix="unet",
         )
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.app.model_run import train
 from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Denoiser, Model
@@ -18,7 +19,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.events import RunFinished, StepDone
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult, plan_job, train
+from lorasmith.training.train import TrainResult, plan_job
 
 Run = Callable[..., TrainResult]
 

@@ -18,7 +18,7 @@ from lever_cases import planned
 from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.app.run_previews import run_previews
+from lorasmith.app.model_run import train
 from lorasmith.core.errors import OptionError
 from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
 from lorasmith.core.quantization import PACKINGS, packed
@@ -35,7 +35,7 @@ from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
-from lorasmith.training.train import Surroundings, TrainResult, plan_job, run_job, train
+from lorasmith.training.train import TrainResult, plan_job
 
 DEVICE = torch.device("cuda")
 
@@ -288,15 +288,9 @@ def test_previews_are_drawn_on_the_device_and_change_no_bit(
 ) -> None:
     settings: dict[str, Any] = {"steps": 4, "rank": 4, "learning_rate": 1e-3, "seed": 3, "deterministic": True}
     settings |= {"training_dtype": "bf16", "targets": "attention"}
-    config = TrainConfig(**settings, previews="a lion", preview_every=2, preview_steps=2)
+    asked = {"previews": "a lion", "preview_every": 2, "preview_steps": 2}
     heard: list[Event] = []
-    around = Surroundings(
-        output=tmp_path / "run",
-        device=DEVICE,
-        previews=lambda folder: run_previews(tiny.denoiser, config, folder, title="lora", device=DEVICE),
-        on_event=heard.append,
-    )
-    drawn = run_job(plan_job(tiny.denoiser, config, DEVICE), dataset, around)
+    drawn = train(tiny, dataset, device=DEVICE, output=tmp_path / "run", on_event=heard.append, **settings, **asked)
     assert not [event for event in heard if isinstance(event, Warned)]
     previews = [event for event in heard if isinstance(event, Previewed)]
     assert {event.step for event in previews} == {2, 4}

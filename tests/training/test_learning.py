@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import plan_job, train
+from lorasmith.training.train import plan_job
 from tools.pretrain.data import UNTAUGHT
 from tools.pretrain.judge import Judge, colourless
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.app import model_run
 from lorasmith.core import files
 from lorasmith.core.errors import OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
@@ -25,7 +26,6 @@ from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.divergence import exploded
 from lorasmith.training.events import Resumed, RolledBack, Shrunk, StateSaved, StepDone, Warned
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.runs import run_page as report
 from lorasmith.training.runs import run_states
 from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
@@ -505,7 +505,7 @@ def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
 def test_a_report_that_fails_costs_the_report_alone(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(model_run, "write_report", lambda folder: 1 / 0)
     audience = Audience()
     assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
     assert "the report is not: division by zero" in audience.of(Warned)[-1].message

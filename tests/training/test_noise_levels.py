@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import TrainResult, plan_job, train
+from lorasmith.training.train import TrainResult, plan_job
 
 Run = Callable[..., TrainResult]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import Sample
@@ -25,7 +26,6 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
-from lorasmith.training.train import train
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless
 

@@ -20,6 +20,7 @@ from lorasmith.core.placement import best_device, product_dtype
 from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.preview_folder import PreviewFolder
+from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
@@ -69,9 +70,11 @@ def run_previews(
         load=lambda path, strength: Lora.load(path, base).applied_to(denoiser, strength=strength),
         strengths=(1.0, *strengths),
         encoder=lambda strength: carried.applied_to_text(text_encoder, strength=strength),
-        seed=config.seed,
-        steps=config.preview_steps,
-        dtype=_sampling_dtype(denoiser, config.training_dtype, device),
+        sampling=Sampling(
+            seed=config.seed,
+            steps=config.preview_steps,
+            dtype=_sampling_dtype(denoiser, config.training_dtype, device),
+        ),
         device=device,
         cancelled=cancelled,
     )
@@ -92,15 +95,16 @@ class RunPreviews:
     def __init__(
         self, previewer: Previewer, folder: Path, *, title: str, model: str, strengths: tuple[float, ...] = ()
     ) -> None:
-        sampling = {
-            "Steps": previewer.steps,
-            "Sampler": "euler normal",
-            "CFG scale": previewer.cfg,
-            "Seed": previewer.seed,
+        sampling = previewer.sampling
+        made_with = {
+            "Steps": sampling.steps,
+            "Sampler": f"{sampling.sampler} {sampling.scheduler}",
+            "CFG scale": sampling.cfg,
+            "Seed": sampling.seed,
             "Model": model,
         }
         self._previewer = previewer
-        self._files = PreviewFolder(folder, previewer.prompts, title=title, sampling=sampling)
+        self._files = PreviewFolder(folder, previewer.prompts, title=title, sampling=made_with)
         self._strengths = strengths
         self._base_is_written = False
         self._failures = 0

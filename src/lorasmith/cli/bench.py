@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, remark, say
-from lorasmith.cli.flags import with_flags
+from lorasmith.cli.flags import AsJson, BaseModel, Device, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
@@ -36,10 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    model: Annotated[
-        str,
-        typer.Option(help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."),
-    ] = "lorasmith-tiny",
+    model: BaseModel = "lorasmith-tiny",
     resolution: Annotated[
         int | None, typer.Option(help="Side in pixels of the square pictures. Left out: the model's own.")
     ] = None,
@@ -49,10 +46,8 @@ def bench(
     floor: Annotated[
         bool, typer.Option("--floor/--no-floor", help="Measure the frozen model beside it, which needs it whole.")
     ] = True,
-    device: Annotated[
-        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: the first GPU, or the CPU.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
     """Measure what a training step costs on this machine, and say what limits it.

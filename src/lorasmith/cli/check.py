@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.flags import AsJson, LoraFile, LoraModel
 
 if TYPE_CHECKING:
     from lorasmith.formats.quality.faults import Finding
@@ -24,19 +25,13 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model that it is for: a checkpoint, a diffusers folder or lorasmith-tiny. Left out: the released "
-            "model of its family (SD 1.x, SD 2.x, Flux.1)."
-        ),
-    ] = None,
+    file: LoraFile,
+    model: LoraModel = None,
     fix: Annotated[
         Path | None, typer.Option(metavar="OUTPUT", help="Write a file in which everything is mended that can be.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at OUTPUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look for what is wrong with a LoRA file, and say how to mend it.
 

@@ -1,4 +1,4 @@
-"""What the commands share: the console, progress bars fed by events, and a first Ctrl-C that asks instead of kills."""
+"""What the commands share: the console, progress bars, and a first Ctrl-C that asks instead of kills."""
 
 from __future__ import annotations
 
@@ -21,17 +21,6 @@ from rich.progress import (
 from rich.text import Text
 
 from lorasmith.core.errors import CancelledError
-from lorasmith.training.events import (
-    Event,
-    Planned,
-    Resumed,
-    RolledBack,
-    RunStarted,
-    Shrunk,
-    StepDone,
-    Validated,
-    Warned,
-)
 
 __all__ = [
     "complain",
@@ -42,7 +31,6 @@ __all__ = [
     "remark",
     "say",
     "stoppable",
-    "training_progress",
 ]
 
 console = Console(highlight=False)
@@ -98,47 +86,6 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
     with progress_bar(TextColumn("{task.description}")) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def training_progress() -> Iterator[Callable[[Event], None]]:
-    """A progress bar with loss, speed and time left; the yielded function takes training events, which start it."""
-    bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
-    numbers = TextColumn("[dim]{task.fields[numbers]}")
-    columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("", total=None, numbers="")
-    smooth = first = 0.0
-    taken = 0
-    judged = ""
-
-    def show(event: Event) -> None:
-        nonlocal smooth, taken, first, judged
-        if isinstance(event, RunStarted):
-            progress.update(task, total=event.steps)
-            progress.start()
-        elif isinstance(event, Warned | RolledBack | Shrunk):
-            remark(event.message)
-        elif isinstance(event, Planned):
-            remark(event.message, kind="Memory", colour="green")
-        elif isinstance(event, Resumed):
-            remark(event.message, kind="Resumed", colour="green")
-            progress.update(task, completed=event.step)
-        elif isinstance(event, Validated):
-            judged = f" · held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
-        elif isinstance(event, StepDone):
-            taken += 1
-            first = first or event.at
-            # An average over about twenty steps: single losses mostly tell how noisy their samples were.
-            smooth += (event.loss - smooth) / min(taken, 20)
-            speed = (taken - 1) / (event.at - first) if event.at > first else 0.0
-            text = f"loss {smooth:.4f}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
-            progress.update(task, completed=event.step, numbers=text)
-
-    try:
-        yield show
-    finally:
-        progress.stop()
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:

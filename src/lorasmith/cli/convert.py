@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.flags import LoraFile, LoraModel
 
 __all__ = ["register"]
 
@@ -18,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")],
+    file: LoraFile,
     to: Annotated[
         str,
         typer.Option(
@@ -29,13 +30,7 @@ def convert(
     output: Annotated[
         Path | None, typer.Option(help="The new file or folder. Left out: a name beside FILE that says the layout.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model that it is for: a checkpoint, a diffusers folder or lorasmith-tiny. Left out: the released "
-            "model of its family (SD 1.x, SD 2.x, Flux.1)."
-        ),
-    ] = None,
+    model: LoraModel = None,
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Convert what can be converted, and say what is lost.")
     ] = False,

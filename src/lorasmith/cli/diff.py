@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import complain, console, say
+from lorasmith.cli.flags import AsJson
 from lorasmith.core.errors import LorasmithError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def diff(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Let ranks, alphas, algorithms, dtypes and metadata differ.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two LoRAs, or two models: what each does to which module, and what their headers say.
 

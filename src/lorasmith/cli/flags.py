@@ -1,16 +1,52 @@
-"""Command-line flags from option declarations, so that a setting is described in one place only."""
+"""Command-line flags: those of option declarations, and those that several commands have in common."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lorasmith.app.command_lines import flag, negated_flag
+from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option
 
-__all__ = ["arguments_for", "with_flags"]
+__all__ = [
+    "AnyBaseModel",
+    "AsJson",
+    "BaseModel",
+    "DataNow",
+    "Device",
+    "LoraFile",
+    "LoraModel",
+    "ModelNow",
+    "RunOutput",
+    "split_strength",
+    "with_flags",
+]
+
+_BASE_MODEL = typer.Option(
+    help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."
+)
+BaseModel = Annotated[str, _BASE_MODEL]
+AnyBaseModel = Annotated[str | None, _BASE_MODEL]
+Device = Annotated[
+    str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: the first GPU, or the CPU.")
+]
+RunOutput = Annotated[Path | None, typer.Option(help="Folder of the run; a new one under runs/ if left out.")]
+ModelNow = Annotated[str | None, typer.Option(help="The base model, if it is elsewhere now.")]
+DataNow = Annotated[Path | None, typer.Option(help="The folder of images, if it is elsewhere now.")]
+LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")]
+LoraModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that it is for: a checkpoint, a diffusers folder or lorasmith-tiny. Left out: the released model "
+        "of its family (SD 1.x, SD 2.x, Flux.1)."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")]
 
 
 def with_flags(
@@ -24,7 +60,7 @@ def with_flags(
         aliases: further flags by option name, such as `{"training_dtype": "--dtype"}`.
     """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    flags = [_flag(one, (aliases or {}).get(name)) for name, one in options.items()]
+    flags = [_parameter(one, (aliases or {}).get(name)) for name, one in options.items()]
 
     def run(**arguments: Any) -> None:
         command(**arguments)
@@ -35,26 +71,25 @@ def with_flags(
     return run
 
 
-def arguments_for(values: Mapping[str, Any]) -> list[str]:
-    """What to type for options to have `values`, by name; a switch is True or False."""
-    arguments: list[str] = []
-    for name, value in values.items():
-        arguments += [_off(name)] if value is False else [_name(name)] if value is True else [_name(name), str(value)]
-    return arguments
+def split_strength(text: str) -> tuple[Path, float]:
+    """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
+
+    Raises:
+        OptionError: what follows the last colon is no number (a drive letter's colon is none of these).
+    """
+    path, colon, strength = text.rpartition(":")
+    if not colon or len(path) <= 1 or strength.endswith((".safetensors", "/", "\\")):
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        raise OptionError(f"a LoRA's strength must be a number, got {strength!r} in {text!r}; write FILE:0.8") from None
 
 
-def _name(option: str) -> str:
-    return "--" + option.replace("_", "-")
-
-
-def _off(option: str) -> str:
-    return "--no-" + option.replace("_", "-")
-
-
-def _flag(option: Option, alias: str | None) -> inspect.Parameter:
+def _parameter(option: Option, alias: str | None) -> inspect.Parameter:
     # Types are converted by typer; ranges and choices are checked, and worded, by the option itself. A switch that is
     # off by default needs no flag that turns it off.
-    name, off = _name(option.name), f"/{_off(option.name)}" if option.default is True else ""
+    name, off = flag(option.name), f"/{negated_flag(option.name)}" if option.default is True else ""
     declared = [name + off, *([alias] if alias else [])]
     details: dict[str, Any] = {"help": _described(option), "rich_help_panel": option.group or None}
     if option.type is not bool:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lorasmith.cli.console import console, counting, say, stoppable
-from lorasmith.core.errors import OptionError
+from lorasmith.cli.flags import split_strength
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["register", "split_strength"]
-
-_OUTPUT = Path("output")
+__all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -48,28 +43,18 @@ def generate(
     ] = Path("output"),
 ) -> None:
     """Make pictures from prompts."""
-    from PIL.PngImagePlugin import PngInfo
-
+    from lorasmith.app.drawing import load_with_loras, save_pictures
     from lorasmith.core.dtypes import dtype_from_name
-    from lorasmith.core.files import atomic_path
-    from lorasmith.core.folders import next_counter
-    from lorasmith.families.loading import load_model
     from lorasmith.sampling.generate import generate as sample
-    from lorasmith.training.lora_handle import Lora
 
-    number_format = dtype_from_name(dtype)
+    number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
-        base = load_model(model)
-        denoiser, encoder = base.denoiser, base.text_encoder
-        for path, strength in map(split_strength, lora or []):
-            one = Lora.load(path, base)
-            denoiser = one.applied_to(denoiser, strength=strength)
-            encoder = one.applied_to_text(encoder, strength=strength)
+        loaded = load_with_loras(model, loras)
     with stoppable() as stop, counting("Sampling") as progress:
         images = sample(
-            denoiser,
+            loaded.denoiser,
             prompt,
-            text_encoder=encoder,
+            text_encoder=loaded.text_encoder,
             negative=negative,
             seed=seed,
             steps=steps,
@@ -84,28 +69,7 @@ def generate(
         )
     made_with = (
         f"Negative prompt: {negative}\nSteps: {steps}, Sampler: {sampler} {scheduler}, Seed: {seed}, "
-        f"Model: {base.title}, LoRA: {', '.join(lora or ['none'])}"
+        f"Model: {loaded.title}, LoRA: {', '.join(lora or ['none'])}"
     )
-    counter = next_counter(output, "lorasmith")
-    for number, (image, text) in enumerate(zip(images, prompt, strict=True), start=counter):
-        info = PngInfo()
-        info.add_itxt("parameters", f"{text}\n{made_with}")
-        target = output / f"lorasmith_{number:05}_.png"
-        with atomic_path(target) as temporary:
-            image.save(temporary, format="png", pnginfo=info)
-        say(target)
-
-
-def split_strength(text: str) -> tuple[Path, float]:
-    """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
-
-    Raises:
-        OptionError: what follows the last colon is no number (a drive letter's colon is none of these).
-    """
-    path, colon, strength = text.rpartition(":")
-    if not colon or len(path) <= 1 or strength.endswith((".safetensors", "/", "\\")):
-        return Path(text), 1.0
-    try:
-        return Path(path), float(strength)
-    except ValueError:
-        raise OptionError(f"a LoRA's strength must be a number, got {strength!r} in {text!r}; write FILE:0.8") from None
+    for path in save_pictures(images, prompt, output, made_with=made_with):
+        say(path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lorasmith.cli.console import console, remark
+from lorasmith.cli.flags import AsJson, LoraFile
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import LoraSummary
@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    file: LoraFile,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a LoRA file holds: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
     from lorasmith.formats.inspect import describe

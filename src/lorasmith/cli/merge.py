@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import console, remark, say
-from lorasmith.cli.generate import split_strength
+from lorasmith.cli.flags import split_strength
 from lorasmith.core.errors import OptionError
 
-__all__ = ["register", "warn_left_out"]
+__all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -61,14 +61,14 @@ def merge(
     with console.status("Merging"):
         base = None if model is None else open_model(model)
         report = merge_loras(parts, output, rank=rank, model=base, dtype=number_format, overwrite=overwrite)
-    warn_left_out(report.left_out)
+    _warn_left_out(report.left_out)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
     kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of what was cut down"
     console.print(f"{report.modules} modules, rank {ranks or 'none'}: {kept}", soft_wrap=True)
     say(report.output)
 
 
-def warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
+def _warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
     """Say what of each file was not taken along."""
     for path, names in left_out.items():
         text = f"{len(names)} tensors of {path}, such as {names[0]}, belong to no module of the model and are left out"
@@ -81,7 +81,7 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
 
     with console.status(f"Folding into {model}"):
         report = fold_into(open_model(model), parts, output, overwrite=overwrite)
-    warn_left_out(report.left_out)
+    _warn_left_out(report.left_out)
     for name in report.skipped:
         text = f"{name} is not in the new folder, because it holds the same weights without the LoRAs"
         remark(text)

@@ -25,7 +25,7 @@ def report(
     The page is one file that loads nothing else. Every run makes it at its end; this makes it while a run goes on, and
     again after a run was killed.
     """
-    from lorasmith.training.runs.run_page import write_report
+    from lorasmith.app.run_page import write_report
 
     path = write_report(run)
     console.print("[bold]Look at[/]", end=" ")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import remark
-from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.cli.flags import DataNow, ModelNow
+from lorasmith.cli.run_output import preparation, train_and_say
 
 __all__ = ["register"]
 
@@ -20,8 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/dog-001.")],
-    model: Annotated[str | None, typer.Option(help="The base model, if it is elsewhere now.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The folder of images, if it is elsewhere now.")] = None,
+    model: ModelNow = None,
+    data: DataNow = None,
     device: Annotated[
         str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: as when the run began.")
     ] = None,
@@ -31,19 +31,8 @@ def resume(
     With the same versions, device and number of threads the result is, to the bit, that of a run that was never
     stopped; what differs is said. Other images, settings or another base model are refused.
     """
-    from lorasmith.cli.train import asked_again, finish, prepare
-    from lorasmith.training.runs.run_folder import RunFolder
+    from lorasmith.app.resume import prepare_again
 
-    folder = RunFolder(run)
-    record = folder.record()
-    if (record.get("source") or {}).get("command") != "train":
-        raise OptionError(
-            f"{run} was not made by lorasmith train; start its workflow or script again, which goes on with it"
-        )
-    if folder.is_done:
-        raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
-    folder.check_free()
-    prepared = prepare(*asked_again(record, model=model, data=data, device=device))
-    if not folder.states().paths():
-        remark(f"{run} ended before its first state was saved, so it begins again.")
-    finish(prepared, output=run, fresh=False)
+    with preparation() as show:
+        prepared = prepare_again(run, model=model, data=data, device=device, on_event=show)
+    train_and_say(prepared, output=run)

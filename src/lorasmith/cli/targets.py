@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.console import console, remark, say
-from lorasmith.cli.flags import with_flags
+from lorasmith.cli.flags import BaseModel, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
@@ -27,10 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def targets(
-    model: Annotated[
-        str,
-        typer.Option(help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."),
-    ],
+    model: BaseModel,
     **settings: Any,
 ) -> None:
     """Show what a choice of layers would train: kinds of layers, counts, ranks, parameters, size of the file.

@@ -6,13 +6,11 @@ its meaning: alpha 1, the down matrix starting at zero, every Linear and convolu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from lorasmith.app.run_previews import PreviewFrames, run_previews
+from lorasmith.app.model_run import run_folder, train_job
+from lorasmith.app.run_previews import PreviewFrames
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import config_from, options_of
@@ -43,10 +41,10 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
+from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.run_folder import unfinished_run
-from lorasmith.training.train import Surroundings, TrainResult, plan_job, run_job
+from lorasmith.training.train import Surroundings, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
@@ -54,6 +52,8 @@ __all__: list[str] = []
 _OPTIONS = options_of(TrainConfig)
 _AUTO = "auto"
 """Choice of an own option that leaves it to the model."""
+_TITLE = "lora"
+"""Of every LoRA that a graph trains; SaveLoRA names the file."""
 
 
 def _setting(name: str, **overrides: Any) -> Input:
@@ -165,14 +165,13 @@ def train_lora(
     data = _dataset(denoiser, latents, positive)
     job = plan_job(denoiser, config)
     around = Surroundings(
-        output=partial(_run_folder, context.folders, fresh=fresh),
-        title="lora",
-        previews=lambda folder: run_previews(denoiser, job.config, folder, title="lora", cancelled=context.cancelled),
+        output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
+        title=_TITLE,
         source={"command": "run", "prompt": context.prompt},
         on_event=_teller(context, config.steps),
         cancelled=context.cancelled,
     )
-    result = run_job(job, data, around)
+    result = train_job(denoiser, job, data, around)
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps
@@ -210,16 +209,6 @@ def _dataset(
             for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1)
         )
     )
-
-
-def _run_folder(folders: Folders, fingerprint: Mapping[str, Any], *, fresh: bool) -> Path:
-    """The folder of this run, if it was broken off before, or a new `output/runs/lora_<counter>`."""
-    runs = folders.output / "runs"
-    if not fresh and (before := unfinished_run(runs, "lora", fingerprint)):
-        return before
-    names = [entry.name for entry in runs.iterdir()] if runs.is_dir() else []
-    taken = [int(match[1]) for name in names if (match := re.fullmatch(r"lora_(\d+)", name))]
-    return runs / f"lora_{max(taken, default=0) + 1:05}"
 
 
 def _teller(context: NodeContext, steps: int) -> EventHandler:

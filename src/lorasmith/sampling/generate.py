@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -15,7 +16,30 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 
-__all__ = ["generate", "pictures", "to_images"]
+__all__ = ["Sampling", "generate", "pictures", "to_images"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are sampled.
+
+    Attributes:
+        seed: of the noise.
+        steps: sampling steps.
+        cfg: guidance scale; what suits the model if None.
+        sampler, scheduler: names as KSampler has them.
+        width, height: pixels; the model's resolution if None.
+        dtype: of the denoiser's weights and products; bf16 takes half the memory, and pictures differ a little.
+    """
+
+    seed: int = 0
+    steps: int = 20
+    cfg: float | None = None
+    sampler: str = "euler"
+    scheduler: str = "normal"
+    width: int | None = None
+    height: int | None = None
+    dtype: torch.dtype = torch.float32
 
 
 def generate(
@@ -24,14 +48,14 @@ def generate(
     *,
     text_encoder: TextEncoder | None = None,
     negative: str = "",
-    seed: int = 0,
-    steps: int = 20,
-    cfg: float | None = None,
-    sampler: str = "euler",
-    scheduler: str = "normal",
-    width: int | None = None,
-    height: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    seed: int = Sampling.seed,
+    steps: int = Sampling.steps,
+    cfg: float | None = Sampling.cfg,
+    sampler: str = Sampling.sampler,
+    scheduler: str = Sampling.scheduler,
+    width: int | None = Sampling.width,
+    height: int | None = Sampling.height,
+    dtype: torch.dtype = Sampling.dtype,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -43,19 +67,15 @@ def generate(
         prompts: one or more prompts, `(word:1.2)` weights included.
         text_encoder: the encoder to use if it has LoRAs of its own; the model's if None.
         negative: prompt to move away from.
-        seed: of the noise.
-        steps: sampling steps.
-        cfg: guidance scale; what suits the model if None.
-        sampler, scheduler: names as KSampler has them.
-        width, height: pixels; the model's resolution if None.
-        dtype: of the denoiser's weights and products; bf16 takes half the memory, and pictures differ a little.
+        seed, steps, cfg, sampler, scheduler, width, height, dtype: as in `Sampling`.
         device: where to sample; the first GPU, or the CPU, if None.
-        progress: told (steps done, steps in all), all prompts together.
-        cancelled: asked between evaluations of the network.
+        progress: called with the steps done, and in all, of all prompts together.
+        cancelled: called between evaluations of the network; True ends them.
 
     Raises:
         OptionError: a size does not fit the model, or a name is unknown.
         ModelError: the model lacks a text encoder or an autoencoder.
+        SamplingCancelledError: `cancelled` said so.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -63,10 +83,7 @@ def generate(
     with encoder.active(device):
         positives = [encoder.encode(prompt) for prompt in prompts]
         away = encoder.encode(negative)
-    return pictures(
-        denoiser,
-        positives,
-        away,
+    sampling = Sampling(
         seed=seed,
         steps=steps,
         cfg=cfg,
@@ -75,54 +92,47 @@ def generate(
         width=width,
         height=height,
         dtype=dtype,
-        device=device,
-        progress=progress,
-        cancelled=cancelled,
     )
+    return pictures(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
 def pictures(
     denoiser: Denoiser,
     positives: Sequence[Conditioning],
     negative: Conditioning,
+    sampling: Sampling,
     *,
-    seed: int = 0,
-    steps: int = 20,
-    cfg: float | None = None,
-    sampler: str = "euler",
-    scheduler: str = "normal",
-    width: int | None = None,
-    height: int | None = None,
-    dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
     """`generate` from prompts that are encoded already: one picture for each of `positives`."""
-    base, device = denoiser.base, device or best_device()
+    base, device, steps = denoiser.base, device or best_device(), sampling.steps
+    components, shape = base.components, _latent_shape(base, sampling.width, sampling.height)
     latents = []
     # Placed first and patched second: adapters are made where their layers are.
-    with held(denoiser.module, device=device, dtype=dtype), denoiser.active():
+    with held(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
         for index, positive in enumerate(positives):
             latents.append(
-                _sampled(
-                    denoiser,
-                    positive,
-                    negative,
-                    shape=_latent_shape(base, width, height),
-                    device=device,
-                    dtype=dtype,
-                    seed=seed,
-                    steps=steps,
-                    cfg=base.defaults.guidance if cfg is None else cfg,
-                    sampler=sampler,
-                    scheduler=scheduler,
+                sample_latents(
+                    denoiser.predict,
+                    schedule=components.schedule,
+                    parameterization=components.parameterization,
+                    positive=[positive],
+                    negative=[negative],
+                    latents=torch.zeros(shape, device=device),
+                    noise=prepare_noise(sampling.seed, shape),
+                    sigmas=sigmas_for(components.schedule, sampling.scheduler, steps, sampler=sampling.sampler),
+                    sampler=sampling.sampler,
+                    cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
+                    seed=sampling.seed,
+                    dtype=sampling.dtype,
                     callback=progress and _counter(progress, index * steps, steps * len(positives)),
                     cancelled=cancelled,
                 )
             )
     with base.autoencoder.active(device):
-        decoded = [base.autoencoder.decode(base.components.latent.from_model(one)) for one in latents]
+        decoded = [base.autoencoder.decode(components.latent.from_model(one)) for one in latents]
     return [image for pixels in decoded for image in to_images(pixels)]
 
 
@@ -130,42 +140,6 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pictures from pixels (batch, 3, height, width) in [−1, 1]."""
     scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
-
-
-def _sampled(
-    denoiser: Denoiser,
-    positive: Conditioning,
-    negative: Conditioning,
-    *,
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler: str,
-    scheduler: str,
-    callback: Callable[[int, int, Tensor], None] | None,
-    cancelled: Callable[[], bool] | None,
-) -> Tensor:
-    """Latents (1, channels, h, w) of one prompt, as the denoiser sees them."""
-    components = denoiser.base.components
-    return sample_latents(
-        denoiser.predict,
-        schedule=components.schedule,
-        parameterization=components.parameterization,
-        positive=[positive],
-        negative=[negative],
-        latents=torch.zeros(shape, device=device),
-        noise=prepare_noise(seed, shape),
-        sigmas=sigmas_for(components.schedule, scheduler, steps, sampler=sampler),
-        sampler=sampler,
-        cfg=cfg,
-        seed=seed,
-        dtype=dtype,
-        callback=callback,
-        cancelled=cancelled,
-    )
 
 
 def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[int, ...]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from lorasmith.core.errors import ModelError, OptionError
+from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
-from lorasmith.sampling.generate import pictures
+from lorasmith.sampling.generate import Sampling, pictures
 
 __all__ = ["Previewer", "parse_prompts", "parse_strengths"]
 
@@ -35,10 +36,8 @@ class Previewer:
         load: the denoiser with a saved LoRA on top at a strength.
         strengths: those that will be asked for, besides 0.
         encoder: the text encoder at a strength of the LoRA, for LoRAs that carry one along; the model's own if None.
-        seed: of the noise.
-        steps: sampling steps.
-        cfg: guidance scale; what suits the model if None.
-        dtype, device: of the sampling, as for `generate`.
+        sampling: how; a guidance scale left out is the model's.
+        device: where, as for `generate`.
         cancelled: asked between evaluations of the network.
 
     Raises:
@@ -53,21 +52,16 @@ class Previewer:
         load: Callable[[Path, float], Denoiser],
         strengths: Sequence[float] = (1.0,),
         encoder: Callable[[float], TextEncoder] | None = None,
-        seed: int = 0,
-        steps: int = 20,
-        cfg: float | None = None,
-        dtype: torch.dtype = torch.float32,
+        sampling: Sampling,
         device: torch.device | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         base = denoiser.base
-        if base.components.vae is None:
-            raise ModelError(f"previews need an autoencoder, which {base.title} lacks; load a full checkpoint")
+        base.family.check_parts(base.components, text=True, images=True)
         self.prompts = tuple(prompts)
-        self.seed, self.steps = seed, steps
-        self.cfg = base.defaults.guidance if cfg is None else cfg
+        self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
         self._denoiser, self._load = denoiser, load
-        self._dtype, self._device, self._cancelled = dtype, device, cancelled
+        self._device, self._cancelled = device, cancelled
         self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
         self._base: list[Image.Image] | None = None
 
@@ -89,17 +83,8 @@ class Previewer:
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> list[Image.Image]:
         positives, negative = self._encoded[strength]
-        return pictures(
-            denoiser,
-            positives,
-            negative,
-            seed=self.seed,
-            steps=self.steps,
-            cfg=self.cfg,
-            dtype=self._dtype,
-            device=self._device,
-            cancelled=self._cancelled,
-        )
+        sampling, device = self.sampling, self._device
+        return pictures(denoiser, positives, negative, sampling, device=device, cancelled=self._cancelled)
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:

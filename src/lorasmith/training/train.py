@@ -1,7 +1,7 @@
 """A run as a whole: the folder of the run, continuing where it stopped, and saving what there is, whatever ends it.
 
 What is decided before the first step is in `job`, the steps are in `loop`, what happens between them is in `watchers`,
-and what a run leaves is in `results`.
+and what a run leaves is in `results`; `app.model_run` adds previews and the page about the run.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.options import config_from
-from lorasmith.core.placement import chosen_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
-from lorasmith.families.model import Denoiser, Model
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
 from lorasmith.training.job import Job, engine_of, plan_job
 from lorasmith.training.loop import Loop, Watcher
@@ -36,7 +30,7 @@ from lorasmith.training.runs.run_folder import RunFolder, claimed_run
 from lorasmith.training.runs.run_states import StateSaver, free_bytes
 from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
 
-__all__ = ["Job", "Surroundings", "TrainResult", "plan_job", "run_job", "train"]
+__all__ = ["Job", "Surroundings", "TrainResult", "plan_job", "run_job"]
 
 _STATE_BYTES = 16
 """Of a run state for each trained number: the weights in fp32, their average, and two moments of the optimizer."""
@@ -54,6 +48,7 @@ class Surroundings:
         trigger: trigger phrase, for the metadata.
         validation: images to judge the run by, instead of a share of the data.
         previews: for the folder of the run, what draws its previews; None draws none.
+        page: writes the page about the run into its folder.
         source: how the run was asked for, as JSON can carry it, so that it can be repeated.
         on_event: receives typed events.
         cancelled: asked between steps; True ends the run with what there is.
@@ -66,64 +61,20 @@ class Surroundings:
     trigger: str | None = None
     validation: EncodedDataset | None = None
     previews: Callable[[Path], Draw | None] = lambda folder: None
+    page: Callable[[Path], object] = lambda folder: None
     source: Mapping[str, Any] = field(default_factory=dict)
     on_event: EventHandler = lambda event: None
     cancelled: Callable[[], bool] = lambda: False
     until: int | None = None
 
 
-def train(
-    model: Model | Denoiser,
-    data: EncodedDataset,
-    *,
-    config: TrainConfig | None = None,
-    output: str | Path | None = None,
-    title: str = "lora",
-    trigger: str | None = None,
-    device: str | torch.device | None = None,
-    validation: EncodedDataset | None = None,
-    fresh: bool = False,
-    on_event: EventHandler | None = None,
-    cancelled: Callable[[], bool] | None = None,
-    **settings: Any,
-) -> TrainResult:
-    """Train a LoRA.
-
-    Args:
-        model: the base model, with or without LoRAs applied; it is left exactly as it was.
-        data: encoded samples.
-        config: all settings; `settings` are laid over it.
-        output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data), broken
-            off, that one is continued to the bit.
-        title: name of the LoRA, and of its file in `output`.
-        trigger: trigger phrase, for the metadata.
-        device: where to train; the first GPU, or the CPU, if None.
-        validation: images to judge the run by, instead of a share of `data`.
-        fresh: move a run that is in `output` aside, and start again.
-        on_event: receives typed events.
-        cancelled: asked between steps; True ends the run with what there is.
-        **settings: fields of `TrainConfig`.
+def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+    """Train what `plan_job` decided, where it was planned for; a job is run once.
 
     Raises:
-        LorasmithError: the settings, the data or an existing LoRA do not fit, or the loss became non-finite. If some
-            steps were taken and there is an output folder, their LoRA is in it and the message says where.
+        LorasmithError: the data do not fit, or the loss became non-finite. If some steps were taken and there is an
+            output folder, their LoRA is in it and the message says where.
     """
-    config = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
-    job = plan_job(model if isinstance(model, Denoiser) else model.denoiser, config, chosen_device(device))
-    around = Surroundings(
-        output=None if output is None else Path(output),
-        fresh=fresh,
-        title=title,
-        trigger=trigger,
-        validation=validation,
-        on_event=on_event or Surroundings.on_event,
-        cancelled=cancelled or Surroundings.cancelled,
-    )
-    return run_job(job, data, around)
-
-
-def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
-    """Train what `plan_job` decided, where it was planned for; a job is run once. Errors as for `train`."""
     parts = split(data, share=job.config.validation_share, given=around.validation)
     job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
     record = run_record(job, parts, title=around.title, source=around.source)
@@ -219,10 +170,8 @@ class _Run:
             handler(event)
 
     def _write_report(self) -> None:
-        from lorasmith.training.runs.run_page import write_report
-
         if self._folder is not None:
-            write_report(self._folder.path)
+            self._around.page(self._folder.path)
 
     def _extra(self, what: str, make: Callable[[], object]) -> None:
         """Make something that a run can do without once its LoRA is saved."""
@@ -284,7 +233,7 @@ class _Run:
         elif folder is not None:
             found = list(self._inexact(folder))
             same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
-            message = f"Continuing {folder.path} from step {start.step}, {same}."
+            message = f"Going on with {folder.path} from step {start.step}, {same}."
             self._tell(Resumed(step=start.step, message=message))
 
     def _notes(self) -> Iterator[str]:

@@ -41,6 +41,7 @@ from lorasmith.training.memory.compilation import compilable, compiled, compiler
 from lorasmith.training.memory.frozen_weights import kept
 from lorasmith.training.runs.fingerprint import environment
 from lorasmith.training.train import TrainResult, plan_job
+from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
 CPU = torch.device("cpu")
@@ -195,7 +196,7 @@ def test_differences_of_norms_and_biases(toy: Toy) -> None:
     assert graphs() > 0
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PACKINGS if kind != "none"])
+@pytest.mark.parametrize("kind", slow_except([kind for kind in PACKINGS if kind != "none"], "int8", "nf4"))
 def test_quantized_weights(toy: Toy, kind: str) -> None:
     adapters = adapters_for(toy)
     with kept(toy, kind=kind, device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
@@ -208,8 +209,15 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "make"),
     [
-        *((kind, LoraAdapter.create) for kind in PACKINGS),
-        *((kind, make) for kind in ("none", "nf4") for make in OTHERS),
+        ("none", LoraAdapter.create),
+        *(("nf4", make) for make in (LoraAdapter.create, *OTHERS)),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in [
+                *((kind, LoraAdapter.create) for kind in PACKINGS if kind not in ("none", "nf4")),
+                *(("none", make) for make in OTHERS),
+            ]
+        ),
     ],
 )
 def test_no_weight_is_kept_for_the_backward_pass(

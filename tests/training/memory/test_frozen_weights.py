@@ -19,6 +19,7 @@ from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.model_run import train
 from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.fp8_products import Fp8Products
@@ -30,7 +31,8 @@ from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.memory.activation_checkpointing import checkpointed
 from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
+from tests.covering import slow_except
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]
 LAYERS = "attention, *.conv1"
@@ -134,7 +136,7 @@ def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
     assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", slow_except(QUANTIZED, "fp8_e4m3"))
 def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedDataset, tiny: Model, kind: str) -> None:
     before = fingerprint(tiny)
     run(dataset, steps=2, quantization=kind, training_dtype="bf16", gradient_checkpointing=True, targets="all")
@@ -313,8 +315,7 @@ def taught(tiny: Model) -> Callable[[str], float]:
     return loss
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(one, marks=pytest.mark.slow if one != "nf4" else ()) for one in QUANTIZED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_quantized_base_teaches_as_much_as_a_plain_one(taught: Callable[[str], float], kind: str) -> None:
     assert taught(kind) == pytest.approx(taught("none"), rel=0.02)

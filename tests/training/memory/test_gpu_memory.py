@@ -11,6 +11,7 @@ import torch
 from lever_cases import flux_dataset
 from torch import nn
 
+from lorasmith.app.model_run import train
 from lorasmith.core.placement import held
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -19,7 +20,7 @@ from lorasmith.training.events import Event, Planned, Shrunk
 from lorasmith.training.memory import activations
 from lorasmith.training.memory.frozen_weights import kept
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,13 +16,14 @@ from test_engine import assert_same, tensors
 from torch import Tensor
 
 from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.app.model_run import train
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
 from lorasmith.training.runs.fingerprint import fingerprint
-from lorasmith.training.train import TrainResult, plan_job, train
+from lorasmith.training.train import TrainResult, plan_job
 
 Pair = tuple[Model, Model]
 

@@ -115,11 +115,10 @@ def assembled(
     algorithm = _algorithm_of(rest)
     if algorithm is None or (alpha is not None and alpha.numel() != 1):
         return None
-    weights = AdapterWeights(algorithm, rest, stated_alpha if alpha is None else float(alpha))
-    canonical = format_of(weights).canonical(weights, shape)
-    if canonical is None:
+    read = AdapterWeights(algorithm, rest, stated_alpha if alpha is None else float(alpha))
+    weights = format_of(read).canonical(read, shape)
+    if weights is None:
         return None
-    weights = canonical
     if up_bias is not None:
         differences["bias"] = up_bias * scale_of(weights)
     return ModuleTensors(weights, differences)

@@ -100,8 +100,8 @@ class _Whole:
 
     def _applies(self, program: str, weights: AdapterWeights) -> bool:
         form = format_of(weights)
-        known = form.needed[0] | (form.cores if self.is_portable else frozenset())
-        return program in form.programs and weights.tensors.keys() <= known
+        cores = form.cores if self.is_portable else frozenset()  # they will be multiplied in
+        return program in form.programs and any(weights.tensors.keys() <= whole | cores for whole in form.needed)
 
 
 def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
@@ -165,7 +165,6 @@ PROGRAMS = tuple(_RULES)
 
 
 def _is_dora(weights: AdapterWeights | None) -> bool:
-    if weights is None:
+    if weights is None or DIFFUSERS not in (form := format_of(weights)).programs:
         return False
-    form = format_of(weights)
-    return DIFFUSERS in form.programs and weights.tensors.keys() == form.needed[0] | {"dora_scale"}
+    return any(weights.tensors.keys() == whole | {"dora_scale"} for whole in form.needed)

@@ -26,7 +26,7 @@ from lorasmith.training.runs.fingerprint import differences, environments_of
 from lorasmith.training.runs.history import EVENTS, RECORD, read_history, read_record
 from lorasmith.training.runs.run_states import RunStates
 
-__all__ = ["RunFolder", "claimed_run", "unfinished_run"]
+__all__ = ["RunFolder", "claimed_run", "numbered_runs", "unfinished_run"]
 
 
 class RunFolder:
@@ -207,9 +207,7 @@ def claimed_run(
 
 def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
     """The newest folder below `parent`, named after the title, that holds this run to be continued by nobody else."""
-    names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
-    numbered = [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
-    for _, path in sorted(numbered, reverse=True):
+    for _, path in sorted(numbered_runs(parent, title), reverse=True):
         folder = RunFolder(path)
         if not folder.exists or not folder.states().paths() or folder.is_busy:
             continue
@@ -217,6 +215,12 @@ def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> 
             if not differences(folder.record().get("fingerprint", {}), fingerprint) and not folder.is_done:
                 return path
     return None
+
+
+def numbered_runs(parent: Path, title: str) -> list[tuple[int, Path]]:
+    """What is below `parent` with a name of the title and a number, such as `dog-001`, with the number."""
+    names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
+    return [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lorasmith.app.run_page import report_of, write_report
 from lorasmith.training.events import RolledBack, RunFinished, StepDone, Warned
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.run_page import report_of, write_report
 from tests.training.run_cases import (
     BEGIN,
     HOSTILE,

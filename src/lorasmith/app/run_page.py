@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +10,7 @@ from pathlib import Path, PureWindowsPath
 from statistics import geometric_mean
 from typing import Any
 
+from lorasmith.app.command_lines import command_line, generate_command, resume_command
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
@@ -38,7 +36,7 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
 
-__all__ = ["command_line", "report_of", "write_report"]
+__all__ = ["report_of", "write_report"]
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # how it is called, and how it is coloured
     Outcome.FINISHED: ("Finished", "good"),
@@ -165,27 +163,20 @@ def _described(lora: Path) -> str:
 
 
 def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
-    record, folder = history.record, str(history.folder.resolve())
+    record, folder = history.record, history.folder.resolve()
     model, trigger = _part(record, "model"), _part(record, "data").get("trigger")
     base = model.get("name") if model.get("name") == BUILT_IN else model.get("path") or model.get("name")
     caption = next((one["caption"] for one in _samples(record) if one.get("caption")), "a picture")
     repeat = record.get("command")
     commands = {}
     if lora is not None:
-        use = ["lorasmith", "generate", "--model", base, "--lora", lora.resolve(), "--prompt", trigger or caption]
-        commands["See it at work"] = command_line(use)
+        commands["See it at work"] = generate_command(base, lora.resolve(), trigger or caption)
     if history.outcome is None or not history.outcome.is_final:
-        commands["Go on where it ended"] = command_line(["lorasmith", "resume", folder])
+        commands["Go on where it ended"] = resume_command(folder)
     if isinstance(repeat, list) and repeat:
         commands["Repeat the run"] = command_line(repeat)
     commands["Make this page again"] = command_line(["lorasmith", "report", folder])
     return commands
-
-
-def command_line(arguments: Sequence[object]) -> str:
-    """A command line to copy: a caption in it must not become a command of its own."""
-    texts = list(map(str, arguments))
-    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:

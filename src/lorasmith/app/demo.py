@@ -1,0 +1,74 @@
+"""The demonstration: a drawing style that the built-in model learns from sixteen pictures, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lorasmith.app.folder_run import RUNS, FolderSource
+from lorasmith.app.model_run import new_run_folder
+from lorasmith.core.files import atomic_path
+from lorasmith.core.folders import ASSETS
+from lorasmith.families.loading import BUILT_IN
+from lorasmith.families.model import Model
+from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.sampling.generate import generate
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.train import TrainResult
+
+__all__ = ["before_and_after", "demo_folder", "demo_source"]
+
+_EXAMPLES = ASSETS / "input" / "high-contrast"
+_PROMPTS = (
+    "a lion",
+    "a penguin",
+    "a skull",
+    "a red heart",
+    "a robot",
+    "a panda",
+    "a cactus",
+    "a light bulb",
+)  # none of these subjects is among the training pictures
+_STRENGTHS = (0.0, 0.5, 1.0)
+
+
+def demo_source(*, steps: int, seed: int, device: str | None) -> tuple[FolderSource, TrainConfig]:
+    """What is trained: source and settings. Arguments as for any run."""
+    config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0)
+    return FolderSource.of(_EXAMPLES, BUILT_IN, config, device=device), config
+
+
+def demo_folder() -> Path:
+    """A new folder for it under `runs/`."""
+    return new_run_folder(RUNS, "demo")
+
+
+def before_and_after(
+    model: Model, result: TrainResult, *, seed: int, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Draw subjects that were not trained on at several strengths of the LoRA, and put them on one sheet.
+
+    Args:
+        model: the base model.
+        result: of the training, in a folder.
+        seed: of the pictures.
+        progress: called with sampling steps done, and in all.
+
+    Returns:
+        The sheet, a PNG in the run's folder.
+    """
+    assert result.folder is not None
+    rows = []
+    for index, strength in enumerate(_STRENGTHS):
+
+        def show(done: int, total: int, before: int = index) -> None:
+            if progress is not None:
+                progress(before * total + done, total * len(_STRENGTHS))
+
+        adapted = result.lora.applied_to(model.denoiser, strength=strength)
+        rows.append(generate(adapted, _PROMPTS, seed=seed, progress=show))
+    labels = ["base" if strength == 0 else f"LoRA {strength:g}" for strength in _STRENGTHS]
+    sheet = result.folder / "before-and-after.png"
+    with atomic_path(sheet) as temporary:
+        contact_sheet(rows, labels, _PROMPTS).save(temporary, format="png")
+    return sheet

@@ -1,0 +1,67 @@
+"""Pictures from prompts with LoRAs from files, and the numbered files that keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lorasmith.core.files import atomic_path
+from lorasmith.core.folders import next_counter
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Denoiser, TextEncoder
+from lorasmith.training.lora_handle import Lora
+
+__all__ = ["LoadedModel", "load_with_loras", "save_pictures"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with LoRAs applied.
+
+    Attributes:
+        title: of the base model.
+        denoiser, text_encoder: with the LoRAs.
+    """
+
+    title: str
+    denoiser: Denoiser
+    text_encoder: TextEncoder
+
+
+def load_with_loras(model: str, loras: Sequence[tuple[Path, float]]) -> LoadedModel:
+    """Load a model and apply LoRA files, each at its strength, to denoiser and text encoders.
+
+    Raises:
+        LorasmithError: a file cannot be read, or a LoRA does not fit the model.
+    """
+    base = load_model(model)
+    denoiser, encoder = base.denoiser, base.text_encoder
+    for path, strength in loras:
+        one = Lora.load(path, base)
+        denoiser = one.applied_to(denoiser, strength=strength)
+        encoder = one.applied_to_text(encoder, strength=strength)
+    return LoadedModel(base.title, denoiser, encoder)
+
+
+def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
+    """Write pictures as numbered PNG files that say how they were made; none is written over.
+
+    Args:
+        images: the pictures.
+        prompts: one for each.
+        folder: where to; made if it is missing.
+        made_with: the rest of their `parameters`, below the prompt, as A1111 writes it.
+    """
+    paths, first = [], next_counter(folder, "lorasmith")
+    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=first):
+        info = PngInfo()
+        info.add_itxt("parameters", f"{prompt}\n{made_with}")
+        path = folder / f"lorasmith_{number:05}_.png"
+        with atomic_path(path) as temporary:
+            image.save(temporary, format="png", pnginfo=info)
+        paths.append(path)
+    return paths

@@ -1,0 +1,164 @@
+"""A run on a loaded model and encoded samples: what the library, the nodes and runs on folders have in common.
+
+`training` trains and knows neither sampling nor reports; here it gets the previews that the settings ask for, the page
+about the run, and the folder to keep both in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, get_type_hints
+
+import torch
+
+from lorasmith.app.run_page import write_report
+from lorasmith.app.run_previews import run_previews
+from lorasmith.core.errors import OptionError
+from lorasmith.core.options import config_from
+from lorasmith.core.placement import chosen_device
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.sampling.previews import parse_prompts
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import EventHandler
+from lorasmith.training.job import Job, plan_job
+from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
+from lorasmith.training.train import Surroundings, TrainResult, run_job
+
+__all__ = ["TrainArguments", "new_run_folder", "run_folder", "train", "train_job"]
+
+P = ParamSpec("P")
+
+
+def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+    """Train a job with the previews that its settings ask for, and write the page about it into the run's folder.
+
+    Args:
+        denoiser: what the job was planned for; previews load the LoRA onto it as users do.
+        job: what is trained; a job is run once.
+        data: encoded samples.
+        around: folder, events and the like; its `previews` and `page` are set here.
+
+    Raises:
+        OptionError: previews are asked for and there is no folder to put them in.
+        LorasmithError: as `train`.
+    """
+    config = job.config
+    if around.output is None and parse_prompts(config.previews):
+        raise OptionError("previews are drawn into the folder of the run, got no output; give output, such as runs/dog")
+
+    def previews(folder: Path) -> Any:
+        return run_previews(
+            denoiser, config, folder, title=around.title, device=job.runtime.device, cancelled=around.cancelled
+        )
+
+    return run_job(job, data, replace(around, previews=previews, page=write_report))
+
+
+def run_folder(
+    runs: Path, title: str, *, fresh: bool = False, numbering: str = "-{:03}"
+) -> Callable[[Mapping[str, Any]], Path]:
+    """A function that chooses a run's folder by its fingerprint: the one that holds it unfinished, or a new one.
+
+    Args:
+        runs: parent of all runs of a door.
+        title: name of the LoRA.
+        fresh: never continue an unfinished run.
+        numbering: behind the title in the name of a new folder.
+    """
+
+    def chosen(fingerprint: Mapping[str, Any]) -> Path:
+        before = None if fresh else unfinished_run(runs, title, fingerprint)
+        return before or new_run_folder(runs, title, numbering=numbering)
+
+    return chosen
+
+
+def new_run_folder(runs: Path, title: str, *, numbering: str = "-{:03}") -> Path:
+    """The folder behind the highest number that `title` has below `runs`: runs are never written over."""
+    last = max((number for number, _ in numbered_runs(runs, title)), default=0)
+    return runs / (title + numbering.format(last + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainConfig):
+    """Keyword arguments of `train`: every setting of `TrainConfig`, and these.
+
+    Attributes:
+        config: settings to start from; those given beside it are laid over it.
+        output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
+            unfinished, that run is continued to the bit.
+        title: name of the LoRA, and of its file in `output`.
+        trigger: trigger phrase, for the metadata.
+        device: where to train; the first GPU, or the CPU, if None.
+        validation: images to judge the run by, instead of a share of the data.
+        fresh: move a run that is in `output` aside, and start again.
+        on_event: receives typed events.
+        cancelled: called between steps; True ends the run with what there is.
+    """
+
+    config: TrainConfig | None = None
+    output: str | Path | None = None
+    title: str = Surroundings.title
+    trigger: str | None = None
+    device: str | torch.device | None = None
+    validation: EncodedDataset | None = None
+    fresh: bool = False
+    on_event: EventHandler | None = None
+    cancelled: Callable[[], bool] | None = None
+
+
+_SURROUNDINGS = [field.name for field in fields(TrainArguments) if "option" not in field.metadata]
+"""Of the arguments of `train`, those that are no settings."""
+
+
+class _Train(Protocol[P]):
+    def __call__(
+        self, model: Model | Denoiser, data: EncodedDataset, *args: P.args, **arguments: P.kwargs
+    ) -> TrainResult: ...
+
+
+def _with_arguments(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
+    """Gives a function with `**arguments` the signature of their dataclass, to type checkers, editors and `help`."""
+
+    def shown(function: Callable[..., TrainResult]) -> _Train[P]:
+        plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
+        first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
+        others.sort(key=lambda one: one.name not in _SURROUNDINGS)
+        function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+@_with_arguments(TrainArguments)
+def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> TrainResult:
+    """Train a LoRA.
+
+    Args:
+        model: the base model, with or without LoRAs applied; it is left exactly as it was.
+        data: encoded samples.
+        **arguments: settings by name (`TrainConfig`), and what surrounds the run (`TrainArguments`): output, title,
+            trigger, device, validation, fresh, on_event, cancelled, config.
+
+    Raises:
+        LorasmithError: the settings, the data or an existing LoRA do not fit, or the loss became non-finite. If some
+            steps were taken and there is an output folder, their LoRA is in it and the message says where.
+    """
+    given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
+    config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
+    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    around = Surroundings(
+        output=None if given.output is None else Path(given.output),
+        fresh=given.fresh,
+        title=given.title,
+        trigger=given.trigger,
+        validation=given.validation,
+        on_event=given.on_event or Surroundings.on_event,
+        cancelled=given.cancelled or Surroundings.cancelled,
+    )
+    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, around)

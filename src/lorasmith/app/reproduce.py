@@ -1,0 +1,177 @@
+"""The run that made a LoRA, repeated from what its file says: what differs now, and whether the result is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasmith.app.folder_run import RUNS, FolderSource, PreparedRun, prepare, repeated, train_prepared
+from lorasmith.app.model_run import new_run_folder
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import RUN_ENTRY, steps_of
+from lorasmith.training.events import Event, EventHandler
+from lorasmith.training.runs.fingerprint import differences, environment, environments_of
+from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.train import Surroundings, TrainResult
+
+__all__ = ["Differs", "Reproduced", "Reproduction", "prepare_reproduction", "reproduce"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differs(Event):
+    """Something is not as it was when the LoRA was made.
+
+    Attributes:
+        what: it, with both values.
+        is_decisive: whether the result would be another, and not only its last bits.
+    """
+
+    what: str
+    is_decisive: bool
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The run of a LoRA, prepared again.
+
+    Attributes:
+        lora: the file.
+        before: what it says of the run.
+        prepared: the run as it would be now.
+        steps: behind which training ends, since the LoRA is of this step.
+        output: folder of the new run; None for one under `runs/`.
+    """
+
+    lora: Path
+    before: Mapping[str, Any]
+    prepared: PreparedRun
+    steps: int
+    output: Path | None
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What came of a reproduction.
+
+    Attributes:
+        differs: what decides the result and is not as it was; then nothing was trained.
+        result: of the new run, if one was trained.
+        is_complete: whether it was trained up to the LoRA's step, so that both can be compared.
+        is_same: whether the new LoRA has the same tensors, to the bit.
+    """
+
+    differs: tuple[str, ...] = ()
+    result: TrainResult | None = None
+    is_complete: bool = False
+    is_same: bool = False
+
+
+def prepare_reproduction(
+    lora: Path,
+    *,
+    model: str | None = None,
+    data: Path | None = None,
+    output: Path | None = None,
+    device: str | None = None,
+    on_event: EventHandler = lambda event: None,
+) -> Reproduction:
+    """Prepare the run that made a LoRA.
+
+    Args:
+        lora: the file.
+        model, data, device: base model, folder of images and device where they are not the run's.
+        output: folder of the new run.
+        on_event: receives the events of `prepare`.
+
+    Raises:
+        OptionError: the file does not say how it was made, or not from a folder of images.
+        OutputError: there is a run in `output`.
+        LorasmithError: as `prepare`.
+    """
+    metadata = check_safetensors(lora).metadata
+    before = _run_of(lora, metadata)
+    if output is not None and RunFolder(output).exists:
+        raise OutputError(f"{output} holds a run already; choose another output")
+    prepared = prepare(*repeated(before, model=model, data=data, device=device), on_event=on_event)
+    return Reproduction(lora, before, prepared, steps_of(metadata, lora.name) - prepared.job.steps_before, output)
+
+
+def reproduce(
+    again: Reproduction,
+    *,
+    dry_run: bool = False,
+    on_event: EventHandler = Surroundings.on_event,
+    cancelled: Callable[[], bool] = Surroundings.cancelled,
+) -> Reproduced:
+    """Train the run again and compare, unless something that decides the result differs.
+
+    Args:
+        again: the run.
+        dry_run: only compare what the result depends on; train nothing.
+        on_event: receives a `Differs` for each difference, and training's events.
+        cancelled: called between steps; True ends the run with what there is, which is then not compared.
+
+    Raises:
+        LorasmithError: as `train_prepared`.
+    """
+
+    def folder(fingerprint: Mapping[str, Any]) -> Path:
+        found = _differences(again, fingerprint, on_event)
+        if found or dry_run:
+            raise _Settled(found)
+        return again.output or new_run_folder(RUNS, again.prepared.source.name)
+
+    try:
+        result = train_prepared(
+            again.prepared, output=folder, fresh=True, until=again.steps, on_event=on_event, cancelled=cancelled
+        )
+    except _Settled as settled:
+        return Reproduced(differs=settled.differs)
+    if result.path is None or len(result.losses) < again.steps:
+        return Reproduced(result=result)
+    same = sha256_body(result.path) == sha256_body(again.lora)
+    return Reproduced(result=result, is_complete=True, is_same=same)
+
+
+class _Settled(Exception):  # noqa: N818  (nothing went wrong)
+    """The comparison settles it; raised where the run chooses its folder, where its fingerprint is known."""
+
+    def __init__(self, differs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.differs = differs
+
+
+def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of the run that made it. Raises OptionError."""
+    try:
+        run: dict[str, Any] = json.loads(metadata[RUN_ENTRY])
+        command, *_ = run["source"].get("command"), run["asked"], run["environment"], run["fingerprint"]["config"]
+        if command == "train":
+            FolderSource.from_record(run["source"])
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise OptionError(
+            f"{lora} does not say how it was made: it is another program's, was saved with --private, or its metadata "
+            "was taken out; train it again from its images"
+        ) from error
+    if command != "train":
+        remedy = "the workflow in its metadata" if "prompt" in metadata else "the script that made it"
+        raise OptionError(f"{lora} was not made by lorasmith train; run {remedy} again to reproduce it")
+    return run
+
+
+def _differences(again: Reproduction, fingerprint: Mapping[str, Any], tell: EventHandler) -> tuple[str, ...]:
+    """Tell what is not as it was; returns what of it decides the result."""
+    prepared, before = again.prepared, again.before
+    config = prepared.job.config
+    now = environment(prepared.job.runtime.device, config.optimizer, compile=config.compile)
+    for what in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
+        tell(Differs(what=what, is_decisive=False))
+    decisive = differences(before["fingerprint"], fingerprint)
+    for what in decisive:
+        tell(Differs(what=what, is_decisive=True))
+    return tuple(decisive)

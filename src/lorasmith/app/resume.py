@@ -1,0 +1,47 @@
+"""Runs on folders that ended early, prepared again; `train_prepared` with their folder as output continues them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorasmith.app.folder_run import PreparedRun, prepare, repeated
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.training.events import EventHandler, Warned
+from lorasmith.training.runs.run_folder import RunFolder
+
+__all__ = ["prepare_again"]
+
+
+def prepare_again(
+    run: Path,
+    *,
+    model: str | None = None,
+    data: Path | None = None,
+    device: str | None = None,
+    on_event: EventHandler = lambda event: None,
+) -> PreparedRun:
+    """Prepare the run in a folder.
+
+    Args:
+        run: the folder.
+        model, data, device: base model, folder of images and device where they are not the run's.
+        on_event: receives the events of `prepare`, and a `Warned` if the run begins from the start.
+
+    Raises:
+        OptionError: the run is none on a folder of images.
+        OutputError: the run is done, another process trains in the folder, or there is no run in it.
+        LorasmithError: as `prepare`.
+    """
+    folder = RunFolder(run)
+    record = folder.record()
+    if (record.get("source") or {}).get("command") != "train":
+        raise OptionError(
+            f"{run} was not made by lorasmith train; start its workflow or script again, which goes on with it"
+        )
+    if folder.is_done:
+        raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
+    folder.check_free()
+    prepared = prepare(*repeated(record, model=model, data=data, device=device), on_event=on_event)
+    if not folder.states().paths():
+        on_event(Warned(message=f"{run} ended before its first state was saved, so it begins again."))
+    return prepared

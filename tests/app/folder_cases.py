@@ -1,0 +1,76 @@
+"""Runs on small folders of images, and ways to change what they have written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lorasmith.app.folder_run import FolderSource, PreparedRun, prepare
+from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import RUN_ENTRY
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event
+
+
+def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
+    """A folder of noise pictures."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for index in range(number):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def asked(images: Path, **settings: Any) -> tuple[FolderSource, TrainConfig]:
+    """Source and settings of a run of five quick steps, named `cat`."""
+    config = TrainConfig(**{"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", **settings})
+    return FolderSource.of(images, "lorasmith-tiny", config, name="cat", resolution=32), config
+
+
+def prepared(images: Path, **settings: Any) -> PreparedRun:
+    """That run, ready to begin."""
+    return prepare(*asked(images, **settings))
+
+
+class Audience:
+    """Hears events, and asks a run to stop once a step is done."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.events: list[Event] = []
+        self._stop_at = stop_at
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def cancelled(self) -> bool:
+        return self._stop_at is not None and any(getattr(event, "step", 0) >= self._stop_at for event in self.events)
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(type(event).__name__ for event in self.events))
+
+
+def tensors_of(folder: Path) -> str:
+    """Hash of the tensors that a run made."""
+    return sha256_body(folder / "cat.safetensors")
+
+
+def with_record(folder: Path, **changes: object) -> None:
+    """Change `run.json`; what is a mapping is laid over what is there."""
+    record = json.loads((folder / "run.json").read_text())
+    for key, value in changes.items():
+        record[key] = {**record[key], **value} if isinstance(value, dict) and value else value
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def with_metadata(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a LoRA says of the run that made it."""
+    tensors, metadata = read_safetensors(path)
+    run = json.loads(metadata[RUN_ENTRY])
+    change(run)
+    write_safetensors(path, tensors, {**metadata, RUN_ENTRY: json.dumps(run)})

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+import lorasmith as ls
+from lorasmith.app.model_run import TrainArguments, new_run_folder, run_folder, train
+from lorasmith.core.errors import OptionError
+from lorasmith.core.options import options_of
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.runs.run_folder import RunFolder
+from tests.app.folder_cases import Audience
+
+QUICK: dict[str, Any] = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32"}
+
+
+@pytest.fixture
+def data(captions: list[Conditioning]) -> EncodedDataset:
+    return EncodedDataset((Sample(torch.zeros(4, 8, 8), captions[0], "1.png"),))
+
+
+def test_the_signature_lists_every_setting_with_its_type_and_default() -> None:
+    shown, hints = inspect.signature(ls.train).parameters, get_type_hints(TrainConfig)
+    for name, option in options_of(TrainConfig).items():
+        parameter = shown[name]
+        assert (parameter.annotation, parameter.default) == (hints[name], option.default), name
+        assert parameter.kind is parameter.KEYWORD_ONLY
+    assert list(shown)[:4] == ["model", "data", "config", "output"]
+    assert {*shown} == {"model", "data", *(field.name for field in fields(TrainArguments))}
+
+
+def test_the_docstring_names_what_is_no_setting() -> None:
+    own = {field.name for field in fields(TrainArguments)} - {*options_of(TrainConfig)}
+    assert train.__doc__ is not None
+    assert {name for name in own if name not in train.__doc__} == set()
+
+
+def test_settings_are_laid_over_a_configuration(tiny: Model, data: EncodedDataset) -> None:
+    result = train(tiny, data, config=TrainConfig(**{**QUICK, "rank": 4}), steps=1)
+    assert len(result.losses) == 1
+    assert {one.tensors["down"].shape[0] for one in result.lora.state.adapters.values()} == {4}
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name(tiny: Model, data: EncodedDataset) -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'stepz' .did you mean 'steps'"):
+        train(tiny, data, stepz=3)
+
+
+def test_previews_are_drawn_into_the_folder_of_the_run(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
+    audience = Audience()
+    asked = {"previews": "a fox", "preview_every": 1, "preview_steps": 1}
+    train(tiny, data, output=tmp_path / "run", on_event=audience, **QUICK, **asked)
+    names = {path.name for path in (tmp_path / "run" / "samples").iterdir()}
+    assert {"base-1.png", "step-000001-1.png", "step-000002-1.png", "steps.png", "strengths.png"} <= names
+    assert "Previewed" in audience.names()
+    assert "a fox" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_previews_without_a_folder_are_refused_before_training(tiny: Model, data: EncodedDataset) -> None:
+    audience = Audience()
+    with pytest.raises(OptionError, match="got no output; give output, such as"):
+        train(tiny, data, on_event=audience, **QUICK, previews="a fox")
+    assert audience.events == []
+    assert len(train(tiny, data, **QUICK, previews=" | ").losses) == 2
+
+
+def test_new_folders_are_numbered_behind_the_last(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    assert new_run_folder(runs, "dog") == runs / "dog-001"
+    for name in ("dog-001", "dog-007", "dogs-009", "dog-old", "dog-3-old-1", "lora_00041"):
+        (runs / name).mkdir(parents=True)
+    assert new_run_folder(runs, "dog") == runs / "dog-008"
+    assert new_run_folder(runs, "lora", numbering="_{:05}") == runs / "lora_00042"
+
+
+def test_the_folder_of_an_unfinished_run_is_chosen_again(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
+    audience = Audience(stop_at=1)
+    folder = new_run_folder(tmp_path, "dog")
+    train(tiny, data, output=folder, on_event=audience, cancelled=audience.cancelled, **QUICK)
+    fingerprint = RunFolder(folder).record()["fingerprint"]
+    assert run_folder(tmp_path, "dog")(fingerprint) == folder
+    assert run_folder(tmp_path, "dog", fresh=True)(fingerprint) == tmp_path / "dog-002"
+    assert run_folder(tmp_path, "dog")({**fingerprint, "data": "other"}) == tmp_path / "dog-002"

@@ -1,0 +1,20 @@
+"""Name tables answer for every component; families' own tables are tested in tests/families."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasmith.formats.names.model_names import ModelNames, matches
+
+
+def test_paths_of_components(unet_names: ModelNames) -> None:
+    assert unet_names.paths("denoiser") == unet_names.denoiser
+    assert unet_names.paths("text_encoder") == unet_names.text_encoders["text_encoder"].paths
+    assert unet_names.paths("text_encoder_4") == ()
+
+
+@pytest.mark.parametrize(
+    ("path", "found"), [("a.attn1.to_q", True), ("a.attn1.to_out.0", False), ("attn1.to_q", False), ("conv_in", True)]
+)
+def test_patterns_match_whole_paths(path: str, found: bool) -> None:
+    assert matches(path, ("*.attn[12].to_[qkv]", "conv_in")) == found
