@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.config import TrainConfig
@@ -155,6 +156,7 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
         values = flat[places.long().to(flat.device)]
         yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
+        release_pages(flat)  # where it lies on a file, one value has brought in the pages around it
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
