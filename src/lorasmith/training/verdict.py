@@ -110,7 +110,7 @@ class History:
     def verdict(self) -> str:
         """Interpretation of the validations, in a sentence without a full stop."""
         if not self._steps:
-            return "too early to tell: no validation yet"
+            return "too early to say: no validation yet"
         few = f" (on {self.images} held-out image{'s' if self.images > 1 else ''} alone)"
         return self._trend() + (few if self.images < FEW_IMAGES else "")
 
@@ -159,7 +159,7 @@ class History:
         if falling:
             return "still learning"
         if len(means) <= _SMOOTH:
-            return "too early to tell: better than the base model so far"
+            return "too early to say: better than the base model so far"
         near = self._last_stretch().mean() + max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
         since = self._steps[int(np.argmax(means <= near))]
         best = "" if since == self.best_step else f", best at {self.best_step}"
