@@ -331,4 +331,4 @@ def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], 
 @needs_cuda
 def test_streamed_weights_are_not_compiled_aloud(tiny: Model) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), DEVICE)
-    assert any("compile changes nothing with offloading" in note for note in job.notes)
+    assert any("compile has no effect with offloading" in note for note in job.notes)

@@ -1,8 +1,7 @@
-"""What a run's numbers depend on, in a form that can be compared: settings, base model, data, initial weights.
+"""Fingerprint of a run: settings and hashes of everything that its numbers depend on.
 
-Two runs with the same fingerprint are the same run, so one that was broken off can be continued by starting it again.
-What their last bits depend on besides (versions, device, threads) is recorded as the environment, and named where it
-differs.
+Two runs with equal fingerprints are the same run, so starting an interrupted run again continues it. The environment
+(versions, device, threads), on which the last bits depend, is recorded beside it, and differences are reported.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
 
-# What matters of that file is in the initial weights, and compiled code changes what the environment does: last bits.
+# The file is covered by the initial weights; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
     "existing_lora",
     "compile",
@@ -43,7 +42,13 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> dict[str, Any]:
-    """Settings as they are and hashes of the rest, for `run.json`."""
+    """The fingerprint for `run.json`: settings, and hashes of model, patches, data and initial weights.
+
+    Args:
+        job: the planned run.
+        data: the training samples.
+        held_out: the held-out samples, None without validation.
+    """
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
@@ -61,7 +66,7 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two fingerprints or environments differ in, in words; empty for the same."""
+    """Differences of two fingerprints or environments as phrases; empty if they are equal."""
     words = {
         "base": "the base model",
         "patches": "LoRAs applied to the base model",
@@ -74,7 +79,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(key), now.get(key)
         if key == "config":
             old, new = _completed(old), _completed(new)
-        if old == new or (key == "initial" and found):  # initial weights follow from all else
+        if old == new or (key == "initial" and found):  # initial weights depend on everything else
             continue
         if key == "base" and isinstance(old, dict) and isinstance(new, dict):
             found += _differing_parts(old, new)
@@ -93,7 +98,7 @@ def _differing_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[
 
 
 def versions(optimizer: str) -> dict[str, str]:
-    """Versions that a run's numbers depend on, of what is installed; the optimizer's package among them."""
+    """Installed versions of the packages that a run's numbers depend on, the optimizer's included."""
     found = {"python": platform.python_version()}
     for name in ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):
@@ -106,7 +111,13 @@ def versions(optimizer: str) -> dict[str, str]:
 
 
 def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[str, Any]:
-    """What the last bits of a run's numbers depend on besides its fingerprint."""
+    """The environment that affects the last bits of a run's numbers, for `run.json`.
+
+    Args:
+        device: where the run trains.
+        optimizer: name of the optimizer.
+        compile: whether blocks are compiled.
+    """
     return {
         **({"compiled_by": compiler(device)} if compile else {}),
         "versions": versions(optimizer),
@@ -118,7 +129,7 @@ def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[
 
 
 def environments_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every environment that a run was trained in, from its `run.json` or its LoRA: it may have gone on in others."""
+    """All environments that a run was trained in, from its `run.json` or its LoRA; resuming may add some."""
     return record.get("environments") or [record.get("environment", {})]
 
 
@@ -133,7 +144,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings as a version compares them that knows more of them, or watches others, than the one that wrote them."""
+    """The settings that affect numbers, with defaults for those unknown to the version that wrote `config`."""
     defaults = {name: one.default for name, one in options_of(TrainConfig).items()}
     return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
 
@@ -147,7 +158,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Evenly spaced values of each tensor, enough to tell models of many gigabytes apart in a moment.
+    """Evenly spaced values of each tensor, enough to distinguish models without hashing gigabytes.
 
     16-bit values are widened: a file's weights are the same model in fp32.
     """
@@ -172,12 +183,12 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for sample in data.samples:
-        if sample.digest:  # stands for the tensors, whose last bits differ between devices
+        if sample.digest:  # instead of the tensors, whose last bits differ between devices
             yield f"{sample.name} {sample.digest}", torch.empty(0)
             continue
         yield f"{sample.name} {sample.conditioning.text}", sample.latents
         for key, tensor in sorted(sample.conditioning.tensors.items()):
-            if id(tensor) not in seen:  # images share the conditioning of one caption
+            if id(tensor) not in seen:  # images with the same caption share its conditioning
                 seen.add(id(tensor))
                 yield key, tensor
 
