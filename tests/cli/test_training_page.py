@@ -15,7 +15,7 @@ import torch
 
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.compilation import units
-from tests.cli.test_resume import interrupted
+from tests.cli.test_stopped_runs import interrupted
 
 Command = Callable[..., Any]
 
@@ -37,7 +37,7 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
 
     assert ran.code == 0, ran.err
     for_gpus = "--offloading" in command or "--quantized-backward" in command
-    assert ("changes nothing" in ran.out) == (for_gpus and not torch.cuda.is_available())
+    assert ("has no effect" in ran.out) == (for_gpus and not torch.cuda.is_available())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
@@ -51,6 +51,6 @@ def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -
         stopped = lorasmith(*shlex.split(train.replace("sd15.safetensors", "lorasmith-tiny")), *short)
     assert "  lorasmith resume runs/dog" in stopped.out, stopped.err
     resumed = lorasmith(*shlex.split(resume))
-    assert "Continuing runs/dog from step 1, to the bit" in resumed.out, resumed.err
+    assert "Going on with runs/dog from step 1, to the bit" in resumed.out, resumed.err
     assert "are as they were" in lorasmith(*dry).out
     assert "the same, to the bit" in lorasmith(*reproduce).out

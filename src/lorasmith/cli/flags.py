@@ -43,7 +43,7 @@ LoraModel = Annotated[
     str | None,
     typer.Option(
         help="Model that it is for: a checkpoint, a diffusers folder or lorasmith-tiny. Left out: the released model "
-        "of its family (SD 1.x, SD 2.x, Flux.1)."
+        "of the family that the file looks like."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")]
