@@ -48,7 +48,7 @@ class Dropout:
         return torch.stack([torch.cat([self._mask(path, draw) for path in self.adapters]) for draw in draws])
 
     @contextlib.contextmanager
-    def applied(self, masks: Tensor | None) -> Iterator[None]:
+    def masks_applied(self, masks: Tensor | None) -> Iterator[None]:
         """Run with masks that `masks` made, on the device and in the dtype of the adapters."""
         if masks is None:
             yield

@@ -31,8 +31,8 @@ _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_pro
 
 __all__ = [
     "Attached",
+    "adapters_attached",
     "adapters_on",
-    "attached",
     "create_adapters",
     "load_adapters",
     "load_differences",
@@ -120,7 +120,7 @@ def load_differences(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor
 
 
 @contextlib.contextmanager
-def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
+def adapters_attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
     """Adapters run on `model` in activation space inside; later sets wrap earlier ones and those of enclosing calls."""
     layers: dict[str, _OnLayer] = {}
     norms: list[tuple[str, Difference, float]] = []

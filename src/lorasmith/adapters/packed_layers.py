@@ -16,7 +16,7 @@ from torch import nn
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, weight_source
 
-__all__ = ["give_source", "packable_layers", "packed_layers", "with_source"]
+__all__ = ["give_source", "packable_layers", "packed_layers", "weight_source_set"]
 
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
@@ -51,7 +51,9 @@ def give_source(layer: nn.Module, source: WeightSource, *, device: torch.device,
 
 
 @contextlib.contextmanager
-def with_source(layer: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def weight_source_set(
+    layer: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
     """A layer computes with weights from `source` inside; afterwards it is restored bit for bit.
 
     Args:

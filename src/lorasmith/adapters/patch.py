@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached, load_adapters
+from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 
-__all__ = ["Patch", "applied", "attachments", "cannot_merge", "merged_weights"]
+__all__ = ["Patch", "attachments", "cannot_merge", "patches_applied", "patches_merged"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Patch:
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
+def patches_applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
     """`model` has `patches` inside. Raises LoraError when one does not fit the model."""
-    with merged_weights(model, patches), attached(model, attachments(model, patches)):
+    with patches_merged(model, patches), adapters_attached(model, attachments(model, patches)):
         yield
 
 
 @contextlib.contextmanager
-def merged_weights(
+def patches_merged(
     model: nn.Module, patches: Sequence[Patch], *, dtype: torch.dtype | None = None, unpacking: bool = False
 ) -> Iterator[None]:
     """Patches that are not applied in activation space are folded into the weights inside, in order.
@@ -55,7 +55,7 @@ def merged_weights(
 
     Args:
         model: what is patched.
-        patches: as for `applied`.
+        patches: as for `patches_applied`.
         dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
         unpacking: whether packed weights that are patched become plain ones inside; else they are refused.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.patch import Patch, applied
+from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Components, Conditioning, Defaults, Family
 from lorasmith.families.parts.encoders import ENCODERS
@@ -86,7 +86,7 @@ class Denoiser:
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """The module has the patches inside."""
-        return applied(self.module, self.patches)
+        return patches_applied(self.module, self.patches)
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction; see `Family.predict`. Patches apply inside `active()` only."""
@@ -116,7 +116,9 @@ class TextEncoder:
         with contextlib.ExitStack() as stack:
             for name, module in self.base.components.text_encoders.items():
                 stack.enter_context(placed(module, device=device or best_device(), dtype=self._dtype(name)))
-                stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
+                stack.enter_context(
+                    patches_applied(module, [patch for target, patch in self.patches if target == name])
+                )
             yield
 
     @torch.no_grad()

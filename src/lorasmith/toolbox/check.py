@@ -91,10 +91,12 @@ def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: boo
         OutputError: `output` exists, or cannot be written.
     """
     if checked.path.is_dir():
-        raise LoraError(f"{checked.path} is a folder, and files alone are mended; convert it first with --to diffusers")
+        raise LoraError(
+            f"{checked.path} is a folder, and --fix repairs files alone; convert it first with --to diffusers"
+        )
     mends = [finding.mend for finding in checked.findings if finding.mend is not None]
     if not mends:
-        raise LoraError(f"nothing in {checked.path} can be mended by itself, so no file was written")
+        raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
     target = free_target(Path(output), overwrite=overwrite)
     tensors, metadata = read_lora_tensors(checked.path)
     left_out = frozenset().union(*(mend.left_out for mend in mends))

@@ -220,7 +220,7 @@ def _known_shapes(file: LoraFile, names: ModelNames | None) -> dict[ModuleRef, t
     names = names or released_names(file.family or "")
     by_spelling = {} if names is None else flat_shapes(names)
     found = {ref: (by_spelling.get(ref), weight_shape(weights)) for ref, weights in flattened.items()}
-    return {ref: shape for ref, (shape, told) in found.items() if shape and _size(shape) == _size(told)}
+    return {ref: shape for ref, (shape, flat) in found.items() if shape and _size(shape) == _size(flat)}
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -233,11 +233,11 @@ def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[Module
         f"{count} modules were {algorithm} and are LoRA now, which approximates them"
         for algorithm, count in counts.items()
     ]
-    told = [ref for ref, m in file.modules.items() if m.adapter and len(weight_shape(m.adapter)) > 2]
+    with_kernel = [ref for ref, m in file.modules.items() if m.adapter and len(weight_shape(m.adapter)) > 2]
     unknown = [
         ref
         for ref, m in file.modules.items()
-        if m.adapter and not is_low_rank(m.adapter) and ref not in shapes and ref not in told
+        if m.adapter and not is_low_rank(m.adapter) and ref not in shapes and ref not in with_kernel
     ]
     if unknown:
         warnings.append(

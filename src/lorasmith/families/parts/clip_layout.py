@@ -128,9 +128,9 @@ def released_paths(layers: int, *, is_projected: bool = False) -> tuple[str, ...
 
 
 def written_paths(encoder: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules that a LoRA can name, as every program writes them: layers with the prefix `text_model.`.
+    """Paths of the modules that a LoRA can name, in files: those of layers begin with `text_model.`.
 
-    transformers 5.6 dropped that prefix from CLIPTextModel; files keep it. The projection of the pooled vector has none.
+    transformers 5.6 dropped the prefix from CLIPTextModel; files keep it. The projection of the pooled vector has none.
     """
     paths = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
     return tuple(f"text_model.{path}" if path.startswith("encoder.layers.") else path for path in paths)

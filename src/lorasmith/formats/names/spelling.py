@@ -191,10 +191,10 @@ def fits(module: ModuleTensors, shape: tuple[int, ...]) -> bool:
 
 def _adapter_fits(weights: AdapterWeights, shape: tuple[int, ...]) -> bool:
     """Whether tensors fit a weight of this shape, as far as they determine it; its kernel may be flattened."""
-    told = format_of(weights).shape_of(weights)
-    if len(told) == len(shape):
-        return told == shape
-    return told[0] == shape[0] and (len(told) == 1 or math.prod(told[1:]) == math.prod(shape[1:]))
+    stored = format_of(weights).shape_of(weights)
+    if len(stored) == len(shape):
+        return stored == shape
+    return stored[0] == shape[0] and (len(stored) == 1 or math.prod(stored[1:]) == math.prod(shape[1:]))
 
 
 def _alpha_tensor(weights: AdapterWeights) -> Tensor:
