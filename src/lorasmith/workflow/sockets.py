@@ -189,7 +189,7 @@ class Input:
 
 
 def types_match(received: str, wanted: str) -> bool:
-    """Whether an output of type `received` can be linked to an input of type `wanted`: they share a type, or one is `*`."""
+    """Whether an output of type `received` fits an input of type `wanted`: they share a type, or one is `*`."""
     ours, theirs = set(_members(received)), set(_members(wanted))
     return bool(ours & theirs) or not {ANY, MATCH}.isdisjoint(ours | theirs)
 
