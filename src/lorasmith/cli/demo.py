@@ -51,7 +51,7 @@ def demo(
         sheet = before_and_after(prepared.base, result, seed=seed, progress=progress)
     console.print()
     report_result(result)
-    console.print("[bold]Look at   [/]", end=" ")
+    console.print("[bold]Sheet     [/]", end=" ")
     echo(sheet)
     console.print(
         "\nThe same with your own pictures and a real model:\n"

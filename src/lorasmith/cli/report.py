@@ -28,5 +28,5 @@ def report(
     from lorasmith.app.run_page import write_report
 
     path = write_report(run)
-    console.print("[bold]Look at[/]", end=" ")
+    console.print("[bold]Report[/]", end=" ")
     echo(path)
