@@ -52,7 +52,7 @@ def test_text_becomes_rules(text: str, rules: list[Rule], exclusions: list[Rule]
         ),
         ("*.a *.b", "settings of targets must be rank=..., alpha=..., lr=..., got '*.b'"),
         ("*.a rank 8", "settings of targets must be rank=..., alpha=..., lr=..., got 'rank'"),
-        ("rank=8, *.a", "settings of targets must stand behind a preset or pattern, got 'rank=8' alone"),
+        ("rank=8, *.a", "settings of targets must follow a preset or pattern, got 'rank=8' alone"),
         ("*.a, !*.b rank=8", "an exclusion takes no settings, got '!*.b rank=8'"),
     ],
 )

@@ -42,8 +42,8 @@ LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffus
 LoraModel = Annotated[
     str | None,
     typer.Option(
-        help="Its model: a checkpoint, a diffusers folder or lorasmith-tiny. Default: the released model of its family "
-        "(SD 1.x, SD 2.x, Flux.1)."
+        help="Its model: a checkpoint, a diffusers folder or lorasmith-tiny. Default: the released model of the family "
+        "that the file appears to belong to."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -148,7 +148,7 @@ class StableDiffusionXL(Family):
         paths = {
             component: clip_layout.written_paths(text_encoders[component])
             if component in text_encoders
-            else clip_layout.released_paths(layers)
+            else clip_layout.released_paths(layers, is_projected=component == "text_encoder_2")
             for component, layers in _ENCODER_LAYERS.items()
         }
         return ModelNames(

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import TextEncoder
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -18,11 +17,8 @@ _ZEROED = ("context", "pooled")
 
 
 def check_encoder(clip: TextEncoder) -> None:
-    """Raise ModelError if the model has no text encoder."""
-    if not clip.base.components.text_encoders:
-        raise ModelError(
-            f"encoding prompts needs a text encoder, which {clip.base.title} lacks; load a full checkpoint"
-        )
+    """Raise ModelError if the model was loaded without text encoders."""
+    clip.base.family.check_parts(clip.base.components, text=True)
 
 
 @node(
@@ -87,4 +83,5 @@ def conditioning_zero_out(context: NodeContext, *, conditioning: list[Conditioni
 
 def _zeroed(conditioning: Conditioning) -> Conditioning:
     tensors = conditioning.tensors
-    return Conditioning({key: torch.zeros_like(t) if key in _ZEROED else t for key, t in tensors.items()})
+    zeroed = {key: torch.zeros_like(t) if key in _ZEROED else t for key, t in tensors.items()}
+    return Conditioning(zeroed, mask=conditioning.mask)

@@ -117,18 +117,18 @@ def renamed_for(encoder: nn.Module, tensors: Mapping[str, Tensor | Packed]) -> d
     return {f"text_model.{name}" if nested and name != _PROJECTION else name: one for name, one in tensors.items()}
 
 
-def released_paths(layers: int) -> tuple[str, ...]:
+def released_paths(layers: int, *, is_projected: bool = False) -> tuple[str, ...]:
     """What `written_paths` gives for a CLIP text encoder of so many layers, for models that come without theirs."""
     parts = (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "mlp.fc1", "mlp.fc2")
-    return tuple(f"text_model.encoder.layers.{layer}.{part}" for layer in range(layers) for part in parts)
+    paths = (f"text_model.encoder.layers.{layer}.{part}" for layer in range(layers) for part in parts)
+    return (*paths, *(("text_projection",) if is_projected else ()))
 
 
 def written_paths(encoder: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules a LoRA can name, as every program writes them: with `text_model.` in front.
+    """Paths of the modules a LoRA can name, as every program writes them: layers with `text_model.` in front.
 
-    transformers 5.6 dropped that part from CLIPTextModel; files keep it. The projection of the pooled vector, which
-    stands outside `text_model`, has no name in files.
+    transformers 5.6 dropped that part from CLIPTextModel; files keep it. The projection of the pooled vector stands
+    outside it.
     """
-    linear = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
-    paths = (path for path in linear if "encoder.layers." in path)
-    return tuple(path if path.startswith("text_model.") else f"text_model.{path}" for path in paths)
+    paths = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    return tuple(f"text_model.{path}" if path.startswith("encoder.layers.") else path for path in paths)

@@ -17,9 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.config import TrainConfig
@@ -37,6 +38,7 @@ _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.
     "compile",
 }
 _SAMPLED = 64
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> dict[str, Any]:
@@ -52,7 +54,10 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
     return {
         "config": config,
-        "base": _digest(_sampled(_base_tensors(job))),
+        "base": {
+            part: _digest(_sampled(_tensors_of(module)))
+            for part, module in job.denoiser.base.components.modules().items()
+        },
         "patches": _digest(_patch_tensors(job)),
         "data": _digest(_data_tensors(data)),
         "held_out": _digest(_data_tensors(held_out)) if held_out else "",
@@ -76,11 +81,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             old, new = _completed(old), _completed(new)
         if old == new or (key == "initial" and found):  # initial weights depend on everything else
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if key == "base" and isinstance(old, dict) and isinstance(new, dict):
+            found += _differing_parts(old, new)
+        elif isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new)
         else:
             found.append(words.get(key) or f"{key} {_shown(old)} there, {_shown(new)} here")
     return found
+
+
+def _differing_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The parts of the base model that differ, or the base model where all do."""
+    parts = dict.fromkeys([*before, *now])
+    differing = [part for part in parts if before.get(part) != now.get(part)]
+    return ["the base model"] if len(differing) == len(parts) else [f"the base model's {part}" for part in differing]
 
 
 def versions(optimizer: str) -> dict[str, str]:
@@ -144,22 +158,26 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Evenly spaced values of each tensor, enough to distinguish models without hashing gigabytes."""
+    """Evenly spaced values of each tensor, enough to distinguish models without hashing gigabytes.
+
+    16-bit values are widened: a file's weights are the same model in fp32.
+    """
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
-        yield f"{name} {list(tensor.shape)}", flat[places.long().to(flat.device)]
+        values = flat[places.long().to(flat.device)]
+        yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
+        release_pages(flat)  # where it lies on a file, one value has brought in the pages around it
 
 
-def _base_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of denoiser, text encoders and autoencoder."""
-    parts = job.denoiser.base.components
-    for module in (parts.denoiser, *parts.text_encoders.values(), *(() if parts.vae is None else (parts.vae,))):
-        packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
-        yield from ((name, one) for name, one in module.named_parameters() if name not in packed)
-        yield from module.named_buffers()
-        for name, weight in packed.items():
-            yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one part of the base model, the codes where weights are packed."""
+    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in packed:
+            yield name, tensor
+    for name, weight in packed.items():
+        yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
 
 
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
