@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_GROUPS = ("What is trained", "Variants of the algorithm", "Memory", "Speed")
+_GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
 _ALSO = ("batch_size", "grad_accumulation_steps", "optimizer", "optimizer_args", "ema_decay", "training_dtype")
 _NOT = ("existing_lora", "bypass_mode")
 
