@@ -29,12 +29,12 @@ def test_a_run_without_a_state_begins_from_the_start(broken: Path) -> None:
     audience = Audience()
     prepare_again(broken, on_event=audience)
     (warned,) = (event for event in audience.events if isinstance(event, Warned))
-    assert "ended before its first state was saved, so it begins again" in warned.message
+    assert "ended before its first run state was saved and starts from the beginning" in warned.message
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
-    "no run": (lambda run: (run / "run.json").unlink(), {}, "a run's folder has a run.json, which"),
-    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "without it nothing is known of the run"),
+    "no run": (lambda run: (run / "run.json").unlink(), {}, "a run folder must contain run.json"),
+    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "needed to identify the run"),
     "model moved": (
         lambda run: with_record(run, source={"model": "/gone/m.safetensors"}), {}, "m.safetensors does not exist"
     ),
