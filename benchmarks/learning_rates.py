@@ -63,7 +63,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     clock = clock_of(device)
     results = Results(arguments, torch=torch.__version__, machine=machine(device))
-    model, judge = load_model("lorasmith-tiny"), Judge.load()
+    model, judge = load_model("lorasmith-tiny", dtype=torch.float32), Judge.load()
     data = load_dataset(ASSETS / "input" / "high-contrast", model, device=device)
     own = model.denoiser.base.defaults.learning_rate
     columns = {"algorithm": "", "× the model's rate": "g", "rate": ".2g"}

@@ -29,7 +29,7 @@ from benchmarks.sides import MIB, Found, Ours, Work, compared
 from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.training import engine
 from lorasmith.training.memory.weight_stream import WeightStream
 
@@ -54,7 +54,7 @@ def main() -> None:
     at = {"batch": arguments.at_batch, "latents": arguments.latent, "rank": arguments.rank}
     growing = {"batch": arguments.batches, "latents": arguments.latents, "rank": arguments.ranks}
     curves: dict[str, dict[int, Found]] = {}
-    with held(model.components.denoiser, device=device, dtype=dtype):
+    with placed(model.components.denoiser, device=device, dtype=dtype):
         for name, values in growing.items():
             points = {value: {**at, name: value} for value in values}
             makers = {

@@ -36,7 +36,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.options import options_of
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.training.config import TrainConfig
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
@@ -115,7 +115,7 @@ def _model(arguments: argparse.Namespace) -> Iterator[Any]:
         }
         return Work(model, plain, samples, settings, device, dtype, arguments.steps)
 
-    with held(model.components.denoiser, device=device, dtype=dtype):
+    with placed(model.components.denoiser, device=device, dtype=dtype):
         yield work
 
 

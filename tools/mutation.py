@@ -191,7 +191,7 @@ def caught(mutation: Mutation, place: Place, tree: Path, *, minutes: float) -> s
             return None
         if status == 0:
             continue
-        test = re.search(r"^(?:FAILED|ERROR) (\S+(?: .*?)?)(?: - .*)?$", output, flags=re.MULTILINE)
+        test = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.MULTILINE)
         if status not in (1, 2) or test is None:
             raise SystemExit(f"pytest ended with status {status} and named no test:\n{output[-2000:]}")
         status, output = run_tests(tree, [test[1]], seconds=600)

@@ -83,7 +83,7 @@ def main() -> None:
                 losses.append(event.loss)
 
         engine = engine_of(job)
-        Loop(engine, _samples(shape, settings), tell=note, watchers=[_Steps(meter)]).run()
+        Loop(engine, _samples(shape, settings), on_event=note, watchers=[_Steps(meter)]).run()
         engine.release()
     figures = meter.figures() | {
         "weights_mb": round(weights_mb, 1),

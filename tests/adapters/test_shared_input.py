@@ -83,6 +83,7 @@ def test_together_is_apart(text: int | None, groups: list[int], monkeypatch: pyt
 
 
 def test_layers_that_turn_out_to_have_other_inputs_are_right_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     net = Attention(32, 32).requires_grad_(False)
     net.is_cross_attention = False  # nothing says that k and v see something else
     adapters, inputs = adapters_of(net), (torch.randn(2, 5, 32), torch.randn(2, 7, 32))

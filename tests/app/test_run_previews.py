@@ -158,7 +158,7 @@ def test_settings_are_checked_before_training(previews: Make, setting: dict[str,
 
 def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path) -> None:
     bare = replace(tiny, components=replace(tiny.components, vae=None))
-    with pytest.raises(ModelError, match="previews need an autoencoder"):
+    with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
         run_previews(bare.denoiser, TrainConfig(previews="a lion"), tmp_path, title="x")
 
 

@@ -16,7 +16,7 @@ from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.families.files.structure import load_structure
 from lorasmith.families.loading import built_in_models
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.targets_summary import preview_targets
+from lorasmith.training.targets_summary import summarise_targets
 from tests.covering import slow_except
 
 Command = Callable[..., Any]
@@ -52,7 +52,7 @@ def test_counts_are_those_of_the_run_and_the_size_is_that_of_the_file(
     config = TrainConfig(**record["config"])
     file = tmp_path / "run" / "x.safetensors"
     metadata = int.from_bytes(file.read_bytes()[:8], "little") - 130 * len(load_file(file))
-    size = preview_targets(load_structure("lorasmith-tiny").denoiser, config).size_bytes
+    size = summarise_targets(load_structure("lorasmith-tiny").denoiser, config).size_bytes
     assert size == pytest.approx(file.stat().st_size - max(metadata, 0), rel=0.1)
 
 

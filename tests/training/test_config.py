@@ -28,6 +28,7 @@ OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "bench.measure.synthetic_samples": "the seed of random inputs",
     "cli.convert.convert": "a file's metadata",
+    "core.adapter_format.PeftKind": "the name of a field",
     "cli.demo.demo": "the demo's own run",
     "cli.extract.extract": "the size of a LoRA made of two checkpoints",
     "cli.generate.generate": "steps of a sampler, and the seed of a picture",
@@ -42,7 +43,7 @@ OTHER_CONCEPTS = {
     "training.events.StepDone": "the rate that a step was taken at",
     "training.job._Existing": "steps of a LoRA that is continued",
     "training.lora_handle.Lora": "whether a graph keeps itself out of the file",
-    "training.train.Surroundings": "what draws previews",
+    "training.train.RunOptions": "what draws previews",
 }
 """Where a parameter is called as a setting is and has a default, because it is another thing."""
 

@@ -22,7 +22,7 @@ from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.train import Surroundings, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult
 
 __all__ = ["FolderSource", "PreparedRun", "prepare", "repeated", "train_prepared"]
 
@@ -149,8 +149,8 @@ def train_prepared(
     output: Path | Callable[[Mapping[str, Any]], Path] | None = None,
     fresh: bool = False,
     until: int | None = None,
-    on_event: EventHandler = Surroundings.on_event,
-    cancelled: Callable[[], bool] = Surroundings.cancelled,
+    on_event: EventHandler = RunOptions.on_event,
+    cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> TrainResult:
     """Train.
 
@@ -167,7 +167,7 @@ def train_prepared(
         LorasmithError: as `model_run.train`.
     """
     source = prepared.source
-    around = Surroundings(
+    options = RunOptions(
         output=output or run_folder(RUNS, source.name, fresh=fresh),
         fresh=fresh,
         title=source.name,
@@ -178,7 +178,7 @@ def train_prepared(
         cancelled=cancelled,
         until=until,
     )
-    return train_job(prepared.base.denoiser, prepared.job, prepared.data, around)
+    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options)
 
 
 def repeated(

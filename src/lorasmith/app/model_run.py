@@ -26,36 +26,36 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
-from lorasmith.training.train import Surroundings, TrainResult, run_job
+from lorasmith.training.train import RunOptions, TrainResult, run_job
 
 __all__ = ["TrainArguments", "new_run_folder", "run_folder", "train", "train_job"]
 
 P = ParamSpec("P")
 
 
-def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
+def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     """Train a job with the previews that its settings ask for, and write the page about it into the run's folder.
 
     Args:
         denoiser: what the job was planned for; previews load the LoRA onto it as users do.
         job: what is trained; a job is run once.
         data: encoded samples.
-        around: folder, events and the like; its `previews` and `page` are set here.
+        options: folder, events and the like; its `previews` and `page` are set here.
 
     Raises:
         OptionError: previews are asked for and there is no folder to put them in.
         LorasmithError: as `train`.
     """
     config = job.config
-    if around.output is None and parse_prompts(config.previews):
+    if options.output is None and parse_prompts(config.previews):
         raise OptionError("previews are drawn into the folder of the run, got no output; give output, such as runs/dog")
 
     def previews(folder: Path) -> Any:
         return run_previews(
-            denoiser, config, folder, title=around.title, device=job.runtime.device, cancelled=around.cancelled
+            denoiser, config, folder, title=options.title, device=job.runtime.device, cancelled=options.cancelled
         )
 
-    return run_job(job, data, replace(around, previews=previews, page=write_report))
+    return run_job(job, data, replace(options, previews=previews, page=write_report))
 
 
 def run_folder(
@@ -102,7 +102,7 @@ class TrainArguments(TrainConfig):
 
     config: TrainConfig | None = None
     output: str | Path | None = None
-    title: str = Surroundings.title
+    title: str = RunOptions.title
     trigger: str | None = None
     device: str | torch.device | None = None
     validation: EncodedDataset | None = None
@@ -152,13 +152,13 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
     given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    around = Surroundings(
+    options = RunOptions(
         output=None if given.output is None else Path(given.output),
         fresh=given.fresh,
         title=given.title,
         trigger=given.trigger,
         validation=given.validation,
-        on_event=given.on_event or Surroundings.on_event,
-        cancelled=given.cancelled or Surroundings.cancelled,
+        on_event=given.on_event or RunOptions.on_event,
+        cancelled=given.cancelled or RunOptions.cancelled,
     )
-    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, around)
+    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, options)

@@ -17,7 +17,7 @@ from lorasmith.formats.metadata import RUN_ENTRY, steps_of
 from lorasmith.training.events import Event, EventHandler
 from lorasmith.training.runs.fingerprint import differences, environment, environments_of
 from lorasmith.training.runs.run_folder import RunFolder
-from lorasmith.training.train import Surroundings, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult
 
 __all__ = ["Differs", "Reproduced", "Reproduction", "prepare_reproduction", "reproduce"]
 
@@ -105,8 +105,8 @@ def reproduce(
     again: Reproduction,
     *,
     dry_run: bool = False,
-    on_event: EventHandler = Surroundings.on_event,
-    cancelled: Callable[[], bool] = Surroundings.cancelled,
+    on_event: EventHandler = RunOptions.on_event,
+    cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> Reproduced:
     """Train the run again and compare, unless something that decides the result differs.
 
@@ -164,14 +164,14 @@ def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return run
 
 
-def _differences(again: Reproduction, fingerprint: Mapping[str, Any], tell: EventHandler) -> tuple[str, ...]:
+def _differences(again: Reproduction, fingerprint: Mapping[str, Any], on_event: EventHandler) -> tuple[str, ...]:
     """Tell what is not as it was; returns what of it decides the result."""
     prepared, before = again.prepared, again.before
     config = prepared.job.config
     now = environment(prepared.job.runtime.device, config.optimizer, compile=config.compile)
     for what in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
-        tell(Differs(what=what, is_decisive=False))
+        on_event(Differs(what=what, is_decisive=False))
     decisive = differences(before["fingerprint"], fingerprint)
     for what in decisive:
-        tell(Differs(what=what, is_decisive=True))
+        on_event(Differs(what=what, is_decisive=True))
     return tuple(decisive)

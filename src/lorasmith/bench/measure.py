@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.bench.counting import Counter
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
@@ -163,7 +163,7 @@ def frozen_floor(
 ) -> Iterator[Callable[[], None]]:
     """The floor: the model's own module, contiguous on the device meanwhile. Yields one pass."""
     module = denoiser.module
-    with held(module, device=device, dtype=dtype, layout=torch.contiguous_format):
+    with placed(module, device=device, dtype=dtype, layout=torch.contiguous_format):
         yield frozen_pass(denoiser, module, samples, device=device, dtype=dtype, backward=backward)
 
 
@@ -252,7 +252,7 @@ def step_seconds(
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)
     try:
-        Loop(engine, samples, tell=on_event, watchers=[ends]).run()
+        Loop(engine, samples, on_event=on_event, watchers=[ends]).run()
     finally:
         engine.release()
     return Spread(ends.differences()[warmup - 1 :])

@@ -13,7 +13,7 @@ from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.training.targets_summary import TargetGroup, TargetPreview
+    from lorasmith.training.targets_summary import TargetGroup, TargetSummary
 
 __all__ = ["register"]
 
@@ -35,16 +35,16 @@ def targets(
     Takes the options of `lorasmith train` that decide it. Of a single-file checkpoint only the structure is read.
     """
     from lorasmith.families.files.structure import load_structure
-    from lorasmith.training.targets_summary import preview_targets
+    from lorasmith.training.targets_summary import summarise_targets
 
     config = TrainConfig(**settings)
     with console.status(f"Reading {model}"):
         base = load_structure(model)
-    preview = preview_targets(base.denoiser, config)
+    preview = summarise_targets(base.denoiser, config)
     _print(preview, config)
 
 
-def _print(preview: TargetPreview, config: TrainConfig) -> None:
+def _print(preview: TargetSummary, config: TrainConfig) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -17,8 +17,8 @@ from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weig
 __all__ = [
     "best_device",
     "chosen_device",
-    "held",
     "memory_format_for",
+    "placed",
     "product_dtype",
     "reproducible",
     "sampling_dtype",
@@ -85,7 +85,7 @@ def reproducible(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(
+def placed(
     module: nn.Module,
     *,
     device: torch.device,

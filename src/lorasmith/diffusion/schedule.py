@@ -26,10 +26,32 @@ __all__ = [
     "FlowSchedule",
     "NoiseLevel",
     "NoiseSchedule",
+    "ResolutionShift",
     "check_noising",
     "per_sample",
     "shifted",
 ]
+
+
+@dataclass(frozen=True)
+class ResolutionShift:
+    """The shift that suits the size of a picture: exp(mu), mu linear in the number of 2×2 patches of the latents.
+
+    Larger pictures need more noise to hide as much of what they show (Esser et al. 2024, section 5.3.2).
+
+    Attributes:
+        mu: at each of `patches`.
+        patches: two numbers of them.
+    """
+
+    mu: tuple[float, float] = (0.5, 1.15)
+    patches: tuple[int, int] = (256, 4096)
+
+    def __call__(self, height: int, width: int) -> float:
+        """The shift for latents of so many rows and columns."""
+        (low, high), (few, many) = self.mu, self.patches
+        return math.exp(low + (high - low) * ((height // 2) * (width // 2) - few) / (many - few))
+
 
 _FAINTEST = 2.0**-24  # signal power that stands for none where a ratio to it is taken
 
@@ -63,10 +85,12 @@ class NoiseSchedule(ABC):
     Attributes:
         sigmas: (N,) the table of sampler sigmas, ascending.
         shift: by which `at` moves quantiles towards the noisy end; 1 is not at all.
+        resolution_shift: the shift that suits a size, for runs that choose one by size.
     """
 
     sigmas: Tensor
     shift: float = 1.0
+    resolution_shift: ResolutionShift = ResolutionShift()
 
     @abstractmethod
     def at(self, quantile: Tensor) -> NoiseLevel:
@@ -173,12 +197,16 @@ class FlowSchedule(NoiseSchedule):
     """Rectified flow with sigma shifted towards the noisy end: `sigma = shift·u / (1 + (shift − 1)·u)`.
 
     Args:
-        shift: 1 leaves time as it is; exp(mu) for Flux's exponential form.
+        shift: 1 leaves time as it is; exp(mu) for the exponential form.
         steps: entries of the sigma table.
+        resolution_shift: the family's own, if it differs from that of Flux.1.
     """
 
-    def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
+    def __init__(
+        self, shift: float = 1.0, steps: int = 1000, resolution_shift: ResolutionShift = ResolutionShift()
+    ) -> None:
         self.shift = shift
+        self.resolution_shift = resolution_shift
         self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
 
     def zero_terminal(self) -> FlowSchedule:

@@ -6,7 +6,6 @@ device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 
-__all__ = ["TIMESTEP_DISTRIBUTIONS", "QuantileMap", "quantile_map", "resolution_shift", "uniform_numbers"]
+__all__ = ["TIMESTEP_DISTRIBUTIONS", "QuantileMap", "quantile_map", "uniform_numbers"]
 
 QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 """Uniform numbers (batch,) and (height, width) of the latents → quantiles (batch,)."""
@@ -73,18 +72,9 @@ def quantile_map(distribution: TimestepDistribution, shift: float | None, schedu
 
     def quantiles(u: Tensor, size: tuple[int, int]) -> Tensor:
         # One shift after another is their product, so what the schedule applies itself is divided out.
-        return shifted(time(u), (resolution_shift(*size) if by_size else whole) / schedule.shift)
+        return shifted(time(u), (schedule.resolution_shift(*size) if by_size else whole) / schedule.shift)
 
     return quantiles
-
-
-def resolution_shift(height: int, width: int) -> float:
-    """Flux's shift for latents of a size: exp(mu), mu linear in the 2×2 tokens, 0.5 at 256 and 1.15 at 4096.
-
-    Larger pictures need more noise to hide as much of what they show (Esser et al. 2024, section 5.3.2).
-    """
-    tokens = (height // 2) * (width // 2)
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 def _stratum(draw: int, seed: int) -> int:

@@ -7,7 +7,6 @@ one tensor; diffusers splits them.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
 from lorasmith.families.base import (
     AutoencoderSlot,
     Components,
@@ -50,7 +49,8 @@ _TARGETS = {
     "all": TargetPreset(("*",)),
 }
 _DEFAULT_GUIDANCE = 3.5
-_MAX_SHIFT = 1.15  # mu of the exponential time shift at 1024×1024
+_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 4096))
+_SCHEDULE = FlowSchedule(shift=_RESOLUTION_SHIFT(128, 128), resolution_shift=_RESOLUTION_SHIFT)  # as at 1024×1024
 
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _T5_PATHS = tuple(
@@ -161,10 +161,10 @@ class Flux(Family):
         return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return Diffusion("flow", FlowSchedule(shift=math.exp(_MAX_SHIFT)))
+        return Diffusion("flow", _SCHEDULE)
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return Diffusion("flow", FlowSchedule(shift=math.exp(_MAX_SHIFT)))
+        return Diffusion("flow", _SCHEDULE)
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch, applied
-from lorasmith.core.placement import best_device, held
+from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Components, Conditioning, Defaults, Family
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
@@ -115,7 +115,7 @@ class TextEncoder:
         """Apply the patches and stay on `device` (the best one if None) while inside, for many prompts in a row."""
         with contextlib.ExitStack() as stack:
             for name, module in self.base.components.text_encoders.items():
-                stack.enter_context(held(module, device=device or best_device(), dtype=self._dtype(name)))
+                stack.enter_context(placed(module, device=device or best_device(), dtype=self._dtype(name)))
                 stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
             yield
 
@@ -125,7 +125,7 @@ class TextEncoder:
         base = self.base
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in base.components.text_encoders.items():
-                stack.enter_context(held(module, device=_device_of(module), dtype=self._dtype(name)))
+                stack.enter_context(placed(module, device=_device_of(module), dtype=self._dtype(name)))
             return base.family.encode_text(base.components, text, skip_layers=self.skip_layers).to("cpu", torch.float32)
 
     def _dtype(self, component: str) -> torch.dtype:
@@ -143,7 +143,7 @@ class Autoencoder:
         module = self.base.components.vae
         if module is None:
             return contextlib.nullcontext()
-        return held(module, device=device or best_device(), dtype=torch.float32)
+        return placed(module, device=device or best_device(), dtype=torch.float32)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Autoencoder:
             yield tensor
             return
         device = _device_of(module)
-        with held(module, device=device, dtype=torch.float32):
+        with placed(module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
 
 

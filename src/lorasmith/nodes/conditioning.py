@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import TextEncoder
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -18,11 +17,8 @@ _ZEROED = ("context", "pooled")
 
 
 def check_encoder(clip: TextEncoder) -> None:
-    """Refuse models that came without text encoders. Raises ModelError."""
-    if not clip.base.components.text_encoders:
-        raise ModelError(
-            f"{clip.base.title} holds no text encoder, so that prompts cannot be encoded; load a full checkpoint"
-        )
+    """Raises ModelError for a model that came without its text encoders."""
+    clip.base.family.check_parts(clip.base.components, text=True)
 
 
 @node(
@@ -89,4 +85,5 @@ def conditioning_zero_out(context: NodeContext, *, conditioning: list[Conditioni
 
 def _zeroed(conditioning: Conditioning) -> Conditioning:
     tensors = conditioning.tensors
-    return Conditioning({key: torch.zeros_like(t) if key in _ZEROED else t for key, t in tensors.items()})
+    zeroed = {key: torch.zeros_like(t) if key in _ZEROED else t for key, t in tensors.items()}
+    return Conditioning(zeroed, mask=conditioning.mask)

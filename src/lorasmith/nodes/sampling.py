@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import CancelledError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import best_device, held, sampling_dtype
+from lorasmith.core.placement import best_device, placed, sampling_dtype
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser
@@ -101,7 +101,7 @@ def ksampler(
     dtype = sampling_dtype(model.module, device)
     try:
         # Placed first and patched then, so that adapters beside the weights are where the weights are.
-        with held(model.module, device=device, dtype=dtype), model.active():
+        with placed(model.module, device=device, dtype=dtype), model.active():
             sampled = sample_latents(
                 model.predict,
                 schedule=components.schedule,

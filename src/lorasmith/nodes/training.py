@@ -44,7 +44,7 @@ from lorasmith.training.events import (
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import Surroundings, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
@@ -164,14 +164,14 @@ def train_lora(
     config = _config(context.folders, values)
     data = _dataset(denoiser, latents, positive)
     job = plan_job(denoiser, config)
-    around = Surroundings(
+    options = RunOptions(
         output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
         title=_TITLE,
         source={"command": "run", "prompt": context.prompt},
         on_event=_teller(context, config.steps),
         cancelled=context.cancelled,
     )
-    result = train_job(denoiser, job, data, around)
+    result = train_job(denoiser, job, data, options)
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.placement import best_device, held
+from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.sampling.sample import prepare_noise, sample_latents
@@ -111,7 +111,7 @@ def pictures(
     components, shape = base.components, _latent_shape(base, sampling.width, sampling.height)
     latents = []
     # Placed first and patched second: adapters are made where their layers are.
-    with held(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
+    with placed(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
         for index, positive in enumerate(positives):
             latents.append(
                 sample_latents(

@@ -249,7 +249,7 @@ def test_a_schedule_free_average_is_seen_within_and_gone_afterwards() -> None:
     run = Run("ScheduleFree", "betas=(0.9,0.999)").take(range(6))
     training = run.flat.master.clone()
     stored = run.stored()
-    with run.optimizer.evaluating():
+    with run.optimizer.evaluation_weights():
         average = run.flat.master.clone()
     assert torch.equal(run.flat.master, training)
     assert same(run.stored(), stored)
@@ -262,7 +262,7 @@ def test_a_schedule_free_average_is_seen_within_and_gone_afterwards() -> None:
 def test_evaluating_is_nothing_to_the_others() -> None:
     run = Run("AdamW").take(range(2))
     before = run.flat.master.clone()
-    with run.optimizer.evaluating():
+    with run.optimizer.evaluation_weights():
         assert torch.equal(run.flat.master, before)
     assert torch.equal(run.flat.master, before)
 

@@ -98,7 +98,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
 
     ran = lorasmith("resume", "my run")
     assert ran.code == 0, ran.err
-    assert "Resumed: Continuing my run from step 2, to the bit." in ran.out
+    assert "Resumed: Going on with my run from step 2, to the bit." in ran.out
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
 
 
@@ -122,7 +122,7 @@ def test_the_same_command_goes_on_where_it_stopped(
 ) -> None:
     ran = lorasmith("train", images, *RUN)
     assert ran.code == 0, ran.err
-    assert "Resumed: Continuing runs/cat-001 from step 2, to the bit." in ran.out
+    assert "Resumed: Going on with runs/cat-001 from step 2, to the bit." in ran.out
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cat-001"]
     assert tensors_of(broken) == tensors_of(whole)
 
