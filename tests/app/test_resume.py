@@ -54,11 +54,11 @@ def test_what_cannot_be_continued_is_refused_in_a_sentence(broken: Path, case: s
 
 def test_a_folder_that_is_trained_in_is_refused_before_anything_is_read(broken: Path) -> None:
     audience = Audience()
-    with RunFolder(broken).claimed(), pytest.raises(OutputError, match="belongs to a run that is going on"):
+    with RunFolder(broken).claimed(), pytest.raises(OutputError, match="is in use by a run"):
         prepare_again(broken, on_event=audience)
     assert audience.events == []
 
 
 def test_a_finished_run_is_not_continued(whole: Path) -> None:
-    with pytest.raises(OutputError, match="is done, so that there is nothing to go on with"):
+    with pytest.raises(OutputError, match="is complete and cannot be resumed"):
         prepare_again(whole)

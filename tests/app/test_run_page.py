@@ -89,7 +89,7 @@ def test_however_it_ended(tmp_path: Path, reason: str | None, status: str, mood:
     assert (found.status, found.mood) == (status, mood)
     assert found.facts["steps"] == "30 of 60"
     assert ("Go on where it ended" in found.commands) == resumable
-    assert ("killed after step 30, or is still going on" in found.summary) == (reason is None)
+    assert ("killed after step 30, or still running" in found.summary) == (reason is None)
     assert status in page(tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
         ran = lorasmith("train", images, *RUN, "--output", "my run")
     assert ran.code == 0, ran.err
     assert "Stopping after this step" in ran.out
-    assert "the LoRA of those steps is saved. To go on with it:\n  lorasmith resume 'my run'\n" in ran.out
+    assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run'\n" in ran.out
     assert tensors_of(tmp_path / "my run") != tensors_of(whole)
 
     ran = lorasmith("resume", "my run")
@@ -193,7 +193,7 @@ def test_what_cannot_go_on_is_said_in_a_sentence(lorasmith: Command, broken: Pat
 
 def test_a_finished_run_is_not_taken_up_again(lorasmith: Command, whole: Path) -> None:
     ran = lorasmith("resume", whole)
-    assert (ran.code, "is done, so that there is nothing to go on with" in ran.err) == (1, True)
+    assert (ran.code, "is complete and cannot be resumed" in ran.err) == (1, True)
 
 
 def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_run_that_validation_stopped(lorasmith: Command, images: Path, tmp_pat
 def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith: Command, broken: Path) -> None:
     with RunFolder(broken).claimed():
         ran = lorasmith("resume", broken)
-    assert (ran.code, "belongs to a run that is going on" in ran.err) == (1, True)
+    assert (ran.code, "is in use by a run" in ran.err) == (1, True)
     assert "images" not in ran.out
 
 
