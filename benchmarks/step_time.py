@@ -10,10 +10,10 @@ medians over rounds, so that a busy machine slows all sides. On the CPU the cloc
     python -m benchmarks.step_time --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
 
 Models are described in `benchmarks.bases`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
-pass keeps for the backward pass, `peak` the most above the frozen weights with all that is trained; both are bytes of
-tensors and the same each time (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
-process for each side. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
-are to LoRA's step.
+pass keeps for the backward pass, `peak` the peak above the frozen weights, trained state included; both are bytes of
+tensors and deterministic (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
+process for each side. With `--algorithms` the sides are the algorithms, all or the given ones, and ratios are to LoRA's
+step.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class SdScripts(Side):
 
 def main() -> None:
     arguments = _arguments()
-    logging.disable(logging.INFO)  # it tells of every block
+    logging.disable(logging.INFO)  # it logs every block
     keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)

@@ -151,7 +151,7 @@ WRONG = {
     "no such model": (("train", "photos", "--model", "sd15"), "there is no model at sd15"),
     "pickled checkpoint": (("train", "photos", "--model", "old.ckpt"), "old.ckpt"),
     "truncated checkpoint": (("train", "photos", "--model", "cut.safetensors"), "cut.safetensors"),
-    "unknown architecture": (("train", "photos", "--model", "odd.safetensors"), "of no architecture known here"),
+    "unknown architecture": (("train", "photos", "--model", "odd.safetensors"), "of no supported architecture"),
     "LoRA as model": (("train", "photos", "--model", "flux_lora.safetensors"), "is a LoRA, not a base model"),
     "output is a file": (("train", "photos", *QUICK, "--output", "file.txt"), "must be a folder but is a file"),
     "LoRA of another family": (

@@ -125,7 +125,7 @@ class Flux(Family):
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
     targets = _TARGETS
-    text_encoders: Mapping[str, EncoderSlot] = MappingProxyType({})  # conditioning is brought along
+    text_encoders: Mapping[str, EncoderSlot] = MappingProxyType({})  # the caller provides the conditioning
     autoencoder = AutoencoderSlot(
         "kl",
         channels=16,
@@ -198,7 +198,7 @@ class Flux(Family):
             family=self.name,
             denoiser=table,
             weight_shapes=shapes,
-            # LoRAs for the released encoders are carried along, whether these are loaded or not.
+            # LoRAs for the released encoders are kept, whether these are loaded or not.
             text_encoders={
                 "text_encoder": EncoderNames(
                     clip_layout.released_paths(layers=12),
@@ -234,11 +234,11 @@ class Flux(Family):
         if height % 2 or width % 2:
             raise DataError(
                 f"{self.title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
-                "use picture sizes that divide by 16"
+                "use picture sizes that are multiples of 16"
             )
         context = conditioning.tensors["context"]
         attention: dict[str, Any] = {}
-        if conditioning.mask is not None:  # text comes first, then the picture, which is seen whole
+        if conditioning.mask is not None:  # text comes first, then the picture, which is not masked
             picture = conditioning.mask.new_ones(len(latents), height // 2 * (width // 2))
             attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
         config: Any = denoiser.config

@@ -19,8 +19,8 @@ from torch import Tensor
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dropout import Dropout
-from lorasmith.adapters.inject import Attached, attached
-from lorasmith.adapters.patch import attachments, merged_weights
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.patch import attachments, patches_merged
 from lorasmith.core.placement import memory_format_for, placed, reproducible
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
@@ -55,7 +55,7 @@ def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iter
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(config.deterministic))
-        stack.enter_context(merged_weights(module, denoiser.patches, dtype=torch.float32))
+        stack.enter_context(patches_merged(module, denoiser.patches, dtype=torch.float32))
         device, dtype = runtime.device, runtime.dtype
         stream = WeightStream(device) if runtime.offloading else None
         packed = stack.enter_context(
@@ -64,7 +64,7 @@ def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iter
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.quantized_backward:
             stack.enter_context(fp8_products_enabled(module))
-        stack.enter_context(attached(module, attachments(module, denoiser.patches)))
+        stack.enter_context(adapters_attached(module, attachments(module, denoiser.patches)))
         yield
 
 
@@ -93,7 +93,7 @@ def prepared(
     trained = Attached(adapters, differences=differences or {})
     with frozen(denoiser, config, runtime):
         first()
-        with attached(module, [trained]):
+        with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
             with (
                 activations_reduced(module, runtime.activations),
@@ -216,7 +216,9 @@ class Engine:
         losses = []
         first = None
         for batch in batches:
-            with self.dropout.applied(batch.masks):  # until the backward pass is over, which may compute blocks again
+            with self.dropout.masks_applied(
+                batch.masks
+            ):  # until the backward pass is over, which may compute blocks again
                 loss = sample_losses(self.denoiser, batch, self.config, self.runtime)
                 torch.autograd.backward(loss.sum() * (self._scale.scale / per_step))
             flat.collect()

@@ -16,7 +16,7 @@ from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
 from lorasmith.adapters.difference import Difference, is_norm
 from lorasmith.adapters.inject import create_adapters, load_adapters, load_differences
-from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
@@ -115,7 +115,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     module = denoiser.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
     patches = [replace(patch, bypass=False) for patch in denoiser.patches]
-    with merged_weights(module, patches, dtype=torch.float32, unpacking=True):
+    with patches_merged(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | create_adapters(
             module,
             fresh,

@@ -173,7 +173,7 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", lacking)
-    with pytest.raises(ModelError, match="takes the package gguf to read; install it with: pip install gguf"):
+    with pytest.raises(ModelError, match="needs the package gguf; install it with: pip install gguf"):
         load_model(tmp_path / "model.gguf")
 
 

@@ -25,7 +25,7 @@ from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_on, attached
+from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS
@@ -147,7 +147,7 @@ def graphs() -> int:
 @pytest.mark.parametrize("make", [LoraAdapter.create, *OTHERS])
 def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Adapter]) -> None:
     adapters = adapters_for(toy, make)
-    with attached(toy, [Attached(adapters)]):
+    with adapters_attached(toy, [Attached(adapters)]):
         plain = gradients(toy, adapters)
         with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
@@ -159,7 +159,7 @@ def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Ad
 def test_blocks_with_other_adapters_stay_as_they_are(toy: Toy, name: str) -> None:
     adapters = adapters_for(toy, ADAPTERS[name].create)
     assert not compilable(list(adapters.values()))
-    with attached(toy, [Attached(adapters)]), blocks_compiled(toy, True):
+    with adapters_attached(toy, [Attached(adapters)]), blocks_compiled(toy, True):
         assert [adapters_on(toy.get_submodule(path)) for path in adapters] == [[one] for one in adapters.values()]
         gradients(toy, adapters)
     assert graphs() == 0
@@ -178,7 +178,7 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     model = stages().requires_grad_(False)
     assert units(model) == [block for stage in model.parts for block in stage.get_submodule("parts").children()]
     adapters = adapters_for(model)
-    with attached(model, [Attached(adapters)]):
+    with adapters_attached(model, [Attached(adapters)]):
         plain = gradients(model, adapters)
         with blocks_checkpointed(model, depth), blocks_compiled(model, True):
             assert_close(gradients(model, adapters), plain)
@@ -189,7 +189,7 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
 def test_differences_of_norms_and_biases(toy: Toy) -> None:
     paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
     differences = {path: Difference.create(module) for path, module in paths.items()}
-    with attached(toy, [Attached({}, differences=differences)]):
+    with adapters_attached(toy, [Attached({}, differences=differences)]):
         plain = gradients(toy, differences)
         with blocks_compiled(toy, True):
             assert_close(gradients(toy, differences), plain)
@@ -199,7 +199,7 @@ def test_differences_of_norms_and_biases(toy: Toy) -> None:
 @pytest.mark.parametrize("kind", slow_except([kind for kind in PACKINGS if kind != "none"], "int8", "nf4"))
 def test_quantized_weights(toy: Toy, kind: str) -> None:
     adapters = adapters_for(toy)
-    with weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
+    with weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32), adapters_attached(toy, [Attached(adapters)]):
         plain = gradients(toy, adapters)
         with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
@@ -236,7 +236,7 @@ def test_no_weight_is_kept_for_the_backward_pass(
 
     with (
         weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32),
-        attached(toy, [Attached(adapters)]),
+        adapters_attached(toy, [Attached(adapters)]),
         blocks_compiled(toy, True),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
@@ -249,9 +249,9 @@ def test_no_weight_is_kept_for_the_backward_pass(
 def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     adapters = adapters_for(toy)
     dropout = Dropout(adapters, rank=0.5, module=0.1, seed=0)
-    with attached(toy, [Attached(adapters)]):
+    with adapters_attached(toy, [Attached(adapters)]):
         for draws in ((0, 1), (2, 3)):
-            with dropout.applied(dropout.masks(draws)):
+            with dropout.masks_applied(dropout.masks(draws)):
                 plain = gradients(toy, adapters)
                 with blocks_compiled(toy, True):
                     assert_close(gradients(toy, adapters), plain)
@@ -261,7 +261,7 @@ def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
 @pytest.mark.parametrize(("varying", "more"), [(False, 2), (True, 0)])
 def test_code_for_any_size(toy: Toy, varying: bool, more: int) -> None:
     adapters = adapters_for(toy)
-    with attached(toy, [Attached(adapters)]):
+    with adapters_attached(toy, [Attached(adapters)]):
         plain = gradients(toy, adapters, batch=3)
         with blocks_compiled(toy, True, varying_sizes=varying):
             gradients(toy, adapters)
@@ -312,7 +312,10 @@ def test_machine_code(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     del toy.wide[:], toy.narrow[1:]  # seconds for each kind
     adapters = adapters_for(toy)
-    with weights_packed(toy, kind="int8", device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
+    with (
+        weights_packed(toy, kind="int8", device=CPU, dtype=torch.float32),
+        adapters_attached(toy, [Attached(adapters)]),
+    ):
         plain = gradients(toy, adapters)
         with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)

@@ -16,7 +16,7 @@ from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.app.model_run import train
@@ -266,7 +266,7 @@ def test_a_model_of_twice_the_budget_trains_within_it(kind: str, depth: int) -> 
         found = []
         with (
             weights_packed(model, kind=kind, device=CPU, dtype=torch.float32, stream=stream),
-            attached(model, [Attached(adapters)]),
+            adapters_attached(model, [Attached(adapters)]),
             blocks_checkpointed(model, depth),
         ):
             for _ in range(3):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
-from lorasmith.adapters.packed_layers import packable_layers, with_source
+from lorasmith.adapters.packed_layers import packable_layers, weight_source_set
 from lorasmith.core.choices import Quantization
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.mapped_files import release_pages
@@ -62,7 +62,7 @@ def weights_packed(
             one = _packed(layer, kind, device, dtype, layout)
             source: WeightSource = one if stream is None else StreamedWeight(stream, stream.add(one))
             sizes[layer] = one.size_bytes
-            undo.enter_context(with_source(layer, source, device=device, dtype=dtype))
+            undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
         if stream is not None:
             blocks = [block.modules() for block in blocks_at_depth(module, 1)]
             stream.ahead_bytes = max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
