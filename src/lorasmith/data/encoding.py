@@ -58,11 +58,15 @@ def encode_scan(
         model, resolution, device, progress: as for `load_dataset`.
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
-    with encoder.active(device), autoencoder.active(device):
+    with encoder.active(device):  # left before the images, as the encoders of large models fill the memory
+        captions = {
+            caption: encoder.encode(caption) for caption in dict.fromkeys(image.caption for image in scan.images)
+        }
+    with autoencoder.active(device):
         return encode_folder(
             scan,
             encode_image=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
-            encode_text=encoder.encode,
+            encode_text=captions.__getitem__,
             sized=model.family.sized,
             resolution=resolution or model.defaults.resolution,
             multiple=model.defaults.pixel_multiple,
