@@ -65,7 +65,7 @@ def test_layers_are_grouped_by_kind_and_settings(lorasmith: Command) -> None:
     assert [row[:2] for row in rows] == [[kind, "Linear"] for kind in kinds]  # with a rate, an alpha, and both
     assert "Alpha" in ran.out
     assert "Rate" in ran.out
-    assert "!*.x leaves nothing out" in ran.out
+    assert "!*.x excludes nothing" in ran.out
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,6 @@ def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -
         stopped = lorasmith(*shlex.split(train.replace("sd15.safetensors", "lorasmith-tiny")), *short)
     assert "  lorasmith resume runs/dog" in stopped.out, stopped.err
     resumed = lorasmith(*shlex.split(resume))
-    assert "Going on with runs/dog from step 1, to the bit" in resumed.out, resumed.err
-    assert "are as they were" in lorasmith(*dry).out
-    assert "the same, to the bit" in lorasmith(*reproduce).out
+    assert "The run in runs/dog continues from step 1, bit-identically" in resumed.out, resumed.err
+    assert "initial weights are the same" in lorasmith(*dry).out
+    assert "are bit-identical" in lorasmith(*reproduce).out

@@ -63,6 +63,7 @@ def test_a_step_changes_adapters_alone(sdxl: Model, four: EncodedDataset) -> Non
     assert all(one.tensors["up"].abs().max() > 0 for one in result.lora.state.adapters.values())
 
 
+@pytest.mark.slow
 def test_four_pictures_are_learnt(sdxl: Model, four: EncodedDataset) -> None:
     result = run(sdxl, four, steps=30, batch_size=4, rank=8, learning_rate=6e-3, targets="all")
 

@@ -134,7 +134,7 @@ def test_any_other_number_of_captions_is_refused_with_both_numbers(
     asked: Callable[..., Asked], captions: list[Conditioning], count: int, bucket_mode: bool
 ) -> None:
     given = [*captions, *captions][:count]
-    with pytest.raises(DataError, match=f"for each image or one for all, got {count} for 3 images"):
+    with pytest.raises(DataError, match=f"per image or one for all, got {count} for 3 images"):
         asked(lists={"positive": [given]}, bucket_mode=bucket_mode)
 
 

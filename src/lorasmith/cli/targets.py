@@ -1,4 +1,4 @@
-"""`lorasmith targets`: what a choice of layers would train."""
+"""`lorasmith targets`: summary of a choice of target layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 from lorasmith.cli.flags import BaseModel, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
@@ -30,9 +30,9 @@ def targets(
     model: BaseModel,
     **settings: Any,
 ) -> None:
-    """Show what a choice of layers would train: kinds of layers, counts, ranks, parameters, size of the file.
+    """Summarise a choice of target layers: kinds of layers, counts, ranks, parameters, size of the file.
 
-    Takes the options of `lorasmith train` that decide it. Of a single-file checkpoint only the structure is read.
+    Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
     """
     from lorasmith.families.files.structure import load_structure
     from lorasmith.training.targets_summary import summarise_targets
@@ -60,14 +60,14 @@ def _print(preview: TargetSummary, config: TrainConfig) -> None:
         cells += [_number(group.alpha)] if scaled else []
         cells += [_number(group.learning_rate)] if rated else []
         table.add_row(*cells, f"{group.parameters:,}")
-    say(f"{config.algorithm} on {preview.targets}")
+    echo(f"{config.algorithm} on {preview.targets}")
     console.print(table)
     console.print(
         f"{preview.layers} of {preview.targetable} layers, {preview.parameters:,} parameters, "
         f"a file of about {preview.size_bytes / 2**20:.1f} MiB in {config.lora_dtype}"
     )
     for note in preview.notes:
-        remark(note)
+        print_note(note)
 
 
 def _range(group: TargetGroup) -> str:

@@ -28,7 +28,7 @@ __all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "unused_settings"]
 NONE_LORA = "[None]"
 """Value of `existing_lora` for no file, as in ComfyUI's list."""
 
-_WHAT, _HOW, _MEMORY, _NUMBERS = "What is trained", "How it learns", "Memory", "Precision and repeatability"
+_WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
 _SPEED = "Speed"
 _VARIANTS = "Variants of the algorithm"
 _WATCH, _KEEP = "Validation and previews", "Saving and recovery"

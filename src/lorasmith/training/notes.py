@@ -214,7 +214,7 @@ def _on_targets(
     idle = [name for name in _FRESH_ONLY if not config.is_default(name)]
     if not plan.adapters and idle:
         yield (
-            f"{', '.join(idle)} {'changes' if len(idle) == 1 else 'change'} nothing: every target continues "
+            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
             "existing_lora with its own values."
         )
     rated = [one for one in plan.adapters if one.learning_rate is not None]

@@ -45,7 +45,7 @@ def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[
     for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
         name, *settings = entry.split()
         if "=" in name:
-            raise OptionError(f"settings of targets must stand behind a preset or pattern, got {entry!r} alone")
+            raise OptionError(f"settings of targets must follow a preset or pattern, got {entry!r} alone")
         if not name.startswith("!"):
             rules.append(_rule(name, presets, _settings(settings)))
         elif settings:

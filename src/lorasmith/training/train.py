@@ -238,7 +238,7 @@ class _Run:
         elif folder is not None:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
-            message = f"Resuming {folder.path} from step {start.step}, {same}."
+            message = f"The run in {folder.path} continues from step {start.step}, {same}."
             self._emit(Resumed(step=start.step, message=message))
 
     def _notes(self) -> Iterator[str]:

@@ -119,7 +119,7 @@ def test_an_argument_that_is_changed_in_place_is_noticed() -> None:
         z = y * y
     with torch.no_grad():
         scaled.add_(1)
-    with pytest.raises((AssertionError, RuntimeError), match=r"changed in place|inplace"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"modified in place|inplace"):
         z.sum().backward()
 
 

@@ -361,7 +361,7 @@ def test_where_torch_cannot_compile_the_run_goes_on(
     heard: list[Event] = []
     result = run(dataset, compile=True, on_event=heard.append, output=tmp_path / "run")
     (message,) = (event.message for event in heard if isinstance(event, Warned) and "compile" in event.message)
-    assert "there is no compiler here" in message and "\n" not in message and "step 1 is taken again" in message
+    assert "there is no compiler here" in message and "\n" not in message and "step 1 is repeated" in message
     assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
 
 

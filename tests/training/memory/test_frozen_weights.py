@@ -114,7 +114,7 @@ def test_a_run_with_products_in_fp8_learns_as_the_others_do(
     [
         ("fp8_e4m3", False, "quantized_backward has no effect on cpu, which has no products in fp8"),
         ("int8", True, "quantized_backward has no effect with quantization int8"),
-        ("fp8_e4m3", True, r"quantized_backward is of \d+ of \d+ layers; .* convolutions"),
+        ("fp8_e4m3", True, r"quantized_backward applies to \d+ of \d+ layers; .* convolutions"),
     ],
 )
 def test_it_says_what_products_in_fp8_are_of(
@@ -204,7 +204,7 @@ def test_it_says_what_share_is_quantized_and_what_previews_show(run: Run, datase
     events: list[object] = []
     run(dataset, steps=1, quantization="int8", previews="a cat", on_event=events.append)
     said = [event.message for event in events if isinstance(event, Warned)]
-    assert any(text.startswith("quantization int8 is of 9") and "% of the frozen weights" in text for text in said)
+    assert any(text.startswith("quantization int8 applies to 9") and "% of the frozen weights" in text for text in said)
     assert any("not with the quantized one" in text for text in said)
 
 

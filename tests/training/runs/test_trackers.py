@@ -130,7 +130,7 @@ def test_a_tracker_that_fails_says_so_once_and_is_left_alone() -> None:
     assert [number for _, number in logs.logged] == [1] and logs.finished == 0
     [warning] = said
     assert isinstance(warning, Warned)
-    assert warning.message == ("Weights & Biases failed (no route to host) and gets no more numbers; training goes on.")
+    assert warning.message == ("Weights & Biases failed (no route to host) and is disabled; training continues.")
 
 
 def test_a_warning_that_comes_back_to_the_tracker_goes_nowhere() -> None:
@@ -154,7 +154,7 @@ def test_a_failure_at_the_end_is_said_too() -> None:
     said: list[Event] = []
     Tracker(Stuck(), "TensorBoard", said.append).close()
     assert [event.message for event in said if isinstance(event, Warned)] == [
-        "TensorBoard failed (TimeoutError) and gets no more numbers; training goes on."
+        "TensorBoard failed (TimeoutError) and is disabled; training continues."
     ]
 
 
@@ -173,6 +173,6 @@ def test_a_tracker_that_does_not_start_is_said_before_training(tmp_path: Path, w
 
     sys.modules["wandb"].init = init  # type: ignore[attr-defined]
     with pytest.raises(
-        OptionError, match=r"^Weights & Biases does not start \(api_key not configured.*; mend that, or set"
+        OptionError, match=r"^Weights & Biases does not start \(api_key not configured.*; fix that, or set"
     ):
         tracker_for("wandb", tmp_path, "fox", CONFIG, on_event=refuse)
