@@ -157,7 +157,7 @@ WRONG = {
     "resize to nothing": (("resize", "style.safetensors"), "give --rank, such as 8, or --energy"),
     "resize to rank 0": (("resize", "style.safetensors", "--rank", 0), "a rank must be at least 1, got 0"),
     "resize to energy 2": (("resize", "style.safetensors", "--energy", 2), "at most 1, such as 0.95, got 2"),
-    "resize up": (("resize", "style.safetensors", "--rank", 64), "the largest is 8; ask for less"),
+    "resize up": (("resize", "style.safetensors", "--rank", 64), "its largest is 8; give a smaller one"),
     "resize OFT": (("resize", "turned.safetensors", "--rank", 2), "by OFT, which has no rank to choose"),
     "resize a model": (("resize", "sd15.safetensors", "--rank", 2), "is not a LoRA"),
     "extract of one": (
