@@ -71,9 +71,7 @@ class Scaling(Adapter):
         scales = wide(self.scales).to(weight.device).reshape(-1, *(1,) * (weight.ndim - 1))
         return (wide(weight) * (1 + strength * scales)).to(weight.dtype)
 
-    def adapters_attached(
-        self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float
-    ) -> Tensor:
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
         y = inner(x)
         return y + y * layer.channelwise(strength * self.scales.flatten())
 

@@ -121,7 +121,7 @@ def test_a_lora_of_no_rank_is_refused() -> None:
 
 
 def test_half_a_lora_is_refused() -> None:
-    with pytest.raises(LoraError, match=r"of the kind lora needs down, up, .* this one has down,"):
+    with pytest.raises(LoraError, match=r"of the kind lora needs down, up, .* this one has down;"):
         LoraAdapter.from_weights(AdapterWeights("lora", {"down": torch.zeros(2, 6)}), FrozenLayer(LINEAR))
 
 

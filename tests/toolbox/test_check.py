@@ -104,5 +104,5 @@ def test_folders_are_not_mended(tmp_path: Path, tiny: Model) -> None:
     save_file({**tensors, "odd": torch.ones(1)}, tmp_path / "x" / "adapter_model.safetensors")
     checked = check_lora(tmp_path / "x")
     assert not checked.is_fine
-    with pytest.raises(LoraError, match="is a folder, and files alone are mended"):
+    with pytest.raises(LoraError, match="is a folder, and --fix repairs files alone"):
         fix_lora(checked, tmp_path / "y.safetensors")

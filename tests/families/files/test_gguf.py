@@ -147,7 +147,7 @@ def test_types_that_nobody_decodes_are_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"img_in.weight of model.gguf is stored as I8, which is not known .*Q4_0"):
+    with pytest.raises(ModelError, match=r"img_in.weight of model.gguf is stored as I8, which is not supported .*Q4_0"):
         load_model(tmp_path / "model.gguf")
 
 
