@@ -1,4 +1,4 @@
-"""What the benchmarks train on, and what they run on: models with random weights, the machine, the clock."""
+"""Models with random weights, the machine and the clock of the benchmarks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from lorasmith.families.model import Model
 
 @dataclass(frozen=True)
 class Base:
-    """A model that benchmarks train.
+    """A model for benchmarks.
 
     Attributes:
         make: the model in a dtype on a device, weights of the denoiser included.
-        latent: side of its square latents where a GPU is measured.
-        batches: the batch sizes there.
-        rehearsal: name of the model that stands in for it where there is no GPU; None for models that `benchmarks.gpu`
-            leaves out.
+        latent: side of its square latents on a GPU.
+        batches: batch sizes on a GPU.
+        rehearsal: name of the model that replaces it without a GPU; None for models that `benchmarks.gpu` leaves out.
     """
 
     make: Callable[[torch.dtype, torch.device], Model]
@@ -48,7 +47,7 @@ def _tiny(dtype: torch.dtype, device: torch.device) -> Model:
 def _random(
     family: str, diffusion: Diffusion, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> Model:
-    """A family's released denoiser with random weights; `config` is laid over its configuration."""
+    """A family's released denoiser with random weights; `config` overrides its configuration."""
     kind = FAMILIES[family]
     with _made_on(device, dtype):
         denoiser = kind.denoiser_class()(**(kind.released or {}) | config)
@@ -77,23 +76,23 @@ MODELS: dict[str, Base] = {
     "flux-tiny": Base(functools.partial(_random, "flux1", _FLOW, _TINY_FLUX)),
     "flux-12b": Base(functools.partial(_random, "flux1", _FLOW, {}), rehearsal="flux-tiny"),
 }
-"""The models by name; one line makes a new one known to every benchmark, and with a `rehearsal` to `benchmarks.gpu`."""
+"""The models by name; every benchmark knows those listed here, and `benchmarks.gpu` those with a `rehearsal`."""
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
-    """A copy whose layers may be changed, with the very weights of `module`.
+    """A copy whose layers may be changed, sharing the weights of `module`.
 
-    Only kernels of convolutions are copied: a run has them channels-last, diffusers' own code as they were made.
+    Only kernels of convolutions are copied: a run has them channels-last, diffusers' code contiguous.
     """
     shared = {id(one): one for one in (*module.parameters(), *module.buffers()) if one.ndim != 4}
     return copy.deepcopy(module, dict(shared))
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Seconds as they count on a device.
+    """The clock for a device, in seconds.
 
-    On the CPU, processor seconds: what else runs on the machine counts less than in wall time. One thread is steadiest,
-    since waiting threads of a pool count as busy. On a GPU processor seconds say nothing.
+    Processor seconds on the CPU, which other work on the machine affects less than wall time. One thread is steadiest,
+    since waiting threads of a pool count as busy. Wall seconds on a GPU.
     """
     return time.process_time if device.type == "cpu" else time.perf_counter
 
@@ -112,7 +111,7 @@ def machine(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules are made on `device` in `dtype` inside: 12 billion numbers in fp32 on a host take minutes and 48 GB."""
+    """Modules are created on `device` in `dtype` inside: 12 billion fp32 numbers on a host take minutes and 48 GB."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

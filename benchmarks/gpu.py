@@ -4,18 +4,18 @@
     python -m benchmarks.gpu --parts tests step_time levers --minutes 9
     python -m benchmarks.gpu --rehearse
 
-A part is a process of its own and has a slice of the time. It is killed when that is over, keeps the rows that it had,
-and does not stop the others; one for which less than half of its slice is left is listed as not run. The most telling
-parts come first, each for one model family after the other (`benchmarks.bases.MODELS`). Without a GPU everything is
-rehearsed: on the CPU, with small models and few steps. In the output folder are then
+A part is a process of its own with a share of the time. It is killed when that is over, keeps its rows, and does not
+stop the others; a part with less than half of its share left is listed as not run. The most informative parts run
+first, each for one model family after the other (`benchmarks.bases.MODELS`). Without a GPU everything is rehearsed: on
+the CPU, with small models and few steps. The output folder contains
 
-    results.json     machine, versions, and of each part its outcome, its settings and its tables
+    results.json     machine, versions, and the outcome, settings and tables of each part
     tables.md        the tables, in the form of docs/benchmarks.md
-    log.txt          all that the parts printed
+    log.txt          the output of the parts
 
-which are up to date after each part. The exit status is 0 if every part passed. The machine needs no network: wheels of
-packages that it lacks come in a folder and are unpacked beside the project, so that nothing that is installed changes.
-This module imports nothing but the standard library.
+written after each part. The exit status is 0 if every part passed. The machine needs no network: wheels of packages
+that it lacks are read from a folder and unpacked beside the project, so that installed packages do not change. This
+module imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKAGES = ROOT / "build" / "gpu-packages"
 """Where wheels are unpacked."""
 
 _GRACE_S = 15
-"""For a part that is asked to end, before it is killed."""
+"""Seconds between asking a part to end and killing it."""
 
 _LAST_LINES = 40
 """Of a part that did not pass, in the results."""
@@ -71,10 +71,10 @@ class Part:
     """One process.
 
     Attributes:
-        name: of the benchmark, with the model after a colon where it is about one.
+        name: of the benchmark, with the model after a colon if it has one.
         command: arguments of Python.
-        minutes: its slice.
-        report: option for the file in which it leaves its tables, `--json` or pytest's; None if it leaves none.
+        minutes: its share of the time.
+        report: option for the file of its tables, `--json` or pytest's; None if it writes none.
     """
 
     name: str
@@ -90,8 +90,8 @@ class Benchmark:
     Attributes:
         name: of the part.
         module: in `benchmarks`.
-        minutes: slice.
-        full, rehearsed: options at full size, and where there is no GPU; `{batches}` stands for those of a family.
+        minutes: share of the time.
+        full, rehearsed: options at full size, and without a GPU; `{batches}` stands for those of a family.
     """
 
     name: str
@@ -126,7 +126,7 @@ FOR_EACH_FAMILY = (
         "--rounds 1 --steps 1 --batches 1 --latents 8 --ranks 4 8",
     ),
 )
-"""The most telling first; a model and the side of its latents are added."""
+"""The most informative first; a model and the side of its latents are added."""
 
 ONCE = (
     Benchmark("quantized_bases", "quantized_bases", 1, "", "--steps 2 --batch 1 --images fox --kinds none int8"),
@@ -185,18 +185,18 @@ def main() -> int:
 
 
 def parts(models: dict[str, Any], arguments: argparse.Namespace, *, rehearsed: bool) -> Iterator[Part]:
-    """All there are, the most telling first.
+    """All parts, the most informative first.
 
     Args:
-        models: name → side of the latents, batch sizes, and name of the model that rehearses for it.
-        arguments: of the command line: where tests are, and checkouts of peers.
+        models: name → side of the latents, batch sizes, and name of the model for rehearsal.
+        arguments: of the command line: path of the tests, and checkouts of peers.
         rehearsed: whether models are small, steps few, and the device the CPU.
     """
 
     def part(one: Benchmark, name: str, *more: str, **fields: object) -> Part:
         options = (one.rehearsed if rehearsed else one.full).format(**fields).split()
         device = ("--device", "cpu" if rehearsed else "cuda")
-        minutes = one.minutes * (4 if rehearsed else 1)  # for where it is rehearsed, other work may be going on
+        minutes = one.minutes * (4 if rehearsed else 1)  # rehearsals run beside other work
         return Part(name, ("-m", f"benchmarks.{one.module}", *more, *options, *device), minutes)
 
     tests = ("-m", "pytest", "-m", "gpu", "-v", "-rfE", "--color=no", *arguments.tests)
@@ -218,8 +218,8 @@ class Run:
     """Parts, one after the other.
 
     Args:
-        output: folder of what is left.
-        seconds: for all of them.
+        output: folder of the results.
+        seconds: for all parts.
 
     Attributes:
         facts: machine and versions.
@@ -236,10 +236,10 @@ class Run:
         self._log.write_text("", encoding="utf-8")
 
     def part(self, part: Part) -> None:
-        """Run one, unless too little time is left.
+        """Run a part, unless too little time is left.
 
         Its result has `outcome` (`passed`, `failed`, `over time` or `not run`), `seconds`, `command`, `settings` and
-        `tables`; that of a part that did not pass also the `last_lines` of its output.
+        `tables`, and unless it passed also the `last_lines` of its output.
         """
         result: dict[str, Any] = {"part": part.name, "command": " ".join(("python", *part.command)), "tables": []}
         wanted, left = 60 * part.minutes, self._end - time.monotonic()
@@ -255,7 +255,7 @@ class Run:
         self.finish()
 
     def finish(self) -> None:
-        """Write what there is."""
+        """Write the results so far."""
         write_json(self._output / "results.json", {"machine": self.facts, "parts": self.results})
         (self._output / "tables.md").write_text(markdown(self.facts, self.results), encoding="utf-8")
 
@@ -271,7 +271,7 @@ class Run:
             result: dict[str, Any] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
             log.seek(start)
             lines = log.read().decode(errors="replace").splitlines()
-            with contextlib.suppress(FileNotFoundError, ET.ParseError):  # of parts that left none
+            with contextlib.suppress(FileNotFoundError, ET.ParseError):  # of parts that wrote none
                 is_xml = part.report == "--junit-xml"
                 result |= _test_tables(report) if is_xml else json.loads(report.read_text(encoding="utf-8"))
         return result if outcome == "passed" else {**result, "last_lines": lines[-_LAST_LINES:]}
@@ -295,7 +295,7 @@ def markdown(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of every part: the project and the unpacked wheels before what is installed, and no network."""
+    """Environment of every part: the project and the unpacked wheels before installed packages, and no network."""
     paths = [str(path) for path in (ROOT / "src", ROOT, PACKAGES)]
     before = os.environ.get("PYTHONPATH")
     return os.environ | {
@@ -307,14 +307,14 @@ def environment() -> dict[str, str]:
 
 
 def _unpacking(wheels: Path) -> Part:
-    """The wheels of a folder, beside the project; what they need is in the folder too, or installed."""
+    """The part that unpacks a folder's wheels beside the project; their dependencies are there too, or installed."""
     how = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(PACKAGES))
     found = map(str, sorted(wheels.resolve().glob("*.whl")))
     return Part("packages", ("-m", "pip", "install", *how, *found), 2, report=None)
 
 
 def _outcome(command: Sequence[str], log: int, limit: float) -> str:
-    """Run a command with all the processes that it starts, and end them all when the time is over."""
+    """Run a command, and end all processes that it started when the time is over."""
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
@@ -331,7 +331,7 @@ def _outcome(command: Sequence[str], log: int, limit: float) -> str:
 
 
 def _test_tables(report: Path) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and the failures, from pytest's XML."""
+    """Numbers of tests that passed, failed and were skipped, and the failures, from pytest's XML."""
     cases = list(ET.parse(report).iter("testcase"))
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures: list[list[str]] = []

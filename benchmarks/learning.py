@@ -1,15 +1,14 @@
 """Held-out loss against training time, of recipes on the built-in model: which defaults learn fastest.
 
-Sixteen pictures of a style that the model has not seen; four are held out and looked at at fixed noise. Every recipe
-runs in this project's engine, so that a step costs the same and only what is learnt per step differs. Time is that of
+Sixteen pictures of a style that the model has not seen; four are held out and measured at fixed noise. Every recipe
+runs in this project's engine, so that a step costs the same and only the learning per step differs. Time is that of
 the steps alone, on the CPU processor time.
 
     python -m benchmarks.learning --recipes comfyui ours --seeds 0 1 2 --steps 500 --plot curves.png
     python -m benchmarks.learning --recipes ours ours,schedule=cosine ours,ema_decay=0.99
 
-A recipe is a name of `RECIPES`, and changes to it. `comfyui` is what Train LoRA of ComfyUI does with its defaults:
-every layer, uniform times, loss on the clean picture, AdamW on bf16 weights, alpha 1 (a scale of 1 / rank), and no
-clipping.
+A recipe is a name of `RECIPES`, and changes to it. `comfyui` has the defaults of ComfyUI's Train LoRA: every layer,
+uniform times, loss on the clean picture, AdamW on bf16 weights, alpha 1 (a scale of 1 / rank), and no clipping.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {"ours": {}, "comfyui": COMFYUI}
 
 
 class Bf16AdamW(torch.optim.AdamW):
-    """AdamW on weights and moments that are kept in bf16, as without a master copy."""
+    """AdamW on weights and moments in bf16, without a master copy."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -130,7 +129,7 @@ def _curve(model: Model, data: EncodedDataset, recipe: str, seed: int, arguments
 
 
 def _reaches(curve: Curve, loss: float) -> float:
-    """Seconds after which a curve is below a loss, in a straight line between its points; infinite if it never is."""
+    """Seconds after which a curve is below a loss, by linear interpolation; infinite if it never is."""
     for (before, high), (after, low) in itertools.pairwise(curve):
         if low <= loss:
             return before + (after - before) * (high - loss) / (high - low) if high > loss else before

@@ -1,17 +1,17 @@
-"""Which learning rate suits which algorithm: short runs on the built-in model, judged by loss and by pictures.
+"""Learning rates of the algorithms: short runs on the built-in model, measured by loss and by pictures.
 
 The setting is that of `lorasmith demo`, sixteen pictures of a style that the model has never seen; rates are multiples
-of the model's own rate for LoRA. Three numbers tell whether a rate is too low, right or too high:
+of the model's own rate for LoRA. Three numbers show whether a rate is too low, right or too high:
 
     held-out loss   on the sixteen pictures, at noise that no run has drawn: how much was learnt
     colourless      share of colourless pixels in pictures of eight subjects outside the set: whether the style shows
-    concept         share of those pictures in which a classifier still sees the subject: whether the model survived
+    concept         share of those pictures in which a classifier finds the subject: whether the model is intact
 
     python -m benchmarks.learning_rates
     python -m benchmarks.learning_rates --algorithms LoKr OFT --multiples 3 10 30
     python -m benchmarks.learning_rates --multiples default --sheet algorithms.png
 
-`default` is the rate of a run for which none is given. With `--output` LoRAs are kept, so that a sweep that was
+`default` is the rate of a run without `--learning-rate`. With `--output` LoRAs are kept, so that a sweep that was
 interrupted, or is repeated with more rates, trains no run twice.
 """
 
@@ -49,7 +49,7 @@ PROMPTS = [with_article(subject) for subject in UNTAUGHT]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a denoiser does after training, or before."""
+    """Measurements of a denoiser, before or after training."""
 
     loss: float
     colourless: float
@@ -63,7 +63,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     clock = clock_of(device)
     results = Results(arguments, torch=torch.__version__, machine=machine(device))
-    model, judge = load_model("lorasmith-tiny"), Judge.load()
+    model, judge = load_model("lorasmith-tiny", dtype=torch.float32), Judge.load()
     data = load_dataset(ASSETS / "input" / "high-contrast", model, device=device)
     own = model.denoiser.base.defaults.learning_rate
     columns = {"algorithm": "", "× the model's rate": "g", "rate": ".2g"}
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def _trained(name: str, rate: float, model: Model, data: EncodedDataset, arguments: argparse.Namespace) -> Lora | None:
-    """The LoRA of a run, read if it is there already; None where the loss became infinite."""
+    """The LoRA of a run, read if the file exists; None if the loss became infinite."""
     path = arguments.output and arguments.output / f"{name}-{arguments.steps}-steps-{rate:.3g}.safetensors"
     if path is not None and path.exists():
         return Lora.load(path, model)

@@ -1,12 +1,11 @@
-"""What levers on memory and speed cost and save: seconds of a step, and all memory of the device with the weights.
+"""Cost and gain of settings for memory and speed (levers): seconds of a step, and all device memory, weights included.
 
     python -m benchmarks.levers --model sd15 --latent 64 --batch 1 4
     python -m benchmarks.levers --model flux-12b --levers none int8 nf4 offloading
 
-The model waits in host memory, as after loading, so that the device holds what a run has put there and nothing else: on
-a GPU `weights` are the frozen ones there, `peak` is the allocator's from the run's preparation on, and what libraries
-take for themselves counts. On the CPU, where `host` and `offloading` change nothing, `peak` are bytes of tensors as in
-`benchmarks.step_time`.
+The model is in host memory, as after loading, so that the device holds the tensors of the run alone: on a GPU `weights`
+are the frozen ones there, `peak` is the allocator's from the run's preparation on, allocations of libraries included.
+On the CPU, where `host` and `offloading` change nothing, `peak` are bytes of tensors as in `benchmarks.step_time`.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def measured(
         settings: of the lever.
 
     Returns:
-        Seconds of a step (median), bytes of the frozen weights on the device, and bytes there at the most.
+        Seconds of a step (median), bytes of the frozen weights on the device, and the peak of bytes there.
     """
     device = torch.device(arguments.device)
     common = {"batch_size": batch, "rank": arguments.rank, "targets": arguments.targets}

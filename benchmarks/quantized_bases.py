@@ -1,8 +1,8 @@
-"""What a LoRA learns on a base whose weights are in fewer bytes, on the built-in model.
+"""LoRAs trained on quantized bases, on the built-in model.
 
-Sixteen pictures of a style, of which four are held out. Of every kind of quantization: what a weight takes and how far
-off it is, the loss on the held-out pictures before and after training (on the base that the run has), and the loss of
-the LoRA on the plain model, on all pictures at noise that no run drew. Ratios are to the same run on plain weights.
+Sixteen pictures of a style, of which four are held out. For every kind of quantization: bytes and error of a weight,
+the loss on the held-out pictures before and after training (on the quantized base), and the loss of the LoRA on the
+plain model, on all pictures at noise that no run drew. Ratios are to the same run on plain weights.
 
     python -m benchmarks.quantized_bases --dtype bf16 --seeds 0 1 2
     python -m benchmarks.quantized_bases --kinds none int8 --steps 20 --batch 4
@@ -115,7 +115,7 @@ def _mean(losses: list[float]) -> str:
 
 
 def _ratio(runs: list[Outcome], reference: list[Outcome], what: str) -> str:
-    """Of each run to the plain one with its seed: the mean, and the worst."""
+    """Ratios of each run to the plain one with its seed: the mean, and the largest."""
     ratios = [getattr(one, what) / getattr(other, what) for one, other in zip(runs, reference, strict=True)]
     return f"{statistics.mean(ratios):.4f}" + (f" (at most {max(ratios):.4f})" if len(ratios) > 1 else "")
 

@@ -1,7 +1,7 @@
-"""Tables of a benchmark: printed as Markdown row by row, and kept as JSON as they grow.
+"""Tables of a benchmark: printed as Markdown row by row, and saved as JSON after each row.
 
-The JSON file is written again after each row, so that a benchmark that is killed leaves the rows that it had. Nothing
-but the standard library is imported: `benchmarks.gpu` reads these files before it knows what is installed.
+A benchmark that is killed leaves the rows that it had. Only the standard library is imported: `benchmarks.gpu` reads
+these files before other packages are known to be installed.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Table:
 
 
 class Results:
-    """What one benchmark finds.
+    """The results of one benchmark.
 
     Args:
         arguments: of its command line, `json` (a path, or None) among them.
-        versions: what else it depends on, such as machine and torch.
+        versions: further facts, such as machine and torch.
     """
 
     def __init__(self, arguments: argparse.Namespace, **versions: str) -> None:
@@ -73,7 +73,7 @@ class Results:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a file that is whole whenever somebody reads it."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -96,5 +96,5 @@ def _text(cell: Cell, form: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """A setting as JSON has it."""
+    """A setting as a JSON value."""
     return str(value) if isinstance(value, Path) else value

@@ -4,10 +4,10 @@
     python -m benchmarks.scaling --model flux --plot docs/images/scaling.png
     python -m benchmarks.scaling --model flux --offloading
 
-One thing grows at a time, the others stay at `--latent`, `--at-batch` and `--rank`. Columns are those of
-`benchmarks.step_time`. `--offloading` leaves the frozen weights in host memory and streams them to the device, which on
-the CPU are copies that are counted as a GPU would hold them: the table has the most of them that were there at a time,
-beside all of them. What a GPU's allocator says of it is in `benchmarks.levers`.
+One quantity grows at a time, the others stay at `--latent`, `--at-batch` and `--rank`. Columns are those of
+`benchmarks.step_time`. `--offloading` keeps the frozen weights in host memory and streams them to the device; on the
+CPU the copies are made and counted as on a GPU. The table has the peak of them on the device, beside all of them. For a
+GPU's allocator see `benchmarks.levers`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.sides import MIB, Found, Ours, Work, compared
 from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.training import engine
 from lorasmith.training.memory.weight_stream import WeightStream
 
@@ -54,7 +54,7 @@ def main() -> None:
     at = {"batch": arguments.at_batch, "latents": arguments.latent, "rank": arguments.rank}
     growing = {"batch": arguments.batches, "latents": arguments.latents, "rank": arguments.ranks}
     curves: dict[str, dict[int, Found]] = {}
-    with held(model.components.denoiser, device=device, dtype=dtype):
+    with placed(model.components.denoiser, device=device, dtype=dtype):
         for name, values in growing.items():
             points = {value: {**at, name: value} for value in values}
             makers = {
@@ -70,10 +70,10 @@ def main() -> None:
 
 
 def _offloaded(work: Work, results: Results) -> None:
-    """Some steps with weights in host memory: the most that was on the device, against all."""
+    """Some steps with weights in host memory: the peak on the device, against all of them."""
     with _recorded_streams() as streams:
         side = Ours(work, offloading=True)
-        runtime = replace(side.job.runtime, offloading=True)  # which a run does without on the CPU
+        runtime = replace(side.job.runtime, offloading=True)  # which runs on the CPU ignore
         whole = weight_bytes(work.model.components.denoiser)
         with training_steps(replace(side.job, runtime=runtime), work.samples) as once:
             for _ in range(3):
@@ -87,7 +87,7 @@ def _offloaded(work: Work, results: Results) -> None:
 
 @contextlib.contextmanager
 def _recorded_streams() -> Iterator[list[WeightStream]]:
-    """The streams that runs make meanwhile."""
+    """Records the streams of runs inside."""
     made: list[WeightStream] = []
 
     def stream(*arguments: Any) -> WeightStream:

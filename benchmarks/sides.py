@@ -1,10 +1,10 @@
 """The sides of a comparison: the frozen model, a step of ours with some settings, a step of diffusers and PEFT.
 
-Every side does the same work on the same model and the same samples. What is measured of it: seconds a step; bytes that
-the forward pass keeps for the backward pass; bytes at the most above the frozen weights, in which trained weights,
-gradients and optimizer state count for everybody. Bytes are those of torch's tensors, counted as they come and go
-(`lorasmith.bench.counting`), so they are the same each time; on a GPU the second of them is the allocator's, which
-counts what libraries take for themselves as well.
+Every side does the same work on the same model and the same samples. Measured are seconds a step, bytes that the
+forward pass keeps for the backward pass, and the peak of bytes above the frozen weights, which includes trained
+weights, gradients and optimizer state on every side. Bytes are those of torch's tensors, counted at allocation and
+release (`lorasmith.bench.counting`), so they are deterministic; on a GPU the peak is the allocator's, allocations of
+libraries included.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class Work:
-    """What all sides do.
+    """The work of all sides.
 
     Attributes:
         model: the base model.
@@ -88,7 +88,7 @@ class Side(ABC):
         """Steps one by one; what is trained is made inside of `counter`."""
 
     def close(self) -> None:
-        """Let go of what was kept between rounds."""
+        """Free what is kept between rounds."""
         return
 
 
@@ -117,7 +117,7 @@ class Ours(Side):
     """A run of ours, in the loop that trains."""
 
     def __init__(self, work: Work, **settings: Any) -> None:
-        # Compiled kernels may be looked for anew where adapters are attached again.
+        # Attaching adapters again may make torch.compile look up its kernels again.
         self._warmup = 2 if settings.get("compile") else 1
         config = TrainConfig(**{**work.settings, **settings, "steps": work.steps + self._warmup})
         self._work = work
@@ -189,7 +189,7 @@ def textbook_step(
     trained: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """A step as training scripts write it: noise, loss, backward pass, clipping, update."""
+    """A plain training step: noise, loss, backward pass, clipping, update."""
     noise = torch.randn_like(latents)
     loss = nn.functional.mse_loss(predict(latents + noise).float(), noise.float())
     loss.backward()
@@ -200,13 +200,13 @@ def textbook_step(
 
 @dataclass
 class Found:
-    """What was measured of a side.
+    """The measurements of a side.
 
     Attributes:
         parameters: trained numbers.
         seconds: of a step, the median of each round.
-        kept, peak: bytes that the forward pass keeps, and at the most above the frozen weights.
-        trouble: why there are no numbers; empty where there are.
+        kept, peak: bytes that the forward pass keeps, and the peak above the frozen weights.
+        trouble: why there are no numbers; empty if there are.
     """
 
     parameters: int = 0
@@ -216,7 +216,7 @@ class Found:
     trouble: str = ""
 
     def titled(self, title: str) -> str:
-        """A title that says what the trouble was."""
+        """A title with the trouble, if any."""
         return f"{title}: {self.trouble}" if self.trouble else title
 
     @property
@@ -225,7 +225,7 @@ class Found:
         return [None if size is None else size / MIB for size in (self.kept, self.peak)]
 
     def ratio(self, *others: Found | None) -> float | None:
-        """Seconds to those of others together, the median over rounds; None where one of them was not measured."""
+        """Ratio of seconds to the others' sum, the median over rounds; None if one of them was not measured."""
         known = [one.seconds for one in others if one is not None]
         if len(known) < len(others) or not self.seconds or not all(known):
             return None
@@ -241,9 +241,9 @@ def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, ro
     """Memory of each side, then seconds of all in alternating rounds.
 
     Args:
-        makers: what makes a side, by its name. One that needs more memory than there is has `trouble`, and no more.
+        makers: name → function that makes the side. One that does not fit into memory has `trouble` alone.
         device: where they run.
-        rounds: how many, besides a first one that warms caches and lets libraries pick their kernels.
+        rounds: number of rounds, besides a first one that warms caches and lets libraries choose their kernels.
     """
     found = {name: Found() for name in makers}
     sides: dict[Name, Side] = {}
@@ -262,7 +262,7 @@ def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, ro
     for name in names:  # memory first: what is too large for the device shows at once
         found[name].trouble = _trouble(measure_memory, name)
     for round_ in range(rounds + 1):
-        turn = round_ % len(names)  # who comes first after another side pays for what that has left in the caches
+        turn = round_ % len(names)  # the first side after another one starts with that one's caches
         for name in names[turn:] + names[:turn]:
             found[name].trouble = found[name].trouble or _trouble(measure_time, name)
     for side in sides.values():
@@ -273,7 +273,7 @@ def compared(makers: Mapping[Name, Callable[[], Side]], device: torch.device, ro
 
 
 def _trouble(measure: Callable[[Any], None], name: object) -> str:
-    """Measure; what to say if memory or a compiler is missing."""
+    """Measure; returns the reason if memory or a compiler is missing, else an empty string."""
     try:
         measure(name)
         return ""
@@ -286,13 +286,13 @@ def _trouble(measure: Callable[[Any], None], name: object) -> str:
 
 
 def let_go() -> None:
-    """Give back memory that nobody holds any more, on a GPU to the device."""
+    """Release unused memory, on a GPU to the device."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def _allocated_peak(side: Side, device: torch.device) -> int:
-    """Bytes of GPU memory at the most in its first steps, above what was there before it was opened."""
+    """Peak of GPU memory in its first steps, in bytes above that before it was opened."""
     let_go()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -304,15 +304,15 @@ def _allocated_peak(side: Side, device: torch.device) -> int:
 
 
 def _as_asked(event: Event) -> None:
-    """Raises where a run helps itself to other settings than it was measured for."""
+    """Raises if a run recovers from a fault with other settings than those to be measured."""
     if isinstance(event, Shrunk | Warned):
         raise TrainingError(event.message)
 
 
 def resident_peak(side: Side) -> int:
-    """Bytes of resident memory at the most in its first steps, above what was there before it was opened.
+    """Peak of resident memory in its first steps, in bytes above that before it was opened.
 
-    For a process that has done nothing else: freed memory that the allocator keeps counts as resident.
+    For a fresh process: freed memory that the allocator keeps counts as resident.
     """
     gc.collect()
     with contextlib.suppress(OSError):

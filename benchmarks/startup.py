@@ -1,4 +1,4 @@
-"""How long the command line takes to say something, and to take its first step.
+"""Time of the command line to its first output, and to its first step.
 
 `--help` is the wall time of `lorasmith --help`, the median of fresh processes. `first step` is the wall time from the
 command `lorasmith train`, on the example pictures and the built-in model, to the end of its first step; the first of
@@ -46,7 +46,7 @@ def _seconds(command: list[str]) -> float:
 
 
 def _first_step(output: Path, arguments: argparse.Namespace) -> float:
-    """Seconds to the first step, by the time at which the log of the run says that it was taken."""
+    """Seconds to the first step, by its time in the log of the run."""
     command = ["train", str(ASSETS / "input" / arguments.pictures), "--model", "lorasmith-tiny", "--steps", "1"]
     command += ["--device", arguments.device] if arguments.device else []
     start = time.time()

@@ -10,10 +10,10 @@ medians over rounds, so that a busy machine slows all sides. On the CPU the cloc
     python -m benchmarks.step_time --model tiny --latent 16 --batch 8 --targets all --rank 8 --algorithms
 
 Models are described in `benchmarks.bases`, sides and their columns in `benchmarks.sides`. `kept` is what the forward
-pass keeps for the backward pass, `peak` the most above the frozen weights with all that is trained; both are bytes of
-tensors and the same each time (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
-process for each side. With `--algorithms` the sides are the algorithms, all of them or those that are named, and ratios
-are to LoRA's step.
+pass keeps for the backward pass, `peak` the peak above the frozen weights, trained state included; both are bytes of
+tensors and deterministic (on a GPU `peak` is the allocator's). `--memory` adds the peak of resident memory, of one
+process for each side. With `--algorithms` the sides are the algorithms, all or the given ones, and ratios are to LoRA's
+step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.options import options_of
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.training.config import TrainConfig
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {
@@ -115,7 +115,7 @@ def _model(arguments: argparse.Namespace) -> Iterator[Any]:
         }
         return Work(model, plain, samples, settings, device, dtype, arguments.steps)
 
-    with held(model.components.denoiser, device=device, dtype=dtype):
+    with placed(model.components.denoiser, device=device, dtype=dtype):
         yield work
 
 

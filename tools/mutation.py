@@ -1,15 +1,14 @@
-"""Breaks one line of the package at a time and counts how often the default test run notices.
+"""Breaks one line of the package at a time and counts how many the default test run catches.
 
-    python -m tools.mutation                        # this work tree as it is
+    python -m tools.mutation                        # this work tree
     python -m tools.mutation --repository ../other  # another one
     python -m tools.mutation --only 3 --only 17
 
-Each of `MUTATIONS` is made in a copy of the work tree, where the default run then goes on until something fails. The
-files whose tests are nearest to the broken module come first, which changes nothing about what is caught, only how
-soon. A failure counts if the test that failed passes again once the line is mended. What no test of the module's room
-catches is given to all other tests, for as long as `--minutes` allows.
+Each of `MUTATIONS` is made in a copy of the work tree, where the default run continues until a test fails. The test
+files nearest to the broken module run first, which changes only the time. A failure counts if the test passes again
+with the original line. If no test of the module's room catches a mutation, all other tests run, for `--minutes`.
 
-A line is found by its text, wherever its file lies. One that is gone, or stands twice, is refused: amend the table.
+A line is found by its text, in any file. One that is missing, or occurs twice, is refused: amend the table.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ AT_LEAST = 0.95
 
 @dataclass(frozen=True)
 class Mutation:
-    """A line and what becomes of it.
+    """A line and its change.
 
     Attributes:
-        line: its text, without indentation and comment; it stands once in the package.
+        line: its text, without indentation and comment; it occurs once in the package.
         replace: part of it.
-        by: what takes that part's place.
+        by: replacement of that part.
     """
 
     line: str
@@ -106,7 +105,7 @@ MUTATIONS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a mutation's line stands.
+    """The place of a mutation's line.
 
     Attributes:
         path: of the file, relative to the work tree.
@@ -121,7 +120,7 @@ def found(mutation: Mutation, tree: Path) -> Place:
     """The only line of the package with the mutation's text.
 
     Raises:
-        SystemExit: there is none, or there are several, or it lacks what is to be replaced.
+        SystemExit: there is none, or there are several, or it lacks the part to be replaced.
     """
     if mutation.line.count(mutation.replace) != 1:
         raise SystemExit(f"what is replaced must stand once in its line: {mutation}")
@@ -151,7 +150,7 @@ def broken(mutation: Mutation, place: Place, tree: Path) -> Iterator[None]:
 
 
 def _write_source(path: Path, text: str) -> None:
-    """Write a module; its compiled form goes, which is only known by the second that it was written in and its size."""
+    """Write a module and remove its compiled form, which Python checks by second and size alone."""
     path.write_text(text, encoding="utf-8")
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()

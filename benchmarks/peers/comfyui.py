@@ -5,8 +5,8 @@
 
 ComfyUI lives in a venv of its own: torch and torchvision, then its requirements without torch*, comfyui-*, PyOpenGL and
 comfy-angle. Sides take turns, each round one process for each of them; ratios are medians over rounds. On the CPU
-seconds are processor seconds. What either side trains, and how memory is measured, is said in `comfyui_train.py` and
-`ours_train.py`.
+seconds are processor seconds. `comfyui_train.py` and `ours_train.py` describe what either side trains, and how memory
+is measured.
 """
 
 from __future__ import annotations

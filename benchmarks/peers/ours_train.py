@@ -1,4 +1,4 @@
-"""Time our training on the very work that `comfyui_train.py` gives ComfyUI, and print one JSON line of the same fields.
+"""Time our training on the work of `comfyui_train.py`, and print one JSON line of the same fields.
 
 The checkpoint, latents and captions are those of `tests/peers/models.py`, from the same seeds; every Linear and
 convolution is trained with rank 8, alpha 1 and a down matrix of zeros, norms and biases as differences, in bf16 with
@@ -35,7 +35,7 @@ from lorasmith.training.loop import Loop, Watcher
 
 
 class _Steps(Watcher):
-    """Tells the meter when steps end."""
+    """Calls the meter at the end of each step."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -56,10 +56,10 @@ def main() -> None:
         save_file(weights, str(file))
         del weights
         gc.collect()
-        keep_freed_memory()  # from here on, so that what making the checkpoint took is not counted
+        keep_freed_memory()  # from here on, so that the memory for making the checkpoint is not counted
         device, meter = torch.device(settings["device"]), Meter(settings["warmup"], settings["device"])
         before_mb = meter.memory_mb("VmRSS")
-        # ComfyUI's loader chooses the format that it computes in by itself; ours is told.
+        # ComfyUI's loader chooses its compute dtype; ours takes it as an argument.
         denoiser = load_model(str(file), dtype=dtype_from_name(settings["dtype"])).denoiser
         config = TrainConfig(
             steps=settings["warmup"] + settings["steps"],
@@ -83,7 +83,7 @@ def main() -> None:
                 losses.append(event.loss)
 
         engine = engine_of(job)
-        Loop(engine, _samples(shape, settings), tell=note, watchers=[_Steps(meter)]).run()
+        Loop(engine, _samples(shape, settings), on_event=note, watchers=[_Steps(meter)]).run()
         engine.release()
     figures = meter.figures() | {
         "weights_mb": round(weights_mb, 1),

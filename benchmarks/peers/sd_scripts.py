@@ -36,7 +36,7 @@ from lorasmith.bench.counting import Counter
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 
 
 class SdScripts(Side):
@@ -95,7 +95,7 @@ class SdScripts(Side):
 
 def main() -> None:
     arguments = _arguments()
-    logging.disable(logging.INFO)  # it tells of every block
+    logging.disable(logging.INFO)  # it logs every block
     keep_freed_memory()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def main() -> None:
     samples = synthetic_samples(model, arguments.batch, arguments.latent, arguments.latent)
     settings |= {"training_dtype": arguments.dtype}
     work = Work(model, plain, samples, settings, device, dtype, arguments.steps)
-    with held(model.components.denoiser, device=device, dtype=dtype):
+    with placed(model.components.denoiser, device=device, dtype=dtype):
         found = compared(
             {
                 "floor": lambda: Frozen(work, backward=True),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lorasmith.adapters import algorithms, catalogue
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached, create_adapters
-from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters
+from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_format import AdapterFormat
@@ -71,7 +71,9 @@ class Scaling(Adapter):
         scales = wide(self.scales).to(weight.device).reshape(-1, *(1,) * (weight.ndim - 1))
         return (wide(weight) * (1 + strength * scales)).to(weight.dtype)
 
-    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+    def adapters_attached(
+        self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float
+    ) -> Tensor:
         y = inner(x)
         return y + y * layer.channelwise(strength * self.scales.flatten())
 
@@ -96,7 +98,7 @@ def scaled(names: ModelNames) -> AdapterState:
 
 def weights_with(model: Model, state: AdapterState) -> dict[str, Tensor]:
     denoiser = model.denoiser.module
-    with merged_weights(denoiser, [Patch({ref.path: one for ref, one in state.adapters.items()})]):
+    with patches_merged(denoiser, [Patch({ref.path: one for ref, one in state.adapters.items()})]):
         return {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}
 
 
@@ -149,7 +151,7 @@ def test_it_learns_beside_a_model(tiny: Model) -> None:
     plan = plan_adapters(denoiser, [Rule(("*.attn1.to_q",))], rank=4)
     adapters = create_adapters(denoiser, plan, algorithm="Scaling", alpha=None, seed=0, zero="up")
     latents, context = torch.ones(1, 4, 8, 8), tiny.text_encoder.encode("a cat")
-    with attached(denoiser, [Attached(adapters)]):
+    with adapters_attached(denoiser, [Attached(adapters)]):
         tiny.family.predict(denoiser, latents, torch.tensor([400.0]), context).square().sum().backward()
     assert all(parameter.grad.any() for adapter in adapters.values() for parameter in adapter.parameters())
 

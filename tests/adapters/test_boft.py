@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.boft import BoftAdapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
 
@@ -65,7 +65,7 @@ def test_no_stage_is_kept_for_the_backward_pass() -> None:
     model, x = nn.Sequential(layer), torch.randn(50, 16)
     saved: list[Tensor] = []
     with (
-        attached(model, [Attached({"0": adapter})]),
+        adapters_attached(model, [Attached({"0": adapter})]),
         torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t),
     ):
         output = model(x)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
-from lorasmith.adapters.patch import Patch, applied, merged_weights
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.patch import Patch, patches_applied, patches_merged
 
 pytestmark = pytest.mark.pairwise(algorithm=KINDS.keys(), case=LAYERS)
 
@@ -33,7 +33,7 @@ def filled(model: nn.Module, algorithm: str, *, seed: int = 2) -> Adapter:
 
 
 def with_adapter(model: nn.Module, adapter: Adapter, x: Tensor, strength: float = 1.0) -> Tensor:
-    with attached(model, [Attached({"layer": adapter}, strength)]):
+    with adapters_attached(model, [Attached({"layer": adapter}, strength)]):
         return model(x)
 
 
@@ -64,7 +64,7 @@ def test_attached_and_merged_agree(algorithm: str, case: LayerCase, strength: fl
     adapter = filled(model, algorithm)
     beside = with_adapter(model, adapter, x, strength)
 
-    with merged_weights(model, [Patch({"layer": adapter.to_weights()}, strength=strength)]):
+    with patches_merged(model, [Patch({"layer": adapter.to_weights()}, strength=strength)]):
         folded = model(x)
 
     torch.testing.assert_close(beside, folded, rtol=1e-5, atol=2e-6)
@@ -118,7 +118,7 @@ def test_gradients_are_right_in_double_precision(algorithm: str, case: LayerCase
 def test_recomputation_changes_no_gradient(algorithm: str, case: LayerCase) -> None:
     model, x = case.model(), case.input()
     adapter = filled(model, algorithm)
-    with attached(model, [Attached({"layer": adapter})]):
+    with adapters_attached(model, [Attached({"layer": adapter})]):
         plain = torch.autograd.grad(model(x).square().sum(), [*adapter.parameters()])
         recomputed = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False, preserve_rng_state=False)
         again = torch.autograd.grad(recomputed.square().sum(), [*adapter.parameters()])
@@ -135,7 +135,7 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(algorithm: st
     saved: list[Tensor] = []
 
     with (
-        attached(model, [Attached({"layer": adapter})]),
+        adapters_attached(model, [Attached({"layer": adapter})]),
         torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t),
     ):
         layer(x)
@@ -224,13 +224,16 @@ def test_two_adapters_add_up(algorithm: str, case: LayerCase) -> None:
     one, two = filled(model, algorithm, seed=3), filled(model, algorithm, seed=4)
     patches = [Patch({"layer": one.to_weights()}, strength=0.6), Patch({"layer": two.to_weights()}, strength=-0.9)]
 
-    with merged_weights(model, patches):
+    with patches_merged(model, patches):
         folded = model(x)
-    with attached(model, [Attached({"layer": one}, 0.6), Attached({"layer": two}, -0.9)]):
+    with adapters_attached(model, [Attached({"layer": one}, 0.6), Attached({"layer": two}, -0.9)]):
         beside = model(x)
-    with attached(model, [Attached({"layer": one}, 0.6)]), attached(model, [Attached({"layer": two}, -0.9)]):
+    with (
+        adapters_attached(model, [Attached({"layer": one}, 0.6)]),
+        adapters_attached(model, [Attached({"layer": two}, -0.9)]),
+    ):
         nested = model(x)
-    with applied(model, [patches[0], Patch(patches[1].adapters, strength=-0.9, bypass=True)]):
+    with patches_applied(model, [patches[0], Patch(patches[1].adapters, strength=-0.9, bypass=True)]):
         mixed = model(x)
 
     for other in (beside, nested, mixed):
@@ -240,7 +243,7 @@ def test_two_adapters_add_up(algorithm: str, case: LayerCase) -> None:
 def test_a_frozen_adapter_below_the_trained_one_gets_no_gradient(algorithm: str, case: LayerCase) -> None:
     model, x = case.model(), case.input().requires_grad_()
     frozen, trained = filled(model, algorithm, seed=3).requires_grad_(False), filled(model, algorithm, seed=4)
-    with attached(model, [Attached({"layer": frozen}), Attached({"layer": trained})]):
+    with adapters_attached(model, [Attached({"layer": frozen}), Attached({"layer": trained})]):
         model(x).square().sum().backward()
 
     assert all(parameter.grad is None for parameter in frozen.parameters())
@@ -248,9 +251,9 @@ def test_a_frozen_adapter_below_the_trained_one_gets_no_gradient(algorithm: str,
 
 
 APPLYING: dict[str, Callable[[nn.Module, Adapter], Any]] = {
-    "attached": lambda model, adapter: attached(model, [Attached({"layer": adapter})]),
-    "merged": lambda model, adapter: merged_weights(model, [Patch({"layer": adapter.to_weights()})]),
-    "bypass": lambda model, adapter: applied(model, [Patch({"layer": adapter.to_weights()}, bypass=True)]),
+    "attached": lambda model, adapter: adapters_attached(model, [Attached({"layer": adapter})]),
+    "merged": lambda model, adapter: patches_merged(model, [Patch({"layer": adapter.to_weights()})]),
+    "bypass": lambda model, adapter: patches_applied(model, [Patch({"layer": adapter.to_weights()}, bypass=True)]),
 }
 
 

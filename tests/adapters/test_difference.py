@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.difference import Difference, is_norm
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached, load_differences
+from lorasmith.adapters.inject import Attached, adapters_attached, load_differences
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.oft import OftAdapter
-from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.core.errors import LoraError
 
 NORMS = {
@@ -47,7 +47,7 @@ def test_a_fresh_difference_is_exactly_the_identity(name: str) -> None:
     assert set(difference.to_tensors()) == (
         {"bias"} if name not in NORMS else {n for n, _ in model[0].named_parameters()}
     )
-    with attached(model, [Attached({}, differences={"0": difference})]):
+    with adapters_attached(model, [Attached({}, differences={"0": difference})]):
         assert torch.equal(model(x), plain)
     assert snapshot(model) == before
 
@@ -60,7 +60,7 @@ def test_attached_and_merged_agree_in_outputs_and_gradients(name: str, strength:
     difference = Difference.create(model[0])
     randomised(difference)
     inputs = [x, *difference.parameters()]
-    with attached(model, [Attached({}, strength, {"0": difference})]):
+    with adapters_attached(model, [Attached({}, strength, {"0": difference})]):
         ours = model(x)
         gradients = torch.autograd.grad(ours.square().sum(), inputs)
         recomputed = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False, preserve_rng_state=False)
@@ -73,7 +73,7 @@ def test_attached_and_merged_agree_in_outputs_and_gradients(name: str, strength:
     for one, other, third in zip(gradients, references, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert torch.equal(one, third)
-    with merged_weights(model, [Patch({}, {"0": difference.to_tensors()}, strength)]):
+    with patches_merged(model, [Patch({}, {"0": difference.to_tensors()}, strength)]):
         torch.testing.assert_close(ours, model(x), rtol=1e-5, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_the_input_of_a_group_norm_needs_no_gradient(layout: torch.memory_format
     model = nn.Sequential(nn.GroupNorm(4, 8)).requires_grad_(False)
     difference = Difference.create(model[0])
     x = torch.randn(1, 8, 4, 4).to(memory_format=layout)
-    with attached(model, [Attached({}, differences={"0": difference})]):
+    with adapters_attached(model, [Attached({}, differences={"0": difference})]):
         model(x).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in difference.parameters())
     assert x.grad is None
@@ -96,7 +96,7 @@ def test_a_small_change_of_a_norm_survives_half_precision() -> None:
     difference.get_parameter("weight").data.fill_(0.001)
     difference.bfloat16()
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with attached(model, [Attached({}, differences={"0": difference})]):
+    with adapters_attached(model, [Attached({}, differences={"0": difference})]):
         model(x).square().sum().backward()
 
     assert difference._alone(model[0], model[0].forward, x).float().std().item() == pytest.approx(0.001, rel=0.05)
@@ -114,14 +114,14 @@ def test_a_bias_changes_outside_whatever_the_adapter_does(case: LayerCase, rotat
     for trained in (adapter, difference):
         randomised(trained)
     patch = Patch({"layer": adapter.to_weights()}, {"layer": difference.to_tensors()})
-    with merged_weights(model, [patch]):
+    with patches_merged(model, [patch]):
         expected = model(x)
     one_call = Attached({"layer": adapter}, differences={"layer": difference})
-    with attached(model, [one_call]):
+    with adapters_attached(model, [one_call]):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     with (
-        attached(model, [Attached({}, differences={"layer": difference})]),
-        attached(model, [Attached({"layer": adapter})]),
+        adapters_attached(model, [Attached({}, differences={"layer": difference})]),
+        adapters_attached(model, [Attached({"layer": adapter})]),
     ):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora, dora_from_weights
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
@@ -65,7 +65,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
     x = torch.randn(3, 6)
     for kind in AXES.values():
         adapter, model = fresh(layer, kind), nn.Sequential(layer)
-        with attached(model, [Attached({"0": adapter})]):
+        with adapters_attached(model, [Attached({"0": adapter})]):
             assert torch.equal(model(x), F.linear(x, layer.weight, layer.bias))
             model(x).sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in adapter.parameters())
@@ -129,7 +129,7 @@ def test_outputs_and_gradients_are_pefts() -> None:
         torch.testing.assert_close(magnitude.flatten(), adapter._start.flatten())
         magnitude.data.copy_(adapter.to_weights().tensors["dora_scale"].reshape(magnitude.shape))
 
-    with attached(base.requires_grad_(False), [Attached(adapters)]):
+    with adapters_attached(base.requires_grad_(False), [Attached(adapters)]):
         ours = base(x)
         ours.square().sum().backward()
     expected = peer(x)

@@ -14,7 +14,7 @@ from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.pissa import PissaAdapter
 from lorasmith.core.errors import OptionError
@@ -82,12 +82,12 @@ def test_a_masked_adapter_is_one_with_those_dimensions_scaled(case: LayerCase) -
         made = dropout.masks(range(len(x)))
         assert made is not None
         made[0] = torch.tensor([0.0, 2.0, 1.0])
-        with attached(model, [Attached({"layer": adapter})]), dropout.applied(made):
+        with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(made):
             together = model(x)
             gradients = torch.autograd.grad(together.square().sum(), [*product.parameters()])
         alone, sums = [], [torch.zeros_like(gradient) for gradient in gradients]
         for sample, mask in zip(x.split(1), made.split(1), strict=True):
-            with attached(model, [Attached({"layer": adapter})]), dropout.applied(mask):
+            with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(mask):
                 alone.append(model(sample))
                 for total, gradient in zip(
                     sums, torch.autograd.grad(alone[-1].square().sum(), [*product.parameters()]), strict=True
@@ -110,11 +110,11 @@ def test_the_mask_multiplies_the_inner_dimension(case: LayerCase) -> None:
     scaled = LoraAdapter(
         adapter.down.detach() * mask.reshape(-1, *(1,) * (adapter.down.ndim - 1)), adapter.up.detach(), alpha=2.0
     )
-    with attached(model, [Attached({"layer": scaled})]):
+    with adapters_attached(model, [Attached({"layer": scaled})]):
         expected = model(x)
     with (
-        attached(model, [Attached({"layer": adapter})]),
-        Dropout({"layer": adapter}, rank=0.5, module=0.0, seed=0).applied(mask.repeat(len(x), 1)),
+        adapters_attached(model, [Attached({"layer": adapter})]),
+        Dropout({"layer": adapter}, rank=0.5, module=0.0, seed=0).masks_applied(mask.repeat(len(x), 1)),
     ):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_a_layer_left_out_is_the_frozen_one() -> None:
     randomised(adapter)
     frozen = model(x)
     dropout = Dropout({"layer": adapter}, rank=0.0, module=0.5, seed=0)
-    with attached(model, [Attached({"layer": adapter})]), dropout.applied(torch.zeros(len(x), 3)):
+    with adapters_attached(model, [Attached({"layer": adapter})]), dropout.masks_applied(torch.zeros(len(x), 3)):
         assert torch.equal(model(x), frozen)
 
 
@@ -138,8 +138,8 @@ def test_a_layer_whose_input_does_not_begin_with_the_batch_is_refused() -> None:
     adapter = LoraAdapter(torch.zeros(3, 48), torch.zeros(40, 3), alpha=1.0)
     dropout = Dropout({"layer": adapter}, rank=0.5, module=0.0, seed=0)
     with (
-        attached(model, [Attached({"layer": adapter})]),
-        dropout.applied(torch.ones(5, 3)),
+        adapters_attached(model, [Attached({"layer": adapter})]),
+        dropout.masks_applied(torch.ones(5, 3)),
         pytest.raises(OptionError, match=r"^dropout needs layers whose input begins with the batch \(5\), got"),
     ):
         model(case.input())

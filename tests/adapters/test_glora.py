@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.glora import GloraAdapter
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
@@ -60,7 +60,7 @@ def test_a_tucker_core_is_applied_beside_and_merged_alike(groups: int) -> None:
 
     torch.testing.assert_close(adapter.merged(layer.weight, 0.6), weight, rtol=1e-5, atol=1e-5)
     expected = torch.func.functional_call(model, {"0.weight": weight}, (x,))
-    with attached(model, [Attached({"0": adapter}, 0.6)]):
+    with adapters_attached(model, [Attached({"0": adapter}, 0.6)]):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
-from lorasmith.adapters.inject import Attached, attached, create_adapters, load_adapters
+from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters, load_adapters
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Plan, Rule, plan_adapters
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
@@ -94,7 +94,7 @@ def test_attaching_to_a_missing_layer_leaves_the_others_alone(model: nn.Module) 
     adapter = LoraAdapter(torch.zeros(1, 8), torch.zeros(8, 1), alpha=1)
     with (
         pytest.raises(AttributeError),
-        attached(model, [Attached({"first.to_q": adapter, "third.to_q": adapter})]),
+        adapters_attached(model, [Attached({"first.to_q": adapter, "third.to_q": adapter})]),
     ):
         pass
 
@@ -105,9 +105,9 @@ def test_an_inner_stack_gives_the_outer_one_back() -> None:
     case = LAYERS["linear"]
     model, x = case.model(), case.input()
     one, two = (LoraAdapter(torch.randn(2, 48), torch.randn(40, 2), alpha=2) for _ in range(2))
-    with attached(model, [Attached({"layer": one})]):
+    with adapters_attached(model, [Attached({"layer": one})]):
         outer = model(x)
-        with attached(model, [Attached({"layer": two})]):
+        with adapters_attached(model, [Attached({"layer": two})]):
             assert not torch.equal(model(x), outer)
         assert torch.equal(model(x), outer)
     assert not torch.equal(model(x), outer)
@@ -121,7 +121,7 @@ def test_a_forward_that_the_layer_had_of_its_own_comes_back() -> None:
         return x
 
     layer.forward = own
-    with attached(model, [Attached({"layer": LoraAdapter(torch.zeros(2, 48), torch.zeros(40, 2), alpha=2)})]):
+    with adapters_attached(model, [Attached({"layer": LoraAdapter(torch.zeros(2, 48), torch.zeros(40, 2), alpha=2)})]):
         assert layer.forward is not own
     assert layer.forward is own
 
@@ -179,7 +179,7 @@ def test_the_bias_stays_outside_what_transforms_the_output(case: LayerCase, orde
         weight = adapter.merged(weight, strength)
     expected = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
 
-    with attached(model, [Attached({"layer": adapter}, strength) for adapter, strength in stack]):
+    with adapters_attached(model, [Attached({"layer": adapter}, strength) for adapter, strength in stack]):
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_inputs_of_any_form_go_through_a_linear(make: Callable[[], Tensor]) -> N
     weight = adapter.merged(layer.weight)
     expected = torch.func.functional_call(model, {"layer.weight": weight}, (x,))
 
-    with attached(model, [Attached({"layer": adapter})]):
+    with adapters_attached(model, [Attached({"layer": adapter})]):
         output = model(x)
     # Not a plain sum, so that the incoming gradient is one that is not contiguous either.
     gradients = torch.autograd.grad(output.transpose(0, -1).square().sum(), inputs)
@@ -225,14 +225,14 @@ def test_frozen_and_merged_layers_serve_each_other(model: nn.Module) -> None:
     adapter = LoraAdapter(torch.randn(2, 8), torch.randn(8, 2), alpha=2)
     layer = model.get_submodule("first.to_q")
     with (
-        attached(model, [Attached({"first.to_q": adapter})]),
-        merged_weights(model, [Patch({"first.to_q": adapter.to_weights()}, strength=-1)]),
+        adapters_attached(model, [Attached({"first.to_q": adapter})]),
+        patches_merged(model, [Patch({"first.to_q": adapter.to_weights()}, strength=-1)]),
     ):
         torch.testing.assert_close(layer(x), x @ layer.weight.T + (x @ adapter.down.T) @ adapter.up.T)
     restored = layer(x)
 
-    with merged_weights(model, [Patch({"first.to_q": adapter.to_weights()}, strength=-1)]):
+    with patches_merged(model, [Patch({"first.to_q": adapter.to_weights()}, strength=-1)]):
         merged = layer(x)
-        with attached(model, [Attached({"first.to_q": adapter})]):
+        with adapters_attached(model, [Attached({"first.to_q": adapter})]):
             torch.testing.assert_close(layer(x), restored, rtol=1e-4, atol=1e-4)
         assert torch.equal(layer(x), merged)

@@ -8,7 +8,7 @@ from layer_cases import LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.loha import LohaAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
@@ -73,7 +73,7 @@ def test_tucker_cores_are_applied_beside_and_merged_alike(layer: nn.Module) -> N
 
     torch.testing.assert_close(adapter.merged(layer.weight, 0.6), weight, rtol=1e-5, atol=1e-5)
     expected = torch.func.functional_call(model, {"0.weight": weight}, (x,))
-    with attached(model, [Attached({"0": adapter}, 0.6)]):
+    with adapters_attached(model, [Attached({"0": adapter}, 0.6)]):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert adapter.to_weights().tensors.keys() == tensors.keys()
 

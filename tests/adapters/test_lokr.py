@@ -8,7 +8,7 @@ from layer_cases import LAYERS, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lokr import LokrAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
@@ -88,7 +88,7 @@ def test_every_form_is_applied_by_the_formula(form: str, stacked: bool) -> None:
     total = weight + change if stacked else weight
     expected = nn.functional.conv2d(x.double(), total, layer.bias.double(), stride=2, padding=1)
     model = nn.Sequential(layer)
-    with attached(model, sets):
+    with adapters_attached(model, sets):
         torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_the_order_of_channels_in_memory_makes_no_difference(memory_format: torc
     results = []
     for one, x in ((model, case.input().to(memory_format=memory_format)), (plain, case.input())):
         x.requires_grad_()
-        with attached(one, [Attached({"layer": adapter})]):
+        with adapters_attached(one, [Attached({"layer": adapter})]):
             output = one(x)
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, *adapter.parameters()])])
 

@@ -10,7 +10,7 @@ from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached, create_adapters
+from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.targets import Plan, PlannedAdapter
 from lorasmith.adapters.variants import Variant
@@ -79,7 +79,7 @@ def test_a_tucker_core_is_applied_beside_and_merged_alike(layer: nn.Module) -> N
 
     torch.testing.assert_close(adapter.merged(layer.weight, 0.6), merged, rtol=1e-5, atol=1e-5)
     expected = torch.func.functional_call(model, {"0.weight": merged}, (x,))
-    with attached(model, [Attached({"0": adapter}, 0.6)]):
+    with adapters_attached(model, [Attached({"0": adapter}, 0.6)]):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert set(adapter.to_weights().tensors) == {"down", "mid", "up"}
 
@@ -132,7 +132,7 @@ def test_a_linear_keeps_its_input_and_the_projection_alone() -> None:
     saved: list[Tensor] = []
     model = nn.Sequential(layer)
     with (
-        attached(model, [Attached({"0": adapter})]),
+        adapters_attached(model, [Attached({"0": adapter})]),
         torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t),
     ):
         model(x)
@@ -193,7 +193,7 @@ def test_lora_plus_takes_pefts_steps() -> None:
         rates={name: _rate(path, name, config, runtime) for path, name, _ in trained},
     )
     ours = GatedOptimizer("AdamW", flat.groups, weight_decay=0.0)
-    with attached(base.requires_grad_(False), [Attached(adapters)]):
+    with adapters_attached(base.requires_grad_(False), [Attached(adapters)]):
         for _ in range(3):
             flat.grad.zero_()
             base(x).square().sum().backward()
@@ -231,7 +231,7 @@ def test_outputs_and_gradients_are_pefts(alpha: float) -> None:
         layer.lora_A["default"].weight.data.copy_(adapter.down)
         layer.lora_B["default"].weight.data.copy_(adapter.up)
 
-    with attached(base.requires_grad_(False), [Attached(adapters)]):
+    with adapters_attached(base.requires_grad_(False), [Attached(adapters)]):
         ours = base(x)
         ours.square().sum().backward()
     theirs = peer(x)

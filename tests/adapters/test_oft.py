@@ -8,7 +8,7 @@ from layer_cases import randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.oft import OftAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
@@ -105,7 +105,7 @@ def test_factors_of_a_file_multiply_the_rotated_rows(layer: nn.Module) -> None:
         torch.testing.assert_close(adapter.merged(layer.weight, strength), expected, rtol=1e-5, atol=1e-6)
     model, x = nn.Sequential(layer), torch.randn(2, 6, *(5,) * (layer.weight.ndim - 2))
     expected = torch.func.functional_call(model, {"0.weight": adapter.merged(layer.weight)}, (x,))
-    with attached(model, [Attached({"0": adapter})]):
+    with adapters_attached(model, [Attached({"0": adapter})]):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(adapter.to_weights().tensors["rescale"], rescale)
 
@@ -121,7 +121,7 @@ def test_half_precision_keeps_lengths_that_a_rotation_keeps() -> None:
     x = torch.randn(8192, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     model = nn.Sequential(layer)
     plain = model(x).double().square().mean()
-    with torch.no_grad(), attached(model, [Attached({"0": adapter.bfloat16()})]):
+    with torch.no_grad(), adapters_attached(model, [Attached({"0": adapter.bfloat16()})]):
         assert model(x).double().square().mean() / plain == pytest.approx(1, abs=2e-4)
 
 

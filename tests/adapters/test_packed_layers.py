@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.packed_layers import give_source
 from lorasmith.core.quantization import Packed, packed
 
@@ -31,7 +31,7 @@ def filled(case: LayerCase, algorithm: str) -> dict[str, Adapter]:
 
 def passes(model: nn.Module, adapters: dict[str, Adapter], x: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The output, then the gradients to input and adapter."""
-    with attached(model, [Attached(adapters)]):
+    with adapters_attached(model, [Attached(adapters)]):
         y = model(x)
         yield (y,)
         trained = [parameter for one in adapters.values() for parameter in one.parameters()]

@@ -7,7 +7,7 @@ import torch
 from layer_cases import snapshot
 from torch import Tensor, nn
 
-from lorasmith.adapters.patch import Patch, applied, attachments, merged_weights
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
@@ -33,7 +33,7 @@ def test_differences_are_added_with_the_strength(model: nn.Module, bypass: bool)
     originals = {name: parameter.clone() for name, parameter in model.named_parameters()}
     before = snapshot(model)
 
-    with applied(model, [Patch({}, changes, strength=0.5, bypass=bypass)]):
+    with patches_applied(model, [Patch({}, changes, strength=0.5, bypass=bypass)]):
         assert torch.equal(model[0].bias, originals["0.bias"] + 0.5)
         assert torch.equal(model[1].weight, originals["1.weight"] + 1.0)
         assert torch.equal(model[1].bias, originals["1.bias"] + 1.5)
@@ -44,7 +44,7 @@ def test_differences_are_added_with_the_strength(model: nn.Module, bypass: bool)
 def test_an_adapter_and_a_difference_of_one_weight_add_up(model: nn.Module) -> None:
     weight = model[2].weight.clone()
     one = lora(out=4)
-    with merged_weights(model, [Patch({"2": one}, {"2": {"weight": torch.ones(4, 6)}}, strength=2.0)]):
+    with patches_merged(model, [Patch({"2": one}, {"2": {"weight": torch.ones(4, 6)}}, strength=2.0)]):
         expected = weight + 2 * (one.tensors["up"] @ one.tensors["down"] / 2 + 1)
         torch.testing.assert_close(model[2].weight.data, expected)
     assert torch.equal(model[2].weight, weight)
@@ -52,16 +52,16 @@ def test_an_adapter_and_a_difference_of_one_weight_add_up(model: nn.Module) -> N
 
 def test_no_alpha_means_scale_one(model: nn.Module) -> None:
     weight, one = model[0].weight.clone(), lora()
-    with merged_weights(model, [Patch({"0": AdapterWeights("lora", one.tensors)})]):
+    with patches_merged(model, [Patch({"0": AdapterWeights("lora", one.tensors)})]):
         torch.testing.assert_close(model[0].weight.data, weight + one.tensors["up"] @ one.tensors["down"])
 
 
 def test_patches_nest_and_are_undone_in_reverse(model: nn.Module) -> None:
     x = torch.randn(2, 6)
     base = model(x)
-    with applied(model, [Patch({"0": lora(1)})]):
+    with patches_applied(model, [Patch({"0": lora(1)})]):
         first = model(x)
-        with applied(model, [Patch({"0": lora(2)}), Patch({"2": lora(3, out=4)}, bypass=True)]):
+        with patches_applied(model, [Patch({"0": lora(2)}), Patch({"2": lora(3, out=4)}, bypass=True)]):
             assert not torch.equal(model(x), first)
         assert torch.equal(model(x), first)
     assert torch.equal(model(x), base)
@@ -86,7 +86,10 @@ MISFITS = {
 def test_what_does_not_fit_is_refused_and_nothing_stays_changed(model: nn.Module, misfit: Patch, sentence: str) -> None:
     before = snapshot(model)
     fitting = Patch({"0": lora()}, {"1": {"bias": torch.ones(6)}})
-    with pytest.raises(LoraError, match=f"^{sentence}.*; .*made for another model$"), applied(model, [fitting, misfit]):
+    with (
+        pytest.raises(LoraError, match=f"^{sentence}.*; .*made for another model$"),
+        patches_applied(model, [fitting, misfit]),
+    ):
         pass
 
     assert snapshot(model) == before
@@ -96,7 +99,7 @@ def test_a_bypass_that_does_not_fit_is_refused_and_nothing_stays_changed(model: 
     before = snapshot(model)
     with (
         pytest.raises(LoraError, match="does not fit a layer"),
-        applied(model, [Patch({"0": lora()}), Patch({"2": lora()}, bypass=True)]),
+        patches_applied(model, [Patch({"0": lora()}), Patch({"2": lora()}, bypass=True)]),
     ):
         pass
 
@@ -116,7 +119,7 @@ def test_merging_keeps_the_weights_dtype_and_adds_in_fp32(model: nn.Module) -> N
     model.to(torch.bfloat16)
     weight, one = model[0].weight.clone(), lora()
     product: Tensor = one.tensors["up"] @ one.tensors["down"]
-    with merged_weights(model, [Patch({"0": one}, strength=0.3)]):
+    with patches_merged(model, [Patch({"0": one}, strength=0.3)]):
         assert model[0].weight.dtype == torch.bfloat16
         assert torch.equal(model[0].weight.data, torch.add(weight.float(), product, alpha=0.15).bfloat16())
     assert torch.equal(model[0].weight, weight)

@@ -11,7 +11,7 @@ import torch
 from layer_cases import LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
-from lorasmith.adapters.inject import Attached, attached, load_adapters
+from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
 from lorasmith.core.adapter_state import AdapterWeights
 
 KINDS = ("linear", "conv 1x1", "conv 3x3 stride 2")
@@ -151,7 +151,7 @@ def test_outputs_and_gradients_are_the_peers(one: Row, case: LayerCase) -> None:
     model, ours = nn.Sequential(case.model().get_submodule("layer")), case.input().requires_grad_()
     weights = AdapterWeights(one.algorithm, {name: p.detach() for name, p in peer.parameters.items()}, peer.alpha)
     adapter = load_adapters(model, {"0": weights})["0"]
-    with attached(model, [Attached({"0": adapter})]):
+    with adapters_attached(model, [Attached({"0": adapter})]):
         output = model(ours)
     own = dict(adapter.named_parameters())
     found = torch.autograd.grad((output * direction).sum(), [ours, *(own[name] for name in right)])
@@ -179,5 +179,5 @@ def test_a_rotation_of_inputs_is_pefts_oft(rank: int) -> None:
 
     expected, plain = model(x), nn.Sequential(layer)
     adapter = load_adapters(plain, {"0": AdapterWeights("oft", {"oft_blocks": blocks}, 0.0)})["0"]
-    with attached(plain, [Attached({"0": adapter})]):
+    with adapters_attached(plain, [Attached({"0": adapter})]):
         torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.pissa import PissaAdapter
 
@@ -80,7 +80,7 @@ def test_outputs_and_gradients_are_pefts() -> None:
         matrices[0].data += adapter.down.data
         matrices[1].data += adapter.up.data
 
-    with attached(base.requires_grad_(False), [Attached(adapters)]):
+    with adapters_attached(base.requires_grad_(False), [Attached(adapters)]):
         ours = base(x)
         ours.square().sum().backward()
     expected = peer(x)

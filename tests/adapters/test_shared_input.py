@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorasmith.adapters import inject, shared_input
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 
 
@@ -46,7 +46,7 @@ def outcome(net: Attention, adapters: dict[str, Any], *inputs: Tensor) -> list[T
     """Output, gradient of each input and of each matrix."""
     leaves = [one.clone().requires_grad_() for one in inputs]
     parameters = [p for one in adapters.values() for p in one.parameters()]
-    with attached(net, [Attached(adapters, strength=0.7)]):
+    with adapters_attached(net, [Attached(adapters, strength=0.7)]):
         y = net(*leaves)
     return [y, *torch.autograd.grad(y.square().sum(), [*leaves, *parameters])]
 
@@ -97,10 +97,10 @@ def test_dropout_computes_them_apart(groups: list[int]) -> None:
     net = Attention(32).requires_grad_(False)
     adapters = adapters_of(net)
     dropout = Dropout(adapters, rank=0.5, module=0.0, seed=0)
-    with dropout.applied(dropout.masks([0, 1])), attached(net, [Attached(adapters)]):
+    with dropout.masks_applied(dropout.masks([0, 1])), adapters_attached(net, [Attached(adapters)]):
         dropped = net(torch.ones(2, 5, 32))
     assert not groups
-    with attached(net, [Attached(adapters)]):
+    with adapters_attached(net, [Attached(adapters)]):
         whole = net(torch.ones(2, 5, 32))
     assert groups == [3]
     assert not torch.allclose(dropped, whole)
@@ -109,7 +109,7 @@ def test_dropout_computes_them_apart(groups: list[int]) -> None:
 def test_nothing_stays_behind(groups: list[int]) -> None:
     net = Attention(32).requires_grad_(False)
     adapters = adapters_of(net)
-    with attached(net, [Attached(adapters)]):
+    with adapters_attached(net, [Attached(adapters)]):
         shared, index = net.to_q.forward.__self__.shared
         x = torch.randn(2, 5, 32)
         net(x)
@@ -124,8 +124,8 @@ def test_a_further_adapter_on_one_of_them_parts_them(groups: list[int]) -> None:
     net = Attention(32).requires_grad_(False)
     adapters = adapters_of(net)
     x = torch.randn(1, 3, 32)
-    with attached(net, [Attached(adapters)]):
-        with attached(net, [Attached({"to_q": adapters["to_q"]})]):
+    with adapters_attached(net, [Attached(adapters)]):
+        with adapters_attached(net, [Attached({"to_q": adapters["to_q"]})]):
             net(x)
         assert not groups
         net(x)

@@ -25,7 +25,7 @@ def test_missing_and_foreign_tensors_are_refused(names: str, has: str) -> None:
         taken(AdapterWeights("kind", dict.fromkeys(names, torch.ones(2, 2))), ["a", "b"], ("c",))
 
     assert str(caught.value) == (
-        f"an adapter of the kind kind needs a, b, and may have c; this one has {has}, so get a file that is complete"
+        f"an adapter of the kind kind needs a, b, and may have c; this one has {has}; get a complete file"
     )
 
 

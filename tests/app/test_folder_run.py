@@ -54,7 +54,7 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("name", ["../cat", "a\\b", "", ".."])
 def test_a_name_is_that_of_a_file(images: Path, name: str) -> None:
     source = FolderSource(folder=str(images), model="lorasmith-tiny", name=name)
-    with pytest.raises(OptionError, match="name must be that of a file, without folders"):
+    with pytest.raises(OptionError, match="name must be a file name without folders"):
         prepare(source, TrainConfig())
 
 

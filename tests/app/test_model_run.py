@@ -66,7 +66,7 @@ def test_previews_are_drawn_into_the_folder_of_the_run(tiny: Model, data: Encode
 
 def test_previews_without_a_folder_are_refused_before_training(tiny: Model, data: EncodedDataset) -> None:
     audience = Audience()
-    with pytest.raises(OptionError, match="got no output; give output, such as"):
+    with pytest.raises(OptionError, match="got no output; set output, such as"):
         train(tiny, data, on_event=audience, **QUICK, previews="a fox")
     assert audience.events == []
     assert len(train(tiny, data, **QUICK, previews=" | ").losses) == 2

@@ -92,7 +92,7 @@ def test_every_environment_of_a_lora_is_compared(lora: Path) -> None:
 
 
 def test_a_run_that_is_there_is_not_written_over(lora: Path, whole: Path) -> None:
-    with pytest.raises(OutputError, match="holds a run already"):
+    with pytest.raises(OutputError, match="output must not contain a run"):
         prepare_reproduction(lora, output=whole)
 
 
@@ -109,13 +109,13 @@ def test_a_file_that_does_not_say_how_it_was_made(lora: Path, entry: str | None)
     tensors, metadata = read_safetensors(lora)
     del metadata[RUN_ENTRY]
     write_safetensors(lora, tensors, metadata | ({RUN_ENTRY: entry} if entry else {}))
-    with pytest.raises(OptionError, match=r"cat.safetensors does not say how it was made"):
+    with pytest.raises(OptionError, match=r"cat.safetensors has no record of its run"):
         prepare_reproduction(lora)
 
 
 def test_a_file_that_does_not_say_of_which_images(lora: Path) -> None:
     with_metadata(lora, without("folder", "model"))
-    with pytest.raises(OptionError, match="does not say how it was made"):
+    with pytest.raises(OptionError, match="has no record of its run"):
         prepare_reproduction(lora)
 
 

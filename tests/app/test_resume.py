@@ -29,12 +29,12 @@ def test_a_run_without_a_state_begins_from_the_start(broken: Path) -> None:
     audience = Audience()
     prepare_again(broken, on_event=audience)
     (warned,) = (event for event in audience.events if isinstance(event, Warned))
-    assert "ended before its first state was saved, so it begins again" in warned.message
+    assert "ended before its first run state was saved and starts from the beginning" in warned.message
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
-    "no run": (lambda run: (run / "run.json").unlink(), {}, "a run's folder has a run.json, which"),
-    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "without it nothing is known of the run"),
+    "no run": (lambda run: (run / "run.json").unlink(), {}, "a run folder must contain run.json"),
+    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "needed to identify the run"),
     "model moved": (
         lambda run: with_record(run, source={"model": "/gone/m.safetensors"}), {}, "m.safetensors does not exist"
     ),
@@ -54,11 +54,11 @@ def test_what_cannot_be_continued_is_refused_in_a_sentence(broken: Path, case: s
 
 def test_a_folder_that_is_trained_in_is_refused_before_anything_is_read(broken: Path) -> None:
     audience = Audience()
-    with RunFolder(broken).claimed(), pytest.raises(OutputError, match="belongs to a run that is going on"):
+    with RunFolder(broken).claimed(), pytest.raises(OutputError, match="is in use by a run"):
         prepare_again(broken, on_event=audience)
     assert audience.events == []
 
 
 def test_a_finished_run_is_not_continued(whole: Path) -> None:
-    with pytest.raises(OutputError, match="is done, so that there is nothing to go on with"):
+    with pytest.raises(OutputError, match="is complete and cannot be resumed"):
         prepare_again(whole)

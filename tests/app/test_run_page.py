@@ -69,7 +69,7 @@ def test_hostile_captions_stay_text(tmp_path: Path) -> None:
     text = page(folder)
     assert "<script" not in text and "<b>robot" not in text
     assert "&lt;script&gt;" in text
-    use = report_of(read_history(folder)).commands["See it at work"]
+    use = report_of(read_history(folder)).commands["Draw a picture with it"]
     assert shlex.split(use)[-1] == HOSTILE, "copied into a shell it is one argument, and nothing is run"
 
 
@@ -88,8 +88,8 @@ def test_however_it_ended(tmp_path: Path, reason: str | None, status: str, mood:
     found = report(tmp_path, started(60), *steps_done(1, 30, total=60), *end, steps=60)
     assert (found.status, found.mood) == (status, mood)
     assert found.facts["steps"] == "30 of 60"
-    assert ("Go on where it ended" in found.commands) == resumable
-    assert ("killed after step 30, or is still going on" in found.summary) == (reason is None)
+    assert ("Resume the run" in found.commands) == resumable
+    assert ("killed after step 30, or still running" in found.summary) == (reason is None)
     assert status in page(tmp_path)
 
 
@@ -115,13 +115,13 @@ def test_a_run_that_never_began(tmp_path: Path) -> None:
     assert found.files["LoRA"] == "none was saved"
     assert "<svg" not in page(tmp_path)
     (tmp_path / "events.jsonl").unlink()
-    assert "No step came to its end" in page(tmp_path)
+    assert "No step was completed" in page(tmp_path)
 
 
 def test_a_first_step_that_was_rolled_back(tmp_path: Path) -> None:
     fault = RolledBack(step=1, to_step=0, images=(), rate_factor=0.5, message="It was NaN.", at=BEGIN)
     found = report(tmp_path, started(9), StepDone(step=1, loss=float("nan"), grad_norm=0, at=BEGIN), fault)
-    assert found.curves.losses == [] and "No step came to its end" in page(tmp_path)
+    assert found.curves.losses == [] and "No step was completed" in page(tmp_path)
 
 
 def test_a_run_that_was_resumed(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
     (tmp_path / "fox.safetensors").write_bytes(b"\0" * 2000)
     found = report_of(read_history(tmp_path))
     assert found.commands["Repeat the run"] == "lorasmith train '/photos/my fox' --trigger 'sks fox'"
-    assert found.commands["See it at work"].endswith("--prompt 'sks fox'")
+    assert found.commands["Draw a picture with it"].endswith("--prompt 'sks fox'")
     assert found.data["Held out"] == "a, b" and found.data["Latents"] == "16×16 × 1" and "Note" not in found.data
     assert found.environment["packages torch"] == "2.9.0" and found.environment["base model name"] == "lorasmith-tiny"
 
@@ -207,7 +207,7 @@ def test_contact_sheets_stand_in_for_single_pictures(tmp_path: Path) -> None:
     picture(tmp_path / "samples" / "strengths.png", "sheet", (0, 90, 200), 800)
     picture(tmp_path / "samples" / "steps.png", "sheet", (0, 90, 200), 3000)
     text = page(tmp_path)
-    assert "Before and after" in text and "As training went on" in text and 'width="1600"' in text
+    assert "Before and after" in text and "Previews during training" in text and 'width="1600"' in text
 
 
 def test_many_previews_are_thinned(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_failure_is_a_warning_and_the_next_preview_is_tried(previews: Make, br
     for _ in range(3):
         broken(RuntimeError("the device went away\nand more"))
         assert warning(draw(10, saved)) == (
-            "the preview at step 10 could not be drawn (RuntimeError: the device went away); training goes on"
+            "the preview at step 10 could not be drawn (RuntimeError: the device went away); training continues"
         )
         broken(None)
         assert rows(draw(20, saved))[-1] == (20, 1.0)
@@ -117,8 +117,8 @@ def test_a_failure_is_a_warning_and_the_next_preview_is_tried(previews: Make, br
 def test_the_second_failure_in_a_row_is_the_last(previews: Make, broken: Make, saved: Path) -> None:
     draw = previews()
     broken(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert "could not be drawn (out of memory); training goes on" in warning(draw(10, saved))
-    assert warning(draw(20, saved)).endswith("nor could the one before; training goes on without previews")
+    assert "could not be drawn (out of memory); training continues" in warning(draw(10, saved))
+    assert warning(draw(20, saved)).endswith("nor could the one before; training continues without previews")
     broken(None)
     assert draw(30, saved) == draw(40, saved, final=True) == []
 
@@ -158,7 +158,7 @@ def test_settings_are_checked_before_training(previews: Make, setting: dict[str,
 
 def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path) -> None:
     bare = replace(tiny, components=replace(tiny.components, vae=None))
-    with pytest.raises(ModelError, match="previews need an autoencoder"):
+    with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
         run_previews(bare.denoiser, TrainConfig(previews="a lion"), tmp_path, title="x")
 
 

@@ -214,7 +214,7 @@ SOUND = Measured(
         ({"parts": Parts(0.5, 0.4, 0.5, 0.02, None)}, "Products", "Waiting for batches, 40%"),
         ({"parts": Parts(0.0, 0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*processors work for 50%"),
         ({"counts": replace(COUNTS, sent=2**30), "rates": Rates(1e9, 2.0**31)}, "Products", "takes 50% of its time"),
-        ({"memory": 2**30}, "Products", "Memory is next to its limit: 100%"),
+        ({"memory": 2**30}, "Products", "Memory is near its limit: 100%"),
     ],
 )
 def test_what_limits_a_step_is_said(change: dict[str, Any], first: str, words: str) -> None:
@@ -231,7 +231,7 @@ def test_nothing_is_said_that_does_not_hold() -> None:
         "Waiting",
         "optimizer,",
         "Transfers",
-        "next to its limit",
+        "near its limit",
         "processors",
         "not in the floor",
         "narrow",

@@ -33,7 +33,7 @@ def test_it_fits_on_a_screen_and_says_what_limits_the_step(lorasmith: Command) -
         r"^\d+% of a step is the floor",
         r"MiB of frozen weights, and .* above them",
         r"^- (Products|Other operations|Between operations), \d+%",
-        r"quantization int8 is of 99\.\d% of the frozen weights",
+        r"quantization int8 applies to 99\.\d% of the frozen weights",
     ):
         assert re.search(pattern, ran.out, flags=re.MULTILINE), (pattern, ran.out)
 

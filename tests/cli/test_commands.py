@@ -138,20 +138,20 @@ def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Pa
 
 
 WRONG = {
-    "no model": (("train", "photos"), "--model must say what to train on"),
+    "no model": (("train", "photos"), "--model must be a .safetensors checkpoint"),
     "no folder": (("train", "nowhere", *QUICK), "nowhere"),
     "empty folder": (("train", "empty", *QUICK), "empty"),
     "bad pictures only": (("train", "bad", *QUICK), "bad"),
     "rank": (("train", "photos", *QUICK, "--rank", 500), "rank must be between 1 and 128, got 500"),
     "optimizer": (("train", "photos", *QUICK, "--optimizer", "Adm"), "did you mean 'Adam'?"),
     "targets": (("train", "photos", *QUICK, "--targets", "*.nope"), "matches none"),
-    "name": (("train", "photos", *QUICK, "--name", "../cat"), "name must be that of a file, without folders"),
+    "name": (("train", "photos", *QUICK, "--name", "../cat"), "name must be a file name without folders"),
     "device": (("train", "photos", *QUICK, "--device", "gpu"), "device must be one that is here (cpu"),
     "missing checkpoint": (("train", "photos", "--model", "sd15.safetensors"), "sd15.safetensors does not exist"),
     "no such model": (("train", "photos", "--model", "sd15"), "there is no model at sd15"),
     "pickled checkpoint": (("train", "photos", "--model", "old.ckpt"), "old.ckpt"),
     "truncated checkpoint": (("train", "photos", "--model", "cut.safetensors"), "cut.safetensors"),
-    "unknown architecture": (("train", "photos", "--model", "odd.safetensors"), "of no architecture known here"),
+    "unknown architecture": (("train", "photos", "--model", "odd.safetensors"), "of no supported architecture"),
     "LoRA as model": (("train", "photos", "--model", "flux_lora.safetensors"), "is a LoRA, not a base model"),
     "output is a file": (("train", "photos", *QUICK, "--output", "file.txt"), "must be a folder but is a file"),
     "LoRA of another family": (

@@ -53,7 +53,7 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
     config = replace(TrainConfig(), **{name: value})
     seen = []
     monkeypatch.setattr(folder_run, "prepare", lambda source, config, on_event: seen.append(config))
-    monkeypatch.setattr(train_command, "train_and_say", lambda prepared, **options: None)
+    monkeypatch.setattr(train_command, "train_and_report", lambda prepared, **options: None)
     argv = FolderSource.of(tmp_path, "lorasmith-tiny", config).argv
     ran = CliRunner().invoke(app, argv[1:])
     assert ran.exit_code == 0, ran.output

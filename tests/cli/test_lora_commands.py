@@ -44,7 +44,7 @@ def test_check_finds_nothing_in_a_good_file(lorasmith: Command, dog: Path, tiny:
     modules = len(lora(tiny).adapters)
     assert f"{modules} modules in the layout of kohya / sd-scripts" in ran.out
     assert "held to lorasmith-tiny" in ran.out
-    assert "Nothing is wrong with it, and every program applies all of it." in ran.out
+    assert "No faults, and every program applies all of it." in ran.out
 
 
 def test_check_names_faults_and_fixes_them(lorasmith: Command, dog: Path, tmp_path: Path) -> None:

@@ -26,5 +26,5 @@ def test_what_is_no_run_is_said(lorasmith: Command, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for folder in ("photos", "nowhere"):
         ran = lorasmith("report", folder)
-        assert ran.code == 1 and f"a run's folder has a run.json, which {folder} has not" in ran.err
-        assert "Look at" not in ran.out
+        assert ran.code == 1 and f"a run folder must contain run.json, got {folder}" in ran.err
+        assert "Report" not in ran.out

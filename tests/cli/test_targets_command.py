@@ -16,7 +16,7 @@ from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.families.files.structure import load_structure
 from lorasmith.families.loading import built_in_models
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.targets_summary import preview_targets
+from lorasmith.training.targets_summary import summarise_targets
 from tests.covering import slow_except
 
 Command = Callable[..., Any]
@@ -52,7 +52,7 @@ def test_counts_are_those_of_the_run_and_the_size_is_that_of_the_file(
     config = TrainConfig(**record["config"])
     file = tmp_path / "run" / "x.safetensors"
     metadata = int.from_bytes(file.read_bytes()[:8], "little") - 130 * len(load_file(file))
-    size = preview_targets(load_structure("lorasmith-tiny").denoiser, config).size_bytes
+    size = summarise_targets(load_structure("lorasmith-tiny").denoiser, config).size_bytes
     assert size == pytest.approx(file.stat().st_size - max(metadata, 0), rel=0.1)
 
 
@@ -65,7 +65,7 @@ def test_layers_are_grouped_by_kind_and_settings(lorasmith: Command) -> None:
     assert [row[:2] for row in rows] == [[kind, "Linear"] for kind in kinds]  # with a rate, an alpha, and both
     assert "Alpha" in ran.out
     assert "Rate" in ran.out
-    assert "!*.x leaves nothing out" in ran.out
+    assert "!*.x excludes nothing" in ran.out
 
 
 @pytest.mark.parametrize(

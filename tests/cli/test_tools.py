@@ -116,7 +116,7 @@ def test_diff_says_what_differs(lorasmith: Command, files: Path, tiny: Model) ->
     for text in (
         "Only in style.safetensors",
         "LoRA, rank 8, alpha 4 against OFT",
-        "--model compares what they do",
+        "--model compares their effect",
         "all",
     ):
         assert text in ran.out, text

@@ -15,7 +15,7 @@ import torch
 
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.compilation import units
-from tests.cli.test_resume import interrupted
+from tests.cli.test_stopped_runs import interrupted
 
 Command = Callable[..., Any]
 
@@ -37,12 +37,12 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
 
     assert ran.code == 0, ran.err
     for_gpus = "--offloading" in command or "--quantized-backward" in command
-    assert ("changes nothing" in ran.out) == (for_gpus and not torch.cuda.is_available())
+    assert ("has no effect" in ran.out) == (for_gpus and not torch.cuda.is_available())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
-    section = PAGE.split("## Nothing is lost\n")[1].split("\n## ")[0]
+    section = PAGE.split("## Stopping and resuming\n")[1].split("\n## ")[0]
     train, resume, *others = re.findall(r"^    lorasmith (.*)$", section, flags=re.MULTILINE)
     again, dry, reproduce = map(shlex.split, others)
     assert (resume, again[-1], dry[-1]) == ("resume runs/dog", "--fresh", "--dry-run")
@@ -51,6 +51,6 @@ def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -
         stopped = lorasmith(*shlex.split(train.replace("sd15.safetensors", "lorasmith-tiny")), *short)
     assert "  lorasmith resume runs/dog" in stopped.out, stopped.err
     resumed = lorasmith(*shlex.split(resume))
-    assert "Continuing runs/dog from step 1, to the bit" in resumed.out, resumed.err
-    assert "are as they were" in lorasmith(*dry).out
-    assert "the same, to the bit" in lorasmith(*reproduce).out
+    assert "The run in runs/dog continues from step 1, bit-identically" in resumed.out, resumed.err
+    assert "initial weights are the same" in lorasmith(*dry).out
+    assert "are bit-identical" in lorasmith(*reproduce).out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.core.placement import best_device, held, memory_format_for, product_dtype
+from lorasmith.core.placement import best_device, memory_format_for, placed, product_dtype
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def state(module: nn.Module) -> dict[str, object]:
 def test_floating_point_alone_is_converted_and_all_of_it_comes_back(dtype: torch.dtype) -> None:
     module = model()
     before = state(module)
-    with held(module, device=CPU, dtype=dtype):
+    with placed(module, device=CPU, dtype=dtype):
         assert {t.dtype for t in [*module.parameters(), module[1].running_mean]} == {dtype}
         assert module[1].num_batches_tracked.dtype == torch.int64
         assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -38,7 +38,7 @@ def test_floating_point_alone_is_converted_and_all_of_it_comes_back(dtype: torch
 def test_an_exception_brings_the_model_back_too() -> None:
     module = model()
     before = state(module)
-    with pytest.raises(ZeroDivisionError), held(module, device=CPU, dtype=torch.bfloat16):
+    with pytest.raises(ZeroDivisionError), placed(module, device=CPU, dtype=torch.bfloat16):
         raise ZeroDivisionError
     assert state(module) == before
 
@@ -54,7 +54,7 @@ def test_a_device_that_refuses_half_way_leaves_the_model_whole(monkeypatch: pyte
 
     before = state(module)
     monkeypatch.setattr(torch.Tensor, "to", full)
-    with pytest.raises(torch.OutOfMemoryError), held(module, device=CPU, dtype=torch.bfloat16):
+    with pytest.raises(torch.OutOfMemoryError), placed(module, device=CPU, dtype=torch.bfloat16):
         pass
     assert state(module) == before
 
@@ -62,7 +62,7 @@ def test_a_device_that_refuses_half_way_leaves_the_model_whole(monkeypatch: pyte
 def test_what_is_there_already_is_not_copied() -> None:
     linear = nn.Linear(4, 4)
     before = state(linear)
-    with held(linear, device=CPU, dtype=torch.float32):
+    with placed(linear, device=CPU, dtype=torch.float32):
         assert state(linear) == before
 
 
@@ -70,7 +70,7 @@ def test_what_was_put_in_meanwhile_is_taken_out() -> None:
     """Patches applied inside end inside, so what comes back is what was there before."""
     linear = nn.Linear(4, 4)
     before = state(linear)
-    with held(linear, device=CPU, dtype=torch.bfloat16), held(linear, device=CPU, dtype=torch.float16):
+    with placed(linear, device=CPU, dtype=torch.bfloat16), placed(linear, device=CPU, dtype=torch.float16):
         assert linear.weight.dtype == torch.float16
     assert state(linear) == before
 

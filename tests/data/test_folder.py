@@ -116,7 +116,7 @@ def test_everything_that_is_wrong_is_skipped_with_its_reason(tmp_path: Path) -> 
     scan = scan_folder(tmp_path)
     assert names(scan) == ["edge.png", "good.png"]
     reasons = {path.name: reason for path, reason in scan.skipped}
-    assert reasons.pop("text.png").startswith("is not an image, whatever its name says")
+    assert reasons.pop("text.png").startswith("is not an image in spite of its name")
     assert reasons.pop("cut.jpg").startswith("is damaged or cut short")
     assert reasons == {
         "small.png": "is a single pixel; replace it by a picture or remove it",

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.random import keyed_permutation, keyed_uniform
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
-from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS, quantile_map, resolution_shift, uniform_numbers
+from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule, ResolutionShift
+from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS, quantile_map, uniform_numbers
 
 SD = DiscreteSchedule.scaled_linear()
 FLUX = FlowSchedule(math.exp(1.15))
@@ -96,7 +96,7 @@ def test_the_shift_by_size_is_diffusers(height: int, width: int) -> None:
     u = torch.linspace(0.01, 1, 50)
     sigmas = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(mu, 1.0, u)
 
-    assert resolution_shift(height, width) == pytest.approx(math.exp(mu), rel=1e-9)
+    assert ResolutionShift()(height, width) == pytest.approx(math.exp(mu), rel=1e-9)
     for schedule in (FLUX, FlowSchedule(1.0), FlowSchedule(3.0)):
         found = schedule.at(quantile_map("shifted", None, schedule)(u, (height, width))).sigma
         torch.testing.assert_close(found, sigmas, rtol=1e-5, atol=1e-6)

@@ -179,7 +179,7 @@ def test_odd_latents_are_refused(model: Model, size: tuple[int, int]) -> None:
 
     assert str(caught.value) == (
         f"Flux.1 packs latents 2×2, so their sides must be even, got {size[0]}×{size[1]}; "
-        "use picture sizes that divide by 16"
+        "use picture sizes that are multiples of 16"
     )
 
 

@@ -186,7 +186,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another pipeline": (
         lambda f: change(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
-        "{} is a diffusers model of an architecture not known here; known are ",
+        "{} is a diffusers model of an unsupported architecture; supported are ",
     ),
     "no unet config": (
         lambda f: (f / "unet" / "config.json").unlink(),
@@ -270,7 +270,7 @@ def test_a_missing_file_is_a_sentence(tmp_path: Path, name: str) -> None:
 def test_a_name_of_nothing_is_a_sentence(name: str) -> None:
     assert said(name) == (
         f"there is no model at {name}; give a .safetensors checkpoint, a diffusers folder, "
-        f"a hub id such as owner/name, or {', '.join(built_in_models())} to try things out"
+        f"a hub id such as owner/name, or {', '.join(built_in_models())} for a first try"
     )
 
 
@@ -345,14 +345,14 @@ def test_known_but_unsupported_models_are_called_by_name(
     sentence = said(path)
 
     assert sentence.startswith(f"m.safetensors looks like {title}")
-    assert ", which cannot be loaded here; known are " in sentence
+    assert ", which is not supported; supported are " in sentence
 
 
 def test_an_unknown_architecture_shows_what_is_in_it(tmp_path: Path) -> None:
     path = save(tmp_path / "m.safetensors", {name: torch.zeros(1) for name in ("layer.b", "layer.a", "z", "y")})
 
     assert said(path).startswith(
-        "m.safetensors is of no architecture known here (its first tensors are layer.a, layer.b, y); known are "
+        "m.safetensors is of no supported architecture (its first tensors are layer.a, layer.b, y); supported are "
     )
 
 

@@ -222,12 +222,13 @@ def test_models_without_text_encoders_know_the_released_ones() -> None:
     assert len(FAMILIES["sd2"].names(sd15()[0], {}).paths("text_encoder")) == 23 * 6
 
 
-def test_the_projection_of_the_pooled_text_has_no_name_in_files() -> None:
+def test_the_projection_of_the_pooled_text_stands_outside_the_text_model() -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     with torch.device("meta"):
         encoder = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=3))
-    assert set(written_paths(encoder)) == set(released_paths(3))
+    assert set(written_paths(encoder)) == {*released_paths(3), "text_projection"}
+    assert set(written_paths(encoder)) == set(released_paths(3, is_projected=True))
 
 
 def test_flux_knows_its_encoders_by_the_paths_that_transformers_has() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from sdxl_models import diffusers_pipeline
 from torch import Tensor
 
+from lorasmith.app.model_run import train
 from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -22,7 +23,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult, train
+from lorasmith.training.train import TrainResult
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def test_a_step_changes_adapters_alone(sdxl: Model, four: EncodedDataset) -> Non
     assert all(one.tensors["up"].abs().max() > 0 for one in result.lora.state.adapters.values())
 
 
+@pytest.mark.slow
 def test_four_pictures_are_learnt(sdxl: Model, four: EncodedDataset) -> None:
     result = run(sdxl, four, steps=30, batch_size=4, rank=8, learning_rate=6e-3, targets="all")
 

@@ -47,5 +47,5 @@ def test_zeroing_out_leaves_settings_alone(bench: Any, captions: list[Conditioni
 
 def test_a_model_without_text_encoder_is_refused(bench: Any, tiny: Model) -> None:
     bare = replace(tiny, components=replace(tiny.components, text_encoders={}))
-    with pytest.raises(ModelError, match="holds no text encoder"):
+    with pytest.raises(ModelError, match="needs the text encoder clip_l"):
         bench.call("CLIPTextEncode", text="a fox", clip=bare.text_encoder)

@@ -31,7 +31,7 @@ from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import Job, Surroundings, TrainResult
+from lorasmith.training.train import Job, RunOptions, TrainResult
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
 
@@ -53,8 +53,8 @@ def asked(
     """Calls the node with the engine replaced by one that only listens."""
     heard: list[Asked] = []
 
-    def listen(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
-        heard.append(Asked(job.asked, data))
+    def listen(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
+        heard.append(Asked(job.requested, data))
         return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, Outcome.FINISHED)
 
     monkeypatch.setattr(training, "train_job", listen)
@@ -134,7 +134,7 @@ def test_any_other_number_of_captions_is_refused_with_both_numbers(
     asked: Callable[..., Asked], captions: list[Conditioning], count: int, bucket_mode: bool
 ) -> None:
     given = [*captions, *captions][:count]
-    with pytest.raises(DataError, match=f"for each image or one for all, got {count} for 3 images"):
+    with pytest.raises(DataError, match=f"per image or one for all, got {count} for 3 images"):
         asked(lists={"positive": [given]}, bucket_mode=bucket_mode)
 
 
@@ -220,13 +220,13 @@ def test_every_algorithm_trains_with_the_nodes_own_defaults(
     before = tiny.components.denoiser.get_submodule(path).weight.clone()
     with result.outputs[0][0].applied_to(tiny.denoiser).active():
         assert not torch.equal(tiny.components.denoiser.get_submodule(path).weight, before)
-    assert not [text for text in bench.messages("warning") if "changes nothing" in text]
+    assert not [text for text in bench.messages("warning") if "has no effect" in text]
 
 
 @pytest.mark.parametrize("name", ["bucket_mode", "bypass_mode", "offloading"])
 def test_a_mode_that_changes_nothing_says_so(train: Make, bench: Any, name: str) -> None:
     train(steps=1, **{name: True})
-    assert any(text.startswith(f"{name} changes nothing") for text in bench.messages("warning"))
+    assert any(text.startswith(f"{name} has no effect") for text in bench.messages("warning"))
 
 
 def test_a_list_where_one_value_is_meant_is_told(train: Make, bench: Any) -> None:

@@ -6,8 +6,9 @@ Facts about the checkout that these functions deal with (ComfyUI 0.33):
   of it is imported.
 - Without torchaudio nothing imports, although only audio nodes use it; an empty stand-in is enough.
 - The training node clones a model by loading its file again, so a model has to come from a file.
-- A UNet is taken for Stable Diffusion 1.x when its context is 768 wide and its first level 320. A narrower one is taken
-  by that name once the expected width is changed; nothing else depends on it.
+- A UNet is taken for Stable Diffusion 1.x when its context is 768 wide and its first level 320, for XL when its context
+  is 2048 wide and its first level 320. A narrower one is taken by that name once the expected width is changed; nothing
+  else depends on it.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def load_model(checkpoint: Path, dtype: Any = None) -> Any:
 
     width = _unet_width(checkpoint)
     if width is not None:
-        table = comfy.supported_models.SD15
-        table.unet_config = {**table.unet_config, "model_channels": width}
+        for table in (comfy.supported_models.SD15, comfy.supported_models.SDXL):
+            table.unet_config = {**table.unet_config, "model_channels": width}
     options = {} if dtype is None else {"dtype": dtype}
     return comfy.sd.load_diffusion_model(str(checkpoint), model_options=options)
 
@@ -74,6 +75,7 @@ def denoise(
     context: Tensor,
     pooled: Tensor | None = None,
     guidance: Tensor | None = None,
+    time_ids: Tensor | None = None,
 ) -> Tensor:
     """What the bare network answers: epsilon for Stable Diffusion (timestep 0..999), flow for Flux (timestep sigma).
 
@@ -82,11 +84,16 @@ def denoise(
         x: (batch, channels, height, width) as the network sees it.
         timestep: (batch,).
         context: (batch, tokens, width).
-        pooled, guidance: (batch, width) and (batch,), Flux alone.
+        pooled: (batch, width), Flux and Stable Diffusion XL.
+        guidance: (batch,), Flux alone.
+        time_ids: (batch, 6) sizes and crop, Stable Diffusion XL alone.
     """
     import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
     extra = {} if pooled is None else {"y": pooled, "guidance": guidance}
+    if time_ids is not None:  # as comfy.model_base.SDXL.encode_adm puts them together
+        extra = {"y": torch.cat((pooled, Timestep(256)(time_ids.flatten()).reshape(len(x), -1)), dim=1)}
     with torch.no_grad():
         output: Tensor = denoiser(x.clone(), timestep, context=context, **extra)
     return output

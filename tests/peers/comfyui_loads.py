@@ -2,9 +2,8 @@
 
     python tests/peers/comfyui_loads.py --comfyui PATH/TO/ComfyUI --checkpoint MODEL.safetensors LORA=REFERENCE ...
 
-MODEL is a Stable Diffusion 1.x UNet of any width, Flux.1, or whatever ComfyUI detects. Layers of CLIP-L that a LoRA has
-something for are counted, and not run. The rest, and what is printed,
-is described in `load_report.py`.
+MODEL is a UNet of Stable Diffusion 1.x or XL of any width, Flux.1, or whatever ComfyUI detects. Layers of text encoders
+that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in `load_report.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _loaded(patcher: Any, lora: Path, inputs: dict[str, Any]) -> Loaded:
     without = comfyui_headless.denoise(patcher.model.diffusion_model, **inputs)
     tensors = comfy.lora_convert.convert_lora(load_file(str(lora)))
     names = comfy.lora.model_lora_keys_unet(patcher.model, {})
-    encoder = _clip() if any(key.startswith(("lora_te", "text_encoder")) for key in tensors) else None
+    encoder = _clip(patcher) if any(key.startswith(("lora_te", "text_encoder")) for key in tensors) else None
     if encoder is not None:
         names = comfy.lora.model_lora_keys_clip(encoder, names)
     listener = _NotLoaded()
@@ -55,12 +54,15 @@ def _loaded(patcher: Any, lora: Path, inputs: dict[str, Any]) -> Loaded:
     return Loaded(modules, failed, output, without)
 
 
-def _clip() -> Any:
-    """Stable Diffusion 1.x' text encoder, for the names that LoRAs may give its layers."""
+def _clip(patcher: Any) -> Any:
+    """The text encoders of Stable Diffusion 1.x or XL, for the names that LoRAs may give their layers."""
     import comfy.sd1_clip
+    import comfy.sdxl_clip
     import torch
 
-    return comfy.sd1_clip.SD1ClipModel(device="cpu", dtype=torch.float32)
+    is_xl = type(patcher.model).__name__ == "SDXL"
+    kind = comfy.sdxl_clip.SDXLClipModel if is_xl else comfy.sd1_clip.SD1ClipModel
+    return kind(device="cpu", dtype=torch.float32)
 
 
 class _NotLoaded(logging.Handler):

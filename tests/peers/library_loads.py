@@ -13,6 +13,7 @@ adapter that is not zero.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,8 +22,9 @@ from typing import Any
 
 import torch
 from load_report import Loaded, base_of
-from lora_cases import answer, clip_l
+from lora_cases import answer
 from safetensors.torch import load_file
+from text_encoders import behind_text_model, text_encoders
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER
@@ -44,13 +46,13 @@ def ours(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Loaded:
 def with_diffusers(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Loaded:
     without = answer(model, given)
     denoiser = copy.deepcopy(model.components.denoiser)
-    encoder = _encoder(wanted)
-    pipeline = _pipeline(denoiser, encoder)
+    encoders = _encoders(model, wanted)
+    pipeline = _pipeline(model, denoiser, encoders)
     if path.is_dir():
         pipeline.load_lora_weights(str(path), weight_name="adapter_model.safetensors")
     else:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    found = _adapted(DENOISER, denoiser) | _adapted("text_encoder", encoder)
+    found = _adapted(DENOISER, denoiser).union(*(_adapted(name, encoder) for name, encoder in encoders.items()))
     return Loaded(wanted, wanted - found, _answer_of(model, denoiser, given), without)
 
 
@@ -59,11 +61,10 @@ def with_peft(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Load
     denoiser = copy.deepcopy(model.components.denoiser)
     _inject(denoiser, path)
     found = _adapted(DENOISER, denoiser)
-    if (path / "text_encoder").is_dir():
-        encoder = _encoder(wanted)
-        assert encoder is not None
-        _inject(encoder, path / "text_encoder")
-        found |= _adapted("text_encoder", encoder)
+    for component, encoder in _encoders(model, wanted).items():
+        if (path / component).is_dir():
+            _inject(encoder, path / component)
+            found |= _adapted(component, encoder)
     return Loaded(wanted, wanted - found, _answer_of(model, denoiser, given), without)
 
 
@@ -76,8 +77,10 @@ def with_lycoris(model: Model, path: Path, given: Inputs, wanted: set[str]) -> L
     weights = load_file(str(path))
     denoiser = copy.deepcopy(model.components.denoiser)
     by_original = model.names.kohya_naming == "original"
-    layers = _original_layers(model, path) if by_original else denoiser
-    encoder = clip_l() if any(key.startswith("lora_te") for key in weights) else None
+    layers = _original_layers(model) if by_original else denoiser
+    named_encoders = any(key.startswith("lora_te") for key in weights)
+    encoders = [behind_text_model(one) for one in text_encoders(model.family.name).values()] if named_encoders else []
+    encoder = encoders if len(encoders) > 1 else next(iter(encoders), None)  # several have numbers in their names
     network, _ = create_network_from_weights(1.0, None, None, encoder, layers, weights_sd=weights)
     applied = {module.lora_name for module in (*network.unet_loras, *network.text_encoder_loras)}
     network.merge_to(encoder, layers, weights, torch.float32, "cpu")
@@ -96,12 +99,9 @@ LOADERS: Mapping[str, Callable[[Model, Path, Inputs, set[str]], Loaded]] = {
 }
 
 
-def _encoder(wanted: set[str]) -> Any:
-    """A text encoder where the LoRA has something for it, else None."""
-    if not any(one.startswith("text_encoder.") for one in wanted):
-        return None
-    encoder = clip_l()
-    return encoder if hasattr(encoder, "config") else encoder.text_model
+def _encoders(model: Model, wanted: set[str]) -> dict[str, nn.Module]:
+    """The text encoders by component where the LoRA has something for them."""
+    return text_encoders(model.family.name) if any(one.startswith("text_encoder") for one in wanted) else {}
 
 
 def _inject(module: nn.Module, folder: Path) -> None:
@@ -113,30 +113,29 @@ def _inject(module: nn.Module, folder: Path) -> None:
         raise ValueError(f"unexpected {result.unexpected_keys[0]}")
 
 
-def _pipeline(denoiser: nn.Module, encoder: nn.Module | None) -> Any:
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusionPipeline
+def _pipeline(model: Model, denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> Any:
+    """diffusers' pipeline of the family, of which the denoiser and some text encoders are there."""
+    import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    if type(denoiser).__name__ == "FluxTransformer2DModel":
-        parts = dict.fromkeys(("vae", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        return FluxPipeline(
-            **parts, text_encoder=encoder, transformer=denoiser, scheduler=FlowMatchEulerDiscreteScheduler()
-        )
-    parts = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor"))
-    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    return StableDiffusionPipeline(
-        **parts, text_encoder=encoder, unet=denoiser, scheduler=scheduler, requires_safety_checker=False
-    )
+    kind = getattr(diffusers, model.family.pipeline)
+    needed = [name for name, one in inspect.signature(kind.__init__).parameters.items() if one.default is one.empty]
+    parts: dict[str, Any] = {**dict.fromkeys(needed[1:]), **encoders, model.family.denoiser_folder: denoiser}
+    if model.family.name == "flux1":
+        return kind(**{**parts, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
+    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    extra = {"requires_safety_checker": False} if model.family.name == "sd1" else {"add_watermarker": False}
+    return kind(**{**parts, "scheduler": scheduler, **extra})
 
 
-def _adapted(component: str, module: nn.Module | None) -> set[str]:
+def _adapted(component: str, module: nn.Module) -> set[str]:
     """The layers that PEFT has given a change, as `component.path`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     start = "text_model." if component != DENOISER and not hasattr(module, "text_model") else ""
     return {
         f"{component}.{start}{path}"
-        for path, layer in (module or nn.Module()).named_modules()
+        for path, layer in module.named_modules()
         if isinstance(layer, BaseTunerLayer) and layer.get_delta_weight(layer.active_adapters[0]).any()
     }
 
@@ -146,28 +145,35 @@ def _answer_of(model: Model, denoiser: nn.Module, given: Inputs) -> Tensor:
     return answer(replace(model, components=replace(model.components, denoiser=denoiser.eval())), given)
 
 
-def _original_layers(model: Model, path: Path) -> nn.Module:
+def _original_layers(model: Model) -> nn.Module:
     """The checkpoint's layers as a tree of modules under its own names, without a forward of their own."""
     assert model.path is not None
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(str(model.path)).items():
+        owner, _, leaf = name.removeprefix("model.diffusion_model.").rpartition(".")
+        owners.setdefault(owner, {})[leaf] = tensor
     root = nn.Module()
-    tensors = load_file(str(model.path))
-    for name in tensors:
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "bias":
-            continue
+    for owner, tensors in owners.items():
         here = root
         *parents, last = owner.split(".")
         for parent in parents:
             if not hasattr(here, parent):
                 here.add_module(parent, nn.Module())
             here = getattr(here, parent)
-        weight = tensors[name]
-        if weight.ndim == 2:
-            layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            layer.bias = nn.Parameter(tensors[f"{owner}.bias"], requires_grad=False)
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-        else:
-            layer = nn.Module()
-            layer.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
-        here.add_module(last, layer)
+        here.add_module(last, _layer(tensors))
     return root
+
+
+def _layer(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A layer of the class that has such tensors."""
+    size, has_bias = tensors.get("weight", torch.empty(0)).shape, "bias" in tensors
+    layer = nn.Module()
+    if len(size) == 2:
+        layer = nn.Linear(size[1], size[0], bias=has_bias, device="meta")
+    elif len(size) == 4:
+        layer = nn.Conv2d(size[1], size[0], size[2:], bias=has_bias, device="meta")
+    elif has_bias:
+        layer = nn.LayerNorm(size, device="meta")
+    for leaf, tensor in tensors.items():
+        layer.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    return layer

@@ -38,7 +38,7 @@ from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-FAMILIES = ("sd1", "flux1")
+FAMILIES = ("sd1", "sdxl", "flux1")
 # Which loaders can be asked for a layout at all; the others' programs have no way to open it.
 READERS = {"peft": ("ours", "PEFT"), "": ("ours", "diffusers", "LyCORIS", "ComfyUI", "sd-scripts")}
 

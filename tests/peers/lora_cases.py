@@ -13,7 +13,8 @@ from pathlib import Path
 import models
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from text_encoders import WIDTH
+from torch import Tensor
 
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.inject import create_adapters
@@ -25,13 +26,14 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["CASES", "FLUX_WIDE", "SHAPES", "Case", "answer", "base_model", "clip_l", "example", "inputs"]
+__all__ = ["CASES", "FLUX_WIDE", "SHAPES", "Case", "answer", "base_model", "example", "inputs"]
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
 """One block of either kind at Flux.1's real width, which diffusers' reader of kohya's names takes for granted."""
 
 SHAPES: Mapping[str, models.UNetShape | models.FluxShape] = {
     "sd1": models.SD1_TINY,
+    "sdxl": models.SDXL_NARROW,
     "flux1": models.FLUX_TINY,
     "flux1-wide": FLUX_WIDE,
 }
@@ -49,7 +51,7 @@ class Case:
         alpha: None for its default.
         dora, tucker: as in `Variant`.
         differences: whether norms and biases have differences too.
-        text_encoder: whether the layers of CLIP-L have one too; they count as applied or not, and change no answer.
+        text_encoders: whether the layers of these have one too; they count as applied or not, and change no answer.
         uneven: whether ranks and alphas differ from module to module.
         families: what it is measured on.
     """
@@ -62,17 +64,17 @@ class Case:
     dora: str = "none"
     tucker: bool = False
     differences: bool = False
-    text_encoder: bool = False
+    text_encoders: bool = False
     uneven: bool = False
-    families: tuple[str, ...] = ("sd1", "flux1")
+    families: tuple[str, ...] = ("sd1", "sdxl", "flux1")
 
 
 CASES: Mapping[str, Case] = {
     "lora": Case("LoRA", "LoRA"),
     "lora-uneven": Case("LoRA, ranks and alphas differ", "LoRA", uneven=True),
-    "lora-te": Case("LoRA on the text encoder too", "LoRA", text_encoder=True, families=("sd1",)),
+    "lora-te": Case("LoRA on the text encoders too", "LoRA", text_encoders=True, families=("sd1", "sdxl")),
     "lora-all": Case("LoRA on every layer", "LoRA", targets="all"),
-    "lora-tucker": Case("LoRA with Tucker cores", "LoRA", targets="all", tucker=True, families=("sd1",)),
+    "lora-tucker": Case("LoRA with Tucker cores", "LoRA", targets="all", tucker=True, families=("sd1", "sdxl")),
     "lora-norms": Case("LoRA with norms and biases", "LoRA", targets="all", differences=True),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
     "dora-output": Case("DoRA, per output", "LoRA", dora="output"),
@@ -117,23 +119,11 @@ def example(case: Case, model: Model) -> Lora:
                 zeros = Difference.create(layer).to_tensors()
                 values = {name: models.seeded(f"{path}.{name}", t.shape, seed=1, std=0.05) for name, t in zeros.items()}
                 differences[ModuleRef(DENOISER, path)] = values
-    if case.text_encoder:
-        for path in model.names.paths("text_encoder"):
-            adapters[ModuleRef("text_encoder", path)] = _encoder_lora(path)
+    if case.text_encoders:
+        for component, encoder in model.names.text_encoders.items():
+            layers = [path for path in encoder.paths if ".layers." in path]
+            adapters |= {ModuleRef(component, path): _encoder_lora(component, path) for path in layers}
     return Lora(AdapterState(adapters, differences), model.names)
-
-
-def clip_l() -> nn.Module:
-    """A random text encoder of CLIP-L's size, its layers behind `text_model.` as files have them."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    encoder = CLIPTextModel(CLIPTextConfig(**sizes)).eval()
-    if hasattr(encoder, "text_model"):
-        return encoder
-    named = nn.Module()
-    named.text_model = encoder
-    return named
 
 
 def inputs(shape: str) -> dict[str, Tensor]:
@@ -145,9 +135,12 @@ def inputs(shape: str) -> dict[str, Tensor]:
         "context": models.seeded("context", (1, 8, sizes.context), seed=2),
         "timestep": torch.tensor([500.0]),
     }
+    if sizes.pooled:
+        given["pooled"] = models.seeded("pooled", (1, sizes.pooled), seed=2)
     if isinstance(sizes, models.FluxShape):
         given |= {"timestep": torch.tensor([0.5]), "guidance": torch.tensor([3.5])}
-        given["pooled"] = models.seeded("pooled", (1, sizes.pooled), seed=2)
+    elif sizes.pooled:
+        given["time_ids"] = torch.tensor([[140, 130, 0, 2, 128, 128]])
     return given
 
 
@@ -178,11 +171,13 @@ def _filled(path: str, weights: AdapterWeights, base: Tensor) -> AdapterWeights:
     return AdapterWeights(weights.algorithm, tensors, weights.alpha)
 
 
-def _encoder_lora(path: str) -> AdapterWeights:
-    """A LoRA for a layer of CLIP-L, of rank 4."""
-    out, inside = {"fc1": (3072, 768), "fc2": (768, 3072)}.get(path.rpartition(".")[2], (768, 768))
+def _encoder_lora(component: str, path: str) -> AdapterWeights:
+    """A LoRA for a layer of a text encoder, of rank 4."""
+    out, inside = {"fc1": (4 * WIDTH, WIDTH), "fc2": (WIDTH, 4 * WIDTH)}.get(path.rpartition(".")[2], (WIDTH, WIDTH))
     sizes = {"down": (4, inside), "up": (out, 4)}
-    tensors = {name: models.seeded(f"{path}.{name}", size, seed=1, std=0.02) for name, size in sizes.items()}
+    tensors = {
+        name: models.seeded(f"{component}.{path}.{name}", size, seed=1, std=0.02) for name, size in sizes.items()
+    }
     return AdapterWeights("lora", tensors, 4.0)
 
 

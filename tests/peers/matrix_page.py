@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "load-matrix.md"
 AGREEMENT = 1e-3
 """Relative difference up to which two answers are the same."""
 
-_FAMILIES = {"sd1": "Stable Diffusion 1.x", "flux1": "Flux.1"}
+_FAMILIES = {"sd1": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL", "flux1": "Flux.1"}
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "diffusers", "peft")
 

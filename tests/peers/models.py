@@ -27,6 +27,7 @@ __all__ = [
     "SD1_FULL",
     "SD1_TINY",
     "SDXL_FULL",
+    "SDXL_NARROW",
     "SDXL_TINY",
     "SIZE_WIDTH",
     "FluxShape",
@@ -184,6 +185,9 @@ SD1_TINY = UNetShape(64, (1, 2, 2), 1, (True, True, False))
 
 SDXL_FULL = UNetShape(320, (1, 2, 4), 2, (0, 2, 10), context=2048, linear=True, pooled=1280)
 """The UNet of Stable Diffusion XL, 2.6 billion parameters."""
+
+SDXL_NARROW = UNetShape(32, (1, 2, 4), 2, (0, 2, 10), context=2048, linear=True, pooled=1280)
+"""Every layer of it at a tenth of the width, with conditions of the published width."""
 
 SDXL_TINY = UNetShape(32, (1, 2, 2), 1, (0, 1, 2), context=192, linear=True, pooled=128)
 """Three levels of it, with texts of 64 and 128 channels."""

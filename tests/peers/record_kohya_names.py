@@ -23,6 +23,7 @@ from typing import Any
 
 import sd_scripts_headless
 import torch
+from text_encoders import behind_text_model, text_encoders
 from torch import nn
 
 
@@ -37,8 +38,8 @@ def main() -> None:
 
     with torch.device("meta"):
         models = {
-            "sd15": (_sd15_unet(), [_clip(768, 12, 12)]),
-            "sdxl": (SdxlUNet2DConditionModel(), [_clip(768, 12, 12), _clip(1280, 32, 20)]),
+            "sd15": (_sd15_unet(), _encoders("sd1")),
+            "sdxl": (SdxlUNet2DConditionModel(), _encoders("sdxl")),
         }
         # The convolutions last: asking for them changes the default of the class for good.
         plain = {name: _names(lora, *model) for name, model in models.items()}
@@ -51,13 +52,11 @@ def main() -> None:
         print(f"{file}: " + ", ".join(f"{len(v)} {k}" for k, v in record.items() if isinstance(v, list)))
 
 
-def _names(lora: Any, unet: nn.Module, text_encoders: list[nn.Module], conv_dim: int | None = None) -> dict[str, Any]:
-    network = lora.create_network(
-        1.0, 4, 1.0, None, text_encoders if len(text_encoders) > 1 else text_encoders[0], unet, conv_dim=conv_dim
-    )
+def _names(lora: Any, unet: nn.Module, clips: list[nn.Module], conv_dim: int | None = None) -> dict[str, Any]:
+    network = lora.create_network(1.0, 4, 1.0, None, clips if len(clips) > 1 else clips[0], unet, conv_dim=conv_dim)
     encoders = sorted(module.lora_name for module in network.text_encoder_loras)
     names = {"unet": sorted(module.lora_name for module in network.unet_loras)}
-    if len(text_encoders) == 1:
+    if len(clips) == 1:
         return names | {"text_encoder": encoders}
     return names | {
         "text_encoder": [name for name in encoders if name.startswith("lora_te1_")],
@@ -72,18 +71,8 @@ def _sd15_unet() -> nn.Module:
     return unet
 
 
-def _clip(width: int, layers: int, heads: int) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
-    )
-    encoder: nn.Module = CLIPTextModel(config)
-    if not hasattr(encoder, "text_model"):
-        named = nn.Module()
-        named.text_model = encoder
-        return named
-    return encoder
+def _encoders(family: str) -> list[nn.Module]:
+    return [behind_text_model(encoder) for encoder in text_encoders(family).values()]
 
 
 if __name__ == "__main__":

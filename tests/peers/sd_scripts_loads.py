@@ -4,9 +4,9 @@
         LORA=REFERENCE ...
 
 MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
-network wraps, or Flux.1, which runs in sd-scripts' own model. Layers of CLIP-L that a LoRA has something for are
-counted, and not run. The rest, and what is printed, is described in `load_report.py`. Needs torch, diffusers and
-transformers, for Flux einops.
+network wraps, a Stable Diffusion XL UNet of any width or Flux.1, which run in sd-scripts' own models. Layers of text
+encoders that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in
+`load_report.py`. Needs torch, diffusers and transformers, for Flux einops.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sd_scripts_headless
 import torch
 from load_report import Loaded, base_of, parser, run
 from safetensors.torch import load_file
+from text_encoders import behind_text_model, text_encoders
 from torch import Tensor, nn
 
 
@@ -32,17 +33,23 @@ def main() -> None:
     tensors = load_file(str(arguments.checkpoint))
     if "double_blocks.0.img_attn.qkv.weight" in tensors:
         network, model, denoise = importlib.import_module("networks.lora_flux"), _flux(tensors), _flux_answer
+        family = "flux1"
+    elif "model.diffusion_model.label_emb.0.0.weight" in tensors:
+        family, model, denoise = "sdxl", _sdxl(tensors), _sdxl_answer
     else:
-        model, denoise = _unet(arguments.checkpoint, tensors), _unet_answer
-    run(arguments, lambda lora, inputs: _loaded(network, model, denoise, lora, inputs))
+        family, model, denoise = "sd1", _unet(arguments.checkpoint, tensors), _unet_answer
+    run(arguments, lambda lora, inputs: _loaded(network, family, model, denoise, lora, inputs))
 
 
 @torch.no_grad()
-def _loaded(module: Any, model: nn.Module, denoise: Any, lora: Path, inputs: dict[str, Tensor]) -> Loaded:
+def _loaded(module: Any, family: str, model: nn.Module, denoise: Any, lora: Path, inputs: dict[str, Tensor]) -> Loaded:
     own = {layer: layer.__dict__.get("forward") for layer in model.modules()}
     without = denoise(model, **inputs)
     weights = load_file(str(lora))
-    encoder: Any = _clip() if any(key.startswith("lora_te") for key in weights) else []
+    encoder: Any = []
+    if any(key.startswith("lora_te") for key in weights):
+        encoder = [behind_text_model(one) for one in text_encoders(family).values()]
+        encoder = encoder if len(encoder) > 1 else encoder[0]  # several have numbers in their names
     network, _ = module.create_network_from_weights(1.0, None, None, encoder, model, weights_sd=weights)
     try:
         network.apply_to(encoder, model, apply_text_encoder=bool(encoder), apply_unet=True)
@@ -53,19 +60,6 @@ def _loaded(module: Any, model: nn.Module, denoise: Any, lora: Path, inputs: dic
             if forward is None:
                 layer.__dict__.pop("forward", None)
     return Loaded({base_of(key) for key in weights}, {base_of(key) for key in unexpected}, output, without)
-
-
-def _clip() -> Any:
-    """A text encoder of CLIP-L's size; its layers stand behind `text_model.`, which newer transformers dropped."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    encoder = CLIPTextModel(CLIPTextConfig(**sizes))
-    if hasattr(encoder, "text_model"):
-        return encoder
-    named = nn.Module()
-    named.text_model = encoder
-    return named
 
 
 def _unet(checkpoint: Path, tensors: dict[str, Tensor]) -> nn.Module:
@@ -91,6 +85,31 @@ def _unet(checkpoint: Path, tensors: dict[str, Tensor]) -> nn.Module:
 @torch.no_grad()
 def _unet_answer(unet: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
     output: Tensor = unet(x, timestep, context).sample
+    return output
+
+
+def _sdxl(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' UNet of the width that the tensors have; the rest is fixed there."""
+    from library import sdxl_original_unet as module
+
+    prefix = models.UNetShape.prefix
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    module.MODEL_CHANNELS = own["input_blocks.0.0.weight"].shape[0]
+    module.TIME_EMBED_DIM = 4 * module.MODEL_CHANNELS
+    with torch.device("meta"):
+        unet: nn.Module = module.SdxlUNet2DConditionModel()
+    unet.load_state_dict(own, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _sdxl_answer(
+    unet: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, time_ids: Tensor
+) -> Tensor:
+    from library.sdxl_original_unet import get_timestep_embedding
+
+    sizes = get_timestep_embedding(time_ids.flatten(), models.SIZE_WIDTH, downscale_freq_shift=0)
+    output: Tensor = unet(x, timestep, context, torch.cat((pooled, sizes.reshape(len(x), -1)), dim=1))
     return output
 
 

@@ -148,8 +148,8 @@ def test_the_same_report_is_the_same_page(picture: Path) -> None:
 def test_parts_that_a_run_lacks_have_no_heading() -> None:
     found = page()
     assert found.tags.count("h2") == 1, "only the loss, which says that there is none"
-    assert "No step came to its end" in found.text
-    assert "What happened" not in found.text
+    assert "No step was completed" in found.text
+    assert "Notes" not in found.text
 
 
 @pytest.mark.parametrize("losses", [[0.3], [NAN, 0.3, NAN], [math.inf, 0.3], [0.3] * 5000])
@@ -203,8 +203,8 @@ def test_images_that_need_a_look_come_first() -> None:
     assert "Of 33 images, 1 is never fit and 1 is memorised." in text
     order = [text.index(name) for name in ("odd", "dull", "good-29", "good-12", "13 more images", "good-11", "unseen")]
     assert order == sorted(order)
-    assert "None of the 30 images stands out." in page(images=images[:30]).text
-    assert "No image was looked at often enough" in page(images=images[-1:]).text
+    assert "None of the 30 images needs attention." in page(images=images[:30]).text
+    assert "No image was drawn often enough" in page(images=images[-1:]).text
 
 
 def test_settings_that_were_changed_come_first() -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorasmith.adapters.patch import merged_weights
+from lorasmith.adapters.patch import patches_merged
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.loading import load_model
@@ -45,7 +45,7 @@ def applied_weights(model: Model, loras: Sequence[tuple[Path, float]]) -> dict[s
             for name, module in model.components.text_encoders.items()
         ),
     ):
-        with merged_weights(module, patches):
+        with patches_merged(module, patches):
             weights |= {f"{component}.{name}": tensor.detach().clone() for name, tensor in module.named_parameters()}
     return weights
 

@@ -118,7 +118,7 @@ def broken(copy: Path, case: str) -> None:
     ("case", "sentence"),
     [
         ("no index", "is no diffusers model"),
-        ("unknown pipeline", "of an architecture not known here"),
+        ("unknown pipeline", "of an unsupported architecture"),
         ("no denoiser", "config.json"),
         ("damaged configuration", "config.json cannot be read"),
         ("pickled weights", "must hold its weights as safetensors"),
@@ -137,5 +137,5 @@ def test_files_that_are_no_models_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         open_model(tmp_path / "none.safetensors")
     save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ModelError, match="of no architecture known here"):
+    with pytest.raises(ModelError, match="of no supported architecture"):
         open_model(tmp_path / "odd.safetensors")

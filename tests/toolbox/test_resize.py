@@ -69,7 +69,7 @@ def test_the_scale_stays_for_every_shape(
     weights = cases.random_weights((12, 9, *kernel), rank=rank, alpha=alpha, variant=variant if kernel else "")
     write(folder / "a.safetensors", weights, dtype)
     if smaller >= rank:
-        with pytest.raises(LoraError, match="is above what was asked for"):
+        with pytest.raises(LoraError, match="must have a rank above the new one"):
             resize(folder / "a.safetensors", folder / "b.safetensors", rank=smaller)
         return
     resize(folder / "a.safetensors", folder / "b.safetensors", rank=smaller)

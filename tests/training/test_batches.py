@@ -18,7 +18,7 @@ from torch import Tensor
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.diffusion.timesteps import quantile_map, resolution_shift, uniform_numbers
+from lorasmith.diffusion.timesteps import quantile_map, uniform_numbers
 from lorasmith.families.base import collate
 from lorasmith.families.model import Model
 from lorasmith.training.batches import BatchMaker, no_masks, prefetched
@@ -144,9 +144,9 @@ def test_each_size_has_the_shift_that_suits_it(mixed: EncodedDataset, tiny: Mode
     )
     for batch in made.step(0):
         u = uniform_numbers(batch.draws, seed=0, stratified=False)
-        shift = resolution_shift(*batch.clean.shape[-2:])
+        shift = tiny.components.schedule.resolution_shift(*batch.clean.shape[-2:])
         torch.testing.assert_close(batch.level.sigma, shift * u / (1 + (shift - 1) * u))
-    assert len({resolution_shift(*batch.clean.shape[-2:]) for batch in made.step(0)}) == 2
+    assert len({tiny.components.schedule.resolution_shift(*batch.clean.shape[-2:]) for batch in made.step(0)}) == 2
 
 
 def test_offset_noise_is_one_value_for_each_channel_of_a_draw(dataset: EncodedDataset, tiny: Model) -> None:

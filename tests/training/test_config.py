@@ -43,7 +43,7 @@ OTHER_CONCEPTS = {
     "training.events.StepDone": "the rate that a step was taken at",
     "training.job._Existing": "steps of a LoRA that is continued",
     "training.lora_handle.Lora": "whether a graph keeps itself out of the file",
-    "training.train.Surroundings": "what draws previews",
+    "training.train.RunOptions": "what draws previews",
 }
 """Where a parameter is called as a setting is and has a default, because it is another thing."""
 

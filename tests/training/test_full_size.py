@@ -108,6 +108,7 @@ def written(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtyp
         spelled = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
         header[name] = {"dtype": spelled, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as in published files: tensors that are not aligned cannot stay on the file
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():

@@ -1,20 +1,20 @@
 """The same run on a GPU: the same draws, losses that agree, nobody who waits, and nothing left on the device.
 
-What a GPU holds is tested in `test_gpu_memory`.
+What a GPU holds is tested in `test_gpu_memory`. `LORASMITH_GPU_TESTS=cpu pytest -m gpu tests/training/test_gpu.py` runs
+what can be run on the CPU there: whether these tests still fit the code can be seen without a GPU.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lever_cases import planned
 from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
@@ -37,12 +37,11 @@ from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.train import TrainResult, plan_job
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device(os.environ.get("LORASMITH_GPU_TESTS", "cuda"))
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_triton = pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+pytestmark = [pytest.mark.gpu, *([needs_cuda] if DEVICE.type == "cuda" else [])]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def run_fp16() -> Callable[..., TrainResult]:
 def test_losses_agree_with_the_cpus(
     run: Callable[..., TrainResult], mixed: EncodedDataset, dtype: str, tolerance: float
 ) -> None:
-    on_cpu, on_gpu = (run(mixed, training_dtype=dtype, batch_size=3, device=one) for one in ("cpu", "cuda"))
+    on_cpu, on_gpu = (run(mixed, training_dtype=dtype, batch_size=3, device=one) for one in ("cpu", DEVICE))
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=tolerance)
 
 
@@ -75,7 +74,7 @@ def test_losses_in_fp16_agree_with_the_cpus_in_fp32(
 def test_the_model_comes_back_to_the_cpu(
     run: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, tmp_path: Path
 ) -> None:
-    result = run(dataset, device="cuda")
+    result = run(dataset, device=DEVICE)
     assert {p.device.type for p in tiny.components.denoiser.parameters()} == {"cpu"}
     assert all(t.device.type == "cpu" for one in result.lora.state.adapters.values() for t in one.tensors.values())
     Lora.load(result.lora.save(tmp_path / "lora.safetensors"), tiny)
@@ -85,7 +84,7 @@ def test_the_model_comes_back_to_the_cpu(
 def test_pictures_come_from_the_gpu(
     run: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, bypass: bool
 ) -> None:
-    lora = run(dataset, device="cuda").lora
+    lora = run(dataset, device=DEVICE).lora
     (image,) = generate(lora.applied_to(tiny.denoiser, bypass=bypass), "a cat", steps=2)
     assert image.size == (64, 64)
 
@@ -97,7 +96,7 @@ def test_quantized_and_offloaded_weights_agree_with_the_cpus(
 ) -> None:
     settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "gradient_checkpointing": True}
     on_cpu = run(mixed, device="cpu", **settings)
-    on_gpu = run(mixed, device="cuda", offloading=offloading, **settings)
+    on_gpu = run(mixed, device=DEVICE, offloading=offloading, **settings)
     assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=1e-3)
 
 
@@ -106,9 +105,9 @@ def test_quantized_and_offloaded_weights_agree_with_the_cpus(
 def test_products_in_fp8_agree_with_those_of_the_unpacked_weights(
     run: Callable[..., TrainResult], mixed: EncodedDataset, kind: str, dtype: str
 ) -> None:
-    if not has_fp8_products(torch.device("cuda")):
+    if not has_fp8_products(DEVICE):
         pytest.skip("needs compute capability 8.9")
-    settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "training_dtype": dtype, "device": "cuda"}
+    settings: dict[str, Any] = {"quantization": kind, "batch_size": 3, "training_dtype": dtype, "device": DEVICE}
     plain, fp8 = (run(mixed, quantized_backward=wanted, **settings) for wanted in (False, True))
     assert fp8.losses != plain.losses
     assert fp8.losses == pytest.approx(plain.losses, rel=0.03)
@@ -118,7 +117,7 @@ def test_products_in_fp8_agree_with_those_of_the_unpacked_weights(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) -> None:
-    device = torch.device("cuda")
+    device = DEVICE
     if not has_fp8_products(device):
         pytest.skip("needs compute capability 8.9")
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +137,7 @@ def test_a_product_in_fp8_is_the_cpus(kind: str, dtype: torch.dtype, rows: int) 
 def test_activations_that_are_not_kept_change_no_bit(
     run: Callable[..., TrainResult], mixed: EncodedDataset, small_is_worth_it: None, kind: str, dtype: str
 ) -> None:
-    settings: dict[str, Any] = {"batch_size": 3, "training_dtype": dtype, "device": "cuda", "deterministic": True}
+    settings: dict[str, Any] = {"batch_size": 3, "training_dtype": dtype, "device": DEVICE, "deterministic": True}
     assert run(mixed, activations=kind, **settings).losses == run(mixed, **settings).losses
 
 
@@ -172,10 +171,9 @@ def test_each_optimizer_agrees_with_the_cpus(
 
 
 def test_batches_are_the_cpus_to_the_bit(tiny: Model, mixed: EncodedDataset) -> None:
-    job, recipe = planned(tiny, batch_size=4, grad_accumulation_steps=2, noise_offset=0.1)
-    on_cpu, on_gpu = (
-        batch_maker(job.denoiser, mixed.samples, replace(recipe, device=one)) for one in (torch.device("cpu"), DEVICE)
-    )
+    config = TrainConfig(batch_size=4, grad_accumulation_steps=2, noise_offset=0.1, training_dtype="fp32")
+    jobs = [plan_job(tiny.denoiser, config, one) for one in ("cpu", DEVICE)]
+    on_cpu, on_gpu = (batch_maker(job.denoiser, mixed.samples, job.config, job.runtime) for job in jobs)
     for step in range(2):
         for ours, theirs in zip(on_gpu.step(step), on_cpu.step(step), strict=True):
             assert (ours.draws, ours.names, ours.quantiles) == (theirs.draws, theirs.names, theirs.quantiles)
@@ -187,13 +185,12 @@ def test_batches_are_the_cpus_to_the_bit(tiny: Model, mixed: EncodedDataset) -> 
                 assert torch.equal(ours.conditioning.tensors[name].cpu(), tensor)
 
 
+@needs_cuda
 def test_numbers_come_to_the_host_without_anybody_waiting() -> None:
     mailbox = Mailbox(DEVICE)
     first, second = torch.tensor([1.0, 2.0], device=DEVICE), torch.tensor([3.0, 4.0], device=DEVICE)
     mailbox.post(0, first)
-    assert mailbox.collect(wait=True) == [
-        (0, [1.0, 2.0])
-    ]  # and pinned memory is there, which is not made without a wait
+    assert mailbox.collect(wait=True) == [(0, [1.0, 2.0])]  # pinned memory, which is not made without a wait, is there
     torch.cuda._sleep(1 << 31)  # a second or so
     mailbox.post(1, second)
     assert mailbox.collect() == []
@@ -210,6 +207,7 @@ def test_numbers_come_to_the_host_without_anybody_waiting() -> None:
     ],
     ids=lambda settings: next(iter(settings), "plain"),
 )
+@needs_cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_waits_for_nothing(tiny: Model, mixed: EncodedDataset, settings: dict[str, Any]) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(rank=4, batch_size=3, **{"training_dtype": "fp32"} | settings), DEVICE)
@@ -298,7 +296,8 @@ def test_previews_are_drawn_on_the_device_and_change_no_bit(
     assert drawn.losses == run(dataset, device=DEVICE, **settings).losses
 
 
-@pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+@needs_cuda
+@needs_triton
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_checkpointing": True, "checkpoint_depth": 2}, {"quantization": "int8"}, {"rank_dropout": 0.3}],
@@ -309,24 +308,27 @@ def test_compiled_blocks_give_the_same_losses(
     run: Callable[..., TrainResult], dataset: EncodedDataset, settings: dict[str, Any], dtype: str, tolerance: float
 ) -> None:
     heard: list[Event] = []
-    common: dict[str, Any] = {"training_dtype": dtype, "batch_size": 2, "device": "cuda", **settings}
+    common: dict[str, Any] = {"training_dtype": dtype, "batch_size": 2, "device": DEVICE, **settings}
     compiled = run(dataset, compile=True, on_event=heard.append, **common)
     assert not [event.message for event in heard if isinstance(event, Warned) and "compile" in event.message]
     assert compiled.losses == pytest.approx(run(dataset, **common).losses, rel=tolerance)
 
 
-@pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+@needs_cuda
+@needs_triton
 def test_compiled_blocks_take_mixed_sizes(run: Callable[..., TrainResult], mixed: EncodedDataset) -> None:
-    settings: dict[str, Any] = {"batch_size": 3, "device": "cuda"}
+    settings: dict[str, Any] = {"batch_size": 3, "device": DEVICE}
     assert run(mixed, compile=True, **settings).losses == pytest.approx(run(mixed, **settings).losses, rel=1e-3)
 
 
-@pytest.mark.skipif(compiler(torch.device("cuda")) == "none", reason="needs triton")
+@needs_cuda
+@needs_triton
 def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], dataset: EncodedDataset) -> None:
-    settings: dict[str, Any] = {"compile": True, "deterministic": True, "device": "cuda", "batch_size": 2}
+    settings: dict[str, Any] = {"compile": True, "deterministic": True, "device": DEVICE, "batch_size": 2}
     assert run(dataset, **settings).losses == run(dataset, **settings).losses
 
 
+@needs_cuda
 def test_streamed_weights_are_not_compiled_aloud(tiny: Model) -> None:
-    job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), torch.device("cuda"))
-    assert any("compile changes nothing with offloading" in note for note in job.notes)
+    job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), DEVICE)
+    assert any("compile has no effect with offloading" in note for note in job.notes)

@@ -85,7 +85,7 @@ def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     second = Audience()
     resumed = run(mixed, steps=5, output=tmp_path / "broken", on_event=second, **settings)
     assert second.of(Resumed)[0].step == 3
-    assert "from step 3, to the bit" in second.of(Resumed)[0].message
+    assert "from step 3, bit-identically" in second.of(Resumed)[0].message
     assert resumed.losses == whole.losses
     assert [event.step for event in second.of(StepDone)] == [4, 5]
     assert same(saved(tmp_path / "whole"), saved(tmp_path / "broken"))
@@ -173,14 +173,14 @@ def test_settings_that_change_no_number_may_change(run: Run, dataset: EncodedDat
 
 def test_a_run_that_is_done_is_not_taken_up_again(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     run(dataset, output=tmp_path)
-    with pytest.raises(OutputError, match="it is done"):
+    with pytest.raises(OutputError, match="is complete"):
         run(dataset, output=tmp_path)
 
 
 def test_a_folder_is_for_one_process_at_a_time(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     with (
         RunFolder(tmp_path / "run").claimed(),
-        pytest.raises(OutputError, match="belongs to a run that is going on in another process"),
+        pytest.raises(OutputError, match="is in use by a run in another process"),
     ):
         run(dataset, output=tmp_path / "run")
 
@@ -195,7 +195,7 @@ def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset,
     audience = Audience()
     run(dataset, output=tmp_path, on_event=audience)
     assert re.search(
-        r"not to the bit, for what differs is torch 1.0 there, .* here; threads 99 there, \d+ here",
+        r"not bit-identically, because of torch 1.0 there, .* here; threads 99 there, \d+ here",
         audience.of(Resumed)[0].message,
     )
 
@@ -236,7 +236,7 @@ def test_after_nan_a_run_goes_back_and_on(run: Run, dataset: EncodedDataset, mon
     result = run(dataset, steps=6, on_event=audience, learning_rate=1e-3)
     (back,) = audience.of(RolledBack)
     assert (back.step, back.to_step, back.rate_factor) == (3, 0, 0.5)
-    assert re.search(r"at step 3 \(images: \d\.png\); that step is left out", back.message)
+    assert re.search(r"at step 3 \(images: \d\.png\); that step is skipped", back.message)
     assert result.reason == "finished"
     assert [math.isnan(loss) for loss in result.losses] == [False, False, True, False, False, False]
     assert [event.learning_rate for event in audience.of(StepDone)] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
@@ -286,7 +286,7 @@ def test_after_too_many_faults_the_best_there_is_is_kept(
     poison(monkeypatch, lambda step: math.nan if step >= 4 else 1.0)
     audience = Audience()
     with pytest.raises(
-        TrainingError, match=r"at step 6 .*, after 2 times before in this run; the LoRA as it was before that step"
+        TrainingError, match=r"at step 6 .*, after 2 rollbacks in this run; the LoRA before that step"
     ) as error:
         run(dataset, steps=9, max_rollbacks=2, output=tmp_path, on_event=audience)
     assert len(audience.of(RolledBack)) == 2
@@ -537,7 +537,7 @@ def test_a_single_image_that_is_too_large_is_said_in_numbers(
     out_of_memory(monkeypatch, lambda batch, used: used == depth)
     audience = Audience()
     run(dataset, steps=1, gradient_checkpointing=bool(depth), checkpoint_depth=depth or 1, on_event=audience)
-    assert "1 at a time, with gradient checkpointing" in audience.of(Shrunk)[0].message
+    assert "1 at a time, with activation checkpointing" in audience.of(Shrunk)[0].message
 
 
 def test_a_gradient_that_is_not_finite_is_no_explosion(
@@ -555,7 +555,7 @@ def test_a_gradient_that_is_not_finite_is_no_explosion(
         return losses, first
 
     monkeypatch.setattr(engine.Engine, "gradient", broken)
-    with pytest.raises(TrainingError, match=r"must stay finite .* at step 3 .*; the LoRA as it was before that step"):
+    with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 .*; the LoRA before that step"):
         run(dataset, max_rollbacks=0, output=tmp_path / "run")
     monkeypatch.undo()
     run(dataset, steps=2, output=tmp_path / "two")

@@ -52,8 +52,8 @@ def test_text_becomes_rules(text: str, rules: list[Rule], exclusions: list[Rule]
         ),
         ("*.a *.b", "settings of targets must be rank=..., alpha=..., lr=..., got '*.b'"),
         ("*.a rank 8", "settings of targets must be rank=..., alpha=..., lr=..., got 'rank'"),
-        ("rank=8, *.a", "settings of targets must stand behind a preset or pattern, got 'rank=8' alone"),
-        ("*.a, !*.b rank=8", "what targets leave out takes no settings, got '!*.b rank=8'"),
+        ("rank=8, *.a", "settings of targets must follow a preset or pattern, got 'rank=8' alone"),
+        ("*.a, !*.b rank=8", "an exclusion takes no settings, got '!*.b rank=8'"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, sentence: str) -> None:

@@ -154,7 +154,7 @@ def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_pa
     assert metadata["ss_base_model_version"] == "sd_v1_v"
     assert metadata["ss_network_dim"] == "4"
     assert len(metadata["sshs_model_hash"]) == 64
-    with pytest.raises(OutputError, match="holds this run, and it is done"):
+    with pytest.raises(OutputError, match="holds this run, which is complete"):
         run(dataset, output=tmp_path / "run")
 
 

@@ -164,7 +164,7 @@ def test_a_plain_lora_can_be_continued_with_new_kinds_of_targets(quick: Run, tmp
     assert {kind for path, kind in kinds.items() if path.endswith("to_q")} == {("lora", False)}
     assert {kind for path, kind in kinds.items() if path.endswith("conv1")} == {("lokr", True)}
     assert len(again.lora.state.differences) > 10
-    assert notes[0].startswith("Going on from first.safetensors (2 steps): 7 of its layers keep their algorithm")
+    assert notes[0].startswith("Continuing first.safetensors (2 steps): 7 of its layers keep their algorithm")
 
 
 def test_a_layer_with_an_adapter_and_differences_keeps_them_all(
@@ -273,33 +273,33 @@ def test_the_default_rate_is_the_models_times_the_algorithms(tiny: Model, monkey
 
 
 NOTES: dict[str, tuple[dict[str, Any], str]] = {
-    "buckets": ({"bucket_mode": True}, "bucket_mode changes nothing here"),
-    "bypass": ({"bypass_mode": True}, "bypass_mode changes nothing here"),
-    "depth": ({"checkpoint_depth": 3}, "checkpoint_depth 3 changes nothing without gradient_checkpointing"),
-    "decay": ({"optimizer": "SGD", "weight_decay": 0.1}, "weight_decay 0.1 changes nothing with SGD"),
+    "buckets": ({"bucket_mode": True}, "bucket_mode has no effect here"),
+    "bypass": ({"bypass_mode": True}, "bypass_mode has no effect here"),
+    "depth": ({"checkpoint_depth": 3}, "checkpoint_depth 3 has no effect without gradient_checkpointing"),
+    "decay": ({"optimizer": "SGD", "weight_decay": 0.1}, "weight_decay 0.1 has no effect with SGD"),
     "rate of Prodigy": (
         {"optimizer": "Prodigy", "learning_rate": 1e-3},
-        "learning_rate 0.001 is a share of the rate that Prodigy finds by itself; 1 is usual",
+        "learning_rate 0.001 multiplies the rate that Prodigy estimates itself; 1 is usual",
     ),
-    "end of a constant": ({"final_rate": 0.1}, "final_rate 0.1 changes nothing with schedule constant"),
-    "cycles of one": ({"schedule": "cosine", "schedule_cycles": 4}, "schedule_cycles 4 changes nothing with schedule"),
-    "power of a line": ({"schedule": "linear", "schedule_power": 3.0}, "schedule_power 3 changes nothing with"),
-    "start of PiSSA": ({"pissa": True, "zero_init": "down"}, "zero_init down changes nothing with pissa"),
-    "start of OFT": ({"algorithm": "OFT", "zero_init": "down"}, "zero_init down changes nothing with OFT"),
-    "alpha of LoKr": ({"algorithm": "LoKr", "alpha": 2.0}, "alpha 2.0 changes nothing with LoKr"),
-    "rank of Full": ({"algorithm": "Full", "rank": 8}, "rank 8 changes nothing with Full"),
-    "cores": ({"tucker": True, "targets": "attention"}, "tucker changes nothing: no target is a convolution larger"),
-    "exclusions": ({"targets": "attention, !*.conv9"}, "!*.conv9 leaves nothing out"),
+    "end of a constant": ({"final_rate": 0.1}, "final_rate 0.1 has no effect with schedule constant"),
+    "cycles of one": ({"schedule": "cosine", "schedule_cycles": 4}, "schedule_cycles 4 has no effect with schedule"),
+    "power of a line": ({"schedule": "linear", "schedule_power": 3.0}, "schedule_power 3 has no effect with"),
+    "start of PiSSA": ({"pissa": True, "zero_init": "down"}, "zero_init down has no effect with pissa"),
+    "start of OFT": ({"algorithm": "OFT", "zero_init": "down"}, "zero_init down has no effect with OFT"),
+    "alpha of LoKr": ({"algorithm": "LoKr", "alpha": 2.0}, "alpha 2.0 has no effect with LoKr"),
+    "rank of Full": ({"algorithm": "Full", "rank": 8}, "rank 8 has no effect with Full"),
+    "cores": ({"tucker": True, "targets": "attention"}, "tucker has no effect: no target is a convolution larger"),
+    "exclusions": ({"targets": "attention, !*.conv9"}, "!*.conv9 excludes nothing"),
     "rate": (
         {"targets": "*.0.attn2.to_q lr=1e-3"},
-        "learning_rate 0.03 changes nothing: every target has one of its own",
+        "learning_rate 0.03 has no effect: every target has one of its own",
     ),
-    "capped": ({"rank": 128}, "Rank 128 is more than"),
-    "gamma": ({"min_snr_gamma": 3.0}, "min_snr_gamma 3 changes nothing without a loss_weighting"),
-    "shift": ({"timestep_shift": 1.0}, "timestep_shift 1 changes nothing: it is this model's own"),
+    "capped": ({"rank": 128}, "Rank 128 exceeds the size of"),
+    "gamma": ({"min_snr_gamma": 3.0}, "min_snr_gamma 3 has no effect without a loss_weighting"),
+    "shift": ({"timestep_shift": 1.0}, "timestep_shift 1 has no effect: it is this model's own"),
     "weighted errors": (
         {"objective": "x0", "loss_weighting": "min_snr"},
-        "objective x0 changes nothing with loss_weighting min_snr",
+        "objective x0 has no effect with loss_weighting min_snr",
     ),
     "DoRA in ComfyUI": (
         {"dora": "output"},
@@ -335,7 +335,7 @@ def test_settings_for_fresh_targets_say_so_when_there_are_none(quick: Run, tmp_p
         pissa=True,
         on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None,
     )
-    assert notes[1] == "pissa, rank change nothing: every target goes on from existing_lora, with what it has there."
+    assert notes[1] == "pissa, rank have no effect: every target continues existing_lora with its own values."
 
 
 def test_the_plain_run_has_no_notes(quick: Run) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -92,7 +92,7 @@ def test_what_is_attached_counts_and_no_gradient_is_kept(make: Make, tiny: Model
     validator = make()
     base = validator()
     job = plan_job(tiny.denoiser, TrainConfig(rank=4, training_dtype="fp32", targets="attention"), CPU)
-    with attached(tiny.components.denoiser, [Attached(job.adapters, differences={})]):
+    with adapters_attached(tiny.components.denoiser, [Attached(job.adapters, differences={})]):
         fresh = validator()
         for adapter in job.adapters.values():
             for name, parameter in adapter.named_parameters():

@@ -91,8 +91,8 @@ def test_later_overrides_win(toys: Any, prompt: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("value=3", "must read <node id>.<input>=<value>, such as 12.steps=200, got 'value=3'"),
-        ("1.value", "must read"),
+        ("value=3", "must be <node id>.<input>=<value>, such as 12.steps=200, got 'value=3'"),
+        ("1.value", "must be"),
         ("12.value=3", r"no node '12'.*there are node 1 'A Number', node 2 'Add up', node 3 'Text', node 4:1"),
         ("2.ofset=3", r"node 2 'Add up' has no input 'ofset' \(did you mean 'offset'\?\); it has numbers.n0"),
         ("4:1.length=3", "node 4:1 'FromElsewhere' has no input 'length'; it has size"),

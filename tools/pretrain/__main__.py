@@ -15,8 +15,8 @@ from lorasmith.core.placement import best_device
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Work = Annotated[Path, typer.Option(help="Folder for everything that is made on the way.")]
-Steps = Annotated[int, typer.Option(min=1, help="Updates in all, those of earlier sittings included.")]
+Work = Annotated[Path, typer.Option(help="Folder for intermediate files.")]
+Steps = Annotated[int, typer.Option(min=1, help="Total number of updates, those of earlier runs included.")]
 DEFAULT_WORK = Path("build/pretrain")
 
 CHECKPOINT = ASSETS / "models" / "checkpoints" / "lorasmith-tiny.safetensors"
@@ -68,10 +68,10 @@ def unet(
     work: Work = DEFAULT_WORK,
     steps: Steps = 2300,
     shipped: Annotated[
-        bool, typer.Option(help="Start from the model that the package ships, autoencoder and text encoder included.")
+        bool, typer.Option(help="Start from the model in the package, autoencoder and text encoder included.")
     ] = False,
 ) -> None:
-    """Train the UNet, from where this stage stopped; then write the model into WORK/model."""
+    """Train the UNet from its last saved state; then write the model into WORK/model."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
@@ -98,13 +98,13 @@ def unet(
 
 @app.command()
 def judge(work: Work = DEFAULT_WORK) -> None:
-    """Train the classifier that says what a picture shows."""
+    """Train the classifier that measures pictures."""
     from diffusers import AutoencoderKL
 
     from tools.pretrain.judge_training import train_judge
 
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-    print(f"{train_judge(work, vae):.1%} of drawings it had not seen so are told rightly")
+    print(f"{train_judge(work, vae):.1%} of unseen drawings are classified correctly")
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """The autoencoder: 64×64 pixels to 4×16×16 latents and back, in diffusers' AutoencoderKL.
 
 The loss compares pixels (L1 and squares), edges (L1 of finite differences) and, on 4×4 blocks, colour: without the
-last the four channels all go to brightness and red cannot be told from green. When training is done the latents' mean
-and spread are folded into the 1×1 convolutions around them, so that Stable Diffusion's own scaling factor gives unit
+last all four channels encode brightness, and red and green look the same. After training the latents' mean and
+spread are folded into the 1×1 convolutions around them, so that Stable Diffusion's own scaling factor gives unit
 variance.
 """
 
@@ -31,7 +31,7 @@ BATCH = 8
 
 
 def build() -> AutoencoderKL:
-    """Eight channels a group: with one a group, norms would take away flat colours."""
+    """Eight channels per group: with one, norms would remove flat colours."""
     torch.manual_seed(0)
     return AutoencoderKL(
         in_channels=3,

@@ -1,8 +1,8 @@
-"""A small classifier that looks at pictures and says what they show, in which style: the measure of what models draw.
+"""A small classifier of subject and style, which measures the pictures of a model.
 
-It is trained on the same drawings as the model, and on what the model must not see, the held-out style and subjects,
-so that it can tell whether a LoRA has learnt them. Half of its pictures have gone through the autoencoder, because a
-model's pictures have too. Its weights lie beside this file; `python -m tools.pretrain judge` makes them anew.
+It is trained on the same drawings as the model, and on the held-out style and subjects, so that it can measure whether
+a LoRA has learnt them. Half of its pictures have passed through the autoencoder, as a model's pictures have. Its
+weights are beside this file; `python -m tools.pretrain judge` trains them again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training run that can stop and go on: the loop that all stages share."""
+"""One training run that can be stopped and resumed: the loop of all stages."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ M = TypeVar("M", bound=nn.Module)
 class Run(Generic[M]):
     """Trains a module from its last saved state to a given step.
 
-    The learning rate warms up, stays, and falls to nothing over the last fifth; batches are functions of the step. So a
-    run that was cut off goes on as if it had not been, and one that is to go on further starts its fall later.
+    The learning rate warms up, stays, and falls to zero over the last fifth; batches are functions of the step. So a
+    run that was stopped resumes as if it had not been, and one with more steps starts its fall later.
 
     Attributes:
-        model: what is trained.
-        average: moving average of its weights, which is what is used afterwards.
+        model: the trained module.
+        average: moving average of its weights, which is used afterwards.
         step: updates done.
     """
 

@@ -1,11 +1,11 @@
-"""The text encoder: trained to say what a caption means before any UNet listens to it, and frozen from then on.
+"""The text encoder: trained to predict the content of captions before the UNet is trained, and frozen from then on.
 
-Every position from the end of the text on (the padding is the end token too) must tell concept, style, background and
-a coarse picture, 8×8 colours. Trained together with the UNet from scratch it took fifty thousand samples to say
-nothing.
+Every position from the end of the text on (the padding is the end token too) must predict concept, style, background
+and a coarse picture, 8×8 colours. Trained together with the UNet from scratch it learnt nothing in fifty thousand
+samples.
 
-Half of each batch are the model's own concepts; the other half are all others that emojibase knows, so that words
-which the UNet never met have a meaning near that of their like.
+Half of each batch are the model's own concepts; the other half are all others of emojibase, so that words that the UNet
+never saw are encoded near similar ones.
 """
 
 from __future__ import annotations

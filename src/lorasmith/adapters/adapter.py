@@ -37,9 +37,9 @@ class Adapter(nn.Module, ABC):
     Attributes:
         algorithm: registered name in lower case, as `AdapterWeights` has it.
         format: what its tensors are to files, tools and other programs.
-        transforms_output: whether g is something else than the identity; then the bias is added after it.
-        reads_weight: whether `attached` looks at the layer's weight; then it is shown that of the adapters below too.
-        compiles: whether torch.compile takes `attached` in one piece, and keeps nothing of the weight's size for it.
+        transforms_output: whether g differs from the identity; the bias is then added after it.
+        reads_weight: whether `attached` reads the layer's weight; it then includes the adapters below.
+        compiles: whether torch.compile takes `attached` in one graph, and keeps nothing of the weight's size for it.
     """
 
     algorithm: ClassVar[str]
@@ -58,7 +58,7 @@ class Adapter(nn.Module, ABC):
             rank: inner dimension (LoKr: the factor; OFT: the block size; Full: nothing).
             alpha: numerator of the scale (OFT: the constraint; LoKr, Full: nothing).
             seed, path: key of the initial values.
-            zero: which factor starts at zero, `up` (the field's habit) or `down` (ComfyUI's).
+            zero: factor that starts at zero, `up` (the usual choice) or `down` (ComfyUI's).
         """
 
     @classmethod
@@ -75,15 +75,15 @@ class Adapter(nn.Module, ABC):
         """The layer's weight with the adapter folded in, in the weight's dtype (computed in fp32)."""
 
     def before(self, x: Tensor, strength: float) -> Tensor:
-        """f: what happens to the layer's input."""
+        """f, on the layer's input x (..., in)."""
         return x
 
     def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor | None:
-        """h: what is added to the layer's product; None for zero."""
+        """h, added to the layer's product; None for zero."""
         return None
 
     def after(self, y: Tensor, strength: float) -> Tensor:
-        """g: what happens to the layer's output before the bias."""
+        """g, on the layer's output y (..., out) before the bias."""
         return y
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every algorithm of the catalogue, imported so that it is registered, and what each says of its tensors."""
+"""Every algorithm of the catalogue, imported so that it is registered, and the format of its tensors."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def format_of(weights: AdapterWeights) -> AdapterFormat:
 
 
 def size_of(weights: AdapterWeights) -> int | None:
-    """The number that was given as `rank`, where it is no rank and the tensors show it."""
+    """The value of `rank` that made an adapter, from its tensors, for algorithms where it is no rank; else None."""
     size = format_of(weights).size
     return None if size is None else size({role: tensor.shape for role, tensor in weights.tensors.items()})
 
 
 def title_of(weights: AdapterWeights) -> str:
-    """What people call an adapter's algorithm; a LoRA with magnitudes is a DoRA."""
+    """Display name of an adapter's algorithm; a LoRA with magnitudes is a DoRA."""
     name = ADAPTERS.canonical(weights.algorithm)
     return (ALGORITHMS[name].with_dora or f"{name} with DoRA") if "dora_scale" in weights.tensors else name
 
 
 def words_of(algorithm: str) -> Algorithm:
-    """What the catalogue says of an algorithm. Raises LoraError for unknown names."""
+    """The catalogue entry of an algorithm. Raises LoraError for unknown names."""
     return ALGORITHMS[ADAPTERS.canonical(algorithm)]

@@ -5,12 +5,12 @@
 Each stage is an OFT (see `oft`) of shuffled rows: stage i makes blocks of two half blocks that are 2^i half blocks
 apart, so that after all stages each output depends on every other (of its group, in a convolution with groups). Blocks
 are of even size and their number is a power of two; `oft_blocks` is (stages, blocks, block size, block size). `rank` is
-the largest block size that is wanted; where the outputs allow none that small, it is the smallest that they allow.
+the upper bound of the block size; where the outputs allow none that small, the smallest possible size is used.
 Constraint, `rescale` and strength are OFT's, strength in each stage. Parameters: stages · out · block size, of which
 half are used.
 
-In activation space the stages run one after the other on the outputs. The backward pass runs them again instead of
-keeping an activation for each.
+In activation space the stages run one after the other on the outputs. The backward pass recomputes them, so that no
+activation is kept for each.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _butterfly(y: Tensor, blocks: Tensor, strength: float) -> Tensor:
     """All stages on y (..., channels), for blocks (stages, blocks, block size, block size)."""
     stages, count, size, _ = blocks.shape
     half = size // 2
-    # Files number a block's rows across its two halves; here each half stays in one piece. And their Rᵀ is OFT's R.
+    # Files number a block's rows across its two halves; here each half is contiguous. And their Rᵀ is OFT's R.
     blocks = blocks.reshape(stages, count, half, 2, half, 2).permute(0, 1, 5, 4, 3, 2).reshape(blocks.shape)
     for stage, turn in enumerate(blocks):
         shuffled = y.reshape(*y.shape[:-1], -1, 2, 2**stage, half).transpose(-3, -2)

@@ -1,7 +1,7 @@
-"""The algorithms in words: what each is, what `rank` and `alpha` mean to it, which variants and settings it takes.
+"""The list of algorithms: a summary of each, what `rank` and `alpha` mean, which variants and settings it takes.
 
-Plain data without torch, so that help texts and configurations can use it at no cost. It is the list of algorithms too:
-the class of each is in the module of its name (`algorithms`).
+Plain data without torch, so that help texts and configurations load fast. The class of each is in the module of its
+name (`algorithms`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ __all__ = ["ALGORITHMS", "Algorithm", "rank_words"]
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What people should know of an algorithm before they choose it.
+    """An algorithm, for help texts and defaults.
 
     Attributes:
         summary: one sentence.
-        rank_meaning: what the number that is given as `rank` is: `rank`, `factor`, `block size`, or `` for nothing.
-        default_alpha: alpha when nothing is said; None is the rank, for adapters that are scaled by alpha / rank.
-        variants: settings of `TrainConfig` that it takes and not every algorithm does.
-        unused: settings of `TrainConfig` that every algorithm accepts and that change nothing for this one.
-        with_dora: what it is called with DoRA's magnitudes, where that is not `X with DoRA`.
-        learning_rate_factor: what the model's learning rate for LoRA is multiplied by when none is given, so that it
-            learns about as much in as many steps as LoRA does (`benchmarks/learning_rates.py`).
+        rank_meaning: what the setting `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
+        default_alpha: default of alpha; None is the rank, for adapters that are scaled by alpha / rank.
+        variants: settings of `TrainConfig` that this algorithm supports and not every other does.
+        unused: settings of `TrainConfig` that have no effect on this algorithm.
+        with_dora: its name with DoRA's magnitudes, where that is not `X with DoRA`.
+        learning_rate_factor: factor of the model's learning rate for LoRA when none is given, at which it learns about
+            as much in as many steps as LoRA does (`benchmarks/learning_rates.py`).
     """
 
     summary: str
@@ -82,11 +82,11 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 
 
 def rank_words(algorithm: str, rank: int | None = None) -> str:
-    """How to speak of an algorithm's `rank`: `rank 8`, `factor 8`, `block size 8`; empty where it has none.
+    """An algorithm's `rank` for messages: `rank 8`, `factor 8`, `block size 8`; empty where it has none.
 
     Args:
         algorithm: registered name in any case.
-        rank: the number, None for the bare word.
+        rank: the number; None for the word alone.
     """
     folded = {name.casefold(): facts for name, facts in ALGORITHMS.items()}
     meaning = folded[algorithm.casefold()].rank_meaning

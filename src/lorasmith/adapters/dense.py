@@ -1,9 +1,9 @@
-"""The product of a layer whose weight gets a change of its own size, as LoHa and a full difference have it.
+"""The product of a layer whose weight has a change of its own size, as LoHa's and a full difference.
 
     y = (W + ΔW) x + b,   ΔW = build(factors)
 
-ΔW lives for the length of a product: the backward pass builds it again from its factors, which are kept instead of it.
-Half precision could not hold a small ΔW in the sum with W, so there the two products are taken one by one.
+ΔW exists only during a product: the backward pass rebuilds it from its factors, which are kept instead.
+Half precision would round a small ΔW away in the sum with W, so there the two products are computed separately.
 """
 
 from __future__ import annotations
@@ -25,14 +25,26 @@ Build = Callable[..., Tensor]
 def changed_product(
     inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor
 ) -> Tensor:
-    """`inner(x) + ΔW x`, in one product where `inner` is the frozen layer itself."""
+    """`inner(x) + ΔW x`, in one product where `inner` is the frozen layer itself.
+
+    Args:
+        inner: the layer's product, or that of the adapters below.
+        layer: the layer that ΔW is for.
+        x: its input, (..., in) or (batch, in, *size).
+        build: makes ΔW from the factors.
+        factors: trained tensors, kept for the backward pass.
+    """
     if isinstance(inner, FrozenProduct):
         return _product(layer, build, True, inner.bias, x, *factors)
     return inner(x) + change_alone(layer, x, build, *factors)
 
 
 def change_alone(layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor) -> Tensor:
-    """`ΔW x`."""
+    """`ΔW x`.
+
+    Args:
+        layer, x, build, factors: as for `changed_product`.
+    """
     return _product(layer, build, False, None, x, *factors)
 
 

@@ -1,5 +1,4 @@
-"""Norm and bias differences: what is added to parameters that no low-rank product fits (LyCORIS' Norm, ComfyUI's
-BiasDiff).
+"""Norm and bias differences: added to parameters that no low-rank product fits (LyCORIS' Norm, ComfyUI's BiasDiff).
 
     weight' = weight + Δ   of a norm,   bias' = bias + Δ   of any layer
 
@@ -21,7 +20,7 @@ __all__ = ["Difference", "is_norm"]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module has a one-dimensional weight of its own, which is what norms scale their output with."""
+    """Whether a module has a one-dimensional weight of its own, by which norms scale their output."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.ndim == 1
 
@@ -63,7 +62,7 @@ class Difference(nn.Module):
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
 
     def on_norm(self, norm: nn.Module, forward: Callable[..., Tensor], strength: float) -> Callable[..., Tensor]:
-        """A norm's forward with the differences on top of what it is now."""
+        """A norm's forward with the differences added to its current parameters."""
 
         def changed(*args: Any, **kwargs: Any) -> Tensor:
             return forward(*args, **kwargs) + strength * self._alone(norm, forward, *args, **kwargs)
@@ -71,7 +70,7 @@ class Difference(nn.Module):
         return changed
 
     def _alone(self, norm: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """What the forward gives with the differences in place of the norm's parameters."""
+        """The forward with the differences in place of the norm's parameters."""
         own, mine = norm._parameters, dict(self.named_parameters())
         kept = dict(own)
         try:
@@ -84,7 +83,7 @@ class Difference(nn.Module):
 
 
 def _with_gradient(value: Any) -> Any:
-    """An input that asks for a gradient: torch's channels-last group norm (2.13, CPU) crashes if only weights do."""
+    """An input that requires a gradient: torch's channels-last group norm (2.13, CPU) crashes if only weights do."""
     if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
         return value.detach().requires_grad_()
     return value

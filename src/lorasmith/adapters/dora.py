@@ -2,12 +2,12 @@
 
     V = W + ΔW,   W' = m ∘ V / ‖V‖,   m = ‖W‖ at the start
 
-Per output the norm runs over a row of the weight, as in the paper, PEFT and LyCORIS: g(y) = (m / ‖V‖) ∘ y. Per input it
-runs over a column, as in the first implementations, and this is the kind that ComfyUI reproduces (per output it divides
-by ‖W‖ instead): f(x) = (m / ‖V‖) ∘ x. `dora_scale` holds m, (out, 1, ...) or (1, in, ...).
+Per output the norm is that of a row of the weight, as in the paper, PEFT and LyCORIS: g(y) = (m / ‖V‖) ∘ y. Per input
+it is that of a column, as in the first implementations, the kind that ComfyUI reproduces (per output it divides by ‖W‖
+instead): f(x) = (m / ‖V‖) ∘ x. `dora_scale` holds m, (out, 1, ...) or (1, in, ...).
 
-‖V‖ counts as a constant in the backward pass (section 4.3). Strength s gives W + s (W' − W), as in ComfyUI. What is
-trained is the change of m since the start, which half precision can hold where it would round m itself.
+‖V‖ is a constant in the backward pass (section 4.3). Strength s gives W + s (W' − W), as in ComfyUI. The trained
+parameter is the change of m since the start, which half precision can hold where it would round m itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DoraAdapter(Adapter):
     """Direction from another adapter, magnitude of its own.
 
     Args:
-        inner: what changes the direction; it only adds to the weight (h of the contract).
+        inner: the adapter that changes the direction; it only adds to the weight (h of the contract).
         start: magnitudes at the start, (out, 1, ...) or (1, in, ...), fp32.
     """
 
@@ -52,7 +52,7 @@ class DoraAdapter(Adapter):
 
     @classmethod
     def around(cls, inner: Adapter, layer: FrozenLayer) -> Self:
-        """One with a fresh adapter of `layer`; together they are exactly the identity."""
+        """A DoRA around a fresh adapter of `layer`; together they are exactly the identity."""
         return cls(inner, _norm(layer.weight.detach(), cls.axis).cpu())
 
     @classmethod
@@ -91,7 +91,7 @@ class DoraAdapter(Adapter):
         return self._magnitude() / norm.clamp(min=torch.finfo(norm.dtype).tiny) - 1
 
     def _excess_now(self, x: Tensor, layer: FrozenLayer) -> Tensor:
-        """The same for the layer as it is, as a vector in the dtype of its activations."""
+        """The same for the layer's current weight, as a vector in the dtype of its activations."""
         with torch.no_grad():
             norm = _norm_of_sum(self.inner, layer.weight, self.axis)
         return self._excess(norm).flatten().to(x.dtype)
@@ -130,10 +130,10 @@ class InputDora(DoraAdapter):
 
 
 def dora_from_weights(weights: AdapterWeights, layer: FrozenLayer) -> DoraAdapter:
-    """The adapter that tensors with a `dora_scale` stand for, on the axis that its shape tells.
+    """The adapter of tensors with a `dora_scale`, on the axis given by its shape.
 
     Raises:
-        LoraError: the scale does not fit the layer, or goes with an algorithm that it has no meaning for.
+        LoraError: the scale does not fit the layer, or the algorithm has no DoRA.
     """
     if "dora" not in words_of(weights.algorithm).variants:
         takers = ", ".join(name for name, facts in ALGORITHMS.items() if "dora" in facts.variants)
@@ -153,14 +153,14 @@ def dora_from_weights(weights: AdapterWeights, layer: FrozenLayer) -> DoraAdapte
 
 
 def _norm(weight: Tensor, axis: int) -> Tensor:
-    """Length of the part of a weight that belongs to each index of `axis`; other dimensions become 1. In fp32."""
+    """Norm of a weight's slice at each index of `axis`, in fp32; other dimensions become 1."""
     others = [dimension for dimension in range(weight.ndim) if dimension != axis]
     norm: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=torch.float32)
     return norm
 
 
 def _norm_of_sum(inner: Adapter, weight: Tensor, axis: int) -> Tensor:
-    """`_norm` of the weight with an adapter on top; of a low-rank one without building the sum.
+    """`_norm` of the weight plus an adapter's change; of a low-rank one without building the sum.
 
     ‖W + s B A‖² = ‖W‖² + 2 s ⟨W, B A⟩ + s² ‖B A‖², row by row or column by column.
     """

@@ -1,9 +1,9 @@
 """Dropout on the rank and on whole modules of LoRAs, as kohya's scripts have them, with keyed randomness.
 
 With probability `rank` each inner dimension of a layer is left out for a sample, and the others are scaled up by
-1 / (1 − rank); with probability `module` a layer is left out altogether, and nothing is scaled. Which ones is a
-function of seed, draw and module path. So a batch of four meets the masks of four batches of one, and blocks that are
-recomputed in the backward pass meet those of the forward pass.
+1 / (1 − rank); with probability `module` a layer is left out altogether, and nothing is scaled. The masks are a
+function of seed, draw and module path. So a batch of four has the masks of four batches of one, and blocks that are
+recomputed in the backward pass have those of the forward pass.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["Dropout"]
 
 
 class Dropout:
-    """Makes the masks of a set of adapters and hands them out.
+    """Makes the masks of a set of adapters and sets them.
 
     Args:
-        adapters: by module path. Those without a low-rank product, or none inside, are left alone.
+        adapters: by module path. Those without a low-rank product inside are not masked.
         rank, module: probabilities in [0, 1).
         seed: key of the masks.
     """
@@ -48,7 +48,7 @@ class Dropout:
         return torch.stack([torch.cat([self._mask(path, draw) for path in self.adapters]) for draw in draws])
 
     @contextlib.contextmanager
-    def applied(self, masks: Tensor | None) -> Iterator[None]:
+    def masks_applied(self, masks: Tensor | None) -> Iterator[None]:
         """Run with masks that `masks` made, on the device and in the dtype of the adapters."""
         if masks is None:
             yield

@@ -1,8 +1,8 @@
 """Convolutions of few pixels with large weights, as matrix products.
 
-oneDNN, torch's engine for convolutions on the CPU, lays the weight out anew in every call. Where it is large and the
-picture small (the innermost levels of a UNet), that takes longer than the products themselves: up to eight times as
-long. Unfolding the pixels instead costs next to nothing there, and a channels-last weight is the matrix already.
+oneDNN, torch's engine for convolutions on the CPU, reorders the weight in every call. Where it is large and the
+picture small (the innermost levels of a UNet), that takes up to eight times as long as the products themselves.
+Unfolding the pixels instead costs next to nothing there, and a channels-last weight is the matrix already.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ _WEIGHTS_PER_PIXEL = 80_000
 
 
 def is_worthwhile(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Whether the convolution of an input (batch, channels, height, width) is one of these."""
+    """Whether a matrix product is faster for a convolution.
+
+    Args:
+        module: any module; only plain `nn.Conv2d` on the CPU qualifies.
+        shape: of the input, (batch, channels, height, width).
+        weight: of the module, or what it is computed with.
+    """
     if type(module) is not nn.Conv2d or weight.device.type != "cpu" or len(shape) != 4:
         return False
     if isinstance(module.padding, str) or module.groups != 1 or module.dilation != (1, 1):
@@ -31,7 +37,14 @@ def is_worthwhile(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[n
 
 
 def convolve(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `F.conv2d` gives, channels-last."""
+    """`F.conv2d` for x (batch, in, height, width): (batch, out, height, width), channels-last.
+
+    Args:
+        module: supplies stride, padding and dilation.
+        x: input.
+        weight: (out, in, kernel height, kernel width), channels-last.
+        bias: (out,), or None.
+    """
     (kernel_height, kernel_width), (down, right), (top, left) = module.kernel_size, module.stride, _padding(module)
     pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     patches = pixels.unfold(1, kernel_height, down).unfold(2, kernel_width, right).permute(0, 1, 2, 4, 5, 3)
@@ -40,7 +53,13 @@ def convolve(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def gradient(module: nn.Conv2d, grad: Tensor, weight: Tensor, shape: Size) -> Tensor:
-    """The gradient of the input, of the given shape, from that of the result; channels-last."""
+    """The gradient of the input, channels-last.
+
+    Args:
+        module, weight: as for `convolve`.
+        grad: gradient of the result, (batch, out, height, width).
+        shape: of the input.
+    """
     (down, right), (top, left) = module.stride, _padding(module)
     batch, channels, height, width = shape
     rows, columns = grad.shape[2:]

@@ -1,7 +1,7 @@
 """The frozen layer that an adapter is for, and the products with its weight.
 
-The weight may be quantized or in host memory; then it is made again for each product, so that nobody keeps it. Adapters
-multiply with it through `FrozenLayer` alone.
+The weight may be quantized or in host memory; it is then made for each product and not kept. Adapters multiply with it
+through `FrozenLayer` alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_targetable(module: nn.Module) -> bool:
 
 
 class Products(Protocol):
-    """How a Linear layer is multiplied with while its weight stays packed."""
+    """Products of a Linear layer with its packed weight."""
 
     def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
@@ -42,10 +42,10 @@ class Products(Protocol):
 
 
 class FrozenLayer:
-    """A Linear or convolution as adapters see it: its product, its geometry, its weight on request.
+    """A Linear or convolution as adapters use it: its product, its geometry, its weight on request.
 
-    The weight may be quantized, or somewhere else, and is then made anew each time it is asked for. So nobody keeps it:
-    a backward pass asks the layer again.
+    The weight may be quantized or in host memory, and is then made at each access. Callers do not keep it: a backward
+    pass reads it from the layer again.
 
     Attributes:
         module: the layer; never modified.
@@ -87,13 +87,13 @@ class FrozenLayer:
     def product(self, x: Tensor, *, bias: bool) -> Tensor:
         """`W x`, with `+ b` if `bias`."""
         added = self.bias if bias else None
-        # A frozen Linear keeps no input, torch's convolution does; a compiler finds out by itself what is needed.
+        # A frozen Linear keeps no input, torch's convolution does; a compiler determines what is needed.
         if self._source is None and (not self.is_conv or torch.compiler.is_compiling()):
             return self.product_with(self.weight, x, added)
         return _product(self, x, added)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd and in whatever way the layer multiplies."""
+        """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any."""
         source, products = self._source, self._products
         if source is None or products is None:
             return F.linear(x, self.weight, bias)
@@ -113,13 +113,13 @@ class FrozenLayer:
         return total.add_(self.grad_times(grad))
 
     def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's product with another weight and bias; a weight of two dimensions makes it that of a Linear."""
+        """The layer's product with another weight and bias; with a two-dimensional weight it is that of a Linear."""
         return self.convolve(x, weight, bias=bias, groups=self.groups) if weight.ndim > 2 else F.linear(x, weight, bias)
 
     def product_gradients(
         self, grad: Tensor, weight: Tensor, x: Tensor, *, of_weight: bool, of_input: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of `product_with` to weight and x, None where not asked for; `grad` is that of its result."""
+        """Gradients of `product_with` with respect to weight and x, None where not needed; `grad` is the result's."""
         if weight.ndim == 2:
             rows = grad.reshape(-1, weight.shape[0])
             grad_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if of_weight else None
@@ -162,7 +162,7 @@ class FrozenLayer:
 
 
 class _Product(torch.autograd.Function):
-    """The product of a frozen layer, which keeps nothing: the weight is asked for again in the backward pass."""
+    """The product of a frozen layer, which keeps nothing: the backward pass reads the weight again."""
 
     @staticmethod
     def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -191,7 +191,7 @@ _product: Callable[..., Tensor] = _Product.apply
 
 
 class FrozenProduct:
-    """The frozen layer itself as the innermost function of a stack: `W x`, and `+ b` where nothing rotates it later."""
+    """The frozen layer as the innermost function of a stack: `W x`, and `+ b` if no adapter rotates the output."""
 
     def __init__(self, layer: FrozenLayer, *, with_bias: bool) -> None:
         self._layer = layer

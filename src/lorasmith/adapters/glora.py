@@ -7,7 +7,7 @@ LyCORIS' form.
 a1 (in, rank) and a2 (rank, in) work on input channels, 1×1 for a convolution; b1 (out, rank) and b2 (rank, in[, kh,
 kw]) are a LoRA's up and down, with an optional Tucker core bm (rank, rank, kh, kw) between them. A convolution in
 groups has its channels changed within their group, alike in all of them. Files of LyCORIS before version 2 have each
-pair the other way round. Parameters: rank · (3 · in + out).
+pair swapped. Parameters: rank · (3 · in + out).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _shapes(layer: FrozenLayer, rank: int, *, cored: bool = False) -> dict[str, 
 
 
 def _shaped(tensors: Mapping[str, Tensor], layer: FrozenLayer) -> dict[str, Tensor] | None:
-    """The tensors with the dimensions that they have for a layer, which some files flatten; None if they do not fit."""
+    """The tensors in the dimensions for a layer, which some files flatten; None if they do not fit."""
     rank = len(tensors["a2"])
     shapes = _shapes(layer, rank, cored="bm" in tensors)
     flat = {name: (shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
@@ -131,7 +131,7 @@ def _shaped(tensors: Mapping[str, Tensor], layer: FrozenLayer) -> dict[str, Tens
 
 
 def _for_each_group(weight: Tensor, groups: int) -> Tensor:
-    """The weight of a convolution in groups that does the same in all of them."""
+    """The weight of a convolution in groups with the same change in each group."""
     return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))
 
 

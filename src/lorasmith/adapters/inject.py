@@ -1,7 +1,7 @@
-"""Making adapters for targets, attaching them, and taking them off again.
+"""Creating adapters for targets, attaching them, and detaching them.
 
 Attaching replaces the `forward` of the targeted layer objects; no module, parameter or name of the model changes, so
-the model is exactly as before once the context manager is left, whatever ended it.
+leaving the context manager restores the model exactly.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
 _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
-"""Names of the layers of an attention, in diffusers' models, that are given the same input."""
+"""Names of the layers of an attention, in diffusers' models, that receive the same input."""
 
 __all__ = [
     "Attached",
+    "adapters_attached",
     "adapters_on",
-    "attached",
     "create_adapters",
     "load_adapters",
     "load_differences",
@@ -71,7 +71,7 @@ def create_adapters(
         model: the model that the plan was made for.
         plan: targets and ranks.
         algorithm: registered adapter name.
-        alpha: what targets without an alpha of their own get; None is the algorithm's default.
+        alpha: of targets without an alpha of their own; None is the algorithm's default.
         seed: key of the initial values, together with each module path.
         zero: `up` or `down`, the factor that starts at zero.
         variant: deviations from the plain algorithm.
@@ -112,7 +112,7 @@ def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> di
 
 
 def load_differences(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Difference]:
-    """Differences with given tensors, by module path. Raises LoraError when the model has none such."""
+    """Differences with given tensors, by module path. Raises LoraError when the model lacks a parameter."""
     modules = dict(model.named_modules())
     if missing := next((path for path in tensors if path not in modules), None):
         raise LoraError(f"the LoRA changes {missing}, which the model lacks; it was made for another model")
@@ -120,8 +120,8 @@ def load_differences(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor
 
 
 @contextlib.contextmanager
-def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
-    """Run `model` with adapters in activation space; later sets wrap earlier ones, those of an enclosing call too."""
+def adapters_attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
+    """Adapters run on `model` in activation space inside; later sets wrap earlier ones and those of enclosing calls."""
     layers: dict[str, _OnLayer] = {}
     norms: list[tuple[str, Difference, float]] = []
     for one in stack:
@@ -140,7 +140,7 @@ def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
             if (below := _stacked(own)) is not None and below.shared is not None:
                 undo.callback(setattr, below.shared[0], "is_complete", below.shared[0].is_complete)
                 below.shared[0].is_complete = False
-            # As a method, for torch.compile tells methods apart by their function and other objects one by one.
+            # As a method: torch.compile distinguishes methods by their function, and other objects one by one.
             module.forward = _Stacked(FrozenLayer(module), on_layer.above(own)).run
         _share_inputs(model, layers)
         for path, difference, strength in norms:
@@ -151,12 +151,12 @@ def attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
 
 
 def adapters_on(module: nn.Module) -> list[Adapter]:
-    """The adapters that are attached to a layer at the moment, innermost first."""
+    """The adapters attached to a layer now, innermost first."""
     return [adapter for adapter, _ in _OnLayer().above(module.__dict__.get("forward")).adapters]
 
 
 def restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
-    """Give the instance back its own forward, or leave it with its class's."""
+    """Restore the instance's own forward, or that of its class if `own` is None."""
     if own is None:
         module.__dict__.pop("forward", None)
     else:
@@ -171,7 +171,7 @@ class _OnLayer:
     biases: list[tuple[Difference, float]] = field(default_factory=list)
 
     def above(self, forward: object) -> _OnLayer:
-        """This on top of what an enclosing call has attached, if it is that which made `forward`."""
+        """This on top of what an enclosing call has attached, if `forward` is that call's."""
         stacked = _stacked(forward)
         below = _OnLayer() if stacked is None else stacked.on_layer
         return _OnLayer([*below.adapters, *self.adapters], [*below.biases, *self.biases])
@@ -193,7 +193,7 @@ class _Stacked:
 
     @property
     def single(self) -> tuple[LowRank, FrozenLayer, float] | None:
-        """The adapter with layer and strength, if it is the only one and can be computed together with others."""
+        """Adapter, layer and strength, if it is the only one and can be computed together with other layers'."""
         if len(self.on_layer.adapters) != 1:
             return None
         adapter, strength = self.on_layer.adapters[0]
@@ -215,13 +215,13 @@ class _Stacked:
 
 
 def _stacked(forward: object) -> _Stacked | None:
-    """What an attached layer's forward belongs to."""
+    """The `_Stacked` of an attached layer's forward, or None."""
     owner = getattr(forward, "__self__", None)
     return owner if isinstance(owner, _Stacked) else None
 
 
 def _share_inputs(model: nn.Module, paths: Iterable[str]) -> None:
-    """Let attached layers of one attention that are given the same input be computed together."""
+    """Let attached layers of one attention that receive the same input be computed together."""
     groups: dict[tuple[object, ...], list[tuple[_Stacked, tuple[LowRank, FrozenLayer, float]]]] = defaultdict(list)
     for path in paths:
         parent, _, name = path.rpartition(".")
@@ -240,7 +240,7 @@ def _share_inputs(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 class _LayerAbove(FrozenLayer):
-    """A layer as an adapter sees it that stands above others: with their changes in its weight."""
+    """A layer for an adapter above others: its weight includes their changes."""
 
     def __init__(self, layer: FrozenLayer, below: Sequence[tuple[Adapter, float]]) -> None:
         self._below: Sequence[tuple[Adapter, float]] = ()
@@ -256,7 +256,7 @@ class _LayerAbove(FrozenLayer):
 
     @property
     def _products(self) -> Products | None:
-        return None if self._below else super()._products  # those know the frozen weight alone
+        return None if self._below else super()._products  # those multiply with the frozen weight alone
 
 
 def _wrapped(

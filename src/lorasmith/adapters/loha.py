@@ -7,7 +7,7 @@ models Yeh et al. 2023, arXiv:2309.14859).
 cores `hada_t*` (rank, rank, kh, kw) the factors are (rank, out) and (rank, in), and each product is
 Σ_ij t[i, j, ...] a[i, out] b[j, in]. ΔW has up to rank² as its rank, from 2 · rank · (in + out) parameters.
 
-An entry-by-entry product has no form in activation space: ΔW is built for each product (see `dense`).
+An entry-by-entry product has no form in activation space: ΔW is built for each product (`dense`).
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class LohaAdapter(Adapter):
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LohaAdapter:
-        """Normal factors as LyCORIS', of which one is zero: w2_a as there, or w1_b as ComfyUI has it.
+        """Normal factors as LyCORIS', of which one is zero: w2_a as there, or w1_b as in ComfyUI.
 
-        ComfyUI's own start has means where standard deviations were meant. With either factor at zero the first product
-        has standard deviation 0.1 · √rank in the other, so that both learn at the same speed.
+        ComfyUI's own initialization has means where standard deviations were meant. With either factor at zero the
+        first product has standard deviation 0.1 · √rank in the other, so that both learn at the same speed.
         """
         up, down = (layer.out_features, rank), (rank, layer.in_features)
         generator = keyed_generator(seed, "init", path)
@@ -112,7 +112,7 @@ def _hadamard(
     second_b: Tensor,
     *cores: Tensor,
 ) -> Tensor:
-    """ΔW in the shape of the weight. Parameters come in the order in which they were registered."""
+    """ΔW in the shape of the weight, from parameters in the order of their registration."""
     if cores:
         first, second = (
             torch.einsum("ij...,ip,jr->pr...", core, a, b)

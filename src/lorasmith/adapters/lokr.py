@@ -3,10 +3,10 @@ arXiv:2309.14859).
 
     ΔW = scale · (w1 ⊗ w2),   w1 (out_l, in_m),   w2 (out_k, in_n[, kh, kw]),   out = out_l · out_k,   in = in_m · in_n
 
-Either factor is given whole (`lokr_w1`, `lokr_w2`) or as a product (`lokr_w1_a` · `lokr_w1_b`, likewise w2, that of a
-convolution with an optional Tucker core `lokr_t2`). With both whole the scale is 1 and alpha means nothing; else it is
-alpha / rank, the rank being that of w2 if that is a product. A fresh adapter has both whole, as ComfyUI's trainer makes
-them: `rank` is the factor, and out_l and in_m are the largest divisors not above it or the root of their dimension.
+Either factor is whole (`lokr_w1`, `lokr_w2`) or a product (`lokr_w1_a` · `lokr_w1_b`, likewise w2, that of a
+convolution with an optional Tucker core `lokr_t2`). With both whole the scale is 1 and alpha has no effect; else it is
+alpha / rank, the rank being that of w2 if that is a product. A fresh adapter has both whole, as in ComfyUI's trainer:
+`rank` is the factor, and out_l and in_m are the largest divisors not above it or the root of their dimension.
 Parameters: out_l · in_m + out_k · in_n · kh · kw.
 
 In activation space, with x seen as a matrix (in_m, in_n) and y as (out_l, out_k), it is two small products,
@@ -59,13 +59,13 @@ class LokrAdapter(Adapter):
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by at strength 1."""
+        """Factor of the product at strength 1."""
         rank = _rank(self._tensors())
         return self.alpha / rank if rank else 1.0
 
     @classmethod
     def create(cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str) -> LokrAdapter:
-        """w2 starts at zero for `up`, as LyCORIS has it, and w1 for `down`, as ComfyUI and PEFT do."""
+        """w2 starts at zero for `up`, as in LyCORIS, and w1 for `down`, as in ComfyUI and PEFT."""
         (out_l, out_k), (in_m, in_n) = (factorization(size, rank) for size in layer.shape[:2])
         tensors = {"lokr_w1": torch.zeros(out_l, in_m), "lokr_w2": torch.zeros(out_k, in_n, *layer.shape[2:])}
         filled = tensors["lokr_w1" if zero == "up" else "lokr_w2"]
@@ -123,8 +123,8 @@ class LokrAdapter(Adapter):
 class _KroneckerProduct(torch.autograd.Function):
     """`(W + factor · w1 ⊗ w2) x + b`, without W and b if not `on_top`, for x and the result (batch, ..., channels).
 
-    w1 mixes the in_m parts of the channels, which are put in front for that, into out_l; the layer's product with w2
-    then takes those for a larger batch.
+    w1 mixes the in_m parts of the channels, moved to the front for that, into out_l; the layer's product with w2
+    then treats those as a larger batch.
     """
 
     @staticmethod
@@ -213,12 +213,12 @@ def _mixed(w1: Tensor, parts: Tensor) -> Tensor:
 
 
 def _second(x: Tensor, weight: Tensor) -> Tensor:
-    """Channels from the last place to the second, where a convolution has them."""
+    """Channels moved from the last dimension to the second, where a convolution has them."""
     return x.movedim(-1, 1) if weight.ndim > 2 else x
 
 
 def _last(x: Tensor, weight: Tensor) -> Tensor:
-    """The other way."""
+    """The inverse of `_second`."""
     return x.movedim(1, -1) if weight.ndim > 2 else x
 
 

@@ -1,7 +1,7 @@
-"""Sizes of LoKr's factors: as the tensors show them, as ComfyUI and we choose them, and as PEFT does.
+"""Sizes of LoKr's factors: those of given tensors, those that ComfyUI and we choose, and PEFT's.
 
-PEFT makes the factors of all modules from one `decompose_factor` and the rank, so that adapters fit into one folder of
-its own only if some factor gives the sizes that they have.
+PEFT computes the factors of all modules from one `decompose_factor` and the rank, so that adapters fit into one of its
+folders only if some factor gives their sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def factorization(dimension: int, factor: int) -> tuple[int, int]:
     """(a, b) with a · b = dimension and a ≤ b, a as large as possible but not above `factor`.
 
     This is ComfyUI's rule. LyCORIS' is the same up to the root of the dimension; beyond it a factor that divides the
-    dimension gives (dimension / factor, factor) there. Loaders take the shapes from the file.
+    dimension gives (dimension / factor, factor) there. Loaders read the shapes from the file.
     """
     a = next(a for a in range(min(factor, math.isqrt(dimension)), 0, -1) if dimension % a == 0)
     return a, dimension // a
@@ -41,12 +41,12 @@ def factor_shapes(shapes: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def rank_in(shapes: Shapes) -> int | None:
-    """The rank that the scale is a fraction of, None for two whole factors."""
+    """Denominator of the scale alpha / rank; None for two whole factors."""
     return next((shapes[name][0] for name in ("lokr_w2_b", "lokr_w1_b") if name in shapes), None)
 
 
 def peft_fields(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
-    """What PEFT's configuration says of LoKrs.
+    """Fields of PEFT's configuration for LoKrs.
 
     Args:
         adapters: by module path.
@@ -61,7 +61,7 @@ def peft_fields(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, in
 
 
 def peft_misfits(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, str]:
-    """LoKrs of other sizes than PEFT would make beside most of the others, and why. Arguments as `peft_fields`."""
+    """Module path → reason, for LoKrs of other sizes than PEFT's rule gives. Arguments as `peft_fields`."""
     factors = {path: _Factors.of(weights, kernels[path]) for path, weights in adapters.items()}
     factor = _best_factor(list(factors.values()))
     both = any(not one.whole_first for one in factors.values())
@@ -88,7 +88,7 @@ class _Factors:
         return cls((out_l, out_k), (in_m, in_n), rank, "lokr_w1" in shapes, "lokr_w2" in shapes)
 
     def made_by(self, factor: int, decompose_both: bool) -> bool:
-        """Whether PEFT would make factors of these sizes."""
+        """Whether PEFT's rule gives factors of these sizes."""
         whole_first = not (decompose_both and self.rank < max(self.out[0], self.inside[0]) / 2)
         whole_second = self.rank >= max(self.out[1], self.inside[1]) / 2
         return (
@@ -99,14 +99,14 @@ class _Factors:
 
 
 def _best_factor(factors: Sequence[_Factors]) -> int:
-    """The `decompose_factor` that gives most of the adapters the sizes that they have."""
+    """The `decompose_factor` that gives most of the adapters their sizes."""
     both = any(not one.whole_first for one in factors)
     candidates = sorted({-1, *(one.out[0] for one in factors), *(one.inside[0] for one in factors)})
     return max(candidates, key=lambda factor: sum(one.made_by(factor, both) for one in factors))
 
 
 def _factorized(size: int, factor: int) -> tuple[int, int]:
-    """How PEFT takes a size apart: into `factor` and the rest, or where that does not divide into the most equal two
+    """PEFT's factorization of a size: `factor` and the quotient, or if it does not divide the size, the most equal two
     divisors of which the smaller is at most `factor` (any, for −1)."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor

@@ -51,11 +51,11 @@ class Factors(NamedTuple):
 
 
 class LowRank(Adapter):
-    """An adapter that adds `scale · up · down`, whatever its factors are made of.
+    """An adapter that adds `scale · up · down`; subclasses compute the factors.
 
     Attributes:
         alpha: numerator of the scale alpha / rank.
-        mask: what the inner dimension is multiplied with in a training step, (batch, rank); None for nothing.
+        mask: factors of the inner dimension in a training step, (batch, rank); None for no dropout.
     """
 
     compiles = True
@@ -69,7 +69,7 @@ class LowRank(Adapter):
 
     @abstractmethod
     def factors(self) -> Factors:
-        """The factors as they are now; their inner dimension is the rank or a multiple of it."""
+        """The current factors; their inner dimension is the rank or a multiple of it."""
 
     @property
     def scale(self) -> float:
@@ -94,7 +94,7 @@ class LowRank(Adapter):
             return F.linear(self._masked(F.linear(x, down), layer), up) * factor
         groups = layer.groups
         if mid is None:
-            # Every group sees the same down matrix, since ΔW's rows share it.
+            # Every group uses the same down matrix, since ΔW's rows share it.
             shared = down.repeat(groups, *(1,) * (down.ndim - 1)) if groups > 1 else down
             inner = layer.convolve(x, shared, groups=groups)
         else:
@@ -113,7 +113,7 @@ class LowRank(Adapter):
         return inner if mask is None else inner * mask
 
     def _inner_mask(self, shape: tuple[int, ...], layer: FrozenLayer) -> Tensor | None:
-        """The mask, shaped to meet the inner activations of `shape`."""
+        """The mask, broadcastable to inner activations of `shape`."""
         if self.mask is None:
             return None
         if len(self.mask) != shape[0]:
@@ -164,9 +164,9 @@ class LoraAdapter(LowRank):
     def create_tucker(
         cls, layer: FrozenLayer, *, rank: int, alpha: float, seed: int, path: str, zero: str
     ) -> LoraAdapter:
-        """A fresh adapter with a Tucker core, which a convolution larger than 1×1 has most of its parameters in.
+        """A fresh adapter with a Tucker core, in which a convolution larger than 1×1 has most of its parameters.
 
-        Layers for which a core would save nothing (see `has_core`) get a plain one.
+        Layers for which a core saves nothing (see `has_core`) get a plain one. Arguments as for `create`.
         """
         if not cls.has_core(layer):
             return cls.create(layer, rank=rank, alpha=alpha, seed=seed, path=path, zero=zero)
@@ -215,7 +215,7 @@ def _canonical(weights: AdapterWeights, shape: tuple[int, ...] | None) -> Adapte
     """Factors with the dimensions of the layer's weight, or None for factors that do not belong together.
 
     Files flatten convolutions to two dimensions (ComfyUI's trainer), or give a Linear the 1×1 kernel of the convolution
-    that stands in its place in another version of the model.
+    that another version of the model has in its place.
     """
     down, up = weights.tensors["down"], weights.tensors["up"]
     if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or math.prod(up.shape[2:]) != 1:

@@ -1,7 +1,7 @@
 """Products of frozen Linear layers with low-rank changes, each a single autograd function.
 
-The low-rank product is added in place to that of the layer, and what is kept for the backward pass is the layer's input
-and the rank-sized projection. Neither ΔW nor W + ΔW is built.
+The low-rank product is added in place to that of the layer; the backward pass needs the layer's input and the
+rank-sized projection alone. Neither ΔW nor W + ΔW is built.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _LinearWithLora(torch.autograd.Function):
         if ctx.needs_input_grad[3]:  # an adapter that runs below the trained one is frozen
             grad_down = grad_inner.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[4]:
-            # This way round the narrow matrix is the one that is transposed, which is a quarter faster on a CPU.
+            # In this order the narrow matrix is transposed, which is a quarter faster on a CPU.
             grad_up = _scaled(inner.view(-1, inner.shape[-1]).t() @ grad, ctx.factor).t()
         return grad_x, None, None, grad_down, grad_up, None, None
 
@@ -118,5 +118,5 @@ def _parts(inner: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    """In place, and not at all for the usual factor of 1."""
+    """`factor · tensor`, in place; the tensor itself for a factor of 1."""
     return tensor if factor == 1 else tensor.mul_(factor)

@@ -3,15 +3,15 @@
     Q = B − Bᵀ,   R = (I + Q)(I − Q)⁻¹,   W'_k = Rᵀ_k W_k       for each block k of `block size` rows
 
 Q is skew-symmetric, so its Cayley transform R is a rotation. A constraint c (COFT, `alpha` in files as ComfyUI reads
-them; LyCORIS multiplies it by the number of outputs) shortens Q to ‖Q‖ = c over all blocks; 0 means none. Files may
+them; LyCORIS multiplies it by the number of outputs) scales Q down to ‖Q‖ = c over all blocks; 0 means none. Files may
 have a `rescale` (out, 1, ...) that multiplies the rotated rows. Strength s gives I + s (R − I), rescale likewise.
 `rank` is the block size: the largest divisor of the outputs not above it or their root, as in ComfyUI, or else the
-smallest that turns anything. Blocks stay within a group of a convolution in groups.
+smallest divisor above 1. Blocks stay within a group of a convolution in groups.
 Parameters: out · block size, of which Q uses half.
 
 In activation space the outputs are rotated before the bias, as y + y D with D = R − I = 2 (I − Q)⁻¹ Q: half precision
 holds D where R would lose a small rotation beside its ones. Blocks are inverted in fp32, without a check that would
-wait for the device, since I − Q is never singular.
+synchronize with the device, since I − Q is never singular.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from lorasmith.core.errors import OptionError
 __all__ = ["OftAdapter", "Rotation", "rotated"]
 
 _WIDTH = 16
-"""Blocks are put together up to this width: products of smaller matrices cost more than they save."""
+"""Blocks are joined up to this width: products of smaller matrices cost more than they save."""
 
 
 class Rotation(Adapter):
-    """What turns the outputs of a layer by blocks, whatever it makes of them.
+    """Rotates the outputs of a layer by blocks; subclasses define how.
 
     Args:
         blocks: (..., blocks, block size, block size).
@@ -57,7 +57,7 @@ class Rotation(Adapter):
 
     @abstractmethod
     def turned(self, rows: Tensor, blocks: Tensor, strength: float) -> Tensor:
-        """Outputs (..., channels), turned by blocks that keep to the constraint."""
+        """Outputs (..., channels), rotated by blocks within the constraint."""
 
     def to_weights(self) -> AdapterWeights:
         return saved(self, self.algorithm, self.alpha)
@@ -106,7 +106,7 @@ class OftAdapter(Rotation):
 
 
 def constrained(blocks: Tensor, constraint: float) -> Tensor:
-    """Blocks B whose B − Bᵀ is no longer than `constraint`, all together; 0 is no constraint."""
+    """Blocks B with ‖B − Bᵀ‖ ≤ `constraint` over all blocks; 0 is no constraint."""
     if constraint <= 0:
         return blocks
     full = wide(blocks)
@@ -115,13 +115,25 @@ def constrained(blocks: Tensor, constraint: float) -> Tensor:
 
 
 def rotated(y: Tensor, blocks: Tensor, strength: float) -> Tensor:
-    """`y + strength · y (R − I)` for y (..., channels) and R of blocks B (blocks, block size, block size)."""
+    """`y + strength · y (R − I)`.
+
+    Args:
+        y: outputs (..., channels).
+        blocks: B of R, (blocks, block size, block size), blocks · block size = channels.
+        strength: 1 is the whole rotation.
+    """
     result: Tensor = _rotate(y, blocks, strength)
     return result
 
 
 def rescaled(y: Tensor, rescale: Tensor | None, strength: float) -> Tensor:
-    """y (..., channels) times the rescale factors (channels, 1, ...) of a file that has any."""
+    """Rescaled outputs.
+
+    Args:
+        y: outputs (..., channels).
+        rescale: factors (channels, 1, ...), or None for y itself.
+        strength: interpolates the factors from 1.
+    """
     return y if rescale is None else y * (1 + strength * (rescale.flatten() - 1)).to(y)
 
 
@@ -150,7 +162,7 @@ class _Rotate(torch.autograd.Function):
             if y.element_size() < 4 and not y.is_cuda:  # a CPU's half-precision kernels gather strided blocks slowly
                 rows, grad_rows = rows.contiguous(), grad_rows.contiguous()
             grad_turn = torch.bmm(rows.mT, grad_rows).to(inverse.dtype)
-            # d(I − Q)⁻¹ = (I − Q)⁻¹ dQ (I − Q)⁻¹; what lies between joined blocks does not reach them.
+            # d(I − Q)⁻¹ = (I − Q)⁻¹ dQ (I − Q)⁻¹; entries between joined blocks have no gradient.
             grad_skew = (inverse.mT @ grad_turn @ inverse.mT).mul_(2 * ctx.strength)
             grad_blocks = _apart(grad_skew - grad_skew.mT, ctx.shape)
         return _turned(grad, turn.mT) if ctx.needs_input_grad[0] else None, grad_blocks, None
@@ -176,7 +188,7 @@ def _in_blocks(y: Tensor, turn: Tensor) -> Tensor:
 
 
 def _joined(blocks: Tensor) -> Tensor:
-    """Small blocks put together into fewer block-diagonal ones of up to `_WIDTH`."""
+    """Small blocks joined into fewer block-diagonal ones of up to `_WIDTH`."""
     count, size = blocks.shape[:2]
     together = next(n for n in range(min(count, max(1, _WIDTH // size)), 0, -1) if count % n == 0)
     if together == 1:
@@ -187,7 +199,7 @@ def _joined(blocks: Tensor) -> Tensor:
 
 
 def _apart(joined: Tensor, shape: torch.Size) -> Tensor:
-    """The blocks that were joined."""
+    """The inverse of `_joined`."""
     return joined if joined.shape == shape else _diagonal(joined, shape[-1]).movedim(-1, 1).reshape(shape)
 
 
@@ -214,7 +226,7 @@ def _bounded(weights: AdapterWeights) -> AdapterWeights:
         return weights
     blocks = weights.tensors["oft_blocks"].float()
     length = float((blocks - blocks.mT).norm())
-    # Rounded to a file's number format, blocks may be a little longer than the bound they were cut to already.
+    # Rounded to a file's dtype, blocks may slightly exceed the bound that they were already scaled to.
     factor = weights.alpha / length if length > weights.alpha * 1.005 else 1.0
     shortened = multiplied(weights.tensors["oft_blocks"], factor)
     return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)

@@ -1,4 +1,4 @@
-"""LoRAs applied to a model that people look at: folded into the weights or run beside them, and undone bit-exactly."""
+"""LoRAs applied to a model: folded into the weights or run beside them, and removed bit-exactly."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, attached, load_adapters
+from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 
-__all__ = ["Patch", "applied", "attachments", "cannot_merge", "merged_weights"]
+__all__ = ["Patch", "attachments", "cannot_merge", "patches_applied", "patches_merged"]
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,34 @@ class Patch:
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
-    """Run `model` with `patches`. Raises LoraError when one does not fit the model."""
-    with merged_weights(model, patches), attached(model, attachments(model, patches)):
+def patches_applied(model: nn.Module, patches: Sequence[Patch]) -> Iterator[None]:
+    """`model` has `patches` inside. Raises LoraError when one does not fit the model."""
+    with patches_merged(model, patches), adapters_attached(model, attachments(model, patches)):
         yield
 
 
 @contextlib.contextmanager
-def merged_weights(
+def patches_merged(
     model: nn.Module, patches: Sequence[Patch], *, dtype: torch.dtype | None = None, unpacking: bool = False
 ) -> Iterator[None]:
-    """Fold in whatever is not applied in activation space, in order.
+    """Patches that are not applied in activation space are folded into the weights inside, in order.
 
-    Patched parameters point to new tensors meanwhile; the old ones are kept and put back, so nothing is rounded.
+    Patched parameters point to new tensors; the old ones are kept and restored, so nothing is rounded.
 
     Args:
         model: what is patched.
-        patches: as for `applied`.
+        patches: as for `patches_applied`.
         dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
-        unpacking: let packed weights that are patched be plain ones meanwhile, instead of refusing.
+        unpacking: whether packed weights that are patched become plain ones inside; else they are refused.
 
     Raises:
-        LoraError: an adapter or a difference does not fit the model, or belongs into a weight that is packed.
+        LoraError: an adapter or a difference does not fit the model, or is for a packed weight.
     """
     originals: dict[nn.Parameter, Tensor] = {}
     sources: dict[nn.Module, object] = {}
 
     def unpacked(path: str) -> None:
-        """Let a packed layer have its weight in its parameter."""
+        """Put a packed layer's weight into its parameter."""
         layer = model.get_submodule(path)
         if weight_source(layer) is None:
             return
@@ -112,7 +112,7 @@ def merged_weights(
 
 
 def cannot_merge(model: nn.Module) -> str:
-    """What to say where a LoRA would have to go into weights that are codes."""
+    """The message for a LoRA that would have to be merged into quantized weights."""
     layers = packable_layers(model)
     count = sum(weight_source(layer) is not None for layer in layers)
     return (
@@ -122,7 +122,7 @@ def cannot_merge(model: nn.Module) -> str:
 
 
 def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
-    """The adapters of `bypass` patches, frozen, on the device and in the dtype that their layers have now."""
+    """The adapters of `bypass` patches, frozen, on the device and in the dtype of their layers."""
     return [
         Attached(_placed(model, load_adapters(model, weights)), patch.strength)
         for patch in patches
@@ -133,7 +133,7 @@ def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
 
 
 def _weights_beside(model: nn.Module, patch: Patch) -> dict[str, AdapterWeights]:
-    """The differences of a `bypass` patch that cannot be folded in, since their weights are packed, as adapters."""
+    """The differences of a `bypass` patch whose weights are packed, as adapters: they cannot be folded in."""
     modules = dict(model.named_modules()) if patch.bypass else {}
     return {
         path: AdapterWeights("full", {"diff": changes["weight"]})

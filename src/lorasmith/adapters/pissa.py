@@ -3,15 +3,15 @@
     W = U S Vᵀ,   up₀ = U_r √(S_r / s),   down₀ = √(S_r / s) V_rᵀ,   s = alpha / rank
     ΔW = s (up · down − up₀ · down₀)
 
-The paper takes the components out of the frozen weight; here the frozen start is subtracted, so that the weight stays
-what every program has and a fresh adapter is exactly the identity. What is trained are the differences d = down − down₀
-and u = up − up₀, because the product of the large matrices would lose small changes to rounding in half precision:
+The paper removes the components from the frozen weight; here the frozen start is subtracted, so that the weight stays
+that of every program and a fresh adapter is exactly the identity. The trained parameters are d = down − down₀ and
+u = up − up₀, because the product of the large matrices would lose small changes to rounding in half precision:
 
     ΔW = s (up₀ · d + u · (down₀ + d))
 
 which is a LoRA of twice the rank, and is saved as one. Gradients are those of the paper's matrices; weight decay pulls
 towards the start instead of towards zero. Singular vectors are found by subspace iteration (Halko et al. 2009,
-arXiv:0909.4061), since whole decompositions of large layers take minutes.
+arXiv:0909.4061), since full decompositions of large layers take minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PissaAdapter(LowRank):
         self.down = nn.Parameter(torch.zeros_like(start_down))
         self.up = nn.Parameter(torch.zeros_like(start_up))
         self.alpha = alpha
-        # Plain tensors, since a number format that suits differences would round what they are differences from.
+        # Plain tensors, which keep fp32: the dtype of the differences would round the start.
         self._start = (start_down, start_up)
 
     @property
@@ -72,7 +72,7 @@ class PissaAdapter(LowRank):
 
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Adapter:
-        """What a file holds is a plain LoRA of twice the rank."""
+        """A plain LoRA of twice the rank, as which files hold a PiSSA."""
         return LoraAdapter.from_weights(weights, layer)
 
     def to_weights(self) -> AdapterWeights:

@@ -15,16 +15,16 @@ __all__ = ["SharedInput"]
 
 
 class SharedInput:
-    """Linear layers that are given the same input (q, k and v), each with a low-rank adapter: one pass for all.
+    """Linear layers that receive the same input (q, k and v), each with a low-rank adapter: one pass for all.
 
-    Whichever is asked first computes the others too, and they find their result when they are asked for the same input:
-    the down matrices make one product, and so do their gradients, and the gradient of the input is summed up in place.
+    The first call computes the results of the others too, which they return when called with the same input: the down
+    matrices are one product, their gradients another, and the gradient of the input is summed in place.
 
     Args:
         members: adapter, layer and strength of each.
 
     Attributes:
-        is_complete: whether none of them has got a further adapter since; else all are computed by themselves.
+        is_complete: whether none of them has another adapter on top; else each is computed separately.
     """
 
     def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
@@ -39,7 +39,7 @@ class SharedInput:
         return type(adapter).attached is LowRank.attached and not layer.is_conv
 
     def __call__(self, index: int, x: Tensor) -> Tensor | None:
-        """`W x + b + change` of a member; None if it has to be computed by itself, as dropout wants it."""
+        """`W x + b + change` of a member; None if it must be computed separately, as with dropout."""
         if self._x is not x or index not in self._results:
             if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
                 return None

@@ -1,6 +1,6 @@
 """Which layers of a model are trained, and each with what rank, alpha and learning rate.
 
-Patterns are matched here; presets and the text that people write are the families' and the training room's business.
+Patterns are matched here; presets are in the families, and `training.target_text` parses the settings.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["Plan", "PlannedAdapter", "Rule", "plan_adapters"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A choice of layers, and what they get.
+    """A choice of layers, and their settings.
 
     Attributes:
         include: patterns on module paths as `fnmatch` reads them, where `*` crosses dots.
-        exclude: what this rule leaves out of them.
+        exclude: patterns on module paths that this rule leaves out.
         linear_only: leave convolutions out.
         rank, alpha, learning_rate: None leaves it to an earlier rule that matches too, or to the run.
-        name: what errors call it.
+        name: for errors.
     """
 
     include: tuple[str, ...]
@@ -50,8 +50,8 @@ class PlannedAdapter:
 
     Attributes:
         path: module path.
-        rank: the rank it will have, at most the layer's smaller side where it is a rank in the proper sense.
-        asked: the rank that was asked for.
+        rank: its rank, at most the layer's smaller side for algorithms of low rank.
+        asked: the rank in the settings.
         alpha: its own alpha, None for the run's.
         learning_rate: its own, None for the run's.
     """
@@ -69,7 +69,7 @@ class Plan:
 
     Attributes:
         adapters: in the model's order.
-        idle: names of exclusions that leave nothing out.
+        idle: names of exclusions that match nothing.
     """
 
     adapters: tuple[PlannedAdapter, ...]
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def capped(self) -> tuple[PlannedAdapter, ...]:
-        """Layers whose smaller side is below the rank that was asked for."""
+        """Layers whose smaller side is below the rank in the settings."""
         return tuple(one for one in self.adapters if one.rank < one.asked)
 
 
@@ -88,10 +88,10 @@ def plan_adapters(
 
     Args:
         model: the model.
-        rules: a layer is a target if any of them matches; of several the later one's settings count.
-        exclude: layers that are left out, whatever `rules` say.
-        rank: for targets that no rule gives one.
-        capped: whether ranks are cut to each layer's smaller side, above which they could add nothing.
+        rules: a layer is a target if any of them matches; settings of later rules override.
+        exclude: layers that are left out even if `rules` match.
+        rank: of targets whose rules have none.
+        capped: whether ranks are limited to each layer's smaller side, the largest rank of a change.
 
     Raises:
         OptionError: a rule matches no layer, or all that it matches are excluded.

@@ -1,4 +1,4 @@
-"""Deviations from a plain algorithm in how a fresh adapter starts and is scaled, and which of them go together.
+"""Variants of an algorithm: other initializations and scales of a fresh adapter.
 
 DoRA        arXiv:2402.09353   a magnitude beside the direction (`dora`)
 rsLoRA      arXiv:2312.03732   scale alpha / √rank instead of alpha / rank; saved as alpha · √rank, so that every
@@ -27,7 +27,7 @@ _RSLORA_ALPHA = 4.0  # a scale of 1 at rank 16, so that the learning rate keeps 
 
 @dataclass(frozen=True)
 class Variant:
-    """Deviations, all off by default. Which algorithm takes which stands in `catalogue`.
+    """Variants, all off by default. `catalogue` lists those that each algorithm supports.
 
     Attributes:
         dora: `none`, `input` or `output`.
@@ -40,7 +40,7 @@ class Variant:
     tucker: bool = False
 
     def default_alpha(self, algorithm: str, rank: int) -> float:
-        """Alpha when nothing is said: a scale of 1, no constraint."""
+        """Default of alpha: a scale of 1, no constraint."""
         default = words_of(algorithm).default_alpha
         if default is not None:
             return default
@@ -51,9 +51,9 @@ class Variant:
 
         Args:
             algorithm: registered name.
-            alpha: what was asked for, None for the default.
+            alpha: as in the settings, None for the default.
             rank: the layer's rank.
-            asked: the rank that was asked for; a capped layer keeps the scale that it would have had.
+            asked: the rank in the settings; a capped layer keeps the scale of that rank.
         """
         alpha = self.default_alpha(algorithm, asked) if alpha is None else alpha
         if words_of(algorithm).default_alpha is not None:
@@ -64,7 +64,15 @@ class Variant:
 def fresh_adapter(
     layer: FrozenLayer, algorithm: str, variant: Variant, *, rank: int, alpha: float, seed: int, path: str, zero: str
 ) -> Adapter:
-    """A new adapter for a layer, exactly the identity. Arguments as for `Adapter.create`, alpha as it is stored."""
+    """A new adapter for a layer, exactly the identity.
+
+    Args:
+        layer: the layer it is for.
+        algorithm: registered name.
+        variant: initialization, and a DoRA around it.
+        alpha: as stored (`Variant.stored_alpha`).
+        rank, seed, path, zero: as for `Adapter.create`.
+    """
     create = ADAPTERS[algorithm].create
     if variant.pissa:
         create = PissaAdapter.create

@@ -1,4 +1,4 @@
-"""Tensors of one module, as files have them, into adapters and back: what the algorithms share."""
+"""Tensors of one module, as in files, to adapters and back: shared by the algorithms."""
 
 from __future__ import annotations
 
@@ -18,27 +18,38 @@ __all__ = ["fill_uniform", "misfit", "saved", "squared_product", "taken", "wide"
 def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
     """Copies of an adapter's tensors in fp32 on the CPU, by canonical name.
 
+    Args:
+        weights: the adapter.
+        needed: names that must be there.
+        optional: further names that may be.
+
     Raises:
-        LoraError: some that are needed are missing, there are others, or one is no matrix.
+        LoraError: a needed tensor is missing, one is unknown, or one is no matrix.
     """
     needed = tuple(needed)
     if not set(needed) <= weights.tensors.keys() or not weights.tensors.keys() <= {*needed, *optional}:
         also = f", and may have {', '.join(optional)}" if optional else ""
         raise LoraError(
             f"an adapter of the kind {weights.algorithm} needs {', '.join(needed)}{also}; "
-            f"this one has {', '.join(weights.tensors) or 'nothing'}, so get a file that is complete"
+            f"this one has {', '.join(weights.tensors) or 'nothing'}; get a complete file"
         )
     for name, tensor in weights.tensors.items():
         if tensor.ndim < 2 or not tensor.numel():
             raise LoraError(
                 f"{name} of an adapter of the kind {weights.algorithm} must be a matrix, got shape "
-                f"{tuple(tensor.shape)}; get a file that is whole"
+                f"{tuple(tensor.shape)}; get an intact file"
             )
     return {name: _copy(tensor) for name, tensor in weights.tensors.items()}
 
 
 def saved(adapter: nn.Module, algorithm: str, alpha: float | None) -> AdapterWeights:
-    """An adapter whose parameters have the canonical names, as data: copies in fp32 on the CPU."""
+    """An adapter as data: copies in fp32 on the CPU.
+
+    Args:
+        adapter: has parameters with the canonical names.
+        algorithm: registered name.
+        alpha: numerator of the scale, None for none.
+    """
     return AdapterWeights(algorithm, {name: _copy(p) for name, p in adapter.named_parameters()}, alpha)
 
 

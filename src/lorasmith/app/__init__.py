@@ -1,1 +1,1 @@
-"""What every door does: train a folder, resume, reproduce, preview, report."""
+"""Application layer of all doors: train a folder, resume, reproduce, preview, report."""

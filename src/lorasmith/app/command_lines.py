@@ -1,4 +1,4 @@
-"""Command lines to copy, for the console, `run.json` and the report: what repeats a run, continues it, or shows it."""
+"""Command lines to copy, for the console, `run.json` and the report: to repeat a run, resume it, or use its LoRA."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ __all__ = ["arguments_for", "command_line", "flag", "generate_command", "negated
 
 
 def command_line(arguments: Sequence[object]) -> str:
-    """A command line to copy: a caption in it must not become a command of its own."""
+    """A command line with all arguments quoted, as captions may contain shell syntax."""
     texts = list(map(str, arguments))
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def generate_command(model: object, lora: Path, prompt: str) -> str:
-    """The command that draws a picture with a LoRA."""
+    """The command that draws a picture with a LoRA.
+
+    Args:
+        model: path, hub id or name of the base model.
+        lora: the file.
+        prompt: of the picture.
+    """
     return command_line(["lorasmith", "generate", "--model", model, "--lora", lora, "--prompt", prompt])
 
 
 def resume_command(run: Path) -> str:
-    """The command that continues the run in a folder."""
+    """The command that resumes the run in a folder."""
     return command_line(["lorasmith", "resume", run])
 
 
 def arguments_for(values: Mapping[str, Any]) -> list[str]:
-    """The arguments that give options their `values`, by name; a switch is True or False."""
+    """Command-line arguments for option values by name; a bool becomes a switch."""
     arguments: list[str] = []
     for name, value in values.items():
         if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The demonstration: a drawing style that the built-in model learns from sixteen pictures, before and after."""
+"""The demo: train a drawing style on the built-in model from sixteen pictures, and draw before and after."""
 
 from __future__ import annotations
 
@@ -33,26 +33,32 @@ _STRENGTHS = (0.0, 0.5, 1.0)
 
 
 def demo_source(*, steps: int, seed: int, device: str | None) -> tuple[FolderSource, TrainConfig]:
-    """What is trained: source and settings. Arguments as for any run."""
+    """Source and settings of the demo's run.
+
+    Args:
+        steps: number of updates.
+        seed: of the run.
+        device: where to train; the first GPU, or the CPU, if None.
+    """
     config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0)
     return FolderSource.of(_EXAMPLES, BUILT_IN, config, device=device), config
 
 
 def demo_folder() -> Path:
-    """A new folder for it under `runs/`."""
+    """A new folder for the demo's run under `runs/`."""
     return new_run_folder(RUNS, "demo")
 
 
 def before_and_after(
     model: Model, result: TrainResult, *, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Draw subjects that were not trained on at several strengths of the LoRA, and put them on one sheet.
+    """Draw subjects that were not trained at several strengths of the LoRA, on one contact sheet.
 
     Args:
         model: the base model.
-        result: of the training, in a folder.
+        result: of a run with a folder.
         seed: of the pictures.
-        progress: called with sampling steps done, and in all.
+        progress: called with (sampling steps done, total).
 
     Returns:
         The sheet, a PNG in the run's folder.

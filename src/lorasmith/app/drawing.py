@@ -1,4 +1,4 @@
-"""Pictures from prompts with LoRAs from files, and the numbered files that keep them."""
+"""Pictures from prompts with LoRA files, and saving them as numbered files."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def load_with_loras(model: str, loras: Sequence[tuple[Path, float]]) -> LoadedMo
 
 
 def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
-    """Write pictures as numbered PNG files that say how they were made; none is written over.
+    """Write pictures as numbered PNG files with their parameters; existing files are not overwritten.
 
     Args:
         images: the pictures.
-        prompts: one for each.
-        folder: where to; made if it is missing.
-        made_with: the rest of their `parameters`, below the prompt, as A1111 writes it.
+        prompts: one per picture.
+        folder: of the files; created if missing.
+        made_with: the `parameters` entry below the prompt, in A1111's format.
     """
     paths, first = [], next_counter(folder, "lorasmith")
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=first):

@@ -1,4 +1,4 @@
-"""A run on a folder of images: read, planned, encoded, trained."""
+"""A run on a folder of images: scan, plan, encode, train."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.train import Surroundings, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult
 
 __all__ = ["FolderSource", "PreparedRun", "prepare", "repeated", "train_prepared"]
 
 RUNS = Path("runs")
-"""Where runs are that nobody chose a folder for."""
+"""Default parent folder of runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource:
-    """How a run on a folder was asked for, besides its settings; `run.json` and the LoRA keep it to repeat the run.
+    """The inputs of a run on a folder besides its settings, stored in `run.json` and the LoRA to repeat the run.
 
     Attributes:
         folder: of the images, absolute.
@@ -40,9 +40,9 @@ class FolderSource:
         name: of the LoRA.
         trigger: phrase put in front of captions that lack it.
         resolution: side in pixels of the square whose area pictures are scaled to; None for the model's own.
-        validation: folder of images to judge the LoRA by, absolute.
+        validation: folder of held-out images, absolute.
         device: where to train; None for the first GPU, or the CPU.
-        argv: the command that asks for the same run from anywhere.
+        argv: arguments of the command that repeats the run from any folder.
     """
 
     folder: str
@@ -67,8 +67,13 @@ class FolderSource:
         validation: Path | None = None,
         device: str | None = None,
     ) -> FolderSource:
-        """The source with its paths absolute, and the command for it and `config`. Arguments as the attributes; the
-        name is the folder's if left out."""
+        """The source with absolute paths, and the command for it and `config`.
+
+        Args:
+            folder, model, trigger, resolution, validation, device: as the attributes; paths may be relative.
+            config: settings, for the command.
+            name: of the LoRA; that of the folder if None.
+        """
         own: dict[str, Any] = {
             "model": absolute(model),
             "name": name,
@@ -84,24 +89,25 @@ class FolderSource:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FolderSource:
-        """The source that a record holds. Raises TypeError if it lacks folder, model or name."""
+        """The source in a record. Raises TypeError if folder, model or name are missing."""
         return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
     def to_record(self) -> dict[str, Any]:
-        """What `run.json` keeps."""
+        """The source as JSON values, for `run.json`."""
         return {"command": "train", **asdict(self)}
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that can begin.
+    """A run ready to start.
 
     Attributes:
-        source: how it was asked for.
-        plan: what it will do.
+        source: its inputs.
+        plan: summary for display.
         base: the model.
-        job: what is trained.
-        data, validation: on what, and judged by what, if not by a share of it.
+        job: the planned run.
+        data: the training samples.
+        validation: held-out samples, None to hold out a share of `data`.
     """
 
     source: FolderSource
@@ -113,18 +119,18 @@ class PreparedRun:
 
 
 def prepare(source: FolderSource, config: TrainConfig, *, on_event: EventHandler = lambda event: None) -> PreparedRun:
-    """Read the images, load the model, decide what is trained, and encode.
+    """Scan the images, load the model, plan the run, and encode.
 
     Args:
         source: images, model and the like.
         config: settings, some of them open.
-        on_event: receives `ImagesFound`, `ModelLoading`, `RunPlanned` and an `ImageEncoded` for each image.
+        on_event: receives `ImagesFound`, `ModelLoading`, `RunPlanned` and an `ImageEncoded` per image.
 
     Raises:
         LorasmithError: images, model, settings or device cannot be used.
     """
     if re.search(r"[/\\]|^\.*$", source.name):
-        raise OptionError(f"name must be that of a file, without folders, got {source.name!r}; --output is for those")
+        raise OptionError(f"name must be a file name without folders, got {source.name!r}; use --output for folders")
     device = chosen_device(source.device)
     folder = Path(source.folder)
     scan = scan_folder(folder, trigger=source.trigger)
@@ -149,25 +155,25 @@ def train_prepared(
     output: Path | Callable[[Mapping[str, Any]], Path] | None = None,
     fresh: bool = False,
     until: int | None = None,
-    on_event: EventHandler = Surroundings.on_event,
-    cancelled: Callable[[], bool] = Surroundings.cancelled,
+    on_event: EventHandler = RunOptions.on_event,
+    cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> TrainResult:
-    """Train.
+    """Train a prepared run.
 
     Args:
-        prepared: what.
-        output: folder of the run, or what chooses it by the run's fingerprint; left out, the folder under `runs/` that
-            holds this run unfinished, or a new one.
+        prepared: the run.
+        output: folder of the run, or a function from the run's fingerprint to it; None for the folder under `runs/`
+            that holds this run unfinished, or a new one.
         fresh: do not continue an unfinished run.
-        until: step behind which it ends; None for the last.
-        on_event: receives training's events.
-        cancelled: called between steps; True ends the run with what there is.
+        until: step after which the run ends; None for all steps.
+        on_event: receives training events.
+        cancelled: called between steps; True ends the run and saves the result.
 
     Raises:
         LorasmithError: as `model_run.train`.
     """
     source = prepared.source
-    around = Surroundings(
+    options = RunOptions(
         output=output or run_folder(RUNS, source.name, fresh=fresh),
         fresh=fresh,
         title=source.name,
@@ -178,27 +184,27 @@ def train_prepared(
         cancelled=cancelled,
         until=until,
     )
-    return train_job(prepared.base.denoiser, prepared.job, prepared.data, around)
+    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options)
 
 
 def repeated(
     run: Mapping[str, Any], *, model: str | None, data: Path | None, device: str | None
 ) -> tuple[FolderSource, TrainConfig]:
-    """Source and settings of a run that was made before, to prepare it again.
+    """Source and settings of an earlier run, to prepare it again.
 
     Args:
-        run: `run.json`, or what a LoRA says of the run that made it.
-        model, data, device: base model, folder of images and device where they are not the run's.
+        run: content of `run.json`, or of a LoRA's metadata.
+        model, data, device: base model, folder of images and device, if they replace the run's.
     """
     now = {"model": model and absolute(model), "folder": data and str(data.resolve()), "device": device}
     source = FolderSource.from_record({**run["source"], **{name: value for name, value in now.items() if value}})
-    # `auto` may be another format here, and this is to be the same run.
+    # `auto` may resolve to another format on this device, but the run must be the same.
     dtype = run["fingerprint"]["config"]["training_dtype"]
     return source, config_from(TrainConfig, {**run["asked"], "training_dtype": dtype})
 
 
 def absolute(path: str) -> str:
-    """A path that is valid from any folder; what is no path, such as a hub id, as it is."""
+    """The absolute path, or the text unchanged if it is not a path, such as a hub id."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 

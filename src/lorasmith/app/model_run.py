@@ -1,7 +1,7 @@
-"""A run on a loaded model and encoded samples: what the library, the nodes and runs on folders have in common.
+"""A run on a loaded model and encoded samples, shared by the library, the nodes and runs on folders.
 
-`training` trains and knows neither sampling nor reports; here it gets the previews that the settings ask for, the page
-about the run, and the folder to keep both in.
+`training` does not import sampling or reports; this module passes it functions that draw previews and write the report,
+and chooses the folder of the run.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
-from lorasmith.training.train import Surroundings, TrainResult, run_job
+from lorasmith.training.train import RunOptions, TrainResult, run_job
 
 __all__ = ["TrainArguments", "new_run_folder", "run_folder", "train", "train_job"]
 
 P = ParamSpec("P")
 
 
-def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
-    """Train a job with the previews that its settings ask for, and write the page about it into the run's folder.
+def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
+    """Train a job, with the previews of its settings and the report in the run's folder.
 
     Args:
-        denoiser: what the job was planned for; previews load the LoRA onto it as users do.
-        job: what is trained; a job is run once.
+        denoiser: of the job; previews load the LoRA onto it as users do.
+        job: the planned run; it can be run once.
         data: encoded samples.
-        around: folder, events and the like; its `previews` and `page` are set here.
+        options: folder, events and the like; `previews` and `page` are replaced.
 
     Raises:
-        OptionError: previews are asked for and there is no folder to put them in.
+        OptionError: previews are set but there is no output folder.
         LorasmithError: as `train`.
     """
     config = job.config
-    if around.output is None and parse_prompts(config.previews):
-        raise OptionError("previews are drawn into the folder of the run, got no output; give output, such as runs/dog")
+    if options.output is None and parse_prompts(config.previews):
+        raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
 
     def previews(folder: Path) -> Any:
         return run_previews(
-            denoiser, config, folder, title=around.title, device=job.runtime.device, cancelled=around.cancelled
+            denoiser, config, folder, title=options.title, device=job.runtime.device, cancelled=options.cancelled
         )
 
-    return run_job(job, data, replace(around, previews=previews, page=write_report))
+    return run_job(job, data, replace(options, previews=previews, page=write_report))
 
 
 def run_folder(
     runs: Path, title: str, *, fresh: bool = False, numbering: str = "-{:03}"
 ) -> Callable[[Mapping[str, Any]], Path]:
-    """A function that chooses a run's folder by its fingerprint: the one that holds it unfinished, or a new one.
+    """A function from a run's fingerprint to its folder: the one that holds it unfinished, or a new one.
 
     Args:
         runs: parent of all runs of a door.
         title: name of the LoRA.
         fresh: never continue an unfinished run.
-        numbering: behind the title in the name of a new folder.
+        numbering: format of the number after the title in the name of a new folder.
     """
 
     def chosen(fingerprint: Mapping[str, Any]) -> Path:
@@ -78,7 +78,13 @@ def run_folder(
 
 
 def new_run_folder(runs: Path, title: str, *, numbering: str = "-{:03}") -> Path:
-    """The folder behind the highest number that `title` has below `runs`: runs are never written over."""
+    """A new folder, numbered after the highest existing one with that title; runs are never overwritten.
+
+    Args:
+        runs: parent of the runs.
+        title: name of the LoRA.
+        numbering: format of the number after the title.
+    """
     last = max((number for number, _ in numbered_runs(runs, title)), default=0)
     return runs / (title + numbering.format(last + 1))
 
@@ -88,21 +94,21 @@ class TrainArguments(TrainConfig):
     """Keyword arguments of `train`: every setting of `TrainConfig`, and these.
 
     Attributes:
-        config: settings to start from; those given beside it are laid over it.
+        config: base settings; those passed as keywords override them.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
-            unfinished, that run is continued to the bit.
+            unfinished, that run is resumed bit-identically.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
         device: where to train; the first GPU, or the CPU, if None.
-        validation: images to judge the run by, instead of a share of the data.
-        fresh: move a run that is in `output` aside, and start again.
-        on_event: receives typed events.
-        cancelled: called between steps; True ends the run with what there is.
+        validation: held-out images, instead of a share of the data.
+        fresh: move an existing run in `output` aside, and start from scratch.
+        on_event: receives all events.
+        cancelled: called between steps; True ends the run and saves the result.
     """
 
     config: TrainConfig | None = None
     output: str | Path | None = None
-    title: str = Surroundings.title
+    title: str = RunOptions.title
     trigger: str | None = None
     device: str | torch.device | None = None
     validation: EncodedDataset | None = None
@@ -112,7 +118,7 @@ class TrainArguments(TrainConfig):
 
 
 _SURROUNDINGS = [field.name for field in fields(TrainArguments) if "option" not in field.metadata]
-"""Of the arguments of `train`, those that are no settings."""
+"""Names of the arguments of `train` that are not settings."""
 
 
 class _Train(Protocol[P]):
@@ -122,7 +128,7 @@ class _Train(Protocol[P]):
 
 
 def _with_arguments(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
-    """Gives a function with `**arguments` the signature of their dataclass, to type checkers, editors and `help`."""
+    """Decorator: a function with `**arguments` gets the signature of their dataclass, for type checkers and `help`."""
 
     def shown(function: Callable[..., TrainResult]) -> _Train[P]:
         plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
@@ -140,25 +146,25 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
     """Train a LoRA.
 
     Args:
-        model: the base model, with or without LoRAs applied; it is left exactly as it was.
+        model: the base model, with or without LoRAs applied; it is not modified.
         data: encoded samples.
-        **arguments: settings by name (`TrainConfig`), and what surrounds the run (`TrainArguments`): output, title,
-            trigger, device, validation, fresh, on_event, cancelled, config.
+        **arguments: settings by name (`TrainConfig`), and those of `TrainArguments`: output, title, trigger, device,
+            validation, fresh, on_event, cancelled, config.
 
     Raises:
-        LorasmithError: the settings, the data or an existing LoRA do not fit, or the loss became non-finite. If some
-            steps were taken and there is an output folder, their LoRA is in it and the message says where.
+        LorasmithError: the settings, the data or an existing LoRA do not fit, or the loss became non-finite. If steps
+            were taken and there is an output folder, their LoRA is saved and the message names the file.
     """
     given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    around = Surroundings(
+    options = RunOptions(
         output=None if given.output is None else Path(given.output),
         fresh=given.fresh,
         title=given.title,
         trigger=given.trigger,
         validation=given.validation,
-        on_event=given.on_event or Surroundings.on_event,
-        cancelled=given.cancelled or Surroundings.cancelled,
+        on_event=given.on_event or RunOptions.on_event,
+        cancelled=given.cancelled or RunOptions.cancelled,
     )
-    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, around)
+    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, options)

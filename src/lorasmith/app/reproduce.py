@@ -1,4 +1,4 @@
-"""The run that made a LoRA, repeated from what its file says: what differs now, and whether the result is the same."""
+"""Repeating the run that made a LoRA from its metadata, and comparing inputs and result."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lorasmith.formats.metadata import RUN_ENTRY, steps_of
 from lorasmith.training.events import Event, EventHandler
 from lorasmith.training.runs.fingerprint import differences, environment, environments_of
 from lorasmith.training.runs.run_folder import RunFolder
-from lorasmith.training.train import Surroundings, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult
 
 __all__ = ["Differs", "Reproduced", "Reproduction", "prepare_reproduction", "reproduce"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Differs(Event):
-    """Something is not as it was when the LoRA was made.
+    """An input or the environment differs from the original run.
 
     Attributes:
-        what: it, with both values.
-        is_decisive: whether the result would be another, and not only its last bits.
+        what: the difference, with both values.
+        is_decisive: whether it affects more than the last bits of the result.
     """
 
     what: str
@@ -37,13 +37,13 @@ class Differs(Event):
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The run of a LoRA, prepared again.
+    """A prepared repetition of the run of a LoRA.
 
     Attributes:
         lora: the file.
-        before: what it says of the run.
-        prepared: the run as it would be now.
-        steps: behind which training ends, since the LoRA is of this step.
+        before: its record of the original run.
+        prepared: the new run.
+        steps: step of the LoRA, after which training ends.
         output: folder of the new run; None for one under `runs/`.
     """
 
@@ -56,13 +56,13 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """What came of a reproduction.
+    """The result of a reproduction.
 
     Attributes:
-        differs: what decides the result and is not as it was; then nothing was trained.
-        result: of the new run, if one was trained.
-        is_complete: whether it was trained up to the LoRA's step, so that both can be compared.
-        is_same: whether the new LoRA has the same tensors, to the bit.
+        differs: decisive differences; if there are any, nothing was trained.
+        result: of the new run, if it was trained.
+        is_complete: whether it reached the LoRA's step, so that both can be compared.
+        is_same: whether the tensors are bit-identical.
     """
 
     differs: tuple[str, ...] = ()
@@ -84,19 +84,19 @@ def prepare_reproduction(
 
     Args:
         lora: the file.
-        model, data, device: base model, folder of images and device where they are not the run's.
+        model, data, device: base model, folder of images and device, if they replace the run's.
         output: folder of the new run.
         on_event: receives the events of `prepare`.
 
     Raises:
-        OptionError: the file does not say how it was made, or not from a folder of images.
-        OutputError: there is a run in `output`.
+        OptionError: the file has no record of its run, or the run was not on a folder of images.
+        OutputError: `output` contains a run.
         LorasmithError: as `prepare`.
     """
     metadata = check_safetensors(lora).metadata
     before = _run_of(lora, metadata)
     if output is not None and RunFolder(output).exists:
-        raise OutputError(f"{output} holds a run already; choose another output")
+        raise OutputError(f"output must not contain a run, but {output} does; choose another output")
     prepared = prepare(*repeated(before, model=model, data=data, device=device), on_event=on_event)
     return Reproduction(lora, before, prepared, steps_of(metadata, lora.name) - prepared.job.steps_before, output)
 
@@ -105,16 +105,16 @@ def reproduce(
     again: Reproduction,
     *,
     dry_run: bool = False,
-    on_event: EventHandler = Surroundings.on_event,
-    cancelled: Callable[[], bool] = Surroundings.cancelled,
+    on_event: EventHandler = RunOptions.on_event,
+    cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> Reproduced:
-    """Train the run again and compare, unless something that decides the result differs.
+    """Repeat the run and compare the result, unless there is a decisive difference.
 
     Args:
-        again: the run.
-        dry_run: only compare what the result depends on; train nothing.
-        on_event: receives a `Differs` for each difference, and training's events.
-        cancelled: called between steps; True ends the run with what there is, which is then not compared.
+        again: the prepared run.
+        dry_run: only compare the inputs; train nothing.
+        on_event: receives a `Differs` for each difference, and training events.
+        cancelled: called between steps; True ends the run without a comparison.
 
     Raises:
         LorasmithError: as `train_prepared`.
@@ -139,7 +139,7 @@ def reproduce(
 
 
 class _Settled(Exception):  # noqa: N818  (nothing went wrong)
-    """The comparison settles it; raised where the run chooses its folder, where its fingerprint is known."""
+    """No training is needed; raised by the function that chooses the folder, which receives the fingerprint."""
 
     def __init__(self, differs: tuple[str, ...]) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Settled(Exception):  # noqa: N818  (nothing went wrong)
 
 
 def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a file says of the run that made it. Raises OptionError."""
+    """The record of its run in a LoRA's metadata. Raises OptionError if there is none."""
     try:
         run: dict[str, Any] = json.loads(metadata[RUN_ENTRY])
         command, *_ = run["source"].get("command"), run["asked"], run["environment"], run["fingerprint"]["config"]
@@ -155,23 +155,23 @@ def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             FolderSource.from_record(run["source"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise OptionError(
-            f"{lora} does not say how it was made: it is another program's, was saved with --private, or its metadata "
-            "was taken out; train it again from its images"
+            f"{lora} has no record of its run: it is from another program, was saved with --private, or its metadata "
+            "was removed; train it again from its images"
         ) from error
     if command != "train":
-        remedy = "the workflow in its metadata" if "prompt" in metadata else "the script that made it"
+        remedy = "the workflow in its metadata" if "prompt" in metadata else "its script"
         raise OptionError(f"{lora} was not made by lorasmith train; run {remedy} again to reproduce it")
     return run
 
 
-def _differences(again: Reproduction, fingerprint: Mapping[str, Any], tell: EventHandler) -> tuple[str, ...]:
-    """Tell what is not as it was; returns what of it decides the result."""
+def _differences(again: Reproduction, fingerprint: Mapping[str, Any], on_event: EventHandler) -> tuple[str, ...]:
+    """Emit all differences from the original run; returns the decisive ones."""
     prepared, before = again.prepared, again.before
     config = prepared.job.config
     now = environment(prepared.job.runtime.device, config.optimizer, compile=config.compile)
     for what in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
-        tell(Differs(what=what, is_decisive=False))
+        on_event(Differs(what=what, is_decisive=False))
     decisive = differences(before["fingerprint"], fingerprint)
     for what in decisive:
-        tell(Differs(what=what, is_decisive=True))
+        on_event(Differs(what=what, is_decisive=True))
     return tuple(decisive)

@@ -1,4 +1,4 @@
-"""Runs on folders that ended early, prepared again; `train_prepared` with their folder as output continues them."""
+"""Preparing an interrupted run on a folder again; `train_prepared` with its folder as output resumes it."""
 
 from __future__ import annotations
 
@@ -24,24 +24,22 @@ def prepare_again(
 
     Args:
         run: the folder.
-        model, data, device: base model, folder of images and device where they are not the run's.
-        on_event: receives the events of `prepare`, and a `Warned` if the run begins from the start.
+        model, data, device: base model, folder of images and device, if they replace the run's.
+        on_event: receives the events of `prepare`, and a `Warned` if the run starts from the beginning.
 
     Raises:
-        OptionError: the run is none on a folder of images.
-        OutputError: the run is done, another process trains in the folder, or there is no run in it.
+        OptionError: the run was not on a folder of images.
+        OutputError: the run is complete, another process trains in the folder, or there is no run in it.
         LorasmithError: as `prepare`.
     """
     folder = RunFolder(run)
     record = folder.record()
     if (record.get("source") or {}).get("command") != "train":
-        raise OptionError(
-            f"{run} was not made by lorasmith train; start its workflow or script again, which goes on with it"
-        )
+        raise OptionError(f"{run} was not made by lorasmith train; start its workflow or script again to resume it")
     if folder.is_done:
-        raise OutputError(f"{run} is done, so that there is nothing to go on with; train again for another run")
+        raise OutputError(f"the run in {run} is complete and cannot be resumed; train again for another run")
     folder.check_free()
     prepared = prepare(*repeated(record, model=model, data=data, device=device), on_event=on_event)
     if not folder.states().paths():
-        on_event(Warned(message=f"{run} ended before its first state was saved, so it begins again."))
+        on_event(Warned(message=f"{run} ended before its first run state was saved and starts from the beginning."))
     return prepared

@@ -1,4 +1,4 @@
-"""The report of a run from its folder alone, so that it can be made again at any time."""
+"""The report of a run, made from its folder alone."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
 
 __all__ = ["report_of", "write_report"]
 
-_ENDS: dict[Outcome | None, tuple[str, str]] = {  # how it is called, and how it is coloured
+_ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
     Outcome.STOPPED: ("Stopped early", "good"),
     Outcome.CANCELLED: ("Cancelled", "fair"),
     Outcome.FAILED: ("Failed", "bad"),
     None: ("No end recorded", "fair"),
 }
-_QUANTILES = 5  # more lines than that cannot be told apart
-_MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, which is to stay small
+_QUANTILES = 5  # more lines cannot be distinguished
+_MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its size
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into the folder of a run, which may still be going on.
+    """Write `report.html` into the folder of a run, which may still be running.
 
     Raises:
         OptionError: there is no run in the folder.
         TrainingError: its `run.json` cannot be read.
-        OutputError: the page cannot be written.
+        OutputError: the file cannot be written.
     """
     target = folder / "report.html"
     write_atomic(target, run_report(report_of(read_history(folder))))
@@ -63,7 +63,7 @@ def write_report(folder: Path) -> Path:
 
 
 def report_of(history: RunHistory) -> RunReport:
-    """What there is to say of a run."""
+    """The content of the report."""
     steps = history.steps()
     status, mood = _ENDS[history.outcome]
     before_after, progress = _pictures(history)
@@ -93,14 +93,14 @@ def report_of(history: RunHistory) -> RunReport:
 
 
 def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
-    """The last validation's, or what can be said without one."""
+    """The verdict of the last validation, or a sentence on the training loss without one."""
     if validations := _validations(history):
         verdict = validations[-1].verdict
         return verdict[:1].upper() + verdict[1:]
     losses = [step.loss for step in steps if math.isfinite(step.loss)]
     if not losses:
         return "No step was completed."
-    unknown = "no images were held out, so whether the LoRA overfits cannot be judged"
+    unknown = "no images were held out, so overfitting cannot be judged"
     if len(losses) < 20:
         return f"Too few steps to see a trend, and {unknown}."
     tenth = len(losses) // 10
@@ -118,7 +118,7 @@ def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
         if len(starts) > 1:
             parts.append(f"started {len(starts)} times")
     if history.outcome is None:
-        parts.append(f"it was killed after step {steps[-1].step if steps else 0}, or is still going on")
+        parts.append(f"killed after step {steps[-1].step if steps else 0}, or still running")
     return " · ".join(parts)
 
 
@@ -154,10 +154,10 @@ def _files(folder: Path, lora: Path | None) -> dict[str, str]:
 
 
 def _described(lora: Path) -> str:
-    """Where a LoRA is, with its size and how many steps made it."""
+    """Path of a LoRA with its size and steps."""
     try:
         steps = f", {steps_of(check_safetensors(lora).metadata, lora.name):,} steps"
-    except LorasmithError:  # not readable, which is for `lorasmith check` to explain
+    except LorasmithError:  # not readable; `lorasmith check` explains why
         steps = ""
     return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"
 
@@ -170,12 +170,12 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     repeat = record.get("command")
     commands = {}
     if lora is not None:
-        commands["See it at work"] = generate_command(base, lora.resolve(), trigger or caption)
+        commands["Draw a picture with it"] = generate_command(base, lora.resolve(), trigger or caption)
     if history.outcome is None or not history.outcome.is_final:
-        commands["Go on where it ended"] = resume_command(folder)
+        commands["Resume the run"] = resume_command(folder)
     if isinstance(repeat, list) and repeat:
         commands["Repeat the run"] = command_line(repeat)
-    commands["Make this page again"] = command_line(["lorasmith", "report", folder])
+    commands["Update this report"] = command_line(["lorasmith", "report", folder])
     return commands
 
 
@@ -195,26 +195,26 @@ def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
 
 
 def _validations(history: RunHistory) -> list[Validated]:
-    """The last look at each step, in order: a run that was resumed may have looked twice."""
+    """The last validation of each step, in order: a resumed run may have repeated some."""
     latest = {event.step: event for event in history.of(Validated)}
     return [latest[step] for step in sorted(latest)]
 
 
 def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
-    """Loss by noise level, and image by image; nothing of a run whose steps do not tell their draws."""
+    """Loss by noise level, and records by image; None and empty if the log has no draws."""
     names = [str(one.get("name")) for one in _samples(history.record)]
     curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
-    told = False
+    has_draws = False
     for step in history.steps():
         draws = [draw for draw in step.draws if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
-        told = told or bool(draws)
+        has_draws = has_draws or bool(draws)
         for ledger in (curve, images):
             ledger.add(step.step, draws)
-    return (curve.curve(), images.images(held_out_fall=_fall(_validations(history)))) if told else (None, [])
+    return (curve.curve(), images.images(held_out_fall=_fall(_validations(history)))) if has_draws else (None, [])
 
 
 def _fall(validations: Sequence[Validated]) -> float | None:
-    """Held-out loss late in the run as a share of that early; None below three validations."""
+    """Held-out loss late in the run divided by that early; None below three validations."""
     losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
     third = len(losses) // 3
     return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
@@ -227,7 +227,7 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     prompts = max((event.prompts for event in shots.values()), key=len, default=())[:_MOST_PROMPTS]
 
     def row(event: Previewed) -> list[Path | None]:
-        # Only names are taken from the log: the folder may have been moved, and nothing outside it is shown.
+        # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
         found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
         return [path if path.is_file() else None for path in found] + [None] * (len(prompts) - len(found))
 
@@ -295,11 +295,11 @@ def _notes(history: RunHistory) -> list[Note]:
             notes.append(Note("Memory", event.message))
         elif isinstance(event, Warned):
             notes.append(Note("Note", event.message))
-    notes = list(dict.fromkeys(notes))  # a run that was resumed says some things again
+    notes = list(dict.fromkeys(notes))  # a resumed run repeats some notes
     if history.unreadable:
         lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"
         left = "is" if history.unreadable == 1 else "are"
-        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and {left} left out here."))
+        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and {left} left out."))
     return notes
 
 
@@ -320,7 +320,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A mapping in `run.json`, empty if it is not there: records of other versions may lack it."""
+    """A mapping in `run.json`, empty if it is missing, as in records of other versions."""
     part = record.get(name)
     return part if isinstance(part, dict) else {}
 
@@ -331,7 +331,7 @@ def _samples(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested names joined by blanks, lists by commas; None is left out."""
+    """Nested names joined by blanks, list items by commas; None is skipped."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):

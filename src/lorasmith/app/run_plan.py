@@ -1,4 +1,4 @@
-"""What a run on a folder of images will do, as data, and the events of its preparation: doors show both."""
+"""The plan of a run on a folder as data, and the events of preparing it; doors show both."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["ImageEncoded", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run will do.
+    """Summary of a prepared run.
 
     Attributes:
         folder: of the images.
-        scan: what the folder holds.
+        scan: content of the folder.
         trigger: phrase put in front of captions that lack it.
         model, family: titles of the base model and of its family.
         resolution: side in pixels of the square whose area pictures are scaled to.
-        pixel_multiple: number of pixels that their sides divide by.
-        trained: what is trained, in a line.
-        parameters: trained numbers.
-        config: settings, none of them open.
-        notes: sentences about the settings that the person should read.
+        pixel_multiple: their sides are multiples of it.
+        trained: algorithm, targets and parameter count in one line.
+        parameters: number of trained parameters.
+        config: settings, all resolved.
+        notes: remarks for the user, one sentence each.
     """
 
     folder: Path
@@ -46,28 +46,28 @@ class RunPlan:
 
     @property
     def samples(self) -> int:
-        """Samples that the steps take in all."""
+        """Number of samples in all steps."""
         return self.config.steps * self.config.batch_size * self.config.grad_accumulation_steps
 
     @property
     def samples_per_epoch(self) -> int:
-        """Images, each as often as its folder says."""
+        """Number of samples in an epoch, repeats included."""
         return sum(image.repeats for image in self.scan.images)
 
     @property
     def epochs(self) -> float:
-        """How often each image is seen."""
+        """Number of epochs."""
         return self.samples / self.samples_per_epoch
 
     @property
     def prompt(self) -> str:
-        """A prompt that shows what was learnt: the trigger, or the first caption."""
+        """A prompt for the trained subject: the trigger, or the first caption."""
         return self.trigger or next((image.caption for image in self.scan.images if image.caption), "a picture")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesFound(Event):
-    """The folder of images was read.
+    """The folder of images was scanned.
 
     Attributes:
         folder, scan, trigger: as in `RunPlan`.
@@ -91,17 +91,17 @@ class ModelLoading(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlanned(Event):
-    """Everything that does not depend on the encoded images is decided."""
+    """The run is planned; images are not encoded yet."""
 
     plan: RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoded(Event):
-    """An image and its caption are ready for training.
+    """An image and its caption were encoded.
 
     Attributes:
-        done, total: images encoded so far, and in all.
+        done, total: images encoded so far, and all images.
     """
 
     done: int

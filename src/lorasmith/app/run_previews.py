@@ -1,7 +1,7 @@
-"""Previews of a run, for the node and the command line: from settings to pictures on disk, told as training's events.
+"""Previews of a run: pictures drawn during training, written to its folder and reported as events.
 
-This is where the parts meet that may not know of each other: `sampling` draws, `training` loads LoRAs and has the
-events, `report` writes the files. A failing preview costs pictures, never the run.
+It combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
+`report` writes the files. A failing preview is a warning and does not end the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorasmith.training.lora_handle import Lora
 __all__ = ["PreviewFrames", "RunPreviews", "run_previews"]
 
 _MOST_FAILURES = 2
-"""Failures in a row after which a run draws no more previews."""
+"""Consecutive failures after which a run draws no more previews."""
 
 
 def run_previews(
@@ -42,27 +42,27 @@ def run_previews(
     device: torch.device | str | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> RunPreviews | None:
-    """What draws the previews that a configuration asks for; None when it asks for none. Encodes the prompts.
+    """Encode the prompts of `config.previews`; returns the object that draws them, None without prompts.
 
     Args:
-        denoiser: what is trained on.
+        denoiser: the model of the run.
         config: settings of the run.
-        folder: of the run; pictures go to `samples/` in it.
+        folder: of the run; pictures are written to `samples/` in it.
         title: name of the LoRA.
-        device: where the run trains; the first GPU, or the CPU, if None.
-        cancelled: asked between evaluations of the network.
+        device: of the run; the first GPU, or the CPU, if None.
+        cancelled: called between evaluations of the network; True ends a preview.
 
     Raises:
         OptionError: there are too many prompts, or a strength is out of range.
         ModelError: the model lacks a text encoder or an autoencoder.
-        LoraError: the LoRA that is continued cannot be read.
+        LoraError: the continued LoRA cannot be read.
     """
     prompts, strengths = parse_prompts(config.previews), parse_strengths(config.preview_strengths)
     if not prompts:
         return None
     base, device = denoiser.base, torch.device(device or best_device())
     text_encoder = base.text_encoder
-    # Training leaves text encoders alone, but a LoRA that is continued carries its own along.
+    # Text encoders are not trained, but a continued LoRA may have layers for them.
     carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
     previewer = Previewer(
         denoiser,
@@ -82,14 +82,14 @@ def run_previews(
 
 
 class RunPreviews:
-    """Draws a LoRA as it is saved, writes the pictures and their sheets, and tells of them.
+    """Draws previews of a saved LoRA, writes pictures and contact sheets, and returns events.
 
     Args:
-        previewer: draws.
+        previewer: draws the pictures.
         folder: for the files of `PreviewFolder`.
         title: name of the LoRA.
         model: name of the base model.
-        strengths: at which the finished LoRA is shown.
+        strengths: at which the finished LoRA is drawn.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class RunPreviews:
         self._failures = 0
 
     def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
-        """Draw the LoRA saved at `lora` after `step` updates; to be called with no adapters attached to the model.
+        """Draw the LoRA saved at `lora` after `step` updates, without adapters attached to the model.
 
         Returns:
-            A `Previewed` for each row of pictures, the base's the first time, and a `Warned` if something failed. The
-            second failure in a row is the last: after that nothing is drawn. A cancelled preview returns what it has.
+            A `Previewed` per row of pictures, at first also for the base model, and a `Warned` on failure. After the
+            second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so far.
         """
         events: list[Event] = []
         if self._failures == _MOST_FAILURES:
@@ -125,10 +125,10 @@ class RunPreviews:
             self._failures = 0
         except SamplingCancelledError:
             pass
-        except Exception as error:  # whatever it is, hours of training are worth more
+        except Exception as error:  # any: a preview must not end training
             self._failures += 1
             events.append(Warned(message=self._complaint(step, error)))
-        # Sampling has left blocks of other sizes than training's in the cache, and after a failure training needs all.
+        # The allocator caches blocks in sampling's sizes, and after a failure training needs all memory.
         torch.cuda.empty_cache()
         return events
 
@@ -145,7 +145,7 @@ class RunPreviews:
         for strength in self._strengths:
             drawn = full if strength == 1 else draw(lora, strength)
             paths = files.write_strength(drawn, strength, step, lora.name)
-            if strength != 1:  # which has been told of
+            if strength != 1:  # reported above
                 yield self._previewed(step, paths, strength)
         files.write_strengths_sheet(self._strengths, step)
 
@@ -155,15 +155,15 @@ class RunPreviews:
     def _complaint(self, step: int, error: Exception) -> str:
         what = f"the preview at step {step} could not be drawn ({_reason(error)})"
         if self._failures < _MOST_FAILURES:
-            return f"{what}; training goes on"
-        return f"{what}, nor could the one before; training goes on without previews"
+            return f"{what}; training continues"
+        return f"{what}, nor could the one before; training continues without previews"
 
 
 class PreviewFrames:
-    """A run's newest pictures as one small picture for user interfaces: the base's, below it those of the step.
+    """A run's newest previews as one small picture for user interfaces: the base model's above those of the step.
 
     Args:
-        columns: prompts that are shown, the first of all.
+        columns: number of prompts shown, the first ones.
         cell: longest edge of a picture in pixels.
     """
 
@@ -173,14 +173,13 @@ class PreviewFrames:
         self._rows: dict[float, list[Image.Image]] = {}  # by strength
 
     def __call__(self, event: Previewed) -> bytes | None:
-        """JPEG of an event's pictures below those told of before of the same step and of the base; None if their files
-        are gone."""
+        """JPEG of an event's pictures below earlier ones of its step and of the base; None if files are missing."""
         if event.step != self._step:
             self._step = event.step
             self._rows = {strength: row for strength, row in self._rows.items() if strength == 0}
         try:
             self._rows[event.strength] = [self._opened(path) for path in event.paths[: self._columns]]
-        except OSError:  # a run does not end because somebody tidied up
+        except OSError:  # deleted files must not end the run
             return None
         labels = {0.0: "base", 1.0: f"step {event.step}"}
         rows = {labels.get(strength, f"strength {strength:g}"): row for strength, row in sorted(self._rows.items())}
@@ -198,15 +197,14 @@ class PreviewFrames:
 
 
 def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.device) -> torch.dtype:
-    """Training's number format on GPUs, so that a preview fits wherever training fits; on CPUs the one of `generate`,
-    for which the weights need not be copied."""
+    """On GPUs training's dtype, so that a preview fits if training fits; on CPUs that of `generate`, without a copy."""
     if device.type == "cpu":
         return torch.float32
     return product_dtype(device) if training_dtype == "auto" else chosen_dtype(training_dtype, denoiser.module)
 
 
 def _reason(error: Exception) -> str:
-    """An error in a few words."""
+    """A short description of an error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out of memory"
     text = next(iter(str(error).splitlines()), "").strip()

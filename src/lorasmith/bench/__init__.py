@@ -1,1 +1,1 @@
-"""What a training step costs on this machine, and what limits it."""
+"""Benchmark of the training step: time, memory, FLOPs, and the limiting factor."""

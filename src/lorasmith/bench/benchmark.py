@@ -1,4 +1,4 @@
-"""A planned run, measured as a whole: a few of its steps, the floor before and behind them, counts, memory, rates."""
+"""Benchmark of a planned run: a few of its steps, the floor before and after them, counts, memory, device rates."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ __all__ = ["latent_side", "measured"]
 
 _WARMUP = 2
 _ENOUGH_S = 6.0
-"""How many seconds steps and passes take together, if nobody says how many there are to be."""
+"""Total seconds of steps and passes if their number is not given."""
 
 
 def latent_side(model: Model, resolution: int | None) -> int:
-    """Side of the latents of square pictures; None is the model's own size.
+    """Side of the latents of square pictures; None is the model's own resolution.
 
     Raises:
-        OptionError: the model takes no pictures of that size.
+        OptionError: the model does not support that size.
     """
     side, multiple = resolution or model.defaults.resolution, model.defaults.pixel_multiple
     if side < multiple or side % multiple:
         nearest = max(multiple, round(side / multiple) * multiple)
-        raise OptionError(f"resolution must divide by {multiple} for this model, got {side}; use {nearest}")
+        raise OptionError(f"resolution must be a multiple of {multiple} for this model, got {side}; use {nearest}")
     return side // model.components.latent.downscale
 
 
@@ -57,40 +57,40 @@ def measured(
     *,
     steps: int | None = None,
     floor: bool = True,
-    tell: Callable[[str], None] = lambda what: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Measured:
-    """Measure a job's steps. The model is as before afterwards, and the job's adapters are trained a little.
+    """Measure a job's steps. The model is restored afterwards; the job's adapters are trained a little.
 
     Args:
-        job: what is trained; its number of steps is not used.
-        samples: on what; a batch of them is what the floor takes.
-        steps: how many steps and passes are timed; None is as many as take some seconds, at least three.
-        floor: whether to measure the frozen model beside it.
-        tell: is told what is being measured.
+        job: the planned run; its number of steps is not used.
+        samples: training samples; the floor uses one batch of them.
+        steps: number of timed steps and passes; None for as many as take some seconds, at least three.
+        floor: whether to measure the frozen model too.
+        on_stage: called with the name of each stage, such as `steps`.
     """
     config, device = job.config, job.runtime.device
     plan = None
     if job.runtime.activations == "auto":
-        tell("activations")
+        on_stage("activations")
         plan = _plan(job, samples)
         runtime = replace(job.runtime, activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
         job = replace(job, runtime=runtime)
-    tell("rates of this device")
+    on_stage("rates of this device")
     rates = measured_rates(device, job.runtime.dtype)
     frozen = _Floor(job, samples[: config.batch_size]) if floor else None
     if frozen is not None:
-        tell("the floor")
+        on_stage("the floor")
         steps = frozen.measure(steps and -(-steps // 2)) * 2
-    tell("steps")
+    on_stage("steps")
     step, weights, allocated = _steps(replace(job, config=replace(config, steps=_WARMUP + (steps or 5))), samples)
-    tell("the parts of a step")
+    on_stage("the parts of a step")
     parts = measured_parts(job, samples)
     counts = counted(lambda counter: training_steps(job, samples, counter), device)
     with training_steps(job, samples) as once:
         once()
         profile = min((profiled(once, device) for _ in range(2)), key=lambda one: one.whole)
     if frozen is not None and frozen.counts is not None:
-        tell("the floor again")
+        on_stage("the floor again")
         frozen.measure(len(frozen.passes))
     fits = frozen is not None and frozen.counts is not None
     return Measured(
@@ -113,7 +113,7 @@ def measured(
 
 
 def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
-    """What a run with these settings would decide."""
+    """The activation plan that a run with these settings would select."""
     found: list[MemoryPlan] = []
 
     def planned() -> Runtime:
@@ -129,11 +129,11 @@ def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
 
 
 class _Floor:
-    """Passes of the frozen model, as often as they are asked for.
+    """Timed passes of the frozen model.
 
     Attributes:
-        passes, forwards: seconds, of all that were measured.
-        counts: of a pass; None as long as there is none, or where memory is too small for the model as it is.
+        passes, forwards: seconds of all measured passes.
+        counts: of a pass; None before the first, or if memory is too small for the unquantized model.
     """
 
     def __init__(self, job: Job, samples: Sequence[Sample]) -> None:
@@ -144,7 +144,7 @@ class _Floor:
         self.counts: Counts | None = None
 
     def measure(self, steps: int | None) -> int:
-        """Measure so many passes, or as many as take some seconds; returns how many, 0 where memory is too small."""
+        """Time `steps` passes, or as many as take some seconds; returns their number, 0 if memory is too small."""
         device = self._job.runtime.device
         try:
             with self._open() as once, self._open(backward=False) as forward:
@@ -168,7 +168,7 @@ class _Floor:
 
 
 def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Spread, int, int | None]:
-    """Seconds of the steps behind the warm-up, bytes of the frozen weights, and the most allocated on a GPU."""
+    """Seconds of the steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
     weights, device = 0, job.runtime.device
 
     def look() -> None:
@@ -185,7 +185,7 @@ def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Spread, int, int | None
 
 
 def _process_peak() -> int | None:
-    """Bytes of memory that this process has had at the most; None where the system does not say."""
+    """Peak memory of this process in bytes; None if the system does not report it."""
     if sys.platform == "win32":
         return None
     import resource

@@ -1,7 +1,7 @@
-"""What a piece of work does, counted as it happens: operations, FLOPs, bytes that are alive, bytes that travel.
+"""Counter of torch operations: their number, FLOPs, live bytes, and bytes copied to the device.
 
-Numbers are those of torch's operations, so they are the same on every run and do not depend on what else the machine
-does. What a kernel uses inside (scratch memory, its own copies) is not seen.
+The numbers are deterministic and do not depend on the load of the machine. Memory inside kernels (scratch memory, their
+own copies) is not counted.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Ten
 
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    # torch's table has no attention of the CPU.
+    # torch's table of FLOP formulas lacks attention on the CPU.
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered, which may be several times; memory is followed outside of it as well.
+    """Counts operations inside its context, which may be entered repeatedly; frees are also counted outside.
 
     Args:
         device: whose memory is counted.
 
     Attributes:
-        operations: those that compute something; views are left out.
-        flops: of products and attention, a multiplication and an addition being two.
-        live: bytes that were made inside and are still there.
+        operations: number of operations, views excluded.
+        flops: of products and attention; a multiplication and an addition are two.
+        live: bytes allocated inside and not yet freed.
         peak: the highest `live`.
-        held: the highest `live` at the beginning of a backward pass: what the forward pass keeps for it.
-        sent: bytes that came to the device from somewhere else.
+        held: the highest `live` at the start of a backward pass: the saved activations.
+        sent: bytes copied to the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reset()
 
     def reset(self) -> None:
-        """Count anew; what is alive stays alive."""
+        """Reset all counts but `live`."""
         self.operations = self.flops = self.sent = self.held = 0
         self.peak = self.live
 
@@ -87,7 +87,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _notice_backward(self) -> None:
         task = torch._C._current_graph_task_id()
-        # Recomputing a block starts no backward pass of its own, so each pass is noticed once.
+        # Recomputing a block starts no backward pass of its own, so each pass is counted once.
         if task not in (-1, self._backward):
             self.held = max(self.held, self.live)
         self._backward = task if task != -1 else self._backward

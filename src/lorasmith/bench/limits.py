@@ -1,7 +1,7 @@
-"""What limits a training step, from what was measured: rates of this device, shares of a step, and the words for them.
+"""The limiting factors of a training step: device rates, shares of the step's time, and sentences about them.
 
-A step is products, other operations and the time between operations, as the profiler sees them; the optimizer, waiting
-for batches and transfers are parts of it that are measured besides.
+The profiler divides a step into products, other operations and the time between operations; the optimizer, waiting for
+batches and transfers are measured separately.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _PINNED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches.
+    """Measured rates of a device.
 
     Attributes:
         products: FLOP/s of a large matrix product in the training dtype.
-        copies: bytes/s from pinned host memory; None on the CPU, which copies nothing.
+        copies: bytes/s from pinned host memory; None on the CPU.
     """
 
     products: float
@@ -41,20 +41,20 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step and what it is compared with.
+    """Measurements of a step and of the floor.
 
     Attributes:
-        plan: how activations are kept, where that was to be measured.
+        plan: the selected activation plan, None unless activations is auto.
         step: seconds of a step.
-        images: that one takes in.
+        images: images per step.
         parts, counts, profile: of the step.
-        floor, floor_counts: of the frozen model's pass; None where it does not fit.
-        forward: of the forward pass alone; None where the floor does not fit.
-        passes: of the batch in a step, as many as gradients are accumulated over.
+        floor, floor_counts: of the frozen model's forward and backward pass; None if it does not fit into memory.
+        forward: of its forward pass alone; None if it does not fit.
+        passes: batches per step (gradient accumulation).
         weights: bytes of the frozen weights on the device.
-        above: bytes at the most during a step, above the frozen weights.
-        peak: bytes at the most that the process had of the device's memory, all included.
-        memory: bytes that the device has; None where that is not known.
+        above: peak bytes of a step, above the frozen weights.
+        peak: peak bytes of the process on the device.
+        memory: bytes of the device's memory; None if unknown.
         rates: of the device.
     """
 
@@ -76,24 +76,24 @@ class Measured:
 
     @property
     def images_per_hour(self) -> float:
-        """At the median step."""
+        """Throughput at the median step."""
         return 3600 * self.images / self.step.median
 
     @property
     def of_floor(self) -> float | None:
-        """The floor's time over the step's: 1 is as fast as can be."""
+        """The floor's time divided by the step's: 1 is the optimum."""
         return None if self.floor is None else self.passes * self.floor.median / self.step.median
 
     @property
-    def again(self) -> float:
-        """Share of the FLOPs beyond the floor's, of recomputing and of what is trained."""
+    def extra_flops(self) -> float:
+        """Share of the FLOPs beyond the floor's, from recomputing and the adapters."""
         if self.floor_counts is None or not self.counts.flops:
             return 0.0
         return max(0.0, 1 - self.passes * self.floor_counts.flops / self.counts.flops)
 
     @property
     def efficiency(self) -> float:
-        """Rate of the step's products over that of a large one; 0 where there are none."""
+        """Rate of the step's products divided by that of a large product; 0 without products."""
         seconds = self.step.median * self.profile.products / self.profile.whole
         return self.counts.flops / seconds / self.rates.products if seconds else 0.0
 
@@ -103,9 +103,9 @@ class Share:
     """A part of a step's time.
 
     Attributes:
-        name: what takes it.
+        name: of the part.
         of_step: 0 to 1.
-        words: where the number comes from, and what lowers it.
+        words: explanation and remedy.
     """
 
     name: str
@@ -114,12 +114,12 @@ class Share:
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What the device reaches now, in about a second."""
+    """Measure the rates of a device, in about a second."""
     return Rates(_product_rate(device, dtype), _copy_rate(device) if device.type == "cuda" else None)
 
 
 def shares(measured: Measured) -> list[Share]:
-    """The three that a step is made of, the largest first; their sum is 1."""
+    """The three parts of a step, the largest first; they sum to 1."""
     profile, counts = measured.profile, measured.counts
     longest = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in list(profile.longest.items())[:3])
     found = [
@@ -127,23 +127,23 @@ def shares(measured: Measured) -> list[Share]:
         Share(
             "other operations",
             profile.others / profile.whole,
-            "additions, norms, activations and copies, which memory limits rather than arithmetic; of all operations "
-            f"{longest} took longest",
+            "additions, norms, activations and copies, limited by memory bandwidth rather than arithmetic; the longest "
+            f"operations were {longest}",
         ),
         Share(
             "between operations",
             profile.between / profile.whole,
-            f"Python and starting {counts.operations:,} operations, with the device waiting; larger batches give each "
-            "operation more to do, fewer targets leave some out",
+            f"Python and launching {counts.operations:,} operations, with the device idle; use larger batches or fewer "
+            "targets",
         ),
     ]
     return sorted(found, key=lambda one: one.of_step, reverse=True)
 
 
 def limits(measured: Measured) -> list[str]:
-    """What limits the step, in sentences; the first is about the largest share."""
-    said = [f"{one.name.capitalize()}, {one.of_step:.0%}: {one.words}." for one in shares(measured)]
-    return [*said, *_on_parts(measured), *_on_memory(measured)]
+    """Sentences about what limits the step; the first is about the largest share."""
+    sentences = [f"{one.name.capitalize()}, {one.of_step:.0%}: {one.words}." for one in shares(measured)]
+    return [*sentences, *_on_parts(measured), *_on_memory(measured)]
 
 
 def _on_products(measured: Measured) -> str:
@@ -153,63 +153,61 @@ def _on_products(measured: Measured) -> str:
         "matrix product reaches here"
     )
     if reached < 0.5:
-        words += "; they are small or narrow ones, which larger batches or pictures make use the device better"
-    if measured.again > 0.15:
-        words += (
-            f"; {measured.again:.0%} of them are not in the floor, but recompute something or belong to what is trained"
-        )
+        words += "; they are small or narrow, so larger batches or pictures use the device better"
+    if measured.extra_flops > 0.15:
+        words += f"; {measured.extra_flops:.0%} of them are not in the floor: recomputing and the adapters"
     return words
 
 
 def _on_parts(measured: Measured) -> Iterator[str]:
-    """Parts of a step that are worth a word."""
+    """Sentences about other parts that take a considerable share."""
     step, parts, counts, rates = measured.step.median, measured.parts, measured.counts, measured.rates
     if parts.waiting > 0.05 * step:
         yield (
-            f"Waiting for batches, {parts.waiting / step:.0%}: one takes {_ms(parts.making)} to make beside a step; "
-            "smaller pictures or more processor cores make them faster."
+            f"Waiting for batches, {parts.waiting / step:.0%}: making one takes {_ms(parts.making)}; use smaller "
+            "pictures or more processor cores."
         )
     if parts.update > 0.05 * step:
         yield (
-            f"The optimizer, {parts.update / step:.0%}: {_ms(parts.update)}; a lower rank or fewer targets leave it "
-            "less, and grad_accumulation_steps runs it less often."
+            f"The optimizer, {parts.update / step:.0%}: {_ms(parts.update)}; use a lower rank, fewer targets, or "
+            "grad_accumulation_steps to run it less often."
         )
     if counts.sent and rates.copies:
         needed = counts.sent / rates.copies
         yield (
-            f"Transfers: {counts.sent / 2**20:,.0f} MiB come from the host in each step, which takes "
-            f"{needed / step:.0%} of its time, beside the work or before it; quantization makes them smaller."
+            f"Transfers: {counts.sent / 2**20:,.0f} MiB are copied from the host in each step, which takes "
+            f"{needed / step:.0%} of its time, partly concurrent; quantization makes them smaller."
         )
     if parts.busy is not None and parts.busy < 0.8:
         yield (
-            f"The processors work for {parts.busy:.0%} of the time: other programs have them meanwhile, or some work "
-            "is for one thread alone."
+            f"The processor cores are busy for {parts.busy:.0%} of the time: other programs use them, or some work is "
+            "single-threaded."
         )
 
 
 def _on_memory(measured: Measured) -> Iterator[str]:
     if measured.memory is not None and measured.peak > 0.9 * measured.memory:
         yield (
-            f"Memory is next to its limit: {measured.peak / measured.memory:.0%} of {measured.memory / 2**30:.1f} GiB; "
-            "activations auto, quantization or a smaller batch make room."
+            f"Memory is near its limit: {measured.peak / measured.memory:.0%} of {measured.memory / 2**30:.1f} GiB; "
+            "use activations auto, quantization or a smaller batch."
         )
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that the device has, or that this process may have of the machine's; None where that is not known."""
+    """Memory in bytes of the device or, on the CPU, available to this process; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     try:
         found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return None
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container
         found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return found
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square product that takes long enough to be measured."""
+    """FLOP/s of a square product large enough to be measured."""
     side = 512
     while True:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -225,7 +223,7 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _best(once: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some calls: what else the machine does makes a rate no lower."""
+    """Seconds of the fastest of some calls, which other load on the machine affects least."""
     return min(_several(once, device, 4))
 
 

@@ -1,8 +1,8 @@
-"""What a training step costs here: its time beside the floor, its parts, its memory, its FLOPs.
+"""Measurement of a training step: its time compared with the floor, its parts, memory and FLOPs.
 
-The floor is one forward and one backward pass to the latents of the frozen model as diffusers gives it; no trainer that
-needs gradients of all layers can be faster. Inputs are random, for what they are changes no cost. `limits` says what
-follows from the numbers.
+The floor is one forward and one backward pass to the latents of the frozen diffusers model; no trainer that needs
+gradients of all layers can be faster. Inputs are random, as they do not affect the cost. `limits` interprets the
+numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.bench.counting import Counter
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
@@ -49,18 +49,18 @@ __all__ = [
 Clock = Callable[[], float]
 
 _PART_STEPS = 2
-"""Steps whose parts are timed, behind one that warms up."""
+"""Number of steps whose parts are timed, after one warm-up step."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of the same work, several times."""
+    """Seconds of repeated runs of the same work."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median."""
         return statistics.median(self.seconds)
 
     @property
@@ -76,14 +76,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one step or pass does; see `Counter`.
+    """Counts of one step or pass; see `Counter`.
 
     Attributes:
-        flops, operations: of one of them.
-        sent: bytes that came to the device.
-        held: bytes that the forward pass keeps for the backward pass.
-        peak: bytes at the most, above the frozen weights, with what is trained.
-        state: bytes that stay between two steps: trained weights, gradients, the optimizer's state.
+        flops, operations: per step or pass.
+        sent: bytes copied to the device.
+        held: bytes of activations saved for the backward pass.
+        peak: peak bytes above the frozen weights.
+        state: bytes kept between steps: trained weights, gradients, optimizer state.
     """
 
     flops: int
@@ -96,14 +96,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the seconds of a step go, each waited for; medians.
+    """Median seconds of the parts of a step, each synchronized.
 
     Attributes:
-        making: a step's batches, which another thread makes.
-        waiting: what the step waits for them.
-        gradient: forward and backward.
+        making: making a step's batches, on another thread.
+        waiting: time that the step waits for them.
+        gradient: forward and backward pass.
         update: clipping, optimizer, publishing.
-        busy: processor seconds of the process for each second and thread, on a CPU; None on another device.
+        busy: processor seconds per second and thread, on a CPU; None on other devices.
     """
 
     making: float
@@ -116,7 +116,15 @@ class Parts:
 def synthetic_samples(
     model: Model, count: int, height: int, width: int, *, tokens: int | None = None, seed: int = 0
 ) -> tuple[Sample, ...]:
-    """Random latents of so many rows and columns with conditioning of the usual length, or of so many tokens."""
+    """Samples with random latents and conditioning.
+
+    Args:
+        model: whose shapes they have.
+        count: number of samples.
+        height, width: of the latents.
+        tokens: length of the context; None for the family's usual one.
+        seed: of the random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
     if tokens is not None:
@@ -141,7 +149,15 @@ def frozen_pass(
     dtype: torch.dtype,
     backward: bool = True,
 ) -> Callable[[], None]:
-    """A function that takes all samples through a frozen `module`, and back to the latents."""
+    """A function that runs one forward and backward pass of a frozen module to the latents.
+
+    Args:
+        denoiser: whose family calls the module.
+        module: the frozen module, on `device` in `dtype`.
+        samples: of one batch.
+        device, dtype: of the inputs.
+        backward: False for the forward pass alone.
+    """
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
     conditioning = denoiser.base.family.join([sample.conditioning for sample in samples]).to(device, dtype)
     schedule = denoiser.base.components.schedule
@@ -161,17 +177,27 @@ def frozen_pass(
 def frozen_floor(
     denoiser: Denoiser, samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype, backward: bool = True
 ) -> Iterator[Callable[[], None]]:
-    """The floor: the model's own module, contiguous on the device meanwhile. Yields one pass."""
+    """Inside the context, the model's own module is contiguous on the device; yields a function that runs one pass.
+
+    Args:
+        denoiser: the model.
+        samples: of one batch.
+        device, dtype: where and in which number format it runs.
+        backward: False for the forward pass alone.
+    """
     module = denoiser.module
-    with held(module, device=device, dtype=dtype, layout=torch.contiguous_format):
+    with placed(module, device=device, dtype=dtype, layout=torch.contiguous_format):
         yield frozen_pass(denoiser, module, samples, device=device, dtype=dtype, backward=backward)
 
 
 @contextlib.contextmanager
 def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None = None) -> Iterator[Callable[[], None]]:
-    """A run's steps one by one, without what is between them. Yields a function that takes the next.
+    """Inside the context, the model is prepared for a run's steps; yields a function that takes the next one.
 
-    With a `counter` everything that is trained is made inside of it, and the frozen weights outside.
+    Args:
+        job: the planned run.
+        samples: the training samples.
+        counter: counts the creation of trained weights and optimizer state, but not of the frozen weights.
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
@@ -192,10 +218,11 @@ def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None 
 def counted(
     steps: Callable[[Counter], contextlib.AbstractContextManager[Callable[[], None]]], device: torch.device
 ) -> Counts:
-    """Counts of one step, the second: the first makes what stays, such as the optimizer's state.
+    """Counts of the second step; the first allocates the optimizer's state.
 
     Args:
-        steps: opens the work, given the counter in which to make what is trained, and yields one step of it.
+        steps: context manager that yields a function that takes one step, such as `training_steps`; receives the
+            counter.
         device: where it runs.
     """
     counter = Counter(device)
@@ -217,9 +244,16 @@ def pass_seconds(
     warmup: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Spread:
-    """Seconds of each of `steps` calls, after those that warm up.
+    """Seconds of each of `steps` calls.
 
-    On a GPU nobody waits for it between calls, as in `step_seconds`: both are then slowed alike where the host is slow.
+    A GPU is not synchronized between calls, as in `step_seconds`, so that a slow host affects both equally.
+
+    Args:
+        once: the work.
+        steps: number of timed calls.
+        device: where it runs.
+        warmup: calls before the timed ones.
+        clock: of the CPU; on a GPU its events are used.
     """
     for _ in range(warmup):
         once()
@@ -239,27 +273,27 @@ def step_seconds(
     clock: Clock = time.perf_counter,
     on_event: EventHandler = lambda event: None,
 ) -> Spread:
-    """Seconds from the end of one step to that of the next, in the loop that trains, of all behind the warm-up.
+    """Seconds between the ends of consecutive steps of the training loop, after the warm-up.
 
-    On a GPU nobody waits for it between steps; the times are the device's own.
+    A GPU is not synchronized between steps; the times are those of its events.
 
     Args:
-        job, samples: the run.
-        warmup: first steps that are not counted.
+        job, samples: of the run.
+        warmup: number of first steps that are not counted.
         clock: of the CPU.
-        on_event: receives the run's events, such as a `Shrunk` where memory ran out.
+        on_event: receives the run's events, such as a `Shrunk` if memory runs out.
     """
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)
     try:
-        Loop(engine, samples, tell=on_event, watchers=[ends]).run()
+        Loop(engine, samples, on_event=on_event, watchers=[ends]).run()
     finally:
         engine.release()
     return Spread(ends.differences()[warmup - 1 :])
 
 
 def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
-    """The parts of a step, one after the other."""
+    """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
     maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
@@ -292,7 +326,7 @@ def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a denoiser's frozen weights on the device, as they are now: quantized ones and streamed ones too."""
+    """Bytes of a denoiser's frozen weights on the device in its current state, quantized or offloaded."""
     total = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(module)}.values())
     streams: dict[int, WeightStream] = {}
     for layer in module.modules():
@@ -305,7 +339,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 class _Ends(Watcher):
-    """Notes when steps end."""
+    """Records the end times of steps."""
 
     def __init__(self, device: torch.device, clock: Clock) -> None:
         self._device = device
@@ -317,7 +351,7 @@ class _Ends(Watcher):
         return False
 
     def note(self) -> None:
-        """Note the time on the device, which it reaches when it has done what it was given before."""
+        """Record the time at which the device has finished all queued work."""
         if self._device.type == "cuda":
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end.record(torch.cuda.current_stream(self._device))
@@ -326,7 +360,7 @@ class _Ends(Watcher):
             self._ends.append(self._clock())
 
     def differences(self) -> tuple[float, ...]:
-        """Seconds between neighbouring ends."""
+        """Seconds between consecutive ends."""
         _wait_for(self._device)
         pairs = itertools.pairwise(self._ends)
         if self._device.type == "cuda":
@@ -335,7 +369,7 @@ class _Ends(Watcher):
 
 
 def _left(value: object) -> None:
-    """Let go of something that was made to be timed."""
+    """Discard a timed result."""
 
 
 def _wait_for(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a piece of work goes, by torch's profiler: products, other operations, what is between them."""
+"""Time of products, of other operations, and between operations, from torch's profiler."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["Profile", "profiled"]
 
 _PRODUCT = re.compile(r"aten::_?(add|b|badd|scaled_)?b?mm\b|convolution|attention|aten::(linear|_slow_conv|_conv)")
 _MOST = 8
-_QUIET = "6"  # of the profiler's library, which else tells of every start and stop on standard error
+_QUIET = "6"  # log level of the profiler's library, which otherwise reports every start and stop on standard error
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of one step or pass, which the profiler itself makes a little slower.
+    """Seconds of one step or pass, profiling overhead included.
 
     Attributes:
-        whole: from beginning to end.
+        whole: from start to end.
         products: in matrix products, convolutions and attention.
         others: in other operations.
-        longest: operations by name that took most of it.
+        longest: the longest operations, by name.
     """
 
     whole: float
@@ -36,7 +36,7 @@ class Profile:
 
     @property
     def between(self) -> float:
-        """When no operation ran: Python and starting operations, on a GPU waiting for the host as well."""
+        """Time without a running operation: Python and launching operations, on a GPU waiting for the host."""
         return max(0.0, self.whole - self.products - self.others)
 
 
@@ -56,7 +56,7 @@ def profiled(once: Callable[[], None], device: torch.device) -> Profile:
     kernels = 0.0
     for event in seen.key_averages():
         if event.device_type.name == "CPU":
-            # Of a GPU, the kernels that an operation has started.
+            # On a GPU, the kernels that an operation launched.
             times[event.key] = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         elif not event.is_user_annotation:
             kernels += event.self_device_time_total / 1e6

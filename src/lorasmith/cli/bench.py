@@ -1,4 +1,4 @@
-"""`lorasmith bench`: what a training step costs on this machine, and what limits it."""
+"""`lorasmith bench`: cost of a training step on this machine, and what limits it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 from lorasmith.cli.flags import AsJson, BaseModel, Device, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_GROUPS = ("What is trained", "Variants of the algorithm", "Memory", "Speed")
+_GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
 _ALSO = ("batch_size", "grad_accumulation_steps", "optimizer", "optimizer_args", "ema_decay", "training_dtype")
 _NOT = ("existing_lora", "bypass_mode")
 
@@ -38,23 +38,22 @@ def register(app: typer.Typer) -> None:
 def bench(
     model: BaseModel = "lorasmith-tiny",
     resolution: Annotated[
-        int | None, typer.Option(help="Side in pixels of the square pictures. Left out: the model's own.")
+        int | None, typer.Option(help="Side of the square pictures in pixels. Default: the model's own.")
     ] = None,
     measured_steps: Annotated[
-        int | None, typer.Option("--steps", min=2, help="Steps that are timed. Left out: some seconds of them.")
+        int | None, typer.Option("--steps", min=2, help="Number of timed steps. Default: as many as take some seconds.")
     ] = None,
     floor: Annotated[
-        bool, typer.Option("--floor/--no-floor", help="Measure the frozen model beside it, which needs it whole.")
+        bool, typer.Option("--floor/--no-floor", help="Also measure the frozen model, unquantized.")
     ] = True,
     device: Device = None,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Measure what a training step costs on this machine, and say what limits it.
+    """Measure the cost of a training step on this machine, and report what limits it.
 
-    Takes the options of `lorasmith train` that change the cost of a step, and random pictures and captions. The floor
-    is one forward and one backward pass of the frozen model as diffusers gives it: nothing that trains all layers is
-    faster.
+    Takes the options of `lorasmith train` that affect the cost of a step; pictures and captions are random. The floor
+    is one forward and one backward pass of the frozen diffusers model: no training of all layers can be faster.
     """
     from lorasmith.bench.benchmark import latent_side, measured
     from lorasmith.bench.measure import synthetic_samples
@@ -74,7 +73,7 @@ def bench(
             samples,
             steps=measured_steps,
             floor=floor,
-            tell=lambda what: status.update(f"Measuring {what}"),
+            on_stage=lambda stage: status.update(f"Measuring {stage}"),
         )
     pixels = side * base.components.latent.downscale
     if as_json:
@@ -111,9 +110,9 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
     from lorasmith.bench.limits import limits
 
     base, config, counts = job.denoiser.base, job.config, found.counts
-    say(f"{base.title} ({base.family.title}) on {_machine(device)}, products in {config.training_dtype}")
-    say(job.summary)
-    say(f"batch {config.batch_size} × {config.grad_accumulation_steps}, {pixels}×{pixels} pixels")
+    echo(f"{base.title} ({base.family.title}) on {_machine(device)}, products in {config.training_dtype}")
+    echo(job.summary)
+    echo(f"batch {config.batch_size} × {config.grad_accumulation_steps}, {pixels}×{pixels} pixels")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "seconds", "from", "to", "GFLOP", "operations", "kept for backward, MiB"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -130,19 +129,19 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
         passes = "" if found.passes == 1 else f" × {found.passes}"
         console.print(f"[bold]{found.of_floor:.0%}[/] of a step is the floor{passes}", soft_wrap=True)
     elif found.floor is None:
-        say("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
+        echo("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
     have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"
-    say(
+    echo(
         f"Memory: {_mib(found.weights)} of frozen weights, and {_mib(found.above)} above them in a step, of which "
         f"{_mib(counts.state)} for what is trained; at most {_mib(found.peak)}{have}"
     )
     if found.plan is not None:
-        say(str(found.plan))
+        echo(str(found.plan))
     console.print("\n[bold]What limits it[/]")
     for sentence in limits(found):
-        say(f"- {sentence}")
+        echo(f"- {sentence}")
     for note in job.notes:
-        remark(note)
+        print_note(note)
 
 
 def _seconds(spread: Spread) -> list[str]:

@@ -1,4 +1,4 @@
-"""`lorasmith check`: what is wrong with a LoRA file."""
+"""`lorasmith check`: faults of a LoRA file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 from lorasmith.cli.flags import AsJson, LoraFile, LoraModel
 
 if TYPE_CHECKING:
@@ -28,16 +28,16 @@ def check(
     file: LoraFile,
     model: LoraModel = None,
     fix: Annotated[
-        Path | None, typer.Option(metavar="OUTPUT", help="Write a file in which everything is mended that can be.")
+        Path | None, typer.Option(metavar="OUTPUT", help="Write a repaired file, as far as faults can be repaired.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at OUTPUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look for what is wrong with a LoRA file, and say how to mend it.
+    """Find faults of a LoRA file, with a remedy for each.
 
-    Values that are not numbers, halves of adapters, layers that change nothing, odd alphas, modules that the model
-    lacks, and what programs would not apply of it. The exit status is 1 when the file is at fault; what programs merely
-    differ in is a note.
+    Checks for NaN and infinity, incomplete adapters, layers without effect, unusual alphas, modules that the model
+    lacks, and tensors that other programs do not apply. The exit status is 1 if the file has a fault; differences
+    between programs are notes.
     """
     from lorasmith.toolbox.check import check_lora, fix_lora
 
@@ -49,34 +49,34 @@ def check(
     else:
         _print(checked)
         if fix is not None:
-            console.print(f"{mended} findings mended in", end=" ")
-            say(fix)
+            console.print(f"{mended} findings repaired in", end=" ")
+            echo(fix)
     if not checked.is_fine:
         raise typer.Exit(1)
 
 
 def _print(checked: Checked) -> None:
     held_to = (
-        f"held to {checked.compared_with}" if checked.compared_with else "not held to any model: name it with --model"
+        f"compared with {checked.compared_with}" if checked.compared_with else "not compared with a model (--model)"
     )
     family = f", {checked.family}" if checked.family else ""
     text = f"{checked.path}: {checked.modules} modules in the layout of {checked.layout}{family}; {held_to}"
-    say(text)
+    echo(text)
     for finding in checked.findings:
         _print_finding(finding)
     if not checked.findings:
-        console.print("Nothing is wrong with it, and every program applies all of it.")
+        console.print("No faults, and every program applies all of it.")
     elif checked.is_fine:
-        console.print("Nothing is wrong with the file itself.")
+        console.print("The file itself has no faults.")
 
 
 def _print_finding(finding: Finding) -> None:
     kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
-    remark(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
+    print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
 def _plain(checked: Checked) -> dict[str, object]:
-    """What was found, as JSON can carry it."""
+    """The findings as JSON values."""
     findings = [
         {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_fault, "can_be_mended": one.mend is not None}
         for one in checked.findings

@@ -1,4 +1,4 @@
-"""What the commands share: the console, progress bars, and a first Ctrl-C that asks instead of kills."""
+"""Shared by commands: the console, progress bars, and handling of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rich.text import Text
 from lorasmith.core.errors import CancelledError
 
 __all__ = [
-    "complain",
     "console",
-    "counting",
+    "echo",
     "errors",
+    "print_error",
+    "print_note",
     "progress_bar",
-    "remark",
-    "say",
+    "progress_shown",
     "stoppable",
 ]
 
@@ -37,17 +37,24 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 
-def say(text: object) -> None:
-    """Print text as it is, unbroken: paths and captions may look like markup, and people copy them."""
+def echo(text: object) -> None:
+    """Print text without markup and line breaks, so that paths and captions can be copied."""
     console.print(str(text), markup=False, soft_wrap=True)
 
 
-def remark(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:
-    """Print a sentence that people should not overlook; in one piece, so that no progress bar gets in between."""
+def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:
+    """Print a labelled sentence in one piece, so that no progress bar interferes.
+
+    Args:
+        sentence: the text.
+        kind: its label.
+        colour: of the label.
+        indent: number of blanks in front.
+    """
     console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {sentence}"), soft_wrap=True)
 
 
-def complain(sentence: str, *, kind: str) -> None:
+def print_error(sentence: str, *, kind: str) -> None:
     """Print a sentence on standard error."""
     errors.print(f"[bold red]{kind}:[/] ", end="")
     errors.print(sentence, markup=False, soft_wrap=True)
@@ -55,10 +62,10 @@ def complain(sentence: str, *, kind: str) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once.
+    """Inside the context, the first Ctrl-C or SIGTERM sets the yielded event; a second one interrupts at once.
 
     Raises:
-        CancelledError: it was interrupted so. What a run has kept is in its sentence.
+        CancelledError: the work was interrupted. The sentence says what was saved.
     """
     stop = threading.Event()
 
@@ -66,30 +73,30 @@ def stoppable() -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        say("Stopping after this step; what there is will be saved. Press Ctrl-C again to stop at once.")
+        echo("Stopping after this step and saving the result. Press Ctrl-C again to stop at once.")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except KeyboardInterrupt as interrupted:  # typer would end without a word
+    except KeyboardInterrupt as interrupted:  # typer would exit silently
         kept = getattr(interrupted, "__notes__", ())
-        on = ["the same command goes on"] if kept else []
-        raise CancelledError("; ".join(["interrupted", *kept, *on])) from interrupted
+        remedy = ["the same command resumes the run"] if kept else []
+        raise CancelledError("; ".join(["interrupted", *kept, *remedy])) from interrupted
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; the yielded function takes (done, in all) and ignores what follows."""
+def progress_shown(what: str) -> Iterator[Callable[..., None]]:
+    """Inside the context, a progress bar is shown; the yielded function takes (done, total, ...)."""
     with progress_bar(TextColumn("{task.description}")) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
-    """A bar on the shared console: the first column, the bar and its counts, the other columns, the times."""
+    """A progress bar on the shared console: first column, bar, counts, other columns, times."""
     return Progress(
         columns[0],
         BarColumn(),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 from lorasmith.cli.flags import LoraFile, LoraModel
 
 __all__ = ["register"]
@@ -28,21 +28,21 @@ def convert(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The new file or folder. Left out: a name beside FILE that says the layout.")
+        Path | None, typer.Option(help="The new file or folder. Default: beside FILE, with the layout in its name.")
     ] = None,
     model: LoraModel = None,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Convert what can be converted, and say what is lost.")
+        bool, typer.Option("--lossy", help="Convert what can be converted, and report what is lost.")
     ] = False,
     private: Annotated[
         bool, typer.Option("--private", help="Leave paths, prompts, captions and workflow out of the metadata.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
 ) -> None:
-    """Convert a LoRA into another layout, without changing what it does.
+    """Convert a LoRA into another layout, with the same effect.
 
-    Text encoders' layers are converted too. What the layout cannot hold is refused, unless --lossy is given. Only names
-    are read of the model.
+    Layers of text encoders are converted too. A LoRA that the layout cannot represent is refused unless --lossy is
+    given. Only module names of the model are read.
     """
     from lorasmith.toolbox.convert import convert_lora
 
@@ -50,11 +50,11 @@ def convert(
     with console.status("Converting"):
         done = convert_lora(file, to, target, model, lossy, private=private, overwrite=overwrite)
     for sentence in done.losses:
-        remark(sentence, kind="Lost")
+        print_note(sentence, kind="Lost")
     for sentence in done.notes:
-        remark(sentence)
+        print_note(sentence)
     console.print(f"{done.modules} modules in the layout of {done.layout}")
-    say(done.path)
+    echo(done.path)
 
 
 def _beside(file: Path, layout: str) -> Path:

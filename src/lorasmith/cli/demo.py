@@ -1,4 +1,4 @@
-"""`lorasmith demo`: a LoRA trained and seen at work in two minutes, with nothing downloaded."""
+"""`lorasmith demo`: train and use a LoRA in two minutes, without downloads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, counting, say
+from lorasmith.cli.console import console, echo, progress_shown
 from lorasmith.cli.flags import RunOutput
-from lorasmith.cli.run_output import preparation, say_result, training
+from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
 from lorasmith.training.outcome import Outcome
 
 __all__ = ["register"]
@@ -25,7 +25,7 @@ def demo(
     output: RunOutput = None,
     device: Annotated[str | None, typer.Option(help="Where to train, such as cuda or cpu.")] = None,
 ) -> None:
-    """Teach the built-in model a drawing style from sixteen pictures, and show what it learnt.
+    """Train a drawing style from sixteen pictures on the built-in model, and draw before and after.
 
     Takes about two minutes on two processor cores and needs no network.
     """
@@ -35,24 +35,24 @@ def demo(
 
     console.print(
         f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.\n"
-        "It has never seen black line art. From sixteen such pictures it now learns\n"
-        "the style, and then draws subjects in it that are not among them.\n"
+        "It was not trained on black line art. This trains the style from sixteen\n"
+        "pictures, and then draws subjects that are not among them.\n"
     )
-    with preparation() as show:
+    with preparation_shown() as show:
         prepared = prepare(*demo_source(steps=steps, seed=seed, device=device), on_event=show)
-    with training() as (show, cancelled):
+    with training_shown() as (show, cancelled):
         result = train_prepared(
             prepared, output=output or demo_folder(), fresh=True, on_event=show, cancelled=cancelled
         )
     if result.reason is Outcome.CANCELLED:
-        say_result(result)
+        report_result(result)
         return
-    with counting("Drawing") as progress:
+    with progress_shown("Drawing") as progress:
         sheet = before_and_after(prepared.base, result, seed=seed, progress=progress)
     console.print()
-    say_result(result)
-    console.print("[bold]Look at   [/]", end=" ")
-    say(sheet)
+    report_result(result)
+    console.print("[bold]Sheet     [/]", end=" ")
+    echo(sheet)
     console.print(
         "\nThe same with your own pictures and a real model:\n"
         '  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"',

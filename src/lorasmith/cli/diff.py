@@ -1,4 +1,4 @@
-"""`lorasmith diff`: what two LoRAs, or two models, do differently."""
+"""`lorasmith diff`: differences of two LoRAs, or two models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import complain, console, say
+from lorasmith.cli.console import console, echo, print_error
 from lorasmith.cli.flags import AsJson
 from lorasmith.core.errors import LorasmithError
 
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def diff(
     first: Annotated[Path, typer.Argument(help="A LoRA in any layout, or a model.")],
-    second: Annotated[Path, typer.Argument(help="What to compare it with.")],
+    second: Annotated[Path, typer.Argument(help="The LoRA or model to compare with.")],
     model: Annotated[
         str | None,
         typer.Option(help="Model of two LoRAs: for layouts that name modules differently, and for DoRA, OFT and such."),
@@ -40,11 +40,11 @@ def diff(
         float, typer.Option(min=0, help="Relative distance up to which two changes of a weight count as the same.")
     ] = 1e-6,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Let ranks, alphas, algorithms, dtypes and metadata differ.")
+        bool, typer.Option("--weights-only", help="Ignore ranks, alphas, algorithms, dtypes and metadata.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two LoRAs, or two models: what each does to which module, and what their headers say.
+    """Compare two LoRAs, or two models: their weight changes by module, and their metadata.
 
     The exit status is 0 if they are the same, 1 if they differ and 2 if they cannot be compared.
     """
@@ -55,7 +55,7 @@ def diff(
         with console.status("Comparing"):
             found = compare(first, second, model=None if model is None else open_model(model))
     except LorasmithError as error:
-        complain(str(error), kind="error")
+        print_error(str(error), kind="error")
         raise typer.Exit(2) from error
     same = found.is_same(tolerance=tolerance, weights_only=weights_only)
     if as_json:
@@ -66,7 +66,7 @@ def diff(
 
 
 def _plain(found: Comparison) -> dict[str, Any]:
-    """The comparison as JSON can carry it; distances that are infinite become null."""
+    """The comparison as JSON values; infinite distances become null."""
 
     def numbers(pair: Pair) -> dict[str, Any]:
         distance = pair.distance if pair.distance < float("inf") else None
@@ -87,13 +87,13 @@ def _print(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
     unit = "modules" if found.kind == "LoRA" else "tensors"
     for path, names in ((first, found.only_first), (second, found.only_second)):
         if names:
-            say(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
+            echo(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
     counts = collections.Counter(found.settings.values())
     for (one, other), count in counts.most_common(_SHOWN):
         example = next(name for name, both in found.settings.items() if both == (one, other))
-        say(f"{count} {unit}, such as {example}: {one} against {other}")
+        echo(f"{count} {unit}, such as {example}: {one} against {other}")
     if found.by_tensors:
-        say(f"{found.by_tensors} modules were compared by their tensors; --model compares what they do")
+        echo(f"{found.by_tensors} modules were compared by their tensors; --model compares their effect")
     if found.overall().apart:
         table = Table("block", "distance", "cosine", box=None)
         for pair in (*found.blocks(), found.overall()):
@@ -102,8 +102,8 @@ def _print(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
         console.print(table)
     for key, values in found.metadata.items():
         one, other = ("(none)" if value is None else _short(value) for value in values)
-        say(f"Metadata {key}: {one} against {other}")
-    say(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
+        echo(f"Metadata {key}: {one} against {other}")
+    echo(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
 
 
 def _some(names: Sequence[str]) -> str:

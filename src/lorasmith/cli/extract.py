@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, counting, say
+from lorasmith.cli.console import console, echo, progress_shown
 
 __all__ = ["register"]
 
@@ -18,26 +18,26 @@ def register(app: typer.Typer) -> None:
 
 
 def extract(
-    base: Annotated[str, typer.Option(help="What the other model was trained from: a file or diffusers folder.")],
+    base: Annotated[str, typer.Option(help="The original model: a file or diffusers folder.")],
     tuned: Annotated[str, typer.Option(help="The trained model, of the same family.")],
     rank: Annotated[int, typer.Option(help="Rank at most.")] = 32,
     energy: Annotated[
         float | None,
-        typer.Option(help="Share of each layer's squared singular values that is enough, such as 0.95."),
+        typer.Option(help="Share of each layer's squared singular values to keep, such as 0.95."),
     ] = None,
     differences: Annotated[
-        bool, typer.Option("--differences", help="Take differences of norms and biases along; few programs use them.")
+        bool, typer.Option("--differences", help="Include differences of norms and biases; few programs use them.")
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help="The new file. Left out: the tuned model's name with the rank, in this folder."),
+        typer.Option(help="The new file. Default: the tuned model's name with the rank, in this folder."),
     ] = None,
     layout: Annotated[str, typer.Option(help="Layout of the file: portable, kohya, comfy or diffusers.")] = "portable",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Number format of the file: fp32, bf16 or fp16.")] = "fp16",
     device: Annotated[str, typer.Option(help="Where to compute, such as cuda or cpu.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
 ) -> None:
-    """Extract the LoRA that brings one model as close to another as its rank allows.
+    """Extract the LoRA of a given rank that best approximates the difference of two models.
 
     Linear layers and convolutions of the denoiser and the text encoders are compared, one at a time.
     """
@@ -46,10 +46,10 @@ def extract(
     from lorasmith.toolbox.model_files import open_model
 
     number_format = dtype_from_name(dtype)
-    with console.status("Looking at the models"):
+    with console.status("Reading the models"):
         models = open_model(base), open_model(tuned)
     target = output or Path(f"{models[1].path.stem}-rank{rank}.safetensors")
-    with counting("Extracting") as progress:
+    with progress_shown("Extracting") as progress:
         report = run(
             *models,
             target,
@@ -67,6 +67,6 @@ def extract(
     console.print(f"{len(ranks)} layers, {spread}; {report.unchanged} layers are the same in both")
     console.print(f"The LoRA has {report.captured:.2%} of the squared difference between the models")
     if report.left_out:
-        why = "have no place in a LoRA" if differences else "are left out; --differences takes norms and biases along"
+        why = "cannot be part of a LoRA" if differences else "are left out; --differences includes norms and biases"
         console.print(f"{report.left_out} other parameters differ and {why}", soft_wrap=True)
-    say(report.output)
+    echo(report.output)

@@ -1,4 +1,4 @@
-"""Command-line flags: those of option declarations, and those that several commands have in common."""
+"""Command-line flags: from option declarations, and those that several commands share."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ _BASE_MODEL = typer.Option(
 BaseModel = Annotated[str, _BASE_MODEL]
 AnyBaseModel = Annotated[str | None, _BASE_MODEL]
 Device = Annotated[
-    str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: the first GPU, or the CPU.")
+    str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: the first GPU, or the CPU.")
 ]
-RunOutput = Annotated[Path | None, typer.Option(help="Folder of the run; a new one under runs/ if left out.")]
-ModelNow = Annotated[str | None, typer.Option(help="The base model, if it is elsewhere now.")]
-DataNow = Annotated[Path | None, typer.Option(help="The folder of images, if it is elsewhere now.")]
+RunOutput = Annotated[Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")]
+ModelNow = Annotated[str | None, typer.Option(help="The base model, if it was moved.")]
+DataNow = Annotated[Path | None, typer.Option(help="The folder of images, if it was moved.")]
 LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")]
 LoraModel = Annotated[
     str | None,
     typer.Option(
-        help="Model that it is for: a checkpoint, a diffusers folder or lorasmith-tiny. Left out: the released model "
-        "of its family (SD 1.x, SD 2.x, Flux.1)."
+        help="Its model: a checkpoint, a diffusers folder or lorasmith-tiny. Default: the released model of the family "
+        "that the file appears to belong to."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def with_flags(
     command: Callable[..., None], options: Mapping[str, Option], *, aliases: Mapping[str, str] | None = None
 ) -> Callable[..., None]:
-    """`command` with a flag for each option, where it has `**settings`.
+    """`command` with a flag for each option in place of `**settings`.
 
     Args:
-        command: takes its own parameters and `**settings` (the options by name).
+        command: takes its own parameters and `**settings`, the options by name.
         options: declarations by name.
-        aliases: further flags by option name, such as `{"training_dtype": "--dtype"}`.
+        aliases: additional flags by option name, such as `{"training_dtype": "--dtype"}`.
     """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = [_parameter(one, (aliases or {}).get(name)) for name, one in options.items()]
@@ -75,7 +75,7 @@ def split_strength(text: str) -> tuple[Path, float]:
     """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
 
     Raises:
-        OptionError: what follows the last colon is no number (a drive letter's colon is none of these).
+        OptionError: the text after the last colon is not a number (the colon of a drive letter aside).
     """
     path, colon, strength = text.rpartition(":")
     if not colon or len(path) <= 1 or strength.endswith((".safetensors", "/", "\\")):
@@ -87,8 +87,8 @@ def split_strength(text: str) -> tuple[Path, float]:
 
 
 def _parameter(option: Option, alias: str | None) -> inspect.Parameter:
-    # Types are converted by typer; ranges and choices are checked, and worded, by the option itself. A switch that is
-    # off by default needs no flag that turns it off.
+    # typer converts types; the option itself checks ranges and choices. A switch that is off by default needs no
+    # negated flag.
     name, off = flag(option.name), f"/{negated_flag(option.name)}" if option.default is True else ""
     declared = [name + off, *([alias] if alias else [])]
     details: dict[str, Any] = {"help": _described(option), "rich_help_panel": option.group or None}
@@ -104,7 +104,7 @@ def _parameter(option: Option, alias: str | None) -> inspect.Parameter:
 
 
 def _described(option: Option) -> str:
-    """The option's help with what it accepts."""
+    """The option's help with its choices or range."""
     if option.choices:
         return f"{option.help} One of {', '.join(option.choices)}."
     if option.min is not None and option.max is not None and option.max < 2**32:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, counting, say, stoppable
+from lorasmith.cli.console import console, echo, progress_shown, stoppable
 from lorasmith.cli.flags import split_strength
 
 __all__ = ["register"]
@@ -20,29 +20,29 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     model: Annotated[str, typer.Option(help="Base model, as for train.")],
-    prompt: Annotated[list[str], typer.Option(help="What to show; (word:1.2) weighs words. Repeat for more pictures.")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt; (word:1.2) weights words. Repeat for more pictures.")],
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:STRENGTH]", help="LoRA to apply, such as my.safetensors:0.8. Repeatable."),
     ] = None,
-    negative: Annotated[str, typer.Option(help="What not to show.")] = "",
-    seed: Annotated[int, typer.Option(help="The same seed starts from the same noise.")] = 0,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     cfg: Annotated[
-        float | None, typer.Option(help="Guidance scale: how strictly to follow the prompt. Left out: the model's own.")
+        float | None, typer.Option(help="Guidance scale: how closely to follow the prompt. Default: the model's own.")
     ] = None,
     sampler: Annotated[str, typer.Option(help="Sampler, by ComfyUI's name.")] = "euler",
     scheduler: Annotated[str, typer.Option(help="Schedule of noise levels, by ComfyUI's name.")] = "normal",
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels. Default: the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's own.")] = None,
     dtype: Annotated[
-        str, typer.Option(help="Number format of the denoiser, fp32 or bf16: bf16 takes half the memory.")
+        str, typer.Option(help="Number format of the denoiser, fp32 or bf16. bf16 needs half of the memory.")
     ] = "fp32",
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; files are numbered, none is overwritten.")
     ] = Path("output"),
 ) -> None:
-    """Make pictures from prompts."""
+    """Generate pictures from prompts."""
     from lorasmith.app.drawing import load_with_loras, save_pictures
     from lorasmith.core.dtypes import dtype_from_name
     from lorasmith.sampling.generate import generate as sample
@@ -50,7 +50,7 @@ def generate(
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
         loaded = load_with_loras(model, loras)
-    with stoppable() as stop, counting("Sampling") as progress:
+    with stoppable() as stop, progress_shown("Sampling") as progress:
         images = sample(
             loaded.denoiser,
             prompt,
@@ -72,4 +72,4 @@ def generate(
         f"Model: {loaded.title}, LoRA: {', '.join(lora or ['none'])}"
     )
     for path in save_pictures(images, prompt, output, made_with=made_with):
-        say(path)
+        echo(path)

@@ -1,4 +1,4 @@
-"""`lorasmith inspect`: what is in a LoRA file."""
+"""`lorasmith inspect`: content of a LoRA file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorasmith.cli.console import console, remark
+from lorasmith.cli.console import console, print_note
 from lorasmith.cli.flags import AsJson, LoraFile
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def inspect(
     file: LoraFile,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a LoRA file holds: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
+    """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
     from lorasmith.formats.inspect import describe
 
     summary = describe(file)
@@ -74,7 +74,7 @@ def _print(summary: LoraSummary) -> None:
     )
     _print_section("Metadata", summary.metadata)
     for finding in summary.findings:
-        remark(f"{finding}; `lorasmith check` says how to mend it", kind="Fault")
+        print_note(f"{finding}; `lorasmith check` shows the remedy", kind="Fault")
 
 
 def _print_section(title: str, entries: Mapping[str, str]) -> None:

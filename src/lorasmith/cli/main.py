@@ -24,7 +24,7 @@ from lorasmith.cli import (
     train,
     workflow,
 )
-from lorasmith.cli.console import complain
+from lorasmith.cli.console import print_error
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
 
@@ -58,13 +58,13 @@ bench.register(app)
 
 
 def main() -> None:
-    """Entry point: what a person can mend is one sentence, and an interruption is no error of the program's."""
+    """Entry point: prints a LorasmithError as one sentence, and ends quietly when interrupted."""
     keep_freed_memory()
     try:
         app()
     except CancelledError as stopped:
-        complain(str(stopped), kind="stopped")
+        print_error(str(stopped), kind="stopped")
         sys.exit(130)
     except LorasmithError as error:
-        complain(str(error), kind="error")
+        print_error(str(error), kind="error")
         sys.exit(1)

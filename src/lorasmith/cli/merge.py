@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.errors import OptionError
 
@@ -24,12 +24,12 @@ def merge(
     loras: Annotated[
         list[str], typer.Argument(metavar="FILE[:STRENGTH]", help="LoRAs in any layout, such as my.safetensors:0.8.")
     ],
-    output: Annotated[Path, typer.Option(help="The new file; a folder for --into with a diffusers folder.")],
+    output: Annotated[Path, typer.Option(help="The new file, or a folder for --into with a diffusers folder.")],
     rank: Annotated[
-        int | None, typer.Option(help="Rank at most, by singular value decomposition. Left out: everything is kept.")
+        int | None, typer.Option(help="Maximum rank, by singular value decomposition. Default: no truncation.")
     ] = None,
     into: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Fold the LoRAs into a copy of this model instead.")
+        str | None, typer.Option(metavar="MODEL", help="Merge the LoRAs into a copy of this model instead.")
     ] = None,
     model: Annotated[
         str | None,
@@ -37,13 +37,13 @@ def merge(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="fp32, bf16 or fp16. Left out: that of the LoRAs, or fp32 where it rounds."),
+        typer.Option(metavar="NAME", help="fp32, bf16 or fp16. Default: that of the LoRAs, or fp32 if it would round."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
 ) -> None:
-    """Merge LoRAs into one, each at its strength, or fold them into a model.
+    """Merge LoRAs into one, each at its strength, or into a model.
 
-    Without --rank the merged LoRA does exactly what its parts do together: their ranks add up.
+    Without --rank the merged LoRA is the exact sum of its parts: their ranks add up.
     """
     from lorasmith.core.dtypes import dtype_from_name
 
@@ -51,7 +51,7 @@ def merge(
     if into is not None:
         unused = {"--rank": rank, "--model": model, "--dtype": dtype}
         if given := [flag for flag, value in unused.items() if value is not None]:
-            raise OptionError(f"--into keeps the model as it is, so {' and '.join(given)} has no meaning; leave it out")
+            raise OptionError(f"--into merges into the model, where {' and '.join(given)} has no effect; leave it out")
         _into(into, parts, output, overwrite=overwrite)
         return
     number_format = None if dtype is None else dtype_from_name(dtype)
@@ -63,27 +63,27 @@ def merge(
         report = merge_loras(parts, output, rank=rank, model=base, dtype=number_format, overwrite=overwrite)
     _warn_left_out(report.left_out)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
-    kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of what was cut down"
+    kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of truncated modules"
     console.print(f"{report.modules} modules, rank {ranks or 'none'}: {kept}", soft_wrap=True)
-    say(report.output)
+    echo(report.output)
 
 
 def _warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
-    """Say what of each file was not taken along."""
+    """Print which tensors of each file were left out."""
     for path, names in left_out.items():
-        text = f"{len(names)} tensors of {path}, such as {names[0]}, belong to no module of the model and are left out"
-        remark(text)
+        text = f"{len(names)} tensors of {path}, such as {names[0]}, match no module of the model and are left out"
+        print_note(text)
 
 
 def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool) -> None:
     from lorasmith.toolbox.fold import fold_into
     from lorasmith.toolbox.model_files import open_model
 
-    with console.status(f"Folding into {model}"):
+    with console.status(f"Merging into {model}"):
         report = fold_into(open_model(model), parts, output, overwrite=overwrite)
     _warn_left_out(report.left_out)
     for name in report.skipped:
         text = f"{name} is not in the new folder, because it holds the same weights without the LoRAs"
-        remark(text)
+        print_note(text)
     console.print(f"{report.modules} modules changed")
-    say(report.output)
+    echo(report.output)

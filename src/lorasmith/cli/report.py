@@ -1,4 +1,4 @@
-"""`lorasmith report`: the page about a run, made again from its folder."""
+"""`lorasmith report`: the report of a run, from its folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, say
+from lorasmith.cli.console import console, echo
 
 __all__ = ["register"]
 
@@ -18,15 +18,15 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/photos-001; it may still be going on.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/photos-001; it may still be running.")],
 ) -> None:
-    """Write report.html into the folder of a run: how it went, what came out, and how to do it again.
+    """Write report.html into the folder of a run: losses, results, and commands to repeat it.
 
-    The page is one file that loads nothing else. Every run makes it at its end; this makes it while a run goes on, and
-    again after a run was killed.
+    The report is one self-contained file. Every run writes it at its end; this command writes it for a run that is
+    still running or was killed.
     """
     from lorasmith.app.run_page import write_report
 
     path = write_report(run)
-    console.print("[bold]Look at[/]", end=" ")
-    say(path)
+    console.print("[bold]Report[/]", end=" ")
+    echo(path)

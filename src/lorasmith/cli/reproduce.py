@@ -1,4 +1,4 @@
-"""`lorasmith reproduce`: the run that made a LoRA, once more."""
+"""`lorasmith reproduce`: repeat the run that made a LoRA."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import remark, say
+from lorasmith.cli.console import echo, print_note
 from lorasmith.cli.flags import DataNow, ModelNow, RunOutput
-from lorasmith.cli.run_output import preparation, say_result, training
+from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
 
 __all__ = ["register"]
 
@@ -24,43 +24,43 @@ def reproduce(
     model: ModelNow = None,
     data: DataNow = None,
     output: RunOutput = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what differs; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what differs, without training.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: as for the LoRA.")
+        str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the original run.")
     ] = None,
 ) -> None:
-    """Train a LoRA again from what its file says, and compare.
+    """Train a LoRA again from the metadata in its file, and compare the results.
 
-    Says what is not as it was (base model, images, settings, versions). If the run is the same, trains it, and tells
-    whether the same tensors came out. Exit status 1 if something that decides the result differs, or the result does.
+    Reports what differs from the original run (base model, images, settings, versions). If it is the same run, trains
+    it and reports whether the tensors are equal. The exit status is 1 if the inputs or the result differ.
     """
     from lorasmith.app import reproduce as app
     from lorasmith.training.events import Event
 
-    with preparation() as show:
+    with preparation_shown() as show:
         again = app.prepare_reproduction(lora, model=model, data=data, output=output, device=device, on_event=show)
     planned = again.prepared.job.config.steps
-    if again.steps < planned:  # cancelled, stopped early, or the best on the way
-        say(f"{lora.name} is of step {again.steps} of {planned}, so that training ends there.")
-    with training() as (show, cancelled):
+    if again.steps < planned:  # cancelled, stopped early, or the best LoRA
+        echo(f"{lora.name} is from step {again.steps} of {planned}; training ends there.")
+    with training_shown() as (show, cancelled):
 
-        def told(event: Event) -> None:
+        def show_or_note(event: Event) -> None:
             if isinstance(event, app.Differs):
-                follows = "the result would be another" if event.is_decisive else "the last bits may be others"
-                remark(f"{event.what}, so that {follows}.", kind="Differs")
+                follows = "the result would differ" if event.is_decisive else "the last bits may differ"
+                print_note(f"{event.what}; {follows}.", kind="Differs")
             else:
                 show(event)
 
-        found = app.reproduce(again, dry_run=dry_run, on_event=told, cancelled=cancelled)
+        found = app.reproduce(again, dry_run=dry_run, on_event=show_or_note, cancelled=cancelled)
     if found.differs:
         raise typer.Exit(1)
     if found.result is None:
-        say("Base model, images, settings and initial weights are as they were.")
+        echo("Base model, images, settings and initial weights are the same.")
         return
-    say_result(found.result)
+    report_result(found.result)
     if not found.is_complete:
         raise typer.Exit(1)
-    same = "the same, to the bit" if found.is_same else "not the same"
-    say(f"\nThe tensors of {found.result.path} and {lora} are {same}.")
+    same = "bit-identical" if found.is_same else "not the same"
+    echo(f"\nThe tensors of {found.result.path} and {lora} are {same}.")
     if not found.is_same:
         raise typer.Exit(1)

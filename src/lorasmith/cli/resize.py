@@ -1,4 +1,4 @@
-"""`lorasmith resize`: a LoRA of smaller ranks."""
+"""`lorasmith resize`: reduce the rank of a LoRA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 
 if TYPE_CHECKING:
     from lorasmith.toolbox.resize import Resized
@@ -22,25 +22,25 @@ def register(app: typer.Typer) -> None:
 
 
 def resize(
-    file: Annotated[Path, typer.Argument(help="A LoRA, in any layout that is one file.")],
-    rank: Annotated[int | None, typer.Option(help="Rank at most.")] = None,
+    file: Annotated[Path, typer.Argument(help="A LoRA file, in any layout.")],
+    rank: Annotated[int | None, typer.Option(help="Maximum rank.")] = None,
     energy: Annotated[
         float | None,
         typer.Option(help="Share of each module's squared singular values to keep, such as 0.95; ranks then differ."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="The new file. Left out: a name beside FILE that says the size.")
+        Path | None, typer.Option(help="The new file. Default: beside FILE, with the size in its name.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Its model, for LoHa and LoKr on convolutions: files do not tell their kernels."),
+        typer.Option(help="Its model, for LoHa and LoKr on convolutions, whose files lack the kernel size."),
     ] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="Show every module, not only blocks.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module instead of blocks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
 ) -> None:
-    """Make a LoRA smaller: fewer ranks that keep as much of what it does as they can.
+    """Reduce the rank of a LoRA, with the best approximation of each module's weight change.
 
-    The scale of each module (alpha / rank) stays. LoHa, LoKr and full differences become LoRAs.
+    The scale of each module (alpha / rank) is kept. LoHa, LoKr and full differences become LoRAs.
     """
     from lorasmith.toolbox.model_files import open_model
     from lorasmith.toolbox.resize import resize as run
@@ -52,9 +52,9 @@ def resize(
         report = run(file, target, rank=rank, energy=energy, names=names, overwrite=overwrite)
     _print(report.modules, one_by_one=modules)
     for warning in report.warnings:
-        remark(warning)
+        print_note(warning)
     console.print(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
-    say(report.output)
+    echo(report.output)
 
 
 def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:

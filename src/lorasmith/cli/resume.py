@@ -1,4 +1,4 @@
-"""`lorasmith resume`: go on with a run that was broken off."""
+"""`lorasmith resume`: continue an interrupted run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.flags import DataNow, ModelNow
-from lorasmith.cli.run_output import preparation, train_and_say
+from lorasmith.cli.run_output import preparation_shown, train_and_report
 
 __all__ = ["register"]
 
@@ -23,16 +23,16 @@ def resume(
     model: ModelNow = None,
     data: DataNow = None,
     device: Annotated[
-        str | None, typer.Option(help="Where to train, such as cuda or cpu. Left out: as when the run began.")
+        str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the run.")
     ] = None,
 ) -> None:
-    """Go on with a run that was stopped or killed, from its last saved state.
+    """Continue a run that was stopped or killed, from its last run state.
 
-    With the same versions, device and number of threads the result is, to the bit, that of a run that was never
-    stopped; what differs is said. Other images, settings or another base model are refused.
+    With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
+    differences are reported. Other images, other settings or another base model are refused.
     """
     from lorasmith.app.resume import prepare_again
 
-    with preparation() as show:
+    with preparation_shown() as show:
         prepared = prepare_again(run, model=model, data=data, device=device, on_event=show)
-    train_and_say(prepared, output=run)
+    train_and_report(prepared, output=run)

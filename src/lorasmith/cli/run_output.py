@@ -1,4 +1,4 @@
-"""What the commands that train print: images and plan, progress from events, and how it ended."""
+"""Output of the commands that train: images and plan, progress from events, and the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorasmith.app.command_lines import generate_command, resume_command
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
-from lorasmith.cli.console import console, counting, remark, say, stoppable
+from lorasmith.cli.console import console, echo, print_note, progress_shown, stoppable
 from lorasmith.training.events import (
     Event,
     EventHandler,
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from lorasmith.app.folder_run import PreparedRun
     from lorasmith.training.train import TrainResult
 
-__all__ = ["preparation", "say_result", "train_and_say", "training"]
+__all__ = ["preparation_shown", "report_result", "train_and_report", "training_shown"]
 
 
 @contextlib.contextmanager
-def preparation() -> Iterator[EventHandler]:
-    """Prints the events of a run's preparation, with a line while the model loads and a bar for encoding."""
+def preparation_shown() -> Iterator[EventHandler]:
+    """Inside the context, the yielded handler prints the events of preparing a run, with a bar for encoding."""
     with contextlib.ExitStack() as live:
         bar: Callable[..., None] | None = None
 
@@ -43,32 +43,32 @@ def preparation() -> Iterator[EventHandler]:
             nonlocal bar
             match event:
                 case ImagesFound():
-                    _say_images(event)
+                    _print_images(event)
                 case ModelLoading():
                     live.enter_context(console.status(f"Loading {event.model}"))
                 case RunPlanned():
                     live.close()
-                    _say_plan(event.plan)
+                    _print_plan(event.plan)
                 case ImageEncoded():
-                    bar = bar or live.enter_context(counting("Encoding"))
+                    bar = bar or live.enter_context(progress_shown("Encoding"))
                     bar(event.done, event.total)
                 case Warned():
                     live.close()
-                    remark(event.message)
+                    print_note(event.message)
 
         yield show
 
 
 @contextlib.contextmanager
-def training() -> Iterator[tuple[EventHandler, Callable[[], bool]]]:
-    """A handler that prints training's events, with a bar from the first step on, and whether Ctrl-C was pressed."""
+def training_shown() -> Iterator[tuple[EventHandler, Callable[[], bool]]]:
+    """Yields a handler that prints training events with a progress bar, and whether Ctrl-C was pressed."""
     with stoppable() as stop, training_progress() as show:
         yield show, stop.is_set
 
 
 @contextlib.contextmanager
 def training_progress() -> Iterator[EventHandler]:
-    """A progress bar with loss, speed and time left; the yielded function takes training events, which start it."""
+    """Inside the context, the yielded handler shows training events and a bar with loss, speed and time left."""
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
     numbers = TextColumn("[dim]{task.fields[numbers]}")
     columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
@@ -84,18 +84,18 @@ def training_progress() -> Iterator[EventHandler]:
             progress.update(task, total=event.steps)
             progress.start()
         elif isinstance(event, Warned | RolledBack | Shrunk):
-            remark(event.message)
+            print_note(event.message)
         elif isinstance(event, Planned):
-            remark(event.message, kind="Memory", colour="green")
+            print_note(event.message, kind="Memory", colour="green")
         elif isinstance(event, Resumed):
-            remark(event.message, kind="Resumed", colour="green")
+            print_note(event.message, kind="Resumed", colour="green")
             progress.update(task, completed=event.step)
         elif isinstance(event, Validated):
             judged = f" · held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
         elif isinstance(event, StepDone):
             taken += 1
             first = first or event.at
-            # An average over about twenty steps: single losses mostly tell how noisy their samples were.
+            # An average over about twenty steps: single losses mostly depend on the noise levels of their samples.
             smooth += (event.loss - smooth) / min(taken, 20)
             speed = (taken - 1) / (event.at - first) if event.at > first else 0.0
             text = f"loss {smooth:.4f}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
@@ -107,30 +107,36 @@ def training_progress() -> Iterator[EventHandler]:
         progress.stop()
 
 
-def train_and_say(prepared: PreparedRun, *, output: Path | None, fresh: bool = False) -> None:
-    """Train, say where everything is and how to see it at work."""
+def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False) -> None:
+    """Train, and print where the results are and how to use the LoRA.
+
+    Args:
+        prepared: the run.
+        output: folder of the run; None for one under `runs/`.
+        fresh: do not continue an unfinished run.
+    """
     from lorasmith.app.folder_run import train_prepared
 
-    with training() as (show, cancelled):
+    with training_shown() as (show, cancelled):
         result = train_prepared(prepared, output=output, fresh=fresh, on_event=show, cancelled=cancelled)
-    say_result(result)
+    report_result(result)
     if result.path is not None:
-        say(f"\nSee it at work:\n  {generate_command(prepared.source.model, result.path, prepared.plan.prompt)}")
+        echo(f"\nTo use it:\n  {generate_command(prepared.source.model, result.path, prepared.plan.prompt)}")
 
 
-def say_result(result: TrainResult) -> None:
-    """How it ended, and where everything is."""
+def report_result(result: TrainResult) -> None:
+    """Print how a run ended, and its files."""
     folder = result.folder
     if folder is None:
-        say("Stopped before the first step: there is nothing to save.")
+        echo("Stopped before the first step; nothing was saved.")
         return
     if result.reason is Outcome.CANCELLED:
-        say(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To go on with it:")
-        say(f"  {resume_command(folder)}")
+        echo(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To continue:")
+        echo(f"  {resume_command(folder)}")
     if result.reason is Outcome.STOPPED:
         best = min(result.validations, key=lambda one: one[1])[0]
-        say(f"Stopped early, at step {len(result.losses)}: the held-out images were best at {best}, which is saved.")
-    say(f"{'Verdict':<11}{result.verdict}")
+        echo(f"Stopped early at step {len(result.losses)}; the saved LoRA is that of step {best}, the best one.")
+    echo(f"{'Verdict':<11}{result.verdict}")
     for label, path in {
         "LoRA": result.path,
         "Best LoRA": result.best_path,
@@ -141,22 +147,22 @@ def say_result(result: TrainResult) -> None:
         "Run folder": folder,
     }.items():
         if path is not None and path.exists():
-            say(f"{label:<11}{path}")
+            echo(f"{label:<11}{path}")
 
 
-def _say_images(found: ImagesFound) -> None:
+def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
     console.print(f"[bold]{len(scan.images)} images[/] in {found.folder}")
     for path, reason in scan.skipped:
-        say(f"  skipped {path.name}: {reason}")
+        echo(f"  skipped {path.name}: {reason}")
     if scan.missing_captions:
-        instead = f"they get the trigger, {trigger!r}" if trigger else "they are trained without a caption"
+        instead = f"the trigger {trigger!r} is used" if trigger else "they are trained without a caption"
         console.print(f"  {len(scan.missing_captions)} have no caption; {instead}", soft_wrap=True)
     for note in scan.notes:
-        say(f"  {note}")
+        echo(f"  {note}")
 
 
-def _say_plan(plan: RunPlan) -> None:
+def _print_plan(plan: RunPlan) -> None:
     config, images, per_epoch = plan.config, len(plan.scan.images), plan.samples_per_epoch
     batch = f"batch {config.batch_size}"
     if config.grad_accumulation_steps > 1:
@@ -166,10 +172,10 @@ def _say_plan(plan: RunPlan) -> None:
     for label, text in {
         "Model": f"{plan.model} ({plan.family})",
         "Trains": plan.trained,
-        "Pictures": f"about {plan.resolution}×{plan.resolution} pixels, sides that divide by {plan.pixel_multiple}",
+        "Pictures": f"about {plan.resolution}×{plan.resolution} pixels, sides are multiples of {plan.pixel_multiple}",
         "Steps": f"{config.steps} × {batch} = {plan.samples} samples, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
         f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}",
     }.items():
-        say(f"{label:<9}{text}")
+        echo(f"{label:<9}{text}")

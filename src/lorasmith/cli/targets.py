@@ -1,4 +1,4 @@
-"""`lorasmith targets`: what a choice of layers would train."""
+"""`lorasmith targets`: summary of a choice of target layers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.console import console, remark, say
+from lorasmith.cli.console import console, echo, print_note
 from lorasmith.cli.flags import BaseModel, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.training.targets_summary import TargetGroup, TargetPreview
+    from lorasmith.training.targets_summary import TargetGroup, TargetSummary
 
 __all__ = ["register"]
 
@@ -30,21 +30,21 @@ def targets(
     model: BaseModel,
     **settings: Any,
 ) -> None:
-    """Show what a choice of layers would train: kinds of layers, counts, ranks, parameters, size of the file.
+    """Summarise a choice of target layers: kinds of layers, counts, ranks, parameters, size of the file.
 
-    Takes the options of `lorasmith train` that decide it. Of a single-file checkpoint only the structure is read.
+    Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
     """
     from lorasmith.families.files.structure import load_structure
-    from lorasmith.training.targets_summary import preview_targets
+    from lorasmith.training.targets_summary import summarise_targets
 
     config = TrainConfig(**settings)
     with console.status(f"Reading {model}"):
         base = load_structure(model)
-    preview = preview_targets(base.denoiser, config)
+    preview = summarise_targets(base.denoiser, config)
     _print(preview, config)
 
 
-def _print(preview: TargetPreview, config: TrainConfig) -> None:
+def _print(preview: TargetSummary, config: TrainConfig) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -60,14 +60,14 @@ def _print(preview: TargetPreview, config: TrainConfig) -> None:
         cells += [_number(group.alpha)] if scaled else []
         cells += [_number(group.learning_rate)] if rated else []
         table.add_row(*cells, f"{group.parameters:,}")
-    say(f"{config.algorithm} on {preview.targets}")
+    echo(f"{config.algorithm} on {preview.targets}")
     console.print(table)
     console.print(
         f"{preview.layers} of {preview.targetable} layers, {preview.parameters:,} parameters, "
         f"a file of about {preview.size_bytes / 2**20:.1f} MiB in {config.lora_dtype}"
     )
     for note in preview.notes:
-        remark(note)
+        print_note(note)
 
 
 def _range(group: TargetGroup) -> str:

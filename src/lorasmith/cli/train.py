@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasmith.cli.flags import AnyBaseModel, Device, RunOutput, with_flags
-from lorasmith.cli.run_output import preparation, train_and_say
+from lorasmith.cli.run_output import preparation_shown, train_and_report
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
@@ -28,28 +28,27 @@ def train(
     folder: Annotated[Path, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")],
     model: AnyBaseModel = None,
     trigger: Annotated[
-        str, typer.Option(help="Phrase that will call the subject or style; put in front of captions that lack it.")
+        str, typer.Option(help="Phrase for the subject or style, put in front of captions that lack it.")
     ] = "",
     resolution: Annotated[
         int | None,
-        typer.Option(help="Side in pixels of the square whose area pictures are scaled to. Left out: the model's own."),
+        typer.Option(help="Pictures are scaled to the area of a square of this side, in pixels. Default: the model's."),
     ] = None,
     output: RunOutput = None,
-    name: Annotated[str | None, typer.Option(help="Name of the LoRA; the images' folder's if left out.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the LoRA. Default: that of the folder of images.")] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Folder of images to judge the LoRA by, instead of a share of the images.")
+        Path | None, typer.Option(help="Folder of held-out images, instead of a share of the training images.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew, even if this run was broken off before and could go on.")
+        bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
     ] = False,
     device: Device = None,
     **settings: Any,
 ) -> None:
     """Train a LoRA on a folder of images.
 
-    Captions are read from text files of the same name; pictures without one get the trigger. Says what it will do,
-    trains, and ends with the LoRA, a report and the folder of the run. Ctrl-C saves what there is; the same command
-    goes on from there.
+    Captions are read from text files of the same name; pictures without one use the trigger. Prints the plan, trains,
+    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes.
     """
     from lorasmith.app.folder_run import FolderSource, absolute, prepare
 
@@ -68,9 +67,9 @@ def train(
         validation=validation,
         device=device,
     )
-    with preparation() as show:
+    with preparation_shown() as show:
         prepared = prepare(source, config, on_event=show)
-    train_and_say(prepared, output=output, fresh=fresh)
+    train_and_report(prepared, output=output, fresh=fresh)
 
 
 def _which_models() -> str:
@@ -78,6 +77,6 @@ def _which_models() -> str:
 
     found = Folders.load(Path.cwd()).files("checkpoints")
     return (
-        "--model must say what to train on: a .safetensors checkpoint, a diffusers folder or a hub id; here are "
-        f"{', '.join(found)}; --model lorasmith-tiny is a small model for trying things out"
+        "--model must be a .safetensors checkpoint, a diffusers folder or a hub id; found here: "
+        f"{', '.join(found)}; --model lorasmith-tiny is a small model for tests"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import TextColumn
 
-from lorasmith.cli.console import console, progress_bar, remark, say, stoppable
+from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
 from lorasmith.core.errors import GraphError
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def run(
         Path | None,
         typer.Option(
             envvar="LORASMITH_BASE_DIR",
-            help="Folder with models/, input/ and output/, laid out as ComfyUI's; an existing ComfyUI folder will do. "
-            "Left out: the current folder.",
+            help="Folder with models/, input/ and output/, as in ComfyUI; may be a ComfyUI folder. Default: the "
+            "current folder.",
         ),
     ] = None,
     extra_model_paths: Annotated[
@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """Run a ComfyUI workflow file.
 
-    The workflow is checked as a whole before anything runs. Results go to output/ below the base folder.
+    The whole workflow is checked before any node runs. Results are written to output/ in the base folder.
     """
     from lorasmith.core.folders import Folders
     from lorasmith.nodes import load_nodes
@@ -69,7 +69,7 @@ def _read(workflow: Path) -> bytes:
 
 
 class _Narrator:
-    """Tells on the console what an executor does."""
+    """Prints an executor's events."""
 
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
@@ -92,9 +92,9 @@ class _Narrator:
                 self._advance(value, maximum, text)
             case events.NodeMessage(_, level, text):
                 if level == "warning":
-                    remark(text, indent=6)
+                    print_note(text, indent=6)
                 else:
-                    say(f"      {text}")
+                    echo(f"      {text}")
             case events.NodeFinished(_, ui):
                 self._end_bar()
                 self._show(ui)
@@ -119,6 +119,6 @@ class _Narrator:
             for item in items:
                 if isinstance(item, dict) and "filename" in item:
                     place = self._folders.place(item["type"]) / item["subfolder"] / item["filename"]
-                    say(f"      {place}")
+                    echo(f"      {place}")
                 elif isinstance(item, str):
-                    say(f"      {item}")
+                    echo(f"      {item}")

@@ -1,1 +1,1 @@
-"""What every room shares: errors, registry, options, adapter state, keyed random numbers, files."""
+"""Shared by all rooms: errors, registry, options, adapter state, keyed random numbers, files."""

@@ -1,4 +1,4 @@
-"""What an algorithm says of its tensors, so that files and tools serve it without knowing its name.
+"""Description of an algorithm's tensors, so that files and tools support it without knowing its name.
 
 Each algorithm declares one `AdapterFormat` beside its adapter. Roles are the tensor names of `AdapterWeights`.
 """
@@ -36,13 +36,13 @@ class PeftKind:
 
     Attributes:
         name: `peft_type` of its configuration.
-        alpha: the configuration's field with alpha.
-        differs: how PEFT's adapters of that name differ from all others; they are then neither read nor written.
-        magnitudes: whether it has DoRA's magnitudes, which PEFT keeps for each output.
-        fields: further fields of the configuration, for adapters and numbers of weights in a kernel by module path.
-        misfits: why PEFT cannot have some adapters beside the others, by module path; arguments as for `fields`.
-        unscaled: the rank in the configuration of an adapter that has none of its own.
-        scaled: role of the tensor that takes the scale by which PEFT multiplies such an adapter, alone in doing so.
+        alpha: field of the configuration with alpha.
+        differs: how PEFT's adapters of that name differ from all others; if set, they are neither read nor written.
+        magnitudes: whether it has DoRA's magnitudes, which PEFT stores per output.
+        fields: additional fields of the configuration, from adapters and kernel sizes by module path.
+        misfits: why PEFT cannot combine some adapters with the others, by module path; arguments as for `fields`.
+        unscaled: rank in the configuration for an adapter without a rank.
+        scaled: role of the tensor that absorbs the scale which PEFT, unlike others, applies to such an adapter.
     """
 
     name: str
@@ -60,35 +60,35 @@ class AdapterFormat:
     """An algorithm's tensors.
 
     Attributes:
-        suffixes: what follows a module's name in the key of each tensor, by role, as kohya's scripts, LyCORIS and
-            ComfyUI write it.
+        suffixes: suffix of each tensor's key after the module's name, by role, as in kohya's scripts, LyCORIS and
+            ComfyUI.
         peft_suffixes: the same for PEFT, where it differs.
-        needed: sets of roles, any of which makes a whole adapter; other roles are optional.
-        weight_shape: shape of the layer's weight as far as the tensors' shapes tell: (out,), (out, in · kernel) or all.
-        dimensions: number of dimensions of a tensor by role, where algorithms share roles and that tells them apart.
+        needed: sets of roles, each of which makes a complete adapter; other roles are optional.
+        weight_shape: shape of the layer's weight, as far as the tensors' shapes determine it: (out,), (out, in ·
+            kernel) or all.
+        dimensions: number of dimensions of a tensor by role, to distinguish algorithms that share roles.
         canonical: the adapter with its tensors in the dimensions of a weight (None: unknown), which some files flatten;
-            None for tensors that do not belong together.
-        rank_axes: role → axis that is the rank; the first role that is there decides.
-        input_axes: role → axis that is the layer's inputs, if need be times the kernel; what a file's family shows by.
+            None for inconsistent tensors.
+        rank_axes: role → axis of the rank; the first role present counts.
+        input_axes: role → axis of the layer's inputs (times the kernel), by which a file's family is recognised.
         cores: roles of Tucker cores.
-        without_core: the adapter with its Tucker core, which few programs know, multiplied into a factor in fp32.
-        is_additive: whether the change of the weight is the same for every weight.
-        is_low_rank: whether the change is alpha / rank · `up` · `down`, which tools stack, cut and scale.
-        squared_norm: squared Frobenius norm of the change at a scale of 1; None where it depends on the weight.
-        vital: roles of tensors none of which may be zero if the adapter is to do anything.
-        difference: role of the tensor that files hold as a difference of the weight and not as an adapter.
-        rows: role → output rows that one index of the tensor's first dimension stands for; None where the rows of the
-            change are not rows of the tensors.
+        without_core: the adapter with its Tucker core, which few programs support, multiplied into a factor in fp32.
+        is_additive: whether the change of the weight does not depend on the weight.
+        is_low_rank: whether the change is alpha / rank · `up` · `down`, which tools can stack, truncate and scale.
+        squared_norm: squared Frobenius norm of the change at a scale of 1; None if it depends on the weight.
+        vital: roles of tensors that must not be zero for the adapter to have an effect.
+        difference: role of the tensor that files store as a difference of the weight instead of an adapter.
+        rows: role → output rows per index of the tensor's first dimension; None if rows of the change are not rows of
+            the tensors.
         stacks: whether adapters of several layers are stacked along the rank into one of a layer that fuses them.
-        all_rows: roles that leave nothing of a row that they have no value for.
-        bounded: the adapter with the bound that its alpha is applied to its tensors, and alpha 0; None where alpha is a
-            scale.
-        size: the number that `rank` was, told from the tensors' shapes, where it is no rank.
-        programs: programs that apply it, as far as all its tensors are `needed` ones.
+        all_rows: roles that zero the rows for which they have no value.
+        bounded: the adapter with the bound of its alpha applied to its tensors, and alpha 0; None if alpha is a scale.
+        size: the setting `rank` as determined from the tensors' shapes, if it is not a rank.
+        programs: programs that apply it, if all its tensors are `needed` ones.
         comfyui_lacks: role → what ComfyUI does instead of applying it.
         comfyui_needs_alpha: whether ComfyUI ignores an adapter without alpha.
-        peft: what it is in PEFT.
-        lycoris_size: argument of LyCORIS' network that takes `rank`, where it is no rank.
+        peft: its counterpart in PEFT.
+        lycoris_size: argument of LyCORIS' network for `rank`, if it is not a rank.
     """
 
     suffixes: Mapping[str, str]

@@ -1,6 +1,6 @@
-"""What adapters and LoRA files exchange: tensors by module, under canonical names, free of any file's conventions.
+"""The interface between adapters and LoRA files: tensors by module, under canonical names independent of layouts.
 
-Adapters read and write `AdapterWeights`; layouts translate whole files to and from `AdapterState`. Neither knows the
+Adapters read and write `AdapterWeights`; layouts convert whole files to and from `AdapterState`. Neither imports the
 other.
 """
 
@@ -33,8 +33,8 @@ class AdapterWeights:
         algorithm: registered adapter name in lower case (`lora`, `loha`, `lokr`, `oft`, ...).
         tensors: by canonical name. For `lora`: `down` (rank, in[, kh, kw]), `up` (out, rank[, 1, 1]), optional `mid`
             (rank, rank, kh, kw) for Tucker and `dora_scale`. Other algorithms use LyCORIS' own tensor names.
-        alpha: numerator of the scale alpha / rank; None where the file has none, which means scale 1. For `oft` and
-            `boft` the bound of ‖Q‖ (ComfyUI's meaning of it), 0 or None for no bound.
+        alpha: numerator of the scale alpha / rank; None if the file has none, which means scale 1. For `oft` and
+            `boft` the bound of ‖Q‖ (as in ComfyUI), 0 or None for no bound.
     """
 
     algorithm: str
@@ -50,7 +50,7 @@ class AdapterState:
         adapters: adapter of each module.
         differences: full additive differences of a module's parameters, by parameter name (`weight`, `bias`): the
             norm and bias differences of LyCORIS and ComfyUI (`diff`, `diff_b`, `w_norm`, `b_norm`).
-        unknown: tensors that no layout could attribute, under the key they had in the file; carried along unchanged.
+        unknown: tensors that no layout could attribute, by their key in the file; kept unchanged.
         metadata: text by key, as in a safetensors header.
     """
 

@@ -1,4 +1,4 @@
-"""Memory: kept between steps where the C library can be told to, and errors that say there is none left."""
+"""The allocator of the C library, and recognising out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from handing activations back to the system after each step, only to fault them in again.
+    """Stop glibc from returning the memory of activations to the system after each step, which costs page faults.
 
-    For programs of our own, not for the library: it changes the whole process. Steps on a CPU take 10–15 % less time,
-    and memory once used stays with the process. Elsewhere than on Linux with glibc it does nothing.
+    For our own programs, not for the library, as it affects the whole process. Steps on a CPU take 10–15 % less time,
+    and the process keeps memory once used. Without glibc it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left."""
-    text = str(error).lower()  # torch's own class is not asked for, which would take importing it
-    said = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in text for words in said))
+    """Whether an error means that a device or the machine is out of memory."""
+    text = str(error).lower()  # matched by text, as torch's class would require importing torch
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(one in text for one in phrases))

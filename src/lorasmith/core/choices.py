@@ -1,8 +1,8 @@
-"""The names of choices that tables in several rooms have entries for, as types.
+"""Literal types of choices that several rooms share.
 
-`TrainConfig` annotates its settings with them, and `option` reads the choices from the annotation. Without torch, so
-that the help of the command line costs nothing. Choices that grow by registering something (algorithms, optimizers,
-schedules) are read from their registries instead.
+`TrainConfig` annotates its settings with them, and `option` reads the choices from the annotation. The module does not
+import torch, to keep the command line's help fast. Extensible choices (algorithms, optimizers, schedules) are read from
+their registries instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Activations = Literal["keep", "lean", "selective", "host"]
 """How activations are kept until the backward pass; see `training.memory.activations`."""
 
 ActivationPlan = Literal[Activations, "auto"]
-"""One of these, or the fastest that fits, by measurement."""
+"""One of these, or the fastest that fits by measurement."""
 
 LossFunction = Literal["MSE", "L1", "Huber", "SmoothL1"]
 """Distance between prediction and target; see `diffusion.losses`."""

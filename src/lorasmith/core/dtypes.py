@@ -27,7 +27,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def chosen_dtype(name: str, module: nn.Module) -> torch.dtype:
-    """The format that a setting chooses for a model: `none` keeps its own, that of its first parameter.
+    """The dtype that a setting selects for a model: `none` is that of the model's first parameter.
 
     Raises:
         OptionError: as `dtype_from_name`.

@@ -1,4 +1,4 @@
-"""The exception tree. Whatever a person can cause or mend is a `LorasmithError` whose text is one sentence.
+"""The exception tree. Errors that users can cause or fix are `LorasmithError`s, whose text is one sentence.
 
     LorasmithError
     ├── OptionError      an option has an unknown name, a wrong type or a value out of its range
@@ -7,8 +7,8 @@
     ├── DataError        images, captions or latents cannot be used
     ├── GraphError       a workflow is malformed (carries every finding)
     ├── NodeError        a node of a workflow failed (names the node, keeps the cause)
-    ├── CancelledError   somebody asked the work to stop
-    ├── TrainingError    a run cannot start or cannot go on
+    ├── CancelledError   the work was cancelled
+    ├── TrainingError    a run cannot start or continue
     └── OutputError      something cannot be written
 
 The sentence states the rule, the value that breaks it and the remedy. Doors (command line, nodes, server) print the
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class LorasmithError(Exception):
-    """Base of every error that a person can cause or mend."""
+    """Base of all errors that users can cause or fix."""
 
 
 class OptionError(LorasmithError):
@@ -64,11 +64,11 @@ class NodeError(LorasmithError):
 
 
 class CancelledError(LorasmithError):
-    """Somebody asked the work to stop, and it stopped at the next place where it can."""
+    """The work was cancelled, and stopped at the next opportunity."""
 
 
 class TrainingError(LorasmithError):
-    """A training run cannot start or cannot go on."""
+    """A training run cannot start or continue."""
 
 
 class OutputError(LorasmithError):

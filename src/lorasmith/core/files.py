@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of each."""
+"""Atomic writing of files, and lock files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["atomic_path", "ensure_folder", "locked", "write_atomic"]
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path in `target`'s folder that replaces `target` when the block ends well.
+    """A temporary path in `target`'s folder that replaces `target` when the block ends without an exception.
 
-    The file is flushed to disk before it takes the name (fsync, then `os.replace`), and removed when the block raises.
+    The file is flushed to disk first (fsync, then `os.replace`), and removed if the block raises.
 
     Raises:
         OutputError: the folder cannot be made, the disk is full, or the target cannot be written.
@@ -35,7 +35,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; what people save is meant to be readable like any other file of theirs.
+        # mkstemp makes private files; saved files get the usual permissions.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
         _flush_folder(target.parent)
@@ -52,7 +52,7 @@ def write_atomic(target: Path, content: bytes | str) -> None:
 
 
 def ensure_folder(folder: Path) -> Path:
-    """`folder`, made with its parents where missing. Raises OutputError, naming the file that stands in the way."""
+    """Create `folder` and its parents if missing. Raises OutputError, naming a file that is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -67,11 +67,11 @@ def ensure_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, owned: str) -> Iterator[None]:
-    """Hold a lock file, which the system lets go of whatever ends the process.
+    """Hold a lock on a file, which the system releases however the process ends.
 
     Args:
-        path: the file; it stays behind, empty.
-        owned: what to say when another process holds it.
+        path: the file; it is not removed.
+        owned: start of the error message if another process holds the lock.
 
     Raises:
         OutputError: another process holds it, or the file cannot be written.
@@ -86,7 +86,7 @@ def locked(path: Path, owned: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in _BUSY:
                 raise OutputError(f"{owned}; wait for it, or choose another output") from error
-            # Any other means that this file system has no locks, and a run there is better than none.
+            # Any other error means that the file system has no locks; the run continues without.
         yield
 
 
@@ -94,7 +94,7 @@ _BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 def _lock(descriptor: int) -> None:
-    """Raises OSError when another process has the lock, with one of `_BUSY`, or there are no locks."""
+    """Raise OSError if another process has the lock (errno in `_BUSY`), or locks are not supported."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -106,11 +106,11 @@ def _lock(descriptor: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have a new name on the disk too, where system (Windows cannot open folders) and file system can."""
+    """Flush a folder's entries to disk, where system (not Windows) and file system support it."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # network and FUSE mounts refuse it for folders
+            with contextlib.suppress(OSError):  # network and FUSE mounts refuse fsync of folders
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -123,7 +123,7 @@ def _explained(target: Path, error: OSError) -> OutputError:
 
 
 def _umask() -> int:
-    # Reading the umask means setting it: there is no other call. Done once per save, so the race is harmless.
+    # The umask can only be read by setting it. Done once per save, so the race is harmless.
     current = os.umask(0)
     os.umask(current)
     return current

@@ -1,11 +1,11 @@
-"""Where models, inputs and outputs lie: ComfyUI's folder layout under one base, and what is found through it.
+"""ComfyUI's folder layout for models, inputs and outputs, and finding files in it.
 
     <base>/models/{checkpoints,loras,vae,diffusion_models,unet,text_encoders,clip,...}
     <base>/{input,output,temp}          output/loras is also searched for LoRAs
 
 An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The package's
-own `assets/` is one more root of the same layout, read-only and searched last, so that the embedded model and the demo
-pictures are found everywhere. Names are relative to these roots, with forward slashes, and never lead out of them.
+own `assets/` is another root of the same layout, read-only and searched last, so that the built-in model and the demo
+pictures are always found. Names are relative to these roots, with forward slashes, and cannot leave them.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ ASSETS = Path(__file__).parents[1] / "assets"
 """The built-in root, laid out like a base folder."""
 
 MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""What counts as a model file in lists. Pickled kinds are listed so that loading one can say why it is refused."""
+"""Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
 
 Place = Literal["input", "output", "temp"]
 
 
 @dataclass(frozen=True)
 class NumberedFiles:
-    """Room for new files `<stem>_<counter>_<suffix>`, none of whose counters was taken.
+    """Free names `<stem>_<counter>_<suffix>` for new files.
 
     Attributes:
-        folder: where they go; not made yet.
+        folder: of the files; not created yet.
         subfolder: `folder` relative to its place, with forward slashes, empty for the place itself.
-        place: `output`, `temp` or `input`, as the server's `/view` calls it.
+        place: `output`, `temp` or `input`, as in the server's `/view`.
         stem: file name up to the counter.
         counter: first free number.
     """
@@ -59,11 +59,11 @@ class NumberedFiles:
     counter: int
 
     def path(self, suffix: str, offset: int = 0) -> Path:
-        """The file for the `offset`-th new counter, such as `stem_00001_.png`."""
+        """The file with the counter plus `offset`, such as `stem_00001_.png`."""
         return self.folder / f"{self.stem}_{self.counter + offset:05}_{suffix}"
 
     def reference(self, path: Path) -> dict[str, str]:
-        """How user interfaces are told about `path`: `{filename, subfolder, type}`."""
+        """The reference to `path` for user interfaces: `{filename, subfolder, type}`."""
         return {"filename": path.name, "subfolder": self.subfolder, "type": self.place}
 
 
@@ -96,11 +96,11 @@ class Folders:
 
     @property
     def output(self) -> Path:
-        """Where results go."""
+        """The folder of results."""
         return self.base / "output"
 
     def roots(self, kind: str) -> list[Path]:
-        """Folders that are searched for models of `kind`, in order. Older names of kinds (`unet`, `clip`) are known."""
+        """Folders searched for models of `kind`, in order. Older names of kinds (`unet`, `clip`) are supported."""
         kind = _KINDS.get(kind, kind)
         own = [f"models/{name}" for name in _SUBFOLDERS.get(kind, (kind,))]
         outputs = [self.output / "loras"] if kind == "loras" else []
@@ -114,7 +114,7 @@ class Folders:
         return list(dict.fromkeys(found))
 
     def files(self, kind: str, extensions: Iterable[str] = MODEL_EXTENSIONS) -> list[str]:
-        """Sorted names of the models of `kind`; a diffusers folder (it holds `model_index.json`) counts as one."""
+        """Sorted names of the models of `kind`; a diffusers folder (with `model_index.json`) counts as one."""
         wanted = tuple(extension.casefold() for extension in extensions)
         return sorted({name for root in self.roots(kind) for name in _models_below(root, wanted)})
 
@@ -122,7 +122,7 @@ class Folders:
         """The file or diffusers folder `name` of `kind`.
 
         Raises:
-            LoraError, ModelError: there is none, or the name leads out of the folders.
+            LoraError, ModelError: there is none, or the name leaves the folders.
         """
         error = LoraError if _KINDS.get(kind, kind) == "loras" else ModelError
         relative = _contained(name, f"a name among {kind}", error)
@@ -135,11 +135,11 @@ class Folders:
         )
 
     def place(self, place: Place) -> Path:
-        """The folder that `input`, `output` or `temp` stands for."""
+        """The folder of `input`, `output` or `temp`."""
         return self.base / place
 
     def input_files(self, extensions: Iterable[str]) -> list[str]:
-        """Sorted names of the files that lie directly in the input folder."""
+        """Sorted names of the files directly in the input folder."""
         wanted = tuple(extension.casefold() for extension in extensions)
         return sorted(
             entry.name
@@ -151,7 +151,7 @@ class Folders:
         """The file `name` of the input folder, or of the one it names: `cat.png [output]`, `cat.png [temp]`.
 
         Raises:
-            DataError: there is none, or the name leads out of the folder.
+            DataError: there is none, or the name leaves the folder.
         """
         plain, place = _annotated(name)
         relative = _contained(plain, "a file name", DataError)
@@ -190,17 +190,17 @@ class Folders:
         height: int = 0,
         now: time.struct_time | None = None,
     ) -> NumberedFiles:
-        """Room for new files under `prefix`, numbered after the highest counter that is there.
+        """Free names for new files under `prefix`, numbered after the highest existing counter.
 
         Args:
             prefix: subfolders and stem; `%year%`, `%month%`, `%day%`, `%hour%`, `%minute%`, `%second%`, `%width%`
-                and `%height%` are filled in.
-            place: folder that it is relative to and stays in.
-            width, height: pixels of the picture to be saved.
-            now: local time for the tokens, the present by default.
+                and `%height%` are replaced.
+            place: folder that the prefix is relative to.
+            width, height: of the picture in pixels.
+            now: local time for the tokens; None for the current time.
 
         Raises:
-            OutputError: the prefix is empty or leads out of the folder.
+            OutputError: the prefix is empty or leaves the folder.
         """
         filled = _fill_tokens(prefix, width, height, now or time.localtime())
         relative = _contained(filled, "a file name prefix", OutputError)
@@ -219,13 +219,13 @@ class Folders:
 
 
 def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Folders by kind that an `extra_model_paths.yaml` names: those to search first, and those to search after.
+    """Folders by kind in an `extra_model_paths.yaml`: those to search before the base's, and those after.
 
     The file holds named sections; each maps kinds to one or more lines of paths, relative to the section's `base_path`
     (or to the file). `is_default: true` puts a section's folders first.
 
     Raises:
-        OptionError: the file cannot be read or has another shape.
+        OptionError: the file cannot be read or is malformed.
     """
     import yaml
 
@@ -255,7 +255,7 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
 
 
 def fingerprint(path: Path) -> list[list[str | int]]:
-    """What a result computed from `path` depends on: size and modification time of the file, or of each file below."""
+    """Sizes and modification times of a file, or of each file below a folder, to detect changes."""
     files = [path] if path.is_file() else sorted(folder / name for folder, names in _walk(path) for name in names)
     stats = [(file, file.stat()) for file in files]
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
@@ -277,7 +277,7 @@ def _annotated(name: str) -> tuple[str, Place]:
 def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPath:
     """`name` as a relative path that cannot leave the folder it is joined to.
 
-    The check is on the text alone: people link model and output folders to other disks, which is theirs to do.
+    Only the text is checked: links to folders on other disks are allowed.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
     absolute = relative.is_absolute() or bool(PureWindowsPath(name).drive)
@@ -291,7 +291,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from `root` down with its file names; hidden folders are left out, links followed once."""
+    """Every folder from `root` down with its file names; hidden folders are skipped, links followed once."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -332,7 +332,7 @@ def _fill_tokens(prefix: str, width: int, height: int, now: time.struct_time) ->
 
 def next_counter(folder: Path, stem: str) -> int:
     """The number after the highest `<stem>_<number>` in a folder, which need not exist."""
-    # Case is ignored so that files from this machine can move to one whose file system ignores it.
+    # Case is ignored so that files can be moved to a case-insensitive file system.
     taken = re.compile(rf"{re.escape(stem)}_(\d+)_?\..+", re.IGNORECASE)
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)

@@ -1,7 +1,7 @@
-"""Tensors on memory-mapped files: read from disk when they are touched, out of memory again when they are released.
+"""Tensors on memory-mapped files: read from disk on first access, and releasable afterwards.
 
-A model of 24 GB is loaded in a second and costs no memory until its weights are placed where they are used. Pages that
-were read count as resident until the system needs them elsewhere; `release_pages` gives them back once a copy exists.
+A model of 24 GB is loaded in a second and uses no memory until its weights are placed on a device. Pages that were read
+are resident until the system evicts them; `release_pages` returns them once a copy exists.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 __all__ = ["MappedFile", "release_pages"]
 
 _MAPPED: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
-"""Every mapping that a tensor lies in, with the address where it begins."""
+"""All mappings with live tensors, with their start address."""
 
 
 class MappedFile:
-    """A file whose bytes can be had as tensors. Tensors keep the mapping alive.
+    """A memory-mapped file whose bytes are accessible as tensors. Tensors keep the mapping alive.
 
     Args:
-        path: the file; it must not be written to while tensors lie on it (replacing it by another file is harmless).
+        path: the file; it must not be modified while tensors use it (replacing it by another file is harmless).
 
     Raises:
         OSError, ValueError: the file cannot be opened, or is empty.
@@ -37,7 +37,13 @@ class MappedFile:
         _MAPPED[self._bytes] = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """The tensor of `shape` that begins `offset` bytes into the file; no byte of it is read yet."""
+        """The tensor at an offset in the file; nothing is read yet.
+
+        Args:
+            offset: in bytes.
+            dtype: of the tensor.
+            shape: of the tensor.
+        """
         count = torch.Size(shape).numel()
         if not count:
             return torch.empty(tuple(shape), dtype=dtype)
@@ -48,9 +54,9 @@ class MappedFile:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Let the system drop the pages of a tensor that lies on a `MappedFile`; they are read again when next touched.
+    """Release the pages of a tensor on a `MappedFile`; they are read again on the next access.
 
-    Tensors that lie elsewhere are left alone, and so are all where the system has no `madvise`.
+    Does nothing for other tensors, and on systems without `madvise`.
     """
     if tensor.device.type != "cpu" or not hasattr(mmap.mmap, "madvise") or not tensor.numel():
         return
@@ -59,7 +65,7 @@ def release_pages(tensor: Tensor) -> None:
         if address <= start < address + len(mapping):
             elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             stop = min(start + elements * tensor.element_size(), address + len(mapping))
-            # Whole pages alone: a tensor shares its first and last page with its neighbours, which may be in use.
+            # Whole pages only: a tensor shares its first and last page with its neighbours, which may be in use.
             first = -(-(start - address) // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (stop - address) // mmap.PAGESIZE * mmap.PAGESIZE - first
             if length > 0:

@@ -31,19 +31,19 @@ __all__ = ["Option", "check_options", "config_from", "option", "options_of"]
 
 @dataclass(frozen=True)
 class Option:
-    """One setting of a program.
+    """The declaration of one setting.
 
     Attributes:
         name: snake_case, the same in every door.
         type: `int`, `float`, `str` or `bool`.
-        default: used when nothing is given; None means "decided at run time", and then None is accepted too.
-        help: one or two sentences, with the unit where there is one.
+        default: default value; None means "resolved at run time", and then None is accepted too.
+        help: one or two sentences, with the unit if there is one.
         min, max: inclusive bounds of a number.
         step: granularity offered by editors; values between steps are accepted.
-        choices: allowed values of a string, matched whatever their case.
+        choices: allowed values of a string, matched ignoring case.
         pattern: regular expression that values besides the choices must match; empty allows none.
-        group: heading under which the help lists it.
-        changes_numbers: whether it can change a number of what is computed.
+        group: heading in the help.
+        changes_numbers: whether it can affect computed numbers.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Option:
         if wanted is str and isinstance(value, str):
             return value
         if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            # Integers are asked first: one of 400 digits does not fit a float.
+            # Integers are checked first: one of 400 digits does not fit a float.
             if wanted is int and (isinstance(value, int) or value.is_integer()):
                 return int(value)
             if wanted is float and abs(value) <= sys.float_info.max:
@@ -110,7 +110,11 @@ def option(
     group: str = "",
     changes_numbers: bool = True,
 ) -> Any:
-    """A dataclass field that declares an `Option`: name, type and (of a `Literal`) choices are those of the field."""
+    """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field.
+
+    Args:
+        default, help, min, max, step, choices, pattern, group, changes_numbers: as the attributes of `Option`.
+    """
     details: dict[str, Any] = {"help": help, "min": min, "max": max, "step": step, "group": group}
     details |= {"choices": tuple(choices), "pattern": pattern, "changes_numbers": changes_numbers}
     return dataclasses.field(default=default, metadata={"option": details})

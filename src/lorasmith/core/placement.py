@@ -1,4 +1,4 @@
-"""Where a model runs, and in which number format, for a while: copies stand in for its tensors and are gone after."""
+"""Devices and number formats, and placing a model on them inside a context."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weig
 __all__ = [
     "best_device",
     "chosen_device",
-    "held",
     "memory_format_for",
+    "placed",
     "product_dtype",
     "reproducible",
     "sampling_dtype",
@@ -58,24 +58,24 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 
 def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """fp32 on CPUs, whose 16-bit products are slow or coarse; on GPUs the dtype that the weights are held in."""
+    """fp32 on CPUs, whose 16-bit products are slow or inaccurate; on GPUs the dtype of the weights."""
     return torch.float32 if device.type == "cpu" else next(module.parameters()).dtype
 
 
 def memory_format_for(module: nn.Module) -> torch.memory_format:
-    """Channels-last for models with 2-D convolutions larger than 1×1, which run faster so."""
+    """Channels-last for models with 2-D convolutions larger than 1×1, which is faster."""
     convolutional = any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in module.modules())
     return torch.channels_last if convolutional else torch.contiguous_format
 
 
 @contextlib.contextmanager
-def reproducible(wanted: bool) -> Iterator[None]:
-    """Only kernels that give the same bits each time, where `wanted`; torch's setting from before comes back."""
+def reproducible(enabled: bool) -> Iterator[None]:
+    """Inside the context, torch uses only deterministic kernels, if `enabled`; then its setting is restored."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if not wanted:
+    if not enabled:
         yield
         return
-    # cuBLAS has reproducible products with a workspace of fixed size only, and reads this when it is first used.
+    # cuBLAS is deterministic only with a workspace of fixed size, and reads this on first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
@@ -85,7 +85,7 @@ def reproducible(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(
+def placed(
     module: nn.Module,
     *,
     device: torch.device,
@@ -93,12 +93,17 @@ def held(
     without: Iterable[Tensor] = (),
     layout: torch.memory_format | None = None,
 ) -> Iterator[None]:
-    """Run `module` with its floating-point tensors in `dtype` on `device`.
+    """Inside the context, the floating-point tensors of `module` are on `device` in `dtype`; then they are restored.
 
-    Converted copies stand in for the tensors meanwhile; the originals are kept and put back, bit for bit. A model that
-    is already there is not copied. Weights that are packed stay so: their codes go to `device`, and are unpacked to
-    `dtype`. Tensors in `without` are left as they are. `layout` is of the kernels of convolutions; None is the one that
-    suits the module.
+    The tensors are replaced by converted copies, and the originals put back bit for bit. A model that is already there
+    is not copied. Packed weights stay packed: their codes are moved to `device`, and unpacked to `dtype`.
+
+    Args:
+        module: the model.
+        device: where it runs.
+        dtype: of its floating-point tensors.
+        without: tensors to leave unchanged.
+        layout: memory format of convolution kernels; None for that of `memory_format_for`.
     """
     others = {id(tensor) for tensor in without}
     layout = layout or memory_format_for(module)

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bytes: codes and scales, from which a weight is made again whenever it is used.
+"""Quantized frozen weights: codes and scales, from which a weight is unpacked whenever it is used.
 
     kind               codes                                    scale (fp32)                 bytes for each number
     int8               round(w / s), s = max |row| / 127        one for each output          1 + 4 / row
@@ -9,11 +9,11 @@
     nf4                nearest of 16 levels, two codes a byte   max |block| of 64 numbers    0.5 + 4 / 64
 
 NF4 is the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E) without the second
-quantization of its scales; codes lie as in bitsandbytes, the first of a pair in the upper half. A row is what belongs
-to one output of a Linear or convolution; blocks follow the weight as it lies in memory.
+quantization of its scales; codes are ordered as in bitsandbytes, the first of a pair in the upper half. A row is the
+weights of one output of a Linear or convolution; blocks are consecutive in the weight's memory.
 
-Checkpoints have weights in forms of their own (`families.files`), which are `Packed` too. A layer whose weight is
-packed has it, or whatever fetches it, under `WEIGHT_SOURCE`, and a `placeholder` for its parameter.
+Checkpoints with quantized weights of other formats (`families.files`) give `Packed` weights too. A layer whose weight
+is packed has it, or an object that fetches it, under `WEIGHT_SOURCE`, and a `placeholder` as its parameter.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as it is kept.
+    """A packed weight.
 
     Attributes:
-        tensors: what is kept of it, the codes first.
-        unpack: from those tensors, on whatever device, and `dtype` to the weight.
-        dtype: what it is unpacked to.
+        tensors: the codes, then scales and the like.
+        unpack: function from those tensors, on any device, and `dtype` to the weight.
+        dtype: of the unpacked weight.
         shape: of the weight.
     """
 
@@ -89,7 +89,7 @@ class Packed:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes."""
+        """Size of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property
@@ -98,23 +98,29 @@ class Packed:
         return self.tensors[0].dtype
 
     def fetch(self) -> Packed:
-        """Itself: it is there already."""
+        """The weight itself, which is on its device."""
         return self
 
     def weight(self) -> Tensor:
-        """The weight, made anew."""
+        """The unpacked weight, a new tensor."""
         return self.unpack(*self.tensors, dtype=self.dtype)
 
     def to(
         self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
     ) -> Packed:
-        """On `device`, to be unpacked to `dtype`; codes of a convolution's shape lie in `memory_format`."""
+        """The packed weight on `device`, unpacking to `dtype`.
+
+        Args:
+            device: of the tensors.
+            dtype: of the unpacked weight.
+            memory_format: of codes in the shape of a convolution's weight.
+        """
         formats = (memory_format if tensor.ndim == 4 else torch.preserve_format for tensor in self.tensors)
         moved = (one.to(device, memory_format=wanted) for one, wanted in zip(self.tensors, formats, strict=True))
         return replace(self, tensors=tuple(moved), dtype=dtype)
 
     def of_rows(self, choose: Callable[[Tensor], Tensor]) -> Packed | Tensor:
-        """What `choose` makes of the weight's rows, packed as before where each of them has codes of its own."""
+        """`choose` applied to the weight's rows: packed if each row has its own codes, otherwise unpacked."""
         if any(len(tensor) not in (1, self.shape[0]) for tensor in self.tensors):
             return choose(self.weight())
         chosen = tuple(choose(tensor) if len(tensor) == self.shape[0] else tensor for tensor in self.tensors)
@@ -122,12 +128,12 @@ class Packed:
 
 
 def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
-    """What `choose` makes of the rows of a tensor, packed where it can be; see `Packed.of_rows`."""
+    """`choose` applied to the rows of a tensor; see `Packed.of_rows`."""
     return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
 
 
 class WeightSource(Protocol):
-    """Where a layer's packed weight is."""
+    """Access to a layer's packed weight."""
 
     @property
     def code(self) -> torch.dtype:
@@ -138,18 +144,28 @@ class WeightSource(Protocol):
 
 
 def weight_source(module: nn.Module) -> WeightSource | None:
-    """What a layer's weight is made from; None where it is in the parameter."""
+    """The source of a layer's packed weight; None if the parameter is the weight."""
     source: WeightSource | None = module.__dict__.get(WEIGHT_SOURCE)
     return source
 
 
 def placeholder(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What stands for a weight that is packed: a single NaN, which shows wherever something reads it for the weight."""
+    """An expanded NaN in place of a packed weight, which shows wherever the parameter is read by mistake.
+
+    Args:
+        shape, device, dtype: of the weight.
+    """
     return torch.full((), torch.nan, device=device, dtype=dtype).expand(shape)
 
 
 def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
-    """A weight (out, ...) as `kind` of `PACKINGS` keeps it; it unpacks to `dtype` and to the same memory format."""
+    """Pack a weight.
+
+    Args:
+        weight: (out, ...); the unpacked weight has the same memory format.
+        kind: name in `PACKINGS`.
+        dtype: of the unpacked weight.
+    """
     return PACKINGS[kind](weight.detach(), dtype)
 
 
@@ -168,12 +184,18 @@ def _scaled_fp8(weight: Tensor, dtype: torch.dtype, *, code: torch.dtype, by_row
 
 
 def scaled_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Packed:
-    """The weight `codes · scale`, for codes (out, ...) and a scale (out, 1, ...) or (1, 1, ...) in fp32."""
+    """The packed weight `codes · scale`.
+
+    Args:
+        codes: (out, ...).
+        scale: (out, 1, ...) or (1, 1, ...), fp32.
+        dtype: of the unpacked weight.
+    """
     return Packed((codes, scale), _from_scaled, dtype, codes.shape)
 
 
 def _scaled(weight: Tensor, largest: float, *, by_row: bool = True) -> tuple[Tensor, Tensor]:
-    """Numbers scaled so that the largest of a row, or of all, becomes ±`largest`, and the scales; a new tensor."""
+    """The weight scaled so that the maximum of each row, or of all, is ±`largest` (a new tensor), and the scales."""
     full = weight.float()
     scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # of a row of zeros
@@ -209,7 +231,7 @@ def _from_levels(codes: Tensor, scale: Tensor, *, shape: torch.Size, order: list
 
 @functools.cache
 def _level_pairs(device: torch.device) -> Tensor:
-    """The two levels that a byte stands for, (256, 2) fp32."""
+    """The two levels of each byte, (256, 2) fp32."""
     levels = torch.tensor(NF4_LEVELS, device=device)
     return torch.cartesian_prod(levels, levels)
 
@@ -223,4 +245,4 @@ PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "int8": _scaled_int8,
     "nf4": _normal_float,
 }
-"""How a weight can be kept, by the name that the setting has for it."""
+"""Packing functions by name of the setting `quantization`."""

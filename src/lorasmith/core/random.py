@@ -1,7 +1,7 @@
-"""Keyed random numbers: every value is a function of (seed, purpose, index), never of what was drawn before.
+"""Keyed random numbers: every value is a function of (seed, purpose, index), independent of earlier draws.
 
-So a run on a CPU and one on a GPU see the same noise, batch 4 the same as four accumulated batches of 1, two processes
-the same as one, and a resumed run the same as one that never stopped.
+Noise is therefore the same on a CPU and a GPU, for batch 4 and four accumulated batches of 1, for any number of
+processes, and in a resumed run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def keyed_generator(seed: int, purpose: str, index: int | str = 0) -> torch.Gene
 
     Args:
         seed: the run's seed, any integer in [0, 2^64).
-        purpose: what the numbers are for ("noise", "timestep", "order", "init", ...): streams never overlap.
+        purpose: name of the stream ("noise", "timestep", "order", "init", ...); streams are independent.
         index: the global draw index, or a module path.
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
@@ -28,16 +28,30 @@ def keyed_generator(seed: int, purpose: str, index: int | str = 0) -> torch.Gene
 
 
 def keyed_normal(shape: tuple[int, ...], seed: int, purpose: str, index: int | str = 0) -> Tensor:
-    """Standard normal fp32 values of `shape` on the CPU."""
+    """Standard normal fp32 values on the CPU.
+
+    Args:
+        shape: of the tensor.
+        seed, purpose, index: as for `keyed_generator`.
+    """
     return torch.randn(shape, generator=keyed_generator(seed, purpose, index))
 
 
 def keyed_uniform(seed: int, purpose: str, index: int | str = 0) -> float:
-    """One value in [0, 1)."""
+    """One value in [0, 1).
+
+    Args:
+        seed, purpose, index: as for `keyed_generator`.
+    """
     return torch.rand((), generator=keyed_generator(seed, purpose, index), dtype=torch.float64).item()
 
 
 def keyed_permutation(n: int, seed: int, purpose: str, index: int | str = 0) -> list[int]:
-    """A permutation of range(n)."""
+    """A permutation of range(n).
+
+    Args:
+        n: number of elements.
+        seed, purpose, index: as for `keyed_generator`.
+    """
     order: list[int] = torch.randperm(n, generator=keyed_generator(seed, purpose, index)).tolist()
     return order

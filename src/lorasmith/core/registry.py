@@ -1,4 +1,4 @@
-"""Name → thing, with hints for near misses. Adapters, layouts, families, samplers and nodes are all found this way."""
+"""Registries by name with suggestions for misspelt names, for adapters, layouts, families, samplers and nodes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string when none is close."""
+    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string if none is close."""
     folded = {candidate.casefold(): candidate for candidate in known}
     match = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f" (did you mean {folded[match[0]]!r}?)" if match else ""
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name. Names are matched whatever their case; aliases resolve to the registered name.
+    """Objects of one kind by name, ignoring case; aliases resolve to the registered name.
 
     Args:
-        kind: what the things are, in the singular, as error messages call them.
+        kind: singular noun for error messages.
         error: exception raised for unknown names.
     """
 
@@ -35,7 +35,7 @@ class Registry(Generic[T]):
         self._canonical: dict[str, str] = {}
 
     def register(self, name: str, *aliases: str) -> Callable[[T], T]:
-        """Decorator that files the decorated thing under `name` and every alias. Names are taken once."""
+        """Decorator that registers an object under `name` and every alias. Each name can be registered once."""
 
         def add(thing: T) -> T:
             for key in (name, *aliases):
@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         return add
 
     def canonical(self, name: str) -> str:
-        """The registered spelling of `name` (any case, or an alias). Raises the registry's error when unknown."""
+        """The registered spelling of `name` (any case, or an alias). Raises the registry's error if unknown."""
         try:
             return self._canonical[name.casefold()]
         except KeyError:
@@ -69,5 +69,5 @@ class Registry(Generic[T]):
         return len(self._things)
 
     def items(self) -> Iterable[tuple[str, T]]:
-        """Registered names and things, in order of registration."""
+        """Registered names and objects, in order of registration."""
         return self._things.items()

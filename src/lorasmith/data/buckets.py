@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: the size that a picture is trained at.
+"""Aspect-ratio buckets: the sizes at which pictures are trained.
 
-A bucket has about as many pixels as a square of the training resolution, so that every sample costs about the same,
-and a shape near the picture's own, so that little is cropped away.
+A bucket has about as many pixels as a square of the training resolution, so that all samples cost about the same, and
+nearly the aspect ratio of the picture, so that little is cropped.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ __all__ = ["bucket_size"]
 
 
 def bucket_size(width: int, height: int, *, resolution: int, multiple: int, upscale: bool = True) -> tuple[int, int]:
-    """Width and height to train a picture of `width` × `height` px at.
+    """Width and height of the bucket for a picture of `width` × `height` px.
 
     Both are multiples of `multiple`. Their product is at most that of the square bucket (`resolution` rounded down to a
-    multiple) and more than half of it. Among the buckets the one whose crop loses least of the picture is taken: the
-    one with the smallest |log(a/b)| of the two aspects, as scaling to cover keeps min(a/b, b/a) of the picture's area.
+    multiple) and more than half of it. Of all such buckets it is the one that crops least: the one with the smallest
+    |log(a/b)| of the two aspects, as scaling to cover keeps min(a/b, b/a) of the picture's area.
 
     Args:
         width, height: of the picture, at least 1.
         resolution: edge of the square bucket in pixels.
-        multiple: what both edges must divide by; the family's `pixel_multiple` or a multiple of it.
-        upscale: False takes only buckets that fit inside the picture, so that it is never enlarged; where there is
-            none, the bucket is the picture's own size rounded down. An edge below `multiple` is enlarged all the same.
+        multiple: both edges are multiples of it; the family's `pixel_multiple` or a multiple of that.
+        upscale: False allows only buckets that fit inside the picture, so that it is not enlarged; if there is none,
+            the bucket is the picture's own size rounded down. An edge below `multiple` is enlarged nevertheless.
 
     Raises:
         DataError: the resolution is below `multiple`.
@@ -35,7 +35,7 @@ def bucket_size(width: int, height: int, *, resolution: int, multiple: int, upsc
         raise DataError(f"resolution must be at least {multiple} for this model, got {resolution}; raise it")
     if height > width:
         return bucket_size(height, width, resolution=resolution, multiple=multiple, upscale=upscale)[::-1]
-    # Counted in multiples from here on. A wide bucket of so many columns has as many rows as fit in the area.
+    # In units of `multiple` from here on. A wide bucket has as many rows as fit in the area.
     edge = resolution // multiple
     area = edge**2
     candidates = range(edge, area + 1)
@@ -49,7 +49,7 @@ def bucket_size(width: int, height: int, *, resolution: int, multiple: int, upsc
 
 
 def _nearest_aspect(candidates: range, area: int, aspect: float) -> int:
-    """The number of columns whose bucket comes nearest to `aspect`; aspects rise with the columns."""
+    """The number of columns whose bucket is nearest to `aspect`; aspects increase with the columns."""
     at = bisect_left(candidates, aspect, key=lambda columns: columns / (area // columns))
     return min(
         candidates[max(at - 1, 0) : at + 1],

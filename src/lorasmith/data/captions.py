@@ -1,4 +1,4 @@
-"""Captions: the text beside an image, and the trigger."""
+"""Caption files and the trigger."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lorasmith.core.errors import DataError
 __all__ = ["CAPTION_SUFFIXES", "Caption", "read_caption", "with_trigger"]
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""Endings of caption files, the preferred one first."""
+"""Suffixes of caption files, the preferred one first."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption file says.
+    """The content of a caption file.
 
     Attributes:
         text: on one line, each run of white space a single blank; may be empty.
         path: the file.
-        note: something a person should know about the file, in one sentence, or None.
+        note: a remark on the file for the user, one sentence, or None.
     """
 
     text: str
@@ -31,13 +31,13 @@ class Caption:
 
 
 def read_caption(image: Path) -> Caption | None:
-    """Caption of an image file from the file of the same name ending in `.txt` or `.caption`, None without one.
+    """Caption of an image from the file of the same name ending in `.txt` or `.caption`; None without one.
 
     Text is UTF-8, with or without byte order mark, or UTF-16 with one. Anything else is read as latin-1, which always
-    succeeds but may be wrong: `note` says so.
+    succeeds but may be wrong, with a `note`.
 
     Raises:
-        DataError: the file is there and cannot be read.
+        DataError: the file exists but cannot be read.
     """
     path = next((path for suffix in CAPTION_SUFFIXES if (path := image.with_suffix(suffix)).is_file()), None)
     if path is None:
@@ -51,7 +51,7 @@ def read_caption(image: Path) -> Caption | None:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """`caption` with `trigger` in front unless it is there already, as whole words and in any case.
+    """`caption` with `trigger` in front, unless it contains it (as whole words, ignoring case).
 
     >>> with_trigger("on a beach", "sks dog"), with_trigger("a SKS dog", "sks dog"), with_trigger("", "sks dog")
     ('sks dog, on a beach', 'a SKS dog', 'sks dog')
@@ -63,7 +63,7 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 
 def _decoded(content: bytes) -> tuple[str, str | None]:
-    """Text of a caption file, and what there is to say about how it was decoded."""
+    """Text of a caption file, and a remark if the encoding was not recognised."""
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return content.decode("utf-16"), None

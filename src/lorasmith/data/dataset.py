@@ -1,6 +1,6 @@
-"""Encoded samples: what training draws from, and the way from a folder to them.
+"""Encoded samples, and encoding of a folder.
 
-Works on plain functions for image and text, so it needs no model object; families and nodes supply them.
+Encoding takes functions for image and text instead of a model; families and nodes supply them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ class Sample:
     """One image, encoded.
 
     Attributes:
-        latents: fp32 (channels, [frames,] height, width) on the CPU, as the denoiser sees them (`LatentFormat.to_model`
-            applied).
-        conditioning: what the denoiser is told about it, batch of 1.
-        name: what messages call it, usually the file name.
-        digest: of what latents and conditioning were made from, where that is known. They themselves have other last
-            bits on another device.
+        latents: fp32 (channels, [frames,] height, width) on the CPU, scaled for the denoiser (`LatentFormat.to_model`).
+        conditioning: input of the denoiser, batch of 1.
+        name: for messages, usually the file name.
+        digest: hash of the inputs from which latents and conditioning were made, if known; their own last bits depend
+            on the device.
     """
 
     latents: Tensor
@@ -43,18 +42,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """The samples of a run. A sample that repeats within an epoch stands in here as often as it repeats.
+    """The samples of a run, in which a sample with repeats occurs repeatedly.
 
     Raises:
-        DataError: there are no samples; latents that are not (channels, [frames,] height, width), of different channel
-            counts, or not finite.
+        DataError: there are no samples, or latents are not (channels, [frames,] height, width), differ in channels, or
+            are not finite.
     """
 
     samples: tuple[Sample, ...]
 
     def __post_init__(self) -> None:
         if not self.samples:
-            raise DataError("a dataset needs at least one sample, got none; give it some images")
+            raise DataError("a dataset needs at least one sample, got none; add some images")
         first = self.samples[0]
         for sample in self.samples:
             _check_latents(sample, like=first.latents)
@@ -74,20 +73,20 @@ def encode_folder(
     sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> EncodedDataset:
-    """Encode the images of a folder, one at a time; each caption is encoded once however many images carry it.
+    """Encode the images of a folder, one at a time; each distinct caption is encoded once.
 
-    Captions come first, so that text encoders are done with before the images begin.
+    Captions come first, so that text encoders can be released before images are encoded.
 
     Args:
-        scan: the folder, looked through.
-        encode_image: pixels (1, 3, H, W) in [−1, 1] → latents (1, C, h, w) as the denoiser sees them.
+        scan: the scanned folder.
+        encode_image: pixels (1, 3, H, W) in [−1, 1] → latents (1, C, h, w), scaled for the denoiser.
         encode_text: caption → conditioning, batch of 1.
         resolution, multiple, upscale: of the buckets, see `bucket_size`.
-        sized: the conditioning of one picture from its caption's and its sizes.
-        progress: called after each image with the number done, the number in all and the image's name.
+        sized: adds a picture's sizes to the conditioning of its caption.
+        progress: called after each image with (images done, total, name of the image).
 
     Raises:
-        ImageError: an image cannot be read any more.
+        ImageError: an image can no longer be read.
         DataError: the resolution is below `multiple`; an image's latents are not finite.
     """
     with torch.no_grad():
@@ -106,7 +105,7 @@ def encode_folder(
 
 
 def _pixels(image: ImageFile, *, resolution: int, multiple: int, upscale: bool) -> tuple[Tensor, PictureSize]:
-    """The image at its bucket's size, (1, 3, height, width) in [−1, 1], and how it got there."""
+    """The image at its bucket's size, (1, 3, height, width) in [−1, 1], with its original size and crop."""
     width, height = bucket_size(image.width, image.height, resolution=resolution, multiple=multiple, upscale=upscale)
     left, top = crop_offsets(image.width, image.height, width, height)
     size = PictureSize(original=(image.height, image.width), crop=(top, left), target=(height, width))
@@ -114,7 +113,7 @@ def _pixels(image: ImageFile, *, resolution: int, multiple: int, upscale: bool) 
 
 
 def _digest(image: ImageFile, pixels: Tensor) -> str:
-    """SHA-256 of an image's file, its caption and the size that it is trained at."""
+    """SHA-256 of an image's file, its caption and its size in training."""
     content = hashlib.sha256(json.dumps([image.caption, list(pixels.shape)]).encode())
     content.update(image.path.read_bytes())
     return content.hexdigest()

@@ -1,4 +1,4 @@
-"""A folder of images, encoded by a model: what `train` takes."""
+"""Encoding a folder of images with a model, for `train`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def load_dataset(
 
     Args:
         folder: the folder.
-        model: whose autoencoder and text encoder to use.
-        trigger: put in front of captions that lack it, and alone where there is no caption.
+        model: its autoencoder and text encoders are used.
+        trigger: put in front of captions that lack it; replaces missing captions.
         resolution: side in pixels of the square whose area pictures are scaled to; the model's own if None.
         device: where to encode; the first GPU, or the CPU, if None.
-        progress: called after each image with the number done, the number in all and the image's name.
+        progress: called after each image with (images done, total, name of the image).
 
     Raises:
         DataError: the folder or its images cannot be used.
-        OptionError: there is no such device here.
+        OptionError: there is no such device.
     """
     place, scan = chosen_device(device), scan_folder(Path(folder), trigger=trigger)
     return encode_scan(scan, model, resolution=resolution, device=place, progress=progress)
@@ -51,13 +51,22 @@ def encode_scan(
     device: torch.device | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> EncodedDataset:
-    """Encode a folder that was looked through before; see `load_dataset`."""
+    """Encode a scanned folder.
+
+    Args:
+        scan: from `scan_folder`.
+        model, resolution, device, progress: as for `load_dataset`.
+    """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
-    with encoder.active(device), autoencoder.active(device):
+    with encoder.active(device):  # left before the images, as the encoders of large models fill the memory
+        captions = {
+            caption: encoder.encode(caption) for caption in dict.fromkeys(image.caption for image in scan.images)
+        }
+    with autoencoder.active(device):
         return encode_folder(
             scan,
             encode_image=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
-            encode_text=encoder.encode,
+            encode_text=captions.__getitem__,
             sized=model.family.sized,
             resolution=resolution or model.defaults.resolution,
             multiple=model.defaults.pixel_multiple,

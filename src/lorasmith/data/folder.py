@@ -1,10 +1,10 @@
-"""A folder of images and captions: what can be trained on, what is skipped and why.
+"""Scanning a folder of images and captions: usable images, and skipped files with the reason.
 
     photos/
       1.jpg, 1.txt        an image and its caption
-      2.png               an image without: the trigger is its caption
-      10_sks dog/         kohya's convention: images in here count ten times in an epoch; the rest of the name is their
-                          caption where there is neither a caption file nor a trigger
+      2.png               an image without caption file: the trigger is its caption
+      10_sks dog/         kohya's convention: images in here occur ten times per epoch; the rest of the name is their
+                          caption if there is neither a caption file nor a trigger
 
 Hidden files and folders are ignored, and so is everything that is not an image; other folders are listed as skipped.
 """
@@ -24,10 +24,10 @@ from lorasmith.data.image_files import ImageError, image_size, image_suffixes
 __all__ = ["MAX_ASPECT", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
 
 MIN_EDGE = 16
-"""Pixels that the shorter edge of an image must have at least."""
+"""Minimum of an image's shorter edge in pixels."""
 
 MAX_ASPECT = 8
-"""How many times as long as the shorter edge the longer one may be: past that, a crop or a bucket keeps too little."""
+"""Maximum ratio of an image's longer to its shorter edge, beyond which a crop or bucket keeps too little."""
 
 CaptionSource = Literal["file", "trigger", "folder", "none"]
 
@@ -39,9 +39,9 @@ class ImageFile:
     Attributes:
         path: the file.
         width, height: of the upright picture, in pixels.
-        caption: ready for the text encoder, trigger included; may be empty.
-        caption_source: where it came from, the trigger's part aside.
-        repeats: how often the image counts in an epoch.
+        caption: for the text encoder, trigger included; may be empty.
+        caption_source: origin of the caption, the trigger aside.
+        repeats: number of its occurrences in an epoch.
     """
 
     path: Path
@@ -54,13 +54,13 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class FolderScan:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
         images: usable images in natural order (`2.png` before `10.png`), those of subfolders last.
-        skipped: what is not used, with the reason and the remedy.
+        skipped: unused files and folders, with reason and remedy.
         missing_captions: usable images without a caption file, or with an empty one.
-        notes: other things to tell the person whose folder it is.
+        notes: other remarks for the user, one sentence each.
     """
 
     images: tuple[ImageFile, ...]
@@ -70,11 +70,11 @@ class FolderScan:
 
 
 def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
-    """Look through a folder; every image file is read once to prove it whole, none is kept in memory.
+    """Scan a folder; every image file is read once to check it, none is kept in memory.
 
     Args:
         path: the folder.
-        trigger: put in front of captions that lack it, and alone where there is no caption.
+        trigger: put in front of captions that lack it; replaces missing captions.
 
     Raises:
         DataError: the folder is missing, is a file, cannot be read, or holds no usable image; a caption file cannot be
@@ -112,7 +112,7 @@ class _Found:
 
 
 def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
-    """Image files of a folder and of its `<repeats>_<name>` subfolders; fills `skipped` with what is left aside."""
+    """Image files of a folder and of its `<repeats>_<name>` subfolders; appends other entries to `skipped`."""
     subfolders = []
     for entry in _entries(folder):
         if entry.is_dir():
@@ -130,13 +130,13 @@ def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a folder holds except hidden things, in natural order."""
+    """Entries of a folder except hidden ones, in natural order."""
     try:
         return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_natural)
     except FileNotFoundError:
         raise DataError(f"image folder {folder} does not exist; check the path") from None
     except NotADirectoryError:
-        raise DataError(f"{folder} is a file where a folder of images is needed; give the folder it is in") from None
+        raise DataError(f"images must be in a folder, but {folder} is a file; use the folder it is in") from None
     except OSError as error:
         raise DataError(f"image folder {folder} cannot be read ({error.strerror}); check its permissions") from error
 
@@ -150,7 +150,7 @@ def _is_image(entry: Path, skipped: list[tuple[Path, str]]) -> bool:
     return False
 
 
-# Pictures that somebody may expect to be trained on; other files (captions, notes, ...) are passed over in silence.
+# Picture formats that are reported as skipped; other files (captions, notes, ...) are ignored.
 # fmt: off
 _FOREIGN_SUFFIXES = frozenset((
     ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr",
@@ -163,7 +163,7 @@ _FOREIGN_SUFFIXES = frozenset((
 def _usable_size(path: Path) -> tuple[int, int]:
     width, height = image_size(path)
     if min(width, height) < MIN_EDGE:
-        raise ImageError(path, f"is {width}×{height} px and needs {MIN_EDGE} px at its shorter edge; use a larger one")
+        raise ImageError(path, f"is {width}×{height} px, but its shorter edge must be {MIN_EDGE} px; use a larger one")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(path, f"is {width}×{height} px, longer than {MAX_ASPECT}:1; crop it or cut it into pieces")
     return width, height
@@ -187,7 +187,7 @@ def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:
 
 
 def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
-    """Sort key that reads digits as numbers; the plain name settles ties such as `1.png` and `01.png`."""
+    """Sort key with digits as numbers; the plain name breaks ties such as `1.png` and `01.png`."""
     pieces = re.split(r"([0-9]+)", path.name.casefold())
     return [
         (not piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces if piece

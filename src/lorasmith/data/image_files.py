@@ -1,4 +1,4 @@
-"""Image files to upright RGB pictures, and pictures to tensors. Pillow's ways of failing end here."""
+"""Reading image files as upright RGB pictures, and pictures as tensors. Pillow's errors become `ImageError`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ImageError(DataError):
 
     Attributes:
         path: the file.
-        reason: the sentence without its subject, for lists that name the file themselves.
+        reason: the sentence without the file name, for lists.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -43,18 +43,18 @@ class ImageError(DataError):
 
 
 def image_suffixes() -> frozenset[str]:
-    """File name endings that `open_image` reads, in lower case with their dot."""
+    """File suffixes that `open_image` reads, in lower case with their dot."""
     return frozenset(suffix for name in _readable_formats() for suffix in _FORMATS[name])
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in a file: upright as its EXIF data says, on white where it is transparent, 8-bit RGB.
+    """The picture in a file: rotated as in its EXIF data, transparency on white, 8-bit RGB.
 
-    Of an animation, the first frame. 16-bit, 32-bit and floating-point greys are scaled to 8 bits. The format is told
-    from the content, not from the file's name.
+    Of an animation, the first frame. 16-bit, 32-bit and floating-point greys are scaled to 8 bits. The format is
+    recognised by the content, not by the file's name.
 
     Raises:
-        ImageError: the file is missing, empty, damaged, no image, a single pixel, or too large to be unpacked.
+        ImageError: the file is missing, empty, damaged, not an image, a single pixel, or too large.
     """
     with _opened(path) as image:
         image.load()
@@ -65,8 +65,8 @@ def open_image(path: Path) -> Image.Image:
 def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
     """The frames of a file (one, unless it is animated), upright, as RGB and alpha (mode L, None where opaque).
 
-    The colours are those under the transparency, for programs that treat both apart. Frames of another size than the
-    first are left out.
+    Colours are those under the transparency, for separate use of both. Frames of another size than the first are
+    skipped.
 
     Raises:
         ImageError: as `open_image`.
@@ -83,9 +83,9 @@ def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright picture, once the whole file has proved readable.
+    """Width and height of the upright picture, after reading the whole file.
 
-    JPEG files are unpacked at an eighth of their size, which still reads every byte and is much faster.
+    JPEG files are decoded at an eighth of their size, which still reads every byte and is much faster.
 
     Raises:
         ImageError: as `open_image`.
@@ -95,27 +95,35 @@ def image_size(path: Path) -> tuple[int, int]:
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
         image.load()
-        # Asked after loading: for TIFF, Pillow has turned size and pixels itself by then, and dropped the entry.
+        # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """`image` scaled (Lanczos, antialiased) to cover width × height, cropped to it around the centre.
+    """`image` scaled (Lanczos, antialiased) to cover width × height, and cropped to it around the centre.
 
-    One resampling of the part that stays: nothing outside the crop is computed, and the centre is exact to a fraction
-    of a pixel.
+    Only the part inside the crop is resampled, and the centre is exact to a fraction of a pixel.
+
+    Args:
+        image: the picture.
+        width, height: of the result in pixels.
     """
     return image.resize((width, height), Image.Resampling.LANCZOS, box=_kept(image.width, image.height, width, height))
 
 
 def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int]:
-    """Pixels that `resize_and_crop` cuts off on the left and at the top of a picture, counted after scaling."""
+    """Pixels that `resize_and_crop` crops on the left and at the top, after scaling.
+
+    Args:
+        width, height: of the picture.
+        to_width, to_height: of the result.
+    """
     left, top, right, bottom = _kept(width, height, to_width, to_height)
     return round(left * to_width / (right - left)), round(top * to_height / (bottom - top))
 
 
 def _kept(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that stays when it is scaled to cover a size: left, top, right and bottom."""
+    """The part of a picture that `resize_and_crop` keeps: left, top, right and bottom."""
     kept_width = min(width, height * to_width / to_height)
     kept_height = min(height, width * to_height / to_width)
     left, top = (width - kept_width) / 2, (height - kept_height) / 2
@@ -135,7 +143,7 @@ _FORMATS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
-    # Known to newer versions of Pillow, and to Pillow with a plug-in that somebody registered.
+    # Supported by newer versions of Pillow, or with a registered plug-in.
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"),
 }
@@ -151,8 +159,7 @@ _TURNS = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 
-# What Pillow's readers raise when a file is damaged or of a kind they do not convert: errors of their own, errors of
-# the decoders below them, and slips of their parsers.
+# Exceptions of Pillow's readers for damaged files or unsupported modes: their own, those of decoders, and of parsers.
 _DAMAGE = (OSError, SyntaxError, RuntimeError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
@@ -163,9 +170,9 @@ def _readable_formats() -> list[str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file as a lazy Pillow image; whatever goes wrong with it inside the block becomes an ImageError."""
+    """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
-        # Pillow warns of oddities in metadata, which training does not read, and of sizes well below its hard limit.
+        # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_readable_formats()) as image:
             if image.size == (1, 1):
                 raise ImageError(path, "is a single pixel; replace it by a picture or remove it")
@@ -173,7 +180,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise ImageError(path, "does not exist; check the name") from None
     except PermissionError:
-        raise ImageError(path, "may not be read; check the file's permissions") from None
+        raise ImageError(path, "cannot be read; check the file's permissions") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ImageError(path, f"has more than {limit} million pixels; scale it down first") from None
@@ -187,7 +194,7 @@ def _no_image(path: Path) -> str:
     if path.stat().st_size == 0:
         return "is empty; get a good copy or remove it"
     known = ", ".join(_readable_formats())
-    return f"is not an image, whatever its name says: its content is none of {known}; replace or remove it"
+    return f"is not an image in spite of its name: its content is none of {known}; replace or remove it"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -195,7 +202,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _DAMAGE:
-        # A damaged EXIF block says nothing about the pixels, which are fine.
+        # A damaged EXIF block does not affect the pixels.
         return 1
 
 
@@ -205,7 +212,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture itself, or, of the modes that hold wider greys, a version scaled to mode L."""
+    """The picture, scaled to mode L if its mode has more than 8 bits per pixel of grey."""
     if image.mode.startswith("I;16"):
         return _scaled_grey(image, white_levels=(0xFFFF,))
     if image.mode == "I":
@@ -216,7 +223,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scaled_grey(image: Image.Image, *, white_levels: tuple[int, ...]) -> Image.Image:
-    """Wide greys as mode L. Files do not say which value is white: the first level that no pixel exceeds is taken."""
+    """Greys of more than 8 bits as mode L. Files do not record white: it is the first level that no pixel exceeds."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0).clip(min=0)
     brightest = values.max()
     white = next((level for level in white_levels if brightest <= level), brightest)

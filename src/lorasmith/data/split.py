@@ -1,8 +1,8 @@
-"""Which images are held out of training, so that a run can be judged on pictures that it has not seen.
+"""Selection of held-out images for validation.
 
-An image is known by its name: repeats and mirrored copies of it, and files of one name in several subfolders, are held
-out together. Which ones is a function of the names alone, not of the run's seed, so that two runs on the same folder
-are judged on the same images; and an image more or less moves at most one or two others.
+An image is identified by its name: repeats, mirrored copies, and files of one name in several subfolders are held out
+together. The selection is a function of the names, not of the run's seed, so that two runs on the same folder have the
+same held-out images; adding or removing an image changes at most one or two others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 __all__ = ["AUTOMATIC_FROM", "Split", "split"]
 
 AUTOMATIC_FROM = 12
-"""Distinct images from which a tenth is held out when nothing is said: below, each one is worth more in training."""
+"""Number of distinct images from which a tenth is held out by default; with fewer, each matters more in training."""
 
 _AUTOMATIC_SHARE = 0.1
-_NAMED = 8  # how many names a sentence lists
+_NAMED = 8  # maximum number of names in a sentence
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Split:
     """A dataset in two parts.
 
     Attributes:
-        training: what is trained on.
-        held_out: what is not, None if that is nothing.
-        note: what was decided and what follows from it, in a sentence.
+        training: the training samples.
+        held_out: the held-out samples, None if there are none.
+        note: a remark for the user, in a sentence.
     """
 
     training: EncodedDataset
@@ -39,16 +39,16 @@ class Split:
 
 
 def split(dataset: EncodedDataset, *, share: float | None = None, given: EncodedDataset | None = None) -> Split:
-    """Hold images out of a dataset, or take the ones that are given for it.
+    """Hold images out of a dataset, or use separate ones.
 
     Args:
         dataset: all samples.
-        share: of the distinct images, in [0, 1); rounded up, but never all of them. 0 holds nothing out; None is a
-            tenth from `AUTOMATIC_FROM` images on and nothing below.
-        given: images to judge by instead; nothing is then taken from `dataset`.
+        share: of the distinct images, in [0, 1); rounded up, but never all of them. 0 for none; None for a tenth from
+            `AUTOMATIC_FROM` images on and none below.
+        given: separate held-out images; nothing is then taken from `dataset`.
 
     Raises:
-        DataError: there is only one image to hold a share out of; the given images' latents have another channel count.
+        DataError: there is only one image to hold a share out of, or the given images' latents have other channels.
     """
     if given is not None:
         return _given(dataset, given)
@@ -59,21 +59,21 @@ def split(dataset: EncodedDataset, *, share: float | None = None, given: Encoded
             return Split(
                 dataset,
                 None,
-                f"overfitting cannot be judged: nothing is held out of fewer than {AUTOMATIC_FROM} images unless "
-                f"asked for, and there {'is' if len(names) == 1 else 'are'} {len(names)}",
+                f"overfitting cannot be judged: with fewer than {AUTOMATIC_FROM} images (here {len(names)}) none are "
+                "held out unless validation_share is set",
             )
     if not share:
         return Split(dataset, None, "overfitting cannot be judged: nothing is held out")
     if len(names) < 2:
-        raise DataError("holding out a share needs at least two images, got one; add images or hold out nothing")
-    count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)  # a tenth of 30 is 3 in spite of rounding
+        raise DataError("holding out a share needs at least two images, got one; add images or set validation_share 0")
+    count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)  # a tenth of 30 is 3 despite rounding
     chosen = set(sorted(names, key=_place)[:count])
     held_out = [sample for sample in dataset.samples if sample.name in chosen]
     rest = [sample for sample in dataset.samples if sample.name not in chosen]
     return Split(
         EncodedDataset(tuple(rest)),
         EncodedDataset(tuple(held_out)),
-        f"{count} of {len(names)} images {'is' if count == 1 else 'are'} held out of training to judge it by: "
+        f"{count} of {len(names)} images {'is' if count == 1 else 'are'} held out of training for validation: "
         + _listed([name for name in names if name in chosen]),
     )
 
@@ -88,7 +88,7 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
     trained = {_content(sample) for sample in dataset.samples}
     seen = list(dict.fromkeys(sample.name for sample in given.samples if _content(sample) in trained))
     count = len({sample.name for sample in given.samples})
-    note = f"training is judged by {count} image{'s' if count > 1 else ''} given for it"
+    note = f"validation uses {count} separate image{'s' if count > 1 else ''}"
     if seen:
         note += (
             f", but {len(seen)} of them {'is' if len(seen) == 1 else 'are'} trained on too and cannot show "
@@ -98,7 +98,7 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
 
 
 def _place(name: str) -> bytes:
-    """Where an image stands in the queue of those to be held out: anywhere, but always at the same place."""
+    """Pseudorandom sort key of an image for holding out, a function of its name."""
     return hashlib.blake2b(f"held out/{name}".encode(), digest_size=8).digest()
 
 

@@ -1,1 +1,1 @@
-"""The maths of noising: schedules, parameterizations, timestep distributions, losses."""
+"""Diffusion: noise schedules, parameterizations, timestep distributions, losses."""

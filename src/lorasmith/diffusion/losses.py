@@ -36,16 +36,16 @@ def diffusion_loss(
 ) -> Tensor:
     """Loss of each sample, shape (batch,), without the weight of its noise level (`weightings`).
 
-    With MSE the `x0` objective equals the native one times sigma²/alpha² (epsilon), sigma² (v and flow): it weighs the
-    noisy end up by the noise-to-signal ratio.
+    With MSE the `x0` objective equals the native one times sigma²/alpha² (epsilon) or sigma² (v and flow): it increases
+    the weight of the noisy end by the noise-to-signal ratio.
 
     Args:
-        prediction: the network's answer, any float dtype, (batch, ...).
+        prediction: the network's output, any float dtype, (batch, ...).
         clean, noise, noised: fp32, the same shape.
-        level: levels that `noised` was made with.
+        level: noise levels of `noised`.
         parameterization: registered name.
-        objective: `native` compares what the network predicts; `x0` compares clean samples, as ComfyUI's trainer does.
-        loss_function: how the two are compared.
+        objective: `native` compares predictions; `x0` compares clean samples, as in ComfyUI's trainer.
+        loss_function: distance of the two.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()

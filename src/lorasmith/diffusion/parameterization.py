@@ -1,10 +1,10 @@
-"""What a network predicts, and how that relates to the clean sample.
+"""Parameterizations: what a network predicts, and its relation to the clean sample.
 
     epsilon   the noise                                        (Ho et al. 2020)
     v         alpha · noise − sigma · x0                       (Salimans & Ho 2022, arXiv:2202.00512)
     flow      noise − x0                                       (Liu et al. 2022, arXiv:2209.03003)
 
-All tensors are (batch, ...) in fp32; levels are the ones the sample was noised with.
+All tensors are (batch, ...) in fp32; levels are those of the noised sample.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Parameterization(ABC):
 
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """What the network should answer."""
+        """The target of the prediction."""
 
     @abstractmethod
     def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
@@ -32,7 +32,7 @@ class Parameterization(ABC):
 
     @abstractmethod
     def clean_scale(self, level: NoiseLevel) -> Tensor:
-        """(batch,) squared error of the clean sample for a squared error of 1 of the prediction."""
+        """(batch,) squared error of the clean sample per squared error of the prediction."""
 
 
 PARAMETERIZATIONS: Registry[Parameterization] = Registry("parameterization")

@@ -1,4 +1,4 @@
-"""Noise schedules: how much signal and how much noise a sample carries at each point in diffusion time.
+"""Noise schedules: weights of signal and noise over diffusion time.
 
 Every schedule noises as `x_t = alpha · x0 + sigma · noise`. Two kinds exist:
 
@@ -7,7 +7,7 @@ Every schedule noises as `x_t = alpha · x0 + sigma · noise`. Two kinds exist:
 
 Samplers work on one number per step, called sigma in k-diffusion (Karras et al. 2022, arXiv:2206.00364): for a discrete
 schedule the noise-to-signal ratio `sigma/alpha` of the variance-exploding form `x = x0 + sigma · noise`, for a flow the
-flow's own sigma. Here it is always called `ratio` where it differs from the coefficient.
+flow's own sigma. It is called `ratio` here where it differs from the coefficient.
 """
 
 from __future__ import annotations
@@ -26,22 +26,44 @@ __all__ = [
     "FlowSchedule",
     "NoiseLevel",
     "NoiseSchedule",
+    "ResolutionShift",
     "check_noising",
     "per_sample",
     "shifted",
 ]
 
-_FAINTEST = 2.0**-24  # signal power that stands for none where a ratio to it is taken
+
+@dataclass(frozen=True)
+class ResolutionShift:
+    """A shift by the size of a picture: exp(mu), with mu linear in the number of 2×2 patches of the latents.
+
+    Larger pictures need more noise for the same uncertainty (Esser et al. 2024, section 5.3.2).
+
+    Attributes:
+        mu: at each of `patches`.
+        patches: two numbers of patches.
+    """
+
+    mu: tuple[float, float] = (0.5, 1.15)
+    patches: tuple[int, int] = (256, 4096)
+
+    def __call__(self, height: int, width: int) -> float:
+        """The shift for latents of a height and width."""
+        (low, high), (few, many) = self.mu, self.patches
+        return math.exp(low + (high - low) * ((height // 2) * (width // 2) - few) / (many - few))
+
+
+_FAINTEST = 2.0**-24  # replaces a signal power of zero in ratios
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """Where samples stand in diffusion time; every field has shape (batch,) and dtype fp32.
+    """Noise levels of samples; every field has shape (batch,) and dtype fp32.
 
     Attributes:
         alpha: weight of the clean sample.
         sigma: weight of the noise.
-        time: what the family's `predict` is told: the step index 0..999 of a discrete schedule, sigma of a flow.
+        time: input of the family's `predict`: the step index 0..999 of a discrete schedule, sigma of a flow.
     """
 
     alpha: Tensor
@@ -53,7 +75,7 @@ class NoiseLevel:
         return per_sample(self.alpha, clean) * clean + per_sample(self.sigma, clean) * noise
 
     def to(self, device: torch.device | str) -> NoiseLevel:
-        """The same levels on `device`, copied without waiting."""
+        """The same levels on `device`, copied asynchronously."""
         return NoiseLevel(*(t.to(device, non_blocking=True) for t in (self.alpha, self.sigma, self.time)))
 
 
@@ -62,19 +84,21 @@ class NoiseSchedule(ABC):
 
     Attributes:
         sigmas: (N,) the table of sampler sigmas, ascending.
-        shift: by which `at` moves quantiles towards the noisy end; 1 is not at all.
+        shift: by which `at` moves quantiles towards the noisy end; 1 is none.
+        resolution_shift: the shift by the size of a picture, for runs that use one.
     """
 
     sigmas: Tensor
     shift: float = 1.0
+    resolution_shift: ResolutionShift = ResolutionShift()
 
     @abstractmethod
     def at(self, quantile: Tensor) -> NoiseLevel:
-        """Levels for quantiles (batch,) in [0, 1) of diffusion time: 0 is the cleanest, towards 1 the noisiest."""
+        """Levels for quantiles (batch,) in [0, 1) of diffusion time; 0 is the cleanest."""
 
     @abstractmethod
     def zero_terminal(self) -> NoiseSchedule:
-        """The same schedule with nothing of the sample left at its noisiest point."""
+        """The schedule rescaled to pure noise at its noisiest point."""
 
     @abstractmethod
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
@@ -82,15 +106,15 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Sampler sigma at (fractional) timesteps of the schedule's own clock."""
+        """Sampler sigmas of (fractional) timesteps, in the schedule's own units."""
 
     @abstractmethod
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Timestep, on the schedule's own clock, of sampler sigmas."""
+        """Timesteps, in the schedule's own units, of sampler sigmas."""
 
     @abstractmethod
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """What the network sees of a sampler's state `x` at `level`."""
+        """The network's input for a sampler's state `x` at `level`."""
 
     @abstractmethod
     def signal(self, sigma: float) -> float:
@@ -105,12 +129,12 @@ class DiscreteSchedule(NoiseSchedule):
     """Variance-preserving steps given by the running product of their signal powers.
 
     Args:
-        alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers; the last may be 0, whose sampler
-            sigma is then not infinite but 4096.
+        alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers; for a last value of 0 the
+            sampler sigma is 4096 instead of infinite.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        # In double precision: 1 − alphas_cumprod loses half of its digits in fp32 where there is little noise.
+        # In double precision: 1 − alphas_cumprod loses half of its digits in fp32 at low noise.
         self._alphas_cumprod = exact = alphas_cumprod.to(torch.float64)
         sigmas = ((1 - exact) / exact.clamp(min=_FAINTEST)).sqrt()
         self._signal = exact.sqrt().to(torch.float32)
@@ -125,7 +149,7 @@ class DiscreteSchedule(NoiseSchedule):
         return cls((1 - betas).cumprod(0))
 
     def zero_terminal(self) -> DiscreteSchedule:
-        """Signals moved and scaled so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891)."""
+        """Signal weights shifted and scaled: the last is 0, the first unchanged (Lin et al. 2023, arXiv:2305.08891)."""
         first, last = self._alphas_cumprod[0].sqrt(), self._alphas_cumprod[-1].sqrt()
         signal = (self._alphas_cumprod.sqrt() - last) * (first / (first - last))
         return DiscreteSchedule(signal**2)
@@ -140,7 +164,7 @@ class DiscreteSchedule(NoiseSchedule):
         return NoiseLevel(alpha, sigma * alpha, self.timestep(sigma))
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Log-linear between the table's entries."""
+        """Interpolated log-linearly between the table's entries."""
         timestep = timestep.to(torch.float32).clamp(0, len(self.sigmas) - 1)
         low, high = timestep.floor().long(), timestep.ceil().long()
         weight = timestep.frac()
@@ -156,13 +180,13 @@ class DiscreteSchedule(NoiseSchedule):
         return x * per_sample(level.alpha, x)
 
     def signal(self, sigma: float) -> float:
-        """1: samplers see the variance-exploding form."""
+        """1: samplers use the variance-exploding form."""
         return 1.0
 
     def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
-        """At the top of the table noise is scaled to `sqrt(1 + sigma²)`: the network then sees pure unit noise.
+        """At the top of the table noise is scaled to `sqrt(1 + sigma²)`, so that the network's input is unit noise.
 
-        ComfyUI starts there too; plain `sigma` would leave the first input a little short of unit variance.
+        ComfyUI does the same; with `sigma` the first input would have slightly less than unit variance.
         """
         if sigma >= self.sigmas[-1].item() * (1 - 1e-5):
             sigma = math.sqrt(1 + sigma**2)
@@ -173,16 +197,20 @@ class FlowSchedule(NoiseSchedule):
     """Rectified flow with sigma shifted towards the noisy end: `sigma = shift·u / (1 + (shift − 1)·u)`.
 
     Args:
-        shift: 1 leaves time as it is; exp(mu) for Flux's exponential form.
+        shift: 1 for none; exp(mu) for the exponential form.
         steps: entries of the sigma table.
+        resolution_shift: the family's own, if it differs from that of Flux.1.
     """
 
-    def __init__(self, shift: float = 1.0, steps: int = 1000) -> None:
+    def __init__(
+        self, shift: float = 1.0, steps: int = 1000, resolution_shift: ResolutionShift = ResolutionShift()
+    ) -> None:
         self.shift = shift
+        self.resolution_shift = resolution_shift
         self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
 
     def zero_terminal(self) -> FlowSchedule:
-        """Itself: a flow ends in pure noise."""
+        """The schedule itself: a flow ends in pure noise."""
         return self
 
     def at(self, quantile: Tensor) -> NoiseLevel:
@@ -197,11 +225,11 @@ class FlowSchedule(NoiseSchedule):
         return shifted(timestep.to(torch.float32), self.shift)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Sigma itself: the clock that samplers step through is the shifted one (as in ComfyUI's flow models)."""
+        """Sigma itself: samplers step through shifted time, as in ComfyUI's flow models."""
         return sigma.to("cpu", torch.float32)
 
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """`x` as it is."""
+        """`x`, unchanged."""
         return x
 
     def signal(self, sigma: float) -> float:
@@ -212,16 +240,22 @@ class FlowSchedule(NoiseSchedule):
 
 
 def check_noising(schedule: NoiseSchedule, parameterization: str, *, zero_terminal_snr: bool) -> None:
-    """Raises OptionError if a model cannot be trained with what is asked of its noise schedule."""
+    """Raise OptionError if zero_terminal_snr does not apply to a model.
+
+    Args:
+        schedule: the model's noise schedule.
+        parameterization: registered name.
+        zero_terminal_snr: the setting.
+    """
     if not zero_terminal_snr:
         return
     rule = "zero_terminal_snr is for v-prediction models with discrete timesteps"
     if not isinstance(schedule, DiscreteSchedule):
-        raise OptionError(f"{rule}, and this model is a flow, which ends in pure noise already; leave it out")
+        raise OptionError(f"{rule}, but this model is a flow, which ends in pure noise already; leave it out")
     if parameterization != "v":
         raise OptionError(
-            f"{rule}, and this model predicts {parameterization}, which says nothing of a picture in pure noise; leave "
-            "it out or train a v-prediction model"
+            f"{rule}, but this model predicts {parameterization}, which does not depend on the picture in pure noise; "
+            "leave it out or train a v-prediction model"
         )
 
 
@@ -231,5 +265,5 @@ def shifted(time: Tensor, shift: float) -> Tensor:
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """(batch,) on x's device, shaped to broadcast over x."""
+    """`values` (batch,) on x's device, reshaped to broadcast over x."""
     return values.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,12 +1,11 @@
 """Diffusion time in training: uniform numbers for draws, and pure maps from them to quantiles of the schedule.
 
-Working on uniform numbers keeps every distribution keyed (one number per draw), stratifiable and independent of the
-device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
+Based on uniform numbers, every distribution is keyed (one number per draw), can be stratified and does not depend on
+the device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 
-__all__ = ["TIMESTEP_DISTRIBUTIONS", "QuantileMap", "quantile_map", "resolution_shift", "uniform_numbers"]
+__all__ = ["TIMESTEP_DISTRIBUTIONS", "QuantileMap", "quantile_map", "uniform_numbers"]
 
 QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 """Uniform numbers (batch,) and (height, width) of the latents → quantiles (batch,)."""
@@ -25,18 +24,18 @@ QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 TIMESTEP_DISTRIBUTIONS: Registry[Callable[[Tensor], Tensor]] = Registry("timestep distribution")
 
 _INSIDE = 1e-6  # keeps the normal quantile function finite at both ends
-_LEVELS = 10  # 1024 strata: two draws closer than that are alike to a model
+_LEVELS = 10  # 1024 strata; a finer division makes no difference to a model
 
 
 @TIMESTEP_DISTRIBUTIONS.register("uniform", "shifted")
 def _uniform(u: Tensor) -> Tensor:
-    """Every point of the schedule alike (Ho et al. 2020); `shifted` is this with the shift that suits the size."""
+    """Uniform over the schedule (Ho et al. 2020); `shifted` is this with a shift by the size of the picture."""
     return u
 
 
 @TIMESTEP_DISTRIBUTIONS.register("logit_normal", "sigmoid")
 def _logit_normal(u: Tensor) -> Tensor:
-    """`sigmoid(N(0, 1))`: more of the middle, where flows are hardest (Esser et al. 2024, section 3.1)."""
+    """`sigmoid(N(0, 1))`: denser in the middle, where flows are hardest to learn (Esser et al. 2024, section 3.1)."""
     normal: Tensor = torch.special.ndtri(u.clamp(_INSIDE, 1 - _INSIDE))
     return normal.sigmoid()
 
@@ -44,10 +43,15 @@ def _logit_normal(u: Tensor) -> Tensor:
 def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Tensor:
     """Numbers in [0, 1] of global draw indices, (len(draws),) fp32.
 
-    Stratified ones are a scrambled van der Corput sequence (Owen 1995): of 2^k neighbouring draws that begin at a
-    multiple of 2^k, one falls in each of 2^k equal parts of the range, anywhere in it (k up to 10). Every number is
-    still uniform over seeds; steps of any size cover the range, and so do the small steps that momentum averages over.
-    Images meet the sequence in the epochs' random orders, so that none of them keeps to a part of the range.
+    Stratified ones are a scrambled van der Corput sequence (Owen 1995): of 2^k consecutive draws from a multiple of
+    2^k on, one falls into each of 2^k equal parts of the range, uniformly in it (k up to 10). Each number is uniform
+    over seeds; steps of any size cover the range, as do consecutive small steps that momentum averages. The order of
+    images is random in each epoch, so that no image keeps to a part of the range.
+
+    Args:
+        draws: global draw indices.
+        seed: of the run.
+        stratified: False for independent numbers.
     """
     numbers = [keyed_uniform(seed, "timestep", draw) for draw in draws]
     if stratified:
@@ -56,42 +60,33 @@ def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Ten
 
 
 def quantile_map(distribution: TimestepDistribution, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
-    """Where uniform numbers fall on a schedule.
+    """The map from uniform numbers to quantiles of a schedule.
 
-    `shift` is that of diffusion time as a whole: a flow's levels are `shifted(distribution(u), shift)`, and the flow's
-    own shift is not added to it (kohya's `discrete_flow_shift`, diffusers' `shift`). Discrete schedules have no shift
-    of their own; there it moves the step index.
+    `shift` is the total shift of diffusion time: a flow's levels are `shifted(distribution(u), shift)`, without its own
+    shift in addition (kohya's `discrete_flow_shift`, diffusers' `shift`). Discrete schedules have no shift of their
+    own; there it shifts the step index.
 
     Args:
-        distribution: of the uniform numbers.
-        shift: None for the one that suits the size of the picture with `shifted`, the schedule's own with the others.
-        schedule: what the quantiles are for.
+        distribution: of diffusion time.
+        shift: None for one by the size of the picture with `shifted`, for the schedule's own with the others.
+        schedule: of the quantiles.
     """
     time = TIMESTEP_DISTRIBUTIONS[distribution]
     by_size = shift is None and distribution == "shifted"
     whole = schedule.shift if shift is None else shift
 
     def quantiles(u: Tensor, size: tuple[int, int]) -> Tensor:
-        # One shift after another is their product, so what the schedule applies itself is divided out.
-        return shifted(time(u), (resolution_shift(*size) if by_size else whole) / schedule.shift)
+        # Consecutive shifts multiply, so the shift that the schedule applies itself is divided out.
+        return shifted(time(u), (schedule.resolution_shift(*size) if by_size else whole) / schedule.shift)
 
     return quantiles
 
 
-def resolution_shift(height: int, width: int) -> float:
-    """Flux's shift for latents of a size: exp(mu), mu linear in the 2×2 tokens, 0.5 at 256 and 1.15 at 4096.
-
-    Larger pictures need more noise to hide as much of what they show (Esser et al. 2024, section 5.3.2).
-    """
-    tokens = (height // 2) * (width // 2)
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
-
-
 def _stratum(draw: int, seed: int) -> int:
-    """The stratum of a draw: each block of draws goes through all of them once, in an order of its own.
+    """The stratum of a draw: each block of draws visits all strata once, in an order of its own.
 
-    The order is a binary tree's: neighbours part at its root, draws of equal parity one level below, and so on, with a
-    coin at each node for which of the two goes left.
+    The order is that of a binary tree: consecutive draws separate at its root, draws of equal parity one level below,
+    and so on, with a random bit at each node for the order of its two children.
     """
     block, position = divmod(draw, 2**_LEVELS)
     coins = torch.randint(2, (2**_LEVELS,), generator=keyed_generator(seed, "strata", block)).tolist()

@@ -1,8 +1,8 @@
 """Weights of noise levels in the loss: pure functions of the level, the kind of prediction and gamma.
 
-They are stated for the squared error of the clean sample, as in the papers. `scale` carries them over to what is
-compared: the clean error per error of the prediction, 1 where clean samples are compared. With MSE a weighted run is
-therefore the same whichever of the two is compared, except for `none`, which leaves every loss as it is.
+They are defined for the squared error of the clean sample, as in the papers. `scale` converts them to the objective:
+the clean error per error of the prediction, 1 if clean samples are compared. With MSE a weighted run is therefore the
+same for both objectives, except with `none`, which does not change the loss.
 
     min_snr        min(SNR, gamma)                (Hang et al. 2023, arXiv:2303.09556)
     soft_min_snr   SNR · gamma / (SNR + gamma)    (Crowson et al. 2024, arXiv:2401.11605, with sigma_data² = 1/gamma)
@@ -35,7 +35,7 @@ def _none(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
     return torch.ones_like(level.sigma)
 
 
-# Both are written without the SNR itself, which is infinite at a flow's clean end.
+# Both avoid the SNR itself, which is infinite at a flow's clean end.
 @WEIGHTINGS.register("min_snr")
 def _min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
     signal = level.alpha**2
@@ -54,11 +54,11 @@ def loss_weights(
     """Factor of each sample's loss, shape (batch,).
 
     Args:
-        level: levels of the samples.
-        weighting: as above.
-        gamma: signal-to-noise ratio at which the weights level off.
+        level: noise levels of the samples.
+        weighting: registered name.
+        gamma: signal-to-noise ratio at which the weights saturate.
         parameterization: registered name.
-        objective: `native` or `x0`, what the loss compares.
+        objective: `native` or `x0`, as in the loss.
     """
     compares_clean = objective == "x0"
     scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)

@@ -1,7 +1,7 @@
 """The family contract: a model architecture is data plus a few functions and a name table.
 
-Shared code (training, sampling, formats, nodes) never asks which family it works on; whatever differs between
-architectures is answered here. Adding a family is one module that subclasses `Family` and registers an instance; see
+Shared code (training, sampling, formats, nodes) never asks which family it works on; a `Family` implements what differs
+between architectures. Adding a family is one module that subclasses `Family` and registers an instance; see
 docs/adding-a-family.md.
 """
 
@@ -45,13 +45,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser receives about a picture besides the noisy latents.
+    """A denoiser's inputs besides noisy latents and time.
 
     Attributes:
         tensors: every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is
             there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them.
         text: the prompt it came from, for reports and metadata; None when unknown.
-        mask: bool (batch, tokens), which tokens of the context count; None for all of them.
+        mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -89,7 +89,7 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
         conditionings: batches of any size.
         repeatable: how contexts of different length share the batch. True repeats each to their least common multiple,
             which leaves unmasked cross-attention unchanged: softmax over k copies of the keys gives each copy 1/k of
-            the weight. False fills up with zeros and masks them.
+            the weight. False pads with zeros and masks them.
 
     Raises:
         DataError: the conditionings carry different tensors.
@@ -124,7 +124,7 @@ def _times(tensor: Tensor, count: int) -> Tensor:
 
 
 def _filled(tensor: Tensor, tokens: int) -> Tensor:
-    """(batch, tokens, ...) with zeros behind what there is."""
+    """(batch, tokens, ...) padded with zeros."""
     rest = tensor.new_zeros(len(tensor), tokens - tensor.shape[1], *tensor.shape[2:])
     return torch.cat((tensor, rest), dim=1)
 
@@ -135,7 +135,7 @@ def _known(mask: Tensor | None, context: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """How VAE latents relate to what the denoiser sees: `model = (vae − shift) · scale`.
+    """How VAE latents relate to the denoiser's input: `model = (vae − shift) · scale`.
 
     Attributes:
         channels: latent channels.
@@ -151,12 +151,12 @@ class LatentFormat:
     frames: bool = False
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the latents of one picture of so many pixels, without the batch."""
+        """Shape of the latents of one picture of height × width pixels, without the batch."""
         frames = (1,) if self.frames else ()
         return (self.channels, *frames, height // self.downscale, width // self.downscale)
 
     def to_model(self, latents: Tensor) -> Tensor:
-        """VAE latents (batch, channels, [frames,] height, width) as the denoiser sees them."""
+        """The denoiser's latents for VAE latents (batch, channels, [frames,] height, width)."""
         return (latents - self._per_channel(self.shift, latents)) * self._per_channel(self.scale, latents)
 
     def from_model(self, latents: Tensor) -> Tensor:
@@ -185,11 +185,11 @@ class TargetPreset:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings that suit a base model when nothing is said.
+    """Default settings for a base model.
 
     Attributes:
         resolution: side of a square picture in pixels.
-        pixel_multiple: widths and heights must divide by it.
+        pixel_multiple: widths and heights must be multiples of it.
         learning_rate: for LoRA with AdamW and alpha = rank.
         targets: name of a target preset.
         guidance: classifier-free guidance scale for pictures.
@@ -219,12 +219,12 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class EncoderSlot:
-    """A text encoder that a family has.
+    """A text encoder of a family.
 
     Attributes:
         kind: registered name in `families.parts.encoders`, such as `clip_l`.
-        usual_file: what people call its file, for messages.
-        prefixes: before its tensors' names in a full checkpoint; the first that is there counts.
+        usual_file: common name of its file, for messages.
+        prefixes: of its tensors' names in a full checkpoint; the first one found is used.
         settings: of its architecture that differ from the kind's own.
     """
 
@@ -236,13 +236,13 @@ class EncoderSlot:
 
 @dataclass(frozen=True)
 class AutoencoderSlot:
-    """The autoencoder that a family has.
+    """The autoencoder of a family.
 
     Attributes:
         kind: registered name in `families.parts.autoencoders`.
         channels: of its latents; autoencoders of another number are refused.
-        usual_file: what people call its file, for messages.
-        prefixes: before its tensors' names in a full checkpoint; the first that is there counts.
+        usual_file: common name of its file, for messages.
+        prefixes: of its tensors' names in a full checkpoint; the first one found is used.
         settings: of its configuration that shapes leave open.
     """
 
@@ -261,10 +261,10 @@ class Components:
         denoiser: the network that is trained, in eval mode, without gradients.
         schedule, parameterization: the noise schedule and the kind of prediction the checkpoint was trained with.
         latent: latent format.
-        defaults: settings that suit it.
+        defaults: default settings for it.
         text_encoders: by component name (`text_encoder`, `text_encoder_2`).
         tokenizers: by the component name of their encoder.
-        vae: the autoencoder, as diffusers has it.
+        vae: diffusers' autoencoder.
     """
 
     denoiser: nn.Module
@@ -277,7 +277,7 @@ class Components:
     vae: Any = None
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every part that is there, by component name."""
+        """Every present part, by component name."""
         return {
             "denoiser": self.denoiser,
             **self.text_encoders,
@@ -290,18 +290,17 @@ class Family(ABC):
 
     Attributes:
         name: registered name, such as `sd1`.
-        title: what people call it.
+        title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
-        denoiser_folder: subfolder of the denoiser there, which is also the prefix of its LoRA keys in PEFT's naming.
+        denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
         modelspec_implementation: `modelspec.implementation`.
         targets: target presets by name.
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         autoencoder: its autoencoder.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
-            says the same. Contexts of other families are filled up and masked; see `collate`.
+            gives the same result. Contexts of other families are padded and masked; see `collate`.
         lora_signatures: how its LoRA files are recognised without a model.
-        released: configuration of the released denoiser as its diffusers class has it, to name its modules without a
-            file.
+        released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
 
     name: str
@@ -333,31 +332,31 @@ class Family(ABC):
         """Configuration of the denoiser's class for original-layout shapes (prefix cut off).
 
         Raises:
-            ModelError: tensors that fix the configuration are missing, or it is a variant that is not known here.
+            ModelError: tensors that determine the configuration are missing, or the variant is not supported.
         """
 
     @abstractmethod
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
         """Path of each module of the denoiser that has parameters → its place in the original checkpoint.
 
-        Parameters at the root of the model, which no module has, are under the path "".
+        Parameters at the root of the model are under the path "".
         """
 
     @abstractmethod
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        """How the denoiser of a checkpoint was trained, from whatever the file says of it."""
+        """How the denoiser of a checkpoint was trained, from its tensors and metadata."""
 
     @abstractmethod
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        """How the denoiser of a diffusers folder was trained. Raises ModelError for schedules not known here."""
+        """How the denoiser of a diffusers folder was trained. Raises ModelError for unsupported schedules."""
 
     @abstractmethod
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        """Latent format, from the autoencoder where it says so; `vae` is None where there is none."""
+        """Latent format, from the autoencoder's configuration where it has one; `vae` may be None."""
 
     @abstractmethod
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        """Settings that suit the model."""
+        """Default settings for the model."""
 
     @abstractmethod
     def kohya_version(self, parameterization: str) -> str:
@@ -376,9 +375,9 @@ class Family(ABC):
         """Conditioning of one prompt, `(word:1.2)` weights and long prompts included.
 
         Args:
-            components: text encoders and tokenizers, wherever they are; the result stays on their device.
+            components: text encoders and tokenizers, on any device; the result stays on it.
             text: the prompt.
-            skip_layers: how many of the encoder's last layers to leave out ("clip skip" minus one).
+            skip_layers: number of the encoder's last layers to leave out ("clip skip" minus one).
 
         Raises:
             ModelError: a text encoder is missing; see `text_encoder`.
@@ -389,31 +388,31 @@ class Family(ABC):
         return collate(conditionings, repeatable=self.repeatable_context)
 
     def sized(self, conditioning: Conditioning, size: PictureSize) -> Conditioning:
-        """The conditioning of one picture, where the denoiser is conditioned on its size; else as it is."""
+        """The conditioning with a picture's size, if the denoiser is conditioned on it; else unchanged."""
         return conditioning
 
     @abstractmethod
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of what a prompt of usual length gives, batch of 1: all that `predict` needs."""
+        """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction for noisy latents.
 
-        Times that run the other way and outputs of the other sign are put right here.
+        Implementations convert times of the opposite direction and outputs of the opposite sign.
 
         Args:
             denoiser: the network, possibly with adapters attached.
             latents: (batch, channels, [frames,] height, width) in the denoiser's dtype.
             time: (batch,) as `NoiseLevel.time`.
-            conditioning: a batch of the same size. A mask that it has must be followed.
+            conditioning: a batch of the same size. Its mask, if any, must be applied.
 
         Returns:
             The shape of `latents`, in the parameterization that `Components` names.
         """
 
     def text_encoder(self, components: Components, component: str) -> nn.Module:
-        """A text encoder of the model. Raises ModelError, which names the file to get, if it is not there."""
+        """A text encoder of the model. Raises ModelError, which names the file to get, if it is missing."""
         if component in components.text_encoders:
             return components.text_encoders[component]
         slot = self.text_encoders[component]
@@ -423,7 +422,7 @@ class Family(ABC):
         )
 
     def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
-        """Raises ModelError, which names the file to get, if a part is missing that text, or images, need."""
+        """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""
         for component in self.text_encoders if text else ():
             self.text_encoder(components, component)
         if images and components.vae is None:
@@ -451,6 +450,6 @@ FAMILIES: Registry[Family] = Registry("model family", ModelError)
 
 
 def register(family: Family, *aliases: str) -> None:
-    """Make a family known, under its name and aliases, and the signatures of its LoRA files with it."""
+    """Register a family under its name and aliases, and the signatures of its LoRA files."""
     FAMILIES.register(family.name, *aliases)(family)
     SIGNATURES.extend(family.lora_signatures)

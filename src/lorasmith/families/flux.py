@@ -7,7 +7,6 @@ one tensor; diffusers splits them.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
 from lorasmith.families.base import (
     AutoencoderSlot,
     Components,
@@ -50,7 +49,8 @@ _TARGETS = {
     "all": TargetPreset(("*",)),
 }
 _DEFAULT_GUIDANCE = 3.5
-_MAX_SHIFT = 1.15  # mu of the exponential time shift at 1024×1024
+_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 4096))
+_SCHEDULE = FlowSchedule(shift=_RESOLUTION_SHIFT(128, 128), resolution_shift=_RESOLUTION_SHIFT)  # as at 1024×1024
 
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _T5_PATHS = tuple(
@@ -125,7 +125,7 @@ class Flux(Family):
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
     targets = _TARGETS
-    text_encoders: Mapping[str, EncoderSlot] = MappingProxyType({})  # conditioning is brought along
+    text_encoders: Mapping[str, EncoderSlot] = MappingProxyType({})  # the caller provides the conditioning
     autoencoder = AutoencoderSlot(
         "kl",
         channels=16,
@@ -161,10 +161,10 @@ class Flux(Family):
         return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return Diffusion("flow", FlowSchedule(shift=math.exp(_MAX_SHIFT)))
+        return Diffusion("flow", _SCHEDULE)
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return Diffusion("flow", FlowSchedule(shift=math.exp(_MAX_SHIFT)))
+        return Diffusion("flow", _SCHEDULE)
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
@@ -198,7 +198,7 @@ class Flux(Family):
             family=self.name,
             denoiser=table,
             weight_shapes=shapes,
-            # LoRAs for the released encoders are carried along, whether these are loaded or not.
+            # LoRAs for the released encoders are kept, whether these are loaded or not.
             text_encoders={
                 "text_encoder": EncoderNames(
                     clip_layout.released_paths(layers=12),
@@ -234,11 +234,11 @@ class Flux(Family):
         if height % 2 or width % 2:
             raise DataError(
                 f"{self.title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
-                "use picture sizes that divide by 16"
+                "use picture sizes that are multiples of 16"
             )
         context = conditioning.tensors["context"]
         attention: dict[str, Any] = {}
-        if conditioning.mask is not None:  # text comes first, then the picture, which is seen whole
+        if conditioning.mask is not None:  # text comes first, then the picture, which is not masked
             picture = conditioning.mask.new_ones(len(latents), height // 2 * (width // 2))
             attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
         config: Any = denoiser.config

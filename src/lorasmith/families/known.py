@@ -1,7 +1,7 @@
-"""Which families there are: the modules of those that can be loaded, and what others are known by.
+"""The list of families: modules of those that can be loaded, and signs of others.
 
-Adding a family is a line here, and the removal of what stood here of it. The others are for messages alone: a
-checkpoint or LoRA that a family recognises is never looked for among them.
+Adding a family is a line here, and the removal of its signs. The others are for messages alone: they are searched only
+for checkpoints and LoRAs that no family recognises.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SIGNATURES += [
 
 
 def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a denoiser with these tensors (prefix cut off) is called, or None."""
+    """Name of an unsupported architecture with these denoiser tensors (prefix cut off), or None."""
     if "input_blocks.0.0.weight" in shapes:
         known = (_UNET_CONTEXTS[width] for width in context_widths(shapes) if width in _UNET_CONTEXTS)
         return _UNET_INPUTS.get(shapes["input_blocks.0.0.weight"][1]) or next(known, None)

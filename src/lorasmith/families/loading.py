@@ -1,8 +1,8 @@
 """Base models from files, folders and hubs. Families register themselves when this module is imported.
 
 A model is parts: a denoiser, text encoders, an autoencoder. Each comes from a checkpoint that holds several of them, a
-file or a diffusers folder; whatever it is, it is recognised by its tensors. Weights stay on the memory-mapped files, in
-their dtype, until they are placed where they are used.
+file of its own or a diffusers folder, and is recognised by its tensors. Weights stay on the memory-mapped files, in
+their dtype, until they are placed on a device.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 __all__ = ["BUILT_IN", "built_in_models", "family_of", "load_model", "model_of_checkpoint", "recognise"]
 
 BUILT_IN = "lorasmith-tiny"
-"""Name of the small model that comes with the package, for trying things out and for tests."""
+"""Name of the small model in the package, for demonstrations and tests."""
 
 _CHECKPOINTS = ASSETS / "models" / "checkpoints"
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
 
 
 def built_in_models() -> dict[str, Path]:
-    """Models that come with the package, by name."""
+    """Models in the package, by name."""
     return {path.stem: path for path in sorted(_CHECKPOINTS.glob("*.safetensors"))}
 
 
@@ -51,18 +51,18 @@ def load_model(
     """Load a base model.
 
     Weights stay on the memory-mapped files, in the files' dtype, so that loading costs no memory; training and sampling
-    place copies where they run, in the dtype that they run in.
+    place copies on their device, in their dtype.
 
     Args:
         source: a single-file checkpoint or denoiser in the original layout, a diffusers folder, the name of a built-in
-            model, or a hub id such as `stabilityai/stable-diffusion-2-1` where there is network.
-        text_encoders: files, checkpoints or diffusers folders with text encoders that `source` lacks, or that take the
-            place of its own.
+            model, or a hub id such as `stabilityai/stable-diffusion-2-1`, which needs a network.
+        text_encoders: files, checkpoints or diffusers folders with text encoders that `source` lacks, or that replace
+            its own.
         vae: the same for the autoencoder.
-        dtype: what the denoiser's weights are held in, in memory; None leaves them in the file and its dtype.
+        dtype: converts the denoiser's weights to this dtype, in memory; None leaves them in the file and its dtype.
 
     Raises:
-        ModelError: something cannot be found, read or recognised, or a part belongs to another family.
+        ModelError: a file cannot be found, read or recognised, or a part belongs to another family.
     """
     _quieten()
     path = _located(source)
@@ -80,9 +80,9 @@ def load_model(
 
 
 def recognise(checkpoint: OriginalCheckpoint) -> Family:
-    """The family of a checkpoint. Raises ModelError when no family knows it."""
+    """The family of a checkpoint. Raises ModelError when no family recognises it."""
     shapes = checkpoint.denoiser_shapes
-    # First, because some LoRAs carry a few of their model's own tensors as well.
+    # First, because some LoRAs contain a few of their model's own tensors as well.
     if any(mark in name for name in checkpoint.shapes for mark in LORA_MARKS):
         raise ModelError(f"{checkpoint.path.name} is a LoRA, not a base model; give it as the LoRA and choose a model")
     for _, family in FAMILIES.items():
@@ -90,20 +90,20 @@ def recognise(checkpoint: OriginalCheckpoint) -> Family:
             return family
     if (found := looks_like(shapes)) is not None:
         raise ModelError(
-            f"{checkpoint.path.name} looks like {found}, which cannot be loaded here; known are {_titles()}"
+            f"{checkpoint.path.name} looks like {found}, which is not supported; supported are {_titles()}"
         )
     if (part := part_title(checkpoint.shapes)) is not None:
         raise ModelError(
             f"{checkpoint.path.name} is {part}, not a denoiser; give it beside the model that it belongs to"
         )
     raise ModelError(
-        f"{checkpoint.path.name} is of no architecture known here (its first tensors are "
-        f"{', '.join(sorted(shapes)[:3])}); known are {_titles()}"
+        f"{checkpoint.path.name} is of no supported architecture (its first tensors are "
+        f"{', '.join(sorted(shapes)[:3])}); supported are {_titles()}"
     )
 
 
 def family_of(folder: Path) -> Family:
-    """The family of a diffusers folder. Raises ModelError if it is none, or of no family known here."""
+    """The family of a diffusers folder. Raises ModelError if it is not one, or of no supported family."""
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             f"{folder} is no diffusers model (it has no model_index.json); "
@@ -113,11 +113,11 @@ def family_of(folder: Path) -> Family:
     for _, family in FAMILIES.items():
         if family.recognises_folder(folder, index):
             return family
-    raise ModelError(f"{folder} is a diffusers model of an architecture not known here; known are {_titles()}")
+    raise ModelError(f"{folder} is a diffusers model of an unsupported architecture; supported are {_titles()}")
 
 
 def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
-    """The model in a single file, with as many of its parts as there are. Raises ModelError; see `load_model`."""
+    """The model in a single file, with the parts that the file has. Raises ModelError; see `load_model`."""
     family = recognise(checkpoint)
     said = checkpoint.architecture
     tensors = checkpoint.load(checkpoint.denoiser_prefix)
@@ -164,7 +164,7 @@ def _model_of_folder(folder: Path, *, title: str) -> Model:
         overrides = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
         components = _assembled(family, denoiser, diffusion, encoders, vae, overrides=overrides, folder=folder)
     except (OSError, ValueError, RuntimeError) as error:
-        # What json, diffusers and transformers raise for missing, malformed or unfitting files says so at its start.
+        # json, diffusers and transformers put the reason at the start of their messages.
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder} cannot be read as a diffusers model: {reason}") from error
     subfolders = {"denoiser": family.denoiser_folder}
@@ -188,7 +188,7 @@ def _assembled(
     overrides: Mapping[str, Any],
     folder: Path | None = None,
 ) -> Components:
-    """Components of parts that are there; `overrides` are fields of `Defaults`."""
+    """Components of the given parts; `overrides` are fields of `Defaults`."""
     latent = family.latent_format(denoiser, vae)
     defaults: Defaults = replace(family.defaults(denoiser, latent, diffusion), **overrides)
     return Components(
@@ -267,14 +267,14 @@ def _with_autoencoder(model: Model, path: Path) -> Model:
 
 @dataclass(frozen=True)
 class _Part:
-    """Something in a file or folder that may be one part of a model."""
+    """Tensors in a file or folder that may be one part of a model."""
 
     shapes: Shapes
     source: Callable[[Mapping[str, Any]], PartSource]
 
 
 def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[_Part]:
-    """What stands in a diffusers folder under `subfolders`, or in a file alone or behind one of `prefixes`."""
+    """Candidates in a diffusers folder under `subfolders`, or in a file without a prefix or with one of `prefixes`."""
     if path.is_dir():
         whole = (path / "model_index.json").is_file()
         folders = [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]
@@ -290,18 +290,18 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
 
 
 def _title_of(path: Path) -> str:
-    """What a file or folder holds, for messages that refuse it."""
+    """Description of a file's or folder's content, for messages that refuse it."""
     if path.is_dir():
         return "a folder without one"
     checkpoint = OriginalCheckpoint(path)
     family = next((one for _, one in FAMILIES.items() if one.recognises(checkpoint.denoiser_shapes)), None)
     if family is not None:
         return f"a model of the family {family.title}"
-    return part_title(checkpoint.shapes) or "nothing that is known here"
+    return part_title(checkpoint.shapes) or "of no known kind"
 
 
 def part_title(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a file with these tensors holds, if it is one part of a model and no denoiser."""
+    """Description of a file with these tensors if it is a text encoder or autoencoder, else None."""
     if (encoder := recognised_encoder(shapes)) is not None:
         return f"the text encoder {encoder.name}"
     if (autoencoder := recognised_autoencoder(shapes)) is not None:
@@ -314,7 +314,7 @@ def _autoencoder_title(kind: str, channels: int) -> str:
 
 
 def _located(source: str | os.PathLike[str]) -> Path:
-    """The file or folder that a source stands for, downloaded where it is a hub id."""
+    """The file or folder of a source, downloaded if it is a hub id."""
     path = built_in_models().get(str(source), Path(source))
     # By extension, because names on hubs have dots too (FLUX.1-dev).
     if path.exists() or path.suffix.casefold() in MODEL_EXTENSIONS:
@@ -323,7 +323,7 @@ def _located(source: str | os.PathLike[str]) -> Path:
         return _downloaded(str(source))
     raise ModelError(
         f"there is no model at {source}; give a .safetensors checkpoint, a diffusers folder, "
-        f"a hub id such as owner/name, or {', '.join(built_in_models())} to try things out"
+        f"a hub id such as owner/name, or {', '.join(built_in_models())} for a first try"
     )
 
 
@@ -332,7 +332,7 @@ def _titles() -> str:
 
 
 def _quieten() -> None:
-    """No progress bars for the seconds that loading takes; a training run's own bar would tear them apart."""
+    """Disable progress bars of transformers and diffusers, which would interrupt a training run's own."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,7 +1,7 @@
-"""Loaded models as people pass them around: immutable handles on shared modules.
+"""Loaded models as immutable handles on shared modules.
 
-A handle never changes what it points to; a LoRA applied to it gives a new handle with one more patch, and patches touch
-the shared module only while something runs inside `active()`.
+A handle never changes its module; a LoRA applied to it gives a new handle with one more patch, and patches modify the
+shared module only inside `active()`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.patch import Patch, applied
-from lorasmith.core.placement import best_device, held
+from lorasmith.adapters.patch import Patch, patches_applied
+from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Components, Conditioning, Defaults, Family
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
@@ -31,7 +31,7 @@ class Model:
     Attributes:
         family: its architecture.
         components: its parts.
-        title: what it is called in reports (the file's or folder's name).
+        title: name in reports (the file's or folder's).
         path: the file or folder its denoiser came from, None for models made in memory.
         files: the file or folder of each part, by component name; empty for models made in memory.
     """
@@ -44,7 +44,7 @@ class Model:
 
     @property
     def defaults(self) -> Defaults:
-        """Settings that suit it."""
+        """Default settings for it."""
         return self.components.defaults
 
     @cached_property
@@ -85,11 +85,11 @@ class Denoiser:
         return replace(self, patches=(*self.patches, patch))
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Apply the patches while inside."""
-        return applied(self.module, self.patches)
+        """The module has the patches inside."""
+        return patches_applied(self.module, self.patches)
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's prediction; see `Family.predict`. Patches count inside `active()` only."""
+        """The network's prediction; see `Family.predict`. Patches apply inside `active()` only."""
         return self.base.family.predict(self.module, latents, time, conditioning)
 
 
@@ -112,20 +112,22 @@ class TextEncoder:
 
     @contextlib.contextmanager
     def active(self, device: torch.device | None = None) -> Iterator[None]:
-        """Apply the patches and stay on `device` (the best one if None) while inside, for many prompts in a row."""
+        """The encoders are on `device` (the best one if None) with their patches inside, for many prompts in a row."""
         with contextlib.ExitStack() as stack:
             for name, module in self.base.components.text_encoders.items():
-                stack.enter_context(held(module, device=device or best_device(), dtype=self._dtype(name)))
-                stack.enter_context(applied(module, [patch for target, patch in self.patches if target == name]))
+                stack.enter_context(placed(module, device=device or best_device(), dtype=self._dtype(name)))
+                stack.enter_context(
+                    patches_applied(module, [patch for target, patch in self.patches if target == name])
+                )
             yield
 
     @torch.no_grad()
     def encode(self, text: str) -> Conditioning:
-        """Conditioning of one prompt, in fp32 on the CPU. Patches count inside `active()` only."""
+        """Conditioning of one prompt, in fp32 on the CPU. Patches apply inside `active()` only."""
         base = self.base
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in base.components.text_encoders.items():
-                stack.enter_context(held(module, device=_device_of(module), dtype=self._dtype(name)))
+                stack.enter_context(placed(module, device=_device_of(module), dtype=self._dtype(name)))
             return base.family.encode_text(base.components, text, skip_layers=self.skip_layers).to("cpu", torch.float32)
 
     def _dtype(self, component: str) -> torch.dtype:
@@ -139,11 +141,11 @@ class Autoencoder:
     base: Model
 
     def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
-        """Stay on `device` (the best one if None) while inside, for many pictures in a row."""
+        """The autoencoder is on `device` (the best one if None) inside, for many pictures in a row."""
         module = self.base.components.vae
         if module is None:
             return contextlib.nullcontext()
-        return held(module, device=device or best_device(), dtype=torch.float32)
+        return placed(module, device=device or best_device(), dtype=torch.float32)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -159,13 +161,13 @@ class Autoencoder:
 
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The autoencoder in fp32 where it is, which does nothing inside `active()`, and a tensor beside it."""
+        """The autoencoder is in fp32 on its device inside; yields `tensor` on that device. No effect in `active()`."""
         module = self.base.components.vae
         if module is None:
             yield tensor
             return
         device = _device_of(module)
-        with held(module, device=device, dtype=torch.float32):
+        with placed(module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
 
 

@@ -2,8 +2,8 @@
 
 Text is the hidden states before the last layer of CLIP-L and OpenCLIP bigG, side by side. Besides text and time the
 UNet is conditioned on the projected pooled vector of bigG and on six numbers: height and width of the original picture,
-top and left of the crop, height and width of the result. Tuned models that predict v, with a noise schedule that ends
-in pure noise (NoobAI, Illustrious), are marked by tensors `v_pred` and `ztsnr`.
+top and left of the crop, height and width of the result. Fine-tunes that predict v, with zero terminal SNR (NoobAI,
+Illustrious), are marked by tensors `v_pred` and `ztsnr`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ __all__ = ["StableDiffusionXL"]
 _CONTEXT_WIDTH = 2048
 _HEAD_DIM = 64
 _SIZES = 6  # numbers of the size conditioning
-_SIZE_WIDTH = 256  # what each of them is embedded in
+_SIZE_WIDTH = 256  # channels of each one's embedding
 _PIXELS_PER_LATENT = 8
 # Layers of the released encoders.
 _ENCODER_LAYERS = {"text_encoder": 12, "text_encoder_2": 32}
-# What marks models with the noise levels of Karras et al. 2022 (Playground 2.5, CosXL).
+# Marks of models with the noise levels of Karras et al. 2022 (Playground 2.5, CosXL).
 _EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
 
 
 class StableDiffusionXL(Family):
-    """The base model and what was tuned from it; not the refiner."""
+    """The base model and its fine-tunes; not the refiner."""
 
     name = "sdxl"
     title = "Stable Diffusion XL"
@@ -148,7 +148,7 @@ class StableDiffusionXL(Family):
         paths = {
             component: clip_layout.written_paths(text_encoders[component])
             if component in text_encoders
-            else clip_layout.released_paths(layers)
+            else clip_layout.released_paths(layers, is_projected=component == "text_encoder_2")
             for component, layers in _ENCODER_LAYERS.items()
         }
         return ModelNames(
@@ -171,7 +171,7 @@ class StableDiffusionXL(Family):
         )
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
-        # The last layer is never used, so the first skip is already taken.
+        # The last layer is never used, so one skip is already done.
         context_l, _ = self._encoded(components, "text_encoder", text, max(1, skip_layers))
         context_g, pooled = self._encoded(components, "text_encoder_2", text, max(1, skip_layers))
         return Conditioning({"context": torch.cat((context_l, context_g), dim=-1), "pooled": pooled}, text)
@@ -205,7 +205,7 @@ class StableDiffusionXL(Family):
 
 
 def _uncropped(latents: Tensor) -> Tensor:
-    """(batch, 6) size conditioning of pictures that were made as large as they are, as ComfyUI assumes."""
+    """(batch, 6) size conditioning of pictures that were neither scaled nor cropped, as ComfyUI assumes."""
     height, width = (side * _PIXELS_PER_LATENT for side in latents.shape[-2:])
     sizes = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
     return sizes.expand(len(latents), -1)

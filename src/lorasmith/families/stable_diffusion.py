@@ -114,7 +114,7 @@ class StableDiffusion(Family):
         config: Any = denoiser.config
         resolution = config.sample_size * latent.downscale if config.sample_size else 512
         if self._version == 2 and diffusion.parameterization == "v" and not config.sample_size:
-            resolution = 768  # what the v-prediction release is for; checkpoints do not say it
+            resolution = 768  # that of the v-prediction release; checkpoints do not state it
         return Defaults(
             resolution=resolution,
             pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
@@ -156,7 +156,7 @@ class StableDiffusion(Family):
 
     def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
         encoder = self.text_encoder(components, "text_encoder")
-        # Version 2's encoder is loaded without its last layer, so the first skip is already taken.
+        # Version 2's encoder is loaded without its last layer, so one skip is already done.
         skip = skip_layers if self._version == 1 else max(0, skip_layers - 1)
         context, pooled = encode_prompt(text, components.tokenizers["text_encoder"], encoder, skip_layers=skip)
         return Conditioning({"context": context, "pooled": pooled}, text)
@@ -172,7 +172,7 @@ class StableDiffusion(Family):
         return prediction
 
     def _parameterization(self, checkpoint: OriginalCheckpoint) -> str:
-        """`v` for v-prediction checkpoints, which nothing in most files says outright."""
+        """`v` or `epsilon`, which most files do not state."""
         said = unet_layout.said_parameterization(checkpoint)
         if said is not None or self._version == 1:
             return said or "epsilon"
@@ -187,4 +187,4 @@ SIGNATURES += [
     Signature("Stable Diffusion", unet_layout.CROSS_ATTENTION, order=6),
     Signature("Stable Diffusion", r"(down|up|input|output)_blocks_\d|(mid|middle)_block_", order=8),
 ]
-"""Of models of this architecture whose version nothing gives away."""
+"""Of models of this architecture with no sign of their version."""

@@ -4,8 +4,8 @@ Format (https://github.com/huggingface/safetensors): eight bytes of little-endia
 gives each tensor's dtype, shape and place, then the tensors' bytes without gaps.
 
 The writer is our own because `safetensors.save_file` writes metadata in a random order. Here the same tensors and the
-same metadata give the same file, and the tensors stand in the order of the reference writer, so that hashes over the
-body agree with those of other programs.
+same metadata give the same file, with the tensors in the order of the reference writer, so that hashes over the body
+agree with those of other programs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of one tensor: dtype as safetensors spells it (`BF16`) and shape."""
+    """A tensor's entry in a header: dtype in safetensors' spelling (`BF16`) and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,13 +56,13 @@ class Header(NamedTuple):
 
 
 def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> Header:
-    """The header of a safetensors file, after checking that the file is whole and well formed.
+    """The header of a safetensors file, after checking that the file is complete and well formed.
 
-    No tensor is read, so the check takes milliseconds whatever the size of the file.
+    No tensor is read, so the check takes milliseconds for any size of the file.
 
     Args:
         path: the file.
-        error: class of what is raised, so that base models and LoRA files share these checks.
+        error: class of the raised errors, so that base models and LoRA files share these checks.
 
     Raises:
         error: the file is missing, a folder, pickled, of another format, cut short, or its header is malformed.
@@ -120,6 +120,11 @@ def map_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tupl
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically; the same content always gives the same bytes.
 
+    Args:
+        path: the file.
+        tensors: by key, on any device.
+        metadata: the header's, text by name.
+
     Raises:
         LoraError: a tensor holds NaN or infinity; nothing is written then.
         OutputError: the file cannot be written.
@@ -145,8 +150,8 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
             "data_offsets": [offset, end],
         }
         offset = end
-    # Captions read from odd files can hold lone surrogates, which UTF-8 cannot carry: they become question marks,
-    # rather than costing a finished run its LoRA.
+    # Captions read from odd files can hold lone surrogates, which UTF-8 cannot encode: they become question marks, so
+    # that a finished run can save its LoRA.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
@@ -157,7 +162,7 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
-# Ten times what the largest models have. More would take minutes and gigabytes to read, to no purpose.
+# Ten times the number in the largest models. More would take minutes and gigabytes to read.
 _MAX_TENSORS = 200_000
 _MAX_COMMAS = 4_000_000
 
@@ -209,7 +214,7 @@ def _refuse_other_formats(path: Path, start: bytes, error: type[LorasmithError])
 
 
 def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: type[LorasmithError]) -> bytes:
-    """The header's JSON; `start` is what has been read of the file so far."""
+    """The header's JSON; `start` is the part of the file that has been read."""
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
     if length > _MAX_HEADER_BYTES:
         raise error(
@@ -225,7 +230,7 @@ def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: typ
 
 
 def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
-    """Tensors in body order, metadata, and size of the body in bytes. Raises ValueError, saying what is wrong."""
+    """Tensors in body order, metadata, and size of the body in bytes. Raises ValueError with the fault."""
     if text.count(b'"dtype"') > _MAX_TENSORS or text.count(b",") > _MAX_COMMAS:
         raise ValueError(f"it has more entries than any model, whose tensors are {_MAX_TENSORS:,} at most")
     try:
@@ -285,7 +290,7 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
         if not torch.isfinite(values).all():
             raise LoraError(
                 f"a LoRA with NaN or infinity is never written, and {name} holds "
-                f"{int((~torch.isfinite(values)).sum())} such values; go back to an earlier checkpoint"
+                f"{int((~torch.isfinite(values)).sum())} such values; use an earlier LoRA of the run"
             )
 
 

@@ -1,4 +1,4 @@
-"""Hashes by which LoRA and model files are known to other programs.
+"""Hashes by which other programs identify LoRA and model files.
 
     AutoV1    first 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000   (A1111, older)
     AutoV2    first 10 hex digits of the SHA-256 of the file                    (Civitai, A1111)
@@ -40,7 +40,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_body(path: Path, error: type[LorasmithError] = LoraError) -> str:
-    """SHA-256 of a safetensors file without its header, 64 hex digits. Raises `error` for anything else."""
+    """SHA-256 of a safetensors file without its header, 64 hex digits. Raises `error` for other files."""
     start = check_safetensors(path, error).body_start
     with Path(path).open("rb") as file:
         file.seek(start)
@@ -65,7 +65,7 @@ def autov3(path: Path) -> str:
 
 
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The two hash entries of kohya's metadata, for tensors exactly as they will be written."""
+    """The two hash entries of kohya's metadata, for tensors as they are written."""
     return {
         "sshs_model_hash": sshs_model_hash(tensors),
         "sshs_legacy_hash": sshs_legacy_hash(tensors, metadata),
@@ -73,7 +73,7 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
 
 
 def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the body that these tensors make, 64 hex digits."""
+    """SHA-256 of the body with these tensors, 64 hex digits."""
     digest = hashlib.sha256()
     pieces = iter(serialised(tensors, {}))
     next(pieces)  # the header
@@ -83,7 +83,7 @@ def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sshs_legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """AutoV1 of the file that these tensors and the `ss_` part of `metadata` make, 8 hex digits."""
+    """AutoV1 of the file with these tensors and the `ss_` part of `metadata`, 8 hex digits."""
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     digest = hashlib.sha256()
     _window(serialised(tensors, kept), digest.update)

@@ -1,4 +1,4 @@
-"""What can be said of a LoRA file without its base model."""
+"""A summary of a LoRA file, without its base model."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ class LoraSummary:
 
     Attributes:
         path, size_bytes: the file.
-        layouts: number of keys by the name of the layout that they look like.
-        family: title of the family that names and shapes give away, or None.
+        layouts: number of keys by the layout that detects them.
+        family: title of the family recognised by names and shapes, or None.
         components: number of modules by component (`denoiser`, `text_encoder`, ...).
-        layers: number of modules by kind of layer (`attn1_to_q`, `ff_net_2`), as the file spells it.
+        layers: number of modules by kind of layer (`attn1_to_q`, `ff_net_2`), in the file's spelling.
         algorithms: number of modules by algorithm; `difference` for those with differences alone.
-        magnitudes: number of modules with DoRA's magnitudes, by what these are for (`output`, `input`).
+        magnitudes: number of modules with DoRA's magnitudes, by axis (`output`, `input`).
         ranks, alphas: number of modules by rank and by alpha (None: the file states none).
         factors, block_sizes: number of modules by LoKr's factor and by OFT's or BOFT's block size.
         tensors, parameters: counts; alphas are no parameters.
         dtypes: number of tensors by dtype, as `bfloat16`.
         norms: Frobenius norm of the weight change at strength 1 by block. OFT, BOFT and GLoRA, whose change depends on
-            the weight, do not count, nor do DoRA's magnitudes.
-        steps: optimizer updates, 0 when nothing tells.
+            the weight, and DoRA's magnitudes are left out.
+        steps: optimizer updates, 0 if unknown.
         metadata: all of the header's.
         hashes: `sha256`, `autov1`, `autov2`, `autov3`.
-        findings: one sentence for each thing wrong with the file; `formats.quality.faults` says more.
+        findings: one sentence for each fault of the file; see `formats.quality.faults`.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class LoraSummary:
 def describe(path: Path) -> LoraSummary:
     """Summary of a LoRA file, or of a PEFT or diffusers folder.
 
-    Tensors are mapped, and looked at one module at a time.
+    Tensors are memory-mapped, and read one module at a time.
 
     Raises:
         LoraError: it cannot be read, or none of its tensors has a name that LoRA files use.
@@ -133,7 +133,7 @@ def _counted(values: Iterable[T]) -> dict[T, int]:
 
 
 def _sizes(meaning: str, adapters: Iterable[AdapterWeights]) -> dict[int, int]:
-    """How often each number occurs that was given as `rank` and means this."""
+    """Number of adapters by the value of `rank`, for algorithms in which it has this meaning."""
     return _counted(
         size for one in adapters if words_of(one.algorithm).rank_meaning == meaning and (size := size_of(one))
     )

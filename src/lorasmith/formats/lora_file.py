@@ -1,8 +1,8 @@
 """LoRA files as a whole: load one for a model, whatever its layouts; save one in a chosen layout.
 
-Loading is decided tensor by tensor, because real files mix conventions: each layout takes what it recognises and leaves
-the rest to the next. What none recognises stays in the state's `unknown` and is written back unchanged. A file that is
-not for the model at all is refused.
+Loading is decided tensor by tensor, because real files mix conventions: each layout reads the tensors that it
+recognises and leaves the rest to the next. Tensors that none recognises stay in the state's `unknown` and are written
+back unchanged. A file for another model is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The layouts register themselves when they are imported, and are asked in this order.
+# The layouts register themselves when they are imported, and read in this order.
 from lorasmith.formats.layouts import kohya, comfy, diffusers, peft  # isort: skip  # noqa: F401
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 PORTABLE = "portable"
-"""Stands for the layout that most programs read completely for a model's family."""
+"""Name for the layout that most programs read completely for a model's family."""
 
 
 def layout_for(name: str, names: ModelNames) -> Layout:
@@ -62,7 +62,7 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
         names: the model's name table.
 
     Returns:
-        The state; what does not fit the model is in its `unknown` (`unapplied` lists it by module).
+        The state; tensors that do not fit the model are in its `unknown` (`unapplied` lists them by module).
 
     Raises:
         LoraError: the file cannot be read, is not a LoRA, or is one for another model.
@@ -75,7 +75,16 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
 
 
 def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-    """What a file holds for a model; nothing is refused because it does not fit. Raises LoraError for damaged files."""
+    """The LoRA in a file's tensors; those that do not fit the model are in `unknown`.
+
+    Args:
+        tensors: by key.
+        metadata: the file's.
+        names: the model's name table.
+
+    Raises:
+        LoraError: the file is damaged, or has two adapters for a module.
+    """
     state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
     for _, layout in LAYOUTS.items():
         found = layout.read(state.unknown, metadata, names)
@@ -102,14 +111,14 @@ def save_lora(
     """Write a LoRA atomically. The same state gives the same bytes.
 
     Args:
-        path: where to; a folder for layouts that are one.
+        path: the file, or the folder for layouts that are one.
         state: the LoRA.
         names: name table of the model that it belongs to.
         layout: name of a registered layout, or `portable`.
-        dtype: number format of the adapters, None to keep theirs. Magnitudes of DoRA keep theirs, and alphas that it
-            would round are written in fp32.
-        metadata: metadata in place of the state's; the hashes over the content are added to it. The state's own
-            metadata is kept as it is, with hashes brought up to date where it has them.
+        dtype: of the adapters, None to keep theirs. Magnitudes of DoRA keep theirs, and alphas that it would round are
+            written in fp32.
+        metadata: replaces the state's; the hashes over the content are added to it. The state's own metadata is kept
+            unchanged except for its hashes, which are updated.
 
     Raises:
         LoraError: the layout is unknown or cannot hold all of the LoRA, or a tensor holds NaN or infinity.
@@ -125,12 +134,19 @@ def save_lora(
         for key, tensor in chosen.write(state, names).items()
     }
     header = with_header(state.metadata if metadata is None else metadata, chosen, state, names)
-    carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for what belongs to no module
+    carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for tensors of no module
     write_lora(path, {**carried, **written}, header, chosen.companions(state, names), hashed=metadata is not None)
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
-    """Metadata with what a layout's programs look for there, and without what was another layout's."""
+    """Metadata with a layout's entries in place of those of other layouts.
+
+    Args:
+        metadata: of a LoRA.
+        layout: the layout in which it will be written.
+        state: the LoRA.
+        names: its model's name table.
+    """
     own = (ADAPTER_METADATA, BOUNDS)
     return {key: value for key, value in metadata.items() if key not in own} | layout.header(state, names)
 
@@ -143,18 +159,18 @@ def write_lora(
     *,
     hashed: bool,
 ) -> None:
-    """Write a file or, where text files belong beside the tensors, a folder.
+    """Write a file, or a folder for layouts with text files beside the tensors.
 
     Args:
         path: the file or folder.
         tensors: by key, for folders with subfolder and slash in front.
         metadata: the header's.
         companions: text files by path within the folder.
-        hashed: whether hashes over the content are added; where the metadata has them, they are brought up to date.
+        hashed: whether hashes over the content are added; hashes in the metadata are updated either way.
 
     Raises:
         LoraError: a tensor holds NaN or infinity.
-        OutputError: something cannot be written.
+        OutputError: a file cannot be written.
     """
     if companions and path.suffix == ".safetensors":
         raise OutputError(f"this layout is a folder, and {path.name} is the name of a file; give a folder's name")
@@ -182,7 +198,7 @@ def without(state: AdapterState, modules: Collection[ModuleRef]) -> AdapterState
 
 
 def unapplied(state: AdapterState) -> list[str]:
-    """What of a file does not belong to the model: names of modules, and keys whose suffix is not a known one."""
+    """Tensors of a file that the model does not use: names of modules, and keys whose suffix is unknown."""
     groups = grouped(state.unknown)
     known = {key for keys in groups.values() for key in keys.values()}
     return sorted((*groups, *(state.unknown.keys() - known)))
@@ -191,11 +207,11 @@ def unapplied(state: AdapterState) -> list[str]:
 def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a LoRA file, or of the folder in which PEFT or diffusers saves one.
 
-    Tensors are mapped from the file, so that only what is used of them takes up memory. Keys of a text encoder's
-    subfolder have its name and a slash in front.
+    Tensors are memory-mapped, so that only those that are used take memory. Keys of a text encoder's subfolder have
+    its name and a slash in front.
 
     Raises:
-        LoraError: it cannot be read, or holds adapters in a format that is known and not read.
+        LoraError: it cannot be read, or holds adapters in a format that is not supported.
     """
     tensors, metadata = _tensors_in_folder(path) if path.is_dir() else read_safetensors(path)
     for suffix, (what, remedy) in UNREADABLE.items():

@@ -1,12 +1,12 @@
-"""What a LoRA file says of its making, in the words that other programs look for.
+"""A LoRA file's metadata about its training, under the names that other programs read.
 
     ss_*         kohya's sd-scripts; read by A1111, ComfyUI front ends, Civitai
     modelspec.*  Stability's ModelSpec 1.0.1
-    lorasmith.*  what continuing a run needs
+    lorasmith.*  what continuing and reproducing a run need
     prompt, workflow   the ComfyUI graph that made the file
 
-All values are text. What a run writes is in `training.runs.lora_metadata`; hashes over the content are added when the
-file is written (`save_lora`).
+All values are text. `training.runs.lora_metadata` makes the entries of a run; hashes over the content are added when
+the file is written (`save_lora`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping
 __all__ = ["BOUNDS", "RUN_ENTRY", "steps_of", "tag_frequency", "without_private"]
 
 BOUNDS = "lorasmith.oft_bounds"
-"""Entry in which kohya's layout keeps how far rotations may go, since its tensors have been shortened to that."""
+"""Entry in which kohya's layout keeps the bounds of rotations, since its tensors have the bounds applied."""
 
 RUN_ENTRY = "lorasmith.run"
-"""Entry with what it takes to train the file again: how that was asked for, its fingerprint and environment."""
+"""Entry with the record to train the file again: request, fingerprint and environment."""
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
@@ -36,16 +36,16 @@ def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
     """Optimizer updates that went into a LoRA.
 
     Args:
-        metadata: the file's; `lorasmith.steps` and `ss_steps` are looked for.
-        file_name: consulted when the metadata has neither: ComfyUI writes `name_500_steps_00001_.safetensors`.
+        metadata: the file's, with `lorasmith.steps` or `ss_steps`.
+        file_name: read when the metadata has neither: ComfyUI writes `name_500_steps_00001_.safetensors`.
 
     Returns:
-        0 when nothing tells.
+        The number, 0 if unknown.
     """
     for key in ("lorasmith.steps", "ss_steps"):
         if re.fullmatch(r"\d{1,9}", metadata.get(key, "")):
             return int(metadata[key])
-    # The last one counts: a prefix may itself be the name of an earlier file.
+    # The last match, because a prefix may itself be the name of an earlier file.
     in_name = re.findall(r"(?:^|_)(\d{1,9})_steps_", file_name)
     return int(in_name[-1]) if in_name else 0
 
@@ -53,8 +53,8 @@ def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
 def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata without paths, prompts, captions and workflow: entries that hold none of these, paths cut to names.
 
-    Entries of programs that are not known here are left out as well, for nobody can say what is in them. The trigger
-    stays, without which a LoRA is of little use.
+    Unknown entries are left out as well, because they may hold any of these. The trigger stays, without which a LoRA is
+    of little use.
     """
     kept = {key: value for key, value in metadata.items() if key in _PUBLIC}
     return {key: re.split(r"[/\\]", value)[-1] if key in _NAMES_OF_FILES else value for key, value in kept.items()}

@@ -1,4 +1,4 @@
-"""The scale alpha / rank: what it is, and how it moves between alpha and the tensors of a LoRA."""
+"""The scale alpha / rank of an adapter, and moving it between alpha and the tensors of a LoRA."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def full_alpha(weights: AdapterWeights) -> float:
 
 
 def idle_alpha(weights: AdapterWeights) -> float:
-    """The alpha that changes nothing: where it is a bound, zero means none."""
+    """The alpha without effect: the rank of a scale, 0 for a bound."""
     return full_alpha(weights) if format_of(weights).bounded is None else 0.0
 
 
@@ -72,22 +72,22 @@ def scaled_by(weights: AdapterWeights, factor: float) -> AdapterWeights:
 
 
 def with_alpha(weights: AdapterWeights, alpha: float) -> AdapterWeights:
-    """The same LoRA with another alpha, made up for in its up matrix."""
+    """The same LoRA with another alpha, compensated in its up matrix."""
     up = multiplied(weights.tensors["up"], _alpha(weights) / alpha)
     return replace(weights, tensors={**weights.tensors, "up": up}, alpha=alpha)
 
 
 def most_frequent_alpha(loras: Mapping[T, AdapterWeights]) -> tuple[float, dict[T, float]]:
-    """The alpha that most LoRAs have, the larger of two, 0 without any LoRA; and the alpha of each."""
+    """The most frequent alpha (the larger of two, 0 without any LoRA), and the alpha of each LoRA."""
     alphas = {key: _alpha(weights) for key, weights in loras.items()}
     counts = collections.Counter(alphas.values())
     return max(counts, key=lambda alpha: (counts[alpha], alpha), default=0.0), alphas
 
 
 def with_one_alpha(adapters: Mapping[T, AdapterWeights]) -> dict[T, AdapterWeights]:
-    """Adapters whose LoRAs all have the alpha that is most frequent among them, with their changes as they were.
+    """Adapters whose LoRAs all have the most frequent alpha, with unchanged effect.
 
-    diffusers needs that: of a UNet's LoRA in kohya's layout it takes one alpha for all attention layers.
+    diffusers needs that: it reads one alpha for all attention layers of a UNet's LoRA in kohya's layout.
     """
     common, alphas = most_frequent_alpha(loras_in(adapters))
     odd = {key for key, alpha in alphas.items() if common and alpha != common}

@@ -1,8 +1,8 @@
-"""Writing a LoRA a few modules at a time, for files that are larger than memory's comfort.
+"""Writing a LoRA a few modules at a time, for files close to the size of memory.
 
-A LoRA that was read from a file is mapped, not held. What a layout computes from it (fused rows, factors with alpha
-multiplied in) would be held; here it goes to a temporary file beside the target and is mapped from there, so that the
-writer, which needs all tensors in order, finds both alike.
+A LoRA that was read from a file is memory-mapped. Tensors that a layout computes from it (fused rows, factors with
+alpha multiplied in) go to a temporary file beside the target and are mapped from there, because the writer needs all
+tensors in order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["Spool", "save_streamed", "spooled"]
 
-_PIECE_BYTES = 1 << 26  # what may be computed before it is written
+_PIECE_BYTES = 1 << 26  # computed at a time before they are written
 
 
 def save_streamed(
@@ -40,16 +40,16 @@ def save_streamed(
     """Write a LoRA atomically, with hashes over its content, holding a few modules of it at a time.
 
     Args:
-        path: where to; a folder for layouts that are one.
+        path: the file, or the folder for layouts that are one.
         state: the LoRA; `unknown` is not written.
         names: name table of its model.
         layout: the layout.
-        metadata: the header's, less what belongs to the layout.
-        form: what is done to some modules at a time before they are written.
+        metadata: the header's, without the layout's entries.
+        form: applied to some modules at a time before they are written.
 
     Raises:
         LoraError: a tensor holds NaN or infinity.
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     header = with_header(metadata, layout, state, names)
     companions = layout.companions(state, names)
@@ -63,7 +63,7 @@ def save_streamed(
 
 @contextlib.contextmanager
 def spooled(folder: Path, mapped: Iterable[Tensor]) -> Iterator[Spool]:
-    """A temporary file in `folder` for tensors that should not be held; `mapped` are on disk already."""
+    """A temporary file in `folder` for computed tensors; `mapped` are on disk already."""
     ensure_folder(folder)
     try:
         handle, name = tempfile.mkstemp(prefix=".lora.", suffix=".spool", dir=folder)
@@ -79,11 +79,11 @@ def spooled(folder: Path, mapped: Iterable[Tensor]) -> Iterator[Spool]:
 
 
 class Spool:
-    """Tensors on disk, mapped back when all are there.
+    """Tensors on disk, memory-mapped after the last one is written.
 
     Args:
         path, file: the temporary file, open for writing.
-        kept: addresses of storages that stay where they are, with all views of them.
+        kept: addresses of storages that are not copied, with all views of them.
     """
 
     def __init__(self, path: Path, file: BinaryIO, kept: set[int]) -> None:
@@ -92,7 +92,7 @@ class Spool:
         self._written: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over tensors by key."""
+        """Write tensors, by key."""
         for key, tensor in tensors.items():
             if not tensor.numel() or tensor.untyped_storage().data_ptr() in self._kept:
                 self._there[key] = tensor
@@ -102,7 +102,7 @@ class Spool:
             self._written[key] = (start, tensor.dtype, tensor.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, those that were written mapped from the file."""
+        """All tensors, written ones mapped from the file."""
         self._file.flush()
         if not self._written:
             return self._there

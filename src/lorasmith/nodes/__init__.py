@@ -1,4 +1,4 @@
-"""ComfyUI's nodes for LoRA training and what a graph needs around them: thin, the work is done by the library."""
+"""ComfyUI's nodes for LoRA training and the nodes that such graphs need: thin wrappers of the library."""
 
 from lorasmith.nodes.all_nodes import load_nodes
 

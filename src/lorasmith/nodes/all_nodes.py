@@ -1,4 +1,4 @@
-"""Which modules declare nodes."""
+"""The list of modules that declare nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MODULES = ("conditioning", "datasets", "images", "latents", "loaders", "outputs
 
 
 def load_nodes() -> Registry[Node]:
-    """All nodes. The modules are imported now, and not earlier, as they bring torch and the model code along."""
+    """Register all nodes. The modules are imported by this call, as they import torch and the model code."""
     for name in _MODULES:
         import_module(f"lorasmith.nodes.{name}")
     return NODES

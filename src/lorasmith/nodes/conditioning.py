@@ -1,4 +1,4 @@
-"""Prompts as the denoiser takes them."""
+"""Nodes for prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import TextEncoder
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -14,15 +13,12 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 __all__ = ["check_encoder"]
 
 _ZEROED = ("context", "pooled")
-"""Tensors that say what the prompt says; others, such as guidance, are settings."""
+"""Tensors that encode the prompt; others, such as guidance, are settings."""
 
 
 def check_encoder(clip: TextEncoder) -> None:
-    """Refuse models that came without text encoders. Raises ModelError."""
-    if not clip.base.components.text_encoders:
-        raise ModelError(
-            f"{clip.base.title} holds no text encoder, so that prompts cannot be encoded; load a full checkpoint"
-        )
+    """Raise ModelError if the model was loaded without text encoders."""
+    clip.base.family.check_parts(clip.base.components, text=True)
 
 
 @node(
@@ -30,7 +26,7 @@ def check_encoder(clip: TextEncoder) -> None:
     display_name="CLIP Text Encode (Prompt)",
     category="model/conditioning",
     inputs=[
-        Input("text", "STRING", multiline=True, tooltip="(word:1.2) weighs a word; a backslash makes a bracket plain."),
+        Input("text", "STRING", multiline=True, tooltip="(word:1.2) weights a word; \\( is a literal bracket."),
         Input("clip", "CLIP"),
     ],
     outputs=[Output("CONDITIONING")],
@@ -49,15 +45,13 @@ def clip_text_encode(context: NodeContext, *, text: str, clip: TextEncoder) -> t
     category="model/conditioning",
     inputs=[
         Input("clip", "CLIP"),
-        Input(
-            "stop_at_clip_layer", "INT", default=-1, min=-24, max=-1, step=1, tooltip="-2 leaves out the last layer."
-        ),
+        Input("stop_at_clip_layer", "INT", default=-1, min=-24, max=-1, step=1, tooltip="-2 skips the last layer."),
     ],
     outputs=[Output("CLIP")],
     search_aliases=["clip skip"],
 )
 def clip_set_last_layer(context: NodeContext, *, clip: TextEncoder, stop_at_clip_layer: int) -> tuple[TextEncoder]:
-    """Leave out the last layers of the text encoder."""
+    """Skip the last layers of the text encoder."""
     return (replace(clip, skip_layers=-1 - stop_at_clip_layer),)
 
 
@@ -71,7 +65,7 @@ def clip_set_last_layer(context: NodeContext, *, clip: TextEncoder, stop_at_clip
 def conditioning_combine(
     context: NodeContext, *, conditioning_1: list[Conditioning], conditioning_2: list[Conditioning]
 ) -> tuple[list[Conditioning]]:
-    """Put prompts side by side: sampling averages what they say, training gives each image its own."""
+    """Combine prompts into a list: sampling averages their predictions, training uses one per image."""
     return ([*conditioning_1, *conditioning_2],)
 
 
@@ -83,10 +77,11 @@ def conditioning_combine(
     outputs=[Output("CONDITIONING")],
 )
 def conditioning_zero_out(context: NodeContext, *, conditioning: list[Conditioning]) -> tuple[list[Conditioning]]:
-    """Replace what prompts say by zeros, which is less than an empty prompt says."""
+    """Replace the encoded prompts by zeros, which differs from an empty prompt."""
     return ([_zeroed(one) for one in conditioning],)
 
 
 def _zeroed(conditioning: Conditioning) -> Conditioning:
     tensors = conditioning.tensors
-    return Conditioning({key: torch.zeros_like(t) if key in _ZEROED else t for key, t in tensors.items()})
+    zeroed = {key: torch.zeros_like(t) if key in _ZEROED else t for key, t in tensors.items()}
+    return Conditioning(zeroed, mask=conditioning.mask)

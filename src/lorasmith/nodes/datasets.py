@@ -1,4 +1,4 @@
-"""Folders of images to latents and conditionings for training."""
+"""Nodes for training data: folders of images, encoding, buckets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__: list[str] = []
 
 T = TypeVar("T")
 
-_FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders(), tooltip="Below the input folder.")
+_FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
 
 
 @node(
@@ -44,12 +44,12 @@ _FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders
     fingerprint=lambda folders, folder: fingerprint(folders.find_input_folder(folder)),
 )
 def load_image_folder(context: NodeContext, *, folder: str) -> tuple[list[Tensor]]:
-    """Read the images of a folder in the order of their names, upright, on white where they are transparent."""
+    """Read the images of a folder in the order of their names, upright, with transparency on white."""
     path = context.folders.find_input_folder(folder)
     scan = _scanned(context, folder)
     images = [image for image in scan.images if image.path.parent == path]
     if not images:
-        raise DataError(f"{folder} must hold images itself, but all are in its subfolders; choose one of those")
+        raise DataError(f"{folder} must contain images itself, but all are in its subfolders; choose one of those")
     return (_read(context, images),)
 
 
@@ -63,17 +63,17 @@ def load_image_folder(context: NodeContext, *, folder: str) -> tuple[list[Tensor
     fingerprint=lambda folders, folder: fingerprint(folders.find_input_folder(folder)),
 )
 def load_image_text_folder(context: NodeContext, *, folder: str) -> tuple[list[Tensor], list[str]]:
-    """Read the images of a folder and the captions beside them, in the order of their names.
+    """Read the images of a folder and their caption files, in the order of their names.
 
-    Images of subfolders such as `10_sks dog` come as often as the number says. An image without a caption file has an
-    empty caption, and a warning says so.
+    Images of subfolders such as `10_sks dog` are repeated that many times. An image without a caption file has an empty
+    caption, with a warning.
     """
     scan = _scanned(context, folder)
     if scan.missing_captions:
         names = ", ".join(path.name for path in scan.missing_captions[:3])
         context.warn(
             f"{len(scan.missing_captions)} of {len(scan.images)} images have no caption (such as {names}) and get an "
-            "empty one; put a text file of the same name beside each"
+            "empty one; add a text file of the same name for each"
         )
     for note in scan.notes:
         context.warn(note)
@@ -97,7 +97,7 @@ def load_image_text_folder(context: NodeContext, *, folder: str) -> tuple[list[T
             optional=True,
             force_input=True,
             multiline=False,
-            tooltip="One caption for each image, or one for all; left out, captions are empty.",
+            tooltip="One caption per image, or one for all. Default: empty captions.",
         ),
     ],
     outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
@@ -112,7 +112,7 @@ def make_training_dataset(
     clip: list[TextEncoder],
     texts: Sequence[str] = (),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
-    """Encode images and their captions; what repeats is encoded once."""
+    """Encode images and their captions; repeated ones are encoded once."""
     pictures = flat_images(images)
     captions = one_for_each(texts or [""], len(pictures), name="texts", of="caption")
     encoder, autoencoder = single(context, "clip", clip), single(context, "vae", vae)
@@ -144,7 +144,7 @@ def make_training_dataset(
 def resolution_bucket(
     context: NodeContext, *, latents: list[Latent], conditioning: list[list[Conditioning]]
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
-    """Put latents of equal size into one batch, each with its conditioning, in the order in which sizes appear."""
+    """Batch latents of equal size, each with its conditioning, in the order of the first of each size."""
     samples = flat_latents(latents)
     prompts = one_for_each(flat_conditionings(conditioning), len(samples), name="conditioning", of="conditioning")
     buckets: dict[tuple[int, ...], list[int]] = {}
@@ -164,7 +164,7 @@ def _scanned(context: NodeContext, folder: str) -> FolderScan:
 
 
 def _read(context: NodeContext, images: Sequence[ImageFile]) -> list[Tensor]:
-    """Each file as an IMAGE of its own."""
+    """Each file as a separate IMAGE."""
     read = []
     for done, image in enumerate(images, start=1):
         context.raise_if_cancelled()

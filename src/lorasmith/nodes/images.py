@@ -1,4 +1,4 @@
-"""Pictures: read, scaled, put together."""
+"""Nodes for pictures: read, scale, batch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def resized(pictures: Tensor, width: int, height: int, *, method: str, crop: boo
 
     Args:
         pictures: values in [0, 1] for `lanczos`, which goes through 8 bits as in ComfyUI; any values otherwise.
-        width, height: wanted.
+        width, height: of the result.
         method: a method of Upscale Image.
-        crop: cut the edges so that the shape keeps its proportions, instead of stretching.
+        crop: crop the edges to keep the proportions, instead of stretching.
     """
     if crop:
         pictures = _cropped(pictures, width / height)
@@ -36,7 +36,7 @@ def resized(pictures: Tensor, width: int, height: int, *, method: str, crop: boo
 
 
 def known_input(name: str, folders: Folders) -> str:
-    """Takes every file that is there, as lists show those of the input folder alone. Raises DataError for others."""
+    """Accept every existing file, as lists only show the input folder. Raises DataError for others."""
     folders.find_input(name)
     return name
 
@@ -52,7 +52,7 @@ def known_input(name: str, folders: Folders) -> str:
             options=lambda folders: folders.input_files(image_suffixes()),
             accept=known_input,
             extras={"image_upload": True},
-            tooltip="A file of the input folder; cat.png [output] takes one of the output folder.",
+            tooltip="A file in the input folder; cat.png [output] is one in the output folder.",
         )
     ],
     outputs=[Output("IMAGE"), Output("MASK")],
@@ -60,7 +60,7 @@ def known_input(name: str, folders: Folders) -> str:
     fingerprint=lambda folders, image: fingerprint(folders.find_input(image)),
 )
 def load_image(context: NodeContext, *, image: str) -> tuple[Tensor, Tensor]:
-    """Read a picture, upright as its EXIF data says, and its transparency as a mask.
+    """Read a picture, rotated as in its EXIF data, and its transparency as a mask.
 
     The frames of an animation make a batch. An opaque picture has an empty mask of 64×64.
     """
@@ -82,7 +82,7 @@ def load_image(context: NodeContext, *, image: str) -> tuple[Tensor, Tensor]:
         Input("upscale_method", "COMBO", options=_METHODS),
         Input("width", "INT", default=512, min=0, max=16384, step=1, tooltip="In pixels; 0 keeps the proportions."),
         Input("height", "INT", default=512, min=0, max=16384, step=1, tooltip="In pixels; 0 keeps the proportions."),
-        Input("crop", "COMBO", options=("disabled", "center"), tooltip="Cut the edges instead of stretching."),
+        Input("crop", "COMBO", options=("disabled", "center"), tooltip="Crop the edges instead of stretching."),
     ],
     outputs=[Output("IMAGE")],
     search_aliases=["resize", "scale image"],
@@ -109,7 +109,7 @@ def image_scale(
     deprecated=True,
 )
 def image_batch(context: NodeContext, *, image1: Tensor, image2: Tensor) -> tuple[Tensor]:
-    """Put pictures into one batch; the second ones are scaled and cropped to the size of the first."""
+    """Join two batches of pictures; the second is scaled and cropped to the size of the first."""
     if image1.shape[1:] != image2.shape[1:]:
         height, width = image1.shape[1:3]
         image2 = resized(image2.movedim(-1, 1), width, height, method="bilinear", crop=True).movedim(1, -1)
@@ -117,7 +117,7 @@ def image_batch(context: NodeContext, *, image1: Tensor, image2: Tensor) -> tupl
 
 
 def _cropped(pictures: Tensor, aspect: float) -> Tensor:
-    """The middle part that has the aspect, cut to whole pixels alike on both sides."""
+    """The centre crop of an aspect ratio, in whole pixels, equal on both sides."""
     height, width = pictures.shape[-2:]
     x = max(0, round((width - height * aspect) / 2))
     y = max(0, round((height - width / aspect) / 2))

@@ -1,4 +1,4 @@
-"""Latents: encoded, decoded, put together."""
+"""Nodes for latents: encode, decode, batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__: list[str] = []
     outputs=[Output("LATENT")],
 )
 def vae_encode(context: NodeContext, *, pixels: Tensor, vae: Autoencoder) -> tuple[Latent]:
-    """Encode pictures into latents; edges that do not make a whole latent are cut off."""
+    """Encode pictures into latents; edges are cropped to whole latents."""
     with vae.active():
         return ({"samples": vae.encode(pixels_from_image(pixels, vae))},)
 
@@ -52,7 +52,7 @@ def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tu
     outputs=[Output("LATENT")],
 )
 def empty_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
-    """Empty latents to make new pictures from; KSampler gives them the shape that its model needs."""
+    """Empty latents for new pictures; KSampler adapts their shape to its model."""
     return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)
 
 
@@ -65,14 +65,14 @@ def empty_latent_image(context: NodeContext, *, width: int, height: int, batch_s
     deprecated=True,
 )
 def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) -> tuple[Latent]:
-    """Put latents into one batch; the second ones are scaled and cropped to the size of the first."""
+    """Join two batches of latents; the second is scaled and cropped to the size of the first."""
     first, second = samples1["samples"], samples2["samples"]
     check_channels(second, first.shape[1])
     if first.shape[2:] != second.shape[2:]:
         height, width = first.shape[2:]
         context.warn(
-            f"latents of {second.shape[3]}×{second.shape[2]} were scaled to {width}×{height} to fit into the batch; "
-            "join them by Create List to train each at its own size"
+            f"latents of {second.shape[3]}×{second.shape[2]} were scaled to {width}×{height} to fit the batch; use "
+            "Create List to train each at its own size"
         )
         second = resized(second, width, height, method="bilinear", crop=True)
     return ({**samples1, "samples": torch.cat((first, second))},)
@@ -86,5 +86,5 @@ def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) ->
     outputs=[Output("LATENT")],
 )
 def repeat_latent_batch(context: NodeContext, *, samples: Latent, amount: int) -> tuple[Latent]:
-    """Repeat a batch as a whole."""
+    """Repeat a batch."""
     return ({**samples, "samples": samples["samples"].repeat(amount, 1, 1, 1)},)

@@ -1,4 +1,4 @@
-"""Models and LoRAs from files, and LoRAs applied to models."""
+"""Nodes that load models and LoRAs, and apply LoRAs to models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 
 def _strength(name: str, *, step: float | None = None) -> Input:
-    tooltip = "1 is the LoRA as trained, 0 leaves it away."
+    tooltip = "Strength of the LoRA: 1 is as trained, 0 disables it."
     return Input(name, "FLOAT", default=1.0, min=-100.0, max=100.0, step=step, tooltip=tooltip)
 
 
@@ -31,7 +31,7 @@ _LORA_NAME = Input("lora_name", "COMBO", options=lambda folders: folders.files("
             "ckpt_name",
             "COMBO",
             options=lambda folders: folders.files("checkpoints"),
-            tooltip="A checkpoint file, or a folder as diffusers saves them.",
+            tooltip="A checkpoint file, or a diffusers folder.",
         )
     ],
     outputs=[Output("MODEL"), Output("CLIP"), Output("VAE")],
@@ -40,7 +40,7 @@ _LORA_NAME = Input("lora_name", "COMBO", options=lambda folders: folders.files("
 def load_checkpoint(context: NodeContext, *, ckpt_name: str) -> tuple[Denoiser, TextEncoder, Autoencoder]:
     """Load a model.
 
-    Its weights stay on the memory-mapped file: training and sampling place copies where they run, in their own dtype.
+    Weights stay on the memory-mapped file; training and sampling place copies on their device, in their own dtype.
     """
     model = load_model(context.folders.find("checkpoints", ckpt_name))
     return model.denoiser, model.text_encoder, model.autoencoder
@@ -113,14 +113,14 @@ def lora_loader_model_only(
 def lora_model_loader(
     context: NodeContext, *, model: Denoiser, lora: Lora, strength_model: float, bypass: bool
 ) -> tuple[Denoiser]:
-    """Apply a LoRA that was just trained to a model."""
+    """Apply a LoRA from Train LoRA to a model."""
     return (lora.applied_to(model, strength=strength_model, bypass=bypass),)
 
 
 def _loaded(context: NodeContext, path: Path, model: Model) -> Lora:
-    """A LoRA file, with a warning about what of it the model has no place for."""
+    """Load a LoRA file, with a warning about parts that match no module of the model."""
     lora = Lora.load(path, model)
     if left := unapplied(lora.state):
         shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        context.warn(f"{len(left)} parts of {path.name} have no place in {model.title} and are left out: {shown}")
+        context.warn(f"{len(left)} parts of {path.name} match no module of {model.title} and are left out: {shown}")
     return lora

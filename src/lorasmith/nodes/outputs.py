@@ -1,4 +1,4 @@
-"""The goals of a graph: pictures, LoRA files and loss plots."""
+"""Output nodes: pictures, LoRA files and loss plots."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
     category="image",
     inputs=[
         Input("images", "IMAGE"),
-        Input("filename_prefix", "STRING", default="ComfyUI", tooltip="May hold folders and %year%, %width%, ..."),
+        Input("filename_prefix", "STRING", default="ComfyUI", tooltip="May contain folders and %year%, %width%, ..."),
     ],
     outputs=[Output("IMAGE", "images")],
     hidden=_GRAPH,
     output_node=True,
 )
 def save_image(context: NodeContext, *, images: Tensor, filename_prefix: str) -> NodeOutput:
-    """Save pictures in the output folder, with the workflow in them."""
+    """Save pictures in the output folder, with the workflow in their metadata."""
     return NodeOutput((images,), {"images": save_images(context, images, filename_prefix, place="output")})
 
 
@@ -44,7 +44,7 @@ def save_image(context: NodeContext, *, images: Tensor, filename_prefix: str) ->
     output_node=True,
 )
 def preview_image(context: NodeContext, *, images: Tensor) -> NodeOutput:
-    """Show pictures without keeping them: they are in the temp folder."""
+    """Show pictures, which are saved in the temp folder only."""
     return NodeOutput((images,), {"images": save_images(context, images, "ComfyUI_temp", place="temp")})
 
 
@@ -54,8 +54,8 @@ def preview_image(context: NodeContext, *, images: Tensor) -> NodeOutput:
     category="model/merging",
     inputs=[
         Input("lora", "LORA_MODEL"),
-        Input("prefix", "STRING", default="loras/ComfyUI_trained_lora", multiline=False, tooltip="May hold folders."),
-        Input("steps", "INT", optional=True, tooltip="Steps that the LoRA was trained for, to be put into the name."),
+        Input("prefix", "STRING", default="loras/ComfyUI_trained_lora", multiline=False, tooltip="May have folders."),
+        Input("steps", "INT", optional=True, tooltip="Steps of the LoRA, for its file name."),
     ],
     aliases=["SaveLoRANode"],
     search_aliases=["export lora"],
@@ -63,7 +63,7 @@ def preview_image(context: NodeContext, *, images: Tensor) -> NodeOutput:
     output_node=True,
 )
 def save_lora_weights(context: NodeContext, *, lora: Lora, prefix: str, steps: int | None = None) -> tuple[()]:
-    """Save a LoRA below the output folder in the layout that most programs read, with all that is known of it."""
+    """Save a LoRA in the output folder, in the layout that most programs read, with its metadata."""
     context.log(f"The LoRA is at {save_lora(context, lora, prefix, steps)}.")
     return ()
 

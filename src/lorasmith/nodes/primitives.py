@@ -1,4 +1,4 @@
-"""Plain values as nodes, and lists."""
+"""Nodes for plain values and lists."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def primitive_boolean(context: NodeContext, *, value: bool) -> tuple[bool]:
     is_input_list=True,
 )
 def create_list(context: NodeContext, *, inputs: Mapping[str, list[Any]]) -> tuple[list[Any]]:
-    """Join things of one type, or lists of them, into a list whose items go on one by one."""
+    """Join values of one type, or lists of them, into a list whose items are processed one by one."""
     return ([item for items in inputs.values() for item in items],)

@@ -1,4 +1,4 @@
-"""Pictures from noise."""
+"""The KSampler node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import CancelledError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import best_device, held, sampling_dtype
+from lorasmith.core.placement import best_device, placed, sampling_dtype
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser
@@ -40,7 +40,7 @@ _SCHEDULERS = (
 
 
 def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str, Folders], str]:
-    """Takes the names that work; those that ComfyUI has besides are refused by name before the graph runs."""
+    """A check that accepts registered names, and refuses others, such as ComfyUI's, before the graph runs."""
 
     def accept(name: str, folders: Folders) -> str:
         if name in registry:
@@ -74,7 +74,7 @@ def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str,
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="How much of the latents is made anew.",
+            tooltip="Part of the schedule to sample; below 1 the result keeps features of the latents.",
         ),
     ],
     outputs=[Output("LATENT")],
@@ -93,15 +93,15 @@ def ksampler(
     latent_image: Latent,
     denoise: float,
 ) -> tuple[Latent]:
-    """Make latents that fit the prompts, from noise or from latents that are noised first."""
+    """Sample latents for the prompts, from noise or from noised latents."""
     components = model.base.components
     latents = _model_latents(latent_image, components.latent)
     sigmas = sigmas_for(components.schedule, scheduler, steps, denoise=denoise, sampler=sampler_name)
     device = best_device()
     dtype = sampling_dtype(model.module, device)
     try:
-        # Placed first and patched then, so that adapters beside the weights are where the weights are.
-        with held(model.module, device=device, dtype=dtype), model.active():
+        # Placed first and patched second: adapters are created on their layers' device.
+        with placed(model.module, device=device, dtype=dtype), model.active():
             sampled = sample_latents(
                 model.predict,
                 schedule=components.schedule,
@@ -124,10 +124,10 @@ def ksampler(
 
 
 def _model_latents(latent: Latent, form: LatentFormat) -> Tensor:
-    """Latents as the denoiser sees them; empty ones get the channels and the size that its pictures need.
+    """Latents scaled for the denoiser; empty ones get the channels and size of its latents.
 
     Raises:
-        DataError: the latents are of another model.
+        DataError: the latents are from another model.
     """
     samples = latent["samples"].float()
     if samples.count_nonzero():

@@ -1,4 +1,4 @@
-"""What nodes write: numbered files that say which workflow made them."""
+"""Saving of numbered files with their workflow in the metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["graph_metadata", "save_images", "save_lora"]
 
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
-    """The running workflow as text entries by the names under which ComfyUI finds it: `prompt` and `workflow`."""
+    """The running workflow as the metadata entries that ComfyUI reads: `prompt` and `workflow`."""
     entries = {"prompt": context.prompt, "workflow": context.workflow}
     return {key: json.dumps(graph) for key, graph in entries.items() if graph}
 
@@ -33,13 +33,13 @@ def save_images(
     """Write an IMAGE as PNG files.
 
     Args:
-        context: of the node that saves.
+        context: of the saving node.
         images: (batch, height, width, 3) in [0, 1].
-        prefix: subfolders and name, tokens such as %year% included.
+        prefix: subfolders and name, with tokens such as %year%.
         place: folder to write to.
 
     Returns:
-        A reference to each file, as user interfaces are told.
+        A reference to each file for user interfaces.
 
     Raises:
         OutputError: a file cannot be written.
@@ -61,14 +61,21 @@ def save_images(
 
 
 def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None = None) -> Path:
-    """Write a LoRA below the output folder as `<prefix>[_<steps>_steps]_<counter>_.safetensors`.
+    """Write a LoRA to the output folder as `<prefix>[_<steps>_steps]_<counter>_.safetensors`.
 
-    The counter goes on from the highest one under the prefix, whatever step numbers the files have, so that nothing is
-    overwritten and names sort by age. The workflow goes into its metadata, unless the LoRA was trained with `private`.
+    The counter follows the highest one under the prefix, whatever the steps in the names, so that nothing is
+    overwritten and names sort by age. The workflow is added to its metadata, unless the LoRA was trained with
+    `private`.
+
+    Args:
+        context: of the saving node.
+        lora: the LoRA.
+        prefix: subfolders and name, with tokens such as %year%.
+        steps: for the name; None to omit them.
 
     Raises:
         OutputError: the file cannot be written.
-        LoraError: the LoRA holds NaN or infinity.
+        LoraError: the LoRA contains NaN or infinity.
     """
     files = context.folders.numbered(prefix)
     stem = files.stem if steps is None else f"{files.stem}_{steps}_steps"
@@ -78,7 +85,7 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
 
 
 def _free_counter(files: NumberedFiles) -> int:
-    """First counter that is free with any number of steps in the name."""
+    """First free counter, whatever the steps in the names."""
     taken = re.compile(rf"{re.escape(files.stem)}_\d+_steps_(\d+)_?\..+", re.IGNORECASE)
     names = [entry.name for entry in files.folder.iterdir()] if files.folder.is_dir() else []
     return max([files.counter, *(int(match[1]) + 1 for name in names if (match := taken.fullmatch(name)))])

@@ -1,6 +1,6 @@
 """Train LoRA: ComfyUI's training node on this project's engine.
 
-Inputs are declared once, in `TrainConfig`, with ComfyUI's defaults laid over them so that a graph's learning rate keeps
+Inputs are declared once, in `TrainConfig`, and overridden by ComfyUI's defaults, so that a graph's learning rate keeps
 its meaning: alpha 1, the down matrix starting at zero, every Linear and convolution trained, no clipping.
 """
 
@@ -44,16 +44,16 @@ from lorasmith.training.events import (
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import Surroundings, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
 
 _OPTIONS = options_of(TrainConfig)
 _AUTO = "auto"
-"""Choice of an own option that leaves it to the model."""
+"""Choice of an option for the model's default."""
 _TITLE = "lora"
-"""Of every LoRA that a graph trains; SaveLoRA names the file."""
+"""Title of every LoRA that a graph trains; SaveLoRA sets the file name."""
 
 
 def _setting(name: str, **overrides: Any) -> Input:
@@ -108,14 +108,14 @@ _SETTINGS = (
         "previews",
         default="",
         multiline=True,
-        tooltip="Prompts that are drawn as training goes on, each on a line of its own, with and without the LoRA; the "
-        "model must come from a full checkpoint. The pictures are in the folder of the run.",
+        tooltip="Prompts of previews during training, one per line, drawn with and without the LoRA into the folder of "
+        "the run. The model must be from a full checkpoint.",
     ),
     _own(
         "preview_every",
         default=0,
         min=0,
-        tooltip="Steps between previews; 0 is a quarter of the run. There is always one at the end.",
+        tooltip="Steps between previews; 0 is a quarter of the run. The finished LoRA is always drawn.",
     ),
     _own("private"),
 )
@@ -130,16 +130,16 @@ def _continued_file(folders: Folders, existing_lora: str = NONE_LORA) -> object:
     display_name="Train LoRA",
     category="model/training",
     inputs=[
-        Input("model", "MODEL", tooltip="What to train on; LoRAs that it carries stay as they are."),
+        Input("model", "MODEL", tooltip="The model to train on; LoRAs applied to it are not trained."),
         Input("latents", "LATENT", tooltip="The images, as a batch or as a list of batches of any sizes."),
-        Input("positive", "CONDITIONING", tooltip="One caption for each image, combined or as a list, or one for all."),
+        Input("positive", "CONDITIONING", tooltip="One caption per image, combined or as a list, or one for all."),
         *_SETTINGS,
         Input(
             "fresh",
             "BOOLEAN",
             default=False,
             optional=True,
-            tooltip="Start anew, even if this run was cancelled before and could go on.",
+            tooltip="Start from scratch instead of resuming a cancelled run.",
         ),
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
@@ -156,7 +156,7 @@ def train_lora(
 ) -> tuple[Lora, LossMap, int]:
     """Train a LoRA on images and their captions.
 
-    The run is recorded in a folder of its own below `output/runs`, which also keeps the LoRA, whatever ends the run.
+    The run is recorded in a folder in `output/runs`, where the LoRA is saved however the run ends.
     """
     denoiser = single(context, "model", model)
     values = {name: single(context, name, given) for name, given in settings.items()}
@@ -164,25 +164,25 @@ def train_lora(
     config = _config(context.folders, values)
     data = _dataset(denoiser, latents, positive)
     job = plan_job(denoiser, config)
-    around = Surroundings(
+    options = RunOptions(
         output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
         title=_TITLE,
         source={"command": "run", "prompt": context.prompt},
-        on_event=_teller(context, config.steps),
+        on_event=_reporter(context, config.steps),
         cancelled=context.cancelled,
     )
-    result = train_job(denoiser, job, data, around)
+    result = train_job(denoiser, job, data, options)
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps
 
 
 def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that the node's inputs stand for; inputs left out have the node's defaults."""
+    """The configuration from the node's inputs; missing inputs have the node's defaults."""
     defaults = {setting.name: setting.default for setting in _SETTINGS}
     chosen = defaults | dict(values)
     for name in unused_settings(chosen["algorithm"]):
-        if chosen[name] == defaults[name]:  # nobody chose it, so nobody needs to hear that it changes nothing
+        if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
             del chosen[name]
     if chosen["existing_lora"] != NONE_LORA:
         chosen["existing_lora"] = str(folders.find("loras", chosen["existing_lora"]))
@@ -197,7 +197,7 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
 def _dataset(
     denoiser: Denoiser, latents: Sequence[Latent], positive: Sequence[Sequence[Conditioning]]
 ) -> EncodedDataset:
-    """The samples, in order, as the denoiser sees them. Raises DataError for counts and shapes that do not fit."""
+    """The samples, in order, scaled for the denoiser. Raises DataError if counts or shapes do not fit."""
     form = denoiser.base.components.latent
     for batch in latents:
         check_channels(batch["samples"], form.channels)
@@ -211,11 +211,11 @@ def _dataset(
     )
 
 
-def _teller(context: NodeContext, steps: int) -> EventHandler:
-    """Training's events in the words of nodes."""
+def _reporter(context: NodeContext, steps: int) -> EventHandler:
+    """A handler that forwards training events to a node's progress, log and warnings."""
     frames = PreviewFrames()
 
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         match event:
             case StepDone():
                 context.progress(event.step, steps, text=f"loss {event.loss:.4g}")
@@ -229,22 +229,22 @@ def _teller(context: NodeContext, steps: int) -> EventHandler:
                 context.log(f"Step {event.step}: {event.verdict}")
             case RunStarted():
                 context.log(
-                    f"Training {event.parameters:,} numbers in {event.adapters} layers on {event.samples} images for "
-                    f"{event.steps} steps, on {event.device} in {event.dtype}; the records are in {event.folder}."
+                    f"Training {event.parameters:,} parameters in {event.adapters} layers on {event.samples} images "
+                    f"for {event.steps} steps, on {event.device} in {event.dtype}; the run folder is {event.folder}."
                 )
 
-    return tell
+    return report
 
 
 def _keep_cancelled(context: NodeContext, result: TrainResult) -> str:
-    """Put the LoRA of a run that was stopped where Train LoRA and the loaders find it; returns what to tell."""
+    """Save the LoRA of a cancelled run in the LoRA folder; returns the message for the user."""
     if not result.losses:
         return "training was cancelled before its first step"
     assert result.folder is not None
     path = save_lora(context, result.lora, f"loras/{result.folder.name}_cancelled", result.steps)
     message = (
         f"training was cancelled after {len(result.losses)} steps; their LoRA is at {path}, and running the workflow "
-        "again goes on from there"
+        "again resumes the run"
     )
     context.log(message)
     return message

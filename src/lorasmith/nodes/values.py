@@ -1,9 +1,9 @@
-"""What nodes pass to each other, and lists of it laid end to end.
+"""Values that nodes pass to each other, and flattening of lists of them.
 
 IMAGE         fp32 tensor (batch, height, width, 3) in [0, 1]
 MASK          fp32 tensor (batch, height, width) in [0, 1], 1 where the picture is transparent
-LATENT        dict with `samples`, fp32 (batch, channels, height, width) as the autoencoder gives them, unscaled
-CONDITIONING  list of `Conditioning`, each of one prompt
+LATENT        dict with `samples`, fp32 (batch, channels, height, width) from the autoencoder, unscaled
+CONDITIONING  list of `Conditioning`, one per prompt
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
@@ -51,7 +51,7 @@ class LossMap(TypedDict):
 
 
 def pixels_from_image(image: Tensor, autoencoder: Autoencoder) -> Tensor:
-    """IMAGE as the autoencoder takes it: (batch, 3, height, width) in [−1, 1], cut at the edges to whole latents.
+    """IMAGE as input of the autoencoder: (batch, 3, height, width) in [−1, 1], cropped to whole latents.
 
     Raises:
         DataError: the picture is smaller than one latent.
@@ -73,7 +73,7 @@ def image_from_pixels(pixels: Tensor) -> Tensor:
 
 
 def check_channels(samples: Tensor, channels: int) -> None:
-    """Refuse latents (batch, channels, height, width) of another autoencoder. Raises DataError."""
+    """Raise DataError for latents (batch, channels, height, width) of another autoencoder."""
     if samples.ndim != 4 or samples.shape[1] != channels:
         raise DataError(
             f"latents must be (batch, {channels}, height, width) for this model, got {tuple(samples.shape)}; "
@@ -82,46 +82,55 @@ def check_channels(samples: Tensor, channels: int) -> None:
 
 
 def flat_images(images: Sequence[Tensor]) -> list[Tensor]:
-    """Every picture of a list of batches, (1, height, width, 3) each."""
+    """The single pictures of a list of batches, (1, height, width, 3) each."""
     return [image for batch in images for image in _singles(batch)]
 
 
 def flat_latents(latents: Sequence[Latent]) -> list[Tensor]:
-    """Every picture's latents of a list of batches, (1, channels, height, width) each."""
+    """The single latents of a list of batches, (1, channels, height, width) each."""
     return [samples for latent in latents for samples in _singles(latent["samples"])]
 
 
 def flat_conditionings(conditionings: Sequence[Sequence[Conditioning]]) -> list[Conditioning]:
-    """Every prompt of a list of CONDITIONING, combined ones one by one."""
+    """The single prompts of a list of CONDITIONING."""
     return [one for combined in conditionings for one in combined]
 
 
 def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[T]:
-    """`count` items: as given, or the single one for all. Raises DataError with both numbers for any other count.
+    """`count` items: those passed, or a single one repeated. Raises DataError for any other count.
 
     Args:
         items: at least one.
         count: number of pictures.
-        name: the input that the items came from.
-        of: what an item is.
+        name: of the input.
+        of: noun for an item.
     """
     if len(items) not in (1, count):
         raise DataError(
-            f"{name} must hold one {of} for each image or one for all, "
+            f"{name} must have one {of} per image or one for all, "
             f"got {len(items)} for {count} image{'s' if count != 1 else ''}; add or remove some"
         )
     return list(items) * count if len(items) == 1 else list(items)
 
 
 def single(context: NodeContext, name: str, values: Sequence[T]) -> T:
-    """The value of an input that means one thing, for nodes that receive lists. Raises DataError for an empty list."""
+    """The value of a scalar input in a node that receives lists, with a warning for further values.
+
+    Args:
+        context: of the node.
+        name: of the input.
+        values: the received list.
+
+    Raises:
+        DataError: the list is empty.
+    """
     if not values:
         raise DataError(f"{name} must receive a value, got an empty list; check the node it is linked to")
     if len(values) > 1:
-        context.warn(f"{name} takes one value but received {len(values)}; the first one counts")
+        context.warn(f"{name} takes one value but received {len(values)}; the first one is used")
     return values[0]
 
 
 def _singles(batch: Tensor) -> list[Tensor]:
-    """A batch of one for each item."""
+    """Batches of size 1."""
     return [batch[index : index + 1] for index in range(len(batch))]

@@ -1,1 +1,1 @@
-"""What people look at: loss plots and contact sheets."""
+"""Visual output: loss plots, contact sheets, previews on disk, and the report."""

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in labelled rows and columns, such as before and after training by prompt."""
+"""Contact sheets: pictures in labelled rows and columns."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ def contact_sheet(
     min_cell: int = 128,
     max_cell: int = 512,
 ) -> Image.Image:
-    """One RGB picture that shows `rows` of pictures, each row and column under its label.
+    """One RGB picture with rows of pictures and labels.
 
-    Pictures keep their shape. All are scaled alike, so that relations of size stay true: up by a whole number while the
-    largest is small, down to fit when it is large. Long labels are wrapped, and in the end cut.
+    Pictures keep their aspect ratio and are scaled by the same factor: an integer if the largest is small, a reduction
+    if it is large. Long labels are wrapped, then truncated.
 
     Args:
-        rows: pictures of any mode and size, at least one; rows may be of different length, and None leaves a place
-            empty.
-        row_labels: one for each row, or none at all.
-        column_labels: one for each column of the longest row, or none at all.
+        rows: pictures of any mode and size, at least one; rows may differ in length, and None is an empty cell.
+        row_labels: one per row, or none.
+        column_labels: one per column of the longest row, or none.
         title: heading of the sheet.
-        min_cell, max_cell: pixels that the longest edge of all pictures is brought between.
+        min_cell, max_cell: bounds of the longest edge of all pictures in pixels.
     """
     assert len(row_labels) in (0, len(rows))
     assert len(column_labels) in (0, max(len(row) for row in rows))
@@ -56,7 +55,7 @@ def contact_sheet(
 
 
 def _scaled(rows: Sequence[Sequence[Image.Image | None]], min_cell: int, max_cell: int) -> list[list[Image.Image]]:
-    """Framed RGB copies whose longest edge of all lies between the bounds."""
+    """Framed RGB copies, scaled so that the longest edge of all is within the bounds."""
     longest = max(edge for row in rows for picture in row if picture is not None for edge in picture.size)
     factor = max(1, math.ceil(min_cell / longest)) if longest <= max_cell else max_cell / longest
 
@@ -75,7 +74,7 @@ def _label(text: str, width: int, *, colour: str) -> Image.Image:
 
 
 def _laid_out(table: Sequence[Sequence[Image.Image]], *, header: bool) -> Image.Image:
-    """The cells of a table on white, centred in their rows and columns; those of a header row stand at its foot."""
+    """The cells of a table on white, centred in their rows and columns; those of a header row at the bottom."""
     num_columns = max(len(row) for row in table)
     widths = [max(row[column].width for row in table if column < len(row)) for column in range(num_columns)]
     heights = [max((cell.height for cell in row), default=0) for row in table]

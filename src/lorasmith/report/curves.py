@@ -1,7 +1,7 @@
-"""The curves of a run's report: SVG that lies in the page, takes its colours from it and is the same every time.
+"""The curves of a run's report as inline SVG, with colours from the page and deterministic output.
 
-Each figure is drawn twice, for a wide and for a narrow screen, because letters that suit one are too small on the
-other; the page's style shows one of them.
+Each figure is drawn twice, for wide and for narrow screens, as the text size of one does not fit the other; the page's
+style shows one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorasmith.report.markup import Html, tag
 __all__ = ["Curves", "QuantileCurve", "loss_figure", "quantile_figure"]
 
 _FAULT = "#b4232f"
-_FEW = 20  # points that are shown as such
+_FEW = 20  # maximum number of points drawn as dots
 _VARIABLES = {
     RAW: "--raw",
     SMOOTH: "--smooth",
@@ -33,13 +33,13 @@ _RAMP = ("#3b82c4", "#1a9e8f", "#7a9a1f", "#d08a1d", "#d0524a")  # clean to nois
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run's steps measured.
+    """Measurements of a run's steps.
 
     Attributes:
-        losses, rates: one for each step from step 1; NaN where nothing is known.
-        validations: step and loss of each look at the held-out images.
+        losses, rates: one per step from step 1; NaN if unknown.
+        validations: step and loss of each validation.
         base_loss: of the held-out images without the LoRA.
-        faults: steps that went wrong and were gone back from.
+        faults: steps that diverged and were rolled back.
     """
 
     losses: Sequence[float]
@@ -50,7 +50,7 @@ class Curves:
 
     @property
     def rate_varies(self) -> bool:
-        """Whether the learning rate is worth a curve."""
+        """Whether the learning rate is not constant."""
         return len({rate for rate in self.rates if math.isfinite(rate)}) > 1
 
 
@@ -59,8 +59,8 @@ class QuantileCurve(Protocol):
 
     Attributes:
         bins: edges of the bins in quantiles of the noise level, one more than there are bins: 0 is clean, 1 is noise.
-        steps: a step for each stretch of the run that is averaged.
-        losses: for each stretch and bin the mean loss, None where nothing was drawn.
+        steps: a step of each averaged interval.
+        losses: mean loss of each interval and bin, None without draws.
     """
 
     @property
@@ -72,9 +72,9 @@ class QuantileCurve(Protocol):
 
 
 def loss_figure(curves: Curves, *, label: str) -> Html:
-    """Loss over the steps, with what was held out and what went wrong, and the learning rate below where it changes.
+    """Loss over the steps, with validations and rollbacks, and the learning rate below if it is not constant.
 
-    At least one loss is finite. `label` says in words what there is to see.
+    At least one loss must be finite. `label` is the text alternative.
     """
 
     def draw(figure: Any) -> None:
@@ -85,7 +85,7 @@ def loss_figure(curves: Curves, *, label: str) -> Html:
             top = bottom = figure.add_subplot()
         draw_losses(top, curves.losses, validations=curves.validations, base_loss=curves.base_loss)
         for index, step in enumerate(curves.faults):
-            text = None if index else "went wrong, rolled back"
+            text = None if index else "diverged, rolled back"
             top.axvline(step, color=_FAULT, linewidth=1.2, linestyle=(0, (1, 2)), label=text, zorder=3)
         style_axes(top)
         bottom.set_xlabel("step", color=TEXT)
@@ -115,7 +115,7 @@ def quantile_figure(curve: QuantileCurve, *, label: str) -> Html:
                 look = ".-" if len(steps) < _FEW else "-"
                 axes.plot(steps, trend, look, color=colour, linewidth=1.8, label=f"{low * 100:.0f}–{high * 100:.0f} %")
         style_axes(axes)
-        if min(drawn) > 0:  # the clean end is often a hundred times the noisy one
+        if min(drawn) > 0:  # losses at the clean end are often a hundred times those at the noisy end
             axes.set_yscale("log")
             _plain_ticks(axes)
         axes.set_xlabel("step", color=TEXT)
@@ -142,14 +142,14 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _legend(axes: Any) -> None:
-    """Above the plot, where it covers no curve."""
+    """Add a legend above the plot, where it covers no curve."""
     columns = 5 if axes.figure.get_figwidth() > 6 else 2
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0}
     axes.legend(ncols=columns, fontsize=9, frameon=False, labelcolor=TEXT, **place)
 
 
 def _figure(name: str, draw: Callable[[Any], None], *, label: str) -> Html:
-    """The figure for either width; people who hear the page are told `label`."""
+    """The figure for both widths; `label` is the text alternative."""
     shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
     return tag(
         "div", [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]
@@ -157,7 +157,7 @@ def _figure(name: str, draw: Callable[[Any], None], *, label: str) -> Html:
 
 
 def _svg(draw: Callable[[Any], None], prefix: str, size: tuple[float, float], label: str) -> Html:
-    """An `svg` element whose ids begin with `prefix`, so that several can lie in one page."""
+    """An `svg` element whose ids start with `prefix`, so that one page can have several."""
     # The object API, without pyplot: no global state, so that a server's threads can draw at the same time.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -176,7 +176,7 @@ def _svg(draw: Callable[[Any], None], prefix: str, size: tuple[float, float], la
 
 
 def _renamed(svg: str, prefix: str) -> str:
-    """Ids that are used, numbered in their order: matplotlib's are random, and the same in every figure."""
+    """Replace ids by numbered ones: matplotlib's are random, or equal in every figure."""
     used = dict.fromkeys(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
     names = {old: f"{prefix}-{number}" for number, old in enumerate(used)}
     svg = re.sub(r" id=\"([^\"]*)\"", lambda found: f' id="{names[found[1]]}"' if found[1] in names else "", svg)

@@ -1,4 +1,4 @@
-"""The loss plot of a run: every step's loss, and the smoothed loss that shows where it is going."""
+"""The loss plot of a run: the loss of each step, and the smoothed loss."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def plot_losses(
     NaN and infinite losses are gaps. The axis is logarithmic when the smoothed loss spans more than a factor of 20.
 
     Args:
-        losses: one for each step, beginning with step 1.
-        title: heading, taken literally.
-        validations: step and loss of each look at the held-out images.
+        losses: one per step from step 1.
+        title: heading, as literal text.
+        validations: step and loss of each validation.
         base_loss: loss of the held-out images without the LoRA.
         metadata: text entries of the PNG file, by keyword (such as ComfyUI's `prompt` and `workflow`).
 
@@ -49,7 +49,7 @@ def plot_losses(
     axes = figure.add_subplot()
     draw_losses(axes, losses, validations=validations, base_loss=base_loss)
     style_axes(axes)
-    # parse_math off: a title is somebody's file name, and a $ in it is no formula.
+    # parse_math off: titles are file names, in which $ is no formula.
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=TEXT, wrap=True, parse_math=False)
     axes.set_xlabel("step", color=TEXT)
     axes.legend(loc="upper right", frameon=False, labelcolor=TEXT)
@@ -59,7 +59,7 @@ def plot_losses(
 
 
 def smoothed(losses: Sequence[float], *, span: float) -> list[float]:
-    """Exponential moving average with weights (1 − 1/span)^age, bias-corrected: it starts at the first loss."""
+    """Bias-corrected exponential moving average with weights (1 − 1/span)^age."""
     decay = 1 - 1 / span
     total = weight = 0.0
     result = []
@@ -77,10 +77,16 @@ def draw_losses(
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
 ) -> None:
-    """Raw and smoothed loss, and those of the held-out images with the lowest one marked. At least one is finite.
+    """Draw raw and smoothed loss, and validations with the lowest one marked.
 
-    The raw line has gaps where a loss is NaN or infinite, the smoothed one goes on across them. The axis is logarithmic
-    when the smoothed loss spans more than a factor of 20.
+    The raw line has gaps at NaN and infinite losses, the smoothed one does not. The axis is logarithmic if the smoothed
+    loss spans more than a factor of 20.
+
+    Args:
+        axes: of matplotlib.
+        losses: one per step from step 1; at least one is finite.
+        validations: step and loss of each validation.
+        base_loss: loss of the held-out images without the LoRA.
     """
     finite_steps = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
     finite = [losses[step - 1] for step in finite_steps]
@@ -88,7 +94,7 @@ def draw_losses(
     raw = [loss if math.isfinite(loss) else math.nan for loss in losses]
 
     axes.plot(range(1, len(raw) + 1), raw, color=RAW, linewidth=0.9, label="each step", zorder=2)
-    # A line does not show a step between two gaps, and few steps are told apart only by their dots.
+    # A line does not show a step between two gaps, and few steps are distinguishable only as dots.
     dotted = [step for step in finite_steps if len(raw) <= 60 or _is_lonely(raw, step - 1)]
     axes.plot(dotted, [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
     axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label="smoothed", zorder=3)
@@ -106,7 +112,7 @@ def draw_losses(
 
 
 def style_axes(axes: Any) -> None:
-    """The look that all plots of losses share."""
+    """Apply the shared style of all loss plots."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_ylabel("loss", color=TEXT)
@@ -118,7 +124,7 @@ def style_axes(axes: Any) -> None:
 
 
 def _draw_validations(axes: Any, validations: Sequence[tuple[int, float]], trained: float) -> None:
-    """The held-out losses, a star at the lowest; its number keeps away from that of the last training loss."""
+    """Draw validations with a star at the lowest, whose number does not overlap that of the last training loss."""
     if not validations:
         return
     steps, losses = zip(*validations, strict=True)

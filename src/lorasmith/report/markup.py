@@ -1,4 +1,4 @@
-"""HTML as nested calls in which every text is escaped unless it is markup already: captions are hostile input."""
+"""HTML as nested calls that escape all text except `Html`, since captions are untrusted input."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 
 class Html(str):
-    """Text that is markup and is meant so."""
+    """Text that is markup and is not escaped."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """An element. Children that are no `Html` are escaped, None is left out and sequences are unrolled.
+    """An element. Children other than `Html` are escaped, None is skipped and sequences are flattened.
 
-    Attributes are spelled as Python allows: `class_` for class, `aria_label` for aria-label; None leaves one out.
+    Attributes are spelled as Python names: `class_` for class, `aria_label` for aria-label; None omits one.
     """
     spelled = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
@@ -33,7 +33,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 
 def section(heading: str, *children: object, id: str | None = None) -> Html:
-    """A part of the page under its heading; nothing at all if it has no content."""
+    """A section with its heading; empty if it has no content."""
     if not any(children):
         return Html("")
     return tag("section", tag("h2", heading), *children, id=id)
@@ -47,14 +47,14 @@ def table(
     numbers: Iterable[int] = (),
     wordy: bool = False,
 ) -> Html:
-    """A table that scrolls sideways by itself where it does not fit; the first cell of a row is its heading.
+    """A table that scrolls horizontally if it does not fit; the first cell of a row is its heading.
 
     Args:
         columns: headings.
-        rows: cells, as many as there are columns.
-        label: what the table shows, for people who hear it.
-        numbers: columns that are set flush right.
-        wordy: cells hold sentences, and are set below each other on a narrow screen.
+        rows: cells, one per column.
+        label: accessible name of the table.
+        numbers: indices of right-aligned columns.
+        wordy: whether cells are sentences, which are stacked on narrow screens.
     """
     sides = ["number" if index in set(numbers) else None for index in range(len(columns))]
     head = [tag("th", text, scope="col", class_=side) for text, side in zip(columns, sides, strict=True)]
@@ -74,23 +74,23 @@ def table(
 
 
 def definitions(entries: Mapping[str, object], *, class_: str | None = None) -> Html:
-    """Names with what they are."""
+    """A list of names with their values."""
     pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in entries.items()]
     return tag("dl", pairs, class_=class_) if pairs else Html("")
 
 
 def folded(summary: str, *children: object) -> Html:
-    """What is shown when it is asked for, and printed in any case."""
+    """A collapsed section, which is expanded in print."""
     return tag("details", tag("summary", summary), *children)
 
 
 def command(line: str, purpose: str) -> Html:
-    """A command line under what it is for; one click selects all of it."""
+    """A command line with its purpose; one click selects all of it."""
     return tag("figure", tag("figcaption", purpose), tag("pre", tag("code", line), tabindex=0), class_="command")
 
 
 def document(title: str, *children: object) -> str:
-    """A whole page that loads nothing: the policy in its head forbids scripts and the network even to mistakes."""
+    """A self-contained page, whose content security policy forbids scripts and network access."""
     style = files("lorasmith.report").joinpath("report.css").read_text(encoding="utf-8")
     head = tag(
         "head",

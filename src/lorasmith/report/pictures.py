@@ -1,4 +1,4 @@
-"""Pictures that travel inside the page: scaled down, compressed, as data URIs."""
+"""Pictures embedded in the page: scaled down, compressed, as data URIs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["PictureTable", "data_uri", "picture_table", "thinned"]
 
 _Item = TypeVar("_Item")
 _LARGE, _SMALL, _SHEET = 320, 208, 1600  # longest edge in pixels
-_MANY = 40  # pictures from which they are made small
-_TINY = 128  # pictures up to here are shown larger than they are, and would show what compression does to them
+_MANY = 40  # number of pictures from which they are made small
+_TINY = 128  # size up to which pictures are enlarged, where compression artifacts would be visible
 _QUALITY = 82
 
 
@@ -27,9 +27,9 @@ class PictureTable:
     """Pictures in labelled rows and columns.
 
     Attributes:
-        columns: headings, such as prompts; none for a sheet, a single picture that has its labels in it.
-        rows: label and pictures of each row, as many as there are columns; None where one is missing.
-        about: what can be seen.
+        columns: headings, such as prompts; none for a contact sheet, which includes its labels.
+        rows: label and pictures of each row, one per column; None for a missing one.
+        about: accessible name of the table.
     """
 
     columns: Sequence[str]
@@ -38,7 +38,7 @@ class PictureTable:
 
 
 def picture_table(pictures: PictureTable) -> Html:
-    """The table, scrolling sideways where it does not fit; pictures that cannot be read are said to be missing."""
+    """The table, which scrolls horizontally if it does not fit; unreadable pictures are marked as missing."""
     if not pictures.columns:
         [(_, [sheet])] = pictures.rows
         return _picture(sheet, pictures.about, _SHEET, class_="sheet")
@@ -65,7 +65,7 @@ def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for broken files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by Pillow for broken files
         return None
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -75,7 +75,7 @@ def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
 
 
 def thinned(items: Sequence[_Item], most: int) -> list[_Item]:
-    """At most `most` of the items, evenly spread, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

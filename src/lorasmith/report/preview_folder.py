@@ -1,13 +1,13 @@
-"""The pictures that a run draws as it goes on: PNG files that say how they were made, and contact sheets of them.
+"""Previews of a run on disk: PNG files with their parameters, and contact sheets of them.
 
     base-1.png                 the model without the LoRA, first prompt
     step-000100-1.png          with the LoRA of step 100
     strength-0.5-1.png         with the finished LoRA at half strength
     steps.png, strengths.png   contact sheets, a column for each prompt
 
-Sheets are made from the files, so that those of a continued run have the pictures from before as well. Only pictures
-that compare come on a sheet: same prompt, seed, sampling and model. Whoever starts a run anew in the same folder
-removes the files of the old one.
+Sheets are made from the files, so that those of a resumed run include earlier pictures. Only comparable pictures are on
+a sheet: same prompt, seed, sampling and model. A caller that restarts a run in the same folder must remove the old
+files.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from lorasmith.report.pictures import thinned
 
 __all__ = ["PreviewFolder"]
 
-_ENTRY = "lorasmith.preview"  # not `prompt`, under which ComfyUI looks for a graph
+_ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
 _MOST_ROWS = 24
 _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
 _CELLS = 64, 384
 
 
 class PreviewFolder:
-    """Writes pictures and sheets.
+    """Writes pictures and contact sheets.
 
     Args:
-        folder: made when the first picture is written.
-        prompts: one for each picture of a row.
+        folder: of the files; created with the first picture.
+        prompts: one per picture of a row.
         title: name of the LoRA, for headings.
-        sampling: how all pictures are drawn, for their metadata: JSON values by what A1111 calls them (`Steps`, `Seed`,
-            `Model`, ...).
+        sampling: parameters of all pictures for their metadata: JSON values by A1111's names (`Steps`, `Seed`, `Model`,
+            ...).
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], *, title: str, sampling: Mapping[str, Any]) -> None:
@@ -51,11 +51,11 @@ class PreviewFolder:
         self._sampling = dict(sampling)
 
     def write_base(self, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
-        """Write the pictures without the LoRA, one for each prompt. Raises OutputError, as all that write."""
+        """Write the pictures without the LoRA, one per prompt. Raises OutputError, like all methods that write."""
         return self._write("base", pictures, {"Strength": 0.0})
 
     def write_step(self, pictures: Sequence[Image.Image], step: int, lora: str) -> tuple[Path, ...]:
-        """Write the pictures with the LoRA, a file name, as it is at a step."""
+        """Write the pictures with the LoRA of a step; `lora` is its file name."""
         return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
 
     def write_strength(
@@ -65,14 +65,14 @@ class PreviewFolder:
         return self._write(f"strength-{strength:g}", pictures, {"LoRA": lora, "Step": step, "Strength": strength})
 
     def write_steps_sheet(self) -> Path:
-        """`steps.png`: the base and the steps below each other; of very many some, the first and the last included."""
+        """Write `steps.png`: rows for the base and the steps, thinned if there are many."""
         names = (re.fullmatch(r"step-(\d+)-\d+\.png", file.name) for file in self.folder.iterdir())
         steps = thinned(sorted({int(name[1]) for name in names if name}), _MOST_ROWS)
         rows = {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
         return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
 
     def write_strengths_sheet(self, strengths: Sequence[float], step: int) -> Path:
-        """`strengths.png`: the base and the finished LoRA at each strength below each other."""
+        """Write `strengths.png`: rows for the base and the finished LoRA at each strength."""
         rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
         return self._write_sheet("strengths.png", rows, f"{self._title} after {step} steps")
 
@@ -90,8 +90,7 @@ class PreviewFolder:
         return tuple(paths)
 
     def _write_sheet(self, name: str, rows: Mapping[str, str], title: str) -> Path:
-        """A contact sheet of the rows by their files' stem, each with its label; rows without any picture are left
-        out."""
+        """Write a contact sheet of `rows`, labels by the stem of their files; rows without pictures are skipped."""
         smallest, largest = _CELLS
         cell = max(smallest, min(largest, _LARGEST_SHEET // max(len(rows), len(self.prompts))))
         found = {label: self._row(stem, cell) for stem, label in rows.items()}
@@ -105,7 +104,7 @@ class PreviewFolder:
         return path
 
     def _row(self, stem: str, size: int) -> list[Image.Image | None]:
-        """The pictures of a row, at most `size` pixels long, None where there is none that compares."""
+        """The pictures of a row, at most `size` pixels long; None for missing or incomparable ones."""
         return [
             _opened(self.folder / f"{stem}-{number}.png", {"Prompt": prompt, **self._sampling}, size)
             for number, prompt in enumerate(self.prompts, start=1)
@@ -113,7 +112,7 @@ class PreviewFolder:
 
 
 def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image | None:
-    """A small copy of a picture, or None when it is missing, unreadable or not made with what is `expected`."""
+    """A small copy of a picture, or None if it is missing, unreadable or made with other parameters."""
     try:
         with Image.open(path) as picture:
             facts = json.loads(picture.info[_ENTRY])

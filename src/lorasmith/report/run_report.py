@@ -1,7 +1,7 @@
-"""The report of a run: one HTML page that says how it went, what came out, and how to do it again.
+"""The report of a run: one HTML page with losses, pictures, settings, and commands to repeat the run.
 
-The page needs nothing besides itself: no script, no network, pictures and curves lie in it. It is given plain data;
-whoever knows the folder of a run collects that.
+The page is self-contained: no scripts, no network, embedded pictures and curves. Its input is plain data, which
+`app.run_page` collects from the folder of a run.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from lorasmith.report.pictures import PictureTable, picture_table
 __all__ = ["ImageRecord", "Note", "RunReport", "Setting", "ValidationRow", "run_report"]
 
 STANDINGS = ("never fit", "memorised")
-"""What an image can be called that somebody should look at, worst first; every other standing is fine."""
+"""Standings of images that need attention, worst first."""
 
 UNJUDGED = "too few looks"
-"""What an image is called of which nothing can be said."""
+"""Standing of an image that cannot be judged."""
 
 _IMAGES_SHOWN = 20
 
 
 class ImageRecord(Protocol):
-    """How training went on one image.
+    """Training losses of one image.
 
-    Levels are losses over what is usual at the same noise levels.
+    Levels are losses relative to the average at the same noise levels.
 
     Attributes:
         name: of the image.
-        looks: how often it was trained on.
-        first, last: its level early and late, 1 being what all images had early in the run.
-        relative: its level late in the run as a share of that of all images then.
-        standing: what to make of it, in a word or two.
+        looks: number of its draws.
+        first, last: its level early and late, relative to all images early in the run.
+        relative: its level late in the run, relative to all images then.
+        standing: interpretation, in a word or two.
     """
 
     @property
@@ -60,9 +60,9 @@ class Setting:
 
     Attributes:
         name: as on the command line.
-        value: that it had.
-        default: that it has when nothing is said; None is decided by the run.
-        help: what it means.
+        value: in the run.
+        default: default value; None is resolved by the run.
+        help: its meaning.
         group: heading.
     """
 
@@ -75,7 +75,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """One look at the held-out images.
+    """One validation.
 
     Attributes:
         step: updates taken.
@@ -92,7 +92,7 @@ class ValidationRow:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that happened, in a sentence; `step` is None where it belongs to none."""
+    """A remark on the run, in a sentence; `step` is None if it belongs to none."""
 
     kind: str
     message: str
@@ -101,27 +101,27 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What the page tells.
+    """Content of the page.
 
     Attributes:
         title: name of the run.
-        status: how it ended, in a word or two.
+        status: how the run ended, in a word or two.
         mood: `good`, `fair` or `bad`, for the colour of the status.
-        verdict: what to make of the run, in a sentence.
-        summary: what was done, in a line.
+        verdict: interpretation of the run, in a sentence.
+        summary: algorithm, model, date and device, in a line.
         facts: the most important numbers.
-        files: what came out, with where it is.
+        files: results with their paths.
         commands: purpose and command line.
-        curves: losses and the like.
-        validations: the looks at the held-out images.
+        curves: losses and rates.
+        validations: all validations.
         quantiles: training loss by noise level.
-        before_after: base model and finished LoRA.
-        progress: the same pictures as training went on.
+        before_after: pictures of base model and finished LoRA.
+        progress: previews over the steps.
         images: the training images.
         settings: all settings.
         captions: name and caption of every sample.
         data, environment: names and values.
-        notes: what happened on the way.
+        notes: warnings, rollbacks and the like.
     """
 
     title: str
@@ -146,7 +146,7 @@ class RunReport:
 
 
 def run_report(report: RunReport) -> str:
-    """The page. All text in `report` is shown as it is, whatever markup it looks like."""
+    """The page. All text in `report` is escaped."""
     return document(
         f"{report.title} · training report",
         _header(report),
@@ -154,17 +154,17 @@ def run_report(report: RunReport) -> str:
         section("Before and after", report.before_after and picture_table(report.before_after)),
         section("Loss", *_loss(report)),
         section("Loss by noise level", *_quantiles(report.quantiles)),
-        section("As training went on", report.progress and picture_table(report.progress)),
+        section("Previews during training", report.progress and picture_table(report.progress)),
         section("Training images", *_images(report.images)),
-        section("What happened", _notes(report.notes), id="notes"),
+        section("Notes", _notes(report.notes), id="notes"),
         section("Settings", *_settings(report.settings)),
         section("Data", definitions(report.data), _captions(report.captions)),
-        section("Made with", definitions(report.environment)),
+        section("Environment", definitions(report.environment)),
     )
 
 
 def number(value: float) -> str:
-    """A loss or the like as people read it: four significant digits, or a dash where there is none."""
+    """A number with four significant digits, or a dash if it is not finite."""
     return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
@@ -178,23 +178,20 @@ def _header(report: RunReport) -> Html:
         tag("p", tag("span", report.status, class_=f"status {report.mood}"), " ", report.summary, class_="summary"),
         tag("p", report.verdict, class_="verdict"),
         definitions(report.facts, class_="facts"),
-        tag("p", tag("a", "What happened", href="#notes"), f": {happened}", class_="summary") if happened else None,
+        tag("p", tag("a", "Notes", href="#notes"), f": {happened}", class_="summary") if happened else None,
     )
 
 
 def _loss(report: RunReport) -> list[Html]:
     curves = report.curves
     if not any(map(math.isfinite, curves.losses)):
-        return [tag("p", "No step came to its end, so there is no loss to show.")]
+        return [tag("p", "No step was completed, so there is no loss to show.")]
     rates = {rate for rate in curves.rates if math.isfinite(rate)}
-    says = [
-        "Each step is measured at other noise levels and on other images, so that single steps jump; the smoothed line "
-        "shows where it is going."
-    ]
+    says = ["Steps have different noise levels and images, so single losses vary; the smoothed line shows the trend."]
     if curves.validations:
         says.append(
-            "Held-out images are never trained on and always looked at in the same way: when their loss rises while "
-            "the training loss falls, the LoRA is learning its images by heart. The star is the best of them."
+            "Held-out images are never trained on and always evaluated with the same noise: if their loss rises while "
+            "the training loss falls, the LoRA is overfitting. The star marks the lowest one."
         )
     if len(rates) == 1 and rates != {0.0}:
         says.append(f"The learning rate was {number(rates.pop())} throughout.")
@@ -218,7 +215,7 @@ def _validations(rows: Sequence[ValidationRow]) -> Html:
         )
         for row in rows
     ]
-    columns = ("Step", "Held-out loss", "Against the base model", "95 % interval")
+    columns = ("Step", "Held-out loss", "Relative to the base model", "95 % interval")
     label = "Loss of the held-out images"
     return folded(f"{label}, in numbers", table(columns, cells, label=label, numbers=(1, 2, 3)))
 
@@ -233,8 +230,8 @@ def _quantiles(curve: QuantileCurve | None) -> list[Html]:
     if curve is None or len(curve.steps) < 2 or all(loss is None for losses in curve.losses for loss in losses):
         return []
     says = (
-        "Fine detail is learnt at the clean end (0 %), composition at the noisy one (100 %). The levels differ by "
-        "nature; what counts is which of the lines fall."
+        "Fine detail is learnt at the clean end (0 %), composition at the noisy one (100 %). Losses of different noise "
+        "levels are not comparable; the relevant information is which lines fall."
     )
     return [
         tag("p", says),
@@ -251,8 +248,8 @@ def _images(images: Sequence[ImageRecord]) -> list[Html]:
     shown = max(len(odd), min(len(ordered), _IMAGES_SHOWN))
     says = (
         f"{_standings(ordered)} An image that is never fit often has a wrong caption or does not belong; one "
-        "that is memorised is drawn too often. Levels are losses over what is usual at the same noise levels: 1 is "
-        "what all images had at first."
+        "that is memorised is drawn too often. Levels are losses relative to the average of all images at the same "
+        "noise levels at first."
     )
     parts = [tag("p", says), _image_table(ordered[:shown])]
     if rest := ordered[shown:]:
@@ -262,10 +259,10 @@ def _images(images: Sequence[ImageRecord]) -> list[Html]:
 
 def _standings(images: Sequence[ImageRecord]) -> str:
     if all(image.standing == UNJUDGED for image in images):
-        return "No image was looked at often enough to judge it."
+        return "No image was drawn often enough to judge it."
     counts = {word: sum(image.standing == word for image in images) for word in STANDINGS}
     found = " and ".join(f"{count:,} {'is' if count == 1 else 'are'} {word}" for word, count in counts.items() if count)
-    return f"Of {len(images):,} images, {found}." if found else f"None of the {len(images):,} images stands out."
+    return f"Of {len(images):,} images, {found}." if found else f"None of the {len(images):,} images needs attention."
 
 
 def _image_table(images: Sequence[ImageRecord]) -> Html:
@@ -278,7 +275,7 @@ def _image_table(images: Sequence[ImageRecord]) -> Html:
         )
         for one in images
     ]
-    columns = ("Image", "Standing", "Looks", "Early level", "Late level", "Late, against all")
+    columns = ("Image", "Standing", "Draws", "Early level", "Late level", "Late, relative to all")
     return table(columns, rows, label="Training images", numbers=(2, 3, 4, 5))
 
 
@@ -319,11 +316,11 @@ def _captions(captions: Sequence[tuple[str, str]]) -> Html:
 
 
 def _plain(value: object) -> str:
-    """A value as it is given on a command line."""
+    """A value as on a command line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
-        return "left out"
+        return "default"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

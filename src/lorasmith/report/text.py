@@ -1,4 +1,4 @@
-"""Text as pictures: wrapped labels in DejaVu Sans, which matplotlib brings along on every machine."""
+"""Text as pictures: wrapped labels in DejaVu Sans, which is part of matplotlib."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def text_image(text: str, font: ImageFont.FreeTypeFont, width: int, *, colour: str, max_lines: int) -> Image.Image:
-    """`text` wrapped to `width`, as an RGB picture on white that is just large enough."""
+    """`text` wrapped to `width`, as an RGB picture on white of its size.
+
+    Args:
+        text: the label.
+        font: of the text.
+        width: maximum width in pixels.
+        colour: of the text.
+        max_lines: maximum number of lines.
+    """
     lines = wrapped(text, font, width, max_lines=max_lines)
     ascent, descent = font.getmetrics()
     line_height = ascent + descent + _LINE_SPACING
@@ -35,7 +43,14 @@ def text_image(text: str, font: ImageFont.FreeTypeFont, width: int, *, colour: s
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; longer words are broken, and what is too much ends in an …."""
+    """`text` in lines; words that do not fit are broken, and text beyond the last line is replaced by an ellipsis.
+
+    Args:
+        text: the label.
+        font: of the text.
+        width: maximum width in pixels.
+        max_lines: maximum number of lines.
+    """
     lines: list[str] = []
     rest = " ".join(text.split())
     while rest:
@@ -48,7 +63,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: i
 
 
 def _line_end(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
-    """How many characters of `text` make its first line: up to a blank where there is one in reach, at least one."""
+    """Number of characters in the first line of `text`: up to a blank if possible, at least one."""
     end = min(len(text), width)  # a line has no more characters than pixels
     while end > 1 and font.getlength(text[:end]) > width:
         end -= 1

@@ -1,1 +1,1 @@
-"""Pictures from a model: samplers, schedules of sigmas, guidance."""
+"""Sampling pictures from a model: samplers, sigma schedules, guidance."""

@@ -1,4 +1,4 @@
-"""Pictures from prompts: the whole way from text to image with a loaded model."""
+"""Text to image with a loaded model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.placement import best_device, held
+from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.sampling.sample import prepare_noise, sample_latents
@@ -26,10 +26,10 @@ class Sampling:
     Attributes:
         seed: of the noise.
         steps: sampling steps.
-        cfg: guidance scale; what suits the model if None.
-        sampler, scheduler: names as KSampler has them.
-        width, height: pixels; the model's resolution if None.
-        dtype: of the denoiser's weights and products; bf16 takes half the memory, and pictures differ a little.
+        cfg: guidance scale; the model's own if None.
+        sampler, scheduler: names as in KSampler.
+        width, height: in pixels; the model's resolution if None.
+        dtype: of the denoiser's weights and products; bf16 needs half of the memory and changes pictures slightly.
     """
 
     seed: int = 0
@@ -60,22 +60,22 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt, all from noise of the same seed.
+    """Generate one picture per prompt, all from noise of the same seed.
 
     Args:
         model: the model, or its denoiser with LoRAs applied.
         prompts: one or more prompts, `(word:1.2)` weights included.
-        text_encoder: the encoder to use if it has LoRAs of its own; the model's if None.
-        negative: prompt to move away from.
+        text_encoder: text encoders with LoRAs applied; the model's if None.
+        negative: negative prompt.
         seed, steps, cfg, sampler, scheduler, width, height, dtype: as in `Sampling`.
         device: where to sample; the first GPU, or the CPU, if None.
-        progress: called with the steps done, and in all, of all prompts together.
-        cancelled: called between evaluations of the network; True ends them.
+        progress: called with (steps done, total) of all prompts together.
+        cancelled: called between evaluations of the network; True ends sampling.
 
     Raises:
         OptionError: a size does not fit the model, or a name is unknown.
         ModelError: the model lacks a text encoder or an autoencoder.
-        SamplingCancelledError: `cancelled` said so.
+        SamplingCancelledError: `cancelled` returned True.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -106,12 +106,25 @@ def pictures(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
-    """`generate` from prompts that are encoded already: one picture for each of `positives`."""
+    """Generate one picture per encoded prompt.
+
+    Args:
+        denoiser: the model, with or without LoRAs applied.
+        positives: the encoded prompts.
+        negative: the encoded negative prompt.
+        sampling: seed, steps and the like.
+        device: where to sample; the first GPU, or the CPU, if None.
+        progress, cancelled: as for `generate`.
+
+    Raises:
+        OptionError: a size does not fit the model, or a name is unknown.
+        SamplingCancelledError: `cancelled` returned True.
+    """
     base, device, steps = denoiser.base, device or best_device(), sampling.steps
     components, shape = base.components, _latent_shape(base, sampling.width, sampling.height)
     latents = []
-    # Placed first and patched second: adapters are made where their layers are.
-    with held(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
+    # Placed first and patched second: adapters are created on their layers' device.
+    with placed(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
         for index, positive in enumerate(positives):
             latents.append(
                 sample_latents(
@@ -148,7 +161,7 @@ def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[
     for name, side in sides.items():
         if side % defaults.pixel_multiple:
             raise OptionError(
-                f"{name} must divide by {defaults.pixel_multiple} for {model.title}, got {side}; "
+                f"{name} must be a multiple of {defaults.pixel_multiple} for {model.title}, got {side}; "
                 f"try {max(1, round(side / defaults.pixel_multiple)) * defaults.pixel_multiple}"
             )
     return (1, *latent.shape(sides["height"], sides["width"]))

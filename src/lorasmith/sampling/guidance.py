@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): several prompts, one prediction."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) with several prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorasmith.families.base import Conditioning, collate
 __all__ = ["Predict", "guided"]
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(noisy latents (batch, ...), time (batch,), conditioning of that batch) → the network's prediction, like latents."""
+"""(noisy latents (batch, ...), time (batch,), conditioning of that batch) → prediction in the latents' shape."""
 
 
 def guided(
@@ -27,9 +27,9 @@ def guided(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The guided prediction `negative + cfg · (positive − negative)` as a function of (latents, time).
 
-    Several conditionings of one side are averaged. What has no weight is not computed: with `cfg` 1 the network never
-    sees the negative. Conditionings whose tensors agree in shape run as one batch, others apart: repeating a shorter
-    context would do for cross-attention, but not for a network that attends to text and image together.
+    Several conditionings of one side are averaged. Those of weight 0 are not computed: with `cfg` 1 the negative is not
+    used. Conditionings of equal tensor shapes run as one batch, others separately: repeating a shorter context is
+    correct for cross-attention, but not for joint attention to text and image.
 
     Args:
         predict: the network.
@@ -39,7 +39,7 @@ def guided(
         batch: number of latents.
 
     Raises:
-        OptionError: a side that has weight has no conditioning.
+        OptionError: a side with non-zero weight has no conditioning.
     """
     weighted = [*_shares("positive", positive, cfg), *_shares("negative", negative, 1 - cfg)]
     groups: dict[frozenset[tuple[str, torch.Size]], list[tuple[float, Conditioning]]] = {}
@@ -64,18 +64,18 @@ def guided(
 
 
 def _shares(side: str, conditionings: Sequence[Conditioning], weight: float) -> list[tuple[float, Conditioning]]:
-    """Each conditioning of a side with its share of the side's weight; none where the weight is 0."""
+    """(share of the weight, conditioning) of a side; empty if the weight is 0."""
     if weight == 0:
         return []
     if not conditionings:
         raise OptionError(
-            f"sampling needs at least one {side} conditioning, got none; encode a prompt, an empty one will do"
+            f"sampling needs at least one {side} conditioning, got none; encode a prompt, which may be empty"
         )
     return [(weight / len(conditionings), conditioning) for conditioning in conditionings]
 
 
 def _repeated(conditioning: Conditioning, batch: int) -> Conditioning:
-    """`conditioning` for exactly `batch` latents: repeated in order, surplus left out."""
+    """`conditioning` for exactly `batch` latents: repeated in order, or truncated."""
 
     def repeated(tensor: Tensor) -> Tensor:
         return tensor.repeat(math.ceil(batch / len(tensor)), *(1,) * (tensor.ndim - 1))[:batch]

@@ -1,8 +1,8 @@
-"""Pictures of a LoRA that is still in training, drawn from its saved file the way users will draw them.
+"""Previews of a LoRA in training, drawn from its saved file as users will draw pictures.
 
-Prompts are encoded once, before training. A preview then loads the file onto the same base, samples from the same noise
-as every other preview, and needs the autoencoder only to decode. Loading a LoRA is training's business, so it is given
-as a function; writing pictures down is `report.preview_folder`'s.
+Prompts are encoded once, before training. A preview loads the file onto the same base model, samples from the same
+noise as every other preview, and decodes with the autoencoder. The function that loads a LoRA is a parameter, as it is
+in `training`; files are written by `report.preview_folder`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Previewer:
     """Draws the same prompts from the same noise, with and without a LoRA.
 
     Args:
-        denoiser: what the LoRA is trained on, LoRAs that it carries included.
-        prompts: one for each picture.
-        load: the denoiser with a saved LoRA on top at a strength.
-        strengths: those that will be asked for, besides 0.
-        encoder: the text encoder at a strength of the LoRA, for LoRAs that carry one along; the model's own if None.
-        sampling: how; a guidance scale left out is the model's.
-        device: where, as for `generate`.
-        cancelled: asked between evaluations of the network.
+        denoiser: the model of the run, with its own LoRAs.
+        prompts: one per picture.
+        load: (path, strength) → the denoiser with that LoRA on top.
+        strengths: all strengths that will be drawn, besides 0.
+        encoder: strength → the text encoder, for LoRAs with layers for it; the model's own if None.
+        sampling: size, steps and the like.
+        device: as for `generate`.
+        cancelled: called between evaluations of the network; True ends a preview.
 
     Raises:
         ModelError: the model lacks a text encoder or an autoencoder.
@@ -66,14 +66,15 @@ class Previewer:
         self._base: list[Image.Image] | None = None
 
     def draw(self, lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
-        """A picture of each prompt. Nothing of the model or of the global random state is changed by it.
+        """Draw a picture of each prompt, without side effects on the model or the global random state.
 
         Args:
             lora: the saved file; None for the model without it.
-            strength: of the LoRA, one of those announced; 0 is the model without it, which is drawn only once.
+            strength: of the LoRA, one of `strengths`; 0 is the model without it, which is drawn only once.
 
         Raises:
-            LorasmithError: the file cannot be read or does not fit; `SamplingCancelledError` when `cancelled` said so.
+            LorasmithError: the file cannot be read or does not fit.
+            SamplingCancelledError: `cancelled` returned True.
         """
         if lora is None or strength == 0:
             if self._base is None:
@@ -88,7 +89,7 @@ class Previewer:
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:
-    """The prompts in a text that separates them by | or line breaks; empty ones are dropped.
+    """The prompts in a text, separated by | or line breaks; empty ones are dropped.
 
     Raises:
         OptionError: there are more than 64.
@@ -100,10 +101,10 @@ def parse_prompts(text: str | None) -> tuple[str, ...]:
 
 
 def parse_strengths(text: str) -> tuple[float, ...]:
-    """The strengths in a text such as `0.5,1`, rising, each once; 0 is dropped, since the base is always shown.
+    """The distinct strengths in a text such as `0.5,1`, ascending; 0 is dropped, as the base is always drawn.
 
     Raises:
-        OptionError: something is no number, or beyond ±10.
+        OptionError: a strength is not a number, or beyond ±10.
     """
     strengths = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -126,7 +127,7 @@ def _encoded(
     encoder: Callable[[float], TextEncoder],
     device: torch.device | None,
 ) -> dict[float, tuple[list[Conditioning], Conditioning]]:
-    """Conditionings of the prompts and of the empty negative prompt by strength; equal encoders are asked once."""
+    """Conditionings of the prompts and of the empty negative prompt by strength; equal encoders run once."""
     encoded: dict[float, tuple[list[Conditioning], Conditioning]] = {}
     known: list[tuple[TextEncoder, float]] = []
     for strength in strengths:

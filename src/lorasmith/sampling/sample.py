@@ -1,8 +1,7 @@
-"""Sampling: from noise and prompts to latents, in the denoiser's own latent space.
+"""Sampling of latents from noise and prompts, in the denoiser's latent space.
 
-Initial noise is the one that ComfyUI draws for a seed, so that the same seed starts from the same noise there and here.
-Noise added between the steps is keyed by (seed, step) instead: it is the same on every device, whereas ComfyUI draws it
-where the model runs.
+Initial noise is the same as in ComfyUI for the same seed. Noise added between steps is keyed by (seed, step) and thus
+the same on every device, whereas ComfyUI draws it on the model's device.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ __all__ = ["SamplingCancelledError", "prepare_noise", "sample_latents"]
 
 
 class SamplingCancelledError(LorasmithError):
-    """Somebody asked for sampling to stop."""
+    """Sampling was cancelled."""
 
 
 def prepare_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal fp32 noise of `shape` on the CPU: one generator, seeded once, for the whole batch.
+    """Standard normal fp32 noise on the CPU, from one generator for the whole batch.
 
     Args:
         seed: any integer in [0, 2^64).
@@ -54,29 +53,29 @@ def sample_latents(
     callback: Callable[[int, int, Tensor], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Latents that fit the prompts.
+    """Sample latents for prompts.
 
     Args:
-        predict: the network; called with `dtype` latents and conditionings on the latents' device.
-        schedule, parameterization: what the network was trained with, as in `Components`.
-        positive: conditionings to move towards; several are averaged, short batches repeated.
-        negative: conditionings to move away from; not used when `cfg` is 1.
-        latents: (batch, channels, height, width) start, as the denoiser sees latents; zeros for a picture from nothing.
+        predict: the network; called with latents and conditionings in `dtype` on the latents' device.
+        schedule, parameterization: of the network, as in `Components`.
+        positive: positive conditionings; several are averaged, short batches repeated.
+        negative: negative conditionings; not used if `cfg` is 1.
+        latents: (batch, channels, height, width) to start from, scaled for the denoiser; zeros for text to image.
         noise: initial noise of the same shape, from `prepare_noise`.
-        sigmas: levels to stop at, from `sigmas_for`; the latents come back as they are when there is no step to take.
+        sigmas: sigmas of the steps, from `sigmas_for`; without a step the latents are returned unchanged.
         sampler: registered name.
         cfg: guidance scale; 1 is none.
-        seed: for the noise that some samplers add between steps.
-        dtype: the network's.
-        callback: told (step, number of steps, clean latents as expected at that step) once a step.
-        cancelled: asked before each evaluation of the network.
+        seed: of the noise that some samplers add between steps.
+        dtype: of the network.
+        callback: called once per step with (step, number of steps, predicted clean latents).
+        cancelled: called before each evaluation of the network; True ends sampling.
 
     Returns:
         (batch, channels, height, width) in fp32 on the latents' device.
 
     Raises:
         OptionError: an unknown sampler or parameterization, or a missing conditioning.
-        SamplingCancelledError: `cancelled` said so.
+        SamplingCancelledError: `cancelled` returned True.
     """
     solve = SAMPLERS[sampler].solve
     to_clean = PARAMETERIZATIONS[parameterization].clean
@@ -96,7 +95,7 @@ def sample_latents(
     def denoise(x: Tensor, sigma: float) -> Tensor:
         if cancelled is not None and cancelled():
             raise SamplingCancelledError(
-                f"sampling was cancelled before its {total} steps were done; queue it again to finish"
+                f"sampling was cancelled before its {total} steps were done; queue it again to restart"
             )
         level = schedule.at_sigma(torch.full((batch,), sigma)).to(device)
         seen = schedule.model_input(x, level)

@@ -1,12 +1,12 @@
-"""Solvers of the reverse diffusion, under the names of ComfyUI's samplers.
+"""Solvers of the reverse diffusion, named as ComfyUI's samplers.
 
-A sampler's state is `x = signal(sigma) · x0 + sigma · noise` with `signal` as the noise schedule says: 1 for a discrete
-schedule in its variance-exploding form, `1 − sigma` for a flow. In both the probability-flow ODE reads
-`dx/dsigma = (x − x0(x, sigma)) / sigma`, so that every deterministic solver serves both kinds; those that add noise ask
-the schedule for `signal`.
+A sampler's state is `x = signal(sigma) · x0 + sigma · noise` with the noise schedule's `signal`: 1 for a discrete
+schedule in its variance-exploding form, `1 − sigma` for a flow. For both the probability-flow ODE is
+`dx/dsigma = (x − x0(x, sigma)) / sigma`, so that deterministic solvers work for both; those that add noise use
+`signal`.
 
-Sigmas are handled as Python floats: coefficients are computed in double precision on the host and no step waits for
-the device.
+Sigmas are Python floats: coefficients are computed in double precision on the host, and no step synchronizes with the
+device.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lorasmith.diffusion.schedule import NoiseSchedule
 __all__ = ["SAMPLERS", "Denoise", "Progress", "Sampler", "Solver", "StepNoise"]
 
 Denoise = Callable[[Tensor, float], Tensor]
-"""(state, sigma) → the clean sample that the model expects."""
+"""(state, sigma) → the predicted clean sample."""
 
 StepNoise = Callable[[int], Tensor]
 """step → standard normal values of the state's shape, on its device."""
 
 Progress = Callable[[int, Tensor], None]
-"""(step, clean sample as expected at that step) → nothing; called once a step."""
+"""(step, predicted clean sample) → None; called once per step."""
 
 
 class Solver(Protocol):
-    """Walks a state down the sigmas."""
+    """Integrates a state along descending sigmas."""
 
     def __call__(
         self,
@@ -54,9 +54,9 @@ class Solver(Protocol):
             denoise: the guided model.
             x: (batch, ...) fp32 state at `sigmas[0]`.
             sigmas: (steps + 1,) strictly descending, the last one 0.
-            schedule: what the sigmas mean.
-            noise: fresh noise of a step, for solvers that add some.
-            callback: hears of every step.
+            schedule: of the sigmas.
+            noise: random noise of a step, for solvers that add some.
+            callback: called once per step.
         """
 
 
@@ -66,8 +66,8 @@ class Sampler:
 
     Attributes:
         solve: the solver.
-        discards_penultimate_sigma: it takes one more step's sigmas and leaves out the level before 0, where its high
-            order would gain nothing.
+        discards_penultimate_sigma: whether it uses the sigmas of one more step without the level before 0, where its
+            high order gains nothing.
     """
 
     solve: Solver
@@ -77,16 +77,16 @@ class Sampler:
 SAMPLERS: Registry[Sampler] = Registry("sampler")
 
 FLOW_START = 1 - 1e-4
-"""Time at which solvers in log signal-to-noise ratio start a flow, whose ratio is 0 at time 1."""
+"""Start time of a flow for solvers in log signal-to-noise ratio, which is 0 at time 1."""
 
 UNIPC_LAST_SIGMA = 0.001
-"""Where UniPC ends instead of 0, the limit its step size cannot reach."""
+"""Last sigma of UniPC instead of 0, which its step size cannot reach."""
 
 
 def euler(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
 ) -> Tensor:
-    """Euler's method on the probability-flow ODE; with these sigmas it is DDIM too (Song et al., arXiv:2010.02502)."""
+    """Euler's method for the probability-flow ODE; with these sigmas equal to DDIM (Song et al., arXiv:2010.02502)."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = denoise(x, sigma)
         callback(step, denoised)
@@ -104,7 +104,7 @@ def euler_ancestral(
         lower = sigma_next**2 / sigma
         x = denoised.lerp(x, lower / sigma)
         if sigma_next > 0:
-            # Going up costs signal in a flow: what is kept of the state keeps the same share of its own noise.
+            # Adding noise reduces the signal in a flow: the rest of the state keeps its share of noise.
             kept = schedule.signal(sigma_next) / schedule.signal(lower)
             x = kept * x + math.sqrt(sigma_next**2 - (kept * lower) ** 2) * noise(step)
     return x
@@ -113,7 +113,7 @@ def euler_ancestral(
 def heun(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
 ) -> Tensor:
-    """Heun's method of second order (Karras et al. 2022, arXiv:2206.00364, algorithm 1): two evaluations a step."""
+    """Heun's method of second order (Karras et al. 2022, arXiv:2206.00364, algorithm 1): two evaluations per step."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         denoised = denoise(x, sigma)
         callback(step, denoised)
@@ -132,7 +132,7 @@ def dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) in `lambda = −log sigma`.
 
-    The last step is of first order and lands on the clean sample.
+    The last step is of first order and ends at the clean sample.
     """
     previous: Tensor | None = None
     last_width = 0.0
@@ -155,8 +155,8 @@ def dpmpp_2m_sde(
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095), midpoint form.
 
-    Each step draws its noise independently; the increments of one Brownian path over disjoint intervals are
-    independent too, so the distribution of pictures is the same as with a Brownian tree.
+    Each step draws its noise independently, like the increments of a Brownian path over disjoint intervals, so the
+    distribution of pictures is the same as with a Brownian tree.
     """
     levels = sigmas.tolist()
     if schedule.signal(levels[0]) <= 0:
@@ -182,7 +182,7 @@ def dpmpp_2m_sde(
 def lcm(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
 ) -> Tensor:
-    """Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): clean up, noise again."""
+    """Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): denoise, then add noise."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x = denoise(x, sigma)
         callback(step, x)
@@ -196,8 +196,8 @@ def uni_pc(
 ) -> Tensor:
     """UniPC of order 3 with B(h) = h (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`.
 
-    The corrector reuses the evaluation at the predicted point, so that a step costs one evaluation. Orders rise from
-    1 at the start and fall back to 1 at the end; the last step is not corrected.
+    The corrector reuses the evaluation at the predicted point, so that a step needs one evaluation. The order increases
+    from 1 at the start and decreases to 1 at the end; the last step is not corrected.
     """
     levels = [*sigmas.tolist()[:-1], UNIPC_LAST_SIGMA]
     steps = len(levels) - 1
@@ -248,15 +248,15 @@ class _UniPCUpdate:
         self._first_order = self._newest.lerp(x, sigma / current)
 
     def predicted(self) -> Tensor:
-        """UniP: the step from what is known."""
+        """UniP: the step from known evaluations."""
         return self._with(self._differences, self._weights(self._ratios))
 
     def corrected(self, denoised: Tensor) -> Tensor:
-        """UniC: the step again, with the evaluation at the predicted point."""
+        """UniC: the step with the evaluation at the predicted point in addition."""
         return self._with([*self._differences, denoised - self._newest], self._weights([*self._ratios, 1.0]))
 
     def _weights(self, ratios: list[float]) -> list[float]:
-        """Weights that meet the order conditions; for one unknown 1/2, which the authors use whatever h is."""
+        """Weights for the order conditions; for one unknown 1/2, as in the authors' code, for every h."""
         if len(ratios) < 2:
             return [0.5] * len(ratios)
         nodes = torch.tensor(ratios, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""At which noise levels a sampler stops on its way down, under the names of ComfyUI's schedulers.
+"""Sigma schedules of samplers, named as ComfyUI's schedulers.
 
 A scheduler is a pure function of a noise schedule and a number of steps. Its sigmas are sampler sigmas (see
 `diffusion.schedule`): strictly descending fp32 values that end in 0.
@@ -24,10 +24,10 @@ SigmaSchedule = Callable[[NoiseSchedule, int], Tensor]
 SIGMA_SCHEDULES: Registry[SigmaSchedule] = Registry("scheduler")
 
 KARRAS_RHO = 7.0
-"""Exponent that Karras et al. 2022 recommend: steps are denser at low noise the larger it is."""
+"""Exponent recommended by Karras et al. 2022; larger values make steps denser at low noise."""
 
 FULL_DENOISE = 0.9999
-"""From here on `denoise` means the whole way down."""
+"""Values of `denoise` from which on it counts as 1."""
 
 
 def sigmas_for(
@@ -39,13 +39,13 @@ def sigmas_for(
         schedule: the model's noise schedule.
         scheduler: registered name.
         steps: steps to take, at least 1.
-        denoise: how much of the way down is gone. Below 1 the levels of `steps / denoise` steps are computed and the
-            last `steps` of them taken; 0 takes none.
-        sampler: registered name of the sampler they are for; some leave out the level before 0.
+        denoise: part of the schedule to use. Below 1 the sigmas of `steps / denoise` steps are computed and the last
+            `steps` of them used; 0 for none.
+        sampler: registered name of the sampler; some skip the level before 0.
 
     Returns:
-        (steps + 1,) descending, ending in 0; empty for `denoise` 0. Fewer where the schedule's table is shorter than
-        the steps asked for, or longer by a few for `ddim_uniform`, which steps evenly through the table.
+        (steps + 1,) descending, ending in 0; empty for `denoise` 0. Shorter if the schedule's table has fewer entries,
+        or a little longer for `ddim_uniform`, which steps evenly through the table.
 
     Raises:
         OptionError: an unknown scheduler or sampler.
@@ -58,14 +58,14 @@ def sigmas_for(
     sigmas = levels(schedule, total + discards)
     if discards:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    # More steps than the table has entries repeat some of them; a multistep solver cannot divide by a step of size 0.
+    # More steps than table entries would repeat some; a multistep solver cannot divide by a step of size 0.
     sigmas = sigmas[torch.cat([torch.tensor([True]), sigmas.diff() < 0])]
     return sigmas if denoise > FULL_DENOISE else sigmas[-(steps + 1) :]
 
 
 @SIGMA_SCHEDULES.register("simple")
 def simple(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Entries of the schedule's table at even distances, from the top."""
+    """Evenly spaced entries of the schedule's table, from the top."""
     stride = len(schedule.sigmas) / steps
     picked = [len(schedule.sigmas) - 1 - int(step * stride) for step in range(steps)]
     return _down_to_zero(schedule.sigmas[picked])
@@ -73,26 +73,26 @@ def simple(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 @SIGMA_SCHEDULES.register("sgm_uniform")
 def sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Even distances in time, the last step starting one distance above the table's cleanest entry."""
+    """Evenly spaced in time, the last step starting one distance above the table's cleanest entry."""
     return _down_to_zero(schedule.sigma(_even_times(schedule, steps + 1)[:-1]))
 
 
 @SIGMA_SCHEDULES.register("normal")
 def normal(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Even distances in time, both ends of the table included."""
+    """Evenly spaced in time, both ends of the table included."""
     return _down_to_zero(schedule.sigma(_even_times(schedule, steps)))
 
 
 @SIGMA_SCHEDULES.register("karras")
 def karras(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Even distances in the rho-th root of sigma (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+    """Evenly spaced in the rho-th root of sigma (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
     lowest, highest = (schedule.sigmas[end].item() ** (1 / KARRAS_RHO) for end in (0, -1))
     return _down_to_zero(torch.linspace(highest, lowest, steps) ** KARRAS_RHO)
 
 
 @SIGMA_SCHEDULES.register("exponential")
 def exponential(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Even distances in log sigma."""
+    """Evenly spaced in log sigma."""
     lowest, highest = (math.log(schedule.sigmas[end].item()) for end in (0, -1))
     return _down_to_zero(torch.linspace(highest, lowest, steps).exp())
 

@@ -1,8 +1,8 @@
-"""What an adapter does to a weight, as a matrix.
+"""The change of a weight by an adapter, as a matrix.
 
-LoRA, LoHa, LoKr and full differences add a ΔW that their tensors tell. DoRA scales what the sum with W comes to, and
-OFT, BOFT and GLoRA transform W itself, so that their change takes the weight. The formulas are the adapters' own
-(`Adapter.merged`); here they are only asked. A matrix is (out, in · kernel), rows of the weight as they lie in memory.
+LoRA, LoHa, LoKr and full differences add a ΔW that depends on their tensors alone. DoRA scales the sum with W, and OFT,
+BOFT and GLoRA transform W, so that their change depends on the weight. The formulas are the adapters'
+(`Adapter.merged`). A matrix is (out, in · kernel), rows of the weight in memory order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_low_rank(weights: AdapterWeights) -> bool:
 
 
 def is_plain_lora(weights: AdapterWeights) -> bool:
-    """Whether the change is scale · up · down and nothing else."""
+    """Whether the change is scale · up · down, without magnitudes."""
     return is_low_rank(weights) and "dora_scale" not in weights.tensors
 
 
@@ -55,11 +55,11 @@ def factors_of(weights: AdapterWeights) -> Change:
 
 
 def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Change:
-    """All that a module's tensors add to its weight at strength 1.
+    """The sum of a module's changes of its weight at strength 1.
 
     Args:
         module: an additive adapter, a full difference of the weight, or both.
-        shape: the weight's, where it is known; otherwise it is taken from the tensors.
+        shape: the weight's; None to derive it from the tensors.
     """
     changes = []
     if (weights := module.adapter) is not None:
@@ -75,7 +75,13 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Cha
 
 
 def as_lora(cut: Truncated, shape: tuple[int, ...], alpha: float) -> AdapterWeights:
-    """A truncated matrix as a LoRA for a weight of this shape."""
+    """A truncated matrix as a LoRA.
+
+    Args:
+        cut: the matrix, (out, in · kernel).
+        shape: of the weight, (out, in, *kernel).
+        alpha: of the LoRA.
+    """
     point = (1,) * (len(shape) - 2)
     tensors = {
         "down": cut.down.reshape(cut.rank, *shape[1:]).contiguous(),
@@ -85,12 +91,12 @@ def as_lora(cut: Truncated, shape: tuple[int, ...], alpha: float) -> AdapterWeig
 
 
 def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, strength: float) -> Tensor:
-    """`weight` with adapter and difference folded in as applying them does, in the weight's dtype.
+    """`weight` with adapter and difference folded in, in the weight's dtype.
 
     Args:
         module: tensors of the module.
         layer: the layer, for its kind and geometry.
-        weight: its weight, in fp32 where nothing is to be rounded between several.
+        weight: its weight, in fp32 if several modules are folded in without rounding between them.
         strength: 1 is the adapter as trained.
 
     Raises:
@@ -105,13 +111,19 @@ def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, stren
 
 
 def added(tensor: Tensor, difference: Tensor, strength: float) -> Tensor:
-    """`tensor + strength · difference`, computed in fp32, in the tensor's dtype."""
+    """`tensor + strength · difference`, computed in fp32, in the tensor's dtype.
+
+    Args:
+        tensor: any shape.
+        difference: as many elements as `tensor`.
+        strength: 1 is the difference as trained.
+    """
     total = torch.add(tensor.float(), difference.to(tensor.device, torch.float32), alpha=strength)
     return total.to(tensor.dtype)
 
 
 def layer_like(module: nn.Module | None, weight: Tensor) -> nn.Module:
-    """A layer with a given weight, of the kind of `module`; where there is none, of a kind that fits the weight."""
+    """A layer with a given weight, of the kind of `module`, or if that is None, of a kind that fits the weight."""
     parameter = nn.Parameter(weight, requires_grad=False)
     if module is None:
         with torch.device("meta"):
@@ -122,7 +134,7 @@ def layer_like(module: nn.Module | None, weight: Tensor) -> nn.Module:
 
 
 def weight_shape(weights: AdapterWeights) -> tuple[int, ...]:
-    """Shape of the weight that an additive adapter is for, as far as its tensors tell: kernels may be flattened."""
+    """Shape of an additive adapter's weight, as far as its tensors determine it: kernels may be flattened."""
     return format_of(weights).shape_of(weights)
 
 

@@ -1,4 +1,4 @@
-"""LoRA files, looked at for what is wrong with them, and mended."""
+"""LoRA files checked for faults, and repaired."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["Checked", "check_lora", "fix_lora"]
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found out about a LoRA file.
+    """The findings of a LoRA file.
 
     Attributes:
         path: the file or folder.
-        layout: title of the layout that most of it has.
-        family: what it looks like, None when nothing tells.
-        compared_with: the model whose names it was held to, None when there was none.
-        modules: how many modules it names.
-        findings: what is wrong, faults first.
+        layout: title of the layout of most of its keys.
+        family: title of the recognised family, or None.
+        compared_with: the model whose names it was compared with, or None.
+        modules: number of modules.
+        findings: faults first.
     """
 
     path: Path
@@ -43,17 +43,17 @@ class Checked:
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing is wrong with the file itself."""
+        """Whether there is no fault in the file itself."""
         return not any(finding.is_fault for finding in self.findings)
 
 
 def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Checked:
-    """Look for what is wrong with a LoRA.
+    """Check a LoRA for faults.
 
     Args:
         path: a LoRA file or folder.
-        model: the model that it is for, of which the names are read and not the weights. None holds it to the released
-            model of its family, where that is known.
+        model: the model that it is for, of which names are read and no weights. None compares it with the released
+            model of its family, if that is known.
 
     Raises:
         LoraError: it cannot be read at all.
@@ -76,25 +76,27 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
 
 
 def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: bool = False) -> int:
-    """Write a file in which everything is mended that can be.
+    """Write a file with every repairable fault repaired.
 
     Args:
-        checked: what `check_lora` found.
+        checked: result of `check_lora`.
         output: the new file.
-        overwrite: replace what is at `output`.
+        overwrite: whether a file at `output` is replaced.
 
     Returns:
-        How many findings were mended.
+        Number of repaired findings.
 
     Raises:
-        LoraError: it is a folder, nothing can be mended, or nothing would be left.
-        OutputError: there is something at `output`, or it cannot be written.
+        LoraError: it is a folder, nothing can be repaired, or nothing would be left.
+        OutputError: `output` exists, or cannot be written.
     """
     if checked.path.is_dir():
-        raise LoraError(f"{checked.path} is a folder, and files alone are mended; convert it first with --to diffusers")
+        raise LoraError(
+            f"{checked.path} is a folder, and --fix repairs files alone; convert it first with --to diffusers"
+        )
     mends = [finding.mend for finding in checked.findings if finding.mend is not None]
     if not mends:
-        raise LoraError(f"nothing in {checked.path} can be mended by itself, so no file was written")
+        raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
     target = free_target(Path(output), overwrite=overwrite)
     tensors, metadata = read_lora_tensors(checked.path)
     left_out = frozenset().union(*(mend.left_out for mend in mends))

@@ -1,8 +1,8 @@
-"""What two files do differently: two LoRAs by module, or two checkpoints by tensor.
+"""Comparison of two files: two LoRAs by module, or two checkpoints by tensor.
 
-LoRAs are compared by what they add to each weight, whatever the layouts, ranks and alphas by which they say it. Changes
-that depend on the weight (DoRA, OFT, BOFT, GLoRA) are compared through the model's weights where a model is given, else
-by their tensors. Distances are relative to the first file's: ‖A − B‖ / ‖A‖.
+LoRAs are compared by their changes of each weight, independent of layout, rank and alpha. Changes that depend on the
+weight (DoRA, OFT, BOFT, GLoRA) are compared through the model's weights if a model is given, else by their tensors.
+Distances are relative to the first file's: ‖A − B‖ / ‖A‖.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOTHING = torch.zeros(())
 
 @dataclass(frozen=True)
 class Pair:
-    """How far apart two matrices or tensors, or sums of them over a block, are.
+    """The difference of two matrices or tensors, or its sum over a block.
 
     Attributes:
         name: module, tensor or block.
@@ -55,29 +55,29 @@ class Pair:
 
     @property
     def distance(self) -> float:
-        """‖A − B‖ / ‖A‖: 0 for the same, 1 for all or nothing; infinite where A is nothing and B is not."""
+        """‖A − B‖ / ‖A‖: 0 for equal ones; infinite if A is zero and B is not."""
         if not self.apart:
             return 0.0
         return math.sqrt(self.apart / self.first) if self.first else math.inf
 
     @property
     def cosine(self) -> float | None:
-        """Cosine of the angle between the two; None where one of them is nothing."""
+        """Cosine of the angle between the two; None if one of them is zero."""
         norm = math.sqrt(self.first * self.second)
         return max(-1.0, min(1.0, self.inner / norm)) if norm else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found.
+    """Differences of two files.
 
     Attributes:
         kind: `LoRA` or `checkpoint`.
         pairs: of each module (LoRA) or tensor (checkpoint) that both have.
         only_first, only_second: modules or tensors that one of them lacks.
-        settings: what describes a module or tensor in the first and in the second, where that differs: algorithm, rank
-            and alpha, or shape and dtype.
-        metadata: header entries that differ, None where one lacks them.
+        settings: module or tensor → descriptions in the first and in the second, if they differ: algorithm, rank and
+            alpha, or shape and dtype.
+        metadata: header entries that differ, None for a missing one.
         by_tensors: number of modules whose change depends on a model that was not given, compared by their tensors.
     """
 
@@ -101,7 +101,12 @@ class Comparison:
         return _sum("all", self.pairs)
 
     def is_same(self, *, tolerance: float = 0.0, weights_only: bool = False) -> bool:
-        """Whether nothing differs by more than `tolerance` (a distance) or, with `weights_only`, in what it does."""
+        """Whether the files are equal.
+
+        Args:
+            tolerance: distance up to which a module or tensor counts as equal.
+            weights_only: whether settings and metadata may differ.
+        """
         if self.only_first or self.only_second or not all(pair.distance <= tolerance for pair in self.pairs):
             return False
         return weights_only or not (self.settings or self.metadata)
@@ -157,7 +162,7 @@ def _compare_loras(first: Path, second: Path, model: ModelFiles | None) -> Compa
 
 
 def _lacking(file: LoraFile, other: LoraFile) -> list[str]:
-    """Modules that only `file` has, and its tensors that make up none and that the other has not alike."""
+    """Modules that only `file` has, and its tensors outside modules that `other` lacks or has with other values."""
     alike = {
         key for key, tensor in file.unknown.items() if key in other.unknown and torch.equal(tensor, other.unknown[key])
     }
@@ -174,7 +179,7 @@ def _block(name: str) -> str:
 
 
 def _described(module: ModuleTensors) -> str:
-    """Algorithm, rank and alpha in words."""
+    """Algorithm, rank and alpha, as text."""
     words = [f"difference of {name}" for name in sorted(module.differences)]
     if (weights := module.adapter) is not None:
         rank = rank_of(weights)
@@ -188,7 +193,7 @@ def _described(module: ModuleTensors) -> str:
 def _module_pair(
     ref: ModuleRef, one: ModuleTensors, other: ModuleTensors, model: ModelFiles | None
 ) -> tuple[Pair, bool]:
-    """How far apart two files' tensors for a module are, and whether by what they do (else: by the tensors)."""
+    """The pair of two files' tensors for a module, and whether it compares changes (else: tensors)."""
     pairs, exact = [], True
     names = {*one.differences, *other.differences}
     modules = (one, other)
@@ -209,7 +214,7 @@ def _module_pair(
 
 
 def _change(ref: ModuleRef, module: ModuleTensors, model: ModelFiles | None) -> Change | None:
-    """What a module's tensors add to its weight, None when that depends on a weight that is not at hand."""
+    """A module's change of its weight; None if it depends on a weight and there is no model."""
     if module.adapter is None and "weight" not in module.differences:
         return Change()
     if module.adapter is None or is_additive(module.adapter):
@@ -235,7 +240,7 @@ def _change_pair(name: str, first: Change, second: Change) -> Pair:
 
 
 def _identical(first: Change, second: Change) -> bool:
-    """Whether two changes are written down alike, so that their difference is nothing and not a rounding error."""
+    """Whether two changes have equal tensors, so that their difference is exactly zero."""
     ours, theirs = ((*(change.factors or ()), change.dense) for change in (first, second))
     return len(ours) == len(theirs) and all(
         one is other or (one is not None and other is not None and torch.equal(one, other))
@@ -252,7 +257,7 @@ def _tensor_pair(name: str, first: Tensor, second: Tensor) -> Pair:
 
 
 def _unrelated(name: str, first: float, second: float) -> Pair:
-    """Of different shapes, so that they have nothing in common."""
+    """The pair of tensors of different shapes: their inner product is zero."""
     return Pair(name, first, second, first + second, 0.0)
 
 
@@ -297,7 +302,7 @@ def _compare_checkpoints(first: Path, second: Path) -> Comparison:
 
 
 Readers = dict[str, Callable[[], Tensor]]
-"""What reads a tensor, by name."""
+"""Name → function that reads the tensor."""
 
 
 def _stored(path: Path) -> Readers:

@@ -1,8 +1,8 @@
 """A LoRA file from one layout into another.
 
-What the two layouts say is read from one name table: that of the model if one is given, else that of the released model
-of the family that the file's names and shapes give away. Conversions leave every change as it is; what the target
-cannot hold, or what its programs would take otherwise, is refused unless it is asked for.
+Both layouts use one name table: that of the model if one is given, else that of the released model of the family
+recognised by the file's names and shapes. Conversions keep every change; one that the target cannot hold, or that its
+programs would read differently, is refused unless `lossy` is set.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = ["Converted", "convert_lora"]
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         path: the new file or folder.
         layout: title of its layout.
         family: title or name of the family whose names were used.
-        modules: how many modules are in it.
-        losses: with `lossy`, one sentence for each thing that was lost.
+        modules: number of modules in it.
+        losses: with `lossy`, one sentence for each kind of loss.
         notes: one sentence for each program that does not apply all of the new file, though nothing was lost.
     """
 
@@ -76,16 +76,16 @@ def convert_lora(
         path: a LoRA file or folder, in any known layout.
         to: name of a layout, or `portable` for the one that most programs read completely.
         output: the new file; a new folder for `peft`.
-        model: model that the LoRA is for: a checkpoint, a diffusers folder or a built-in name, of which the names are
-            read and not the weights. None takes the released model of the family.
-        lossy: convert as far as possible where an exact conversion does not exist.
-        private: leave paths, prompts, captions and workflow out of the metadata.
-        overwrite: replace what is at `output`.
+        model: model that the LoRA is for: a checkpoint, a diffusers folder or a built-in name, of which names are read
+            and no weights. None uses the released model of the family.
+        lossy: whether modules that cannot be converted exactly are converted as far as possible, or left out.
+        private: whether paths, prompts, captions and workflow are left out of the metadata.
+        overwrite: whether a file at `output` is replaced.
 
     Raises:
         LoraError: the file cannot be read, is for another model, or cannot be converted exactly.
         ModelError: the model cannot be read.
-        OutputError: there is something at `output`, or it cannot be written.
+        OutputError: `output` exists, or cannot be written.
     """
     source, target = Path(path), free_target(Path(output), overwrite=overwrite)
     state, names = _loaded(source, model)
@@ -116,7 +116,7 @@ def convert_lora(
 
 
 def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:
-    """A LoRA and the names it is read by: those of its model, or of the released model of its family."""
+    """A LoRA and its name table: that of its model, or of the released model of its family."""
     if model is not None:
         names = open_model(model).names
         return load_lora(source, names), names
@@ -131,7 +131,7 @@ def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[Adapter
 
 
 def _released(path: Path, tensors: Mapping[str, Tensor]) -> ModelNames:
-    """Names of the released model of the family that tensors give away. Raises LoraError when nothing does."""
+    """Names of the released model of the recognised family. Raises LoraError if none is recognised."""
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     names = None if family is None else released_names(family)
     if names is None:

@@ -1,8 +1,8 @@
 """A LoRA from the difference of two checkpoints of one family.
 
-Of each Linear layer and convolution the difference of the weights is approximated by a product of the rank; what the
-original checkpoint holds as one tensor (the fused projections of transformers) is taken as one, so that the rank is
-that of the file. Norms and biases can be taken along as full differences. Both models are read parameter by parameter.
+The difference of each Linear layer's and convolution's weights is approximated by a product of the rank; one tensor of
+the original checkpoint (the fused projections of transformers) is one matrix, so that the rank is that of the file.
+Norms and biases can be included as full differences. Both models are read parameter by parameter.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["ExtractReport", "extract"]
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What was extracted.
+    """The result of an extraction.
 
     Attributes:
         output: the new file.
-        ranks: by module of the original checkpoint, the rank it got.
+        ranks: by module of the original checkpoint.
         unchanged: number of layers that are the same in both.
-        kept, total: squared norm of the difference, as far as the LoRA has it and in all, norms and biases included.
+        kept, total: squared norm of the difference in the LoRA and in all, norms and biases included.
         left_out: number of parameters that differ and have no place in the LoRA.
     """
 
@@ -75,10 +75,10 @@ def extract(
         base, tuned: the models, single files or diffusers folders.
         output: the new file.
         rank: rank at most.
-        energy: share of each difference's squared singular values that is enough, above 0 and at most 1.
-        differences: whether norms and biases are taken along whole.
+        energy: share of each difference's squared singular values to keep, above 0 and at most 1.
+        differences: whether norms and biases are included as full differences.
         layout: name of a registered layout, or `portable`.
-        dtype: number format of the file, None for fp32.
+        dtype: of the file, None for fp32.
         device: where decompositions are computed.
         overwrite: whether a file of that name may be replaced.
         progress: called with (layers done, layers in all).
@@ -87,7 +87,7 @@ def extract(
         ModelError: the models are of different architectures.
         LoraError: they do not differ in anything that a LoRA can hold, or the layout is unknown.
         OptionError: a bound is out of its range.
-        OutputError: there is a file already, its name is no file's, or it cannot be written.
+        OutputError: the file exists, is not named as a file, or cannot be written.
     """
     check_bounds(rank, energy)
     in_folder = layout_for(layout, base.names).in_folder
@@ -116,7 +116,7 @@ def extract(
 
 @dataclass
 class _Tally:
-    """What has been found so far."""
+    """Counts so far."""
 
     ranks: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
@@ -129,7 +129,7 @@ class _Tally:
 
 
 def _groups(base: ModelFiles, tuned: ModelFiles) -> dict[str, list[tuple[Parameter, OriginalName]]]:
-    """Weights that a LoRA can change, those together that the original checkpoint holds as one tensor."""
+    """Weights that a LoRA can change, grouped by tensor of the original checkpoint."""
     groups: dict[str, list[tuple[Parameter, OriginalName]]] = {}
     for ref, module in base.modules.items():
         weight = Parameter(ref, "weight")
@@ -154,7 +154,7 @@ def _layer(
     energy: float | None,
     device: torch.device | str,
 ) -> dict[ModuleRef, AdapterWeights]:
-    """Adapters of the modules that one tensor of the original checkpoint stands for; none where nothing differs."""
+    """Adapters of the modules in one tensor of the original checkpoint; none if the models do not differ there."""
     pieces = [_difference(base, tuned, parameter) for parameter, _ in group]
     if not any(piece.any() for piece in pieces):
         tally.unchanged += 1
@@ -175,7 +175,7 @@ def _layer(
 def _rest(
     base: ModelFiles, tuned: ModelFiles, layers: Container[Parameter], tally: _Tally, *, taken: bool
 ) -> dict[ModuleRef, dict[str, Tensor]]:
-    """Differences of what is no layer's weight, where they are taken along and a file has a name for them."""
+    """Differences of norms and biases, if they are included and files have a name for them."""
     found: dict[ModuleRef, dict[str, Tensor]] = {}
     for parameter in base.places:
         if parameter in layers or parameter not in tuned.places:

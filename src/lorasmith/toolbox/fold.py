@@ -1,7 +1,7 @@
 """LoRAs folded into a checkpoint: the same model in the same layout, with other weights.
 
-Every changed tensor is computed in fp32 as applying the LoRAs computes it, in their order, and rounded once to the
-checkpoint's own dtype. All others are copied byte by byte. One tensor is in memory at a time.
+Every changed tensor is computed in fp32 as when the LoRAs are applied in their order, and rounded once to the
+checkpoint's dtype. All others are copied byte by byte. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["FoldReport", "fold_into"]
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What was folded in.
+    """The result of folding.
 
     Attributes:
         output: the new checkpoint or folder.
         modules: number of the model's modules that changed.
         left_out: by LoRA, modules or keys of it that do not belong to the model.
-        skipped: files of the folder that were not taken along because they hold weights without the LoRAs.
+        skipped: files of the folder that were not copied because they hold weights without the LoRAs.
     """
 
     output: Path
@@ -54,12 +54,12 @@ def fold_into(
         model: the model.
         loras: LoRA files or folders in any layout, with the strength of each.
         output: the new file or folder.
-        overwrite: whether what is there may be replaced.
+        overwrite: whether a file or folder at `output` may be replaced.
 
     Raises:
         LoraError: a LoRA cannot be read, is for another model, or makes weights too large for the model's dtype.
         ModelError: the model is damaged.
-        OutputError: there is something at `output` already, or it cannot be written.
+        OutputError: `output` exists, or cannot be written.
     """
     (file_target if model.path.is_file() else free_target)(output, overwrite=overwrite)
     files = [(read_lora(Path(path), model.names), strength) for path, strength in loras]
@@ -88,7 +88,7 @@ Changed = Callable[[Tensor], Tensor]
 
 
 def _changes(model: ModelFiles, parts: Mapping[ModuleRef, Sequence[Part]]) -> dict[Path, dict[str, Changed]]:
-    """What makes the new value of each tensor that changes, by file and name."""
+    """The function that makes the new value of each tensor that changes, by file and name."""
     inside: dict[tuple[Path, str], list[Parameter]] = {}
     for parameter, place in model.places.items():
         if any(_touches(module, parameter.name) for module, _ in parts.get(parameter.module, ())):
@@ -109,7 +109,7 @@ def _changed(
     parts: Mapping[ModuleRef, Sequence[Part]],
     parameters: Sequence[Parameter],
 ) -> Tensor:
-    """A tensor of the checkpoint with everything folded in that concerns the parameters it holds."""
+    """A tensor of the checkpoint with the changes of all its parameters folded in."""
     whole = tensor.to(torch.float32, copy=True)  # the file's own memory is not to be written to
     for parameter in parameters:
         place = model.places[parameter]
@@ -141,7 +141,7 @@ def _folded(model: ModelFiles, parameter: Parameter, value: Tensor, parts: Seque
 def _refuse_misfits(
     model: ModelFiles, files: Sequence[tuple[LoraFile, float]], parts: Mapping[ModuleRef, Sequence[Part]]
 ) -> None:
-    """Before anything is written, refuse what would be left out silently, or not fit."""
+    """Refuse, before writing, LoRAs that would be left out silently or do not fit."""
     if not parts:
         raise LoraError(f"nothing is to be folded into {model.path}: every strength is 0, or of parts that it lacks")
     for ref, ones in parts.items():
@@ -166,7 +166,7 @@ def _touches(module: ModuleTensors, name: str) -> bool:
 
 def _write(source: Path, target: Path, changes: Mapping[str, Changed], note: str) -> None:
     metadata = check_safetensors(source, ModelError).metadata
-    # Hashes over the weights would no longer be true, and the new ones are known only after the last tensor.
+    # Hashes over the weights would be wrong, and the new ones are known only after the last tensor.
     kept = {key: value for key, value in metadata.items() if key not in _HASHES}
     rewritten(source, target, changes, noted(kept, note))
 
@@ -174,7 +174,7 @@ def _write(source: Path, target: Path, changes: Mapping[str, Changed], note: str
 def _write_folder(
     model: ModelFiles, output: Path, changes: Mapping[Path, Mapping[str, Changed]], note: str
 ) -> list[str]:
-    """Returns the files that were left behind."""
+    """Returns the files that were not copied."""
     changed_parts, used = {file.parent for file in changes}, model.files()
     skipped = []
     with atomic_folder(output) as folder:

@@ -1,8 +1,8 @@
-"""LoRA files by module: under their own names where that is enough, under a model's where it is not.
+"""LoRA files by module, under the file's names or a model's.
 
-Files of one layout name the same module alike, so that they are compared and merged as they are spelled, without a
-model and for every family. Files of different layouts meet under the paths of a model: one that is given, or the
-released one of the family that the names give away (`released`).
+Files of one layout name the same module alike, so that they are compared and merged in their spelling, without a model
+and for every family. Files of different layouts are matched by the paths of a model: one that is given, or the released
+one of the recognised family (`released`).
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class LoraFile:
 
     Attributes:
         path: the file or folder.
-        layout: registered name of the layout that most of its keys have.
-        family: title of the family that its names and shapes give away, None when nothing does.
-        tensors: all that is in it, by key.
-        modules: what it holds for each module.
-        names: the names by which its modules are called, None for its own spelling.
-        bases: how the file spells each module, where it goes by its own spelling; else empty.
-        unknown: tensors that make up nothing, or nothing that fits the model.
+        layout: registered name of the layout of most of its keys.
+        family: title of the recognised family, or None.
+        tensors: by key.
+        modules: tensors of each module.
+        names: the model's names by which modules are identified, None for the file's own spelling.
+        bases: base in the file by module, for the file's own spelling; else empty.
+        unknown: tensors outside complete adapters and differences, or that do not fit the model.
         metadata: its header's.
     """
 
@@ -74,8 +74,8 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
     """A LoRA file or folder, in any layout.
 
     Args:
-        path: where it is.
-        names: a model's names, by which its modules are then called; None to go by the file's own spelling.
+        path: the file or folder.
+        names: a model's names, which then identify its modules; None for the file's own spelling.
 
     Raises:
         LoraError: it cannot be read, is no LoRA, or is one for another model than `names`.
@@ -117,17 +117,17 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
 def read_together(
     paths: Sequence[Path], names: ModelNames | None = None, *, one_layout: bool = False
 ) -> list[LoraFile]:
-    """LoRA files whose modules are called alike, whatever their layouts.
+    """LoRA files in any layouts, with their modules under common names.
 
     Args:
         paths: the files.
-        names: the names of their model; None takes the files' own spelling where they share it, and the released model
-            of their family where they do not.
+        names: the names of their model; None uses the files' own spelling if they share it, and the released model of
+            their family if they do not.
         one_layout: whether they will be written as one file in the layout of the first, so that their own spelling must
-            be one layout's.
+            be that of one layout.
 
     Raises:
-        LoraError: one cannot be read, they are for different families, or nothing tells which modules correspond.
+        LoraError: one cannot be read, they are for different families, or modules cannot be matched.
     """
     files = [read_lora(path, names) for path in paths]
     if one_layout:
@@ -136,7 +136,7 @@ def read_together(
         return files
     known = {file.family: file for file in files if file.family is not None}
     families = sorted(known, key=len)
-    # "Stable Diffusion" is what is said of files that do not show which version they are for.
+    # "Stable Diffusion" is the title for files whose version is unknown.
     if any(not longer.startswith(families[0]) for longer in families) or len(families) > 2:
         first, *_, last = families
         raise LoraError(
@@ -172,11 +172,11 @@ def save_alike(
     """Write a LoRA atomically, in the layout of the first of the files whose modules it has.
 
     Args:
-        path: where to.
+        path: the file.
         files: files that were read together.
-        modules: what to write.
+        modules: tensors of each module.
         metadata: the header's; rank, alpha and hashes over the content are added.
-        dtype: number format, None to keep each tensor's own.
+        dtype: of the file, None to keep each tensor's own.
 
     Raises:
         LoraError: a tensor holds NaN or infinity.
@@ -202,7 +202,7 @@ def save_alike(
 
 
 def refuse_folder(file: LoraFile) -> None:
-    """Raise LoraError for layouts and names that are not written here: folders, and what XLabs calls modules."""
+    """Raise LoraError for layouts and names that are not written here: folders, and XLabs' names."""
     if LAYOUTS[file.layout].in_folder:
         raise LoraError(
             f"{file.path} is in {LAYOUTS[file.layout].title}'s layout, which is a folder and not a file; convert it "
@@ -216,7 +216,14 @@ def refuse_folder(file: LoraFile) -> None:
 
 
 def spelled_like(layout: str, base: str, module: ModuleTensors, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A module's tensors by key, as a layout spells them; where alpha has no tensor it is multiplied in."""
+    """A module's tensors by key in a layout; alpha is multiplied in if the layout has no tensor for it.
+
+    Args:
+        layout: registered name.
+        base: the module's base in that layout.
+        module: its tensors.
+        dtype: of the result, None to keep each tensor's own.
+    """
     base = _without_processor(base)
     adapter = module.adapter
     peft = layout == "diffusers"
@@ -231,7 +238,7 @@ def spelled_like(layout: str, base: str, module: ModuleTensors, dtype: torch.dty
 
 
 def flat_shapes(names: ModelNames) -> dict[ModuleRef, tuple[int, ...]]:
-    """Shape of each of the denoiser's weights, by module as files of either naming are read without a model."""
+    """Shape of each of the denoiser's weights, by module in the spelling of either naming."""
     return {
         ModuleRef(DENOISER, path.replace(".", "_")): names.weight_shapes[diffusers]
         for diffusers, original in names.denoiser.items()
@@ -241,17 +248,17 @@ def flat_shapes(names: ModelNames) -> dict[ModuleRef, tuple[int, ...]]:
 
 
 def _without_processor(base: str) -> str:
-    """A path without the part that diffusers' attention processors added to it, back when they held LoRAs."""
+    """A path without the part that diffusers' former attention processors with LoRAs added to it."""
     return base.replace(".processor.to_out", ".to_out.0").replace(".processor.to_", ".to_")
 
 
 def _flat(base: str) -> ModuleRef:
-    """A module as a file spells it, less what differs between layouts that use the same paths."""
+    """A module in a file's spelling, without what differs between layouts that use the same paths."""
     path = without_prefix(_without_processor(base)).replace(".", "_")
     return ModuleRef(component_of(base), path.removeprefix("text_model_"))
 
 
 def _spelled_alike(first: LoraFile, other: LoraFile) -> bool:
-    """Whether two files call modules by the same names, as far as they change the same parts of a model."""
+    """Whether two files have the same names for modules of the components that both change."""
     in_both = {ref.component for ref in first.modules} & {ref.component for ref in other.modules}
     return in_both == {ref.component for ref in first.modules.keys() & other.modules.keys()}

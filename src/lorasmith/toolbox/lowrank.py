@@ -1,9 +1,9 @@
-"""Low-rank matrices: sums, norms, and the best approximation of a given rank, without building what need not be built.
+"""Low-rank matrices: sums, norms, and the best approximation of a given rank, without building full matrices.
 
 The best approximation of rank r in the Frobenius norm is the singular value decomposition cut off after r values
 (Eckart and Young 1936). Of a product up · down it is found through QR decompositions of the two factors and an SVD of
 their rank-sized core; of a large matrix through a random projection with power iterations (Halko, Martinsson and Tropp
-2009, arXiv:0909.4061). How much is kept is told as energy: the share of the squared singular values.
+2009, arXiv:0909.4061). The kept energy is the share of the squared singular values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["Change", "Truncated", "share", "stacked"]
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
-_ROUNDING = 1e-9  # share of the energy by which rounding may not ask for one more singular value
-_ALWAYS_EXACT = 256  # smaller side up to which a full decomposition takes no time worth saving
+_ROUNDING = 1e-9  # share of the energy that is ignored, so that rounding does not add a singular value
+_ALWAYS_EXACT = 256  # smaller side up to which a full decomposition is fast
 
 
 def share(kept: float, total: float) -> float:
@@ -57,7 +57,7 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Change:
-    """A matrix up · down + dense, either part of which may be missing.
+    """A matrix up · down + dense; either part may be missing.
 
     Attributes:
         factors: up (out, rank) and down (rank, in), or None.
@@ -69,7 +69,7 @@ class Change:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether both parts are missing, so that not even the shape is known."""
+        """Whether both parts are missing; the shape is then unknown."""
         return self.factors is None and self.dense is None
 
     @property
@@ -109,7 +109,7 @@ class Change:
 
         Args:
             rank: rank at most; None for no bound.
-            energy: share of the squared singular values to keep, 0 to 1; where the rank's bound forbids it, less is.
+            energy: share of the squared singular values to keep, 0 to 1; less is kept if `rank` limits it.
             key: seeds the random projection of large matrices, such as the module's path.
         """
         if self.factors is not None and self.dense is None:
@@ -118,7 +118,7 @@ class Change:
         else:
             matrix = self.matrix()
             u, s, vh = _svd_of_matrix(matrix, rank, key)
-            # The values that were not computed are known from the norm alone, and no better than fp32 has it.
+            # The energy of values that were not computed follows from the norm, with the precision of fp32.
             measured, slack = (s, _ROUNDING) if len(s) == min(matrix.shape) else (matrix, 1e-6)
         total = float(measured.double().square().sum())
         count = _rank_for(s, total, rank, None if energy is None else energy - slack)
@@ -165,7 +165,7 @@ def _svd_of_matrix(matrix: Tensor, rank: int | None, key: str) -> tuple[Tensor, 
     probe = keyed_normal((matrix.shape[1], sought), 0, "svd", key).to(matrix.device)
     basis = torch.linalg.qr(matrix @ probe).Q
     for _ in range(_POWER_ITERATIONS):
-        # Orthogonal again after each product, or rounding would leave nothing but the largest values.
+        # Orthogonalized after each product, or rounding would leave the largest values alone.
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return basis @ u, s, vh

@@ -1,9 +1,9 @@
 """Several LoRAs in one, each at a strength.
 
 LoRAs add up exactly: their factors are stacked along the rank, with strength · alpha / rank multiplied in where it
-differs between them. A stack can be cut down to a rank by singular value decomposition. Algorithms that add something
-else than up · down (LoHa, LoKr, full differences) can only go that way, and those whose change depends on the weight
-(DoRA, OFT, BOFT, GLoRA) need the weight for it.
+differs between them. A stack can be truncated to a rank by singular value decomposition. Algorithms whose change is not
+up · down (LoHa, LoKr, full differences) need the truncation, and those whose change depends on the weight (DoRA, OFT,
+BOFT, GLoRA) need the weight for it.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ __all__ = ["MergeReport", "merge_loras"]
 _NOTHING = torch.zeros(())
 
 Part = tuple[ModuleTensors, float]
-"""What one file holds for a module, and its strength."""
+"""A file's tensors for a module, and its strength."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged.
+    """The result of a merge.
 
     Attributes:
         output: the new file.
         modules: number of modules in it.
         ranks: number of modules by rank.
-        energy: share of the squared singular values that is kept of what was cut down to a rank; None if nothing was.
+        energy: share of the squared singular values kept in truncation; None if nothing was truncated.
         left_out: by file, modules or keys of it that do not belong to the model and are not in the new file.
     """
 
@@ -80,13 +80,13 @@ def merge_loras(
         rank: rank at most; None keeps everything.
         model: the model that they are for. It is needed where layouts differ that do not say which modules are the
             same, and for algorithms whose change depends on the weights.
-        dtype: number format of the new file; None keeps that of the files, or takes fp32 where it would round.
+        dtype: of the new file; None keeps that of the files, or uses fp32 where it would round.
         overwrite: whether a file of that name may be replaced.
 
     Raises:
         LoraError: a file cannot be read, they are for different models, or they cannot be stacked and `rank` is None.
         OptionError: the rank is below 1.
-        OutputError: there is a file already, its name is no file's, or it cannot be written.
+        OutputError: the file exists, is not named as a file, or cannot be written.
     """
     if rank is not None and rank < 1:
         raise OptionError(f"a rank must be at least 1, got {rank}")
@@ -120,7 +120,7 @@ def merge_loras(
 
 
 def _exactly(parts: Sequence[Part], rank: int | None) -> ModuleTensors | None:
-    """The sum of what several files do to a module, None when it cannot be written down as it is."""
+    """The exact sum of several files' changes of a module, None if there is none."""
     adapters = [(module.adapter, strength) for module, strength in parts if module.adapter is not None]
     if rank is not None and any(module.differences.get("weight", _NOTHING).ndim > 1 for module, _ in parts):
         return None
@@ -138,7 +138,7 @@ def _exactly(parts: Sequence[Part], rank: int | None) -> ModuleTensors | None:
 
 
 def _stack(adapters: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
-    """The sum of LoRAs. Where all have one scale it stays the scale, and no number in their tensors changes."""
+    """The sum of LoRAs. If all have one scale it is kept, and no number in their tensors changes."""
     factors = [strength * scale_of(weights) for weights, strength in adapters]
     loras = [weights if len(adapters) == 1 else without_core(weights) for weights, _ in adapters]
     in_common = len(set(factors)) == 1 and factors[0] > 0
@@ -153,7 +153,7 @@ def _stack(adapters: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
 
 
 def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:
-    """Pieces of any dtypes, in one that holds all of their values."""
+    """Concatenated pieces of any dtypes, in a dtype that holds all of their values."""
     dtype = pieces[0].dtype
     for piece in pieces:
         dtype = torch.promote_types(dtype, piece.dtype)
@@ -185,7 +185,7 @@ def _shape_of(module: ModuleTensors) -> tuple[int, ...]:
 def _cut_down(
     ref: ModuleRef, parts: Sequence[Part], rank: int, model: ModelFiles | None
 ) -> tuple[ModuleTensors, Truncated]:
-    """The best LoRA of a rank for what several files do to a module."""
+    """The best LoRA of a rank for the sum of several files' changes of a module."""
     shape = None if model is None or ref.component != DENOISER else model.names.weight_shapes.get(ref.path)
     if all(module.adapter is None or is_additive(module.adapter) for module, _ in parts):
         weighty = [(module, strength) for module, strength in parts if module.adapter or "weight" in module.differences]
@@ -221,7 +221,7 @@ def _cannot_stack(ref: ModuleRef, files: Sequence[tuple[LoraFile, float]]) -> st
 
 
 def _merged_metadata(files: Sequence[LoraFile], loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
-    """What all files agree on, and what was done."""
+    """Entries that are equal in all files, and a note on the merge."""
     first, *others = (file.metadata for file in files)
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     triggers = dict.fromkeys(t for file in files if (t := file.metadata.get("modelspec.trigger_phrase")))

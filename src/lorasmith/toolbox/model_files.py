@@ -1,8 +1,8 @@
-"""A base model where it lies: which rows of which tensor of which file each parameter is, read one at a time.
+"""A base model's files: the file, tensor and rows of each parameter, which is read on request.
 
-Single files in the original layout fuse and rename what diffusers' modules hold. Where each parameter comes from is
-found by letting the family convert the checkpoint once with row numbers in place of weights: what arrives in a module's
-parameter says which tensor it was, and which of its rows. Nothing of a model's size is read or held for that.
+Single files in the original layout fuse and rename the parameters of diffusers' modules. The source of each parameter
+is found by letting the family convert the checkpoint once with row numbers in place of weights: the numbers in a
+module's parameter identify the tensor and its rows. No weights are read for that.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies.
+    """The source of a parameter.
 
     Attributes:
         file: the safetensors file.
         tensor: name of the tensor there.
-        rows: which rows of the tensor it is, a slice where they follow each other, None for all of them in order.
-        shape: the parameter's own, which may differ from the rows' in dimensions of size 1.
+        rows: rows of the tensor, a slice if they are consecutive, None for all of them in order.
+        shape: the parameter's, which may differ from the rows' in dimensions of size 1.
     """
 
     file: Path
@@ -61,14 +61,14 @@ class Place:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A base model's files, of which nothing is held in memory.
+    """A base model's files; no weights are held in memory.
 
     Attributes:
         path: the checkpoint, or the diffusers folder.
         family: its architecture.
         names: two-way name table.
         modules: layers without weights, for their kind and geometry.
-        places: where the parameters of these modules lie.
+        places: source of each parameter of these modules.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class ModelFiles:
         return self.family.diffusion_of_folder(self.path).parameterization
 
     def files(self) -> set[Path]:
-        """The files in which the parameters lie."""
+        """The files with the parameters."""
         return {place.file for place in self.places.values()}
 
     def read(self, parameter: Parameter) -> Tensor:
@@ -96,7 +96,7 @@ class ModelFiles:
         return (tensor if place.rows is None else tensor[place.rows]).reshape(place.shape)
 
     def tensor(self, file: Path, name: str) -> Tensor:
-        """One tensor of one of the files. Raises ModelError if it is codes, to which a scale belongs."""
+        """One tensor of one of the files. Raises ModelError if it is quantized with a scale."""
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
         if scale_name(name, self._open[file].keys()) is not None:
@@ -126,7 +126,7 @@ def open_model(source: str | os.PathLike[str]) -> ModelFiles:
 
 
 class _RowNumbers(OriginalCheckpoint):
-    """A checkpoint whose weights are the numbers of their rows in the whole file, at no cost in memory."""
+    """A checkpoint whose weights are the numbers of their rows in the whole file, without memory for them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -161,7 +161,7 @@ def _single_file(path: Path) -> ModelFiles:
     for parameter, numbers in _parameters(parts):
         flat = numbers.detach().flatten(1) if numbers.ndim > 1 else numbers.detach().reshape(-1, 1)
         if not flat.numel() or not torch.equal(flat[:, 0], flat[:, -1]):
-            continue  # transposed on its way, as projections are that no LoRA is for
+            continue  # transposed in the conversion, as are projections, which LoRAs do not change
         rows = flat[:, 0].long()
         index = bisect.bisect_right(checkpoint.starts, int(rows[0])) - 1
         shape = checkpoint.shapes[tensors[index]]
@@ -177,7 +177,7 @@ def _single_file(path: Path) -> ModelFiles:
 
 
 def _compact(rows: Tensor, shape: tuple[int, ...]) -> slice | Tensor | None:
-    """Row numbers of a tensor of a shape as a place has them."""
+    """Row numbers in the form of `Place.rows`."""
     start, stop = int(rows[0]), int(rows[-1]) + 1
     if not torch.equal(rows, torch.arange(start, stop)):
         return rows
@@ -222,7 +222,7 @@ def _components(folder: Path, family: Family) -> dict[str, str]:
 
 
 def _without_weights(folder: Path) -> nn.Module:
-    """A part of a diffusers folder as its configuration describes it, on the meta device."""
+    """A part of a diffusers folder, from its configuration, on the meta device."""
     import diffusers
     import transformers
     from accelerate import init_empty_weights
@@ -237,7 +237,7 @@ def _without_weights(folder: Path) -> nn.Module:
 
 
 def _parameters(parts: Mapping[str, nn.Module]) -> Iterator[tuple[Parameter, Tensor]]:
-    """Every parameter of a model, under the name that files give its module."""
+    """Every parameter of a model, under its module's name in files."""
     for part, module in parts.items():
         for name, tensor in module.named_parameters():
             path, _, leaf = _written(part, name).rpartition(".")
@@ -255,6 +255,6 @@ def _modules(parts: Mapping[str, nn.Module]) -> dict[ModuleRef, nn.Module]:
 
 
 def _written(part: str, path: str) -> str:
-    """A path as files spell it: in CLIP's text encoders behind `text_model.`, which transformers 5.6 dropped."""
-    as_it_is = part == DENOISER or path.startswith(("text_model.", "encoder.block."))  # T5's blocks have no prefix
-    return path if as_it_is else f"text_model.{path}"
+    """A path in files' spelling: in CLIP's text encoders after `text_model.`, which transformers 5.6 dropped."""
+    is_spelled = part == DENOISER or path.startswith(("text_model.", "encoder.block."))  # T5's blocks have no prefix
+    return path if is_spelled else f"text_model.{path}"

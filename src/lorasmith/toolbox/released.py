@@ -1,7 +1,7 @@
-"""Names of the released models that most LoRAs are for, so that files of different layouts can meet without one.
+"""Names of the released models that most LoRAs are for, so that files of different layouts can be matched without one.
 
-The architectures are built on the meta device from the settings that their publishers chose, which takes a second and
-no memory for weights.
+The architectures are built on the meta device from the published settings, which takes a second and no memory for
+weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def released_names(title: str) -> ModelNames | None:
     """The name table of a family's released model.
 
     Args:
-        title: what people call the family, as `formats.names.recognise` and `Family.title` have it.
+        title: display name of the family (`Family.title`).
 
     Returns:
-        None for families that are not known here.
+        The table, None for unsupported families.
     """
     family = next((one for _, one in FAMILIES.items() if one.title == title), None)
     if family is None or family.released is None:

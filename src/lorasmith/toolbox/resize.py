@@ -1,11 +1,11 @@
-"""A LoRA of smaller ranks that does as much of the same as it can.
+"""The best approximation of a LoRA by smaller ranks.
 
-Each module's up · down is cut off after some of its singular values, a convolution's with its kernel flattened and a
-Tucker core multiplied in. The scale alpha / rank of each module stays what it was, so that training goes on at the same
-learning rate; of a DoRA the magnitudes stay, too. LoHa, LoKr and full differences become LoRAs with a scale of 1. In
-kohya's layout alphas that came to differ are made one, which scales factors instead (see `with_one_alpha`).
+Each module's up · down is truncated to its largest singular values, a convolution's with its kernel flattened and a
+Tucker core multiplied in. The scale alpha / rank of each module stays, so that training can continue at the same
+learning rate; a DoRA's magnitudes stay, too. LoHa, LoKr and full differences become LoRAs with a scale of 1. In kohya's
+layout alphas that differ afterwards are made equal, which scales factors instead (see `with_one_alpha`).
 
-Files are resized as they are spelled, without a model.
+Files are resized in their own spelling, without a model.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Resized:
     """One module.
 
     Attributes:
-        name: as the file spells it.
-        algorithm: what it was, in words.
-        before: its rank, None where it was no LoRA.
-        after: its rank now.
+        name: in the file's spelling.
+        algorithm: display name of the algorithm before.
+        before: rank before, None if it was no LoRA.
+        after: rank after.
         kept, total: squared singular values kept and in all, of the change at strength 1.
     """
 
@@ -58,18 +58,18 @@ class Resized:
 
     @property
     def energy(self) -> float:
-        """Share of the squared singular values that is kept; 1 for a change of nothing."""
+        """Share of the squared singular values that is kept; 1 for a change of zero."""
         return share(self.kept, self.total)
 
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """What was resized.
+    """The result of resizing.
 
     Attributes:
         output: the new file.
-        modules: every module that has a rank now.
-        warnings: one sentence for each kind of thing that is not what it was.
+        modules: every module with a rank after resizing.
+        warnings: one sentence for each kind of approximation or assumption.
     """
 
     output: Path
@@ -91,20 +91,20 @@ def resize(
     names: ModelNames | None = None,
     overwrite: bool = False,
 ) -> ResizeReport:
-    """Write a copy of a LoRA with smaller ranks, in the same layout and number format.
+    """Write a copy of a LoRA with smaller ranks, in the same layout and dtype.
 
     Args:
         path: a LoRA file or folder, in any layout.
         output: the new file.
         rank: rank at most.
         energy: share of each module's squared singular values to keep, above 0 and at most 1; ranks then differ.
-        names: names of the model, for LoHa and LoKr on convolutions, whose kernels their tensors do not tell.
+        names: names of the model, for LoHa and LoKr on convolutions, whose tensors do not determine the kernel.
         overwrite: whether a file of that name may be replaced.
 
     Raises:
         LoraError: the file cannot be read, a module's change has no rank, or every rank is small enough already.
         OptionError: neither bound is given, or one is out of its range.
-        OutputError: there is a file already, its name is no file's, or it cannot be written.
+        OutputError: the file exists, is not named as a file, or cannot be written.
     """
     check_bounds(rank, energy)
     file_target(output, overwrite=overwrite)
@@ -122,7 +122,7 @@ def resize(
         reports.append(report)
     if all(one.before is not None and one.after == one.before for one in reports):
         largest = max((one.after for one in reports), default=0)
-        raise LoraError(f"no rank in {path} is above what was asked for, the largest is {largest}; ask for less")
+        raise LoraError(f"{path} must have a rank above the new one, and its largest is {largest}; give a smaller one")
     if file.layout == "kohya":
         smaller = with_one_alpha(smaller)
     for ref, weights in smaller.items():
@@ -135,7 +135,9 @@ def resize(
 def check_bounds(rank: int | None, energy: float | None) -> None:
     """Raise OptionError unless there is a rank of at least 1, a share of energy in (0, 1], or both."""
     if rank is None and energy is None:
-        raise OptionError("how small must be said: give --rank, such as 8, or --energy, such as 0.95")
+        raise OptionError(
+            "a rank or an energy is needed, got neither; give --rank, such as 8, or --energy, such as 0.95"
+        )
     if rank is not None and rank < 1:
         raise OptionError(f"a rank must be at least 1, got {rank}")
     if energy is not None and not 0 < energy <= 1:
@@ -167,7 +169,7 @@ def _smaller(
     rank: int | None,
     energy: float | None,
 ) -> tuple[AdapterWeights, Resized]:
-    """A module's LoRA of a smaller rank, and what became of it."""
+    """A module's LoRA of a smaller rank, and its report."""
     weights, name = module.adapter, file.bases[ref]
     if weights is None or not is_low_rank(weights) or _has_full_difference(module):
         change = added_by(module, shape)
@@ -189,7 +191,7 @@ def _smaller(
 def _replace(
     tensors: dict[str, Tensor], keys: Mapping[str, str], file: LoraFile, base: str, weights: AdapterWeights
 ) -> None:
-    """Put a LoRA where a module's tensors were. A LoRA keeps its keys, and what is no part of it stays."""
+    """Replace a module's tensors by a LoRA. A LoRA keeps its keys, and other tensors stay."""
     dtype = next(tensors[key].dtype for role, key in keys.items() if role not in ("alpha", *_KEPT))
     alpha = None if "alpha" not in keys else tensors[keys["alpha"]]
     for role, key in keys.items():
@@ -211,14 +213,14 @@ def _replace(
 
 
 def _known_shapes(file: LoraFile, names: ModelNames | None) -> dict[ModuleRef, tuple[int, ...]]:
-    """Shapes of weights whose kernels a file does not tell, from its model or the released one of its family."""
+    """Shapes of weights whose kernels a file does not determine, from its model or the released one of its family."""
     flattened = {ref: m.adapter for ref, m in file.modules.items() if m.adapter and not is_low_rank(m.adapter)}
     if not flattened:
         return {}
     names = names or released_names(file.family or "")
     by_spelling = {} if names is None else flat_shapes(names)
     found = {ref: (by_spelling.get(ref), weight_shape(weights)) for ref, weights in flattened.items()}
-    return {ref: shape for ref, (shape, told) in found.items() if shape and _size(shape) == _size(told)}
+    return {ref: shape for ref, (shape, flat) in found.items() if shape and _size(shape) == _size(flat)}
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -231,16 +233,16 @@ def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[Module
         f"{count} modules were {algorithm} and are LoRA now, which approximates them"
         for algorithm, count in counts.items()
     ]
-    told = [ref for ref, m in file.modules.items() if m.adapter and len(weight_shape(m.adapter)) > 2]
+    with_kernel = [ref for ref, m in file.modules.items() if m.adapter and len(weight_shape(m.adapter)) > 2]
     unknown = [
         ref
         for ref, m in file.modules.items()
-        if m.adapter and not is_low_rank(m.adapter) and ref not in shapes and ref not in told
+        if m.adapter and not is_low_rank(m.adapter) and ref not in shapes and ref not in with_kernel
     ]
     if unknown:
         warnings.append(
             f"{len(unknown)} modules, such as {file.bases[unknown[0]]}, were taken for Linear layers, because the file "
-            "does not tell their kernels; if some are convolutions, name the model with --model"
+            "does not hold their kernel sizes; if some are convolutions, name the model with --model"
         )
     return warnings
 

@@ -1,4 +1,4 @@
-"""What the tools leave behind: targets that are never written over unasked, and headers that say what was done."""
+"""Output of the tools: targets that are overwritten only on request, and headers that record the operation."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lorasmith.formats.scales import rank_of
 __all__ = ["HISTORY", "atomic_folder", "file_target", "free_target", "noted", "rank_entries", "rewritten"]
 
 HISTORY = "lorasmith.history"
-"""Header entry in which each tool adds a line that says what it did."""
+"""Header entry to which each tool adds a line about its operation."""
 
 
 def free_target(path: Path, *, overwrite: bool = False) -> Path:
-    """`path`, after checking that nothing is there that nobody asked to write over. Raises OutputError."""
+    """`path`. Raises OutputError if it exists and may not be overwritten."""
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another name with --output, or add --overwrite")
     return path
 
 
 def file_target(path: Path, *, overwrite: bool = False) -> Path:
-    """The same for a safetensors file, by whose name programs know what it is."""
+    """The same for a safetensors file, whose name must have that extension."""
     if path.suffix.casefold() != ".safetensors":
         raise OutputError(f"the output must be a file whose name ends in .safetensors, got {path}; choose another name")
     return free_target(path, overwrite=overwrite)
@@ -43,10 +43,10 @@ def file_target(path: Path, *, overwrite: bool = False) -> Path:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends well, and is removed otherwise.
+    """A temporary folder beside `target`, renamed to it when the block succeeds, and removed otherwise.
 
     Raises:
-        OutputError: something other than a diffusers model is in the way, or it cannot be written.
+        OutputError: `target` is something other than a diffusers model, or cannot be written.
     """
     if target.exists() and not (target / "model_index.json").is_file():
         raise OutputError(f"{target} is no diffusers model, and only one is replaced by another; choose another output")
@@ -74,8 +74,8 @@ def rewritten(
 
     Args:
         source: the file; its other tensors are copied byte by byte, in the same places.
-        target: where to, atomically.
-        changes: by tensor name, what makes the new value from the old one, of the same shape and dtype.
+        target: the copy, written atomically.
+        changes: tensor name → function from the old value to the new one, of the same shape and dtype.
         metadata: the copy's.
 
     Raises:
@@ -102,14 +102,14 @@ def rewritten(
 
 
 def noted(metadata: Mapping[str, str], note: str) -> dict[str, str]:
-    """Metadata with one more line of history; what it took to train the file it comes from is no longer true of it."""
+    """Metadata with one more line of history, without the record of the training run, which no longer applies."""
     lines = [*([metadata[HISTORY]] if metadata.get(HISTORY) else []), note]
     kept = {key: value for key, value in metadata.items() if key != RUN_ENTRY}
     return {**kept, HISTORY: "\n".join(lines)}
 
 
 def rank_entries(adapters: Iterable[AdapterWeights]) -> dict[str, str]:
-    """Rank and alpha as kohya's metadata has them: numbers, or `Dynamic` where modules differ."""
+    """Rank and alpha for kohya's metadata: numbers, or `Dynamic` if modules differ."""
     known = [(rank, weights.alpha) for weights in adapters if (rank := rank_of(weights)) is not None]
     ranks = {str(rank) for rank, _ in known}
     alphas = {str(float(rank if alpha is None else alpha)) for rank, alpha in known}

@@ -1,8 +1,8 @@
-"""Which samples a step sees, at which noise level, with which noise: all functions of the seed and the draw index.
+"""Samples, noise levels and noise of a step, all functions of the seed and the draw index.
 
 A step takes batch_size × grad_accumulation_steps consecutive draws of the epochs' permutations, so batches cross the
-ends of epochs and every image is seen once before any is seen twice. Draws of equal latent size share a forward pass;
-each meets its own conditioning. How many do is free: a step in smaller pieces has the same draws in the same order.
+ends of epochs and every image is drawn once before any is drawn twice. Draws of equal latent size share a forward pass,
+each with its own conditioning. Micro-batches of any size have the same draws in the same order.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = ["Batch", "BatchMaker", "no_masks", "prefetched"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that go through the denoiser together.
+    """Samples of one forward pass.
 
     Attributes:
         clean, noise, noised: fp32 (batch, channels, [frames,] height, width).
         level: their noise levels.
         conditioning: one batch.
         names: the samples' names.
-        masks: dropout's, one row for each sample; None without dropout.
+        masks: of dropout, one row per sample; None without dropout.
         draws: global draw indices.
         indices: of the samples in the dataset.
-        quantiles: of the noise levels on the model's schedule, 0 clean, 1 noisy.
+        quantiles: of the noise levels on the model's schedule, 0 is clean, 1 noisy.
     """
 
     clean: Tensor
@@ -53,7 +53,7 @@ class Batch:
 
 
 def no_masks(draws: Sequence[int]) -> Tensor | None:
-    """Of runs without dropout."""
+    """The masks of runs without dropout: None."""
     return None
 
 
@@ -63,12 +63,12 @@ class BatchMaker:
 
     Attributes:
         samples: the dataset.
-        schedule: the noise schedule in training.
-        quantiles: where uniform numbers fall on it.
-        join: makes one batch of several samples' conditionings; see `Family.join`.
-        memory_format: of the tensors that go through the denoiser.
+        schedule: the noise schedule of training.
+        quantiles: maps uniform numbers to quantiles of it.
+        join: joins several samples' conditionings into one batch; see `Family.join`.
+        memory_format: of the denoiser's inputs.
         config, runtime: of the run.
-        masks: dropout's masks for draws, by their index, one row each.
+        masks: dropout masks of draw indices, one row each.
     """
 
     samples: Sequence[Sample]
@@ -86,7 +86,7 @@ class BatchMaker:
         return self.config.batch_size * self.config.grad_accumulation_steps
 
     def index(self, draw: int) -> int:
-        """Index in the dataset of a global draw's sample."""
+        """Dataset index of a global draw index."""
         epoch, position = divmod(draw, len(self.samples))
         return keyed_permutation(len(self.samples), self.config.seed, "order", epoch)[position]
 
@@ -108,7 +108,7 @@ class BatchMaker:
         return batches
 
     def _kind(self, conditioning: Conditioning) -> object:
-        """What must agree between conditionings of a batch: tensors and shapes, but for the context's length."""
+        """Key that conditionings of one batch share: tensors and shapes, except the context's length."""
         return frozenset(
             (key, tensor.shape[2:] if key == "context" else tensor.shape)
             for key, tensor in conditioning.tensors.items()
@@ -145,14 +145,14 @@ class BatchMaker:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         if self.runtime.device.type == "cuda":
-            tensor = tensor.pin_memory()  # lets the copy run beside the device's work
+            tensor = tensor.pin_memory()  # makes the copy asynchronous
         return tensor.to(self.runtime.device, memory_format=self.memory_format, non_blocking=True)
 
 
 def prefetched(maker: BatchMaker, steps: range) -> Generator[tuple[int, list[Batch]]]:
-    """Each step with its batches, made one step ahead on another thread, which ends with the iterator.
+    """(step, batches) of each step, made one step ahead on another thread that ends with the iterator.
 
-    Who may stop early closes it (`contextlib.closing`): an exception keeps an unfinished iterator alive.
+    Close it (`contextlib.closing`) where iteration may stop early: an exception keeps an unfinished iterator alive.
     """
     if not steps:
         return

@@ -26,12 +26,12 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS
 __all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "unused_settings"]
 
 NONE_LORA = "[None]"
-"""What `existing_lora` says when there is none, as ComfyUI's list spells it."""
+"""Value of `existing_lora` for no file, as in ComfyUI's list."""
 
-_WHAT, _HOW, _MEMORY, _NUMBERS = "What is trained", "How it learns", "Memory", "Precision and repeatability"
+_WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
 _SPEED = "Speed"
 _VARIANTS = "Variants of the algorithm"
-_WATCH, _KEEP = "Knowing whether it works", "Saving and recovery"
+_WATCH, _KEEP = "Validation and previews", "Saving and recovery"
 _FACTORS = ", ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "factor")
 _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "block size")
 
@@ -42,7 +42,7 @@ def _needed_packages() -> str:
 
 
 def unused_settings(algorithm: str) -> frozenset[str]:
-    """Settings that change nothing for an algorithm, which is named in any case; none for unknown ones."""
+    """Settings that have no effect with an algorithm, named in any case; empty for unknown algorithms."""
     folded = {name.casefold(): facts.unused for name, facts in ALGORITHMS.items()}
     return folded.get(algorithm.casefold(), frozenset())
 
@@ -57,14 +57,14 @@ class TrainConfig:
         min=1,
         max=10_000,
         group=_HOW,
-        help="Images per forward pass. Larger batches give steadier steps and cost memory.",
+        help="Images per forward pass. Larger batches reduce gradient noise and need more memory.",
     )
     grad_accumulation_steps: int = option(
         1,
         min=1,
         max=1024,
         group=_HOW,
-        help="Batches per update: the effect of a larger batch, in its memory but not its time.",
+        help="Batches whose gradients are accumulated for one update: a larger effective batch without its memory.",
     )
     learning_rate: float | None = option(
         None,
@@ -72,33 +72,30 @@ class TrainConfig:
         max=1.0,
         step=1e-7,
         group=_HOW,
-        help="Size of an update. Left out, it is the one that suits model and algorithm (1e-4 for LoRA on Stable "
-        "Diffusion and Flux).",
+        help="Learning rate. Default: chosen by model and algorithm (1e-4 for LoRA on Stable Diffusion and Flux).",
     )
     rank: int = option(
         16,
         min=1,
         max=128,
         group=_WHAT,
-        help="Inner dimension of the LoRA: how much it can learn, and how large the file gets. Capped at each layer's "
-        f"size. For {_FACTORS} it is the factor, for {_BLOCKS} the block size.",
+        help="Inner dimension of the LoRA: sets its capacity and the size of the file. Capped at each layer's size. "
+        f"For {_FACTORS} it is the factor, for {_BLOCKS} the block size.",
     )
     alpha: float | None = option(
         None,
         min=0.0,
         max=100_000.0,
         group=_WHAT,
-        help="The LoRA is scaled by alpha / rank. Left out, alpha is the rank and the scale 1, so that the learning "
-        f"rate keeps its meaning when the rank changes. For {_BLOCKS} it bounds the rotation, and 0, the default "
-        "there, does not.",
+        help="The LoRA is scaled by alpha / rank. Default: the rank, a scale of 1, so that the learning rate keeps its "
+        f"meaning when the rank changes. For {_BLOCKS} it bounds the rotation; 0, the default there, sets no bound.",
     )
     targets: str | None = option(
         None,
         group=_WHAT,
         help="Which layers are trained: attention, attention+ff, transformer, all-linear, all, or patterns on module "
-        "paths such as *.attn2.*, separated by commas, each with settings of its own behind it if you like "
-        "(rank=32 alpha=16 lr=2e-4), and ! in front of what to leave out. Left out, it is the preset that suits the "
-        "model.",
+        "paths such as *.attn2.*, separated by commas. A pattern may be followed by its own settings "
+        "(rank=32 alpha=16 lr=2e-4); ! in front excludes. Default: the preset of the model's family.",
     )
     algorithm: str = option(
         "LoRA",
@@ -109,29 +106,31 @@ class TrainConfig:
     differences: Literal["none", "norms", "biases", "norms+biases"] = option(
         "none",
         group=_WHAT,
-        help="Train what is added to norms and biases too: norms is all norms of the model, biases those of the target "
-        "layers. ComfyUI and A1111 apply them; other programs leave them out or refuse the file.",
+        help="Also train differences of norms (all norms of the model) or biases (those of the target layers). "
+        "ComfyUI and A1111 apply them; other programs ignore them or refuse the file.",
     )
     zero_init: Literal["up", "down"] = option(
         "up",
         group=_WHAT,
-        help="Which of the two matrices starts at zero: up is the field's habit, down is ComfyUI's.",
+        help="Which of the two matrices starts at zero: up is usual, down is ComfyUI's choice.",
     )
     existing_lora: str | None = option(
         None,
         group=_WHAT,
-        help="A LoRA file to go on from. Its layers keep their own algorithm, rank and alpha, and its steps count on.",
+        help="LoRA file to continue training. Its layers keep their algorithm, rank and alpha, and its step count "
+        "continues.",
     )
     dora: Literal["none", "input", "output"] = option(
         "none",
         group=_VARIANTS,
-        help="DoRA: magnitude and direction of the weight are trained apart. input has a magnitude for each input, "
-        "which ComfyUI and A1111 reproduce, output one for each output, as in the paper and PEFT.",
+        help="DoRA: train magnitude and direction of the weight separately. input has one magnitude per input, which "
+        "ComfyUI and A1111 reproduce; output has one per output, as in the paper and PEFT.",
     )
     rslora: bool = option(
         False,
         group=_VARIANTS,
-        help="Scale by alpha / √rank, which suits high ranks better; alpha is 4 if left out, a scale of 1 at rank 16.",
+        help="Scale by alpha / √rank, which suits high ranks better. The default of alpha is then 4: a scale of 1 at "
+        "rank 16.",
     )
     pissa: bool = option(
         False,
@@ -141,29 +140,29 @@ class TrainConfig:
     tucker: bool = option(
         False,
         group=_VARIANTS,
-        help="Give convolutions larger than 1×1 a core between two small matrices, which trains far fewer parameters. "
-        "The portable file has it multiplied in.",
+        help="Decompose convolutions larger than 1×1 into a core between two small matrices, with far fewer "
+        "parameters. In the portable layout the core is multiplied in.",
     )
     lora_plus_ratio: float = option(
         1.0,
         min=0.01,
         max=1000.0,
         group=_VARIANTS,
-        help="LoRA+: the up matrix learns at this multiple of the learning rate.",
+        help="LoRA+: the learning rate of the up matrix as a multiple of the learning rate.",
     )
     rank_dropout: float = option(
         0.0,
         min=0.0,
         max=0.95,
         group=_VARIANTS,
-        help="Probability with which each inner dimension of a layer is left out for a sample.",
+        help="Probability of dropping each inner dimension of a layer for a sample.",
     )
     module_dropout: float = option(
         0.0,
         min=0.0,
         max=0.95,
         group=_VARIANTS,
-        help="Probability with which a layer's LoRA is left out altogether for a sample.",
+        help="Probability of dropping a layer's whole LoRA for a sample.",
     )
     optimizer: str = option(
         "AdamW",
@@ -182,20 +181,20 @@ class TrainConfig:
         min=0.0,
         max=1.0,
         group=_HOW,
-        help="Decay of the weights towards zero, for optimizers that take one; Adam, SGD and RMSprop have none here.",
+        help="Weight decay, for optimizers that take it; Adam, SGD and RMSprop have none here.",
     )
     schedule: str | None = option(
         None,
         choices=SCHEDULES,
         group=_HOW,
-        help="How the learning rate goes down over the run, after the warm-up. Left out, a rate that you give is kept "
-        "constant, and the model's own goes down linearly from twice its value.",
+        help="Schedule of the learning rate after the warm-up. Default: constant if learning_rate is set, otherwise "
+        "linear decay from twice the model's own rate.",
     )
     warmup_steps: int = option(
         0, min=0, max=100_000, group=_HOW, help="Steps over which the learning rate rises from zero at the start."
     )
     final_rate: float = option(
-        0.0, min=0.0, max=1.0, group=_HOW, help="Share of the learning rate that the schedule ends at."
+        0.0, min=0.0, max=1.0, group=_HOW, help="Final learning rate of the schedule, as a share of the learning rate."
     )
     schedule_cycles: int = option(3, min=1, max=1000, group=_HOW, help="Number of cycles of cosine_restarts.")
     schedule_power: float = option(2.0, min=0.1, max=10.0, group=_HOW, help="Exponent of the polynomial schedule.")
@@ -204,45 +203,43 @@ class TrainConfig:
         min=0.0,
         max=0.99999,
         group=_HOW,
-        help="Save an exponential moving average of the trained weights instead of the last ones: the share of the "
-        "average that stays at each step. 0 saves the last ones.",
+        help="Decay of an exponential moving average of the trained weights, which is saved instead of the last "
+        "weights. 0 disables it.",
     )
     max_grad_norm: float = option(
-        1.0, min=0.0, max=1e6, group=_HOW, help="Gradients longer than this are scaled down to it. 0 leaves them alone."
+        1.0, min=0.0, max=1e6, group=_HOW, help="Gradient norm to which larger gradients are clipped. 0 disables it."
     )
-    loss_function: LossFunction = option(
-        "MSE", group=_HOW, help="How the distance between prediction and target is measured."
-    )
+    loss_function: LossFunction = option("MSE", group=_HOW, help="Distance between prediction and target.")
     objective: Objective = option(
         "native",
         group=_HOW,
-        help="What is compared: native is what the model predicts (noise, velocity or flow), x0 the clean picture, as "
-        "ComfyUI's trainer does, which puts most of the weight on the noisiest timesteps.",
+        help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
+        "as in ComfyUI's trainer, which puts most of the weight on the noisiest timesteps.",
     )
     timesteps: TimestepDistribution | None = option(
         None,
         group=_HOW,
-        help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid another name of "
-        "logit_normal. Left out, it is the one that suits the model.",
+        help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid is an alias of "
+        "logit_normal. Default: the model's own.",
     )
     timestep_shift: float | None = option(
         None,
         min=0.01,
         max=100.0,
         group=_HOW,
-        help="Shift of the noise levels towards the noisy end, in place of the model's own; 1 is none. Left out, "
-        "shifted takes the one that suits the size of the picture and the others the model's own.",
+        help="Shift of the noise levels towards the noisy end, in place of the model's own; 1 is none. Default: "
+        "computed from the size of the picture with shifted, the model's own with the others.",
     )
     stratified: bool = option(
         True,
         group=_HOW,
-        help="Spread the noise levels of neighbouring draws evenly over the range, so that each batch covers it; the "
-        "distribution stays the same and the gradient varies less.",
+        help="Stratify the noise levels of consecutive draws, so that each batch covers the range. The distribution "
+        "is the same and the gradient varies less.",
     )
     loss_weighting: LossWeighting = option(
         "none",
         group=_HOW,
-        help="Weight of a noise level in the loss: min_snr keeps the clean end from counting more than min_snr_gamma, "
+        help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
         "soft_min_snr does so smoothly.",
     )
     min_snr_gamma: float = option(
@@ -253,50 +250,49 @@ class TrainConfig:
         min=0.0,
         max=1.0,
         group=_HOW,
-        help="Strength of noise that is the same all over a picture, one value for each channel: it teaches very dark "
-        "and very bright pictures. 0.03 to 0.1 are usual.",
+        help="Strength of additional noise that is constant over the picture, one value per channel, for training "
+        "very dark and very bright pictures. 0.03 to 0.1 are usual.",
     )
     zero_terminal_snr: bool = option(
         False,
         group=_HOW,
-        help="Rescale the noise schedule so that its last step is pure noise. For v-prediction models of the Stable "
-        "Diffusion kind alone, and pictures must then be sampled so too.",
+        help="Rescale the noise schedule so that its last step is pure noise. Only for v-prediction models of the "
+        "Stable Diffusion kind; pictures must be sampled with the same schedule.",
     )
     seed: int = option(
         0,
         min=0,
         max=2**64 - 1,
         group=_NUMBERS,
-        help="Decides initial weights, order, noise and timesteps: the same seed gives the same LoRA.",
+        help="Seed of initial weights, order, noise and timesteps: the same seed gives the same LoRA.",
     )
     training_dtype: Literal["auto", "bf16", "fp32", "none"] = option(
         "auto",
         group=_NUMBERS,
-        help="Number format of the frozen weights and of the products. The trained weights are always updated in fp32. "
-        "auto is bf16 where the device multiplies in it, else fp32; none keeps the format that the model is loaded in.",
+        help="Number format of frozen weights and matrix products. Trained weights are always updated in fp32. auto "
+        "is bf16 where the device has bf16 products, else fp32; none keeps the format of the loaded model.",
     )
     lora_dtype: Literal["bf16", "fp32"] = option("bf16", group=_NUMBERS, help="Number format of the saved LoRA.")
     gradient_checkpointing: bool = option(
         False,
         group=_MEMORY,
-        help="Compute activations again in the backward pass: a third slower, a fraction of the memory.",
+        help="Activation checkpointing: recompute blocks in the backward pass. A third slower, needs far less memory.",
     )
     checkpoint_depth: int = option(
         1,
         min=1,
         max=5,
         group=_MEMORY,
-        help="Size of the recomputed pieces: 1 is whole blocks (least memory), each step deeper is one level inside.",
+        help="Level of the recomputed blocks: 1 is the outermost (least memory), each further level is nested inside.",
     )
     activations: ActivationPlan = option(
         "keep",
         group=_MEMORY,
         changes_numbers=False,
-        help="What becomes of activations until the backward pass: keep keeps them; lean makes cheap ones (norms, "
-        "activation functions) again, which takes a fifth to two fifths off their memory; selective does so with "
-        "the wide layers of feed-forward networks too; host moves them from the GPU to host memory; auto measures "
-        "first and takes the fastest that fits memory_budget, gradient checkpointing among them. All give the same "
-        "numbers.",
+        help="How activations are kept until the backward pass. keep stores all; lean recomputes cheap ones (norms, "
+        "activation functions), which saves 20 to 40 % of their memory; selective also recomputes the wide layers "
+        "of feed-forward networks; host offloads them from the GPU to host memory; auto measures and selects the "
+        "fastest that fits memory_budget, activation checkpointing included. All give the same numbers.",
     )
     memory_budget: float | None = option(
         None,
@@ -304,44 +300,44 @@ class TrainConfig:
         max=10_000.0,
         group=_MEMORY,
         changes_numbers=False,
-        help="Memory in GiB on the device that activations auto may plan with, weights included. Left out, it is what "
-        "is free.",
+        help="Device memory in GiB that activations auto may use, weights included. Default: all free memory.",
     )
     quantization: Quantization = option(
         "none",
         group=_MEMORY,
-        help="Hold the frozen weights of Linear layers and convolutions in fewer bytes while training, and make each "
-        "anew where it is used. Of their memory in bf16, fp8 and int8 save a half and nf4 (4 bits) 72 %; int8 changes "
-        "the weights least. A scale belongs to each output, or with _tensor to the whole weight. A checkpoint that is "
-        "quantized already stays as it is with none.",
+        help="Quantize the frozen weights of Linear layers and convolutions during training; each is dequantized where "
+        "it is used. Compared with bf16, fp8 and int8 save half of their memory and nf4 (4 bits) 72 %; int8 changes "
+        "the weights least. There is one scale per output, or per weight with _tensor. With none, a quantized "
+        "checkpoint stays as it is.",
     )
     offloading: bool = option(
         False,
         group=_MEMORY,
-        help="Keep the frozen weights in host memory and stream them in as they are used. It changes no number.",
+        help="Keep the frozen weights in host memory and copy them to the device as they are used. The numbers stay "
+        "the same.",
     )
     quantized_backward: bool = option(
         False,
         group=_MEMORY,
-        help="Multiply with weights in fp8 in fp8 too, forwards and backwards, on GPUs that can (NVIDIA from compute "
-        "capability 8.9 on). Activations and gradients are rounded to fp8 for it.",
+        help="Compute products with fp8 weights in fp8, in the forward and backward pass, on GPUs that support it "
+        "(NVIDIA, compute capability 8.9 or later). Activations and gradients are rounded to fp8.",
     )
     compile: bool = option(
         False,
         group=_SPEED,
-        help="Compile the model's blocks (torch.compile): the first step takes minutes, all others less time. It needs "
+        help="Compile the model's blocks (torch.compile): the first step takes minutes, all others are faster. Needs "
         "a C++ compiler, on GPUs triton, and changes the last bits of the numbers.",
     )
     bucket_mode: bool = option(
         False,
         group=_HOW,
-        help="Given buckets of equal size, as Resolution Bucket makes them. Sizes are mixed correctly either way.",
+        help="The latents are buckets of equal size, from Resolution Bucket. Mixed sizes are trained correctly either "
+        "way.",
     )
     bypass_mode: bool = option(
         False,
         group=_MEMORY,
-        help="Apply adapters beside the weights instead of to them. Training here always does, so this changes nothing "
-        "in the result.",
+        help="Apply adapters beside the weights instead of merging them. Training always does, so it has no effect.",
     )
 
     validation_share: float | None = option(
@@ -349,14 +345,13 @@ class TrainConfig:
         min=0.0,
         max=0.5,
         group=_WATCH,
-        help="Share of the images that is held out to see whether the LoRA generalises. Left out, it is a tenth from "
-        "12 images on and none below.",
+        help="Share of the images that is held out for validation. Default: a tenth from 12 images on, none below.",
     )
     validate_every: int | None = option(
-        None, min=1, max=100_000, group=_WATCH, help="Steps between validations. Left out, a tenth of the run."
+        None, min=1, max=100_000, group=_WATCH, help="Steps between validations. Default: a tenth of the run."
     )
     validation_draws: int = option(
-        8, min=2, max=1000, group=_WATCH, help="Noise levels at which each held-out image is looked at."
+        8, min=2, max=1000, group=_WATCH, help="Noise levels at which each held-out image is evaluated."
     )
     patience: int = option(
         0,
@@ -364,14 +359,14 @@ class TrainConfig:
         max=1000,
         group=_WATCH,
         changes_numbers=False,
-        help="Stop after this many validations without an improvement. 0 never stops early; the best LoRA is kept "
-        "either way.",
+        help="Stop after this many validations without improvement. 0 disables early stopping; the best LoRA is "
+        "saved either way.",
     )
     previews: str | None = option(
         None,
         group=_WATCH,
         changes_numbers=False,
-        help="Prompts that are drawn as training goes on, separated by |, with and without the LoRA.",
+        help="Prompts of previews during training, separated by |, drawn with and without the LoRA.",
     )
     preview_every: int | None = option(
         None,
@@ -379,13 +374,13 @@ class TrainConfig:
         max=100_000,
         group=_WATCH,
         changes_numbers=False,
-        help="Steps between previews. Left out, a quarter of the run; there is always one at the end.",
+        help="Steps between previews. Default: a quarter of the run; the finished LoRA is always drawn.",
     )
     preview_strengths: str = option(
         "0.5,1",
         group=_WATCH,
         changes_numbers=False,
-        help="Strengths at which the finished LoRA is shown, separated by commas.",
+        help="Strengths at which the finished LoRA is drawn, separated by commas.",
     )
     preview_steps: int = option(
         20, min=1, max=1000, group=_WATCH, changes_numbers=False, help="Sampling steps of a preview."
@@ -394,7 +389,7 @@ class TrainConfig:
         "none",
         group=_WATCH,
         changes_numbers=False,
-        help="Send the numbers to TensorBoard (into the folder of the run) or to Weights & Biases, where installed.",
+        help="Log losses and rates to TensorBoard (in the folder of the run) or to Weights & Biases, if installed.",
     )
     save_state_every: int = option(
         100,
@@ -402,8 +397,7 @@ class TrainConfig:
         max=100_000,
         group=_KEEP,
         changes_numbers=False,
-        help="Steps between saves of the run state, from which a run that was interrupted continues. 0 saves none by "
-        "steps.",
+        help="Steps between saves of the run state, from which an interrupted run resumes. 0 saves none by steps.",
     )
     save_state_minutes: float = option(
         10.0,
@@ -411,7 +405,7 @@ class TrainConfig:
         max=10_000.0,
         group=_KEEP,
         changes_numbers=False,
-        help="Minutes between saves of the run state, whichever is first. 0 saves none by time.",
+        help="Minutes between saves of the run state, whichever comes first. 0 saves none by time.",
     )
     keep_states: int = option(
         2,
@@ -419,26 +413,26 @@ class TrainConfig:
         max=1000,
         group=_KEEP,
         changes_numbers=False,
-        help="Number of run states that are kept; older ones are removed.",
+        help="Number of run states to keep; older ones are deleted.",
     )
     max_rollbacks: int = option(
         3,
         min=0,
         max=100,
         group=_KEEP,
-        help="How often a run goes back to its last good state, with half the learning rate, when the loss explodes or "
-        "becomes NaN, before it stops.",
+        help="Number of rollbacks to the last good snapshot, each halving the learning rate, when the loss explodes or "
+        "becomes NaN, before the run stops.",
     )
     deterministic: bool = option(
         False,
         group=_NUMBERS,
-        help="Use only GPU kernels that give the same bits each time, at some cost; on the CPU they do anyway.",
+        help="Use only deterministic GPU kernels, at some cost in speed; CPU kernels always are.",
     )
     private: bool = option(
         False,
         group=_NUMBERS,
         changes_numbers=False,
-        help="Leave paths, prompts, captions and the workflow out of the LoRA's metadata. The folder of the run keeps "
+        help="Leave paths, prompts, captions and the workflow out of the LoRA's metadata. The run folder still holds "
         "them.",
     )
 
@@ -449,7 +443,7 @@ class TrainConfig:
         self._check_variants()
 
     def is_default(self, name: str) -> bool:
-        """Whether a setting has the value that it has when nothing is said."""
+        """Whether a setting has its default value."""
         return bool(getattr(self, name) == options_of(type(self))[name].default)
 
     def _check_variants(self) -> None:
@@ -462,7 +456,7 @@ class TrainConfig:
 
 
 class ResolvedConfig(TrainConfig):
-    """Settings as a run uses them: those that may be left to model, algorithm and device are decided."""
+    """Settings with every open one (None or `auto`) resolved from model, algorithm and device."""
 
     learning_rate: float
     alpha: float
@@ -477,5 +471,5 @@ class ResolvedConfig(TrainConfig):
 
     @classmethod
     def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:
-        """The settings with those that are decided in place of what was left open."""
+        """`config` with the values in `decided` replacing the open ones."""
         return cls(**{**vars(config), **decided})

@@ -1,4 +1,4 @@
-"""When a loss has exploded. Pure: losses in, an answer out, so that a resumed run decides as the first one did."""
+"""Detection of exploding losses. A pure function of the losses, so that a resumed run decides the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ _ENOUGH = 20
 
 
 def exploded(losses: Sequence[float]) -> bool:
-    """Whether the last loss is beyond anything that a sound run would show.
+    """Whether the last loss exceeds ten times the largest of the hundred losses that end ten steps earlier.
 
-    It is compared with the largest of the hundred losses that end ten steps ago, since single losses differ by orders
-    of magnitude (a batch of one at a clean noise level has a hundredth of the loss of one at a noisy level), and since
-    a loss that doubles with each step is never far above the one before. NaN entries, of steps that were left out, do
-    not count.
+    A single earlier loss would not do: losses differ by orders of magnitude between noise levels. The gap of ten steps
+    catches a loss that doubles with each step. NaN entries, of skipped steps, do not count.
     """
     before = [loss for loss in losses[-_LAG - _WINDOW - 1 : -_LAG - 1] if math.isfinite(loss)]
     return len(before) >= _ENOUGH and losses[-1] > _FACTOR * max(before)

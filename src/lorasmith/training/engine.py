@@ -1,8 +1,8 @@
-"""The training step: adapters on a denoiser, moved by batches of samples.
+"""The training step: updates adapters on a frozen denoiser from batches of samples.
 
-The engine knows a denoiser as a module and a predict function, so it trains models that another program loaded as well
-as ours. Nothing in a step waits for the device: losses come to the host late, and a non-finite one has by then been
-kept out of the weights by a flag on the device. The loop around it is in `loop`.
+The engine uses a denoiser as a module and a predict function, so it also trains models that another program loaded.
+No step synchronizes with the device: losses reach the host late, and a flag on the device has by then kept non-finite
+ones out of the weights. The loop is in `loop`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dropout import Dropout
-from lorasmith.adapters.inject import Attached, attached
-from lorasmith.adapters.patch import attachments, merged_weights
-from lorasmith.core.placement import held, memory_format_for, reproducible
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.patch import attachments, patches_merged
+from lorasmith.core.placement import memory_format_for, placed, reproducible
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.timesteps import quantile_map
@@ -29,10 +29,10 @@ from lorasmith.diffusion.weightings import loss_weights
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.memory.activation_checkpointing import checkpointed
-from lorasmith.training.memory.activations import economical, sparing
-from lorasmith.training.memory.compilation import compiled
-from lorasmith.training.memory.frozen_weights import kept, multiplied_in_fp8
+from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
+from lorasmith.training.memory.activations import activations_packed, activations_reduced
+from lorasmith.training.memory.compilation import blocks_compiled
+from lorasmith.training.memory.frozen_weights import fp8_products_enabled, weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.optim.flat import FlatParameters
 from lorasmith.training.optim.loss_scale import LossScale
@@ -45,18 +45,26 @@ __all__ = ["Engine", "batch_maker", "frozen", "prepared", "sample_losses"]
 
 @contextlib.contextmanager
 def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
-    """The denoiser as training finds it: patches applied, weights quantized or offloaded where asked for, or held."""
+    """Patches merged and weights placed on the device in the training dtype, quantized or offloaded if set.
+
+    Args:
+        denoiser: the model, with its patches.
+        config: settings, for `quantization` and `deterministic`.
+        runtime: device, dtype and `offloading`.
+    """
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(config.deterministic))
-        stack.enter_context(merged_weights(module, denoiser.patches, dtype=torch.float32))
+        stack.enter_context(patches_merged(module, denoiser.patches, dtype=torch.float32))
         device, dtype = runtime.device, runtime.dtype
         stream = WeightStream(device) if runtime.offloading else None
-        packed = stack.enter_context(kept(module, kind=config.quantization, device=device, dtype=dtype, stream=stream))
-        stack.enter_context(held(module, device=device, dtype=dtype, without=packed))
+        packed = stack.enter_context(
+            weights_packed(module, kind=config.quantization, device=device, dtype=dtype, stream=stream)
+        )
+        stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.quantized_backward:
-            stack.enter_context(multiplied_in_fp8(module))
-        stack.enter_context(attached(module, attachments(module, denoiser.patches)))
+            stack.enter_context(fp8_products_enabled(module))
+        stack.enter_context(adapters_attached(module, attachments(module, denoiser.patches)))
         yield
 
 
@@ -71,33 +79,42 @@ def prepared(
     first: Callable[[], None] = lambda: None,
     planned: Callable[[], Runtime] | None = None,
 ) -> Iterator[None]:
-    """The denoiser as it trains: frozen, adapters attached, blocks recomputed, and compiled.
+    """The denoiser ready for steps: frozen, adapters attached, blocks checkpointed and compiled.
 
     Args:
-        denoiser: what is trained on.
-        adapters, differences: what is trained, by module path.
+        denoiser: the frozen model, with its patches.
+        adapters, differences: trained modules, by module path.
         config: settings.
-        runtime: how they are carried out.
-        first: called when the denoiser is frozen and no adapters are attached yet.
-        planned: called when they are, and returns the runtime with what was left to a measurement.
+        runtime: device, dtype and memory measures.
+        first: called with the denoiser frozen, before adapters are attached.
+        planned: called with adapters attached; returns the runtime with `activations` resolved by measurement.
     """
     module = denoiser.module
     trained = Attached(adapters, differences=differences or {})
     with frozen(denoiser, config, runtime):
         first()
-        with attached(module, [trained]):
+        with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
             with (
-                sparing(module, runtime.activations),
-                checkpointed(module, runtime.checkpoint_depth),
-                compiled(module, runtime.compile and not runtime.offloading, varying_sizes=runtime.varying_sizes),
+                activations_reduced(module, runtime.activations),
+                blocks_checkpointed(module, runtime.checkpoint_depth),
+                blocks_compiled(
+                    module, runtime.compile and not runtime.offloading, varying_sizes=runtime.varying_sizes
+                ),
             ):
                 yield
 
 
 def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
-    """Loss of each sample of a batch, (batch,) fp32, with the graph to the adapters."""
-    with economical(runtime.activations, denoiser.module):
+    """Loss of each sample, (batch,) fp32, differentiable in the adapters' parameters.
+
+    Args:
+        denoiser: the model, with adapters attached.
+        batch: samples on the runtime's device.
+        config: objective, loss function and weighting.
+        runtime: dtype of the forward pass, and how activations are kept.
+    """
+    with activations_packed(runtime.activations, denoiser.module):
         prediction = denoiser.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
     parameterization = denoiser.base.components.parameterization
     losses = diffusion_loss(
@@ -120,19 +137,19 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runt
 
 
 class Engine:
-    """A denoiser with adapters, and all that a step changes: weights, their average, the optimizer, the loss scale.
+    """A denoiser with adapters and the state of training: weights, their average, the optimizer, the loss scale.
 
     Args:
-        denoiser: the model, patches included; they stay frozen.
-        adapters: by module path, fp32. Their parameters live in a flat buffer until `release`.
+        denoiser: the frozen model, with its patches.
+        adapters: by module path, fp32. Their parameters are views of a flat buffer until `release`.
         config: settings.
-        runtime: how they are carried out.
-        differences: of norms and biases, trained along, by module path.
+        runtime: device, dtype and memory measures.
+        differences: trained differences of norms and biases, by module path.
 
     Attributes:
-        config: as given.
-        runtime: as given, but for what running out of memory and failing to compile have changed.
-        rate_factor: what the learning rate is multiplied by besides the schedule.
+        config: as passed.
+        runtime: as passed, with the changes of `change`.
+        rate_factor: factor of the learning rate besides the schedule.
     """
 
     def __init__(
@@ -166,7 +183,7 @@ class Engine:
     def prepared(
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """The denoiser as it trains; see the function of this name."""
+        """See the function `prepared`."""
         adapters, differences = self._trained.adapters, self._trained.differences
         return prepared(self.denoiser, adapters, self.config, self.runtime, differences, first=first, planned=planned)
 
@@ -175,7 +192,7 @@ class Engine:
         self.runtime = replace(self.runtime, **runtime)
 
     def rate(self, step: int) -> float:
-        """What learning rates are multiplied by at a step of the run, counted from 0."""
+        """Factor of all learning rates at a step of the run, counted from 0."""
         config = self.config
         return self.rate_factor * rate_factor(
             step,
@@ -188,10 +205,10 @@ class Engine:
         )
 
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """The gradient of a step, into the flat buffer; can be asked for again if memory runs out.
+        """Compute the gradient of a step into the flat buffer; may be repeated after running out of memory.
 
         Returns:
-            The samples' losses, (samples,) fp32, and the norm of the first batch's share (0 if there is only one).
+            The samples' losses, (samples,) fp32, and the norm of the first batch's gradient (0 with a single batch).
         """
         flat = self.flat
         flat.zero()
@@ -199,7 +216,9 @@ class Engine:
         losses = []
         first = None
         for batch in batches:
-            with self.dropout.applied(batch.masks):  # until the backward pass is over, which may compute blocks again
+            with self.dropout.masks_applied(
+                batch.masks
+            ):  # until the backward pass is over, which may compute blocks again
                 loss = sample_losses(self.denoiser, batch, self.config, self.runtime)
                 torch.autograd.backward(loss.sum() * (self._scale.scale / per_step))
             flat.collect()
@@ -216,8 +235,8 @@ class Engine:
             losses, first: what `gradient` returned.
 
         Returns:
-            fp32 on the device: `(sound, gradient norm, norm of the first batch's share, losses …)`. From the first step
-            on whose loss or gradient was not finite `sound` is 0 and the weights stay, until `load`.
+            fp32 on the device: `(sound, gradient norm, norm of the first batch's gradient, losses …)`. From the first
+            step with a non-finite loss or gradient, `sound` is 0 and the weights do not change until `load`.
         """
         grad, config = self.flat.grad, self.config
         if self._scale.enabled:
@@ -225,9 +244,8 @@ class Engine:
             first = first / self._scale.scale
         norm = torch.linalg.vector_norm(grad)
         finite = norm.isfinite()
-        # An overflow of scaled fp16 gradients is routine and only skips the step, as long as there is scale to lower.
-        # Anything else is for the host to decide on: the flag stays down, so that no later step moves the weights
-        # before it has heard.
+        # An overflow of scaled fp16 gradients is routine and only skips the step while the scale can be lowered.
+        # Anything else is decided on the host: the flag stays down, so that no later step updates the weights first.
         self._sound = self._sound & losses.isfinite().all() & (finite | (self._scale.scale > 1))
         if config.max_grad_norm:
             grad.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -235,21 +253,21 @@ class Engine:
         self._optimizer.step(proceed, self.rate(step))
         self._scale.update(finite)
         if self._average is not None:
-            # Young averages forget their start sooner, as in torch's and timm's.
+            # Early on the decay is smaller, as in torch and timm.
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             self._average.lerp_(self.flat.master, (1 - decay) * proceed)
         self.flat.publish()
         return torch.cat((torch.stack((self._sound.to(losses.dtype), norm, first)), losses))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies on the CPU of everything that a step changes, and the numbers that go with it (as JSON has them)."""
+        """CPU copies of all tensors that a step changes, and the remaining state as JSON values."""
         tensors, numbers = self._optimizer.state()
         named = {**{f"optimizer.{name}": tensor for name, tensor in tensors.items()}, **self._own_state()}
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
         return state, {"optimizer": copy.deepcopy(numbers), "rate_factor": self.rate_factor}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Go to a state that `state` gave, to the bit."""
+        """Restore what `state` returned, bit for bit."""
         optimizer = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
         self._optimizer.load(optimizer, copy.deepcopy(numbers["optimizer"]))
         for name, tensor in self._own_state().items():
@@ -259,10 +277,10 @@ class Engine:
         self._sound.fill_(True)
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[Tensor]:
-        """The weights as they would be saved (the average, if there is one), in place; yields the fp32 buffer."""
+    def evaluation_weights(self) -> Iterator[Tensor]:
+        """The weights to be saved (the moving average, if any) are in the parameters; yields their flat fp32 buffer."""
         trained = self.flat.master.clone()
-        with self._optimizer.evaluating():
+        with self._optimizer.evaluation_weights():
             try:
                 if self._average is not None:
                     self.flat.master.copy_(self._average)
@@ -270,22 +288,22 @@ class Engine:
                 yield self.flat.master
             finally:
                 self.flat.master.copy_(trained)
-        self.flat.master.copy_(trained)  # schedule-free optimizers come back with other last bits
+        self.flat.master.copy_(trained)  # schedule-free optimizers do not restore the last bits
         self.flat.publish()
 
     @contextlib.contextmanager
     def exported(self, values: Tensor | None = None) -> Iterator[None]:
-        """The adapters hold what would be saved, or `values` (a buffer from `evaluating`), in fp32 on the CPU."""
+        """The adapters hold the weights to be saved, or `values` from `evaluation_weights`, in fp32 on the CPU."""
         with contextlib.ExitStack() as stack:
             if values is None:
-                values = stack.enter_context(self.evaluating())
-            stack.enter_context(self.flat.standing_in(values))
+                values = stack.enter_context(self.evaluation_weights())
+            stack.enter_context(self.flat.parameters_replaced(values))
             yield
 
     def release(self, values: Tensor | None = None) -> None:
-        """End: the adapters keep what would be saved, or `values`, in fp32 on the CPU."""
+        """Leave the weights to be saved, or `values`, in the adapters, in fp32 on the CPU."""
         if values is None:
-            with self.evaluating() as values:
+            with self.evaluation_weights() as values:
                 values = values.clone()
         self.flat.master.copy_(values)
         self.flat.release()
@@ -302,7 +320,15 @@ def batch_maker(
     runtime: Runtime,
     dropout: Dropout | None = None,
 ) -> BatchMaker:
-    """What makes the batches of a run's steps."""
+    """The `BatchMaker` of a run.
+
+    Args:
+        denoiser: whose schedule, family and memory format the batches follow.
+        samples: the training samples.
+        config: settings.
+        runtime: device, dtype and size of micro-batches.
+        dropout: of the adapters, for the masks of rank and module dropout.
+    """
     schedule = denoiser.base.components.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()

@@ -1,4 +1,4 @@
-"""What a training run tells its audience: progress bars, plots, logs and sockets; the loop only reports."""
+"""Events that a training run reports to its handlers: progress bars, plots, logs and sockets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened.
+    """Base of all events.
 
     Attributes:
         at: seconds since the epoch.
@@ -48,12 +48,12 @@ class RunStarted(Event):
     """Training is about to take its first step.
 
     Attributes:
-        steps: updates to come.
-        steps_before: updates that an existing LoRA had already.
+        steps: planned updates.
+        steps_before: updates of the LoRA that is continued.
         samples: samples in the dataset.
         adapters: adapted layers.
-        parameters: trained numbers.
-        device, dtype: where and in which format the frozen model runs.
+        parameters: number of trained parameters.
+        device, dtype: of the frozen model.
         folder: of the run, empty if there is none.
     """
 
@@ -69,11 +69,11 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """A run that was broken off goes on.
+    """An interrupted run continues.
 
     Attributes:
-        step: updates that it had taken.
-        message: what goes on, from where and how exactly, in a sentence.
+        step: updates taken so far.
+        message: which run, from which step, and whether bit-identically, in a sentence.
     """
 
     step: int
@@ -82,17 +82,16 @@ class Resumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """The loss of one update has reached the host.
+    """The loss of one update has arrived on the host.
 
     Attributes:
         step: counted from 1.
         loss: mean over the step's samples.
-        grad_norm: length of the gradient before clipping.
-        learning_rate: of this step, that of the largest group.
+        grad_norm: norm of the gradient before clipping.
+        learning_rate: of this step, the largest of all groups.
         draws: for each of the step's samples its index in the dataset, the quantile of its noise level (0 is clean, 1
             noisy) and its loss.
-        noise_scale: batch size up to which a larger one would pay (gradient noise scale); 0 where it is not known,
-            which takes two batches in a step.
+        noise_scale: gradient noise scale in samples; 0 if unknown, as with one batch per step.
     """
 
     step: int
@@ -105,17 +104,17 @@ class StepDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
-    """The held-out images were looked at.
+    """The held-out images were evaluated.
 
     Attributes:
         step: updates taken.
         loss: mean over the held-out images and their noise levels.
-        base_loss: the same of the model without the LoRA.
+        base_loss: the same for the model without the LoRA.
         low, high: 95 % confidence interval of loss − base_loss, over images (over images and noise levels, if there are
             fewer than five images).
         best: whether this is the lowest loss so far.
         best_step: step of the lowest loss so far.
-        verdict: what to make of it, in a sentence.
+        verdict: interpretation of all validations so far, in a sentence.
     """
 
     step: int
@@ -130,7 +129,7 @@ class Validated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed(Event):
-    """Pictures were drawn from the LoRA as it is saved.
+    """A preview was drawn from the LoRA as it would be saved.
 
     Attributes:
         step: updates taken.
@@ -147,7 +146,7 @@ class Previewed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
-    """The state of the run is on disk.
+    """A run state was written.
 
     Attributes:
         step: updates taken.
@@ -160,14 +159,14 @@ class StateSaved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RolledBack(Event):
-    """A step went wrong: its update was left out, and training goes on from an earlier state with a lower rate.
+    """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate.
 
     Attributes:
-        step: the step that went wrong, counted from 1.
-        to_step: updates of the state gone back to.
+        step: the diverged step, counted from 1.
+        to_step: step of the restored snapshot.
         images: names of the step's samples.
-        rate_factor: what the learning rate is multiplied by from now on.
-        message: all of it, in a sentence.
+        rate_factor: factor of the learning rate from here on.
+        message: the above in a sentence.
     """
 
     step: int
@@ -179,13 +178,13 @@ class RolledBack(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk(Event):
-    """Memory ran out: the step is taken again in smaller pieces, with the same result to rounding.
+    """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding.
 
     Attributes:
         step: counted from 1.
-        micro_batch: images per forward pass from now on.
-        checkpoint_depth: of gradient checkpointing from now on, 0 for none.
-        message: all of it, in a sentence.
+        micro_batch: images per forward pass from here on.
+        checkpoint_depth: depth of activation checkpointing from here on, 0 for none.
+        message: the above in a sentence.
     """
 
     step: int
@@ -196,13 +195,13 @@ class Shrunk(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Event):
-    """How activations are kept was decided by a measurement.
+    """The activation plan was selected by measurement.
 
     Attributes:
         activations, checkpoint_depth: as in `Runtime`.
         needed_bytes: estimated peak of a step.
-        budget_bytes: what it had to fit.
-        message: all of it, in a sentence.
+        budget_bytes: available memory.
+        message: the above in a sentence.
     """
 
     activations: Activations
@@ -214,18 +213,18 @@ class Planned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something the person should know, in one sentence; training goes on."""
+    """A warning in one sentence; training continues."""
 
     message: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
-    """No more steps will come.
+    """Training ended.
 
     Attributes:
         step: updates taken in this run.
-        reason: why.
+        reason: why it ended.
     """
 
     step: int
@@ -241,10 +240,10 @@ def encoded(event: Event) -> str:
 
 
 def decoded(line: str) -> Event:
-    """The event of a line; fields that later versions add are left out.
+    """The event in a line of `events.jsonl`; unknown fields, from later versions, are ignored.
 
     Raises:
-        ValueError: the line is cut short, of a kind that is not known, or its numbers cannot be what they say.
+        ValueError: the line is truncated, of an unknown kind, or holds implausible numbers.
     """
     try:
         found = json.loads(line)
@@ -255,7 +254,7 @@ def decoded(line: str) -> Event:
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
     if not _plausible(event):
-        raise ValueError(f"an event must have a time, steps and draws that can be, got {line[:80]!r}")
+        raise ValueError(f"an event must have a plausible time, step and draws, got {line[:80]!r}")
     return event
 
 
@@ -271,7 +270,7 @@ def _field_kinds(name: str) -> dict[str, Any]:
 
 
 def _value(value: Any, hint: Any) -> object:
-    """A value of JSON as a field's type has it. Raises ValueError and TypeError if it is of another kind."""
+    """A JSON value in a field's type. Raises ValueError or TypeError if it is of another type."""
     if hint is Outcome:
         return Outcome(value)
     kinds = tuple if get_origin(hint) is tuple else _JSON_KINDS.get(hint, str)
@@ -285,7 +284,7 @@ def _frozen(value: object) -> object:
 
 
 def _plausible(event: Event) -> bool:
-    """Whether the numbers can be what they say; everything after relies on it."""
+    """Whether time, step and draws are in range, which readers rely on."""
     step = getattr(event, "step", 1)
     draws = getattr(event, "draws", ())
     return (

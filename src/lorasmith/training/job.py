@@ -1,6 +1,6 @@
-"""A run with everything decided before its first step: what is trained, from which values, at which rates.
+"""Planning of a run: trained modules, their initial values and learning rates.
 
-What has no effect in this run is said in the job's notes, so that nobody has to find out from the result.
+Settings that have no effect in a run are listed in the job's notes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
 from lorasmith.adapters.difference import Difference, is_norm
 from lorasmith.adapters.inject import create_adapters, load_adapters, load_differences
-from lorasmith.adapters.patch import Patch, merged_weights
+from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
@@ -43,18 +43,18 @@ class Job:
     """A planned run.
 
     Attributes:
-        config: with no setting left open.
-        asked: as it was asked for, some settings open.
-        runtime: how it is carried out where it was planned for.
-        adapters: what will be trained, by module path.
-        denoiser: what it is trained on.
-        differences: of norms and biases, trained along, by module path.
-        carried: parts of a continued LoRA that are not trained and go into the result unchanged.
-        notes: sentences that the person should read.
+        config: settings, all resolved.
+        requested: settings as passed to `plan_job`, some of them open.
+        runtime: device, dtype and memory measures.
+        adapters: trained adapters, by module path.
+        denoiser: the frozen model.
+        differences: trained differences of norms and biases, by module path.
+        carried: parts of a continued LoRA that are not trained and are saved unchanged.
+        notes: remarks for the user, one sentence each.
     """
 
     config: ResolvedConfig
-    asked: TrainConfig
+    requested: TrainConfig
     runtime: Runtime
     adapters: dict[str, Adapter]
     denoiser: Denoiser
@@ -69,13 +69,13 @@ class Job:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers."""
+        """Number of trained parameters."""
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for one in trained for parameter in one.parameters())
 
     @property
     def summary(self) -> str:
-        """What is trained, in a line."""
+        """Algorithm, targets and parameter count in one line."""
         config, facts = self.config, ALGORITHMS[self.config.algorithm]
         words = [config.algorithm]
         chosen = {name: getattr(config, name) for name in sorted(facts.variants) if not config.is_default(name)}
@@ -88,7 +88,7 @@ class Job:
 
 
 def variant_of(config: TrainConfig) -> Variant:
-    """The variant that settings choose."""
+    """The variant of the algorithm that the settings select."""
     return Variant(config.dora, config.rslora, config.pissa, config.tucker)
 
 
@@ -96,37 +96,37 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     """Decide everything about a run that does not depend on the data.
 
     Args:
-        denoiser: what it is trained on.
+        denoiser: the model to train on.
         config: settings, some of them open.
-        device: where it will be trained; the first GPU, or the CPU, if None.
+        device: where to train; the first GPU, or the CPU, if None.
 
     Raises:
-        OptionError, LoraError: settings or an existing LoRA do not fit.
+        OptionError, LoraError: the settings or an existing LoRA do not fit the model.
     """
     device = torch.device(device or best_device())
     components = denoiser.base.components
     check_noising(components.schedule, components.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
-    asked, config = config, _decided(denoiser, config, device)
+    requested, config = config, _decided(denoiser, config, device)
     plan = resolve_targets(denoiser, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser)
     denoiser = existing.below(denoiser)
     fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
     module = denoiser.module
-    # What the weights are while training decides how a DoRA or PiSSA starts.
+    # DoRA and PiSSA are initialized from the weights as they are in training.
     patches = [replace(patch, bypass=False) for patch in denoiser.patches]
-    with merged_weights(module, patches, dtype=torch.float32, unpacking=True):
+    with patches_merged(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | create_adapters(
             module,
             fresh,
             algorithm=config.algorithm,
-            alpha=asked.alpha,
+            alpha=requested.alpha,
             seed=config.seed,
             zero=config.zero_init,
             variant=variant_of(config),
         )
     differences = fresh_differences(denoiser, plan, config) | load_differences(module, existing.differences)
-    rates = _learning_rates(denoiser, asked, plan, existing.adapters)
+    rates = _learning_rates(denoiser, requested, plan, existing.adapters)
     check_optimizer(
         config.optimizer,
         weight_decay=config.weight_decay,
@@ -136,7 +136,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     )
     return Job(
         config,
-        asked,
+        requested,
         Runtime.of(config, denoiser.module, device, first_step=existing.steps, learning_rates=rates),
         adapters,
         denoiser,
@@ -144,9 +144,9 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         existing.carried,
         (
             *existing.note(len(fresh.adapters)),
-            *_on_device(asked, device),
-            *notes_on_products(asked, denoiser, device),
-            *notes_on(replace(asked, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
+            *_on_device(requested, device),
+            *notes_on_products(requested, denoiser, device),
+            *notes_on(replace(requested, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
             *notes_on_file(denoiser, adapters, differences),
         ),
     )
@@ -158,7 +158,7 @@ def engine_of(job: Job) -> Engine:
 
 
 def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> ResolvedConfig:
-    """The configuration with the model's and the algorithm's own values where it left them open."""
+    """The settings, with open ones resolved from model and algorithm."""
     defaults = denoiser.base.defaults
     alpha = variant_of(config).default_alpha(config.algorithm, config.rank) if config.alpha is None else config.alpha
     return ResolvedConfig.of(
@@ -175,15 +175,15 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> R
 
 
 def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
-    """Settings that do little on this device."""
+    """Settings with little or no effect on this device."""
     if config.training_dtype == "bf16" and product_dtype(device) != torch.bfloat16:
         yield "This device has no bf16 products and emulates them, slowly; training_dtype fp32 is faster here."
     if config.activations == "host" and device.type == "cpu":
-        yield "activations host changes nothing on the CPU, whose memory is the host's; lean and selective shrink them."
+        yield "activations host has no effect on the CPU, whose memory is the host's; use lean or selective."
     if config.offloading and device.type == "cpu":
-        yield "offloading changes nothing on the CPU, which computes where the weights are; quantization shrinks them."
+        yield "offloading has no effect on the CPU, whose memory is the host's; use quantization to save memory."
     elif config.offloading and config.compile:
-        yield "compile changes nothing with offloading, which is work for the host between any two layers."
+        yield "compile has no effect with offloading, which runs on the host between any two layers."
 
 
 def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:
@@ -192,33 +192,39 @@ def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> fl
 
 
 def _anneals(config: TrainConfig) -> bool:
-    """Whether the rate goes down from twice the model's: where neither rate nor schedule are somebody's choice.
+    """Whether the rate decays from twice the model's own, which it does if neither rate nor schedule are set.
 
-    On the built-in model that ends lower and gets there in half of the time (docs/lab-log.md). A rate that is given
-    means what it means in other trainers, where it is kept.
+    On the built-in model that reaches a lower loss, in half of the time (docs/lab-log.md). A rate that is set stays
+    constant, as in other trainers.
     """
     chosen = config.learning_rate is not None or config.schedule is not None or "lr=" in (config.targets or "")
     return not chosen and rule_of(config.optimizer).anneals
 
 
 def _learning_rates(
-    denoiser: Denoiser, asked: TrainConfig, plan: Plan, existing: Mapping[str, AdapterWeights]
+    denoiser: Denoiser, requested: TrainConfig, plan: Plan, existing: Mapping[str, AdapterWeights]
 ) -> dict[str, float]:
-    """Rates of targets that have one of their own, and of continued layers, whose algorithm may suit another one."""
+    """Rates by module path: those set for targets, and the default ones of continued layers' algorithms."""
     own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
-    if asked.learning_rate is not None or default_rate(asked.optimizer) is not None:
+    if requested.learning_rate is not None or default_rate(requested.optimizer) is not None:
         return own
-    return {path: _default_rate(denoiser, asked, one.algorithm) for path, one in existing.items()} | own
+    return {path: _default_rate(denoiser, requested, one.algorithm) for path, one in existing.items()} | own
 
 
 def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
-    """The rates that there will be, each of which is a group of the optimizer's."""
+    """All learning rates of the run; each is a parameter group of the optimizer."""
     found = {rates.get(path, config.learning_rate) for path in adapters} or {config.learning_rate}
     return found | {rate * config.lora_plus_ratio for rate in found}
 
 
 def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> dict[str, Difference]:
-    """Zeros for the norms and biases that `config.differences` names, by module path."""
+    """Zero differences for the norms and biases that `config.differences` selects, by module path.
+
+    Args:
+        denoiser: the model.
+        plan: target layers, whose biases are selected.
+        config: settings.
+    """
     wanted = {}
     if "norms" in config.differences:
         _, exclusions = parse_targets(config.targets or "", denoiser.base.family.targets)
@@ -235,7 +241,7 @@ def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> di
 
 @dataclass(frozen=True)
 class _Existing:
-    """A LoRA that is continued, split into what is trained on and what is only carried along."""
+    """A continued LoRA, split into trained modules and parts that are saved unchanged."""
 
     name: str = ""
     adapters: Mapping[str, AdapterWeights] = field(default_factory=dict)
@@ -244,17 +250,17 @@ class _Existing:
     steps: int = 0
 
     def below(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with what is carried along for it."""
+        """The denoiser with the untrained parts applied."""
         carried = {ref.path: one for ref, one in self.carried.differences.items() if ref.component == DENOISER}
         return denoiser.patched(Patch({}, carried)) if carried else denoiser
 
     def note(self, fresh: int) -> Iterator[str]:
-        """What becomes of it, in a sentence."""
+        """How the file is used, in a sentence."""
         if self.name:
             also = f" and {len(self.differences)} differences" if self.differences else ""
             yield (
-                f"Going on from {self.name} ({self.steps} steps): {len(self.adapters)} of its layers{also} keep their "
-                f"algorithm, rank and alpha, {fresh} targets start fresh."
+                f"Continuing {self.name} ({self.steps} steps): {len(self.adapters)} of its layers{also} keep their "
+                f"algorithm, rank and alpha, {fresh} targets get new adapters."
             )
 
 
@@ -269,7 +275,7 @@ def _existing(path: Path, denoiser: Denoiser) -> _Existing:
                 differences.setdefault(ref.path, {})[name] = tensor
             elif ref.path not in adapters:
                 adapters[ref.path] = AdapterWeights("full", {"diff": tensor})
-            else:  # a weight that has an adapter as well: one of the two is trained on
+            else:  # a weight that has an adapter as well: only one of the two is trained
                 carried[ref] = {name: tensor}
     others = {ref: one for ref, one in state.adapters.items() if ref.component != DENOISER}
     return _Existing(

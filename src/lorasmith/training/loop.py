@@ -1,7 +1,7 @@
 """The training loop: steps, and what happens between them.
 
-Watchers (validations, saved states, previews) are called between two steps. What is done about steps that fail is in
-`recovery`: a fault is an exception that takes the loop out of the model, which is prepared again for the next step.
+Watchers (validation, run states, previews) are called between two steps. `recovery` handles failed steps: a fault is an
+exception that leaves the prepared model, which is prepared again for the next step.
 """
 
 from __future__ import annotations
@@ -34,55 +34,56 @@ from lorasmith.training.runtime import Runtime
 __all__ = ["Loop", "Watcher"]
 
 _SNAPSHOT_STEPS = 25
-"""Steps between snapshots, which is how much a roll-back can cost."""
+"""Steps between snapshots: the most that a rollback can cost."""
 
 
 class Watcher:
-    """Something that happens between two steps; the base class does nothing.
+    """A callback between two steps; the base class does nothing.
 
     Attributes:
-        name: key of its own part of a run state.
-        bare: whether it needs the model as it was before training.
+        name: key of its part of a run state.
+        needs_bare_model: whether it must run without adapters attached and weights placed.
     """
 
     name: str = ""
-    bare: bool = False
+    needs_bare_model: bool = False
 
     def begin(self, engine: Engine) -> None:
-        """Called before the first step, with the model frozen and none of the trained adapters attached."""
+        """Called before the first step, with the model frozen and no adapters attached."""
 
     def due(self, loop: Loop) -> bool:
-        """Whether it wants to be called now; all losses up to this step are known then."""
+        """Whether to call it after this step; it is called once all losses up to here are known."""
         return False
 
     def __call__(self, loop: Loop) -> None:
-        """Do it; `loop.stop` ends the run."""
+        """Run it; `loop.stop` ends the run."""
 
     def end(self, loop: Loop) -> None:
-        """Called once after the last step, whatever ended the run."""
+        """Called once after the last step, however the run ended."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a run state has to hold of it."""
+        """Its part of a run state: tensors, and JSON values."""
         return {}, {}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go back to what `state` gave."""
+        """Restore what `state` returned."""
 
 
 class Loop:
     """A run, between two of its steps.
 
     Args:
-        engine: the weights and all that belongs to them.
-        samples: the dataset.
-        tell: receives a `StepDone` per step, late and in order, and what else happens.
-        cancelled: asked between steps.
-        watchers: called between steps, in order.
-        until: step behind which the run is cancelled; None for none.
+        engine: weights, optimizer and model.
+        samples: the training samples.
+        on_event: receives a `StepDone` per step, delayed but in order, and all other events.
+        cancelled: called between steps; True ends the run.
+        watchers: called between steps, in this order.
+        until: step after which the run is cancelled; None for no limit.
 
     Attributes:
-        engine, tell: as given.
-        outcome: why it ended; None while there are steps to take.
+        engine: as passed.
+        emit: `on_event`.
+        outcome: why the run ended; None while it runs.
     """
 
     def __init__(
@@ -90,16 +91,16 @@ class Loop:
         engine: Engine,
         samples: Sequence[Sample],
         *,
-        tell: EventHandler = lambda event: None,
+        on_event: EventHandler = lambda event: None,
         cancelled: Callable[[], bool] = lambda: False,
         watchers: Sequence[Watcher] = (),
         until: int | None = None,
     ) -> None:
         self.engine = engine
-        self.tell = tell
+        self.emit = on_event
         self.outcome: Outcome | None = None
         self._progress = Progress()
-        self._recovery = Recovery(engine, self._progress, tell)
+        self._recovery = Recovery(engine, self._progress, on_event)
         self._samples = samples
         self._until = self.steps if until is None else min(until, self.steps)
         self._cancelled = cancelled
@@ -112,24 +113,24 @@ class Loop:
 
     @property
     def steps(self) -> int:
-        """Updates that the run is planned to take."""
+        """Planned updates."""
         return self.engine.config.steps
 
     @property
     def step(self) -> int:
-        """Updates taken, those that were left out included."""
+        """Updates taken, skipped ones included."""
         return self._progress.step
 
     @property
     def losses(self) -> list[float]:
-        """Loss of each update, NaN where it was left out."""
+        """Loss of each update, NaN if it was skipped."""
         return self._progress.losses
 
     def run(self) -> Outcome:
         """Take the remaining steps.
 
         Raises:
-            TrainingError: the run went wrong more often than `max_rollbacks`, or memory is too small for one sample.
+            TrainingError: the run diverged more often than `max_rollbacks`, or memory is too small for one sample.
         """
         device = self.engine.runtime.device
         if self._recovery.good is None:
@@ -150,16 +151,16 @@ class Loop:
         return self.outcome
 
     def stop(self) -> None:
-        """End the run behind this step, as validation asks for."""
+        """End the run after this step (early stopping)."""
         self.outcome = Outcome.STOPPED
 
     @property
     def is_whole(self) -> bool:
-        """Whether weights and losses belong to the same step; an exception can leave them apart."""
+        """Whether weights and losses belong to the same step; an interrupted update leaves them inconsistent."""
         return len(self.losses) == self.step and not self._torn
 
     def state(self) -> RunState:
-        """Everything that the run needs to continue from here; tensors are copies on the CPU."""
+        """The run state at this step; tensors are copies on the CPU."""
         now, good, runtime = self._snapshot(), self._recovery.good, self.engine.runtime
         numbers: dict[str, Any] = {
             "engine": now.numbers,
@@ -183,10 +184,10 @@ class Loop:
         return RunState(self.step, tensors, numbers)
 
     def load(self, state: RunState) -> None:
-        """Go to a state that `state` gave. Raises LoraError if it is one of other adapters."""
+        """Restore what `state` returned. Raises LoraError if it belongs to other adapters."""
         numbers, engine = state.numbers, self.engine
         if numbers["layout"] != engine.flat.layout:
-            raise LoraError("a run state must hold the layers that are trained, and this one holds others; start fresh")
+            raise LoraError("a run state must hold the trained layers, but this one holds others; start fresh")
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.tensors.items():
             part, _, name = key.partition("/")
@@ -195,11 +196,11 @@ class Loop:
         self._progress.losses[:] = [math.nan if loss is None else loss for loss in numbers["losses"]]
         self._progress.rollbacks = numbers["rollbacks"]
         if numbers["stopped"]:
-            self.stop()  # nothing is left to do but to save what there is
+            self.stop()  # all that is left is to save the result
         self._noise = NoiseScale.from_json(numbers["noise_scale"])
         engine.load(parts["engine"], numbers["engine"])
         engine.change(micro_batch=numbers["micro_batch"])
-        if engine.runtime.activations != "auto":  # which decides on it again, as it changes no number
+        if engine.runtime.activations != "auto":  # which selects it again; the numbers do not depend on it
             engine.change(checkpoint_depth=numbers["checkpoint_depth"])
         if numbers["eager"]:
             self._recovery.stop_compiling()
@@ -211,7 +212,7 @@ class Loop:
                 watcher.load(parts[watcher.name], numbers[watcher.name])
 
     def _take_steps(self) -> list[Watcher]:
-        """Take steps until the run ends, or until watchers need the bare model, which are returned.
+        """Take steps until the run ends or watchers need the bare model; returns those watchers.
 
         Raises:
             StepFault: a step failed.
@@ -225,7 +226,7 @@ class Loop:
                 waiting = self._between()
                 if waiting or self.outcome:
                     return waiting
-        self._hear(wait=True)
+        self._collect(wait=True)
         self.outcome = Outcome.FINISHED if self.step == self.steps else Outcome.CANCELLED
         return []
 
@@ -240,7 +241,7 @@ class Loop:
             if is_out_of_memory(error):
                 fault: StepFault = OutOfMemory(str(error))
             elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):
-                fault = CompileFailed(error)  # which is of any kind; if it was something else it comes again
+                fault = CompileFailed(error)  # compilers raise any kind; another cause will be raised again
             else:
                 raise
         else:
@@ -250,35 +251,35 @@ class Loop:
             self._progress.step += 1
             self._torn = False
             return
-        raise fault  # out here, where the error and the activations that its frames hold are gone
+        raise fault  # outside of `except`, where the error's frames no longer hold activations
 
     def _between(self) -> list[Watcher]:
-        """Do what is due between two steps; returns the watchers that wait for the bare model. Raises Diverged."""
-        self._hear()
+        """Run the due watchers; returns those that need the bare model. Raises Diverged."""
+        self._collect()
         due = [watcher for watcher in self._watchers if watcher.due(self)]
         is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0
         if due or is_snapshot_due:
-            self._hear(wait=True)
+            self._collect(wait=True)
         if is_snapshot_due:
             self._recovery.good = self._snapshot()
         for watcher in due:
-            if not watcher.bare:
+            if not watcher.needs_bare_model:
                 watcher(self)
-        return [watcher for watcher in due if watcher.bare]
+        return [watcher for watcher in due if watcher.needs_bare_model]
 
-    def _hear(self, *, wait: bool = False) -> None:
-        """Take in what the device has reported. Raises Diverged if a step went wrong."""
+    def _collect(self, *, wait: bool = False) -> None:
+        """Process the results that have arrived from the device. Raises Diverged if a step diverged."""
         for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait):
             taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
             if not sound or exploded(self.losses):
-                self._mailbox = Mailbox(self.engine.runtime.device)  # what comes behind it does not count
+                self._mailbox = Mailbox(self.engine.runtime.device)  # later steps do not count
                 self._taken.clear()
                 raise Diverged(step, self.losses.pop(), tuple(dict.fromkeys(taken.names)), updated=bool(sound))
             if math.isfinite(norm):
                 whole, small = len(losses), taken.first
                 self._noise.update((first * whole / small) ** 2, norm**2, small=small, big=whole)
-            self.tell(
+            self.emit(
                 StepDone(
                     step=step + 1,
                     loss=self.losses[-1],
@@ -296,9 +297,9 @@ class Loop:
                 watcher.begin(self.engine)
 
     def _planned(self) -> Runtime:
-        """The runtime, with activations as memory has room for them."""
+        """The runtime with `activations` resolved by measurement."""
         if self.engine.runtime.activations == "auto":
-            self.tell(plan_activations(self.engine, self._samples))
+            self.emit(plan_activations(self.engine, self._samples))
         return self.engine.runtime
 
     def _snapshot(self) -> RunState:
@@ -307,7 +308,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class _Taken:
-    """What is remembered of a step whose numbers are still on their way: no tensors.
+    """A step whose results have not arrived yet; holds no tensors.
 
     Attributes:
         names, indices, quantiles: of its samples.

@@ -1,4 +1,4 @@
-"""A LoRA in memory: what training gives, what loading gives, what graphs pass along (ComfyUI's LORA_MODEL)."""
+"""A LoRA in memory, from training or from a file (ComfyUI's LORA_MODEL)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Lora"]
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA with the names of the model that it belongs to.
+    """A LoRA with the name table of its model.
 
     Attributes:
         state: tensors and metadata.
         names: name table of its model.
-        dtype: number format it is saved in, None to keep each tensor's own.
-        private: whether a graph that saves it keeps itself out of the file.
+        dtype: number format of the saved file, None to keep each tensor's own.
+        private: whether a graph that saves it leaves the workflow out of the file.
     """
 
     state: AdapterState
@@ -39,7 +39,7 @@ class Lora:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model) -> Lora:
-        """A LoRA file or folder, in any known layout. Raises LoraError."""
+        """Load a LoRA file or folder in any known layout. Raises LoraError."""
         return cls(load_lora(Path(path), model.names), model.names)
 
     def save(
@@ -49,7 +49,7 @@ class Lora:
         layout: str = PORTABLE,
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write it atomically, with its metadata and `metadata` on top. Raises LoraError and OutputError."""
+        """Write the file atomically, with `metadata` added to its own. Raises LoraError and OutputError."""
         target = Path(path)
         state = self.state.with_metadata(metadata or {})
         save_lora(target, state, self.names, layout=layout, dtype=self.dtype, metadata=state.metadata)
@@ -60,9 +60,9 @@ class Lora:
 
         Args:
             denoiser: what it is applied to.
-            strength: 1 is as trained.
-            bypass: whether it runs beside the weights instead of being merged into them; None merges it, except where
-                weights that it changes are packed.
+            strength: factor of the weight change; 1 is as trained.
+            bypass: whether it runs beside the weights instead of being merged into them; None merges it unless one of
+                those weights is packed.
 
         Raises:
             LoraError: the LoRA belongs to another model, or would have to be merged into packed weights.
@@ -79,7 +79,7 @@ class Lora:
         return denoiser.patched(patch)
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0) -> TextEncoder:
-        """The text encoders with this LoRA on top, where it has something for them."""
+        """The text encoders with this LoRA on top, if it has layers for them."""
         if strength == 0:
             return encoder
         for component, module in encoder.base.components.text_encoders.items():
@@ -112,7 +112,7 @@ class Lora:
 
 
 def _as_loaded(patch: Patch, module: nn.Module) -> Patch:
-    """A text encoder's patch under the paths that this version of transformers has (files say `text_model.`)."""
+    """A text encoder's patch under the module paths of the installed transformers (files have `text_model.`)."""
     present = dict(module.named_modules())
 
     def path(written: str) -> str:

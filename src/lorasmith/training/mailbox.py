@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, without anybody waiting."""
+"""Asynchronous transfer of numbers from the device to the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Mailbox"]
 
 
 class Mailbox:
-    """Collects small tensors by step and hands them out, in order, once they have arrived.
+    """Transfers small tensors by step, and returns them in order once they have arrived.
 
-    On the CPU they are there at once. On a GPU they are copied to pinned memory beside the device's work, and an event
-    says when the copy is done.
+    On the CPU they are available at once. On a GPU they are copied to pinned memory asynchronously, with an event for
+    the end of the copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Mailbox:
         self._waiting.append((step, landed, arrived))
 
     def collect(self, *, wait: bool = False) -> list[tuple[int, list[float]]]:
-        """What has arrived since the last call; with `wait`, everything that was posted."""
+        """(step, values) of all that arrived since the last call; with `wait`, of everything posted."""
         ready = []
         while self._waiting:
             step, values, arrived = self._waiting[0]

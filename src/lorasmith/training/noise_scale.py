@@ -6,9 +6,9 @@ covariance of a single sample's. Two batch sizes give two equations, and the sim
 below it a step is mostly noise and twice the batch is worth nearly twice the steps; far above it a larger batch is
 wasted.
 
-Both sizes are at hand where a step accumulates over at least two micro-batches, and nowhere else: the first of them is
-the small one, the step the big one. Stratified noise levels make a step's gradient a little quieter than independent
-draws would, and the estimate is of what noise is left.
+Both sizes are available only where a step accumulates over at least two micro-batches: the first of them is the small
+one, the step the big one. Stratified noise levels make a step's gradient less noisy than independent draws; the
+estimate is of the remaining noise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class NoiseScale:
         self._variance = 0.0
 
     def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
-        """Take in a step; arguments as for `noise_terms`. One with a single micro-batch tells nothing."""
+        """Add a step; arguments as for `noise_terms`. A step with a single micro-batch is ignored."""
         if small >= big:
             return
         true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
@@ -56,18 +56,18 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """Samples; None as long as the estimates make no sense (before two micro-batches were seen, or by chance)."""
+        """The noise scale in samples; None while the estimates are not positive (at first, or by chance)."""
         if self._true_sq <= 0 or self._variance < 0:
             return None
         return self._variance / self._true_sq
 
     def to_json(self) -> dict[str, Any]:
-        """The state, for a checkpoint."""
+        """The state, for a run state."""
         return {"decay": self._decay, "true_sq": self._true_sq, "variance": self._variance}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> NoiseScale:
-        """The tracker that `to_json` told of."""
+        """The instance whose `to_json` returned `state`."""
         scale = cls(state["decay"])
         scale._true_sq, scale._variance = state["true_sq"], state["variance"]
         return scale

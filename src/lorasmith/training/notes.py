@@ -1,4 +1,4 @@
-"""What a person should know before a run: settings that change nothing in it, and results that programs read apart."""
+"""Remarks before a run: settings without effect, and results that some programs do not apply completely."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
     "schedule_cycles": lambda schedule: schedule == "cosine_restarts",
     "schedule_power": lambda schedule: schedule == "polynomial",
 }
-"""Setting → whether a schedule looks at it."""
+"""Setting → whether a schedule uses it."""
 
 
 def notes_on(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
 ) -> tuple[str, ...]:
-    """One sentence for each thing.
+    """Remarks on a planned run, one sentence each.
 
     Args:
-        config: as it was asked for, with what was left open still open.
-        denoiser: what is trained on.
-        plan: layers that start fresh.
-        adapters: all that is trained, continued layers included.
+        config: as requested, open settings included.
+        denoiser: the model.
+        plan: layers with new adapters.
+        adapters: all trained adapters by module path, continued ones included.
         differences: number of modules whose differences are trained.
     """
     return (
@@ -64,7 +64,13 @@ def notes_on(
 def notes_on_file(
     denoiser: Denoiser, adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
 ) -> tuple[str, ...]:
-    """One sentence for each program that will not apply all of the LoRA, saved as it is when nothing is said."""
+    """One sentence for each program that will not apply all of the LoRA in the default layout.
+
+    Args:
+        denoiser: the model.
+        adapters: trained adapters, by module path.
+        differences: trained differences of norms and biases, by module path.
+    """
     names = denoiser.base.names
     whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     state = AdapterState(
@@ -80,19 +86,25 @@ def notes_on_file(
 
 
 def notes_on_plan(plan: Plan) -> tuple[str, ...]:
-    """What became of the ranks and exclusions that were asked for."""
-    notes = [f"!{name} leaves nothing out: no layer of this model matches it." for name in plan.idle]
+    """Remarks on capped ranks, and exclusions that match no layer."""
+    notes = [f"!{name} excludes nothing: no layer of this model matches it." for name in plan.idle]
     if plan.capped:
         first = plan.capped[0]
         notes.append(
-            f"Rank {first.asked} is more than {len(plan.capped)} of {len(plan.adapters)} layers can hold; "
-            f"they get their own size instead, such as {first.rank} at {first.path}."
+            f"Rank {first.asked} exceeds the size of {len(plan.capped)} of {len(plan.adapters)} layers, whose rank is "
+            f"capped, such as to {first.rank} at {first.path}."
         )
     return tuple(notes)
 
 
 def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> tuple[str, ...]:
-    """How much of the model quantized_backward is about on a device, where it is asked for."""
+    """Share of the layers that quantized_backward applies to, if it is set.
+
+    Args:
+        config: as requested.
+        denoiser: the model.
+        device: where it trains.
+    """
     if not config.quantized_backward:
         return ()
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
@@ -100,19 +112,19 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
     fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
     if not any(code in fp8_products.CODES for code in codes.values()):
         return (
-            f"quantized_backward changes nothing with quantization {config.quantization}: products in fp8 need weights "
-            "in fp8, such as quantization fp8_e4m3 makes them.",
+            f"quantized_backward has no effect with quantization {config.quantization}: products in fp8 need weights "
+            "in fp8, as with quantization fp8_e4m3.",
         )
     if not fp8_products.has_fp8_products(device):
         return (
-            f"quantized_backward changes nothing on {device}, which has no products in fp8 (NVIDIA's have from compute "
-            "capability 8.9 on); all are in training_dtype.",
+            f"quantized_backward has no effect on {device}, which has no products in fp8 (NVIDIA, compute "
+            "capability 8.9 or later); all are in training_dtype.",
         )
     if fitting == len(codes):
         return ()
     return (
-        f"quantized_backward is of {fitting} of {len(codes)} layers; products with the others stay in training_dtype, "
-        f"because they are convolutions, have no weight in fp8 or sizes that {fp8_products.MULTIPLE} does not divide.",
+        f"quantized_backward applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
+        f"are convolutions, have no fp8 weight, or sizes that {fp8_products.MULTIPLE} does not divide.",
     )
 
 
@@ -123,73 +135,76 @@ def _code_in_model(layer: torch.nn.Module) -> torch.dtype | None:
 
 
 def _on_settings(config: TrainConfig) -> Iterator[str]:
-    """Settings that change nothing beside the others."""
+    """Settings without effect in combination with others."""
     if config.bucket_mode:
-        yield "bucket_mode changes nothing here: sizes are mixed correctly with and without it."
+        yield "bucket_mode has no effect here: sizes are mixed correctly with and without it."
     if config.bypass_mode:
         yield (
-            "bypass_mode changes nothing here: training always runs adapters beside the weights, and how a LoRA is "
+            "bypass_mode has no effect here: training always runs adapters beside the weights, and how a LoRA is "
             "applied is chosen when it is loaded."
         )
     if config.compile and not config.is_default("activations"):
-        yield f"activations {config.activations} changes nothing with compile, which decides itself what to keep."
+        yield f"activations {config.activations} has no effect with compile, which selects the kept activations itself."
     elif config.activations == "auto":
         if config.gradient_checkpointing:
-            yield "gradient_checkpointing is left to activations auto, which measures whether it is needed."
+            yield "gradient_checkpointing has no effect with activations auto, which measures whether it is needed."
     elif config.memory_budget is not None:
-        yield f"memory_budget {config.memory_budget:g} changes nothing without activations auto."
+        yield f"memory_budget {config.memory_budget:g} has no effect without activations auto."
     if not config.gradient_checkpointing and not config.is_default("checkpoint_depth"):
-        yield f"checkpoint_depth {config.checkpoint_depth} changes nothing without gradient_checkpointing."
+        yield f"checkpoint_depth {config.checkpoint_depth} has no effect without gradient_checkpointing."
     yield from _on_learning(config)
     unused = {"zero_init"} if config.pissa else unused_settings(config.algorithm)
     for name in sorted(unused):
         if not config.is_default(name):
             variant = "pissa" if config.pissa else config.algorithm
-            yield f"{name} {getattr(config, name)} changes nothing with {variant}, which does not use it."
+            yield f"{name} {getattr(config, name)} has no effect with {variant}, which does not use it."
 
 
 def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    """What share of the model it is about, and what it is not about."""
+    """Share of the model that quantization applies to, and what it does not apply to."""
     if config.quantization == "none":
         return
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
     share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
-    yield f"quantization {config.quantization} is of {share:.1%} of the frozen weights: Linear layers and convolutions."
+    yield (
+        f"quantization {config.quantization} applies to {share:.1%} of the frozen weights: Linear layers and "
+        "convolutions."
+    )
     if again := len(packed_layers(denoiser.module)):
         yield (
-            f"{again} of these weights are quantized in the checkpoint already and rounded a second time; quantization "
-            "none keeps them as they are there."
+            f"{again} of these weights are quantized in the checkpoint already and rounded a second time; use "
+            "quantization none to keep them."
         )
     if config.previews:
-        yield "Previews are drawn with the base model as it is, not with the quantized one that training sees."
+        yield "Previews are drawn with the original base model, not with the quantized one of training."
 
 
 def _on_learning(config: TrainConfig) -> Iterator[str]:
-    """Settings of optimizer and schedule that change nothing beside the others, or not what they usually do."""
+    """Settings of optimizer and schedule without effect, or with an unusual one, in combination with others."""
     if not config.is_default("weight_decay") and not takes_weight_decay(config.optimizer):
-        yield f"weight_decay {config.weight_decay:g} changes nothing with {config.optimizer}, which has none here."
+        yield f"weight_decay {config.weight_decay:g} has no effect with {config.optimizer}, which has none here."
     usual = default_rate(config.optimizer)
     if usual is not None and config.learning_rate is not None and config.learning_rate <= usual / 10:
         yield (
-            f"learning_rate {config.learning_rate:g} is a share of the rate that {config.optimizer} finds by itself; "
+            f"learning_rate {config.learning_rate:g} multiplies the rate that {config.optimizer} estimates itself; "
             f"{usual:g} is usual."
         )
     for name, takes in _SCHEDULES_WITH.items():
         if not config.is_default(name) and not takes(config.schedule or "constant"):
-            yield f"{name} {getattr(config, name):g} changes nothing with schedule {config.schedule}."
+            yield f"{name} {getattr(config, name):g} has no effect with schedule {config.schedule}."
 
 
 def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     own = denoiser.base.components.schedule.shift
     if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
-        yield f"timestep_shift {config.timestep_shift:g} changes nothing: it is this model's own."
+        yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
     if config.loss_weighting == "none":
         if not config.is_default("min_snr_gamma"):
-            yield f"min_snr_gamma {config.min_snr_gamma:g} changes nothing without a loss_weighting."
+            yield f"min_snr_gamma {config.min_snr_gamma:g} has no effect without a loss_weighting."
     elif config.objective == "x0" and config.loss_function == "MSE":
         yield (
-            f"objective x0 changes nothing with loss_weighting {config.loss_weighting}, which weighs errors of the "
-            "clean picture whatever is compared; it does with a loss_function other than MSE."
+            f"objective x0 has no effect with loss_weighting {config.loss_weighting}, which weights the error of the "
+            "clean picture for either objective; it has one with a loss_function other than MSE."
         )
 
 
@@ -199,26 +214,26 @@ def _on_targets(
     idle = [name for name in _FRESH_ONLY if not config.is_default(name)]
     if not plan.adapters and idle:
         yield (
-            f"{', '.join(idle)} {'changes' if len(idle) == 1 else 'change'} nothing: every target goes on from "
-            "existing_lora, with what it has there."
+            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
+            "existing_lora with its own values."
         )
     rated = [one for one in plan.adapters if one.learning_rate is not None]
     if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
-        yield f"learning_rate {config.learning_rate:g} changes nothing: every target has one of its own."
+        yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
     if config.tucker and plan.adapters:
         layers = (FrozenLayer(denoiser.module.get_submodule(one.path)) for one in plan.adapters)
         if not any(map(LoraAdapter.has_core, layers)):
-            yield "tucker changes nothing: no target is a convolution larger than 1×1."
+            yield "tucker has no effect: no target is a convolution larger than 1×1."
     if config.rank_dropout or config.module_dropout:
         dropped = Dropout(adapters, rank=0.5, module=0.5, seed=0).adapters
         if spared := len(adapters) - len(dropped):
-            yield f"Dropout leaves {spared} of {len(adapters)} layers alone, which go on from no LoRA."
+            yield f"Dropout does not apply to {spared} of {len(adapters)} layers, whose algorithm has none."
     if not config.is_default("differences") and not differences:
-        yield f"differences {config.differences} changes nothing: the model has none of those parameters."
+        yield f"differences {config.differences} has no effect: the model has none of those parameters."
 
 
 def _on_compiling(config: TrainConfig, denoiser: Denoiser, adapters: Mapping[str, Adapter]) -> Iterator[str]:
-    """Blocks that stay as they are."""
+    """Blocks that are not compiled."""
     if not config.compile:
         return
     module = denoiser.module
@@ -231,10 +246,10 @@ def _on_compiling(config: TrainConfig, denoiser: Denoiser, adapters: Mapping[str
     kinds = sorted({ADAPTERS.canonical(one.algorithm) for some in left for one in some if not compilable([one])})
     if len(left) < len(blocks):
         yield (
-            f"compile leaves {len(left)} of {len(blocks)} blocks as they are, whose adapters ({', '.join(kinds)}) "
-            "torch does not compile."
+            f"compile skips {len(left)} of {len(blocks)} blocks, whose adapters ({', '.join(kinds)}) torch does not "
+            "compile."
         )
     elif left:
-        yield f"compile changes nothing: every block has adapters ({', '.join(kinds)}) that torch does not compile."
+        yield f"compile has no effect: every block has adapters ({', '.join(kinds)}) that torch does not compile."
     else:
-        yield "compile changes nothing: the model repeats no blocks."
+        yield "compile has no effect: the model repeats no blocks."

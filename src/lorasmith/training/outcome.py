@@ -1,4 +1,4 @@
-"""Why a run ended, as events, run folders, reports and doors say it."""
+"""Why a run ended: one enum for events, run folders, reports and doors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ __all__ = ["Outcome"]
 
 
 class Outcome(StrEnum):
-    """Why no more steps come; the value is what files say."""
+    """Why a run ended; values are those in files."""
 
     FINISHED = "finished"
     """All steps were taken."""
     STOPPED = "stopped"
-    """Validation found no improvement for as long as the patience allows."""
+    """Early stopping: no improvement for `patience` validations."""
     CANCELLED = "cancelled"
-    """Somebody ended it."""
+    """The user ended it."""
     FAILED = "failed"
     """An error ended it."""
 
     @property
     def is_final(self) -> bool:
-        """Whether the run ended by itself, so that it is not continued."""
+        """Whether the run is complete and cannot be resumed."""
         return self in (Outcome.FINISHED, Outcome.STOPPED)

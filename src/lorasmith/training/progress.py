@@ -1,4 +1,4 @@
-"""How far a run is, and what it needs to continue."""
+"""Progress of a run, and the state from which it resumes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Progress", "RunState"]
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run needs to continue to the bit.
+    """Everything that a run needs to resume bit-identically.
 
     Attributes:
         step: updates taken.
         tensors: by name.
-        numbers: the rest, as JSON has it.
+        numbers: the remaining state, as JSON values.
     """
 
     step: int
@@ -28,12 +28,12 @@ class RunState:
 
 @dataclass
 class Progress:
-    """Steps behind a run.
+    """Steps taken so far.
 
     Attributes:
-        step: updates taken, those that were left out included.
-        losses: of each of them, NaN where it was left out.
-        rollbacks: how often the run went back.
+        step: updates taken, skipped ones included.
+        losses: of each update, NaN if it was skipped.
+        rollbacks: number of rollbacks.
     """
 
     step: int = 0

@@ -1,9 +1,9 @@
-"""What is done about a step that fails: smaller pieces, no compiling, or back to the last snapshot.
+"""Recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
 
-A step that runs out of memory is taken again in smaller pieces of the same draws, one whose compiled code fails without
-compiling. One whose loss or gradient is not finite, or whose loss explodes, is left out: the run goes back to its last
-snapshot, halves the learning rate and continues with the draws behind that step. All of it depends on the step and on
-what came before alone, so that a run that was interrupted and resumed takes the same turns.
+A step that runs out of memory is repeated in smaller micro-batches of the same draws, one whose compiled code fails
+without compiling. A step with a non-finite loss or gradient, or an exploding loss, is skipped: the run restores its
+last snapshot, halves the learning rate and continues with the draws after that step. All decisions are functions of the
+step and its past, so that a resumed run takes the same ones.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ __all__ = ["CompileFailed", "Diverged", "OutOfMemory", "Recovery", "StepFault"]
 
 
 class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave the loop
-    """A step that cannot be taken as it is; `Recovery` says what is done instead."""
+    """A step that failed; handled by `Recovery`."""
 
 
 class OutOfMemory(StepFault):
-    """Memory was too small for a step."""
+    """Memory ran out in a step."""
 
 
 class CompileFailed(StepFault):
-    """A step failed in compiled code; the text is what the innermost error says, in a line."""
+    """A step failed in compiled code; the text is the first line of the innermost error."""
 
     def __init__(self, error: BaseException) -> None:
         while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
-            error = inner  # torch wraps those of compilers, and adds much advice
+            error = inner  # torch wraps errors of compilers in long advice
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         super().__init__(lines[0].rstrip(".:") if lines else type(error).__name__)
 
 
 @dataclass(eq=False)
 class Diverged(StepFault):
-    """The numbers of a step are not finite, or its loss exploded.
+    """A step's loss or gradient is not finite, or its loss exploded.
 
     Attributes:
         step: counted from 0.
         loss: of the step.
         images: names of its samples.
-        updated: whether it moved the weights: its numbers were finite.
+        updated: whether it updated the weights: loss and gradient were finite.
     """
 
     step: int
@@ -57,45 +57,41 @@ class Diverged(StepFault):
     updated: bool
 
     def __str__(self) -> str:
-        what = (
-            f"the loss exploded to {self.loss:.3g}"
-            if self.updated
-            else "loss and gradient must stay finite but did not"
-        )
+        what = f"the loss exploded to {self.loss:.3g}" if self.updated else "loss or gradient became NaN or infinite"
         return f"{what} at step {self.step + 1} (images: {', '.join(self.images)})"
 
 
 class Recovery:
-    """Changes an engine, and how far it is, so that a run continues behind a fault.
+    """Changes engine and progress so that a run continues after a fault.
 
     Args:
-        engine: what is trained.
+        engine: of the run.
         progress: of the run.
-        tell: receives what was done.
+        on_event: receives an event for each recovery.
 
     Attributes:
-        good: the last snapshot, there before the first step.
-        compile_failed: whether compiled code was given up.
+        good: the last snapshot, set before the first step.
+        compile_failed: whether compiling was disabled.
     """
 
-    def __init__(self, engine: Engine, progress: Progress, tell: EventHandler) -> None:
+    def __init__(self, engine: Engine, progress: Progress, on_event: EventHandler) -> None:
         self.good: RunState | None = None
         self.compile_failed = False
         self._engine = engine
         self._progress = progress
-        self._tell = tell
+        self._emit = on_event
 
     def recover(self, fault: StepFault) -> None:
-        """Do what a fault asks for. Raises TrainingError if there is nothing left to do."""
+        """Recover from a fault. Raises TrainingError if that is not possible."""
         match fault:
             case OutOfMemory():
                 self._shrink(fault)
             case CompileFailed():
                 self.stop_compiling()
-                self._tell(
+                self._emit(
                     Warned(
-                        message=f"Blocks cannot be compiled here ({fault}): step {self._progress.step + 1} is taken "
-                        "again, and the run continues, without compile."
+                        message=f"Blocks cannot be compiled here ({fault}): step {self._progress.step + 1} is repeated "
+                        "and the run continues without compile."
                     )
                 )
             case Diverged():
@@ -104,39 +100,39 @@ class Recovery:
                 raise fault
 
     def stop_compiling(self) -> None:
-        """Run blocks as they are from now on."""
+        """Disable compiling from here on."""
         self.compile_failed = True
         self._engine.change(compile=False)
 
     def _shrink(self, fault: OutOfMemory) -> None:
-        """Take smaller pieces of a step from now on, and in the end compute activations twice."""
+        """Halve the micro-batch from here on, and at 1 enable activation checkpointing."""
         engine, step = self._engine, self._progress.step + 1
         if engine.runtime.micro_batch > 1:
             engine.change(micro_batch=-(-engine.runtime.micro_batch // 2))
-        elif engine.runtime.checkpoint_depth != 1:  # whole blocks take the least
+        elif engine.runtime.checkpoint_depth != 1:  # whole blocks need the least memory
             engine.change(checkpoint_depth=1)
         else:
             raise TrainingError(
-                f"memory must hold one image's forward and backward pass, and did not at step {step} with gradient "
+                f"memory must hold one image's forward and backward pass, but ran out at step {step} with activation "
                 f"checkpointing ({str(fault).splitlines()[0]}); use smaller pictures or a lower rank, or quantization"
             )
         gc.collect()
         if engine.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
         runtime = engine.runtime
-        also = ", with gradient checkpointing" if runtime.checkpoint_depth else ""
-        self._tell(
+        also = ", with activation checkpointing" if runtime.checkpoint_depth else ""
+        self._emit(
             Shrunk(
                 step=step,
                 micro_batch=runtime.micro_batch,
                 checkpoint_depth=runtime.checkpoint_depth,
-                message=f"Memory ran out at step {step}: it is taken again with the same images, "
+                message=f"Memory ran out at step {step}: it is repeated with the same images, "
                 f"{runtime.micro_batch} at a time{also}.",
             )
         )
 
     def _roll_back(self, fault: Diverged) -> None:
-        """Leave a step out and continue behind it, from the last snapshot before it, at half the rate."""
+        """Skip a step and continue after it from the last snapshot, at half the learning rate."""
         engine, progress, good = self._engine, self._progress, self.good
         assert good is not None  # there is one before the first step
         fruitless = fault.step + 1 == engine.config.steps and not any(map(math.isfinite, progress.losses))
@@ -148,28 +144,28 @@ class Recovery:
         progress.losses.append(math.nan)
         progress.step = fault.step + 1
         progress.rollbacks += 1
-        self._tell(
+        self._emit(
             RolledBack(
                 step=progress.step,
                 to_step=good.step,
                 images=fault.images,
                 rate_factor=factor,
-                message=f"{fault}; that step is left out, and training continues from step {good.step} at {factor:g} "
+                message=f"{fault}; that step is skipped, and training continues from step {good.step} at {factor:g} "
                 "times the learning rate.",
             )
         )
 
     def _give_up(self, fault: Diverged, good: RunState) -> None:
-        """End the run with the state before a step, or with an earlier one. Raises TrainingError."""
+        """End the run with the weights before a step, or of the last snapshot. Raises TrainingError."""
         engine, progress = self._engine, self._progress
         progress.step = fault.step
-        kept = "the LoRA as it was before that step is kept"  # for its update was never made
+        kept = "the LoRA before that step is kept"  # the update was not made
         if fault.updated:
             engine.load(good.tensors, good.numbers)
             progress.step = good.step
             kept = f"the LoRA of step {good.step} is kept"
         del progress.losses[progress.step :]
-        times = f", after {progress.rollbacks} times before in this run" if progress.rollbacks else ""
+        times = f", after {progress.rollbacks} rollbacks in this run" if progress.rollbacks else ""
         raise TrainingError(
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
             + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")

@@ -1,4 +1,4 @@
-"""What a run leaves: its LoRA, the one that did best on the held-out images, and the numbers of its steps."""
+"""The results of a run: its LoRA, the best one on the held-out images, and the losses."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ __all__ = ["Results", "TrainResult"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out of a run.
+    """The result of a run.
 
     Attributes:
-        lora: the LoRA as it stands after the last good step; of a run that validation stopped or that failed, the best
-            one on the held-out images.
-        losses: loss of each step taken, those before a resumption included; NaN for a step that was left out.
-        steps: steps in all, those of the LoRA that was continued included.
-        reason: why it ended.
+        lora: the LoRA after the last good step; for a run that stopped early or failed, the best one on the held-out
+            images.
+        losses: loss of each step, those before a resumption included; NaN for a skipped step.
+        steps: all steps, those of a continued LoRA included.
+        reason: why the run ended.
         validations: steps and losses on the held-out images.
-        base_loss: theirs of the base model, None where nothing is held out.
-        verdict: what validation makes of it, in a sentence.
-        folder: the run's folder, if one was asked for.
+        base_loss: loss of the base model on the held-out images, None if none are held out.
+        verdict: interpretation of the validations, in a sentence.
+        folder: the run's folder, None without output.
         path: the LoRA in it.
-        best_path: the LoRA that did best on the held-out images, where that is another one.
+        best_path: the best LoRA on the held-out images, if it is another one.
     """
 
     lora: Lora
@@ -63,13 +63,13 @@ class TrainResult:
 
 
 class Results:
-    """Makes LoRAs of what a job's adapters hold.
+    """Makes and saves LoRAs from a job's adapters.
 
     Args:
-        job: what is trained.
-        data: on what.
-        title: of the LoRA, and the name of its file.
-        trigger: phrase for its metadata.
+        job: the planned run.
+        data: the training samples.
+        title: name of the LoRA and of its file.
+        trigger: trigger phrase for the metadata.
         record: content of `run.json`.
         folder: of the run; None to write nothing.
     """
@@ -93,7 +93,7 @@ class Results:
         self._started = time.time()
 
     def lora(self, step: int) -> Lora:
-        """What the adapters hold, as the LoRA of a step."""
+        """The LoRA in the adapters, with the metadata of a step."""
         job = self._job
         trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
         changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
@@ -120,11 +120,11 @@ class Results:
         return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 
     def save(self, loop: Loop, path: Path) -> None:
-        """Save the LoRA that the adapters hold."""
+        """Save the LoRA in the adapters."""
         self.lora(loop.step).save(path)
 
     def save_best(self, loop: Loop) -> None:
-        """Save the LoRA as it would be saved now, as the best one so far."""
+        """Save the LoRA at this step as the best one so far."""
         if self._folder is not None:
             with loop.engine.exported():
                 self.save(loop, self._path(self._folder, "-best"))
@@ -132,13 +132,13 @@ class Results:
     def collect(
         self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
     ) -> TrainResult:
-        """Take the weights back from the engine, and save them.
+        """Release the weights from the engine, and save them.
 
         Args:
-            loop: at its end.
+            loop: after its end.
             reason: why it ended.
             validation: of the run, if images are held out.
-            prefer_best: take the weights that did best on those images, instead of the last ones.
+            prefer_best: use the best weights on those images instead of the last ones.
         """
         best = None if validation is None else validation.best
         history = None if validation is None or best is None else validation.history

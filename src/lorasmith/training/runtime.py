@@ -1,4 +1,4 @@
-"""What machine, data and job decide about a run, beside the settings, which a person decides."""
+"""The settings of a run that depend on device, data and job."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["Runtime"]
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a run is carried out on its device; of settings of the same name, what they come to here.
+    """How a run executes on its device; fields named like settings hold their effective value.
 
     Attributes:
         device: where it trains.
-        dtype: of frozen weights and products.
-        first_step: steps of a LoRA that is continued: draws are counted from there, so that it sees new noise and the
-            rest of the epoch.
-        learning_rates: of the module paths that have another one than the configuration's.
+        dtype: of frozen weights and matrix products.
+        first_step: steps of a continued LoRA: the draw index starts there, so that it gets new noise and the rest of
+            the epoch.
+        learning_rates: by module path, where it differs from the configuration's.
         varying_sizes: whether samples differ in size, so that compiled code must not depend on it.
-        micro_batch: images per forward pass; lowered where memory is too small for `batch_size`.
+        micro_batch: images per forward pass; lowered if memory is too small for `batch_size`.
         checkpoint_depth: of activation checkpointing, 0 for none.
-        activations: how the rest is kept; `auto` is replaced before the first step.
-        memory_budget: bytes on the device that `auto` may plan with, weights included; None for what is free.
-        offloading: whether frozen weights wait in host memory.
-        quantized_backward: whether products with weights in fp8 are in fp8.
+        activations: how the others are kept; `auto` is resolved before the first step.
+        memory_budget: device memory in bytes that `auto` may use, weights included; None for all free memory.
+        offloading: whether frozen weights are kept in host memory.
+        quantized_backward: whether products with fp8 weights are in fp8.
         compile: whether blocks are compiled, unless weights are offloaded.
     """
 
@@ -60,15 +60,15 @@ class Runtime:
         learning_rates: Mapping[str, float] | None = None,
         varying_sizes: bool = False,
     ) -> Runtime:
-        """What settings come to for a model on a device.
+        """The effective settings for a model on a device.
 
         Args:
             config: the settings.
             module: the frozen model.
-            device, first_step, learning_rates, varying_sizes: as above.
+            device, first_step, learning_rates, varying_sizes: as the attributes.
         """
         on_cpu = device.type == "cpu"
-        # torch.compile decides itself what to keep, and the host's memory is the CPU's own.
+        # torch.compile selects the kept activations itself, and host memory is the CPU's own.
         is_idle = config.compile or (config.activations == "host" and on_cpu)
         return cls(
             device=device,

@@ -1,13 +1,13 @@
-"""What people write to choose layers: presets and patterns, each with settings of its own.
+"""The text syntax of targets: presets and patterns, each with optional settings.
 
     attention                                            a preset of the family
     *.attn2.*, *.ff.*                                    patterns on module paths, where * crosses dots
-    all-linear rank=8, *.attn2.* rank=32 lr=2e-4         settings stand behind what they are for
-    attention, !*.to_out.*                               ! leaves out
+    all-linear rank=8, *.attn2.* rank=32 lr=2e-4         settings follow the entry that they apply to
+    attention, !*.to_out.*                               ! excludes
 
-Commas, semicolons and line ends separate. A layer that several entries name gets the settings of all of them, the later
-ones winning; what ! names is left out wherever it stands. Settings are `rank`, `alpha` and `lr`, in the ranges of the
-run's own. The same text serves command line, library and files.
+Entries are separated by commas, semicolons or line ends. A layer that matches several entries gets the settings of all,
+later ones taking precedence; exclusions apply wherever they stand. Settings are `rank`, `alpha` and `lr`, in the ranges
+of the run's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[
     """Rules and exclusions.
 
     Args:
-        text: see above. Exclusions alone leave them out of everything.
+        text: see above. With exclusions alone, all other layers are targets.
         presets: by name.
 
     Raises:
@@ -45,18 +45,18 @@ def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[
     for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
         name, *settings = entry.split()
         if "=" in name:
-            raise OptionError(f"settings of targets must stand behind a preset or pattern, got {entry!r} alone")
+            raise OptionError(f"settings of targets must follow a preset or pattern, got {entry!r} alone")
         if not name.startswith("!"):
             rules.append(_rule(name, presets, _settings(settings)))
         elif settings:
-            raise OptionError(f"what targets leave out takes no settings, got {entry!r}; put them behind a pattern")
+            raise OptionError(f"an exclusion takes no settings, got {entry!r}; put them behind a pattern")
         else:
             exclusions.append(_rule(name[1:], presets, {}))
     return rules or [Rule(("*",), name="*")], exclusions
 
 
 def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> Plan:
-    """The layers that `config.targets` names, or the model's own preset. Raises OptionError."""
+    """The layers that `config.targets` or the model's own preset match. Raises OptionError."""
     presets = denoiser.base.family.targets
     text = config.targets or denoiser.base.defaults.targets
     rules, exclusions = parse_targets(text, presets)

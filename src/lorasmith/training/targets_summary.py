@@ -1,4 +1,4 @@
-"""What a choice of targets would train, told from the model's structure: kinds of layers, parameters, file size."""
+"""Summary of a choice of targets from the model's structure: kinds of layers, parameters, file size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lorasmith.training.job import fresh_differences, variant_of
 from lorasmith.training.notes import notes_on_plan
 from lorasmith.training.target_text import resolve_targets
 
-__all__ = ["TargetGroup", "TargetPreview", "preview_targets"]
+__all__ = ["TargetGroup", "TargetSummary", "summarise_targets"]
 
-_HEADER_BYTES = 130  # of a safetensors file, for each tensor: its name, dtype, shape and place
+_HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class TargetGroup:
     """Layers of one kind: the same place in repeated blocks, and the same settings.
 
     Attributes:
-        name: their module paths, with `*` for what repeats.
+        name: their module paths, with `*` for repeated parts.
         layer: `Linear`, `Conv2d 3×3`, or the class of a norm.
-        count: how many.
+        count: number of layers.
         ranks: lowest and highest.
         alpha, learning_rate: their own, None for the run's.
-        parameters: trained numbers, all layers together.
+        parameters: number of trained parameters of all layers.
     """
 
     name: str
@@ -47,17 +47,17 @@ class TargetGroup:
 
 
 @dataclass(frozen=True)
-class TargetPreview:
+class TargetSummary:
     """A choice of targets.
 
     Attributes:
         targets: the choice as text.
         groups: in the model's order; differences of norms and biases come last.
-        layers: layers that are trained.
-        targetable: layers that could be.
-        parameters: trained numbers.
+        layers: number of trained layers.
+        targetable: number of layers that can be trained.
+        parameters: number of trained parameters.
         size_bytes: of the file, to a few percent.
-        notes: sentences that the person should read.
+        notes: remarks for the user, one sentence each.
     """
 
     targets: str
@@ -69,8 +69,8 @@ class TargetPreview:
     notes: tuple[str, ...]
 
 
-def preview_targets(denoiser: Denoiser, config: TrainConfig) -> TargetPreview:
-    """What `config` would train. The denoiser's weights may be on the meta device. Raises OptionError."""
+def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
+    """Summarise what `config` would train. The denoiser may be on the meta device. Raises OptionError."""
     config = replace(config, targets=config.targets or denoiser.base.defaults.targets)
     plan = resolve_targets(denoiser, config)
     sizes: dict[object, _Size] = {}
@@ -89,7 +89,7 @@ def preview_targets(denoiser: Denoiser, config: TrainConfig) -> TargetPreview:
     saved = [size for found in members.values() for _, size in found]
     saved += [_Size(numbers, numbers, 2) for numbers in changed.values()]
     width = dtype_from_name(config.lora_dtype).itemsize
-    return TargetPreview(
+    return TargetSummary(
         targets=config.targets or "",
         groups=tuple(groups),
         layers=len(plan.adapters),
@@ -108,8 +108,8 @@ class _Size:
 
 
 def _size(module: nn.Module, one: PlannedAdapter, config: TrainConfig) -> _Size:
-    """The numbers of a layer's adapter, counted on one for a layer of zeros."""
-    variant = replace(variant_of(config), pissa=False)  # it has a LoRA's numbers, and would take a decomposition
+    """Parameter count and tensors of a layer's adapter, counted on an adapter for a layer of zeros."""
+    variant = replace(variant_of(config), pissa=False)  # same parameters as LoRA, without the decomposition
     (adapter,) = create_adapters(
         nn.ModuleDict({"layer": _zeros_like(module)}),
         Plan((replace(one, path="layer"),)),
@@ -159,7 +159,7 @@ def _difference_groups(model: nn.Module, changed: dict[str, int]) -> list[Target
 
 
 def _kind(path: str) -> str:
-    """A path from its innermost list of blocks on, whose names are plural: `transformer_blocks.*.attn1.to_q`."""
+    """A path from its innermost list of blocks (a plural name) on: `transformer_blocks.*.attn1.to_q`."""
     parts = path.split(".")
     lists = [i for i in range(len(parts) - 2) if parts[i].endswith("s") and parts[i + 1].isdecimal()]
     if not lists:

@@ -1,7 +1,7 @@
-"""A run as a whole: the folder of the run, continuing where it stopped, and saving what there is, whatever ends it.
+"""A whole run: its folder, resuming, and saving the result however the run ends.
 
-What is decided before the first step is in `job`, the steps are in `loop`, what happens between them is in `watchers`,
-and what a run leaves is in `results`; `app.model_run` adds previews and the page about the run.
+Planning is in `job`, steps in `loop`, callbacks between steps in `watchers`, and results in `results`; `app.model_run`
+adds previews and the report.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from lorasmith.training.runs.run_folder import RunFolder, claimed_run
 from lorasmith.training.runs.run_states import StateSaver, free_bytes
 from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
 
-__all__ = ["Job", "Surroundings", "TrainResult", "plan_job", "run_job"]
+__all__ = ["Job", "RunOptions", "TrainResult", "plan_job", "run_job"]
 
 _STATE_BYTES = 16
-"""Of a run state for each trained number: the weights in fp32, their average, and two moments of the optimizer."""
+"""Bytes of a run state per trained parameter: fp32 weights, their average, and two moments of the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What a run receives besides job and data.
+class RunOptions:
+    """Everything that a run receives besides job and data.
 
     Attributes:
-        output: folder of the run, or a function that chooses it by the run's fingerprint; None to write nothing. A
-            folder that holds the same run, interrupted, is continued.
-        fresh: move a run that is there aside instead of continuing it.
+        output: folder of the run, or a function from the run's fingerprint to it; None to write nothing. A folder that
+            holds the same run, interrupted, is continued.
+        fresh: move an existing run aside instead of continuing it.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
-        validation: images to judge the run by, instead of a share of the data.
-        previews: for the folder of the run, what draws its previews; None draws none.
-        page: writes the page about the run into its folder.
-        source: how the run was asked for, as JSON can carry it, so that it can be repeated.
-        on_event: receives typed events.
-        cancelled: asked between steps; True ends the run with what there is.
-        until: step of the run behind which it is cancelled; None for none.
+        validation: held-out images, instead of a share of the data.
+        previews: returns the function that draws previews into a folder of a run, or None for no previews.
+        page: writes the report into the folder of the run.
+        source: JSON values from which the run can be repeated, such as paths and command line.
+        on_event: receives all events.
+        cancelled: called between steps; True ends the run and saves the result.
+        until: step after which the run is cancelled; None for no limit.
     """
 
     output: Path | Callable[[Mapping[str, Any]], Path] | None = None
@@ -68,43 +68,48 @@ class Surroundings:
     until: int | None = None
 
 
-def run_job(job: Job, data: EncodedDataset, around: Surroundings) -> TrainResult:
-    """Train what `plan_job` decided, where it was planned for; a job is run once.
+def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
+    """Train a job on the device that it was planned for. A job can be run once.
+
+    Args:
+        job: from `plan_job`.
+        data: encoded samples.
+        options: folder, events, previews and the like.
 
     Raises:
-        LorasmithError: the data do not fit, or the loss became non-finite. If some steps were taken and there is an
-            output folder, their LoRA is in it and the message says where.
+        LorasmithError: the data do not fit, or the loss became non-finite. If steps were taken and there is an output
+            folder, their LoRA is saved and the message names the file.
     """
-    parts = split(data, share=job.config.validation_share, given=around.validation)
+    parts = split(data, share=job.config.validation_share, given=options.validation)
     job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
-    record = run_record(job, parts, title=around.title, source=around.source)
-    if around.output is None:
-        return _Run(job, parts, around, record, None).train(None)
-    path = around.output if isinstance(around.output, Path) else around.output(record["fingerprint"])
-    with claimed_run(path, record, fresh=around.fresh, tell=around.on_event) as (folder, start):
+    record = run_record(job, parts, title=options.title, source=options.source)
+    if options.output is None:
+        return _Run(job, parts, options, record, None).train(None)
+    path = options.output if isinstance(options.output, Path) else options.output(record["fingerprint"])
+    with claimed_run(path, record, fresh=options.fresh, on_event=options.on_event) as (folder, start):
         seen = folder.environments()
         record = {**record, "environments": seen} if len(seen) > 1 else record
-        return _Run(job, parts, around, record, folder).train(start)
+        return _Run(job, parts, options, record, folder).train(start)
 
 
 class _Run:
-    """One run: training, then what it leaves, whatever ended it."""
+    """One run: training, and saving its results however it ends."""
 
     def __init__(
-        self, job: Job, parts: Split, around: Surroundings, record: Mapping[str, Any], folder: RunFolder | None
+        self, job: Job, parts: Split, options: RunOptions, record: Mapping[str, Any], folder: RunFolder | None
     ) -> None:
         self._job = job
         self._parts = parts
-        self._around = around
+        self._options = options
         self._environment = record["environment"]
         self._folder = folder
-        self._handlers: list[EventHandler] = [around.on_event] if folder is None else [folder, around.on_event]
-        self._draw = None if folder is None else around.previews(folder.path)
+        self._handlers: list[EventHandler] = [options.on_event] if folder is None else [folder, options.on_event]
+        self._draw = None if folder is None else options.previews(folder.path)
         self._results = Results(
             job,
             parts.training,
-            title=around.title,
-            trigger=around.trigger,
+            title=options.title,
+            trigger=options.trigger,
             record=record,
             folder=None if folder is None else folder.path,
         )
@@ -115,15 +120,15 @@ class _Run:
             )
 
     def train(self, start: RunState | None) -> TrainResult:
-        """Train from the beginning, or from a state."""
-        job, around = self._job, self._around
+        """Train from the beginning, or from a run state."""
+        job, options = self._job, self._options
         loop = Loop(
             engine_of(job),
             self._parts.training.samples,
-            tell=self._tell,
-            cancelled=around.cancelled,
+            on_event=self._emit,
+            cancelled=options.cancelled,
             watchers=self._watchers(),
-            until=around.until,
+            until=options.until,
         )
         reason = Outcome.FAILED
         try:
@@ -133,8 +138,8 @@ class _Run:
             with self._tracked():
                 reason = loop.run()
         except BaseException as error:
-            # Whatever ended the run, the steps that were taken are worth keeping; the error is raised on.
-            self._tell(RunFinished(step=loop.step, reason=reason))
+            # Save the steps taken, whatever the error is, then raise it.
+            self._emit(RunFinished(step=loop.step, reason=reason))
             if kept := self._salvaged(loop):
                 if isinstance(error, LorasmithError):
                     raise type(error)(f"{error}; {kept}") from error
@@ -143,17 +148,17 @@ class _Run:
         result = self._collected(loop, reason, prefer_best=reason is Outcome.STOPPED)
         if result.path is not None and self._draw is not None:
             for event in self._draw(result.steps - job.steps_before, result.path, final=True):
-                self._tell(event)
-        self._tell(RunFinished(step=loop.step, reason=reason))
+                self._emit(event)
+        self._emit(RunFinished(step=loop.step, reason=reason))
         self._extra("report", self._write_report)
         return result
 
     def _salvaged(self, loop: Loop) -> str:
-        """Save what a run leaves that failed; returns a sentence for its error, empty if nothing is left."""
+        """Save the result of a failed run; returns a clause for its error, empty if no step was taken."""
         try:
             result = self._collected(loop, Outcome.FAILED, prefer_best=True)
-        except Exception as error:  # such as a full disk, or a device that is gone; what failed first counts more
-            return f"what there was could not be saved ({error})"
+        except Exception as error:  # such as a full disk or a lost device; the first error is the one to raise
+            return f"the LoRA could not be saved ({error})"
         if result.path is None:
             return ""
         self._extra("report", self._write_report)
@@ -165,37 +170,37 @@ class _Run:
             self._extra("loss plot", lambda: result.plot(path.with_name("loss.png")))
         return result
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         for handler in self._handlers:
             handler(event)
 
     def _write_report(self) -> None:
         if self._folder is not None:
-            self._around.page(self._folder.path)
+            self._options.page(self._folder.path)
 
     def _extra(self, what: str, make: Callable[[], object]) -> None:
-        """Make something that a run can do without once its LoRA is saved."""
+        """Make an optional file, after the LoRA is saved; a failure is a warning."""
         try:
             make()
-        except Exception as error:  # whatever it is, the result is worth more
-            self._tell(Warned(message=f"The LoRA is saved, but the {what} is not: {error}"))
+        except Exception as error:  # any: it must not cost the result
+            self._emit(Warned(message=f"The LoRA is saved, but the {what} is not: {error}"))
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:
-        """Numbers are sent to a tracker inside, where one is asked for."""
-        config, title = self._job.config, self._around.title
+        """Events are logged to a tracker, if `track` is set."""
+        config, title = self._job.config, self._options.title
         if config.track == "none" or self._folder is None:
             yield
             return
         from lorasmith.training.runs.trackers import tracker_for
 
-        tracker = tracker_for(config.track, self._folder.path, title, asdict(config), tell=self._tell)
+        tracker = tracker_for(config.track, self._folder.path, title, asdict(config), on_event=self._emit)
         with contextlib.closing(tracker):
             self._handlers.append(tracker)
             yield
 
     def _watchers(self) -> list[Watcher]:
-        """In the order in which they are called: a run state holds the validation of its step."""
+        """Watchers in the order of their calls: validation comes before the run state that includes it."""
         config, folder = self._job.config, self._folder
         watchers: list[Watcher] = [self._validation] if self._validation else []
         if folder is not None:
@@ -213,9 +218,9 @@ class _Run:
         return watchers
 
     def _announce(self, start: RunState | None) -> None:
-        """Say that the run begins, and what people should know of it, or from where it continues and how exactly."""
+        """Emit the start of the run with the job's notes, or its resumption with what is not bit-identical."""
         job, folder = self._job, self._folder
-        self._tell(
+        self._emit(
             RunStarted(
                 steps=job.config.steps,
                 steps_before=job.steps_before,
@@ -229,12 +234,12 @@ class _Run:
         )
         if start is None:
             for note in self._notes():
-                self._tell(Warned(message=note))
+                self._emit(Warned(message=note))
         elif folder is not None:
             found = list(self._inexact(folder))
-            same = "to the bit" if not found else f"not to the bit, for what differs is {'; '.join(found)}"
-            message = f"Going on with {folder.path} from step {start.step}, {same}."
-            self._tell(Resumed(step=start.step, message=message))
+            same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
+            message = f"The run in {folder.path} continues from step {start.step}, {same}."
+            self._emit(Resumed(step=start.step, message=message))
 
     def _notes(self) -> Iterator[str]:
         yield from self._job.notes
@@ -242,20 +247,20 @@ class _Run:
             yield f"{self._parts.note}."
         if self._folder is None:
             return
-        kept = self._job.config.keep_states + 1  # an older one is removed when the new one is there
+        kept = self._job.config.keep_states + 1  # the oldest is removed after the new one is written
         needed, free = kept * _STATE_BYTES * self._job.parameters, free_bytes(self._folder.path)
         if free <= needed:
             yield (
                 f"{free / 2**30:.1f} GiB are free on the disk, and {kept} run states may take {needed / 2**30:.1f} "
-                "GiB: fewer are kept where it is full; free some space, or lower keep_states."
+                "GiB: fewer are kept if it is full; free some space, or lower keep_states."
             )
 
     def _inexact(self, folder: RunFolder) -> Iterator[str]:
-        """What keeps the rest of a run from being the same to the bit."""
+        """Reasons why the rest of a run may not be bit-identical."""
         found = (word for before in folder.environments() for word in differences(before, self._environment))
         yield from dict.fromkeys(found)
         runtime = self._job.runtime
         if runtime.device.type == "cuda" and not self._job.config.deterministic:
-            yield "the order in which a GPU adds up, for deterministic is off"
+            yield "the order of sums on a GPU, as deterministic is off"
         if runtime.compile and runtime.varying_sizes:
-            yield "the sizes that compiled code meets first"
+            yield "the sizes that blocks are compiled for first"

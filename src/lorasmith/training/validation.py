@@ -1,8 +1,8 @@
-"""How well the model does on held-out images: always the same images at the same noise and the same noise levels.
+"""Loss on held-out images, always with the same noise and noise levels.
 
-Everything that is drawn here is keyed by a constant and the image's name, and the objective is the native one in MSE,
-without weights, whatever the run trains with. So the losses of two steps, or of two runs with different settings,
-differ by what was learnt and by nothing else, and can be compared pair by pair.
+All random numbers are keyed by a constant and the image's name, and the loss is unweighted MSE of the native objective,
+whatever the run trains with. The losses of two steps, or of two runs with different settings, can therefore be compared
+pair by pair.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ from lorasmith.families.model import Denoiser
 
 __all__ = ["Validator"]
 
-_SEED = 0  # a constant: runs with different seeds are judged alike
+_SEED = 0  # a constant, so that runs with different seeds can be compared
 
 
 class Validator:
-    """Measures the loss of held-out images on the denoiser as it is when called.
+    """Computes the loss of held-out images on the denoiser in its current state.
 
-    Noise levels are stratified: each image meets every one of `draws` equal parts of the schedule once, at a place of
-    its own inside the part, so that images together cover it finely. The noised latents are made anew each time: noise
-    costs little beside a forward pass, and keeping it would cost `draws` times the memory of the latents.
+    Noise levels are stratified: each image has one level in each of `draws` equal parts of the schedule, at its own
+    offset, so that all images together cover it finely. Noise is drawn again at each call: that is cheap beside a
+    forward pass, and storing it would take `draws` times the memory of the latents.
 
     Args:
-        denoiser: the model; its schedule and parameterization count.
-        samples: the held-out ones. A sample that is there several times is looked at once.
-        draws: noise levels for each image.
-        batch_size: how many go through the denoiser together, where their shapes agree. It changes nothing but speed
-            and memory (and the last bits).
-        device, dtype: where the denoiser runs and the dtype that it is held in.
+        denoiser: the model.
+        samples: the held-out ones; repeated samples are evaluated once.
+        draws: noise levels per image.
+        batch_size: images per forward pass, where shapes agree. Affects speed and memory (and the last bits).
+        device, dtype: of the denoiser.
 
     Attributes:
-        names: of the images, one for each row of the result.
-        quantiles: (images, draws) fp32, where in diffusion time each loss is measured: 0 is clean, 1 is noise.
+        names: of the images, one per row of the result.
+        quantiles: (images, draws) fp32, quantile of the noise level of each loss: 0 is clean, 1 is noise.
     """
 
     def __init__(
@@ -69,15 +68,15 @@ class Validator:
     def __call__(self) -> Tensor:
         """Losses (images, draws), fp32 on the CPU.
 
-        The denoiser is taken as it stands: the caller has put it on the device with what belongs on it, and has
-        switched dropout off. Without adapters attached, these are the losses of the base model.
+        The caller has placed the denoiser on the device, attached adapters and disabled dropout. Without adapters
+        attached, these are the losses of the base model.
 
         Raises:
             TrainingError: a loss is not finite.
         """
         losses = torch.empty(self.quantiles.shape)
         measured = self._measured()
-        for batch, values in zip(self._batches, measured, strict=True):  # a GPU is waited for here, not batch by batch
+        for batch, values in zip(self._batches, measured, strict=True):  # synchronizes with a GPU once, not per batch
             rows, draws = zip(*batch, strict=True)
             losses[list(rows), list(draws)] = values.cpu()
         unsound = [name for name, row in zip(self.names, losses, strict=True) if not row.isfinite().all()]
@@ -89,7 +88,7 @@ class Validator:
         return losses
 
     def _measured(self) -> list[Tensor]:
-        """Losses of the batches; where memory is too small for them, of one image at a time from then on."""
+        """Losses of the batches; falls back to one image at a time when memory runs out."""
         try:
             return [self._losses(batch) for batch in self._batches]
         except (RuntimeError, MemoryError) as error:
@@ -99,7 +98,7 @@ class Validator:
         return self._measured()
 
     def _losses(self, batch: Sequence[tuple[int, int]]) -> Tensor:
-        """Losses (batch,) of pairs of image and draw."""
+        """Losses (batch,) of (image, draw) pairs."""
         samples = [self._samples[row] for row, _ in batch]
         clean = torch.stack([sample.latents for sample in samples])
         noise = torch.stack(
@@ -130,7 +129,7 @@ class Validator:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Keys for the random numbers: names, with a number behind those that are there before."""
+    """Keys of random numbers: the names, numbered where they repeat."""
     seen: dict[str, int] = {}
     keys = []
     for name in names:
@@ -140,7 +139,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _grouped(samples: Sequence[Sample], draws: int, batch_size: int) -> list[list[tuple[int, int]]]:
-    """Pairs of image and draw in batches of equal shapes."""
+    """(image, draw) pairs in batches of equal shapes."""
     groups: dict[object, list[tuple[int, int]]] = {}
     for row, sample in enumerate(samples):
         shapes = frozenset((key, tensor.shape) for key, tensor in sample.conditioning.tensors.items())

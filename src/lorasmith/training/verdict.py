@@ -1,14 +1,13 @@
-"""What validations say of a run, in numbers and in words; pure.
+"""Statistics and a verdict from the validations of a run; pure functions.
 
-Held-out images are looked at again and again at the same noise (`validation`), so two losses are compared by pairs:
-the difference is taken for each image, and its mean and confidence interval over images. Two kinds of chance are kept
-apart:
+Held-out images are evaluated repeatedly at the same noise (`validation`), so that two losses are compared by pairs: the
+difference is taken per image, then its mean and confidence interval over images. Two sources of chance are separated:
 
-- *Which images.* A difference counts where its 95 % interval (Student's t) leaves zero out. Fewer than `FEW_IMAGES`
-  images give no usable interval, so there each pair of image and noise level counts by itself: the interval then speaks
-  of these images alone, and the verdict says on how many it rests.
-- *Which step.* Weights jump about from step to step and take all images with them. How much is seen in the second
-  differences of the curve, which a trend leaves untouched, and a rise or fall must stand out from it.
+- *Which images.* A difference is significant if its 95 % interval (Student's t) excludes zero. Fewer than `FEW_IMAGES`
+  images give no usable interval, so each pair of image and noise level is then one observation: the interval is valid
+  for these images only, and the verdict says for how many.
+- *Which step.* Weights fluctuate from step to step, which moves the loss of all images. This jitter is estimated from
+  second differences of the curve, which a linear trend does not affect, and a rise or fall must exceed it.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ FEW_IMAGES = 5
 """Below this many held-out images the interval is over pairs of image and noise level."""
 
 UNJUDGED = "overfitting cannot be judged: nothing is held out"
-"""The verdict where there are no validations."""
+"""The verdict without validations."""
 
-_SMOOTH = 3  # validations that are averaged before two places on the curve are compared
+_SMOOTH = 3  # validations averaged before two points of the curve are compared
 _FALL = 2.0  # jitters by which the curve must have fallen
-_RISE = 4.0  # jitters by which it must have risen: the best of many is low by luck as well
-_STEADY_RISE = 2.0  # enough where its slope since the best is this many of its standard errors:
+_RISE = 4.0  # jitters by which it must have risen: the lowest of many values is low by chance too
+_STEADY_RISE = 2.0  # enough if its slope since the best is this many standard errors:
 _STEADY_SLOPE = 3.0
-_SHARE_RISEN = 0.1  # of all that was gained, for a rise to matter
-_SHARE_FALLEN = 0.05  # of all that was gained, for a fall to matter
+_SHARE_RISEN = 0.1  # of the total gain, for a rise to matter
+_SHARE_FALLEN = 0.05  # of the total gain, for a fall to matter
 
 Array = NDArray[np.float64]
 
@@ -49,7 +48,7 @@ class History:
         base: losses of the base model, (images, draws).
 
     Raises:
-        OptionError: there is one image at one noise level, which leaves nothing to estimate an error from.
+        OptionError: there is one image at one noise level, too little to estimate an error.
     """
 
     def __init__(self, base: Sequence[Sequence[float]]) -> None:
@@ -65,7 +64,7 @@ class History:
             )
 
     def add(self, step: int, losses: Sequence[Sequence[float]]) -> Validated:
-        """Take in the losses, (images, draws), after `step` updates; what was there from that step on is forgotten."""
+        """Add the losses, (images, draws), after `step` updates; entries from that step on are replaced."""
         while self._steps and self._steps[-1] >= step:
             for column in (self._steps, self._tables, self._curve):
                 column.pop()
@@ -95,7 +94,7 @@ class History:
 
     @property
     def best_step(self) -> int:
-        """Step of the lowest loss; the earliest of equals."""
+        """Step of the lowest loss; the earliest on ties."""
         return self._steps[self._best]
 
     @property
@@ -109,14 +108,14 @@ class History:
 
     @property
     def verdict(self) -> str:
-        """What to make of it, in a sentence without a full stop."""
+        """Interpretation of the validations, in a sentence without a full stop."""
         if not self._steps:
-            return "too early to say: nothing was validated yet"
+            return "too early to say: no validation yet"
         few = f" (on {self.images} held-out image{'s' if self.images > 1 else ''} alone)"
         return self._trend() + (few if self.images < FEW_IMAGES else "")
 
     def to_json(self) -> dict[str, Any]:
-        """The state, for a checkpoint."""
+        """The state, for a run state."""
         return {
             "base": self._base_table.tolist(),
             "validations": [[step, table.tolist()] for step, table in zip(self._steps, self._tables, strict=True)],
@@ -124,7 +123,7 @@ class History:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> History:
-        """The history that `to_json` told of."""
+        """The instance whose `to_json` returned `state`."""
         history = cls(state["base"])
         for step, losses in state["validations"]:
             history._append(step, losses)
@@ -140,7 +139,7 @@ class History:
         self._curve.append(self._units(self._tables[-1]))
 
     def _units(self, table: Array) -> Array:
-        """What counts as one observation: an image, or with few of them a pair of image and noise level."""
+        """Values per observation: an image, or with few images an (image, noise level) pair."""
         return table.mean(axis=1) if self.images >= FEW_IMAGES else table.reshape(-1)
 
     def _means(self) -> Array:
@@ -184,7 +183,7 @@ class History:
         return clear and interval(risen)[0] > 0
 
     def _best_stretch(self) -> Array:
-        """The best validation, averaged with those behind it: by itself it is the best by luck as well."""
+        """The best validation averaged with the next ones, as a single minimum is low by chance too."""
         best: Array = np.mean(self._curve[self._best : self._best + _SMOOTH], axis=0)
         return best
 
@@ -193,7 +192,7 @@ class History:
         return last
 
     def _gain(self, means: Array) -> float:
-        """All that was won since the start."""
+        """Decrease of the loss since the start."""
         return float(max(self._base.mean(), means[0]) - means.min())
 
 
@@ -210,7 +209,7 @@ def interval(differences: Array) -> tuple[float, float]:
 
 
 def _t_quantile(freedom: int) -> float:
-    """Quantile 0.975; past the table the expansion in 1 / freedom, right to 0.003 (Abramowitz & Stegun 26.7.5)."""
+    """Quantile 0.975; beyond the table by an expansion in 1 / freedom, exact to 0.003 (Abramowitz & Stegun 26.7.5)."""
     if freedom <= len(_T):
         return _T[freedom - 1]
     z = 1.959964

@@ -1,4 +1,4 @@
-"""What happens between the steps of a run besides saving its state: validations and previews."""
+"""Watchers for validation and previews; that for run states is in `runs.run_states`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["Draw", "PreviewWatch", "ValidationWatch"]
 
 _VALIDATIONS = 10
 _PREVIEWS = 4
-"""How many there are in a run when nothing is said."""
+"""Default number of validations or previews in a run."""
 
 
 class ValidationWatch(Watcher):
-    """Looks at the held-out images, keeps the best weights, and ends a run that only gets worse.
+    """Evaluates the held-out images, keeps the best weights, and stops early.
 
     Args:
-        denoiser: what is trained.
+        denoiser: the model.
         samples: the held-out ones.
         config, runtime: of the run.
         on_best: called with the loop when the weights are the best so far.
 
     Attributes:
-        history: the validations, None before the first step.
-        best: the flat fp32 buffer of the best weights, on the CPU.
+        history: all validations, None before the first step.
+        best: flat fp32 buffer of the best weights, on the CPU.
     """
 
     name = "validation"
@@ -74,18 +74,18 @@ class ValidationWatch(Watcher):
 
     def __call__(self, loop: Loop) -> None:
         assert self.history is not None
-        with loop.engine.evaluating() as weights:
+        with loop.engine.evaluation_weights() as weights:
             try:
                 losses = self._losses()
-            except TrainingError as error:  # broken weights: the next step will show it, and the loop go back
-                loop.tell(Warned(message=f"No validation at step {loop.step}: {error}."))
+            except TrainingError as error:  # broken weights: the next step will diverge, and the loop roll back
+                loop.emit(Warned(message=f"No validation at step {loop.step}: {error}."))
                 return
             validated = self.history.add(loop.step, losses.tolist())
             if validated.best:
                 self.best = weights.to("cpu", copy=True)
         if validated.best:
-            _spared(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
-        loop.tell(validated)
+            _warned(loop, "The best LoRA so far is not saved yet", lambda: self._on_best(loop))
+        loop.emit(validated)
         if self.history.should_stop(self._patience):
             loop.stop()
 
@@ -94,7 +94,7 @@ class ValidationWatch(Watcher):
             return {}, {}
         kept = self.history.to_json()
         steps, tables = [step for step, _ in kept["validations"]], [table for _, table in kept["validations"]]
-        # As tensors: of many images and validations they would be more than a header can hold.
+        # As tensors: many images and validations would exceed the size of a header.
         tensors = {"base": torch.tensor(kept["base"], dtype=torch.float64)}
         if tables:
             tensors["tables"] = torch.tensor(tables, dtype=torch.float64)
@@ -111,22 +111,22 @@ class ValidationWatch(Watcher):
 
 
 class Draw(Protocol):
-    """Draws previews: of the LoRA saved at a path after a step, which may be the final one. Returns what to tell."""
+    """Draws previews of the LoRA saved at `lora` after `step` updates; returns the events to emit."""
 
     def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]: ...
 
 
 class PreviewWatch(Watcher):
-    """Draws pictures from the LoRA as it would be saved.
+    """Draws previews from the LoRA as it would be saved.
 
     Args:
-        draw: draws them.
-        save: saves the LoRA that the adapters hold.
-        path: where to; the file is removed afterwards.
+        draw: draws the pictures.
+        save: saves the LoRA in the adapters to a path.
+        path: of the temporary file; it is removed afterwards.
         config: of the run.
     """
 
-    bare = True  # a preview loads the file onto the model as users have it
+    needs_bare_model = True  # a preview loads the file onto the unmodified model, as users do
 
     def __init__(
         self,
@@ -141,24 +141,24 @@ class PreviewWatch(Watcher):
         self._every = config.preview_every or max(1, config.steps // _PREVIEWS)
 
     def due(self, loop: Loop) -> bool:
-        return loop.step % self._every == 0 and loop.step < loop.steps  # the last one is drawn from the final file
+        return loop.step % self._every == 0 and loop.step < loop.steps  # the last preview uses the final file
 
     def __call__(self, loop: Loop) -> None:
-        _spared(loop, f"No preview at step {loop.step}", lambda: self._drawn(loop))
+        _warned(loop, f"No preview at step {loop.step}", lambda: self._drawn(loop))
 
     def _drawn(self, loop: Loop) -> None:
         try:
             with loop.engine.exported():
                 self._save(loop, self._path)
             for event in self._draw(loop.step, self._path, final=False):
-                loop.tell(event)
+                loop.emit(event)
         finally:
             self._path.unlink(missing_ok=True)
 
 
-def _spared(loop: Loop, trouble: str, write: Callable[[], None]) -> None:
-    """Do something that writes files; a disk that is full costs what is written, and not the run."""
+def _warned(loop: Loop, trouble: str, write: Callable[[], None]) -> None:
+    """Call a function that writes files; an OutputError becomes a warning, as a full disk must not end the run."""
     try:
         write()
     except (LorasmithError, OSError) as error:
-        loop.tell(Warned(message=f"{trouble}: {error}. Training goes on."))
+        loop.emit(Warned(message=f"{trouble}: {error}. Training continues."))

@@ -1,4 +1,4 @@
-"""What a node function is given besides its inputs: the folders, the workflow it runs in, a way to report and stop."""
+"""The first argument of node functions: folders, the running workflow, reporting and cancellation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["NodeContext", "ignore"]
 
 
 def ignore(event: Event) -> None:
-    """An event callback for those who do not listen."""
+    """An event callback that does nothing."""
 
 
 @dataclass(frozen=True)
 class NodeContext:
-    """The surroundings of one node in one run. `NodeContext(folders)` serves to call a node function by itself.
+    """The context of one node in one run; `NodeContext(folders)` is enough to call a node function directly.
 
     Attributes:
-        folders: where models, inputs and outputs lie.
+        folders: of models, inputs and outputs.
         node_id: id of the node in the prompt.
-        prompt: the whole API-format workflow, to be written into files that the node saves.
-        workflow: the editor's own JSON of the same graph, where the sender gave it.
-        cancel: set by whoever wants the run to stop.
+        prompt: the whole API-format workflow, for the metadata of saved files.
+        workflow: the editor's JSON of the same graph, if the client sent it.
+        cancel: set to stop the run.
         report: receives the node's events.
     """
 
@@ -39,11 +39,11 @@ class NodeContext:
     report: Callable[[Event], None] = ignore
 
     def cancelled(self) -> bool:
-        """Whether somebody asked the run to stop. Long nodes ask once a step, save what they have and raise."""
+        """Whether the run was cancelled. Long nodes check it once per step, save their result and raise."""
         return self.cancel.is_set()
 
     def raise_if_cancelled(self) -> None:
-        """Raises CancelledError when somebody asked the run to stop."""
+        """Raise CancelledError if the run was cancelled."""
         if self.cancelled():
             raise CancelledError("the run was cancelled")
 
@@ -52,9 +52,9 @@ class NodeContext:
         self.report(NodeProgress(self.node_id, value, maximum, text, preview))
 
     def log(self, text: str) -> None:
-        """Tell something worth knowing in one line."""
+        """Report information in one line."""
         self.report(NodeMessage(self.node_id, "info", text))
 
     def warn(self, text: str) -> None:
-        """Tell something that people should act on in one line."""
+        """Report a warning in one line."""
         self.report(NodeMessage(self.node_id, "warning", text))

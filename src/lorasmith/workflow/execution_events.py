@@ -1,4 +1,4 @@
-"""What an executor tells while it runs a graph. Progress bars, logs and the server's messages are made from these."""
+"""Events of an executor, the source of progress bars, logs and the server's messages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = [
 ]
 
 UiOutput: TypeAlias = Mapping[str, Sequence[Any]]
-"""What a node shows, by kind: `{"images": [{filename, subfolder, type}, ...]}`. Empty when it shows nothing."""
+"""Output of a node for user interfaces, by kind: `{"images": [{filename, subfolder, type}, ...]}`; may be empty."""
 
 
 @dataclass(frozen=True)
 class ExecutionStarted:
-    """First event of a run: the nodes it needs in the order they will be taken, and those whose outputs are reused."""
+    """First event of a run: the needed nodes in order of execution, and those whose outputs are reused."""
 
     order: tuple[str, ...]
     cached: tuple[str, ...]
@@ -34,7 +34,7 @@ class ExecutionStarted:
 
 @dataclass(frozen=True)
 class NodeCached:
-    """A node was not run because its inputs are as they were; what it showed then is repeated."""
+    """A node was not run because its inputs are unchanged; its previous output is repeated."""
 
     node_id: str
     ui: UiOutput
@@ -42,7 +42,7 @@ class NodeCached:
 
 @dataclass(frozen=True)
 class NodeStarted:
-    """A node begins."""
+    """A node starts."""
 
     node_id: str
     title: str
@@ -66,7 +66,7 @@ class NodeProgress:
 
 @dataclass(frozen=True)
 class NodeMessage:
-    """A running node says something."""
+    """A message of a running node."""
 
     node_id: str
     level: Literal["info", "warning"]
@@ -75,7 +75,7 @@ class NodeMessage:
 
 @dataclass(frozen=True)
 class NodeFinished:
-    """A node has run, and shows `ui`."""
+    """A node has finished, with output `ui`."""
 
     node_id: str
     ui: UiOutput
@@ -83,12 +83,12 @@ class NodeFinished:
 
 @dataclass(frozen=True)
 class ExecutionFinished:
-    """Last event of a run that reached its end."""
+    """Last event of a completed run."""
 
 
 @dataclass(frozen=True)
 class ExecutionFailed:
-    """Last event of a run that a node ended. `error` is a NodeError, or whatever a bug raised."""
+    """Last event of a failed run. `error` is a NodeError, or another exception caused by a bug."""
 
     node_id: str
     title: str
@@ -97,7 +97,7 @@ class ExecutionFailed:
 
 @dataclass(frozen=True)
 class ExecutionCancelled:
-    """Last event of a run that was asked to stop; `node_id` is the node that was running or would have been next."""
+    """Last event of a cancelled run; `node_id` is the running node, or the next one."""
 
     node_id: str
 

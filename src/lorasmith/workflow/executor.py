@@ -1,8 +1,8 @@
-"""Runs checked graphs: what outputs need, in dependency order, each node once, reusing what has not changed.
+"""Executor of checked graphs: runs the nodes that outputs need, in dependency order, and reuses unchanged results.
 
-A node's outputs are kept under a signature made from its class, its values, what its files are like and the signatures
-of the nodes it is linked to. A later run of the same executor takes them from there. Only the last run's are kept, and
-those that the next run has no use for are let go before it begins, so that a replaced model makes room for the new one.
+A node's outputs are cached under a signature of its class, its values, the state of its files and the signatures of the
+nodes it is linked to. Only the last run's outputs are kept, and those that the next run does not need are released
+before it starts, so that a replaced model frees its memory first.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = ["Executor"]
 
 
 class Executor:
-    """Runs graphs one after another, keeping outputs between them.
+    """Runs graphs one after another, and caches outputs between runs.
 
     Args:
-        folders: handed to the nodes.
-        on_event: called with each `Event`, in the thread that runs.
+        folders: passed to the nodes.
+        on_event: called with each `Event`, in the executing thread.
     """
 
     def __init__(self, folders: Folders, *, on_event: Callable[[Event], None] = ignore) -> None:
@@ -54,13 +54,13 @@ class Executor:
         """Run `graph` and return each node's outputs by node id.
 
         Args:
-            graph: what `validate` returned.
+            graph: from `validate`.
             workflow: the editor's JSON of the same graph, for nodes that write it into their files.
-            cancel: set it from anywhere to stop the run before its next node, or sooner where a node looks at it.
+            cancel: set it from any thread to stop the run before its next node, or earlier if the node checks it.
 
         Raises:
-            NodeError: a node refused; the sentence names it.
-            CancelledError: `cancel` was set. What finished before is kept for the next run.
+            NodeError: a node failed; the sentence names it.
+            CancelledError: `cancel` was set. Finished nodes are cached for the next run.
         """
         cancel = cancel or threading.Event()
         signatures = self._signatures(graph)
@@ -79,7 +79,7 @@ class Executor:
         self, member: GraphNode, signature: str, results: Mapping[str, NodeResult], context: NodeContext
     ) -> NodeResult:
         context.raise_if_cancelled()
-        # Looked up anew here, since two equal nodes of one graph share what the first of them made.
+        # Looked up here again, as two equal nodes of one graph share the result of the first.
         kept = self._kept.get(signature)
         if kept is not None:
             self._on_event(NodeCached(member.id, kept.ui))
@@ -87,14 +87,14 @@ class Executor:
         self._on_event(NodeStarted(member.id, member.title))
         lists = self._input_lists(member, results)
         result = call_node(member.node, lists, context)
-        # A node that was told to stop may have returned half of its work, which must not pass for the whole later.
+        # A cancelled node may have returned a partial result, which must not be cached.
         if not context.cancelled():
             self._kept[signature] = result
         self._on_event(NodeFinished(member.id, result.ui))
         return result
 
     def _input_lists(self, member: GraphNode, results: Mapping[str, NodeResult]) -> dict[str, list[Any]]:
-        """The items of each given input; linked scalars are held to the same ranges and choices as written ones."""
+        """The items of each input; linked scalars are checked like literal ones."""
         lists = {}
         for name, slot in member.node.slots.items():
             value = member.inputs.get(name)
@@ -106,7 +106,7 @@ class Executor:
         return lists
 
     def _signatures(self, graph: Graph) -> dict[str, str]:
-        """By node id; equal when the outputs can be expected to be equal."""
+        """Signatures by node id; equal if the outputs are expected to be equal."""
         signatures: dict[str, str] = {}
         for key, member in graph.nodes.items():
             with self._reporting(member):
@@ -126,7 +126,7 @@ class Executor:
 
     @contextlib.contextmanager
     def _reporting(self, member: GraphNode) -> Iterator[None]:
-        """Whatever ends the run inside is told as its last event, and names the node."""
+        """Report an exception inside the context as the last event of the run, naming the node."""
         try:
             yield
         except CancelledError as error:
@@ -136,19 +136,19 @@ class Executor:
             named = NodeError(f"{member.label}: {error}")
             self._on_event(ExecutionFailed(member.id, member.title, named))
             raise named from error
-        except Exception as error:  # a bug: told to listeners like any other end, and left as it is
+        except Exception as error:  # a bug: reported and raised unchanged
             self._on_event(ExecutionFailed(member.id, member.title, error))
             error.add_note(f"while running {member.label} ({member.node.id})")
             raise
 
 
 def _outside(member: GraphNode, folders: Folders) -> object:
-    """What the node's result depends on besides its inputs, in its own words."""
+    """The node's fingerprint: what its result depends on besides its inputs."""
     if member.node.fingerprint is None:
         return None
     _, *names = inspect.signature(member.node.fingerprint).parameters
     values = {name: member.inputs[name] for name in names if name in member.inputs}
     if any(isinstance(value, Link) for value in values.values()):
-        # Which file it will be is known only once the link has delivered, so nothing kept can be trusted.
+        # The file is known only after the linked node has run, so a cached result cannot be used.
         return uuid.uuid4().hex
     return member.node.fingerprint(folders, **values)

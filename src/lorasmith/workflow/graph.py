@@ -1,6 +1,6 @@
-"""A prompt checked as a whole: every fault found at once, and what is left for an executor to run.
+"""Validation of whole prompts: all faults at once, and a graph for the executor.
 
-Faults in nodes that no output needs are warnings, since such nodes never run; so are inputs that a node does not have.
+Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "v
 
 @dataclass(frozen=True)
 class Link:
-    """Where an input gets its values: output number `output` of node `node_id`."""
+    """The source of an input: output number `output` of node `node_id`."""
 
     node_id: str
     output: int
@@ -34,10 +34,10 @@ class GraphNode:
 
     Attributes:
         id: key in the prompt.
-        title: as the file calls it, or the node's display name.
+        title: in the file, or the node's display name.
         node: its declaration.
-        inputs: links and values by the prompt's key, checked, values as the node shall see them. Declared defaults
-            stand in for optional inputs that were left out; unknown inputs are gone.
+        inputs: checked links and typed values by the prompt's key, with declared defaults for missing optional inputs
+            and without unknown inputs.
     """
 
     id: str
@@ -47,11 +47,11 @@ class GraphNode:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """The node's name in messages."""
         return f"node {self.id} {self.title!r}"
 
     def links(self) -> Iterator[tuple[str, Link]]:
-        """The linked inputs, in the order that the node declares."""
+        """The linked inputs, in declared order."""
         for name in self.node.slots:
             if isinstance(link := self.inputs.get(name), Link):
                 yield name, link
@@ -59,13 +59,13 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Graph:
-    """What an executor runs.
+    """A checked graph.
 
     Attributes:
-        nodes: the nodes that outputs need, in the order to run them.
+        nodes: the nodes that outputs need, in order of execution.
         outputs: ids of the output nodes.
-        prompt: the prompt that it was made from.
-        warnings: what was noticed and ignored, one sentence each.
+        prompt: the source of the graph.
+        warnings: ignored faults, one sentence each.
     """
 
     nodes: Mapping[str, GraphNode]
@@ -79,10 +79,10 @@ class Finding:
     """One fault of a prompt.
 
     Attributes:
-        kind: the fault's name in a ComfyUI server's answer (`required_input_missing`, ...).
-        label: how messages name the node; empty for the graph itself.
+        kind: name of the fault in a ComfyUI server's response (`required_input_missing`, ...).
+        label: name of the node in messages; empty for the graph itself.
         sentence: rule, value and remedy.
-        node_id, input_name: where, as far as the fault has a place.
+        node_id, input_name: location of the fault, None if it has none.
     """
 
     kind: str
@@ -97,7 +97,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All that is to be said about a prompt. `graph` can be run only while there are no faults."""
+    """The result of checking a prompt. `graph` can be run only if there are no faults."""
 
     graph: Graph
     faults: tuple[Finding, ...]
@@ -106,7 +106,14 @@ class Examination:
 def validate(
     prompt: Prompt, folders: Folders, *, nodes: Registry[Node] = NODES, targets: Collection[str] | None = None
 ) -> Graph:
-    """The graph of `prompt`; arguments as for `examine`. Raises GraphError with every fault when there is one."""
+    """The graph of a prompt.
+
+    Args:
+        prompt, folders, nodes, targets: as for `examine`.
+
+    Raises:
+        GraphError: there are faults; the message lists all of them.
+    """
     examination = examine(prompt, folders, nodes=nodes, targets=targets)
     if examination.faults:
         count = f"{len(examination.faults)} fault" + ("s" if len(examination.faults) > 1 else "")
@@ -117,13 +124,13 @@ def validate(
 def examine(
     prompt: Prompt, folders: Folders, *, nodes: Registry[Node] = NODES, targets: Collection[str] | None = None
 ) -> Examination:
-    """Check `prompt` as a whole.
+    """Check a whole prompt.
 
     Args:
-        prompt: nodes by id, as `parse_prompt` returns them.
-        folders: where combos of files look for their choices.
-        nodes: the nodes that there are.
-        targets: ids of the output nodes to run; all of them by default.
+        prompt: nodes by id, from `parse_prompt`.
+        folders: for the choices of file inputs.
+        nodes: registered nodes.
+        targets: ids of the output nodes to run; None for all.
     """
     checker = _Checker({str(key): member for key, member in prompt.items()}, folders, nodes)
     drafts = checker.read_nodes()
@@ -138,7 +145,7 @@ def examine(
     order, _ = depth_first(outputs, needs)
     for cycle in depth_first(tuple(drafts), needs)[1]:
         checker.find_cycle(cycle, drafts)
-    # A node of an unknown class may be an output too, so what it is linked to counts as needed.
+    # A node of an unknown class may be an output too, so the nodes that it is linked to count as needed.
     needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
     goals = (*outputs, *checker.unknown) or tuple(drafts)
     faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
@@ -148,7 +155,7 @@ def examine(
 
 @dataclass
 class _Checker:
-    """Collects what is wrong with one prompt."""
+    """Collects the faults of one prompt."""
 
     prompt: Prompt
     folders: Folders
@@ -162,7 +169,7 @@ class _Checker:
         self.findings.append(Finding(kind, label, sentence, node_id, name))
 
     def read_nodes(self) -> dict[str, GraphNode]:
-        """Every node of a known class, its values checked, its links taken as they are written."""
+        """All nodes of known classes, with checked values and unchecked links."""
         drafts = {}
         for key, member in self.prompt.items():
             node = self._class_of(key, member)
@@ -172,15 +179,15 @@ class _Checker:
         return drafts
 
     def check_links(self, draft: GraphNode, drafts: Mapping[str, GraphNode]) -> None:
-        """Each link comes from an output that is there, and both of its ends carry the same type."""
+        """Check that each link comes from an existing output of a matching type."""
         matched: tuple[str, str] | None = None
         for name, link in draft.links():
             source = drafts.get(link.node_id)
             if source is None:
-                continue  # of an unknown class, which is a finding already
+                continue  # of an unknown class, which is reported already
             if not 0 <= link.output < (count := len(source.node.outputs)):
                 there = f"which has {count or 'no'} output{'' if count == 1 else 's'}, counted from 0"
-                sentence = f"{name} is linked to output {link.output} of {source.label}, {there}; link it anew"
+                sentence = f"{name} is linked to output {link.output} of {source.label}, {there}; link another one"
                 self.find(draft.id, "bad_linked_input", sentence, name)
                 continue
             received, wanted = _output_type(link, drafts), draft.node.slots[name].type
@@ -209,7 +216,7 @@ class _Checker:
         self.find(cycle[0], "dependency_cycle", sentence)
 
     def sorted_findings(self, needed: Collection[str]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-        """What stops the run, and what does not: warnings, and faults of nodes that would not run."""
+        """Faults that stop the run, and warnings, including faults of nodes that would not run."""
         places = {key: place for place, key in enumerate(self.prompt)}
 
         def place(finding: Finding) -> int:
@@ -226,7 +233,7 @@ class _Checker:
         elif (node := class_of(member, self.nodes)) is not None:
             return node
         else:
-            sentence = f"there is no node {class_type!r} here{nearest(class_type, self.nodes)}; replace or remove it"
+            sentence = f"unknown node {class_type!r}{nearest(class_type, self.nodes)}; replace or remove it"
         self.unknown[key] = None
         self.find(key, "missing_node_type", sentence)
         return None
@@ -243,19 +250,19 @@ class _Checker:
                 inputs[name] = slot.default
         for name in given:
             if name not in node.slots:
-                sentence = f"input {name} is ignored, since the node has none of that name{nearest(name, node.slots)}"
+                sentence = f"input {name} is ignored, as the node has no such input{nearest(name, node.slots)}"
                 label = node_label(key, self.prompt[key], self.nodes)
                 self.warnings.append(Finding("unknown_input", label, sentence, key, name))
         return inputs
 
     def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
-        """Adds the checked value or link to `inputs`, or what is wrong with it to the findings."""
+        """Add the checked value or link to `inputs`, or its fault to the findings."""
         if isinstance(value, list):
             if (link := self._read_link(key, slot.name, value)) is not None:
                 inputs[slot.name] = link
             return
         if isinstance(value, dict) and "__value__" in value:
-            value = value["__value__"]  # how clients pass a list as a value rather than as a link
+            value = value["__value__"]  # wraps a list that is a value, not a link
         try:
             inputs[slot.name] = slot.check(value, self.folders)
         except LorasmithError as error:
@@ -273,7 +280,7 @@ class _Checker:
         source, index = str(value[0]), int(value[1])
         if source not in self.prompt:
             sentence = (
-                f"{name} is linked to node {source!r}, which is not there{nearest(source, self.prompt)}; link it anew"
+                f"{name} is linked to node {source!r}, which is missing{nearest(source, self.prompt)}; link another one"
             )
             self.find(key, "bad_linked_input", sentence, name)
             return None
@@ -281,7 +288,7 @@ class _Checker:
 
 
 def _output_type(link: Link, drafts: Mapping[str, GraphNode]) -> str:
-    """The type that arrives through `link`: that of a MATCH output is the type of what the node's inputs receive."""
+    """The type of a link; for a MATCH output, the type that the node's inputs receive."""
     seen: set[str] = set()
     while (source := drafts.get(link.node_id)) is not None and 0 <= link.output < len(source.node.outputs):
         declared = source.node.outputs[link.output].type
@@ -297,7 +304,7 @@ def _output_type(link: Link, drafts: Mapping[str, GraphNode]) -> str:
 
 
 def _linked_ids(member: Any) -> list[str]:
-    """What a node of an unknown class seems to be linked to."""
+    """Ids of the nodes that a node of an unknown class appears to be linked to."""
     inputs = member.get("inputs") if isinstance(member, dict) else None
     values = inputs.values() if isinstance(inputs, dict) else ()
     return [str(value[0]) for value in values if isinstance(value, list) and len(value) == 2 and _is_id(value[0])]

@@ -1,8 +1,8 @@
-"""Calling a node function over lists of values, as ComfyUI's graphs mean it.
+"""Calling a node function over lists of values, with the semantics of ComfyUI's graphs.
 
-Every input arrives as a list: one item for a value or an ordinary output, any number for an output that is a list. The
-function is called once per item of the longest, shorter lists repeating their last; or once with the lists themselves
-when the node says so. An ordinary output collects one value per call; outputs that are lists are joined end to end.
+Every input is a list: one item for a value or an ordinary output, any number for a list output. The function is called
+once per item of the longest list, shorter ones repeating their last item; or once with the lists if the node declares
+that. An ordinary output collects one value per call; list outputs are concatenated.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["NodeResult", "call_node"]
 
 @dataclass(frozen=True)
 class NodeResult:
-    """What a node gave: the items of each output, and what it shows."""
+    """The result of a node: the items of each output, and its output for user interfaces."""
 
     outputs: tuple[tuple[Any, ...], ...]
     ui: UiOutput
 
 
 def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeContext) -> NodeResult:
-    """Call the function of `node` as often as its inputs ask for.
+    """Call the function of `node` once per item of its inputs.
 
     Args:
         node: the node.
-        lists: the items of each given input, by key in the workflow file.
+        lists: the items of each input, by key in the workflow file.
         context: first argument of the function.
 
     Raises:
@@ -58,7 +58,7 @@ def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeConte
 
 
 def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Keywords of each call."""
+    """The keyword arguments of each call."""
     if node.is_input_list:
         yield {name: list(items) for name, items in lists.items()}
         return
@@ -70,7 +70,7 @@ def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str,
 
 
 def _nested(node: Node, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords with the repetitions of a growing input in one dict: `inputs.input0` → `inputs["input0"]`."""
+    """Keyword arguments with a repeating input as one dict: `inputs.input0` → `inputs["input0"]`."""
     growing = [one.name for one in node.inputs if one.grow is not None]
     nested: dict[str, Any] = {name: {} for name in growing}
     for key, value in keywords.items():

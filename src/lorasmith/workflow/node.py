@@ -1,4 +1,4 @@
-"""Node declaration: a typed function, and what editors and workflow files must know of it.
+"""Node declaration: a typed function with its description for editors and workflow files.
 
     @node(
         "ImageScale",
@@ -10,9 +10,9 @@
     def image_scale(context: NodeContext, *, image: Tensor, width: int) -> tuple[Tensor]:
         \"\"\"Scale pictures to a size.\"\"\"
 
-The function stays an ordinary one. Its keywords are the inputs (a last `**keyword` takes those that it does not name),
-its docstring's first paragraph the description; it returns a tuple with one value per output, or a `NodeOutput` when it
-also has something to show.
+The function is not wrapped. Its keywords are the inputs (a final `**keyword` receives the others), the first paragraph
+of its docstring is the description; it returns a tuple with one value per output, or a `NodeOutput` with output for
+user interfaces.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Hidden: TypeAlias = Literal["prompt", "extra_pnginfo", "unique_id"]
 
 @dataclass(frozen=True)
 class NodeOutput:
-    """What a node returns when it has something to show.
+    """The return value of a node with output for user interfaces.
 
     Attributes:
         values: one value per output.
-        ui: what it shows, by kind, each a list.
+        ui: output for user interfaces by kind, each a list.
     """
 
     values: tuple[Any, ...] = ()
@@ -55,15 +55,15 @@ class Node:
     """A declared node.
 
     Attributes:
-        id: class name in workflow files; `aliases` are older ones for the same node.
-        display_name, category, description, search_aliases: for people and editors.
-        inputs, outputs: in the order that editors show.
-        hidden: what of the workflow the node writes into its results. With `unique_id` a result also depends on the
-            node's id, so that two equal nodes are both run.
-        is_input_list: the function is called once with every input as a list, instead of once per item.
-        output_node: the node is a goal; others run only as far as goals need them.
-        fingerprint: what a result depends on besides the inputs (a file's size and time). Called with the folders and
-            those inputs that it has keywords for; returns something JSON can hold.
+        id: class name in workflow files; `aliases` are older names.
+        display_name, category, description, search_aliases: for editors.
+        inputs, outputs: in the editors' order.
+        hidden: parts of the workflow that the node writes into its results. With `unique_id` a result also depends on
+            the node's id, so that two equal nodes are both run.
+        is_input_list: whether the function is called once with lists of all inputs, instead of once per item.
+        output_node: whether the node is an output; others run only if an output needs them.
+        fingerprint: function that returns, as a JSON value, what a result depends on besides the inputs, such as a
+            file's size and time. Called with the folders and those inputs that it has keywords for.
         deprecated, experimental: badges.
         function: called with a NodeContext and the inputs as keywords.
     """
@@ -86,7 +86,7 @@ class Node:
 
     @cached_property
     def slots(self) -> Mapping[str, Input]:
-        """Every input that a workflow file can hold, by its key there; repeating inputs are spelled out."""
+        """All inputs that a workflow file can have, by key, with repeating inputs expanded."""
         return {slot.name: slot for declared in self.inputs for slot in declared.expanded()}
 
 
@@ -110,7 +110,12 @@ def node(
     experimental: bool = False,
     registry: Registry[Node] = NODES,
 ) -> Callable[[F], F]:
-    """Decorator that declares and registers a node; the arguments are the attributes of `Node`.
+    """Decorator that declares and registers a node.
+
+    Args:
+        id, display_name, category, inputs, outputs, aliases, search_aliases, hidden, is_input_list, output_node,
+            fingerprint, deprecated, experimental: as the attributes of `Node`.
+        registry: where it is registered.
 
     Raises:
         TypeError: the function's keywords are not the declared inputs.

@@ -1,4 +1,4 @@
-"""Node definitions in the shape that a ComfyUI server answers for `/object_info`, for editors and API clients."""
+"""Node definitions in the format of a ComfyUI server's `/object_info`, for editors and API clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["object_info"]
 
 
 def object_info(node: Node, folders: Folders) -> dict[str, Any]:
-    """The definition of `node`, with the choices that the folders offer now. Everything in it is plain JSON."""
+    """The definition of `node` as JSON values, with the current choices of the folders."""
     inputs: dict[str, dict[str, list[Any]]] = {
         "required": _inputs((one for one in node.inputs if not one.optional), folders),
         "optional": _inputs((one for one in node.inputs if one.optional), folders),
@@ -31,7 +31,7 @@ def object_info(node: Node, folders: Folders) -> dict[str, Any]:
         "name": node.id,
         "display_name": node.display_name,
         "description": node.description,
-        # Editors take modules below `nodes` for nodes of the program itself.
+        # Editors treat modules below `nodes` as nodes of the program itself.
         "python_module": node.function.__module__.removeprefix("lorasmith."),
         "category": node.category,
         "output_node": node.output_node,

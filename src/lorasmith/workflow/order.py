@@ -1,4 +1,4 @@
-"""Dependency order: what must run before what, and where that is impossible."""
+"""Dependency order of nodes, and cycles."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["depth_first"]
 def depth_first(
     goals: Collection[str], needs: Mapping[str, Sequence[str]]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """What `goals` need, dependencies first, and the cycles met on the way.
+    """Dependencies of `goals` in order of execution, and cycles.
 
-    One goal's branch is finished before the next begins, in the order of `goals` and `needs`. A loop over an explicit
-    stack, since workflows may be deeper than Python recurses.
+    The branch of one goal is completed before the next, in the order of `goals` and `needs`. Implemented with an
+    explicit stack, as workflows may be deeper than Python's recursion limit.
 
     Args:
-        goals: where to begin.
-        needs: the direct dependencies of each node; those without an entry of their own are left out.
+        goals: nodes to start from.
+        needs: direct dependencies of each node; those without an entry of their own are ignored.
 
     Returns:
-        Every node that a goal depends on, the goals among them, once each; and each cycle as a path whose last node
-        needs the first.
+        Every node that a goal depends on, goals included, once each; and each cycle as a path whose last node needs the
+        first.
     """
     order: dict[str, None] = {}
     cycles = []

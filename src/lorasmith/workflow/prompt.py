@@ -1,7 +1,7 @@
-"""API-format workflow files as they arrive: read, told apart from the editor's own format, and changed by `--set`.
+"""Parsing of API-format workflow files, and overrides from `--set`.
 
 A prompt is a JSON object of nodes by id: `{"3": {"class_type": "KSampler", "inputs": {...}, "_meta": {"title": ...}}}`.
-An input is a value, or a link `["4", 0]` to output 0 of node 4. What it means is for `graph` to say.
+An input is a value, or a link `["4", 0]` to output 0 of node 4. `graph` checks the content.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lorasmith.workflow.node import NODES, Node
 __all__ = ["Prompt", "apply_overrides", "class_of", "node_label", "node_title", "parse_prompt"]
 
 Prompt: TypeAlias = Mapping[str, Any]
-"""Nodes by id, as the file has them."""
+"""Nodes by id, as in the file."""
 
 
 def parse_prompt(text: str | bytes) -> dict[str, Any]:
-    """The prompt in a workflow file's text; a `{"prompt": {...}}` wrapper, as API clients send it, is taken off.
+    """The prompt in a workflow file's text, without the `{"prompt": {...}}` wrapper of API clients.
 
     Raises:
         GraphError: the text is not JSON, not an object, or a workflow in the editor's format.
@@ -41,23 +41,23 @@ def parse_prompt(text: str | bytes) -> dict[str, Any]:
 
 
 def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
-    """A copy of `prompt` in which inputs have other values.
+    """A copy of `prompt` with changed inputs.
 
     Args:
-        prompt: what `parse_prompt` returned.
-        overrides: `<node id>.<input>=<value>` each, such as `12.steps=200`. The value is read as JSON where that gives
-            what the input takes, and as text otherwise.
-        nodes: known nodes, whose declarations say which inputs there are.
+        prompt: from `parse_prompt`.
+        overrides: each `<node id>.<input>=<value>`, such as `12.steps=200`. The value is parsed as JSON if that fits
+            the input, otherwise it is text.
+        nodes: registered nodes, for their inputs.
 
     Raises:
-        GraphError: an override has another form, or names a node or input that is not there.
+        GraphError: an override is malformed, or names an unknown node or input.
     """
     changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
     for override in overrides:
         address, equals, text = override.partition("=")
         node_id, dot, name = address.strip().partition(".")
         if not (equals and dot and name):
-            raise GraphError(f"an override must read <node id>.<input>=<value>, such as 12.steps=200, got {override!r}")
+            raise GraphError(f"an override must be <node id>.<input>=<value>, such as 12.steps=200, got {override!r}")
         if node_id not in changed:
             known = ", ".join(node_label(key, member, nodes) for key, member in changed.items())
             raise GraphError(
@@ -68,19 +68,25 @@ def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry
 
 
 def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
-    """The declaration of a prompt's node; None where the prompt is malformed or the class unknown."""
+    """The declaration of a prompt's node; None if the node is malformed or its class unknown."""
     class_type = member.get("class_type") if isinstance(member, dict) else None
     return nodes[class_type] if isinstance(class_type, str) and class_type in nodes else None
 
 
 def node_label(node_id: str, member: Any, nodes: Registry[Node] = NODES) -> str:
-    """How messages name a node: `node 12 'Train LoRA'`, by its title in the file or else its display name."""
+    """The name of a node in messages: `node 12 'Train LoRA'`, with its title in the file or its display name.
+
+    Args:
+        node_id: key in the prompt.
+        member: the prompt's node.
+        nodes: registered nodes.
+    """
     title = node_title(member, nodes)
     return f"node {node_id} {title!r}" if title else f"node {node_id}"
 
 
 def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
-    """The title that a prompt's node has in the file, else the node's display name, else its class."""
+    """The title of a prompt's node in the file, or its display name, or its class."""
     if not isinstance(member, dict):
         return ""
     meta, node = member.get("_meta"), class_of(member, nodes)

@@ -1,8 +1,8 @@
-"""Inputs and outputs of nodes: their types, and which values they take.
+"""Inputs and outputs of nodes: types and accepted values.
 
-Socket types are ComfyUI's names. `INT`, `FLOAT`, `STRING`, `BOOLEAN` and `COMBO` are scalars that a workflow file may
-hold as values; every other type (`MODEL`, `LATENT`, ...) only arrives through a link. `INT,FLOAT` takes either, `*`
-anything, and all `MATCH` sockets of one node carry the same type, whichever it is.
+Socket types are ComfyUI's names. `INT`, `FLOAT`, `STRING`, `BOOLEAN` and `COMBO` are scalars that can be values in a
+workflow file; all other types (`MODEL`, `LATENT`, ...) are only linked. `INT,FLOAT` accepts either, `*` anything, and
+all `MATCH` sockets of one node have the same type.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ANY = "*"
 """Matches every type."""
 
 MATCH = "COMFY_MATCHTYPE_V3"
-"""Any type, but the same for all sockets of the node that are declared so."""
+"""Any type, but the same for all such sockets of a node."""
 
 SCALARS: Mapping[str, type] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
-"""Types that a workflow file can hold as plain values."""
+"""Types that can be values in a workflow file."""
 
 Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
 
@@ -46,8 +46,8 @@ class Output:
 
     Attributes:
         type: socket type.
-        name: as shown; the type by default.
-        is_list: the node returns a list here, whose items go on one by one.
+        name: shown in editors; the type by default.
+        is_list: whether the value is a list, whose items are processed one by one.
         tooltip: one sentence.
     """
 
@@ -70,17 +70,17 @@ class Input:
     Attributes:
         name: key in the workflow file and keyword of the node function.
         type: socket type.
-        optional: a workflow may leave it out: then the declared default counts, or else the function's own.
-        default: value that editors start from; None is no default.
+        optional: whether a workflow may omit it; the declared default, or that of the function, is then used.
+        default: initial value in editors; None for none.
         min, max, step: inclusive bounds and granularity of numbers.
-        options: choices of a COMBO, fixed or as the folders have them at the moment.
-        accept: decides about a COMBO's values instead of the list: returns the accepted spelling or raises a
-            LorasmithError. For file names that may also carry a place, `cat.png [output]`.
-        multiline: text over several lines.
-        force_input: a scalar shown as a socket only.
+        options: choices of a COMBO, fixed or a function of the folders.
+        accept: checks a COMBO's values instead of the list: returns the accepted spelling or raises a LorasmithError.
+            For file names with a place, such as `cat.png [output]`.
+        multiline: whether text may have several lines.
+        force_input: whether a scalar is shown as a socket only.
         tooltip: one or two sentences.
-        extras: further options that editors understand (`image_upload`, `control_after_generate`).
-        grow: the input repeats; the function receives a dict by short name (`input0`, ...).
+        extras: additional options for editors (`image_upload`, `control_after_generate`).
+        grow: set if the input repeats; the function receives a dict by short name (`input0`, ...).
     """
 
     name: str
@@ -101,9 +101,9 @@ class Input:
 
     @classmethod
     def from_option(cls, option: Option, **overrides: Any) -> Input:
-        """The input that stands for a setting declared elsewhere; `overrides` replace attributes.
+        """The input for an `Option`; `overrides` replace attributes.
 
-        An option without a default (it is decided at run time) becomes an optional input.
+        An option without a default (resolved at run time) becomes an optional input.
         """
         kind = "COMBO" if option.choices else next(name for name, known in SCALARS.items() if known is option.type)
         declared = cls(
@@ -120,7 +120,7 @@ class Input:
         return replace(declared, **overrides)
 
     def expanded(self) -> tuple[Input, ...]:
-        """The inputs that a workflow file can hold for this one: itself, or each repetition."""
+        """The inputs of a workflow file for this one: itself, or each repetition."""
         if self.grow is None:
             return (self,)
         return tuple(
@@ -134,19 +134,19 @@ class Input:
         )
 
     def choices(self, folders: Folders) -> tuple[str, ...]:
-        """The options of a COMBO as they are now."""
+        """The current options of a COMBO."""
         return tuple(self.options(folders) if callable(self.options) else self.options)
 
     @property
     def scalar_types(self) -> tuple[str, ...]:
-        """The scalar types among those that the input takes."""
+        """The scalar types among the input's types."""
         return tuple(kind for kind in _members(self.type) if kind in SCALARS)
 
     def check(self, value: Any, folders: Folders) -> Any:
-        """A workflow file's value as the node shall see it: typed, and a choice in its declared spelling.
+        """Check a workflow file's value; returns it in the declared type, choices in their declared spelling.
 
         Raises:
-            LorasmithError: type, range or choice does not fit, or the input only takes links.
+            LorasmithError: type, range or choice does not fit, or the input must be linked.
         """
         if self.type in (ANY, MATCH):
             return value
@@ -157,16 +157,16 @@ class Input:
             try:
                 return self._check_as(kind, value, folders)
             except OptionError:
-                continue  # a union takes what any of its types takes; the last one says what is wrong
+                continue  # a union accepts values of any of its types; the error is that of the last one
         return self._check_as(last, value, folders)
 
     def check_linked(self, value: Any, folders: Folders) -> Any:
-        """A value that arrived through a link: scalars are held to the same rules, objects pass as they are."""
+        """Check a linked value: scalars like those of `check`, objects are not checked."""
         only_scalars = len(self.scalar_types) == len(_members(self.type))
         return self.check(value, folders) if only_scalars else value
 
     def _check_as(self, kind: str, value: Any, folders: Folders) -> Any:
-        # Option takes None where None is the default, so an absent default must be something else here.
+        # Option accepts None if None is the default, so a missing default must be another value here.
         plain = Option(self.name, SCALARS[kind], default=..., help=self.tooltip, min=self.min, max=self.max)
         checked = plain.check(value)
         if kind != "COMBO":
@@ -177,7 +177,7 @@ class Input:
         choices = self.choices(folders)
         if value in choices:
             return value
-        # Workflows made on Windows write subfolders with backslashes.
+        # Workflows from Windows have backslashes in subfolders.
         folded = {choice.casefold(): choice for choice in choices}
         found = folded.get(value.casefold()) or folded.get(value.casefold().replace("\\", "/"))
         if found is not None:
@@ -189,7 +189,7 @@ class Input:
 
 
 def types_match(received: str, wanted: str) -> bool:
-    """Whether an output of type `received` may feed an input of type `wanted`: they share a type, or one takes all."""
+    """Whether an output of type `received` fits an input of type `wanted`: they share a type, or one is `*`."""
     ours, theirs = set(_members(received)), set(_members(wanted))
     return bool(ours & theirs) or not {ANY, MATCH}.isdisjoint(ours | theirs)
 

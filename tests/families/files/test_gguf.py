@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.families.files.gguf import GgufFile
 from lorasmith.families.files.structure import load_structure
 from lorasmith.families.loading import load_model
@@ -75,7 +75,7 @@ def test_it_predicts_as_the_plain_model_does(tmp_path: Path, dtype: torch.dtype)
     found = []
     for one in models_:
         module = one.components.denoiser
-        with torch.no_grad(), held(module, device=CPU, dtype=dtype):
+        with torch.no_grad(), placed(module, device=CPU, dtype=dtype):
             found.append(module(x.to(dtype), time, encoder_hidden_states=context.to(dtype), return_dict=False)[0])
     assert found[0].isfinite().all()
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
@@ -86,7 +86,7 @@ def test_placing_keeps_codes_and_puts_them_back(tmp_path: Path) -> None:
     module = load_model(tmp_path / "model.gguf").components.denoiser
     before = {path: (id(one), one.dtype) for path, one in packed_layers(module).items()}
     whole = weights(module)
-    with held(module, device=CPU, dtype=torch.bfloat16):
+    with placed(module, device=CPU, dtype=torch.bfloat16):
         inside = packed_layers(module)
         assert inside.keys() == before.keys()
         for path, one in inside.items():
@@ -173,7 +173,7 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", lacking)
-    with pytest.raises(ModelError, match="takes the package gguf to read; install it with: pip install gguf"):
+    with pytest.raises(ModelError, match="needs the package gguf; install it with: pip install gguf"):
         load_model(tmp_path / "model.gguf")
 
 

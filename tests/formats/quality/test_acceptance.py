@@ -53,7 +53,7 @@ def test_the_rules_say_what_was_measured(lora, family: str, case: str, layout: s
     assert predicted & cells.keys() == measured
 
 
-@pytest.mark.parametrize("family", ["sd1", "flux1"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "flux1"])
 @pytest.mark.parametrize("case", ["lora", "lora-uneven"])
 def test_portable_loras_are_applied_completely_everywhere(family: str, case: str) -> None:
     cells = [c for c in RECORD["cells"] if (c["family"], c["case"], c["layout"]) == (family, case, PORTABLE)]

@@ -19,7 +19,7 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.engine import prepared
 from lorasmith.training.memory import activations, host_memory
-from lorasmith.training.memory.activations import economical, held_by, noted, sparing
+from lorasmith.training.memory.activations import activations_packed, activations_reduced, held_by, recipes_recorded
 
 SPARING = [kind for kind in get_args(Activations) if kind != "keep"]
 
@@ -49,11 +49,11 @@ def kept_bytes(model: Model, data: EncodedDataset, kind: str) -> int:
     batch = engine.batch_maker(model.denoiser, data.samples, job.config, job.runtime).step(0)[0]
     sizes: dict[int, int] = {}
     tensors: list[Tensor] = []
-    with prepared(model.denoiser, job.adapters, job.config, job.runtime), noted() as notes:
+    with prepared(model.denoiser, job.adapters, job.config, job.runtime), recipes_recorded() as recipes:
         weights = {p.untyped_storage().data_ptr() for p in model.components.denoiser.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
-            for one in held_by(notes.pack(tensor)) if kind != "keep" else [tensor]:
+            for one in held_by(recipes.pack(tensor)) if kind != "keep" else [tensor]:
                 tensors.append(one)  # so that no address is used twice
                 if one.untyped_storage().data_ptr() not in weights and not isinstance(one, nn.Parameter):
                     sizes[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
@@ -77,7 +77,7 @@ def test_frozen_convolutions_keep_nothing() -> None:
     x = torch.randn(1, 3, 12, 12, requires_grad=True)
     (expected,) = torch.autograd.grad(net(x).square().sum(), x)
     kept: list[Tensor] = []
-    with sparing(net, "keep"):
+    with activations_reduced(net, "keep"):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             y = net(x)
         assert not kept
@@ -90,16 +90,16 @@ def test_what_is_made_again_is_made_once_for_all_who_want_it(monkeypatch: pytest
     x = torch.randn(4, 64, requires_grad=True)
     weights = [torch.randn(64, 64, requires_grad=True) for _ in range(3)]
     made: list[object] = []
-    original = activations.Remade._made
+    original = activations.Recipe._recomputed
 
-    def counted(self: activations.Remade) -> Tensor:
+    def counted(self: activations.Recipe) -> Tensor:
         made.append(self._function)
         return original(self)
 
-    monkeypatch.setattr(activations.Remade, "_made", counted)
-    with economical("lean", nn.Identity()):
+    monkeypatch.setattr(activations.Recipe, "_recomputed", counted)
+    with activations_packed("lean", nn.Identity()):
         y = F.layer_norm(2 * x, (64,))
-        remade = activations._remade_of(y)
+        recipe = activations._recipe_of(y)
         out = sum((F.linear(y, weight).square().sum() for weight in weights), torch.zeros(()))
     held = weakref.ref(y)
     del y
@@ -107,19 +107,19 @@ def test_what_is_made_again_is_made_once_for_all_who_want_it(monkeypatch: pytest
     assert not made
     out.backward()
     assert made.count(F.layer_norm) == 1
-    assert remade is not None
-    assert remade._value is None  # it is gone when the last has had it
+    assert recipe is not None
+    assert recipe._value is None  # it is gone when the last has had it
 
 
 def test_an_argument_that_is_changed_in_place_is_noticed() -> None:
     x = torch.randn(4, 64, requires_grad=True)
-    with economical("lean", nn.Identity()):
+    with activations_packed("lean", nn.Identity()):
         scaled = 2 * x
         y = F.silu(scaled)
         z = y * y
     with torch.no_grad():
         scaled.add_(1)
-    with pytest.raises((AssertionError, RuntimeError), match=r"changed in place|inplace"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"modified in place|inplace"):
         z.sum().backward()
 
 
@@ -128,7 +128,7 @@ def test_results_that_are_changed_in_place_are_kept_as_they_are() -> None:
     weight = torch.randn(64, 64, requires_grad=True)
     found = []
     for kind in ("keep", "lean"):
-        with economical(kind, nn.Identity()):
+        with activations_packed(kind, nn.Identity()):
             y = F.silu(x * 2)
             y.mul_(3)
             z = F.linear(y, weight)

@@ -25,7 +25,7 @@ from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_on, attached
+from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS
@@ -36,9 +36,9 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.memory import compilation
-from lorasmith.training.memory.activation_checkpointing import checkpointed
-from lorasmith.training.memory.compilation import compilable, compiled, compiler, sizes_vary, units
-from lorasmith.training.memory.frozen_weights import kept
+from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
+from lorasmith.training.memory.compilation import blocks_compiled, compilable, compiler, sizes_vary, units
+from lorasmith.training.memory.frozen_weights import weights_packed
 from lorasmith.training.runs.fingerprint import environment
 from lorasmith.training.train import TrainResult, plan_job
 from tests.covering import slow_except
@@ -147,9 +147,9 @@ def graphs() -> int:
 @pytest.mark.parametrize("make", [LoraAdapter.create, *OTHERS])
 def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Adapter]) -> None:
     adapters = adapters_for(toy, make)
-    with attached(toy, [Attached(adapters)]):
+    with adapters_attached(toy, [Attached(adapters)]):
         plain = gradients(toy, adapters)
-        with compiled(toy, True):
+        with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
     assert not counters["graph_break"], "each block is one graph"
     assert graphs() == 2, "blocks of a kind share their code"
@@ -159,7 +159,7 @@ def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Ad
 def test_blocks_with_other_adapters_stay_as_they_are(toy: Toy, name: str) -> None:
     adapters = adapters_for(toy, ADAPTERS[name].create)
     assert not compilable(list(adapters.values()))
-    with attached(toy, [Attached(adapters)]), compiled(toy, True):
+    with adapters_attached(toy, [Attached(adapters)]), blocks_compiled(toy, True):
         assert [adapters_on(toy.get_submodule(path)) for path in adapters] == [[one] for one in adapters.values()]
         gradients(toy, adapters)
     assert graphs() == 0
@@ -178,9 +178,9 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     model = stages().requires_grad_(False)
     assert units(model) == [block for stage in model.parts for block in stage.get_submodule("parts").children()]
     adapters = adapters_for(model)
-    with attached(model, [Attached(adapters)]):
+    with adapters_attached(model, [Attached(adapters)]):
         plain = gradients(model, adapters)
-        with checkpointed(model, depth), compiled(model, True):
+        with blocks_checkpointed(model, depth), blocks_compiled(model, True):
             assert_close(gradients(model, adapters), plain)
     assert graphs() == 1
     assert not counters["graph_break"]
@@ -189,9 +189,9 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
 def test_differences_of_norms_and_biases(toy: Toy) -> None:
     paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
     differences = {path: Difference.create(module) for path, module in paths.items()}
-    with attached(toy, [Attached({}, differences=differences)]):
+    with adapters_attached(toy, [Attached({}, differences=differences)]):
         plain = gradients(toy, differences)
-        with compiled(toy, True):
+        with blocks_compiled(toy, True):
             assert_close(gradients(toy, differences), plain)
     assert graphs() > 0
 
@@ -199,9 +199,9 @@ def test_differences_of_norms_and_biases(toy: Toy) -> None:
 @pytest.mark.parametrize("kind", slow_except([kind for kind in PACKINGS if kind != "none"], "int8", "nf4"))
 def test_quantized_weights(toy: Toy, kind: str) -> None:
     adapters = adapters_for(toy)
-    with kept(toy, kind=kind, device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
+    with weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32), adapters_attached(toy, [Attached(adapters)]):
         plain = gradients(toy, adapters)
-        with compiled(toy, True):
+        with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
     assert graphs() == 2
 
@@ -235,9 +235,9 @@ def test_no_weight_is_kept_for_the_backward_pass(
         return tensor
 
     with (
-        kept(toy, kind=kind, device=CPU, dtype=torch.float32),
-        attached(toy, [Attached(adapters)]),
-        compiled(toy, True),
+        weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32),
+        adapters_attached(toy, [Attached(adapters)]),
+        blocks_compiled(toy, True),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         toy(x).sum().backward()
@@ -249,11 +249,11 @@ def test_no_weight_is_kept_for_the_backward_pass(
 def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     adapters = adapters_for(toy)
     dropout = Dropout(adapters, rank=0.5, module=0.1, seed=0)
-    with attached(toy, [Attached(adapters)]):
+    with adapters_attached(toy, [Attached(adapters)]):
         for draws in ((0, 1), (2, 3)):
-            with dropout.applied(dropout.masks(draws)):
+            with dropout.masks_applied(dropout.masks(draws)):
                 plain = gradients(toy, adapters)
-                with compiled(toy, True):
+                with blocks_compiled(toy, True):
                     assert_close(gradients(toy, adapters), plain)
     assert graphs() == 2, "masks are data, not code"
 
@@ -261,9 +261,9 @@ def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
 @pytest.mark.parametrize(("varying", "more"), [(False, 2), (True, 0)])
 def test_code_for_any_size(toy: Toy, varying: bool, more: int) -> None:
     adapters = adapters_for(toy)
-    with attached(toy, [Attached(adapters)]):
+    with adapters_attached(toy, [Attached(adapters)]):
         plain = gradients(toy, adapters, batch=3)
-        with compiled(toy, True, varying_sizes=varying):
+        with blocks_compiled(toy, True, varying_sizes=varying):
             gradients(toy, adapters)
             before = graphs()
             assert_close(gradients(toy, adapters, batch=3), plain)
@@ -271,18 +271,18 @@ def test_code_for_any_size(toy: Toy, varying: bool, more: int) -> None:
 
 
 def test_passes_without_a_gradient_are_not_compiled(toy: Toy) -> None:
-    with compiled(toy, True), torch.no_grad():
+    with blocks_compiled(toy, True), torch.no_grad():
         toy(torch.zeros(1, 5, 8))
     assert graphs() == 0
 
 
 def test_the_model_is_as_before_whatever_happens(toy: Toy) -> None:
     before = [dict(vars(module)) for module in toy.modules()]
-    with contextlib.suppress(KeyboardInterrupt), compiled(toy, True):
+    with contextlib.suppress(KeyboardInterrupt), blocks_compiled(toy, True):
         assert sum("forward" in vars(block) for block in units(toy)) == 5
         raise KeyboardInterrupt
     assert [dict(vars(module)) for module in toy.modules()] == before
-    with compiled(toy, False):
+    with blocks_compiled(toy, False):
         assert [dict(vars(module)) for module in toy.modules()] == before
 
 
@@ -312,9 +312,12 @@ def test_machine_code(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     del toy.wide[:], toy.narrow[1:]  # seconds for each kind
     adapters = adapters_for(toy)
-    with kept(toy, kind="int8", device=CPU, dtype=torch.float32), attached(toy, [Attached(adapters)]):
+    with (
+        weights_packed(toy, kind="int8", device=CPU, dtype=torch.float32),
+        adapters_attached(toy, [Attached(adapters)]),
+    ):
         plain = gradients(toy, adapters)
-        with compiled(toy, True):
+        with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
     assert graphs() == 1
 
@@ -358,7 +361,7 @@ def test_where_torch_cannot_compile_the_run_goes_on(
     heard: list[Event] = []
     result = run(dataset, compile=True, on_event=heard.append, output=tmp_path / "run")
     (message,) = (event.message for event in heard if isinstance(event, Warned) and "compile" in event.message)
-    assert "there is no compiler here" in message and "\n" not in message and "step 1 is taken again" in message
+    assert "there is no compiler here" in message and "\n" not in message and "step 1 is repeated" in message
     assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
 
 
@@ -434,7 +437,7 @@ def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
     total = len(units(tiny.components.denoiser))
     assert "compile" not in notes()
     assert f"of {total} blocks as they are, whose adapters (LoHa)" in notes(algorithm="LoHa")
-    assert "compile changes nothing: every block has adapters (LoHa)" in notes(algorithm="LoHa", targets="all")
+    assert "compile has no effect: every block has adapters (LoHa)" in notes(algorithm="LoHa", targets="all")
 
 
 @pytest.mark.parametrize("offloading", [False, True])

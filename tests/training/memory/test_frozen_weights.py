@@ -16,7 +16,7 @@ from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
-from lorasmith.adapters.inject import Attached, attached
+from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.app.model_run import train
@@ -28,8 +28,8 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Model
 from lorasmith.training.events import StepDone, Warned
-from lorasmith.training.memory.activation_checkpointing import checkpointed
-from lorasmith.training.memory.frozen_weights import kept, takes_fp8_products
+from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
+from lorasmith.training.memory.frozen_weights import takes_fp8_products, weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.train import TrainResult
 from tests.covering import slow_except
@@ -112,9 +112,9 @@ def test_a_run_with_products_in_fp8_learns_as_the_others_do(
 @pytest.mark.parametrize(
     ("kind", "there", "sentence"),
     [
-        ("fp8_e4m3", False, "quantized_backward changes nothing on cpu, which has no products in fp8"),
-        ("int8", True, "quantized_backward changes nothing with quantization int8"),
-        ("fp8_e4m3", True, r"quantized_backward is of \d+ of \d+ layers; .* convolutions"),
+        ("fp8_e4m3", False, "quantized_backward has no effect on cpu, which has no products in fp8"),
+        ("int8", True, "quantized_backward has no effect with quantization int8"),
+        ("fp8_e4m3", True, r"quantized_backward applies to \d+ of \d+ layers; .* convolutions"),
     ],
 )
 def test_it_says_what_products_in_fp8_are_of(
@@ -130,7 +130,7 @@ def test_what_is_held_is_codes_and_scales(tiny: Model) -> None:
     layers = packable_layers(module)
     assert {id(layer) for layer in layers} == {id(layer) for layer in module.modules() if is_targetable(layer)}
     numbers = sum(layer.get_parameter("weight").numel() for layer in layers)
-    with kept(module, kind="nf4", device=CPU, dtype=torch.bfloat16):
+    with weights_packed(module, kind="nf4", device=CPU, dtype=torch.bfloat16):
         sizes = [layer.weight_source.size_bytes for layer in layers]
         assert {layer.get_parameter("weight").untyped_storage().nbytes() for layer in layers} == {2}
     assert sum(sizes) <= 0.5625 * numbers + 36 * len(layers)
@@ -146,7 +146,7 @@ def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedData
 
     with (
         pytest.raises(RuntimeError, match="a bug"),
-        kept(tiny.components.denoiser, kind=kind, device=CPU, dtype=torch.float32, stream=WeightStream(CPU)),
+        weights_packed(tiny.components.denoiser, kind=kind, device=CPU, dtype=torch.float32, stream=WeightStream(CPU)),
     ):
         explode(None)
     after = fingerprint(tiny)
@@ -204,7 +204,7 @@ def test_it_says_what_share_is_quantized_and_what_previews_show(run: Run, datase
     events: list[object] = []
     run(dataset, steps=1, quantization="int8", previews="a cat", on_event=events.append)
     said = [event.message for event in events if isinstance(event, Warned)]
-    assert any(text.startswith("quantization int8 is of 9") and "% of the frozen weights" in text for text in said)
+    assert any(text.startswith("quantization int8 applies to 9") and "% of the frozen weights" in text for text in said)
     assert any("not with the quantized one" in text for text in said)
 
 
@@ -265,9 +265,9 @@ def test_a_model_of_twice_the_budget_trains_within_it(kind: str, depth: int) -> 
         trained = [parameter for one in adapters.values() for parameter in one.parameters()]
         found = []
         with (
-            kept(model, kind=kind, device=CPU, dtype=torch.float32, stream=stream),
-            attached(model, [Attached(adapters)]),
-            checkpointed(model, depth),
+            weights_packed(model, kind=kind, device=CPU, dtype=torch.float32, stream=stream),
+            adapters_attached(model, [Attached(adapters)]),
+            blocks_checkpointed(model, depth),
         ):
             for _ in range(3):
                 loss = model(x).square().mean()

@@ -12,13 +12,13 @@ from lever_cases import flux_dataset
 from torch import nn
 
 from lorasmith.app.model_run import train
-from lorasmith.core.placement import held
+from lorasmith.core.placement import placed
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
 from lorasmith.training.events import Event, Planned, Shrunk
 from lorasmith.training.memory import activations
-from lorasmith.training.memory.frozen_weights import kept
+from lorasmith.training.memory.frozen_weights import weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.train import TrainResult
 
@@ -65,7 +65,7 @@ def test_copies_stand_in_for_weights_and_are_gone_afterwards(tiny: Model) -> Non
     module = tiny.components.denoiser
     originals = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in module.state_dict().items()}
     before = torch.cuda.memory_allocated()
-    with held(module, device=DEVICE, dtype=torch.bfloat16):
+    with placed(module, device=DEVICE, dtype=torch.bfloat16):
         assert {one.device.type for one in module.parameters()} == {DEVICE.type}
         assert {one.dtype for one in module.parameters()} == {torch.bfloat16}
         kernels = [one for one in module.parameters() if one.ndim == 4 and min(one.shape[1:]) > 1]
@@ -96,7 +96,7 @@ def test_activations_that_are_not_kept_take_no_gpu_memory(kind: str, share: floa
     held = {}
     for one in ("keep", kind):
         before = torch.cuda.memory_allocated()
-        with activations.sparing(net, one), activations.economical(one, net):
+        with activations.activations_reduced(net, one), activations.activations_packed(one, net):
             y = net(x)
         torch.cuda.synchronize()
         held[one] = torch.cuda.memory_allocated() - before
@@ -111,7 +111,7 @@ def test_a_gpu_holds_codes_alone(tiny: Model, kind: str, share: float) -> None:
     module = tiny.components.denoiser
     plain = sum(parameter.numel() * 4 for parameter in module.parameters())
     before = torch.cuda.memory_allocated()
-    with kept(module, kind=kind, device=DEVICE, dtype=torch.float32) as parameters:
+    with weights_packed(module, kind=kind, device=DEVICE, dtype=torch.float32) as parameters:
         assert {parameter.device.type for parameter in parameters} == {"cuda"}
         assert torch.cuda.memory_allocated() - before < share * plain
     assert torch.cuda.memory_allocated() - before < 0.01 * plain
@@ -145,8 +145,8 @@ def test_offloaded_weights_are_not_on_the_device() -> None:
     x = torch.randn(64, width, device=DEVICE, requires_grad=True)
     with (
         peak() as most,
-        kept(module, kind="none", device=DEVICE, dtype=torch.float32, stream=stream) as looked_after,
-        held(module, device=DEVICE, dtype=torch.float32, without=looked_after),
+        weights_packed(module, kind="none", device=DEVICE, dtype=torch.float32, stream=stream) as looked_after,
+        placed(module, device=DEVICE, dtype=torch.float32, without=looked_after),
     ):
         for _ in range(3):
             y = x

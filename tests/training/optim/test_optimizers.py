@@ -249,7 +249,7 @@ def test_a_schedule_free_average_is_seen_within_and_gone_afterwards() -> None:
     run = Run("ScheduleFree", "betas=(0.9,0.999)").take(range(6))
     training = run.flat.master.clone()
     stored = run.stored()
-    with run.optimizer.evaluating():
+    with run.optimizer.evaluation_weights():
         average = run.flat.master.clone()
     assert torch.equal(run.flat.master, training)
     assert same(run.stored(), stored)
@@ -262,14 +262,14 @@ def test_a_schedule_free_average_is_seen_within_and_gone_afterwards() -> None:
 def test_evaluating_is_nothing_to_the_others() -> None:
     run = Run("AdamW").take(range(2))
     before = run.flat.master.clone()
-    with run.optimizer.evaluating():
+    with run.optimizer.evaluation_weights():
         assert torch.equal(run.flat.master, before)
     assert torch.equal(run.flat.master, before)
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:
     stored = Run("AdamW").take(range(1)).stored()
-    with pytest.raises(TrainingError, match="must be that of the same optimizer and layers"):
+    with pytest.raises(TrainingError, match="must be of the same optimizer and layers"):
         Run("RMSprop").optimizer.load(*stored)
 
 
@@ -279,7 +279,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
         ("torch.optim.SparseAdam", None, "cannot be used with these settings: SparseAdam does not support dense"),
         ("torch.optim.LBFGS", None, "asks for several"),
         ("AdamW", "betas=(0.9,)", "cannot be used with"),
-        (f"{__name__}.CountsForItself", None, "must go on exactly from its stored state, which .* does not"),
+        (f"{__name__}.CountsForItself", None, "must continue exactly from its saved state, but .* keeps state"),
         (f"{__name__}.KeepsAList", None, "is not JSON serializable; choose another"),
     ],
 )

@@ -57,7 +57,7 @@ def test_another_encoder_is_another_base_model(job: Job, dataset: EncodedDataset
     was = weight.data
     weight.data = was + 1
     try:
-        assert differences(before, fingerprint(job, data, None)) == ["the base model"]
+        assert differences(before, fingerprint(job, data, None)) == [f"the base model's {part}"]
     finally:
         weight.data = was
 

@@ -114,7 +114,7 @@ def test_why_a_run_ended(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"^a run's folder has a run\.json, which .* has not; name one such as"):
+    with pytest.raises(OptionError, match=r"^a run folder must contain run\.json, got .*; name one such as"):
         read_history(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_a_folder_is_moved_aside_with_no_file_in_it_open(tmp_path: Path, monkeyp
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", unless_open)
-    with claimed_run(path, record(), fresh=True, tell=told.append) as (folder, state):
+    with claimed_run(path, record(), fresh=True, on_event=told.append) as (folder, state):
         assert (folder.path, state) == (path, None)
     assert isinstance(told[0], Warned) and "is in" in told[0].message
     assert (tmp_path / "run-old-1" / "states").is_dir()
@@ -64,7 +64,7 @@ def test_a_folder_that_is_trained_in_is_not_moved(tmp_path: Path) -> None:
     path = unfinished(tmp_path / "run")
     with (
         RunFolder(path).claimed(),
-        pytest.raises(OutputError, match="going on in another process"),
+        pytest.raises(OutputError, match="in use by a run in another process"),
         claimed_run(path, record(), fresh=True),
     ):
         pass
@@ -76,7 +76,9 @@ def test_a_folder_that_cannot_be_moved_is_a_sentence(tmp_path: Path, monkeypatch
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match=r"cannot be renamed to run-old-1 \(Permission denied\); close what has"):
+    with pytest.raises(
+        OutputError, match=r"cannot be renamed to run-old-1 \(Permission denied\); close programs that use"
+    ):
         RunFolder(unfinished(tmp_path / "run")).move_aside()
 
 

@@ -46,7 +46,7 @@ needs_tensorboard = pytest.mark.skipif(
 
 @needs_tensorboard
 def test_tensorboard_shows_what_it_was_told(tmp_path: Path) -> None:
-    tracker = tracker_for("tensorboard", tmp_path, "fox", CONFIG, tell=refuse)
+    tracker = tracker_for("tensorboard", tmp_path, "fox", CONFIG, on_event=refuse)
     for event in (step(1), step(2), look(2), Warned(message="x"), RunFinished(step=2, reason=Outcome.FINISHED)):
         tracker(event)
     tracker.close()
@@ -61,7 +61,7 @@ def test_tensorboard_shows_what_it_was_told(tmp_path: Path) -> None:
 @needs_tensorboard
 def test_a_run_that_is_resumed_goes_on_in_the_same_curve(tmp_path: Path) -> None:
     for numbers in ((1, 2, 3), (4, 5)):
-        tracker = tracker_for("tensorboard", tmp_path, "fox", CONFIG, tell=refuse)
+        tracker = tracker_for("tensorboard", tmp_path, "fox", CONFIG, on_event=refuse)
         for number in numbers:
             tracker(step(number))
         tracker.close()
@@ -104,10 +104,10 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path: Path, wandb: list[dict[str, Any]]) -> None:
     for _ in range(2):
-        tracker = tracker_for("wandb", tmp_path / "one", "fox", CONFIG, tell=refuse)
+        tracker = tracker_for("wandb", tmp_path / "one", "fox", CONFIG, on_event=refuse)
         tracker(step(1))
         tracker.close()
-    tracker_for("wandb", tmp_path / "two", "fox", CONFIG, tell=refuse).close()
+    tracker_for("wandb", tmp_path / "two", "fox", CONFIG, on_event=refuse).close()
     first, second, other = wandb
     assert first["id"] == second["id"] != other["id"]
     assert (first["project"], first["name"], first["resume"]) == ("lorasmith", "fox", "allow")
@@ -116,7 +116,7 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path: Path, wandb: list[di
 
 
 def test_a_private_run_keeps_paths_and_prompts_from_the_network(tmp_path: Path, wandb: list[dict[str, Any]]) -> None:
-    tracker_for("wandb", tmp_path, "fox", CONFIG | {"private": True}, tell=refuse).close()
+    tracker_for("wandb", tmp_path, "fox", CONFIG | {"private": True}, on_event=refuse).close()
     assert wandb[0]["config"] == {"rank": 8, "alpha": None, "private": True}
 
 
@@ -130,7 +130,7 @@ def test_a_tracker_that_fails_says_so_once_and_is_left_alone() -> None:
     assert [number for _, number in logs.logged] == [1] and logs.finished == 0
     [warning] = said
     assert isinstance(warning, Warned)
-    assert warning.message == ("Weights & Biases failed (no route to host) and gets no more numbers; training goes on.")
+    assert warning.message == ("Weights & Biases failed (no route to host) and is disabled; training continues.")
 
 
 def test_a_warning_that_comes_back_to_the_tracker_goes_nowhere() -> None:
@@ -154,7 +154,7 @@ def test_a_failure_at_the_end_is_said_too() -> None:
     said: list[Event] = []
     Tracker(Stuck(), "TensorBoard", said.append).close()
     assert [event.message for event in said if isinstance(event, Warned)] == [
-        "TensorBoard failed (TimeoutError) and gets no more numbers; training goes on."
+        "TensorBoard failed (TimeoutError) and is disabled; training continues."
     ]
 
 
@@ -164,7 +164,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         OptionError, match=rf"^track {name} needs the package {name}, .*; run `pip install {name}`, or set"
     ):
-        tracker_for(name, tmp_path, "fox", CONFIG, tell=refuse)
+        tracker_for(name, tmp_path, "fox", CONFIG, on_event=refuse)
 
 
 def test_a_tracker_that_does_not_start_is_said_before_training(tmp_path: Path, wandb: list[dict[str, Any]]) -> None:
@@ -173,6 +173,6 @@ def test_a_tracker_that_does_not_start_is_said_before_training(tmp_path: Path, w
 
     sys.modules["wandb"].init = init  # type: ignore[attr-defined]
     with pytest.raises(
-        OptionError, match=r"^Weights & Biases does not start \(api_key not configured.*; mend that, or set"
+        OptionError, match=r"^Weights & Biases does not start \(api_key not configured.*; fix that, or set"
     ):
-        tracker_for("wandb", tmp_path, "fox", CONFIG, tell=refuse)
+        tracker_for("wandb", tmp_path, "fox", CONFIG, on_event=refuse)

@@ -1,7 +1,7 @@
-"""Single-file checkpoints in the original layout: what they hold, and whose they are.
+"""Single-file checkpoints in the original layout.
 
-Tensors lie on the memory-mapped file. Recognition is our own (families look at names and shapes): diffusers' detection
-takes every unknown file for Stable Diffusion 1.
+Tensors lie on the memory-mapped file. Families recognise files by names and shapes; diffusers' detection takes every
+unknown file for Stable Diffusion 1.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LORA_MARKS = ("lora_", "lora.", "hada_w", "lokr_w", "oft_blocks")
 
 
 class Shapes(dict[str, tuple[int, ...]]):
-    """Tensor shapes by name. Looking up a tensor that the file lacks raises ModelError: the file is at fault."""
+    """Tensor shapes by name. Looking up a tensor that the file lacks raises ModelError."""
 
     def __missing__(self, name: str) -> tuple[int, ...]:
         raise ModelError(f"the checkpoint lacks {name}; it is incomplete or was cut short")
 
 
 class OriginalCheckpoint:
-    """A file in the original layout, in whatever precision; of those that are quantized see `tensor_files`.
+    """A file in the original layout, in any precision; for quantized ones see `tensor_files`.
 
     Args:
         path: the file.
@@ -53,18 +53,18 @@ class OriginalCheckpoint:
 
     @cached_property
     def denoiser_prefix(self) -> str:
-        """What stands before the denoiser's names: the first known prefix that more than five tensors carry."""
+        """Prefix of the denoiser's names: the first known one that more than five tensors have."""
         counts = {prefix: sum(name.startswith(prefix) for name in self.shapes) for prefix in _DENOISER_PREFIXES}
         return next((prefix for prefix in _DENOISER_PREFIXES if counts[prefix] > 5), "")
 
     @cached_property
     def denoiser_shapes(self) -> Shapes:
-        """Shapes of the denoiser's tensors by their name without prefix."""
+        """Shapes of the denoiser's tensors by name without prefix."""
         return self.shapes_under(self.denoiser_prefix)
 
     @cached_property
     def architecture(self) -> dict[str, dict[str, Any]]:
-        """Settings that the file itself gives for `unet`, `vae`, `text_encoder` and `defaults`; most give none."""
+        """Settings in the file's metadata for `unet`, `vae`, `text_encoder` and `defaults`; most files have none."""
         try:
             said = json.loads(self.metadata.get(ARCHITECTURE, "{}"))
             return {component: dict(settings) for component, settings in said.items()}
@@ -81,21 +81,21 @@ class OriginalCheckpoint:
         )
 
     def vector(self, name: str) -> Tensor:
-        """A tensor that is no matrix and so never packed, by its whole name."""
+        """A tensor that is no matrix and so never packed, by its full name."""
         (_, tensor), *_ = self.file.read([name])
         return tensor.weight() if isinstance(tensor, Packed) else tensor
 
     def prefix_of(self, prefixes: Iterable[str]) -> str | None:
-        """The first of `prefixes` that a tensor's name begins with; None if there is none such."""
+        """The first of `prefixes` with which a tensor's name begins, or None."""
         return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in self.shapes)), None)
 
     def load(self, prefix: str) -> dict[str, Tensor | Packed]:
         """Tensors whose names begin with `prefix`, which is cut off.
 
-        They lie on the memory-mapped file, in its dtype; weights that the file has as codes stay packed.
+        They lie on the memory-mapped file, in its dtype; quantized weights stay packed.
 
         Raises:
-            ModelError: weights are quantized in a way that is not known here.
+            ModelError: weights have an unsupported quantization.
         """
         names = [name for name in self.shapes if name.startswith(prefix)]
         return {name.removeprefix(prefix): one for name, one in self.file.read(names)}

@@ -17,7 +17,7 @@ __all__ = ["PartFolder", "read_json", "weight_files"]
 
 
 class PartFolder:
-    """One part of a diffusers model. Nothing is read before it is asked for.
+    """One part of a diffusers model, read on access.
 
     Args:
         path: the folder, with `config.json` and weights as safetensors.
@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelError if the file cannot be read or is something else."""
+    """The JSON object in a file. Raises ModelError if the file cannot be read or holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints in fp8, whose weights stay so: plain ones, whose codes are the weights, and scaled ones.
+"""Checkpoints in fp8, whose weights stay in fp8: plain ones, whose codes are the weights, and scaled ones.
 
 A scaled weight is `code · scale`, one scale for the tensor or one for each row, as ComfyUI writes them:
 
@@ -7,7 +7,7 @@ A scaled weight is `code · scale`, one scale for the tensor or one for each row
     X.scale_input     of activations, for products in fp8 (X.input_scale in newer ones); changes no weight
     X.comfy_quant     newer files: JSON as bytes, with the `format`; or all formats are in the metadata
 
-Other formats that go by the same marks (nvfp4, int8, rotated ones) are refused.
+Other formats with the same marks (nvfp4, int8, rotated ones) are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 def companions(names: Collection[str]) -> set[str]:
-    """Tensors that say how others are to be read, and are no weights themselves."""
+    """Names of tensors that describe others (scales, formats) and are no weights themselves."""
     return {
         name
         for name in names
@@ -42,13 +42,20 @@ def companions(names: Collection[str]) -> set[str]:
 
 
 def scale_name(weight: str, names: Collection[str]) -> str | None:
-    """Name of the scale that belongs to a tensor; None if it has none."""
+    """Name of a tensor's scale, or None."""
     stem = weight.removesuffix(".weight")
     return None if stem == weight else next((stem + end for end in _SCALES if stem + end in names), None)
 
 
 def check_formats(file: str, names: Iterable[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
-    """Raises ModelError if a file says of a weight that it is in another format than fp8."""
+    """Raises ModelError if a file declares another format than fp8 for a weight.
+
+    Args:
+        file: name, for messages.
+        names: of its tensors.
+        metadata: of its header.
+        read: returns a tensor by name.
+    """
     for layer, kind in _formats(file, names, metadata, read):
         if kind not in _FORMATS:
             raise ModelError(
@@ -58,10 +65,15 @@ def check_formats(file: str, names: Iterable[str], metadata: Mapping[str, str], 
 
 
 def packed_fp8(code: Tensor, scale: Tensor | None, name: str) -> Packed | None:
-    """The weight of codes (out, ...) and, where it has one, their scale; None for a plain weight that is not in fp8.
+    """A packed weight in fp8; None for a plain weight in another dtype.
+
+    Args:
+        code: (out, ...), in fp8 or a plain weight.
+        scale: one number or one for each output, or None.
+        name: of the weight, for messages.
 
     Raises:
-        ModelError: the scale does not fit, or belongs to something else than fp8.
+        ModelError: the scale does not fit, or the weight is not in fp8.
     """
     if code.dtype not in CODES:
         if scale is None:

@@ -1,8 +1,8 @@
 """GGUF files of denoisers, as they are published for ComfyUI: original names, weights in blocks of a few bits.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read by the package `gguf`. Blocks become numbers by
-diffusers' functions (`diffusers.quantizers.gguf`), on whatever device the codes are. A row of a matrix is a whole
-number of blocks. Where it is none, writers lay the numbers out in rows of 256 and say the shape in the metadata:
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read by the package `gguf`. diffusers' functions
+(`diffusers.quantizers.gguf`) dequantize blocks on the device of the codes. A row of a matrix is a whole
+number of blocks. Where it is not, writers store the numbers in rows of 256 and the shape in the metadata:
 
     comfy.gguf.orig_shape.NAME     array of integers
 
@@ -36,7 +36,7 @@ _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do; False for one that cannot be read."""
+    """Whether a file has GGUF's magic number; False for one that cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
@@ -51,7 +51,7 @@ class GgufFile:
         path: the file.
 
     Raises:
-        ModelError: the package `gguf` is missing, or the file is damaged or of a kind that is not known here.
+        ModelError: the package `gguf` is missing, or the file is damaged or of an unsupported kind.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,8 +83,8 @@ class GgufFile:
         if kind not in _decoders():
             known = ", ".join((*_PLAIN, *sorted(_decoders())))
             raise ModelError(
-                f"{name} of {self._path.name} is stored as {kind}, which is not known here (known are {known}); get a "
-                "version of the model in one of these"
+                f"{name} of {self._path.name} is stored as {kind}, which is not supported (supported are {known}); "
+                "get a version of the model in one of these"
             )
         shape = torch.Size(self.shapes[name])
         unpack = functools.partial(_from_blocks, kind=kind, inside=tuple(shape[1:]))
@@ -100,7 +100,7 @@ def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[
 
 @functools.cache
 def _decoders() -> dict[str, tuple[Callable[..., Tensor], int, int]]:
-    """By name of the type: what makes numbers of blocks, and how many numbers and bytes a block has."""
+    """Type → function that dequantizes blocks, numbers and bytes of a block."""
     from diffusers.quantizers.gguf.utils import GGML_QUANT_SIZES, dequantize_functions
 
     return {kind.name: (decode, *GGML_QUANT_SIZES[kind]) for kind, decode in dequantize_functions.items()}
@@ -111,7 +111,7 @@ def _reader(path: Path) -> Any:
         from gguf import GGUFReader
     except ImportError as error:
         raise ModelError(
-            f"{path} is a GGUF file, which takes the package gguf to read; install it with: pip install gguf"
+            f"{path} is a GGUF file, which needs the package gguf; install it with: pip install gguf"
         ) from error
     try:
         _check_lengths(path)
@@ -126,7 +126,7 @@ def _reader(path: Path) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        # Whatever the package's parsing runs into: a wrong version, a type without a name, sizes beyond the file's end.
+        # Any error of the package's parser: a wrong version, a type without a name, sizes beyond the file's end.
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{path} cannot be read as a GGUF file ({reason}); it is cut short, damaged or of a newer kind, so get it "
@@ -135,7 +135,7 @@ def _reader(path: Path) -> Any:
 
 
 def _check_lengths(path: Path) -> None:
-    """Raises ValueError if a count or length in the header is more than the file holds: the package believes them all.
+    """Raises ValueError if a count or length in the header exceeds the file, which the package does not check.
 
     Scalars have the sizes of `_SCALARS`, a text its length before it, an array type and count of its elements.
     """
@@ -185,7 +185,7 @@ def _check_lengths(path: Path) -> None:
 
 
 def _texts(reader: Any) -> Iterator[tuple[str, str]]:
-    """The metadata that is text."""
+    """Text entries of the metadata."""
     from gguf import GGUFValueType
 
     for name, entry in reader.fields.items():
@@ -194,7 +194,7 @@ def _texts(reader: Any) -> Iterator[tuple[str, str]]:
 
 
 def _shape(path: Path, reader: Any, tensor: Any) -> tuple[int, ...]:
-    """A tensor's shape as torch has it: the file lists dimensions the other way round."""
+    """A tensor's shape in torch's order, which is the reverse of the file's."""
     shape = tuple(int(size) for size in reversed(tensor.shape))
     entry = reader.fields.get(f"{_SHAPE}{tensor.name}")
     if entry is None:

@@ -1,4 +1,4 @@
-"""Models built around the tensors of files, with every tensor accounted for."""
+"""Models built on the tensors of files; missing and unknown tensors are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["PartSource", "build", "from_original_tensors", "module_paths", "weig
 def module_paths(model: nn.Module) -> list[str]:
     """Paths of all modules that own parameters (Linear, convolution, norm, embedding), in the model's order.
 
-    The model itself is "", if it has parameters that no module of it has.
+    The model itself is "", if it has parameters of its own.
     """
     return [path for path, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
 
@@ -35,13 +35,13 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class PartSource:
-    """Where one part of a model comes from.
+    """The source of one part of a model.
 
     Attributes:
-        where: the file or folder, as messages begin with it.
-        tensors: by name, as the file has them.
+        where: the file or folder, for messages.
+        tensors: by name in the file.
         settings: of its configuration that shapes leave open.
-        config: its whole configuration, where it comes from a diffusers folder.
+        config: its full configuration, if it comes from a diffusers folder.
     """
 
     where: str
@@ -53,14 +53,14 @@ class PartSource:
 def build(
     make: Callable[[], nn.Module], tensors: Callable[[nn.Module], Mapping[str, Tensor | Packed]], *, where: str
 ) -> nn.Module:
-    """A model that takes over given tensors, as they are, without ever holding random weights.
+    """A model with given tensors as its parameters, uncopied; no random weights are allocated.
 
-    Weights that are packed stay so where their layer can compute with them (`adapters.packed_layers`).
+    Packed weights stay packed where their layer can compute with them (`adapters.packed_layers`).
 
     Args:
-        make: gives the model; called where parameters get no memory.
-        tensors: state dict for the empty model.
-        where: what the tensors come from, as messages begin with it.
+        make: creates the model; called on the meta device.
+        tensors: returns the state dict for the empty model.
+        where: the file or folder of the tensors, for messages.
 
     Raises:
         ModelError: tensors are missing, left over or of the wrong shape.
@@ -83,7 +83,7 @@ def build(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{where} does not fit its architecture: {' '.join(str(error).split())[:300]}; "
-            "it is incomplete or of a variant that is not known here"
+            "it is incomplete or of an unsupported variant"
         ) from error
     for name, one in packed.items():
         give_source(able[name], one, device=one.tensors[0].device, dtype=one.dtype)
@@ -95,10 +95,15 @@ def from_original_tensors(
 ) -> dict[str, Tensor | Packed]:
     """The state dict of a diffusers denoiser from original-layout tensors.
 
-    Fused tensors are cut into rows and swapped halves put in order, as the table says.
+    Fused tensors are cut into rows and swapped halves put in order.
+
+    Args:
+        model: the empty denoiser.
+        table: diffusers path → place in the original layout.
+        tensors: by original name without prefix.
 
     Raises:
-        ModelError: a tensor is missing, or one is left that the table does not name.
+        ModelError: a tensor is missing, or one is not in the table.
     """
     state: dict[str, Tensor | Packed] = {}
     unused = set(tensors)
@@ -120,11 +125,11 @@ def from_original_tensors(
     if unused:
         raise ModelError(
             f"the checkpoint has {len(unused)} denoiser tensors that this architecture lacks, such as {min(unused)}; "
-            "it is of a variant that is not known here"
+            "it is of an unsupported variant"
         )
     return state
 
 
 def _tensor(given: Tensor | Packed) -> Tensor:
-    """What a parameter holds."""
+    """The tensor of a parameter: a plain weight, or a packed one's placeholder."""
     return placeholder(given.shape, given.tensors[0].device, given.dtype) if isinstance(given, Packed) else given

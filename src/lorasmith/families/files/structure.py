@@ -1,4 +1,4 @@
-"""A model's structure without its weights, for questions about layers alone."""
+"""A model's structure without its weights, for commands that need names and shapes alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["load_structure"]
 def load_structure(source: str | os.PathLike[str]) -> Model:
     """A model whose denoiser's matrices are on the meta device, with no text encoder and no autoencoder.
 
-    Of a single file its header and its vectors are read, which takes a second or two whatever its size. Folders and hub
-    ids are loaded as `load_model` does, with the same errors.
+    Of a single file the header and the vectors are read, which takes a second or two for any size. Folders and hub
+    ids are loaded by `load_model`, with the same errors.
     """
     path = built_in_models().get(str(source), Path(source))
     return model_of_checkpoint(_Outline(path)) if path.is_file() else load_model(source)
 
 
 class _Outline(OriginalCheckpoint):
-    """A checkpoint with nothing but a denoiser, of which only vectors have values: some tell the parameterization."""
+    """A checkpoint's denoiser, of which only vectors have values: some determine the parameterization."""
 
     def shapes_under(self, prefix: str) -> Shapes:
         return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()

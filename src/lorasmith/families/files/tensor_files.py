@@ -22,21 +22,21 @@ __all__ = ["TensorFile", "open_tensors"]
 
 
 class TensorFile(Protocol):
-    """A checked file of which no tensor has been read.
+    """A checked file; tensors are read by `read`.
 
     Attributes:
         shapes: of the tensors that are weights, by name, in the file's order.
-        metadata: what the file says of itself, as text.
+        metadata: text entries of the header.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
-        """Tensors by name, in the file's dtype; weights that are codes stay packed.
+        """Tensors by name, in the file's dtype; quantized weights stay packed.
 
         Raises:
-            ModelError: a weight is quantized in a way that is not known here.
+            ModelError: a weight has an unsupported quantization.
         """
 
 
@@ -48,7 +48,7 @@ def open_tensors(*paths: Path) -> TensorFile:
 
 
 class _Safetensors:
-    """A safetensors file; of those in fp8 see `families.files.fp8`."""
+    """A safetensors file; for fp8 see `families.files.fp8`."""
 
     def __init__(self, path: Path) -> None:
         self._name = path.name

@@ -39,7 +39,7 @@ class AutoencoderKind(ABC):
         """The autoencoder.
 
         Args:
-            source: its tensors, in any of the namings that are in use.
+            source: its tensors, in the original naming or diffusers'.
 
         Raises:
             ModelError: tensors are missing or of the wrong shape.
@@ -75,5 +75,5 @@ AUTOENCODERS.register(KlAutoencoder.name)(KlAutoencoder())
 
 
 def recognised_autoencoder(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderKind | None:
-    """The kind of autoencoder that a file with these tensors holds, None if it is none that is known here."""
+    """The kind of autoencoder with these tensors; None if no registered kind recognises them."""
     return next((kind for _, kind in AUTOENCODERS.items() if kind.recognises(shapes)), None)

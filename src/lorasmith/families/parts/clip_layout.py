@@ -1,4 +1,4 @@
-"""CLIP text encoders as checkpoints hold them: OpenAI's in transformers' own naming, OpenCLIP's in another."""
+"""CLIP text encoders in checkpoints: OpenAI's in transformers' naming, OpenCLIP's in another."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def in_transformers_naming(
         tensors: under transformers' names or OpenCLIP's.
         layers: how many layers are kept.
         is_projected: whether the projection of the pooled vector, to the space shared with pictures, is kept; some
-            files carry it along without need.
+            files contain it without need.
 
     Tables of positions and temperatures, for which transformers' models have no parameters, are left out.
     """
@@ -87,10 +87,13 @@ def _from_openclip(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor |
 def clip_config(tensors: Mapping[str, Tensor | Packed], *, activation: str, pad_token_id: int | None) -> dict[str, Any]:
     """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide.
 
-    Texts are padded with `pad_token_id`, or with the end token if it is None.
+    Args:
+        tensors: by transformers' name, without `text_model.`.
+        activation: transformers' name of the feed-forward networks' activation.
+        pad_token_id: with which texts are padded; None for the end token.
 
     Raises:
-        ModelError: tensors that fix the configuration are missing.
+        ModelError: tensors that determine the configuration are missing.
     """
     for needed in ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"):
         if f"{needed}.weight" not in tensors:
@@ -117,18 +120,17 @@ def renamed_for(encoder: nn.Module, tensors: Mapping[str, Tensor | Packed]) -> d
     return {f"text_model.{name}" if nested and name != _PROJECTION else name: one for name, one in tensors.items()}
 
 
-def released_paths(layers: int) -> tuple[str, ...]:
-    """What `written_paths` gives for a CLIP text encoder of so many layers, for models that come without theirs."""
+def released_paths(layers: int, *, is_projected: bool = False) -> tuple[str, ...]:
+    """`written_paths` of a CLIP text encoder with this number of layers, for models without text encoder."""
     parts = (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "mlp.fc1", "mlp.fc2")
-    return tuple(f"text_model.encoder.layers.{layer}.{part}" for layer in range(layers) for part in parts)
+    paths = (f"text_model.encoder.layers.{layer}.{part}" for layer in range(layers) for part in parts)
+    return (*paths, *(("text_projection",) if is_projected else ()))
 
 
 def written_paths(encoder: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules a LoRA can name, as every program writes them: with `text_model.` in front.
+    """Paths of the modules that a LoRA can name, in files: those of layers begin with `text_model.`.
 
-    transformers 5.6 dropped that part from CLIPTextModel; files keep it. The projection of the pooled vector, which
-    stands outside `text_model`, has no name in files.
+    transformers 5.6 dropped the prefix from CLIPTextModel; files keep it. The projection of the pooled vector has none.
     """
-    linear = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
-    paths = (path for path in linear if "encoder.layers." in path)
-    return tuple(path if path.startswith("text_model.") else f"text_model.{path}" for path in paths)
+    paths = (path for path, module in encoder.named_modules() if isinstance(module, nn.Linear))
+    return tuple(f"text_model.{path}" if path.startswith("encoder.layers.") else path for path in paths)

@@ -1,7 +1,7 @@
 """CLIP text encoding as ComfyUI does it: weighted words, prompts of any length, skipped layers.
 
-Shared by the families whose prompts go through CLIP. Their prompts mean here what they mean in ComfyUI, so that a
-graph's captions train and sample alike. Textual inversion is not supported: `embedding:name` is read as plain text.
+Shared by the families with CLIP encoders. Prompts have the same meaning as in ComfyUI, so that a graph's captions train
+and sample alike. Textual inversion is not supported: `embedding:name` is read as plain text.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Token = tuple[int, float]
 
 
 def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) -> Any:
-    """OpenAI's CLIP tokenizer from the vocabulary that the package ships, with no network.
+    """OpenAI's CLIP tokenizer from the vocabulary in the package, without a network.
 
     Args:
         pad_token: `<|endoftext|>` for CLIP ViT-L (SD 1.x), `!` (id 0) for OpenCLIP (SD 2.x, SDXL's second encoder).
-        size: tokens, fewer than CLIP's 49408 for small models, which know the first of its merges.
+        size: number of tokens, fewer than CLIP's 49408 for small models, which have the first of its merges.
 
     Returns:
         A `transformers.CLIPTokenizer` with `model_max_length` 77.
@@ -72,19 +72,19 @@ def encode_prompt(
 ) -> tuple[Tensor, Tensor]:
     r"""Context and pooled vector of one prompt.
 
-    Each chunk of 77 tokens is encoded by itself and the contexts are joined. Where a token's weight is not 1, its
-    vector is moved away from (or towards) the vector that the empty prompt has at the same position.
+    Each chunk of 77 tokens is encoded separately and the contexts are joined. Where a token's weight is not 1, its
+    vector is moved away from (or towards) the empty prompt's vector at the same position.
 
     Args:
-        text: the prompt; `(word)` weighs 1.1, `(word:1.2)` what it says, brackets nest, `\(` is a bracket.
+        text: the prompt; `(word)` has weight 1.1, `(word:1.2)` weight 1.2, brackets nest, `\(` is a bracket.
         tokenizer: CLIP tokenizer with `bos_token_id`, `eos_token_id` and `pad_token_id`.
         model: `CLIPTextModel` or `CLIPTextModelWithProjection`.
-        skip_layers: how many of the last layers to leave out; more than there are leaves out none, as in ComfyUI.
-        final_norm: apply the encoder's final layer norm to the context.
+        skip_layers: number of last layers to leave out; more than the encoder has leaves out none, as in ComfyUI.
+        final_norm: whether the encoder's final layer norm is applied to the context.
 
     Returns:
         Context (1, 77 · chunks, width) and pooled vector (1, width or projection) of the first chunk, in fp32 on the
-        model's device. The pooled vector comes from the last layer whatever is skipped, and is projected where the
+        model's device. The pooled vector is that of the last layer even with skipped layers, and is projected if the
         model has a projection.
     """
     chunks = tokenize_prompt(text, tokenizer)
@@ -127,13 +127,13 @@ def tokenize_prompt(text: str, tokenizer: Any) -> list[list[Token]]:
 def parse_weights(text: str) -> list[tuple[str, float]]:
     r"""The prompt cut into stretches of one weight.
 
-    `(text)` multiplies the weight around it by 1.1, `(text:1.3)` sets it, whatever is around. Brackets nest; `\(` and
-    `\)` are brackets that mean nothing. A bracket without its partner is text.
+    `(text)` multiplies the enclosing weight by 1.1, `(text:1.3)` sets the weight. Brackets nest; `\(` and `\)` are
+    literal brackets. An unmatched bracket is text.
 
     >>> parse_weights("a (red (very:1.5) big) cat")
     [('a ', 1.0), ('red ', 1.1), ('very', 1.5), (' big', 1.1), (' cat', 1.0)]
     """
-    # Escaped brackets are counted as something else for a while: control characters that nobody types.
+    # Escaped brackets are replaced by control characters during parsing.
     guarded = text.replace(r"\(", "\x0e").replace(r"\)", "\x0f")
     return [(stretch.replace("\x0e", "(").replace("\x0f", ")"), weight) for stretch, weight in _weighted(guarded, 1.0)]
 
@@ -152,7 +152,7 @@ def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
 
 
 def _outermost(text: str) -> Iterator[str]:
-    """`text` cut before and after each outermost pair of brackets; nothing is empty."""
+    """`text` cut before and after each outermost pair of brackets, without empty pieces."""
     depth, start = 0, 0
     for bracket in re.finditer(r"[()]", text):
         opens = bracket.group() == "("
@@ -176,7 +176,7 @@ def _number(text: str) -> float | None:
 
 def _encoded(rows: list[list[int]], model: nn.Module, skip_layers: int, final_norm: bool) -> tuple[Tensor, Tensor]:
     """Hidden states (rows, 77, width) and pooled vectors (rows, ...), fp32."""
-    # transformers 5.6 took the `text_model` level out of CLIPTextModel, but not of CLIPTextModelWithProjection.
+    # transformers 5.6 removed the level `text_model` from CLIPTextModel, not from CLIPTextModelWithProjection.
     core: Any = getattr(model, "text_model", model)
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -24,7 +24,7 @@ class EncoderKind(ABC):
 
     Attributes:
         name: registered name, as ComfyUI calls it.
-        dtype: what it runs in, whatever its file holds.
+        dtype: in which it runs, independent of its file's.
     """
 
     name: str
@@ -39,7 +39,7 @@ class EncoderKind(ABC):
         """The encoder.
 
         Args:
-            source: its tensors, in any of the namings that are in use.
+            source: its tensors, in any naming in use.
 
         Raises:
             ModelError: tensors are missing or of the wrong shape.
@@ -47,7 +47,7 @@ class EncoderKind(ABC):
 
     @abstractmethod
     def tokenizer(self, encoder: nn.Module, folder: Path | None) -> Any:
-        """Its tokenizer, from a folder if there is one, else from what the package ships."""
+        """Its tokenizer, from a folder, or from the package's files if `folder` is None."""
 
 
 class ClipEncoder(EncoderKind):
@@ -55,10 +55,10 @@ class ClipEncoder(EncoderKind):
 
     Args:
         name: registered name.
-        activation: of its feed-forward networks, as transformers calls it.
-        pad_token: with which prompts are filled up to 77 tokens.
+        activation: transformers' name of its feed-forward networks' activation.
+        pad_token: with which prompts are padded to 77 tokens.
         unused_layers: last layers of the released encoder that are never used, and left out.
-        depth: layers of the released encoder, by which a file that holds it alone is recognised.
+        depth: layers of the released encoder, by which a file of the encoder alone is recognised.
         is_projected: whether its pooled vector is projected.
     """
 
@@ -87,13 +87,13 @@ class ClipEncoder(EncoderKind):
 
         kind = CLIPTextModelWithProjection if self._is_projected else CLIPTextModel
         depth, config = clip_layout.depth_of(source.tensors), source.config
-        # Files that were converted back from diffusers, and its folders, have lost the unused layers already.
+        # Files that were converted back from diffusers, and its folders, lack the unused layers already.
         is_cut = config is not None or depth == self._depth - self._unused_layers
         named = clip_layout.in_transformers_naming(
             source.tensors, layers=depth if is_cut else depth - self._unused_layers, is_projected=self._is_projected
         )
         if config is None:
-            # The tokens that fill prompts up are those of OpenAI's vocabulary, or the first of all.
+            # The padding token is that of OpenAI's vocabulary, or token 0.
             pad = 0 if self._pad_token == "!" else None
             config = clip_layout.clip_config(named, activation=self._activation, pad_token_id=pad) | dict(
                 source.settings
@@ -120,5 +120,5 @@ for _kind in (
 
 
 def recognised_encoder(shapes: Mapping[str, tuple[int, ...]]) -> EncoderKind | None:
-    """The kind of encoder that a file with these tensors holds, None if it is none that is known here."""
+    """The kind of encoder with these tensors; None if no registered kind recognises them."""
     return next((kind for _, kind in ENCODERS.items() if kind.recognises(shapes)), None)

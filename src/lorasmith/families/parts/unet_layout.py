@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
-"""Finds a LoRA's modules whose input is the text, by whose width versions are told apart."""
+"""Finds a LoRA's modules whose input is the text; its width distinguishes versions."""
 
 _ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 TARGETS = {
@@ -55,7 +55,7 @@ UNET_LIMITS = ProgramLimits(
     diffusers_one_alpha=("*.attn[12].*",),
     sd_scripts_applies=("down_blocks.*", "mid_block.*", "up_blocks.*"),
 )
-"""What programs do not do with LoRA files of models with this UNet."""
+"""What programs do not apply of LoRA files for this UNet."""
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 
@@ -134,19 +134,25 @@ def context_widths(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
 
 
 def pixel_multiple(unet: Any, latent: LatentFormat) -> int:
-    """What sides of pictures must divide by, so that every level of the UNet has whole pixels."""
+    """The number of which sides of pictures must be multiples, so that every level of the UNet has whole pixels."""
     return int(latent.downscale * 2 ** (len(unet.config.block_out_channels) - 1))
 
 
 def latent_format(unet: Any, vae: Any, *, scale: float) -> LatentFormat:
-    """Latents of a model with this autoencoder; with none, of eight pixels per latent and this scale."""
+    """The latent format of a UNet.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel.
+        vae: its autoencoder; None for one of eight pixels per latent.
+        scale: scaling factor of the latents without an autoencoder.
+    """
     downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     scale = scale if vae is None else float(vae.config.scaling_factor)
     return LatentFormat(channels=unet.config.in_channels, downscale=downscale, scale=scale)
 
 
 def said_parameterization(checkpoint: OriginalCheckpoint) -> str | None:
-    """`epsilon` or `v` as a checkpoint says it, in its metadata or by a tensor `v_pred`; None if it says nothing."""
+    """`epsilon` or `v` by a checkpoint's metadata or a tensor `v_pred`; None if it has neither."""
     said = checkpoint.metadata.get("modelspec.prediction_type")
     if said is not None:
         return "v" if said.startswith("v") else "epsilon"
@@ -154,7 +160,7 @@ def said_parameterization(checkpoint: OriginalCheckpoint) -> str | None:
 
 
 def diffusion_of_checkpoint(checkpoint: OriginalCheckpoint, parameterization: str) -> Diffusion:
-    """Stable Diffusion's noise schedule; one that ends in pure noise where a checkpoint has a tensor `ztsnr`."""
+    """Stable Diffusion's noise schedule, with zero terminal SNR if the checkpoint has a tensor `ztsnr`."""
     schedule = DiscreteSchedule.scaled_linear()
     return Diffusion(parameterization, schedule.zero_terminal() if "ztsnr" in checkpoint.shapes else schedule)
 

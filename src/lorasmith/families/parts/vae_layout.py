@@ -27,7 +27,7 @@ _UP = re.compile(r"^decoder\.up\.(\d+)\.(block|upsample)\.(?:(\d+)\.)?")
 
 
 def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Configuration of diffusers' AutoencoderKL for tensors under its names, but for what shapes leave open."""
+    """Configuration of diffusers' AutoencoderKL for tensors under its names, as far as shapes determine it."""
     levels = _counted(r"encoder\.down_blocks\.(\d+)\.", shapes)
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -48,8 +48,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An autoencoder's tensors under diffusers' names; attention's 1×1 convolutions become matrices.
 
-    Tensors that go by these names already stay as they are. What its own training left in the file (losses, averages'
-    counters) is passed over.
+    Tensors under these names already are kept. Tensors of its training (losses, counters of averages) are left out.
     """
     levels = _counted(r"decoder\.up\.(\d+)\.", tensors)
     converted = {}

@@ -1,10 +1,10 @@
-"""The layout of ComfyUI's own trainer: `diffusion_model.<original path>.lora_up.weight`, `.lora_down.weight`, `.alpha`.
+"""The layout of ComfyUI's trainer: `diffusion_model.<original path>.lora_up.weight`, `.lora_down.weight`, `.alpha`.
 
 Module paths are those of the original checkpoint, with dots. Convolutions are flattened to two dimensions: down is
 (rank, in·kh·kw). Norms and biases have full differences, `.diff` and `.diff_b`. ComfyUI reads every key of it; most
 other programs read none for UNets, so it serves exchange with ComfyUI and not as a general format.
 
-Read as well: diffusers' paths behind `diffusion_model.` (ai-toolkit), and `model.diffusion_model.`.
+Read as well: diffusers' paths after `diffusion_model.` (ai-toolkit), and `model.diffusion_model.`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["ComfyLayout"]
 
 
 class ComfyLayout(Layout):
-    """Original module paths behind `diffusion_model.`, everything in at most two dimensions."""
+    """Original module paths after `diffusion_model.`, all tensors in at most two dimensions."""
 
     name = "comfy"
     title = "ComfyUI"
@@ -56,7 +56,7 @@ class ComfyLayout(Layout):
         return read_tensors(tensors, self.bases(names), names)
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
-        """Adapters that have no exact place under an original name keep diffusers' name, behind PEFT's prefix."""
+        """Adapters that have no exact place under an original name keep diffusers' name, after PEFT's prefix."""
 
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
@@ -86,7 +86,7 @@ def _original_base(path: str) -> str:
 def _plain(module: ModuleTensors) -> ModuleTensors:
     """A LoRA's factors in two dimensions, and other algorithms without a Tucker core, which ComfyUI fails to merge.
 
-    A LoRA's Tucker core needs its kernel, so such an adapter stays as it is.
+    A LoRA's Tucker core needs its kernel, so such an adapter is not flattened.
     """
     weights = module.adapter
     if weights is None:

@@ -1,8 +1,8 @@
 """diffusers' layout: `unet.<path>.lora_A.weight` and `.lora_B.weight` as PEFT names them, A being the down matrix.
 
-Alpha has no tensor here. diffusers keeps it in the header, where the other programs that read this layout do not look:
-without it they scale by 1. Written files are right for both: alpha / rank is multiplied into the factors, and the
-header says that alpha equals the rank.
+Alpha has no tensor here. diffusers keeps it in the header, which the other programs that read this layout ignore:
+without it they scale by 1. Written files are correct for both: alpha / rank is multiplied into the factors, and the
+header states that alpha equals the rank.
 
 Read as well: older diffusers (`.lora.down.weight`, `.processor.to_q_lora.down.weight`), paths with no prefix at all,
 original paths in their place, `.alpha` tensors; XLabs' names for Flux.1 (`double_blocks.0.processor.qkv_lora1`).
@@ -53,7 +53,7 @@ __all__ = ["DiffusersLayout"]
 
 
 class DiffusersLayout(Layout):
-    """Dotted diffusers paths behind `unet.`, `transformer.` and `text_encoder.`, alpha baked in."""
+    """Dotted diffusers paths after `unet.`, `transformer.` and `text_encoder.`, alpha multiplied in."""
 
     name = "diffusers"
     title = "diffusers"
@@ -125,7 +125,7 @@ def _prefix(component: str, names: ModelNames) -> str:
 
 
 def _spellings(path: str) -> Iterator[str]:
-    """A path as PEFT has it and, for attention projections, as diffusers' attention processors had it."""
+    """A path in PEFT's spelling and, for attention projections, in that of diffusers' attention processors."""
     yield path
     parent, _, projection = path.rpartition(".attn1.")
     if not parent:

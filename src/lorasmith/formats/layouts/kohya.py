@@ -1,15 +1,15 @@
 """kohya's layout: `lora_unet_down_blocks_0_…_to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
 Module paths have their dots flattened to underscores, so names are looked up in tables made from the model and never
-taken apart. UNets of Stable Diffusion 1 and 2 go by diffusers' names, SDXL and transformers by those of the original
+parsed. UNets of Stable Diffusion 1 and 2 have diffusers' names, SDXL and transformers those of the original
 checkpoint. LyCORIS uses the same layout for its algorithms.
 
 Read as well: the other naming, `lycoris_` (LyCORIS' wrapper), `lora_transformer_` (OneTrainer), `oft_unet_` (the OFT
-of sd-scripts for UNets, which is LyCORIS' in all but the name).
+of sd-scripts for UNets, which is LyCORIS' under another name).
 
 LyCORIS bounds the rotations of OFT and BOFT by alpha times the number of outputs, where `AdapterWeights` and ComfyUI
-have the bound itself. Read, alpha becomes the bound; written, rotations are shortened to it and alpha is zero, which
-is the same to every program. The metadata keeps the bounds, for a run that goes on from the file.
+have the bound itself. On reading, alpha becomes the bound; on writing, the bound is applied to the rotations and alpha
+is zero, which every program reads alike. The metadata keeps the bounds, for a run that continues the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["KohyaLayout"]
 
 
 class KohyaLayout(Layout):
-    """Flattened module paths behind `lora_unet_` and `lora_te_`, a scalar `.alpha` for each module."""
+    """Flattened module paths after `lora_unet_` and `lora_te_`, a scalar `.alpha` for each module."""
 
     name = "kohya"
     title = "kohya / sd-scripts"
@@ -80,7 +80,7 @@ class KohyaLayout(Layout):
         return state
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
-        """Adapters that have no exact place under an original name keep diffusers' name, behind `lycoris_`."""
+        """Adapters that have no exact place under an original name keep diffusers' name, after `lycoris_`."""
         by_original = names.kohya_naming == "original"
 
         def base_of(ref: ModuleRef) -> str:
@@ -120,7 +120,7 @@ _PREFIX = re.compile(f"{prefixes.any_of(prefixes.KOHYA)}|{prefixes.KOHYA_ENCODER
 
 
 def _bounded(state: AdapterState) -> AdapterState:
-    """A LoRA whose rotations are no longer than their bounds, and have none."""
+    """A LoRA with the bounds of its rotations applied, and alpha 0."""
     bounded = {ref: format_of(weights).bounded for ref, weights in state.adapters.items()}
     return replace(
         state,

@@ -1,7 +1,7 @@
 """The contract of a LoRA layout: a convention for naming tensors in a LoRA file.
 
-A layout is one module that subclasses `Layout` and registers an instance. It reads what it recognises and leaves the
-rest, so that a file which mixes conventions is read by several layouts in turn.
+A layout is one module that subclasses `Layout` and registers an instance. It reads the tensors that it recognises and
+leaves the rest, so that several layouts in turn read a file of mixed conventions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["LAYOUTS", "Layout", "Loss", "named", "sentences"]
 
 @dataclass(frozen=True)
 class Loss:
-    """What the programs that a layout is named for do not take over from a LoRA.
+    """Something that a layout, or the programs that it is named for, does not keep of a LoRA.
 
     Attributes:
         module: whose adapter or differences.
-        reason: what is lost, in words that follow "12 modules, such as x: ".
-        left_out: whether the file has to do without the module; otherwise it is written and applied differently.
+        reason: what is lost, as text after "12 modules, such as x: ".
+        left_out: whether the module is left out of the file; otherwise it is written and applied differently.
     """
 
     module: ModuleRef
@@ -55,9 +55,9 @@ class Layout(ABC):
 
     Attributes:
         name: registered name.
-        title: what people call it.
-        writes_cores: whether Tucker cores of all algorithms are written as they are.
-        in_folder: whether it is a folder of files; then keys have the names of subfolders and a slash in front.
+        title: display name.
+        writes_cores: whether Tucker cores of all algorithms are written; else they are multiplied in.
+        in_folder: whether it is a folder of files; keys then begin with the subfolder's name and a slash.
     """
 
     name: str
@@ -67,30 +67,39 @@ class Layout(ABC):
 
     @abstractmethod
     def detects(self, keys: Iterable[str]) -> int:
-        """How many of a file's keys look like this layout's, whatever the model."""
+        """Number of keys that look like this layout's, for any model."""
 
     @abstractmethod
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
-        """Every name that this layout may use for modules of a model, less the suffix that says which tensor it is."""
+        """Every name of this layout for modules of a model, without the tensor's suffix."""
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-        """What this layout recognises of a file; every other tensor is in `unknown`. The state has no metadata."""
+        """Read a file's tensors.
+
+        Args:
+            tensors: by key.
+            metadata: the file's.
+            names: the model's name table.
+
+        Returns:
+            The recognised adapters and differences; every other tensor is in `unknown`. No metadata.
+        """
 
     @abstractmethod
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
-        """Adapters and differences by key; `unknown` is the caller's business."""
+        """Adapters and differences by key; `unknown` is not written here."""
 
     @abstractmethod
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
-        """Metadata that belongs to the tensors `write` gives, as other programs expect it of this layout."""
+        """Metadata that other programs read with the tensors of `write`."""
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        """What the layout's own programs would not take over of a state; empty where they take over all of it."""
+        """What the layout, or its own programs, would not keep of a state."""
         return []
 
     def companions(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
-        """Text files that stand beside the tensors in a layout's folder, by path within it."""
+        """Text files beside the tensors in a layout's folder, by path within it."""
         return {}
 
 

@@ -3,9 +3,9 @@ and `adapter_config.json`, which has the ranks and alphas.
 
 The denoiser's adapter is in the folder itself, a text encoder's in a subfolder of the component's name, as scripts that
 train both with PEFT save them. One folder holds one kind of adapter: LoRA, with DoRA's magnitudes for each output or
-without; or LoHa or LoKr, whose tensors have LyCORIS' names and meaning in PEFT too. Its OFT and BOFT are others.
+without; or LoHa or LoKr, whose tensors have LyCORIS' names and meaning in PEFT too. PEFT's OFT and BOFT differ.
 
-LoKr's factors must be of the sizes that PEFT itself would choose from one `decompose_factor` and the rank.
+LoKr's factors must have the sizes that PEFT computes from one `decompose_factor` and the rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEFT_CONFIG = "adapter_config.json"
 
 
 class PeftLayout(Layout):
-    """diffusers' paths behind `base_model.model.`, alpha in a file of its own."""
+    """diffusers' paths after `base_model.model.`, alpha in a file of its own."""
 
     name = "peft"
     title = "PEFT"
@@ -66,7 +66,7 @@ class PeftLayout(Layout):
         for ref, weights in state.adapters.items():
             config, kind = configs.get(_folder(ref.component) + PREFIX), format_of(weights).peft
             if kind is not None and kind.scaled and rank_of(weights) is None and config is not None:
-                # PEFT scales whole factors too; all others take them as they are.
+                # PEFT scales whole factors too; other programs do not.
                 scale = config.alpha_of(ref.path, None) / config.rank_of(ref.path)
                 scaled = {**weights.tensors, kind.scaled: multiplied(weights.tensors[kind.scaled], scale)}
                 state.adapters[ref] = replace(weights, tensors=scaled, alpha=None)
@@ -112,7 +112,7 @@ def _folder(component: str) -> str:
 
 
 def _installed_path(ref: ModuleRef, names: ModelNames) -> str:
-    """A module's path in the version of transformers that is installed, for PEFT matches paths to the letter.
+    """A module's path in the installed version of transformers, because PEFT matches paths literally.
 
     Version 5.6 dropped `text_model.` from CLIPTextModel, though not from the class with a projection (OpenCLIP bigG).
     """

@@ -1,9 +1,9 @@
-"""PEFT's adapter configurations (LoraConfig, LoHaConfig, LoKrConfig), read for what they say of ranks and alphas, and
-written for adapters at hand.
+"""PEFT's adapter configurations (LoraConfig, LoHaConfig, LoKrConfig): ranks and alphas read from them, and written for
+given adapters.
 
 A PEFT folder keeps one as `adapter_config.json`; diffusers keeps the same fields in a file's header, as JSON under
-`lora_adapter_metadata`, each behind the prefix of its component (`unet.lora_alpha`). Here the folder's fields are put
-under the prefix of its keys as well, so that both are read alike.
+`lora_adapter_metadata`, each with the prefix of its component (`unet.lora_alpha`). The folder's fields get the prefix
+of its keys as well, so that both are read alike.
 
 PEFT matches the keys of `rank_pattern` and `alpha_pattern` as regular expressions against the end of a module path, and
 a list of `target_modules` as ends of paths; a string of them is a regular expression for the whole path.
@@ -40,12 +40,12 @@ __all__ = [
 ]
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each behind its component's name."""
+"""Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each after its component's name."""
 
 T = TypeVar("T", bound=Hashable)
 
 _ENCODER_PREFIX = "text_model."
-# Ways to start that change the base model's weights, which an adapter saved as it was trained relies upon.
+# Initializations that change the base model's weights, so that the adapter fits the changed model alone.
 _STARTS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
 
 _REPETITION = re.compile(r"(?<!\\)[*+{]")
@@ -55,10 +55,10 @@ _MOST_REPETITIONS = 3
 
 @dataclass(frozen=True)
 class Config:
-    """What of a configuration decides the scale.
+    """The fields of a configuration that decide the scale.
 
     Attributes:
-        rank, alpha: of modules that no pattern names.
+        rank, alpha: of modules that no pattern matches.
         rank_pattern, alpha_pattern: (regular expression for the end of a path, value).
         rank_stabilized: whether the scale is alpha / √rank.
     """
@@ -70,7 +70,7 @@ class Config:
     rank_stabilized: bool
 
     def rank_of(self, path: str) -> float:
-        """The rank that a module was made with."""
+        """The rank of a module."""
         return next((rank for pattern, rank in self.rank_pattern if pattern.match(path)), self.rank)
 
     def alpha_of(self, path: str, rank: int | None) -> float:
@@ -80,7 +80,7 @@ class Config:
 
 
 def configs_of(metadata: Mapping[str, str]) -> Mapping[str, Config]:
-    """Configurations by prefix of their keys, longest last: `unet.`, or nothing where diffusers saved a single model.
+    """Configurations by prefix of their keys, longest last: `unet.`, or empty where diffusers saved a single model.
 
     Raises:
         LoraError: the header's entry is malformed.
@@ -89,7 +89,7 @@ def configs_of(metadata: Mapping[str, str]) -> Mapping[str, Config]:
 
 
 def stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, float]:
-    """Alphas by base, as the header gives them. Raises LoraError when its entry is malformed."""
+    """Alphas by base, from the header. Raises LoraError when its entry is malformed."""
     alphas = {}
     for prefix, config in configs_of(metadata).items():
         for base, keys in grouped(tensors).items():
@@ -100,10 +100,10 @@ def stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def header_fields(config: str, prefix: str) -> dict[str, Any]:
-    """The fields of an `adapter_config.json`, behind the prefix that the keys of its tensors have.
+    """The fields of an `adapter_config.json`, with the prefix of its tensors' keys.
 
     Raises:
-        LoraError: it is not a configuration that can be read.
+        LoraError: it is not a supported configuration.
     """
     try:
         fields = json.loads(config)
@@ -133,7 +133,7 @@ def rank_fields(adapters: Mapping[str, AdapterWeights], *, alpha_is_rank: bool =
     """`r`, `lora_alpha` and their patterns for adapters by module path.
 
     Args:
-        adapters: with their alphas; those without a rank count as they are scaled, by one.
+        adapters: with their alphas; those without a rank have a scale of 1.
         alpha_is_rank: whether alpha / rank has been multiplied into the factors.
     """
     ranks = {path: _rank(weights) for path, weights in adapters.items()}
@@ -151,10 +151,10 @@ def rank_fields(adapters: Mapping[str, AdapterWeights], *, alpha_is_rank: bool =
 
 
 def targets(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
-    """`target_modules` that choose exactly these paths among a model's modules.
+    """`target_modules` that match exactly these paths among a model's modules.
 
-    A list where that is enough, as every program that looks into it expects; a regular expression where one of the
-    paths is also the end of another module's.
+    A list where that is enough, which every program reads; a regular expression where one of the paths is also the end
+    of another module's.
     """
     chosen = {path.removeprefix(_ENCODER_PREFIX) for path in paths}
     others = {path.removeprefix(_ENCODER_PREFIX) for path in modules} - chosen
@@ -200,9 +200,9 @@ def _plain(alpha: float) -> float:
 
 
 def _pattern(path: str) -> str:
-    """A regular expression by which PEFT finds a module; it may match the end of a path unless a caret forbids that.
+    """A regular expression by which PEFT finds a module; without a caret it may match the end of a path.
 
-    Text encoders need that, for some versions of transformers have `text_model.` in front of their paths.
+    Text encoders need that, because some versions of transformers have `text_model.` in front of their paths.
     """
     start = "" if path.startswith(_ENCODER_PREFIX) else "^"
     return start + re.escape(path.removeprefix(_ENCODER_PREFIX))
@@ -226,7 +226,7 @@ def _parsed(entry: str) -> Mapping[str, Config]:
     except (ValueError, TypeError, AttributeError, RecursionError, re.error) as problem:
         raise LoraError(
             f"the header entry {ADAPTER_METADATA} must be JSON with the fields of a LoraConfig, and it is not "
-            f"({problem}); get the file again, or save it anew from the program that made it"
+            f"({problem}); get the file again, or save it again with the program that made it"
         ) from problem
 
 
@@ -234,7 +234,7 @@ def _compiled(pattern: Any) -> tuple[tuple[re.Pattern[str], float], ...]:
     """A pattern's entries, matched as PEFT does.
 
     Raises:
-        ValueError: an entry could take for ever to match, as no program's own do.
+        ValueError: an entry could take exponential time to match.
     """
     entries = dict(pattern or {})
     for key in entries:

@@ -2,14 +2,14 @@
 
 Original Flux, SD3, Lumina and Z-Image checkpoints compute q, k and v in one Linear, diffusers in three; each part
 owns a range of the fused output rows. Where an adapter can be cut into rows or stacked from them exactly, adapters are
-translated; for the others both functions answer None.
+translated; for the others both functions return None.
 
-    split   every part keeps the tensors of the columns and takes its rows of the others (LoRA: of the up matrix);
+    split   every part keeps the tensors of the columns and gets its rows of the others (LoRA: of the up matrix);
             alpha and rank stay.
     fused   LoRA, LoHa: downs are stacked along the rank and ups put block-diagonally; n parts of rank r give rank
             n·r, and alpha becomes n times as large, so that the scale alpha / rank stays. Parts that share their
             down matrix, as those of a split do, keep it, and with it their rank.
-            OFT: blocks stand one after the other. LoKr, GLoRA: only parts that share all but their rows.
+            OFT: blocks are concatenated. LoKr, GLoRA: only parts that share all but their rows.
 
 What cannot be cut: rows of LoKr and OFT inside a block, an OFT whose constraint bounds all its blocks together, BOFT,
 and DoRA with a magnitude for each input, which belongs to the whole column.
@@ -39,11 +39,11 @@ def split(whole: AdapterWeights, parts: Sequence[OriginalName]) -> list[AdapterW
 
     Args:
         whole: adapter of the fused module.
-        parts: where each part stands; a single part without rows and exchange is the module itself.
+        parts: place of each part; a single part without rows and exchange is the module itself.
 
     Returns:
-        One adapter a part, None for a part that the fused adapter leaves unchanged; None altogether when this
-        adapter cannot be cut.
+        One adapter for each part, None for a part that the fused adapter leaves unchanged; None instead of the list if
+        this adapter cannot be cut.
     """
     if _is_plain(parts):
         return [whole]
@@ -67,9 +67,9 @@ def fused(adapters: Sequence[AdapterWeights], parts: Sequence[OriginalName], row
 
     Args:
         adapters: adapters of the parts that have one.
-        parts: where each of these parts stands.
-        rows: output rows of the fused module, of which those that no part covers get no change; 0 for a module that
-            is not fused.
+        parts: place of each of these parts.
+        rows: output rows of the fused module; those outside all parts are not changed. 0 for a module that is not
+            fused.
 
     Returns:
         None when adapters of this kind cannot be stacked.
@@ -114,7 +114,13 @@ def split_rows(whole: Tensor, part: OriginalName) -> Tensor:
 
 
 def fused_rows(pieces: Sequence[Tensor], parts: Sequence[OriginalName], rows: int) -> Tensor:
-    """Parts' tensors as rows of one fused tensor, zero where no part is; `rows` is 0 for a module that is not fused."""
+    """Parts' tensors as rows of one fused tensor, zero elsewhere.
+
+    Args:
+        pieces: tensor of each part, (rows of the part, ...).
+        parts: place of each part.
+        rows: rows of the fused tensor; 0 for a module that is not fused.
+    """
     ordered = [_exchanged(piece) if part.swap_halves else piece for piece, part in zip(pieces, parts, strict=True)]
     if not rows:
         return ordered[0]
@@ -125,7 +131,7 @@ def fused_rows(pieces: Sequence[Tensor], parts: Sequence[OriginalName], rows: in
 
 
 def _needs_all_rows(weights: AdapterWeights) -> frozenset[str]:
-    """Roles of which a row without a value would not stay as it is: a missing magnitude scales it to nothing."""
+    """Roles that need a value for every row: a missing magnitude would scale its row to zero."""
     return format_of(weights).all_rows | {"dora_scale"}
 
 
@@ -134,9 +140,9 @@ def _is_plain(parts: Sequence[OriginalName]) -> bool:
 
 
 def _row_units(weights: AdapterWeights) -> dict[str, int] | None:
-    """Tensors whose first dimension follows the output rows, and how many rows one index of each stands for.
+    """Tensors whose first dimension follows the output rows → number of rows of one index.
 
-    None when rows of the change are no rows of this adapter's tensors.
+    None if rows of the change are not rows of this adapter's tensors.
     """
     found = format_of(weights).rows(weights)
     if found is None or "dora_scale" not in weights.tensors:
@@ -147,7 +153,7 @@ def _row_units(weights: AdapterWeights) -> dict[str, int] | None:
 
 
 def _aligned(part: OriginalName, weights: AdapterWeights, units: Mapping[str, int]) -> bool:
-    """Whether a part's rows, and their halves where these change places, begin and end with whole units."""
+    """Whether a part's rows, and their halves if these are exchanged, begin and end with whole units."""
     name, unit = next(iter(units.items()))
     start, stop = part.rows or (0, weights.tensors[name].shape[0] * unit)
     ends = (start, stop, (start + stop) // 2) if part.swap_halves else (start, stop)
@@ -217,9 +223,9 @@ def _trimmed(
     """Adapters of the parts, None for those without any change, each with only the ranks that it uses when the parts
     use different ones.
 
-    A block-diagonal up matrix is what stacking gives (`fused`, kohya's `split_qkv`): there every rank belongs to one
-    part, and a part without any had no adapter. Ranks that no part uses prove nothing, so an untrained LoRA, whose up
-    matrix is zero, stays whole.
+    Stacking gives a block-diagonal up matrix (`fused`, kohya's `split_qkv`): every rank belongs to one part, and a part
+    without any had no adapter. Ranks that no part uses are ambiguous, so an untrained LoRA, whose up matrix is zero, is
+    not trimmed.
     """
     live = [all(bool(tensors[name].any()) for name in units) for tensors in cut]
     if not any(live):
@@ -249,7 +255,7 @@ def _used(tensors: Mapping[str, Tensor], units: Mapping[str, int]) -> Tensor:
 
 
 def _separate_columns(used: Sequence[Tensor]) -> list[Tensor] | None:
-    """Rank indices of each part when no rank serves two parts, else None.
+    """Rank indices of each part if no two parts share a rank, else None.
 
     Args:
         used: by part, (rank,) whether it uses each rank.

@@ -1,7 +1,7 @@
-"""What a LoRA layout must know of a model: its module paths, in diffusers' and in the original checkpoint's naming.
+"""A model's names for LoRA layouts: module paths in diffusers' and in the original checkpoint's naming.
 
 Families build these tables from the real module list of a model; layouts only look names up, so that flattened names
-(`lora_unet_..._to_q`) are never parsed by guessing where an underscore was a dot.
+(`lora_unet_..._to_q`) are never parsed by guessing which underscore was a dot.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def matches(path: str, patterns: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class OriginalName:
-    """Where a diffusers module stands in the original checkpoint.
+    """A diffusers module's place in the original checkpoint.
 
     Attributes:
         path: dotted module path in the original naming, without `model.diffusion_model.`.
         rows: (start, stop) output rows when the original fuses several modules into one (`qkv`), else None.
-        swap_halves: the two halves of the output rows change places (shift, scale ↔ scale, shift).
+        swap_halves: whether the two halves of the output rows are exchanged (shift, scale ↔ scale, shift).
     """
 
     path: str
@@ -41,9 +41,9 @@ class EncoderNames:
     """One text encoder in LoRA files.
 
     Attributes:
-        paths: module paths as every peer names them; a CLIP's have `text_model.` in front.
+        paths: module paths in files; a CLIP's begin with `text_model.`.
         kohya: prefixes of its keys in kohya's layout; the first is written, all are read.
-        comfyui: what ComfyUI calls it (`clip_l`, `t5xxl`); the first is written, all are read.
+        comfyui: ComfyUI's names of it (`clip_l`, `t5xxl`); the first is written, all are read.
         drops_text_model: whether its class in transformers has no `text_model.` in its paths since version 5.6.
     """
 
@@ -55,7 +55,7 @@ class EncoderNames:
 
 @dataclass(frozen=True)
 class ProgramLimits:
-    """What programs do not do with LoRA files of a family, as `docs/load-matrix.md` measured it.
+    """What programs do not apply of a family's LoRA files, as measured in `docs/load-matrix.md`.
 
     Patterns are those of `fnmatch`, on diffusers' paths of the denoiser.
 
@@ -64,7 +64,7 @@ class ProgramLimits:
         diffusers_reads: layouts besides its own that diffusers reads.
         diffusers_applies: modules that diffusers finds in those layouts.
         diffusers_refuses_others: whether diffusers refuses a whole file because a module has more than LoRA's factors.
-        diffusers_one_alpha: modules for which diffusers takes one alpha in kohya's layout, the most frequent one. Where
+        diffusers_one_alpha: modules for which diffusers reads one alpha in kohya's layout, the most frequent one. If
             there are any, it does so for all modules of a text encoder too.
         sd_scripts_applies: modules that sd-scripts' own network loads.
     """
@@ -87,13 +87,13 @@ class ModelNames:
             embedding) → its place in the original checkpoint.
         peft_prefix: the denoiser's name in diffusers' pipelines and so in its keys, `unet` or `transformer`.
         text_encoders: by component (`text_encoder`, `text_encoder_2`).
-        kohya_naming: which naming this family's `lora_unet_` keys use by convention.
+        kohya_naming: naming of this family's `lora_unet_` keys by convention.
         portable: name of the layout that most programs apply completely for this family.
-        weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to tell
-            whether an adapter fits. Modules that are not listed are taken as they come.
-        aliases: further names that files use, without a prefix → the diffusers paths that each stands for, in the order
-            of their rows. Read, never written.
-        limits: what programs do not do with this family's files.
+        weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to check
+            whether an adapter fits. Modules that are not listed are not checked.
+        aliases: further names in files, without a prefix → the diffusers paths of each, in the order of their rows.
+            Read, never written.
+        limits: what programs do not apply of this family's files.
     """
 
     family: str

@@ -1,6 +1,6 @@
-"""Which modules of a model a name in a file stands for, in both directions, and tensors brought from one to the other.
+"""Names in files ↔ modules of a model, and tensors converted between them.
 
-A base (a key without its suffix) stands for one module, or for several where the original checkpoint fuses them.
+A base (a key without its suffix) names one module, or several that the original checkpoint fuses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Part:
-    """A module that a base stands for, and its place within that base."""
+    """A module of a base, and its place within that base."""
 
     module: ModuleRef
     place: OriginalName
@@ -43,7 +43,7 @@ Parts = tuple[Part, ...]
 
 
 def diffusers_places(names: ModelNames) -> dict[str, Parts]:
-    """The denoiser's modules by diffusers path: each stands for itself."""
+    """The denoiser's modules by diffusers path."""
     return {path: _itself(DENOISER, path) for path in names.denoiser}
 
 
@@ -56,7 +56,7 @@ def original_places(names: ModelNames) -> dict[str, Parts]:
 
 
 def alias_places(names: ModelNames) -> dict[str, Parts]:
-    """The denoiser's modules by further names that files use."""
+    """The denoiser's modules by further names in files."""
     return {
         alias: tuple(Part(ModuleRef(DENOISER, path), names.denoiser[path]) for path in paths)
         for alias, paths in names.aliases.items()
@@ -77,16 +77,16 @@ def read_tensors(
     names: ModelNames,
     alphas: Mapping[str, float] | None = None,
 ) -> AdapterState:
-    """Everything in a file that stands under one of `bases` and fits the model; the rest is `unknown`.
+    """The adapters and differences in a file under one of `bases` that fit the model; the rest is `unknown`.
 
     Args:
         tensors: by key.
-        bases: what each base stands for.
-        names: the model.
+        bases: modules of each base.
+        names: the model's.
         alphas: by base, alphas that the file states elsewhere than in `.alpha` tensors.
 
     Raises:
-        LoraError: two bases stand for the same module.
+        LoraError: two bases name the same module.
     """
     state = AdapterState(unknown=dict(tensors))
     for base, keys in grouped(tensors).items():
@@ -110,14 +110,14 @@ def addressed(
     base_of: Callable[[ModuleRef], str],
     original_base: Callable[[str], str] | None = None,
 ) -> dict[str, ModuleTensors]:
-    """Adapters and differences joined by module and put under the names they have in a file.
+    """Adapters and differences joined by module, under their names in a file.
 
     Args:
-        state: what to write.
-        names: the model.
-        base_of: name of a module that goes by diffusers' path.
-        original_base: name of a path in the original checkpoint; given, the denoiser's modules go by it wherever they
-            have an exact place there.
+        state: the LoRA.
+        names: the model's.
+        base_of: base of a module in diffusers' naming.
+        original_base: base of a path in the original checkpoint, for the denoiser's modules that have an exact place
+            there; None to name all by `base_of`.
     """
     refs = dict.fromkeys((*state.adapters, *state.differences))
     modules = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
@@ -135,10 +135,10 @@ def addressed(
 def in_original_naming(
     modules: Mapping[str, ModuleTensors], names: ModelNames
 ) -> tuple[dict[str, ModuleTensors], dict[str, ModuleTensors]]:
-    """The denoiser's modules, given by diffusers path, as the original checkpoint has them.
+    """The denoiser's modules, given by diffusers path, in the original checkpoint's naming.
 
     Returns:
-        Modules by original path, and by diffusers path those that have no exact place there: unlisted modules, and
+        Modules by original path, and by diffusers path those without an exact place there: unlisted modules, and
         adapters that cannot be fused.
     """
     original: dict[str, ModuleTensors] = {}
@@ -172,7 +172,7 @@ def unfusable(state: AdapterState, names: ModelNames) -> list[ModuleRef]:
 
 
 def _always_fuses(adapters: Sequence[AdapterWeights]) -> bool:
-    """Whether adapters need no look at their values: LoRAs without more than factors always fit together."""
+    """Whether adapters can be fused for any values: LoRAs with factors alone always can."""
     forms = [format_of(weights) for weights in adapters]
     return all(
         form.is_low_rank and weights.tensors.keys() in form.needed
@@ -181,7 +181,7 @@ def _always_fuses(adapters: Sequence[AdapterWeights]) -> bool:
 
 
 def _rows_in_all(parts: Parts) -> int:
-    """Output rows of the module that parts make up, 0 where it is one part alone."""
+    """Output rows of the module that parts form, 0 for a single part."""
     return max((part.place.rows[1] for part in parts if part.place.rows), default=0)
 
 
@@ -192,7 +192,7 @@ def _itself(component: str, path: str) -> Parts:
 def _read_base(
     roles: Mapping[str, Tensor], parts: Parts, names: ModelNames, alpha: float | None
 ) -> dict[ModuleRef, ModuleTensors] | None:
-    """Adapters and differences of the modules that a base stands for, None when they do not fit there."""
+    """Adapters and differences of a base's modules, None if they do not fit there."""
     shapes = [_weight_shape(part.module, names) for part in parts]
     whole = assembled(roles, shapes[0] if parts[0].place.rows is None else None, alpha)
     if whole is None:

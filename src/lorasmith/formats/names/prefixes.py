@@ -1,4 +1,4 @@
-"""What stands before a module's path in the keys of LoRA files, by layout."""
+"""Prefixes of module paths in the keys of LoRA files, by layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMFYUI = ("diffusion_model.", "model.diffusion_model.")
 DIFFUSERS = ("unet.", "transformer.")
 
 PEFT = "base_model.model."
-"""Of a text encoder in a subfolder, the folder's name and a slash stand before it."""
+"""For a text encoder in a subfolder, the folder's name and a slash precede it."""
 
 KOHYA_ENCODER, COMFYUI_ENCODER, DIFFUSERS_ENCODER = (
     r"lora_te(?P<kohya>\d*)_",
@@ -50,13 +50,13 @@ _ANY = re.compile(rf"{any_of((*KOHYA, *COMFYUI, *DIFFUSERS))}|(\w+/)?{re.escape(
 
 
 def component_of(base: str) -> str:
-    """`denoiser`, `text_encoder`, `text_encoder_2`, ..., by the way a base is spelled."""
+    """`denoiser`, `text_encoder`, `text_encoder_2`, ..., by the prefix of a base."""
     folder, slash, _ = base.partition("/")
     if slash:
         return folder
     if (match := _ENCODER.match(base)) is None:
         return DENOISER
-    # ComfyUI says what an encoder is, and these two are numbers two and three wherever others are beside them.
+    # ComfyUI names the kind of an encoder; these two are numbers two and three wherever others are beside them.
     numbers = {"clip_g": "2", "t5": "3"}
     kind = match["comfyui"] or ""
     number = match["kohya"] or match["diffusers"] or next((n for k, n in numbers.items() if kind.startswith(k)), "")
@@ -64,6 +64,6 @@ def component_of(base: str) -> str:
 
 
 def without_prefix(base: str) -> str:
-    """A module's path as a layout spells it."""
+    """A base without its prefix: a module's path in a layout's spelling."""
     match = _ANY.match(base)
     return base if match is None else base[match.end() :]

@@ -1,4 +1,4 @@
-"""Which model family a LoRA was made for, as far as its names and shapes give it away without a model."""
+"""The model family of a LoRA, recognised by names and shapes, without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorasmith.formats.names.spelling import grouped
 __all__ = ["DENOISER_START", "SIGNATURES", "Signature", "block_of", "guessed_family", "kind_of"]
 
 DENOISER_START = rf"^({FLAT})?"
-"""What may stand before the first module name of a denoiser, for signatures that need to know where it begins."""
+"""Optional prefix of a denoiser's first module name, for signatures that match its beginning."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Signature:
     """A sign by which LoRA files of a family are recognised.
 
     Attributes:
-        title: of the family, as people call it.
+        title: display name of the family.
         pattern: regular expression that finds the name of one of its modules, with underscores for dots.
-        width: input width that this module has; None for any.
-        order: signs of a lower order are looked for first; one that other families share with this one comes late.
+        width: input width of this module; None for any.
+        order: signatures of a lower order are tried first; one that other families share gets a high one.
     """
 
     title: str
@@ -34,11 +34,11 @@ class Signature:
 
 
 SIGNATURES: list[Signature] = []
-"""Of every family that is registered (`families.base.register`) or known by name alone (`families.unsupported`)."""
+"""Of every family that is registered (`families.base.register`) or known by name alone (`families.known`)."""
 
 
 def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What people call the family, or None when nothing gives it away.
+    """Display name of the family, or None if no signature matches.
 
     Args:
         shapes: shape of each tensor by key.
@@ -51,7 +51,7 @@ def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def block_of(base: str) -> str:
-    """The outermost numbered block that a base lies in, such as `down_blocks.1`, or an empty string."""
+    """The outermost numbered block of a base, such as `down_blocks.1`, or an empty string."""
     match = _BLOCK.search(base)
     if match is None:
         return ""
@@ -59,7 +59,7 @@ def block_of(base: str) -> str:
 
 
 def kind_of(base: str) -> str:
-    """Which layer of its block a base is, such as `attn1_to_q`, or its name where it lies in none."""
+    """The layer of a base within its block, such as `attn1_to_q`; its name if it is in no block."""
     return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
@@ -71,7 +71,7 @@ _BLOCK = re.compile(
 
 
 def _input_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Input width of each module by base, 0 where no tensor shows it."""
+    """Input width of each module by base, 0 if no tensor determines it."""
     axes = {role: axis for _, form in algorithms() for role, axis in form.input_axes.items()}
     widths = {}
     for base, keys in grouped(shapes).items():

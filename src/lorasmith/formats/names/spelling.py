@@ -1,9 +1,8 @@
 """How programs spell the tensors of one module: key = base + suffix.
 
-The base says which module a tensor belongs to and is the layouts' business. The suffix says what the tensor is, and any
-suffix may follow any base, because real files mix: `transformer.x.lora_down.weight`, `lora_unet_x.hada_w1_a`. Here
-suffixes are translated into roles, which are the canonical tensor names of `AdapterWeights` plus a few that become
-something else (`alpha`, differences).
+The base names the tensor's module and is up to the layout. The suffix names the tensor, and any suffix may follow any
+base, because real files mix them: `transformer.x.lora_down.weight`, `lora_unet_x.hada_w1_a`. Here suffixes are
+translated into roles: the canonical tensor names of `AdapterWeights`, and a few others (`alpha`, differences).
 
 Shapes: r is the rank, (out, in) a Linear's weight and (out, in, kh, kw) a convolution's.
 """
@@ -41,7 +40,7 @@ __all__ = [
 
 
 class Suffixes(Enum):
-    """Whose names of tensors a file has: those of kohya's scripts, LyCORIS and ComfyUI, or PEFT's where it has any."""
+    """Tensor names of a file: those of kohya's scripts, LyCORIS and ComfyUI, or PEFT's for algorithms that it has."""
 
     KOHYA = "kohya"
     PEFT = "peft"
@@ -52,7 +51,7 @@ KOHYA, PEFT = Suffixes
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """What a file holds for one base.
+    """The tensors of one base.
 
     Attributes:
         adapter: its adapter, if any.
@@ -64,7 +63,7 @@ class ModuleTensors:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(base, role) of a tensor's key, or None when the suffix is not a known one."""
+    """(base, role) of a tensor's key, or None if the suffix is unknown."""
     if match := _XLABS.fullmatch(key):
         return match[1], match[2]
     for suffix, role in _roles(tuple(ADAPTERS)).items():
@@ -97,11 +96,11 @@ def assembled(
 
     Args:
         tensors: by role.
-        shape: shape of the module's weight, None when it is not known.
-        stated_alpha: alpha where no tensor gives it.
+        shape: shape of the module's weight, None if unknown.
+        stated_alpha: alpha if there is no tensor of it.
 
     Returns:
-        None when the tensors do not make up whole adapters and differences.
+        None if the tensors are not complete adapters and differences.
     """
     rest = dict(tensors)
     differences = {parameter: rest.pop(role) for role, parameter in _DIFFERENCES.items() if role in rest}
@@ -125,7 +124,7 @@ def assembled(
 
 
 def _algorithm_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The algorithm of which tensors make up an adapter."""
+    """The algorithm whose adapter has these tensors, or None."""
     for name, form in algorithms():
         whole = any(needed <= tensors.keys() for needed in form.needed)
         if (
@@ -143,10 +142,10 @@ def spelled(
     """One module's tensors by suffix: the inverse of `split_key` and `assembled`.
 
     Args:
-        module: what to spell.
-        suffixes: whose suffixes, `KOHYA` or `PEFT`.
-        alpha: whether a LoRA gets an `.alpha`; the other algorithms always do, because for some it is no mere scale.
-        norm_names: whether differences of one-dimensional weights are called `w_norm` and `b_norm`.
+        module: the tensors.
+        suffixes: `KOHYA` or `PEFT`.
+        alpha: whether a LoRA gets an `.alpha`; other algorithms always do, because for some it is more than a scale.
+        norm_names: whether differences of one-dimensional weights are named `w_norm` and `b_norm`.
     """
     result = {}
     if (weights := module.adapter) is not None:
@@ -168,19 +167,19 @@ def spelled(
 
 
 def scales_outputs(weights: AdapterWeights) -> bool:
-    """Whether DoRA's magnitudes are per output, the only kind that PEFT has, and that of adapters it has any for."""
+    """Whether DoRA's magnitudes are per output, the only kind in PEFT, on an algorithm for which PEFT has them."""
     tensors, form = weights.tensors, format_of(weights)
     takes = form.peft is not None and form.peft.magnitudes
     return takes and tensors["dora_scale"].shape[0] == form.shape_of(weights)[0]
 
 
 def without_core(weights: AdapterWeights) -> AdapterWeights:
-    """An adapter whose Tucker core, which few programs know, is multiplied into a factor where its algorithm can."""
+    """An adapter with its Tucker core, which few programs read, multiplied into a factor if its algorithm allows."""
     return format_of(weights).without_core(weights)
 
 
 def fits(module: ModuleTensors, shape: tuple[int, ...]) -> bool:
-    """Whether tensors belong to a module whose weight has this shape."""
+    """Whether tensors fit a module whose weight has this shape."""
     weight = module.differences.get("weight")
     bias = module.differences.get("bias")
     return (
@@ -191,15 +190,15 @@ def fits(module: ModuleTensors, shape: tuple[int, ...]) -> bool:
 
 
 def _adapter_fits(weights: AdapterWeights, shape: tuple[int, ...]) -> bool:
-    """Whether tensors tell of a weight of this shape, as far as they tell; they may have its kernel flattened."""
-    told = format_of(weights).shape_of(weights)
-    if len(told) == len(shape):
-        return told == shape
-    return told[0] == shape[0] and (len(told) == 1 or math.prod(told[1:]) == math.prod(shape[1:]))
+    """Whether tensors fit a weight of this shape, as far as they determine it; its kernel may be flattened."""
+    stored = format_of(weights).shape_of(weights)
+    if len(stored) == len(shape):
+        return stored == shape
+    return stored[0] == shape[0] and (len(stored) == 1 or math.prod(stored[1:]) == math.prod(shape[1:]))
 
 
 def _alpha_tensor(weights: AdapterWeights) -> Tensor:
-    """Alpha as files carry it: a scalar in the tensors' dtype, in fp32 where that dtype would round it."""
+    """Alpha in a file: a scalar in the tensors' dtype, in fp32 where that dtype would round it."""
     alpha = idle_alpha(weights) if weights.alpha is None else weights.alpha
     dtype = next(iter(weights.tensors.values())).dtype
     scalar = torch.tensor(alpha, dtype=dtype)
@@ -231,7 +230,7 @@ _OTHER_ROLES: dict[str, str] = {
     ".lora_B.bias": "up_bias",  # PEFT's lora_bias: added after the up matrix, so it is scaled like it
 }
 
-# XLabs' trainer numbers the streams of a double block behind what would be the suffix: that number tells the module.
+# XLabs' trainer numbers the streams of a double block after the suffix: that number identifies the module.
 XLABS = r".*\.processor\.(?:qkv|proj)_lora[12]?"
 """Regular expression for the bases of XLabs' trainer."""
 
@@ -247,4 +246,4 @@ UNREADABLE: Mapping[str, tuple[str, str]] = {
         "use it with sd-scripts, or train it again with another program",
     ),
 }
-"""Suffix → the format of adapters that cannot be read, and what to do about it."""
+"""Suffix → the format of adapters that cannot be read, and the remedy."""

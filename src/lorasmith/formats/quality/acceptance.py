@@ -1,8 +1,8 @@
-"""Which programs apply which part of a file: what `docs/load-matrix.md` measured, as rules.
+"""Which programs apply which part of a file: the measurements of `docs/load-matrix.md`, as rules.
 
 A test holds these rules to the recorded numbers of the matrix. `ComfyUI`, `diffusers` and `sd-scripts` (its own
-network) stand for the programs built on them; LyCORIS, with which sd-scripts loads the other algorithms, reads kohya's
-layout and all that `AdapterWeights` knows except DoRA per input.
+network) represent the programs built on them; LyCORIS, with which sd-scripts loads the other algorithms, reads kohya's
+layout and all of `AdapterWeights` except DoRA per input.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["MISREAD_ALPHAS", "PROGRAMS", "Shortfall", "shortfalls"]
 
 @dataclass(frozen=True)
 class Shortfall:
-    """What one program does not apply as it was meant.
+    """Modules that one program does not apply as trained.
 
     Attributes:
         program: one of `PROGRAMS`.
-        modules: which modules.
-        is_all: whether these are all that the LoRA has.
-        reason: why, in words that follow the program's name and the modules.
+        modules: these modules.
+        is_all: whether they are all of the LoRA's modules.
+        reason: why, as text after the program's name and the modules.
     """
 
     program: str
@@ -38,19 +38,19 @@ class Shortfall:
 
     @property
     def sentence(self) -> str:
-        """The whole of it, without a full stop."""
+        """The shortfall as a sentence, without a full stop."""
         what = "any of it" if self.is_all else f"{named(self.modules)},"
         return f"{self.program} does not apply {what} as meant: {self.reason}"
 
 
 def shortfalls(state: AdapterState, layout: Layout, names: ModelNames, *, is_portable: bool = False) -> list[Shortfall]:
-    """What programs do not apply of a LoRA in a layout, with one reason for each module and program.
+    """Shortfalls of a LoRA in a layout, with one reason for each module and program.
 
     Args:
         state: the LoRA.
         layout: the layout.
         names: its model.
-        is_portable: whether it is brought into the form that `made_portable` gives.
+        is_portable: whether it is written in the form of `made_portable`.
     """
     found = []
     for program, rules in _RULES.items():

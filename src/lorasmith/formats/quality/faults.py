@@ -1,8 +1,8 @@
-"""What is wrong with a LoRA file, and what can be done about it.
+"""Faults of a LoRA file, and their remedies.
 
 A finding is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
-model's names (modules that the model lacks, layers that programs leave out). Each says how it is mended; `Mend` carries
-that out in the file's own spelling, so that it needs no model and changes nothing else.
+model's names (modules that the model lacks, layers that programs leave out). Each has a remedy; `Mend` applies it in
+the file's own spelling, so that it needs no model and changes nothing else.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _HUGE_SCALE = 64.0
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong, or worth knowing before a file is given away.
+    """A fault of a file, or a difference between programs.
 
     Attributes:
-        problem: what, in one sentence without a full stop.
-        remedy: what to do about it, likewise.
-        is_fault: whether the file is at fault; otherwise programs differ in what they make of it.
-        mend: what `--fix` does about it, None where it can do nothing.
+        problem: in one sentence without a full stop.
+        remedy: likewise.
+        is_fault: whether the file is at fault; otherwise programs read it differently.
+        mend: the repair of `--fix`, None if it has none.
     """
 
     problem: str
@@ -51,20 +51,20 @@ class Finding:
 
 
 def main_layout(keys: Sequence[str]) -> Layout:
-    """The layout that most of a file's keys have."""
+    """The layout of most of a file's keys."""
     return max((layout for _, layout in LAYOUTS.items()), key=lambda layout: layout.detects(keys))
 
 
 def findings_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
 ) -> list[Finding]:
-    """Everything that is wrong with a LoRA file.
+    """All findings of a LoRA file.
 
     Args:
-        tensors, metadata: the file's, as `read_lora_tensors` gives them.
-        names: of the model that it is for, None where nothing is known of it.
-        is_model_sure: whether that model was named; otherwise it is the released one of the file's family, from which
-            a user's own model may differ a little.
+        tensors, metadata: the file's, from `read_lora_tensors`.
+        names: of the model that it is for, None if unknown.
+        is_model_sure: whether the user named that model; otherwise it is the released one of the file's family, from
+            which the user's model may differ.
     """
     groups = grouped(tensors)
     if not groups:
@@ -121,7 +121,7 @@ def _strangers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
         )
 
 
-# Names that only the program which writes them, and few others, look for: pattern on bases, whose they are.
+# Names that only the program which writes them, and few others, read: pattern on bases → description.
 _RARE_NAMES = (
     (re.compile(r"oft_unet_"), "sd-scripts' OFT (oft_unet_), which ComfyUI, LyCORIS and diffusers"),
     (re.compile(rf"{XLABS}$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
@@ -249,7 +249,7 @@ def _on_model(
     whole: Collection[str],
     is_model_sure: bool,
 ) -> Iterator[Finding]:
-    """What the model's names show; `whole` are the bases that make up adapters at all."""
+    """Findings from the model's names; `whole` are the bases of complete adapters."""
     try:
         state = state_from_tensors(tensors, metadata, names)
     except LoraError as problem:
@@ -280,12 +280,12 @@ def _on_model(
     yield from _uneven(tensors, state, names)
     layout = main_layout(list(tensors))
     for one in shortfalls(state, layout, names):
-        if one.reason != MISREAD_ALPHAS:  # a finding of its own, which can be mended
+        if one.reason != MISREAD_ALPHAS:  # a finding of its own, which can be repaired
             yield Finding(one.sentence, _other_layout(state, one.program, layout, names), False)
 
 
 def _gaps(state: AdapterState, names: ModelNames) -> Iterator[Finding]:
-    """Layers that most blocks have a change for and some do not."""
+    """Layers that have a change in most blocks but not in all."""
     present = {ref.path for ref in (*state.adapters, *state.differences) if ref.component == DENOISER}
     kinds: dict[str, list[str]] = {}
     for path in names.denoiser:
@@ -344,7 +344,7 @@ def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelName
 
 
 def _other_layout(state: AdapterState, program: str, layout: Layout, names: ModelNames) -> str:
-    """Which layout the program would apply completely, in words."""
+    """Remedy with the layout that the program would apply completely."""
     for name, other in LAYOUTS.items():
         if other is layout or other.losses(state, names):
             continue

@@ -1,6 +1,6 @@
-"""What is done to mend a LoRA file, in its own spelling: keys that are left out, and tensors that are made anew.
+"""Repairs of a LoRA file, in its own spelling: keys that are left out, and tensors that are replaced.
 
-New tensors are made when they are written, one at a time, so that a mend of a large file is small.
+New tensors are made when they are written, one at a time, so that repairing a large file takes little memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["Mend", "bases_of", "levelled", "scalar"]
 
 @dataclass(frozen=True)
 class Mend:
-    """What becomes of a file's tensors.
+    """Changes of a file's tensors.
 
     Attributes:
         left_out: keys.
-        changed: by key, what makes the new tensor from the old one, or from None where there was none.
+        changed: key → function from the old tensor, or None if there was none, to the new one.
     """
 
     left_out: frozenset[str] = frozenset()
@@ -36,7 +36,7 @@ class Mend:
 
 
 def bases_of(tensors: Mapping[str, Tensor], names: ModelNames) -> dict[ModuleRef, str]:
-    """The base of each module that a file has under a name of its own."""
+    """The file's base of each module that is not fused with others."""
     groups = grouped(tensors)
     return {
         parts[0].module: base
@@ -52,7 +52,14 @@ def levelled(
     bases: Mapping[ModuleRef, str],
     tensors: Mapping[str, Tensor],
 ) -> Mend:
-    """Other alphas, made up for in the up matrices."""
+    """Other alphas, compensated in the up matrices.
+
+    Args:
+        alphas: new alpha by module.
+        state: the LoRA.
+        bases: base in the file by module.
+        tensors: the file's, by key.
+    """
     groups = grouped(tensors)
     changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
     for ref, alpha in alphas.items():
@@ -66,7 +73,7 @@ def levelled(
 
 
 def scalar(value: float) -> Callable[[Tensor | None], Tensor]:
-    """Makes a scalar of this value, in the dtype of the old one if that holds it."""
+    """A function that makes a scalar of this value, in the dtype of the old one if that holds it exactly."""
 
     def make(old: Tensor | None) -> Tensor:
         exact = torch.tensor(value)

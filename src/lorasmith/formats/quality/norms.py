@@ -1,4 +1,4 @@
-"""How much an adapter changes its weight, from its tensors alone, without making a matrix of the weight's size."""
+"""The norm of an adapter's change, from its tensors alone, without a matrix of the weight's size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["squared_change"]
 
 
 def squared_change(module: ModuleTensors) -> float | None:
-    """Squared Frobenius norm of what a module's tensors add at strength 1.
+    """Squared Frobenius norm of a module's change at strength 1.
 
-    None where the change depends on the weight: OFT, BOFT, GLoRA. DoRA's magnitudes, which do so too, are left out.
+    None if the change depends on the weight: OFT, BOFT, GLoRA. DoRA's magnitudes, which do so too, are left out.
     """
     total = sum(float(tensor.float().square().sum()) for tensor in module.differences.values())
     weights = module.adapter

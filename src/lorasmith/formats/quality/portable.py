@@ -1,9 +1,9 @@
-"""What more than one program must agree on in a file: changes of form that leave a LoRA the same.
+"""A LoRA in the form that most programs apply completely, with the same effect.
 
-diffusers, reading kohya's names of some families (`ProgramLimits.diffusers_one_alpha`), takes the alphas of attention
-layers, and those of all layers of a text encoder, for the most frequent alpha of that part of the model; there the
-factors take over what alpha would have said. Tucker cores, which diffusers and sd-scripts do not know and ComfyUI fails
-to merge in a LoKr, are multiplied in.
+diffusers, reading kohya's names of some families (`ProgramLimits.diffusers_one_alpha`), reads the alphas of attention
+layers, and those of all layers of a text encoder, as the most frequent alpha of that part of the model; there alpha is
+multiplied into the factors. Tucker cores, which diffusers and sd-scripts do not read and ComfyUI fails to merge in a
+LoKr, are multiplied in.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["made_portable", "misread_alphas"]
 def made_portable(
     state: AdapterState, names: ModelNames, alphas: Mapping[ModuleRef, float] | None = None
 ) -> AdapterState:
-    """The same LoRA in the form that most programs understand.
+    """The same LoRA in the form that most programs apply.
 
     Args:
         state: the LoRA, or some of its modules.
         names: its model.
-        alphas: what `misread_alphas` says of the whole LoRA, None when `state` is the whole.
+        alphas: `misread_alphas` of the whole LoRA, None if `state` is the whole.
     """
     wanted = misread_alphas(state, names) if alphas is None else alphas
     adapters = {ref: without_core(weights) for ref, weights in state.adapters.items()}
@@ -38,7 +38,7 @@ def made_portable(
 
 
 def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, float]:
-    """Modules whose alpha diffusers mistakes in kohya's layout, and what it takes it for."""
+    """Modules whose alpha diffusers misreads in kohya's layout → the alpha that it uses."""
     patterns = names.limits.diffusers_one_alpha
     if not patterns:
         return {}
@@ -51,7 +51,7 @@ def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, fl
         if len({*alphas.values()}) < 2 or not common or not mistaken:
             continue
         after = collections.Counter(common if ref in mistaken else alpha for ref, alpha in alphas.items())
-        # Of equally frequent ones diffusers takes the one that it meets first, which could be another.
+        # Of equally frequent ones diffusers uses the first in the file, which may be another.
         tied = any(count == after[common] for alpha, count in after.items() if alpha != common)
         found |= {ref: common for ref, alpha in alphas.items() if alpha != common and (tied or ref in mistaken)}
     return found

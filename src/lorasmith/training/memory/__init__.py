@@ -1,1 +1,1 @@
-"""How a run fits into memory: activations, frozen weights, streams, compiled blocks."""
+"""Memory of a run: activations, frozen weights, offloading; and compiled blocks."""

@@ -1,8 +1,8 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) by depth, over whatever blocks a model repeats.
+"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174) of the repeated blocks of a model, by depth.
 
-Depth 1 recomputes the outermost repeated blocks whole: least memory. Each further depth is one level inside; past the
-nesting the deepest blocks are taken. Recomputation is non-reentrant, so blocks whose inputs need no gradient are
-covered too, and loss and gradients are the same with and without.
+Depth 1 recomputes the outermost repeated blocks: least memory. Each further depth is one level inside; beyond the
+nesting it is the deepest blocks. Recomputation is non-reentrant, so blocks whose inputs need no gradient are covered
+too, and loss and gradients are the same with and without.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-__all__ = ["blocks_at_depth", "checkpointed"]
+__all__ = ["blocks_at_depth", "blocks_checkpointed"]
 
 
 def blocks_at_depth(model: nn.Module, depth: int) -> list[nn.Module]:
@@ -27,8 +27,8 @@ def blocks_at_depth(model: nn.Module, depth: int) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
-    """Recompute blocks in the backward pass while inside; depth 0 does nothing."""
+def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
+    """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing."""
     blocks = blocks_at_depth(model, depth) if depth else []
     previous = [block.forward for block in blocks]
     own = ["forward" in block.__dict__ for block in blocks]
@@ -45,7 +45,7 @@ def checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
 
 
 def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # Adapters draw their randomness by key, so no generator state has to be carried into the second pass.
+    # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

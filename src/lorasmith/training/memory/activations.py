@@ -1,14 +1,14 @@
-"""What a forward pass keeps for the backward pass, and how it can be less.
+"""Plans for the activations that a forward pass keeps for the backward pass.
 
-    keep        what autograd asks for, but no input of a frozen convolution, whose gradient needs the weight alone
-    lean        besides, results that are cheap to have again (norms, activation functions, products with a scale,
-                joined tensors) are made again from what is kept anyway
-    selective   besides, outputs of Linear layers that widen their input fourfold or more, as feed-forward layers do
-    host        as `keep`, but large tensors wait in host memory
+    keep        what autograd saves, except inputs of frozen convolutions, whose gradient needs the weight alone
+    lean        also, cheap results (norms, activation functions, products with a scale, concatenations) are recomputed
+                from tensors that are kept anyway
+    selective   also, outputs of Linear layers that widen their input fourfold or more, as in feed-forward networks
+    host        as `keep`, but large tensors are offloaded to host memory
 
-`lean` and `selective` are checkpointing (Chen et al. 2016, arXiv:1604.06174) of single results instead of blocks:
-attention and all other products are kept, nothing is made again that the backward pass does not ask for, and every
-number stays the same to the bit. They know functions and layers, not models, so they work on any.
+`lean` and `selective` are activation checkpointing (Chen et al. 2016, arXiv:1604.06174) of single results instead of
+blocks: attention and all other products are kept, only results that the backward pass needs are recomputed, and all
+numbers are bit-identical. They depend on functions and layers, not on the model.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.training.memory.host_memory import HostMemory
 
-__all__ = ["Notes", "Remade", "economical", "held_by", "noted", "sparing"]
+__all__ = ["Recipe", "Recipes", "activations_packed", "activations_reduced", "held_by", "recipes_recorded"]
 
 _SMALL = 1 << 16
-"""Bytes below which a tensor is not worth the trouble of making it again."""
+"""Size in bytes below which a tensor is kept."""
 
-_REMADE = "_lorasmith_remade"
+_RECIPE = "_lorasmith_recipe"
 
 _FUNCTIONS = frozenset({"silu", "gelu", "relu", "mish", "group_norm", "layer_norm", "rms_norm"})
 _ARITHMETIC = frozenset({"mul", "__mul__", "__rmul__", "add", "__add__", "__radd__", "cat"})
@@ -42,12 +42,12 @@ _VIEWS = frozenset({"view", "reshape", "permute", "transpose", "flatten", "unfla
 _CASTS = frozenset({"to", "float", "type_as"})
 _PARTS = frozenset({"chunk", "split", "unbind"})
 _CHEAP = _FUNCTIONS | _ARITHMETIC | _VIEWS | _CASTS | _PARTS
-"""Names of torch's functions whose results are made again; none of them changes its arguments."""
+"""Names of torch functions whose results are recomputed; none of them modifies its arguments."""
 
 
 @contextlib.contextmanager
-def sparing(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
-    """The layers of `module` as `kind` wants them while inside, adapters attached or not."""
+def activations_reduced(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
+    """Inside the context, layers of `module` save no more than `kind` needs, with adapters attached or not."""
     with contextlib.ExitStack() as undo:
         for layer in packable_layers(module):
             own = layer.__dict__.get("forward")
@@ -55,7 +55,7 @@ def sparing(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
             if isinstance(layer, CONVOLUTIONS) and own is None:
                 forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
             elif kind == "selective" and isinstance(layer, nn.Linear) and layer.out_features >= 4 * layer.in_features:
-                forward = functools.partial(_made_again, layer.forward)
+                forward = functools.partial(_recorded_forward, layer.forward)
             if forward is not None:
                 undo.callback(restore_forward, layer, own)
                 setattr(layer, "forward", forward)  # noqa: B010 - to a type checker it is a method
@@ -63,9 +63,9 @@ def sparing(module: nn.Module, kind: ActivationPlan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def economical(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
-    """Run a forward pass of `module` inside. The backward pass comes later."""
-    assert kind != "auto", "activations auto has to be decided before a step"
+def activations_packed(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
+    """A forward pass of `module` inside the context saves activations as `kind` says; run the backward pass later."""
+    assert kind != "auto", "activations auto is resolved before the first step"
     if kind == "keep" or not torch.is_grad_enabled():
         yield
         return
@@ -75,39 +75,39 @@ def economical(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
         with hooks(away.pack, away.unpack):
             yield
         return
-    with noted() as notes, hooks(notes.pack, notes.unpack):
+    with recipes_recorded() as recipes, hooks(recipes.pack, recipes.unpack):
         yield
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Notes]:
-    """How cheap results of a forward pass inside are made, for `Notes.pack` to know."""
-    notes = Notes()
-    before, Notes.active = Notes.active, notes
+def recipes_recorded() -> Iterator[Recipes]:
+    """A forward pass inside the context records recipes of its cheap results, for `Recipes.pack`."""
+    recipes = Recipes()
+    before, Recipes.active = Recipes.active, recipes
     try:
-        with _Noting(notes):
-            yield notes
+        with _Recorder(recipes):
+            yield recipes
     finally:
-        Notes.active = before
+        Recipes.active = before
 
 
-def held_by(packed: Tensor | Remade) -> Iterator[Tensor]:
-    """The tensors that stay in memory for one that was packed."""
+def held_by(packed: Tensor | Recipe) -> Iterator[Tensor]:
+    """The tensors that a packed tensor keeps in memory."""
     if isinstance(packed, Tensor):
         yield packed
         return
     for one in packed.leaves:
-        if isinstance(one, Tensor | Remade):
+        if isinstance(one, Tensor | Recipe):
             yield from held_by(one)
 
 
-class Remade:
-    """How to make a tensor again: a function and its arguments, of which tensors may be recipes themselves.
+class Recipe:
+    """How to recompute a tensor: a function and its arguments, whose tensors may be recipes themselves.
 
-    It is followed once; what it makes stays until everybody who asked for it has it.
+    The function is called once; its result is kept until every `reserve` is matched by a `take`.
 
     Attributes:
-        leaves: the arguments, nested ones and keywords too.
+        leaves: the arguments, nested ones and keywords included.
     """
 
     __slots__ = ("_function", "_spec", "_uses", "_value", "_versions", "leaves")
@@ -120,46 +120,52 @@ class Remade:
         self._uses = 0
         self._value: Tensor | None = None
 
-    def ask(self) -> None:
-        """One more will want it."""
+    def reserve(self) -> None:
+        """Announce one more `take`."""
         if not self._uses:
             for one in self.leaves:
-                if isinstance(one, Remade):
-                    one.ask()
+                if isinstance(one, Recipe):
+                    one.reserve()
         self._uses += 1
 
     def take(self) -> Tensor:
-        """The tensor, made anew unless somebody has just had it made."""
-        value = self._made() if self._value is None else self._value
+        """The tensor, recomputed on the first call."""
+        value = self._recomputed() if self._value is None else self._value
         self._uses -= 1
         self._value = value if self._uses > 0 else None
         return value
 
-    def _made(self) -> Tensor:
+    def _recomputed(self) -> Tensor:
         values = []
         for one, version in zip(self.leaves, self._versions, strict=True):
-            # What autograd checks of tensors that it keeps itself.
-            assert not isinstance(one, Tensor) or one._version == version, f"{self._function}: changed in place since"
-            values.append(one.take() if isinstance(one, Remade) else one)
+            # The check that autograd makes for its own saved tensors.
+            assert not isinstance(one, Tensor) or one._version == version, f"{self._function}: modified in place since"
+            values.append(one.take() if isinstance(one, Recipe) else one)
         args, kwargs = tree_unflatten(values, self._spec)
         result: Tensor = self._function(*args, **kwargs)
         return result
 
 
-class Notes:
-    """What a forward pass keeps: tensors as they are, or recipes.
+class Recipes:
+    """The saved tensors of a forward pass: unchanged, or replaced by recipes.
 
     Attributes:
-        active: the notes of the forward pass that is running.
+        active: the instance of the current forward pass.
     """
 
-    active: ClassVar[Notes | None] = None
+    active: ClassVar[Recipes | None] = None
 
     def __init__(self) -> None:
         self._kept: set[int] = set()
 
     def write(self, result: Tensor, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Note how `result` was made, if making it again costs less memory than keeping it."""
+        """Record `function` as the recipe of `result`, if its arguments need less memory than the result.
+
+        Args:
+            result: what the function returned.
+            function: recomputes it.
+            args, kwargs: arguments of the function.
+        """
         if result.nbytes < _SMALL or any(result is one for one in args):
             return
         leaves, spec = tree_flatten((args, kwargs))
@@ -167,39 +173,39 @@ class Notes:
         for index, one in enumerate(leaves):
             if not isinstance(one, Tensor):
                 continue
-            recipe = _remade_of(one)
+            recipe = _recipe_of(one)
             if recipe is not None:
                 leaves[index] = recipe
             elif _storage(one) == _storage(result):
-                return  # a view of something that has no recipe
+                return  # a view of a tensor without recipe
             elif one.nbytes >= _SMALL and _storage(one) not in self._kept:
                 held += one.untyped_storage().nbytes()
         if 2 * held <= result.nbytes:
-            setattr(result, _REMADE, (result._version, Remade(function, leaves, spec)))
+            setattr(result, _RECIPE, (result._version, Recipe(function, leaves, spec)))
 
-    def pack(self, tensor: Tensor) -> Tensor | Remade:
-        """What stands for a tensor until the backward pass."""
-        recipe = _remade_of(tensor)
+    def pack(self, tensor: Tensor) -> Tensor | Recipe:
+        """The tensor or its recipe, to save for the backward pass."""
+        recipe = _recipe_of(tensor)
         if recipe is None:
             self._kept.add(_storage(tensor))
             return tensor
-        recipe.ask()
+        recipe.reserve()
         return recipe
 
-    def unpack(self, packed: Tensor | Remade) -> Tensor:
-        """The tensor."""
+    def unpack(self, packed: Tensor | Recipe) -> Tensor:
+        """The saved tensor, recomputed if it is a recipe."""
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad():
             return packed.take()
 
 
-class _Noting(TorchFunctionMode):
-    """Writes down how results of cheap functions are made."""
+class _Recorder(TorchFunctionMode):
+    """Records recipes of the results of cheap functions."""
 
-    def __init__(self, notes: Notes) -> None:
+    def __init__(self, recipes: Recipes) -> None:
         super().__init__()
-        self._notes = notes
+        self._recipes = recipes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -207,18 +213,18 @@ class _Noting(TorchFunctionMode):
         if name in _CHEAP:
             if type(result) is Tensor:
                 if result.requires_grad:
-                    self._notes.write(result, func, args, kwargs or {})
+                    self._recipes.write(result, func, args, kwargs or {})
             elif name in _PARTS:
                 for index, part in enumerate(result):
                     if part.requires_grad:
-                        self._notes.write(part, functools.partial(_part, func, index), args, kwargs or {})
+                        self._recipes.write(part, functools.partial(_part, func, index), args, kwargs or {})
         return result
 
 
-def _made_again(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _recorded_forward(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     y = forward(x)
-    if Notes.active is not None and y.requires_grad:
-        Notes.active.write(y, forward, (x,), {})
+    if Recipes.active is not None and y.requires_grad:
+        Recipes.active.write(y, forward, (x,), {})
     return y
 
 
@@ -227,10 +233,10 @@ def _part(func: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Te
     return part
 
 
-def _remade_of(tensor: Tensor) -> Remade | None:
-    """How to make a tensor again, if that was noted and it is as it was made."""
-    noted = tensor.__dict__.get(_REMADE)
-    return noted[1] if noted is not None and noted[0] == tensor._version else None
+def _recipe_of(tensor: Tensor) -> Recipe | None:
+    """The recipe of a tensor, if there is one and the tensor was not modified since."""
+    found = tensor.__dict__.get(_RECIPE)
+    return found[1] if found is not None and found[0] == tensor._version else None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,12 +1,12 @@
-"""Compiled blocks: torch.compile on the blocks that a model repeats, so that one piece of code serves many of them.
+"""torch.compile on the repeated blocks of a model, so that blocks of one kind share compiled code.
 
-Compiling goes around all else (adapters, then recomputed blocks, then this), and only passes with a gradient run
-compiled: held-out images are measured on the code that measured the base model. torch compiles when a block is first
-used, in the forward pass and again in the backward pass, so what is missing for it (a compiler, triton, support for an
-operation) shows there; the loop then takes the step again without.
+Compiling is the outermost wrapper (after adapters and activation checkpointing), and only passes with a gradient run
+compiled: held-out images are evaluated with the same code as on the base model. torch compiles a block on first use, in
+the forward pass and again in the backward pass, so missing prerequisites (a compiler, triton, support for an operation)
+show there; the loop then repeats the step without compiling.
 
-Left as they are: blocks with adapters that torch cannot take in one piece (`Adapter.compiles`), and all of them where
-weights are streamed in, since that is work for the host between any two layers.
+Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`), and all blocks when
+weights are offloaded, which runs on the host between any two layers.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 
-__all__ = ["BACKEND", "compilable", "compiled", "compiler", "sizes_vary", "units"]
+__all__ = ["BACKEND", "blocks_compiled", "compilable", "compiler", "sizes_vary", "units"]
 
 BACKEND = "inductor"
-"""What turns graphs into code, of `torch.compiler.list_backends()`."""
+"""Backend of torch.compile, one of `torch.compiler.list_backends()`."""
 
 _VARIANTS = 256
-"""Variants of one block's code (sizes, layers with and without a gradient) before torch gives up on it silently."""
+"""Compiled variants of one block (sizes, layers with and without gradient) before torch silently stops compiling it."""
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are compiled one by one.
+    """The blocks that are compiled separately.
 
-    They are the outermost repeated blocks. Where those are stages, which hold lists of blocks themselves and differ
-    from each other (as in a UNet), they are the blocks of the stages.
+    These are the outermost repeated blocks or, where those are stages that differ from each other and hold lists of
+    blocks themselves (as in a UNet), the blocks of the stages.
     """
     found: list[nn.Module] = []
     for block in blocks_at_depth(model, 1):
@@ -58,12 +58,12 @@ def compilable(adapters: Sequence[Adapter]) -> bool:
 
 
 def sizes_vary(samples: Sequence[Sample]) -> bool:
-    """Whether samples differ in the shapes that a denoiser sees."""
+    """Whether samples differ in the shapes of the denoiser's inputs."""
     return len({(one.latents.shape, *_shapes(one)) for one in samples}) > 1
 
 
 def compiler(device: torch.device) -> str:
-    """What makes the code on a device, with its version; `none` where it is not installed."""
+    """Name and version of the compiler for a device, for records; `none` if it is not installed."""
     if device.type == "cuda":
         for name in ("triton", "triton-windows", "pytorch-triton-rocm"):
             with contextlib.suppress(PackageNotFoundError):
@@ -71,22 +71,21 @@ def compiler(device: torch.device) -> str:
         return "none"
     for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl"):  # torch's own order
         if path := shutil.which(name):
-            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-            return told.partition("\n")[0] or name
+            output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+            return output.partition("\n")[0] or name
     return "none"
 
 
 @contextlib.contextmanager
-def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> Iterator[None]:
-    """Run the blocks of `model` compiled while inside, where `wanted`.
+def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = False) -> Iterator[None]:
+    """Inside the context, blocks of `model` run compiled.
 
     Args:
-        model: with everything else already in place.
-        wanted: False does nothing.
-        varying_sizes: make code that takes any size of latents, which compiles once but runs a little slower; else
-            there is code for each size.
+        model: with adapters and activation checkpointing in place.
+        enabled: False does nothing.
+        varying_sizes: compile once for all sizes of latents, a little slower, instead of once per size.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     from torch import _dynamo, _functorch
@@ -94,10 +93,10 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
     with contextlib.ExitStack() as undo:
         undo.enter_context(_dynamo.config.patch(_limits(_dynamo.config)))
         if any(weight_source(layer) is not None for layer in model.modules()):
-            # The backward pass makes weights anew; torch would find that it is the same twice, and keep the first.
+            # The backward pass unpacks weights again; torch would eliminate it as a common subexpression and keep them.
             undo.enter_context(_functorch.config.patch(cse=False))
         undo.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module=r"torch\.")  # on how it compiles, which nobody here can change
+        warnings.filterwarnings("ignore", module=r"torch\.")  # on compiling, where users can do nothing
         for block in units(model):
             if not compilable([one for layer in block.modules() for one in adapters_on(layer)]):
                 continue
@@ -108,13 +107,13 @@ def compiled(model: nn.Module, wanted: bool, *, varying_sizes: bool = False) -> 
 
 
 def _limits(config: object) -> dict[str, int]:
-    """torch's limits on variants of code, by the names that they have had since 2.7 or had before."""
+    """torch's limits on compiled variants, by their names from 2.7 on and before."""
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     return {name: _VARIANTS, f"accumulated_{name}": 16 * _VARIANTS}
 
 
 class _Compiled:
-    """A forward that is compiled when it is first used with a gradient."""
+    """A forward that is compiled on its first call with a gradient."""
 
     def __init__(self, forward: Callable[..., Any], code: types.FunctionType, *, dynamic: bool) -> None:
         self._forward = forward
@@ -132,10 +131,10 @@ class _Compiled:
 
 @functools.cache
 def _caller(kind: object) -> types.FunctionType:
-    """A function that calls its first argument, one for each kind of block.
+    """A function that calls its first argument, one per kind of block.
 
-    torch looks compiled code up by code object. So blocks of a kind share theirs, are not looked up among others, and
-    find it again when the model comes back from a preview.
+    torch caches compiled code by code object. Blocks of a kind thus share one cache entry, apart from other kinds, also
+    after a preview.
     """
 
     def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +144,7 @@ def _caller(kind: object) -> types.FunctionType:
 
 
 def _kind(block: nn.Module) -> object:
-    """Equal for blocks that one piece of code serves."""
+    """A key, equal for blocks that can share compiled code."""
     parts = tuple((path, type(part), tuple(map(type, adapters_on(part)))) for path, part in block.named_modules())
     return parts, tuple(parameter.shape for parameter in block.parameters())
 

@@ -1,10 +1,10 @@
-"""Frozen weights while a run lasts: quantized, or streamed in from host memory, or both.
+"""Frozen weights during training: quantized, offloaded to host memory, or both.
 
 The weights of Linear layers and convolutions are nearly all of a denoiser. Each is kept packed (`core.quantization`),
-on the device or in host memory (`weight_stream`), and made anew where `FrozenLayer` asks for it: for the forward
-pass and again for the backward pass, which finds no weight among its saved tensors. Layers with an adapter and layers
-without one go the same way. Everything else (norms, biases, embeddings) is left to `core.placement.held`, and so are
-weights that are packed in the model already, unless they are to be packed otherwise or streamed.
+on the device or in host memory (`weight_stream`), and unpacked by `FrozenLayer` for the forward pass and again for the
+backward pass, so that no weight is a saved tensor. That holds for layers with and without an adapter. Everything else
+(norms, biases, embeddings) is left to `core.placement.placed`, and so are weights that are packed in the model already,
+unless `kind` differs or they are offloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
-from lorasmith.adapters.packed_layers import packable_layers, with_source
+from lorasmith.adapters.packed_layers import packable_layers, weight_source_set
 from lorasmith.core.choices import Quantization
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.mapped_files import release_pages
@@ -25,11 +25,11 @@ from lorasmith.core.quantization import Packed, WeightSource, packed, weight_sou
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
-__all__ = ["kept", "multiplied_in_fp8", "takes_fp8_products"]
+__all__ = ["fp8_products_enabled", "takes_fp8_products", "weights_packed"]
 
 
 @contextlib.contextmanager
-def kept(
+def weights_packed(
     module: nn.Module,
     *,
     kind: Quantization,
@@ -37,20 +37,20 @@ def kept(
     dtype: torch.dtype,
     stream: WeightStream | None = None,
 ) -> Iterator[list[nn.Parameter]]:
-    """Keep the frozen weights of `module` packed while inside, and put the originals back, bit for bit, afterwards.
+    """Inside the context, the frozen weights of `module` are packed; afterwards the originals are restored bit for bit.
 
-    Meanwhile the parameters themselves hold nothing: they have shape, device and dtype of the weight but are a single
-    NaN, which shows wherever something reads them past `FrozenLayer`.
+    The parameters have shape, device and dtype of the weight but are an expanded single NaN inside the context, which
+    shows wherever something reads them without `FrozenLayer`.
 
     Args:
         module: the frozen model.
-        kind: `none` keeps the numbers as they are, and what is packed in the model as that is.
+        kind: packing; `none` keeps the values, and weights that are packed in the model as they are.
         device: where products are computed.
-        dtype: what weights are unpacked to.
-        stream: where packed weights wait in host memory, one block of the model ahead; None keeps them on the device.
+        dtype: of unpacked weights.
+        stream: keeps packed weights in host memory and prefetches one block ahead; None keeps them on the device.
 
     Yields:
-        the parameters that are looked after, for `held` to leave alone; none if there is nothing to do.
+        The packed parameters, which `placed` must skip; empty if there is nothing to pack.
     """
     layers = packable_layers(module) if kind != "none" or stream is not None else []
     layout = memory_format_for(module)
@@ -62,7 +62,7 @@ def kept(
             one = _packed(layer, kind, device, dtype, layout)
             source: WeightSource = one if stream is None else StreamedWeight(stream, stream.add(one))
             sizes[layer] = one.size_bytes
-            undo.enter_context(with_source(layer, source, device=device, dtype=dtype))
+            undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
         if stream is not None:
             blocks = [block.modules() for block in blocks_at_depth(module, 1)]
             stream.ahead_bytes = max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
@@ -70,8 +70,8 @@ def kept(
 
 
 @contextlib.contextmanager
-def multiplied_in_fp8(module: nn.Module) -> Iterator[None]:
-    """Let the layers that can (`takes_fp8_products`) multiply in fp8 while inside, forwards and backwards."""
+def fp8_products_enabled(module: nn.Module) -> Iterator[None]:
+    """Inside the context, layers for which `takes_fp8_products` holds multiply in fp8, forward and backward."""
     chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, _code(layer))]
     try:
         for layer in chosen:
@@ -83,7 +83,7 @@ def multiplied_in_fp8(module: nn.Module) -> Iterator[None]:
 
 
 def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
-    """Whether products in fp8 exist for a layer with codes of this format: Linear ones whose sizes divide by 16."""
+    """Whether a layer with codes of this format can multiply in fp8: Linear layers with sizes divisible by 16."""
     sizes = layer.get_parameter("weight").shape
     return code in CODES and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
 
@@ -91,12 +91,12 @@ def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
 def _packed(
     layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
-    """A layer's weight as `kind` keeps it; a weight that is packed is unpacked first, unless it may stay as it is."""
+    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`."""
     source = weight_source(layer)
     if isinstance(source, Packed) and kind == "none":
         return source.to(source.tensors[0].device, dtype, layout)
     weight = FrozenLayer(layer).weight.detach()
-    there = weight.device if kind == "none" else device  # where quantizing is fast
+    there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
     laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
     one = packed(laid, kind, dtype)
     if kind != "none" or laid is not weight:

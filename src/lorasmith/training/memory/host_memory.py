@@ -1,7 +1,7 @@
-"""Activations that wait in host memory between the forward and the backward pass.
+"""Offloading of activations to host memory between the forward and the backward pass.
 
-Copies run on a stream of their own, beside the computation, and come back a few ahead of their use: the backward pass
-asks for them in the opposite order.
+Copies run on a separate stream, concurrently with computation, and are prefetched in the opposite order, that of the
+backward pass.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 __all__ = ["HostMemory"]
 
 _WORTH_MOVING = 1 << 20
-"""Bytes from which memory is moved."""
+"""Size in bytes from which memory is offloaded."""
 
 _AHEAD = 4
-"""How many come back ahead of their use."""
+"""Number of prefetched copies."""
 
 
 class HostMemory:
-    """Sends large tensors to host memory in the order of the forward pass and has them back in that of the backward.
+    """Hooks for saved tensors that copy large ones to host memory, and back in reverse order.
 
-    What moves is memory, not tensors: parts of one tensor move once, and come back laid out as they were.
+    Storages are copied, not tensors: views of one storage are copied once and keep their layout.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -74,7 +74,7 @@ class HostMemory:
 
 
 class _OnHost:
-    """Memory of tensors, copied to the host; `uses` counts who will want it back."""
+    """A storage copied to the host; `uses` counts the saved tensors that need it."""
 
     def __init__(self, memory: Tensor, stream: torch.cuda.Stream | None) -> None:
         self.uses = 0
@@ -92,7 +92,7 @@ class _OnHost:
         memory.record_stream(stream)
 
     def send(self) -> None:
-        """Have it come back, if it is not on its way."""
+        """Start the copy back to the device, unless started."""
         if self._back is not None:
             return
         if self._stream is None:
@@ -103,7 +103,7 @@ class _OnHost:
             self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The memory on its device again."""
+        """The storage on its device."""
         self.send()
         back = self._back
         assert back is not None
@@ -118,7 +118,7 @@ class _OnHost:
 
 
 class _Moved(NamedTuple):
-    """A tensor whose memory is on the host."""
+    """A tensor whose storage is on the host."""
 
     memory: _OnHost
     dtype: torch.dtype
@@ -128,7 +128,7 @@ class _Moved(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """Memory that has been copied, as long as it holds the same."""
+    """A storage that has been copied, valid while its version is the same."""
 
     of: StorageWeakRef
     version: int

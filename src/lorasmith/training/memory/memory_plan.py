@@ -1,13 +1,13 @@
-"""Which activations are kept, chosen by measurement: the cheapest plan whose memory fits the budget.
+"""Selection of the activation plan by measurement: the cheapest plan that fits the memory budget.
 
-A probe runs the forward pass of a step on the largest picture, once for each way of keeping activations, and lets go of
-whatever the backward pass would need as soon as its size is noted, so that it fits where training would not. Block by
-block sizes of the first run say what gradient checkpointing would leave at each depth. The plans, cheapest first:
+A probe runs the forward pass of a step on the largest picture, once per plan, and frees each saved tensor as soon as
+its size is recorded, so that it fits where training would not. Sizes per block in the first run give the memory of
+activation checkpointing at each depth. The plans, cheapest first:
 
-    keep        no extra work
-    lean        cheap results are made again                                     see `activations`
-    selective   so are the outputs of widening layers                            see `activations`
-    depth d     blocks are computed again, at the depth that needs the least     see `checkpointing`
+    keep        nothing is recomputed
+    lean        cheap results are recomputed                                     see `activations`
+    selective   also the outputs of widening layers                              see `activations`
+    depth d     blocks are recomputed, at the depth that needs least memory      see `activation_checkpointing`
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
-from lorasmith.training.memory.activations import Remade, held_by, noted, sparing
+from lorasmith.training.memory.activations import Recipe, activations_reduced, held_by, recipes_recorded
 from lorasmith.training.runtime import Runtime
 
 __all__ = ["MemoryPlan", "chosen_plan", "free_memory", "plan_activations", "plan_for"]
 
 _DEPTHS = 5
-_SHARE = 0.9  # of what is free; fragments and other programs have the rest
-_TRANSIENT = 6  # largest kept tensor times this: what a product and its gradients need for a moment
+_SHARE = 0.9  # of free memory; the rest is for fragmentation and other programs
+_TRANSIENT = 6  # times the largest saved tensor: temporary memory of a product and its gradients
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A way to keep activations.
+    """A way to keep activations, with its memory.
 
     Attributes:
         activations, checkpoint_depth: as in `Runtime`.
         needed_bytes: estimated peak of a step above weights and optimizer state.
-        budget_bytes: what it had to fit.
+        budget_bytes: available memory.
     """
 
     activations: Activations
@@ -61,33 +61,33 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether it is expected to."""
+        """Whether the estimate is within the budget."""
         return self.needed_bytes <= self.budget_bytes
 
     def __str__(self) -> str:
         ways = {
             "keep": "all are kept",
-            "lean": "norms and activation functions are computed again in the backward pass",
-            "selective": "norms, activation functions and the wide layers of feed-forward networks are computed again",
+            "lean": "norms and activation functions are recomputed in the backward pass",
+            "selective": "norms, activation functions and the wide layers of feed-forward networks are recomputed",
         }
-        way = f"blocks are computed again, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
+        way = f"blocks are recomputed, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
         text = (
-            f"Activations: {way or ways[self.activations]}; about {_size(self.needed_bytes)} of "
-            f"{_size(self.budget_bytes)} for a step."
+            f"Activations: {way or ways[self.activations]}; a step needs about {_size(self.needed_bytes)} of "
+            f"{_size(self.budget_bytes)}."
         )
-        return text if self.fits else f"{text} That may not be enough: a smaller batch or picture needs less."
+        return text if self.fits else f"{text} Memory may run out; use a smaller batch or picture."
 
 
 def chosen_plan(
     denoiser: Denoiser, samples: Sequence[Sample], config: ResolvedConfig, runtime: Runtime, budget_bytes: int
 ) -> MemoryPlan:
-    """The cheapest plan that fits, or the one that needs the least.
+    """The cheapest plan that fits, or the one that needs the least memory.
 
     Args:
         denoiser: frozen, with the adapters attached and nothing else.
-        samples: of the run; the largest is looked at.
+        samples: of the run; the largest is measured.
         config, runtime: of the run.
-        budget_bytes: what a step may take above what is there now.
+        budget_bytes: memory for a step above what is allocated now.
     """
     largest = max(samples, key=lambda sample: sample.latents.numel())
     one_batch = replace(config, grad_accumulation_steps=1)
@@ -106,32 +106,32 @@ def chosen_plan(
 
 
 def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | Warned:
-    """Decide how an engine keeps activations, which has to be prepared; returns what to tell."""
+    """Select and set the plan of a prepared engine; returns the event to emit."""
     try:
         plan = plan_for(engine, samples)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        engine.change(activations="keep", checkpoint_depth=1)  # the step itself finds out about smaller pieces
-        return Warned(message="Memory ran out while activations were measured: blocks are computed again.")
+        engine.change(activations="keep", checkpoint_depth=1)  # smaller micro-batches are left to `Recovery`
+        return Warned(message="Memory ran out while activations were measured: blocks are recomputed.")
     engine.change(activations=plan.activations, checkpoint_depth=plan.checkpoint_depth)
     return Planned(**asdict(plan), message=str(plan))
 
 
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
-    """What a run decides before its first step, with what its device has free for one; see `chosen_plan`."""
+    """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
     runtime = engine.runtime
-    optimizer = 2 * engine.flat.master.nbytes  # its state comes with the first step
+    optimizer = 2 * engine.flat.master.nbytes  # its state is allocated in the first step
     free = free_memory(runtime.device, runtime.memory_budget) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
 
 
 def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
-    """Bytes that may still be taken on a device.
+    """Free memory of a device in bytes.
 
     Args:
         device: a CUDA device or the CPU.
-        limit_bytes: of what this process may take in all; None for no limit but the device's own.
+        limit_bytes: limit of the whole process; None for the device's own.
     """
     if device.type == "cuda":
         taken = torch.cuda.memory_allocated(device)
@@ -143,16 +143,16 @@ def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
 
 
 def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> Iterator[MemoryPlan]:
-    """Plans with what they need, cheapest first; each is measured when it is asked for."""
+    """Plans, cheapest first; each is measured when the iterator reaches it."""
     probe = _Probe(module)
-    with probe.by_block(), sparing(module, "keep"), probe.counting():
+    with probe.blocks_tracked(), activations_reduced(module, "keep"), probe.saved_counted():
         run()
     transient = _TRANSIENT * probe.largest
     yield MemoryPlan("keep", 0, probe.total + transient, budget_bytes)
     kinds: tuple[Activations, ...] = ("lean", "selective")
     for kind in kinds:
         smaller = _Probe(module)
-        with sparing(module, kind), noted() as notes, smaller.counting(notes.pack):
+        with activations_reduced(module, kind), recipes_recorded() as recipes, smaller.saved_counted(recipes.pack):
             run()
         yield MemoryPlan(kind, 0, smaller.total + transient, budget_bytes)
     needed, depth = min((probe.checkpointed(depth), depth) for depth in range(1, _DEPTHS + 1))
@@ -160,10 +160,10 @@ def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> I
 
 
 class _Probe:
-    """Sizes of what a forward pass keeps, by memory, and in which blocks it is kept."""
+    """Sizes of a forward pass's saved tensors, by storage and block."""
 
     def __init__(self, module: nn.Module) -> None:
-        # A weak reference keeps the address from being used for other memory, and nothing else.
+        # A weak reference keeps the address from being reused, without keeping the memory.
         self._sizes: dict[StorageWeakRef, int] = {}
         self._kept: set[StorageWeakRef] = set()
         self._module = module
@@ -173,24 +173,24 @@ class _Probe:
 
     @property
     def total(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all saved tensors."""
         return self._bytes(self._kept)
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest piece."""
+        """Bytes of the largest saved tensor."""
         return max((self._sizes[one] for one in self._kept), default=0)
 
     def checkpointed(self, depth: int) -> int:
-        """Bytes that are kept if blocks at a depth are computed again, while the largest of them is."""
+        """Bytes kept with blocks at a depth recomputed, at the peak: while the largest block is."""
         inside = self._inside[depth - 1]
         outside = inside[-1]
         largest = max((self._bytes(kept - outside) for block, kept in inside.items() if block >= 0), default=0)
         return self._bytes(outside) + largest
 
     @contextlib.contextmanager
-    def counting(self, pack: Callable[[Tensor], Tensor | Remade] = lambda tensor: tensor) -> Iterator[None]:
-        """Count what a forward pass inside keeps, which is let go of at once: there can be no backward pass."""
+    def saved_counted(self, pack: Callable[[Tensor], Tensor | Recipe] = lambda tensor: tensor) -> Iterator[None]:
+        """Inside the context, tensors saved by a forward pass are counted and freed; no backward pass can follow."""
 
         def count(tensor: Tensor) -> None:
             for one in held_by(pack(tensor)):
@@ -201,8 +201,8 @@ class _Probe:
             yield
 
     @contextlib.contextmanager
-    def by_block(self) -> Iterator[None]:
-        """Know the blocks of each depth while inside; what they are given counts as kept outside of them."""
+    def blocks_tracked(self) -> Iterator[None]:
+        """Inside the context, saved tensors are attributed to blocks; a block's inputs count as outside of it."""
         with contextlib.ExitStack() as undo:
             for level in range(_DEPTHS):
                 for number, block in enumerate(blocks_at_depth(self._module, level + 1)):

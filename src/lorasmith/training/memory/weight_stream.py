@@ -1,9 +1,8 @@
-"""Weights that wait in host memory and come to the device when they are used (offloading).
+"""Offloaded weights: kept in host memory and copied to the device when they are used.
 
-They never change, so they travel one way and are dropped after use. Which weight follows is learnt from the run itself:
-a pass goes through the same layers in the same order each time, forwards, backwards, and block by block where
-activations are recomputed, so the last two tell the next. As many are sent for ahead of time as make up one block of
-the model, on a stream of their own, while the device computes. A wrong guess costs one transfer and changes nothing.
+They never change, so they are copied one way and freed after use. The next weight is predicted from the last two:
+layers run in the same order in every pass, forward, backward, and block by block where activations are recomputed. One
+block of the model is prefetched on a separate stream while the device computes. A wrong prediction costs one transfer.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ __all__ = ["Resident", "StreamedWeight", "WeightStream"]
 
 
 class _Sent(NamedTuple):
-    """Tensors on their way to the device; `arrived` is None where there is nothing to wait for."""
+    """Tensors being copied to the device; `arrived` is None if there is nothing to wait for."""
 
     tensors: tuple[Tensor, ...]
     arrived: torch.cuda.Event | None
 
 
 class Resident:
-    """Bytes of tensors that are alive: `now`, and at the `peak`."""
+    """Bytes of live tensors: `now`, and at the `peak`."""
 
     def __init__(self) -> None:
         self.now = 0
         self.peak = 0
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor until it is gone."""
+        """Count a tensor until it is freed."""
         size = tensor.numel() * tensor.element_size()
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -50,11 +49,11 @@ class WeightStream:
     """Packed weights in host memory, pinned for a GPU.
 
     Args:
-        device: where they are used. On the CPU they are copied as well, which serves tests alone.
+        device: where they are used. On the CPU they are copied too, for tests.
 
     Attributes:
-        ahead_bytes: how much is sent for ahead of time.
-        resident: what is on the device; at most `ahead_bytes` and the weight in use.
+        ahead_bytes: size of the prefetched weights.
+        resident: size of the weights on the device; at most `ahead_bytes` and the weight in use.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +69,7 @@ class WeightStream:
         self._in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def add(self, weight: Packed) -> int:
-        """Take in a packed weight; returns its number."""
+        """Add a packed weight; returns its number."""
         tensors = tuple(tensor.cpu() for tensor in weight.tensors)
         if self._on_gpu:
             tensors = tuple(tensor.pin_memory() for tensor in tensors)
@@ -78,11 +77,11 @@ class WeightStream:
         return len(self._weights) - 1
 
     def on_host(self, number: int) -> Packed:
-        """A packed weight as it waits."""
+        """A packed weight in host memory."""
         return self._weights[number]
 
     def fetch(self, number: int) -> Packed:
-        """A packed weight on the device; it is gone when the caller lets go of it."""
+        """A packed weight on the device; it is freed with the caller's last reference."""
         self._settle()
         before = self._last
         self._following[before] = number
@@ -102,7 +101,7 @@ class WeightStream:
         return replace(self._weights[number], tensors=sent.tensors)
 
     def clear(self) -> None:
-        """Let go of everything, on the device and on the host."""
+        """Release all memory, on the device and on the host."""
         self._weights.clear()
         self._coming.clear()
         self._in_flight.clear()
@@ -110,7 +109,7 @@ class WeightStream:
         self._last = (-1, -1)
 
     def _foreseen(self) -> list[int]:
-        """The weights that will probably be asked for next, as many as may be here ahead of time."""
+        """The predicted next weights, up to `ahead_bytes`."""
         found: list[int] = []
         last, free = self._last, self.ahead_bytes
         while (one := self._following.get(last)) is not None and one not in found:
@@ -134,7 +133,7 @@ class WeightStream:
         return _Sent(tensors, arrived)
 
     def _settle(self) -> None:
-        """Keep the host from running ahead of a GPU: memory of a used weight is free only when its product is done."""
+        """Keep the host from running ahead of a GPU: a used weight is freed only when its product is done."""
         if not self._on_gpu or self._last[1] < 0:
             return
         size = self._weights[self._last[1]].size_bytes
@@ -145,7 +144,7 @@ class WeightStream:
 
 @dataclass(frozen=True)
 class StreamedWeight:
-    """The weight of a layer that comes through a stream."""
+    """A layer's weight source in a stream."""
 
     stream: WeightStream
     number: int

@@ -1,1 +1,1 @@
-"""What updates the weights: the flat buffer, optimizers, schedules, the loss scale."""
+"""Optimization: the flat buffer, optimizers, schedules, the loss scale."""

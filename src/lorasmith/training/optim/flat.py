@@ -1,15 +1,15 @@
-"""One flat buffer for everything that is trained.
+"""One flat buffer for all trained parameters.
 
-    master    fp32 (N,)          what the optimizer updates; what is saved
-    compute   dtype (N,)         what the forward pass reads: the adapters' parameters are views of it
+    master    fp32 (N,)          updated by the optimizer, and saved
+    compute   dtype (N,)         read by the forward pass: the adapters' parameters are views of it
     grad      fp32 (N,)          gradients, summed over micro-batches, zeroed and never None
 
-Parameters of one group stand together, so that an element-wise optimizer gets one tensor per group. They stay separate
+Parameters of one group are contiguous, so that an element-wise optimizer gets one tensor per group. They are separate
 autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision autograd accumulates
 into a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 it accumulates into `grad`
 itself, and compute and master are the same memory.
 
-A bf16 master would not do: at learning rate 1e-4 most AdamW updates are below half a unit in the last place.
+The master is fp32 because at learning rate 1e-4 most AdamW updates are below half a unit in the last place of bf16.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 __all__ = ["FlatParameters", "ParameterGroup"]
 
-_ALIGNMENT = 32  # elements: a cache line of fp32, twice over, so that views start aligned in any dtype
-_GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps the rest of other sizes in fp32
+_ALIGNMENT = 32  # elements: two cache lines of fp32, so that views start aligned in any dtype
+_GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps incomplete blocks in fp32
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """What is learnt at one rate, in the two forms that optimizers want.
+    """Parameters of one learning rate, in the two forms that optimizers take.
 
     Attributes:
         flat: part of the master buffer, (n,), with its gradient.
-        views: the parameters in it, in their own shapes, each with its gradient; the same memory.
+        views: the parameters in it, in their own shapes, each with its gradient, sharing its memory.
         rate: learning rate.
     """
 
@@ -43,13 +43,13 @@ class ParameterGroup:
 
 
 class FlatParameters:
-    """Moves parameters into flat buffers, where they remain.
+    """Moves parameters into flat buffers until `release`.
 
     Args:
         parameters: by name; fp32.
-        device: where the buffers live.
+        device: of the buffers.
         dtype: of the forward pass.
-        rates: learning rate by name, 0 for those that are not named; parameters of one rate are a group.
+        rates: learning rate by name, 0 for missing names; parameters of one rate form a group.
 
     Attributes:
         groups: the parameters by learning rate.
@@ -93,36 +93,36 @@ class FlatParameters:
         self.publish()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
-        """The part of a flat buffer that belongs to a parameter, in its shape."""
+        """A parameter's part of a flat buffer, in the parameter's shape."""
         parameter = self._parameters[name]
         start = self._offsets[name]
         return buffer[start : start + parameter.numel()].view(parameter.shape)
 
     def zero(self) -> None:
-        """Forget all gradients, those of a micro-batch that was broken off too."""
+        """Zero all gradients, those of an interrupted micro-batch included."""
         self.grad.zero_()
         if self._compute_grad is not self.grad:
             self._compute_grad.zero_()
 
     def collect(self) -> None:
-        """Add the gradients of a finished micro-batch to `grad`."""
+        """Add the gradients of a micro-batch to `grad`."""
         if self._compute_grad is not self.grad:
             self.grad.add_(self._compute_grad)
             self._compute_grad.zero_()
 
     def publish(self) -> None:
-        """Let the forward pass see the master weights."""
+        """Copy the master weights to the compute buffer."""
         if self._compute is not self.master:
             self._compute.copy_(self.master)
 
     @property
     def layout(self) -> list[list[object]]:
-        """Name, offset and shape of every parameter, in order: buffers of one layout can take each other's place."""
+        """Name, offset and shape of every parameter, in order; buffers of equal layout are interchangeable."""
         return [[name, self._offsets[name], list(one.shape)] for name, one in self._parameters.items()]
 
     @contextlib.contextmanager
-    def standing_in(self, values: Tensor) -> Iterator[None]:
-        """Parameters hold fp32 copies of `values`, a buffer like `master`, on the CPU meanwhile: what files get."""
+    def parameters_replaced(self, values: Tensor) -> Iterator[None]:
+        """Inside the context, parameters are fp32 CPU copies of `values`, a buffer like `master`, to be saved."""
         kept = {name: parameter.data for name, parameter in self._parameters.items()}
         grads = {name: parameter.grad for name, parameter in self._parameters.items()}
         try:
@@ -136,7 +136,7 @@ class FlatParameters:
                 parameter.grad = grads[name]
 
     def release(self) -> None:
-        """Give every parameter a tensor of its own with the master's fp32 values, on the CPU, and no gradient."""
+        """Give every parameter its own fp32 CPU tensor with the master's values, and no gradient."""
         for name, parameter in self._parameters.items():
             parameter.grad = None
             parameter.data = self.view(self.master, name).to("cpu", copy=True)

@@ -12,8 +12,8 @@ class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), kept on the device.
 
     Args:
-        device: where the scale lives.
-        enabled: False makes it a constant 1.
+        device: of the scale.
+        enabled: False for a constant 1.
     """
 
     _FIRST = 2.0**13
@@ -26,11 +26,11 @@ class LossScale:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What changes from step to step."""
+        """The state, by name."""
         return {"loss_scale": self.scale, "calm_steps": self._calm}
 
     def update(self, finite: Tensor) -> None:
-        """Halve the scale after an overflow; double it after many steps without one."""
+        """Halve the scale after an overflow; double it after 500 steps without one."""
         if not self.enabled:
             return
         calm = torch.where(finite, self._calm + 1, torch.zeros_like(self._calm))

@@ -1,9 +1,9 @@
 """Optimizers over the flat master buffer: gated on the device, and stored as plain tensors and JSON.
 
-A step that may not proceed changes nothing, counters included. Where an optimizer reads torch's `found_inf` flag (the
-fused ones), it does so itself; others are undone with a copy. Neither waits for the device. It has to be asked in the
-first step, in which optimizers make their state, and in every step of those that count on the host, since a number
-there cannot depend on one on the device: Adafactor, Prodigy, ScheduleFree, and AdamW8bit and RMSprop on a GPU.
+A gated step changes nothing, counters included. Fused optimizers read torch's `found_inf` flag themselves; others are
+undone with a copy. Neither synchronizes with the device. The flag is read on the host in the first step, which creates
+the state, and in every step of optimizers with counters on the host, which cannot depend on a device value: Adafactor,
+Prodigy, ScheduleFree, and AdamW8bit and RMSprop on a GPU.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _SET_EACH_STEP = ("params", "lr")
 
 
 class GatedOptimizer:
-    """An optimizer whose step takes effect only where a device-side flag says so.
+    """An optimizer whose step takes effect only if a flag on the device is set.
 
     Args:
         name: registered optimizer, or the import path of an optimizer class.
         groups: the parameters with their gradients and learning rates.
-        weight_decay: for optimizers that take one.
-        arguments: further ones, as `betas=(0.9,0.99) eps=1e-7`.
+        weight_decay: for optimizers that take it.
+        arguments: further ones, such as `betas=(0.9,0.99) eps=1e-7`.
 
     Raises:
-        OptionError: the optimizer is not known or not installed, or refuses its arguments.
+        OptionError: the optimizer is unknown, not installed, or refuses its arguments.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GatedOptimizer:
         self._rates = [group.rate for group in groups]
         optimizer: Any = build_optimizer(name, groups, weight_decay=weight_decay, arguments=arguments)
         self._optimizer = optimizer
-        # Schedule-free optimizers train with other weights than they are used with, and must be told which are wanted.
+        # Schedule-free optimizers have different weights for training and evaluation, switched by train() and eval().
         self._turns = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
         if self._turns:
             optimizer.train()
@@ -60,11 +60,11 @@ class GatedOptimizer:
 
     @torch.no_grad()
     def step(self, proceed: Tensor, factor: float = 1.0) -> None:
-        """Update the buffers if `proceed` (0-d bool, on the buffers' device) is true. Gradients may be overwritten.
+        """Update the buffers if `proceed` is true. Gradients may be overwritten.
 
         Args:
-            proceed: whether the step counts.
-            factor: share of every group's learning rate that the step is taken with.
+            proceed: 0-d bool on the buffers' device.
+            factor: factor of every group's learning rate.
         """
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             _set_rate(group, rate * factor)
@@ -81,9 +81,9 @@ class GatedOptimizer:
                 tensor.copy_(torch.where(proceed, tensor, old))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next step depends on besides the buffers: tensors by name, and numbers fit for JSON.
+        """The state besides the buffers: tensors by name, and JSON values.
 
-        The tensors are the optimizer's own, which its next step changes. Not to be asked for within `evaluating`.
+        The tensors are not copies: the next step modifies them. Must not be called within `evaluation_weights`.
         """
         changed = [
             {key: value for key, value in _kept(group).items() if key not in fresh or value != fresh[key]}
@@ -93,10 +93,10 @@ class GatedOptimizer:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Become as the optimizer was when `state` gave these; the buffers are left as they are, the gradients zero.
+        """Restore what `state` returned. Buffers are not changed; gradients are zeroed.
 
         Raises:
-            TrainingError: the state is that of another optimizer or of other parameters.
+            TrainingError: the state belongs to another optimizer or to other parameters.
         """
         self._reset()
         if not numbers["started"]:
@@ -104,15 +104,15 @@ class GatedOptimizer:
         self._make_state()
         if self._tensors().keys() != tensors.keys() or self._numbers().keys() != numbers["parameters"].keys():
             raise TrainingError(
-                "the stored state of the optimizer must be that of the same optimizer and layers, but names other "
-                "tensors; continue with the settings that it was stored with, or start afresh"
+                "the stored state of the optimizer must be of the same optimizer and layers, but has other tensors; "
+                "continue with the settings that it was saved with, or start fresh"
             )
         own = self._tensors()
         for name, stored in tensors.items():
             state, key, is_whole = self._place(name)
             if is_whole:
                 state[key] = stored.to(own[name].device, copy=True)
-            else:  # a part of a tensor of another kind, such as the codes of a quantized one
+            else:  # a component of a tensor subclass, such as the codes of a quantized one
                 own[name].copy_(stored)
         for name, number in numbers["parameters"].items():
             state, key, _ = self._place(name)
@@ -121,10 +121,10 @@ class GatedOptimizer:
         self._start()
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within, the buffers hold the weights that are to be looked at and saved; afterwards, exactly those of before.
+    def evaluation_weights(self) -> Iterator[None]:
+        """Inside the context, the buffers hold the weights for evaluation and saving; afterwards exactly those before.
 
-        For schedule-free optimizers that is their average; for others nothing changes.
+        For schedule-free optimizers these are the averaged weights; for others nothing changes.
         """
         if not self._turns:
             yield
@@ -135,7 +135,7 @@ class GatedOptimizer:
             yield
         finally:
             self._optimizer.train()
-            for flat, old in zip(self._flats, before, strict=True):  # there and back would not give the same bits
+            for flat, old in zip(self._flats, before, strict=True):  # switching back does not restore the last bits
                 flat.copy_(old)
 
     def _take_step(self, found_inf: Tensor | None = None) -> None:
@@ -145,7 +145,7 @@ class GatedOptimizer:
             self._optimizer.step()
 
     def _start(self) -> None:
-        """Note, once there is state, whether some of it is on the host."""
+        """Record, after the first step, whether some state is on the host."""
         if self._started:
             return
         self._started = True
@@ -154,7 +154,7 @@ class GatedOptimizer:
         self._waits = elsewhere or counts or any(self.state()[1]["groups"])
 
     def _reset(self) -> None:
-        """Become as after construction."""
+        """Restore the state after construction."""
         self._started, self._waits = False, True
         self._optimizer.state.clear()
         for parameter, made in zip(self._parameters, self._made, strict=True):
@@ -163,7 +163,7 @@ class GatedOptimizer:
         self._set_groups([{}] * len(self._fresh))
 
     def _make_state(self) -> None:
-        """Let the optimizer make its state, with a step that is taken back."""
+        """Create the optimizer's state, by a step that is undone."""
         before = [flat.clone() for flat in self._flats]
         for flat in self._flats:
             if flat.grad is not None:
@@ -173,7 +173,7 @@ class GatedOptimizer:
             flat.copy_(old)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The plain tensors of the optimizer's state, in a fixed order."""
+        """All tensors of the state by name, tensor subclasses as their components, in a fixed order."""
         return {
             name: plain
             for index, parameter in enumerate(self._parameters)
@@ -183,7 +183,7 @@ class GatedOptimizer:
         }
 
     def _numbers(self) -> dict[str, Any]:
-        """The rest of the optimizer's state."""
+        """The numbers in the state, by name."""
         return {
             f"{index}.{key}": value
             for index, parameter in enumerate(self._parameters)
@@ -192,7 +192,7 @@ class GatedOptimizer:
         }
 
     def _place(self, name: str) -> tuple[dict[str, Any], str, bool]:
-        """A parameter's state, the key in it, and whether the name is that of the value there or of a part of it."""
+        """A parameter's state, the key in it, and whether the name is of the whole value (or of a component)."""
         index, key, *parts = name.split(".")
         return self._optimizer.state[self._parameters[int(index)]], key, not parts
 
@@ -212,15 +212,15 @@ def check_optimizer(
     rates: Collection[float] = (1e-3,),
     device: torch.device | None = None,
 ) -> None:
-    """Try an optimizer on a small matrix: it must take steps, and go on exactly from its stored state.
+    """Try an optimizer on a small matrix: it must take steps and continue exactly from its saved state.
 
     Args:
         name, weight_decay, arguments: as for `GatedOptimizer`.
-        rates: learning rates of the groups there will be.
-        device: where it will run, as there are optimizers for some devices only; the CPU if None.
+        rates: learning rates of the groups.
+        device: where it will run, as some optimizers support certain devices only; the CPU if None.
 
     Raises:
-        OptionError: it is not known or not installed, refuses its arguments, or does not pass.
+        OptionError: it is unknown, not installed, refuses its arguments, or fails.
     """
     device = device or torch.device("cpu")
     first, second = ([_small_group(rate, device) for rate in rates] for _ in range(2))
@@ -241,13 +241,13 @@ def check_optimizer(
         ) from error
     if not all(torch.equal(group.flat, same.flat) for group, same in zip(first, second, strict=True)):
         raise OptionError(
-            f"optimizer must go on exactly from its stored state, which {name} does not: it keeps something outside "
-            "the state that torch knows of; choose another one"
+            f"optimizer must continue exactly from its saved state, but {name} keeps state that its state_dict lacks; "
+            "choose another one"
         )
 
 
 def _small_group(rate: float, device: torch.device) -> ParameterGroup:
-    # Optimizers with a state of 8 bits keep one of 32 for less than 4096 numbers, which would not try them out.
+    # 8-bit optimizers keep an fp32 state below 4096 elements, which would not test them.
     flat = torch.linspace(-1, 1, 4096, device=device)
     flat.grad = torch.zeros_like(flat)
     view = flat.view(64, 64)
@@ -264,7 +264,7 @@ def _trial_steps(optimizer: GatedOptimizer, groups: Sequence[ParameterGroup], st
 
 
 def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer keeps of a parameter group between steps."""
+    """The entries of a parameter group that belong to the state."""
     return {key: value for key, value in group.items() if key not in _SET_EACH_STEP}
 
 
@@ -276,7 +276,7 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or the ones that it is made of."""
+    """A tensor, or the components of a tensor subclass."""
     if hasattr(tensor, "__tensor_flatten__"):
         for part in tensor.__tensor_flatten__()[0]:
             yield from _plain(f"{name}.{part}", getattr(tensor, part))

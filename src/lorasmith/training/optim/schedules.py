@@ -1,8 +1,7 @@
-"""The learning rate over a run, as a share of the full one: a function of the step, so that resuming needs no state.
+"""Learning rate schedules as pure functions of the step, so that resuming needs no state.
 
-Warm-up rises linearly, then the schedule goes down to `final_rate`. As everywhere in the field, progress is counted
-before the step: the first step after the warm-up has the full rate, and the last one is a step short of the end, so
-that none is wasted on a rate of zero.
+Warm-up is linear, then the schedule decays to `final_rate`. As in torch, progress is counted before the step: the first
+step after the warm-up has the full rate, and the last is one step short of the end, so that no step has a rate of zero.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def _cosine(progress: float, cycles: int, power: float) -> float:
 @SCHEDULES.register("cosine_restarts")
 def _cosine_restarts(progress: float, cycles: int, power: float) -> float:
     """Warm restarts of equal length (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
-    within = progress * cycles % 1 if progress < 1 else 1.0  # the end of the last cycle is not the start of another
+    within = progress * cycles % 1 if progress < 1 else 1.0  # the end of the last cycle does not start another
     return _cosine(within, cycles, power)
 
 
@@ -64,14 +63,14 @@ def rate_factor(
     cycles: int,
     power: float,
 ) -> float:
-    """Share of the learning rate that a step is taken with, in [0, 1].
+    """Factor of the learning rate at a step, in [0, 1].
 
     Args:
         step: 0-based; steps past the end have the rate of the end.
         schedule: registered name.
         steps: length of the run, warm-up included.
-        warmup_steps: the n-th of them has n / warmup_steps.
-        final_rate: share that the schedule ends at.
+        warmup_steps: the factor of the n-th of them is n / warmup_steps.
+        final_rate: factor at the end of the schedule.
         cycles: of cosine_restarts.
         power: exponent of polynomial.
     """
@@ -82,7 +81,7 @@ def rate_factor(
 
 
 def check_schedule(*, steps: int, warmup_steps: int) -> None:
-    """Raises OptionError where the run would end before its warm-up does."""
+    """Raise OptionError if the warm-up is longer than the run."""
     if warmup_steps > steps:
         raise OptionError(
             f"warmup_steps must be at most the steps of the run, got {warmup_steps} of {steps}; lower warmup_steps or "

@@ -1,8 +1,8 @@
-"""Optimizers by name: where each comes from, what it takes, and its arguments as people write them.
+"""Registry of optimizers: import path, package, properties, and the text syntax of their arguments.
 
-The rules themselves are torch's, transformers' and those of small packages; any optimizer class can be named by its
-import path. What a run does with them is `optimizers.py`'s part. torch is imported when an optimizer is looked up, not
-with this module, from which the settings read the names.
+The optimizers are those of torch, transformers and small packages; any optimizer class can be named by its import path.
+Running them is in `optimizers.py`. torch is imported on the first look-up, not with this module, from which the
+settings read the names.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = ["OPTIMIZERS", "UpdateRule", "build_optimizer", "default_rate", "one_l
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule:
-    """What is known of an optimizer.
+    """Properties of an optimizer.
 
     Attributes:
-        paths: import paths of its class; the first whose package is installed is taken.
-        package: what pip installs it from; empty for what is always there.
-        settings: arguments of the class that are not its defaults here.
-        elementwise: it does not look at the shape of a parameter, so that a flat buffer will do.
-        decays: it takes the setting weight_decay.
-        own_rate: learning rate if none is set, where the model's does not suit it.
-        anneals: a rate that goes down to zero was measured to suit it.
-        eager_on_cpu: it compiles its step, which takes a C++ compiler and half a minute on a CPU, to no use.
+        paths: import paths of its class; the first with an installed package is used.
+        package: its package on PyPI; empty for required dependencies.
+        settings: arguments whose defaults here differ from the class's.
+        elementwise: whether updates do not depend on parameter shapes, so that it can run on a flat buffer.
+        decays: whether it takes the setting weight_decay.
+        own_rate: default learning rate, where the model's does not suit it.
+        anneals: whether a linear decay to zero was measured to suit it.
+        eager_on_cpu: whether to disable its own compiling on a CPU, which takes half a minute and a C++ compiler.
     """
 
     paths: tuple[str, ...]
@@ -57,7 +57,7 @@ OPTIMIZERS: Registry[UpdateRule] = Registry("optimizer")
 _FUSED = {"fused": True}
 _RULES = {
     "AdamW": UpdateRule(paths=("torch.optim.AdamW",), settings=_FUSED, anneals=True),
-    # ComfyUI's have no decay: in these three it would be an L2 penalty, not AdamW's.
+    # No weight decay, as in ComfyUI: in these three it would be an L2 penalty, unlike AdamW's.
     "Adam": UpdateRule(paths=("torch.optim.Adam",), settings=_FUSED, decays=False),
     "SGD": UpdateRule(paths=("torch.optim.SGD",), settings=_FUSED, decays=False),
     "RMSprop": UpdateRule(paths=("torch.optim.RMSprop",), decays=False),
@@ -82,29 +82,35 @@ for _name, _rule in _RULES.items():
 
 
 def rule_of(name: str) -> UpdateRule:
-    """The rule of a registered name or of an import path. Raises OptionError for unknown names."""
+    """Properties of a registered name or an import path. Raises OptionError for unknown names."""
     if "." not in name:
         return OPTIMIZERS[name]
     return UpdateRule(paths=(name,), elementwise=False, decays="weight_decay" in _parameters(_class_at(name)))
 
 
 def default_rate(name: str) -> float | None:
-    """Learning rate of an optimizer if none is set; None for those that the model's suits."""
+    """Default learning rate of an optimizer; None if it is the model's."""
     return rule_of(name).own_rate
 
 
 def takes_weight_decay(name: str) -> bool:
-    """Whether the setting weight_decay changes anything with an optimizer."""
+    """Whether the setting weight_decay has an effect with an optimizer."""
     return rule_of(name).decays
 
 
 def build_optimizer(
     name: str, groups: Sequence[ParameterGroup], *, weight_decay: float, arguments: str | None
 ) -> Optimizer:
-    """The optimizer over the groups' buffers or, where shapes matter to it, over their views.
+    """The optimizer over the groups' flat buffers or, if it is not element-wise, over their views.
+
+    Args:
+        name: registered name, or the import path of an optimizer class.
+        groups: the parameters with their gradients and learning rates.
+        weight_decay: for optimizers that take it.
+        arguments: further ones, such as `betas=(0.9,0.99) eps=1e-7`.
 
     Raises:
-        OptionError: it is not known or not installed, or refuses its arguments.
+        OptionError: it is unknown, not installed, or refuses its arguments.
     """
     rule = rule_of(name)
     kind = _class_of(name, rule)
@@ -193,5 +199,5 @@ def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another program says, on a line."""
+    """Another package's error on one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

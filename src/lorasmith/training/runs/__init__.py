@@ -1,1 +1,1 @@
-"""Runs on disk: the folder, states to resume from, fingerprints, records, trackers."""
+"""Runs on disk: the folder, run states, fingerprints, records, trackers."""

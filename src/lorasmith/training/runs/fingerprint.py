@@ -1,8 +1,7 @@
-"""What a run's numbers depend on, in a form that can be compared: settings, base model, data, initial weights.
+"""Fingerprint of a run: settings and hashes of everything that its numbers depend on.
 
-Two runs with the same fingerprint are the same run, so one that was broken off can be continued by starting it again.
-What their last bits depend on besides (versions, device, threads) is recorded as the environment, and named where it
-differs.
+Two runs with equal fingerprints are the same run, so starting an interrupted run again continues it. The environment
+(versions, device, threads), on which the last bits depend, is recorded beside it, and differences are reported.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.config import TrainConfig
@@ -32,22 +32,32 @@ if TYPE_CHECKING:
 
 __all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
 
-# What matters of that file is in the initial weights, and compiled code changes what the environment does: last bits.
+# The file is covered by the initial weights; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
     "existing_lora",
     "compile",
 }
 _SAMPLED = 64
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> dict[str, Any]:
-    """Settings as they are and hashes of the rest, for `run.json`."""
+    """The fingerprint for `run.json`: settings, and hashes of model, patches, data and initial weights.
+
+    Args:
+        job: the planned run.
+        data: the training samples.
+        held_out: the held-out samples, None without validation.
+    """
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
     return {
         "config": config,
-        "base": _digest(_sampled(_base_tensors(job))),
+        "base": {
+            part: _digest(_sampled(_tensors_of(module)))
+            for part, module in job.denoiser.base.components.modules().items()
+        },
         "patches": _digest(_patch_tensors(job)),
         "data": _digest(_data_tensors(data)),
         "held_out": _digest(_data_tensors(held_out)) if held_out else "",
@@ -56,7 +66,7 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two fingerprints or environments differ in, in words; empty for the same."""
+    """Differences of two fingerprints or environments as phrases; empty if they are equal."""
     words = {
         "base": "the base model",
         "patches": "LoRAs applied to the base model",
@@ -69,17 +79,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(key), now.get(key)
         if key == "config":
             old, new = _completed(old), _completed(new)
-        if old == new or (key == "initial" and found):  # initial weights follow from all else
+        if old == new or (key == "initial" and found):  # initial weights depend on everything else
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if key == "base" and isinstance(old, dict) and isinstance(new, dict):
+            found += _differing_parts(old, new)
+        elif isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new)
         else:
             found.append(words.get(key) or f"{key} {_shown(old)} there, {_shown(new)} here")
     return found
 
 
+def _differing_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The parts of the base model that differ, or the base model where all do."""
+    parts = dict.fromkeys([*before, *now])
+    differing = [part for part in parts if before.get(part) != now.get(part)]
+    return ["the base model"] if len(differing) == len(parts) else [f"the base model's {part}" for part in differing]
+
+
 def versions(optimizer: str) -> dict[str, str]:
-    """Versions that a run's numbers depend on, of what is installed; the optimizer's package among them."""
+    """Installed versions of the packages that a run's numbers depend on, the optimizer's included."""
     found = {"python": platform.python_version()}
     for name in ("lorasmith", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):
@@ -92,7 +111,13 @@ def versions(optimizer: str) -> dict[str, str]:
 
 
 def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[str, Any]:
-    """What the last bits of a run's numbers depend on besides its fingerprint."""
+    """The environment that affects the last bits of a run's numbers, for `run.json`.
+
+    Args:
+        device: where the run trains.
+        optimizer: name of the optimizer.
+        compile: whether blocks are compiled.
+    """
     return {
         **({"compiled_by": compiler(device)} if compile else {}),
         "versions": versions(optimizer),
@@ -104,7 +129,7 @@ def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[
 
 
 def environments_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every environment that a run was trained in, from its `run.json` or its LoRA: it may have gone on in others."""
+    """All environments that a run was trained in, from its `run.json` or its LoRA; resuming may add some."""
     return record.get("environments") or [record.get("environment", {})]
 
 
@@ -119,7 +144,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings as a version compares them that knows more of them, or watches others, than the one that wrote them."""
+    """The settings that affect numbers, with defaults for those unknown to the version that wrote `config`."""
     defaults = {name: one.default for name, one in options_of(TrainConfig).items()}
     return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
 
@@ -133,33 +158,37 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Evenly spaced values of each tensor: a model of many gigabytes is told from another in a moment."""
+    """Evenly spaced values of each tensor, enough to distinguish models without hashing gigabytes.
+
+    16-bit values are widened: a file's weights are the same model in fp32.
+    """
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
-        yield f"{name} {list(tensor.shape)}", flat[places.long().to(flat.device)]
+        values = flat[places.long().to(flat.device)]
+        yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
+        release_pages(flat)  # where it lies on a file, one value has brought in the pages around it
 
 
-def _base_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """Of the denoiser, and of what encodes images and captions."""
-    parts = job.denoiser.base.components
-    for module in (parts.denoiser, *parts.text_encoders.values(), *(() if parts.vae is None else (parts.vae,))):
-        packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
-        yield from ((name, one) for name, one in module.named_parameters() if name not in packed)
-        yield from module.named_buffers()
-        for name, weight in packed.items():
-            yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one part of the base model, the codes where weights are packed."""
+    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in packed:
+            yield name, tensor
+    for name, weight in packed.items():
+        yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
 
 
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for sample in data.samples:
-        if sample.digest:  # stands for the tensors, whose last bits differ between devices
+        if sample.digest:  # instead of the tensors, whose last bits differ between devices
             yield f"{sample.name} {sample.digest}", torch.empty(0)
             continue
         yield f"{sample.name} {sample.conditioning.text}", sample.latents
         for key, tensor in sorted(sample.conditioning.tensors.items()):
-            if id(tensor) not in seen:  # images share the conditioning of one caption
+            if id(tensor) not in seen:  # images with the same caption share its conditioning
                 seen.add(id(tensor))
                 yield key, tensor
 

@@ -1,7 +1,6 @@
-"""What a run's folder tells of it, read back: `run.json` as it is, `events.jsonl` as typed events.
+"""Reader of run folders: `run.json` as a mapping, `events.jsonl` as typed events.
 
-A run that was killed ends in half a line, and a disk that was full leaves gaps; what cannot be read is counted and left
-out, because the rest is worth having.
+A killed run may end in an incomplete line, and a full disk leaves gaps; unreadable lines are counted and skipped.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from lorasmith.training.outcome import Outcome
 __all__ = ["EVENTS", "RECORD", "RunHistory", "read_history", "read_record"]
 
 RECORD, EVENTS = "run.json", "events.jsonl"
-"""Files in the folder of a run: what it is, and what happened."""
+"""Files in the folder of a run: its record, and its events."""
 
 _E = TypeVar("_E", bound=Event)
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run as its folder tells it.
+    """The record and events of a run.
 
     Attributes:
-        folder: where it is.
+        folder: of the run.
         record: content of `run.json`.
-        events: everything that happened, as it happened; a run that was resumed has several starts.
-        unreadable: lines of `events.jsonl` that were left out.
+        events: all events in order; a resumed run has several starts.
+        unreadable: number of skipped lines of `events.jsonl`.
     """
 
     folder: Path
@@ -45,7 +44,7 @@ class RunHistory:
         return [event for event in self.events if isinstance(event, kind)]
 
     def steps(self) -> list[StepDone]:
-        """The steps that led to where the run stands: what was rolled back or taken again counts once."""
+        """The steps that led to the current state, without those rolled back or repeated."""
         taken: dict[int, StepDone] = {}
         last = 0
         for event in self.events:
@@ -58,12 +57,12 @@ class RunHistory:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Why the run ended; None if it was killed or is still running."""
+        """Why the run ended; None if it was killed or is running."""
         ends = [event for event in self.events if isinstance(event, (RunStarted, RunFinished))]
         return ends[-1].reason if ends and isinstance(ends[-1], RunFinished) else None
 
     def seconds(self) -> float:
-        """Time spent in training, without the pauses before it was resumed."""
+        """Training time in seconds, without pauses before resumptions."""
         total = start = latest = 0.0
         for event in self.events:
             if isinstance(event, RunStarted):
@@ -96,14 +95,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     if not path.is_file():
-        raise OptionError(f"a run's folder has a run.json, which {folder} has not; name one such as runs/photos-001")
+        raise OptionError(f"a run folder must contain run.json, got {folder}; name one such as runs/photos-001")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"{path} cannot be read ({error}); without it nothing is known of the run, so restore it from a copy"
+            f"{path} cannot be read ({error}), which is needed to identify the run; restore it from a copy"
         ) from error
     return record
 

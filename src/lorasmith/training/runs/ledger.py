@@ -1,10 +1,10 @@
-"""What training losses tell, of which most is hidden by noise: by noise level over time, and image by image; pure.
+"""Statistics of training losses by noise level over time, and by image; pure functions.
 
-The loss of a draw depends first of all on its noise level, by orders of magnitude. So draws are only compared within a
-bin of diffusion time, and in logarithms: an image's level is the geometric mean over its looks of loss / (geometric
-mean of everybody's losses in that bin). 0.8 reads "a fifth below what is usual at these noise levels".
+The loss of a draw depends on its noise level by orders of magnitude. Draws are therefore compared within a bin of
+diffusion time, in logarithms: an image's level is the geometric mean over its draws of loss / (geometric mean of all
+losses in that bin). A level of 0.8 is a fifth below the average at these noise levels.
 
-The ledger is fed with `StepDone.draws`, live or as `events.jsonl` keeps them.
+The input is `StepDone.draws`, live or from `events.jsonl`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 __all__ = ["MIN_LOOKS", "ImageRecord", "Ledger", "QuantileCurve", "Standing"]
 
 MIN_LOOKS = 12
-"""Looks at an image, four in each third of its looks, below which nothing is said of it."""
+"""Draws of an image, four in each third, below which it is not judged."""
 
-_CLEAR = 2.0  # standard errors by which a difference must stand out
-_FAR = 1.5  # factor that counts as far from the peers
+_CLEAR = 2.0  # standard errors from which a difference is significant
+_FAR = 1.5  # factor from which a level is far from that of others
 
 Standing = Literal["too few looks", "memorised", "never fit", "still learning", "learnt", "unchanged"]
 Array = NDArray[np.float64]
@@ -32,15 +32,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """How training went on one image, its repeats and mirrored copies taken together.
+    """Training losses of one image, its repeats and mirrored copies included.
 
     Attributes:
         name: of the image.
-        looks: how often it was trained on.
-        first, last: its level in the first and the last third of its looks, 1 being what all images had in the first
-            third of the run; NaN without looks.
-        relative: its level in the last third as a share of that of all images in the last third of the run.
-        standing: what to make of it; see `Ledger.images`.
+        looks: number of its draws.
+        first, last: its level in the first and the last third of its draws, relative to all images in the first third
+            of the run; NaN without draws.
+        relative: its level in the last third relative to all images in the last third of the run.
+        standing: see `Ledger.images`.
     """
 
     name: str
@@ -57,8 +57,8 @@ class QuantileCurve:
 
     Attributes:
         bins: edges of the bins in quantiles of diffusion time, one more than there are bins: 0 is clean, 1 is noise.
-        steps: last step of each stretch that is averaged.
-        losses: for each stretch and bin the mean loss, None where nothing was drawn.
+        steps: last step of each averaged interval.
+        losses: mean loss of each interval and bin, None without draws.
     """
 
     bins: tuple[float, ...]
@@ -70,8 +70,8 @@ class Ledger:
     """Every draw of a run.
 
     Args:
-        names: of the samples, by their index in the dataset. Samples of one name are one image.
-        bins: equal parts of diffusion time within which losses are compared.
+        names: of the samples, by dataset index. Samples of one name are one image.
+        bins: number of equal parts of diffusion time within which losses are compared.
     """
 
     def __init__(self, names: Sequence[str], *, bins: int = 10) -> None:
@@ -83,9 +83,9 @@ class Ledger:
         self._quantile, self._loss = array("d"), array("d")
 
     def add(self, step: int, draws: Iterable[Sequence[float]]) -> None:
-        """Take in a step's draws: index in the dataset, quantile, loss. What was there from that step on is forgotten.
+        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on.
 
-        Draws without a finite loss are left out.
+        Draws without a finite loss are ignored.
         """
         while self._step and self._step[-1] >= step:
             for column in (self._step, self._image, self._quantile, self._loss):
@@ -98,7 +98,7 @@ class Ledger:
                 self._loss.append(loss)
 
     def curve(self, points: int = 40) -> QuantileCurve:
-        """Mean loss by bin in at most `points` stretches of equally many steps."""
+        """Mean loss by bin in at most `points` intervals of equally many steps."""
         edges = tuple(float(edge) for edge in np.linspace(0, 1, self._bins + 1))
         if not self._step:
             return QuantileCurve(edges, (), ())
@@ -119,21 +119,20 @@ class Ledger:
     def images(self, *, held_out_fall: float | None = None) -> list[ImageRecord]:
         """Each image's record, in the dataset's order.
 
-        Thirds are compared, and a difference counts where it is `_CLEAR` (2) standard errors wide. The standing is the
+        Thirds are compared, and a difference is significant from `_CLEAR` (2) standard errors on. The standing is the
         first of these that holds:
 
         - *too few looks*: fewer than `MIN_LOOKS`.
-        - *memorised*: its level fell far more than that of pictures that it should be like, by a factor of `_FAR`
-          (1.5). Where images are held out these are the judge. Else all images together are, which cannot see that all
-          are memorised alike.
-        - *never fit*: it stays at more than 1.5 times its peers' level. It is harder than they are, or picture and
-          caption do not belong together.
-        - *still learning*: its level fell from the second to the last third of its looks.
+        - *memorised*: its level fell by a factor of `_FAR` (1.5) more than that of comparable pictures. These are the
+          held-out images if there are any, otherwise all images, which cannot show that all are memorised equally.
+        - *never fit*: it stays above 1.5 times the level of the others. It is harder, or picture and caption do not
+          belong together.
+        - *still learning*: its level fell from the second to the last third of its draws.
         - *learnt*: it fell from the first third to the last, and no longer falls.
-        - *unchanged*: none of it; few looks at a low learning rate cannot tell a change from chance.
+        - *unchanged*: none of these; few draws at a low learning rate cannot show a change.
 
         Args:
-            held_out_fall: loss of the held-out images late in the run as a share of that early.
+            held_out_fall: loss of the held-out images late in the run divided by that early in the run.
         """
         if not self._step:
             return [ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
@@ -154,7 +153,7 @@ _TINY = 1e-12  # keeps logarithms finite
 
 
 def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
-    """Mean logarithm by bin, (bins,); in a bin without draws that of its neighbours, in a straight line."""
+    """Mean logarithm by bin, (bins,), linearly interpolated in bins without draws."""
     looks = np.bincount(bins, minlength=count)
     there = np.flatnonzero(looks)
     means = np.bincount(bins, logs, minlength=count)[there] / looks[there]
@@ -162,7 +161,13 @@ def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
 
 
 def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageRecord:
-    """An image's record from its looks, in logarithms relative to what was usual early and late in the run."""
+    """An image's record from its log losses.
+
+    Args:
+        name: of the image.
+        early, late: relative to all images early and late in the run.
+        usual_fall: expected decrease.
+    """
     looks = len(early)
     if not looks:
         return ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks")
@@ -187,12 +192,12 @@ def _level(logs: Array) -> float:
 
 
 def _above(values: Array, bound: float) -> bool:
-    """Whether the mean is clearly above a bound."""
+    """Whether the mean is significantly above a bound."""
     return bool(values.mean() - bound > _CLEAR * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def _below(values: Array, others: Array) -> bool:
-    """Whether the mean is clearly below that of others."""
+    """Whether the mean is significantly below that of others."""
     error = math.hypot(
         values.std(ddof=1) / math.sqrt(len(values)),
         others.std(ddof=1) / math.sqrt(len(others)),

@@ -1,4 +1,4 @@
-"""What a LoRA says of the run that made it, in the entries that `formats.metadata` describes."""
+"""Metadata of a trained LoRA about its run, in the entries that `formats.metadata` describes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorasmith.training.job import Job
 __all__ = ["training_metadata"]
 
 _DATASET = "dataset"
-"""What the images are called where sd-scripts names their folder."""
+"""Stands for the name of the image folder in sd-scripts' entries."""
 
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Entries of `run.json` from which a run can be reproduced."""
@@ -45,10 +45,10 @@ def training_metadata(
 
     Args:
         job: the run.
-        data: what it trains on.
-        title, trigger: for people.
-        steps: updates in the LoRA, those of one that was continued included.
-        started: when the run began, in seconds since 1970.
+        data: the training samples.
+        title, trigger: name and trigger phrase of the LoRA.
+        steps: updates in the LoRA, those of a continued one included.
+        started: start of the run in seconds since 1970.
         record: content of its `run.json`.
     """
     entries = {
@@ -139,7 +139,7 @@ def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> d
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.trigger_phrase": trigger,
-        # ModelSpec has no word for flow models.
+        # ModelSpec has no prediction type for flow models.
         "modelspec.prediction_type": "" if parameterization == "flow" else parameterization,
         "modelspec.tags": ", ".join(list(tags)[:20]),
     }
@@ -168,7 +168,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _hashes(path: Path | None) -> tuple[str, str]:
-    """SHA-256 and AutoV1 of a single-file base model; empty for folders, of which other programs know none."""
+    """SHA-256 and AutoV1 of a single-file base model; empty for folders, for which neither is defined."""
     if path is None or not path.is_file():
         return "", ""
     return _file_hashes(path, path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""What `run.json` says of a run."""
+"""The content of `run.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ __all__ = ["run_record"]
 
 
 def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of `run.json`."""
+    """Content of `run.json`.
+
+    Args:
+        job: the planned run.
+        parts: training and held-out samples.
+        title: name of the LoRA.
+        source: JSON values from which the run can be repeated.
+    """
     base = job.denoiser.base
     held_out = parts.held_out.samples if parts.held_out else ()
     return {
@@ -29,7 +36,7 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any])
             "files": {part: str(path) for part, path in base.files.items()},
         },
         "config": asdict(job.config),
-        "asked": asdict(job.asked),
+        "asked": asdict(job.requested),
         "steps_before": job.steps_before,
         "samples": [
             {"name": sample.name, "caption": sample.conditioning.text, "latents": list(sample.latents.shape)}

@@ -1,10 +1,10 @@
-"""The folder of a run: everything needed to repeat it, everything that happened, everything that came out.
+"""The folder of a run: its record, events, run states and results.
 
 run.json        configuration, fingerprint, model, data and environment
-events.jsonl    one event a line, as it happened
-states/         run states, from which it continues
-samples/        pictures drawn on the way
-<name>.safetensors, loss.png, report.html    what came out
+events.jsonl    one event per line
+states/         run states, from which it resumes
+samples/        previews
+<name>.safetensors, loss.png, report.html    results
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["RunFolder", "claimed_run", "numbered_runs", "unfinished_run"]
 
 
 class RunFolder:
-    """A run's records; as an event handler, its log.
+    """A run's records; called with an event, it appends to the log.
 
     Args:
         path: the folder.
@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether it holds a run."""
+        """Whether there is a run in the folder."""
         return (self.path / RECORD).is_file()
 
     def record(self) -> dict[str, Any]:
@@ -51,12 +51,12 @@ class RunFolder:
         return read_record(self.path)
 
     def outcome(self) -> Outcome | None:
-        """Why the run ended; None if it was killed, is still running, or there is none."""
+        """Why the run ended; None if it was killed, is running, or there is none."""
         return read_history(self.path).outcome if self.exists else None
 
     @property
     def is_done(self) -> bool:
-        """Whether its run ended by itself, so that it is not continued."""
+        """Whether its run is complete and cannot be resumed."""
         outcome = self.outcome()
         return outcome is not None and outcome.is_final
 
@@ -66,7 +66,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """The folder, made if it is missing, for one process alone. Raises OutputError if another one has it."""
+        """Inside the context, this process owns the folder (created). Raises OutputError if another one does."""
         ensure_folder(self.path)
         with self._locked():
             self._tidy()
@@ -76,13 +76,13 @@ class RunFolder:
                 self.close()
 
     def check_free(self) -> None:
-        """Raises OutputError if another process is training in it, or it cannot be written to."""
+        """Raise OutputError if another process is training in it, or it cannot be written."""
         with self._locked():
             pass
 
     @property
     def is_busy(self) -> bool:
-        """Whether it can not be trained in now: another process does, or it is somebody else's."""
+        """Whether another process trains in it, or it is not writable."""
         try:
             self.check_free()
         except OutputError:
@@ -90,11 +90,11 @@ class RunFolder:
         return False
 
     def environments(self) -> list[dict[str, Any]]:
-        """Those that the run was trained in so far, one after the other: its numbers come from all of them."""
+        """All environments that the run was trained in so far, in order."""
         return environments_of(self.record())
 
     def note_environment(self, environment: Mapping[str, Any]) -> None:
-        """Add the one that the run goes on in to `run.json`, unless it is there. Raises OutputError."""
+        """Add an environment to `run.json` if it is new. Raises OutputError."""
         if environment not in (known := self.environments()):
             self.begin({**self.record(), "environments": [*known, environment]})
 
@@ -103,18 +103,18 @@ class RunFolder:
         write_atomic(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False))
 
     def check_continues(self, record: Mapping[str, Any]) -> None:
-        """Raises OutputError if the run in this folder is another one, or done."""
+        """Raise OutputError if the run in this folder is another one, or complete."""
         before = self.record()
         if found := differences(before.get("fingerprint", {}), record["fingerprint"]):
             raise OutputError(
                 f"{self.path} holds another run, which differs in {'; '.join(found)}; undo that, choose another "
-                "output, or start fresh, which moves that one aside"
+                "output, or start fresh, which moves the old run aside"
             )
         if self.is_done:
-            raise OutputError(f"{self.path} holds this run, and it is done; choose another output, or start fresh")
+            raise OutputError(f"{self.path} holds this run, which is complete; choose another output, or start fresh")
 
     def move_aside(self) -> Path:
-        """Rename the folder, so that a fresh run finds its place free; returns the new name. Raises OutputError."""
+        """Rename the folder, to free its name for a fresh run; returns the new path. Raises OutputError."""
         number = 1
         while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
             number += 1
@@ -122,13 +122,13 @@ class RunFolder:
             self.path.rename(target)
         except OSError as error:
             raise OutputError(
-                f"{self.path} cannot be renamed to {target.name} ({error.strerror or error}); close what has its files "
-                "open, or choose another output"
+                f"{self.path} cannot be renamed to {target.name} ({error.strerror or error}); close programs that use "
+                "its files, or choose another output"
             ) from error
         return target
 
     def rewind(self, step: int) -> None:
-        """Cut the log behind a step, to go on from there."""
+        """Truncate the log after a step, to resume from there."""
         kept: list[Event] = []
         for event in read_history(self.path).events:
             if isinstance(event, StepDone | RolledBack) and event.step > step:
@@ -138,7 +138,7 @@ class RunFolder:
         write_atomic(self.path / EVENTS, "".join(f"{encoded(event)}\n" for event in kept))
 
     def __call__(self, event: Event) -> None:
-        """Append an event. A disk without room costs the log, never the run."""
+        """Append an event. A full disk costs log entries, not the run."""
         if self._broken:
             return
         try:
@@ -149,21 +149,21 @@ class RunFolder:
             self._broken = True
 
     def flush(self) -> None:
-        """Have what is logged on the disk."""
+        """Flush the log to disk."""
         if self._log is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._log.fileno())
 
     def _tidy(self) -> None:
-        """Remove what a process that was killed has left half done."""
+        """Remove temporary files of a killed process."""
         left = [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]
-        if self.outcome() is None:  # otherwise it is a LoRA of that name
+        if self.outcome() is None:  # otherwise it is a LoRA with that name
             left.append(self.path / "preview.safetensors")
         for path in left:
             path.unlink(missing_ok=True)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return locked(self.path / ".lock", f"{self.path} belongs to a run that is going on in another process")
+        return locked(self.path / ".lock", f"{self.path} is in use by a run in another process")
 
     def close(self) -> None:
         """Close the log."""
@@ -175,29 +175,29 @@ class RunFolder:
 
 @contextlib.contextmanager
 def claimed_run(
-    path: Path, record: Mapping[str, Any], *, fresh: bool, tell: EventHandler = lambda event: None
+    path: Path, record: Mapping[str, Any], *, fresh: bool, on_event: EventHandler = lambda event: None
 ) -> Iterator[tuple[RunFolder, RunState | None]]:
-    """A folder for a run, and the state that it goes on from, None to begin.
+    """Inside the context, this process owns the folder of a run; yields it with the run state to resume from, or None.
 
     Args:
         path: the folder.
         record: content of its `run.json`, with the run's fingerprint.
-        fresh: move a run that is there aside.
-        tell: is told where to, and of run states that cannot be read.
+        fresh: move an existing run aside.
+        on_event: receives a `Warned` for the folder moved aside and for each unreadable run state.
 
     Raises:
-        OutputError: the folder holds another run, one that is done, or one that goes on elsewhere.
+        OutputError: the folder holds another run, a complete one, or one that another process is training.
     """
     folder = RunFolder(path)
     if fresh and folder.exists:
-        folder.check_free()  # and not while it is claimed: Windows renames no folder in which a file is open
+        folder.check_free()  # not `claimed`: Windows cannot rename a folder with an open file
         aside = folder.move_aside()
-        tell(Warned(message=f"The run that was in {path} is in {aside} now."))
+        on_event(Warned(message=f"The previous run in {path} was moved to {aside}."))
     with folder.claimed():
         state = None
         if folder.exists:
             folder.check_continues(record)
-            state = folder.states().newest(lambda sentence: tell(Warned(message=sentence)))
+            state = folder.states().newest(lambda sentence: on_event(Warned(message=sentence)))
             folder.rewind(0 if state is None else state.step)
             folder.note_environment(record["environment"])
         else:
@@ -206,7 +206,13 @@ def claimed_run(
 
 
 def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
-    """The newest folder below `parent`, named after the title, that holds this run to be continued by nobody else."""
+    """The newest folder below `parent` that holds this run, unfinished and not in use; None if there is none.
+
+    Args:
+        parent: parent of run folders.
+        title: start of the folders' names, before their number.
+        fingerprint: of the run.
+    """
     for _, path in sorted(numbered_runs(parent, title), reverse=True):
         folder = RunFolder(path)
         if not folder.exists or not folder.states().paths() or folder.is_busy:
@@ -218,7 +224,7 @@ def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> 
 
 
 def numbered_runs(parent: Path, title: str) -> list[tuple[int, Path]]:
-    """What is below `parent` with a name of the title and a number, such as `dog-001`, with the number."""
+    """(number, path) of entries below `parent` whose name is the title and a number, such as `dog-001`."""
     names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
     return [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
 

@@ -1,9 +1,9 @@
-"""Run states on disk, from which a run continues to the bit.
+"""Run states on disk, from which a run resumes bit-identically.
 
     states/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
 
-A state is written whole or not at all, and older ones are removed only when it is on disk. Little room on the disk
-is said and worked around; it never ends a run.
+A state is written atomically, and older ones are removed only afterwards. A full disk causes a warning and fewer
+states, never the end of a run.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["RunStates", "StateSaver", "free_bytes", "load_state", "save_state"]
 _KEY = "lorasmith.run_state"
 _FORMAT = 1
 _SPARE_BYTES = 64 * 2**20
-"""Room left on the disk for what the run writes besides: plots, pictures, the report."""
+"""Disk space in bytes left for plots, pictures and the report."""
 
 
 class RunStates:
-    """The states of a run that are kept.
+    """The run states in a folder.
 
     Args:
-        folder: where they are; it is made with the first one.
-        keep: how many are kept.
-        config: of the run, for people who find one by itself.
+        folder: of the states; created with the first one.
+        keep: number of states to keep.
+        config: settings of the run, stored in each file for reference.
     """
 
     def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any] | None = None) -> None:
@@ -50,13 +50,13 @@ class RunStates:
         found = [path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d+", path.stem)]
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
-    def newest(self, tell: Callable[[str], None] = lambda sentence: None) -> RunState | None:
-        """The newest state that can be read, None if there are none.
+    def newest(self, on_skipped: Callable[[str], None] = lambda sentence: None) -> RunState | None:
+        """The newest readable state, None if there are none.
 
-        Those that are passed over are told of and renamed, so that they do not count among the last ones any more.
+        Unreadable ones are reported to `on_skipped` and renamed, so that they do not count as states any more.
 
         Raises:
-            OutputError: there are some, and none can be read.
+            OutputError: there are states, but none can be read.
         """
         unreadable: list[tuple[Path, LorasmithError]] = []
         for path in self.paths():
@@ -66,7 +66,7 @@ class RunStates:
                 unreadable.append((path, error))
                 continue
             for other, reason in unreadable:
-                tell(f"A run state is passed over: {reason}.")
+                on_skipped(f"A run state is skipped: {reason}.")
                 other.rename(other.with_suffix(".unreadable"))
             return state
         if unreadable:
@@ -77,13 +77,13 @@ class RunStates:
         """Write a state, then remove those beyond the number kept.
 
         Raises:
-            OutputError: the disk has no room for it, or it cannot be written.
+            OutputError: the disk is full, or the file cannot be written.
         """
         path = self.folder / f"step-{state.step:06}.safetensors"
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         needed = 2 * size + _SPARE_BYTES  # the LoRA at the end is smaller than a state
         if free_bytes(self.folder) < needed:
-            self._remove_beyond(1)  # rather few states than none
+            self._remove_beyond(1)  # fewer states are better than none
         if (free := free_bytes(self.folder)) < needed:
             raise OutputError(
                 f"a run state needs {size / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are free; "
@@ -102,10 +102,10 @@ class StateSaver(Watcher):
     """Saves the state of a run by steps and by minutes, and whenever it ends.
 
     Args:
-        states: where.
-        every: steps, 0 for none by steps.
-        minutes: 0 for none by time.
-        before: called before each, to have on the disk what it will be read with.
+        states: of the run.
+        every: interval in steps, 0 for none by steps.
+        minutes: interval in minutes, 0 for none by time.
+        before: called before each save, to flush the files that resuming reads too.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class StateSaver(Watcher):
         self._every = every
         self._seconds = minutes * 60
         self._last_step = -1
-        self._last_time = time.monotonic()  # not the wall clock, which people and servers set
+        self._last_time = time.monotonic()  # the wall clock may be adjusted
         self._failing = False
 
     def due(self, loop: Loop) -> bool:
@@ -130,12 +130,12 @@ class StateSaver(Watcher):
             path = self._states.save(loop.state())
         except (LorasmithError, OSError) as error:
             if not self._failing:
-                loop.tell(Warned(message=f"The state of step {loop.step} is not saved: {error}. Training continues."))
+                loop.emit(Warned(message=f"The state of step {loop.step} is not saved: {error}. Training continues."))
             self._failing = True
             return
         self._failing = False
         self._last_step = loop.step
-        loop.tell(StateSaved(step=loop.step, path=str(path)))
+        loop.emit(StateSaved(step=loop.step, path=str(path)))
 
     def end(self, loop: Loop) -> None:
         if loop.is_whole and loop.step != self._last_step:
@@ -156,7 +156,7 @@ def load_state(path: Path) -> RunState:
     """
     text = check_safetensors(path, OutputError).metadata.get(_KEY)
     if text is None:
-        raise OutputError(f"{path} must be a run state but is another file; name the folder of a run")
+        raise OutputError(f"{path} must be a run state but is another kind of file; name the folder of a run")
     try:
         numbers = json.loads(text)
         if numbers.pop("format") != _FORMAT:
@@ -164,11 +164,11 @@ def load_state(path: Path) -> RunState:
     except (ValueError, KeyError) as error:
         raise OutputError(f"{path} must be a run state but its header is damaged; name another") from error
     tensors, _ = read_safetensors(path, OutputError)
-    # Copies: the file may be removed while the run still holds on to its tensors.
+    # Copies: the file may be removed while its tensors are in use.
     return RunState(numbers.pop("step"), {name: tensor.clone() for name, tensor in tensors.items()}, numbers)
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk that a folder is on, or will be."""
+    """Free space in bytes of a folder's disk; the folder need not exist."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free

@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases, through accelerate's trackers: the numbers of a run as it goes on.
+"""Logging of losses and rates to TensorBoard and Weights & Biases, through accelerate's trackers.
 
-What they keep lies in the folder of the run, so that a run that is resumed goes on in the same curves. The run never
-depends on them: a tracker that fails says so once and is left alone.
+Their files are in the folder of the run, so that a resumed run continues the same curves. A run does not depend on
+them: a tracker that fails causes one warning and is not called again.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["Tracker", "tracker_for"]
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
-_PRIVATE = frozenset({"existing_lora", "previews"})  # settings with paths and prompts in them
+_PRIVATE = frozenset({"existing_lora", "previews"})  # settings that contain paths and prompts
 
 
-def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, tell: EventHandler) -> Tracker:
-    """A started tracker.
+def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:
+    """Start a tracker.
 
     Args:
         name: `tensorboard` or `wandb`.
         folder: of the run.
         title: name of the run.
-        config: its settings, for people to compare runs by.
-        tell: receives the warning of a tracker that fails.
+        config: settings of the run, logged for comparison.
+        on_event: receives a `Warned` if the tracker fails.
 
     Raises:
         OptionError: the tracker's package is not installed, or it does not start.
@@ -47,27 +47,27 @@ def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], 
         started = _tensorboard(folder, title, config) if name == "tensorboard" else _wandb(folder, title, config)
     except OptionError:
         raise
-    except Exception as error:  # whatever a package of others, a server or a login raises
-        raise OptionError(f"{spoken} does not start ({_sentence(error)}); mend that, or set track to none") from error
-    return Tracker(started, spoken, tell)
+    except Exception as error:  # any: from a package, a server or a login
+        raise OptionError(f"{spoken} does not start ({_sentence(error)}); fix that, or set track to none") from error
+    return Tracker(started, spoken, on_event)
 
 
 class Tracker:
-    """An event handler that hands numbers on; made by `tracker_for`.
+    """An event handler that logs losses and rates; made by `tracker_for`.
 
     Args:
-        tracker: of accelerate, started.
+        tracker: accelerate's, started.
         spoken: its name in warnings.
-        tell: receives the warning if it fails.
+        on_event: receives a `Warned` if it fails.
     """
 
-    def __init__(self, tracker: Any, spoken: str, tell: EventHandler) -> None:
+    def __init__(self, tracker: Any, spoken: str, on_event: EventHandler) -> None:
         self._tracker = tracker
         self._spoken = spoken
-        self._tell = tell
+        self._emit = on_event
 
     def __call__(self, event: Event) -> None:
-        """Hand on the numbers of steps and validations."""
+        """Log the numbers of steps and validations."""
         if isinstance(event, StepDone):
             numbers = {
                 "train/loss": event.loss,
@@ -80,7 +80,7 @@ class Tracker:
             self._log({"validation/loss": event.loss, "validation/base_loss": event.base_loss}, event.step)
 
     def close(self) -> None:
-        """Send what is left; a second call does nothing."""
+        """Send the remaining numbers; a second call does nothing."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             self._guarded(tracker.finish)
@@ -90,15 +90,13 @@ class Tracker:
             self._guarded(self._tracker.log, numbers, step=step)
 
     def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> None:
-        """Call into the tracker; its first failure is its last, and is said."""
+        """Call the tracker; after the first failure, which is a warning, it is disabled."""
         try:
             call(*args, **kwargs)
-        except Exception as error:  # a full disk, a lost network, a bug of others: none is worth a run
+        except Exception as error:  # a full disk, a lost network, a bug in the package: the run continues
             self._tracker = None
-            self._tell(
-                Warned(
-                    message=f"{self._spoken} failed ({_sentence(error)}) and gets no more numbers; training goes on."
-                )
+            self._emit(
+                Warned(message=f"{self._spoken} failed ({_sentence(error)}) and is disabled; training continues.")
             )
 
 
@@ -136,12 +134,12 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
             "silent": True,
             "disable_git": True,
             "disable_code": True,
-        },  # numbers and settings are all that leaves
+        },  # only numbers and settings are uploaded
     )
     tracker.start()
     return tracker
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of what somebody else's error says."""
+    """The first line of another package's error."""
     return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

@@ -93,12 +93,12 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
         ran = lorasmith("train", images, *RUN, "--output", "my run")
     assert ran.code == 0, ran.err
     assert "Stopping after this step" in ran.out
-    assert "the LoRA of those steps is saved. To go on with it:\n  lorasmith resume 'my run'\n" in ran.out
+    assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run'\n" in ran.out
     assert tensors_of(tmp_path / "my run") != tensors_of(whole)
 
     ran = lorasmith("resume", "my run")
     assert ran.code == 0, ran.err
-    assert "Resumed: Continuing my run from step 2, to the bit." in ran.out
+    assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.out
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
 
 
@@ -122,7 +122,7 @@ def test_the_same_command_goes_on_where_it_stopped(
 ) -> None:
     ran = lorasmith("train", images, *RUN)
     assert ran.code == 0, ran.err
-    assert "Resumed: Continuing runs/cat-001 from step 2, to the bit." in ran.out
+    assert "Resumed: The run in runs/cat-001 continues from step 2, bit-identically." in ran.out
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cat-001"]
     assert tensors_of(broken) == tensors_of(whole)
 
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(
     shutil.rmtree(broken / "states")
     ran = lorasmith("resume", broken)
     assert ran.code == 0, ran.err
-    assert "ended before its first state was saved, so it begins again" in ran.out
+    assert "ended before its first run state was saved and starts from the beginning" in ran.out
     assert tensors_of(broken) == tensors_of(whole)
 
 
@@ -181,7 +181,7 @@ def test_what_differs_of_the_machine_is_said(lorasmith: Command, broken: Path) -
     with_record(broken, environment={"threads": 99})
     ran = lorasmith("resume", broken)
     assert ran.code == 0, ran.err
-    assert "not to the bit, for what differs is threads 99 there" in ran.out
+    assert "not bit-identically, because of threads 99 there" in ran.out
 
 
 def test_what_cannot_go_on_is_said_in_a_sentence(lorasmith: Command, broken: Path) -> None:
@@ -193,13 +193,13 @@ def test_what_cannot_go_on_is_said_in_a_sentence(lorasmith: Command, broken: Pat
 
 def test_a_finished_run_is_not_taken_up_again(lorasmith: Command, whole: Path) -> None:
     ran = lorasmith("resume", whole)
-    assert (ran.code, "is done, so that there is nothing to go on with" in ran.err) == (1, True)
+    assert (ran.code, "is complete and cannot be resumed" in ran.err) == (1, True)
 
 
 def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
     ran = lorasmith("reproduce", whole / "cat.safetensors")
     assert ran.code == 0, ran.err
-    assert "are the same, to the bit." in ran.out
+    assert "are bit-identical." in ran.out
     assert "Differs" not in ran.out
     assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
     ran = lorasmith("reproduce", whole / "cat.safetensors", "--output", "runs/cat-001")
@@ -212,14 +212,14 @@ def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
     ran = lorasmith("reproduce", stopped / "cat.safetensors")
     assert ran.code == 0, ran.err
     assert "cat.safetensors is of step 2 of 5, so that training ends there." in ran.out
-    assert "are the same, to the bit." in ran.out
+    assert "are bit-identical." in ran.out
     assert len(read_history(tmp_path / "runs" / "cat-001").of(StepDone)) == 2
 
 
 def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
     ran = lorasmith("reproduce", whole / "cat.safetensors", "--dry-run")
     assert ran.code == 0, ran.err
-    assert "Base model, images, settings and initial weights are as they were." in ran.out
+    assert "Base model, images, settings and initial weights are the same." in ran.out
     assert not (tmp_path / "runs").exists()
 
 
@@ -228,8 +228,8 @@ def test_what_decides_the_result_is_named_and_nothing_trained(lorasmith: Command
     with_metadata(file, lambda run: run["fingerprint"]["config"].update(noise_offset=0.5))
     ran = lorasmith("reproduce", file, "--data", pictures(tmp_path / "others", 4, seed=1))
     assert ran.code == 1
-    assert "Differs: noise_offset 0.5 there, 0.0 here, so that the result would be another." in ran.out
-    assert "Differs: the images or captions, so that the result would be another." in ran.out
+    assert "Differs: noise_offset 0.5 there, 0.0 here; the result would differ." in ran.out
+    assert "Differs: the images or captions; the result would differ." in ran.out
     assert not (tmp_path / "runs").exists()
 
 
@@ -247,7 +247,7 @@ def test_what_only_the_last_bits_depend_on_is_named_and_tried(
     ran = lorasmith("reproduce", file, "--data", "here", "--model", "lorasmith-tiny")
     assert ran.code == 0, ran.err
     assert "Differs: threads 99 there" in ran.out
-    assert "are the same, to the bit." in ran.out
+    assert "are bit-identical." in ran.out
 
 
 def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
@@ -282,23 +282,23 @@ def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_p
     ran = lorasmith("reproduce", best)
     assert ran.code == 0, ran.err
     assert "of 4, so that training ends there" in ran.out
-    assert "are the same, to the bit." in ran.out
+    assert "are bit-identical." in ran.out
 
 
 def test_a_run_that_validation_stopped(lorasmith: Command, images: Path, tmp_path: Path) -> None:
     held_out = pictures(tmp_path / "held out", 2, seed=2)
     ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--patience", 1, "--output", "run")
     assert ran.code == 0, ran.err
-    assert "Stopped early, at step" in ran.out
+    assert "Stopped early at step" in ran.out
     assert "Verdict " in ran.out
-    assert "is done" in lorasmith("resume", "run").err
-    assert "are the same, to the bit." in lorasmith("reproduce", "run/cat.safetensors").out
+    assert "is complete" in lorasmith("resume", "run").err
+    assert "are bit-identical." in lorasmith("reproduce", "run/cat.safetensors").out
 
 
 def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith: Command, broken: Path) -> None:
     with RunFolder(broken).claimed():
         ran = lorasmith("resume", broken)
-    assert (ran.code, "belongs to a run that is going on" in ran.err) == (1, True)
+    assert (ran.code, "is in use by a run" in ran.err) == (1, True)
     assert "images" not in ran.out
 
 
