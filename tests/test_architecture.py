@@ -104,10 +104,6 @@ TESTED_ELSEWHERE = {
 }
 
 
-# Rooms whose public functions do not all have `Args` yet.
-WITHOUT_ARGS = {"adapters", "families", "formats", "toolbox"}
-
-
 def room_of(module: str) -> str:
     """`lorasmith.core.errors` → `core`; the package itself is a door."""
     return module.split(".")[1] if "." in module else ""
@@ -218,13 +214,11 @@ def test_functions_with_three_parameters_describe_them() -> None:
         for one in tree(path).body
         if isinstance(one, ast.FunctionDef) and not one.name.startswith("_") and len(parameters(one)) >= 3
     ]
-    silent = [
+    assert [
         f"{relative(path)}: {one.name}"
         for path, one in functions
         if not (has_args(one) or declared_elsewhere(path, one))
-    ]
-    assert [one for one in silent if one.split("/")[0] not in WITHOUT_ARGS] == []
-    assert {one.split("/")[0] for one in silent} == WITHOUT_ARGS, "has `Args` everywhere now; take it off the list"
+    ] == []
 
 
 def test_only_the_command_line_prints() -> None:

@@ -157,13 +157,22 @@ def _write_source(path: Path, text: str) -> None:
 
 
 def stages(place: Path, tree: Path) -> list[list[str]]:
-    """All test files, nearest to a module first: of its name, of its folder, of its room, all others."""
-    folder, name = Path("tests", *place.parent.relative_to(SOURCE).parts), place.stem.rstrip("s")
-    nearest: list[list[str]] = [[], [], [], []]
+    """All test files, those that are nearest to a module first.
+
+    Nearest are those of its name, then come those that import it, those of its folder, of its room, and all others.
+    """
+    module = ".".join(place.relative_to(SOURCE.parent).with_suffix("").parts)
+    folder = Path("tests", *place.parent.relative_to(SOURCE).parts)
+    nearest: list[list[str]] = [[], [], [], [], []]
     for path in sorted(path.relative_to(tree) for path in (tree / "tests").rglob("test_*.py")):
-        in_room = path.parts[1] == folder.parts[1]
-        distance = 0 if name in path.stem else 1 if path.parent == folder else 2
-        nearest[distance if in_room else 3].append(path.as_posix())
+        distances = (
+            path.parts[1] == folder.parts[1] and place.stem.rstrip("s") in path.stem,
+            re.search(rf"\b{re.escape(module)}\b", (tree / path).read_text(encoding="utf-8")) is not None,
+            path.parent == folder,
+            path.parts[1] == folder.parts[1],
+            True,
+        )
+        nearest[distances.index(True)].append(path.as_posix())
     return [files for files in nearest if files]
 
 
@@ -181,13 +190,17 @@ def run_tests(tree: Path, arguments: Sequence[str], *, seconds: float) -> tuple[
 
 
 def caught(mutation: Mutation, place: Place, tree: Path, *, minutes: float) -> str | None:
-    """The test that fails with the line broken and passes with it whole; None if there is none in the time."""
+    """The test that fails with the line broken and passes with it whole; None if there is none.
+
+    Raises:
+        TimeoutError: there is none in the tests that there was time for.
+    """
     deadline = time.monotonic() + 60 * minutes
     for files in stages(place.path, tree):
         with broken(mutation, place, tree):
             status, output = run_tests(tree, files, seconds=max(1.0, deadline - time.monotonic()))
         if status is None:
-            return None
+            raise TimeoutError
         if status == 0:
             continue
         test = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.MULTILINE)
@@ -230,12 +243,16 @@ def main() -> None:
         catches = 0
         for number, place in places.items():
             start, mutation = time.monotonic(), MUTATIONS[number - 1]
-            test = caught(mutation, place, tree, minutes=arguments.minutes)
-            catches += test is not None
+            try:
+                test = caught(mutation, place, tree, minutes=arguments.minutes)
+            except TimeoutError:
+                test = "NOT CAUGHT in the time"
+            else:
+                catches += test is not None
             where = f"{place.path.relative_to(SOURCE)}:{place.number}"
             change = f"{mutation.replace.strip()} → {mutation.by.strip() or 'nothing'}"
             took = f"{time.monotonic() - start:.0f} s"
-            print(f"{number:2} {where}  {change}  {took}\n   {test or 'NOT CAUGHT'}", flush=True)
+            print(f"{number:2} {where}  {change}  {took}\n   {test or 'NOT CAUGHT by any test'}", flush=True)
     print(f"{catches} of {len(places)} mutations caught")
     sys.exit(catches < AT_LEAST * len(places))
 

@@ -121,7 +121,7 @@ def test_a_file_that_does_not_say_of_which_images(lora: Path) -> None:
 
 def test_files_of_workflows_and_private_ones_are_refused(lora: Path, images: Path, tmp_path: Path) -> None:
     with_metadata(lora, lambda run: run["source"].update(command="run"))
-    with pytest.raises(OptionError, match="was not made by lorasmith train; run the script"):
+    with pytest.raises(OptionError, match="was not made by lorasmith train; run its script"):
         prepare_reproduction(lora)
     private = train_prepared(prepared(images, steps=1, private=True), output=tmp_path / "private").path
     assert private is not None

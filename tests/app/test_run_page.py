@@ -96,7 +96,7 @@ def test_however_it_ended(tmp_path: Path, reason: str | None, status: str, mood:
 def test_without_validation_it_says_what_it_cannot_know(tmp_path: Path) -> None:
     found = report(tmp_path, started(60), *steps_done(1, 60, total=60), finish(60))
     assert re.fullmatch(
-        r"The training loss fell from 0\.\d+ to 0\.\d+; no images were held out, so whether the LoRA overfits cannot "
+        r"The training loss fell from 0\.\d+ to 0\.\d+; no images were held out, so overfitting cannot "
         r"be judged\.",
         found.verdict,
     )
@@ -180,7 +180,7 @@ def test_lines_that_were_left_out_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, [started(9), *steps_done(1, 9, total=9)])
     with (tmp_path / "events.jsonl").open("a") as log:
         log.write('{"event": "StepD\n')
-    assert "1 line of events.jsonl could not be read and is left out here" in unescape(page(tmp_path))
+    assert "1 line of events.jsonl could not be read and is left out" in unescape(page(tmp_path))
 
 
 def test_pictures_are_found_where_the_folder_is_now(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_large_product_reaches_more_than_a_thin_one() -> None:
 def test_latents_of_a_resolution(tiny: Model) -> None:
     assert latent_side(tiny, None) == 16
     assert latent_side(tiny, 32) == 8
-    with pytest.raises(OptionError, match=r"must divide by 16 for this model, got 40; use (32|48)"):
+    with pytest.raises(OptionError, match=r"must be a multiple of 16 for this model, got 40; use (32|48)"):
         latent_side(tiny, 40)
 
 
@@ -210,9 +210,9 @@ SOUND = Measured(
         ({"rates": Rates(1e11, None)}, "Products", "small or narrow"),
         ({"floor_counts": replace(COUNTS, flops=6 * 10**8)}, "Products", "40% of them are not in the floor"),
         ({"profile": Profile(1.0, 0.1, 0.8, {"aten::add": 0.8})}, "Other operations, 80%", "aten::add 800.0 ms"),
-        ({"profile": Profile(1.0, 0.1, 0.2, {})}, "Between operations, 70%", "starting 1,000 operations"),
+        ({"profile": Profile(1.0, 0.1, 0.2, {})}, "Between operations, 70%", "launching 1,000 operations"),
         ({"parts": Parts(0.5, 0.4, 0.5, 0.02, None)}, "Products", "Waiting for batches, 40%"),
-        ({"parts": Parts(0.0, 0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*processors work for 50%"),
+        ({"parts": Parts(0.0, 0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*cores are busy for 50%"),
         ({"counts": replace(COUNTS, sent=2**30), "rates": Rates(1e9, 2.0**31)}, "Products", "takes 50% of its time"),
         ({"memory": 2**30}, "Products", "Memory is near its limit: 100%"),
     ],

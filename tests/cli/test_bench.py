@@ -55,7 +55,7 @@ def test_json_has_everything(lorasmith: Command) -> None:
 def test_sizes_that_the_model_does_not_take_are_refused(lorasmith: Command) -> None:
     ran = lorasmith("bench", "--resolution", 40)
     assert ran.code == 1
-    assert "resolution must divide by 16" in ran.err
+    assert "resolution must be a multiple of 16" in ran.err
 
 
 def test_its_options_are_those_of_train_that_change_the_cost() -> None:

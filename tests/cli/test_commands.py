@@ -38,7 +38,7 @@ def test_train_says_what_it_will_do_and_where_everything_is(
     for text in (
         "4 images",
         "skipped broken.png",
-        "2 have no caption; they get the trigger, 'sks cat'",
+        "2 have no caption; the trigger 'sks cat' is used",
         "latin-1",
         "lorasmith-tiny (Stable Diffusion 1.x)",
         "rank 2, alpha 2, on attention: 56 layers",

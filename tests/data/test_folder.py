@@ -120,7 +120,7 @@ def test_everything_that_is_wrong_is_skipped_with_its_reason(tmp_path: Path) -> 
     assert reasons.pop("cut.jpg").startswith("is damaged or cut short")
     assert reasons == {
         "small.png": "is a single pixel; replace it by a picture or remove it",
-        "flat.png": "is 100×15 px and needs 16 px at its shorter edge; use a larger one",
+        "flat.png": "is 100×15 px, but its shorter edge must be 16 px; use a larger one",
         "long.png": "is 20000×20 px, longer than 8:1; crop it or cut it into pieces",
         "photo.psd": "is a PSD file, which is not read here; convert it to PNG or JPEG",
     }
@@ -137,7 +137,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"1\.png is a file where a folder of images is needed"):
+    with pytest.raises(DataError, match=r"1\.png is a file; use the folder it is in"):
         scan_folder(add_image(tmp_path / "1.png"))
 
 

@@ -89,7 +89,7 @@ def test_images_may_be_given_instead() -> None:
     parts = split(data, share=0.5, given=EncodedDataset(others.samples[3:]))
     assert parts.training is data
     assert held_out(parts) == {"w"}
-    assert parts.note == "training is judged by 1 image given for it"
+    assert parts.note == "validation uses 1 separate image"
     overlapping = split(data, given=others)
     assert "3 of them are trained on too and cannot show overfitting: x, y, z" in overlapping.note
     with pytest.raises(DataError, match="latents of 4 channels like the training images, got 16"):

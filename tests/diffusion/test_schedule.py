@@ -204,14 +204,14 @@ def test_a_flow_ends_in_pure_noise_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("schedule", "parameterization", "sentence"),
     [
-        (SD, "epsilon", "this model predicts epsilon, which says nothing of a picture in pure noise"),
+        (SD, "epsilon", "this model predicts epsilon, which does not depend on the picture in pure noise"),
         (FlowSchedule(), "flow", "this model is a flow, which ends in pure noise already; leave it out"),
     ],
 )
 def test_what_a_zero_terminal_schedule_is_not_for(
     schedule: NoiseSchedule, parameterization: str, sentence: str
 ) -> None:
-    rule = f"^zero_terminal_snr is for v-prediction models with discrete timesteps, and {sentence}"
+    rule = f"^zero_terminal_snr is for v-prediction models with discrete timesteps, but {sentence}"
 
     with pytest.raises(OptionError, match=rule):
         check_noising(schedule, parameterization, zero_terminal_snr=True)

@@ -203,7 +203,7 @@ def test_the_seed_has_its_full_range_and_repeats(train: Make) -> None:
 
 def test_too_large_a_rank_is_capped_with_a_word(train: Make, bench: Any) -> None:
     train(steps=1, rank=128)
-    assert any("Rank 128 is more than" in text for text in bench.messages("warning"))
+    assert any("Rank 128 exceeds the size of" in text for text in bench.messages("warning"))
 
 
 @pytest.mark.parametrize("algorithm", load_nodes()["TrainLoraNode"].slots["algorithm"].options)
@@ -231,7 +231,7 @@ def test_a_mode_that_changes_nothing_says_so(train: Make, bench: Any, name: str)
 
 def test_a_list_where_one_value_is_meant_is_told(train: Make, bench: Any) -> None:
     train(lists={"rank": [2, 4]}, steps=1)
-    assert "rank takes one value but received 2; the first one counts" in bench.messages("warning")
+    assert "rank takes one value but received 2; the first one is used" in bench.messages("warning")
     with pytest.raises(DataError, match="rank must receive a value, got an empty list"):
         train(lists={"rank": []})
 
@@ -331,7 +331,7 @@ def test_a_cancelled_graph_goes_on_when_it_is_run_again(bench: Any) -> None:
     run(prompt(5), 2, bench.folders)
     events = run(prompt(5), 99, bench.folders)
     assert [event.value for event in events if isinstance(event, NodeProgress)] == [3, 4, 5]
-    assert any("from step 2, to the bit" in event.text for event in events if isinstance(event, NodeMessage))
+    assert any("from step 2, bit-identically" in event.text for event in events if isinstance(event, NodeMessage))
     assert [path.name for path in (bench.folders.output / "runs").iterdir()] == ["lora_00001"]
     assert (bench.folders.output / "loras" / "fox_5_steps_00001_.safetensors").is_file()
 

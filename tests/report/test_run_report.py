@@ -215,7 +215,7 @@ def test_settings_that_were_changed_come_first() -> None:
         Setting("dora", True, False),
     ]
     text = page(settings=settings).text
-    assert "rank816Size." in text and "learning_rate0.0007left out" in text and "dorayesno" in text
+    assert "rank816Size." in text and "learning_rate0.0007default" in text and "dorayesno" in text
     assert text.index("dora") < text.index("1 settings at their default") < text.index("seed")
 
 

@@ -82,9 +82,9 @@ def test_all_faults_are_found_at_once_and_name_their_node(toys: Any, api_node: A
         "node 2 'Add up': offset must be an integer, got 'two'",
         "node 2 'Add up': mode must be one of Plain, Negative, got 'negativ' (did you mean 'Negative'?)",
         "node 2 'Add up': numbers.n0 is linked to output 3 of node 1 'A Number', which has 1 output, counted from 0; "
-        "link it anew",
-        "node 3 'Shwo': there is no node 'Shwo' here (did you mean 'Show'?); replace or remove it",
-        "node 4 'Show': value is linked to node '9', which is not there (did you mean '9b'?); link it anew",
+        "link another one",
+        "node 3 'Shwo': unknown node 'Shwo' (did you mean 'Show'?); replace or remove it",
+        "node 4 'Show': value is linked to node '9', which is missing (did you mean '9b'?); link another one",
         "node 5 'Refuse': value must be linked to an output of type INT, "
         "got the STRING output 'STRING' of node 6 'Text'",
         "node 6 'Text': text must be linked to an output of type STRING, got the INT output 'sum' of node 2 'Add up'",
@@ -120,7 +120,7 @@ def test_unknown_inputs_are_warnings(toys: Any, prompt: dict[str, Any]) -> None:
     graph = validate(prompt, toys.folders, nodes=toys.nodes)
     assert "ofset" not in graph.nodes["2"].inputs
     assert graph.warnings == (
-        "node 2 'Add up': input ofset is ignored, since the node has none of that name (did you mean 'offset'?)",
+        "node 2 'Add up': input ofset is ignored, as the node has no such input (did you mean 'offset'?)",
     )
 
 
@@ -139,7 +139,7 @@ def test_what_an_unknown_node_is_linked_to_counts_as_needed(
     prompt["4"] = api_node("SaveNumber", value=["5", 0], pair=[None, 0], text="x")
     prompt["5"] = api_node("Number", value=-1)
     assert faults(toys, prompt) == [
-        "node 4 'SaveNumber': there is no node 'SaveNumber' here (did you mean 'Number'?); replace or remove it",
+        "node 4 'SaveNumber': unknown node 'SaveNumber' (did you mean 'Number'?); replace or remove it",
         "node 5 'A Number': value must be between 0 and 100, got -1",
     ]
 

@@ -436,7 +436,7 @@ def test_notes_say_what_stays_as_it_is(tiny: Model) -> None:
 
     total = len(units(tiny.components.denoiser))
     assert "compile" not in notes()
-    assert f"of {total} blocks as they are, whose adapters (LoHa)" in notes(algorithm="LoHa")
+    assert f"of {total} blocks, whose adapters (LoHa)" in notes(algorithm="LoHa")
     assert "compile has no effect: every block has adapters (LoHa)" in notes(algorithm="LoHa", targets="all")
 
 

@@ -27,7 +27,7 @@ from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Model
-from lorasmith.training.events import StepDone, Warned
+from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
 from lorasmith.training.memory.frozen_weights import takes_fp8_products, weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
@@ -200,12 +200,12 @@ def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
             assert_same(adapter.to_weights().tensors, coarse.adapters[path].to_weights().tensors)
 
 
-def test_it_says_what_share_is_quantized_and_what_previews_show(run: Run, dataset: EncodedDataset) -> None:
-    events: list[object] = []
-    run(dataset, steps=1, quantization="int8", previews="a cat", on_event=events.append)
-    said = [event.message for event in events if isinstance(event, Warned)]
-    assert any(text.startswith("quantization int8 applies to 9") and "% of the frozen weights" in text for text in said)
-    assert any("not with the quantized one" in text for text in said)
+def test_it_says_what_share_is_quantized_and_what_previews_show(tiny: Model) -> None:
+    notes = planned(tiny, quantization="int8", previews="a cat").notes
+    assert any(
+        text.startswith("quantization int8 applies to 9") and "% of the frozen weights" in text for text in notes
+    )
+    assert any("not with the quantized one" in text for text in notes)
 
 
 @pytest.mark.parametrize("bypass", [False, True])

@@ -56,7 +56,7 @@ def test_a_folder_is_moved_aside_with_no_file_in_it_open(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "rename", unless_open)
     with claimed_run(path, record(), fresh=True, on_event=told.append) as (folder, state):
         assert (folder.path, state) == (path, None)
-    assert isinstance(told[0], Warned) and "is in" in told[0].message
+    assert isinstance(told[0], Warned) and "was moved to" in told[0].message
     assert (tmp_path / "run-old-1" / "states").is_dir()
 
 
