@@ -141,7 +141,7 @@ class TestRefusals:
     def test_text_with_the_name_of_an_image(self, tmp_path: Path, read) -> None:
         (tmp_path / "a.png").write_text("not a picture")
         with pytest.raises(
-            ImageError, match=r"a\.png is not an image, in spite of its name: .*; replace or remove it$"
+            ImageError, match=r"a\.png is not an image in spite of its name: .*; replace or remove it$"
         ):
             read(tmp_path / "a.png")
 
