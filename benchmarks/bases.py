@@ -68,10 +68,19 @@ _FLOW = Diffusion("flow", FlowSchedule())
 # A third as wide and with a tenth of the blocks: 155 million parameters.
 _SMALLER_FLUX = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8}
 _TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64}
+_TINY_SDXL = {
+    "block_out_channels": (32, 64, 64),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 1, 1),
+    "cross_attention_dim": 64,
+    "projection_class_embeddings_input_dim": 64 + 6 * 256,
+}
 
 MODELS: dict[str, Base] = {
     "tiny": Base(_tiny),
     "sd15": Base(functools.partial(_random, "sd1", _EPSILON, {}), rehearsal="tiny"),
+    "sdxl-tiny": Base(functools.partial(_random, "sdxl", _EPSILON, _TINY_SDXL)),
+    "sdxl": Base(functools.partial(_random, "sdxl", _EPSILON, {}), latent=128, rehearsal="sdxl-tiny"),
     "flux": Base(functools.partial(_random, "flux1", _FLOW, _SMALLER_FLUX)),
     "flux-tiny": Base(functools.partial(_random, "flux1", _FLOW, _TINY_FLUX)),
     "flux-12b": Base(functools.partial(_random, "flux1", _FLOW, {}), rehearsal="flux-tiny"),
