@@ -81,7 +81,7 @@ def test_merge_into_says_what_it_left_out(lorasmith: Command, files: Path) -> No
     save_file({**tensors, **extra}, files / "more.safetensors")
     ran = lorasmith("merge", "more.safetensors", "--into", "sd15.safetensors", "--output", "out.safetensors")
     assert ran.code == 0, ran.err
-    assert "2 tensors of more.safetensors, such as lora_te2_x.lora_down.weight, belong to no module" in ran.out
+    assert "2 tensors of more.safetensors, such as lora_te2_x.lora_down.weight, match no module" in ran.out
     assert "modules changed" in ran.out
 
 
@@ -147,7 +147,7 @@ WRONG = {
     "no file's name": (("merge", "style.safetensors", "--output", "out"), "must be a file whose name ends in"),
     "dtype": (("merge", "style.safetensors", "--dtype", "int8", *OUT), "a dtype is one of fp32, bf16, fp16"),
     "into with rank": (
-        ("merge", "style.safetensors", "--into", "sd15.safetensors", "--rank", 4, *OUT), "so --rank has no meaning",
+        ("merge", "style.safetensors", "--into", "sd15.safetensors", "--rank", 4, *OUT), "--rank has no effect",
     ),
     "into nothing": (("merge", "style.safetensors", "--into", "none.safetensors", *OUT), "does not exist"),
     "into another family": (
@@ -157,7 +157,7 @@ WRONG = {
     "resize to nothing": (("resize", "style.safetensors"), "give --rank, such as 8, or --energy"),
     "resize to rank 0": (("resize", "style.safetensors", "--rank", 0), "a rank must be at least 1, got 0"),
     "resize to energy 2": (("resize", "style.safetensors", "--energy", 2), "at most 1, such as 0.95, got 2"),
-    "resize up": (("resize", "style.safetensors", "--rank", 64), "the largest is 8; ask for less"),
+    "resize up": (("resize", "style.safetensors", "--rank", 64), "its largest is 8; give a smaller one"),
     "resize OFT": (("resize", "turned.safetensors", "--rank", 2), "by OFT, which has no rank to choose"),
     "resize a model": (("resize", "sd15.safetensors", "--rank", 2), "is not a LoRA"),
     "extract of one": (
