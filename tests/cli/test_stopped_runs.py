@@ -281,7 +281,7 @@ def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_p
     assert f"Best LoRA  run/{best.name}" in ran.out
     ran = lorasmith("reproduce", best)
     assert ran.code == 0, ran.err
-    assert "of 4, so that training ends there" in ran.out
+    assert "of 4; training ends there" in ran.out
     assert "are bit-identical." in ran.out
 
 

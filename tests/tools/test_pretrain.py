@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path: Path, monke
 
 
 def test_folding_gives_unit_latents_and_the_same_pictures() -> None:
-    vae = load_model(BUILT_IN).components.vae
+    vae = load_model(BUILT_IN).components.vae.float()
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(6, 3, 64, 64, generator=generator) * 2 - 1
     with torch.no_grad():
