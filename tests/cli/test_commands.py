@@ -162,7 +162,10 @@ WRONG = {
         ("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--lora", "a.safetensors:strong"),
         "a LoRA's strength must be a number, got 'strong'",
     ),
-    "width": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--width", 100), "width must divide by 16"),
+    "width": (
+        ("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--width", 100),
+        "width must be a multiple of 16",
+    ),
     "dtype": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--dtype", "int8"), "a dtype is one of fp32"),
     "sampler": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--sampler", "eular"), "euler"),
     "no workflow": (("run", "nowhere.json"), "nowhere.json cannot be read"),

@@ -43,7 +43,7 @@ def test_check_finds_nothing_in_a_good_file(lorasmith: Command, dog: Path, tiny:
     assert ran.code == 0, ran.out + ran.err
     modules = len(lora(tiny).adapters)
     assert f"{modules} modules in the layout of kohya / sd-scripts" in ran.out
-    assert "held to lorasmith-tiny" in ran.out
+    assert "compared with lorasmith-tiny" in ran.out
     assert "No faults, and every program applies all of it." in ran.out
 
 
@@ -57,7 +57,7 @@ def test_check_names_faults_and_fixes_them(lorasmith: Command, dog: Path, tmp_pa
     assert ran.code == 1
     assert f"Fault: {base}.lora_up.weight holds NaN or infinity, which spoils every picture; go back" in ran.out
     assert "Fault: odd has no name that LoRA files use" in ran.out
-    assert "2 findings mended in good.safetensors" in ran.out
+    assert "2 findings repaired in good.safetensors" in ran.out
     fixed = load_file(tmp_path / "good.safetensors")
     assert fixed.keys() == {key for key in tensors if not key.startswith(f"{base}.") and key != "odd"}
     assert all(torch.equal(fixed[key], tensors[key]) for key in fixed)
@@ -136,7 +136,7 @@ WRONG = {
     "fix over a file": (("check", "half.safetensors", "--fix", "dog.safetensors"), "dog.safetensors exists already"),
     "fix nothing": (
         ("check", "dog.safetensors", *TINY, "--fix", "new.safetensors"),
-        "nothing in dog.safetensors can be",
+        "no finding of dog.safetensors can be",
     ),
     "fix all away": (
         ("check", "half.safetensors", "--fix", "new.safetensors"),

@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(
         ran = lorasmith("train", images, *RUN)
     assert ran.code == 130
     assert (
-        "stopped: interrupted; the LoRA of 2 steps is at runs/cat-001/cat.safetensors; the same command goes on"
+        "stopped: interrupted; the LoRA of 2 steps is at runs/cat-001/cat.safetensors; the same command resumes the run"
         in ran.err
     )
     assert lorasmith("train", images, *RUN).code == 0
@@ -141,7 +141,7 @@ def test_fresh_moves_what_is_in_the_output_aside_and_says_so(
     before = tensors_of(broken)
     ran = lorasmith("train", images, *RUN, "--fresh", "--output", "runs/cat-001")
     assert ran.code == 0, ran.err
-    assert "The run that was in runs/cat-001 is in runs/cat-001-old-1 now." in ran.out
+    assert "The previous run in runs/cat-001 was moved to runs/cat-001-old-1." in ran.out
     assert tensors_of(tmp_path / "runs" / "cat-001-old-1") == before
     assert RunFolder(broken).outcome() == "finished"
 
@@ -203,7 +203,7 @@ def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path
     assert "Differs" not in ran.out
     assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
     ran = lorasmith("reproduce", whole / "cat.safetensors", "--output", "runs/cat-001")
-    assert (ran.code, "runs/cat-001 holds a run already" in ran.err) == (1, True)
+    assert (ran.code, "output must not contain a run, but runs/cat-001 does" in ran.err) == (1, True)
 
 
 def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
@@ -211,7 +211,7 @@ def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
 ) -> None:
     ran = lorasmith("reproduce", stopped / "cat.safetensors")
     assert ran.code == 0, ran.err
-    assert "cat.safetensors is of step 2 of 5, so that training ends there." in ran.out
+    assert "cat.safetensors is from step 2 of 5; training ends there." in ran.out
     assert "are bit-identical." in ran.out
     assert len(read_history(tmp_path / "runs" / "cat-001").of(StepDone)) == 2
 
@@ -276,12 +276,12 @@ def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_p
     held_out = pictures(tmp_path / "held out", 2, seed=2)
     ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--output", "run")
     assert ran.code == 0, ran.err
-    assert "training is judged by 2 images given for it" in ran.out
+    assert "validation uses 2 separate images" in ran.out
     best = tmp_path / "run" / "cat-best.safetensors"
     assert f"Best LoRA  run/{best.name}" in ran.out
     ran = lorasmith("reproduce", best)
     assert ran.code == 0, ran.err
-    assert "of 4, so that training ends there" in ran.out
+    assert "of 4; training ends there" in ran.out
     assert "are bit-identical." in ran.out
 
 
