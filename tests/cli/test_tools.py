@@ -81,7 +81,7 @@ def test_merge_into_says_what_it_left_out(lorasmith: Command, files: Path) -> No
     save_file({**tensors, **extra}, files / "more.safetensors")
     ran = lorasmith("merge", "more.safetensors", "--into", "sd15.safetensors", "--output", "out.safetensors")
     assert ran.code == 0, ran.err
-    assert "2 tensors of more.safetensors, such as lora_te2_x.lora_down.weight, belong to no module" in ran.out
+    assert "2 tensors of more.safetensors, such as lora_te2_x.lora_down.weight, match no module" in ran.out
     assert "modules changed" in ran.out
 
 
@@ -147,7 +147,7 @@ WRONG = {
     "no file's name": (("merge", "style.safetensors", "--output", "out"), "must be a file whose name ends in"),
     "dtype": (("merge", "style.safetensors", "--dtype", "int8", *OUT), "a dtype is one of fp32, bf16, fp16"),
     "into with rank": (
-        ("merge", "style.safetensors", "--into", "sd15.safetensors", "--rank", 4, *OUT), "so --rank has no meaning",
+        ("merge", "style.safetensors", "--into", "sd15.safetensors", "--rank", 4, *OUT), "where --rank has no effect",
     ),
     "into nothing": (("merge", "style.safetensors", "--into", "none.safetensors", *OUT), "does not exist"),
     "into another family": (
