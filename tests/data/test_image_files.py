@@ -140,9 +140,7 @@ def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
 class TestRefusals:
     def test_text_with_the_name_of_an_image(self, tmp_path: Path, read) -> None:
         (tmp_path / "a.png").write_text("not a picture")
-        with pytest.raises(
-            ImageError, match=r"a\.png is not an image in spite of its name: .*; replace or remove it$"
-        ):
+        with pytest.raises(ImageError, match=r"a\.png is not an image in spite of its name: .*; replace or remove it$"):
             read(tmp_path / "a.png")
 
     def test_empty_file(self, tmp_path: Path, read) -> None:
