@@ -242,6 +242,7 @@ def test_nothing_is_said_that_does_not_hold() -> None:
     assert replace(SOUND, passes=2, images=4).images_per_hour == 14400
 
 
+@pytest.mark.slow
 def test_a_job_is_measured_as_a_whole(tiny: Model) -> None:
     job = planned(tiny, grad_accumulation_steps=2, quantization="int8", targets="all")
     found = measured(job, synthetic_samples(tiny, 4, 8, 8), steps=2)

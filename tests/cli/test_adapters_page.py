@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from tests.covering import slow_except
 
 Command = Callable[..., Any]
 
@@ -19,7 +20,7 @@ PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    lorasmith (.*)$", PAGE, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow_except(COMMANDS, *COMMANDS[::4]))
 def test_commands_run(lorasmith: Command, photos: Path, command: str) -> None:
     arguments = shlex.split(command)
     if "--existing-lora" in arguments:

@@ -16,6 +16,7 @@ import torch
 from lorasmith.training.memory import compilation
 from lorasmith.training.memory.compilation import units
 from tests.cli.test_stopped_runs import interrupted
+from tests.covering import slow_except
 
 Command = Callable[..., Any]
 
@@ -24,7 +25,7 @@ PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    lorasmith (train .*)$", PAGE, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow_except(COMMANDS, *COMMANDS[::4]))
 def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "eager")  # machine code for twenty blocks takes minutes,
     monkeypatch.setattr(compilation, "units", lambda model: units(model)[-1:])  # and graphs of all of them seconds

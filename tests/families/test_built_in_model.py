@@ -58,6 +58,7 @@ def test_diffusers_draws_the_same_from_the_single_file(pipe: Any, tiny: Model) -
     assert np.abs(drawn_by(pipe) - ours(tiny)).max() < 2 / 255
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_from_a_folder(pipe: Any, tiny: Model, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "folder")
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)

@@ -30,6 +30,7 @@ from lorasmith.training.runs import run_states
 from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
 from lorasmith.training.verdict import History
+from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
 
@@ -72,11 +73,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "accumulated", "dropped", "validated", "matrices"))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
-    run: Run, mixed: EncodedDataset, tmp_path: Path, settings: dict[str, Any]
+    run: Run, mixed: EncodedDataset, tmp_path: Path, name: str
 ) -> None:
+    settings = SETTINGS[name]
     whole = run(mixed, steps=5, output=tmp_path / "whole", **settings)
     first = Audience(cancel_at=3)
     broken = run(mixed, steps=5, output=tmp_path / "broken", on_event=first, cancelled=first.cancelled, **settings)

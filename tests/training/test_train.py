@@ -235,7 +235,10 @@ LEARNERS = [(optimizer, "MSE") for optimizer in ("AdamW", "Adam", "SGD", "RMSpro
 LEARNERS += [("AdamW", loss) for loss in ("L1", "Huber", "SmoothL1")]
 
 
-@pytest.mark.parametrize(("optimizer", "loss_function"), LEARNERS)
+@pytest.mark.parametrize(
+    ("optimizer", "loss_function"),
+    [one if one in LEARNERS[3:5] else pytest.param(*one, marks=pytest.mark.slow) for one in LEARNERS],
+)
 def test_every_optimizer_and_every_loss_learns(
     run: Run, dataset: EncodedDataset, optimizer: str, loss_function: str
 ) -> None:
