@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lorasmith.families.base import Conditioning
-from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from tests.covering import cases
 

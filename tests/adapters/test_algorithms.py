@@ -22,7 +22,8 @@ from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.families.loading import built_in_models, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.inspect import describe

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasmith.core.adapter_state import AdapterState, ModuleRef
-from lorasmith.families.loading import built_in_models
+from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 from tests.toolbox import cases

@@ -19,7 +19,8 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS
 from lorasmith.families.base import Conditioning
 from lorasmith.families.files.checkpoint import ARCHITECTURE
-from lorasmith.families.loading import BUILT_IN, built_in_models, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise

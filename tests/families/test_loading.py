@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families import loading
-from lorasmith.families.loading import BUILT_IN, built_in_models, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.parts.clip_text import clip_tokenizer
 
 TENSORS = SMALLEST.unet_tensors()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorasmith.families.loading import built_in_models, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors
 from tests.families.original_models import SD2

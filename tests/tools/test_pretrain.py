@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.folders import ASSETS
-from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from tools.pretrain.autoencoder import SCALING_FACTOR, fold_statistics
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, HELD_OUT_SUBJECTS, STYLES, caption, on_background

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors

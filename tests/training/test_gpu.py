@@ -23,7 +23,8 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.errors import LoraError, OptionError, OutputError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.loading import BUILT_IN
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.training import engine

@@ -9,7 +9,7 @@ from lorasmith.app.folder_run import RUNS, FolderSource
 from lorasmith.app.model_run import new_run_folder
 from lorasmith.core.files import atomic_path
 from lorasmith.core.folders import ASSETS
-from lorasmith.families.loading import BUILT_IN
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate

@@ -14,7 +14,7 @@ from lorasmith.app.command_lines import command_line, generate_command, resume_c
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
-from lorasmith.families.loading import BUILT_IN
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.report.curves import Curves

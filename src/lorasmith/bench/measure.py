@@ -160,7 +160,7 @@ def frozen_pass(
     """
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
     conditioning = denoiser.base.family.join([sample.conditioning for sample in samples]).to(device, dtype)
-    schedule = denoiser.base.components.schedule
+    schedule = denoiser.diffusion.schedule
     level = schedule.at(torch.full((len(samples),), 0.5)).to(device)
 
     def once() -> None:

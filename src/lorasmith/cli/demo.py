@@ -31,7 +31,7 @@ def demo(
     """
     from lorasmith.app.demo import before_and_after, demo_folder, demo_source
     from lorasmith.app.folder_run import prepare, train_prepared
-    from lorasmith.families.loading import BUILT_IN
+    from lorasmith.families.locating import BUILT_IN
 
     console.print(
         f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.\n"

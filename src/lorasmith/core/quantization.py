@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -40,6 +40,7 @@ __all__ = [
     "of_rows",
     "packed",
     "placeholder",
+    "plain_weights",
     "scaled_codes",
     "weight_source",
 ]
@@ -130,6 +131,11 @@ class Packed:
 def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:
     """`choose` applied to the rows of a tensor; see `Packed.of_rows`."""
     return tensor.of_rows(choose) if isinstance(tensor, Packed) else choose(tensor)
+
+
+def plain_weights(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor]:
+    """The tensors with packed weights unpacked."""
+    return {name: one.weight() if isinstance(one, Packed) else one for name, one in tensors.items()}
 
 
 class WeightSource(Protocol):

@@ -35,22 +35,25 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ResolutionShift:
-    """A shift by the size of a picture: exp(mu), with mu linear in the number of 2×2 patches of the latents.
+    """A shift by the size of a picture: exp(mu), with mu linear in the number of patches of the latents.
 
     Larger pictures need more noise for the same uncertainty (Esser et al. 2024, section 5.3.2).
 
     Attributes:
         mu: at each of `patches`.
         patches: two numbers of patches.
+        patch: side of a patch in latents.
     """
 
     mu: tuple[float, float] = (0.5, 1.15)
     patches: tuple[int, int] = (256, 4096)
+    patch: int = 2
 
     def __call__(self, height: int, width: int) -> float:
         """The shift for latents of a height and width."""
         (low, high), (few, many) = self.mu, self.patches
-        return math.exp(low + (high - low) * ((height // 2) * (width // 2) - few) / (many - few))
+        count = (height // self.patch) * (width // self.patch)
+        return math.exp(low + (high - low) * (count - few) / (many - few))
 
 
 _FAINTEST = 2.0**-24  # replaces a signal power of zero in ratios
@@ -208,6 +211,11 @@ class FlowSchedule(NoiseSchedule):
         self.shift = shift
         self.resolution_shift = resolution_shift
         self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
+
+    @classmethod
+    def exponential(cls, mu: float, *, resolution_shift: ResolutionShift = ResolutionShift()) -> FlowSchedule:
+        """The schedule with a shift of exp(mu)."""
+        return cls(math.exp(mu), resolution_shift=resolution_shift)
 
     def zero_terminal(self) -> FlowSchedule:
         """The schedule itself: a flow ends in pure noise."""

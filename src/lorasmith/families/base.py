@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lorasmith.formats.names.recognise import SIGNATURES, Signature
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
-    from lorasmith.formats.names.model_names import ModelNames, OriginalName
+    from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
 
 __all__ = [
     "FAMILIES",
@@ -34,10 +34,13 @@ __all__ = [
     "Defaults",
     "Diffusion",
     "EncoderSlot",
+    "Encoding",
     "Family",
     "LatentFormat",
     "PictureSize",
     "TargetPreset",
+    "TextEncoders",
+    "check_even",
     "collate",
     "register",
 ]
@@ -116,6 +119,16 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
     if any(one is not None for one in masks):
         mask = torch.cat([_known(*pair) for pair in zip(masks, batch["context"], strict=True)])
     return Conditioning({key: torch.cat(parts) for key, parts in batch.items()}, mask=mask)
+
+
+def check_even(latents: Tensor, title: str) -> None:
+    """Raise DataError for latents that cannot be cut into patches of 2×2."""
+    height, width = latents.shape[-2:]
+    if height % 2 or width % 2:
+        raise DataError(
+            f"{title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
+            "use picture sizes that are multiples of 16"
+        )
 
 
 def _times(tensor: Tensor, count: int) -> Tensor:
@@ -235,6 +248,31 @@ class EncoderSlot:
 
 
 @dataclass(frozen=True)
+class TextEncoders:
+    """The text encoders of a model, by component name, and the tokenizers of each."""
+
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Options of encoding text.
+
+    Attributes:
+        skip_layers: number of a CLIP encoder's last layers to leave out ("clip skip" minus one).
+        lengths: whose padding is followed where programs differ: `comfyui` or `diffusers`.
+        min_tokens: least number of tokens, by the kind of encoder (`t5xxl`), instead of the family's.
+        min_padding: least number of padding tokens after a prompt, by the kind of encoder.
+    """
+
+    skip_layers: int = 0
+    lengths: Literal["comfyui", "diffusers"] = "comfyui"
+    min_tokens: Mapping[str, int] = field(default_factory=dict)
+    min_padding: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class AutoencoderSlot:
     """The autoencoder of a family.
 
@@ -276,6 +314,11 @@ class Components:
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     vae: Any = None
 
+    @property
+    def encoders(self) -> TextEncoders:
+        """The text encoders with their tokenizers."""
+        return TextEncoders(self.text_encoders, self.tokenizers)
+
     def modules(self) -> dict[str, nn.Module]:
         """Every present part, by component name."""
         return {
@@ -297,8 +340,12 @@ class Family(ABC):
         targets: target presets by name.
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         autoencoder: its autoencoder.
+        clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
             gives the same result. Contexts of other families are padded and masked; see `collate`.
+        unused_tensors: patterns of tensors in its original checkpoints that the network does not use.
+        distilled_names: parts of file names of variants that are distilled to few steps, which training undoes; they
+            have the same tensors as the variant to train on.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
@@ -311,7 +358,10 @@ class Family(ABC):
     targets: Mapping[str, TargetPreset]
     text_encoders: Mapping[str, EncoderSlot]
     autoencoder: AutoencoderSlot
+    clip_types: tuple[str, ...]
     repeatable_context: bool
+    unused_tensors: tuple[str, ...] = ()
+    distilled_names: tuple[str, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 
@@ -371,13 +421,21 @@ class Family(ABC):
         """The two-way name table of a loaded model."""
 
     @abstractmethod
-    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
-        """Conditioning of one prompt, `(word:1.2)` weights and long prompts included.
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        """Names of the text encoders in LoRA files, whether these are loaded or not, by component name."""
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        """Width of the states that a text encoder must have for the denoiser; None if every width fits."""
+        return None
+
+    @abstractmethod
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        """Conditioning of one prompt.
 
         Args:
-            components: text encoders and tokenizers, on any device; the result stays on it.
-            text: the prompt.
-            skip_layers: number of the encoder's last layers to leave out ("clip skip" minus one).
+            encoders: on any device; the result stays on it.
+            texts: the prompt by component name, the same for each component unless a user gives several.
+            encoding: options; those that the family has no use for are ignored.
 
         Raises:
             ModelError: a text encoder is missing; see `text_encoder`.
@@ -411,10 +469,10 @@ class Family(ABC):
             The shape of `latents`, in the parameterization that `Components` names.
         """
 
-    def text_encoder(self, components: Components, component: str) -> nn.Module:
+    def text_encoder(self, encoders: TextEncoders, component: str) -> nn.Module:
         """A text encoder of the model. Raises ModelError, which names the file to get, if it is missing."""
-        if component in components.text_encoders:
-            return components.text_encoders[component]
+        if component in encoders.modules:
+            return encoders.modules[component]
         slot = self.text_encoders[component]
         raise ModelError(
             f"{self.title} needs the text encoder {slot.kind}, which this model came without; load a full checkpoint, "
@@ -424,26 +482,12 @@ class Family(ABC):
     def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
         """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""
         for component in self.text_encoders if text else ():
-            self.text_encoder(components, component)
+            self.text_encoder(components.encoders, component)
         if images and components.vae is None:
             raise ModelError(
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
             )
-
-    def encode_image(self, components: Components, pixels: Tensor) -> Tensor:
-        """VAE latents (the distribution's mean, unscaled) of pixels (batch, 3, height, width) in [−1, 1]."""
-        self.check_parts(components, images=True)
-        if components.latent.frames:
-            pixels = pixels.unsqueeze(2)
-        latents: Tensor = components.vae.encode(pixels).latent_dist.mean
-        return latents
-
-    def decode_latents(self, components: Components, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, height, width) in [−1, 1] of unscaled VAE latents; of several frames, the first."""
-        self.check_parts(components, images=True)
-        pixels: Tensor = components.vae.decode(latents).sample
-        return (pixels[:, :, 0] if components.latent.frames else pixels).clamp(-1, 1)
 
 
 FAMILIES: Registry[Family] = Registry("model family", ModelError)

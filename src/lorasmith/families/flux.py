@@ -7,7 +7,6 @@ one tensor; diffusers splits them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,23 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.errors import ModelError
 from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
 from lorasmith.families.base import (
     AutoencoderSlot,
-    Components,
     Conditioning,
     Defaults,
     Diffusion,
     EncoderSlot,
+    Encoding,
     Family,
     LatentFormat,
     TargetPreset,
+    TextEncoders,
+    check_even,
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import module_paths, weight_shapes
+from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
 from lorasmith.families.parts import clip_layout
+from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.t5_encoders import encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
@@ -125,7 +129,13 @@ class Flux(Family):
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
     targets = _TARGETS
-    text_encoders: Mapping[str, EncoderSlot] = MappingProxyType({})  # the caller provides the conditioning
+    text_encoders = MappingProxyType(
+        {
+            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
+            "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+        }
+    )
+    clip_types = ("flux",)
     autoencoder = AutoencoderSlot(
         "kl",
         channels=16,
@@ -198,17 +208,7 @@ class Flux(Family):
             family=self.name,
             denoiser=table,
             weight_shapes=shapes,
-            # LoRAs for the released encoders are kept, whether these are loaded or not.
-            text_encoders={
-                "text_encoder": EncoderNames(
-                    clip_layout.released_paths(layers=12),
-                    kohya=("lora_te1_", "lora_te_"),
-                    comfyui=("clip_l", "clip_h"),
-                    drops_text_model=True,
-                ),
-                # kohya gives T5 the number it has in Stable Diffusion 3; OneTrainer counts a model's encoders.
-                "text_encoder_2": EncoderNames(_T5_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
-            },
+            text_encoders=self.encoder_names(text_encoders),
             kohya_naming="original",
             peft_prefix="transformer",
             portable="kohya",
@@ -219,23 +219,40 @@ class Flux(Family):
             ),
         )
 
-    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
-        raise ModelError(
-            f"{self.title}'s text encoders (T5-XXL and CLIP-L) are not supported yet; "
-            "train it on conditioning that you encoded elsewhere"
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {
+            "text_encoder": EncoderNames(
+                clip_layout.released_paths(layers=12),
+                kohya=("lora_te1_", "lora_te_"),
+                comfyui=("clip_l", "clip_h"),
+                drops_text_model=True,
+            ),
+            # kohya gives T5 the number it has in Stable Diffusion 3; OneTrainer counts a model's encoders.
+            "text_encoder_2": EncoderNames(_T5_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
+        }
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        clip, t5 = (self.text_encoder(encoders, component) for component in self.text_encoders)
+        tokenizer_l, tokenizer_t5 = (encoders.tokenizers[component] for component in self.text_encoders)
+        _, pooled = encode_prompt(texts["text_encoder"], tokenizer_l, clip)
+        follows_diffusers = encoding.lengths == "diffusers"
+        context = encode_t5(
+            texts["text_encoder_2"],
+            tokenizer_t5,
+            t5,
+            min_tokens=encoding.min_tokens.get("t5xxl", 512 if follows_diffusers else 256),
+            max_tokens=512 if follows_diffusers else None,
+            min_padding=encoding.min_padding.get("t5xxl", 0),
         )
+        return Conditioning({"context": context, "pooled": pooled}, texts["text_encoder_2"])
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         config: Any = denoiser.config
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        check_even(latents, self.title)
         height, width = latents.shape[-2:]
-        if height % 2 or width % 2:
-            raise DataError(
-                f"{self.title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
-                "use picture sizes that are multiples of 16"
-            )
         context = conditioning.tensors["context"]
         attention: dict[str, Any] = {}
         if conditioning.mask is not None:  # text comes first, then the picture, which is not masked
@@ -247,7 +264,7 @@ class Flux(Family):
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
         prediction = denoiser(
-            hidden_states=_packed(latents),
+            hidden_states=packed_latents(latents),
             timestep=time.to(latents.dtype),
             guidance=guidance,
             pooled_projections=conditioning.tensors["pooled"],
@@ -257,7 +274,7 @@ class Flux(Family):
             joint_attention_kwargs=attention,
             return_dict=False,
         )[0]
-        return _unpacked(prediction, height, width)
+        return unpacked_latents(prediction, height, width)
 
 
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -275,8 +292,8 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         )
     return {
         "in_channels": in_channels,
-        "num_layers": _blocks(shapes, "double_blocks"),
-        "num_single_layers": _blocks(shapes, "single_blocks"),
+        "num_layers": block_count(shapes, "double_blocks."),
+        "num_single_layers": block_count(shapes, "single_blocks."),
         "attention_head_dim": head,
         "num_attention_heads": hidden // head,
         "joint_attention_dim": shapes["txt_in.weight"][1],
@@ -285,11 +302,6 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         # 16, 56, 56 for the released head width of 128, in the same proportion for others.
         "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
     }
-
-
-def _blocks(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
-    numbers = (int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name)))
-    return 1 + max(numbers, default=-1)
 
 
 def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]]:
@@ -316,20 +328,6 @@ def _original(path: str, hidden: int, transformer: Any) -> OriginalName:
         rows = transformer.get_submodule(path).weight.shape[0]
         return OriginalName(f"single_blocks.{index}.linear1", rows=(start, start + rows))
     return OriginalName(f"single_blocks.{index}.{_SINGLE[rest]}")
-
-
-def _packed(latents: Tensor) -> Tensor:
-    """(batch, channels, height, width) → (batch, height/2 · width/2, 4 · channels)."""
-    batch, channels, height, width = latents.shape
-    tokens = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(batch, height // 2 * (width // 2), channels * 4)
-
-
-def _unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `_packed`."""
-    batch, _, features = tokens.shape
-    latents = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(batch, features // 4, height, width)
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -9,6 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorasmith.families import flux, sdxl, stable_diffusion  # noqa: F401  (register themselves)
+from lorasmith.families.parts import (  # noqa: F401  (register themselves)
+    clip_encoders,
+    flux2_vae,
+    language_models,
+    t5_encoders,
+    wan_vae,
+)
 from lorasmith.families.parts.unet_layout import context_widths
 from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
 

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.placement import best_device, placed
-from lorasmith.families.base import Components, Conditioning, Defaults, Family
+from lorasmith.families.base import (
+    Components,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    Encoding,
+    Family,
+    LatentFormat,
+    TextEncoders,
+)
+from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
 
@@ -60,25 +70,39 @@ class Model:
     @property
     def text_encoder(self) -> TextEncoder:
         """The handle that encodes prompts."""
-        return TextEncoder(self)
+        return TextEncoder(self.family, self.components.encoders, self.title)
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """The handle that encodes and decodes pictures."""
-        return Autoencoder(self)
+        """The handle that encodes and decodes pictures. Raises ModelError if the model came without an autoencoder."""
+        self.family.check_parts(self.components, images=True)
+        return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title)
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A denoiser with an ordered list of LoRAs (ComfyUI's MODEL)."""
+    """A denoiser with an ordered list of LoRAs (ComfyUI's MODEL).
+
+    Attributes:
+        base: the model.
+        patches: its LoRAs.
+        noising: parameterization and noise schedule that replace the model's own; None for its own.
+    """
 
     base: Model
     patches: tuple[Patch, ...] = ()
+    noising: Diffusion | None = None
 
     @property
     def module(self) -> nn.Module:
         """The shared network."""
         return self.base.components.denoiser
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The parameterization and noise schedule that it is trained and sampled with."""
+        components = self.base.components
+        return self.noising or Diffusion(components.parameterization, components.schedule)
 
     def patched(self, patch: Patch) -> Denoiser:
         """A handle with one more LoRA."""
@@ -95,79 +119,111 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """The text encoders with their LoRAs (ComfyUI's CLIP).
+    """Text encoders with their LoRAs (ComfyUI's CLIP).
 
     Attributes:
-        skip_layers: last layers to leave out.
+        family: of the denoiser that they encode for; it chooses templates, layers and padding.
+        encoders: the networks and their tokenizers.
+        title: name in messages.
+        encoding: options.
         patches: by component name.
     """
 
-    base: Model
-    skip_layers: int = 0
+    family: Family
+    encoders: TextEncoders
+    title: str
+    encoding: Encoding = field(default_factory=Encoding)
     patches: tuple[tuple[str, Patch], ...] = ()
 
     def patched(self, component: str, patch: Patch) -> TextEncoder:
         """A handle with one more LoRA on `component`."""
         return replace(self, patches=(*self.patches, (component, patch)))
 
+    @property
+    def names(self) -> ModelNames:
+        """Names of the encoders' modules in LoRA files; the denoiser has none here."""
+        return ModelNames(
+            family=self.family.name,
+            denoiser={},
+            peft_prefix=self.family.denoiser_folder,
+            text_encoders=self.family.encoder_names(self.encoders.modules),
+        )
+
     @contextlib.contextmanager
     def active(self, device: torch.device | None = None) -> Iterator[None]:
         """The encoders are on `device` (the best one if None) with their patches inside, for many prompts in a row."""
         with contextlib.ExitStack() as stack:
-            for name, module in self.base.components.text_encoders.items():
-                stack.enter_context(placed(module, device=device or best_device(), dtype=self._dtype(name)))
+            for name, module in self.encoders.modules.items():
+                stack.enter_context(placed(module, device=device or best_device(), dtype=self._dtype(name, module)))
                 stack.enter_context(
                     patches_applied(module, [patch for target, patch in self.patches if target == name])
                 )
             yield
 
     @torch.no_grad()
-    def encode(self, text: str) -> Conditioning:
-        """Conditioning of one prompt, in fp32 on the CPU. Patches apply inside `active()` only."""
-        base = self.base
-        with contextlib.ExitStack() as stack:  # does nothing inside `active()`
-            for name, module in base.components.text_encoders.items():
-                stack.enter_context(placed(module, device=_device_of(module), dtype=self._dtype(name)))
-            return base.family.encode_text(base.components, text, skip_layers=self.skip_layers).to("cpu", torch.float32)
+    def encode(self, text: str | Mapping[str, str]) -> Conditioning:
+        """Conditioning of one prompt, in fp32 on the CPU. Patches apply inside `active()` only.
 
-    def _dtype(self, component: str) -> torch.dtype:
-        return ENCODERS[self.base.family.text_encoders[component].kind].dtype
+        Args:
+            text: the prompt, or one for each component; a missing one is empty.
+
+        Raises:
+            ModelError: a text encoder is missing.
+        """
+        with contextlib.ExitStack() as stack:  # does nothing inside `active()`
+            for name, module in self.encoders.modules.items():
+                stack.enter_context(placed(module, device=_device_of(module), dtype=self._dtype(name, module)))
+            components = self.family.text_encoders
+            texts = {name: text if isinstance(text, str) else text.get(name, "") for name in components}
+            return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
+
+    def _dtype(self, component: str, module: nn.Module) -> torch.dtype:
+        return ENCODERS[self.family.text_encoders[component].kind].dtype_of(module)
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """The autoencoder (ComfyUI's VAE). Latents here are the VAE's own, not yet scaled for the denoiser."""
+    """An autoencoder (ComfyUI's VAE). Latents here are the autoencoder's own, not yet scaled for a denoiser.
 
-    base: Model
+    Attributes:
+        module: the network.
+        kind: its registered kind.
+        title: name in messages.
+    """
+
+    module: nn.Module
+    kind: str
+    title: str
+
+    @property
+    def latent(self) -> LatentFormat:
+        """Channels, pixels per latent and frames of its latents."""
+        return AUTOENCODERS[self.kind].latent_format(self.module)
 
     def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
         """The autoencoder is on `device` (the best one if None) inside, for many pictures in a row."""
-        module = self.base.components.vae
-        if module is None:
-            return contextlib.nullcontext()
-        return placed(module, device=device or best_device(), dtype=torch.float32)
+        return placed(self.module, device=device or best_device(), dtype=torch.float32)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """VAE latents (batch, channels, [frames,] h, w) of pixels (batch, 3, height, width) in [−1, 1], fp32, CPU."""
-        with self._placed(pixels) as placed:
-            return self.base.family.encode_image(self.base.components, placed).float().cpu()
+        """Latents (batch, channels, [frames,] h, w) of pixels (batch, 3, height, width) in [−1, 1], fp32, CPU.
+
+        They are the mean of the distribution.
+        """
+        with self._placed(pixels) as here:
+            return AUTOENCODERS[self.kind].encode(self.module, here).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, height, width) in [−1, 1] of VAE latents, in fp32 on the CPU."""
-        with self._placed(latents) as placed:
-            return self.base.family.decode_latents(self.base.components, placed).float().cpu()
+        """Pixels (batch, 3, height, width) in [−1, 1] of latents, in fp32 on the CPU; of several frames, the first."""
+        with self._placed(latents) as here:
+            return AUTOENCODERS[self.kind].decode(self.module, here).clamp(-1, 1).float().cpu()
 
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
         """The autoencoder is in fp32 on its device inside; yields `tensor` on that device. No effect in `active()`."""
-        module = self.base.components.vae
-        if module is None:
-            yield tensor
-            return
-        device = _device_of(module)
-        with placed(module, device=device, dtype=torch.float32):
+        device = _device_of(self.module)
+        with placed(self.module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
 
 

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import (
     AutoencoderSlot,
-    Components,
     Conditioning,
     Defaults,
     Diffusion,
     EncoderSlot,
+    Encoding,
     Family,
     LatentFormat,
     PictureSize,
+    TextEncoders,
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
@@ -68,6 +69,7 @@ class StableDiffusionXL(Family):
     autoencoder = AutoencoderSlot(
         "kl", channels=4, usual_file="sdxl_vae.safetensors", settings={"scaling_factor": 0.13025}
     )
+    clip_types = ("sdxl",)
     repeatable_context = True
     released = MappingProxyType(
         {
@@ -145,36 +147,47 @@ class StableDiffusionXL(Family):
         return "stable-diffusion-xl-v1-base"
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        paths = {
-            component: clip_layout.written_paths(text_encoders[component])
-            if component in text_encoders
-            else clip_layout.released_paths(layers, is_projected=component == "text_encoder_2")
-            for component, layers in _ENCODER_LAYERS.items()
-        }
         return ModelNames(
             family=self.name,
             denoiser=self.table(denoiser),
             weight_shapes=weight_shapes(denoiser),
-            text_encoders={
-                "text_encoder": EncoderNames(
-                    paths["text_encoder"],
-                    kohya=("lora_te1_", "lora_te_"),
-                    comfyui=("clip_l",),
-                    drops_text_model=True,
-                ),
-                "text_encoder_2": EncoderNames(paths["text_encoder_2"], kohya=("lora_te2_",), comfyui=("clip_g",)),
-            },
+            text_encoders=self.encoder_names(text_encoders),
             kohya_naming="original",
             peft_prefix="unet",
             portable="kohya",
             limits=unet_layout.UNET_LIMITS,
         )
 
-    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        paths = {
+            component: clip_layout.written_paths(text_encoders[component])
+            if component in text_encoders
+            else clip_layout.released_paths(layers, is_projected=component == "text_encoder_2")
+            for component, layers in _ENCODER_LAYERS.items()
+        }
+        return {
+            "text_encoder": EncoderNames(
+                paths["text_encoder"], kohya=("lora_te1_", "lora_te_"), comfyui=("clip_l",), drops_text_model=True
+            ),
+            "text_encoder_2": EncoderNames(paths["text_encoder_2"], kohya=("lora_te2_",), comfyui=("clip_g",)),
+        }
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         # The last layer is never used, so one skip is already done.
-        context_l, _ = self._encoded(components, "text_encoder", text, max(1, skip_layers))
-        context_g, pooled = self._encoded(components, "text_encoder_2", text, max(1, skip_layers))
-        return Conditioning({"context": torch.cat((context_l, context_g), dim=-1), "pooled": pooled}, text)
+        skipped = max(1, encoding.skip_layers)
+
+        def encoded(component: str, text: str) -> tuple[Tensor, Tensor]:
+            encoder, tokenizer = self.text_encoder(encoders, component), encoders.tokenizers[component]
+            return encode_prompt(text, tokenizer, encoder, skip_layers=skipped, final_norm=False)
+
+        (context_l, _), (context_g, pooled) = (encoded(one, texts[one]) for one in self.text_encoders)
+        # Of two prompts of different length, the shorter one continues with empty ones, as in ComfyUI.
+        while context_l.shape[1] < context_g.shape[1]:
+            context_l = torch.cat((context_l, encoded("text_encoder", "")[0]), dim=1)
+        while context_g.shape[1] < context_l.shape[1]:
+            context_g = torch.cat((context_g, encoded("text_encoder_2", "")[0]), dim=1)
+        context = torch.cat((context_l, context_g), dim=-1)
+        return Conditioning({"context": context, "pooled": pooled}, texts["text_encoder_2"])
 
     def sized(self, conditioning: Conditioning, size: PictureSize) -> Conditioning:
         # Whole numbers, which no training dtype rounds: bf16 has none between 1024 and 1032.
@@ -197,11 +210,6 @@ class StableDiffusionXL(Family):
             return_dict=False,
         )[0]
         return prediction
-
-    def _encoded(self, components: Components, component: str, text: str, skip_layers: int) -> tuple[Tensor, Tensor]:
-        """Context and pooled vector of one prompt from one of the encoders."""
-        encoder, tokenizer = self.text_encoder(components, component), components.tokenizers[component]
-        return encode_prompt(text, tokenizer, encoder, skip_layers=skip_layers, final_norm=False)
 
 
 def _uncropped(latents: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lorasmith.families.base import (
     AutoencoderSlot,
-    Components,
     Conditioning,
     Defaults,
     Diffusion,
     EncoderSlot,
+    Encoding,
     Family,
     LatentFormat,
+    TextEncoders,
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
@@ -67,6 +68,7 @@ class StableDiffusion(Family):
     autoencoder = AutoencoderSlot(
         "kl", channels=4, usual_file="vae-ft-mse-840000-ema-pruned.safetensors", settings={"scaling_factor": 0.18215}
     )
+    clip_types = ("stable_diffusion",)
     repeatable_context = True
 
     def __init__(self, version: int) -> None:
@@ -138,27 +140,33 @@ class StableDiffusion(Family):
             family=self.name,
             denoiser=self.table(denoiser),
             weight_shapes=shapes,
-            text_encoders={
-                "text_encoder": EncoderNames(
-                    clip_layout.written_paths(text_encoders["text_encoder"])
-                    if text_encoders
-                    else clip_layout.released_paths(layers=_ENCODER_LAYERS[self._version]),
-                    kohya=("lora_te_", "lora_te1_"),
-                    comfyui=("clip_l", "clip_h") if self._version == 1 else ("clip_h", "clip_l"),
-                    drops_text_model=True,
-                )
-            },
+            text_encoders=self.encoder_names(text_encoders),
             kohya_naming="diffusers",
             peft_prefix="unet",
             portable="kohya",
             limits=unet_layout.UNET_LIMITS,
         )
 
-    def encode_text(self, components: Components, text: str, *, skip_layers: int = 0) -> Conditioning:
-        encoder = self.text_encoder(components, "text_encoder")
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        paths = (
+            clip_layout.written_paths(text_encoders["text_encoder"])
+            if text_encoders
+            else clip_layout.released_paths(layers=_ENCODER_LAYERS[self._version])
+        )
+        return {
+            "text_encoder": EncoderNames(
+                paths,
+                kohya=("lora_te_", "lora_te1_"),
+                comfyui=("clip_l", "clip_h") if self._version == 1 else ("clip_h", "clip_l"),
+                drops_text_model=True,
+            )
+        }
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
         # Version 2's encoder is loaded without its last layer, so one skip is already done.
-        skip = skip_layers if self._version == 1 else max(0, skip_layers - 1)
-        context, pooled = encode_prompt(text, components.tokenizers["text_encoder"], encoder, skip_layers=skip)
+        skip = encoding.skip_layers if self._version == 1 else max(0, encoding.skip_layers - 1)
+        context, pooled = encode_prompt(text, encoders.tokenizers["text_encoder"], encoder, skip_layers=skip)
         return Conditioning({"context": context, "pooled": pooled}, text)
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # The layouts register themselves when they are imported, and read in this order.
-from lorasmith.formats.layouts import kohya, comfy, diffusers, peft  # isort: skip  # noqa: F401
+from lorasmith.formats.layouts import kohya, comfy, diffusers, peft, ai_toolkit  # isort: skip  # noqa: F401
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import write_atomic

@@ -13,6 +13,7 @@ from lorasmith.core.adapter_format import multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 
 __all__ = [
+    "baked",
     "full_alpha",
     "idle_alpha",
     "loras_in",
@@ -69,6 +70,11 @@ def scaled_by(weights: AdapterWeights, factor: float) -> AdapterWeights:
         "up": multiplied(weights.tensors["up"], factor / share),
     }
     return replace(weights, tensors=tensors, alpha=full_alpha(weights))
+
+
+def baked(weights: AdapterWeights) -> AdapterWeights:
+    """A LoRA with its own scale multiplied into its matrices."""
+    return scaled_by(weights, scale_of(weights))
 
 
 def with_alpha(weights: AdapterWeights, alpha: float) -> AdapterWeights:

@@ -18,7 +18,8 @@ _ZEROED = ("context", "pooled")
 
 def check_encoder(clip: TextEncoder) -> None:
     """Raise ModelError if the model was loaded without text encoders."""
-    clip.base.family.check_parts(clip.base.components, text=True)
+    for component in clip.family.text_encoders:
+        clip.family.text_encoder(clip.encoders, component)
 
 
 @node(
@@ -52,7 +53,7 @@ def clip_text_encode(context: NodeContext, *, text: str, clip: TextEncoder) -> t
 )
 def clip_set_last_layer(context: NodeContext, *, clip: TextEncoder, stop_at_clip_layer: int) -> tuple[TextEncoder]:
     """Skip the last layers of the text encoder."""
-    return (replace(clip, skip_layers=-1 - stop_at_clip_layer),)
+    return (replace(clip, encoding=replace(clip.encoding, skip_layers=-1 - stop_at_clip_layer)),)
 
 
 @node(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorasmith.core.errors import DataError
 from lorasmith.families.model import Autoencoder
 from lorasmith.nodes.images import resized
-from lorasmith.nodes.values import Latent, check_channels, image_from_pixels, pixels_from_image
+from lorasmith.nodes.values import Latent, check_latents, image_from_pixels, pixels_from_image
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
@@ -35,7 +36,7 @@ def vae_encode(context: NodeContext, *, pixels: Tensor, vae: Autoencoder) -> tup
 )
 def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tuple[Tensor]:
     """Decode latents into pictures."""
-    check_channels(samples["samples"], vae.base.components.latent.channels)
+    check_latents(samples["samples"], vae.latent)
     with vae.active():
         return (image_from_pixels(vae.decode(samples["samples"])),)
 
@@ -67,14 +68,19 @@ def empty_latent_image(context: NodeContext, *, width: int, height: int, batch_s
 def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) -> tuple[Latent]:
     """Join two batches of latents; the second is scaled and cropped to the size of the first."""
     first, second = samples1["samples"], samples2["samples"]
-    check_channels(second, first.shape[1])
+    if first.ndim != second.ndim or first.shape[1] != second.shape[1]:
+        raise DataError(
+            f"latents of one batch must be from one autoencoder, got {tuple(first.shape)} and {tuple(second.shape)}; "
+            "encode the pictures with the same VAE"
+        )
     if first.shape[2:] != second.shape[2:]:
-        height, width = first.shape[2:]
+        height, width = first.shape[-2:]
         context.warn(
-            f"latents of {second.shape[3]}×{second.shape[2]} were scaled to {width}×{height} to fit the batch; use "
+            f"latents of {second.shape[-1]}×{second.shape[-2]} were scaled to {width}×{height} to fit the batch; use "
             "Create List to train each at its own size"
         )
-        second = resized(second, width, height, method="bilinear", crop=True)
+        flat = resized(second.flatten(1, -3), width, height, method="bilinear", crop=True)
+        second = flat.reshape(*second.shape[:-2], height, width)
     return ({**samples1, "samples": torch.cat((first, second))},)
 
 
@@ -87,4 +93,4 @@ def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) ->
 )
 def repeat_latent_batch(context: NodeContext, *, samples: Latent, amount: int) -> tuple[Latent]:
     """Repeat a batch."""
-    return ({**samples, "samples": samples["samples"].repeat(amount, 1, 1, 1)},)
+    return ({**samples, "samples": torch.cat([samples["samples"]] * amount)},)

@@ -74,7 +74,7 @@ def lora_loader(
         return model, clip
     path = context.folders.find("loras", lora_name)
     lora = _loaded(context, path, model.base)
-    for_text = lora if clip.base is model.base else Lora.load(path, clip.base)
+    for_text = Lora.load(path, clip.names)
     return lora.applied_to(model, strength=strength_model), for_text.applied_to_text(clip, strength=strength_clip)
 
 

@@ -14,7 +14,7 @@ from lorasmith.core.placement import best_device, placed, sampling_dtype
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.values import Latent, check_channels
+from lorasmith.nodes.values import Latent, check_latents
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.sampling.samplers import SAMPLERS
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
@@ -96,7 +96,7 @@ def ksampler(
     """Sample latents for the prompts, from noise or from noised latents."""
     components = model.base.components
     latents = _model_latents(latent_image, components.latent)
-    sigmas = sigmas_for(components.schedule, scheduler, steps, denoise=denoise, sampler=sampler_name)
+    sigmas = sigmas_for(model.diffusion.schedule, scheduler, steps, denoise=denoise, sampler=sampler_name)
     device = best_device()
     dtype = sampling_dtype(model.module, device)
     try:
@@ -104,8 +104,8 @@ def ksampler(
         with placed(model.module, device=device, dtype=dtype), model.active():
             sampled = sample_latents(
                 model.predict,
-                schedule=components.schedule,
-                parameterization=components.parameterization,
+                schedule=model.diffusion.schedule,
+                parameterization=model.diffusion.parameterization,
                 positive=positive,
                 negative=negative,
                 latents=latents.to(device),
@@ -131,8 +131,8 @@ def _model_latents(latent: Latent, form: LatentFormat) -> Tensor:
     """
     samples = latent["samples"].float()
     if samples.count_nonzero():
-        check_channels(samples, form.channels)
+        check_latents(samples, form)
         return form.to_model(samples)
     scale = latent.get("downscale_ratio_spacial", form.downscale) / form.downscale
-    height, width = (round(side * scale) for side in samples.shape[-2:])
-    return torch.zeros(len(samples), form.channels, height, width)
+    height, width = (round(side * scale) * form.downscale for side in samples.shape[-2:])
+    return torch.zeros(len(samples), *form.shape(height, width))

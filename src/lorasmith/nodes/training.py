@@ -21,7 +21,7 @@ from lorasmith.nodes.saving import save_lora
 from lorasmith.nodes.values import (
     Latent,
     LossMap,
-    check_channels,
+    check_latents,
     flat_conditionings,
     flat_latents,
     one_for_each,
@@ -200,7 +200,7 @@ def _dataset(
     """The samples, in order, scaled for the denoiser. Raises DataError if counts or shapes do not fit."""
     form = denoiser.base.components.latent
     for batch in latents:
-        check_channels(batch["samples"], form.channels)
+        check_latents(batch["samples"], form)
     images = flat_latents(latents)
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
     return EncodedDataset(

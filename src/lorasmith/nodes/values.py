@@ -2,7 +2,7 @@
 
 IMAGE         fp32 tensor (batch, height, width, 3) in [0, 1]
 MASK          fp32 tensor (batch, height, width) in [0, 1], 1 where the picture is transparent
-LATENT        dict with `samples`, fp32 (batch, channels, height, width) from the autoencoder, unscaled
+LATENT        dict with `samples`, fp32 (batch, channels, [frames,] height, width) from the autoencoder, unscaled
 CONDITIONING  list of `Conditioning`, one per prompt
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
@@ -17,14 +17,14 @@ from typing import NotRequired, TypedDict, TypeVar
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder
 from lorasmith.workflow import NodeContext
 
 __all__ = [
     "Latent",
     "LossMap",
-    "check_channels",
+    "check_latents",
     "flat_conditionings",
     "flat_images",
     "flat_latents",
@@ -56,7 +56,7 @@ def pixels_from_image(image: Tensor, autoencoder: Autoencoder) -> Tensor:
     Raises:
         DataError: the picture is smaller than one latent.
     """
-    multiple = autoencoder.base.components.latent.downscale
+    multiple = autoencoder.latent.downscale
     height, width = image.shape[1:3]
     rows, columns = height // multiple * multiple, width // multiple * multiple
     if not rows or not columns:
@@ -72,12 +72,13 @@ def image_from_pixels(pixels: Tensor) -> Tensor:
     return (pixels.movedim(1, -1) / 2 + 0.5).clamp(0, 1).contiguous()
 
 
-def check_channels(samples: Tensor, channels: int) -> None:
-    """Raise DataError for latents (batch, channels, height, width) of another autoencoder."""
-    if samples.ndim != 4 or samples.shape[1] != channels:
+def check_latents(samples: Tensor, form: LatentFormat) -> None:
+    """Raise DataError for latents (batch, channels, [frames,] height, width) of another autoencoder."""
+    if samples.ndim != 4 + form.frames or samples.shape[1] != form.channels:
+        frames = "frames, " if form.frames else ""
         raise DataError(
-            f"latents must be (batch, {channels}, height, width) for this model, got {tuple(samples.shape)}; "
-            "encode the pictures with its own VAE"
+            f"latents must be (batch, {form.channels}, {frames}height, width) for this model, got "
+            f"{tuple(samples.shape)}; encode the pictures with its own VAE"
         )
 
 
@@ -87,7 +88,7 @@ def flat_images(images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def flat_latents(latents: Sequence[Latent]) -> list[Tensor]:
-    """The single latents of a list of batches, (1, channels, height, width) each."""
+    """The single latents of a list of batches, (1, channels, [frames,] height, width) each."""
     return [samples for latent in latents for samples in _singles(latent["samples"])]
 
 

@@ -129,13 +129,13 @@ def pictures(
             latents.append(
                 sample_latents(
                     denoiser.predict,
-                    schedule=components.schedule,
-                    parameterization=components.parameterization,
+                    schedule=denoiser.diffusion.schedule,
+                    parameterization=denoiser.diffusion.parameterization,
                     positive=[positive],
                     negative=[negative],
                     latents=torch.zeros(shape, device=device),
                     noise=prepare_noise(sampling.seed, shape),
-                    sigmas=sigmas_for(components.schedule, sampling.scheduler, steps, sampler=sampling.sampler),
+                    sigmas=sigmas_for(denoiser.diffusion.schedule, sampling.scheduler, steps, sampler=sampling.sampler),
                     sampler=sampling.sampler,
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
                     seed=sampling.seed,

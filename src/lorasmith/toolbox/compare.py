@@ -21,7 +21,7 @@ from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.families.files.diffusers_folder import weight_files
-from lorasmith.families.loading import built_in_models
+from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.recognise import block_of
 from lorasmith.formats.names.spelling import ModuleTensors, grouped

@@ -27,7 +27,8 @@ from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.diffusers_folder import read_json, weight_files
 from lorasmith.families.files.fp8 import scale_name
 from lorasmith.families.files.gguf import is_gguf
-from lorasmith.families.loading import built_in_models, family_of, model_of_checkpoint
+from lorasmith.families.loading import family_of, model_of_checkpoint
+from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.model_names import ModelNames
 

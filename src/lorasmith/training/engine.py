@@ -116,7 +116,7 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runt
     """
     with activations_packed(runtime.activations, denoiser.module):
         prediction = denoiser.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
-    parameterization = denoiser.base.components.parameterization
+    parameterization = denoiser.diffusion.parameterization
     losses = diffusion_loss(
         prediction,
         clean=batch.clean,
@@ -329,7 +329,7 @@ def batch_maker(
         runtime: device, dtype and size of micro-batches.
         dropout: of the adapters, for the masks of rank and module dropout.
     """
-    schedule = denoiser.base.components.schedule
+    schedule = denoiser.diffusion.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()
     return BatchMaker(

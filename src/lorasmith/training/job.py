@@ -104,8 +104,8 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         OptionError, LoraError: the settings or an existing LoRA do not fit the model.
     """
     device = torch.device(device or best_device())
-    components = denoiser.base.components
-    check_noising(components.schedule, components.parameterization, zero_terminal_snr=config.zero_terminal_snr)
+    diffusion = denoiser.diffusion
+    check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
     requested, config = config, _decided(denoiser, config, device)
     plan = resolve_targets(denoiser, config)

@@ -38,9 +38,10 @@ class Lora:
     private: bool = False
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Model) -> Lora:
-        """Load a LoRA file or folder in any known layout. Raises LoraError."""
-        return cls(load_lora(Path(path), model.names), model.names)
+    def load(cls, path: str | os.PathLike[str], model: Model | ModelNames) -> Lora:
+        """Load a LoRA file or folder in any known layout, for a model or its names. Raises LoraError."""
+        names = model if isinstance(model, ModelNames) else model.names
+        return cls(load_lora(Path(path), names), names)
 
     def save(
         self,
@@ -82,7 +83,7 @@ class Lora:
         """The text encoders with this LoRA on top, if it has layers for them."""
         if strength == 0:
             return encoder
-        for component, module in encoder.base.components.text_encoders.items():
+        for component, module in encoder.encoders.modules.items():
             patch = self._patch(component, strength=strength, bypass=False)
             if patch.adapters or patch.differences:
                 encoder = encoder.patched(component, _as_loaded(patch, module))

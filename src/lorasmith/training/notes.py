@@ -195,7 +195,7 @@ def _on_learning(config: TrainConfig) -> Iterator[str]:
 
 
 def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    own = denoiser.base.components.schedule.shift
+    own = denoiser.diffusion.schedule.shift
     if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
     if config.loss_weighting == "none":

@@ -107,8 +107,8 @@ class Validator:
                 for row, draw in batch
             ]
         )
-        components = self._denoiser.base.components
-        level = components.schedule.at(torch.stack([self.quantiles[row, draw] for row, draw in batch]))
+        diffusion = self._denoiser.diffusion
+        level = diffusion.schedule.at(torch.stack([self.quantiles[row, draw] for row, draw in batch]))
         noised = level.noised(clean, noise)
         level = level.to(self._device)
         clean, noise, noised = (
@@ -122,7 +122,7 @@ class Validator:
             noise=noise,
             noised=noised,
             level=level,
-            parameterization=components.parameterization,
+            parameterization=diffusion.parameterization,
             objective="native",
             loss_function="MSE",
         )

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.families.loading import BUILT_IN, load_model
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.parts.clip_text import clip_tokenizer, encode_prompt, parse_weights, tokenize_prompt
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("clip_text.json").read_text(encoding="utf-8"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
 from lorasmith.formats.names.model_names import OriginalName
 
-__all__ = ["PartSource", "build", "from_original_tensors", "module_paths", "weight_shapes"]
+__all__ = ["PartSource", "block_count", "build", "from_original_tensors", "module_paths", "weight_shapes"]
 
 
 def module_paths(model: nn.Module) -> list[str]:
@@ -31,6 +32,12 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     parameters = dict(model.named_parameters())
     weights = ((path, parameters.get(f"{path}.weight")) for path in module_paths(model))
     return {path: tuple(weight.shape) for path, weight in weights if weight is not None}
+
+
+def block_count(tensors: Collection[str], stem: str) -> int:
+    """Number of blocks whose tensors' names begin with `stem` and a number, such as `layers.` for `layers.3.norm`."""
+    numbers = (int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(stem)}(\d+)\.", name)))
+    return 1 + max(numbers, default=-1)
 
 
 @dataclass(frozen=True)
@@ -107,20 +114,24 @@ def from_original_tensors(
     """
     state: dict[str, Tensor | Packed] = {}
     unused = set(tensors)
-    for name in model.state_dict():
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in shapes:
         path, _, leaf = name.rpartition(".")
         place = table[path]
         stem = f"{place.path}." if place.path else ""
+        wanted = f"{stem}{place.parameters.get(leaf, leaf)}"
         # Black Forest Labs call the weight of their RMS norms "scale".
-        original = next((key for key in (f"{stem}{leaf}", f"{stem}scale") if key in tensors), None)
+        original = next((key for key in (wanted, f"{stem}scale") if key in tensors), None)
         if original is None:
-            raise ModelError(f"the checkpoint lacks {stem}{leaf}; it is incomplete or was cut short")
+            raise ModelError(f"the checkpoint lacks {wanted}; it is incomplete or was cut short")
         tensor = tensors[original]
         unused.discard(original)
         if place.rows is not None:
             tensor = of_rows(tensor, operator.itemgetter(slice(*place.rows)))
         if place.swap_halves:
             tensor = of_rows(tensor, lambda rows: torch.cat(tuple(reversed(rows.chunk(2)))))
+        if leaf in place.parameters and isinstance(tensor, Tensor):
+            tensor = tensor.reshape(shapes[name])
         state[name] = tensor
     if unused:
         raise ModelError(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
-from lorasmith.families.loading import built_in_models, load_model, model_of_checkpoint
+from lorasmith.families.loading import load_model, model_of_checkpoint
+from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
 
 __all__ = ["load_structure"]

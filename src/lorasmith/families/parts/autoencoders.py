@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry
+from lorasmith.families.base import LatentFormat
 from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts import vae_layout
@@ -45,6 +47,18 @@ class AutoencoderKind(ABC):
             ModelError: tensors are missing or of the wrong shape.
         """
 
+    @abstractmethod
+    def latent_format(self, vae: Any) -> LatentFormat:
+        """Channels, pixels per latent and frames of its latents; scale 1 and shift 0."""
+
+    @abstractmethod
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Latents (the distribution's mean) of pixels (batch, 3, height, width) in [−1, 1]."""
+
+    @abstractmethod
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pixels (batch, 3, height, width), about in [−1, 1], of latents; of several frames, the first."""
+
 
 class KlAutoencoder(AutoencoderKind):
     """The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), which Flux.1 has too."""
@@ -61,13 +75,24 @@ class KlAutoencoder(AutoencoderKind):
     def build(self, source: PartSource) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        plain = {name: one.weight() if isinstance(one, Packed) else one for name, one in source.tensors.items()}
-        named = vae_layout.diffusers_vae(plain)
+        named = vae_layout.diffusers_vae(plain_weights(source.tensors))
         config = source.config
         if config is None:
             shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
             config = vae_layout.vae_config(shapes) | dict(source.settings)
         return build(lambda: AutoencoderKL.from_config(config), lambda _: named, where=source.where)
+
+    def latent_format(self, vae: Any) -> LatentFormat:
+        config = vae.config
+        return LatentFormat(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), scale=1.0)
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents: Tensor = vae.encode(pixels).latent_dist.mean
+        return latents
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        pixels: Tensor = vae.decode(latents).sample
+        return pixels
 
 
 AUTOENCODERS: Registry[AutoencoderKind] = Registry("autoencoder", ModelError)

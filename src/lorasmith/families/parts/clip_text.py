@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
-import re
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -20,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CONTEXT_LENGTH", "VOCABULARY", "clip_tokenizer", "encode_prompt", "parse_weights", "tokenize_prompt"]
+from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
+from lorasmith.families.parts.tokenizers import byte_characters
+
+__all__ = ["CONTEXT_LENGTH", "VOCABULARY", "clip_tokenizer", "encode_prompt", "tokenize_prompt"]
 
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""
@@ -30,14 +30,8 @@ VOCABULARY = 49408
 
 _UNMERGED = 2 * 256 + 2  # single bytes, single bytes that end a word, begin and end
 
-EMPHASIS = 1.1
-"""Factor of a pair of brackets that names no weight."""
-
 MAX_UNBROKEN = 8
 """A stretch of one weight with fewer tokens than this is moved to the next chunk rather than cut."""
-
-Token = tuple[int, float]
-"""Token id and weight."""
 
 
 def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) -> Any:
@@ -95,8 +89,7 @@ def encode_prompt(
     hidden, pooled = _encoded(rows, model, skip_layers, final_norm)
     context = hidden[: len(chunks)]
     if weighted:
-        weights = hidden.new_tensor([[weight for _, weight in chunk] for chunk in chunks]).unsqueeze(-1)
-        context = torch.where(weights == 1, context, hidden[-1:].lerp(context, weights))
+        context = weighted_states(context, hidden[-1:], [[weight for _, weight in chunk] for chunk in chunks])
     return context.reshape(1, -1, context.shape[-1]), pooled[:1]
 
 
@@ -124,56 +117,6 @@ def tokenize_prompt(text: str, tokenizer: Any) -> list[list[Token]]:
     return [[begin, *chunk, end, *[pad] * (room - len(chunk))] for chunk in chunks]
 
 
-def parse_weights(text: str) -> list[tuple[str, float]]:
-    r"""The prompt cut into stretches of one weight.
-
-    `(text)` multiplies the enclosing weight by 1.1, `(text:1.3)` sets the weight. Brackets nest; `\(` and `\)` are
-    literal brackets. An unmatched bracket is text.
-
-    >>> parse_weights("a (red (very:1.5) big) cat")
-    [('a ', 1.0), ('red ', 1.1), ('very', 1.5), (' big', 1.1), (' cat', 1.0)]
-    """
-    # Escaped brackets are replaced by control characters during parsing.
-    guarded = text.replace(r"\(", "\x0e").replace(r"\)", "\x0f")
-    return [(stretch.replace("\x0e", "(").replace("\x0f", ")"), weight) for stretch, weight in _weighted(guarded, 1.0)]
-
-
-def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
-    for part in _outermost(text):
-        if len(part) < 2 or not (part.startswith("(") and part.endswith(")")):
-            yield part, weight
-            continue
-        content, _, number = part[1:-1].rpartition(":")
-        explicit = _number(number) if content else None
-        if explicit is None:
-            yield from _weighted(part[1:-1], weight * EMPHASIS)
-        else:
-            yield from _weighted(content, explicit)
-
-
-def _outermost(text: str) -> Iterator[str]:
-    """`text` cut before and after each outermost pair of brackets, without empty pieces."""
-    depth, start = 0, 0
-    for bracket in re.finditer(r"[()]", text):
-        opens = bracket.group() == "("
-        cut = bracket.start() if opens else bracket.end()
-        depth += 1 if opens else -1
-        if depth == (1 if opens else 0):
-            if cut > start:
-                yield text[start:cut]
-            start = cut
-    if start < len(text):
-        yield text[start:]
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _encoded(rows: list[list[int]], model: nn.Module, skip_layers: int, final_norm: bool) -> tuple[Tensor, Tensor]:
     """Hidden states (rows, 77, width) and pooled vectors (rows, ...), fp32."""
     # transformers 5.6 removed the level `text_model` from CLIPTextModel, not from CLIPTextModelWithProjection.
@@ -198,14 +141,8 @@ def _clip_vocabulary(size: int) -> tuple[dict[str, int], list[str]]:
     """
     packed = resources.files("lorasmith").joinpath("assets/clip/bpe_simple_vocab_16e6.txt.gz").read_bytes()
     merges = gzip.decompress(packed).decode("utf-8").split("\n")[1 : size - _UNMERGED + 1]
-    characters = _byte_characters()
+    characters = byte_characters()
     tokens = [*characters, *(character + "</w>" for character in characters)]
     tokens += ["".join(merge.split()) for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return {token: index for index, token in enumerate(tokens)}, merges
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte: printable Latin-1 as it is, first; the others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(code) for code in (*printable, *range(256, 256 + 256 - len(printable)))]

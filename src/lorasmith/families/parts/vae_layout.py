@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["diffusers_vae", "vae_config"]
+__all__ = ["decoder_widths", "diffusers_vae", "vae_config"]
 
 _RENAMES = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
@@ -43,6 +43,12 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
     }
+
+
+def decoder_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Channels of the decoder's levels, the finest first; autoencoders may have a smaller decoder."""
+    levels = _counted(r"decoder\.up_blocks\.(\d+)\.", shapes)
+    return tuple(shapes[f"decoder.up_blocks.{level}.resnets.0.conv2.weight"][0] for level in reversed(range(levels)))
 
 
 def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Module paths are those of the original checkpoint, with dots. Convolutions are f
 (rank, in·kh·kw). Norms and biases have full differences, `.diff` and `.diff_b`. ComfyUI reads every key of it; most
 other programs read none for UNets, so it serves exchange with ComfyUI and not as a general format.
 
-Read as well: diffusers' paths after `diffusion_model.` (ai-toolkit), and `model.diffusion_model.`.
+Read as well: diffusers' paths after `diffusion_model.`, and `model.diffusion_model.`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lorasmith.formats.names.places import (
 )
 from lorasmith.formats.names.spelling import KOHYA, ModuleTensors, spelled, split_key, without_core
 
-__all__ = ["ComfyLayout"]
+__all__ = ["AI_TOOLKIT_SUFFIX", "ComfyLayout", "comfyui_bases"]
 
 
 class ComfyLayout(Layout):
@@ -41,16 +41,10 @@ class ComfyLayout(Layout):
     title = "ComfyUI"
 
     def detects(self, keys: Iterable[str]) -> int:
-        return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
+        return sum(bool(_PREFIX.match(key) and split_key(key)) and not AI_TOOLKIT_SUFFIX.search(key) for key in keys)
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
-        places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
-        bases = {prefix + path: parts for prefix in prefixes.COMFYUI for path, parts in places.items()}
-        for component in names.text_encoders:
-            for kind in names.text_encoders[component].comfyui:
-                prefix = f"text_encoders.{kind}.transformer."
-                bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
-        return bases
+        return comfyui_bases(names)
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
         return read_tensors(tensors, self.bases(names), names)
@@ -75,6 +69,21 @@ class ComfyLayout(Layout):
 
 
 LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
+
+
+def comfyui_bases(names: ModelNames) -> dict[str, Parts]:
+    """Every name of a model's modules that begins with one of ComfyUI's prefixes."""
+    places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
+    bases = {prefix + path: parts for prefix in prefixes.COMFYUI for path, parts in places.items()}
+    for component in names.text_encoders:
+        for kind in names.text_encoders[component].comfyui:
+            prefix = f"text_encoders.{kind}.transformer."
+            bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
+    return bases
+
+
+AI_TOOLKIT_SUFFIX = re.compile(r"\.lora_[AB]\.weight$")
+"""What distinguishes ai-toolkit's files, which begin with the same prefix."""
 
 _PREFIX = re.compile(f"{prefixes.any_of(prefixes.COMFYUI)}|{prefixes.COMFYUI_ENCODER}")
 

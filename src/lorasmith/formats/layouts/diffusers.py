@@ -47,7 +47,7 @@ from lorasmith.formats.names.spelling import (
     split_key,
     without_core,
 )
-from lorasmith.formats.scales import loras_in, scale_of, scaled_by
+from lorasmith.formats.scales import baked, loras_in
 
 __all__ = ["DiffusersLayout"]
 
@@ -139,5 +139,4 @@ def _baked(module: ModuleTensors) -> ModuleTensors:
     """A LoRA with alpha / rank multiplied into its factors."""
     if module.adapter is None or not format_of(module.adapter).is_low_rank:
         return module
-    weights = without_core(module.adapter)
-    return replace(module, adapter=scaled_by(weights, scale_of(weights)))
+    return replace(module, adapter=baked(without_core(module.adapter)))

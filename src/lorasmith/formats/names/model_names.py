@@ -29,11 +29,14 @@ class OriginalName:
         path: dotted module path in the original naming, without `model.diffusion_model.`.
         rows: (start, stop) output rows when the original fuses several modules into one (`qkv`), else None.
         swap_halves: whether the two halves of the output rows are exchanged (shift, scale ↔ scale, shift).
+        parameters: names below `path` of the module's own parameters that are called otherwise there; their numbers
+            may be in another shape.
     """
 
     path: str
     rows: tuple[int, int] | None = None
     swap_halves: bool = False
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class ModelNames:
         peft_prefix: the denoiser's name in diffusers' pipelines and so in its keys, `unet` or `transformer`.
         text_encoders: by component (`text_encoder`, `text_encoder_2`).
         kohya_naming: naming of this family's `lora_unet_` keys by convention.
+        ai_toolkit_naming: naming of this family's `diffusion_model.` keys in ai-toolkit's files.
         portable: name of the layout that most programs apply completely for this family.
         weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to check
             whether an adapter fits. Modules that are not listed are not checked.
@@ -101,6 +105,7 @@ class ModelNames:
     peft_prefix: str
     text_encoders: Mapping[str, EncoderNames] = field(default_factory=dict)
     kohya_naming: Literal["diffusers", "original"] = "diffusers"
+    ai_toolkit_naming: Literal["diffusers", "original"] = "original"
     portable: str = "kohya"
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -52,8 +52,14 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
+    noising = job.denoiser.noising
     return {
         "config": config,
+        **(
+            {}
+            if noising is None
+            else {"noising": f"{noising.parameterization} {_digest([('', noising.schedule.sigmas)])}"}
+        ),
         "base": {
             part: _digest(_sampled(_tensors_of(module)))
             for part, module in job.denoiser.base.components.modules().items()
@@ -62,6 +68,9 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
         "data": _digest(_data_tensors(data)),
         "held_out": _digest(_data_tensors(held_out)) if held_out else "",
         "initial": _digest(initial),
+        **(
+            {} if noising is None else {"noising": [noising.parameterization, _digest([("", noising.schedule.sigmas)])]}
+        ),
     }
 
 
@@ -70,6 +79,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     words = {
         "base": "the base model",
         "patches": "LoRAs applied to the base model",
+        "noising": "the model's noise schedule",
         "data": "the images or captions",
         "held_out": "the held-out images",
         "initial": "the LoRA that training starts from",

@@ -68,7 +68,7 @@ def training_metadata(
 
 def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: float) -> dict[str, object]:
     config, base = job.config, job.denoiser.base
-    version = base.family.kohya_version(base.components.parameterization)
+    version = base.family.kohya_version(job.denoiser.diffusion.parameterization)
     algorithm, arguments = config.algorithm.lower(), _lycoris_arguments(config)
     is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
     per_step = config.batch_size * config.grad_accumulation_steps
@@ -128,7 +128,7 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
 
 def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> dict[str, object]:
     base = job.denoiser.base
-    family, parameterization = base.family, base.components.parameterization
+    family, parameterization = base.family, job.denoiser.diffusion.parameterization
     width, height = max(_picture_sizes(base, data), key=_area)
     tags = tag_frequency(sample.conditioning.text or "" for sample in data.samples)
     return {

@@ -1,0 +1,214 @@
+"""Text encoders and autoencoders from files and folders of their own, recognised by their tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.base import FAMILIES, Family, TextEncoders
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
+from lorasmith.families.files.diffusers_folder import PartFolder
+from lorasmith.families.files.original_weights import PartSource
+from lorasmith.families.known import looks_like
+from lorasmith.families.locating import located
+from lorasmith.families.model import Autoencoder, TextEncoder
+from lorasmith.families.parts.autoencoders import recognised_autoencoder
+from lorasmith.families.parts.encoders import EncoderKind, recognised_encoder
+from lorasmith.families.parts.tokenizers import EMBEDDED, TokenizerSource
+
+__all__ = [
+    "autoencoder_in",
+    "encoders_in",
+    "load_autoencoder",
+    "load_text_encoder",
+    "part_title",
+    "quieten",
+    "title_of",
+    "tokenizer_folder",
+    "tokenizer_source",
+]
+
+
+def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:
+    """Text encoders without a denoiser.
+
+    Args:
+        paths: files or folders, one for each encoder or one for several.
+        clip_type: ComfyUI's name of the family that they encode for, of which one encoder may serve several.
+
+    Raises:
+        ModelError: a file cannot be read or holds no text encoder, or no family has these encoders.
+    """
+    quieten()
+    located = [located(path) for path in paths]
+    kinds = {part.name for path in located for part in _kinds_in(path)}
+    fitting = [one for _, one in FAMILIES.items() if kinds <= {slot.kind for slot in one.text_encoders.values()}]
+    # ComfyUI ignores a type that is not one of an encoder's.
+    fitting.sort(key=lambda one: (clip_type not in one.clip_types, len(one.text_encoders)))
+    if not kinds or not fitting:
+        names = " and ".join(path.name for path in located)
+        held = f"the text encoders {' and '.join(sorted(kinds))}" if kinds else f"{title_of(located[0])}"
+        raise ModelError(
+            f"{names} must hold the text encoders of one model, but is {held}; choose the files that belong together"
+        )
+    family = fitting[0]
+    found = [encoders_in(path, family) for path in located]
+    modules = {name: one for part in found for name, one in part.modules.items()}
+    tokenizers = {name: one for part in found for name, one in part.tokenizers.items()}
+    in_order = {name: modules[name] for name in family.text_encoders if name in modules}
+    return TextEncoder(family, TextEncoders(in_order, tokenizers), " and ".join(path.stem for path in located))
+
+
+def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
+    """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint.
+
+    Raises:
+        ModelError: the file cannot be read or holds no autoencoder.
+    """
+    quieten()
+    place = located(path)
+    slots = [family.autoencoder for _, family in FAMILIES.items()]
+    for part in _parts(place, ("vae",), [prefix for slot in slots for prefix in slot.prefixes]):
+        kind = recognised_autoencoder(part.shapes)
+        if kind is not None:
+            # Constants of its latents are the denoiser's affair, so any slot of its kind gives the right network.
+            settings = next((slot.settings for slot in slots if slot.kind == kind.name), {})
+            return Autoencoder(kind.build(part.source(settings)), kind.name, place.stem)
+    raise ModelError(f"{place} must hold an autoencoder, but is {title_of(place)}; choose a file of models/vae")
+
+
+def autoencoder_in(path: Path, family: Family) -> nn.Module:
+    """The autoencoder of a family in a file or folder.
+
+    Raises:
+        ModelError: it holds none, or that of another family.
+    """
+    slot = family.autoencoder
+    for part in _parts(path, ("vae",), slot.prefixes):
+        kind = recognised_autoencoder(part.shapes)
+        if kind is None:
+            continue
+        channels = kind.channels(part.shapes)
+        if (kind.name, channels) != (slot.kind, slot.channels):
+            raise ModelError(
+                f"{path} is {_autoencoder_title(kind.name, channels)}, but {family.title} has "
+                f"{_autoencoder_title(slot.kind, slot.channels)} (its file is usually called {slot.usual_file})"
+            )
+        return kind.build(part.source(slot.settings))
+    raise ModelError(f"{path} must hold an autoencoder, but is {title_of(path)}; give the file {slot.usual_file}")
+
+
+def encoders_in(path: Path, family: Family) -> TextEncoders:
+    """The text encoders of a family in a file or folder. Raises ModelError if it holds none, or those of another."""
+    slots = family.text_encoders
+    prefixes = [prefix for slot in slots.values() for prefix in slot.prefixes]
+    modules: dict[str, nn.Module] = {}
+    tokenizers: dict[str, Any] = {}
+    for part in _parts(path, slots, prefixes):
+        kind = recognised_encoder(part.shapes)
+        if kind is None:
+            continue
+        component = next((name for name, slot in slots.items() if slot.kind == kind.name), None)
+        if component is None:
+            needed = " and ".join(f"{slot.kind} (usually {slot.usual_file})" for slot in slots.values())
+            raise ModelError(
+                f"{path} is the text encoder {kind.name}, but {family.title} has {needed}; give one of these"
+            )
+        modules[component] = kind.build(part.source(slots[component].settings))
+        tokenizers[component] = kind.tokenizer(modules[component], part.tokenizer)
+    if not modules:
+        needed = " or ".join(slot.usual_file for slot in slots.values())
+        raise ModelError(f"{path} must hold a text encoder, but is {title_of(path)}; give the file {needed}")
+    return TextEncoders(modules, tokenizers)
+
+
+def _kinds_in(path: Path) -> list[EncoderKind]:
+    """The kinds of the text encoders that a file or folder holds."""
+    slots = [slot for _, family in FAMILIES.items() for slot in family.text_encoders.values()]
+    folders = [name for _, family in FAMILIES.items() for name in family.text_encoders]
+    parts = _parts(path, dict.fromkeys(folders), [prefix for slot in slots for prefix in slot.prefixes])
+    found = (recognised_encoder(part.shapes) for part in parts)
+    return [kind for kind in found if kind is not None]
+
+
+def tokenizer_source(checkpoint: OriginalCheckpoint) -> TokenizerSource:
+    """Where the tokenizer of an encoder in a file may be."""
+    names = (name for name in checkpoint.shapes if name.rpartition(".")[2] in EMBEDDED)
+    embedded = {name.rpartition(".")[2]: checkpoint.vector(name) for name in names}
+    return TokenizerSource(file=checkpoint.path, embedded=embedded)
+
+
+def tokenizer_folder(folder: Path, component: str) -> TokenizerSource:
+    """The tokenizer of an encoder in a diffusers folder, which is in `tokenizer`, `tokenizer_2` and so on."""
+    place = folder / component.replace("text_encoder", "tokenizer")
+    if not place.is_dir():
+        raise ModelError(f"{folder} must hold a folder {place.name} but does not; it is incomplete, so get it again")
+    return TokenizerSource(folder=place)
+
+
+def title_of(path: Path) -> str:
+    """Description of a file's or folder's content, for messages that refuse it."""
+    if path.is_dir():
+        return "a folder without one"
+    checkpoint = OriginalCheckpoint(path)
+    family = next((one for _, one in FAMILIES.items() if one.recognises(checkpoint.denoiser_shapes)), None)
+    if family is not None:
+        return f"a model of the family {family.title}"
+    return part_title(checkpoint.shapes) or looks_like(checkpoint.denoiser_shapes) or "of no known kind"
+
+
+def part_title(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Description of a file with these tensors if it is a text encoder or autoencoder, else None."""
+    if (encoder := recognised_encoder(shapes)) is not None:
+        return f"the text encoder {encoder.name}"
+    if (autoencoder := recognised_autoencoder(shapes)) is not None:
+        return _autoencoder_title(autoencoder.name, autoencoder.channels(shapes))
+    return None
+
+
+def _autoencoder_title(kind: str, channels: int) -> str:
+    return f"an autoencoder of kind {kind} with {channels} channels"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors in a file or folder that may be one part of a model."""
+
+    shapes: Shapes
+    source: Callable[[Mapping[str, Any]], PartSource]
+    tokenizer: TokenizerSource
+
+
+def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[_Part]:
+    """Candidates in a diffusers folder under `subfolders`, or in a file without a prefix or with one of `prefixes`."""
+    if path.is_dir():
+        whole = (path / "model_index.json").is_file()
+        for folder in [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]:
+            part = PartFolder(folder)
+            place = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+            tokenizer = TokenizerSource(folder=place if place.is_dir() and place != folder else None)
+            yield _Part(part.shapes, lambda _, part=part: part.source(), tokenizer)  # type: ignore[misc]
+        return
+    checkpoint = OriginalCheckpoint(path)
+    tokenizer = tokenizer_source(checkpoint)
+    for prefix in dict.fromkeys(("", *prefixes)):
+
+        def source(settings: Mapping[str, Any], prefix: str = prefix) -> PartSource:
+            return PartSource(str(path), checkpoint.load(prefix), settings)
+
+        yield _Part(checkpoint.shapes_under(prefix), source, tokenizer)
+
+
+def quieten() -> None:
+    """Disable progress bars of transformers and diffusers, which would interrupt a training run's own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

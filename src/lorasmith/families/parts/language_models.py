@@ -1,0 +1,159 @@
+"""Language models as text encoders: Qwen3, the language part of Qwen3-VL, Mistral; and prompts encoded with them.
+
+Prompts are put into a chat template, and hidden states of some layers are what the denoiser sees. Files hold the whole
+model; the head that predicts tokens and the parts for pictures are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.families.files.original_weights import PartSource, block_count, build
+from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
+from lorasmith.families.parts.tokenizers import (
+    TokenizerSource,
+    folder_tokenizer,
+    qwen_tokenizer,
+    tekken_tokenizer,
+)
+
+__all__ = ["LanguageModel", "hidden_states"]
+
+_QUERY_NORM = "layers.0.self_attn.q_norm.weight"
+_AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
+_GEMMA = "layers.0.post_feedforward_layernorm.weight"
+_BIAS = "layers.0.self_attn.k_proj.bias"
+
+
+class LanguageModel(EncoderKind):
+    """A decoder-only language model.
+
+    Args:
+        name: registered name.
+        classes: transformers' names of its configuration and its model.
+        prefixes: of the language part's names in files; the first one found is cut off, the rest is left out.
+        head_width: of attention heads, if a norm of queries does not show it.
+        settings: of its configuration that shapes leave open.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: tuple[str, str],
+        *,
+        prefixes: tuple[str, ...],
+        head_width: int | None = None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.name = name
+        self._classes = classes
+        self._prefixes = prefixes
+        self._head_width = head_width
+        self._settings = dict(settings)
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        named = self._language_part(shapes)
+        has_query_norm = self._head_width is None
+        return (
+            _AFTER_ATTENTION in named and (_QUERY_NORM in named) == has_query_norm and not {_GEMMA, _BIAS} & set(named)
+        )
+
+    def width(self, encoder: Any) -> int:
+        return int(encoder.config.hidden_size)
+
+    def build(self, source: PartSource) -> nn.Module:
+        import transformers
+
+        config_class, model_class = (getattr(transformers, name) for name in self._classes)
+        tensors = self._language_part(source.tensors)
+        # Pruned files end with the last layer that is used.
+        has_norm = "norm.weight" in tensors
+        if source.config is None:
+            config = config_class(**self._config(tensors), **source.settings)
+        else:
+            config = config_class(**source.config.get("text_config", source.config))
+
+        def make() -> nn.Module:
+            model: nn.Module = model_class(config)
+            if not has_norm:
+                model.norm = nn.Identity()
+            return model
+
+        return build(make, lambda _: tensors, where=source.where)
+
+    def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
+        if source.folder is not None:
+            return folder_tokenizer(source.folder)
+        return tekken_tokenizer(source) if self.name.startswith("mistral") else qwen_tokenizer()
+
+    def _language_part(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors of the language part by transformers' names, without the head; empty if it has another prefix."""
+        wanted = ("embed_tokens.", "layers.", "norm.")
+        for prefix in self._prefixes:
+            if f"{prefix}{_AFTER_ATTENTION}" in tensors:
+                cut = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+                return {name: one for name, one in cut.items() if name.startswith(wanted)}
+        return {}
+
+    def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        vocabulary, width = tensors["embed_tokens.weight"].shape
+        head = self._head_width or tensors[_QUERY_NORM].shape[0]
+        return {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
+            "num_hidden_layers": block_count(tensors, "layers."),
+            "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head,
+            "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head,
+            "head_dim": head,
+            **self._settings,
+        }
+
+
+for _kind in (
+    LanguageModel(
+        "qwen3",
+        ("Qwen3Config", "Qwen3Model"),
+        prefixes=("model.", ""),
+        settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
+    ),
+    # Its text alone is Qwen3's with another base of the rotary positions.
+    LanguageModel(
+        "qwen3vl",
+        ("Qwen3Config", "Qwen3Model"),
+        prefixes=("model.language_model.", "language_model.model.", "language_model."),
+        settings={"rope_theta": 5e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144},
+    ),
+    LanguageModel(
+        "mistral",
+        ("MistralConfig", "MistralModel"),
+        prefixes=("model.", "language_model.model.", ""),
+        head_width=128,
+        settings={"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 131072},
+    ),
+):
+    ENCODERS.register(_kind.name)(_kind)
+
+
+def hidden_states(
+    encoder: nn.Module, ids: Sequence[int], layers: Sequence[int], *, mask: Sequence[bool] | None = None
+) -> Tensor:
+    """States of some layers for one prompt, (1, tokens, layers, width) in fp32.
+
+    Args:
+        encoder: a language model of transformers.
+        ids: tokens.
+        layers: numbers of states; 0 is the embedding, −1 the last layer after the final norm.
+        mask: False for tokens that no token attends to; None for none of these.
+    """
+    device = next(encoder.parameters()).device
+    attention = None if mask is None else torch.tensor([list(mask)], dtype=torch.long, device=device)
+    with torch.no_grad():
+        states = encoder(
+            input_ids=torch.tensor([list(ids)], device=device), attention_mask=attention, output_hidden_states=True
+        ).hidden_states
+    return torch.stack([states[layer] for layer in layers], dim=2).float()

@@ -1,0 +1,112 @@
+"""The text encoder of T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683), and prompts encoded with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.files.original_weights import PartSource, block_count, build
+from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
+from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
+from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
+
+__all__ = ["T5Encoder", "encode_t5"]
+
+_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+_EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+
+
+class T5Encoder(EncoderKind):
+    """T5 v1.1, of which image models use the XXL size."""
+
+    name = "t5xxl"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        # UMT5 has a position bias in every block.
+        return _BIAS.format(0) in shapes and _BIAS.format(1) not in shapes
+
+    def width(self, encoder: Any) -> int:
+        return int(encoder.config.d_model)
+
+    def build(self, source: PartSource) -> nn.Module:
+        from transformers import T5Config, T5EncoderModel
+
+        tensors = dict(source.tensors)
+        embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
+        if embedding is None:
+            raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
+        tensors |= {_EMBEDDING: embedding, _TIED: embedding}
+        config = T5Config(**(source.config or _config(tensors) | dict(source.settings)))
+        encoder = build(lambda: T5EncoderModel(config), lambda _: tensors, where=source.where)
+        encoder.encoder.embed_tokens.weight = encoder.shared.weight  # type: ignore[union-attr]
+        return encoder
+
+    def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
+        return t5_tokenizer() if source.folder is None else folder_tokenizer(source.folder)
+
+
+ENCODERS.register(T5Encoder.name)(T5Encoder())
+
+
+def encode_t5(
+    text: str,
+    tokenizer: Any,
+    encoder: nn.Module,
+    *,
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    min_padding: int = 0,
+) -> Tensor:
+    """States after the last layer for one prompt, (1, tokens, width).
+
+    There is no mask: padding is encoded like text, and the length of the result is seen by the denoiser.
+
+    Args:
+        text: the prompt, with `(word:1.2)` weights.
+        tokenizer: of T5.
+        encoder: `T5EncoderModel`.
+        min_tokens: least length, filled with padding.
+        max_tokens: greatest length, to which longer prompts are cut; None to cut none.
+        min_padding: least number of padding tokens.
+    """
+    tokens = [
+        (token, weight)
+        for stretch, weight in parse_weights(text)
+        for token in tokenizer(stretch, add_special_tokens=False).input_ids
+    ]
+    if max_tokens is not None:
+        tokens = tokens[: max_tokens - 1]
+    tokens.append((tokenizer.eos_token_id, 1.0))
+    padding = max(min_padding, min_tokens - len(tokens))
+    tokens += [(tokenizer.pad_token_id, 1.0)] * padding
+    rows = [[token for token, _ in tokens]]
+    weighted = any(weight != 1.0 for _, weight in tokens)
+    if weighted:
+        rows.append([tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (len(tokens) - 1)])
+    with torch.no_grad():
+        states: Tensor = encoder(input_ids=torch.tensor(rows, device=_device_of(encoder))).last_hidden_state.float()
+    return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
+
+
+def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of a T5 v1.1 encoder from its tensors."""
+    vocabulary, width = tensors[_EMBEDDING].shape
+    heads = tensors[_BIAS.format(0)].shape[1]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_ff": tensors["encoder.block.0.layer.1.DenseReluDense.wi_1.weight"].shape[0],
+        "d_kv": tensors["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[0] // heads,
+        "num_heads": heads,
+        "num_layers": block_count(tensors, "encoder.block."),
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    }
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,161 @@
+"""Tokenizers of text encoders, offline: the vocabularies of Qwen and T5 are in the package.
+
+Where several places have one, the order is: the tokenizer folder of a diffusers folder, the vocabulary in the package,
+a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip_text`.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import ASSETS
+
+__all__ = [
+    "EMBEDDED",
+    "TokenizerSource",
+    "byte_characters",
+    "folder_tokenizer",
+    "qwen_tokenizer",
+    "t5_tokenizer",
+    "tekken_tokenizer",
+]
+
+EMBEDDED = ("spiece_model", "tekken_model")
+"""Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""
+
+_ASSETS = ASSETS / "tokenizers"
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Tokens 151643 to 151668. The first fourteen are control tokens; the others stand for themselves as well.
+_QWEN_CONTROL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN_ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where the tokenizer of an encoder may be.
+
+    Attributes:
+        folder: a diffusers folder's tokenizer; None for an encoder that comes from a file.
+        file: of the encoder; None for one in a folder.
+        embedded: vocabularies in this file, uint8, by the names in `EMBEDDED`.
+    """
+
+    folder: Path | None = None
+    file: Path | None = None
+    embedded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def beside(self, *names: str) -> Path | None:
+        """The first of the files that lies beside the encoder's."""
+        if self.file is None:
+            return None
+        return next((path for name in names if (path := self.file.with_name(name)).is_file()), None)
+
+
+def folder_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises ModelError if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); get the model again") from error
+
+
+@cache
+def qwen_tokenizer() -> Any:
+    """The tokenizer of Qwen 2, 2.5, 3 and 3-VL (byte-level BPE, 151669 tokens), padded with `<|endoftext|>`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = _unpacked("qwen2_merges.txt.gz").rstrip("\n").split("\n")
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    tokens = [*byte_characters(), *(first + second for first, second in pairs)]
+    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs))
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _QWEN_CONTROL])
+    core.add_tokens([AddedToken(token, normalized=False) for token in _QWEN_ADDED])
+    return _for_transformers(core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+@cache
+def t5_tokenizer() -> Any:
+    """The tokenizer of T5 v1.1 (SentencePiece, 32100 tokens), which ends a text with `</s>`."""
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_str(_unpacked("t5_tokenizer.json.gz"))
+    core.no_truncation()
+    core.no_padding()
+    return _for_transformers(core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's character for each byte: printable Latin-1 as it is, first; the others from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(code) for code in (*printable, *range(256, 256 + 256 - len(printable)))]
+
+
+def tekken_tokenizer(source: TokenizerSource) -> Any:
+    """Mistral's tokenizer (tekken), from beside the encoder's file, from inside it, or from `mistral-common`.
+
+    Returns:
+        An object with `encode(text) -> list of ids`; special tokens such as `[INST]` in the text are recognised.
+
+    Raises:
+        ModelError: none of these places has one.
+    """
+    raise NotImplementedError
+
+
+def _for_transformers(core: Any, **tokens: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **tokens)
+
+
+def _unpacked(name: str) -> str:
+    return gzip.decompress((_ASSETS / name).read_bytes()).decode("utf-8")
