@@ -17,9 +17,9 @@ from torch import Tensor
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.flux import _positions
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.formats.lora_file import state_from_tensors
 
 WIDTH = models.FLUX_TINY.hidden
