@@ -75,5 +75,10 @@ def cases(axes: Mapping[str, Axis], *, full: bool) -> list[Any]:
 
 
 def slow_except(values: Iterable[Any], *default: Any) -> list[Any]:
-    """Values of a parameter, those marked slow that are not for the default run."""
-    return [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Values of a parameter, those marked slow that are not for the default run; a tuple has one for each argument."""
+    return [
+        value
+        if value in default
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]

@@ -34,6 +34,7 @@ from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.fold import fold_into
 from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.model_files import open_model
+from tests.covering import slow_except
 
 
 class Scaling(Adapter):
@@ -114,7 +115,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("layout", ["kohya", "comfy"])
+@pytest.mark.parametrize("layout", slow_except(["kohya", "comfy"], "kohya"))
 def test_files_and_tools_serve_it(file: Path, layout: str, tmp_path: Path) -> None:
     model, files = load_model(file), open_model(file)
     state, lora = scaled(model.names), tmp_path / "a.safetensors"

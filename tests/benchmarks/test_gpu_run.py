@@ -52,6 +52,7 @@ def test_each_part_has_an_outcome_and_what_it_found(tmp_path: Path) -> None:
     assert "and then 42" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     child = tmp_path / "child"
     hang = f"""

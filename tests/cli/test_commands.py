@@ -24,6 +24,7 @@ from lorasmith.core.options import options_of
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
+from tests.covering import slow_except
 
 Command = Callable[..., Any]
 QUICK = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 2, "--targets", "attention")
@@ -56,7 +57,7 @@ def test_train_says_what_it_will_do_and_where_everything_is(
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoKr", "BOFT"))
 def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model, algorithm: str) -> None:
     """At its own default rate, and what is saved changes the model."""
     quick = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 4, "--targets", "*.attn2.to_q")

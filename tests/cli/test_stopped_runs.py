@@ -85,7 +85,7 @@ def broken(stopped: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
     lorasmith: Command, images: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -31,9 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "choice", slow_except(CHOICES, "LoRA", "LoKr", "OFT", "DoRA of PiSSA", "Tucker", "differences", "capped")
-)
+@pytest.mark.parametrize("choice", slow_except(CHOICES, "LoKr", "DoRA of PiSSA", "differences"))
 def test_counts_are_those_of_the_run_and_the_size_is_that_of_the_file(
     lorasmith: Command, photos: Path, tmp_path: Path, choice: str
 ) -> None:

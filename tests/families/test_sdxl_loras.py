@@ -24,6 +24,7 @@ from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult
+from tests.covering import slow_except
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def whole(sdxl: Model) -> AdapterState:
     return AdapterState({ref: random(ref, shape) for ref, shape in shapes.items()})
 
 
-@pytest.mark.parametrize("layout", ["portable", "diffusers"])
+@pytest.mark.parametrize("layout", slow_except(["portable", "diffusers"], "portable"))
 def test_everything_that_can_be_trained_is_applied_by_diffusers(
     sdxl: Model, whole: AdapterState, pipeline: Any, tmp_path: Path, layout: str
 ) -> None:

@@ -54,8 +54,15 @@ def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
     return [one.tobytes() for one in ours] == [one.tobytes() for one in theirs]
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("strength", "dtype"),
+    [
+        (0.5, torch.float32),
+        (1.0, torch.bfloat16),
+        pytest.param(1.0, torch.float32, marks=pytest.mark.slow),
+        pytest.param(0.5, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_pictures_are_those_that_users_will_get(
     make: Callable[..., Previewer], tiny: Model, saved: Path, strength: float, dtype: torch.dtype
 ) -> None:

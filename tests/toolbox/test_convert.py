@@ -23,6 +23,7 @@ from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.toolbox import convert
 from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.released import released_names
+from tests.covering import slow_except
 
 TINY = "lorasmith-tiny"
 ENCODER = "text_model.encoder.layers.0.self_attn.q_proj"
@@ -41,13 +42,16 @@ def some_lora(names: ModelNames, count: int = 8, *, alpha: float = 2.0) -> Adapt
     return AdapterState({ModuleRef(DENOISER, path): adapter(names.weight_shapes[path], alpha=alpha) for path in chosen})
 
 
+PAIRS = list(itertools.permutations(LAYOUTS, 2))
+
+
 def change(weights: AdapterWeights) -> Tensor:
     up, down = (weights.tensors[name].flatten(1).double() for name in ("up", "down"))
     return up @ down * ((weights.alpha or len(down)) / len(down))
 
 
 @pytest.mark.parametrize("alpha", [2.0, 3.0])
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(LAYOUTS, 2)))
+@pytest.mark.parametrize(("first", "second"), slow_except(PAIRS, *PAIRS[::3]))
 def test_there_and_back_again(tmp_path: Path, tiny: Model, first: str, second: str, alpha: float) -> None:
     state = some_lora(tiny.names, alpha=alpha)
     layers = dict(tiny.components.text_encoders["text_encoder"].named_modules())
@@ -77,7 +81,7 @@ def test_the_body_of_a_converted_file_is_that_of_a_saved_one(tmp_path: Path, tin
     assert metadata["sshs_model_hash"] == sha256_body(tmp_path / "comfy")
 
 
-@pytest.mark.parametrize("title", ["Stable Diffusion 1.x", "Stable Diffusion 2.x", "Flux.1"])
+@pytest.mark.parametrize("title", slow_except(["Stable Diffusion 1.x", "Stable Diffusion 2.x", "Flux.1"], "Flux.1"))
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_released_models_need_not_be_there(tmp_path: Path, title: str, data) -> None:

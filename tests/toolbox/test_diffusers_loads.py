@@ -22,6 +22,7 @@ from lorasmith.toolbox.fold import fold_into
 from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.resize import resize
+from tests.covering import slow_except
 
 ENDS = ("to_q", "to_k", "proj_in", "conv1", "ff.net.2")
 
@@ -84,7 +85,7 @@ def test_ranks_by_energy_are_applied(tiny: Model, state: AdapterState, tmp_path:
         assert check_safetensors(report.output).metadata["ss_network_alpha"] != "Dynamic"
 
 
-@pytest.mark.parametrize("layout", ["kohya", "portable", "diffusers"])
+@pytest.mark.parametrize("layout", slow_except(["kohya", "portable", "diffusers"], "portable"))
 def test_an_extract_is_applied(tiny: Model, tiny_file: Path, state: AdapterState, tmp_path: Path, layout: str) -> None:
     lora = cases.saved(tmp_path / "a.safetensors", state, tiny.names)
     tuned = fold_into(open_model(tiny_file), [(lora, 1.0)], tmp_path / "tuned.safetensors").output

@@ -19,6 +19,7 @@ from lorasmith.formats.lora_file import load_lora
 from lorasmith.toolbox.extract import extract
 from lorasmith.toolbox.fold import fold_into
 from lorasmith.toolbox.model_files import open_model
+from tests.covering import slow_except
 
 Folded = Callable[..., Path]
 
@@ -154,7 +155,7 @@ def test_a_model_without_text_encoder_is_compared_in_what_it_has(tiny_file: Path
     assert report.captured == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("layout", ["portable", "comfy", "diffusers"])
+@pytest.mark.parametrize("layout", slow_except(["portable", "comfy", "diffusers"], "portable"))
 def test_layout_dtype_and_header(tiny_file: Path, tiny: Model, folded: Folded, tmp_path: Path, layout: str) -> None:
     tuned = folded(tiny_file, tiny, cases.lora_state(cases.shapes_of(tiny, ("attn1.to_q",)), rank=3))
     report = extract(

@@ -24,6 +24,7 @@ from lorasmith.toolbox.changes import added_by
 from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.training.lora_handle import Lora
+from tests.covering import slow_except
 
 LAYOUTS = ("kohya", "comfy", "diffusers")
 STRENGTHS = (0.8, -0.5)
@@ -202,7 +203,7 @@ def test_norms_and_biases_add_up(tiny: Model, tmp_path: Path) -> None:
     assert torch.allclose(merged.differences[layer]["bias"], -0.5 * differences[0])
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("algorithm", slow_except(["lora", "loha", "lokr"], "loha"))
 def test_a_rank_takes_the_best_approximation(tiny: Model, tmp_path: Path, algorithm: str) -> None:
     shapes = {ref: shape for ref, shape in cases.shapes_of(tiny).items() if ref.component == DENOISER}
     states = [cases.lora_state(shapes, algorithm, seed=1), cases.lora_state(shapes, seed=2)]

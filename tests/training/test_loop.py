@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(SETTINGS, "accumulated", "dropped", "validated", "matrices"))
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "dropped", "validated"))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     run: Run, mixed: EncodedDataset, tmp_path: Path, name: str
@@ -246,6 +246,7 @@ def test_after_nan_a_run_goes_back_and_on(run: Run, dataset: EncodedDataset, mon
         assert all(tensor.isfinite().all() for tensor in one.tensors.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_goes_on_to_the_bit(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +362,7 @@ def test_when_single_images_are_too_large_activations_are_computed_twice(
     assert scarce.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_shrank_goes_on_to_the_bit(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +461,7 @@ def test_the_best_lora_is_there_after_a_run_went_on(
     assert same(read_safetensors(resumed.best_path)[0], best)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_it_stopped_early_stays_stopped(
     run: Run, dataset: EncodedDataset, tmp_path: Path
 ) -> None:

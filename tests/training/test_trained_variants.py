@@ -20,6 +20,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult, plan_job
+from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
 
@@ -42,7 +43,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norms and biases": {"differences": "norms+biases"},
     "per pattern": {"targets": "*.0.attn2.to_q rank=2 lr=1e-3, *.resnets.0.conv1 rank=8 alpha=4"},
 }
-each = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def those(*names: str) -> pytest.MarkDecorator:
+    """A parameter over all variants, those not named marked slow."""
+    return pytest.mark.parametrize(
+        "variant",
+        [
+            pytest.param(variant, id=name, marks=() if name in names else pytest.mark.slow)
+            for name, variant in VARIANTS.items()
+        ],
+    )
+
+
+some = those("LoHa", "LoKr", "OFT", "GLoRA", "DoRA of PiSSA", "Tucker", "DoRA with dropout", "norms and biases")
+few = those("LoRA", "OFT", "DoRA of LoKr", "norms and biases")
 
 
 def tensors(result: TrainResult) -> dict[str, Tensor]:
@@ -75,7 +90,7 @@ def trained(quick: Run) -> Callable[[dict[str, Any]], TrainResult]:
 TRAINED: dict[str, TrainResult] = {}
 
 
-@each
+@some
 def test_it_starts_as_the_model_itself_and_moves(
     quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]
 ) -> None:
@@ -89,7 +104,7 @@ def test_it_starts_as_the_model_itself_and_moves(
     assert all(tensor.isfinite().all() for tensor in moved.values())
 
 
-@each
+@few
 def test_the_same_seed_gives_the_same_bytes(
     quick: Run, trained: Callable[..., TrainResult], tmp_path: Path, variant: dict[str, Any]
 ) -> None:
@@ -98,13 +113,18 @@ def test_the_same_seed_gives_the_same_bytes(
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-@each
+@few
 def test_half_precision_follows(quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]) -> None:
     full, half = trained(variant), quick(**variant, training_dtype="bf16", gradient_checkpointing=True)
     assert half.losses == pytest.approx(full.losses, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["DoRA with dropout", "DoRA of PiSSA", "Tucker", "OFT", "LoKr", "norms and biases"])
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        ["DoRA with dropout", "DoRA of PiSSA", "Tucker", "OFT", "LoKr", "norms and biases"], "DoRA with dropout", "LoKr"
+    ),
+)
 def test_a_batch_of_four_is_four_accumulated_batches_of_one(quick: Run, name: str) -> None:
     together = quick(**VARIANTS[name], batch_size=4, gradient_checkpointing=True)
     apart = quick(**VARIANTS[name], batch_size=1, grad_accumulation_steps=4)
@@ -112,7 +132,7 @@ def test_a_batch_of_four_is_four_accumulated_batches_of_one(quick: Run, name: st
     assert together.losses == pytest.approx(apart.losses, rel=1e-4)
 
 
-@each
+@some
 def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
     quick: Run, trained: Callable[..., TrainResult], dataset: EncodedDataset, tiny: Model, tmp_path: Path, variant: Any
 ) -> None:

@@ -144,7 +144,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("make", [LoraAdapter.create, *OTHERS])
+@pytest.mark.parametrize("make", slow_except([LoraAdapter.create, *OTHERS], LoraAdapter.create))
 def test_gradients_are_those_of_the_plain_model(toy: Toy, make: Callable[..., Adapter]) -> None:
     adapters = adapters_for(toy, make)
     with adapters_attached(toy, [Attached(adapters)]):
@@ -172,7 +172,7 @@ def test_a_dora_is_compiled_where_what_it_goes_around_is(toy: Toy) -> None:
     assert compilable([OutputDora.create(layer, rank=2, alpha=1.0, seed=0, path="", zero="up")])
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3], ids=["around", "the same", "inside"])
+@pytest.mark.parametrize("depth", slow_except([1, 2, 3], 2))
 def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     torch.manual_seed(0)
     model = stages().requires_grad_(False)
@@ -196,7 +196,7 @@ def test_differences_of_norms_and_biases(toy: Toy) -> None:
     assert graphs() > 0
 
 
-@pytest.mark.parametrize("kind", slow_except([kind for kind in PACKINGS if kind != "none"], "int8", "nf4"))
+@pytest.mark.parametrize("kind", slow_except([kind for kind in PACKINGS if kind != "none"], "nf4"))
 def test_quantized_weights(toy: Toy, kind: str) -> None:
     adapters = adapters_for(toy)
     with weights_packed(toy, kind=kind, device=CPU, dtype=torch.float32), adapters_attached(toy, [Attached(adapters)]):
@@ -210,12 +210,12 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
     ("kind", "make"),
     [
         ("none", LoraAdapter.create),
-        *(("nf4", make) for make in (LoraAdapter.create, *OTHERS)),
+        ("nf4", LoraAdapter.create),
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in [
                 *((kind, LoraAdapter.create) for kind in PACKINGS if kind not in ("none", "nf4")),
-                *(("none", make) for make in OTHERS),
+                *((kind, make) for kind in ("none", "nf4") for make in OTHERS),
             ]
         ),
     ],
@@ -258,7 +258,7 @@ def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     assert graphs() == 2, "masks are data, not code"
 
 
-@pytest.mark.parametrize(("varying", "more"), [(False, 2), (True, 0)])
+@pytest.mark.parametrize(("varying", "more"), slow_except([(False, 2), (True, 0)], (True, 0)))
 def test_code_for_any_size(toy: Toy, varying: bool, more: int) -> None:
     adapters = adapters_for(toy)
     with adapters_attached(toy, [Attached(adapters)]):
@@ -307,6 +307,7 @@ def test_sizes_of_samples(dataset: EncodedDataset, mixed: EncodedDataset) -> Non
     assert sizes_vary([dataset.samples[0], long]), "captions have sizes as well"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compiler(CPU) == "none", reason="needs a C++ compiler")
 def test_machine_code(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "inductor")

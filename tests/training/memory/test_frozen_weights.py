@@ -39,6 +39,7 @@ LAYERS = "attention, *.conv1"
 Run = Callable[..., TrainResult]
 
 
+@pytest.mark.slow
 @pytest.mark.pairwise(kind=QUANTIZED, offloading=[False, True], depth=[0, 1], algorithm=["LoRA", "LoKr"])
 def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
     tiny: Model, dataset: EncodedDataset, kind: str, offloading: bool, depth: int, algorithm: str
@@ -52,7 +53,7 @@ def test_a_step_of_the_whole_model_is_that_of_the_unpacked_weights(
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", slow_except([0, 1, 3], 1))
 def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: int) -> None:
     assert_same(
         one_step(tiny, dataset, {"checkpoint_depth": depth, "offloading": True}, targets=LAYERS),
@@ -97,6 +98,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
+@pytest.mark.slow
 def test_a_run_with_products_in_fp8_learns_as_the_others_do(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +157,7 @@ def test_everything_is_as_before_after_every_exit(run: Run, dataset: EncodedData
     assert not any("weight_source" in vars(module) for module in tiny.components.denoiser.modules())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "steps": 4,
