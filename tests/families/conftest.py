@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sdxl_models
+from transformer_models import TINY, Case
 
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
@@ -31,3 +32,9 @@ def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl(sdxl_file: Path) -> Model:
     """It as loaded. Nothing may change it."""
     return load_model(sdxl_file)
+
+
+@pytest.fixture(scope="session", params=TINY)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Each transformer family, small, in files of their usual names. Nothing may change the model."""
+    return Case.of(request.param, tmp_path_factory.mktemp(request.param))

@@ -14,7 +14,7 @@ from original_models import SMALLEST, save
 from safetensors.torch import load_file, save_file
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families import loading
+from lorasmith.families import locating
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.parts.clip_text import clip_tokenizer
@@ -277,7 +277,7 @@ def test_a_name_of_nothing_is_a_sentence(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-2-1"])
 def test_hub_names_may_have_dots(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_downloaded", lambda repository: {name: folder}[repository])
+    monkeypatch.setattr(locating, "_downloaded", lambda repository: {name: folder}[repository])
 
     assert load_model(name).title == name
 
@@ -323,15 +323,11 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "inpainting": ({CONV_IN: (8, 9, 3, 3), TO_K: (8, 768)}, "an inpainting model"),
     "pix2pix": ({CONV_IN: (8, 8, 3, 3), TO_K: (8, 768)}, "an InstructPix2Pix model"),
     "sd3": ({"joint_blocks.0.context_block.attn.qkv.weight": (3, 1)}, "Stable Diffusion 3"),
-    "flux2": (
-        {"double_blocks.0.img_attn.norm.key_norm.scale": (4,), "double_stream_modulation_img.lin.weight": (4, 4)},
-        "Flux.2",
-    ),
     "chroma": (
         {"double_blocks.0.img_attn.norm.key_norm.scale": (4,), "distilled_guidance_layer.norms.0.scale": (4,)},
         "Chroma",
     ),
-    "z-image": ({"cap_embedder.1.weight": (4, 4)}, "Lumina 2 or Z-Image"),
+    "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina 2"),
     "wan": ({"head.modulation": (1, 2, 4)}, "Wan"),
     "qwen": ({"txt_norm.weight": (4,)}, "Qwen-Image"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "one part of a diffusers model (give the folder"),

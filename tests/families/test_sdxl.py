@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.core.errors import ModelError
 from lorasmith.data.encoding import load_dataset
-from lorasmith.families.base import FAMILIES, Conditioning, PictureSize
+from lorasmith.families.base import FAMILIES, Conditioning, Encoding, PictureSize
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
@@ -135,7 +135,8 @@ def test_prompts_are_encoded_as_in_diffusers(loaded: Loaded, text: str) -> None:
 @torch.no_grad()
 def test_a_skip_of_one_layer_is_what_it_does_anyway(sdxl: Model) -> None:
     contexts = [
-        SDXL.encode_text(sdxl.components, "a fox", skip_layers=skipped).tensors["context"] for skipped in range(3)
+        replace(sdxl.text_encoder, encoding=Encoding(skip_layers=skipped)).encode("a fox").tensors["context"]
+        for skipped in range(3)
     ]
 
     assert torch.equal(contexts[0], contexts[1])

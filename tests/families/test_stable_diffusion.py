@@ -14,7 +14,7 @@ from original_models import SD1, SD2, SMALLEST, TinyModel, openclip, save
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import Conditioning, Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.clip_text import clip_tokenizer
@@ -123,7 +123,9 @@ def test_the_pooled_vector_is_that_of_the_first_end_token(loaded: Loaded) -> Non
 
 def test_skipping_a_layer_leaves_out_the_last_one_of_version_1_alone(loaded: Loaded) -> None:
     """Version 2 is loaded without its last layer, so "clip skip 2" is what it does anyway."""
-    plain, skipped = (replace(loaded.ours.text_encoder, skip_layers=n).encode("a fox") for n in (0, 1))
+    plain, skipped = (
+        replace(loaded.ours.text_encoder, encoding=Encoding(skip_layers=n)).encode("a fox") for n in (0, 1)
+    )
 
     same = torch.equal(plain.tensors["context"], skipped.tensors["context"])
     assert same == (loaded.ours.family.name == "sd2")

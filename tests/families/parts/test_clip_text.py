@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.parts.clip_text import clip_tokenizer, encode_prompt, parse_weights, tokenize_prompt
+from lorasmith.families.parts.clip_text import clip_tokenizer, encode_prompt, tokenize_prompt
+from lorasmith.families.parts.prompt_weights import parse_weights
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("clip_text.json").read_text(encoding="utf-8"))
 
@@ -79,28 +80,6 @@ def test_a_weight_of_one_changes_nothing_and_zero_gives_the_empty_prompt() -> No
 
     assert torch.equal(context("(a cat:1.0)"), context("a cat"))
     torch.testing.assert_close(context("(a cat:0)")[:, 1:3], context("")[:, 1:3])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("(a:nan)", [("a:nan", 1.1)]),
-        ("(a:inf)", [("a:inf", 1.1)]),
-        (r"\\(a)", [("\\(a)", 1.0)]),
-        ("", []),
-    ],
-)
-def test_corners_of_the_grammar(prompt: str, expected: list[tuple[str, float]]) -> None:
-    assert parse_weights(prompt) == [(text, pytest.approx(weight)) for text, weight in expected]
-
-
-@given(st.text(alphabet="ab ():.1\\", max_size=40))
-def test_parsing_loses_no_letter_and_never_fails(prompt: str) -> None:
-    stretches = parse_weights(prompt)
-
-    assert all(text for text, _ in stretches)
-    letters = [letter for letter in prompt if letter in "ab"]
-    assert [letter for text, _ in stretches for letter in text if letter in "ab"] == letters
 
 
 @given(st.text(alphabet="ab c(,)", max_size=300))

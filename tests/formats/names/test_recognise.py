@@ -20,7 +20,7 @@ from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
         ("transformer.single_transformer_blocks.0.attn.to_q", 3072, "Flux.1"),
         ("lora_unet_double_blocks_0_img_attn_qkv", 6144, "Flux.2"),
         ("lora_unet_single_blocks_20_linear1", 3072, "Flux.1"),
-        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072, "Flux.2"),
+        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3072, "Flux.2 klein"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv", 2432, "Stable Diffusion 3"),
         ("transformer.transformer_blocks.0.attn.add_q_proj", 2432, "Stable Diffusion 3"),
         ("transformer.transformer_blocks.30.attn.add_q_proj", 2432, "Stable Diffusion 3"),

@@ -15,7 +15,12 @@ def packed_latents(latents: Tensor) -> Tensor:
 
 
 def unpacked_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `packed_latents`."""
+    """The inverse of `packed_latents`.
+
+    Args:
+        tokens: (batch, height/2 · width/2, 4 · channels).
+        height, width: of the latents.
+    """
     batch, _, features = tokens.shape
     latents = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(batch, features // 4, height, width)

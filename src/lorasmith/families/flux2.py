@@ -1,0 +1,305 @@
+"""Flux.2 (Black Forest Labs 2025): dev, with distilled guidance, and the smaller klein models.
+
+A rectified-flow transformer like Flux.1, without a pooled vector and with one modulation for all blocks of a kind.
+Its autoencoder gives latents of 128 channels, 16 pixels each, which are tokens as they are. Text is three layers of a
+language model side by side: Mistral's for dev, Qwen3's for klein, whose base and distilled variants have the same
+tensors. The original layout fuses query, key and value of double blocks; diffusers splits them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import Signature
+
+__all__ = ["Flux2"]
+
+_TOKENS = 512  # of text, which is filled with padding that the transformer sees
+_DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
+# ComfyUI's `supported_models.Flux2` has this exponential shift for KSampler; Flux2Scheduler computes its own.
+_MU = 2.02
+# musubi-tuner's `flux2_shift`.
+_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 4096), patch=1)
+_SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+_ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
+_SINGLE = ("single_transformer_blocks.*.attn.to_*",)
+_MLP = ("transformer_blocks.*.ff.linear_*", "transformer_blocks.*.ff_context.linear_*")
+_TARGETS = {
+    "attention": TargetPreset((*_ATTENTION, *_SINGLE)),
+    "attention+ff": TargetPreset((*_ATTENTION, *_SINGLE, *_MLP)),
+    "transformer": TargetPreset(("*transformer_blocks.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+
+_TOP = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_DOUBLE_PARTS = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_FUSED = {
+    "attn.to_q": ("img_attn.qkv", 0),
+    "attn.to_k": ("img_attn.qkv", 1),
+    "attn.to_v": ("img_attn.qkv", 2),
+    "attn.add_q_proj": ("txt_attn.qkv", 0),
+    "attn.add_k_proj": ("txt_attn.qkv", 1),
+    "attn.add_v_proj": ("txt_attn.qkv", 2),
+}
+_SINGLE_PARTS = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+
+
+class Flux2(Family):
+    """Flux.2 dev or klein.
+
+    Args:
+        is_klein: whether it has klein's encoder and no guidance input.
+    """
+
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://github.com/black-forest-labs/flux2"
+    targets = _TARGETS
+    autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
+    clip_types = ("flux2",)
+    repeatable_context = False
+
+    def __init__(self, *, is_klein: bool) -> None:
+        self.name = "flux2-klein" if is_klein else "flux2"
+        self.title = "Flux.2 klein" if is_klein else "Flux.2"
+        self.pipeline = "Flux2KleinPipeline" if is_klein else "Flux2Pipeline"
+        self.distilled_names = ("klein-4b", "klein-9b", "klein_4b", "klein_9b") if is_klein else ()
+        self._is_klein = is_klein
+        self._layers = (9, 18, 27) if is_klein else (10, 20, 30)
+        kind, usual_file = (
+            ("qwen3", "qwen_3_4b.safetensors for 4B, qwen_3_8b_fp8mixed.safetensors for 9B")
+            if is_klein
+            else ("mistral", "mistral_3_small_flux2_bf16.safetensors")
+        )
+        prefixes = tuple(f"text_encoders.{one}.transformer." for one in ("qwen3_4b", "qwen3_8b", "mistral3_24b"))
+        self.text_encoders = MappingProxyType({"text_encoder": EncoderSlot(kind, usual_file, prefixes)})
+        blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
+        self.released = MappingProxyType(
+            {
+                "num_layers": blocks[0],
+                "num_single_layers": blocks[1],
+                "num_attention_heads": width // 128,
+                "joint_attention_dim": text_width,
+                "guidance_embeds": not is_klein,
+            }
+        )
+        # Flux.1 has blocks of these names and the width of klein 4B, but other inner widths.
+        blocks_named = r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d"
+        own = r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"
+        gated = r"(^|_)double_blocks_\d+_(img|txt)_mlp_2|transformer_blocks_\d+_ff(_context)?_linear_out"
+        self.lora_signatures = (
+            (
+                *(Signature(self.title, own, one) for one in (3072, 4096)),
+                Signature(self.title, gated, 3 * 3072),
+                Signature(self.title, blocks_named, 4096, order=1),
+            )
+            if is_klein
+            else (Signature(self.title, own), Signature(self.title, blocks_named, 6144, order=1))
+        )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "double_stream_modulation_img.lin.weight" in shapes and self._is_klein != (
+            "guidance_in.in_layer.weight" in shapes
+        )
+
+    def denoiser_class(self) -> type[nn.Module]:
+        from diffusers import Flux2Transformer2DModel
+
+        return Flux2Transformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        width, in_channels = shapes["img_in.weight"]
+        norm = "double_blocks.0.img_attn.norm.key_norm."
+        head = shapes[f"{norm}scale" if f"{norm}scale" in shapes else f"{norm}weight"][0]
+        return {
+            "in_channels": in_channels,
+            "num_layers": block_count(shapes, "double_blocks."),
+            "num_single_layers": block_count(shapes, "single_blocks."),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["txt_in.weight"][1],
+            "mlp_ratio": shapes["double_blocks.0.img_mlp.2.weight"][1] / width,
+            "guidance_embeds": not self._is_klein,
+            "axes_dims_rope": (head // 4,) * 4,
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        config: Any = denoiser.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return {path: _original(path, width) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+
+    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        config: Any = denoiser.config
+        return LatentFormat(config.in_channels, 16, scale=1.0)
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            targets="attention+ff",
+            guidance=5.0 if self._is_klein else 1.0,  # klein base in ComfyUI's template; dev has an input for it
+            timestep_distribution="logit_normal",  # OneTrainer's preset
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "flux2"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "flux-2-klein" if self._is_klein else "flux-2-dev"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="kohya",
+            limits=ProgramLimits(diffusers_applies=("transformer_blocks.*", "single_transformer_blocks.*")),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.joint_attention_dim) // len(self._layers)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        text = texts["text_encoder"]
+        follows_diffusers = encoding.lengths == "diffusers"
+        ids = self._tokens(tokenizer, text)
+        if follows_diffusers:
+            ids = ids[:_TOKENS]
+        missing = max(0, _TOKENS - len(ids))
+        if self._is_klein:  # padding after the text is encoded as well, though no word attends to it
+            padded = [*ids, *[tokenizer.pad_token_id] * missing]
+            states = hidden_states(encoder, padded, self._layers, mask=[True] * len(ids) + [False] * missing)
+            return Conditioning({"context": states.flatten(2)}, text)
+        if follows_diffusers:
+            padded = [*[tokenizer.pad_token_id] * missing, *ids]
+            states = hidden_states(encoder, padded, self._layers, mask=[False] * missing + [True] * len(ids))
+            return Conditioning({"context": states.flatten(2)}, text)
+        states = hidden_states(encoder, ids, self._layers).flatten(2)
+        return Conditioning({"context": F.pad(states, (0, 0, missing, 0))}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, _TOKENS, config.joint_attention_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = latents.shape[-2:]
+        context = conditioning.tensors["context"]
+        attention: dict[str, Any] = {}
+        if conditioning.mask is not None:  # text comes first, then the picture, which is not masked
+            picture = conditioning.mask.new_ones(len(latents), height * width)
+            attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
+        guidance = None
+        if not self._is_klein:
+            given = conditioning.tensors.get("guidance")
+            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
+        prediction = denoiser(
+            hidden_states=latents.flatten(2).transpose(1, 2),
+            timestep=time.to(latents.dtype),
+            guidance=guidance,
+            encoder_hidden_states=context,
+            txt_ids=_positions(1, 1, context.shape[1], latents.device),
+            img_ids=_positions(height, width, 1, latents.device),
+            joint_attention_kwargs=attention,
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-any-return]
+
+    def _tokens(self, tokenizer: Any, text: str) -> Sequence[int]:
+        if self._is_klein:
+            chat = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+            return tokenizer(chat).input_ids  # type: ignore[no-any-return]
+        chat = f"[SYSTEM_PROMPT]{_SYSTEM}[/SYSTEM_PROMPT][INST]{text}[/INST]"
+        return [tokenizer.bos_token_id, *tokenizer(chat, add_special_tokens=False).input_ids]
+
+
+def _positions(rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:
+    """(rows · columns · tokens, 4) rotary positions (0, y, x, number of the token)."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, rows, columns, tokens)))
+
+
+def _original(path: str, width: int) -> OriginalName:
+    if path in _TOP:
+        return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
+    kind, index, rest = path.split(".", 2)
+    if kind == "single_transformer_blocks":
+        return OriginalName(f"single_blocks.{index}.{_SINGLE_PARTS[rest]}")
+    if rest in _FUSED:
+        fused, position = _FUSED[rest]
+        return OriginalName(f"double_blocks.{index}.{fused}", rows=(position * width, (position + 1) * width))
+    return OriginalName(f"double_blocks.{index}.{_DOUBLE_PARTS[rest]}")
+
+
+register(Flux2(is_klein=False), "flux2-dev")
+register(Flux2(is_klein=True), "klein")

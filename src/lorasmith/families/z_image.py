@@ -1,0 +1,202 @@
+"""Z-Image (Tongyi-MAI 2025): a rectified-flow transformer in one stream, with a language model for text.
+
+Text and picture run through refiner blocks of their own, then together through the layers, each filled with learnt
+tokens to a multiple of 32. The network counts time from noise to picture and gives the negative of the velocity. The
+original layout fuses query, key and value; diffusers splits them. Turbo, which is distilled to eight steps, has the
+same tensors as the base model: only names tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    check_even,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import DENOISER_START, Signature
+
+__all__ = ["ZImage"]
+
+_HEAD_WIDTH = 128
+_LUMINA_WIDTH = 2304  # Lumina 2 is built alike
+_SHIFT = 3.0  # ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3
+_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_LAYER = -2  # of the encoder's states
+
+_ATTENTION = ("layers.*.attention.to_*",)
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, "layers.*.feed_forward.w*")),
+    "transformer": TargetPreset(("layers.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+_TOP = {
+    "all_x_embedder.2-1": "x_embedder",
+    "all_final_layer.2-1.linear": "final_layer.linear",
+    "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+}
+_IN_ATTENTION = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
+_FUSED = ("to_q", "to_k", "to_v")
+
+
+class ZImage(Family):
+    """The base model and Turbo."""
+
+    name = "z-image"
+    title = "Z-Image"
+    pipeline = "ZImagePipeline"
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://github.com/Tongyi-MAI/Z-Image"
+    targets = _TARGETS
+    text_encoders = MappingProxyType(
+        {"text_encoder": EncoderSlot("qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",))}
+    )
+    autoencoder = AutoencoderSlot(
+        "kl",
+        channels=16,
+        usual_file="ae.safetensors",
+        prefixes=("vae.",),
+        settings={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    )
+    clip_types = ("lumina2",)
+    repeatable_context = False
+    unused_tensors = ("norm_final.weight",)
+    distilled_names = ("turbo",)
+    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    lora_signatures = (Signature(title, DENOISER_START + r"layers_\d+_(attention|feed_forward)_", 3840, order=5),)
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        if "noise_refiner.0.attention.k_norm.weight" not in shapes or "cap_embedder.1.weight" not in shapes:
+            return False
+        return "cap_pad_token" in shapes or shapes["cap_embedder.1.weight"][0] != _LUMINA_WIDTH
+
+    def denoiser_class(self) -> type[nn.Module]:
+        from diffusers import ZImageTransformer2DModel
+
+        return ZImageTransformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        width, text_width = shapes["cap_embedder.1.weight"]
+        head = shapes["layers.0.attention.q_norm.weight"][0]
+        return {
+            "dim": width,
+            "n_heads": width // head,
+            "n_kv_heads": width // head,
+            "cap_feat_dim": text_width,
+            "in_channels": shapes["x_embedder.weight"][1] // 4,
+            "n_layers": block_count(shapes, "layers."),
+            "n_refiner_layers": block_count(shapes, "noise_refiner."),
+            # 32, 48, 48 for the released head width of 128, in the same proportion for others.
+            "axes_dims": [head // 4, 3 * head // 8, 3 * head // 8],
+            # Longer prompts than diffusers' own limit of 1024 tokens, as in ComfyUI.
+            "axes_lens": [1536, 512, 512],
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        config: Any = denoiser.config
+        return {path: _original(path, config.dim) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return Diffusion("flow", FlowSchedule(shift=_SHIFT))
+
+    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+        return Diffusion("flow", FlowSchedule(shift=_SHIFT))
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        config: Any = denoiser.config
+        constants = self.autoencoder.settings
+        return LatentFormat(config.in_channels, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"])
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            # The layers alone, as in ai-toolkit and musubi-tuner (which excludes refiners and modulation).
+            targets="attention+ff",
+            guidance=4.0,  # ComfyUI's template of the base model
+            timestep_distribution="logit_normal",  # OneTrainer's preset
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "zimage"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "z-image"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="ai-toolkit",
+            ai_toolkit_naming="diffusers",
+            limits=ProgramLimits(),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}  # nobody trains language models with a picture LoRA
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.cap_feat_dim)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
+        # Brackets and weights are text to a language model.
+        ids = encoders.tokenizers["text_encoder"](_TEMPLATE.format(text)).input_ids
+        if encoding.lengths == "diffusers":
+            ids = ids[:512]
+        return Conditioning({"context": hidden_states(encoder, ids, [_LAYER]).flatten(2)}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 64, config.cap_feat_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        check_even(latents, self.title)
+        context, mask = conditioning.tensors["context"], conditioning.mask
+        texts = list(context) if mask is None else [row[kept] for row, kept in zip(context, mask, strict=True)]
+        pictures = denoiser(list(latents.unsqueeze(2)), (1 - time).to(latents.dtype), texts, return_dict=False)[0]
+        return -torch.stack(pictures).squeeze(2)
+
+
+def _original(path: str, width: int) -> OriginalName:
+    if path in _TOP:
+        return OriginalName(_TOP[path])
+    block, attention, rest = path.partition(".attention.")
+    if not attention:
+        return OriginalName(path)
+    if rest in _FUSED:
+        start = _FUSED.index(rest) * width
+        return OriginalName(f"{block}.attention.qkv", rows=(start, start + width))
+    return OriginalName(f"{block}.attention.{_IN_ATTENTION[rest]}")
+
+
+register(ZImage(), "zimage")

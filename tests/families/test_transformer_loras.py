@@ -1,0 +1,192 @@
+"""LoRAs of every transformer family: trained, resumed, and applied by diffusers' own pipeline module for module."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformer_models import Case
+
+from lorasmith.app.model_run import train
+from lorasmith.cli.main import main
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.model import Model
+from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.names.model_names import matches
+from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.toolbox.released import released_names
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.train import TrainResult
+
+RELEASED_WIDTHS_ONLY = ("flux1",)
+"""Families whose widths are written into diffusers' converter; the load matrix has them at full width."""
+CAPTIONS = ("a fox", "a bus", "a penguin on a pink background, " * 20, "")
+
+
+@pytest.fixture(scope="module")
+def four(case: Case) -> EncodedDataset:
+    """Four pictures of one colour each, with captions of different length."""
+    model, shape = case.ours, case.ours.components.latent.shape(64, 64)
+    with model.text_encoder.active():
+        captions = [model.text_encoder.encode(text) for text in CAPTIONS]
+    colours = [models.seeded(f"colour {index}", (shape[0], *(1,) * (len(shape) - 1)), seed=0) for index in range(4)]
+    samples = (
+        Sample(colour.expand(shape).contiguous(), caption, f"{index}.png")
+        for index, (colour, caption) in enumerate(zip(colours, captions, strict=True))
+    )
+    return EncodedDataset(tuple(samples))
+
+
+def run(model: Model, data: EncodedDataset, **settings: Any) -> TrainResult:
+    given = {"rank": 4, "training_dtype": "fp32", "lora_dtype": "fp32", "validation_share": 0.0, "seed": 1}
+    return train(model, data, **{**given, **settings})
+
+
+def test_a_step_changes_adapters_alone(case: Case, four: EncodedDataset) -> None:
+    model = case.ours
+
+    def digests() -> dict[str, str]:
+        return {name: models.digest(part.state_dict()) for name, part in model.components.modules().items()}
+
+    before = digests()
+    result = run(model, four, steps=1, batch_size=4, learning_rate=1e-2)
+    preset = model.family.targets[model.defaults.targets]
+    assert digests() == before
+    assert result.lora.state.adapters.keys() == {
+        ModuleRef(DENOISER, path)
+        for path, shape in model.names.weight_shapes.items()
+        if matches(path, preset.include) and len(shape) > 1
+    }
+    assert all(one.tensors["up"].abs().max() > 0 for one in result.lora.state.adapters.values())
+
+
+def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset) -> None:
+    together = run(case.ours, four, steps=1, batch_size=4, learning_rate=1e-2)
+    apart = run(case.ours, four, steps=1, batch_size=1, grad_accumulation_steps=4, learning_rate=1e-2)
+    assert together.losses == pytest.approx(apart.losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_four_pictures_are_learnt(case: Case, four: EncodedDataset) -> None:
+    result = run(case.ours, four, steps=400, batch_size=4, algorithm="Full", learning_rate=3e-3, targets="all-linear")
+    assert np.mean(result.losses[-20:]) < 0.1 * np.mean(result.losses[:5])
+
+
+def test_a_run_that_is_broken_off_goes_on_to_the_bit(case: Case, four: EncodedDataset, tmp_path: Path) -> None:
+    settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
+    whole = run(case.ours, four, output=tmp_path / "whole", **settings)
+    steps = iter((False, True))
+    run(case.ours, four, output=tmp_path / "broken", cancelled=lambda: next(steps, True), **settings)
+    resumed = run(case.ours, four, output=tmp_path / "broken", **settings)
+
+    assert resumed.losses == whole.losses
+    tensors = [one.lora.state.adapters for one in (resumed, whole)]
+    for ref, weights in tensors[0].items():
+        assert all(torch.equal(weights.tensors[role], tensors[1][ref].tensors[role]) for role in ("down", "up"))
+
+
+def layers_of_diffusers(module: Any) -> dict[str, Tensor]:
+    """The change of each weight that diffusers makes, by module path."""
+    return {
+        path: layer.get_delta_weight(layer.active_adapters[0]).detach()
+        for path, layer in module.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def change(weights: AdapterWeights) -> Tensor:
+    """The change of the weight by definition."""
+    down, up = weights.tensors["down"].float(), weights.tensors["up"].float()
+    return up @ down * ((len(down) if weights.alpha is None else weights.alpha) / len(down))
+
+
+def assert_applied(case: Case, path: Path) -> Lora:
+    """diffusers' pipeline applies the file: every module, with the change that is meant."""
+    lora, pipeline = Lora.load(path, case.ours), case.tiny.made()
+    try:
+        pipeline.load_lora_weights(str(path))
+        applied = layers_of_diffusers(pipeline.transformer)
+    finally:
+        pipeline.unload_lora_weights()
+    assert applied.keys() == {ref.path for ref in lora.state.adapters}
+    for ref, weights in lora.state.adapters.items():
+        torch.testing.assert_close(applied[ref.path], change(weights), rtol=1e-4, atol=1e-6)
+    return lora
+
+
+def test_a_folder_of_pictures_becomes_a_lora_that_diffusers_applies(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 255, (80, 64 + 48 * index, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    parts = [f"--text-encoder={path}" for part, path in case.files.items() if part.startswith("text_encoder")]
+    command = "lorasmith train photos --trigger fox --resolution 64 --steps 1 --rank 4 --learning-rate 0.05"
+    files = [f"--model={case.files['transformer']}", f"--vae={case.files['vae']}", *parts]
+    monkeypatch.setattr(sys, "argv", [*command.split(), *files])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    path = tmp_path / "runs" / "photos-001" / "photos.safetensors"
+    if case.name in RELEASED_WIDTHS_ONLY:
+        path = Lora.load(path, case.ours).save(tmp_path / "diffusers.safetensors", layout="diffusers")
+    lora = assert_applied(case, path)
+    assert lora.state.adapters
+    assert lora.state.metadata["ss_base_model_version"] == case.ours.family.kohya_version("flow")
+
+
+@pytest.mark.parametrize("layout", ["portable", "diffusers", "comfy", "kohya", "ai-toolkit"])
+def test_every_layout_keeps_the_change(case: Case, layout: str, tmp_path: Path) -> None:
+    blocks = {
+        path: shape
+        for path, shape in case.ours.names.weight_shapes.items()
+        if len(shape) == 2 and ".".join(path.split(".")[:1]).endswith(("blocks", "layers"))
+    }
+    state = AdapterState(
+        {
+            ModuleRef(DENOISER, path): AdapterWeights(
+                "lora",
+                {
+                    "down": models.seeded(f"{path} down", (2, shape[1]), seed=0, std=0.1),
+                    "up": models.seeded(f"{path} up", (shape[0], 2), seed=0, std=0.1),
+                },
+                alpha=1.0,
+            )
+            for path, shape in blocks.items()
+        }
+    )
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, state, case.ours.names, layout=layout, dtype=torch.float32, metadata={})
+    back = Lora.load(path, case.ours).state
+    assert not back.unknown
+    assert back.adapters.keys() == state.adapters.keys()
+    for ref, weights in state.adapters.items():
+        torch.testing.assert_close(change(back.adapters[ref]), change(weights), rtol=1e-4, atol=1e-6)
+    if layout == "diffusers" or (layout == "portable" and case.name not in RELEASED_WIDTHS_ONLY):
+        assert_applied(case, path)
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "original"])
+def test_its_files_are_recognised_without_a_model(case: Case, naming: str) -> None:
+    """By the names and widths of the released model."""
+    family = case.ours.family
+    names = released_names(family.title)
+    assert names is not None
+    preset = family.targets[case.ours.defaults.targets]
+    keys = {}
+    for path, place in names.denoiser.items():
+        if matches(path, preset.include) and len(names.weight_shapes[path]) == 2:
+            base = f"transformer.{path}" if naming == "diffusers" else f"diffusion_model.{place.path}"
+            keys[f"{base}.lora_A.weight"] = (4, names.weight_shapes[path][1])
+    assert guessed_family(keys) == family.title

@@ -1,0 +1,149 @@
+"""Transformer families from the files that ComfyUI users have, held against diffusers' classes and pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformer_models import Case
+
+from lorasmith.families.base import FAMILIES, Conditioning, Encoding
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.model import Model
+from lorasmith.sampling.generate import generate
+from lorasmith.sampling.sample import prepare_noise
+from lorasmith.sampling.sigmas import sigmas_for
+
+SIDE = 64
+
+
+def test_every_tensor_is_that_of_the_part(case: Case) -> None:
+    parts, ours = case.tiny.parts(), case.ours.components
+    loaded = {"transformer": ours.denoiser, "vae": ours.vae, **ours.text_encoders}
+
+    assert case.ours.family.name == case.name
+    assert case.ours.files == {"denoiser" if part == "transformer" else part: path for part, path in case.files.items()}
+    for part, module in loaded.items():
+        state, expected = module.state_dict(), parts[part].state_dict()
+        assert state.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)] == []
+
+
+def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
+    """Its converters know the names and the rows of the released files."""
+    part = case.tiny.parts()["transformer"]
+    if case.name == "flux1":
+        pytest.skip("diffusers' converter has the released widths written into it")
+    part.save_config(tmp_path)
+    theirs = type(part).from_single_file(
+        load_file(case.files["transformer"]), config=str(tmp_path), local_files_only=True
+    )
+    state = case.ours.components.denoiser.state_dict()
+    assert [name for name, tensor in theirs.state_dict().items() if not torch.equal(state[name], tensor)] == []
+
+
+PROMPTS = ["a fox", "", "a (red:1.3) fox, 日本語 " * 12]
+
+
+@pytest.mark.parametrize("text", PROMPTS, ids=["short", "empty", "long"])
+def test_prompts_are_encoded_as_in_diffusers(case: Case, text: str) -> None:
+    if case.name == "flux1":
+        text = text.replace("(red:1.3)", "red")  # weights are ComfyUI's, and syntax for this family
+    ours, theirs = encoded(case.ours, text), pipeline_encoding(case, text)
+    assert ours.tensors.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def encoded(model: Model, text: str) -> Conditioning:
+    return replace(model.text_encoder, encoding=Encoding(lengths="diffusers")).encode(text)
+
+
+@torch.no_grad()
+def pipeline_encoding(case: Case, text: str) -> dict[str, Tensor]:
+    """What diffusers' pipeline conditions on, without its padding where a mask hides that."""
+    pipeline = case.tiny.made()
+    match case.name:
+        case "flux1":
+            context, pooled, _ = pipeline.encode_prompt(text, None)
+            return {"context": context, "pooled": pooled}
+        case "z-image":
+            (context,), _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
+            return {"context": context[None]}
+        case _:
+            return {"context": pipeline.encode_prompt(text)[0]}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
+    model, pipeline, steps = case.ours, case.tiny.made(), 3
+    schedule = model.components.schedule
+    sigmas = sigmas_for(schedule, "simple", steps)
+    ours = generate(
+        model,
+        "a fox",
+        text_encoder=replace(model.text_encoder, encoding=Encoding(lengths="diffusers")),
+        steps=steps,
+        scheduler="simple",
+        cfg=guidance,
+        width=SIDE,
+        height=SIDE,
+        seed=3,
+    )[0]
+    noise = prepare_noise(3, (1, *model.components.latent.shape(SIDE, SIDE)))
+    theirs = drawn(case, pipeline, noise, sigmas[:-1].tolist(), guidance)
+    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
+    assert np.asarray(ours).std() > 1, "a picture, and no plain surface"
+
+
+def drawn(case: Case, pipeline: Any, noise: Tensor, sigmas: list[float], guidance: float) -> Any:
+    packed = {"flux1": lambda: pipeline._pack_latents(noise, *noise.shape)}
+    arguments = {
+        "latents": packed[case.name]() if case.name in packed else noise,
+        "sigmas": sigmas,
+        "num_inference_steps": len(sigmas),
+        "height": SIDE,
+        "width": SIDE,
+        "prompt": "a fox",
+    }
+    if case.name == "flux1":
+        if guidance != 1:
+            return pipeline(**arguments, negative_prompt="", true_cfg_scale=guidance).images[0]
+        return pipeline(**arguments).images[0]
+    scale = {"z-image": guidance - 1}.get(case.name, guidance)
+    return pipeline(**arguments, guidance_scale=scale).images[0]
+
+
+def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
+    model = case.ours
+    family, denoiser = model.family, model.components.denoiser
+    captions = [model.text_encoder.encode(text) for text in ("a fox", "a penguin on a pink background " * 40, "")]
+    latents = models.seeded("latents", (3, *model.components.latent.shape(SIDE, 2 * SIDE)), seed=0)
+    time = model.components.schedule.at(torch.tensor([0.2, 0.5, 0.9])).time
+    with torch.no_grad():
+        together = family.predict(denoiser, latents, time, family.join(captions))
+        alone = [family.predict(denoiser, latents[i : i + 1], time[i : i + 1], one) for i, one in enumerate(captions)]
+    assert together.shape == latents.shape
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_go_there_and_back(case: Case) -> None:
+    model = case.ours
+    pixels = models.seeded("pixels", (2, 3, SIDE, 2 * SIDE), seed=0, std=0.3)
+    latents = model.autoencoder.encode(pixels)
+    form = model.components.latent
+    assert tuple(latents.shape[1:]) == form.shape(SIDE, 2 * SIDE)
+    assert (model.autoencoder.latent.channels, model.autoencoder.latent.downscale) == (form.channels, form.downscale)
+    assert model.autoencoder.decode(latents).shape == pixels.shape
+
+
+def test_each_family_recognises_its_own_alone(case: Case) -> None:
+    shapes = OriginalCheckpoint(case.files["transformer"]).denoiser_shapes
+    assert [name for name, family in FAMILIES.items() if family.recognises(shapes)] == [case.name]
