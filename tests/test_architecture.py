@@ -71,6 +71,7 @@ TESTED_ELSEWHERE = {
     "families/files/structure.py": "cli/test_targets_command.py",
     "families/files/tensor_files.py": "families/files/test_gguf.py",
     "families/flux2.py": "families/test_transformers.py",
+    "families/krea2.py": "families/test_transformers.py",
     "families/known.py": "families/test_loading.py",
     "families/locating.py": "families/test_loading.py",
     "families/part_loading.py": "families/test_parts_of_models.py",

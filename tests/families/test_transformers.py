@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 import numpy as np
@@ -77,8 +78,22 @@ def pipeline_encoding(case: Case, text: str) -> dict[str, Tensor]:
         case "z-image":
             (context,), _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
             return {"context": context[None]}
-        case _:
+        case "flux2-klein":
             return {"context": pipeline.encode_prompt(text)[0]}
+        case _:
+            with text_only(pipeline):
+                context, mask = pipeline.encode_prompt(text)
+            return {"context": context[mask][None].flatten(2)}
+
+
+def text_only(pipeline: Any) -> Any:
+    """Krea 2's pipeline gives positions for three axes, which text alone has one of."""
+    forward = pipeline.text_encoder.forward
+
+    def one_axis(*args: Any, position_ids: Tensor, **rest: Any) -> Any:
+        return forward(*args, position_ids=position_ids[0], **rest)
+
+    return mock.patch.object(pipeline.text_encoder, "forward", one_axis)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -104,7 +119,10 @@ def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
 
 
 def drawn(case: Case, pipeline: Any, noise: Tensor, sigmas: list[float], guidance: float) -> Any:
-    packed = {"flux1": lambda: pipeline._pack_latents(noise, *noise.shape)}
+    packed = {
+        "flux1": lambda: pipeline._pack_latents(noise, *noise.shape),
+        "krea2": lambda: pipeline._pack_latents(noise[:, :, 0], *noise[:, :, 0].shape),
+    }
     arguments = {
         "latents": packed[case.name]() if case.name in packed else noise,
         "sigmas": sigmas,
@@ -117,7 +135,10 @@ def drawn(case: Case, pipeline: Any, noise: Tensor, sigmas: list[float], guidanc
         if guidance != 1:
             return pipeline(**arguments, negative_prompt="", true_cfg_scale=guidance).images[0]
         return pipeline(**arguments).images[0]
-    scale = {"z-image": guidance - 1}.get(case.name, guidance)
+    scale = {"z-image": guidance - 1, "krea2": guidance - 1}.get(case.name, guidance)
+    if case.name == "krea2":
+        with text_only(pipeline):
+            return pipeline(**arguments, guidance_scale=scale).images[0]
     return pipeline(**arguments, guidance_scale=scale).images[0]
 
 

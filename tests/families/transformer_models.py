@@ -123,6 +123,12 @@ def _scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", name): one for name, one in tensors.items()}
 
 
+def _krea_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    norm = re.compile(r"(qnorm|knorm|prenorm|postnorm|txtmlp\.0|last\.norm)\.weight$")
+    flat = {name: one.flatten() if name.endswith(".mod.lin") else one for name, one in tensors.items()}
+    return {norm.sub(r"\1.scale", name): one for name, one in flat.items()}
+
+
 def _kl_names(vae: nn.Module) -> dict[str, Tensor]:
     """An AutoencoderKL's tensors by their original names."""
     levels = len(vae.config.block_out_channels)  # type: ignore[arg-type, union-attr]
@@ -291,6 +297,57 @@ def _klein() -> dict[str, Any]:
     }
 
 
+@cache
+def _krea() -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
+
+    denoiser = Krea2Transformer2DModel(
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=96,
+        text_hidden_dim=32,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=48,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return {
+        "transformer": randomized(denoiser),
+        "vae": randomized(AutoencoderKLQwenImage(base_dim=16)),
+        "text_encoder": randomized(_qwen(36, rope_theta=5e6)),
+        "tokenizer": _chatting(),
+    }
+
+
+def _wan_names(vae: nn.Module) -> dict[str, Tensor]:
+    """An AutoencoderKLQwenImage's tensors by their original names."""
+    layers = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    renames: tuple[tuple[str, Any], ...] = (
+        (r"^quant_conv", "conv1"),
+        (r"^post_quant_conv", "conv2"),
+        (r"\.(norm1|conv1|norm2|conv2)\.", lambda match: f".{layers[match[1]]}."),
+        (r"\.conv_in\.", ".conv1."),
+        (r"\.norm_out\.", ".head.0."),
+        (r"\.conv_out\.", ".head.2."),
+        (r"mid_block\.resnets\.(\d)", lambda match: f"middle.{2 * int(match[1])}"),
+        (r"mid_block\.attentions\.0", "middle.1"),
+        (r"conv_shortcut", "shortcut"),
+        (r"down_blocks\.(\d+)", r"downsamples.\1"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda match: f"upsamples.{4 * int(match[1]) + int(match[2])}"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"upsamples.{4 * int(match[1]) + 3}"),
+    )
+    named = {}
+    for name, tensor in vae.state_dict().items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        named[name] = tensor
+    return named
+
+
 TINY: dict[str, TinyFamily] = {
     "flux1": TinyFamily(
         _flux,
@@ -327,6 +384,18 @@ TINY: dict[str, TinyFamily] = {
             ),
             "vae": ("vae/flux2-vae.safetensors", _kl_names),
             "text_encoder": ("text_encoders/qwen_3_4b.safetensors", _under("model.")),
+        },
+    ),
+    "krea2": TinyFamily(
+        _krea,
+        "Krea2Pipeline",
+        {
+            "transformer": (
+                "diffusion_models/krea2_raw.safetensors",
+                lambda one: _krea_names(original_tensors("krea2", one)),
+            ),
+            "vae": ("vae/qwen_image_vae.safetensors", _wan_names),
+            "text_encoder": ("text_encoders/qwen3vl_4b_bf16.safetensors", _under("model.language_model.")),
         },
     ),
 }

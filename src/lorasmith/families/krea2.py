@@ -1,0 +1,260 @@
+"""Krea 2 (Krea 2026): a rectified-flow transformer in one stream that reads twelve layers of a language model.
+
+A small transformer of its own fuses the layers of text; then text and packed latents run together through the blocks.
+Nothing is fused in the original layout. Turbo, which is distilled, has the tensors of Raw; LoRAs are trained on Raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    check_even,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import DENOISER_START, Signature
+
+__all__ = ["Krea2"]
+
+_LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
+_SYSTEM = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+_SYSTEM_TOKENS = 34  # encoded, but not seen by the denoiser
+_MU = 1.15  # ComfyUI's shift for KSampler
+_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 6400))  # Krea2Pipeline's for Raw
+
+_ATTENTION = ("transformer_blocks.*.attn.to_*",)
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, "transformer_blocks.*.ff.*")),
+    "transformer": TargetPreset(("transformer_blocks.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+_TOP = {
+    "img_in": "first",
+    "time_embed.linear_1": "tmlp.0",
+    "time_embed.linear_2": "tmlp.2",
+    "time_mod_proj": "tproj.1",
+    "txt_in.norm": "txtmlp.0",
+    "txt_in.linear_1": "txtmlp.1",
+    "txt_in.linear_2": "txtmlp.3",
+    "final_layer.linear": "last.linear",
+    "final_layer.norm": "last.norm",
+}
+_PARTS = {
+    "attn.to_q": "attn.wq",
+    "attn.to_k": "attn.wk",
+    "attn.to_v": "attn.wv",
+    "attn.to_out.0": "attn.wo",
+    "attn.to_gate": "attn.gate",
+    "attn.norm_q": "attn.qknorm.qnorm",
+    "attn.norm_k": "attn.qknorm.knorm",
+    "norm1": "prenorm",
+    "norm2": "postnorm",
+    "ff": "mlp",
+}
+_BLOCKS = {
+    "transformer_blocks": "blocks",
+    "text_fusion.layerwise_blocks": "txtfusion.layerwise_blocks",
+    "text_fusion.refiner_blocks": "txtfusion.refiner_blocks",
+}
+# The modulation of a block and of the last layer is a parameter here, and a layer's tensor in the original.
+_MODULATION = {"scale_shift_table": "mod.lin"}
+_LAST_MODULATION = {"scale_shift_table": "modulation.lin"}
+
+
+class Krea2(Family):
+    """Krea 2 Raw and Turbo."""
+
+    name = "krea2"
+    title = "Krea 2"
+    pipeline = "Krea2Pipeline"
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://github.com/krea-ai/krea-2"
+    targets = _TARGETS
+    text_encoders = MappingProxyType(
+        {
+            "text_encoder": EncoderSlot(
+                "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
+            )
+        }
+    )
+    autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
+    clip_types = ("krea2",)
+    repeatable_context = False
+    distilled_names = ("turbo",)
+    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    lora_signatures = (
+        Signature(
+            title, DENOISER_START + r"(transformer_)?blocks_\d+_(attn_(wq|gate|to_gate)|mlp_gate|ff_gate)", order=4
+        ),
+        Signature(title, r"(txtfusion|text_fusion)_"),
+    )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "txtfusion.projector.weight" in shapes and "blocks.0.attn.gate.weight" in shapes
+
+    def denoiser_class(self) -> type[nn.Module]:
+        try:
+            from diffusers import Krea2Transformer2DModel
+        except ImportError as error:
+            raise ModelError(f"{self.title} needs diffusers 0.39 or newer; run: pip install -U diffusers") from error
+        return Krea2Transformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
+        fusion = "txtfusion.layerwise_blocks.0."
+        text_head = shapes[f"{fusion}attn.qknorm.qnorm.scale"][0]
+        return {
+            "in_channels": shapes["first.weight"][1],
+            "num_layers": block_count(shapes, "blocks."),
+            "attention_head_dim": head,
+            "num_attention_heads": shapes["blocks.0.attn.wq.weight"][0] // head,
+            "num_key_value_heads": shapes["blocks.0.attn.wk.weight"][0] // head,
+            "intermediate_size": shapes["blocks.0.mlp.gate.weight"][0],
+            "timestep_embed_dim": shapes["tmlp.0.weight"][1],
+            "text_hidden_dim": shapes["txtmlp.1.weight"][1],
+            "num_text_layers": shapes["txtfusion.projector.weight"][1],
+            "text_num_attention_heads": shapes[f"{fusion}attn.wq.weight"][0] // text_head,
+            "text_num_key_value_heads": shapes[f"{fusion}attn.wk.weight"][0] // text_head,
+            "text_intermediate_size": shapes[f"{fusion}mlp.gate.weight"][0],
+            "num_layerwise_text_blocks": block_count(shapes, "txtfusion.layerwise_blocks."),
+            "num_refiner_text_blocks": block_count(shapes, "txtfusion.refiner_blocks."),
+            # 32, 48, 48 for the released head width of 128, in the same proportion for others.
+            "axes_dims_rope": (head // 4, 3 * head // 8, 3 * head // 8),
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        return {path: _original(path) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+
+    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        scale = tuple(1 / deviation for deviation in LATENT_STD)
+        return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            targets="attention+ff",  # OneTrainer's preset: attn and ff
+            guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
+            timestep_distribution="logit_normal",  # OneTrainer's preset
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "krea2"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "krea-2"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="ai-toolkit",
+            limits=ProgramLimits(diffusers_reads=()),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.text_hidden_dim)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        text = texts["text_encoder"]
+        # A prompt with control tokens is a whole chat already.
+        chat = text if text.startswith("<|im_start|>") else f"{_SYSTEM}{text}{_ANSWER}"
+        ids = tokenizer(chat).input_ids
+        if encoding.lengths == "diffusers":
+            answer = tokenizer(_ANSWER).input_ids
+            ids = [*tokenizer(_SYSTEM + text).input_ids[: 512 + _SYSTEM_TOKENS - len(answer)], *answer]
+        return Conditioning({"context": hidden_states(encoder, ids, _LAYERS)[:, _SYSTEM_TOKENS:].flatten(2)}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 64, config.num_text_layers * config.text_hidden_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        check_even(latents, self.title)
+        height, width = latents.shape[-2:]
+        config: Any = denoiser.config
+        context = conditioning.tensors["context"]
+        context = context.reshape(*context.shape[:2], config.num_text_layers, config.text_hidden_dim)
+        grid = (torch.arange(side // 2, device=latents.device) for side in (height, width))
+        positions = torch.cartesian_prod(torch.zeros(1, device=latents.device, dtype=torch.long), *grid)
+        prediction = denoiser(
+            hidden_states=packed_latents(latents.squeeze(2)),
+            encoder_hidden_states=context,
+            timestep=time.to(latents.dtype),
+            position_ids=torch.cat((positions.new_zeros(context.shape[1], 3), positions)).float(),
+            encoder_attention_mask=conditioning.mask,
+            return_dict=False,
+        )[0]
+        return unpacked_latents(prediction, height, width).unsqueeze(2)
+
+
+def _original(path: str) -> OriginalName:
+    if path in _TOP:
+        return OriginalName(_TOP[path])
+    if path == "final_layer":
+        return OriginalName("last", parameters=_LAST_MODULATION)
+    if path == "text_fusion.projector":
+        return OriginalName("txtfusion.projector")
+    block, part = _block_of(path)
+    kind, _, index = block.rpartition(".")
+    stem = f"{_BLOCKS[kind]}.{index}"
+    if not part:
+        return OriginalName(stem, parameters=_MODULATION)
+    known = max((one for one in _PARTS if f"{part}.".startswith(f"{one}.")), key=len)
+    return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
+
+
+def _block_of(path: str) -> tuple[str, str]:
+    """The block of a path, with its number, and the rest."""
+    parts = path.split(".")
+    number = next(index for index, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
+register(Krea2(), "krea-2")
