@@ -25,6 +25,7 @@ from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.toolbox.released import released_names
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult
+from tests.covering import slow_except
 
 RELEASED_WIDTHS_ONLY = ("flux1",)
 """Families whose widths are written into diffusers' converter; the load matrix has them at full width."""
@@ -190,3 +191,37 @@ def test_its_files_are_recognised_without_a_model(case: Case, naming: str) -> No
             base = f"transformer.{path}" if naming == "diffusers" else f"diffusion_model.{place.path}"
             keys[f"{base}.lora_A.weight"] = (4, names.weight_shapes[path][1])
     assert guessed_family(keys) == family.title
+
+
+LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "recomputed blocks": ({"checkpoint_depth": 2}, {}),
+    "the whole recomputed": ({"checkpoint_depth": 1}, {}),
+    "lean": ({"activations": "lean"}, {}),
+    "selective": ({"activations": "selective"}, {}),
+    "offloaded int8": (
+        {"quantization": "int8", "offloading": True, "activations": "lean", "checkpoint_depth": 2},
+        {"quantization": "int8"},
+    ),
+    "nf4": ({"quantization": "nf4", "activations": "selective"}, {"quantization": "nf4"}),
+}
+
+
+@pytest.mark.parametrize("lever", slow_except(LEVERS, "recomputed blocks", "selective", "offloaded int8"))
+def test_levers_change_no_result(case: Case, four: EncodedDataset, lever: str) -> None:
+    changed, plain = LEVERS[lever]
+    common = {"steps": 1, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention+ff"}
+    with_lever = run(case.ours, four, **common, **changed)
+    without = run(case.ours, four, **common, **plain)
+    assert with_lever.losses == pytest.approx(without.losses, rel=1e-4)
+    expected = without.lora.state.adapters
+    for ref, weights in with_lever.lora.state.adapters.items():
+        for role, tensor in weights.tensors.items():
+            scale = max(1.0, float(expected[ref].tensors[role].abs().max()))
+            torch.testing.assert_close(tensor, expected[ref].tensors[role], rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_no_result(case: Case, four: EncodedDataset) -> None:
+    common = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+    compiled, plain = run(case.ours, four, **common, compile=True), run(case.ours, four, **common)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-3)

@@ -16,7 +16,6 @@ from typing import Any
 
 import models
 import torch
-from original_models import clip_l_shapes, save
 from torch import Tensor, nn
 
 from lorasmith.families.base import FAMILIES
@@ -24,6 +23,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.clip_text import clip_tokenizer
 from lorasmith.families.parts.tokenizers import qwen_tokenizer, t5_tokenizer
+from tests.families.original_models import clip_l_shapes, save
 
 __all__ = ["TINY", "Case", "TinyFamily", "original_tensors", "randomized"]
 

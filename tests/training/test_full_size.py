@@ -1,6 +1,6 @@
-"""Stable Diffusion at full size, with random weights in the original single-file layout.
+"""Models at full size, with random weights in the original single-file layout.
 
-Slow (minutes, 2 and 7 GB of disk, 12 GiB of memory): `pytest -m slow`.
+Slow (minutes, 2 to 12 GB of disk, up to 24 GiB of memory): `pytest -m slow`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from typing import Any
 import models
 import pytest
 import torch
+from accelerate import init_empty_weights
 from PIL import Image
 from safetensors.torch import load_file
 
+from lorasmith.families import loading  # noqa: F401  (registers the families)
+from lorasmith.families.base import FAMILIES
 from tests.families.original_models import VOCABULARY, autoencoder_shapes, clip_l_shapes, openclip_shapes
+from tests.families.transformer_models import original_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GIB = 2**30
@@ -62,6 +66,56 @@ def test_a_full_size_checkpoint_trains_offline_within_12_gib(tmp_path: Path) -> 
     assert sorted(names) == json.loads((GOLDEN / "kohya_sd15_modules.json").read_text())["unet"]
 
 
+TRAIN_DENOISER = """
+import json, re, sys
+from pathlib import Path
+import lorasmith as ls, torch
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+peaks = {}
+def note(what):  # the peak of resident memory so far, files that are mapped included
+    peaks[what] = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+checkpoint, settings = sys.argv[1], json.loads(sys.argv[2])
+model = ls.load_model(checkpoint)
+note("loaded")
+side = settings.pop("resolution")
+shapes = model.family.conditioning_shapes(model.components.denoiser)
+prompt = Conditioning({name: torch.randn(shape) for name, shape in shapes.items()})
+data = EncodedDataset((Sample(torch.randn(model.components.latent.shape(side, side)), prompt, "picture"),))
+result = ls.train(
+    model, data, **settings, training_dtype="bf16", validation_share=0.0,
+    on_event=lambda event: note(f"last {type(event).__name__}"),
+)
+note("trained")
+print(json.dumps({"losses": result.losses, "peaks": peaks, "adapters": len(result.lora.state.adapters)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "parameters"), [("flux1", 11.9e9), ("z-image", 6.15e9)])
+def test_transformers_in_fp8_take_a_step_within_24_gib(family: str, parameters: float, tmp_path: Path) -> None:
+    checkpoint = written_fp8(tmp_path / f"{family}.safetensors", released_shapes(family))
+    size = checkpoint.stat().st_size
+    assert size == pytest.approx(parameters, rel=0.02)
+    settings = {"steps": 1, "rank": 16, "resolution": 512, "gradient_checkpointing": True}
+    command = [sys.executable, "-c", TRAIN_DENOISER, str(checkpoint), json.dumps(settings)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    checkpoint.unlink()
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(family, size, result)
+    assert len(result["losses"]) == 1
+    assert max(result["peaks"].values()) < 24 * GIB
+
+
+def released_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a released denoiser's tensors by original name, from the published configuration."""
+    one = FAMILIES[family]
+    with init_empty_weights():
+        denoiser = one.denoiser_class()(**(one.released or {}))
+    return {name: tuple(tensor.shape) for name, tensor in original_tensors(family, denoiser).items()}
+
+
 @pytest.mark.slow
 def test_stable_diffusion_xl_takes_a_step_in_little_more_memory_than_its_file(tmp_path: Path) -> None:
     shapes = {
@@ -98,6 +152,30 @@ def trained(checkpoint: Path, **settings: Any) -> dict[str, Any]:
 
 def under(prefix: str, shapes: Any) -> dict[str, tuple[int, ...]]:
     return {prefix + name: shape for name, shape in dict(shapes).items()}
+
+
+def written_fp8(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """A safetensors file with matrices in fp8 and vectors in bf16, which repeat a block of random values."""
+    block = models.seeded("block", (2**22,), seed=0, std=0.02)
+    blocks = {
+        dtype: block.to(dtype).view(torch.uint8).numpy().tobytes() for dtype in (torch.float8_e4m3fn, torch.bfloat16)
+    }
+    dtypes = {name: torch.float8_e4m3fn if len(shape) > 1 else torch.bfloat16 for name, shape in shapes.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + dtypes[name].itemsize * torch.Size(shape).numel()
+        spelled = "F8_E4M3" if len(shape) > 1 else "BF16"
+        header[name] = {"dtype": spelled, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            values, left = blocks[dtypes[name]], dtypes[name].itemsize * torch.Size(shape).numel()
+            while left:
+                file.write(values[:left])
+                left -= min(left, len(values))
+    return path
 
 
 def written(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Path:
