@@ -102,8 +102,7 @@ class ModelFiles:
             self._open[file] = safe_open(file, framework="pt")
         if scale_name(name, self._open[file].keys()) is not None:
             raise ModelError(
-                f"{name} in {file} is codes with a scale, which the tools do not compute on; use the bf16 or fp16 version "
-                "of it"
+                f"{name} in {file} is packed, and the tools do not compute on codes; use the bf16 or fp16 version"
             )
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor

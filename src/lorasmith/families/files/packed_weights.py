@@ -251,16 +251,14 @@ def _whole_blocks(layer: _Layer, width: int, block: int) -> int:
 def _formats(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[tuple[str, _Format]]:
     """Formats that a file says, by the names of layers."""
     try:
-        layers = {
-            str(name): _format(said)
-            for name, said in json.loads(metadata.get(_METADATA, "{}")).get("layers", {}).items()
-        }
-        stems = {stem for name in tensors if (stem := _stem(name)) is not None}
-        prefix = _prefix(layers, stems)
-        yield from ((f"{prefix}{layer}", said) for layer, said in layers.items())
         for name, tensor in tensors.items():
             if name.endswith(f".{_SAID}"):
                 yield name.removesuffix(f".{_SAID}"), _format(json.loads(bytes(tensor.tolist())))
+        layers = json.loads(metadata.get(_METADATA, "{}")).get("layers", {})
+        stems = {stem for name in tensors if (stem := _stem(name)) is not None}
+        prefix = _prefix(layers, stems)
+        for layer, said in layers.items():  # which count where both say something
+            yield f"{prefix}{layer}", _format(said)
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"what {file} says about its quantized weights must be JSON with a format for each; {_REMEDY}"
