@@ -84,6 +84,16 @@ def test_rows_of_a_weight_are_packed_and_those_of_the_plain_one(
     assert torch.equal(found, whole.to(dtype)), "rounded once"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", packed_files.KINDS)
+def test_a_gpu_unpacks_the_same_weight(kind: str, dtype: torch.dtype) -> None:
+    packed, _ = case(kind, (160, 96))
+    here, there = (packed.to(torch.device(device), dtype).weight() for device in ("cpu", "cuda"))
+    assert torch.equal(there.cpu(), here)
+
+
 @pytest.mark.parametrize("kind", packed_files.KINDS)
 def test_codes_and_scales_are_all_that_is_kept(kind: str) -> None:
     packed, plain = case(kind, (160, 96))
