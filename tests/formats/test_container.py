@@ -29,6 +29,7 @@ DTYPES = (
     torch.float64,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
+    torch.float8_e8m0fnu,
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 

@@ -14,12 +14,20 @@ __all__ = ["write"]
 
 
 def write(
-    path: Path, tensors: Mapping[str, Tensor], kind: Kind, *, metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    kind: Kind,
+    *,
+    architecture: str = "flux",
+    metadata: Mapping[str, str | int] | None = None,
 ) -> dict[str, Tensor]:
     """Write a file; returns the tensors that it stands for."""
-    writer = gguf.GGUFWriter(path, "flux")
-    for key, text in (metadata or {}).items():
-        writer.add_string(key, text)
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (metadata or {}).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)
     meant = {}
     for name, tensor in tensors.items():
         stored, numbers = (Kind.F32 if tensor.ndim < 2 else kind), tensor.numpy()

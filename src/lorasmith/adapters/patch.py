@@ -117,7 +117,7 @@ def cannot_merge(model: nn.Module) -> str:
     count = sum(weight_source(layer) is not None for layer in layers)
     return (
         f"a LoRA can be merged into plain weights only, but {count} of {len(layers)} layers of this model are "
-        "quantized (fp8, GGUF); set bypass on, or load the bf16 or fp16 version of the model"
+        "quantized; set bypass on, or load the bf16 or fp16 version of the model"
     )
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "WEIGHT_SOURCE",
     "Packed",
     "WeightSource",
+    "level_pairs",
     "of_rows",
     "packed",
     "placeholder",
@@ -229,17 +230,22 @@ def _normal_float(weight: Tensor, dtype: torch.dtype) -> Packed:
 
 
 def _from_levels(codes: Tensor, scale: Tensor, *, shape: torch.Size, order: list[int], dtype: torch.dtype) -> Tensor:
-    pairs = F.embedding(codes.int(), _level_pairs(codes.device))
+    pairs = F.embedding(codes.int(), level_pairs(NF4_LEVELS, codes.device))
     flat = pairs.view(-1, BLOCK).mul_(scale).view(-1)[: math.prod(shape)]
     back = sorted(range(len(order)), key=order.__getitem__)
     return flat.to(dtype).view(shape).permute(back)
 
 
 @functools.cache
-def _level_pairs(device: torch.device) -> Tensor:
-    """The two levels of each byte, (256, 2) fp32."""
-    levels = torch.tensor(NF4_LEVELS, device=device)
-    return torch.cartesian_prod(levels, levels)
+def level_pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """The two numbers of each byte of two 4-bit codes, (256, 2) fp32: the upper half's first.
+
+    Args:
+        levels: the 16 numbers by code.
+        device: of the result.
+    """
+    numbers = torch.tensor(levels, device=device)
+    return torch.cartesian_prod(numbers, numbers)
 
 
 PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {

@@ -25,8 +25,8 @@ from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.diffusers_folder import read_json, weight_files
-from lorasmith.families.files.fp8 import scale_name
 from lorasmith.families.files.gguf import is_gguf
+from lorasmith.families.files.packed_weights import scale_name
 from lorasmith.families.loading import family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors
@@ -102,7 +102,7 @@ class ModelFiles:
             self._open[file] = safe_open(file, framework="pt")
         if scale_name(name, self._open[file].keys()) is not None:
             raise ModelError(
-                f"{name} in {file} is scaled fp8, which the tools do not compute on; use the bf16 or fp16 version of it"
+                f"{name} in {file} is packed, and the tools do not compute on codes; use the bf16 or fp16 version"
             )
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor

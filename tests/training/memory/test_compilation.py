@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import packed_files
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -27,9 +28,11 @@ from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.packed_layers import give_source, packable_layers
 from lorasmith.core.errors import OptionError
-from lorasmith.core.quantization import PACKINGS
+from lorasmith.core.quantization import PACKINGS, Packed
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.files.packed_weights import PackedWeights
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
@@ -125,10 +128,10 @@ def adapters_for(model: nn.Module, make: Callable[..., Adapter] = LoraAdapter.cr
     return made
 
 
-def gradients(model: nn.Module, adapters: Mapping[str, nn.Module], *, batch: int = 2) -> list[Tensor]:
+def gradients(model: nn.Module, adapters: Mapping[str, nn.Module], *, batch: int = 2, width: int = 8) -> list[Tensor]:
     """The output, and the gradients to the adapters' parameters and to the input."""
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 5, 8, generator=g).requires_grad_()
+    x = torch.randn(batch, 5, width, generator=g).requires_grad_()
     y = model(x)
     parameters = [parameter for one in adapters.values() for parameter in one.parameters()]
     return [y, *torch.autograd.grad(y.square().sum(), [*parameters, x])]
@@ -204,6 +207,23 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
         with blocks_compiled(toy, True):
             assert_close(gradients(toy, adapters), plain)
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("kind", packed_files.KINDS)
+def test_weights_that_are_packed_in_files(toy: Toy, kind: str) -> None:
+    toy.narrow, toy.between, toy.wide = nn.ModuleList(Block(64) for _ in range(2)), nn.Identity(), nn.ModuleList()
+    toy.requires_grad_(False)
+    for layer in packable_layers(toy):
+        parts, _ = packed_files.pack(kind, layer.get_parameter("weight").detach())
+        read = PackedWeights("x", {f"a.{leaf}": one for leaf, one in parts.items()}, {}).read("a.weight")
+        assert isinstance(read, Packed)
+        give_source(layer, read, device=CPU, dtype=torch.float32)
+    adapters = adapters_for(toy)
+    with adapters_attached(toy, [Attached(adapters)]):
+        plain = gradients(toy, adapters, width=64)
+        with blocks_compiled(toy, True):
+            assert_close(gradients(toy, adapters, width=64), plain)
+    assert graphs() == 1
 
 
 @pytest.mark.parametrize(

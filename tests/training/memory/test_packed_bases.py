@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import packed_files
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -48,14 +49,26 @@ def write_fp8(path: Path) -> dict[str, Tensor]:
     return meant
 
 
+def make_pair(folder: Path, kind: str) -> Pair:
+    path = folder / ("model.gguf" if kind == "gguf" else "model.safetensors")
+    if kind in ("gguf", "fp8"):
+        meant = (write_gguf if kind == "gguf" else write_fp8)(path)
+    else:
+        meant = packed_files.write(path, models.tiny_flux_checkpoint(0), kind)
+    save_file(meant, folder / "plain.safetensors")
+    return load_model(path), load_model(folder / "plain.safetensors")
+
+
 @pytest.fixture(scope="module", params=["gguf", "fp8"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A model whose weights are codes, and one with the same weights as plain numbers."""
-    folder = tmp_path_factory.mktemp(request.param)
-    path = folder / ("model.gguf" if request.param == "gguf" else "model.safetensors")
-    meant = (write_gguf if request.param == "gguf" else write_fp8)(path)
-    save_file(meant, folder / "plain.safetensors")
-    return load_model(path), load_model(folder / "plain.safetensors")
+    return make_pair(tmp_path_factory.mktemp("pair"), request.param)
+
+
+@pytest.fixture(scope="module", params=["int8 by row", "int8 with ConvRot", "nvfp4 with factors", "mxfp8"])
+def pair_of_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same of the other formats of `families.files.packed_formats`."""
+    return make_pair(tmp_path_factory.mktemp("pair"), request.param)
 
 
 def run(model: Model, **settings: Any) -> TrainResult:
@@ -63,12 +76,27 @@ def run(model: Model, **settings: Any) -> TrainResult:
     return train(model, flux_dataset(), **(base | {"targets": "attention"} | settings))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"offloading": True}, {"checkpoint_depth": 1}, {"activations": "selective"}, {"quantization": "nf4"}],
-    ids=str,
-)
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"offloading": True},
+    {"checkpoint_depth": 1},
+    {"activations": "selective"},
+    {"quantization": "nf4"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]) -> None:
+    assert_same_step(pair, changes)
+
+
+@pytest.mark.parametrize("changes", [*CHANGES, {"offloading": True, "quantized_backward": True}], ids=str)
+def test_a_step_is_that_of_the_plain_weights_in_other_formats(pair_of_kind: Pair, changes: dict[str, Any]) -> None:
+    """No scale of blocks is mistaken for one of rows by products in fp8."""
+    assert_same_step(pair_of_kind, changes)
+
+
+def assert_same_step(pair: Pair, changes: dict[str, Any]) -> None:
     packed, plain = pair
     expected = one_step(plain, flux_dataset(), {"quantization": changes.get("quantization", "none")})
     found = one_step(packed, flux_dataset(), changes)
@@ -125,6 +153,17 @@ def test_a_lora_runs_beside_codes_and_is_not_merged_into_them(pair: Pair) -> Non
     assert not torch.allclose(expected, predicted(plain.denoiser), atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", packed_files.KINDS)
+def test_it_predicts_what_its_weights_do(tmp_path: Path, kind: str) -> None:
+    packed, plain = make_pair(tmp_path, kind)
+    tensors = models.tiny_flux_checkpoint(0)
+    save_file({name: one.contiguous() for name, one in tensors.items()}, tmp_path / "original.safetensors")
+    original = predicted(load_model(tmp_path / "original.safetensors").denoiser)
+    found = predicted(packed.denoiser)
+    torch.testing.assert_close(found, predicted(plain.denoiser), rtol=1e-4, atol=1e-4)
+    assert 0 < (found - original).norm() < 5 * packed_files.ROUNDING[kind] * original.norm()
+
+
 def test_adapters_start_from_the_weights_with_what_runs_beside_them(pair: Pair) -> None:
     packed, plain = pair
     lora = run(plain, learning_rate=1e-2).lora
@@ -153,6 +192,14 @@ def test_a_difference_of_a_whole_weight_runs_beside_codes(pair: Pair) -> None:
 
 
 def test_a_model_of_other_codes_is_another_one(pair: Pair) -> None:
+    assert_codes_are_in_the_print(pair)
+
+
+def test_a_model_of_other_codes_is_another_one_in_other_formats(pair_of_kind: Pair) -> None:
+    assert_codes_are_in_the_print(pair_of_kind)
+
+
+def assert_codes_are_in_the_print(pair: Pair) -> None:
     packed, plain = pair
     module = packed.components.denoiser
     prints = [base_print(model) for model in (packed, packed, plain)]

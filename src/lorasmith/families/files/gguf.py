@@ -1,4 +1,4 @@
-"""GGUF files of denoisers, as they are published for ComfyUI: original names, weights in blocks of a few bits.
+"""GGUF files of denoisers and text encoders, as they are published for ComfyUI: weights in blocks of a few bits.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read by the package `gguf`. diffusers' functions
 (`diffusers.quantizers.gguf`) dequantize blocks on the device of the codes. A row of a matrix is a whole
@@ -6,7 +6,8 @@ number of blocks. Where it is not, writers store the numbers in rows of 256 and 
 
     comfy.gguf.orig_shape.NAME     array of integers
 
-Weights in blocks stay codes. F32, F16, BF16 and F64 are plain numbers.
+Weights in blocks stay codes. F32, F16, BF16 and F64 are plain numbers. Denoisers have their original names; those of
+text encoders are translated (`gguf_names`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.mapped_files import MappedFile
-from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import Packed, of_rows
+from lorasmith.families.files.gguf_names import halves_apart, names_of
 
 __all__ = ["GgufFile", "is_gguf"]
 
@@ -58,11 +60,16 @@ class GgufFile:
         self._path = path
         reader = _reader(path)
         self._file = MappedFile(path)
-        self._tensors = {one.name: one for one in reader.tensors}
+        stored = {one.name: one for one in reader.tensors}
         try:
             self.metadata: Mapping[str, str] = dict(_texts(reader))
+            names = names_of(self.metadata.get("general.architecture", ""), stored)
+            self._tensors = {name: stored[original] for name, original in names.original.items()}
             self.shapes: Mapping[str, tuple[int, ...]] = {
                 name: _shape(path, reader, one) for name, one in self._tensors.items()
+            }
+            self._heads = {
+                name: _heads(path, reader, key, self.shapes[name][0]) for name, key in names.permuted.items()
             }
         except (IndexError, ValueError) as error:  # UnicodeDecodeError is one
             raise ModelError(f"{path} has damaged GGUF metadata ({error}); get the file again") from error
@@ -70,14 +77,17 @@ class GgufFile:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
         """Tensors by name, in the file's dtype; those in blocks stay packed."""
         for name in names:
-            one = self._tensors[name]
-            kind = one.tensor_type.name
-            if kind in _PLAIN:
-                yield name, self._file.tensor(int(one.data_offset), _PLAIN[kind], self.shapes[name])
-            else:
-                codes = self._file.tensor(int(one.data_offset), torch.uint8, one.data.shape)
-                packed = self._packed(name, kind, codes)
-                yield name, packed if len(packed.shape) > 1 else packed.weight()
+            heads = self._heads.get(name)
+            tensor = self._tensor(name)
+            yield name, tensor if heads is None else of_rows(tensor, functools.partial(halves_apart, heads=heads))
+
+    def _tensor(self, name: str) -> Tensor | Packed:
+        one = self._tensors[name]
+        kind = one.tensor_type.name
+        if kind in _PLAIN:
+            return self._file.tensor(int(one.data_offset), _PLAIN[kind], self.shapes[name])
+        packed = self._packed(name, kind, self._file.tensor(int(one.data_offset), torch.uint8, one.data.shape))
+        return packed if len(packed.shape) > 1 else packed.weight()
 
     def _packed(self, name: str, kind: str, codes: Tensor) -> Packed:
         if kind not in _decoders():
@@ -191,6 +201,18 @@ def _texts(reader: Any) -> Iterator[tuple[str, str]]:
     for name, entry in reader.fields.items():
         if list(entry.types) == [GGUFValueType.STRING]:
             yield name, bytes(entry.parts[entry.data[0]]).decode("utf-8")
+
+
+def _heads(path: Path, reader: Any, key: str, rows: int) -> int:
+    """A number of attention heads, of even width, from the metadata; grouped keys have their own."""
+    entry = reader.fields.get(key) or reader.fields.get(key.removesuffix("_kv"))
+    heads = 0 if entry is None else int(entry.parts[entry.data[0]][0])
+    if heads < 1 or rows % (2 * heads):
+        raise ModelError(
+            f"{path} must say in {key} how many heads its {rows} rows are, but says {heads}; the file was damaged or "
+            "edited, so get it again"
+        )
+    return heads
 
 
 def _shape(path: Path, reader: Any, tensor: Any) -> tuple[int, ...]:

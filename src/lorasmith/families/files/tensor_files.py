@@ -1,4 +1,4 @@
-"""Files that hold a base model's tensors: one contract for safetensors (fp8 ones included) and GGUF.
+"""Files that hold a base model's tensors: one contract for safetensors (packed ones included) and GGUF.
 
 Tensors lie on the memory-mapped file, in the file's dtype: reading them costs no memory until they are used.
 """
@@ -12,10 +12,9 @@ from typing import Protocol
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.fp8_products import CODES
 from lorasmith.core.quantization import Packed
-from lorasmith.families.files.fp8 import check_formats, companions, packed_fp8, scale_name
 from lorasmith.families.files.gguf import GgufFile, is_gguf
+from lorasmith.families.files.packed_weights import PackedWeights
 from lorasmith.formats.container import map_safetensors
 
 __all__ = ["TensorFile", "open_tensors"]
@@ -36,40 +35,32 @@ class TensorFile(Protocol):
         """Tensors by name, in the file's dtype; quantized weights stay packed.
 
         Raises:
-            ModelError: a weight has an unsupported quantization.
+            ModelError: a packed weight is damaged or of an unsupported kind.
         """
 
 
 def open_tensors(*paths: Path) -> TensorFile:
-    """A file, or the shards of one. Raises ModelError: one is missing, pickled, cut short or of no known format."""
+    """A file, or the shards of one.
+
+    Raises:
+        ModelError: one is missing, pickled, cut short or of no known format, or its weights are packed in none.
+    """
     if len(paths) == 1:
         return GgufFile(paths[0]) if is_gguf(paths[0]) else _Safetensors(paths[0])
     return _Shards([open_tensors(path) for path in paths])
 
 
 class _Safetensors:
-    """A safetensors file; for fp8 see `families.files.fp8`."""
+    """A safetensors file; for packed weights see `families.files.packed_weights`."""
 
     def __init__(self, path: Path) -> None:
-        self._name = path.name
-        self._tensors, metadata = map_safetensors(path, error=ModelError)
+        tensors, metadata = map_safetensors(path, error=ModelError)
         self.metadata: Mapping[str, str] = metadata
-        besides = companions(self._tensors.keys())
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tuple(tensor.shape) for name, tensor in self._tensors.items() if name not in besides
-        }
+        self._weights = PackedWeights(path.name, tensors, metadata)
+        self.shapes: Mapping[str, tuple[int, ...]] = self._weights.shapes
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
-        check_formats(self._name, self._tensors, self.metadata, self._tensors.__getitem__)
-        for name in names:
-            tensor = self._tensors[name]
-            scale = scale_name(name, self._tensors.keys())
-            if scale is not None or (name.endswith(".weight") and tensor.ndim > 1):
-                packed = packed_fp8(tensor, None if scale is None else self._tensors[scale], name)
-                if packed is not None:
-                    yield name, packed
-                    continue
-            yield name, tensor.float() if tensor.dtype in CODES else tensor  # vectors, which layers do not unpack
+        return ((name, self._weights.read(name)) for name in names)
 
 
 class _Shards:

@@ -1,0 +1,298 @@
+"""Packed weights in safetensors files: what a file says about them, and the `Packed` weights that they are.
+
+A packed weight is a tensor of codes with companions, as ComfyUI writes them:
+
+    X.weight            codes; a plain weight in fp8 has no companion
+    X.weight_scale      scale, or scales of blocks; X.scale_weight in older files, which have a tensor `scaled_fp8`
+    X.weight_scale_2    nvfp4: the scale of all blocks
+    X.pre_quant_scale   nvfp4, optional: factors of the layer's input, here multiplied into the columns of the weight
+    X.input_scale       of activations (X.scale_input in older files); changes no weight
+    X.comfy_quant       JSON as bytes, with the `format` and its parameters; or those of all layers are in the metadata
+
+The formats are in `packed_formats`. A file may mix them, with plain layers between. Others (of 4 bits with rotated
+activations, for example) are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.fp8_products import CODES
+from lorasmith.core.quantization import Packed, scaled_codes
+from lorasmith.families.files.packed_formats import (
+    MXFP8_BLOCK,
+    NVFP4_BLOCK,
+    mxfp8,
+    nvfp4,
+    rotated_int8,
+    tiled_size,
+    untiled,
+)
+
+__all__ = ["PackedWeights", "scale_name"]
+
+_SCALE = "weight_scale"
+_SCALES = (_SCALE, "scale_weight")
+_SAID = "comfy_quant"
+_COMPANIONS = (*_SCALES, "weight_scale_2", "pre_quant_scale", "scale_input", "input_scale", _SAID)
+_MARK = "scaled_fp8"
+_METADATA = "_quantization_metadata"
+_E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # torch 2.7 and later
+_REMEDY = "the file was damaged or edited, so get it again or use the bf16 or fp16 version of the model"
+
+
+def scale_name(weight: str, names: Collection[str]) -> str | None:
+    """Name of a packed weight's scale, or None for a weight without."""
+    stem = _stem(weight)
+    return None if stem is None else next((f"{stem}.{end}" for end in _SCALES if f"{stem}.{end}" in names), None)
+
+
+class PackedWeights:
+    """The weights of a safetensors file, of which some are packed.
+
+    Args:
+        file: its name, for messages.
+        tensors: by name, on the memory-mapped file.
+        metadata: of its header.
+
+    Raises:
+        ModelError: what it says about its formats cannot be read, or it has a format that is not supported.
+    """
+
+    def __init__(self, file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self._file = file
+        self._tensors = tensors
+        self._formats = dict(_formats(file, tensors, metadata))
+        for stem, said in self._formats.items():
+            if said.name not in _KINDS:
+                raise ModelError(
+                    f"weights must be plain numbers or one of {', '.join(_KINDS)}, but {stem} of {file} is stored as "
+                    f"{said.name}; get the bf16, fp16 or fp8 version of the model"
+                )
+        companions = {
+            name
+            for name in tensors
+            if name.rpartition(".")[2] == _MARK
+            or any(name.endswith(f".{end}") and _of(name, end) in tensors for end in _COMPANIONS)
+        }
+        self.shapes = {name: self._shape(name) for name in tensors if name not in companions}
+
+    def read(self, name: str) -> Tensor | Packed:
+        """A weight by name: packed, or plain in the file's dtype.
+
+        Raises:
+            ModelError: its codes and companions do not fit each other.
+        """
+        tensor = self._tensors[name]
+        said = self._said(name)
+        scale = scale_name(name, self._tensors)
+        if said is not None:
+            return _KINDS[said.name](_Layer(name, self._file, self._tensors, said))
+        if scale is not None:  # older files do not say the format
+            return _scaled_fp8(_Layer(name, self._file, self._tensors, _Format("float8_e4m3fn")))
+        if tensor.dtype not in CODES:
+            return tensor
+        if _stem(name) is None or tensor.ndim < 2:  # layers unpack matrices and kernels alone
+            return tensor.float()
+        return scaled_codes(tensor, torch.ones((1,) * tensor.ndim), torch.float32)
+
+    def _said(self, name: str) -> _Format | None:
+        stem = _stem(name)
+        return None if stem is None else self._formats.get(stem)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the weight, which has two numbers for each code in nvfp4."""
+        said, shape = self._said(name), tuple(self._tensors[name].shape)
+        return (*shape[:-1], 2 * shape[-1]) if said is not None and said.name == "nvfp4" and shape else shape
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What a file says about the format of a layer.
+
+    Attributes:
+        name: of the format.
+        rotated: inputs rotated together (ConvRot); None for none.
+    """
+
+    name: str
+    rotated: int | None = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A packed weight in a file.
+
+    Attributes:
+        weight: its name.
+        file: name of the file, for messages.
+        tensors: of the file.
+        said: its format.
+    """
+
+    weight: str
+    file: str
+    tensors: Mapping[str, Tensor]
+    said: _Format
+
+    def codes(self, *dtypes: torch.dtype, ndim: int | None = None) -> Tensor:
+        """Its codes, in one of `dtypes` and with `ndim` dimensions."""
+        codes = self.tensors[self.weight]
+        if codes.dtype not in dtypes:
+            self.refuse(f"must have codes in {_listed(dtypes)}, but has {_short(codes.dtype)}")
+        if ndim is not None and codes.ndim != ndim:
+            self.refuse(f"must have {ndim} dimensions, but has {codes.ndim}")
+        return codes
+
+    def companion(self, leaf: str) -> Tensor | None:
+        """The tensor beside it with this name; None if there is none."""
+        return self.tensors.get(f"{_stem(self.weight)}.{leaf}")
+
+    def scale(self, *leaves: str, sizes: Collection[int]) -> Tensor:
+        """The first companion of these names, flat and in fp32.
+
+        Args:
+            leaves: names of the companion, of which the first is named where all are missing.
+            sizes: how many numbers it may have.
+        """
+        scale = next((one for leaf in leaves if (one := self.companion(leaf)) is not None), None)
+        if scale is None:
+            self.refuse(f"must have a {leaves[0]}, but has none")
+        if not scale.is_floating_point():
+            self.refuse(f"must have a {leaves[0]} of floating-point numbers, but it is {_short(scale.dtype)}")
+        if scale.numel() not in sizes:
+            self.refuse(f"must have a {leaves[0]} of {_listed(sizes)} numbers, but it has {scale.numel()}")
+        return scale.float().flatten()
+
+    def block_scales(self, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        """Its scales of blocks, untiled, as bytes (rows, columns).
+
+        Args:
+            dtype: their format; files without it have bytes.
+            rows, columns: number of blocks.
+        """
+        scale = self.companion(_SCALE)
+        if scale is None:
+            self.refuse(f"must have a {_SCALE}, but has none")
+        if scale.dtype not in (dtype, torch.uint8):
+            self.refuse(f"must have a {_SCALE} in {_short(dtype)}, but it is {_short(scale.dtype)}")
+        if scale.numel() != (size := tiled_size(rows, columns)):
+            self.refuse(f"must have a {_SCALE} of {size} numbers, but it has {scale.numel()}")
+        return untiled(scale.contiguous().view(torch.uint8), rows, columns)
+
+    def refuse(self, fault: str) -> NoReturn:
+        raise ModelError(f"{self.weight} of {self.file} is stored as {self.said.name} and {fault}; {_REMEDY}")
+
+
+def _scaled_fp8(layer: _Layer) -> Packed:
+    codes = layer.codes(*CODES)
+    return scaled_codes(codes, _row_scale(layer, codes), torch.float32)
+
+
+def _scaled_int8(layer: _Layer) -> Packed:
+    group = layer.said.rotated
+    codes = layer.codes(torch.int8, ndim=None if group is None else 2)
+    scale = _row_scale(layer, codes)
+    if group is None:
+        return scaled_codes(codes, scale, torch.float32)
+    if group < 4 or 4 ** round(math.log(group, 4)) != group or codes.shape[1] % group:
+        layer.refuse(
+            f"its inputs must be rotated in groups of a power of 4 that divides their number {codes.shape[1]}, but the "
+            f"group is {group}"
+        )
+    return rotated_int8(codes, scale, group)
+
+
+def _nvfp4(layer: _Layer) -> Packed:
+    codes = layer.codes(torch.uint8, ndim=2)
+    width = _whole_blocks(layer, 2 * codes.shape[1], NVFP4_BLOCK)
+    blocks = layer.block_scales(torch.float8_e4m3fn, len(codes), width // NVFP4_BLOCK).view(torch.float8_e4m3fn)
+    scale = layer.scale("weight_scale_2", sizes=(1,)).view(1, 1)
+    has_smoothing = layer.companion("pre_quant_scale") is not None
+    smoothing = layer.scale("pre_quant_scale", sizes=(width,)).view(1, width) if has_smoothing else None
+    return nvfp4(codes, blocks, scale, smoothing)
+
+
+def _mxfp8(layer: _Layer) -> Packed:
+    codes = layer.codes(torch.float8_e4m3fn, ndim=2)
+    width = _whole_blocks(layer, codes.shape[1], MXFP8_BLOCK)
+    return mxfp8(codes, layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK))
+
+
+_KINDS: dict[str, Callable[[_Layer], Packed]] = {
+    "float8_e4m3fn": _scaled_fp8,
+    "float8_e5m2": _scaled_fp8,
+    "int8_tensorwise": _scaled_int8,
+    "nvfp4": _nvfp4,
+    "mxfp8": _mxfp8,
+}
+"""Formats by ComfyUI's names."""
+
+
+def _row_scale(layer: _Layer, codes: Tensor) -> Tensor:
+    """The scale of codes that have one, or one for each row, in the form of `scaled_codes`."""
+    return layer.scale(*_SCALES, sizes=(1, len(codes))).reshape(-1, *(1,) * (codes.ndim - 1))
+
+
+def _whole_blocks(layer: _Layer, width: int, block: int) -> int:
+    if width % block:
+        layer.refuse(f"must have a multiple of {block} inputs, but has {width}")
+    return width
+
+
+def _formats(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[tuple[str, _Format]]:
+    """Formats that a file says, by the names of layers."""
+    try:
+        for name, tensor in tensors.items():
+            if name.endswith(f".{_SAID}"):
+                yield name.removesuffix(f".{_SAID}"), _format(json.loads(bytes(tensor.tolist())))
+        layers = json.loads(metadata.get(_METADATA, "{}")).get("layers", {})
+        stems = {stem for name in tensors if (stem := _stem(name)) is not None}
+        prefix = _prefix(layers, stems)
+        for layer, said in layers.items():  # which count where both say something
+            yield f"{prefix}{layer}", _format(said)
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"what {file} says about its quantized weights must be JSON with a format for each; {_REMEDY}"
+        ) from error
+
+
+def _format(said: Any) -> _Format:
+    """A format from its JSON, whose parameters may be in an object `params`."""
+    inner = said.get("params")
+    every = {**(inner if isinstance(inner, Mapping) else {}), **said}
+    return _Format(str(said["format"]), int(every.get("convrot_groupsize", 256)) if every.get("convrot") else None)
+
+
+def _prefix(layers: Collection[str], stems: Collection[str]) -> str:
+    """What stands before the names of the metadata in a file, which may leave out the denoiser's prefix."""
+    first = next(iter(layers), "")
+    prefixes = sorted({stem.removesuffix(first) for stem in stems if stem.endswith(first)}, key=len) if first else []
+    return max(prefixes, key=lambda prefix: sum(f"{prefix}{layer}" in stems for layer in layers), default="")
+
+
+def _stem(weight: str) -> str | None:
+    """Name of the layer of a weight; None for other tensors."""
+    stem = weight.removesuffix(".weight")
+    return None if stem == weight else stem
+
+
+def _of(companion: str, leaf: str) -> str:
+    """Name of the weight beside a companion."""
+    return f"{companion.removesuffix(leaf)}weight"
+
+
+def _listed(values: Collection[object]) -> str:
+    return " or ".join(_short(value) for value in dict.fromkeys(values))
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")
