@@ -7,6 +7,8 @@ loaded can be held against the parts themselves, and against diffusers' pipeline
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.clip_text import clip_tokenizer
-from lorasmith.families.parts.tokenizers import qwen_tokenizer, t5_tokenizer
+from lorasmith.families.parts.tokenizers import TokenizerSource, qwen_tokenizer, t5_tokenizer, tekken_tokenizer
 from tests.families.original_models import clip_l_shapes, save
 
 __all__ = ["TINY", "Case", "TinyFamily", "original_tensors", "randomized"]
@@ -297,6 +299,81 @@ def _klein() -> dict[str, Any]:
     }
 
 
+def tekken_file() -> bytes:
+    """A small vocabulary of Mistral's kind: all bytes, and two longer tokens."""
+    words = [*(bytes([byte]) for byte in range(256)), b"in", b"ing"]
+    content = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]",
+            "default_vocab_size": 1000 + len(words),
+            "default_num_special_tokens": 1000,
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for rank, word in enumerate(words)
+        ],
+    }
+    return json.dumps(content).encode()
+
+
+class _MistralProcessor:
+    """The processor of Flux.2's pipeline as far as it uses it: chats to ids, filled with padding on the left."""
+
+    def __init__(self) -> None:
+        embedded = torch.frombuffer(bytearray(tekken_file()), dtype=torch.uint8)
+        self._tokenizer = tekken_tokenizer(TokenizerSource(embedded={"tekken_model": embedded}))
+
+    def apply_chat_template(self, chats: Any, *, max_length: int, **_: Any) -> dict[str, Tensor]:
+        rows, masks = [], []
+        for chat in chats:
+            said = {message["role"]: message["content"][0]["text"] for message in chat}
+            text = f"[SYSTEM_PROMPT]{said['system']}[/SYSTEM_PROMPT][INST]{said['user']}[/INST]"
+            ids = [1, *self._tokenizer(text).input_ids][:max_length]
+            missing = max_length - len(ids)
+            rows.append([*[11] * missing, *ids])
+            masks.append([*[0] * missing, *[1] * len(ids)])
+        return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+
+
+@cache
+def _dev() -> dict[str, Any]:
+    from diffusers import Flux2Transformer2DModel
+    from transformers import MistralConfig, MistralModel
+
+    denoiser = Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 8, 8, 8),
+    )
+    mistral = MistralConfig(
+        vocab_size=1258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=31,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=128,
+        rope_theta=1e9,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+    )
+    return {
+        "transformer": randomized(denoiser),
+        "vae": _klein()["vae"],
+        "text_encoder": randomized(MistralModel(mistral)),
+        "tokenizer": _MistralProcessor(),
+    }
+
+
+def _mistral_names(encoder: nn.Module) -> dict[str, Tensor]:
+    vocabulary = torch.frombuffer(bytearray(tekken_file()), dtype=torch.uint8)
+    return {**_under("model.")(encoder), "tekken_model": vocabulary}
+
+
 @cache
 def _krea() -> dict[str, Any]:
     from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
@@ -384,6 +461,18 @@ TINY: dict[str, TinyFamily] = {
             ),
             "vae": ("vae/flux2-vae.safetensors", _kl_names),
             "text_encoder": ("text_encoders/qwen_3_4b.safetensors", _under("model.")),
+        },
+    ),
+    "flux2": TinyFamily(
+        _dev,
+        "Flux2Pipeline",
+        {
+            "transformer": (
+                "diffusion_models/flux2_dev_fp8mixed.safetensors",
+                lambda one: _scaled(original_tensors("flux2", one)),
+            ),
+            "vae": ("vae/flux2-vae.safetensors", _kl_names),
+            "text_encoder": ("text_encoders/mistral_3_small_flux2_bf16.safetensors", _mistral_names),
         },
     ),
     "krea2": TinyFamily(

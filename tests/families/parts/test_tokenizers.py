@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import importlib.util
+from pathlib import Path
 
-from lorasmith.families.parts.tokenizers import qwen_tokenizer, t5_tokenizer
+import pytest
+import torch
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.parts.tokenizers import TokenizerSource, qwen_tokenizer, t5_tokenizer, tekken_tokenizer
+from tests.families.transformer_models import tekken_file
 
 QWEN = {
     "a photo of a cat, it's 123 (good:1.3)": [
@@ -37,6 +43,33 @@ def test_qwen(text: str, ids: list[int]) -> None:
 @pytest.mark.parametrize(("text", "ids"), T5.items())
 def test_t5(text: str, ids: list[int]) -> None:
     assert t5_tokenizer()(text).input_ids == ids
+
+
+def test_mistrals_from_the_encoders_file_or_beside_it(tmp_path: Path) -> None:
+    data = tekken_file()
+    embedded = {"tekken_model": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
+    inside = tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors", embedded=embedded))
+    (tmp_path / "tekken.json").write_bytes(data)
+    beside = tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
+
+    for tokenizer in (inside, beside):  # 1000 control tokens, then bytes, then "in" and "ing"
+        assert tokenizer("[INST]sing é[/INST]").input_ids == [3, 1000 + ord("s"), 1257, 1032, 1195, 1169, 4]
+        assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (1, 11)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mistral_common") is not None, reason="mistral-common is installed")
+def test_a_vocabulary_that_is_nowhere_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"mistral\.safetensors needs Mistral's vocabulary, .* put tekken\.json"
+    ):
+        tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"config": {"pattern": "x"}}', b"[1]"])
+def test_a_damaged_vocabulary_is_a_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tekken.json").write_bytes(data)
+    with pytest.raises(ModelError, match=r"tekken\.json cannot be read as a tekken vocabulary"):
+        tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
 
 
 def test_sizes_and_padding() -> None:

@@ -6,10 +6,14 @@ a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is
 
 from __future__ import annotations
 
+import base64
 import gzip
+import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ EMBEDDED = ("spiece_model", "tekken_model")
 """Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""
 
 _ASSETS = ASSETS / "tokenizers"
+_PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -66,6 +71,15 @@ _QWEN_ADDED = (
     "<think>",
     "</think>",
 )
+
+
+_TEKKEN_CONTROL = {
+    **dict(enumerate(("<unk>", "<s>", "</s>", "[INST]", "[/INST]"))),
+    11: "<pad>",
+    17: "[SYSTEM_PROMPT]",
+    18: "[/SYSTEM_PROMPT]",
+}
+"""Control tokens of Mistral Small 3 that its prompts use; the file has no list of them."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +149,82 @@ def t5_tokenizer() -> Any:
 
 def byte_characters() -> list[str]:
     """GPT-2's character for each byte: printable Latin-1 as it is, first; the others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(code) for code in (*printable, *range(256, 256 + 256 - len(printable)))]
+    return [chr(code) for code in (*_PRINTABLE, *range(256, 512 - len(_PRINTABLE)))]
 
 
 def tekken_tokenizer(source: TokenizerSource) -> Any:
-    """Mistral's tokenizer (tekken), from beside the encoder's file, from inside it, or from `mistral-common`.
+    """Mistral's tokenizer (tekken, byte-level BPE, 131072 tokens), which begins a text with `<s>` when asked to.
 
-    Returns:
-        An object with `encode(text) -> list of ids`; special tokens such as `[INST]` in the text are recognised.
+    Its vocabulary is a file `tekken.json` beside the encoder's, bytes inside the encoder's file, or that of the package
+    `mistral-common`.
 
     Raises:
-        ModelError: none of these places has one.
+        ModelError: none of these places has one, or it cannot be read.
     """
-    raise NotImplementedError
+    if (beside := source.beside("tekken.json")) is not None:
+        return _tekken(beside.read_bytes(), str(beside))
+    if (embedded := source.embedded.get("tekken_model")) is not None:
+        return _tekken(embedded.numpy().tobytes(), f"the vocabulary inside {source.file}")
+    if importlib.util.find_spec("mistral_common") is not None:
+        from importlib import resources
+
+        file = resources.files("mistral_common").joinpath("data/tekken_240911.json")
+        return _tekken(file.read_bytes(), str(file))
+    raise ModelError(
+        f"{source.file} needs Mistral's vocabulary, which it does not hold; put tekken.json beside it, use ComfyUI's "
+        "version of the file, or install it with: pip install mistral-common"
+    )
+
+
+def _tekken(data: bytes, where: str) -> Any:
+    """The tokenizer of a tekken file: ranked byte strings, numbered after the control tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    try:
+        content = json.loads(data)
+        pattern, control = content["config"]["pattern"], int(content["config"]["default_num_special_tokens"])
+        size = int(content["config"]["default_vocab_size"]) - control
+        ranked = [base64.b64decode(one["token_bytes"]) for one in content["vocab"][:size]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{where} cannot be read as a tekken vocabulary ({error}); get the file again") from error
+    characters = dict(zip(_byte_order(), byte_characters(), strict=True))
+    tokens = ["".join(characters[byte] for byte in one) for one in ranked]
+    names = {number: f"<SPECIAL_{number}>" for number in range(control)} | _TEKKEN_CONTROL
+    vocabulary = {names[number]: number for number in range(control)}
+    vocabulary |= {token: control + rank for rank, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(tokens)))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(names[number], normalized=False, special=True) for number in range(control)])
+    return _for_transformers(core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _merges(tokens: list[str]) -> list[tuple[str, str]]:
+    """The pairs that byte pair encoding joins, in order, from the tokens in the order of their rank."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return [_last_merge(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
+
+
+def _last_merge(token: str, rank: int, ranks: Mapping[str, int]) -> tuple[str, str]:
+    """The two tokens of lower rank that join last to make a token."""
+    parts = list(token)
+    while len(parts) > 2:
+        pairs = [(ranks.get(first + second, rank), index) for index, (first, second) in enumerate(pairwise(parts))]
+        lowest, index = min(pairs)
+        if lowest >= rank:
+            break
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+    return parts[0], "".join(parts[1:])
+
+
+def _byte_order() -> list[int]:
+    """Bytes in the order of `byte_characters`."""
+    return [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
 
 
 def _for_transformers(core: Any, **tokens: str) -> Any:
