@@ -59,9 +59,7 @@ def test_mistrals_from_the_encoders_file_or_beside_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("mistral_common") is not None, reason="mistral-common is installed")
 def test_a_vocabulary_that_is_nowhere_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"mistral\.safetensors needs Mistral's vocabulary, .* put tekken\.json"
-    ):
+    with pytest.raises(ModelError, match=r"mistral\.safetensors needs Mistral's vocabulary, .* put tekken\.json"):
         tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
 
 

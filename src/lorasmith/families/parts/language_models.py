@@ -56,7 +56,7 @@ class LanguageModel(EncoderKind):
         self._settings = dict(settings)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        named = self._language_part(shapes)
+        named = _language_part(shapes, self._prefixes)
         has_query_norm = self._head_width is None
         return (
             _AFTER_ATTENTION in named and (_QUERY_NORM in named) == has_query_norm and not {_GEMMA, _BIAS} & set(named)
@@ -69,7 +69,9 @@ class LanguageModel(EncoderKind):
         import transformers
 
         config_class, model_class = (getattr(transformers, name) for name in self._classes)
-        tensors = self._language_part(source.tensors)
+        # A diffusers folder may hold the language part alone.
+        prefixes = self._prefixes if source.config is None else (*self._prefixes, "model.", "")
+        tensors = _language_part(source.tensors, prefixes)
         # Pruned files end with the last layer that is used.
         has_norm = "norm.weight" in tensors
         if source.config is None:
@@ -89,15 +91,6 @@ class LanguageModel(EncoderKind):
         if source.folder is not None:
             return folder_tokenizer(source.folder)
         return tekken_tokenizer(source) if self.name.startswith("mistral") else qwen_tokenizer()
-
-    def _language_part(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors of the language part by transformers' names, without the head; empty if it has another prefix."""
-        wanted = ("embed_tokens.", "layers.", "norm.")
-        for prefix in self._prefixes:
-            if f"{prefix}{_AFTER_ATTENTION}" in tensors:
-                cut = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-                return {name: one for name, one in cut.items() if name.startswith(wanted)}
-        return {}
 
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         vocabulary, width = tensors["embed_tokens.weight"].shape
@@ -137,6 +130,16 @@ for _kind in (
     ),
 ):
     ENCODERS.register(_kind.name)(_kind)
+
+
+def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
+    """Tensors of the language part by transformers' names, without the head; empty if it has none of the prefixes."""
+    wanted = ("embed_tokens.", "layers.", "norm.")
+    for prefix in prefixes:
+        if f"{prefix}{_AFTER_ATTENTION}" in tensors:
+            cut = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+            return {name: one for name, one in cut.items() if name.startswith(wanted)}
+    return {}
 
 
 def hidden_states(
