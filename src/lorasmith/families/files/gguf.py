@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.mapped_files import MappedFile
 from lorasmith.core.quantization import Packed
@@ -59,6 +60,9 @@ class GgufFile:
         reader = _reader(path)
         self._file = MappedFile(path)
         self._tensors = {one.name: one for one in reader.tensors}
+        self.stored: Mapping[str, tuple[str, int]] = {
+            name: (_format(one.tensor_type.name), int(one.n_bytes)) for name, one in self._tensors.items()
+        }
         try:
             self.metadata: Mapping[str, str] = dict(_texts(reader))
             self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -89,6 +93,11 @@ class GgufFile:
         shape = torch.Size(self.shapes[name])
         unpack = functools.partial(_from_blocks, kind=kind, inside=tuple(shape[1:]))
         return Packed((codes.reshape(-1, codes.shape[-1]),), unpack, torch.float32, shape)
+
+
+def _format(kind: str) -> str:
+    """The name of a type: ours for plain numbers."""
+    return dtype_name(_PLAIN[kind]) if kind in _PLAIN else kind
 
 
 def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[int, ...]) -> Tensor:

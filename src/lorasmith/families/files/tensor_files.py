@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.fp8_products import CODES
 from lorasmith.core.quantization import Packed
@@ -26,10 +27,12 @@ class TensorFile(Protocol):
 
     Attributes:
         shapes: of the tensors that are weights, by name, in the file's order.
+        stored: number format (`bf16`, `Q4_K`) and size in bytes of the same tensors, without their scales.
         metadata: text entries of the header.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, tuple[str, int]]
     metadata: Mapping[str, str]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -58,6 +61,10 @@ class _Safetensors:
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(tensor.shape) for name, tensor in self._tensors.items() if name not in besides
         }
+        tensors = ((name, self._tensors[name]) for name in self.shapes)
+        self.stored: Mapping[str, tuple[str, int]] = {
+            name: (dtype_name(one.dtype), one.nbytes) for name, one in tensors
+        }
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
         check_formats(self._name, self._tensors, self.metadata, self._tensors.__getitem__)
@@ -78,6 +85,7 @@ class _Shards:
     def __init__(self, files: Sequence[TensorFile]) -> None:
         self._file_of = {name: file for file in files for name in file.shapes}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: file.shapes[name] for name, file in self._file_of.items()}
+        self.stored: Mapping[str, tuple[str, int]] = {name: file.stored[name] for name, file in self._file_of.items()}
         self.metadata: Mapping[str, str] = files[0].metadata
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
