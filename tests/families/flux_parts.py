@@ -6,8 +6,9 @@ from pathlib import Path
 
 import models
 import torch
-from original_models import TEXT_WIDTH, clip_l, save
 from torch import Tensor
+
+from tests.families.original_models import TEXT_WIDTH, clip_l, save
 
 SHAPE = models.FluxShape(256, 1, 1, context=64, pooled=TEXT_WIDTH)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_parts import comfyui_folder, t5
 from original_models import SD1, save
 
 from lorasmith.core.errors import ModelError
@@ -23,6 +22,7 @@ from lorasmith.families.model_search import (
     load_completed,
     scanned,
 )
+from tests.families.flux_parts import comfyui_folder, t5
 
 EVERYWHERE = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
@@ -80,7 +80,10 @@ def test_parts_that_are_left_out_are_found(base: Path) -> None:
     ]
     assert done.files == ModelFiles(
         str(folder / "diffusion_models" / "flux1-dev.safetensors"),
-        (str(folder / "text_encoders" / "clip_l.safetensors"), str(folder / "text_encoders" / "t5xxl_fp16.safetensors")),
+        (
+            str(folder / "text_encoders" / "clip_l.safetensors"),
+            str(folder / "text_encoders" / "t5xxl_fp16.safetensors"),
+        ),
         str(folder / "vae" / "ae.safetensors"),
     )
     assert set(done.model.components.modules()) == {"denoiser", "text_encoder", "text_encoder_2", "vae"}

@@ -22,7 +22,7 @@ __all__ = ["register"]
 
 _GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
 _ALSO = ("batch_size", "grad_accumulation_steps", "optimizer", "optimizer_args", "ema_decay", "training_dtype")
-_NOT = ("existing_lora", "bypass_mode")
+_NOT = ("existing_lora", "training_adapter", "bypass_mode")
 
 
 def register(app: typer.Typer) -> None:

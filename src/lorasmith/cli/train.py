@@ -68,8 +68,8 @@ def train(
     from lorasmith.app.folder_run import FolderSource, absolute, prepare
 
     config = TrainConfig(**settings)
-    if config.existing_lora is not None:
-        config = replace(config, existing_lora=absolute(config.existing_lora))
+    files = {name: getattr(config, name) for name in ("existing_lora", "training_adapter")}
+    config = replace(config, **{name: absolute(file) for name, file in files.items() if file is not None})
     folders = folders_of(base_dir, extra_model_paths)
     if model is None:
         raise OptionError(_which_models(folders))
