@@ -103,3 +103,24 @@ def test_a_stopped_run_is_resumed_with_its_parts(
     monkeypatch.delenv("LORASMITH_BASE_DIR")
     resumed = lorasmith("resume", "run")
     assert "continues from step 1, bit-identically" in resumed.out, resumed.err
+
+
+def test_models_are_listed_with_their_parts(lorasmith: Command, models: Path) -> None:
+    (models / "vae" / "ae.safetensors").unlink()
+    (models / "vae" / "odd.safetensors").write_bytes(b"odd")
+    ran = lorasmith("models", "--base-dir", models.parent)
+    assert ran.code == 0, ran.err
+    for line in (
+        "Flux.1",
+        "  flux1-dev.safetensors (",
+        " MB, fp32) in models/diffusion_models",
+        "    with clip_l.safetensors, t5xxl_fp16.safetensors",
+        "    missing: kl (usually ae.safetensors)",
+        "  lorasmith-tiny.safetensors (",
+        "    whole",
+        "Not recognised",
+        "  odd.safetensors in models/vae: ",
+    ):
+        assert line in ran.out, line
+    parsed = json.loads(lorasmith("models", "--base-dir", models.parent, "--json").out)
+    assert [one["is_whole"] for one in parsed["models"]] == [False, True]

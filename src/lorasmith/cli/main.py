@@ -16,6 +16,7 @@ from lorasmith.cli import (
     generate,
     inspect,
     merge,
+    models,
     report,
     reproduce,
     resize,
@@ -45,6 +46,7 @@ resume.register(app)
 reproduce.register(app)
 report.register(app)
 targets.register(app)
+models.register(app)
 workflow.register(app)
 generate.register(app)
 inspect.register(app)
