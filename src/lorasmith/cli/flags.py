@@ -12,7 +12,8 @@ import typer
 from lorasmith.app.command_lines import flag, negated_flag
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.options import Option
+from lorasmith.core.options import Option, options_of
+from lorasmith.training.config import TrainConfig
 
 __all__ = [
     "AnyBaseModel",
@@ -30,6 +31,7 @@ __all__ = [
     "TextEncodersNow",
     "VaeFile",
     "VaeNow",
+    "cost_options",
     "folders_of",
     "split_strength",
     "with_flags",
@@ -93,9 +95,31 @@ LoraModel = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+_COST_GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
+_COSTS = (
+    "batch_size",
+    "grad_accumulation_steps",
+    "optimizer",
+    "optimizer_args",
+    "ema_decay",
+    "training_dtype",
+    "deterministic",
+)
+_FREE = ("existing_lora", "training_adapter", "bypass_mode")
+
+
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
     """The folders that `--base-dir` and `--extra-model-paths` name. Raises OptionError as `Folders.load`."""
     return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
+
+
+def cost_options() -> dict[str, Option]:
+    """The options of a run that affect the cost of a step."""
+    return {
+        name: one
+        for name, one in options_of(TrainConfig).items()
+        if (one.group in _COST_GROUPS or name in _COSTS) and name not in _FREE
+    }
 
 
 def with_flags(

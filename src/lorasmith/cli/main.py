@@ -17,6 +17,7 @@ from lorasmith.cli import (
     inspect,
     merge,
     models,
+    plan,
     report,
     reproduce,
     resize,
@@ -47,6 +48,7 @@ reproduce.register(app)
 report.register(app)
 targets.register(app)
 models.register(app)
+plan.register(app)
 workflow.register(app)
 generate.register(app)
 inspect.register(app)
