@@ -57,6 +57,8 @@ TESTED_ELSEWHERE = {
     "cli/inspect.py": "cli/test_commands.py",
     "cli/main.py": "cli/test_startup.py",
     "cli/merge.py": "cli/test_tools.py",
+    "cli/models.py": "cli/test_model_parts.py",
+    "cli/plan.py": "cli/test_model_parts.py",
     "cli/reproduce.py": "cli/test_stopped_runs.py",
     "cli/resize.py": "cli/test_tools.py",
     "cli/resume.py": "cli/test_stopped_runs.py",

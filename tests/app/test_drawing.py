@@ -8,6 +8,7 @@ from PIL import Image
 from lorasmith.app.drawing import load_with_loras, save_pictures
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
+from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.lora_handle import Lora
 
 LAYERS = {
@@ -29,10 +30,10 @@ def test_loras_are_applied_to_denoiser_and_text_encoder_at_their_strength(tiny: 
     }
     state = AdapterState(adapters)
     file = Lora(state, tiny.names, torch.float32).save(tmp_path / "cat.safetensors")
-    loaded = load_with_loras("lorasmith-tiny", [(file, 0.5), (file, 0.25)])
+    loaded = load_with_loras(ModelFiles("lorasmith-tiny"), [(file, 0.5), (file, 0.25)])
     assert loaded.title == "lorasmith-tiny"
     assert [patch.strength for patch in loaded.denoiser.patches] == [0.5, 0.25]
-    plain = load_with_loras("lorasmith-tiny", []).text_encoder
+    plain = load_with_loras(ModelFiles("lorasmith-tiny"), []).text_encoder
     with plain.active(), loaded.text_encoder.active():
         before, after = plain.encode("a cat"), loaded.text_encoder.encode("a cat")
     assert not torch.equal(before.tensors["context"], after.tensors["context"])

@@ -23,7 +23,8 @@ OTHERS: dict[str, Any] = {
     "loss_weighting": "min_snr", "quantization": "int8", "activations": "lean",
     "training_dtype": "none", "track": "wandb",
     "previews": "-a fox |\nb", "targets": "",
-    "existing_lora": "gone.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",
+    "existing_lora": "gone.safetensors",
+    "training_adapter": "absent.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
 ) -> None:
     config = replace(TrainConfig(), **{name: value})
     seen = []
-    monkeypatch.setattr(folder_run, "prepare", lambda source, config, on_event: seen.append(config))
+    monkeypatch.setattr(folder_run, "prepare", lambda source, config, folders, on_event: seen.append(config))
     monkeypatch.setattr(train_command, "train_and_report", lambda prepared, **options: None)
     argv = FolderSource.of(tmp_path, "lorasmith-tiny", config).argv
     ran = CliRunner().invoke(app, argv[1:])

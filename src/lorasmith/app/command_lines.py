@@ -18,15 +18,19 @@ def command_line(arguments: Sequence[object]) -> str:
     return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
-def generate_command(model: object, lora: Path, prompt: str) -> str:
+def generate_command(
+    model: object, lora: Path, prompt: str, *, text_encoders: Sequence[str] = (), vae: str | None = None
+) -> str:
     """The command that draws a picture with a LoRA.
 
     Args:
         model: path, hub id or name of the base model.
         lora: the file.
         prompt: of the picture.
+        text_encoders, vae: files of the model's parts.
     """
-    return command_line(["lorasmith", "generate", "--model", model, "--lora", lora, "--prompt", prompt])
+    parts = arguments_for({"text_encoder": text_encoders, **({"vae": vae} if vae else {})})
+    return command_line(["lorasmith", "generate", "--model", model, *parts, "--lora", lora, "--prompt", prompt])
 
 
 def resume_command(run: Path) -> str:
@@ -35,11 +39,13 @@ def resume_command(run: Path) -> str:
 
 
 def arguments_for(values: Mapping[str, Any]) -> list[str]:
-    """Command-line arguments for option values by name; a bool becomes a switch."""
+    """Command-line arguments for option values by name; a bool becomes a switch, a sequence a repeated option."""
     arguments: list[str] = []
     for name, value in values.items():
         if isinstance(value, bool):
             arguments.append(flag(name) if value else negated_flag(name))
+        elif isinstance(value, (list, tuple)):
+            arguments += [part for one in value for part in (flag(name), str(one))]
         else:
             arguments += [flag(name), str(value)]
     return arguments

@@ -10,9 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.files import atomic_path
-from lorasmith.core.folders import next_counter
-from lorasmith.families.loading import load_model
+from lorasmith.core.folders import Folders, next_counter
 from lorasmith.families.model import Denoiser, TextEncoder
+from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
 from lorasmith.training.lora_handle import Lora
 
 __all__ = ["LoadedModel", "load_with_loras", "save_pictures"]
@@ -25,26 +25,38 @@ class LoadedModel:
     Attributes:
         title: of the base model.
         denoiser, text_encoder: with the LoRAs.
+        found: its parts that were found in the model folders.
+        notes: files there that could not be read.
     """
 
     title: str
     denoiser: Denoiser
     text_encoder: TextEncoder
+    found: tuple[FoundPart, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def load_with_loras(model: str, loras: Sequence[tuple[Path, float]]) -> LoadedModel:
+def load_with_loras(
+    files: ModelFiles, loras: Sequence[tuple[Path, float]], folders: Folders | None = None
+) -> LoadedModel:
     """Load a model and apply LoRA files, each at its strength, to denoiser and text encoders.
+
+    Args:
+        files: of the model.
+        loras: files and strengths.
+        folders: where parts that the model lacks are searched; None to search nothing.
 
     Raises:
         LorasmithError: a file cannot be read, or a LoRA does not fit the model.
     """
-    base = load_model(model)
+    loaded = load_completed(files, folders)
+    base = loaded.model
     denoiser, encoder = base.denoiser, base.text_encoder
     for path, strength in loras:
         one = Lora.load(path, base)
         denoiser = one.applied_to(denoiser, strength=strength)
         encoder = one.applied_to_text(encoder, strength=strength)
-    return LoadedModel(base.title, denoiser, encoder)
+    return LoadedModel(base.title, denoiser, encoder, loaded.found, loaded.notes)
 
 
 def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:

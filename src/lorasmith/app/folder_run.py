@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ from lorasmith.app.command_lines import arguments_for
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
 from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
 from lorasmith.core.options import config_from, options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import encode_scan
 from lorasmith.data.folder import FolderScan, scan_folder
-from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.model_search import Completed, ModelFiles, load_completed
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import EventHandler
+from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.train import RunOptions, TrainResult
 
@@ -42,6 +43,7 @@ class FolderSource:
         resolution: side in pixels of the square whose area pictures are scaled to; None for the model's own.
         validation: folder of held-out images, absolute.
         device: where to train; None for the first GPU, or the CPU.
+        text_encoders, vae: files of the model's parts, absolute.
         argv: arguments of the command that repeats the run from any folder.
     """
 
@@ -52,6 +54,8 @@ class FolderSource:
     resolution: int | None = None
     validation: str | None = None
     device: str | None = None
+    text_encoders: tuple[str, ...] = ()
+    vae: str | None = None
     argv: tuple[str, ...] = ()
 
     @classmethod
@@ -66,26 +70,59 @@ class FolderSource:
         resolution: int | None = None,
         validation: Path | None = None,
         device: str | None = None,
+        text_encoders: Sequence[str] = (),
+        vae: str | None = None,
     ) -> FolderSource:
         """The source with absolute paths, and the command for it and `config`.
 
         Args:
-            folder, model, trigger, resolution, validation, device: as the attributes; paths may be relative.
+            folder, model, trigger, resolution, validation, device, text_encoders, vae: as the attributes; paths may be
+                relative.
             config: settings, for the command.
             name: of the LoRA; that of the folder if None.
         """
+        source = cls(
+            folder=str(folder.resolve()),
+            model=absolute(model),
+            name=name or folder.resolve().name,
+            trigger=trigger,
+            resolution=resolution,
+            validation=None if validation is None else str(validation.resolve()),
+            device=device,
+            text_encoders=tuple(absolute(one) for one in text_encoders),
+            vae=vae and absolute(vae),
+        )
+        return source.commanded(config)
+
+    @property
+    def files(self) -> ModelFiles:
+        """The files of the model."""
+        return ModelFiles(self.model, tuple(self.text_encoders), self.vae)
+
+    def with_files(self, files: ModelFiles) -> FolderSource:
+        """The source with other files of the model, made absolute."""
+        return replace(
+            self,
+            model=absolute(files.model),
+            text_encoders=tuple(map(absolute, files.text_encoders)),
+            vae=files.vae and absolute(files.vae),
+        )
+
+    def commanded(self, config: TrainConfig) -> FolderSource:
+        """The source with the command for it and `config`."""
         own: dict[str, Any] = {
-            "model": absolute(model),
-            "name": name,
-            "trigger": trigger,
-            "resolution": resolution,
-            "validation": validation and str(validation.resolve()),
-            "device": device,
+            "model": self.model,
+            "text_encoder": self.text_encoders,
+            "vae": self.vae,
+            "name": None if self.name == Path(self.folder).name else self.name,
+            "trigger": self.trigger,
+            "resolution": self.resolution,
+            "validation": self.validation,
+            "device": self.device,
         }
         chosen = {one: getattr(config, one) for one in options_of(TrainConfig) if not config.is_default(one)}
         given = {option: value for option, value in own.items() if value} | chosen
-        argv = ("lorasmith", "train", str(folder.resolve()), *arguments_for(given))
-        return cls(**{**own, "name": name or folder.resolve().name}, folder=str(folder.resolve()), argv=argv)
+        return replace(self, argv=("lorasmith", "train", self.folder, *arguments_for(given)))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FolderSource:
@@ -118,13 +155,24 @@ class PreparedRun:
     validation: EncodedDataset | None
 
 
-def prepare(source: FolderSource, config: TrainConfig, *, on_event: EventHandler = lambda event: None) -> PreparedRun:
+def prepare(
+    source: FolderSource,
+    config: TrainConfig,
+    *,
+    folders: Folders | None = None,
+    on_event: EventHandler = lambda event: None,
+) -> PreparedRun:
     """Scan the images, load the model, plan the run, and encode.
 
     Args:
         source: images, model and the like.
         config: settings, some of them open.
-        on_event: receives `ImagesFound`, `ModelLoading`, `RunPlanned` and an `ImageEncoded` per image.
+        folders: where parts that the model lacks are searched; None to search nothing.
+        on_event: receives `ImagesFound`, `ModelLoading`, `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for
+            each damaged file among `folders`.
+
+    Returns:
+        The run; its source names the files of all parts.
 
     Raises:
         LorasmithError: images, model, settings or device cannot be used.
@@ -137,9 +185,15 @@ def prepare(source: FolderSource, config: TrainConfig, *, on_event: EventHandler
     on_event(ImagesFound(folder=folder, scan=scan, trigger=source.trigger))
     judged = None if source.validation is None else scan_folder(Path(source.validation), trigger=source.trigger)
     on_event(ModelLoading(model=source.model))
-    base = load_model(source.model)
+    loaded = load_completed(source.files, folders)
+    for note in loaded.notes:
+        on_event(Warned(message=note))
+    base = loaded.model
+    base.family.check_parts(base.components, text=True, images=True)
+    if loaded.files != source.files:
+        source = source.with_files(loaded.files).commanded(config)
     job = plan_job(base.denoiser, config, device)
-    plan = _plan(source, scan, base, job)
+    plan = _plan(source, scan, loaded, job)
     on_event(RunPlanned(plan=plan))
 
     def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
@@ -188,15 +242,28 @@ def train_prepared(
 
 
 def repeated(
-    run: Mapping[str, Any], *, model: str | None, data: Path | None, device: str | None
+    run: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    text_encoders: Sequence[str] = (),
+    vae: str | None = None,
+    data: Path | None = None,
+    device: str | None = None,
 ) -> tuple[FolderSource, TrainConfig]:
     """Source and settings of an earlier run, to prepare it again.
 
     Args:
         run: content of `run.json`, or of a LoRA's metadata.
-        model, data, device: base model, folder of images and device, if they replace the run's.
+        model, text_encoders, vae, data, device: files of the base model and its parts, folder of images and device, if
+            they replace the run's.
     """
-    now = {"model": model and absolute(model), "folder": data and str(data.resolve()), "device": device}
+    now = {
+        "model": model and absolute(model),
+        "text_encoders": tuple(map(absolute, text_encoders)),
+        "vae": vae and absolute(vae),
+        "folder": data and str(data.resolve()),
+        "device": device,
+    }
     source = FolderSource.from_record({**run["source"], **{name: value for name, value in now.items() if value}})
     # `auto` may resolve to another format on this device, but the run must be the same.
     dtype = run["fingerprint"]["config"]["training_dtype"]
@@ -208,13 +275,15 @@ def absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def _plan(source: FolderSource, scan: FolderScan, base: Model, job: Job) -> RunPlan:
+def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job) -> RunPlan:
+    base = loaded.model
     return RunPlan(
         folder=Path(source.folder),
         scan=scan,
         trigger=source.trigger,
         model=base.title,
         family=base.family.title,
+        found=loaded.found,
         resolution=source.resolution or base.defaults.resolution,
         pixel_multiple=base.defaults.pixel_multiple,
         trained=job.summary,

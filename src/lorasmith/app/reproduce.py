@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ def prepare_reproduction(
     lora: Path,
     *,
     model: str | None = None,
+    text_encoders: Sequence[str] = (),
+    vae: str | None = None,
     data: Path | None = None,
     output: Path | None = None,
     device: str | None = None,
@@ -84,7 +86,7 @@ def prepare_reproduction(
 
     Args:
         lora: the file.
-        model, data, device: base model, folder of images and device, if they replace the run's.
+        model, text_encoders, vae, data, device: as for `folder_run.repeated`.
         output: folder of the new run.
         on_event: receives the events of `prepare`.
 
@@ -97,7 +99,10 @@ def prepare_reproduction(
     before = _run_of(lora, metadata)
     if output is not None and RunFolder(output).exists:
         raise OutputError(f"output must not contain a run, but {output} does; choose another output")
-    prepared = prepare(*repeated(before, model=model, data=data, device=device), on_event=on_event)
+    prepared = prepare(
+        *repeated(before, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device),
+        on_event=on_event,
+    )
     return Reproduction(lora, before, prepared, steps_of(metadata, lora.name) - prepared.job.steps_before, output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorasmith.app.folder_run import PreparedRun, prepare, repeated
@@ -16,6 +17,8 @@ def prepare_again(
     run: Path,
     *,
     model: str | None = None,
+    text_encoders: Sequence[str] = (),
+    vae: str | None = None,
     data: Path | None = None,
     device: str | None = None,
     on_event: EventHandler = lambda event: None,
@@ -24,7 +27,7 @@ def prepare_again(
 
     Args:
         run: the folder.
-        model, data, device: base model, folder of images and device, if they replace the run's.
+        model, text_encoders, vae, data, device: as for `folder_run.repeated`.
         on_event: receives the events of `prepare`, and a `Warned` if the run starts from the beginning.
 
     Raises:
@@ -39,7 +42,10 @@ def prepare_again(
     if folder.is_done:
         raise OutputError(f"the run in {run} is complete and cannot be resumed; train again for another run")
     folder.check_free()
-    prepared = prepare(*repeated(record, model=model, data=data, device=device), on_event=on_event)
+    prepared = prepare(
+        *repeated(record, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device),
+        on_event=on_event,
+    )
     if not folder.states().paths():
         on_event(Warned(message=f"{run} ended before its first run state was saved and starts from the beginning."))
     return prepared

@@ -170,7 +170,9 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     repeat = record.get("command")
     commands = {}
     if lora is not None:
-        commands["Draw a picture with it"] = generate_command(base, lora.resolve(), trigger or caption)
+        source = _part(record, "source")
+        parts = {"text_encoders": source.get("text_encoders") or (), "vae": source.get("vae")}
+        commands["Draw a picture with it"] = generate_command(base, lora.resolve(), trigger or caption, **parts)
     if history.outcome is None or not history.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)
     if isinstance(repeat, list) and repeat:

@@ -11,6 +11,7 @@ from lorasmith.training.events import Event
 
 if TYPE_CHECKING:
     from lorasmith.data.folder import FolderScan
+    from lorasmith.families.model_search import FoundPart
 
 __all__ = ["ImageEncoded", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned"]
 
@@ -24,6 +25,7 @@ class RunPlan:
         scan: content of the folder.
         trigger: phrase put in front of captions that lack it.
         model, family: titles of the base model and of its family.
+        found: its parts that were found in the model folders.
         resolution: side in pixels of the square whose area pictures are scaled to.
         pixel_multiple: their sides are multiples of it.
         trained: algorithm, targets and parameter count in one line.
@@ -37,6 +39,7 @@ class RunPlan:
     trigger: str
     model: str
     family: str
+    found: tuple[FoundPart, ...]
     resolution: int
     pixel_multiple: int
     trained: str

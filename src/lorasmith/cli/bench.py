@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, echo, print_note
-from lorasmith.cli.flags import AsJson, BaseModel, Device, with_flags
-from lorasmith.core.options import options_of
+from lorasmith.cli.flags import AsJson, BaseModel, Device, cost_options, with_flags
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -20,19 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
-_ALSO = ("batch_size", "grad_accumulation_steps", "optimizer", "optimizer_args", "ema_decay", "training_dtype")
-_NOT = ("existing_lora", "bypass_mode")
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    options = {
-        name: one
-        for name, one in options_of(TrainConfig).items()
-        if (one.group in _GROUPS or name in (*_ALSO, "deterministic")) and name not in _NOT
-    }
-    app.command("bench", help=bench.__doc__)(with_flags(bench, options, aliases={"training_dtype": "--dtype"}))
+    app.command("bench", help=bench.__doc__)(with_flags(bench, cost_options(), aliases={"training_dtype": "--dtype"}))
 
 
 def bench(

@@ -11,32 +11,78 @@ import typer
 
 from lorasmith.app.command_lines import flag, negated_flag
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import Option
+from lorasmith.core.folders import Folders
+from lorasmith.core.options import Option, options_of
+from lorasmith.training.config import TrainConfig
 
 __all__ = [
     "AnyBaseModel",
     "AsJson",
+    "BaseDir",
     "BaseModel",
     "DataNow",
     "Device",
+    "ExtraModelPaths",
     "LoraFile",
     "LoraModel",
     "ModelNow",
     "RunOutput",
+    "TextEncoderFiles",
+    "TextEncodersNow",
+    "VaeFile",
+    "VaeNow",
+    "cost_options",
+    "folders_of",
     "split_strength",
     "with_flags",
 ]
 
 _BASE_MODEL = typer.Option(
-    help="Base model: a .safetensors checkpoint, a diffusers folder, a hub id, or lorasmith-tiny."
+    help="Base model: a .safetensors or .gguf file, a diffusers folder, a hub id, or lorasmith-tiny."
 )
 BaseModel = Annotated[str, _BASE_MODEL]
 AnyBaseModel = Annotated[str | None, _BASE_MODEL]
+TextEncoderFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text-encoder",
+        metavar="FILE",
+        help="File of a text encoder that the model came without. Repeatable. Default: one that fits, from "
+        "models/text_encoders in the base folder.",
+    ),
+]
+VaeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        metavar="FILE",
+        help="File of the autoencoder, if the model came without. Default: one that fits, from models/vae in the base "
+        "folder.",
+    ),
+]
+BaseDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="LORASMITH_BASE_DIR",
+        help="Folder with models/, input/ and output/, as in ComfyUI; may be a ComfyUI folder. Default: the current "
+        "folder.",
+    ),
+]
+ExtraModelPaths = Annotated[Path | None, typer.Option(help="A file in the format of ComfyUI's extra_model_paths.yaml.")]
 Device = Annotated[
     str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: the first GPU, or the CPU.")
 ]
 RunOutput = Annotated[Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")]
 ModelNow = Annotated[str | None, typer.Option(help="The base model, if it was moved.")]
+TextEncodersNow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text-encoder", metavar="FILE", help="The files of its text encoders, if they were moved. Repeatable."
+    ),
+]
+VaeNow = Annotated[
+    str | None, typer.Option("--vae", metavar="FILE", help="The file of its autoencoder, if it was moved.")
+]
 DataNow = Annotated[Path | None, typer.Option(help="The folder of images, if it was moved.")]
 LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")]
 LoraModel = Annotated[
@@ -47,6 +93,33 @@ LoraModel = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+_COST_GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
+_COSTS = (
+    "batch_size",
+    "grad_accumulation_steps",
+    "optimizer",
+    "optimizer_args",
+    "ema_decay",
+    "training_dtype",
+    "deterministic",
+)
+_FREE = ("existing_lora", "training_adapter", "bypass_mode")
+
+
+def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
+    """The folders that `--base-dir` and `--extra-model-paths` name. Raises OptionError as `Folders.load`."""
+    return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
+
+
+def cost_options() -> dict[str, Option]:
+    """The options of a run that affect the cost of a step."""
+    return {
+        name: one
+        for name, one in options_of(TrainConfig).items()
+        if (one.group in _COST_GROUPS or name in _COSTS) and name not in _FREE
+    }
 
 
 def with_flags(

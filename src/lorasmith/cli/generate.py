@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, progress_shown, stoppable
-from lorasmith.cli.flags import split_strength
+from lorasmith.cli.console import console, echo, print_note, progress_shown, stoppable
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, split_strength
+from lorasmith.cli.run_output import found_line
 
 __all__ = ["register"]
 
@@ -25,6 +26,8 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FILE[:STRENGTH]", help="LoRA to apply, such as my.safetensors:0.8. Repeatable."),
     ] = None,
+    text_encoder: TextEncoderFiles = None,
+    vae: VaeFile = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
@@ -41,15 +44,23 @@ def generate(
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; files are numbered, none is overwritten.")
     ] = Path("output"),
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Generate pictures from prompts."""
     from lorasmith.app.drawing import load_with_loras, save_pictures
     from lorasmith.core.dtypes import dtype_from_name
+    from lorasmith.families.model_search import ModelFiles
     from lorasmith.sampling.generate import generate as sample
 
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
-        loaded = load_with_loras(model, loras)
+        files = ModelFiles(model, tuple(text_encoder or ()), vae)
+        loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths))
+    for note in loaded.notes:
+        print_note(note)
+    for part in loaded.found:
+        echo(found_line(part))
     with stoppable() as stop, progress_shown("Sampling") as progress:
         images = sample(
             loaded.denoiser,

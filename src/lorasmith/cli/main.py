@@ -16,6 +16,8 @@ from lorasmith.cli import (
     generate,
     inspect,
     merge,
+    models,
+    plan,
     report,
     reproduce,
     resize,
@@ -45,6 +47,8 @@ resume.register(app)
 reproduce.register(app)
 report.register(app)
 targets.register(app)
+models.register(app)
+plan.register(app)
 workflow.register(app)
 generate.register(app)
 inspect.register(app)

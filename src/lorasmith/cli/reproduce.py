@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import echo, print_note
-from lorasmith.cli.flags import DataNow, ModelNow, RunOutput
+from lorasmith.cli.flags import DataNow, ModelNow, RunOutput, TextEncodersNow, VaeNow
 from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
 
 __all__ = ["register"]
@@ -22,6 +22,8 @@ def register(app: typer.Typer) -> None:
 def reproduce(
     lora: Annotated[Path, typer.Argument(help="A LoRA that Lorasmith trained.")],
     model: ModelNow = None,
+    text_encoder: TextEncodersNow = None,
+    vae: VaeNow = None,
     data: DataNow = None,
     output: RunOutput = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what differs, without training.")] = False,
@@ -38,7 +40,16 @@ def reproduce(
     from lorasmith.training.events import Event
 
     with preparation_shown() as show:
-        again = app.prepare_reproduction(lora, model=model, data=data, output=output, device=device, on_event=show)
+        again = app.prepare_reproduction(
+            lora,
+            model=model,
+            text_encoders=text_encoder or (),
+            vae=vae,
+            data=data,
+            output=output,
+            device=device,
+            on_event=show,
+        )
     planned = again.prepared.job.config.steps
     if again.steps < planned:  # cancelled, stopped early, or the best LoRA
         echo(f"{lora.name} is from step {again.steps} of {planned}; training ends there.")

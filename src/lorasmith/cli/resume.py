@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.flags import DataNow, ModelNow
+from lorasmith.cli.flags import DataNow, ModelNow, TextEncodersNow, VaeNow
 from lorasmith.cli.run_output import preparation_shown, train_and_report
 
 __all__ = ["register"]
@@ -21,6 +21,8 @@ def register(app: typer.Typer) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/dog-001.")],
     model: ModelNow = None,
+    text_encoder: TextEncodersNow = None,
+    vae: VaeNow = None,
     data: DataNow = None,
     device: Annotated[
         str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the run.")
@@ -34,5 +36,7 @@ def resume(
     from lorasmith.app.resume import prepare_again
 
     with preparation_shown() as show:
-        prepared = prepare_again(run, model=model, data=data, device=device, on_event=show)
+        prepared = prepare_again(
+            run, model=model, text_encoders=text_encoder or (), vae=vae, data=data, device=device, on_event=show
+        )
     train_and_report(prepared, output=run)

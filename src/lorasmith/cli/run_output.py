@@ -28,9 +28,10 @@ from lorasmith.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from lorasmith.app.folder_run import PreparedRun
+    from lorasmith.families.model_search import FoundPart
     from lorasmith.training.train import TrainResult
 
-__all__ = ["preparation_shown", "report_result", "train_and_report", "training_shown"]
+__all__ = ["found_line", "preparation_shown", "report_result", "train_and_report", "training_shown"]
 
 
 @contextlib.contextmanager
@@ -121,7 +122,9 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         result = train_prepared(prepared, output=output, fresh=fresh, on_event=show, cancelled=cancelled)
     report_result(result)
     if result.path is not None:
-        echo(f"\nTo use it:\n  {generate_command(prepared.source.model, result.path, prepared.plan.prompt)}")
+        files, prompt = prepared.source.files, prepared.plan.prompt
+        command = generate_command(files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae)
+        echo(f"\nTo use it:\n  {command}")
 
 
 def report_result(result: TrainResult) -> None:
@@ -148,6 +151,12 @@ def report_result(result: TrainResult) -> None:
     }.items():
         if path is not None and path.exists():
             echo(f"{label:<11}{path}")
+
+
+def found_line(part: FoundPart) -> str:
+    """A part that was found in the model folders, in a line."""
+    others = f", one of {part.choices} that fit" if part.choices > 1 else ""
+    return f"{part.title}: {part.path.name} (found in {part.place}{others})"
 
 
 def _print_images(found: ImagesFound) -> None:
@@ -179,3 +188,6 @@ def _print_plan(plan: RunPlan) -> None:
         f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}",
     }.items():
         echo(f"{label:<9}{text}")
+        if label == "Model":
+            for part in plan.found:
+                echo(f"{'':<9}{found_line(part)}")

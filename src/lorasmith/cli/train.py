@@ -8,9 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.flags import AnyBaseModel, Device, RunOutput, with_flags
+from lorasmith.cli.flags import (
+    AnyBaseModel,
+    BaseDir,
+    Device,
+    ExtraModelPaths,
+    RunOutput,
+    TextEncoderFiles,
+    VaeFile,
+    folders_of,
+    with_flags,
+)
 from lorasmith.cli.run_output import preparation_shown, train_and_report
 from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
@@ -27,6 +38,8 @@ def register(app: typer.Typer) -> None:
 def train(
     folder: Annotated[Path, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")],
     model: AnyBaseModel = None,
+    text_encoder: TextEncoderFiles = None,
+    vae: VaeFile = None,
     trigger: Annotated[
         str, typer.Option(help="Phrase for the subject or style, put in front of captions that lack it.")
     ] = "",
@@ -43,6 +56,8 @@ def train(
         bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
     ] = False,
     device: Device = None,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
 ) -> None:
     """Train a LoRA on a folder of images.
@@ -53,10 +68,11 @@ def train(
     from lorasmith.app.folder_run import FolderSource, absolute, prepare
 
     config = TrainConfig(**settings)
-    if config.existing_lora is not None:
-        config = replace(config, existing_lora=absolute(config.existing_lora))
+    files = {name: getattr(config, name) for name in ("existing_lora", "training_adapter")}
+    config = replace(config, **{name: absolute(file) for name, file in files.items() if file is not None})
+    folders = folders_of(base_dir, extra_model_paths)
     if model is None:
-        raise OptionError(_which_models())
+        raise OptionError(_which_models(folders))
     source = FolderSource.of(
         folder,
         model,
@@ -66,17 +82,17 @@ def train(
         resolution=resolution,
         validation=validation,
         device=device,
+        text_encoders=text_encoder or (),
+        vae=vae,
     )
     with preparation_shown() as show:
-        prepared = prepare(source, config, on_event=show)
+        prepared = prepare(source, config, folders=folders, on_event=show)
     train_and_report(prepared, output=output, fresh=fresh)
 
 
-def _which_models() -> str:
-    from lorasmith.core.folders import Folders
-
-    found = Folders.load(Path.cwd()).files("checkpoints")
+def _which_models(folders: Folders) -> str:
     return (
         "--model must be a .safetensors checkpoint, a diffusers folder or a hub id; found here: "
-        f"{', '.join(found)}; --model lorasmith-tiny is a small model for tests"
+        f"{', '.join(name for kind in ('checkpoints', 'diffusion_models') for name in folders.files(kind))}; "
+        "--model lorasmith-tiny is a small model for tests"
     )

@@ -9,6 +9,7 @@ import typer
 from rich.progress import TextColumn
 
 from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.errors import GraphError
 
 if TYPE_CHECKING:
@@ -31,23 +32,13 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Change an input, such as 12.steps=200. Repeatable."),
     ] = None,
-    base_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="LORASMITH_BASE_DIR",
-            help="Folder with models/, input/ and output/, as in ComfyUI; may be a ComfyUI folder. Default: the "
-            "current folder.",
-        ),
-    ] = None,
-    extra_model_paths: Annotated[
-        Path | None, typer.Option(help="A file in the format of ComfyUI's extra_model_paths.yaml.")
-    ] = None,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Run a ComfyUI workflow file.
 
     The whole workflow is checked before any node runs. Results are written to output/ in the base folder.
     """
-    from lorasmith.core.folders import Folders
     from lorasmith.nodes import load_nodes
     from lorasmith.workflow.executor import Executor
     from lorasmith.workflow.graph import validate
@@ -55,7 +46,7 @@ def run(
 
     nodes = load_nodes()
     prompt = apply_overrides(parse_prompt(_read(workflow)), set_ or [], nodes=nodes)
-    folders = Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
+    folders = folders_of(base_dir, extra_model_paths)
     graph = validate(prompt, folders, nodes=nodes)
     with stoppable() as stop, _Narrator(folders) as narrator:
         Executor(folders, on_event=narrator).run(graph, cancel=stop)

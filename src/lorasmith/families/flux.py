@@ -231,6 +231,10 @@ class Flux(Family):
             "text_encoder_2": EncoderNames(_T5_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
         }
 
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.pooled_projection_dim if component == "text_encoder" else config.joint_attention_dim)
+
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         clip, t5 = (self.text_encoder(encoders, component) for component in self.text_encoders)
         tokenizer_l, tokenizer_t5 = (encoders.tokenizers[component] for component in self.text_encoders)

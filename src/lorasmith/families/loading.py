@@ -36,7 +36,7 @@ from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import matches
 
-__all__ = ["family_of", "load_model", "model_of_checkpoint", "recognise"]
+__all__ = ["family_of", "load_model", "model_of_checkpoint", "recognise", "with_parts"]
 
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
 
@@ -70,13 +70,30 @@ def load_model(
         model = _model_of_folder(path, title=path.name if Path(source).is_dir() else str(source))
     else:
         model = model_of_checkpoint(OriginalCheckpoint(path))
-    for extra in text_encoders:
-        model = _with_encoders(model, located(extra))
-    if vae is not None:
-        model = _with_autoencoder(model, located(vae))
+    model = with_parts(model, text_encoders=text_encoders, vae=vae)
     if dtype is not None:
         model.components.denoiser.to(dtype)
     return model
+
+
+def with_parts(
+    model: Model,
+    *,
+    text_encoders: Sequence[str | os.PathLike[str]] = (),
+    vae: str | os.PathLike[str] | None = None,
+) -> Model:
+    """The model with text encoders and an autoencoder from files of their own.
+
+    Args:
+        model: the model.
+        text_encoders, vae: as for `load_model`.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    for extra in text_encoders:
+        model = _with_encoders(model, located(extra))
+    return model if vae is None else _with_autoencoder(model, located(vae))
 
 
 def recognise(checkpoint: OriginalCheckpoint) -> Family:

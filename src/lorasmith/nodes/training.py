@@ -65,6 +65,13 @@ def _own(name: str, **overrides: Any) -> Input:
     return _setting(name, optional=True, **overrides)
 
 
+_LORA_FILE: dict[str, Any] = {
+    "type": "COMBO",
+    "default": NONE_LORA,
+    "options": lambda folders: [*folders.files("loras"), NONE_LORA],
+}
+_LORA_FILES = ("existing_lora", "training_adapter")
+
 _SETTINGS = (
     _setting("batch_size"),
     _setting("grad_accumulation_steps"),
@@ -81,13 +88,7 @@ _SETTINGS = (
     _setting("gradient_checkpointing", default=True),
     _setting("checkpoint_depth"),
     _setting("offloading"),
-    _setting(
-        "existing_lora",
-        type="COMBO",
-        optional=False,
-        default=NONE_LORA,
-        options=lambda folders: [*folders.files("loras"), NONE_LORA],
-    ),
+    _setting("existing_lora", optional=False, **_LORA_FILE),
     _setting("bucket_mode"),
     _setting("bypass_mode"),
     _own("alpha", default=1.0),
@@ -118,11 +119,13 @@ _SETTINGS = (
         tooltip="Steps between previews; 0 is a quarter of the run. The finished LoRA is always drawn.",
     ),
     _own("private"),
+    _own("training_adapter", **_LORA_FILE),
 )
 
 
-def _continued_file(folders: Folders, existing_lora: str = NONE_LORA) -> object:
-    return None if existing_lora == NONE_LORA else fingerprint(folders.find("loras", existing_lora))
+def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapter: str = NONE_LORA) -> object:
+    names = [name for name in (existing_lora, training_adapter) if name != NONE_LORA]
+    return [fingerprint(folders.find("loras", name)) for name in names] or None
 
 
 @node(
@@ -144,7 +147,7 @@ def _continued_file(folders: Folders, existing_lora: str = NONE_LORA) -> object:
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
-    fingerprint=_continued_file,
+    fingerprint=_lora_files,
 )
 def train_lora(
     context: NodeContext,
@@ -184,8 +187,9 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
     for name in unused_settings(chosen["algorithm"]):
         if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
             del chosen[name]
-    if chosen["existing_lora"] != NONE_LORA:
-        chosen["existing_lora"] = str(folders.find("loras", chosen["existing_lora"]))
+    for name in _LORA_FILES:
+        if chosen[name] != NONE_LORA:
+            chosen[name] = str(folders.find("loras", chosen[name]))
     if chosen["timesteps"] == _AUTO:
         chosen["timesteps"] = None
     for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers

@@ -26,7 +26,7 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS
 __all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "unused_settings"]
 
 NONE_LORA = "[None]"
-"""Value of `existing_lora` for no file, as in ComfyUI's list."""
+"""Value of `existing_lora` and `training_adapter` for no file, as in ComfyUI's list."""
 
 _WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
 _SPEED = "Speed"
@@ -119,6 +119,12 @@ class TrainConfig:
         group=_WHAT,
         help="LoRA file to continue training. Its layers keep their algorithm, rank and alpha, and its step count "
         "continues.",
+    )
+    training_adapter: str | None = option(
+        None,
+        group=_WHAT,
+        help="LoRA file that is applied to the model while training, and left out of previews and of the saved LoRA, "
+        "such as one that lets a distilled model be trained.",
     )
     dora: Literal["none", "input", "output"] = option(
         "none",
@@ -438,8 +444,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.existing_lora == NONE_LORA:
-            object.__setattr__(self, "existing_lora", None)
+        for name in ("existing_lora", "training_adapter"):
+            if getattr(self, name) == NONE_LORA:
+                object.__setattr__(self, name, None)
         self._check_variants()
 
     def is_default(self, name: str) -> bool:

@@ -21,6 +21,7 @@ from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.errors import LoraError
 from lorasmith.core.placement import best_device, product_dtype
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
@@ -47,7 +48,7 @@ class Job:
         requested: settings as passed to `plan_job`, some of them open.
         runtime: device, dtype and memory measures.
         adapters: trained adapters, by module path.
-        denoiser: the frozen model.
+        denoiser: the frozen model, with its LoRAs and the training adapter.
         differences: trained differences of norms and biases, by module path.
         carried: parts of a continued LoRA that are not trained and are saved unchanged.
         notes: remarks for the user, one sentence each.
@@ -111,6 +112,8 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     plan = resolve_targets(denoiser, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser)
     denoiser = existing.below(denoiser)
+    if config.training_adapter is not None:
+        denoiser = _with_adapter(denoiser, Path(config.training_adapter))
     fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
     module = denoiser.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
@@ -237,6 +240,17 @@ def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> di
         layers = {one.path: denoiser.module.get_submodule(one.path) for one in plan.adapters}
         wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
     return {path: Difference.create(module) for path, module in wanted.items()}
+
+
+def _with_adapter(denoiser: Denoiser, path: Path) -> Denoiser:
+    """The denoiser with a training adapter applied. Raises LoraError if it does not fit or has no layers for it."""
+    adapter = Lora.load(path, denoiser.base)
+    if not any(ref.component == DENOISER for ref in (*adapter.state.adapters, *adapter.state.differences)):
+        raise LoraError(
+            f"training_adapter must have layers of the denoiser, but {path} has none; give the adapter that was made "
+            f"for {denoiser.base.family.title}"
+        )
+    return adapter.applied_to(denoiser)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def notes_on(
         differences: number of modules whose differences are trained.
     """
     return (
+        *_on_base(config, denoiser),
         *_on_settings(config),
         *_on_quantization(config, denoiser),
         *_on_noise_levels(config, denoiser),
@@ -132,6 +133,17 @@ def _code_in_model(layer: torch.nn.Module) -> torch.dtype | None:
     """The number format of a layer's codes; None where its weight is not packed."""
     source = weight_source(layer)
     return None if source is None else source.code
+
+
+def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+    """Bases that need more than a LoRA, by their name."""
+    title, family = denoiser.base.title, denoiser.base.family
+    marks = [mark for mark in family.distilled_names if mark.casefold() in title.casefold()]
+    if marks and config.training_adapter is None:
+        yield (
+            f"{title} is a model distilled to few steps, as {marks[0]} in its name says, which training undoes; train "
+            f"on the base model of {family.title}, or set training_adapter to a LoRA made for that."
+        )
 
 
 def _on_settings(config: TrainConfig) -> Iterator[str]:

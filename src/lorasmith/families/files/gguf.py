@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.mapped_files import MappedFile
 from lorasmith.core.quantization import Packed, of_rows
@@ -68,6 +69,9 @@ class GgufFile:
             self.shapes: Mapping[str, tuple[int, ...]] = {
                 name: _shape(path, reader, one) for name, one in self._tensors.items()
             }
+            self.stored: Mapping[str, tuple[str, int]] = {
+                name: (_format(one.tensor_type.name), int(one.n_bytes)) for name, one in self._tensors.items()
+            }
             self._heads = {
                 name: _heads(path, reader, key, self.shapes[name][0]) for name, key in names.permuted.items()
             }
@@ -99,6 +103,11 @@ class GgufFile:
         shape = torch.Size(self.shapes[name])
         unpack = functools.partial(_from_blocks, kind=kind, inside=tuple(shape[1:]))
         return Packed((codes.reshape(-1, codes.shape[-1]),), unpack, torch.float32, shape)
+
+
+def _format(kind: str) -> str:
+    """The name of a type: ours for plain numbers."""
+    return dtype_name(_PLAIN[kind]) if kind in _PLAIN else kind
 
 
 def _from_blocks(codes: Tensor, *, dtype: torch.dtype, kind: str, inside: tuple[int, ...]) -> Tensor:

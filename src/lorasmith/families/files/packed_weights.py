@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.fp8_products import CODES
 from lorasmith.core.quantization import Packed, scaled_codes
@@ -103,6 +104,11 @@ class PackedWeights:
         if _stem(name) is None or tensor.ndim < 2:  # layers unpack matrices and kernels alone
             return tensor.float()
         return scaled_codes(tensor, torch.ones((1,) * tensor.ndim), torch.float32)
+
+    def format_of(self, name: str) -> str:
+        """The format in which a weight is stored: `int8_tensorwise`, say, or the short name of a dtype."""
+        said, codes = self._said(name), self._tensors[name].dtype
+        return dtype_name(codes) if said is None or codes in CODES else said.name
 
     def _said(self, name: str) -> _Format | None:
         stem = _stem(name)

@@ -25,10 +25,12 @@ class TensorFile(Protocol):
 
     Attributes:
         shapes: of the tensors that are weights, by name, in the file's order.
+        stored: number format (`bf16`, `Q4_K`) and size in bytes of the same tensors, without their scales.
         metadata: text entries of the header.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, tuple[str, int]]
     metadata: Mapping[str, str]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
@@ -58,6 +60,9 @@ class _Safetensors:
         self.metadata: Mapping[str, str] = metadata
         self._weights = PackedWeights(path.name, tensors, metadata)
         self.shapes: Mapping[str, tuple[int, ...]] = self._weights.shapes
+        self.stored: Mapping[str, tuple[str, int]] = {
+            name: (self._weights.format_of(name), tensors[name].nbytes) for name in self.shapes
+        }
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
         return ((name, self._weights.read(name)) for name in names)
@@ -69,6 +74,7 @@ class _Shards:
     def __init__(self, files: Sequence[TensorFile]) -> None:
         self._file_of = {name: file for file in files for name in file.shapes}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: file.shapes[name] for name, file in self._file_of.items()}
+        self.stored: Mapping[str, tuple[str, int]] = {name: file.stored[name] for name, file in self._file_of.items()}
         self.metadata: Mapping[str, str] = files[0].metadata
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:

@@ -48,6 +48,11 @@ class EncoderKind(ABC):
     def width(self, encoder: Any) -> int:
         """Width of its states."""
 
+    def width_in(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Width of the states of the encoder in a file with these tensors. Raises ModelError as `build`."""
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return self.width(self.build(PartSource("the file", tensors)))
+
     @abstractmethod
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         """Its tokenizer. Raises ModelError if there is none at the source."""

@@ -10,7 +10,8 @@ unless `kind` differs or they are offloaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from lorasmith.core.quantization import Packed, WeightSource, packed, weight_sou
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
-__all__ = ["fp8_products_enabled", "takes_fp8_products", "weights_packed"]
+__all__ = ["fp8_products_enabled", "frozen_bytes", "takes_fp8_products", "weights_packed"]
 
 
 @contextlib.contextmanager
@@ -64,9 +65,31 @@ def weights_packed(
             sizes[layer] = one.size_bytes
             undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
         if stream is not None:
-            blocks = [block.modules() for block in blocks_at_depth(module, 1)]
-            stream.ahead_bytes = max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
+            stream.ahead_bytes = _largest_block(module, sizes)
         yield [layer.get_parameter("weight") for layer in layers]
+
+
+def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool = False) -> int:
+    """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
+
+    Args:
+        module: the frozen model.
+        kind, dtype: as for `weights_packed`.
+        offloading: whether packed weights are kept in host memory.
+    """
+    sizes: dict[nn.Module, int] = {}
+    for layer in packable_layers(module):
+        source = weight_source(layer)
+        if isinstance(source, Packed) and kind == "none":
+            sizes[layer] = source.size_bytes
+        else:
+            sizes[layer] = _packed_bytes(layer.get_parameter("weight").shape, kind, dtype)
+    weights = {id(layer.get_parameter("weight")) for layer in sizes}
+    others = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in weights]
+    rest = sum(one.numel() * (dtype.itemsize if one.is_floating_point() else one.itemsize) for one in others)
+    if offloading:
+        return rest + _largest_block(module, sizes) + max(sizes.values(), default=0)
+    return rest + sum(sizes.values())
 
 
 @contextlib.contextmanager
@@ -102,6 +125,18 @@ def _packed(
     if kind != "none" or laid is not weight:
         release_pages(weight)
     return one
+
+
+@functools.cache
+def _packed_bytes(shape: torch.Size, kind: Quantization, dtype: torch.dtype) -> int:
+    """Bytes of a packed weight of a shape, packed without memory."""
+    return packed(torch.empty(shape, device="meta"), kind, dtype).size_bytes
+
+
+def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
+    """Bytes of the largest outermost block, given those of its layers."""
+    blocks = [block.modules() for block in blocks_at_depth(module, 1)]
+    return max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
 
 
 def _code(layer: nn.Module) -> torch.dtype | None:

@@ -37,7 +37,15 @@ from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.activations import Recipe, activations_reduced, held_by, recipes_recorded
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["MemoryPlan", "chosen_plan", "free_memory", "plan_activations", "plan_for"]
+__all__ = [
+    "MemoryPlan",
+    "chosen_plan",
+    "free_memory",
+    "measured_plans",
+    "optimizer_bytes",
+    "plan_activations",
+    "plan_for",
+]
 
 _DEPTHS = 5
 _SHARE = 0.9  # of free memory; the rest is for fragmentation and other programs
@@ -64,6 +72,10 @@ class MemoryPlan:
         """Whether the estimate is within the budget."""
         return self.needed_bytes <= self.budget_bytes
 
+    def within(self, budget_bytes: int) -> MemoryPlan:
+        """The same plan for another amount of memory above what is allocated before a step."""
+        return replace(self, budget_bytes=int(_SHARE * budget_bytes))
+
     def __str__(self) -> str:
         ways = {
             "keep": "all are kept",
@@ -84,25 +96,44 @@ def chosen_plan(
     """The cheapest plan that fits, or the one that needs the least memory.
 
     Args:
+        denoiser, samples, config, runtime, budget_bytes: as for `measured_plans`.
+    """
+    plans = []
+    for plan in measured_plans(denoiser, samples, config, runtime, budget_bytes):
+        if plan.fits:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.needed_bytes)
+
+
+def measured_plans(
+    denoiser: Denoiser,
+    samples: Sequence[Sample],
+    config: ResolvedConfig,
+    runtime: Runtime,
+    budget_bytes: int,
+    *,
+    within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Iterator[MemoryPlan]:
+    """All plans, cheapest first; each is measured when the iterator reaches it.
+
+    Args:
         denoiser: frozen, with the adapters attached and nothing else.
         samples: of the run; the largest is measured.
         config, runtime: of the run.
         budget_bytes: memory for a step above what is allocated now.
+        within: the context of forward passes, such as one of tensors without memory.
     """
     largest = max(samples, key=lambda sample: sample.latents.numel())
     one_batch = replace(config, grad_accumulation_steps=1)
     batch = batch_maker(denoiser, [largest], one_batch, runtime).step(0)[0]
     noised = batch.noised.to(runtime.dtype)
-    plans = []
-    for plan in _plans(
-        denoiser.module,
-        functools.partial(denoiser.predict, noised, batch.level.time, batch.conditioning),
-        int(_SHARE * budget_bytes),
-    ):
-        if plan.fits:
-            return plan
-        plans.append(plan)
-    return min(plans, key=lambda plan: plan.needed_bytes)
+
+    def run() -> Tensor:
+        with within():
+            return denoiser.predict(noised, batch.level.time, batch.conditioning)
+
+    return _plans(denoiser.module, run, int(_SHARE * budget_bytes))
 
 
 def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | Warned:
@@ -121,9 +152,14 @@ def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | War
 def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
     runtime = engine.runtime
-    optimizer = 2 * engine.flat.master.nbytes  # its state is allocated in the first step
+    optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
     free = free_memory(runtime.device, runtime.memory_budget) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
+
+
+def optimizer_bytes(master_bytes: int) -> int:
+    """Bytes of the optimizer's state for a master buffer of that size: the two moments of AdamW, or less."""
+    return 2 * master_bytes
 
 
 def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatParameters", "ParameterGroup"]
+__all__ = ["FlatParameters", "ParameterGroup", "buffer_bytes"]
 
 _ALIGNMENT = 32  # elements: two cache lines of fp32, so that views start aligned in any dtype
 _GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps incomplete blocks in fp32
@@ -40,6 +40,11 @@ class ParameterGroup:
     flat: Tensor
     views: tuple[Tensor, ...]
     rate: float
+
+
+def buffer_bytes(numbers: int, dtype: torch.dtype) -> int:
+    """Bytes of the buffers for that many parameters, trained with products in `dtype`."""
+    return numbers * (8 if dtype == torch.float32 else 8 + 2 * dtype.itemsize)
 
 
 class FlatParameters:

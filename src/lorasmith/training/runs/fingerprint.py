@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
 
-# The file is covered by the initial weights; compiling affects the last bits only, like the environment.
+# Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
     "existing_lora",
+    "training_adapter",
     "compile",
 }
 _SAMPLED = 64
@@ -55,11 +56,6 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     noising = job.denoiser.noising
     return {
         "config": config,
-        **(
-            {}
-            if noising is None
-            else {"noising": f"{noising.parameterization} {_digest([('', noising.schedule.sigmas)])}"}
-        ),
         "base": {
             part: _digest(_sampled(_tensors_of(module)))
             for part, module in job.denoiser.base.components.modules().items()

@@ -20,7 +20,7 @@ __all__ = ["Tracker", "tracker_for"]
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
-_PRIVATE = frozenset({"existing_lora", "previews"})  # settings that contain paths and prompts
+_PRIVATE = frozenset({"existing_lora", "previews", "training_adapter"})  # settings that contain paths and prompts
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:

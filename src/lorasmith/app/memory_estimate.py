@@ -1,0 +1,277 @@
+"""What a run needs on a card of a given memory, without loading weights, and the cheapest settings that fit.
+
+A forward pass on the meta device counts the activations as `activations auto` does (`memory_plan`). Settings that
+change no numbers come first, then quantization, then offloading, which is the slowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.app.command_lines import arguments_for
+from lorasmith.bench.benchmark import latent_side
+from lorasmith.bench.measure import synthetic_samples
+from lorasmith.core.choices import Quantization
+from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.folders import Folders
+from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.families.model import Model
+from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
+from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import Job, plan_job
+from lorasmith.training.memory.frozen_weights import frozen_bytes
+from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
+from lorasmith.training.optim.flat import buffer_bytes
+
+__all__ = ["MemoryEstimate", "Proposal", "estimate_memory", "estimate_of"]
+
+_KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
+"""Quantizations that are proposed; those in fp8 take the memory of int8, and change the weights more."""
+
+_META = torch.device("meta")
+
+_DRIVER_BYTES = 512 * 2**20
+"""Memory of a card that the driver and its libraries take in each process."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings, and the memory that a step needs with them.
+
+    Attributes:
+        quantization, offloading: as in `TrainConfig`.
+        plan: how activations are kept, with their memory and what is left for them.
+        weights_bytes: frozen weights on the card.
+        needed_bytes: everything on the card at the peak of a step.
+    """
+
+    quantization: Quantization
+    offloading: bool
+    plan: MemoryPlan
+    weights_bytes: int
+    needed_bytes: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        depth = self.plan.checkpoint_depth
+        return {
+            **({"quantization": self.quantization} if self.quantization != "none" else {}),
+            **({"offloading": True} if self.offloading else {}),
+            **({"activations": self.plan.activations} if self.plan.activations != "keep" else {}),
+            **({"gradient_checkpointing": True} if depth else {}),
+            **({"checkpoint_depth": depth} if depth > 1 else {}),
+        }
+
+    @property
+    def flags(self) -> list[str]:
+        """The settings as flags of `lorasmith train`."""
+        return arguments_for(self.settings)
+
+    @property
+    def short_bytes(self) -> int:
+        """By how much it misses; 0 if it fits."""
+        return max(0, self.plan.needed_bytes - self.plan.budget_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """What a run needs.
+
+    Attributes:
+        model, family: titles of the base model and its family.
+        found: its parts that were found in the model folders.
+        pixels: side of the square pictures.
+        batch_size: images per forward pass.
+        dtype: of matrix products.
+        trained: algorithm, targets and parameter count in one line.
+        card_bytes: memory of the card.
+        weights: bytes of the frozen weights on the card by quantization; `none` is the model's own format.
+        offloaded: the same with offloading.
+        trained_bytes: trained weights, gradients and optimizer state.
+        plans: ways to keep activations, cheapest first, with what they need above the weights.
+        text_encoders: bytes of each text encoder while captions are encoded, before training.
+        missing: text encoders that are neither given nor found, with the name of the file to get.
+        unpacked_bytes: the largest quantized weight while it is unpacked.
+    """
+
+    model: str
+    family: str
+    found: tuple[FoundPart, ...]
+    pixels: int
+    batch_size: int
+    dtype: str
+    trained: str
+    card_bytes: int
+    weights: Mapping[Quantization, int]
+    offloaded: Mapping[Quantization, int]
+    trained_bytes: int
+    plans: tuple[MemoryPlan, ...]
+    text_encoders: Mapping[str, int]
+    missing: Mapping[str, str]
+    unpacked_bytes: int
+
+    @cached_property
+    def proposal(self) -> Proposal:
+        """The cheapest settings that fit the card, or those that miss by the least."""
+        proposals = list(self._proposals())
+        fitting = (one for one in proposals if one.plan.fits)
+        return next(fitting, min(proposals, key=lambda one: one.short_bytes))
+
+    @property
+    def fits(self) -> bool:
+        """Whether training fits; see `encoders_fit`."""
+        return self.proposal.plan.fits
+
+    @property
+    def encoders_fit(self) -> bool:
+        """Whether all text encoders fit at once, as they are used before training."""
+        return sum(self.text_encoders.values()) <= self.card_bytes - _DRIVER_BYTES
+
+    def _proposals(self) -> Iterator[Proposal]:
+        """All settings, cheapest first."""
+        for is_offloaded, sizes in ((False, self.weights), (True, self.offloaded)):
+            for kind, size in sizes.items():
+                if kind != "none" and size >= sizes["none"]:
+                    continue  # the checkpoint is quantized as far already
+                held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
+                for plan in self.plans:
+                    fitted = plan.within(self.card_bytes - held)
+                    yield Proposal(kind, is_offloaded, fitted, size, held + plan.needed_bytes)
+
+
+def estimate_memory(
+    files: ModelFiles,
+    config: TrainConfig,
+    *,
+    card_bytes: int,
+    resolution: int | None = None,
+    folders: Folders | None = None,
+) -> MemoryEstimate:
+    """Estimate a run on a model from files; see `estimate_of`.
+
+    Args:
+        files: of the model.
+        config: settings; how weights and activations are kept is proposed, not read.
+        card_bytes: memory of the card.
+        resolution: side of the square pictures in pixels; the model's own if None.
+        folders: where parts that the model lacks are searched.
+
+    Raises:
+        LorasmithError: the model cannot be read, or the settings do not fit it.
+    """
+    loaded = load_completed(files, folders)
+    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution)
+    return replace(found, found=loaded.found)
+
+
+def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolution: int | None = None) -> MemoryEstimate:
+    """Estimate a run on a loaded model, whose denoiser loses its weights.
+
+    Args:
+        model: as loaded; no weight of it is read, except those that DoRA starts from.
+        config, card_bytes, resolution: as for `estimate_memory`.
+
+    Raises:
+        OptionError: the settings do not fit the model.
+    """
+    # PiSSA's factors are as large as LoRA's, but a decomposition of all weights.
+    dtype = "bf16" if config.training_dtype == "auto" else config.training_dtype
+    config = replace(config, pissa=False, training_dtype=dtype, gradient_checkpointing=False, activations="keep")
+    side = latent_side(model, resolution)
+    job = plan_job(model.denoiser, config, "cpu")
+    family, components, products = model.family, model.components, job.runtime.dtype
+    weights = {kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products) for kind in _KINDS}
+    offloaded = {
+        kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products, offloading=True) for kind in _KINDS
+    }
+    unpacked = _unpacked_bytes(model.denoiser.module, products)
+    encoders = {
+        name: frozen_bytes(one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one))
+        for name, one in components.text_encoders.items()
+    }
+    master = 4 * job.parameters
+    trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
+    plans = _activation_plans(model, job, side)
+    return MemoryEstimate(
+        model=model.title,
+        family=family.title,
+        found=(),
+        pixels=side * components.latent.downscale,
+        batch_size=config.batch_size,
+        dtype=dtype_name(products),
+        trained=job.summary,
+        card_bytes=card_bytes,
+        weights=weights,
+        offloaded=offloaded,
+        trained_bytes=trained,
+        plans=plans,
+        text_encoders=encoders,
+        missing={name: slot.usual_file for name, slot in family.text_encoders.items() if name not in encoders},
+        unpacked_bytes=unpacked,
+    )
+
+
+def _activation_plans(model: Model, job: Job, side: int) -> tuple[MemoryPlan, ...]:
+    """Every way to keep activations, measured on tensors without memory."""
+    samples = synthetic_samples(model, 1, side, side)
+    runtime, module = replace(job.runtime, device=_META), model.denoiser.module
+    for one in (module, *job.adapters.values(), *job.differences.values()):
+        _emptied(one, runtime.dtype)
+    with adapters_attached(module, [Attached(job.adapters, differences=job.differences)]):
+        return tuple(measured_plans(job.denoiser, samples, job.config, runtime, 0, within=_FusedAttention))
+
+
+def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
+    """Move a module to the meta device, floating-point tensors in `dtype`, packed ones as plain ones."""
+    for one in module.modules():
+        if weight_source(one) is not None:
+            del one.__dict__[WEIGHT_SOURCE]
+            one.__dict__.pop("forward", None)
+        for tensors in (one._parameters, one._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                kept = dtype if tensor.is_floating_point() else tensor.dtype
+                empty = torch.empty(tensor.shape, dtype=kept, device=_META)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention inside saves what fused kernels do; on the meta device torch would save all its weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)  # by which the weights were divided
+        ctx.save_for_backward(query, key, value, mask, result, sums)
+        return result
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
+    return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+def _unpacked_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the largest weight while it is unpacked: in fp32 and in the dtype of products."""
+    largest = max((layer.get_parameter("weight").numel() for layer in packable_layers(module)), default=0)
+    return largest * (4 + dtype.itemsize)

@@ -1,0 +1,170 @@
+"""The models in ComfyUI's folders by family, with the parts that each has or lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import Folders
+from lorasmith.families.base import Family
+from lorasmith.families.files.structure import load_structure
+from lorasmith.families.model_search import (
+    ENCODER_FOLDERS,
+    MODEL_FOLDERS,
+    VAE_FOLDERS,
+    FoundFile,
+    FoundPart,
+    best_autoencoder,
+    best_encoder,
+    scanned,
+)
+
+__all__ = ["ListedFile", "ListedModel", "ListedPart", "ModelList", "list_models"]
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file that is no denoiser, or that is not recognised.
+
+    Attributes:
+        path: the file.
+        place: its folder, relative to the base folder if it is in it.
+        what: what it is, or why it is not recognised.
+        size_bytes: its size.
+        precision: number format of most of its weights; empty if not recognised.
+    """
+
+    path: Path
+    place: str
+    what: str
+    size_bytes: int
+    precision: str = ""
+
+
+@dataclass(frozen=True)
+class ListedPart:
+    """A part of a model.
+
+    Attributes:
+        component: its name, such as `text_encoder_2`.
+        kind: registered kind of encoder or autoencoder.
+        path: of the file that would be taken, the model's own if it holds the part; None if there is none.
+        usual_file: common name of the file to get.
+    """
+
+    component: str
+    kind: str
+    path: Path | None
+    usual_file: str
+
+
+@dataclass(frozen=True)
+class ListedModel:
+    """A denoiser, alone or in a full checkpoint.
+
+    Attributes:
+        path, place, size_bytes, precision: as in `ListedFile`.
+        family: title of its family.
+        parts: of the model, with the files that they would be taken from.
+    """
+
+    path: Path
+    place: str
+    size_bytes: int
+    precision: str
+    family: str
+    parts: tuple[ListedPart, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its parts are there."""
+        return all(part.path is not None for part in self.parts)
+
+    @property
+    def missing(self) -> tuple[ListedPart, ...]:
+        """The parts that are not there."""
+        return tuple(part for part in self.parts if part.path is None)
+
+
+@dataclass(frozen=True)
+class ModelList:
+    """What is in the model folders.
+
+    Attributes:
+        models: by family, then by name.
+        unused: text encoders and autoencoders that fit none of these models.
+        unknown: files that are not recognised or cannot be read.
+    """
+
+    models: tuple[ListedModel, ...]
+    unused: tuple[ListedFile, ...]
+    unknown: tuple[ListedFile, ...]
+
+
+def list_models(folders: Folders) -> ModelList:
+    """The models in `folders`. Only headers, and of denoisers without encoders their vectors, are read."""
+    files = list(scanned(folders, (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)))
+    models, unknown = [], [_unknown(one, one.fault) for one in files if one.fault]
+    used: set[Path] = set()
+    for one in files:
+        if one.family is None:
+            continue
+        try:
+            listed, fitting = _listed(one, one.family, files)
+        except ModelError as error:
+            unknown.append(_unknown(one, str(error)))
+            continue
+        models.append(listed)
+        used |= fitting
+    parts = [one for one in files if one.encoder is not None or one.autoencoder is not None]
+    return ModelList(
+        tuple(sorted(models, key=lambda one: (one.family, one.path.name.casefold()))),
+        tuple(_part(one) for one in parts if one.path not in used),
+        tuple(unknown),
+    )
+
+
+def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
+    """A model with its parts, and all files that fit it. Raises ModelError if the model is of no supported variant."""
+    lacking = [name for name in family.text_encoders if name not in file.parts]
+    widths: dict[str, int | None] = {}
+    if lacking:
+        denoiser = load_structure(file.path).components.denoiser
+        widths = {name: family.encoder_width(denoiser, name) for name in lacking}
+    parts = []
+    fitting = {
+        one.path
+        for name, slot in family.text_encoders.items()
+        for one in files
+        if one.encoder == slot.kind and (widths.get(name) is None or one.width == widths[name])
+    }
+    for name, slot in family.text_encoders.items():
+        found = None if name in file.parts else best_encoder(files, name, slot, widths[name])
+        parts.append(ListedPart(name, slot.kind, _path(file, name, found), slot.usual_file))
+    vae = family.autoencoder
+    fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
+    found = None if "vae" in file.parts else best_autoencoder(files, vae)
+    parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
+    listed = ListedModel(file.path, file.place, file.size_bytes, file.precision, family.title, tuple(parts))
+    return listed, fitting
+
+
+def _path(file: FoundFile, component: str, found: FoundPart | None) -> Path | None:
+    if component in file.parts:
+        return file.path
+    return None if found is None else found.path
+
+
+def _part(file: FoundFile) -> ListedFile:
+    if file.autoencoder is not None:
+        what = f"autoencoder {file.autoencoder[0]} with {file.autoencoder[1]} channels"
+    else:
+        width = "" if file.width is None else f" of width {file.width}"
+        what = f"text encoder {file.encoder}{width}"
+    return ListedFile(file.path, file.place, what, file.size_bytes, file.precision)
+
+
+def _unknown(file: FoundFile, fault: str) -> ListedFile:
+    return ListedFile(file.path, file.place, fault, file.size_bytes)

@@ -1,0 +1,80 @@
+"""`lorasmith models`: the models in ComfyUI's folders, and the parts that they have."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorasmith.cli.console import console, echo
+from lorasmith.cli.flags import AsJson, BaseDir, ExtraModelPaths, folders_of
+
+if TYPE_CHECKING:
+    from lorasmith.app.model_list import ListedFile, ListedModel, ModelList
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("models")(models)
+
+
+def models(
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models in the base folder by family, and the parts that each has or lacks.
+
+    Files are recognised by their tensors; only their headers are read. `lorasmith train` and `generate` take the parts
+    that are listed here if none are given.
+    """
+    from lorasmith.app.model_list import list_models
+
+    with console.status("Reading headers"):
+        found = list_models(folders_of(base_dir, extra_model_paths))
+    if as_json:
+        whole = [{**dataclasses.asdict(one), "is_whole": one.is_whole} for one in found.models]
+        console.print_json(json.dumps({**dataclasses.asdict(found), "models": whole}, default=str))
+        return
+    _print(found)
+
+
+def _print(found: ModelList) -> None:
+    for family, models in itertools.groupby(found.models, key=lambda one: one.family):
+        console.print(f"[bold]{family}[/]")
+        for model in models:
+            echo(f"  {model.path.name} ({_size(model.size_bytes)}{_and(model.precision)}) in {model.place}")
+            for line in _parts(model):
+                echo(f"    {line}")
+    _print_files("Text encoders and autoencoders that fit none of these", found.unused)
+    _print_files("Not recognised", found.unknown)
+
+
+def _parts(model: ListedModel) -> list[str]:
+    besides = [part.path.name for part in model.parts if part.path is not None and part.path != model.path]
+    if model.is_whole:
+        return [f"whole, with {', '.join(besides)}" if besides else "whole"]
+    missing = [f"missing: {part.kind} (usually {part.usual_file})" for part in model.missing]
+    return [*([f"with {', '.join(besides)}"] if besides else []), *missing]
+
+
+def _print_files(title: str, files: tuple[ListedFile, ...]) -> None:
+    if not files:
+        return
+    console.print(f"[bold]{title}[/]")
+    for file in files:
+        details = f" ({_size(file.size_bytes)}, {file.precision})" if file.precision else ""
+        echo(f"  {file.path.name}{details} in {file.place}: {file.what}")
+
+
+def _and(text: str) -> str:
+    return f", {text}" if text else ""
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,127 @@
+"""`lorasmith plan`: the memory that a run needs, and the settings with which it fits a card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.flags import (
+    AsJson,
+    BaseDir,
+    BaseModel,
+    ExtraModelPaths,
+    TextEncoderFiles,
+    VaeFile,
+    cost_options,
+    folders_of,
+    with_flags,
+)
+from lorasmith.cli.run_output import found_line
+from lorasmith.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lorasmith.app.memory_estimate import MemoryEstimate
+
+__all__ = ["register"]
+
+_LEFT = (
+    "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype"
+)  # fmt: skip
+"""Options that affect memory and are not proposed by the command itself."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    options = {name: one for name, one in cost_options().items() if name in _LEFT}
+    app.command("plan", help=plan.__doc__)(
+        with_flags(plan, options, aliases={"training_dtype": "--dtype", "batch_size": "--batch"})
+    )
+
+
+def plan(
+    model: BaseModel,
+    memory: Annotated[float, typer.Option(min=1, help="Memory of the graphics card in GB, as cards are sold.")],
+    text_encoder: TextEncoderFiles = None,
+    vae: VaeFile = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the square pictures in pixels. Default: the model's own.")
+    ] = None,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Estimate the memory of a run, and propose the cheapest settings that fit a card.
+
+    No weights are loaded: shapes suffice. Activations are counted as `--activations auto` does. Settings that change no
+    numbers are proposed first, then quantization, then offloading. The exit status is 1 if training or
+    the text encoders do not fit.
+    """
+    from lorasmith.app.memory_estimate import estimate_memory
+    from lorasmith.families.model_search import ModelFiles
+
+    files = ModelFiles(model, tuple(text_encoder or ()), vae)
+    with console.status(f"Estimating {model}"):
+        found = estimate_memory(
+            files,
+            TrainConfig(**settings),
+            card_bytes=int(memory * 2**30),
+            resolution=resolution,
+            folders=folders_of(base_dir, extra_model_paths),
+        )
+    if as_json:
+        proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
+        whole = {**dataclasses.asdict(found), "proposal": proposal, "fits": found.fits}
+        console.print_json(json.dumps({**whole, "encoders_fit": found.encoders_fit}, default=str))
+    else:
+        _print(found)
+    if not (found.fits and found.encoders_fit):
+        raise typer.Exit(1)
+
+
+def _print(found: MemoryEstimate) -> None:
+    plans = [
+        f"{f'checkpointing at depth {one.checkpoint_depth}' if one.checkpoint_depth else one.activations} "
+        f"{_size(one.needed_bytes)}"
+        for one in found.plans
+    ]
+    encoders = [f"{name} {_size(size)}" for name, size in found.text_encoders.items()]
+    encoders += [f"{name} is missing (usually {file})" for name, file in found.missing.items()]
+    for label, text in {
+        "Model": f"{found.model} ({found.family})",
+        "Trains": found.trained,
+        "Pictures": f"{found.pixels}×{found.pixels} pixels, batch {found.batch_size}, products in {found.dtype}",
+        "Weights": _by_kind(found.weights),
+        "Offloaded": _by_kind(found.offloaded),
+        "Trained": f"{_size(found.trained_bytes)} of weights, gradients and optimizer state",
+        "Step": ", ".join(plans),
+        "Before": f"text encoders, which are used before training: {', '.join(encoders)}",
+    }.items():
+        echo(f"{label:<10}{text}")
+        if label == "Model":
+            for part in found.found:
+                echo(f"{'':<10}{found_line(part)}")
+    proposal, card = found.proposal, _size(found.card_bytes)
+    flags = " ".join(proposal.flags) or "the defaults"
+    if found.fits:
+        console.print(f"\nFits {card} with [bold]{flags}[/]: about {_size(proposal.needed_bytes)}.", soft_wrap=True)
+    else:
+        echo(
+            f"\nDoes not fit {card}: with {flags} it needs about {_size(proposal.needed_bytes)}, "
+            f"{_size(proposal.short_bytes)} too much; use smaller pictures, a smaller batch or fewer targets."
+        )
+    if not found.encoders_fit:
+        size = _size(sum(found.text_encoders.values()))
+        print_note(f"The text encoders need {size} at once, more than {card} has free; give them in fp8 or GGUF.")
+
+
+def _by_kind(sizes: Any) -> str:
+    return ", ".join(f"{'as in the file' if kind == 'none' else kind} {_size(size)}" for kind, size in sizes.items())
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

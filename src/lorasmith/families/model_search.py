@@ -1,0 +1,310 @@
+"""Models and parts of models in ComfyUI's folders, recognised by the headers of their files.
+
+A model that lacks text encoders or an autoencoder is completed with files that fit it. Of several, the one with the
+usual name is taken, then the one in the largest precision, then the first by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.loading import family_of, load_model, recognise, with_parts
+from lorasmith.families.locating import built_in_models
+from lorasmith.families.model import Model
+from lorasmith.families.parts.autoencoders import recognised_autoencoder
+from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
+
+__all__ = [
+    "ENCODER_FOLDERS",
+    "MODEL_FOLDERS",
+    "VAE_FOLDERS",
+    "Completed",
+    "FoundFile",
+    "FoundPart",
+    "ModelFiles",
+    "best_autoencoder",
+    "best_encoder",
+    "completed",
+    "in_folders",
+    "load_completed",
+    "scanned",
+]
+
+MODEL_FOLDERS = ("checkpoints", "diffusion_models")
+ENCODER_FOLDERS = ("text_encoders",)
+VAE_FOLDERS = ("vae",)
+"""Kinds of folders, as in `Folders`, that are searched for denoisers, text encoders and autoencoders."""
+
+# What reading an odd or damaged header may raise.
+_UNREADABLE = (ModelError, ArithmeticError, LookupError, OSError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model, as in `load_model`.
+
+    Attributes:
+        model: file, folder, hub id or built-in name of the denoiser or of the whole model.
+        text_encoders: files or folders of text encoders.
+        vae: file or folder of the autoencoder.
+    """
+
+    model: str
+    text_encoders: tuple[str, ...] = ()
+    vae: str | None = None
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file in the model folders; at most one of `family`, `encoder` and `autoencoder` is set.
+
+    Attributes:
+        path: the file, or a diffusers folder.
+        place: its folder, relative to the base folder if it is in it.
+        size_bytes: its size.
+        precision: number format of most of its weights, such as `bf16` or `Q4_K`; empty for folders.
+        bits: mean size of a number.
+        family: of its denoiser.
+        parts: the components besides the denoiser that it holds.
+        encoder: kind of the text encoder that it is.
+        autoencoder: kind and channels of the autoencoder that it is.
+        fault: why it is none of these, in a sentence; empty if it is one.
+        is_damaged: whether it cannot be read at all.
+    """
+
+    path: Path
+    place: str
+    size_bytes: int = 0
+    precision: str = ""
+    bits: float = 0.0
+    family: Family | None = None
+    parts: frozenset[str] = frozenset()
+    encoder: str | None = None
+    autoencoder: tuple[str, int] | None = None
+    fault: str = ""
+    is_damaged: bool = False
+
+    @cached_property
+    def width(self) -> int | None:
+        """Width of the text encoder's states; None if it is no encoder that can be built."""
+        if self.encoder is None:
+            return None
+        try:
+            return ENCODERS[self.encoder].width_in(OriginalCheckpoint(self.path).shapes_under(""))
+        except _UNREADABLE:
+            return None
+
+
+@dataclass(frozen=True)
+class FoundPart:
+    """A part that a model lacked, and the file that it is taken from.
+
+    Attributes:
+        component: name of the part.
+        path, place: of the file, as in `FoundFile`.
+        choices: number of files that fit.
+    """
+
+    component: str
+    path: Path
+    place: str
+    choices: int
+
+    @property
+    def title(self) -> str:
+        """`text encoder` or `autoencoder`."""
+        return "autoencoder" if self.component == "vae" else "text encoder"
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A model with the parts found for it.
+
+    Attributes:
+        model: the model.
+        files: where all its parts come from.
+        found: the parts that were found.
+        notes: files that could not be read, one sentence each.
+    """
+
+    model: Model
+    files: ModelFiles
+    found: tuple[FoundPart, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_completed(files: ModelFiles, folders: Folders | None = None) -> Completed:
+    """Load a model, and the parts that it lacks from `folders`.
+
+    Args:
+        files: paths, or names of files in `folders`.
+        folders: where to search; None to search nothing.
+
+    Raises:
+        ModelError: as `load_model`. Parts that are found nowhere are left out.
+    """
+    if folders is None:
+        return Completed(load_model(files.model, text_encoders=files.text_encoders, vae=files.vae), files)
+    files = ModelFiles(
+        in_folders(files.model, folders, MODEL_FOLDERS),
+        tuple(in_folders(one, folders, ENCODER_FOLDERS) for one in files.text_encoders),
+        files.vae and in_folders(files.vae, folders, VAE_FOLDERS),
+    )
+    model = load_model(files.model, text_encoders=files.text_encoders, vae=files.vae)
+    return completed(model, files, folders)
+
+
+def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
+    """The path of a model that is named relative to folders of `kinds`; the source itself if it is no such name.
+
+    Args:
+        source: as in `load_model`; existing paths and built-in models come first.
+        folders: where to search.
+        kinds: of folders.
+    """
+    if Path(source).exists() or source in built_in_models():
+        return source
+    for kind in kinds:
+        try:
+            return str(folders.find(kind, source))
+        except ModelError:
+            continue
+    return source
+
+
+def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
+    """The model with the text encoders and the autoencoder that it lacks, as far as `folders` has files that fit.
+
+    Args:
+        model: as loaded from `files`.
+        files: where its parts come from.
+        folders: where to search. Only headers are read, and only if a part is missing.
+    """
+    family, components = model.family, model.components
+    encoders = [name for name in family.text_encoders if name not in components.text_encoders]
+    kinds = [*(ENCODER_FOLDERS if encoders else ()), *(VAE_FOLDERS if components.vae is None else ())]
+    if not kinds:
+        return Completed(model, files)
+    there = list(scanned(folders, kinds))
+    found = []
+    for component in encoders:
+        width = family.encoder_width(components.denoiser, component)
+        found.append(best_encoder(there, component, family.text_encoders[component], width))
+    if components.vae is None:
+        found.append(best_autoencoder(there, family.autoencoder))
+    parts = [one for one in found if one is not None]
+    more = tuple(str(one.path) for one in parts if one.component != "vae")
+    vae = next((str(one.path) for one in parts if one.component == "vae"), None)
+    if parts:
+        model = with_parts(model, text_encoders=more, vae=vae)
+        files = replace(files, text_encoders=(*files.text_encoders, *more), vae=files.vae or vae)
+    return Completed(
+        model,
+        files,
+        tuple(parts),
+        tuple(f"{one.path.name} in {one.place} is skipped: {one.fault}." for one in there if one.is_damaged),
+    )
+
+
+def best_encoder(files: Sequence[FoundFile], component: str, slot: EncoderSlot, width: int | None) -> FoundPart | None:
+    """The file to take for a text encoder; None if none fits.
+
+    Args:
+        files: all candidates.
+        component: name of the part.
+        slot: of the family.
+        width: that its states must have; None if every width fits.
+    """
+    fitting = [one for one in files if one.encoder == slot.kind and (width is None or one.width == width)]
+    return _preferred(fitting, component, slot.usual_file)
+
+
+def best_autoencoder(files: Sequence[FoundFile], slot: AutoencoderSlot) -> FoundPart | None:
+    """The file to take for the autoencoder of a family with this slot; None if none fits."""
+    return _preferred([one for one in files if one.autoencoder == (slot.kind, slot.channels)], "vae", slot.usual_file)
+
+
+def scanned(folders: Folders, kinds: Sequence[str]) -> Iterator[FoundFile]:
+    """The files in folders of `kinds`, each once, with what they are. No tensor is read, and no file is fatal."""
+    seen: set[Path] = set()
+    for kind in kinds:
+        for name in folders.files(kind):
+            try:
+                path = folders.find(kind, name)
+            except ModelError:  # a link whose file is gone
+                continue
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield _recognised(path, _place(path, folders))
+
+
+def _preferred(fitting: Sequence[FoundFile], component: str, usual_file: str) -> FoundPart | None:
+    if not fitting:
+        return None
+    usual = usual_file.casefold()
+    best = min(fitting, key=lambda one: (one.path.name.casefold() != usual, -one.bits, one.path.name.casefold()))
+    return FoundPart(component, best.path, best.place, len(fitting))
+
+
+def _place(path: Path, folders: Folders) -> str:
+    if path.is_relative_to(ASSETS):
+        return "the package"
+    base = folders.base
+    return path.parent.relative_to(base).as_posix() if path.is_relative_to(base) else str(path.parent)
+
+
+def _recognised(path: Path, place: str) -> FoundFile:
+    """A file or diffusers folder with what it is."""
+    size = 0
+    try:
+        size = sum(one.stat().st_size for one in ([path] if path.is_file() else path.rglob("*")) if one.is_file())
+        if path.is_dir():
+            family = family_of(path)
+            there = frozenset(name for name in (*family.text_encoders, "vae") if (path / name).is_dir())
+            return FoundFile(path, place, size, family=family, parts=there)
+        checkpoint = OriginalCheckpoint(path)
+        shapes = checkpoint.shapes_under("")
+        encoder, autoencoder = recognised_encoder(shapes), recognised_autoencoder(shapes)
+        channels = None if autoencoder is None else (autoencoder.name, autoencoder.channels(shapes))
+    except _UNREADABLE as error:
+        return FoundFile(path, place, size, fault=_sentence(error), is_damaged=True)
+    precision, bits = _precision(checkpoint)
+    found = FoundFile(path, place, size, precision, bits)
+    if encoder is not None:
+        return replace(found, encoder=encoder.name)
+    if channels is not None:
+        return replace(found, autoencoder=channels)
+    try:
+        family = recognise(checkpoint)
+    except _UNREADABLE as error:
+        return replace(found, fault=_sentence(error))
+    return replace(found, family=family, parts=frozenset(_parts_inside(checkpoint, family)))
+
+
+def _parts_inside(checkpoint: OriginalCheckpoint, family: Family) -> Iterator[str]:
+    slots: dict[str, EncoderSlot | AutoencoderSlot] = {**family.text_encoders, "vae": family.autoencoder}
+    for component, slot in slots.items():
+        if checkpoint.prefix_of(slot.prefixes) is not None:
+            yield component
+
+
+def _precision(checkpoint: OriginalCheckpoint) -> tuple[str, float]:
+    """The number format of most of a file's bytes, and the mean bits of a number."""
+    sizes: dict[str, int] = defaultdict(int)
+    for number_format, size in checkpoint.file.stored.values():
+        sizes[number_format] += size
+    numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    return max(sizes, key=lambda one: sizes[one], default=""), 8 * sum(sizes.values()) / max(1, numbers)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).removesuffix(".") if isinstance(error, ModelError) else "its header cannot be understood"

@@ -1,0 +1,153 @@
+"""Models that come as several files, from the outside: flags for the parts, parts that are found, and runs repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.families.flux_parts import comfyui_folder
+
+Command = Callable[..., Any]
+QUICK = ("--steps", 2, "--rank", 2, "--targets", "*.attn.to_q", "--resolution", 64, "--validation-share", 0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return comfyui_folder(tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture
+def models(made: Path, tmp_path: Path) -> Path:
+    """`models` of a ComfyUI folder of its own."""
+    return Path(shutil.copytree(made, tmp_path / "comfyui")) / "models"
+
+
+def test_a_run_finds_its_parts_and_is_repeated_with_them(
+    lorasmith: Command, photos: Path, models: Path, tmp_path: Path
+) -> None:
+    ran = lorasmith(
+        "train", photos, "--model", "flux1-dev.safetensors", "--base-dir", models.parent, *QUICK, "--output", "run"
+    )
+    assert ran.code == 0, ran.err
+    for line in (
+        "text encoder: clip_l.safetensors (found in models/text_encoders)",
+        "text encoder: t5xxl_fp16.safetensors (found in models/text_encoders)",
+        "autoencoder: ae.safetensors (found in models/vae)",
+    ):
+        assert line in ran.out, line
+    encoders = [str(models / "text_encoders" / name) for name in ("clip_l.safetensors", "t5xxl_fp16.safetensors")]
+    vae, denoiser = str(models / "vae" / "ae.safetensors"), str(models / "diffusion_models" / "flux1-dev.safetensors")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["source"]["text_encoders"], record["source"]["vae"]) == (encoders, vae)
+    assert record["command"][:11] == [
+        "lorasmith", "train", str(photos), "--model", denoiser, "--text-encoder", encoders[0], "--text-encoder",
+        encoders[1], "--vae", vae,
+    ]  # fmt: skip
+    assert record["model"]["files"]["text_encoder_2"] == encoders[1]
+    drawing = f"lorasmith generate --model {denoiser} --text-encoder {encoders[0]} --text-encoder {encoders[1]} --vae"
+    assert drawing in ran.out
+    assert drawing in (tmp_path / "run" / "report.html").read_text()
+
+    again = lorasmith("reproduce", "run/photos.safetensors", "--output", "again")
+    assert again.code == 0, again.out + again.err
+    assert "are bit-identical" in again.out
+    moved = shutil.move(models / "vae" / "ae.safetensors", tmp_path / "moved.safetensors")
+    assert "ae.safetensors does not exist" in lorasmith("reproduce", "run/photos.safetensors", "--dry-run").err
+    dry = lorasmith("reproduce", "run/photos.safetensors", "--dry-run", "--vae", moved)
+    assert "initial weights are the same" in dry.out, dry.err
+
+
+def test_parts_are_given_by_flags(lorasmith: Command, photos: Path, models: Path, tmp_path: Path) -> None:
+    parts = (
+        "--model", models / "diffusion_models" / "flux1-dev.safetensors", "--vae", models / "vae" / "ae.safetensors",
+        "--text-encoder", models / "text_encoders" / "t5xxl_fp16.safetensors",
+        "--text-encoder", models / "text_encoders" / "clip_l.safetensors",
+    )  # fmt: skip
+    ran = lorasmith("train", photos, *parts, *QUICK, "--output", "run")
+    assert ran.code == 0, ran.err
+    assert "found in" not in ran.out
+    drawn = lorasmith("generate", *parts, "--prompt", "a fox", "--steps", 1, "--width", 64, "--height", 64)
+    assert drawn.code == 0, drawn.err
+    assert len(list((tmp_path / "output").iterdir())) == 1
+
+
+def test_a_missing_part_is_refused_with_the_file_to_get(
+    lorasmith: Command, photos: Path, models: Path, tmp_path: Path
+) -> None:
+    (models / "text_encoders" / "t5xxl_fp16.safetensors").unlink()
+    (models / "text_encoders" / "broken.safetensors").write_bytes(b"broken")
+    ran = lorasmith("train", photos, "--model", "flux1-dev.safetensors", "--base-dir", models.parent, *QUICK)
+
+    assert ran.code == 1
+    assert "Flux.1 needs the text encoder t5xxl" in ran.err and "t5xxl_fp16.safetensors" in ran.err
+    assert "broken.safetensors in models/text_encoders is skipped" in ran.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stopped_run_is_resumed_with_its_parts(
+    lorasmith: Command, photos: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    from tests.cli.test_stopped_runs import interrupted
+
+    monkeypatch.setenv("LORASMITH_BASE_DIR", str(models.parent))
+    with interrupted(signal.SIGINT, at=1):
+        ran = lorasmith("train", photos, "--model", "flux1-dev.safetensors", *QUICK, "--output", "run")
+    assert "To continue" in ran.out, ran.err
+    monkeypatch.delenv("LORASMITH_BASE_DIR")
+    resumed = lorasmith("resume", "run")
+    assert "continues from step 1, bit-identically" in resumed.out, resumed.err
+
+
+def test_models_are_listed_with_their_parts(lorasmith: Command, models: Path) -> None:
+    (models / "vae" / "ae.safetensors").unlink()
+    (models / "vae" / "odd.safetensors").write_bytes(b"odd")
+    ran = lorasmith("models", "--base-dir", models.parent)
+    assert ran.code == 0, ran.err
+    for line in (
+        "Flux.1",
+        "  flux1-dev.safetensors (",
+        " MB, fp32) in models/diffusion_models",
+        "    with clip_l.safetensors, t5xxl_fp16.safetensors",
+        "    missing: kl (usually ae.safetensors)",
+        "  lorasmith-tiny.safetensors (",
+        "    whole",
+        "Not recognised",
+        "  odd.safetensors in models/vae: ",
+    ):
+        assert line in ran.out, line
+    parsed = json.loads(lorasmith("models", "--base-dir", models.parent, "--json").out)
+    assert [one["is_whole"] for one in parsed["models"]] == [False, True]
+
+
+def test_a_plan_is_printed_for_a_card(lorasmith: Command, models: Path) -> None:
+    (models / "vae" / "ae.safetensors").unlink()
+    asked = ("plan", "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--resolution", 64, "--rank", 4)
+    ran = lorasmith(*asked, "--memory", 8, "--batch", 2)
+    assert ran.code == 0, ran.err
+    for line in (
+        "Model     flux1-dev (Flux.1)",
+        "          text encoder: t5xxl_fp16.safetensors (found in models/text_encoders)",
+        "Pictures  64×64 pixels, batch 2, products in bf16",
+        "Weights   as in the file ",
+        "checkpointing at depth 1 ",
+        "Before    text encoders, which are used before training: text_encoder ",
+        "Fits 8.0 GiB with the defaults: about ",
+    ):
+        assert line in ran.out, line
+    parsed = json.loads(lorasmith(*asked, "--memory", 8, "--json").out)
+    assert (parsed["fits"], parsed["proposal"]["settings"], parsed["batch_size"]) == (True, {}, 1)
+
+
+def test_a_plan_that_fits_nowhere_says_so(lorasmith: Command, models: Path) -> None:
+    small = ("plan", "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--memory", 1)
+    ran = lorasmith(*small, "--resolution", 2048, "--batch", 64)
+    assert ran.code == 1
+    assert "Does not fit 1.0 GiB: with " in ran.out
+    assert "too much; use smaller pictures, a smaller batch or fewer targets." in ran.out
