@@ -31,7 +31,9 @@ def predict(
     network: Network, positive: list[Conditioning], negative: list[Conditioning], cfg: float, batch: int = 2
 ) -> Tensor:
     prediction = guided(network, positive=positive, negative=negative, cfg=cfg, batch=batch)
-    return prediction(torch.ones(batch, 3), torch.zeros(batch))[:, 0]
+    result, lacking = prediction(torch.ones(batch, 3), torch.zeros(batch), 0.5)
+    assert not lacking
+    return result[:, 0]
 
 
 def test_guidance_is_negative_plus_scaled_difference_in_one_forward() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -55,11 +55,13 @@ class Conditioning:
             there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
+        span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
     """
 
     tensors: Mapping[str, Tensor]
     text: str | None = None
     mask: Tensor | None = None
+    span: tuple[float, float] = (0.0, 1.0)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """A copy on `device` with floating-point tensors in `dtype`."""
@@ -68,7 +70,7 @@ class Conditioning:
             for key, t in self.tensors.items()
         }
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return Conditioning(moved, self.text, mask)
+        return replace(self, tensors=moved, mask=mask)
 
 
 class PictureSize(NamedTuple):

@@ -53,7 +53,7 @@ class Solver(Protocol):
         Args:
             denoise: the guided model.
             x: (batch, ...) fp32 state at `sigmas[0]`.
-            sigmas: (steps + 1,) strictly descending, the last one 0.
+            sigmas: (steps + 1,) strictly descending; the last one is 0, or the level to stop at.
             schedule: of the sigmas.
             noise: random noise of a step, for solvers that add some.
             callback: called once per step.
@@ -199,7 +199,8 @@ def uni_pc(
     The corrector reuses the evaluation at the predicted point, so that a step needs one evaluation. The order increases
     from 1 at the start and decreases to 1 at the end; the last step is not corrected.
     """
-    levels = [*sigmas.tolist()[:-1], UNIPC_LAST_SIGMA]
+    levels = sigmas.tolist()
+    levels[-1] = levels[-1] or UNIPC_LAST_SIGMA
     steps = len(levels) - 1
     highest_order = max(1, min(3, steps - 1))
     known = [(levels[0], denoise(x, levels[0]))]
@@ -213,7 +214,32 @@ def uni_pc(
             callback(step, denoised)
             x = update.corrected(denoised)
             known.append((levels[step], denoised))
-    return x / schedule.signal(UNIPC_LAST_SIGMA)
+    return x if sigmas[-1] > 0 else x / schedule.signal(UNIPC_LAST_SIGMA)
+
+
+def res_multistep(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """Refined exponential solver of second order (Zhang & Chen 2023, arXiv:2308.02157) in `lambda = −log sigma`.
+
+    The first step is of first order; a last one to 0 ends at the clean sample.
+    """
+    previous: Tensor | None = None
+    last_width = 0.0
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        if sigma_next == 0 or previous is None:
+            x = denoised.lerp(x, sigma_next / sigma)
+        else:
+            width = math.log(sigma / sigma_next)
+            phi_1 = -math.expm1(-width) / width
+            older = (phi_1 - 1) / last_width
+            x = math.exp(-width) * x + width * ((phi_1 - older) * denoised + older * previous)
+        if sigma_next > 0:
+            last_width = math.log(sigma / sigma_next)
+        previous = denoised
+    return x
 
 
 SAMPLERS.register("euler")(Sampler(euler))
@@ -223,6 +249,7 @@ SAMPLERS.register("dpmpp_2m")(Sampler(dpmpp_2m))
 SAMPLERS.register("dpmpp_2m_sde")(Sampler(dpmpp_2m_sde))
 SAMPLERS.register("ddim")(Sampler(euler))
 SAMPLERS.register("lcm")(Sampler(lcm))
+SAMPLERS.register("res_multistep")(Sampler(res_multistep))
 SAMPLERS.register("uni_pc")(Sampler(uni_pc, discards_penultimate_sigma=True))
 
 
