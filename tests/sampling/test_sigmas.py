@@ -59,7 +59,5 @@ def test_denoise_takes_the_last_steps_of_a_longer_run(scheduler: str) -> None:
 
 
 def test_unknown_schedulers_are_refused_with_those_there_are() -> None:
-    with pytest.raises(
-        OptionError, match=r"unknown scheduler 'turbo'.*known are simple, sgm_uniform, normal"
-    ):
+    with pytest.raises(OptionError, match=r"unknown scheduler 'turbo'.*known are simple, sgm_uniform, normal"):
         sigmas_for(SCHEDULES["discrete"], "turbo", 4)

@@ -53,6 +53,7 @@ class Conditioning:
     Attributes:
         tensors: every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is
             there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them.
+            With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
         span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
@@ -480,6 +481,12 @@ class Family(ABC):
             f"{self.title} needs the text encoder {slot.kind}, which this model came without; load a full checkpoint, "
             f"or give the encoder as well (its file is usually called {slot.usual_file})"
         )
+
+    @property
+    def encoders_text(self) -> str:
+        """Its text encoders in words, with the type under which nodes load them."""
+        kinds = " and ".join(slot.kind for slot in self.text_encoders.values())
+        return f"{kinds}, loaded with type {self.clip_types[0]}" if self.clip_types else kinds
 
     def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
         """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""

@@ -187,7 +187,7 @@ def _beta_distribution(x: NDArray[np.float64], shape: float) -> NDArray[np.float
         term = term * near * (2 * shape + n) / (shape + 1 + n)
         total = total + term
     log_front = math.lgamma(2 * shape) - 2 * math.lgamma(shape) - math.log(shape)
-    left = math.exp(log_front) * (near * (1 - near)) ** shape * total
+    left: NDArray[np.float64] = math.exp(log_front) * (near * (1 - near)) ** shape * total
     return np.where(x <= 0.5, left, 1 - left)
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "ddim", "lcm", "res_multistep", "uni_pc"]
-SCHEDULERS = [
-    "normal", "karras", "simple", "sgm_uniform", "exponential", "ddim_uniform", "beta", "linear_quadratic", "kl_optimal",
-]  # fmt: skip
+SCHEDULERS = ["normal", "karras", "simple", "sgm_uniform", "exponential", "ddim_uniform"]
+SCHEDULERS += ["beta", "linear_quadratic", "kl_optimal"]
 SCHEDULES = {"discrete": {}, "flow": {"shift": 3.0, "steps": 1000}, "flux": {"shift": math.exp(1.15), "steps": 10_000}}
 RUNS = [(3, 1.0), (12, 1.0), (6, 0.45)]  # steps and denoise
 MEAN, SPREAD, SIZE = 0.8, 0.5, 6

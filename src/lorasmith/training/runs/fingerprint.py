@@ -55,11 +55,6 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     noising = job.denoiser.noising
     return {
         "config": config,
-        **(
-            {}
-            if noising is None
-            else {"noising": f"{noising.parameterization} {_digest([('', noising.schedule.sigmas)])}"}
-        ),
         "base": {
             part: _digest(_sampled(_tensors_of(module)))
             for part, module in job.denoiser.base.components.modules().items()
