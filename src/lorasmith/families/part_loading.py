@@ -46,23 +46,23 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
         ModelError: a file cannot be read or holds no text encoder, or no family has these encoders.
     """
     quieten()
-    located = [located(path) for path in paths]
-    kinds = {part.name for path in located for part in _kinds_in(path)}
+    places = [located(path) for path in paths]
+    kinds = {part.name for path in places for part in _kinds_in(path)}
     fitting = [one for _, one in FAMILIES.items() if kinds <= {slot.kind for slot in one.text_encoders.values()}]
     # ComfyUI ignores a type that is not one of an encoder's.
     fitting.sort(key=lambda one: (clip_type not in one.clip_types, len(one.text_encoders)))
     if not kinds or not fitting:
-        names = " and ".join(path.name for path in located)
-        held = f"the text encoders {' and '.join(sorted(kinds))}" if kinds else f"{title_of(located[0])}"
+        names = " and ".join(path.name for path in places)
+        held = f"the text encoders {' and '.join(sorted(kinds))}" if kinds else f"{title_of(places[0])}"
         raise ModelError(
             f"{names} must hold the text encoders of one model, but is {held}; choose the files that belong together"
         )
     family = fitting[0]
-    found = [encoders_in(path, family) for path in located]
+    found = [encoders_in(path, family) for path in places]
     modules = {name: one for part in found for name, one in part.modules.items()}
     tokenizers = {name: one for part in found for name, one in part.tokenizers.items()}
     in_order = {name: modules[name] for name in family.text_encoders if name in modules}
-    return TextEncoder(family, TextEncoders(in_order, tokenizers), " and ".join(path.stem for path in located))
+    return TextEncoder(family, TextEncoders(in_order, tokenizers), " and ".join(path.stem for path in places))
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
