@@ -95,7 +95,8 @@ def test_lumina_reads_an_instruction_first(bench: Any, tiny: Model, system: str)
     (one,) = bench.one("CLIPTextEncodeLumina2", clip=tiny.text_encoder, system_prompt=system, user_prompt="a fox")
     assert one.text is not None
     assert one.text.startswith("You are an assistant designed to generate ")
-    assert one.text.endswith("text prompts. <Prompt Start> a fox") or "user prompts. <Prompt Start> a fox" in one.text
+    assert one.text.endswith("prompts. <Prompt Start> a fox")
+    assert ("superior images" in one.text) == (system == "superior")
 
 
 def test_padding_of_t5_is_set_by_length_or_by_padding(bench: Any, flux_clip: TextEncoder) -> None:
