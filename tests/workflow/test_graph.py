@@ -204,7 +204,7 @@ def test_an_input_that_older_workflows_lack_gets_its_default(toys: Any, api_node
     assert read() is True
     assert [read(new=text) for text in ("None", "false", "True")] == [False, False, True]
     assert "new" in object_info(toys.nodes["Later"], toys.folders)["input"]["required"]
-    with pytest.raises(GraphError, match="new must be true or false, got 'perhaps'"):
+    with pytest.raises(GraphError, match="new must be a true or false value, got 'perhaps'"):
         read(new="perhaps")
 
 
