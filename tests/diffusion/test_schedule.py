@@ -217,3 +217,33 @@ def test_what_a_zero_terminal_schedule_is_not_for(
         check_noising(schedule, parameterization, zero_terminal_snr=True)
     check_noising(schedule, parameterization, zero_terminal_snr=False)
     check_noising(SD, "v", zero_terminal_snr=True)
+
+
+def test_a_part_of_sampling_has_a_sigma() -> None:
+    discrete, flow = DiscreteSchedule.scaled_linear(), FlowSchedule(3.0)
+    for schedule in (discrete, flow):
+        assert schedule.sigma_at(0.0) == math.inf
+        assert schedule.sigma_at(1.0) == 0.0
+    # ComfyUI's percent_to_sigma.
+    assert [discrete.sigma_at(one) for one in (0.25, 0.5, 0.9)] == pytest.approx(
+        [4.086081, 1.61558, 0.343705], abs=1e-5
+    )
+    assert flow.sigma_at(0.25) == pytest.approx(3 * 0.75 / (1 + 2 * 0.75))
+
+
+def test_a_flow_counts_time_as_its_network_does() -> None:
+    level = FlowSchedule(2.0, time_scale=1000.0).at(torch.tensor([0.5]))
+    assert level.sigma.item() == pytest.approx(2 / 3)
+    assert level.time.item() == pytest.approx(2000 / 3)
+
+
+def test_every_twentieth_step_keeps_its_time() -> None:
+    whole = DiscreteSchedule.scaled_linear()
+    few = whole.every(20)
+    torch.testing.assert_close(few.sigmas, whole.sigmas[19::20])
+    level = few.at(torch.tensor([0.0, 0.999]))
+    assert level.time.tolist() == [19, 999]
+    assert torch.equal(level.sigma, whole.at(torch.tensor([0.0195, 0.9995])).sigma)
+    assert torch.equal(few.timestep(few.sigmas), torch.arange(19, 1000, 20).float())
+    torch.testing.assert_close(few.sigma(torch.arange(19, 1000, 20)), few.sigmas)
+    assert few.zero_terminal().stride == 20

@@ -259,3 +259,18 @@ def test_any_missing_tensor_is_a_sentence(tmp_path: Path, name: str) -> None:
     tensors = {key: tensor for key, tensor in TENSORS.items() if key != name}
     with pytest.raises(ModelError, match=r"lacks|architecture"):
         load_model(save(tmp_path / "flux.safetensors", tensors))
+
+
+@torch.no_grad()
+def test_guidance_may_be_left_out(model: Model, schnell: Model) -> None:
+    latents, time = models.seeded("latents", (2, 16, 4, 4), seed=0), torch.tensor([0.3, 0.8])
+
+    def predicted(of: Model, given: Conditioning) -> Tensor:
+        return of.denoiser.predict(latents, time, given)
+
+    without = predicted(model, conditioning(no_guidance=torch.zeros(2)))
+    assert not torch.allclose(without, predicted(model, conditioning()))
+    # The same network without the embedding's tensors is one without guidance.
+    torch.testing.assert_close(without, predicted(schnell, conditioning()), atol=1e-5, rtol=1e-5)
+    assert torch.equal(predicted(schnell, conditioning(no_guidance=torch.zeros(2))), predicted(schnell, conditioning()))
+    assert not model.components.denoiser.time_text_embed.guidance_embedder._forward_hooks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+import contextlib
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import DataError
+from lorasmith.families import model
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 
@@ -106,3 +110,27 @@ def test_handles_cannot_be_changed(tiny: Model) -> None:
 def test_names_are_made_once(tiny: Model) -> None:
     assert tiny.names is tiny.names
     assert tiny.names.denoiser[TO_Q].path == "middle_block.1.transformer_blocks.0.attn1.to_q"
+
+
+def test_conditionings_of_other_widths_are_refused(tiny: Model) -> None:
+    fitting = Conditioning({"context": torch.zeros(2, 5, 128), "guidance": torch.ones(2)})
+    tiny.denoiser.check_conditionings([fitting, fitting])
+    for tensors, found in (({"context": torch.zeros(1, 5, 12, 2560)}, "12×2560"), ({}, "none")):
+        with pytest.raises(DataError, match=rf"must have width 128, got {found}; encode prompts with its own text enc"):
+            tiny.denoiser.check_conditionings([fitting, Conditioning(tensors)])
+
+
+def test_encoders_run_where_they_are_told_to(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def record(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        placed.append(device)
+        yield
+
+    monkeypatch.setattr(model, "placed", record)
+    monkeypatch.setattr(model, "best_device", lambda: torch.device("cuda"))
+    for encoder in (tiny.text_encoder, replace(tiny.text_encoder, device=torch.device("cpu"))):
+        with encoder.active():
+            pass
+    assert [device.type for device in placed] == ["cuda", "cpu"]

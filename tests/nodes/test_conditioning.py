@@ -1,34 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Model
-
-
-def test_a_prompt_becomes_one_conditioning_with_its_text(bench: Any, tiny: Model) -> None:
-    (plain,) = bench.one("CLIPTextEncode", text="a fox", clip=tiny.text_encoder)
-    (weighted,) = bench.one("CLIPTextEncode", text="a (fox:1.4)", clip=tiny.text_encoder)
-    assert plain.text == "a fox"
-    assert plain.tensors["context"].shape == weighted.tensors["context"].shape
-    assert not torch.equal(plain.tensors["context"], weighted.tensors["context"])
-
-
-def test_stopping_a_layer_earlier_skips_one(bench: Any, tiny: Model) -> None:
-    assert bench.one("CLIPSetLastLayer", clip=tiny.text_encoder, stop_at_clip_layer=-1).skip_layers == 0
-    skipped = bench.one("CLIPSetLastLayer", clip=tiny.text_encoder, stop_at_clip_layer=-2)
-    assert skipped.skip_layers == 1
-    assert tiny.text_encoder.skip_layers == 0
-    contexts = [
-        bench.one("CLIPTextEncode", text="a fox", clip=clip)[0].tensors["context"]
-        for clip in (tiny.text_encoder, skipped)
-    ]
-    assert not torch.allclose(*contexts)
 
 
 def test_combining_keeps_the_order(bench: Any, captions: list[Conditioning]) -> None:
@@ -45,7 +23,45 @@ def test_zeroing_out_leaves_settings_alone(bench: Any, captions: list[Conditioni
     assert guided.tensors["context"].any()
 
 
-def test_a_model_without_text_encoder_is_refused(bench: Any, tiny: Model) -> None:
-    bare = replace(tiny, components=replace(tiny.components, text_encoders={}))
-    with pytest.raises(ModelError, match="needs the text encoder clip_l"):
-        bench.call("CLIPTextEncode", text="a fox", clip=bare.text_encoder)
+def test_zeroing_out_keeps_the_span(bench: Any, captions: list[Conditioning]) -> None:
+    late = bench.one("ConditioningSetTimestepRange", conditioning=captions[:1], start=0.25, end=1.0)
+    (zeroed,) = bench.one("ConditioningZeroOut", conditioning=late)
+    assert zeroed.span == late[0].span == (0.25, 1.0)
+    assert captions[0].span == (0.0, 1.0)
+
+
+def test_averages_keep_the_settings_of_the_first(bench: Any, captions: list[Conditioning]) -> None:
+    to = Conditioning({"context": torch.ones(1, 3, 2), "guidance": torch.tensor([3.5])}, "to")
+    source = Conditioning({"context": torch.full((1, 2, 2), 5.0), "pooled": torch.ones(1, 4)})
+    (mixed,) = bench.one(
+        "ConditioningAverage",
+        conditioning_to=[to],
+        conditioning_from=[source, captions[0]],
+        conditioning_to_strength=0.75,
+    )
+    assert mixed.tensors["context"][0, :, 0].tolist() == [2.0, 2.0, 0.75]  # padded with zeros
+    assert mixed.tensors["pooled"].tolist() == [[1.0] * 4]
+    assert mixed.tensors["guidance"].item() == 3.5
+    assert mixed.text == "to"
+    assert bench.messages("warning") == ["conditioning_from takes one prompt but received 2; the first one is used"]
+    longer = Conditioning({"context": torch.zeros(1, 9, 2)})
+    (cut,) = bench.one(
+        "ConditioningAverage", conditioning_to=[to], conditioning_from=[longer], conditioning_to_strength=0.5
+    )
+    assert cut.tensors["context"].shape == (1, 3, 2)
+
+
+def test_averages_of_different_encoders_are_refused(bench: Any, captions: list[Conditioning]) -> None:
+    other = Conditioning({"context": torch.zeros(1, 77, 2)})
+    with pytest.raises(DataError, match=r"got a context of width 128 and one of 2; encode both with one CLIP"):
+        bench.call("ConditioningAverage", conditioning_to=captions, conditioning_from=[other])
+
+
+def test_guidance_is_set_and_left_out(bench: Any, captions: list[Conditioning]) -> None:
+    guided = bench.one("FluxGuidance", conditioning=captions, guidance=4.0)
+    assert [one.tensors["guidance"].tolist() for one in guided] == [[4.0]] * 3
+    without = bench.one("FluxDisableGuidance", conditioning=guided)
+    assert all("no_guidance" in one.tensors and "guidance" not in one.tensors for one in without)
+    again = bench.one("FluxGuidance", conditioning=without, guidance=1.0)
+    assert all("no_guidance" not in one.tensors for one in again)
+    assert [one.text for one in again] == [one.text for one in captions]

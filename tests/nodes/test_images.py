@@ -116,3 +116,29 @@ def test_a_batch_takes_the_size_of_its_first_picture(bench: Any, pictures: Calla
     batch = bench.one("ImageBatch", image1=first, image2=second)
     assert batch.shape == (3, 16, 16, 3)
     assert torch.equal(batch[:2], first)
+
+
+def test_a_channel_is_read_as_a_mask(bench: Any, inputs: Path) -> None:
+    pixels = np.zeros((2, 3, 4), dtype=np.uint8)
+    pixels[...] = (255, 0, 51, 128)
+    Image.fromarray(pixels).save(inputs / "a.png")
+    for channel, value in {"red": 1.0, "green": 0.0, "blue": 0.2, "alpha": 1 - 128 / 255}.items():
+        mask = bench.one("LoadImageMask", image="a.png", channel=channel)
+        assert mask.shape == (1, 2, 3)
+        torch.testing.assert_close(mask, torch.full_like(mask, value))
+
+
+def test_sizes_are_scaled_by_a_factor_or_to_a_number_of_pixels(bench: Any, pictures: Callable[..., Tensor]) -> None:
+    def size(node: str, **changes: Any) -> tuple[int, ...]:
+        scaled = bench.one(node, image=pictures(2, 32, 48), upscale_method="bilinear", **changes)
+        assert len(scaled) == 2
+        return tuple(scaled.shape[1:3])
+
+    assert size("ImageScaleBy", scale_by=1.5) == (48, 72)
+    assert size("ImageScaleBy", scale_by=0.01) == (1, 1)
+    assert size("ImageScaleToTotalPixels", megapixels=0.25) == (418, 627)
+    assert size("ImageScaleToTotalPixels", megapixels=0.25, resolution_steps=64) == (448, 640)
+
+
+def test_sizes_are_width_height_and_number(bench: Any, pictures: Callable[..., Tensor]) -> None:
+    assert bench.call("GetImageSize", image=pictures(3, 32, 48)).outputs == ((48,), (32,), (3,))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.families.model import Model
+from lorasmith.workflow.execution_events import NodeProgress
 
 Make = Callable[..., Any]
 
@@ -45,6 +46,24 @@ def test_empty_latents_count_eight_pixels_each(bench: Any) -> None:
     latent = bench.one("EmptyLatentImage", width=64, height=128, batch_size=3)
     assert latent["samples"].shape == (3, 4, 16, 8)
     assert not latent["samples"].any()
+
+
+def test_empty_latents_of_other_models_have_their_shapes(bench: Any) -> None:
+    sizes = {"width": 64, "height": 128, "batch_size": 2}
+    assert bench.one("EmptySD3LatentImage", **sizes)["samples"].shape == (2, 16, 16, 8)
+    assert bench.one("EmptyFlux2LatentImage", **sizes)["samples"].shape == (2, 128, 8, 4)
+    assert bench.one("EmptyHunyuanLatentVideo", **sizes, length=25)["samples"].shape == (2, 16, 7, 16, 8)
+
+
+def test_tiles_make_the_same_picture(bench: Any, tiny: Model, pictures: Make) -> None:
+    latent = bench.one("VAEEncode", pixels=pictures(2, 96, 128), vae=tiny.autoencoder)
+    whole = bench.one("VAEDecode", samples=latent, vae=tiny.autoencoder)
+    one_tile = bench.one("VAEDecodeTiled", samples=latent, vae=tiny.autoencoder, tile_size=128)
+    torch.testing.assert_close(one_tile, whole, atol=1e-5, rtol=1e-5)
+    tiled = bench.one("VAEDecodeTiled", samples=latent, vae=tiny.autoencoder, tile_size=64, overlap=64)
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < 0.06  # groups are normalized within a tile
+    assert [(e.value, e.maximum) for e in bench.events if isinstance(e, NodeProgress)][-1] == (5, 6)
 
 
 def test_batches_are_joined_and_repeated_in_order(bench: Any, latents: Callable[..., dict[str, Tensor]]) -> None:

@@ -1,65 +1,29 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flux_files import save_flux_files
 
-from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
-from lorasmith.core.errors import LoraError, ModelError
-from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Denoiser, Model
-from lorasmith.training.lora_handle import Lora
-
-Make = Callable[..., Any]
-
-
-def weights(module: torch.nn.Module, seed: int = 0) -> AdapterWeights:
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = module.weight.shape
-    tensors = {
-        "up": torch.randn(rows, 4, generator=generator) * 0.1,
-        "down": torch.randn(4, columns, generator=generator) * 0.1,
-    }
-    return AdapterWeights("LoRA", tensors, alpha=4.0)
+from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import Folders
+from lorasmith.nodes import load_nodes
+from lorasmith.workflow import object_info
 
 
 @pytest.fixture
-def lora(tiny: Model) -> Lora:
-    """A LoRA with something for the denoiser and for the text encoder."""
-    adapters = {
-        ModuleRef("denoiser", path): weights(module)
-        for path, module in tiny.components.denoiser.named_modules()
-        if path.endswith(("attn2.to_q", "attn1.to_v"))
-    }
-    encoder = tiny.components.text_encoders["text_encoder"]
-    path = next(path for path, _ in encoder.named_modules() if path.endswith("layers.0.self_attn.q_proj"))
-    written = path if path.startswith("text_model.") else f"text_model.{path}"
-    adapters[ModuleRef("text_encoder", written)] = weights(encoder.get_submodule(path))
-    return Lora(AdapterState(adapters), tiny.names)
-
-
-@pytest.fixture
-def saved(lora: Lora, tmp_path: Path) -> Path:
-    return lora.save(tmp_path / "models" / "loras" / "mine.safetensors")
-
-
-@pytest.fixture
-def predict(captions: list[Conditioning], latents: Make) -> Callable[[Denoiser], torch.Tensor]:
-    def run(denoiser: Denoiser) -> torch.Tensor:
-        with torch.no_grad(), denoiser.active():
-            return denoiser.predict(latents()["samples"] / 5, torch.tensor([500.0]), captions[0])
-
-    return run
+def flux(tmp_path: Path) -> dict[str, Path]:
+    return save_flux_files(tmp_path)
 
 
 def test_a_checkpoint_gives_three_handles_on_one_model(bench: Any) -> None:
     (model,), (clip,), (vae,) = bench.call("CheckpointLoaderSimple", ckpt_name="lorasmith-tiny.safetensors").outputs
-    assert model.base is clip.base is vae.base
-    assert model.base.title == "lorasmith-tiny"
+    assert clip.encoders.modules == model.base.components.text_encoders
+    assert vae.module is model.base.components.vae
+    assert model.base.title == clip.title == vae.title == "lorasmith-tiny"
     assert next(model.module.parameters()).dtype == torch.float16  # as the file has it
 
 
@@ -68,65 +32,72 @@ def test_a_missing_checkpoint_is_refused_with_the_nearest_name(bench: Any) -> No
         bench.call("CheckpointLoaderSimple", ckpt_name="lorasmith-tinny")
 
 
-def test_strength_zero_is_the_model_itself(bench: Any, tiny: Model, lora: Lora) -> None:
-    model = tiny.denoiser
-    assert bench.one("LoraModelLoader", model=model, lora=lora, strength_model=0.0) is model
-    assert bench.call("LoraLoader", model=model, clip=tiny.text_encoder, lora_name="absent", strength_model=0.0,
-                      strength_clip=0.0).outputs[0][0] is model  # fmt: skip
+def test_parts_are_loaded_from_their_folders(bench: Any, flux: dict[str, Path]) -> None:
+    model = bench.one("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default")
+    names = {"clip_name1": "t5xxl_fp16.safetensors", "clip_name2": "clip_l.safetensors"}  # in any order
+    clip = bench.one("DualCLIPLoader", **names, type="flux")
+    vae = bench.one("VAELoader", vae_name="ae.safetensors")
+    assert model.base.family.name == clip.family.name == "flux1"
+    assert model.base.components.text_encoders == {}
+    assert list(clip.encoders.modules) == ["text_encoder", "text_encoder_2"]
+    assert vae.latent.channels == model.base.components.latent.channels == 16
+    (encoded,) = bench.one("CLIPTextEncode", text="a fox", clip=clip)
+    model.check_conditionings([encoded])
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.5, 3.0])
-def test_bypass_on_and_off_predict_the_same(
-    bench: Any, tiny: Model, lora: Lora, predict: Callable[[Denoiser], torch.Tensor], strength: float
+def test_one_encoder_is_one_of_a_family_by_its_type(bench: Any, flux: dict[str, Path]) -> None:
+    for name in ("stable_diffusion", "Stable_Diffusion", "no such type"):
+        clip = bench.one("CLIPLoader", clip_name="clip_l.safetensors", type=name)
+        assert clip.family.name == "sd1"
+    three = {f"clip_name{number}": "clip_l.safetensors" for number in (1, 2, 3)}
+    assert bench.one("TripleCLIPLoader", **three).family.name == "sd1"
+    assert bench.one("QuadrupleCLIPLoader", **three, clip_name4="clip_l.safetensors").family.name == "sd1"
+
+
+def test_an_encoder_may_stay_on_the_processor(bench: Any, flux: dict[str, Path]) -> None:
+    def device(choice: str) -> Any:
+        return bench.one("CLIPLoader", clip_name="clip_l.safetensors", type="flux", device=choice).device
+
+    assert device("cpu") == torch.device("cpu")
+    assert device("default") is device("gpu:7") is None
+
+
+def test_a_file_of_another_part_is_refused_by_what_it_is(bench: Any, flux: dict[str, Path]) -> None:
+    flux["vae"].rename(flux["clip_l"].with_name("ae.safetensors"))
+    with pytest.raises(ModelError, match=r"is an autoencoder of kind kl with 16 channels"):
+        bench.call("CLIPLoader", clip_name="ae.safetensors", type="flux")
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "code"),
+    [
+        ("fp8_e4m3fn", torch.float8_e4m3fn),
+        ("fp8_e4m3fn_fast", torch.float8_e4m3fn),
+        ("fp8_e5m2", torch.float8_e5m2),
+    ],
+)
+def test_weights_are_rounded_to_fp8_without_scales(
+    bench: Any, flux: dict[str, Path], weight_dtype: str, code: torch.dtype
 ) -> None:
-    merged, beside = (
-        predict(bench.one("LoraModelLoader", model=tiny.denoiser, lora=lora, strength_model=strength, bypass=bypass))
-        for bypass in (False, True)
-    )
-    base = predict(tiny.denoiser)
-    assert (merged - base).abs().max() > 1e-3
-    torch.testing.assert_close(merged, beside, atol=1e-4, rtol=1e-4)
+    plain = bench.one("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default").module
+    model = bench.one("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype=weight_dtype).module
+    packed = packed_layers(model)
+    assert set(packed) == {path for path, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    for path, source in packed.items():
+        weight = plain.get_submodule(path).weight
+        assert source.code == code
+        assert torch.equal(source.weight(), weight.to(code).to(weight.dtype))
+    assert bool(bench.messages("info")) == weight_dtype.endswith("_fast")
 
 
-def test_a_lora_file_acts_like_the_lora_in_memory(
-    bench: Any, tiny: Model, lora: Lora, saved: Path, predict: Callable[[Denoiser], torch.Tensor]
-) -> None:
-    in_memory = predict(bench.one("LoraModelLoader", model=tiny.denoiser, lora=lora, strength_model=0.7))
-    from_file = bench.one("LoraLoaderModelOnly", model=tiny.denoiser, lora_name=saved.name, strength_model=0.7)
-    torch.testing.assert_close(predict(from_file), in_memory)
-    assert bench.messages("warning") == []
+def test_files_are_listed_and_older_folders_are_searched(tmp_path: Path, flux: dict[str, Path]) -> None:
+    (tmp_path / "models" / "unet").mkdir()
+    (tmp_path / "models" / "unet" / "old.safetensors").touch()
 
+    def choices(node: str, name: str) -> list[str]:
+        found: list[str] = object_info(load_nodes()[node], Folders(tmp_path))["input"]["required"][name][1]["options"]
+        return found
 
-def test_the_text_encoder_has_its_own_strength(bench: Any, tiny: Model, saved: Path) -> None:
-    denoiser = tiny.denoiser
-
-    def context(strength: float) -> torch.Tensor:
-        loader = {"model": denoiser, "clip": tiny.text_encoder, "lora_name": saved.name, "strength_model": 0.0}
-        (model,), (clip,) = bench.call("LoraLoader", **loader, strength_clip=strength).outputs
-        assert model is denoiser
-        encoded: torch.Tensor = bench.one("CLIPTextEncode", text="a fox", clip=clip)[0].tensors["context"]
-        return encoded
-
-    plain, once, twice = (context(strength) for strength in (0.0, 1.0, 2.0))
-    assert not torch.allclose(plain, once)
-    assert not torch.allclose(once, twice)
-    assert torch.equal(context(0.0), plain)
-
-
-def test_what_has_no_place_in_the_model_is_told(bench: Any, tiny: Model, lora: Lora, tmp_path: Path) -> None:
-    lora.state.unknown["lora_unet_elsewhere.lora_up.weight"] = torch.zeros(4, 2)
-    lora.state.unknown["lora_unet_elsewhere.lora_down.weight"] = torch.zeros(2, 4)
-    lora.save(tmp_path / "models" / "loras" / "odd.safetensors")
-    bench.call("LoraLoaderModelOnly", model=tiny.denoiser, lora_name="odd.safetensors")
-    (warning,) = bench.messages("warning")
-    assert "lora_unet_elsewhere" in warning
-
-
-def test_a_lora_for_another_model_is_refused(bench: Any, tiny: Model, lora: Lora) -> None:
-    for_flux = replace(lora, names=replace(lora.names, family="flux"))
-    with pytest.raises(LoraError, match=r"made for \(flux\), got lorasmith-tiny \(sd1\)"):
-        bench.call("LoraModelLoader", model=tiny.denoiser, lora=for_flux)
-    path = next(ref.path for ref in lora.state.adapters)
-    wider = replace(lora, names=replace(lora.names, weight_shapes={**lora.names.weight_shapes, path: (640, 640)}))
-    with pytest.raises(LoraError, match=f"whose {path} has another shape"):
-        bench.call("LoraModelLoader", model=tiny.denoiser, lora=wider)
+    assert choices("UNETLoader", "unet_name") == ["flux1-dev.safetensors", "old.safetensors"]
+    assert choices("CLIPLoader", "clip_name") == ["clip_l.safetensors", "t5xxl_fp16.safetensors"]
+    assert choices("VAELoader", "vae_name") == ["ae.safetensors"]

@@ -119,3 +119,20 @@ def test_a_private_lora_keeps_the_workflow_to_itself(
     assert not {"prompt", "workflow", "ss_tag_frequency", "lorasmith.config"} & metadata.keys()
     assert "a fox" not in str(metadata)
     assert metadata["ss_steps"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\nb", "a\nb"),
+        (5, "5"),
+        (True, "True"),
+        (None, "null"),
+        ({"ü": [1]}, '{\n    "ü": [\n        1\n    ]\n}'),
+        (torch.tensor([1.0]), "tensor([1.])"),
+    ],
+)
+def test_values_are_shown_as_text(bench: Any, value: object, text: str) -> None:
+    result = bench.call("PreviewAny", source=value)
+    assert result.ui == {"text": [text]}
+    assert result.outputs == ((text,),)

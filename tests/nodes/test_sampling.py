@@ -95,7 +95,7 @@ def test_cancelling_stops_between_evaluations(sample: Make, bench: Any) -> None:
     ("name", "value", "sentence"),
     [
         ("sampler_name", "dpm_2", "the sampler dpm_2 of ComfyUI is not available here; use one of euler, "),
-        ("scheduler", "beta", "the scheduler beta of ComfyUI is not available here; use one of simple, "),
+        ("scheduler", "bta", "no such scheduler: 'bta' (did you mean 'beta'?); use one of simple, "),
         ("sampler_name", "euller", "no such sampler: 'euller' (did you mean 'euler'?); use one of euler, "),
     ],
 )
@@ -128,3 +128,64 @@ def test_what_is_not_available_is_refused_by_name_before_anything_runs(
     assert sentence in finding
     prompt["4"]["inputs"][name] = {"sampler_name": "Euler", "scheduler": "Karras"}[name]
     assert validate(prompt, Folders(tmp_path)).nodes["4"].inputs[name] in ("euler", "karras")
+
+
+def test_two_advanced_samplers_share_the_steps_of_one(
+    bench: Any, tiny: Model, captions: list[Conditioning], sample: Make
+) -> None:
+    whole = sample(steps=5)
+    values = {
+        "model": tiny.denoiser,
+        "noise_seed": 3,
+        "steps": 5,
+        "cfg": 2.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "positive": captions[:1],
+        "negative": captions[1:2],
+    }
+    empty = bench.one("EmptyLatentImage", width=64, height=64, batch_size=1)
+
+    def part(latent_image: Any, **changes: Any) -> Any:
+        given = {"add_noise": "enable", "return_with_leftover_noise": "disable", **values, **changes}
+        return bench.one("KSamplerAdvanced", **given, latent_image=latent_image)
+
+    noisy = part(empty, end_at_step=2, return_with_leftover_noise="enable")
+    rest = part(noisy, start_at_step=2, add_noise="disable")
+    torch.testing.assert_close(rest["samples"], whole, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(part(empty)["samples"], whole)
+    assert noisy["samples"].std() > 2 * whole.std()
+    clean = part(empty, end_at_step=2)
+    assert clean["samples"].std() < noisy["samples"].std() / 2
+    assert torch.equal(part(noisy, start_at_step=5)["samples"], noisy["samples"])
+
+
+def test_a_prompt_for_a_part_of_sampling_counts_there_alone(
+    bench: Any, captions: list[Conditioning], sample: Make
+) -> None:
+    def during(which: int, start: float, end: float) -> list[Conditioning]:
+        prompt = captions[which : which + 1]
+        ranged: list[Conditioning] = bench.one(
+            "ConditioningSetTimestepRange", conditioning=prompt, start=start, end=end
+        )
+        return ranged
+
+    whole = sample(steps=4)
+    assert torch.equal(sample(steps=4, positive=during(0, 0.0, 1.0)), whole)
+    halves = [*during(0, 0.0, 0.5), *during(0, 0.5, 1.0)]
+    torch.testing.assert_close(sample(steps=4, positive=halves), whole, atol=1e-3, rtol=1e-3)
+    changed = sample(steps=4, positive=[*during(0, 0.0, 0.5), *during(2, 0.5, 1.0)])
+    assert not torch.allclose(changed, whole, atol=1e-2)
+
+
+def test_prompts_of_another_models_encoders_are_refused(sample: Make, captions: list[Conditioning]) -> None:
+    wide = Conditioning({"context": torch.zeros(1, 77, 4096)})
+    with pytest.raises(
+        DataError,
+        match=r"the context of a conditioning for lorasmith-tiny \(Stable Diffusion 1\.x\) must have width 128, got "
+        r"4096; encode prompts with its own text encoders \(clip_l, loaded with type stable_diffusion\)",
+    ):
+        sample(positive=[wide])
+    with pytest.raises(DataError, match="must have width 128, got 4096"):
+        sample(negative=[wide])
+    sample(negative=[wide], cfg=1.0, steps=1)  # not used

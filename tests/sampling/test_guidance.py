@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +33,9 @@ def predict(
     network: Network, positive: list[Conditioning], negative: list[Conditioning], cfg: float, batch: int = 2
 ) -> Tensor:
     prediction = guided(network, positive=positive, negative=negative, cfg=cfg, batch=batch)
-    return prediction(torch.ones(batch, 3), torch.zeros(batch))[:, 0]
+    result, lacking = prediction(torch.ones(batch, 3), torch.zeros(batch), 0.5)
+    assert not lacking
+    return result[:, 0]
 
 
 def test_guidance_is_negative_plus_scaled_difference_in_one_forward() -> None:
@@ -75,3 +79,35 @@ def test_each_latent_meets_its_own_conditioning_and_short_batches_repeat() -> No
 def test_a_missing_side_is_refused(positive: int, negative: int, side: str) -> None:
     with pytest.raises(OptionError, match=f"at least one {side} conditioning"):
         predict(Network(), [prompt(1.0)] * positive, [prompt(1.0)] * negative, cfg=2.0)
+
+
+def test_conditionings_count_within_their_spans() -> None:
+    network = Network()
+    early, late = replace(prompt(2.0), span=(0.0, 0.5)), replace(prompt(4.0), span=(0.5, 1.0))
+    guide = guided(
+        network,
+        positive=[early, late],
+        negative=[prompt(1.0)],
+        cfg=3.0,
+        batch=1,
+        sigma_at=lambda progress: 1 - progress,
+    )
+
+    def at(sigma: float) -> tuple[float, float]:
+        total, lacking = guide(torch.ones(1, 3), torch.zeros(1), sigma)
+        return total[0, 0].item(), lacking
+
+    assert at(0.9) == (4.0, 0)  # 1 + 3 · (2 − 1)
+    assert at(0.1) == (10.0, 0)
+    assert at(0.5) == (7.0, 0)  # both, averaged
+    assert network.batches == [2, 2, 3]
+
+
+def test_a_side_out_of_its_span_is_lacking() -> None:
+    late = replace(prompt(1.0), span=(0.5, 1.0))
+    guide = guided(
+        Network(), positive=[prompt(5.0)], negative=[late], cfg=3.0, batch=1, sigma_at=lambda progress: 1 - progress
+    )
+    total, lacking = guide(torch.ones(1, 3), torch.zeros(1), 0.9)
+    assert total[0, 0].item() == 15.0
+    assert lacking == -2.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,3 +127,44 @@ def test_the_network_sees_its_own_dtype_and_pure_noise_of_unit_variance() -> Non
 
     assert result.dtype == torch.float32
     torch.testing.assert_close(seen[0], prepare_noise(7, SHAPE).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parameterization"), [(DISCRETE, "epsilon"), (DISCRETE, "v"), (FLOW, "flow")], ids=["eps", "v", "flow"]
+)
+def test_a_side_that_is_left_out_has_the_clean_sample_zero(schedule: NoiseSchedule, parameterization: str) -> None:
+    # As in ComfyUI: guided is 0 + cfg · (positive − 0), so that data of 1.5 become 3.
+    never = replace(conditioning(0.5), span=(0.9999, 1.0))
+    result = sample(schedule, parameterization, negative=[never], cfg=2.0)
+    torch.testing.assert_close(result, torch.full(SHAPE, 3.0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler_ancestral", "lcm"])
+@pytest.mark.parametrize(("schedule", "parameterization"), [(DISCRETE, "epsilon"), (FLOW, "flow")], ids=["eps", "flow"])
+def test_a_run_in_two_parts_is_the_whole_run(
+    schedule: NoiseSchedule, parameterization: str, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Noise between steps is numbered from the start of a run, and would differ.
+    monkeypatch.setattr("lorasmith.sampling.sample.keyed_normal", lambda shape, *_: torch.ones(shape))
+    sigmas = sigmas_for(schedule, "simple", 6)
+    whole = sample(schedule, parameterization, sampler=sampler, sigmas=sigmas)
+    first = sample(schedule, parameterization, sampler=sampler, sigmas=sigmas[:4])
+    assert not torch.allclose(first, whole, atol=0.1)
+    rest = sample(
+        schedule,
+        parameterization,
+        sampler=sampler,
+        sigmas=sigmas[3:],
+        latents=first,
+        noise=torch.zeros(SHAPE),
+    )
+    torch.testing.assert_close(rest, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_stops_at_a_level(sampler: str) -> None:
+    sigmas = sigmas_for(FLOW, "simple", 6)[:4]
+    noisy = sample(FLOW, "flow", sampler=sampler, sigmas=sigmas)
+    signal, level = 1 - sigmas[-1].item(), sigmas[-1].item()
+    assert (noisy * signal).mean().item() == pytest.approx(1.5 * signal, abs=0.35)
+    assert (noisy * signal).std().item() == pytest.approx(level, rel=0.25)

@@ -23,7 +23,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "flow": FlowSchedule(**GOLDEN["schedules"]["flow"]),
     "flux": FlowSchedule(**GOLDEN["schedules"]["flux"]),
 }
-DETERMINISTIC = ["euler", "heun", "dpmpp_2m", "uni_pc"]
+DETERMINISTIC = ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc", "uni_pc_bh2"]
 NOISY = ["euler_ancestral", "dpmpp_2m_sde", "lcm"]
 
 
@@ -81,7 +81,7 @@ def test_many_steps_reach_the_exact_solution(sampler: str, kind: str) -> None:
     torch.testing.assert_close(solve(sampler, schedule, x, sigmas), x * spread / deviation, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "res_multistep", "uni_pc", "uni_pc_bh2"])
 def test_higher_order_beats_euler(sampler: str) -> None:
     schedule = SCHEDULES["discrete"]
     exact = solve("heun", schedule, torch.tensor([9.0]), sigmas_for(schedule, "karras", 2000))
@@ -162,7 +162,7 @@ def test_euler_is_diffusers_euler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("dpmpp_2m_sde_gpu", "did you mean 'dpmpp_2m_sde'"), ("dpm_2", ""), ("lms", "")]
+    ("name", "hint"), [("dpmpp_3m_sde", "did you mean 'dpmpp_2m_sde'"), ("dpm_2", ""), ("lms", "")]
 )
 def test_samplers_that_are_not_there_are_refused_with_those_that_are(name: str, hint: str) -> None:
     with pytest.raises(OptionError, match=rf"unknown sampler '{name}'.*{hint}.*known are euler, .*uni_pc"):

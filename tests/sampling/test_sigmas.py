@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
+from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, beta_quantiles, flux2_sigmas, sigmas_for
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("samplers.json").read_text(encoding="utf-8"))
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -59,7 +60,28 @@ def test_denoise_takes_the_last_steps_of_a_longer_run(scheduler: str) -> None:
 
 
 def test_unknown_schedulers_are_refused_with_those_there_are() -> None:
-    with pytest.raises(
-        OptionError, match=r"unknown scheduler 'linear_quadratic'.*known are simple, sgm_uniform, normal"
-    ):
-        sigmas_for(SCHEDULES["discrete"], "linear_quadratic", 4)
+    with pytest.raises(OptionError, match=r"unknown scheduler 'turbo'.*known are simple, sgm_uniform, normal"):
+        sigmas_for(SCHEDULES["discrete"], "turbo", 4)
+
+
+# As ComfyUI 0.33's get_schedule answers: the second to fourth sigma.
+FLUX2 = {
+    (4, 4096): (0.967384, 0.908144, 0.7672),
+    (20, 4096): (0.994191, 0.987814, 0.980784),
+    (20, 1536): (0.992665, 0.98464, 0.975823),
+    (50, 12288): (0.998388, 0.996714, 0.994975),
+}
+
+
+@pytest.mark.parametrize(("steps", "patches"), FLUX2)
+def test_flux2_sigmas_are_comfyuis(steps: int, patches: int) -> None:
+    sigmas = flux2_sigmas(steps, patches)
+    assert len(sigmas) == steps + 1
+    assert sigmas[[0, -1]].tolist() == [1, 0]
+    assert sigmas[1:4].tolist() == pytest.approx(FLUX2[steps, patches], abs=1e-6)
+
+
+def test_beta_quantiles_are_those_of_the_arcsine_and_uniform_distributions() -> None:
+    probabilities = np.linspace(0, 1, 101)
+    assert beta_quantiles(probabilities, 0.5) == pytest.approx(np.sin(np.pi * probabilities / 2) ** 2, abs=1e-12)
+    assert beta_quantiles(probabilities, 1.0) == pytest.approx(probabilities, abs=1e-12)

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import GraphError
+from lorasmith.workflow import Input, NodeContext, node, object_info
 from lorasmith.workflow.graph import Link, examine, validate
 
 ApiNode = Callable[..., dict[str, Any]]
@@ -74,6 +75,8 @@ def test_all_faults_are_found_at_once_and_name_their_node(toys: Any, api_node: A
         "8": api_node("Show", value=["1"]),
         "9b": "nonsense",
         "10": api_node("Show", value=["2", 0]),
+        "11": api_node("Show", value=["3", 0]),
+        "12": api_node("Show", value=["9b", 0]),
     }
     with pytest.raises(GraphError) as caught:
         validate(prompt, toys.folders, nodes=toys.nodes)
@@ -133,15 +136,76 @@ def test_faults_of_nodes_that_no_output_needs_are_warnings(
     assert graph.warnings == ("node 4 'Left over': value must be between 0 and 100, got -1",)
 
 
-def test_what_an_unknown_node_is_linked_to_counts_as_needed(
+def test_an_unknown_node_that_no_output_needs_is_a_warning(
     toys: Any, prompt: dict[str, Any], api_node: ApiNode
 ) -> None:
     prompt["4"] = api_node("SaveNumber", value=["5", 0], pair=[None, 0], text="x")
     prompt["5"] = api_node("Number", value=-1)
-    assert faults(toys, prompt) == [
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert list(graph.nodes) == ["1", "2", "3"]
+    assert graph.warnings == (
         "node 4 'SaveNumber': unknown node 'SaveNumber' (did you mean 'Number'?); replace or remove it",
         "node 5 'A Number': value must be between 0 and 100, got -1",
+    )
+    with pytest.raises(GraphError, match="unknown node 'SaveNumber'"):
+        validate(prompt, toys.folders, nodes=toys.nodes, targets=["4"])
+
+
+def test_what_an_unknown_node_is_linked_to_counts_as_needed(
+    toys: Any, prompt: dict[str, Any], api_node: ApiNode
+) -> None:
+    prompt["4"] = api_node("Halve", value=["5", 0], pair=[None, 0], text="x")
+    prompt["5"] = api_node("Number", value=-1)
+    prompt["6"] = api_node("Show", value=["4", 0])
+    assert faults(toys, prompt) == [
+        "node 4 'Halve': unknown node 'Halve'; replace or remove it",
+        "node 5 'A Number': value must be between 0 and 100, got -1",
     ]
+
+
+def test_without_a_known_output_an_unknown_node_may_be_one(toys: Any, api_node: ApiNode) -> None:
+    prompt = {"1": api_node("Number", value=-1), "2": api_node("SaveNumber", value=["1", 0])}
+    assert faults(toys, prompt) == [
+        "node 1 'A Number': value must be between 0 and 100, got -1",
+        "node 2 'SaveNumber': unknown node 'SaveNumber' (did you mean 'Number'?); replace or remove it",
+    ]
+
+
+def test_notes_and_remarks_are_passed_over(toys: Any, prompt: dict[str, Any], api_node: ApiNode) -> None:
+    prompt["_doc"] = "adds two numbers"
+    prompt["_note"] = {"by": "somebody"}
+    prompt["20"] = api_node("Note", text="look here")
+    prompt["21"] = api_node("MarkdownNote")
+    prompt["2"]["_doc"] = "the sum"
+    prompt["2"]["inputs"]["_note"] = "in the input as well"
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert list(graph.nodes) == ["1", "2", "3"]
+    assert graph.warnings == ()
+    assert graph.prompt is prompt
+
+
+def test_an_input_that_older_workflows_lack_gets_its_default(toys: Any, api_node: ApiNode) -> None:
+    @node(
+        "Later",
+        display_name="Later",
+        category="toys",
+        inputs=[Input("new", "BOOLEAN", default=True, may_lack=True)],
+        output_node=True,
+        registry=toys.nodes,
+    )
+    def later(context: NodeContext, *, new: bool) -> tuple[()]:
+        """Take an input."""
+        return ()
+
+    def read(**inputs: Any) -> Any:
+        graph = validate({"1": api_node("Later", **inputs)}, toys.folders, nodes=toys.nodes)
+        return graph.nodes["1"].inputs["new"]
+
+    assert read() is True
+    assert [read(new=text) for text in ("None", "false", "True")] == [False, False, True]
+    assert "new" in object_info(toys.nodes["Later"], toys.folders)["input"]["required"]
+    with pytest.raises(GraphError, match="new must be a true or false value, got 'perhaps'"):
+        read(new="perhaps")
 
 
 def test_a_graph_needs_an_output_node(toys: Any, api_node: ApiNode) -> None:

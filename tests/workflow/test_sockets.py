@@ -125,3 +125,12 @@ def test_from_option_takes_over_the_declaration() -> None:
     alpha = Input.from_option(Option("alpha", float, None, "Scale."))
     assert (alpha.type, alpha.optional, alpha.default) == ("FLOAT", True, None)
     assert Input.from_option(Option("flag", bool, False, "Flag."), optional=True).type == "BOOLEAN"
+
+
+def test_repetitions_may_have_names_of_their_own() -> None:
+    slots = Input("values", "*", grow=Grow("value", min=1, names=("a", "b", "c"))).expanded()
+    assert [(one.name, one.optional) for one in slots] == [
+        ("values.a", False),
+        ("values.b", True),
+        ("values.c", True),
+    ]

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
-from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, weight_source
+from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, scaled_codes, weight_source
 
-__all__ = ["give_source", "packable_layers", "packed_layers", "weight_source_set"]
+__all__ = ["cast_weights", "give_source", "packable_layers", "packed_layers", "weight_source_set"]
 
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
@@ -27,6 +28,18 @@ def packable_layers(module: nn.Module) -> list[nn.Module]:
         for layer in module.modules()
         if is_targetable(layer) and type(layer) in (nn.Linear, *CONVOLUTIONS) and owners[id(layer.weight)] == 1
     ]
+
+
+def cast_weights(module: nn.Module, code: torch.dtype) -> None:
+    """Pack the weights of a module's layers in an fp8 format without scales; packed ones stay as they are."""
+    for layer in packable_layers(module):
+        if weight_source(layer) is not None:
+            continue
+        weight = layer.get_parameter("weight").data
+        scale = torch.ones((1,) * weight.ndim, device=weight.device)
+        source = scaled_codes(weight.to(code), scale, weight.dtype)
+        release_pages(weight)
+        give_source(layer, source, device=weight.device, dtype=weight.dtype)
 
 
 def packed_layers(module: nn.Module) -> dict[str, Packed]:

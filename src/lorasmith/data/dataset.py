@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def _digest(image: ImageFile, pixels: Tensor) -> str:
 
 def _on_cpu(conditioning: Conditioning) -> Conditioning:
     mask = None if conditioning.mask is None else conditioning.mask.cpu()
-    return Conditioning({key: tensor.cpu() for key, tensor in conditioning.tensors.items()}, conditioning.text, mask)
+    return replace(conditioning, tensors={key: tensor.cpu() for key, tensor in conditioning.tensors.items()}, mask=mask)
 
 
 def _check_latents(sample: Sample, *, like: Tensor) -> None:

@@ -51,8 +51,11 @@ class ResolutionShift:
 
     def __call__(self, height: int, width: int) -> float:
         """The shift for latents of a height and width."""
+        return self.of_patches((height // self.patch) * (width // self.patch))
+
+    def of_patches(self, count: float) -> float:
+        """The shift for a number of patches."""
         (low, high), (few, many) = self.mu, self.patches
-        count = (height // self.patch) * (width // self.patch)
         return math.exp(low + (high - low) * (count - few) / (many - few))
 
 
@@ -66,7 +69,8 @@ class NoiseLevel:
     Attributes:
         alpha: weight of the clean sample.
         sigma: weight of the noise.
-        time: input of the family's `predict`: the step index 0..999 of a discrete schedule, sigma of a flow.
+        time: input of the family's `predict`: the step index 0..999 of a discrete schedule, sigma of a flow times its
+            `time_scale`.
     """
 
     alpha: Tensor
@@ -116,6 +120,10 @@ class NoiseSchedule(ABC):
         """Timesteps, in the schedule's own units, of sampler sigmas."""
 
     @abstractmethod
+    def sigma_at(self, progress: float) -> float:
+        """Sampler sigma at a part of sampling in [0, 1]: infinite at 0, 0 at 1."""
+
+    @abstractmethod
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """The network's input for a sampler's state `x` at `level`."""
 
@@ -134,9 +142,11 @@ class DiscreteSchedule(NoiseSchedule):
     Args:
         alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers; for a last value of 0 the
             sampler sigma is 4096 instead of infinite.
+        stride: steps of the network's time per entry; entry i is at time `stride · (i + 1) − 1`.
     """
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
+    def __init__(self, alphas_cumprod: Tensor, stride: int = 1) -> None:
+        self.stride = stride
         # In double precision: 1 − alphas_cumprod loses half of its digits in fp32 at low noise.
         self._alphas_cumprod = exact = alphas_cumprod.to(torch.float64)
         sigmas = ((1 - exact) / exact.clamp(min=_FAINTEST)).sqrt()
@@ -155,11 +165,15 @@ class DiscreteSchedule(NoiseSchedule):
         """Signal weights shifted and scaled: the last is 0, the first unchanged (Lin et al. 2023, arXiv:2305.08891)."""
         first, last = self._alphas_cumprod[0].sqrt(), self._alphas_cumprod[-1].sqrt()
         signal = (self._alphas_cumprod.sqrt() - last) * (first / (first - last))
-        return DiscreteSchedule(signal**2)
+        return DiscreteSchedule(signal**2, self.stride)
+
+    def every(self, stride: int) -> DiscreteSchedule:
+        """The last of each `stride` steps, as the schedule of a model that was distilled to these."""
+        return DiscreteSchedule(self._alphas_cumprod[stride - 1 :: stride], self.stride * stride)
 
     def at(self, quantile: Tensor) -> NoiseLevel:
         index = (quantile * len(self.sigmas)).long().clamp(0, len(self.sigmas) - 1)
-        return NoiseLevel(self._signal[index], self._noise[index], index.to(torch.float32))
+        return NoiseLevel(self._signal[index], self._noise[index], self._time(index.to(torch.float32)))
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
@@ -168,15 +182,25 @@ class DiscreteSchedule(NoiseSchedule):
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Interpolated log-linearly between the table's entries."""
-        timestep = timestep.to(torch.float32).clamp(0, len(self.sigmas) - 1)
+        timestep = ((timestep.to(torch.float32) + 1) / self.stride - 1).clamp(0, len(self.sigmas) - 1)
         low, high = timestep.floor().long(), timestep.ceil().long()
         weight = timestep.frac()
         return ((1 - weight) * self._log_sigmas[low] + weight * self._log_sigmas[high]).exp()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Index of the table's entry nearest in log sigma, as a float."""
+        """Time of the table's entry nearest in log sigma, as a float."""
         distance = sigma.to("cpu", torch.float32).log()[..., None] - self._log_sigmas
-        return distance.abs().argmin(-1).to(torch.float32)
+        return self._time(distance.abs().argmin(-1).to(torch.float32))
+
+    def sigma_at(self, progress: float) -> float:
+        if progress <= 0:
+            return math.inf
+        last = self.stride * len(self.sigmas) - 1
+        return 0.0 if progress >= 1 else self.sigma(torch.tensor((1 - progress) * last)).item()
+
+    def _time(self, index: Tensor) -> Tensor:
+        """Time of entries of the table."""
+        return (index + 1) * self.stride - 1
 
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """`x` scaled back to unit variance."""
@@ -203,12 +227,18 @@ class FlowSchedule(NoiseSchedule):
         shift: 1 for none; exp(mu) for the exponential form.
         steps: entries of the sigma table.
         resolution_shift: the family's own, if it differs from that of Flux.1.
+        time_scale: the network's time is sigma times this, 1000 for networks made for discrete steps.
     """
 
     def __init__(
-        self, shift: float = 1.0, steps: int = 1000, resolution_shift: ResolutionShift = ResolutionShift()
+        self,
+        shift: float = 1.0,
+        steps: int = 1000,
+        resolution_shift: ResolutionShift = ResolutionShift(),
+        time_scale: float = 1.0,
     ) -> None:
         self.shift = shift
+        self.time_scale = time_scale
         self.resolution_shift = resolution_shift
         self.sigmas = shifted(torch.arange(1, steps + 1, dtype=torch.float32) / steps, shift)
 
@@ -226,7 +256,7 @@ class FlowSchedule(NoiseSchedule):
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
-        return NoiseLevel(1 - sigma, sigma, sigma)
+        return NoiseLevel(1 - sigma, sigma, sigma * self.time_scale)
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Sigma of unshifted time in [0, 1]."""
@@ -235,6 +265,11 @@ class FlowSchedule(NoiseSchedule):
     def timestep(self, sigma: Tensor) -> Tensor:
         """Sigma itself: samplers step through shifted time, as in ComfyUI's flow models."""
         return sigma.to("cpu", torch.float32)
+
+    def sigma_at(self, progress: float) -> float:
+        if progress <= 0:
+            return math.inf
+        return 0.0 if progress >= 1 else self.sigma(torch.tensor(1 - progress)).item()
 
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """`x`, unchanged."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -53,13 +53,16 @@ class Conditioning:
     Attributes:
         tensors: every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is
             there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them.
+            With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
+        span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
     """
 
     tensors: Mapping[str, Tensor]
     text: str | None = None
     mask: Tensor | None = None
+    span: tuple[float, float] = (0.0, 1.0)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """A copy on `device` with floating-point tensors in `dtype`."""
@@ -68,7 +71,7 @@ class Conditioning:
             for key, t in self.tensors.items()
         }
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return Conditioning(moved, self.text, mask)
+        return replace(self, tensors=moved, mask=mask)
 
 
 class PictureSize(NamedTuple):
@@ -478,6 +481,12 @@ class Family(ABC):
             f"{self.title} needs the text encoder {slot.kind}, which this model came without; load a full checkpoint, "
             f"or give the encoder as well (its file is usually called {slot.usual_file})"
         )
+
+    @property
+    def encoders_text(self) -> str:
+        """Its text encoders in words, with the type under which nodes load them."""
+        kinds = " and ".join(slot.kind for slot in self.text_encoders.values())
+        return f"{kinds}, loaded with type {self.clip_types[0]}" if self.clip_types else kinds
 
     def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
         """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""

@@ -7,7 +7,8 @@ one tensor; diffusers splits them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,7 +41,7 @@ from lorasmith.families.parts.t5_encoders import encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
-__all__ = ["Flux"]
+__all__ = ["Flux", "outputs_zeroed"]
 
 _ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
 _MLP = ("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*", "*.proj_mlp", "*blocks.*.proj_out")
@@ -267,18 +268,31 @@ class Flux(Family):
         if config.guidance_embeds:  # schnell has no such input
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
-        prediction = denoiser(
-            hidden_states=packed_latents(latents),
-            timestep=time.to(latents.dtype),
-            guidance=guidance,
-            pooled_projections=conditioning.tensors["pooled"],
-            encoder_hidden_states=context,
-            txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
-            img_ids=_positions(height // 2, width // 2, latents.device),
-            joint_attention_kwargs=attention,
-            return_dict=False,
-        )[0]
+        left_out = config.guidance_embeds and "no_guidance" in conditioning.tensors
+        embeddings: Any = denoiser.time_text_embed
+        with outputs_zeroed(embeddings.guidance_embedder) if left_out else contextlib.nullcontext():
+            prediction = denoiser(
+                hidden_states=packed_latents(latents),
+                timestep=time.to(latents.dtype),
+                guidance=guidance,
+                pooled_projections=conditioning.tensors["pooled"],
+                encoder_hidden_states=context,
+                txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
+                img_ids=_positions(height // 2, width // 2, latents.device),
+                joint_attention_kwargs=attention,
+                return_dict=False,
+            )[0]
         return unpacked_latents(prediction, height, width)
+
+
+@contextlib.contextmanager
+def outputs_zeroed(module: nn.Module) -> Iterator[None]:
+    """Inside the context the module's output is zeros, so that a sum is without it."""
+    handle = module.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ shared module only inside `active()`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch, patches_applied
+from lorasmith.core.errors import DataError
 from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import (
     Components,
@@ -108,6 +109,20 @@ class Denoiser:
         """A handle with one more LoRA."""
         return replace(self, patches=(*self.patches, patch))
 
+    def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
+        """Raise DataError for conditionings of other widths, which another model's text encoders made."""
+        family = self.base.family
+        for conditioning in conditionings:
+            for name, needed in family.conditioning_shapes(self.module).items():
+                first = 2 if name == "context" else 1  # the number of tokens is free, as the batch is
+                tensor = conditioning.tensors.get(name)
+                if tensor is None or tensor.shape[first:] != needed[first:]:
+                    raise DataError(
+                        f"the {name} of a conditioning for {self.base.title} ({family.title}) must have width "
+                        f"{_width(needed[first:])}, got {'none' if tensor is None else _width(tensor.shape[first:])}; "
+                        f"encode prompts with its own text encoders ({family.encoders_text})"
+                    )
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         """The module has the patches inside."""
         return patches_applied(self.module, self.patches)
@@ -127,6 +142,7 @@ class TextEncoder:
         title: name in messages.
         encoding: options.
         patches: by component name.
+        device: where they run; None for the best one.
     """
 
     family: Family
@@ -134,6 +150,7 @@ class TextEncoder:
     title: str
     encoding: Encoding = field(default_factory=Encoding)
     patches: tuple[tuple[str, Patch], ...] = ()
+    device: torch.device | None = None
 
     def patched(self, component: str, patch: Patch) -> TextEncoder:
         """A handle with one more LoRA on `component`."""
@@ -151,10 +168,11 @@ class TextEncoder:
 
     @contextlib.contextmanager
     def active(self, device: torch.device | None = None) -> Iterator[None]:
-        """The encoders are on `device` (the best one if None) with their patches inside, for many prompts in a row."""
+        """The encoders are on `device` (their own if None) with their patches inside, for many prompts in a row."""
+        where = device or self.device or best_device()
         with contextlib.ExitStack() as stack:
             for name, module in self.encoders.modules.items():
-                stack.enter_context(placed(module, device=device or best_device(), dtype=self._dtype(name, module)))
+                stack.enter_context(placed(module, device=where, dtype=self._dtype(name, module)))
                 stack.enter_context(
                     patches_applied(module, [patch for target, patch in self.patches if target == name])
                 )
@@ -225,6 +243,10 @@ class Autoencoder:
         device = _device_of(self.module)
         with placed(self.module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
+
+
+def _width(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _device_of(module: nn.Module) -> torch.device:

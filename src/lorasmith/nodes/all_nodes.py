@@ -9,7 +9,23 @@ from lorasmith.workflow import NODES, Node
 
 __all__ = ["load_nodes"]
 
-_MODULES = ("conditioning", "datasets", "images", "latents", "loaders", "outputs", "primitives", "sampling", "training")
+_MODULES = (
+    "conditioning",
+    "custom_sampling",
+    "datasets",
+    "images",
+    "latents",
+    "loaders",
+    "lora_loaders",
+    "model_sampling",
+    "outputs",
+    "patterns",
+    "primitives",
+    "sampling",
+    "strings",
+    "text_encoding",
+    "training",
+)
 
 
 def load_nodes() -> Registry[Node]:

@@ -14,7 +14,7 @@ from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
 from lorasmith.data.image_files import open_image, to_tensor
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
-from lorasmith.nodes.conditioning import check_encoder
+from lorasmith.nodes.text_encoding import check_encoder
 from lorasmith.nodes.values import (
     Latent,
     flat_conditionings,

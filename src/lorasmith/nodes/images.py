@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__ = ["known_input", "resized"]
 
+_CHANNELS = ("red", "green", "blue")
 _METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")
 
 
@@ -41,20 +44,21 @@ def known_input(name: str, folders: Folders) -> str:
     return name
 
 
+_IMAGE_FILE = Input(
+    "image",
+    "COMBO",
+    options=lambda folders: folders.input_files(image_suffixes()),
+    accept=known_input,
+    extras={"image_upload": True},
+    tooltip="A file in the input folder; cat.png [output] is one in the output folder.",
+)
+
+
 @node(
     "LoadImage",
     display_name="Load Image",
     category="image",
-    inputs=[
-        Input(
-            "image",
-            "COMBO",
-            options=lambda folders: folders.input_files(image_suffixes()),
-            accept=known_input,
-            extras={"image_upload": True},
-            tooltip="A file in the input folder; cat.png [output] is one in the output folder.",
-        )
-    ],
+    inputs=[_IMAGE_FILE],
     outputs=[Output("IMAGE"), Output("MASK")],
     search_aliases=["open image", "import image", "read image"],
     fingerprint=lambda folders, image: fingerprint(folders.find_input(image)),
@@ -64,6 +68,39 @@ def load_image(context: NodeContext, *, image: str) -> tuple[Tensor, Tensor]:
 
     The frames of an animation make a batch. An opaque picture has an empty mask of 64×64.
     """
+    return _read(context, image)
+
+
+@node(
+    "LoadImageMask",
+    display_name="Load Image (as Mask)",
+    category="image",
+    inputs=[_IMAGE_FILE, Input("channel", "COMBO", options=("alpha", *_CHANNELS), tooltip="alpha is transparency.")],
+    outputs=[Output("MASK")],
+    search_aliases=["import mask", "alpha mask", "channel mask"],
+    fingerprint=lambda folders, image: fingerprint(folders.find_input(image)),
+)
+def load_image_mask(context: NodeContext, *, image: str, channel: str) -> tuple[Tensor]:
+    """Read one channel of a picture as a mask."""
+    pictures, transparency = _read(context, image)
+    return (transparency if channel == "alpha" else pictures[..., _CHANNELS.index(channel)].contiguous(),)
+
+
+@node(
+    "GetImageSize",
+    display_name="Get Image Size",
+    category="image",
+    inputs=[Input("image", "IMAGE")],
+    outputs=[Output("INT", "width"), Output("INT", "height"), Output("INT", "batch_size")],
+    search_aliases=["dimensions", "resolution", "image info"],
+)
+def get_image_size(context: NodeContext, *, image: Tensor) -> tuple[int, int, int]:
+    """Width and height of pictures in pixels, and their number."""
+    return image.shape[2], image.shape[1], image.shape[0]
+
+
+def _read(context: NodeContext, image: str) -> tuple[Tensor, Tensor]:
+    """The frames of a picture as IMAGE, and their transparency as MASK."""
     frames = open_frames(context.folders.find_input(image))
     pictures = torch.stack([_to_tensor(colours) for colours, _ in frames])
     if all(alpha is None for _, alpha in frames):
@@ -96,8 +133,46 @@ def image_scale(
     rows, columns = image.shape[1:3]
     width = width or max(1, round(columns * height / rows))
     height = height or max(1, round(rows * width / columns))
-    scaled = resized(image.movedim(-1, 1), width, height, method=upscale_method, crop=crop == "center")
-    return (scaled.movedim(1, -1).contiguous(),)
+    return (_scaled(image, width, height, upscale_method, crop=crop == "center"),)
+
+
+@node(
+    "ImageScaleBy",
+    display_name="Upscale Image By",
+    category="image/upscaling",
+    inputs=[
+        Input("image", "IMAGE"),
+        Input("upscale_method", "COMBO", options=_METHODS),
+        Input("scale_by", "FLOAT", default=1.0, min=0.01, max=8.0, step=0.01, tooltip="Factor of both sides."),
+    ],
+    outputs=[Output("IMAGE")],
+)
+def image_scale_by(context: NodeContext, *, image: Tensor, upscale_method: str, scale_by: float) -> tuple[Tensor]:
+    """Scale pictures by a factor."""
+    rows, columns = (max(1, round(side * scale_by)) for side in image.shape[1:3])
+    return (_scaled(image, columns, rows, upscale_method),)
+
+
+@node(
+    "ImageScaleToTotalPixels",
+    display_name="Scale Image to Total Pixels",
+    category="image/upscaling",
+    inputs=[
+        Input("image", "IMAGE"),
+        Input("upscale_method", "COMBO", options=_METHODS),
+        Input("megapixels", "FLOAT", default=1.0, min=0.01, max=16.0, step=0.01, tooltip="1 is 1024×1024 px."),
+        Input("resolution_steps", "INT", default=1, min=1, max=256, tooltip="Sides are multiples of it."),
+    ],
+    outputs=[Output("IMAGE")],
+)
+def image_scale_to_total_pixels(
+    context: NodeContext, *, image: Tensor, upscale_method: str, megapixels: float, resolution_steps: int
+) -> tuple[Tensor]:
+    """Scale pictures to a number of pixels, keeping their proportions."""
+    rows, columns = image.shape[1:3]
+    factor = math.sqrt(megapixels * 1024**2 / (rows * columns)) / resolution_steps
+    rows, columns = (max(1, round(side * factor)) * resolution_steps for side in (rows, columns))
+    return (_scaled(image, columns, rows, upscale_method),)
 
 
 @node(
@@ -114,6 +189,11 @@ def image_batch(context: NodeContext, *, image1: Tensor, image2: Tensor) -> tupl
         height, width = image1.shape[1:3]
         image2 = resized(image2.movedim(-1, 1), width, height, method="bilinear", crop=True).movedim(1, -1)
     return (torch.cat((image1, image2)),)
+
+
+def _scaled(image: Tensor, width: int, height: int, method: str, *, crop: bool = False) -> Tensor:
+    """IMAGE at another size; see `resized`."""
+    return resized(image.movedim(-1, 1), width, height, method=method, crop=crop).movedim(1, -1).contiguous()
 
 
 def _cropped(pictures: Tensor, aspect: float) -> Tensor:

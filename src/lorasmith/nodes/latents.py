@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.families.model import Autoencoder
+from lorasmith.families.tiled_decoding import decode_tiled
 from lorasmith.nodes.images import resized
-from lorasmith.nodes.values import Latent, check_latents, image_from_pixels, pixels_from_image
+from lorasmith.nodes.values import Latent, check_latents, image_from_pixels, pixels_from_image, with_frames
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
@@ -36,25 +37,120 @@ def vae_encode(context: NodeContext, *, pixels: Tensor, vae: Autoencoder) -> tup
 )
 def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tuple[Tensor]:
     """Decode latents into pictures."""
-    check_latents(samples["samples"], vae.latent)
+    latents = with_frames(samples["samples"], vae.latent)
+    check_latents(latents, vae.latent)
     with vae.active():
-        return (image_from_pixels(vae.decode(samples["samples"])),)
+        return (image_from_pixels(vae.decode(latents)),)
+
+
+@node(
+    "VAEDecodeTiled",
+    display_name="VAE Decode (Tiled)",
+    category="model/latent",
+    inputs=[
+        Input("samples", "LATENT"),
+        Input("vae", "VAE"),
+        Input("tile_size", "INT", default=512, min=64, max=4096, step=32, tooltip="Side of a tile in pixels."),
+        Input("overlap", "INT", default=64, min=0, max=4096, step=32, tooltip="Of neighbouring tiles, in pixels."),
+        Input("temporal_size", "INT", default=64, min=8, max=4096, step=4, tooltip="Of videos; pictures ignore it."),
+        Input("temporal_overlap", "INT", default=8, min=4, max=4096, step=4, tooltip="Of videos; pictures ignore it."),
+    ],
+    outputs=[Output("IMAGE")],
+)
+def vae_decode_tiled(
+    context: NodeContext,
+    *,
+    samples: Latent,
+    vae: Autoencoder,
+    tile_size: int,
+    overlap: int,
+    temporal_size: int,
+    temporal_overlap: int,
+) -> tuple[Tensor]:
+    """Decode latents in tiles, which takes less memory; colours may differ slightly between tiles."""
+    latents = with_frames(samples["samples"], vae.latent)
+    check_latents(latents, vae.latent)
+    scale = vae.latent.downscale
+
+    def before_tile(done: int, total: int) -> None:
+        context.raise_if_cancelled()
+        context.progress(done, total)
+
+    with vae.active():
+        pixels = decode_tiled(
+            vae,
+            latents,
+            tile=max(1, tile_size // scale),
+            overlap=min(overlap, tile_size // 4) // scale,  # a larger overlap is cut as in ComfyUI
+            before_tile=before_tile,
+        )
+    return (image_from_pixels(pixels),)
+
+
+def _size(width: int, height: int, step: int = 16) -> list[Input]:
+    """Inputs of a picture's size, with these defaults."""
+    return [
+        Input(name, "INT", default=side, min=16, max=16384, step=step, tooltip="In pixels.")
+        for name, side in {"width": width, "height": height}.items()
+    ]
+
+
+_BATCH_SIZE = Input("batch_size", "INT", default=1, min=1, max=4096, tooltip="Number of pictures.")
 
 
 @node(
     "EmptyLatentImage",
     display_name="Empty Latent Image",
     category="model/latent",
-    inputs=[
-        Input("width", "INT", default=512, min=16, max=16384, step=8, tooltip="In pixels."),
-        Input("height", "INT", default=512, min=16, max=16384, step=8, tooltip="In pixels."),
-        Input("batch_size", "INT", default=1, min=1, max=4096, tooltip="Number of pictures."),
-    ],
+    inputs=[*_size(512, 512, step=8), _BATCH_SIZE],
     outputs=[Output("LATENT")],
 )
 def empty_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
     """Empty latents for new pictures; KSampler adapts their shape to its model."""
     return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)
+
+
+@node(
+    "EmptySD3LatentImage",
+    display_name="EmptySD3LatentImage",
+    category="model/latent/stable diffusion",
+    inputs=[*_size(1024, 1024), _BATCH_SIZE],
+    outputs=[Output("LATENT")],
+)
+def empty_sd3_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
+    """Empty latents of 16 channels; KSampler adapts their shape to its model."""
+    return ({"samples": torch.zeros(batch_size, 16, height // 8, width // 8), "downscale_ratio_spacial": 8},)
+
+
+@node(
+    "EmptyFlux2LatentImage",
+    display_name="Empty Flux 2 Latent",
+    category="model/latent/flux",
+    inputs=[*_size(1024, 1024), _BATCH_SIZE],
+    outputs=[Output("LATENT")],
+)
+def empty_flux2_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
+    """Empty latents of Flux.2; KSampler adapts their shape to its model."""
+    return ({"samples": torch.zeros(batch_size, 128, height // 16, width // 16), "downscale_ratio_spacial": 16},)
+
+
+@node(
+    "EmptyHunyuanLatentVideo",
+    display_name="Empty HunyuanVideo 1.0 Latent",
+    category="model/latent/hunyuan video",
+    inputs=[
+        *_size(848, 480),
+        Input("length", "INT", default=25, min=1, max=16384, step=4, tooltip="In frames; 1 for pictures."),
+        _BATCH_SIZE,
+    ],
+    outputs=[Output("LATENT")],
+)
+def empty_hunyuan_latent_video(
+    context: NodeContext, *, width: int, height: int, length: int, batch_size: int
+) -> tuple[Latent]:
+    """Empty latents with a time axis; KSampler adapts their shape to its model, and takes one frame."""
+    frames = (length - 1) // 4 + 1
+    return ({"samples": torch.zeros(batch_size, 16, frames, height // 8, width // 8), "downscale_ratio_spacial": 8},)
 
 
 @node(

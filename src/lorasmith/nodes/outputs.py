@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
@@ -9,7 +11,7 @@ from lorasmith.nodes.saving import graph_metadata, save_images, save_lora
 from lorasmith.nodes.values import LossMap
 from lorasmith.report.loss_plot import plot_losses
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import Input, NodeContext, NodeOutput, Output, node
+from lorasmith.workflow import ANY, Input, NodeContext, NodeOutput, Output, node
 from lorasmith.workflow.node import Hidden
 
 __all__: list[str] = []
@@ -46,6 +48,21 @@ def save_image(context: NodeContext, *, images: Tensor, filename_prefix: str) ->
 def preview_image(context: NodeContext, *, images: Tensor) -> NodeOutput:
     """Show pictures, which are saved in the temp folder only."""
     return NodeOutput((images,), {"images": save_images(context, images, "ComfyUI_temp", place="temp")})
+
+
+@node(
+    "PreviewAny",
+    display_name="Preview as Text",
+    category="utilities",
+    inputs=[Input("source", ANY)],
+    outputs=[Output("STRING")],
+    search_aliases=["show output", "inspect", "show text"],
+    output_node=True,
+)
+def preview_any(context: NodeContext, *, source: object) -> NodeOutput:
+    """Show a value as text."""
+    text = source if isinstance(source, str) else _as_text(source)
+    return NodeOutput((text,), {"text": [text]})
 
 
 @node(
@@ -86,3 +103,13 @@ def plot_loss_graph(context: NodeContext, *, loss: LossMap, filename_prefix: str
     path = files.path(".png")
     write_atomic(path, plot_losses(loss["loss"], metadata=graph_metadata(context)))
     return NodeOutput((), {"images": [files.reference(path)]})
+
+
+def _as_text(value: object) -> str:
+    """A value as JSON, or in Python's words where it has no JSON."""
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    try:
+        return json.dumps(value, indent=4, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return str(value)

@@ -26,6 +26,7 @@ from lorasmith.nodes.values import (
     flat_latents,
     one_for_each,
     single,
+    with_frames,
 )
 from lorasmith.training.config import NONE_LORA, TrainConfig, unused_settings
 from lorasmith.training.events import (
@@ -83,14 +84,14 @@ _SETTINGS = (
     _setting("seed"),
     _setting("training_dtype", default="bf16", options=("bf16", "fp32", "none")),
     _setting("lora_dtype"),
-    _setting("quantized_backward"),
+    _setting("quantized_backward", may_lack=True),
     _setting("algorithm"),
     _setting("gradient_checkpointing", default=True),
-    _setting("checkpoint_depth"),
-    _setting("offloading"),
+    _setting("checkpoint_depth", may_lack=True),
+    _setting("offloading", may_lack=True),
     _setting("existing_lora", optional=False, **_LORA_FILE),
-    _setting("bucket_mode"),
-    _setting("bypass_mode"),
+    _setting("bucket_mode", may_lack=True),
+    _setting("bypass_mode", may_lack=True),
     _own("alpha", default=1.0),
     _own("targets", default="all"),
     _own("objective"),
@@ -166,6 +167,11 @@ def train_lora(
     fresh = values.pop("fresh", False)
     config = _config(context.folders, values)
     data = _dataset(denoiser, latents, positive)
+    if limited := sum(sample.conditioning.span != (0.0, 1.0) for sample in data.samples):
+        context.warn(
+            f"{limited} of {len(data)} captions are for a part of sampling (ConditioningSetTimestepRange), but "
+            "training uses each at every noise level"
+        )
     job = plan_job(denoiser, config)
     options = RunOptions(
         output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
@@ -204,8 +210,8 @@ def _dataset(
     """The samples, in order, scaled for the denoiser. Raises DataError if counts or shapes do not fit."""
     form = denoiser.base.components.latent
     for batch in latents:
-        check_latents(batch["samples"], form)
-    images = flat_latents(latents)
+        check_latents(with_frames(batch["samples"], form), form)
+    images = [with_frames(image, form) for image in flat_latents(latents)]
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
     return EncodedDataset(
         tuple(

@@ -7,6 +7,9 @@ CONDITIONING  list of `Conditioning`, one per prompt
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
+NOISE, GUIDER `Noise`, `Guider` (`sampled_latents`)
+SAMPLER       registered name of a sampler
+SIGMAS        fp32 tensor (steps + 1,), descending
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ __all__ = [
     "one_for_each",
     "pixels_from_image",
     "single",
+    "with_frames",
 ]
 
 T = TypeVar("T")
@@ -80,6 +84,11 @@ def check_latents(samples: Tensor, form: LatentFormat) -> None:
             f"latents must be (batch, {form.channels}, {frames}height, width) for this model, got "
             f"{tuple(samples.shape)}; encode the pictures with its own VAE"
         )
+
+
+def with_frames(samples: Tensor, form: LatentFormat) -> Tensor:
+    """Latents with a time axis of one frame if the model's have one, and they lack it."""
+    return samples.unsqueeze(2) if form.frames and samples.ndim == 4 else samples
 
 
 def flat_images(images: Sequence[Tensor]) -> list[Tensor]:

@@ -121,6 +121,7 @@ def pictures(
         SamplingCancelledError: `cancelled` returned True.
     """
     base, device, steps = denoiser.base, device or best_device(), sampling.steps
+    denoiser.check_conditionings([*positives, negative])
     components, shape = base.components, _latent_shape(base, sampling.width, sampling.height)
     latents = []
     # Placed first and patched second: adapters are created on their layers' device.

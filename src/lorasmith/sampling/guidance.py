@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,12 +25,16 @@ def guided(
     negative: Sequence[Conditioning],
     cfg: float,
     batch: int,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The guided prediction `negative + cfg · (positive − negative)` as a function of (latents, time).
+    sigma_at: Callable[[float], float] = lambda progress: math.inf if progress <= 0 else 0.0,
+) -> Callable[[Tensor, Tensor, float], tuple[Tensor, float]]:
+    """The guided prediction `negative + cfg · (positive − negative)` as a function of (latents, time, sigma).
 
     Several conditionings of one side are averaged. Those of weight 0 are not computed: with `cfg` 1 the negative is not
     used. Conditionings of equal tensor shapes run as one batch, others separately: repeating a shorter context is
     correct for cross-attention, but not for joint attention to text and image.
+
+    The function returns the prediction, and the weight of the sides that it lacks because the spans of all of their
+    conditionings exclude the sigma; ComfyUI takes 0 as the clean sample of such a side.
 
     Args:
         predict: the network.
@@ -37,41 +42,59 @@ def guided(
         negative: the same; may be empty when `cfg` is 1.
         cfg: guidance scale.
         batch: number of latents.
+        sigma_at: sampler sigma at a part of sampling, for conditionings with a span.
 
     Raises:
         OptionError: a side with non-zero weight has no conditioning.
     """
-    weighted = [*_shares("positive", positive, cfg), *_shares("negative", negative, 1 - cfg)]
-    groups: dict[frozenset[tuple[str, torch.Size]], list[tuple[float, Conditioning]]] = {}
-    for weight, conditioning in weighted:
-        shapes = frozenset((key, tensor.shape[1:]) for key, tensor in conditioning.tensors.items())
-        groups.setdefault(shapes, []).append((weight, _repeated(conditioning, batch)))
-    forwards = [
-        ([weight for weight, _ in group], collate([conditioning for _, conditioning in group], repeatable=False))
-        for group in groups.values()
-    ]
+    sides = (_side("positive", positive, cfg, batch), _side("negative", negative, 1 - cfg, batch))
+    joined: dict[Hashable, list[_Forward]] = {}
 
-    def prediction(latents: Tensor, time: Tensor) -> Tensor:
+    def prediction(latents: Tensor, time: Tensor, sigma: float) -> tuple[Tensor, float]:
+        active = tuple(
+            tuple(sigma_at(one.span[0]) >= sigma >= sigma_at(one.span[1]) for one in conditionings)
+            for _, conditionings in sides
+        )
+        if active not in joined:
+            joined[active] = _forwards(sides, active)
         total = torch.zeros_like(latents, dtype=torch.float32)
-        for weights, conditioning in forwards:
+        for weights, conditioning in joined[active]:
             copies = len(weights)
             answer = predict(latents.repeat(copies, *(1,) * (latents.ndim - 1)), time.repeat(copies), conditioning)
             for weight, part in zip(weights, answer.float().chunk(copies), strict=True):
                 total += weight * part
-        return total
+        return total, sum(weight for (weight, _), chosen in zip(sides, active, strict=True) if not any(chosen))
 
     return prediction
 
 
-def _shares(side: str, conditionings: Sequence[Conditioning], weight: float) -> list[tuple[float, Conditioning]]:
-    """(share of the weight, conditioning) of a side; empty if the weight is 0."""
+_Side = tuple[float, list[Conditioning]]
+"""Weight of a side and its conditionings, none if the weight is 0."""
+_Forward = tuple[list[float], Conditioning]
+"""Weights of the prompts in a batch, and the batch."""
+
+
+def _side(side: str, conditionings: Sequence[Conditioning], weight: float, batch: int) -> _Side:
     if weight == 0:
-        return []
+        return 0.0, []
     if not conditionings:
         raise OptionError(
             f"sampling needs at least one {side} conditioning, got none; encode a prompt, which may be empty"
         )
-    return [(weight / len(conditionings), conditioning) for conditioning in conditionings]
+    return weight, [_repeated(conditioning, batch) for conditioning in conditionings]
+
+
+def _forwards(sides: Sequence[_Side], active: Sequence[Sequence[bool]]) -> list[_Forward]:
+    """The batches of the active conditionings; those of a side share its weight."""
+    groups: dict[Hashable, list[tuple[float, Conditioning]]] = {}
+    for (weight, conditionings), chosen in zip(sides, active, strict=True):
+        for conditioning in (one for one, is_active in zip(conditionings, chosen, strict=True) if is_active):
+            shapes = frozenset((key, tensor.shape[1:]) for key, tensor in conditioning.tensors.items())
+            groups.setdefault(shapes, []).append((weight / sum(chosen), conditioning))
+    return [
+        ([weight for weight, _ in group], collate([conditioning for _, conditioning in group], repeatable=False))
+        for group in groups.values()
+    ]
 
 
 def _repeated(conditioning: Conditioning, batch: int) -> Conditioning:
@@ -81,4 +104,5 @@ def _repeated(conditioning: Conditioning, batch: int) -> Conditioning:
         return tensor.repeat(math.ceil(batch / len(tensor)), *(1,) * (tensor.ndim - 1))[:batch]
 
     tensors = {key: repeated(tensor) for key, tensor in conditioning.tensors.items()}
-    return Conditioning(tensors, conditioning.text, None if conditioning.mask is None else repeated(conditioning.mask))
+    mask = None if conditioning.mask is None else repeated(conditioning.mask)
+    return replace(conditioning, tensors=tensors, mask=mask)

@@ -62,7 +62,8 @@ def sample_latents(
         negative: negative conditionings; not used if `cfg` is 1.
         latents: (batch, channels, height, width) to start from, scaled for the denoiser; zeros for text to image.
         noise: initial noise of the same shape, from `prepare_noise`.
-        sigmas: sigmas of the steps, from `sigmas_for`; without a step the latents are returned unchanged.
+        sigmas: sigmas of the steps, from `sigmas_for`, or some of them; without a step the latents are returned
+            unchanged.
         sampler: registered name.
         cfg: guidance scale; 1 is none.
         seed: of the noise that some samplers add between steps.
@@ -90,6 +91,7 @@ def sample_latents(
         negative=[conditioning.to(device, dtype) for conditioning in negative],
         cfg=cfg,
         batch=batch,
+        sigma_at=schedule.sigma_at,
     )
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -99,7 +101,10 @@ def sample_latents(
             )
         level = schedule.at_sigma(torch.full((batch,), sigma)).to(device)
         seen = schedule.model_input(x, level)
-        return to_clean(guide(seen, level.time), seen, level)
+        prediction, lacking = guide(seen, level.time, sigma)
+        clean = to_clean(prediction, seen, level)
+        # The clean sample is affine in the prediction; of a side that is left out it is 0.
+        return clean - lacking * to_clean(torch.zeros_like(seen), seen, level) if lacking else clean
 
     def step_noise(step: int) -> Tensor:
         return keyed_normal(tuple(latents.shape), seed, "sampling", step).to(device)
@@ -110,4 +115,7 @@ def sample_latents(
 
     with torch.no_grad():
         start = schedule.initial(noise.to(device, torch.float32), latents, sigmas[0].item())
-        return solve(denoise, start, sigmas, schedule=schedule, noise=step_noise, callback=progress)
+        state = solve(denoise, start, sigmas, schedule=schedule, noise=step_noise, callback=progress)
+        # Of a run that ends early the noisy state is returned so that another run can continue from it without noise.
+        signal = schedule.signal(sigmas[-1].item())
+        return state / signal if signal > 0 else state

@@ -11,6 +11,7 @@ device.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Solver(Protocol):
         Args:
             denoise: the guided model.
             x: (batch, ...) fp32 state at `sigmas[0]`.
-            sigmas: (steps + 1,) strictly descending, the last one 0.
+            sigmas: (steps + 1,) strictly descending; the last one is 0, or the level to stop at.
             schedule: of the sigmas.
             noise: random noise of a step, for solvers that add some.
             callback: called once per step.
@@ -192,38 +193,76 @@ def lcm(
 
 
 def uni_pc(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    schedule: NoiseSchedule,
+    noise: StepNoise,
+    callback: Progress,
+    b: Callable[[float], float] = lambda h: h,
 ) -> Tensor:
-    """UniPC of order 3 with B(h) = h (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`.
+    """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`.
 
-    The corrector reuses the evaluation at the predicted point, so that a step needs one evaluation. The order increases
-    from 1 at the start and decreases to 1 at the end; the last step is not corrected.
+    `b` is the paper's B(h), up to its sign. The corrector reuses the evaluation at the predicted point, so that a step
+    needs one evaluation. The order increases from 1 at the start and decreases to 1 at the end; the last step is not
+    corrected.
     """
-    levels = [*sigmas.tolist()[:-1], UNIPC_LAST_SIGMA]
+    levels = sigmas.tolist()
+    levels[-1] = levels[-1] or UNIPC_LAST_SIGMA
     steps = len(levels) - 1
     highest_order = max(1, min(3, steps - 1))
     known = [(levels[0], denoise(x, levels[0]))]
     callback(0, known[0][1])
     for step in range(1, steps + 1):
         order = min(highest_order, step, steps + 1 - step)
-        update = _UniPCUpdate(x, known[-order:], levels[step])
+        update = _UniPCUpdate(x, known[-order:], levels[step], b)
         x = update.predicted()
         if step < steps:
             denoised = denoise(x, levels[step])
             callback(step, denoised)
             x = update.corrected(denoised)
             known.append((levels[step], denoised))
-    return x / schedule.signal(UNIPC_LAST_SIGMA)
+    return x if sigmas[-1] > 0 else x / schedule.signal(UNIPC_LAST_SIGMA)
+
+
+def res_multistep(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+) -> Tensor:
+    """Refined exponential solver of second order (Zhang & Chen 2023, arXiv:2308.02157) in `lambda = −log sigma`.
+
+    The first step is of first order; a last one to 0 ends at the clean sample.
+    """
+    previous: Tensor | None = None
+    last_width = 0.0
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        callback(step, denoised)
+        if sigma_next == 0 or previous is None:
+            x = denoised.lerp(x, sigma_next / sigma)
+        else:
+            width = math.log(sigma / sigma_next)
+            phi_1 = -math.expm1(-width) / width
+            older = (phi_1 - 1) / last_width
+            x = math.exp(-width) * x + width * ((phi_1 - older) * denoised + older * previous)
+        if sigma_next > 0:
+            last_width = math.log(sigma / sigma_next)
+        previous = denoised
+    return x
 
 
 SAMPLERS.register("euler")(Sampler(euler))
 SAMPLERS.register("euler_ancestral")(Sampler(euler_ancestral))
 SAMPLERS.register("heun")(Sampler(heun))
 SAMPLERS.register("dpmpp_2m")(Sampler(dpmpp_2m))
-SAMPLERS.register("dpmpp_2m_sde")(Sampler(dpmpp_2m_sde))
+SAMPLERS.register("dpmpp_2m_sde", "dpmpp_2m_sde_gpu")(Sampler(dpmpp_2m_sde))
 SAMPLERS.register("ddim")(Sampler(euler))
 SAMPLERS.register("lcm")(Sampler(lcm))
+SAMPLERS.register("res_multistep")(Sampler(res_multistep))
 SAMPLERS.register("uni_pc")(Sampler(uni_pc, discards_penultimate_sigma=True))
+SAMPLERS.register("uni_pc_bh2")(
+    Sampler(functools.partial(uni_pc, b=lambda h: -math.expm1(-h)), discards_penultimate_sigma=True)
+)
 
 
 class _UniPCUpdate:
@@ -233,9 +272,10 @@ class _UniPCUpdate:
         x: state at the newest known level.
         known: (sigma, clean sample) of the last `order` evaluations, oldest first.
         sigma: level to step to.
+        b: B(h).
     """
 
-    def __init__(self, x: Tensor, known: list[tuple[float, Tensor]], sigma: float) -> None:
+    def __init__(self, x: Tensor, known: list[tuple[float, Tensor]], sigma: float, b: Callable[[float], float]) -> None:
         current, self._newest = known[-1]
         h = math.log(current / sigma)
         older = list(reversed(known[:-1]))
@@ -243,8 +283,8 @@ class _UniPCUpdate:
         self._differences = [
             (denoised - self._newest) / ratio for (_, denoised), ratio in zip(older, self._ratios, strict=True)
         ]
-        self._b = h
-        self._right_side = _phi_moments(-h, len(known))
+        self._b = b(h)
+        self._right_side = _phi_moments(-h, len(known)) * (h / self._b)
         self._first_order = self._newest.lerp(x, sigma / current)
 
     def predicted(self) -> Tensor:

@@ -80,6 +80,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
         LorasmithError: the data do not fit, or the loss became non-finite. If steps were taken and there is an output
             folder, their LoRA is saved and the message names the file.
     """
+    job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
     parts = split(data, share=job.config.validation_share, given=options.validation)
     job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
     record = run_record(job, parts, title=options.title, source=options.source)

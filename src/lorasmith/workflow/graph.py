@@ -1,6 +1,7 @@
 """Validation of whole prompts: all faults at once, and a graph for the executor.
 
-Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs.
+Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs. Notes of editors, and
+keys that begin with an underscore, are passed over.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.order import depth_first
-from lorasmith.workflow.prompt import Prompt, class_of, node_label, node_title
+from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
 __all__ = ["Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
@@ -132,22 +133,25 @@ def examine(
         nodes: registered nodes.
         targets: ids of the output nodes to run; None for all.
     """
-    checker = _Checker({str(key): member for key, member in prompt.items()}, folders, nodes)
+    checker = _Checker(
+        {str(key): member for key, member in prompt.items() if not is_remark(str(key), member)}, folders, nodes
+    )
     drafts = checker.read_nodes()
     for draft in drafts.values():
         checker.check_links(draft, drafts)
     outputs = tuple(
         key for key, draft in drafts.items() if draft.node.output_node and (targets is None or key in targets)
     )
-    if not outputs and not checker.unknown:
+    unknown = tuple(key for key in checker.unknown if targets is None or key in targets)
+    if not outputs and not unknown:
         checker.find(None, "prompt_no_outputs", f"a workflow needs an output node ({_goals(nodes)}), got none; add one")
     needs = {key: [link.node_id for _, link in draft.links()] for key, draft in drafts.items()}
     order, _ = depth_first(outputs, needs)
     for cycle in depth_first(tuple(drafts), needs)[1]:
         checker.find_cycle(cycle, drafts)
-    # A node of an unknown class may be an output too, so the nodes that it is linked to count as needed.
+    # Without an output of a known class those of unknown classes may be outputs.
     needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
-    goals = (*outputs, *checker.unknown) or tuple(drafts)
+    goals = (*outputs, *(unknown if targets is not None else ())) or unknown or tuple(drafts)
     faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
     graph = Graph({key: drafts[key] for key in order}, outputs, prompt, tuple(map(str, ignored)))
     return Examination(graph, faults)
@@ -243,13 +247,13 @@ class _Checker:
         for name, slot in node.slots.items():
             if name in given:
                 self._read_input(key, slot, given[name], inputs)
-            elif not slot.optional:
+            elif not (slot.optional or slot.may_lack):
                 hint = "" if slot.default is None else f", its default is {slot.default!r}"
                 self.find(key, "required_input_missing", f"required input {name} is missing{hint}; add it", name)
             elif slot.default is not None:
                 inputs[name] = slot.default
         for name in given:
-            if name not in node.slots:
+            if name not in node.slots and not is_remark(name):
                 sentence = f"input {name} is ignored, as the node has no such input{nearest(name, node.slots)}"
                 label = node_label(key, self.prompt[key], self.nodes)
                 self.warnings.append(Finding("unknown_input", label, sentence, key, name))

@@ -66,12 +66,8 @@ def _options(one: Input, folders: Folders) -> dict[str, Any]:
 def _growing(one: Input, folders: Folders) -> list[Any]:
     assert one.grow is not None
     element = [one.type, _options(one, folders)]
-    template = {
-        "input": {"required": {one.grow.prefix: element}},
-        "prefix": one.grow.prefix,
-        "min": one.grow.min,
-        "max": one.grow.max,
-    }
+    named = {"names": list(one.grow.names)} if one.grow.names else {"prefix": one.grow.prefix, "max": one.grow.max}
+    template = {"input": {"required": {one.grow.prefix: element}}, "min": one.grow.min, **named}
     return ["COMFY_AUTOGROW_V3", {"template": template}]
 
 

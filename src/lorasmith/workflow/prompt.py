@@ -15,7 +15,7 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
-__all__ = ["Prompt", "apply_overrides", "class_of", "node_label", "node_title", "parse_prompt"]
+__all__ = ["Prompt", "apply_overrides", "class_of", "is_remark", "node_label", "node_title", "parse_prompt"]
 
 Prompt: TypeAlias = Mapping[str, Any]
 """Nodes by id, as in the file."""
@@ -65,6 +65,12 @@ def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry
             )
         _override_input(changed[node_id], name, text.strip(), node_label(node_id, changed[node_id], nodes), nodes)
     return changed
+
+
+def is_remark(key: str, member: Any = None) -> bool:
+    """Whether a key of a prompt or of a node's inputs, or the node under it, is a remark for readers."""
+    kind = member.get("class_type") if isinstance(member, dict) else None
+    return key.startswith("_") if kind is None else kind in _NOTES
 
 
 def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
@@ -119,5 +125,8 @@ def _read_value(text: str, wants_text: bool) -> Any:
 def _kind(content: object) -> str:
     return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number or null")
 
+
+_NOTES = ("Note", "MarkdownNote")
+"""Classes of notes in editors."""
 
 _EXPORT = "in ComfyUI choose Workflow > Export (API) and use that file"

@@ -32,12 +32,21 @@ Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
 
 @dataclass(frozen=True)
 class Grow:
-    """An input that repeats: `<name>.<prefix>0`, `<name>.<prefix>1`, ... between `min` and `max` times."""
+    """An input that repeats: `<name>.<prefix>0`, `<name>.<prefix>1`, ... between `min` and `max` times.
+
+    With `names` the repetitions are called `<name>.<one of the names>` instead, and are as many as these.
+    """
 
     prefix: str
     _: KW_ONLY
     min: int = 1
     max: int = 10
+    names: tuple[str, ...] = ()
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The short names of all repetitions."""
+        return self.names or tuple(f"{self.prefix}{index}" for index in range(self.max))
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Input:
         force_input: whether a scalar is shown as a socket only.
         tooltip: one or two sentences.
         extras: additional options for editors (`image_upload`, `control_after_generate`).
+        may_lack: whether older workflows lack it although editors require it; they get the default.
         grow: set if the input repeats; the function receives a dict by short name (`input0`, ...).
     """
 
@@ -97,6 +107,7 @@ class Input:
     force_input: bool = False
     tooltip: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    may_lack: bool = False
     grow: Grow | None = None
 
     @classmethod
@@ -126,11 +137,11 @@ class Input:
         return tuple(
             replace(
                 self,
-                name=f"{self.name}.{self.grow.prefix}{index}",
+                name=f"{self.name}.{suffix}",
                 optional=self.optional or index >= self.grow.min,
                 grow=None,
             )
-            for index in range(self.grow.max)
+            for index, suffix in enumerate(self.grow.suffixes)
         )
 
     def choices(self, folders: Folders) -> tuple[str, ...]:
@@ -168,6 +179,8 @@ class Input:
     def _check_as(self, kind: str, value: Any, folders: Folders) -> Any:
         # Option accepts None if None is the default, so a missing default must be another value here.
         plain = Option(self.name, SCALARS[kind], default=..., help=self.tooltip, min=self.min, max=self.max)
+        if kind == "BOOLEAN" and isinstance(value, str):
+            value = _WRITTEN.get(value.casefold(), value)
         checked = plain.check(value)
         if kind != "COMBO":
             return checked
@@ -199,3 +212,5 @@ def _members(union: str) -> list[str]:
 
 
 _MAX_SHOWN = 12
+_WRITTEN = {"true": True, "false": False, "none": False}
+"""Truth values as text, which some editors write."""

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "ddim", "lcm", "uni_pc"]
+SAMPLERS = ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "ddim", "lcm", "res_multistep"]
+SAMPLERS += ["uni_pc", "uni_pc_bh2"]
 SCHEDULERS = ["normal", "karras", "simple", "sgm_uniform", "exponential", "ddim_uniform"]
+SCHEDULERS += ["beta", "linear_quadratic", "kl_optimal"]
 SCHEDULES = {"discrete": {}, "flow": {"shift": 3.0, "steps": 1000}, "flux": {"shift": math.exp(1.15), "steps": 10_000}}
 RUNS = [(3, 1.0), (12, 1.0), (6, 0.45)]  # steps and denoise
 MEAN, SPREAD, SIZE = 0.8, 0.5, 6
@@ -50,7 +52,7 @@ def main(checkout: Path) -> None:
                 run = {"schedule": kind, "scheduler": scheduler, "steps": steps, "denoise": denoise}
                 for sampler in SAMPLERS:
                     k = KSampler(model, steps, "cpu", sampler=sampler, scheduler=scheduler, denoise=denoise)
-                    run["uni_pc_sigmas" if sampler == "uni_pc" else "sigmas"] = numbers(k.sigmas)
+                    run["uni_pc_sigmas" if sampler.startswith("uni_pc") else "sigmas"] = numbers(k.sigmas)
                     run[sampler] = numbers(sample(model, sampler, k.sigmas, latents, noises))
                 golden["runs"].append(run)
     rows = ",\n".join(json.dumps(run) for run in golden.pop("runs"))

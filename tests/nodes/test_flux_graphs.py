@@ -1,0 +1,183 @@
+"""Whole graphs on a tiny Flux.1 in files of its own: sampling and training as templates and trainers' graphs do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flux_files import save_flux_files
+
+from lorasmith.core.errors import NodeError
+from lorasmith.core.folders import Folders
+from lorasmith.nodes import load_nodes
+from lorasmith.workflow import Executor, validate
+from lorasmith.workflow.execution_events import Event, NodeMessage
+
+Prompt = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comfyui")
+    save_flux_files(folder)
+    return folder
+
+
+def api(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def loaders(weight_dtype: str = "default") -> Prompt:
+    return {
+        "unet": api("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype=weight_dtype),
+        "clip": api(
+            "DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors", type="flux"
+        ),
+        "vae": api("VAELoader", vae_name="ae.safetensors"),
+    }
+
+
+def run(base: Path, prompt: Prompt, events: list[Event] | None = None) -> dict[str, Any]:
+    load_nodes()
+    folders = Folders(base)
+    executor = Executor(folders, on_event=(events if events is not None else []).append)
+    return {key: result.outputs for key, result in executor.run(validate(prompt, folders)).items()}
+
+
+def sampling(model: str = "unet") -> Prompt:
+    return {
+        "text": api("CLIPTextEncode", clip=["clip", 0], text="a fox"),
+        "positive": api("FluxGuidance", conditioning=["text", 0], guidance=3.5),
+        "negative": api("ConditioningZeroOut", conditioning=["text", 0]),
+        "empty": api("EmptySD3LatentImage", width=64, height=32, batch_size=1),
+        "sampler": api(
+            "KSampler",
+            model=[model, 0],
+            seed=1,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="beta",
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["empty", 0],
+            denoise=1.0,
+        ),
+        "decode": api("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
+        "show": api("PreviewImage", images=["decode", 0]),
+    }
+
+
+def training(model: str = "unet", **changes: Any) -> Prompt:
+    settings = {
+        "batch_size": 1,
+        "grad_accumulation_steps": 1,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "rank": 2,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "none",
+        "lora_dtype": "fp32",
+        "quantized_backward": "None",
+        "algorithm": "lora",
+        "gradient_checkpointing": True,
+        "checkpoint_depth": 2,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": True,
+        "bypass_mode": True,
+    }
+    return {
+        "note": api("Note", text="made by hand"),
+        "_doc": {"about": "a graph of a guide"},
+        "image1": api("LoadImage", image="fox/fox_1.png"),
+        "image2": api("LoadImage", image="fox/fox_2.png"),
+        "image3": api("LoadImage", image="fox/fox_3.png"),
+        "batch1": api("ImageBatch", image1=["image1", 0], image2=["image2", 0]),
+        "batch2": api("ImageBatch", image1=["batch1", 0], image2=["image3", 0]),
+        "small": api("ImageScale", image=["batch2", 0], upscale_method="area", width=32, height=32, crop="center"),
+        "data": api(
+            "MakeTrainingDataset", images=["small", 0], vae=["vae", 0], clip=["clip", 0], texts="a fox,\nby a lake"
+        ),
+        "train": api(
+            "TrainLoraNode",
+            model=[model, 0],
+            latents=["data", 0],
+            positive=["data", 1],
+            **(settings | changes),
+        ),
+        "save": api("SaveLoRA", lora=["train", 0], prefix="loras/fox", steps=2, _note="the steps of the run"),
+        "trained": api("LoraModelLoader", model=[model, 0], lora=["train", 0], strength_model=1.0, bypass=False),
+    }
+
+
+def test_parts_are_sampled_together(base: Path) -> None:
+    outputs = run(base, {**loaders(), **sampling()})
+    assert outputs["sampler"][0][0]["samples"].shape == (1, 16, 4, 8)
+    assert outputs["decode"][0][0].shape == (1, 32, 64, 3)
+
+
+@pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
+def test_a_graph_with_peoples_habits_trains_and_samples(base: Path, weight_dtype: str) -> None:
+    events: list[Event] = []
+    shifted = {"shifted": api("ModelSamplingFlux", model=["unet", 0], max_shift=1.15, base_shift=0.5,
+                              width=64, height=32)}  # fmt: skip
+    prompt = {**loaders(weight_dtype), **shifted, **training("shifted"), **sampling("trained")}
+    outputs = run(base, prompt, events)
+    assert outputs["train"][2] == (2,)
+    assert all(loss > 0 for loss in outputs["train"][1][0]["loss"])
+    assert len(outputs["data"][1]) == 3
+    assert {one[0].text for one in outputs["data"][1]} == {"a fox,\nby a lake"}
+    assert list((base / "output" / "loras").glob("fox_2_steps_*.safetensors"))
+    assert outputs["sampler"][0][0]["samples"].isfinite().all()
+
+
+@pytest.mark.parametrize("lacking", ["quantized_backward", "checkpoint_depth", "offloading", "bucket_mode"])
+def test_graphs_of_older_versions_lack_some_inputs(base: Path, lacking: str) -> None:
+    prompt = {**loaders(), **training()}
+    del prompt["train"]["inputs"][lacking]
+    load_nodes()
+    graph = validate(prompt, Folders(base))
+    assert graph.warnings == ()
+    assert graph.nodes["train"].inputs["quantized_backward"] is False
+
+
+def test_a_range_of_sampling_is_ignored_by_training_with_a_word(base: Path) -> None:
+    events: list[Event] = []
+    prompt = {**loaders(), **training()}
+    prompt["late"] = api("ConditioningSetTimestepRange", conditioning=["data", 1], start=0.5, end=1.0)
+    prompt["train"]["inputs"] |= {"positive": ["late", 0], "steps": 1}
+    run(base, prompt, events)
+    warnings = [event.text for event in events if isinstance(event, NodeMessage) and event.level == "warning"]
+    assert any(one.startswith("3 of 3 captions are for a part of sampling") for one in warnings)
+
+
+@pytest.mark.parametrize("goal", ["sampling", "training"])
+def test_an_encoder_of_another_family_is_refused_before_the_work(base: Path, goal: str) -> None:
+    prompt = {**loaders(), **(sampling() if goal == "sampling" else training())}
+    prompt["clip"] = api("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")
+    sentence = (
+        r"the context of a conditioning for flux1-dev \(Flux\.1\) must have width 32, got 64; "
+        r"encode prompts with its own text encoders \(clip_l and t5xxl, loaded with type flux\)"
+    )
+    with pytest.raises(NodeError, match=sentence):
+        run(base, prompt)
+
+
+def test_guidance_is_an_input_of_the_network(base: Path) -> None:
+    def sampled(**inputs: Any) -> torch.Tensor:
+        prompt = {**loaders(), **sampling()}
+        if inputs:
+            prompt["positive"] = api("FluxGuidance", conditioning=["text", 0], **inputs)
+        else:
+            prompt["positive"] = api("FluxDisableGuidance", conditioning=["text", 0])
+        samples: torch.Tensor = run(base, prompt)["sampler"][0][0]["samples"]
+        return samples
+
+    low, high, none = sampled(guidance=1.0), sampled(guidance=10.0), sampled()
+    assert not torch.allclose(low, high)
+    assert not torch.allclose(none, low)
