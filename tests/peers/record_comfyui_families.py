@@ -17,6 +17,8 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
     picture         those latents decoded
     percents        sigma at each of `family_cases.PERCENTS`
     sigmas          KSampler's sigmas by scheduler and number of steps
+
+and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import comfyui_headless
 import comfyui_small
 import family_cases
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_models import TINY
 
@@ -50,12 +52,14 @@ def main() -> None:
         },
         "families": {},
     }
-    if arguments.only and arguments.out.is_file():
+    if arguments.only is not None and arguments.out.is_file():
         record["families"] = json.loads(arguments.out.read_text(encoding="utf-8"))["families"]
-    for name in arguments.only or TINY:
+    for name in TINY if arguments.only is None else arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             record["families"][name] = _recorded(name, Path(folder))
         print(name, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record["families"]["flux1-schnell"] = _sampling(_schnell(Path(folder)).model.model_sampling)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -89,6 +93,14 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
         **_pictures(comfyui_small.load_autoencoder(files["vae"]), patcher.model),
         **_sampling(patcher.model.model_sampling),
     }
+
+
+def _schnell(folder: Path) -> Any:
+    tensors = load_file(TINY["flux1"].saved(folder)["transformer"])
+    file = folder / "schnell.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("guidance_in.")}, file)
+    with comfyui_small.taken_small():
+        return comfyui_headless.load_model(file, torch.float32)
 
 
 def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
