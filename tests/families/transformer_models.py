@@ -90,6 +90,10 @@ class TinyFamily:
             written[part] = save(path, {key: one.contiguous() for key, one in tensors.items()})
         return written
 
+    def denoiser_tensors(self) -> dict[str, Tensor]:
+        """The denoiser's tensors as in its file."""
+        return self.files["transformer"][1](self.parts()["transformer"])
+
     def loaded(self, files: Mapping[str, Path]) -> Model:
         """The model in those files."""
         encoders = [path for part, path in files.items() if part.startswith("text_encoder")]

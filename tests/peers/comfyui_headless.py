@@ -77,11 +77,11 @@ def denoise(
     guidance: Tensor | None = None,
     time_ids: Tensor | None = None,
 ) -> Tensor:
-    """What the bare network answers: epsilon for Stable Diffusion (timestep 0..999), flow for Flux (timestep sigma).
+    """What the bare network answers: epsilon for Stable Diffusion (timestep 0..999), flow for others (timestep sigma).
 
     Args:
         denoiser: `load_model(...).model.diffusion_model`.
-        x: (batch, channels, height, width) as the network sees it.
+        x: (batch, channels, [frames,] height, width) as the network sees it.
         timestep: (batch,).
         context: (batch, tokens, width).
         pooled: (batch, width), Flux and Stable Diffusion XL.
@@ -91,7 +91,9 @@ def denoise(
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
-    extra = {} if pooled is None else {"y": pooled, "guidance": guidance}
+    extra: dict[str, Any] = {} if pooled is None else {"y": pooled, "guidance": guidance}
+    if type(denoiser).__name__ == "NextDiT":  # Z-Image: as comfy.model_base.Lumina2.extra_conds counts them
+        extra["num_tokens"] = context.shape[1]
     if time_ids is not None:  # as comfy.model_base.SDXL.encode_adm puts them together
         extra = {"y": torch.cat((pooled, Timestep(256)(time_ids.flatten()).reshape(len(x), -1)), dim=1)}
     with torch.no_grad():

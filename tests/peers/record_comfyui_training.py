@@ -1,11 +1,11 @@
 """Record what ComfyUI's own Train LoRA computes on a tiny random model: outputs, losses and gradients.
 
-    python tests/peers/record_comfyui_training.py --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 \\
-        --out tests/golden/comfyui_sd1_training.safetensors
-    python tests/peers/record_comfyui_training.py --comfyui PATH/TO/ComfyUI --commit HASH --model flux \\
-        --out tests/golden/comfyui_flux_training.safetensors
+    PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
+        --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-Needs an environment with ComfyUI's requirements; the model comes from `models.py` and needs no ComfyUI.
+and with `--model` flux, z-image, flux2-klein and krea2 likewise. Needs an environment with ComfyUI's requirements and
+this project's. The models and what they are trained on come from `trained_models.py`; `comfyui_small.py` says what of
+ComfyUI is set aside for models this small.
 
 What is recorded
     One model, two pictures with a caption each, batch 1, fp32 throughout, MSE, AdamW, rank 4, weight mode, three
@@ -34,6 +34,9 @@ How ComfyUI 0.33 computes them
       the table's sigma nearest in logarithm. Its answer e gives the prediction x − sigma·e.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
+    - Z-Image, Flux.2 klein and Krea 2: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
+      Z-Image, and with exponents 2.02 and 1.15 for the other two. klein's text is filled up to 512 tokens with zeros
+      from the left.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded
@@ -61,17 +64,16 @@ from typing import Any
 from unittest import mock
 
 import comfyui_headless
+import comfyui_small
 import models
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from trained_models import TRAINED
 
-MODELS = {"sd1": models.SD1_TINY, "flux": models.FLUX_TINY}
-GUIDANCE = 3.5
 STEPS = 3
 RANK = 4
 LEARNING_RATE = 5e-4
-TOKENS = 8
 WEIGHT_SEED, INPUT_SEED, START_SEED = 0, 1, 2
 NOISE_SEED = 5  # draws sigmas from the middle of both schedules
 
@@ -81,14 +83,15 @@ def main() -> None:
     command = shlex.join(["python", "tests/peers/record_comfyui_training.py", "--model", arguments.model])
     comfyui_headless.boot(arguments.comfyui)
     torch.set_num_threads(1)
-    shape = MODELS[arguments.model]
-    weights = models.checkpoint(shape, WEIGHT_SEED)
-    inputs = _inputs(shape)
-    with tempfile.TemporaryDirectory() as folder:
+    trained = TRAINED[arguments.model]
+    weights, inputs = trained.tensors(), trained.training_set(INPUT_SEED)
+    with tempfile.TemporaryDirectory() as folder, comfyui_small.taken_small():
         file = Path(folder) / "model.safetensors"
-        save_file(weights, str(file))
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(file))
         patcher = comfyui_headless.load_model(file, torch.float32)
-        tensors = inputs | _forward(patcher.model.diffusion_model, shape)
+        forward = trained.forward_inputs(INPUT_SEED)
+        forward["output"] = comfyui_headless.denoise(patcher.model.diffusion_model, **forward)
+        tensors = inputs | {f"forward.{key}": value for key, value in forward.items()}
         fresh, random = (
             _train(patcher, inputs, start=start, learning_rate=rate, seed=NOISE_SEED)
             for start, rate in ((models.fresh_start, LEARNING_RATE), (models.random_start, 0.0))
@@ -119,7 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
     parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
-    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--model", choices=TRAINED, required=True)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -136,33 +139,6 @@ class _Run:
     draws: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-def _inputs(shape: models.UNetShape | models.FluxShape) -> dict[str, Tensor]:
-    """Two pictures, taller than wide so that a swapped axis shows, and their captions."""
-    inputs = {
-        "latents": models.seeded("latents", (2, shape.latent_channels, 16, 8), seed=INPUT_SEED),
-        "context": models.seeded("context", (2, TOKENS, shape.context), seed=INPUT_SEED),
-    }
-    if isinstance(shape, models.FluxShape):
-        inputs["pooled"] = models.seeded("pooled", (2, shape.pooled), seed=INPUT_SEED)
-        inputs["guidance"] = torch.full((2,), GUIDANCE)
-    return inputs
-
-
-def _forward(denoiser: Any, shape: models.UNetShape | models.FluxShape) -> dict[str, Tensor]:
-    """The denoiser's answer to a batch of two, wider than tall."""
-    inputs = {
-        "x": models.seeded("forward.x", (2, shape.latent_channels, 8, 16), seed=INPUT_SEED),
-        "timestep": torch.tensor([951.0, 123.0]),
-        "context": models.seeded("forward.context", (2, TOKENS, shape.context), seed=INPUT_SEED),
-    }
-    if isinstance(shape, models.FluxShape):
-        inputs["timestep"] = torch.tensor([0.9, 0.2])
-        inputs["pooled"] = models.seeded("forward.pooled", (2, shape.pooled), seed=INPUT_SEED)
-        inputs["guidance"] = torch.tensor([GUIDANCE, 1.0])
-    output = comfyui_headless.denoise(denoiser, **inputs)
-    return {f"forward.{key}": value for key, value in (inputs | {"output": output}).items()}
-
-
 def _train(
     patcher: Any, inputs: dict[str, Tensor], *, start: Callable[..., Tensor], learning_rate: float, seed: int
 ) -> _Run:
@@ -173,7 +149,9 @@ def _train(
     positive = [
         [
             inputs["context"][i : i + 1].clone(),
-            {"pooled_output": inputs["pooled"][i : i + 1].clone(), "guidance": GUIDANCE} if "pooled" in inputs else {},
+            {"pooled_output": inputs["pooled"][i : i + 1].clone(), "guidance": inputs["guidance"][i].item()}
+            if "pooled" in inputs
+            else {},
         ]
         for i in range(len(inputs["latents"]))
     ]

@@ -244,8 +244,8 @@ class FlowSchedule(NoiseSchedule):
 
     @classmethod
     def exponential(cls, mu: float, *, resolution_shift: ResolutionShift = ResolutionShift()) -> FlowSchedule:
-        """The schedule with a shift of exp(mu)."""
-        return cls(math.exp(mu), resolution_shift=resolution_shift)
+        """The schedule with a shift of exp(mu), and a table as long as ComfyUI's for it (`ModelSamplingFlux`)."""
+        return cls(math.exp(mu), 10_000, resolution_shift)
 
     def zero_terminal(self) -> FlowSchedule:
         """The schedule itself: a flow ends in pure noise."""

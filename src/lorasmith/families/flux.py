@@ -33,6 +33,7 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.diffusers_folder import read_json
 from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
 from lorasmith.families.parts import clip_layout
 from lorasmith.families.parts.clip_text import encode_prompt
@@ -54,8 +55,9 @@ _TARGETS = {
     "all": TargetPreset(("*",)),
 }
 _DEFAULT_GUIDANCE = 3.5
-_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 4096))
-_SCHEDULE = FlowSchedule(shift=_RESOLUTION_SHIFT(128, 128), resolution_shift=_RESOLUTION_SHIFT)  # as at 1024×1024
+_GUIDANCE = "guidance_in.in_layer.weight"  # dev has it, schnell has not
+_MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
+_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, _MU), patches=(256, 4096))
 
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _T5_PATHS = tuple(
@@ -172,10 +174,11 @@ class Flux(Family):
         return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return Diffusion("flow", _SCHEDULE)
+        return _diffusion(has_guidance=_GUIDANCE in checkpoint.denoiser_shapes)
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return Diffusion("flow", _SCHEDULE)
+        config = read_json(folder / self.denoiser_folder / "config.json")
+        return _diffusion(has_guidance=bool(config.get("guidance_embeds", False)))
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
@@ -295,6 +298,13 @@ def outputs_zeroed(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def _diffusion(*, has_guidance: bool) -> Diffusion:
+    """Of dev, or of schnell, which is distilled to few steps without a shift."""
+    if has_guidance:
+        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+    return Diffusion("flow", FlowSchedule(resolution_shift=_RESOLUTION_SHIFT))
+
+
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Configuration of diffusers' FluxTransformer2DModel for original-layout shapes."""
     head = next(
@@ -316,7 +326,7 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_attention_heads": hidden // head,
         "joint_attention_dim": shapes["txt_in.weight"][1],
         "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "guidance_embeds": _GUIDANCE in shapes,
         # 16, 56, 56 for the released head width of 128, in the same proportion for others.
         "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
     }

@@ -1,0 +1,51 @@
+"""What is compared between ComfyUI and us on the small models of the transformer families.
+
+Both sides make the same inputs here; `record_comfyui_families.py` writes down ComfyUI's numbers, and
+`tests/families/test_comfyui_families.py` computes ours.
+"""
+
+from __future__ import annotations
+
+import models
+from lora_cases import CASES, example
+from torch import Tensor
+
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.families.model import Model
+from lorasmith.training.lora_handle import Lora
+
+__all__ = ["PERCENTS", "PROMPTS", "SIGMA", "SIZE", "STEPS", "lora", "noisy", "numbers", "picture"]
+
+PROMPTS = {"short": "a fox", "empty": "", "long": "a (red:1.3) fox in the [tall] grass, 日本語 " * 30}
+"""Prompts: weights are syntax for Flux.1 alone. The long one is longer than any padding."""
+
+SIGMA = 0.6
+SIZE = (64, 96)
+"""Height and width of the picture in pixels."""
+
+PERCENTS = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Where ComfyUI's `percent_to_sigma`, from which its trainer draws, is asked."""
+
+STEPS = (4, 28)
+"""Numbers of steps whose sigmas are compared; 28 does not divide ComfyUI's tables."""
+
+
+def picture() -> Tensor:
+    """(1, 3, height, width) pixels in [−1, 1]."""
+    return models.seeded("picture", (1, 3, *SIZE), seed=0, std=0.4).clamp(-1, 1)
+
+
+def noisy(model: Model) -> Tensor:
+    """A sampler's state at `SIGMA`, of the denoiser's latents."""
+    return models.seeded("noisy", (1, *model.components.latent.shape(*SIZE)), seed=0)
+
+
+def lora(model: Model) -> Lora:
+    """A LoRA on the layers that the family trains by default, large enough to change predictions by a tenth."""
+    made = example(CASES["lora"], model)
+    return Lora(AdapterState(made.state.adapters), made.names)
+
+
+def numbers(key: str, tensor: Tensor) -> dict[str, list[float]]:
+    """Shape and fingerprint of a tensor."""
+    return {"shape": list(tensor.shape), "fingerprint": models.fingerprint(key, tensor).tolist()}

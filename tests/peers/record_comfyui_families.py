@@ -1,0 +1,170 @@
+"""Record what ComfyUI makes of the small transformer families: conditioning, predictions, latents, sigmas.
+
+    PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_families.py \\
+        --comfyui PATH/TO/ComfyUI --commit HASH --out tests/golden/comfyui_families.json
+
+Needs an environment with ComfyUI's requirements and this project's. The models are those of
+`tests/families/transformer_models.py`, in files under ComfyUI's names; they are loaded with ComfyUI's own loaders, and
+`comfyui_small.py` says which widths are set aside for that. Everything is in fp32.
+
+Recorded for each family, tensors as shape and `models.fingerprint`:
+
+    conditioning    context and pooled vector of each of `family_cases.PROMPTS`
+    prediction      velocity at `family_cases.noisy` and sigma, with the short prompt: (x − denoised)/sigma of the whole
+                    model, which pads and masks the conditioning as it does when sampling
+    with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
+    latents         a picture encoded by the VAE, and these latents normalised for the denoiser
+    picture         those latents decoded
+    percents        sigma at each of `family_cases.PERCENTS`
+    sigmas          KSampler's sigmas by scheduler and number of steps
+
+and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import comfyui_headless
+import comfyui_small
+import family_cases
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformer_models import TINY
+
+from lorasmith.families.model import Model
+from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
+
+
+def main() -> None:
+    arguments = _arguments()
+    comfyui_headless.boot(arguments.comfyui)
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "versions": {
+            "ComfyUI": f"{comfyui_headless.version()} ({arguments.commit})",
+            "torch": torch.__version__,
+        },
+        "families": {},
+    }
+    if arguments.only is not None and arguments.out.is_file():
+        record["families"] = json.loads(arguments.out.read_text(encoding="utf-8"))["families"]
+    for name in TINY if arguments.only is None else arguments.only:
+        with tempfile.TemporaryDirectory() as folder:
+            record["families"][name] = _recorded(name, Path(folder))
+        print(name, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record["families"]["flux1-schnell"] = _sampling(_schnell(Path(folder)).model.model_sampling)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
+    parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=TINY, help="families to record again")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def _recorded(name: str, folder: Path) -> dict[str, Any]:
+    files = TINY[name].saved(folder)
+    ours = TINY[name].loaded(files)
+    lora = family_cases.lora(ours).save(folder / "lora.safetensors")
+    encoders = [path for part, path in files.items() if part.startswith("text_encoder")]
+    clip = comfyui_small.load_encoders(encoders, ours.family.clip_types[0])
+    encoded = {prompt: _encoded(clip, text) for prompt, text in family_cases.PROMPTS.items()}
+    with comfyui_small.taken_small():
+        patcher = comfyui_headless.load_model(files["transformer"], torch.float32)
+    conditioning = {
+        prompt: {key: family_cases.numbers(key, tensor) for key, tensor in one.items()}
+        for prompt, one in encoded.items()
+    }
+    return {
+        "model": type(patcher.model).__name__,
+        "conditioning": conditioning,
+        **_predictions(patcher, ours, encoded["short"], lora),
+        **_pictures(comfyui_small.load_autoencoder(files["vae"]), patcher.model),
+        **_sampling(patcher.model.model_sampling),
+    }
+
+
+def _schnell(folder: Path) -> Any:
+    tensors = load_file(TINY["flux1"].saved(folder)["transformer"])
+    file = folder / "schnell.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("guidance_in.")}, file)
+    with comfyui_small.taken_small():
+        return comfyui_headless.load_model(file, torch.float32)
+
+
+def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
+    context, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+    pooled = extra.get("pooled_output")
+    return {"context": context} if pooled is None else {"context": context, "pooled": pooled}
+
+
+def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Path) -> dict[str, Any]:
+    import comfy.lora
+    import comfy.lora_convert
+    import comfy.model_management
+
+    x = family_cases.noisy(ours)
+    plain = _prediction(patcher.model, x, encoded)
+    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(load_file(str(lora))), names)
+    patched = patcher.clone()
+    patched.add_patches(patches, 1.0)
+    comfy.model_management.load_models_gpu([patched])
+    changed = _prediction(patched.model, x, encoded)
+    comfy.model_management.unload_all_models()
+    return {
+        "prediction": family_cases.numbers("prediction", plain),
+        "with_lora": family_cases.numbers("with_lora", changed),
+    }
+
+
+def _prediction(model: Any, x: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+    sigma = torch.full((1,), family_cases.SIGMA)
+    given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled")}
+    extra = model.extra_conds(noise=x, device=x.device, **{key: one for key, one in given.items() if one is not None})
+    inputs = {key: one.process_cond(batch_size=1, area=None).cond for key, one in extra.items()}
+    denoised: Tensor = model.apply_model(x, sigma, **inputs)
+    return (x - denoised) / sigma
+
+
+def _pictures(vae: Any, model: Any) -> dict[str, Any]:
+    pixels = (family_cases.picture().movedim(1, -1) + 1) / 2
+    latents = vae.encode(pixels)
+    normalised = model.process_latent_in(latents)
+    decoded = vae.decode(latents)
+    decoded = decoded.reshape(-1, *decoded.shape[-3:]).movedim(-1, 1) * 2 - 1
+    return {
+        "latents": family_cases.numbers("latents", latents),
+        "normalised": family_cases.numbers("normalised", normalised),
+        "picture": family_cases.numbers("picture", decoded),
+    }
+
+
+def _sampling(sampling: Any) -> dict[str, Any]:
+    import comfy.samplers
+
+    return {
+        "percents": [float(sampling.percent_to_sigma(one)) for one in family_cases.PERCENTS],
+        "sigmas": {
+            scheduler: {
+                str(steps): comfy.samplers.calculate_sigmas(sampling, scheduler, steps).tolist()
+                for steps in family_cases.STEPS
+            }
+            for scheduler in SIGMA_SCHEDULES
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

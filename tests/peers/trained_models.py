@@ -1,0 +1,76 @@
+"""The small models that ComfyUI's trainer is recorded on, and what it is trained on there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import models
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformer_models import TINY
+
+__all__ = ["TRAINED", "Trained"]
+
+TOKENS = 8
+GUIDANCE = 3.5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and the shapes of its inputs.
+
+    Attributes:
+        tensors: makes the denoiser's tensors in the original layout.
+        channels: of the latents, followed by their frames if they have any.
+        context: width of the text conditioning.
+        pooled: width of the pooled text conditioning, 0 for none.
+        guidance: whether it has an input for it.
+        times: two values of the network's input for time.
+        size: height and width of the latents in training; the other way round for the bare denoiser.
+        padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
+    """
+
+    tensors: Callable[[], dict[str, Tensor]]
+    channels: tuple[int, ...]
+    context: int
+    pooled: int = 0
+    guidance: bool = False
+    times: tuple[float, float] = (0.9, 0.2)
+    size: tuple[int, int] = (16, 8)
+    padded: int = 0
+
+    def training_set(self, seed: int) -> dict[str, Tensor]:
+        """Two pictures, taller than wide so that a swapped axis shows, and their captions."""
+        return self._inputs("", self.size, "latents", seed)
+
+    def forward_inputs(self, seed: int) -> dict[str, Tensor]:
+        """A batch of two for the bare denoiser, wider than tall."""
+        inputs = self._inputs("forward.", self.size[::-1], "x", seed) | {"timestep": torch.tensor(self.times)}
+        return inputs | ({"guidance": torch.tensor([GUIDANCE, 1.0])} if self.guidance else {})
+
+    def seen(self, context: Tensor) -> Tensor:
+        """The text conditioning as the denoiser gets it in training."""
+        return F.pad(context, (0, 0, max(0, self.padded - context.shape[1]), 0))
+
+    def _inputs(self, start: str, size: tuple[int, int], name: str, seed: int) -> dict[str, Tensor]:
+        shapes = {name: (2, *self.channels, *size), "context": (2, TOKENS, self.context)}
+        shapes |= {"pooled": (2, self.pooled)} if self.pooled else {}
+        inputs = {key: models.seeded(start + key, shape, seed=seed) for key, shape in shapes.items()}
+        return inputs | ({"guidance": torch.full((2,), GUIDANCE)} if self.guidance else {})
+
+
+TRAINED: Mapping[str, Trained] = {
+    "sd1": Trained(lambda: models.checkpoint(models.SD1_TINY, 0), (4,), models.SD1_TINY.context, times=(951.0, 123.0)),
+    "flux": Trained(
+        lambda: models.checkpoint(models.FLUX_TINY, 0),
+        (16,),
+        models.FLUX_TINY.context,
+        pooled=models.FLUX_TINY.pooled,
+        guidance=True,
+    ),
+    "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
+    "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
+    "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+}
