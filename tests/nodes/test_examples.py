@@ -20,6 +20,8 @@ from lorasmith.workflow import Executor, apply_overrides, parse_prompt, validate
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SUBJECT, STYLE = EXAMPLES / "single_subject_lora.json", EXAMPLES / "style_lora.json"
 
+ALL = sorted(path for path in EXAMPLES.glob("*.json") if not path.name.endswith(".ui.json"))
+
 
 def prompt_in(example: Path) -> dict[str, Any]:
     load_nodes()
@@ -70,7 +72,7 @@ def test_the_style_example_draws_each_prompt_at_three_strengths(tmp_path: Path) 
     assert folders.find("loras", "high_contrast_2_steps_00001_.safetensors").is_file()
 
 
-@pytest.mark.parametrize("example", [SUBJECT, STYLE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", ALL, ids=lambda path: path.stem)
 def test_the_editors_version_is_the_same_graph(example: Path) -> None:
     prompt = prompt_in(example)
     editor = json.loads(example.with_suffix(".ui.json").read_text("utf-8"))
@@ -86,7 +88,7 @@ def test_the_editors_version_is_the_same_graph(example: Path) -> None:
             value = next(widgets)
             inputs.setdefault(name, value)
             # Editors put a widget of their own after seeds and uploads.
-            if name == "seed" or slot.extras.get("image_upload"):
+            if slot.extras.get("control_after_generate") or name == "seed" or slot.extras.get("image_upload"):
                 next(widgets)
         assert list(widgets) == []
         rebuilt[str(member["id"])] = {
@@ -97,7 +99,7 @@ def test_the_editors_version_is_the_same_graph(example: Path) -> None:
     assert rebuilt == prompt
 
 
-@pytest.mark.parametrize("example", [SUBJECT, STYLE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", ALL, ids=lambda path: path.stem)
 def test_no_two_nodes_of_the_editors_version_overlap(example: Path) -> None:
     title_bar = 30
     boxes = {}

@@ -15,6 +15,7 @@ from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
 __all__ = [
+    "FULL_PRECISION",
     "best_device",
     "chosen_device",
     "memory_format_for",
@@ -23,6 +24,10 @@ __all__ = [
     "reproducible",
     "sampling_dtype",
 ]
+
+
+FULL_PRECISION = "full_precision"
+"""Attribute of a module, True if its own parameters are placed in fp32 whatever the dtype of the others."""
 
 
 def best_device() -> torch.device:
@@ -101,11 +106,13 @@ def placed(
     Args:
         module: the model.
         device: where it runs.
-        dtype: of its floating-point tensors.
+        dtype: of its floating-point tensors; the parameters of modules marked `FULL_PRECISION` are in fp32.
         without: tensors to leave unchanged.
         layout: memory format of convolution kernels; None for that of `memory_format_for`.
     """
     others = {id(tensor) for tensor in without}
+    precise = [layer for layer in module.modules() if layer.__dict__.get(FULL_PRECISION)]
+    full = {id(tensor) for layer in precise for tensor in layer.parameters(recurse=False)}
     layout = layout or memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
     sources: list[tuple[nn.Module, Packed]] = []
@@ -127,7 +134,8 @@ def placed(
         for tensor in [*module.parameters(), *module.buffers()]:
             if id(tensor) in others:
                 continue
-            target = dtype if tensor.is_floating_point() else tensor.dtype
+            target = torch.float32 if id(tensor) in full else dtype
+            target = target if tensor.is_floating_point() else tensor.dtype
             wanted = layout if tensor.ndim == 4 else torch.preserve_format
             original = tensor.data
             converted = original.to(device, target, memory_format=wanted)

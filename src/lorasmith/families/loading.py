@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.families.base import FAMILIES, Components, Defaults, Diffusion, Family, TextEncoders
 from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint
 from lorasmith.families.files.diffusers_folder import PartFolder, read_json
@@ -143,10 +144,12 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
         if not matches(name, family.unused_tensors)
     }
     config = family.denoiser_config(checkpoint.denoiser_shapes) | said.get(family.denoiser_folder, {})
-    denoiser = build(
-        lambda: family.denoiser_class()(**config),
-        lambda model: from_original_tensors(model, family.table(model), tensors),
-        where=str(checkpoint.path),
+    denoiser = _precise(
+        build(
+            lambda: family.denoiser_class()(**config),
+            lambda model: from_original_tensors(model, family.table(model), tensors),
+            where=str(checkpoint.path),
+        )
     )
     encoders: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
@@ -206,7 +209,16 @@ def _model_of_folder(folder: Path, *, title: str) -> Model:
 def _denoiser_of_folder(family: Family, part: PartFolder) -> nn.Module:
     kind: Any = family.denoiser_class()
     source = part.source()
-    return build(lambda: kind.from_config(source.config), lambda model: source.tensors, where=source.where)
+    return _precise(build(lambda: kind.from_config(source.config), lambda model: source.tensors, where=source.where))
+
+
+def _precise(denoiser: nn.Module) -> nn.Module:
+    """The denoiser, with the modules marked whose parameters diffusers keeps in fp32."""
+    names = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+    for path, layer in denoiser.named_modules():
+        if path.rpartition(".")[2] in names:
+            setattr(layer, FULL_PRECISION, True)
+    return denoiser
 
 
 def _assembled(

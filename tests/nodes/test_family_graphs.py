@@ -1,0 +1,68 @@
+"""The training graphs of the model families, with small random files under the usual names in ComfyUI's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorasmith.core.folders import Folders
+from lorasmith.nodes import load_nodes
+from lorasmith.training.lora_handle import Lora
+from lorasmith.workflow import Executor, apply_overrides, parse_prompt, validate
+from tests.families import sdxl_models
+from tests.families.test_transformer_loras import RELEASED_WIDTHS_ONLY, assert_applied
+from tests.families.transformer_models import Case
+from tools.example_graphs import EXAMPLES, GRAPHS, written
+
+FAMILY = {
+    "flux1_lora": "flux1",
+    "z_image_lora": "z-image",
+    "flux2_klein_lora": "flux2-klein",
+    "krea2_lora": "krea2",
+}
+SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
+
+
+def drawn(stem: str, folders: Folders) -> np.ndarray:
+    """The picture that a graph draws at the end, small and in few steps."""
+    prompt = parse_prompt((EXAMPLES / f"{stem}.json").read_text("utf-8"))
+    few = "42.steps=2" if stem == "flux2_klein_lora" else "60.steps=2"
+    graph = validate(apply_overrides(prompt, [*SMALL, few]), folders)
+    assert graph.warnings == ()
+    Executor(folders).run(graph)
+    assert (folders.base / "temp" / "fox_loss_00001_.png").is_file()
+    return np.array(Image.open(folders.output / "fox_00001_.png"))
+
+
+@pytest.mark.parametrize("stem", FAMILY)
+def test_a_graph_trains_a_lora_that_diffusers_applies(stem: str, tmp_path: Path) -> None:
+    load_nodes()
+    case, folders = Case.of(FAMILY[stem], tmp_path), Folders(tmp_path)
+    assert drawn(stem, folders).shape == (64, 64, 3)
+    saved = folders.find("loras", "fox_2_steps_00001_.safetensors")
+    lora = Lora.load(saved, case.ours)
+    assert lora.state.unknown == {}
+    assert all(one.tensors["up"].abs().max() > 0 for one in lora.state.adapters.values())
+    if case.name not in RELEASED_WIDTHS_ONLY:
+        saved = lora.save(tmp_path / "blocks.safetensors", layout="diffusers")
+    else:
+        saved = lora.save(tmp_path / "diffusers.safetensors", layout="diffusers")
+    assert_applied(case, saved)
+
+
+def test_the_graph_of_stable_diffusion_xl_runs(tmp_path: Path) -> None:
+    load_nodes()
+    (tmp_path / "models" / "checkpoints").mkdir(parents=True)
+    sdxl_models.saved_checkpoint(tmp_path / "models" / "checkpoints" / "sd_xl_base_1.0.safetensors")
+    assert drawn("sdxl_lora", Folders(tmp_path)).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("stem", GRAPHS)
+def test_the_files_are_those_that_the_script_writes(stem: str) -> None:
+    load_nodes()
+    for path, text in written().items():
+        if path.name.startswith(f"{stem}."):
+            assert path.read_text("utf-8") == text, f"{path.name} is stale: python -m tools.example_graphs"

@@ -1,0 +1,274 @@
+"""Write the training graphs of `examples/` for the model families, in API format and as an editor keeps them.
+
+    python -m tools.example_graphs
+
+All graphs are the same but for loaders and sampling: load the parts under the file names of ComfyUI's templates, and a
+folder of images with texts, train, save, plot, and draw a picture with the LoRA. A test compares the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorasmith.nodes import load_nodes
+
+__all__ = ["EXAMPLES", "GRAPHS", "as_editor", "written"]
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COLUMN, ROW, GAP = 420, 28, 80
+
+Graph = dict[str, dict[str, Any]]
+
+
+def _loaders(unet: str, clips: tuple[str, ...], kind: str, vae: str) -> Graph:
+    """Nodes 1 to 3: denoiser, text encoders, autoencoder."""
+    encoder = (
+        _node("CLIPLoader", "Text encoder", clip_name=clips[0], type=kind)
+        if len(clips) == 1
+        else _node("DualCLIPLoader", "Text encoders", clip_name1=clips[0], clip_name2=clips[1], type=kind)
+    )
+    return {
+        "1": _node("UNETLoader", "Denoiser", unet_name=unet, weight_dtype="default"),
+        "2": encoder,
+        "3": _node("VAELoader", "Autoencoder", vae_name=vae),
+    }
+
+
+def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
+
+
+def _graph(
+    loaders: Graph,
+    sampling: Graph,
+    *,
+    parts: Mapping[str, list[Any]],
+    learning_rate: float = 1e-4,
+) -> Graph:
+    """A training graph.
+
+    Args:
+        loaders: nodes that load the model.
+        sampling: nodes that draw a picture, of which `60` gives its latents.
+        parts: links to MODEL, CLIP and VAE.
+        learning_rate: of the run.
+    """
+    model, clip, vae = parts["model"], parts["clip"], parts["vae"]
+    return {
+        **loaders,
+        "10": _node("LoadImageTextDataSetFromFolder", "Images and texts", folder="fox"),
+        "11": _node(
+            "ImageScaleToTotalPixels",
+            "Scale the images",
+            image=["10", 0],
+            upscale_method="lanczos",
+            megapixels=1.0,
+            resolution_steps=32,
+        ),
+        "12": _node("MakeTrainingDataset", "Encode", images=["11", 0], vae=vae, clip=clip, texts=["10", 1]),
+        "20": _node(
+            "TrainLoraNode",
+            "Train LoRA",
+            model=model,
+            latents=["12", 0],
+            positive=["12", 1],
+            batch_size=1,
+            grad_accumulation_steps=1,
+            steps=500,
+            learning_rate=learning_rate,
+            rank=16,
+            optimizer="AdamW",
+            loss_function="MSE",
+            seed=0,
+            training_dtype="bf16",
+            lora_dtype="bf16",
+            quantized_backward=False,
+            algorithm="LoRA",
+            gradient_checkpointing=True,
+            checkpoint_depth=1,
+            offloading=False,
+            existing_lora="[None]",
+            bucket_mode=True,
+            bypass_mode=False,
+        ),
+        "21": _node("SaveLoRA", "Save the LoRA", lora=["20", 0], prefix="loras/fox", steps=["20", 2]),
+        "22": _node("LossGraphNode", "Plot the loss", loss=["20", 1], filename_prefix="fox_loss"),
+        "23": _node(
+            "LoraModelLoader", "Model with LoRA", model=model, lora=["20", 0], strength_model=1.0, bypass=False
+        ),
+        "30": _node("CLIPTextEncode", "Prompt", text="a fox, on a white background", clip=clip),
+        **sampling,
+        "70": _node("VAEDecode", "Decode", samples=["60", 0], vae=vae),
+        "71": _node("SaveImage", "Save the picture", images=["70", 0], filename_prefix="fox"),
+    }
+
+
+def _ksampler(latent: str, *, negative: list[Any], positive: str = "30", model: str = "23", **settings: Any) -> Graph:
+    """Nodes 50 and 60: an empty latent, and KSampler."""
+    settings = {"seed": 7, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", **settings}
+    return {
+        "50": _node(latent, "Size of the picture", width=1024, height=1024, batch_size=1),
+        "60": _node(
+            "KSampler",
+            "Sample",
+            model=[model, 0],
+            **settings,
+            positive=[positive, 0],
+            negative=negative,
+            latent_image=["50", 0],
+            denoise=1.0,
+        ),
+    }
+
+
+_APART = {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0]}
+_EMPTY: Graph = {"31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["2", 0])}
+
+GRAPHS: dict[str, Graph] = {
+    "sdxl_lora": _graph(
+        {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")},
+        {
+            "31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["1", 1]),
+            **_ksampler("EmptyLatentImage", negative=["31", 0], steps=25, cfg=7.0, scheduler="normal"),
+        },
+        parts={"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]},
+    ),
+    "flux1_lora": _graph(
+        _loaders("flux1-dev.safetensors", ("clip_l.safetensors", "t5xxl_fp16.safetensors"), "flux", "ae.safetensors"),
+        {
+            "31": _node("FluxGuidance", "Guidance", conditioning=["30", 0], guidance=3.5),
+            "32": _node("ConditioningZeroOut", "No negative prompt", conditioning=["30", 0]),
+            **_ksampler("EmptySD3LatentImage", negative=["32", 0], positive="31"),
+        },
+        parts=_APART,
+    ),
+    "z_image_lora": _graph(
+        _loaders("z_image_bf16.safetensors", ("qwen_3_4b.safetensors",), "lumina2", "ae.safetensors"),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=3.0),
+            **_ksampler(
+                "EmptySD3LatentImage",
+                negative=["31", 0],
+                model="40",
+                steps=25,
+                cfg=4.0,
+                sampler_name="res_multistep",
+            ),
+        },
+        parts=_APART,
+    ),
+    "flux2_klein_lora": _graph(
+        _loaders("flux-2-klein-base-4b.safetensors", ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors"),
+        {
+            **_EMPTY,
+            "40": _node("CFGGuider", "Guider", model=["23", 0], positive=["30", 0], negative=["31", 0], cfg=5.0),
+            "41": _node("KSamplerSelect", "Sampler", sampler_name="euler"),
+            "42": _node("Flux2Scheduler", "Sigmas", steps=20, width=1024, height=1024),
+            "43": _node("RandomNoise", "Noise", noise_seed=7),
+            "50": _node("EmptyFlux2LatentImage", "Size of the picture", width=1024, height=1024, batch_size=1),
+            "60": _node(
+                "SamplerCustomAdvanced",
+                "Sample",
+                noise=["43", 0],
+                guider=["40", 0],
+                sampler=["41", 0],
+                sigmas=["42", 0],
+                latent_image=["50", 0],
+            ),
+        },
+        parts=_APART,
+    ),
+    "krea2_lora": _graph(
+        _loaders("krea2_raw.safetensors", ("qwen3vl_4b_bf16.safetensors",), "krea2", "qwen_image_vae.safetensors"),
+        {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
+        parts=_APART,
+    ),
+}
+"""Graphs in API format by the stem of their files."""
+
+
+def as_editor(graph: Graph) -> dict[str, Any]:
+    """The graph as an editor keeps it: nodes in columns by their distance from a loader."""
+    nodes = load_nodes()
+    depths: dict[str, int] = {}
+
+    def depth(member: str) -> int:
+        if member not in depths:
+            sources = [value[0] for value in graph[member]["inputs"].values() if isinstance(value, list)]
+            depths[member] = 1 + max((depth(source) for source in sources), default=-1)
+        return depths[member]
+
+    links: list[list[Any]] = []
+    drawn: dict[str, dict[str, Any]] = {}
+    heights: dict[int, int] = {}
+    for order, (member, said) in enumerate(sorted(graph.items(), key=lambda item: (depth(item[0]), int(item[0])))):
+        declared = nodes[said["class_type"]]
+        sockets, widgets = [], []
+        for name, slot in declared.slots.items():
+            if name not in said["inputs"]:
+                continue
+            value = said["inputs"][name]
+            has_widget = bool(slot.scalar_types) and not slot.force_input
+            if isinstance(value, list):
+                source, output = value
+                kind = nodes[graph[source]["class_type"]].outputs[output].type
+                links.append([len(links) + 1, int(source), output, int(member), len(sockets), kind])
+                drawn[source]["outputs"][output]["links"].append(len(links))
+                sockets.append(
+                    {
+                        "name": name,
+                        "type": kind,
+                        "link": len(links),
+                        **({"widget": {"name": name}} if has_widget else {}),
+                    }
+                )
+                value = slot.default if slot.default is not None else 0
+            if has_widget:
+                widgets.append(value)
+                if slot.extras.get("control_after_generate") or name == "seed":
+                    widgets.append("fixed")
+        column = depth(member)
+        top, height = heights.get(column, 0), ROW * (2 + max(len(sockets), len(declared.outputs)) + len(widgets))
+        heights[column] = top + height + GAP
+        drawn[member] = {
+            "id": int(member),
+            "type": said["class_type"],
+            "title": said["_meta"]["title"],
+            "pos": [column * COLUMN, top],
+            "size": [COLUMN - GAP, height],
+            "flags": {},
+            "order": order,
+            "mode": 0,
+            "inputs": sockets,
+            "outputs": [{"name": one.name or one.type, "type": one.type, "links": []} for one in declared.outputs],
+            "properties": {"Node name for S&R": said["class_type"]},
+            "widgets_values": widgets,
+        }
+    return {
+        "last_node_id": max(map(int, graph)),
+        "last_link_id": len(links),
+        "nodes": list(drawn.values()),
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def written() -> dict[Path, str]:
+    """Text of every file by its path."""
+    files = {}
+    for stem, graph in GRAPHS.items():
+        files[EXAMPLES / f"{stem}.json"] = json.dumps(graph, indent=2) + "\n"
+        files[EXAMPLES / f"{stem}.ui.json"] = json.dumps(as_editor(graph)) + "\n"
+    return files
+
+
+if __name__ == "__main__":
+    for file, text in written().items():
+        file.write_text(text, encoding="utf-8")
