@@ -171,8 +171,13 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     commands = {}
     if lora is not None:
         source = _part(record, "source")
-        parts = {"text_encoders": source.get("text_encoders") or (), "vae": source.get("vae")}
-        commands["Draw a picture with it"] = generate_command(base, lora.resolve(), trigger or caption, **parts)
+        commands["Draw a picture with it"] = generate_command(
+            base,
+            lora.resolve(),
+            trigger or caption,
+            text_encoders=source.get("text_encoders") or (),
+            vae=source.get("vae"),
+        )
     if history.outcome is None or not history.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)
     if isinstance(repeat, list) and repeat:
