@@ -239,14 +239,17 @@ def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
         if weight_source(one) is not None:
             del one.__dict__[WEIGHT_SOURCE]
             one.__dict__.pop("forward", None)
-        for tensors in (one._parameters, one._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                kept = dtype if tensor.is_floating_point() else tensor.dtype
-                empty = torch.empty(tensor.shape, dtype=kept, device=_META)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                tensors[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                empty = _empty_like(parameter, dtype)
+                one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in one._buffers.items():
+            if buffer is not None:
+                one._buffers[name] = _empty_like(buffer, dtype)
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=_META)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, echo, print_note
-from lorasmith.cli.flags import AsJson, BaseModel, Device, cost_options, with_flags
+from lorasmith.cli.flags import (
+    AsJson,
+    BaseDir,
+    BaseModel,
+    Device,
+    ExtraModelPaths,
+    cost_options,
+    folders_of,
+    with_flags,
+)
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ def bench(
         bool, typer.Option("--floor/--no-floor", help="Also measure the frozen model, unquantized.")
     ] = True,
     device: Device = None,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
@@ -49,12 +60,13 @@ def bench(
     from lorasmith.bench.measure import synthetic_samples
     from lorasmith.core.placement import chosen_device
     from lorasmith.families.loading import load_model
+    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
     from lorasmith.training.job import plan_job
 
     config = TrainConfig(**settings)
     place = chosen_device(device)
     with console.status(f"Loading {model}") as status:
-        base = load_model(model)
+        base = load_model(in_folders(model, folders_of(base_dir, extra_model_paths), MODEL_FOLDERS))
         side = latent_side(base, resolution)
         job = plan_job(base.denoiser, config, place)
         samples = synthetic_samples(base, config.batch_size * config.grad_accumulation_steps, side, side)

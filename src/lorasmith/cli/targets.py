@@ -8,7 +8,7 @@ import typer
 
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.console import console, echo, print_note
-from lorasmith.cli.flags import BaseModel, with_flags
+from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, folders_of, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 
@@ -28,6 +28,8 @@ def register(app: typer.Typer) -> None:
 
 def targets(
     model: BaseModel,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
 ) -> None:
     """Summarise a choice of target layers: kinds of layers, counts, ranks, parameters, size of the file.
@@ -35,11 +37,12 @@ def targets(
     Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
     """
     from lorasmith.families.files.structure import load_structure
+    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
     from lorasmith.training.targets_summary import summarise_targets
 
     config = TrainConfig(**settings)
     with console.status(f"Reading {model}"):
-        base = load_structure(model)
+        base = load_structure(in_folders(model, folders_of(base_dir, extra_model_paths), MODEL_FOLDERS))
     preview = summarise_targets(base.denoiser, config)
     _print(preview, config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,9 +66,10 @@ def train(
     """
     from lorasmith.app.folder_run import FolderSource, absolute, prepare
 
+    for file in ("existing_lora", "training_adapter"):
+        if settings[file]:
+            settings[file] = absolute(settings[file])
     config = TrainConfig(**settings)
-    files = {name: getattr(config, name) for name in ("existing_lora", "training_adapter")}
-    config = replace(config, **{name: absolute(file) for name, file in files.items() if file is not None})
     folders = folders_of(base_dir, extra_model_paths)
     if model is None:
         raise OptionError(_which_models(folders))
