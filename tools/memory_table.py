@@ -1,0 +1,185 @@
+"""Print the table of docs/models.md: settings with which each family fits a card, as `lorasmith plan` proposes them.
+
+    python -m tools.memory_table
+
+Files of released size are made for it: headers with the shapes of the published models, and no data behind them, so
+that they take no room on the disk. Nothing reads weights.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
+from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.model_search import ModelFiles
+from lorasmith.training.config import TrainConfig
+
+__all__ = ["ROWS", "Row", "estimate", "header_only", "original_shapes"]
+
+CARDS = (8, 12, 16, 24)
+_SPELLED = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A released model.
+
+    Attributes:
+        title: in the table.
+        family: registered name.
+        config: of the denoiser's class where it differs from the family's `released`.
+        encoders: transformers' class and configuration of each text encoder.
+        resolution: side of the pictures.
+    """
+
+    title: str
+    family: str
+    config: Mapping[str, Any]
+    encoders: tuple[tuple[str, Mapping[str, Any]], ...]
+    resolution: int = 1024
+
+
+_QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
+_QWEN_4B = {**_QWEN, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
+_QWEN_8B = {**_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+_CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+_CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+_T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+
+ROWS = (
+    Row(
+        "Stable Diffusion XL",
+        "sdxl",
+        {},
+        (("CLIPTextModel", _CLIP_L), ("CLIPTextModelWithProjection", {**_CLIP_G, "projection_dim": 1280})),
+    ),
+    Row(
+        "Flux.1",
+        "flux1",
+        {},
+        (("CLIPTextModel", _CLIP_L), ("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"})),
+    ),
+    Row("Z-Image", "z-image", {}, (("Qwen3Model", _QWEN_4B),)),
+    Row(
+        "Flux.2 klein 4B",
+        "flux2-klein",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        (("Qwen3Model", _QWEN_4B),),
+    ),
+    Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
+    Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),)),
+)
+
+
+def estimate(row: Row, card: int, dtype: torch.dtype, folder: Path) -> MemoryEstimate:
+    """The estimate for a released model in files of a dtype, on a card of so many GB.
+
+    Args:
+        row: the model.
+        card: memory of the card.
+        dtype: of matrices in the files.
+        folder: for the files, which are made once.
+    """
+    family = FAMILIES[row.family]
+    denoiser = folder / f"{row.family} {row.title}.safetensors"
+    if not denoiser.is_file():
+        header_only(denoiser, original_shapes(family, {**(family.released or {}), **row.config}), dtype)
+    encoders = []
+    for kind, config in row.encoders:
+        path = folder / f"{row.title} {kind}.safetensors"
+        if not path.is_file():
+            header_only(path, dict(_encoder_shapes(kind, config)), dtype)
+        encoders.append(str(path))
+    files = ModelFiles(str(denoiser), tuple(encoders), None)
+    return estimate_memory(files, TrainConfig(rank=16), card_bytes=card * 2**30, resolution=row.resolution)
+
+
+def original_shapes(family: Family, config: Mapping[str, Any]) -> Shapes:
+    """Shapes of a denoiser's tensors by their original names."""
+    with torch.device("meta"):
+        denoiser = family.denoiser_class()(**config)
+    table, rows = family.table(denoiser), Shapes()
+    for name, tensor in denoiser.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        place = table[path]
+        key = ".".join(filter(None, (place.path, place.parameters.get(leaf, leaf))))
+        first = rows.get(key, (0,))[0] + tensor.shape[0]
+        rows[key] = (first, *tensor.shape[1:])
+    return rows
+
+
+def _encoder_shapes(kind: str, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    import transformers
+
+    model_class: Any = getattr(transformers, kind)
+    with torch.device("meta"):
+        encoder: nn.Module = model_class(model_class.config_class(**config))
+    prefix = {"Qwen3Model": "model."}.get(kind, "")
+    for name, tensor in encoder.state_dict().items():
+        if name == "encoder.embed_tokens.weight":
+            continue
+        spelled = f"text_model.{name.removeprefix('text_model.')}" if kind.startswith("CLIP") else name
+        yield prefix + (name if name.startswith("text_projection") else spelled), tuple(tensor.shape)
+
+
+def header_only(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
+    """A safetensors file with a header and a hole in place of its data.
+
+    Args:
+        path: of the file.
+        shapes: of its tensors by name.
+        dtype: of its matrices; vectors are in bf16.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        kind = dtype if len(shape) == 2 else torch.bfloat16
+        begin, end = end, end + kind.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _SPELLED[kind], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _cell(found: MemoryEstimate) -> str:
+    proposal = found.proposal
+    if not found.fits:
+        return f"{proposal.short_bytes / 2**30:.1f} GB short"
+    flags = " ".join(f"`{flag}`" for flag in _joined(proposal.flags)) or "as it is"
+    held = "" if found.encoders_fit else "; text encoders on the CPU"
+    return f"{proposal.needed_bytes / 2**30:.1f} GB: {flags}{held}"
+
+
+def _joined(flags: list[str]) -> Iterator[str]:
+    """`--name value` as one."""
+    for index, flag in enumerate(flags):
+        if flag.startswith("--"):
+            following = flags[index + 1 : index + 2]
+            yield " ".join([flag, *(one for one in following if not one.startswith("--"))])
+
+
+def main() -> None:
+    """Print the table."""
+    print("| model, rank 16, 1024 px | file | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
+    print("|---|---|" + "---|" * len(CARDS))
+    for row in ROWS:
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float8_e4m3fn, "fp8")):
+            with tempfile.TemporaryDirectory() as folder:
+                cells = [_cell(estimate(row, card, dtype, Path(folder))) for card in CARDS]
+            print(f"| {row.title} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
