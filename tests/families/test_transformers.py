@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from unittest import mock
 
 import models
 import numpy as np
+import packed_files
 import pytest
 import torch
 from original_models import save
@@ -16,16 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformer_models import TINY, Case
 
+from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.errors import ModelError
+from lorasmith.core.placement import placed
 from lorasmith.families.base import FAMILIES, Conditioning, Encoding
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.parts.tokenizers import EMBEDDED
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.sigmas import sigmas_for
+from tests.covering import slow_except
 
 SIDE = 64
 
@@ -238,3 +244,112 @@ def test_halves_stay_halves_until_they_are_placed(case: Case, dtype: torch.dtype
     assert encoded.dtype == torch.float32
     error = (encoded - expected).norm() / expected.norm()
     assert error < 0.1
+
+
+@torch.no_grad()
+def predicted(model: Model) -> Tensor:
+    """A prediction for a short prompt."""
+    latents = models.seeded("latents", (1, *model.components.latent.shape(SIDE, SIDE)), seed=0)
+    shapes = model.family.conditioning_shapes(model.components.denoiser)
+    prompt = Conditioning({name: models.seeded(name, shape, seed=0) for name, shape in shapes.items()})
+    with placed(model.components.denoiser, device=torch.device("cpu"), dtype=torch.float32):
+        return model.denoiser.predict(latents, torch.tensor([0.6]), prompt)
+
+
+@torch.no_grad()
+def test_predictions_are_those_of_diffusers_own_call(case: Case) -> None:
+    latents = models.seeded("latents", (1, *case.ours.components.latent.shape(SIDE, SIDE)), seed=0)
+    shapes = case.ours.family.conditioning_shapes(case.ours.components.denoiser)
+    given = {name: models.seeded(name, shape, seed=0) for name, shape in shapes.items()}
+    denoiser, context, time = case.tiny.parts()["transformer"], given["context"], torch.tensor([0.6])
+    side, tokens = SIDE // 8, context.shape[1]
+
+    def positions(axes: int, rows: int) -> Tensor:
+        grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (1, rows, rows)))
+        return torch.cat((grid, torch.zeros(rows * rows, axes - 3)), dim=1)
+
+    def patches(x: Tensor) -> Tensor:
+        rows = x.reshape(1, 16, side // 2, 2, side // 2, 2)
+        return rows.permute(0, 2, 4, 1, 3, 5).reshape(1, -1, 64)
+
+    match case.name:
+        case "flux1":
+            expected = denoiser(
+                patches(latents),
+                context,
+                given["pooled"],
+                time,
+                positions(3, side // 2),
+                torch.zeros(tokens, 3),
+                torch.tensor([3.5]),
+            ).sample
+        case "z-image":
+            expected = -denoiser([latents[0].unsqueeze(1)], 1 - time, [context[0]]).sample[0].squeeze(1)[None]
+        case "krea2":
+            ids = torch.cat((torch.zeros(tokens, 3), positions(3, side // 2)))
+            layers = context.reshape(1, tokens, 12, -1)
+            expected = denoiser(patches(latents[:, :, 0]), layers, time, ids).sample
+        case _:
+            text = torch.cat((torch.zeros(tokens, 3), torch.arange(float(tokens))[:, None]), dim=1)
+            guidance = torch.tensor([4.0]) if case.name == "flux2" else None
+            tokens_of_picture = latents.flatten(2).transpose(1, 2)
+            expected = denoiser(tokens_of_picture, context, time, positions(4, side // 2), text, guidance).sample
+    ours = predicted(case.ours)
+    if case.name in ("flux1", "krea2"):
+        ours = patches(ours.reshape((*latents.shape[:2], side, side)))
+    elif case.name.startswith("flux2"):
+        ours = ours.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", slow_except(packed_files.KINDS, "int8 with ConvRot", "nvfp4"))
+def test_packed_denoisers_are_the_weights_they_stand_for(case: Case, kind: str, tmp_path: Path) -> None:
+    file, meant = {}, {}
+    for name, tensor in load_file(case.files["transformer"]).items():
+        file[name] = meant[name] = tensor
+        if tensor.ndim == 2 and name.endswith(".weight") and tensor.shape[1] % 32 == 0:
+            packed, meant[name] = packed_files.pack(kind, tensor)
+            file |= {f"{name.removesuffix('weight')}{leaf}": one.contiguous() for leaf, one in packed.items()}
+    models_of = [load_model(save(tmp_path / f"{i}.safetensors", one)) for i, one in enumerate((file, meant))]
+    assert packed_layers(models_of[0].components.denoiser)
+    torch.testing.assert_close(predicted(models_of[0]), predicted(models_of[1]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
+def test_gguf_denoisers_are_the_weights_they_stand_for(case: Case, tmp_path: Path) -> None:
+    import gguf
+    import gguf_files
+
+    tensors = load_file(case.files["transformer"])
+    meant = gguf_files.write(tmp_path / "q8.gguf", tensors, gguf.GGMLQuantizationType.Q8_0)
+    expected = load_model(save(tmp_path / "plain.safetensors", meant))
+    found = load_model(tmp_path / "q8.gguf")
+    assert packed_layers(found.components.denoiser)
+    torch.testing.assert_close(predicted(found), predicted(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_everything_in_one_file_is_the_same_model(case: Case, tmp_path: Path) -> None:
+    """An all-in-one checkpoint, with the prefixes that ComfyUI saves."""
+    family = case.ours.family
+    tensors = {f"model.diffusion_model.{name}": one for name, one in load_file(case.files["transformer"]).items()}
+    tensors |= {f"vae.{name}": one for name, one in load_file(case.files["vae"]).items()}
+    for component, slot in family.text_encoders.items():
+        for name, one in load_file(case.files[component]).items():
+            inside = "text_encoders." if name in EMBEDDED else slot.prefixes[-1]
+            tensors[inside + name] = one
+    model = load_model(save(tmp_path / "whole.safetensors", tensors))
+    assert model.components.modules().keys() == case.ours.components.modules().keys()
+    for part, module in case.ours.components.modules().items():
+        state = model.components.modules()[part].state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())
+    encoded = [one.text_encoder.encode("a fox").tensors["context"] for one in (model, case.ours)]
+    assert torch.equal(*encoded)
+
+
+def test_a_cut_file_is_refused(case: Case, tmp_path: Path) -> None:
+    for part, path in case.files.items():
+        tensors = load_file(path)
+        del tensors[max(name for name in tensors if ".0." in name and name.endswith("weight"))]
+        cut = save(tmp_path / f"{part}.safetensors", tensors)
+        with pytest.raises(ModelError, match=r"lacks|incomplete"):
+            case.tiny.loaded({**case.files, part: cut})
