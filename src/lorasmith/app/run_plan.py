@@ -39,7 +39,7 @@ class RunPlan:
     trigger: str
     model: str
     family: str
-    found: tuple[FoundPart, ...]
+    found: tuple[FoundPart, ...] = ()
     resolution: int
     pixel_multiple: int
     trained: str
