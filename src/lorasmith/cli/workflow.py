@@ -57,6 +57,8 @@ def run(
     prompt = apply_overrides(parse_prompt(_read(workflow)), set_ or [], nodes=nodes)
     folders = Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
     graph = validate(prompt, folders, nodes=nodes)
+    for warning in graph.warnings:
+        print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
         Executor(folders, on_event=narrator).run(graph, cancel=stop)
 
