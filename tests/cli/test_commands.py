@@ -128,12 +128,14 @@ def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Pa
         },
         "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
         "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "cat"}},
+        "7": {"class_type": "SomebodysNode", "inputs": {"images": ["5", 0]}},
     }  # fmt: skip
     (tmp_path / "graph.json").write_text(json.dumps(workflow))
     ran = lorasmith("run", "graph.json", "--set", "4.steps=2", "--base-dir", "base")
     assert ran.code == 0, ran.err
     picture = tmp_path / "base" / "output" / "cat_00001_.png"
     assert picture.name in ran.out
+    assert "node 7 'SomebodysNode': unknown node" in ran.out + ran.err
     with Image.open(picture) as image:
         assert json.loads(image.info["prompt"])["4"]["inputs"]["steps"] == 2
 

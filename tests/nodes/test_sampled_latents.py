@@ -34,7 +34,7 @@ def test_any_empty_latents_fit_any_model(
     empty = bench.one(node, **sizes, **({"length": 1} if "Video" in node else {}))
     guider = Guider(denoiser_of(tiny, form), captions[:1])
     # Without steps the network, which has other channels, is not asked.
-    result, _ = sampled(bench.context, guider, empty, Noise(), sampler="euler", sigmas=torch.empty(0))
+    result, _ = sampled(bench.context, guider, empty, Noise(0), sampler="euler", sigmas=torch.empty(0))
     assert result["samples"].shape == (2, *form.shape(128, 256))
     assert not result["samples"].any()
     assert bench.messages("warning") == []
@@ -43,7 +43,7 @@ def test_any_empty_latents_fit_any_model(
 def test_of_several_frames_one_is_sampled_with_a_word(bench: Any, tiny: Model, captions: list[Conditioning]) -> None:
     guider = Guider(denoiser_of(tiny, FORMATS["a frame axis"]), captions[:1])
     empty = bench.one("EmptyHunyuanLatentVideo", width=64, height=64)
-    result, _ = sampled(bench.context, guider, empty, Noise(), sampler="euler", sigmas=torch.empty(0))
+    result, _ = sampled(bench.context, guider, empty, Noise(0), sampler="euler", sigmas=torch.empty(0))
     assert result["samples"].shape == (1, 16, 1, 8, 8)
     (warning,) = bench.messages("warning")
     assert "7 frames" in warning
@@ -56,7 +56,7 @@ def test_latents_of_pictures_get_a_frame_axis_or_are_refused(
     def fitted(form: str, samples: torch.Tensor) -> torch.Tensor:
         guider = Guider(denoiser_of(tiny, FORMATS[form]), captions[:1])
         latent = {"samples": samples}
-        return sampled(bench.context, guider, latent, Noise(), sampler="euler", sigmas=torch.empty(0))[0]["samples"]
+        return sampled(bench.context, guider, latent, Noise(0), sampler="euler", sigmas=torch.empty(0))[0]["samples"]
 
     assert fitted("a frame axis", torch.ones(1, 16, 8, 8)).shape == (1, 16, 1, 8, 8)
     with pytest.raises(DataError, match=r"must be \(batch, 16, height, width\).*got \(1, 16, 1, 8, 8\)"):

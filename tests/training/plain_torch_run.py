@@ -87,6 +87,9 @@ class Plain(Family):
             peft_prefix="unet",
         )
 
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        return {"context": (1, 5, CONTEXT)}
+
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = denoiser(latents, time, conditioning.tensors["context"])
         return prediction

@@ -48,6 +48,8 @@ def run(
     prompt = apply_overrides(parse_prompt(_read(workflow)), set_ or [], nodes=nodes)
     folders = folders_of(base_dir, extra_model_paths)
     graph = validate(prompt, folders, nodes=nodes)
+    for warning in graph.warnings:
+        print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
         Executor(folders, on_event=narrator).run(graph, cancel=stop)
 

@@ -141,7 +141,7 @@ def random_noise(context: NodeContext, *, noise_seed: int) -> tuple[Noise]:
 )
 def disable_noise(context: NodeContext) -> tuple[Noise]:
     """No noise, to continue another sampler."""
-    return (Noise(is_empty=True),)
+    return (Noise(0, is_empty=True),)
 
 
 @node(

@@ -76,7 +76,7 @@ def model_sampling_flux(
     _check_time(context, model, "ModelSamplingFlux", "ModelSamplingSD3", time_scale=1)
     by_size = ResolutionShift(mu=(base_shift, max_shift))
     shift = by_size.of_patches(width * height / 16**2)
-    return (_as_flow(model, shift, steps=_FLUX_TABLE, resolution_shift=by_size),)
+    return (_as_flow(model, shift, table=_FLUX_TABLE, resolution_shift=by_size),)
 
 
 @node(
@@ -137,14 +137,14 @@ def _check_time(context: NodeContext, model: Denoiser, name: str, other: str, *,
 
 
 def _as_flow(
-    model: Denoiser, shift: float, *, steps: int = _STEPS, resolution_shift: ResolutionShift | None = None
+    model: Denoiser, shift: float, *, table: int = _STEPS, resolution_shift: ResolutionShift | None = None
 ) -> Denoiser:
     """The model as a flow, in the network's own unit of time.
 
     Args:
         model: the model.
         shift: of its schedule.
-        steps: entries of the sigma table.
+        table: entries of the sigma table.
         resolution_shift: None for that of its own schedule.
 
     Raises:
@@ -153,5 +153,5 @@ def _as_flow(
     if shift <= 0:
         raise OptionError(f"shift must be greater than 0, got {shift:g}; 1 is none")
     by_size = resolution_shift or model.base.components.schedule.resolution_shift
-    schedule = FlowSchedule(shift, steps, by_size, _time_scale(model))
+    schedule = FlowSchedule(shift, table, by_size, _time_scale(model))
     return replace(model, noising=Diffusion("flow", schedule))

@@ -48,7 +48,7 @@ class Noise:
         is_empty: whether it is zeros.
     """
 
-    seed: int = 0
+    seed: int
     is_empty: bool = False
 
     def of_shape(self, shape: Sequence[int]) -> Tensor:
