@@ -12,7 +12,7 @@ import json
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["ROWS", "Row", "estimate", "header_only", "original_shapes"]
+__all__ = ["ROWS", "Row", "estimates", "header_only", "original_shapes"]
 
 CARDS = (8, 12, 16, 24)
 _SPELLED = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -82,27 +82,26 @@ ROWS = (
 )
 
 
-def estimate(row: Row, card: int, dtype: torch.dtype, folder: Path) -> MemoryEstimate:
-    """The estimate for a released model in files of a dtype, on a card of so many GB.
+def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate]:
+    """The estimate for a released model in files of a dtype, on each card.
 
     Args:
         row: the model.
-        card: memory of the card.
         dtype: of matrices in the files.
-        folder: for the files, which are made once.
+        folder: an empty one for the files.
     """
     family = FAMILIES[row.family]
-    denoiser = folder / f"{row.family} {row.title}.safetensors"
-    if not denoiser.is_file():
-        header_only(denoiser, original_shapes(family, {**(family.released or {}), **row.config}), dtype)
+    denoiser = folder / f"{row.title}.safetensors"
+    header_only(denoiser, original_shapes(family, {**(family.released or {}), **row.config}), dtype)
     encoders = []
     for kind, config in row.encoders:
-        path = folder / f"{row.title} {kind}.safetensors"
-        if not path.is_file():
-            header_only(path, dict(_encoder_shapes(kind, config)), dtype)
+        path = folder / f"{kind}.safetensors"
+        header_only(path, dict(_encoder_shapes(kind, config)), dtype)
         encoders.append(str(path))
     files = ModelFiles(str(denoiser), tuple(encoders), None)
-    return estimate_memory(files, TrainConfig(rank=16), card_bytes=card * 2**30, resolution=row.resolution)
+    cards = [card * 2**30 for card in CARDS]
+    found = estimate_memory(files, TrainConfig(rank=16), card_bytes=cards[0], resolution=row.resolution)
+    return [replace(found, card_bytes=card) for card in cards]
 
 
 def original_shapes(family: Family, config: Mapping[str, Any]) -> Shapes:
@@ -177,7 +176,7 @@ def main() -> None:
     for row in ROWS:
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float8_e4m3fn, "fp8")):
             with tempfile.TemporaryDirectory() as folder:
-                cells = [_cell(estimate(row, card, dtype, Path(folder))) for card in CARDS]
+                cells = [_cell(one) for one in estimates(row, dtype, Path(folder))]
             print(f"| {row.title} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -353,3 +353,10 @@ def test_a_cut_file_is_refused(case: Case, tmp_path: Path) -> None:
         cut = save(tmp_path / f"{part}.safetensors", tensors)
         with pytest.raises(ModelError, match=r"lacks|incomplete"):
             case.tiny.loaded({**case.files, part: cut})
+
+
+def test_a_file_under_diffusers_names_is_the_same_denoiser(case: Case, tmp_path: Path) -> None:
+    state = case.tiny.parts()["transformer"].state_dict()
+    model = load_model(save(tmp_path / "diffusion_pytorch_model.safetensors", dict(state)))
+    assert model.family is case.ours.family
+    assert torch.equal(predicted(model), predicted(case.ours))

@@ -130,9 +130,9 @@ class Krea2(Family):
         return Krea2Transformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
+        head = _norm(shapes, "blocks.0.attn.qknorm.qnorm")
         fusion = "txtfusion.layerwise_blocks.0."
-        text_head = shapes[f"{fusion}attn.qknorm.qnorm.scale"][0]
+        text_head = _norm(shapes, f"{fusion}attn.qknorm.qnorm")
         return {
             "in_channels": shapes["first.weight"][1],
             "num_layers": block_count(shapes, "blocks."),
@@ -232,6 +232,11 @@ class Krea2(Family):
             return_dict=False,
         )[0]
         return unpacked_latents(prediction, height, width).unsqueeze(2)
+
+
+def _norm(shapes: Mapping[str, tuple[int, ...]], path: str) -> int:
+    """Width of a norm, whose weight is `scale` in the released files."""
+    return shapes[f"{path}.scale" if f"{path}.scale" in shapes else f"{path}.weight"][0]
 
 
 def _original(path: str) -> OriginalName:

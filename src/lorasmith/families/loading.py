@@ -19,7 +19,8 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.families.base import FAMILIES, Components, Defaults, Diffusion, Family, TextEncoders
-from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint
+from lorasmith.families.diffusers_file import recognised_by_diffusers_names
+from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint, Shapes
 from lorasmith.families.files.diffusers_folder import PartFolder, read_json
 from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
 from lorasmith.families.known import looks_like
@@ -99,13 +100,20 @@ def with_parts(
 
 def recognise(checkpoint: OriginalCheckpoint) -> Family:
     """The family of a checkpoint. Raises ModelError when no family recognises it."""
+    return _recognised(checkpoint)[0]
+
+
+def _recognised(checkpoint: OriginalCheckpoint) -> tuple[Family, Shapes, bool]:
+    """The family of a checkpoint, its denoiser's shapes by original names, and whether it has diffusers' names."""
     shapes = checkpoint.denoiser_shapes
     # First, because some LoRAs contain a few of their model's own tensors as well.
     if any(mark in name for name in checkpoint.shapes for mark in LORA_MARKS):
         raise ModelError(f"{checkpoint.path.name} is a LoRA, not a base model; give it as the LoRA and choose a model")
     for _, family in FAMILIES.items():
         if family.recognises(shapes):
-            return family
+            return family, shapes, False
+    if (renamed := recognised_by_diffusers_names(shapes)) is not None:
+        return *renamed, True
     if (found := looks_like(shapes)) is not None:
         raise ModelError(
             f"{checkpoint.path.name} looks like {found}, which is not supported; supported are {_titles()}"
@@ -136,18 +144,18 @@ def family_of(folder: Path) -> Family:
 
 def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
     """The model in a single file, with the parts that the file has. Raises ModelError; see `load_model`."""
-    family = recognise(checkpoint)
+    family, shapes, is_renamed = _recognised(checkpoint)
     said = checkpoint.architecture
     tensors = {
         name: one
         for name, one in checkpoint.load(checkpoint.denoiser_prefix).items()
         if not matches(name, family.unused_tensors)
     }
-    config = family.denoiser_config(checkpoint.denoiser_shapes) | said.get(family.denoiser_folder, {})
+    config = family.denoiser_config(shapes) | said.get(family.denoiser_folder, {})
     denoiser = _precise(
         build(
             lambda: family.denoiser_class()(**config),
-            lambda model: from_original_tensors(model, family.table(model), tensors),
+            lambda model: tensors if is_renamed else from_original_tensors(model, family.table(model), tensors),
             where=str(checkpoint.path),
         )
     )
