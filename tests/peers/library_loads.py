@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.families.files.original_weights import from_original_tensors
 from lorasmith.families.model import Model
+from lorasmith.formats.names.model_names import matches
 from lorasmith.training.lora_handle import Lora
 
 __all__ = ["LOADERS", "Inputs"]
@@ -86,7 +87,7 @@ def with_lycoris(model: Model, path: Path, given: Inputs, wanted: set[str]) -> L
     network.merge_to(encoder, layers, weights, torch.float32, "cpu")
     if by_original:
         unused = model.family.unused_tensors
-        original = {name: one.data for name, one in layers.named_parameters() if name not in unused}
+        original = {name: one.data for name, one in layers.named_parameters() if not matches(name, unused)}
         denoiser.load_state_dict(from_original_tensors(denoiser, model.names.denoiser, original), assign=True)
     named = {base_of(key) for key in weights}
     return Loaded(named, named - applied, _answer_of(model, denoiser, given), without)

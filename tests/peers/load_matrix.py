@@ -72,7 +72,7 @@ def _measured(family: str, name: str, folder: Path, arguments: argparse.Namespac
         lora, given = example(CASES[name], model), inputs(shape)
         expected = answer(model, given, lora)
         reference = folder / f"{shape}-{name}-reference.safetensors"
-        save_file({**given, "expected": expected}, reference)
+        save_file({**given, "expected": expected.contiguous()}, reference)
         files, refusals, same = _saved(lora, folder / f"{shape}-{name}")
         if arguments.layouts:
             files = {layout: path for layout, path in files.items() if {layout, *same.get(layout, ())} & {*arguments.layouts}}
