@@ -2,7 +2,8 @@
 
     python tests/peers/comfyui_loads.py --comfyui PATH/TO/ComfyUI --checkpoint MODEL.safetensors LORA=REFERENCE ...
 
-MODEL is a UNet of Stable Diffusion 1.x or XL of any width, Flux.1, or whatever ComfyUI detects. Layers of text encoders
+MODEL is a UNet of Stable Diffusion 1.x or XL of any width, a transformer of any width (`comfyui_small.py`), or whatever
+ComfyUI detects. Layers of text encoders
 that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in `load_report.py`.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import comfyui_headless
+import comfyui_small
 from load_report import Loaded, base_of, parser, run
 
 
@@ -21,7 +23,8 @@ def main() -> None:
     comfyui_headless.boot(arguments.comfyui)
     import torch
 
-    patcher = comfyui_headless.load_model(arguments.checkpoint, torch.float32)
+    with comfyui_small.taken_small():
+        patcher = comfyui_headless.load_model(arguments.checkpoint, torch.float32)
     run(arguments, lambda lora, inputs: _loaded(patcher, lora, inputs))
 
 

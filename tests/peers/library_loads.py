@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.families.files.original_weights import from_original_tensors
 from lorasmith.families.model import Model
+from lorasmith.formats.names.model_names import matches
 from lorasmith.training.lora_handle import Lora
 
 __all__ = ["LOADERS", "Inputs"]
@@ -85,7 +86,8 @@ def with_lycoris(model: Model, path: Path, given: Inputs, wanted: set[str]) -> L
     applied = {module.lora_name for module in (*network.unet_loras, *network.text_encoder_loras)}
     network.merge_to(encoder, layers, weights, torch.float32, "cpu")
     if by_original:
-        original = {name: parameter.data for name, parameter in layers.named_parameters()}
+        unused = model.family.unused_tensors
+        original = {name: one.data for name, one in layers.named_parameters() if not matches(name, unused)}
         denoiser.load_state_dict(from_original_tensors(denoiser, model.names.denoiser, original), assign=True)
     named = {base_of(key) for key in weights}
     return Loaded(named, named - applied, _answer_of(model, denoiser, given), without)
@@ -121,7 +123,7 @@ def _pipeline(model: Model, denoiser: nn.Module, encoders: Mapping[str, nn.Modul
     kind = getattr(diffusers, model.family.pipeline)
     needed = [name for name, one in inspect.signature(kind.__init__).parameters.items() if one.default is one.empty]
     parts: dict[str, Any] = {**dict.fromkeys(needed[1:]), **encoders, model.family.denoiser_folder: denoiser}
-    if model.family.name == "flux1":
+    if model.components.parameterization == "flow":
         return kind(**{**parts, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
     scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     extra = {"requires_safety_checker": False} if model.family.name == "sd1" else {"add_watermarker": False}
@@ -154,6 +156,10 @@ def _original_layers(model: Model) -> nn.Module:
         owners.setdefault(owner, {})[leaf] = tensor
     root = nn.Module()
     for owner, tensors in owners.items():
+        if not owner:  # parameters of the model itself, such as Z-Image's padding tokens
+            for leaf, tensor in tensors.items():
+                root.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            continue
         here = root
         *parents, last = owner.split(".")
         for parent in parents:

@@ -6,9 +6,12 @@ Every kind of LoRA in `lora_cases.py` is saved in every layout, for each family,
 is `applied / modules` as measured, and the relative difference between that program's answer and ours. diffusers reads
 kohya's Flux files at the real width alone, so that Flux is loaded there into one block of either kind at that width.
 
+Z-Image, Flux.2 klein and Krea 2 are small, and without sd-scripts, which has no such models; `comfyui_small.py` says
+what of ComfyUI is set aside for their widths.
+
 Writes `tests/golden/load_matrix.json` (all numbers, with versions) and `docs/load-matrix.md` (drawn from it). `--only
-sd1:lora` measures some rows again and keeps the others. Needs the development packages and `lycoris-lora`; PYTHON is an
-interpreter with ComfyUI's requirements (and einops, for sd-scripts' Flux).
+sd1:lora` measures some rows again and keeps the others, `--layouts` some layouts alone. Needs the development packages
+and `lycoris-lora`; PYTHON is an interpreter with ComfyUI's requirements (and einops, for sd-scripts' Flux).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import matrix_page
 import torch
 from library_loads import LOADERS
 from load_report import one_line, report
-from lora_cases import CASES, answer, base_model, example, inputs
+from lora_cases import CASES, TRANSFORMERS, answer, base_model, example, inputs
 from safetensors.torch import save_file
 
 from lorasmith.core.errors import LoraError
@@ -38,7 +41,7 @@ from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-FAMILIES = ("sd1", "sdxl", "flux1")
+FAMILIES = ("sd1", "sdxl", "flux1", *TRANSFORMERS)
 # Which loaders can be asked for a layout at all; the others' programs have no way to open it.
 READERS = {"peft": ("ours", "PEFT"), "": ("ours", "diffusers", "LyCORIS", "ComfyUI", "sd-scripts")}
 
@@ -55,7 +58,9 @@ def main() -> None:
                 if arguments.only and f"{family}:{name}" not in arguments.only and family not in arguments.only:
                     continue
                 cells = [_short(cell) for cell in _measured(family, name, Path(folder), arguments)]
-                record["cells"] = [c for c in record["cells"] if (c["family"], c["case"]) != (family, name)] + cells
+                measured = {(family, name, layout) for layout in arguments.layouts or (*LAYOUTS, PORTABLE)}
+                kept = [c for c in record["cells"] if (c["family"], c["case"], c["layout"]) not in measured]
+                record["cells"] = kept + [c for c in cells if (c["family"], c["case"], c["layout"]) in measured]
                 matrix_page.write({**record, "versions": _versions(arguments)})
     print(f"{matrix_page.RECORD} and {matrix_page.PAGE}")
 
@@ -67,12 +72,18 @@ def _measured(family: str, name: str, folder: Path, arguments: argparse.Namespac
         lora, given = example(CASES[name], model), inputs(shape)
         expected = answer(model, given, lora)
         reference = folder / f"{shape}-{name}-reference.safetensors"
-        save_file({**given, "expected": expected}, reference)
+        save_file({**given, "expected": expected.contiguous()}, reference)
         files, refusals, same = _saved(lora, folder / f"{shape}-{name}")
+        if arguments.layouts:
+            files = {
+                layout: path for layout, path in files.items() if {layout, *same.get(layout, ())} & {*arguments.layouts}
+            }
         wanted = {f"{ref.component}.{ref.path}" for ref in (*lora.state.adapters, *lora.state.differences)}
         cells = []
         for loader in loaders:
             readable = {layout: path for layout, path in files.items() if loader in READERS.get(layout, READERS[""])}
+            if not readable:
+                continue
             if loader in LOADERS:
                 lines = [_line(LOADERS[loader], model, path, given, wanted, expected) for path in readable.values()]
             else:
@@ -110,6 +121,8 @@ def _saved(lora: Lora, start: Path) -> tuple[dict[str, Path], dict[str, LoraErro
 def _shapes(family: str) -> dict[str, tuple[str, ...]]:
     """Model shapes of a family, and who loads into each."""
     everyone = ("ours", "diffusers", "PEFT", "LyCORIS", "ComfyUI", "sd-scripts")
+    if family in TRANSFORMERS:
+        return {family: tuple(one for one in everyone if one != "sd-scripts")}
     if family != "flux1":
         return {family: everyone}
     return {"flux1": tuple(one for one in everyone if one != "diffusers"), "flux1-wide": ("diffusers",)}
@@ -180,6 +193,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sd-scripts", type=Path, required=True, help="folder of an sd-scripts checkout")
     parser.add_argument("--sd-scripts-version", default="unknown", help="version or commit of the checkout")
     parser.add_argument("--only", nargs="*", default=[], help="family, or family:case, to measure again")
+    parser.add_argument("--layouts", nargs="*", choices=(*LAYOUTS, PORTABLE), help="layouts to measure; all by default")
     return parser.parse_args()
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from text_encoders import WIDTH
 from torch import Tensor
+from trained_models import TRAINED, Trained
 
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.inject import create_adapters
@@ -26,16 +27,20 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["CASES", "FLUX_WIDE", "SHAPES", "Case", "answer", "base_model", "example", "inputs"]
+__all__ = ["CASES", "FLUX_WIDE", "SHAPES", "TRANSFORMERS", "Case", "answer", "base_model", "example", "inputs"]
+
+TRANSFORMERS = ("z-image", "flux2-klein", "krea2")
+"""Families whose small models are those of `transformer_models.py`."""
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
 """One block of either kind at Flux.1's real width, which diffusers' reader of kohya's names takes for granted."""
 
-SHAPES: Mapping[str, models.UNetShape | models.FluxShape] = {
+SHAPES: Mapping[str, models.UNetShape | models.FluxShape | Trained] = {
     "sd1": models.SD1_TINY,
     "sdxl": models.SDXL_NARROW,
     "flux1": models.FLUX_TINY,
     "flux1-wide": FLUX_WIDE,
+    **{family: TRAINED[family] for family in TRANSFORMERS},
 }
 
 
@@ -66,7 +71,7 @@ class Case:
     differences: bool = False
     text_encoders: bool = False
     uneven: bool = False
-    families: tuple[str, ...] = ("sd1", "sdxl", "flux1")
+    families: tuple[str, ...] = ("sd1", "sdxl", "flux1", *TRANSFORMERS)
 
 
 CASES: Mapping[str, Case] = {
@@ -92,7 +97,9 @@ def base_model(shape: str, folder: Path) -> tuple[Model, Path]:
     """A random model of a shape, and its checkpoint file in the original layout, written if it is not there."""
     checkpoint = folder / f"{shape}.safetensors"
     if not checkpoint.is_file():
-        save_file(models.checkpoint(SHAPES[shape], seed=0), checkpoint)
+        sizes = SHAPES[shape]
+        tensors = sizes.tensors() if isinstance(sizes, Trained) else models.checkpoint(sizes, seed=0)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, checkpoint)
     return load_model(checkpoint), checkpoint
 
 
@@ -129,6 +136,8 @@ def example(case: Case, model: Model) -> Lora:
 def inputs(shape: str) -> dict[str, Tensor]:
     """Inputs of the denoiser, as `comfyui_headless.denoise` takes them."""
     sizes = SHAPES[shape]
+    if isinstance(sizes, Trained):
+        return {name: tensor[:1].contiguous() for name, tensor in sizes.forward_inputs(seed=2).items()}
     size = (1, sizes.latent_channels, 16, 16)
     given = {
         "x": models.seeded("x", size, seed=2),

@@ -17,9 +17,16 @@ PAGE = ROOT / "docs" / "load-matrix.md"
 AGREEMENT = 1e-3
 """Relative difference up to which two answers are the same."""
 
-_FAMILIES = {"sd1": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL", "flux1": "Flux.1"}
+_FAMILIES = {
+    "sd1": "Stable Diffusion 1.x",
+    "sdxl": "Stable Diffusion XL",
+    "flux1": "Flux.1",
+    "z-image": "Z-Image",
+    "flux2-klein": "Flux.2 klein",
+    "krea2": "Krea 2",
+}
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
-_LAYOUTS = ("portable", "kohya", "comfy", "diffusers", "peft")
+_LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")
 
 _INTRODUCTION = """\
 # Which program applies what
@@ -32,10 +39,13 @@ where the two differ by more than a thousandth, the cell says by how much.
 - **portable** is what Lorasmith writes when nothing is said.
 - *not written*: the layout cannot hold this kind, and saving is refused.
 - *refused*: the program raises an error and applies nothing.
-- A dash: the program has no way to open this layout. PEFT reads its own folders alone.
+- A dash: the program has no way to open this layout, or no model of the family. PEFT reads its own folders alone.
 - sd-scripts is its own network (`networks.lora`, `networks.lora_flux`); it loads the other algorithms with LyCORIS.
 - Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
   real width alone and is measured there, on one block of either kind.
+
+- Z-Image, Flux.2 klein and Krea 2 are measured on small models of narrow widths, which ComfyUI is made to accept. Their
+  fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was not measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.
 """

@@ -1,4 +1,4 @@
-"""Record what ComfyUI makes of the small transformer families: conditioning, predictions, latents, sigmas.
+"""Record what ComfyUI computes on the small transformer models: conditioning, predictions, latents, sigmas.
 
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_families.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --out tests/golden/comfyui_families.json

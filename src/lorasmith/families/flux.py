@@ -139,6 +139,7 @@ class Flux(Family):
         }
     )
     clip_types = ("flux",)
+    distilled_names = ("schnell",)
     autoencoder = AutoencoderSlot(
         "kl",
         channels=16,
@@ -218,7 +219,7 @@ class Flux(Family):
             portable="kohya",
             aliases=_xlabs_names(table),
             limits=ProgramLimits(
-                diffusers_applies=_IN_BLOCKS,
+                diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
                 sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
             ),
         )

@@ -61,6 +61,20 @@ _TARGETS = {
     "all": TargetPreset(("*",)),
 }
 
+_READ_BY_KOHYA_NAMES = (
+    *("transformer_blocks.*", "single_transformer_blocks.*", "x_embedder", "context_embedder", "proj_out"),
+    "time_guidance_embed.timestep_embedder.*",
+)
+_LIMITS = ProgramLimits(
+    unknown_to_comfyui=("time_guidance_embed.*", "*_stream_modulation*"),
+    # ai-toolkit's name of norm_out is read as well, but without exchanging the halves of its rows.
+    diffusers_applies={
+        "kohya": _READ_BY_KOHYA_NAMES,
+        "ai-toolkit": (*_READ_BY_KOHYA_NAMES, "time_guidance_embed.*", "*_stream_modulation*"),
+    },
+    sd_scripts_applies=None,
+)
+
 _TOP = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -220,7 +234,7 @@ class Flux2(Family):
             kohya_naming="original",
             peft_prefix="transformer",
             portable="kohya",
-            limits=ProgramLimits(diffusers_applies=("transformer_blocks.*", "single_transformer_blocks.*")),
+            limits=_LIMITS,
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
@@ -261,7 +275,7 @@ class Flux2(Family):
             picture = conditioning.mask.new_ones(len(latents), height * width)
             attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
         guidance = None
-        if not self._is_klein:
+        if not self._is_klein and "no_guidance" not in conditioning.tensors:
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
         prediction = denoiser(

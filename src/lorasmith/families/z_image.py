@@ -53,6 +53,19 @@ _TARGETS = {
     "all-linear": TargetPreset(("*",), linear_only=True),
     "all": TargetPreset(("*",)),
 }
+_NAMED_ALIKE = (  # in diffusers and in the original, but for layers of attention
+    *("*.feed_forward.*", "*.attention.to_out.0", "*.adaLN_modulation.0", "cap_embedder.*", "t_embedder.*"),
+)
+_LIMITS = ProgramLimits(
+    diffusers_applies={
+        "kohya": (*_NAMED_ALIKE, "*.attention.to_[qkv]"),
+        "comfy": _NAMED_ALIKE,
+        "ai-toolkit": ("*",),
+    },
+    diffusers_also_loads={"ai-toolkit": ("lokr",)},
+    diffusers_refuses_others=True,
+    sd_scripts_applies=None,
+)
 _TOP = {
     "all_x_embedder.2-1": "x_embedder",
     "all_final_layer.2-1.linear": "final_layer.linear",
@@ -157,7 +170,7 @@ class ZImage(Family):
             peft_prefix="transformer",
             portable="ai-toolkit",
             ai_toolkit_naming="diffusers",
-            limits=ProgramLimits(),
+            limits=_LIMITS,
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:

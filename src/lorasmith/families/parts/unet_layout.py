@@ -50,7 +50,7 @@ TARGETS = {
 
 UNET_LIMITS = ProgramLimits(
     unknown_to_comfyui=("*.attn[12].to_[qkv]", "*.attn[12].to_out.0"),
-    diffusers_reads=("kohya",),
+    diffusers_applies={"kohya": ("*",)},
     diffusers_refuses_others=True,
     diffusers_one_alpha=("*.attn[12].*",),
     sd_scripts_applies=("down_blocks.*", "mid_block.*", "up_blocks.*"),

@@ -43,12 +43,14 @@ class AiToolkitLayout(Layout):
         return read_tensors(tensors, self.bases(names), names)
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
+        """Adapters that have no exact place under an original name keep diffusers' name, after PEFT's prefix."""
+        by_original = names.ai_toolkit_naming == "original"
+
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
                 return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
-            return _PREFIX + ref.path
+            return f"{names.peft_prefix}.{ref.path}" if by_original else _PREFIX + ref.path
 
-        by_original = names.ai_toolkit_naming == "original"
         modules = addressed(state, names, base_of, _original_base if by_original else None)
         return {
             base + suffix: tensor for base, module in modules.items() for suffix, tensor in _spelled(module).items()

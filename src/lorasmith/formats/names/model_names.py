@@ -64,20 +64,22 @@ class ProgramLimits:
 
     Attributes:
         unknown_to_comfyui: modules that ComfyUI does not find by diffusers' names.
-        diffusers_reads: layouts besides its own that diffusers reads.
-        diffusers_applies: modules that diffusers finds in those layouts.
+        diffusers_applies: layouts besides its own that diffusers reads → modules that it finds in them.
+        diffusers_also_loads: layouts of these in which diffusers loads more than LoRA → names of these algorithms.
         diffusers_refuses_others: whether diffusers refuses a whole file because a module has more than LoRA's factors.
         diffusers_one_alpha: modules for which diffusers reads one alpha in kohya's layout, the most frequent one. If
             there are any, it does so for all modules of a text encoder too.
-        sd_scripts_applies: modules that sd-scripts' own network loads.
+        sd_scripts_applies: modules that sd-scripts' own network loads; None if sd-scripts has no such models.
     """
 
     unknown_to_comfyui: tuple[str, ...] = ()
-    diffusers_reads: tuple[str, ...] = ("kohya", "comfy")
-    diffusers_applies: tuple[str, ...] = ("*",)
+    diffusers_applies: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"kohya": ("*",), "comfy": ("*",), "ai-toolkit": ("*",)}
+    )
+    diffusers_also_loads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     diffusers_refuses_others: bool = False
     diffusers_one_alpha: tuple[str, ...] = ()
-    sd_scripts_applies: tuple[str, ...] = ("*",)
+    sd_scripts_applies: tuple[str, ...] | None = ("*",)
 
 
 @dataclass(frozen=True)

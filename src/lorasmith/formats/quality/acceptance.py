@@ -91,17 +91,18 @@ class _Whole:
         """Modules whose adapters have a tensor of this role."""
         return (ref for ref, weights in self.state.adapters.items() if role in weights.tensors)
 
-    def unapplied(self, program: str) -> Iterator[ModuleRef]:
-        """Modules that have differences, or more than the tensors of an algorithm that the program knows."""
+    def unapplied(self, program: str, also: tuple[str, ...] = ()) -> Iterator[ModuleRef]:
+        """Modules that have differences, or more than the tensors of an algorithm that the program knows or `also`."""
         for ref in self.refs():
             weights = self.state.adapters.get(ref)
-            if weights is None or ref in self.state.differences or not self._applies(program, weights):
+            if weights is None or ref in self.state.differences:
                 yield ref
-
-    def _applies(self, program: str, weights: AdapterWeights) -> bool:
-        form = format_of(weights)
-        cores = form.cores if self.is_portable else frozenset()  # they will be multiplied in
-        return program in form.programs and any(weights.tensors.keys() <= whole | cores for whole in form.needed)
+                continue
+            form = format_of(weights)
+            cores = form.cores if self.is_portable else frozenset()  # they will be multiplied in
+            is_known = program in form.programs or weights.algorithm in also
+            if not is_known or not any(weights.tensors.keys() <= whole | cores for whole in form.needed):
+                yield ref
 
 
 def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
@@ -133,21 +134,25 @@ def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
         return lora.where("it loads its own layout, not PEFT's folders", iter(lora.refs()))
     if lora.layout is LAYOUTS["diffusers"]:
         return {}
-    if lora.layout.name not in lora.limits.diffusers_reads:
+    layout = lora.layout.name
+    applies = lora.limits.diffusers_applies.get(layout)
+    if applies is None:
         return lora.where(f"it refuses {lora.layout.title}'s names of this family", iter(lora.refs()))
-    odd = list(lora.unapplied(DIFFUSERS))
+    odd = list(lora.unapplied(DIFFUSERS, also=lora.limits.diffusers_also_loads.get(layout, ())))
     others = [ref for ref in odd if not _is_dora(lora.state.adapters.get(ref)) or ref in lora.state.differences]
     if others and lora.limits.diffusers_refuses_others:
         return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
     found = lora.where("it loads LoRA alone", iter(others))
     found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
-    if not lora.is_portable:
+    if lora.layout is LAYOUTS["kohya"] and not lora.is_portable:
         found |= dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
-    outside = lora.outside(lora.limits.diffusers_applies)
-    return found | lora.where("it reads the blocks alone of the original names", outside)
+    return found | lora.where("it does not find these layers by such names", lora.outside(applies))
 
 
 def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
+    applies = lora.limits.sd_scripts_applies
+    if applies is None:
+        return {}
     if lora.layout is not LAYOUTS["kohya"]:
         return lora.where("it reads kohya's layout alone", iter(lora.refs()))
     found = lora.where(
@@ -155,8 +160,7 @@ def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
     )
     unfused = (loss.module for loss in lora.layout.losses(lora.state, lora.names) if not loss.left_out)
     found |= lora.where("it looks for the fused layers", unfused)
-    outside = lora.outside(lora.limits.sd_scripts_applies)
-    return found | lora.where("it trains and loads the blocks' layers alone", outside)
+    return found | lora.where("it trains and loads the blocks' layers alone", lora.outside(applies))
 
 
 MISREAD_ALPHAS = "it takes the alphas of attention layers and text encoders for the most frequent one"
