@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf_files
 import models
+import packed_files
 import pytest
 import torch
 from original_models import SD1, clip_l, openclip, save
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.errors import ModelError
+from lorasmith.core.placement import placed
 from lorasmith.families.base import FAMILIES, Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
+from tests.covering import slow_except
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 ENCODER = "cond_stage_model.transformer."
@@ -165,8 +171,6 @@ def test_captions_of_different_length_share_a_batch(name: str, files: dict[str, 
 
 
 def test_weights_stay_in_the_file_until_they_are_placed(files: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     half = {name: t.half() if t.is_floating_point() else t for name, t in load_file(files["whole"]).items()}
     model = load_model(save(tmp_path / "half.safetensors", half))
     parameters = [p for module in model.components.modules().values() for p in module.parameters()]
@@ -179,3 +183,33 @@ def test_weights_stay_in_the_file_until_they_are_placed(files: dict[str, Path], 
     with model.text_encoder.active(), model.autoencoder.active():
         assert {p.dtype for p in model.components.vae.parameters()} == {torch.float32}
     assert {p.dtype for module in model.components.modules().values() for p in module.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("kind", [*slow_except(packed_files.KINDS, "int8 with ConvRot"), "GGUF"])
+@pytest.mark.parametrize("name", ["unet", "sdxl"])
+@torch.no_grad()
+def test_packed_unets_are_the_weights_they_stand_for(
+    name: str, kind: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    prefix = UNET if name == "sdxl" else ""
+    tensors = under(prefix, load_file(files[name]))
+    file, meant = dict(tensors), dict(tensors)
+    if kind == "GGUF":
+        gguf = pytest.importorskip("gguf")
+        meant = gguf_files.write(tmp_path / "packed", tensors, gguf.GGMLQuantizationType.Q8_0)
+    else:
+        for weight, tensor in tensors.items():
+            if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+                packed, meant[weight] = packed_files.pack(kind, tensor)
+                file |= {f"{weight.removesuffix('weight')}{leaf}": one.contiguous() for leaf, one in packed.items()}
+        save(tmp_path / "packed", file)
+    models_of = load_model(save(tmp_path / "plain", meant)), load_model(tmp_path / "packed")
+    assert packed_layers(models_of[1].components.denoiser)
+    predictions = []
+    for model in models_of:
+        shapes = model.family.conditioning_shapes(model.components.denoiser)
+        prompt = Conditioning({key: models.seeded(key, shape, seed=0) for key, shape in shapes.items()})
+        latents = models.seeded("latents", (1, *model.components.latent.shape(64, 64)), seed=0)
+        with placed(model.components.denoiser, device=torch.device("cpu"), dtype=torch.float32):
+            predictions.append(model.denoiser.predict(latents, torch.tensor([400.0]), prompt))
+    torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-3)
