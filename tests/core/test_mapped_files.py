@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import mmap
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -83,3 +85,12 @@ def test_nothing_is_remembered_of_files_that_nobody_uses(path: Path) -> None:
     gc.collect()
 
     assert len(mapped_files._MAPPED) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reserves memory for files that may be written to")
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
+    size = 2 * psutil.virtual_memory().total // 8 * 8
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(size)  # a hole, which takes no room
+    tensor = MappedFile(tmp_path / "large").tensor(size - 8, torch.float32, (2,))
+    assert tensor.tolist() == [0.0, 0.0]

@@ -7,6 +7,7 @@ are resident until the system evicts them; `release_pages` returns them once a c
 from __future__ import annotations
 
 import mmap
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ __all__ = ["MappedFile", "release_pages"]
 
 _MAPPED: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 """All mappings with live tensors, with their start address."""
+
+
+# Linux refuses writable mappings larger than its memory, unless they reserve none; Python 3.11 lacks the name.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class MappedFile:
@@ -32,8 +37,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            # Copy-on-write, as torch has no read-only tensors.
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._bytes = _mapped(file.fileno())
         _MAPPED[self._bytes] = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -51,6 +55,14 @@ class MappedFile:
             return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=offset).reshape(tuple(shape))
         raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(tuple(shape))
+
+
+def _mapped(descriptor: int) -> mmap.mmap:
+    """A file, mapped copy-on-write, as torch has no read-only tensors."""
+    if sys.platform == "win32":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
 
 
 def release_pages(tensor: Tensor) -> None:
