@@ -60,7 +60,7 @@ def test_the_python_example_runs(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_every_layout_is_in_the_table() -> None:
-    assert {*LAYOUTS, PORTABLE} == set(re.findall(r"^\| `(\w+)` \|", PAGE, flags=re.MULTILINE))
+    assert {*LAYOUTS, PORTABLE} == set(re.findall(r"^\| `([\w-]+)` \|", PAGE, flags=re.MULTILINE))
 
 
 def test_the_matrix_is_drawn_from_the_record() -> None:

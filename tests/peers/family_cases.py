@@ -10,7 +10,6 @@ import models
 from lora_cases import CASES, example
 from torch import Tensor
 
-from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
@@ -42,8 +41,7 @@ def noisy(model: Model) -> Tensor:
 
 def lora(model: Model) -> Lora:
     """A LoRA on the layers that the family trains by default, large enough to change predictions by a tenth."""
-    made = example(CASES["lora"], model)
-    return Lora(AdapterState(made.state.adapters), made.names)
+    return example(CASES["lora"], model)
 
 
 def numbers(key: str, tensor: Tensor) -> dict[str, list[float]]:

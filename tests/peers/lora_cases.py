@@ -80,7 +80,13 @@ CASES: Mapping[str, Case] = {
     "lora-te": Case("LoRA on the text encoders too", "LoRA", text_encoders=True, families=("sd1", "sdxl")),
     "lora-all": Case("LoRA on every layer", "LoRA", targets="all"),
     "lora-tucker": Case("LoRA with Tucker cores", "LoRA", targets="all", tucker=True, families=("sd1", "sdxl")),
-    "lora-norms": Case("LoRA with norms and biases", "LoRA", targets="all", differences=True),
+    "lora-norms": Case(
+        "LoRA with norms and biases",
+        "LoRA",
+        targets="all",
+        differences=True,
+        families=("sd1", "sdxl", "flux1", "z-image", "krea2"),  # no layer of Flux.2 has a bias
+    ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
     "dora-output": Case("DoRA, per output", "LoRA", dora="output"),
     "loha": Case("LoHa", "LoHa"),

@@ -190,7 +190,9 @@ class Krea2(Family):
             kohya_naming="original",
             peft_prefix="transformer",
             portable="ai-toolkit",
-            limits=ProgramLimits(diffusers_applies={"ai-toolkit": ("*",)}, sd_scripts_applies=None),
+            limits=ProgramLimits(
+                diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
+            ),
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:

@@ -170,7 +170,7 @@ def test_what_programs_leave_out_comes_with_a_layout_that_they_read(unet_names, 
     tensors = LAYOUTS["comfy"].write(make_state(unet_names, [f"{BLOCK}.attn1.to_q"]), unet_names)
     notes = {one.problem: one.remedy for one in findings(tensors, unet_names) if "does not apply" in one.problem}
     assert notes == {
-        "diffusers does not apply any of it as meant: it refuses ComfyUI's names of this family": (
+        "diffusers does not apply any of it as meant: it does not read ComfyUI's names of this family": (
             "convert it with `lorasmith convert --to kohya` for diffusers"
         ),
         "sd-scripts does not apply any of it as meant: it reads kohya's layout alone": (

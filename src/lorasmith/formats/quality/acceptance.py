@@ -137,7 +137,7 @@ def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
     layout = lora.layout.name
     applies = lora.limits.diffusers_applies.get(layout)
     if applies is None:
-        return lora.where(f"it refuses {lora.layout.title}'s names of this family", iter(lora.refs()))
+        return lora.where(f"it does not read {lora.layout.title}'s names of this family", iter(lora.refs()))
     odd = list(lora.unapplied(DIFFUSERS, also=lora.limits.diffusers_also_loads.get(layout, ())))
     others = [ref for ref in odd if not _is_dora(lora.state.adapters.get(ref)) or ref in lora.state.differences]
     if others and lora.limits.diffusers_refuses_others:
