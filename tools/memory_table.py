@@ -41,6 +41,7 @@ class Row:
         config: of the denoiser's class where it differs from the family's `released`.
         encoders: transformers' class and configuration of each text encoder.
         resolution: side of the pictures.
+        prefix: of a language model's names in its file.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Row:
     config: Mapping[str, Any]
     encoders: tuple[tuple[str, Mapping[str, Any]], ...]
     resolution: int = 1024
+    prefix: str = "model."
 
 
 _QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
@@ -78,7 +80,7 @@ ROWS = (
         (("Qwen3Model", _QWEN_4B),),
     ),
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
-    Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),)),
+    Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
 )
 
 
@@ -96,7 +98,7 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
     encoders = []
     for kind, config in row.encoders:
         path = folder / f"{kind}.safetensors"
-        header_only(path, dict(_encoder_shapes(kind, config)), dtype)
+        header_only(path, dict(_encoder_shapes(kind, config, row.prefix)), dtype)
         encoders.append(str(path))
     files = ModelFiles(str(denoiser), tuple(encoders), None)
     cards = [card * 2**30 for card in CARDS]
@@ -118,13 +120,13 @@ def original_shapes(family: Family, config: Mapping[str, Any]) -> Shapes:
     return rows
 
 
-def _encoder_shapes(kind: str, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     import transformers
 
     model_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         encoder: nn.Module = model_class(model_class.config_class(**config))
-    prefix = {"Qwen3Model": "model."}.get(kind, "")
+    prefix = prefix if kind == "Qwen3Model" else ""
     for name, tensor in encoder.state_dict().items():
         if name == "encoder.embed_tokens.weight":
             continue
@@ -157,7 +159,7 @@ def _cell(found: MemoryEstimate) -> str:
     if not found.fits:
         return f"{proposal.short_bytes / 2**30:.1f} GB short"
     flags = " ".join(f"`{flag}`" for flag in _joined(proposal.flags)) or "as it is"
-    held = "" if found.encoders_fit else "; text encoders on the CPU"
+    held = "" if found.encoders_fit else "; text encoders do not fit in this precision"
     return f"{proposal.needed_bytes / 2**30:.1f} GB: {flags}{held}"
 
 

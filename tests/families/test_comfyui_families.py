@@ -30,6 +30,8 @@ AGREEMENT = 1e-5
 
 @pytest.fixture(scope="module")
 def recorded(case: Case) -> dict[str, Any]:
+    if case.name not in GOLDEN["families"]:
+        pytest.skip("not recorded: ComfyUI's Mistral has fixed widths and a vocabulary of its own")
     found: dict[str, Any] = GOLDEN["families"][case.name]
     return found
 
