@@ -47,7 +47,7 @@ def taken_small() -> Iterator[None]:
             return None
         sizes = {key.removeprefix(prefix): tuple(t.shape) for key, t in state_dict.items() if key.startswith(prefix)}
         config |= _sizes(config, sizes)
-        if config["image_model"] == "lumina2":
+        if config.get("image_model") == "lumina2":
             z_image.unet_config = {**z_image.unet_config, "dim": config["dim"]}
         return config
 
@@ -123,7 +123,7 @@ def load_autoencoder(file: Path) -> Any:
 
 def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What ComfyUI would have detected of a model of the released proportions."""
-    kind = config["image_model"]
+    kind = config.get("image_model")  # none in UNets
     if kind in ("flux", "flux2"):
         norm = "double_blocks.0.img_attn.norm.key_norm."
         head = shapes.get(f"{norm}scale", shapes.get(f"{norm}weight", (0,)))[0]
