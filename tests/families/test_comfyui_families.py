@@ -93,7 +93,7 @@ def assert_same_sampling(schedule: NoiseSchedule, expected: dict[str, Any]) -> N
     """Sigma at parts of diffusion time, as ComfyUI's trainer draws them, and the sigmas of KSampler's schedulers."""
     ours = schedule.at(1 - torch.tensor(family_cases.PERCENTS)).sigma
     torch.testing.assert_close(ours, torch.tensor(expected["percents"]), rtol=1e-5, atol=0)
-    assert expected["sigmas"].keys() == set(SIGMA_SCHEDULES)
+    assert expected["sigmas"].keys() <= set(SIGMA_SCHEDULES)
     for scheduler, runs in expected["sigmas"].items():
         for steps, sigmas in runs.items():
             stepped = sigmas_for(schedule, scheduler, int(steps))

@@ -99,7 +99,7 @@ def test_only_defaults_that_differ_are_said_again() -> None:
     slots = load_nodes()["TrainLoraNode"].slots
     differing = {"steps", "learning_rate", "rank", "training_dtype", "gradient_checkpointing", "existing_lora", "alpha"}
     differing |= {"targets", "timesteps", "max_grad_norm", "zero_init", "schedule", "validation_share"}
-    differing |= {"previews", "preview_every"}
+    differing |= {"previews", "preview_every", "training_adapter"}
     assert {name for name in slots if name in options and slots[name].default != options[name].default} == differing
 
 

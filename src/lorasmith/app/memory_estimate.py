@@ -192,13 +192,15 @@ def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolutio
     side = latent_side(model, resolution)
     job = plan_job(model.denoiser, config, "cpu")
     family, components, products = model.family, model.components, job.runtime.dtype
-    weights = {kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products) for kind in _KINDS}
-    offloaded = {
-        kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products, offloading=True) for kind in _KINDS
-    }
+    weights, offloaded = (
+        {kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products, offloading=away) for kind in _KINDS}
+        for away in (False, True)
+    )
     unpacked = _unpacked_bytes(model.denoiser.module, products)
     encoders = {
-        name: frozen_bytes(one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one))
+        name: frozen_bytes(
+            one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one), offloading=False
+        )
         for name, one in components.text_encoders.items()
     }
     master = 4 * job.parameters

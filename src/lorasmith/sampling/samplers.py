@@ -204,9 +204,12 @@ def uni_pc(
 ) -> Tensor:
     """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`.
 
-    `b` is the paper's B(h), up to its sign. The corrector reuses the evaluation at the predicted point, so that a step
-    needs one evaluation. The order increases from 1 at the start and decreases to 1 at the end; the last step is not
-    corrected.
+    The corrector reuses the evaluation at the predicted point, so that a step needs one evaluation. The order increases
+    from 1 at the start and decreases to 1 at the end; the last step is not corrected.
+
+    Args:
+        denoise, x, sigmas, schedule, noise, callback: as for every sampler.
+        b: the paper's B(h), up to its sign.
     """
     levels = sigmas.tolist()
     levels[-1] = levels[-1] or UNIPC_LAST_SIGMA

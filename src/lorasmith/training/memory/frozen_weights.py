@@ -69,7 +69,7 @@ def weights_packed(
         yield [layer.get_parameter("weight") for layer in layers]
 
 
-def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool = False) -> int:
+def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool) -> int:
     """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
 
     Args:
