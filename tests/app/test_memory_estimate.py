@@ -23,6 +23,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory.memory_plan import measured_plans
+from tests.covering import slow_except
 from tests.families.flux_parts import comfyui_folder
 
 GIB = 2**30
@@ -84,7 +85,7 @@ def test_activations_are_those_that_auto_measures(
 
 
 @pytest.mark.parametrize("family", ["flux", pytest.param("sd1", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("activations", ["keep", pytest.param("lean", marks=pytest.mark.slow), "selective"])
+@pytest.mark.parametrize("activations", slow_except(["keep", "lean", "selective"], "selective"))
 def test_the_whole_is_near_the_measured_peak(family: str, activations: str, request: pytest.FixtureRequest) -> None:
     path, settings = request.getfixturevalue(family), config(activations=activations)
     found = estimated(path, settings)
@@ -101,7 +102,9 @@ def test_the_whole_is_near_the_measured_peak(family: str, activations: str, requ
     assert found.weights["none"] + found.trained_bytes + plan.needed_bytes == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("none", "bf16"), ("int8", "fp32"), ("nf4", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), slow_except([("none", "bf16"), ("int8", "fp32"), ("nf4", "bf16")], ("nf4", "bf16"))
+)
 def test_weights_are_as_large_as_in_a_run(sd1: Path, kind: Any, dtype: str) -> None:
     settings = config(training_dtype=dtype, quantization=kind, targets="mid_block.*.to_q")
     found = estimated(sd1, settings, resolution=64)
@@ -114,6 +117,7 @@ def test_weights_are_as_large_as_in_a_run(sd1: Path, kind: Any, dtype: str) -> N
     assert found.weights[kind] == pytest.approx(sizes[0], rel=0.001)
 
 
+@pytest.mark.slow
 def test_offloaded_weights_are_a_block_and_the_rest(sd1: Path) -> None:
     found = estimated(sd1, config(), resolution=64)
     assert found.offloaded["none"] < found.weights["none"] / 2
@@ -175,7 +179,8 @@ def test_text_encoders_are_counted_or_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"dora": "output", "targets": "mid_block.*"}, {"pissa": True, "targets": "mid_block.*"},
+    {"dora": "output", "targets": "mid_block.*"},
+    pytest.param({"pissa": True, "targets": "mid_block.*"}, marks=pytest.mark.slow),
     pytest.param({"algorithm": "LoKr"}, marks=pytest.mark.slow),
     pytest.param({"differences": "norms+biases", "targets": "all"}, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -38,6 +38,7 @@ def test_it_fits_on_a_screen_and_says_what_limits_the_step(lorasmith: Command) -
         assert re.search(pattern, ran.out, flags=re.MULTILINE), (pattern, ran.out)
 
 
+@pytest.mark.slow
 def test_json_has_everything(lorasmith: Command) -> None:
     ran = lorasmith("bench", *QUICK, "--batch-size", 2, "--activations", "auto", "--no-floor", "--json")
     assert ran.code == 0, ran.err

@@ -57,7 +57,7 @@ def test_train_says_what_it_will_do_and_where_everything_is(
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
 
 
-@pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoKr", "BOFT"))
+@pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoKr"))
 def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model, algorithm: str) -> None:
     """At its own default rate, and what is saved changes the model."""
     quick = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 4, "--targets", "*.attn2.to_q")
@@ -217,7 +217,8 @@ def test_every_option_of_a_run_is_a_flag(lorasmith: Command, monkeypatch: pytest
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_what_there_is(photos: Path, tmp_path: Path, tiny: Model, number: signal.Signals) -> None:
     command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", "train", str(photos)]
     command += ["--model", "lorasmith-tiny", "--steps", "100000", "--output", "run", "--name", "cat"]

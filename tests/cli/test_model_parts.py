@@ -89,6 +89,7 @@ def test_a_missing_part_is_refused_with_the_file_to_get(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_with_its_parts(
     lorasmith: Command, photos: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

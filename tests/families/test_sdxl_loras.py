@@ -192,6 +192,7 @@ def test_everything_that_can_be_trained_is_applied_by_diffusers(
     assert_predictions_agree(pipeline, lora, sdxl)
 
 
+@pytest.mark.slow
 def test_loras_of_both_text_encoders_change_prompts_as_in_diffusers(
     sdxl: Model, whole: AdapterState, pipeline: Any, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_four_pictures_are_learnt(case: Case, four: EncodedDataset) -> None:
     assert np.mean(result.losses[-20:]) < 0.1 * np.mean(result.losses[:5])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(case: Case, four: EncodedDataset, tmp_path: Path) -> None:
     settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
     whole = run(case.ours, four, output=tmp_path / "whole", **settings)
@@ -123,6 +124,7 @@ def assert_applied(case: Case, path: Path) -> Lora:
     return lora
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_becomes_a_lora_that_diffusers_applies(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +208,7 @@ LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("lever", slow_except(LEVERS, "recomputed blocks", "selective", "offloaded int8"))
+@pytest.mark.parametrize("lever", slow_except(LEVERS, "offloaded int8"))
 def test_levers_change_no_result(case: Case, four: EncodedDataset, lever: str) -> None:
     changed, plain = LEVERS[lever]
     common = {"steps": 1, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention+ff"}

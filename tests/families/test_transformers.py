@@ -61,6 +61,7 @@ def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
     assert [name for name, tensor in theirs.state_dict().items() if not torch.equal(state[name], tensor)] == []
 
 
+@pytest.mark.slow
 def test_a_diffusers_folder_is_the_same_model(case: Case, tmp_path: Path) -> None:
     if case.name == "flux2":
         pytest.skip("its processor stands in for the released one, which cannot be saved without its vocabulary")
@@ -121,7 +122,7 @@ def text_only(pipeline: Any) -> Any:
     return mock.patch.object(pipeline.text_encoder, "forward", one_axis)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
     if case.name == "flux2" and guidance != 1:
         pytest.skip("its pipeline has no second pass")
@@ -235,7 +236,7 @@ def test_recognisers_of_encoders_and_autoencoders_take_their_own_alone(case: Cas
         assert autoencoders == ([family.autoencoder.kind] if part == "vae" else [])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_except([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_halves_stay_halves_until_they_are_placed(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     model = case.tiny.loaded(case.tiny.saved(tmp_path, dtype))
     assert {p.dtype for module in model.components.modules().values() for p in module.parameters()} == {dtype}
@@ -346,6 +347,7 @@ def test_everything_in_one_file_is_the_same_model(case: Case, tmp_path: Path) ->
     assert torch.equal(*encoded)
 
 
+@pytest.mark.slow
 def test_a_cut_file_is_refused(case: Case, tmp_path: Path) -> None:
     for part, path in case.files.items():
         tensors = load_file(path)

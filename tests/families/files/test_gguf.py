@@ -28,6 +28,7 @@ from lorasmith.families.files.gguf import GgufFile
 from lorasmith.families.files.structure import load_structure
 from lorasmith.families.loading import load_model
 from lorasmith.toolbox.model_files import open_model
+from tests.covering import slow_except
 
 FLUX = models.tiny_flux_checkpoint(0)
 UNET = {name.removeprefix("model.diffusion_model."): one for name, one in SMALLEST.unet_tensors().items()}
@@ -47,7 +48,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tol
         torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("kind", [*WRITABLE, Kind.F16, Kind.BF16, Kind.F32])
+@pytest.mark.parametrize("kind", slow_except([*WRITABLE, Kind.F16, Kind.BF16, Kind.F32], Kind.Q8_0, Kind.BF16))
 @pytest.mark.parametrize("tensors", [FLUX, UNET], ids=["flux", "sd1"])
 def test_a_file_is_loaded_as_the_weights_it_stands_for(tmp_path: Path, tensors: dict[str, Tensor], kind: Kind) -> None:
     meant = write(tmp_path / "model.gguf", tensors, kind)
