@@ -24,6 +24,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.choices import Quantization
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.folders import Folders
+from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
@@ -241,9 +242,10 @@ def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
         if weight_source(one) is not None:
             del one.__dict__[WEIGHT_SOURCE]
             one.__dict__.pop("forward", None)
+        own = torch.float32 if one.__dict__.get(FULL_PRECISION) else dtype
         for name, parameter in one._parameters.items():
             if parameter is not None:
-                empty = _empty_like(parameter, dtype)
+                empty = _empty_like(parameter, own)
                 one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in one._buffers.items():
             if buffer is not None:
