@@ -102,7 +102,7 @@ def weights_with(model: Model, state: AdapterState) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=["unet", "transformer"])
+@pytest.fixture(scope="module", params=slow_except(["unet", "transformer"], "transformer"))
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's file in fp32."""
     path = tmp_path_factory.mktemp("models") / "model.safetensors"

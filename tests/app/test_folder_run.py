@@ -84,6 +84,7 @@ def test_a_run_ends_behind_a_step(images: Path, tmp_path: Path) -> None:
     assert len(train_prepared(prepared(images), output=tmp_path / "run", until=3).losses) == 3
 
 
+@pytest.mark.slow
 def test_the_same_run_again_continues_the_unfinished_one(images: Path, whole: Path, broken: Path) -> None:
     assert train_prepared(prepared(images)).folder == Path("runs/cat-001")
     assert tensors_of(broken) == tensors_of(whole)

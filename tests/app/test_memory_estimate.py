@@ -152,6 +152,7 @@ def test_what_fits_nowhere_says_by_how_much(flux: Path) -> None:
     assert more.fits and more.proposal.settings == found.proposal.settings
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_stays_as_it_is(flux: Path, tmp_path: Path) -> None:
     tensors = models.checkpoint(models.FLUX_SMALL, 0)
     kept = {name: t.to(torch.float8_e4m3fn) if t.ndim > 1 else t for name, t in tensors.items()}

@@ -108,6 +108,7 @@ def test_what_a_step_keeps_is_what_autograd_saves(tiny: Model) -> None:
     assert counts.state == pytest.approx(16 * job.parameters, rel=0.1)
 
 
+@pytest.mark.slow
 def test_counts_show_what_settings_do(tiny: Model) -> None:
     plain, again, packed = (
         counts_of(tiny),

@@ -74,6 +74,7 @@ def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path
     assert lorasmith("check", file, "--model", "lorasmith-tiny").code == 0
 
 
+@pytest.mark.slow
 def test_a_second_run_gets_a_folder_of_its_own(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert lorasmith("train", photos, *QUICK).code == 0

@@ -121,6 +121,7 @@ def assert_predictions_agree(pipeline: Any, lora: Lora, sdxl: Model) -> None:
     assert (ours - plain).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_becomes_a_lora_that_diffusers_applies(
     sdxl_file: Path, sdxl: Model, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,6 +329,7 @@ def test_gguf_denoisers_are_the_weights_they_stand_for(case: Case, tmp_path: Pat
     torch.testing.assert_close(predicted(found), predicted(expected), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_everything_in_one_file_is_the_same_model(case: Case, tmp_path: Path) -> None:
     """An all-in-one checkpoint, with the prefixes that ComfyUI saves."""
     family = case.ours.family
