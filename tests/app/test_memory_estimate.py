@@ -84,7 +84,8 @@ def test_activations_are_those_that_auto_measures(
         assert here.needed_bytes == pytest.approx(there.needed_bytes, rel=tolerance)
 
 
-@pytest.mark.parametrize("family", ["flux", pytest.param("sd1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "sd1"])
 @pytest.mark.parametrize("activations", slow_except(["keep", "lean", "selective"], "selective"))
 def test_the_whole_is_near_the_measured_peak(family: str, activations: str, request: pytest.FixtureRequest) -> None:
     path, settings = request.getfixturevalue(family), config(activations=activations)

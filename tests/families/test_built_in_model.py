@@ -55,6 +55,7 @@ def ours(model: Model) -> np.ndarray:
     return np.asarray(generate(model, PROMPT, seed=SEED, cfg=3.0)[0], np.float32) / 255
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_from_the_single_file(pipe: Any, tiny: Model) -> None:
     assert np.abs(drawn_by(pipe) - ours(tiny)).max() < 2 / 255
 
