@@ -210,6 +210,7 @@ def test_contact_sheets_stand_in_for_single_pictures(tmp_path: Path) -> None:
     assert "Before and after" in text and "Previews during training" in text and 'width="1600"' in text
 
 
+@pytest.mark.slow
 def test_many_previews_are_thinned(tmp_path: Path) -> None:
     prompts = [f"prompt {index}" for index in range(15)]
     shown = [previewed(tmp_path, step, 1.0, prompts) for step in range(0, 300, 10)]

@@ -146,6 +146,7 @@ def test_a_plan_is_printed_for_a_card(lorasmith: Command, models: Path) -> None:
     assert (parsed["fits"], parsed["proposal"]["settings"], parsed["batch_size"]) == (True, {}, 1)
 
 
+@pytest.mark.slow
 def test_a_plan_that_fits_nowhere_says_so(lorasmith: Command, models: Path) -> None:
     small = ("plan", "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--memory", 1)
     ran = lorasmith(*small, "--resolution", 2048, "--batch", 64)

@@ -236,7 +236,8 @@ def test_recognisers_of_encoders_and_autoencoders_take_their_own_alone(case: Cas
         assert autoencoders == ([family.autoencoder.kind] if part == "vae" else [])
 
 
-@pytest.mark.parametrize("dtype", slow_except([torch.bfloat16, torch.float16], torch.bfloat16))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_stay_halves_until_they_are_placed(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     model = case.tiny.loaded(case.tiny.saved(tmp_path, dtype))
     assert {p.dtype for module in model.components.modules().values() for p in module.parameters()} == {dtype}
