@@ -78,7 +78,9 @@ def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset) 
 @pytest.mark.slow
 def test_four_pictures_are_learnt(case: Case, four: EncodedDataset) -> None:
     result = run(case.ours, four, steps=400, batch_size=4, algorithm="Full", learning_rate=3e-3, targets="all-linear")
-    assert np.mean(result.losses[-20:]) < 0.1 * np.mean(result.losses[:5])
+    # A network that is narrower than its latents cannot predict all of their noise, whose variance is 1.
+    floor = {"flux2": 0.5, "flux2-klein": 0.5}.get(case.name, 0.0)  # 64 of 128 channels
+    assert np.mean(result.losses[-20:]) - floor < 0.1 * np.mean(result.losses[:5])
 
 
 @pytest.mark.slow
