@@ -21,10 +21,11 @@ from torch import nn
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.diffusers_file import original_shapes
 from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["ROWS", "Row", "estimates", "header_only", "original_shapes"]
+__all__ = ["ROWS", "Row", "estimates", "header_only"]
 
 CARDS = (8, 12, 16, 24)
 _SPELLED = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -94,7 +95,7 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
     """
     family = FAMILIES[row.family]
     denoiser = folder / f"{row.title}.safetensors"
-    header_only(denoiser, original_shapes(family, {**(family.released or {}), **row.config}), dtype)
+    header_only(denoiser, denoiser_shapes(family, row.config), dtype)
     encoders = []
     for kind, config in row.encoders:
         path = folder / f"{kind}.safetensors"
@@ -106,18 +107,13 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
     return [replace(found, card_bytes=card) for card in cards]
 
 
-def original_shapes(family: Family, config: Mapping[str, Any]) -> Shapes:
-    """Shapes of a denoiser's tensors by their original names."""
-    with torch.device("meta"):
-        denoiser = family.denoiser_class()(**config)
-    table, rows = family.table(denoiser), Shapes()
-    for name, tensor in denoiser.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        place = table[path]
-        key = ".".join(filter(None, (place.path, place.parameters.get(leaf, leaf))))
-        first = rows.get(key, (0,))[0] + tensor.shape[0]
-        rows[key] = (first, *tensor.shape[1:])
-    return rows
+def denoiser_shapes(family: Family, changes: Mapping[str, Any]) -> Shapes:
+    """Shapes of the tensors of a family's released denoiser by their original names, with some settings changed."""
+    denoiser = family.released_denoiser(**changes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    found = original_shapes(family.table(denoiser), shapes)
+    assert found is not None
+    return found
 
 
 def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -57,7 +57,7 @@ def original_tensors(family: str, denoiser: nn.Module) -> dict[str, Tensor]:
         place = table[path]
         if place.swap_halves:
             tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
-        key = ".".join(filter(None, (place.path, place.parameters.get(leaf, leaf))))
+        key = place.tensor(leaf)
         parts.setdefault(key, []).append((place.rows[0] if place.rows else 0, tensor))
     return {
         key: torch.cat([tensor for _, tensor in sorted(rows, key=lambda row: row[0])]) for key, rows in parts.items()

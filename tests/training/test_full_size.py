@@ -16,7 +16,6 @@ from typing import Any
 import models
 import pytest
 import torch
-from accelerate import init_empty_weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -110,9 +109,7 @@ def test_transformers_in_fp8_take_a_step_within_24_gib(family: str, parameters: 
 
 def released_shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a released denoiser's tensors by original name, from the published configuration."""
-    one = FAMILIES[family]
-    with init_empty_weights():
-        denoiser = one.denoiser_class()(**(one.released or {}))
+    denoiser = FAMILIES[family].released_denoiser()
     return {name: tuple(tensor.shape) for name, tensor in original_tensors(family, denoiser).items()}
 
 

@@ -388,6 +388,13 @@ class Family(ABC):
             ModelError: tensors that determine the configuration are missing, or the variant is not supported.
         """
 
+    def released_denoiser(self, **changes: Any) -> nn.Module:
+        """The released denoiser without weights, with some settings of its configuration changed."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return self.denoiser_class()(**{**(self.released or {}), **changes})
+
     @abstractmethod
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
         """Path of each module of the denoiser that has parameters → its place in the original checkpoint.

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from torch import nn
-
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.files.checkpoint import Shapes
+from lorasmith.formats.names.model_names import OriginalName
 
-__all__ = ["recognised_by_diffusers_names"]
+__all__ = ["original_shapes", "recognised_by_diffusers_names"]
 
 _SIGNS = ("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks.")
 
@@ -30,30 +29,31 @@ def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tupl
     for _, family in FAMILIES.items():
         if family.released is None:
             continue
-        original = _original_shapes(family, _released(family), shapes)
+        original = original_shapes(_released_table(family), shapes)
         if original is not None and family.recognises(original):
             return family, original
     return None
 
 
 @cache
-def _released(family: Family) -> nn.Module:
-    """The released denoiser of a family, without weights."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return family.denoiser_class()(**(family.released or {}))
+def _released_table(family: Family) -> Mapping[str, OriginalName]:
+    return family.table(family.released_denoiser())
 
 
-def _original_shapes(family: Family, released: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Shapes | None:
-    """Shapes by original names; None if a tensor is not one of the family's."""
-    table, original = family.table(released), Shapes()
+def original_shapes(table: Mapping[str, OriginalName], shapes: Mapping[str, tuple[int, ...]]) -> Shapes | None:
+    """Shapes of a denoiser's tensors by original names; None if a tensor is not in the table.
+
+    Args:
+        table: of its family (`Family.table`).
+        shapes: by diffusers' names.
+    """
+    original = Shapes()
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
         place = table.get(path)
         if place is None:
             return None
-        key = ".".join(filter(None, (place.path, place.parameters.get(leaf, leaf))))
+        key = place.tensor(leaf)
         rows = original[key][0] if key in original else 0
         original[key] = (rows + shape[0], *shape[1:])
     return original

@@ -28,8 +28,4 @@ def released_names(title: str) -> ModelNames | None:
     family = next((one for _, one in FAMILIES.items() if one.title == title), None)
     if family is None or family.released is None:
         return None
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        denoiser = family.denoiser_class()(**family.released)
-    return family.names(denoiser, {})
+    return family.names(family.released_denoiser(), {})

@@ -16,7 +16,9 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
 from lorasmith.formats.names.model_names import OriginalName
 
-__all__ = ["PartSource", "block_count", "build", "from_original_tensors", "module_paths", "weight_shapes"]
+__all__ = ["PartSource", "block_count", "build", "from_original_tensors", "module_paths", "norm_name", "weight_shapes"]
+
+_NORM_SCALE = "scale"  # Black Forest Labs' name of the weight of an RMS norm
 
 
 def module_paths(model: nn.Module) -> list[str]:
@@ -38,6 +40,12 @@ def block_count(tensors: Collection[str], stem: str) -> int:
     """Number of blocks whose tensors' names begin with `stem` and a number, such as `layers.` for `layers.3.norm`."""
     numbers = (int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(stem)}(\d+)\.", name)))
     return 1 + max(numbers, default=-1)
+
+
+def norm_name(path: str, names: Collection[str]) -> str:
+    """Name of the weight of an RMS norm among the names of a file's tensors, of which some say `scale`."""
+    scale = f"{path}.{_NORM_SCALE}"
+    return scale if scale in names else f"{path}.weight"
 
 
 @dataclass(frozen=True)
@@ -118,10 +126,8 @@ def from_original_tensors(
     for name in shapes:
         path, _, leaf = name.rpartition(".")
         place = table[path]
-        stem = f"{place.path}." if place.path else ""
-        wanted = f"{stem}{place.parameters.get(leaf, leaf)}"
-        # Black Forest Labs call the weight of their RMS norms "scale".
-        original = next((key for key in (wanted, f"{stem}scale") if key in tensors), None)
+        wanted = place.tensor(leaf)
+        original = next((key for key in (wanted, place.tensor(_NORM_SCALE)) if key in tensors), None)
         if original is None:
             raise ModelError(f"the checkpoint lacks {wanted}; it is incomplete or was cut short")
         tensor = tensors[original]

@@ -38,6 +38,10 @@ class OriginalName:
     swap_halves: bool = False
     parameters: Mapping[str, str] = field(default_factory=dict)
 
+    def tensor(self, leaf: str) -> str:
+        """Name there of one of the module's own parameters, such as `weight`."""
+        return ".".join(filter(None, (self.path, self.parameters.get(leaf, leaf))))
+
 
 @dataclass(frozen=True)
 class EncoderNames:
