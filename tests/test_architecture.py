@@ -83,6 +83,7 @@ TESTED_ELSEWHERE = {
     "families/parts/clip_layout.py": "families/test_name_tables.py",
     "families/parts/encoders.py": "families/test_parts_of_models.py",
     "families/parts/flux2_vae.py": "families/test_transformers.py",
+    "families/parts/flux_layout.py": "families/test_name_tables.py",
     "families/parts/language_models.py": "families/test_transformers.py",
     "families/parts/packing.py": "families/test_flux.py",
     "families/parts/t5_encoders.py": "families/test_transformers.py",

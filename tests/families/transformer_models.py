@@ -276,9 +276,8 @@ def _z_image() -> dict[str, Any]:
     }
 
 
-@cache
-def _klein() -> dict[str, Any]:
-    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+def _flux2_denoiser(*, has_guidance: bool) -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
 
     denoiser = Flux2Transformer2DModel(
         num_layers=1,
@@ -286,9 +285,16 @@ def _klein() -> dict[str, Any]:
         attention_head_dim=32,
         num_attention_heads=2,
         joint_attention_dim=96,
-        guidance_embeds=False,
+        guidance_embeds=has_guidance,
         axes_dims_rope=(8, 8, 8, 8),
     )
+    return randomized(denoiser)
+
+
+@cache
+def _klein() -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2
+
     vae = AutoencoderKLFlux2(
         block_out_channels=(32,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -296,7 +302,7 @@ def _klein() -> dict[str, Any]:
         layers_per_block=1,
     )
     return {
-        "transformer": randomized(denoiser),
+        "transformer": _flux2_denoiser(has_guidance=False),
         "vae": randomized(vae),
         "text_encoder": randomized(_qwen(28, rope_theta=1e6)),
         "tokenizer": _chatting(),
@@ -341,18 +347,8 @@ class _MistralProcessor:
 
 @cache
 def _dev() -> dict[str, Any]:
-    from diffusers import Flux2Transformer2DModel
     from transformers import MistralConfig, MistralModel
 
-    denoiser = Flux2Transformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=96,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 8, 8, 8),
-    )
     mistral = MistralConfig(
         vocab_size=1258,
         hidden_size=32,
@@ -366,7 +362,7 @@ def _dev() -> dict[str, Any]:
         sliding_window=None,
     )
     return {
-        "transformer": randomized(denoiser),
+        "transformer": _flux2_denoiser(has_guidance=True),
         "vae": _klein()["vae"],
         "text_encoder": randomized(MistralModel(mistral)),
         "tokenizer": _MistralProcessor(),

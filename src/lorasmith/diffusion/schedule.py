@@ -22,6 +22,7 @@ from torch import Tensor
 from lorasmith.core.errors import OptionError
 
 __all__ = [
+    "EXPONENTIAL_STEPS",
     "DiscreteSchedule",
     "FlowSchedule",
     "NoiseLevel",
@@ -58,6 +59,9 @@ class ResolutionShift:
         (low, high), (few, many) = self.mu, self.patches
         return math.exp(low + (high - low) * (count - few) / (many - few))
 
+
+EXPONENTIAL_STEPS = 10_000
+"""Entries of ComfyUI's sigma table for shifts of exp(mu) (`ModelSamplingFlux`); some schedulers take every n-th."""
 
 _FAINTEST = 2.0**-24  # replaces a signal power of zero in ratios
 
@@ -244,8 +248,8 @@ class FlowSchedule(NoiseSchedule):
 
     @classmethod
     def exponential(cls, mu: float, *, resolution_shift: ResolutionShift = ResolutionShift()) -> FlowSchedule:
-        """The schedule with a shift of exp(mu), and a table as long as ComfyUI's for it (`ModelSamplingFlux`)."""
-        return cls(math.exp(mu), 10_000, resolution_shift)
+        """The schedule with a shift of exp(mu), and a table as long as ComfyUI's for it."""
+        return cls(math.exp(mu), EXPONENTIAL_STEPS, resolution_shift)
 
     def zero_terminal(self) -> FlowSchedule:
         """The schedule itself: a flow ends in pure noise."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import (
     AutoencoderSlot,
     Conditioning,
@@ -34,9 +34,11 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.diffusers_folder import read_json
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
-from lorasmith.families.parts import clip_layout
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.parts import clip_layout, flux_layout
+from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.t5_encoders import encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
@@ -55,9 +57,7 @@ _TARGETS = {
     "all": TargetPreset(("*",)),
 }
 _DEFAULT_GUIDANCE = 3.5
-_GUIDANCE = "guidance_in.in_layer.weight"  # dev has it, schnell has not
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
-_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, _MU), patches=(256, 4096))
 
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _T5_PATHS = tuple(
@@ -70,46 +70,25 @@ _T5_PATHS = tuple(
 )
 
 _TOP = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
+    **flux_layout.TOP,
     "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
     "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
     "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
     "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "proj_out": "final_layer.linear",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
 }
 _DOUBLE = {
+    **flux_layout.DOUBLE_ATTENTION,
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
     "ff.net.0.proj": "img_mlp.0",
     "ff.net.2": "img_mlp.2",
     "ff_context.net.0.proj": "txt_mlp.0",
     "ff_context.net.2": "txt_mlp.2",
 }
-_SINGLE = {
-    "norm.linear": "modulation.lin",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-    "proj_out": "linear2",
-}
+_SINGLE = {**flux_layout.SINGLE_NORMS, "norm.linear": "modulation.lin", "proj_out": "linear2"}
 # Position of each split module among the rows of the fused tensor.
-_DOUBLE_FUSED = {
-    "attn.to_q": ("img_attn.qkv", 0),
-    "attn.to_k": ("img_attn.qkv", 1),
-    "attn.to_v": ("img_attn.qkv", 2),
-    "attn.add_q_proj": ("txt_attn.qkv", 0),
-    "attn.add_k_proj": ("txt_attn.qkv", 1),
-    "attn.add_v_proj": ("txt_attn.qkv", 2),
-}
 _SINGLE_FUSED = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
 # XLabs' trainer puts LoRAs into attention processors; stream 1 of a double block is the picture's, 2 the text's.
 _XLABS = {
@@ -145,7 +124,7 @@ class Flux(Family):
         channels=16,
         usual_file="ae.safetensors",
         prefixes=("vae.", "first_stage_model."),
-        settings={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        settings=FLUX_CONSTANTS,
     )
     repeatable_context = False
     released = MappingProxyType({"guidance_embeds": True})
@@ -156,7 +135,7 @@ class Flux(Family):
     )
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        if not any(f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in shapes for leaf in ("scale", "weight")):
+        if norm_name(flux_layout.KEY_NORM, shapes) not in shapes:
             return False
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
@@ -175,7 +154,7 @@ class Flux(Family):
         return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _diffusion(has_guidance=_GUIDANCE in checkpoint.denoiser_shapes)
+        return _diffusion(has_guidance=flux_layout.GUIDANCE in checkpoint.denoiser_shapes)
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
         config = read_json(folder / self.denoiser_folder / "config.json")
@@ -263,10 +242,6 @@ class Flux(Family):
         check_even(latents, self.title)
         height, width = latents.shape[-2:]
         context = conditioning.tensors["context"]
-        attention: dict[str, Any] = {}
-        if conditioning.mask is not None:  # text comes first, then the picture, which is not masked
-            picture = conditioning.mask.new_ones(len(latents), height // 2 * (width // 2))
-            attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
         config: Any = denoiser.config
         guidance = None
         if config.guidance_embeds:  # schnell has no such input
@@ -283,7 +258,7 @@ class Flux(Family):
                 encoder_hidden_states=context,
                 txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
                 img_ids=_positions(height // 2, width // 2, latents.device),
-                joint_attention_kwargs=attention,
+                joint_attention_kwargs=attention_arguments(conditioning.mask, height // 2 * (width // 2)),
                 return_dict=False,
             )[0]
         return unpacked_latents(prediction, height, width)
@@ -302,17 +277,13 @@ def outputs_zeroed(module: nn.Module) -> Iterator[None]:
 def _diffusion(*, has_guidance: bool) -> Diffusion:
     """Of dev, or of schnell, which is distilled to few steps without a shift."""
     if has_guidance:
-        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
-    return Diffusion("flow", FlowSchedule(resolution_shift=_RESOLUTION_SHIFT))
+        return Diffusion("flow", FlowSchedule.exponential(_MU))
+    return Diffusion("flow", FlowSchedule())
 
 
 def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Configuration of diffusers' FluxTransformer2DModel for original-layout shapes."""
-    head = next(
-        shapes[f"double_blocks.0.img_attn.norm.key_norm.{leaf}"][0]
-        for leaf in ("scale", "weight")
-        if f"double_blocks.0.img_attn.norm.key_norm.{leaf}" in shapes
-    )
+    head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
     hidden, in_channels = shapes["img_in.weight"]
     if in_channels != 64:
         raise ModelError(
@@ -327,7 +298,7 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_attention_heads": hidden // head,
         "joint_attention_dim": shapes["txt_in.weight"][1],
         "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": _GUIDANCE in shapes,
+        "guidance_embeds": flux_layout.GUIDANCE in shapes,
         # 16, 56, 56 for the released head width of 128, in the same proportion for others.
         "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
     }
@@ -348,10 +319,7 @@ def _original(path: str, hidden: int, transformer: Any) -> OriginalName:
         return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
     kind, index, rest = path.split(".", 2)
     if kind == "transformer_blocks":
-        if rest in _DOUBLE_FUSED:
-            fused, position = _DOUBLE_FUSED[rest]
-            return OriginalName(f"double_blocks.{index}.{fused}", rows=(position * hidden, (position + 1) * hidden))
-        return OriginalName(f"double_blocks.{index}.{_DOUBLE[rest]}")
+        return in_double_block(index, rest, hidden, _DOUBLE)
     if rest in _SINGLE_FUSED:
         start = _SINGLE_FUSED[rest] * hidden
         rows = transformer.get_submodule(path).weight.shape[0]

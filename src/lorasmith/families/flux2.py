@@ -32,7 +32,9 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.parts import flux_layout
+from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
@@ -43,8 +45,8 @@ _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
 # ComfyUI's `supported_models.Flux2` has this exponential shift for KSampler; Flux2Scheduler computes its own.
 _MU = 2.02
-# musubi-tuner's `flux2_shift`.
-_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 4096), patch=1)
+# Its shift by size is musubi-tuner's `flux2_shift`.
+_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=ResolutionShift(patch=1)))
 _SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -76,8 +78,7 @@ _LIMITS = ProgramLimits(
 )
 
 _TOP = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
+    **flux_layout.TOP,
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
     "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
@@ -85,35 +86,15 @@ _TOP = {
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
 }
 _DOUBLE_PARTS = {
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
+    **flux_layout.DOUBLE_ATTENTION,
     "ff.linear_in": "img_mlp.0",
     "ff.linear_out": "img_mlp.2",
     "ff_context.linear_in": "txt_mlp.0",
     "ff_context.linear_out": "txt_mlp.2",
 }
-_FUSED = {
-    "attn.to_q": ("img_attn.qkv", 0),
-    "attn.to_k": ("img_attn.qkv", 1),
-    "attn.to_v": ("img_attn.qkv", 2),
-    "attn.add_q_proj": ("txt_attn.qkv", 0),
-    "attn.add_k_proj": ("txt_attn.qkv", 1),
-    "attn.add_v_proj": ("txt_attn.qkv", 2),
-}
-_SINGLE_PARTS = {
-    "attn.to_qkv_mlp_proj": "linear1",
-    "attn.to_out": "linear2",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-}
+_SINGLE_PARTS = {**flux_layout.SINGLE_NORMS, "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
 
 
 class Flux2(Family):
@@ -169,9 +150,8 @@ class Flux2(Family):
         )
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "double_stream_modulation_img.lin.weight" in shapes and self._is_klein != (
-            "guidance_in.in_layer.weight" in shapes
-        )
+        is_klein = flux_layout.GUIDANCE not in shapes
+        return "double_stream_modulation_img.lin.weight" in shapes and self._is_klein == is_klein
 
     def denoiser_class(self) -> type[nn.Module]:
         from diffusers import Flux2Transformer2DModel
@@ -180,8 +160,7 @@ class Flux2(Family):
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["img_in.weight"]
-        norm = "double_blocks.0.img_attn.norm.key_norm."
-        head = shapes[f"{norm}scale" if f"{norm}scale" in shapes else f"{norm}weight"][0]
+        head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
         return {
             "in_channels": in_channels,
             "num_layers": block_count(shapes, "double_blocks."),
@@ -200,10 +179,10 @@ class Flux2(Family):
         return {path: _original(path, width) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+        return _DIFFUSION
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+        return _DIFFUSION
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
@@ -270,10 +249,6 @@ class Flux2(Family):
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]
         context = conditioning.tensors["context"]
-        attention: dict[str, Any] = {}
-        if conditioning.mask is not None:  # text comes first, then the picture, which is not masked
-            picture = conditioning.mask.new_ones(len(latents), height * width)
-            attention["attention_mask"] = torch.cat((conditioning.mask, picture), dim=1)[:, None, None]
         guidance = None
         if not self._is_klein and "no_guidance" not in conditioning.tensors:
             given = conditioning.tensors.get("guidance")
@@ -285,7 +260,7 @@ class Flux2(Family):
             encoder_hidden_states=context,
             txt_ids=_positions(1, 1, context.shape[1], latents.device),
             img_ids=_positions(height, width, 1, latents.device),
-            joint_attention_kwargs=attention,
+            joint_attention_kwargs=attention_arguments(conditioning.mask, height * width),
             return_dict=False,
         )[0]
         return prediction.transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-any-return]
@@ -309,10 +284,7 @@ def _original(path: str, width: int) -> OriginalName:
     kind, index, rest = path.split(".", 2)
     if kind == "single_transformer_blocks":
         return OriginalName(f"single_blocks.{index}.{_SINGLE_PARTS[rest]}")
-    if rest in _FUSED:
-        fused, position = _FUSED[rest]
-        return OriginalName(f"double_blocks.{index}.{fused}", rows=(position * width, (position + 1) * width))
-    return OriginalName(f"double_blocks.{index}.{_DOUBLE_PARTS[rest]}")
+    return in_double_block(index, rest, width, _DOUBLE_PARTS)
 
 
 register(Flux2(is_klein=False), "flux2-dev")

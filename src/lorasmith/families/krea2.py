@@ -31,7 +31,7 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
@@ -48,7 +48,8 @@ _SYSTEM = (
 _ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 _SYSTEM_TOKENS = 34  # encoded, but not seen by the denoiser
 _MU = 1.15  # ComfyUI's shift for KSampler
-_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 1.15), patches=(256, 6400))  # Krea2Pipeline's for Raw
+_RESOLUTION_SHIFT = ResolutionShift(patches=(256, 6400))  # Krea2Pipeline's for Raw
+_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
 
 _ATTENTION = ("transformer_blocks.*.attn.to_*",)
 _TARGETS = {
@@ -130,9 +131,9 @@ class Krea2(Family):
         return Krea2Transformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        head = _norm(shapes, "blocks.0.attn.qknorm.qnorm")
+        head = shapes[norm_name("blocks.0.attn.qknorm.qnorm", shapes)][0]
         fusion = "txtfusion.layerwise_blocks.0."
-        text_head = _norm(shapes, f"{fusion}attn.qknorm.qnorm")
+        text_head = shapes[norm_name(f"{fusion}attn.qknorm.qnorm", shapes)][0]
         return {
             "in_channels": shapes["first.weight"][1],
             "num_layers": block_count(shapes, "blocks."),
@@ -156,10 +157,10 @@ class Krea2(Family):
         return {path: _original(path) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+        return _DIFFUSION
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+        return _DIFFUSION
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         scale = tuple(1 / deviation for deviation in LATENT_STD)
@@ -234,11 +235,6 @@ class Krea2(Family):
             return_dict=False,
         )[0]
         return unpacked_latents(prediction, height, width).unsqueeze(2)
-
-
-def _norm(shapes: Mapping[str, tuple[int, ...]], path: str) -> int:
-    """Width of a norm, whose weight is `scale` in the released files."""
-    return shapes[f"{path}.scale" if f"{path}.scale" in shapes else f"{path}.weight"][0]
 
 
 def _original(path: str) -> OriginalName:

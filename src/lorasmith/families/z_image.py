@@ -33,6 +33,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
@@ -41,7 +42,8 @@ __all__ = ["ZImage"]
 
 _HEAD_WIDTH = 128
 _LUMINA_WIDTH = 2304  # Lumina 2 is built alike
-_SHIFT = 3.0  # ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3
+# Shifted as in ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3.
+_DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _LAYER = -2  # of the encoder's states
 
@@ -92,7 +94,7 @@ class ZImage(Family):
         channels=16,
         usual_file="ae.safetensors",
         prefixes=("vae.",),
-        settings={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        settings=FLUX_CONSTANTS,
     )
     clip_types = ("lumina2",)
     repeatable_context = False
@@ -133,10 +135,10 @@ class ZImage(Family):
         return {path: _original(path, config.dim) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return Diffusion("flow", FlowSchedule(shift=_SHIFT))
+        return _DIFFUSION
 
     def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return Diffusion("flow", FlowSchedule(shift=_SHIFT))
+        return _DIFFUSION
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config

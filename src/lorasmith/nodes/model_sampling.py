@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorasmith.core.errors import ModelError, OptionError
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, ResolutionShift
+from lorasmith.diffusion.schedule import EXPONENTIAL_STEPS, DiscreteSchedule, FlowSchedule, ResolutionShift
 from lorasmith.families.base import Diffusion
 from lorasmith.families.model import Denoiser
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -17,8 +17,6 @@ _STEPS = 1000
 _PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "lcm": "epsilon"}
 _DISTILLED_STEPS = 50
 """Timesteps of latent consistency models."""
-_FLUX_TABLE = 10_000
-"""Entries of ComfyUI's sigma table for Flux.1, of which some schedulers take every n-th."""
 
 
 def _shift(default: float) -> Input:
@@ -76,7 +74,7 @@ def model_sampling_flux(
     _check_time(context, model, "ModelSamplingFlux", "ModelSamplingSD3", time_scale=1)
     by_size = ResolutionShift(mu=(base_shift, max_shift))
     shift = by_size.of_patches(width * height / 16**2)
-    return (_as_flow(model, shift, table=_FLUX_TABLE, resolution_shift=by_size),)
+    return (_as_flow(model, shift, table=EXPONENTIAL_STEPS, resolution_shift=by_size),)
 
 
 @node(

@@ -16,7 +16,13 @@ from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts import vae_layout
 
-__all__ = ["AUTOENCODERS", "AutoencoderKind", "recognised_autoencoder"]
+__all__ = ["AUTOENCODERS", "FLUX_CONSTANTS", "LATENT_MEANS", "AutoencoderKind", "recognised_autoencoder"]
+
+FLUX_CONSTANTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+"""Configuration of Flux.1's autoencoder, which Z-Image has too, beyond what shapes say."""
+
+LATENT_MEANS = "bn.running_mean"
+"""Tensor of autoencoders that normalise their latents by statistics of their own, as Flux.2's does."""
 
 
 class AutoencoderKind(ABC):
@@ -66,8 +72,7 @@ class KlAutoencoder(AutoencoderKind):
     name = "kl"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        # Flux.2's, which is built alike, normalises its latents by statistics of its own.
-        return len(shapes.get("decoder.conv_in.weight", ())) == 4 and "bn.running_mean" not in shapes
+        return len(shapes.get("decoder.conv_in.weight", ())) == 4 and LATENT_MEANS not in shapes
 
     def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return shapes["decoder.conv_in.weight"][1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.core.quantization import plain_weights
@@ -16,11 +17,10 @@ from lorasmith.families.base import LatentFormat
 from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts import vae_layout
-from lorasmith.families.parts.autoencoders import AUTOENCODERS, AutoencoderKind
+from lorasmith.families.parts.autoencoders import AUTOENCODERS, LATENT_MEANS, AutoencoderKind
 
 __all__ = ["Flux2Autoencoder"]
 
-_MEAN = "bn.running_mean"
 _PATCH = 2
 
 
@@ -30,10 +30,10 @@ class Flux2Autoencoder(AutoencoderKind):
     name = "flux2"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return _MEAN in shapes and len(shapes.get("decoder.conv_in.weight", ())) == 4
+        return LATENT_MEANS in shapes and len(shapes.get("decoder.conv_in.weight", ())) == 4
 
     def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return shapes[_MEAN][0]
+        return shapes[LATENT_MEANS][0]
 
     def build(self, source: PartSource) -> nn.Module:
         from diffusers import AutoencoderKLFlux2
@@ -59,17 +59,11 @@ class Flux2Autoencoder(AutoencoderKind):
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         mean, deviation = _statistics(vae)
         latents: Tensor = vae.encode(pixels).latent_dist.mean
-        batch, channels, height, width = latents.shape
-        patches = latents.reshape(batch, channels, height // _PATCH, _PATCH, width // _PATCH, _PATCH)
-        return (patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3) - mean) / deviation
+        return (F.pixel_unshuffle(latents, _PATCH) - mean) / deviation
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         mean, deviation = _statistics(vae)
-        batch, channels, height, width = latents.shape
-        patches = (latents * deviation + mean).reshape(batch, channels // _PATCH**2, _PATCH, _PATCH, height, width)
-        pixels: Tensor = vae.decode(
-            patches.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * _PATCH, width * _PATCH)
-        ).sample
+        pixels: Tensor = vae.decode(F.pixel_shuffle(latents * deviation + mean, _PATCH)).sample
         return pixels
 
 
