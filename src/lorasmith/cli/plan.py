@@ -21,6 +21,7 @@ from lorasmith.cli.flags import (
     with_flags,
 )
 from lorasmith.cli.run_output import found_line
+from lorasmith.core.sizes import memory_text
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -86,10 +87,10 @@ def plan(
 def _print(found: MemoryEstimate) -> None:
     plans = [
         f"{f'checkpointing at depth {one.checkpoint_depth}' if one.checkpoint_depth else one.activations} "
-        f"{_size(one.needed_bytes)}"
+        f"{memory_text(one.needed_bytes)}"
         for one in found.plans
     ]
-    encoders = [f"{name} {_size(size)}" for name, size in found.text_encoders.items()]
+    encoders = [f"{name} {memory_text(size)}" for name, size in found.text_encoders.items()]
     encoders += [f"{name} is missing (usually {file})" for name, file in found.missing.items()]
     for label, text in {
         "Model": f"{found.model} ({found.family})",
@@ -97,7 +98,7 @@ def _print(found: MemoryEstimate) -> None:
         "Pictures": f"{found.pixels}×{found.pixels} pixels, batch {found.batch_size}, products in {found.dtype}",
         "Weights": _by_kind(found.weights),
         "Offloaded": _by_kind(found.offloaded),
-        "Trained": f"{_size(found.trained_bytes)} of weights, gradients and optimizer state",
+        "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",
         "Step": ", ".join(plans),
         "Before": f"text encoders, which are used before training: {', '.join(encoders)}",
     }.items():
@@ -105,23 +106,23 @@ def _print(found: MemoryEstimate) -> None:
         if label == "Model":
             for part in found.found:
                 echo(f"{'':<10}{found_line(part)}")
-    proposal, card = found.proposal, _size(found.card_bytes)
+    proposal, card = found.proposal, memory_text(found.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
     if found.fits:
-        console.print(f"\nFits {card} with [bold]{flags}[/]: about {_size(proposal.needed_bytes)}.", soft_wrap=True)
+        console.print(
+            f"\nFits {card} with [bold]{flags}[/]: about {memory_text(proposal.needed_bytes)}.", soft_wrap=True
+        )
     else:
         echo(
-            f"\nDoes not fit {card}: with {flags} it needs about {_size(proposal.needed_bytes)}, "
-            f"{_size(proposal.short_bytes)} too much; use smaller pictures, a smaller batch or fewer targets."
+            f"\nDoes not fit {card}: with {flags} it needs about {memory_text(proposal.needed_bytes)}, "
+            f"{memory_text(proposal.short_bytes)} too much; use smaller pictures, a smaller batch or fewer targets."
         )
     if not found.encoders_fit:
-        size = _size(sum(found.text_encoders.values()))
+        size = memory_text(sum(found.text_encoders.values()))
         print_note(f"The text encoders need {size} at once, more than {card} has free; give them in fp8 or GGUF.")
 
 
 def _by_kind(sizes: Any) -> str:
-    return ", ".join(f"{'as in the file' if kind == 'none' else kind} {_size(size)}" for kind, size in sizes.items())
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    return ", ".join(
+        f"{'as in the file' if kind == 'none' else kind} {memory_text(size)}" for kind, size in sizes.items()
+    )

@@ -18,6 +18,7 @@ __all__ = [
     "FULL_PRECISION",
     "best_device",
     "chosen_device",
+    "device_of",
     "memory_format_for",
     "placed",
     "product_dtype",
@@ -33,6 +34,11 @@ FULL_PRECISION = "full_precision"
 def best_device() -> torch.device:
     """The first CUDA device, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module that is on one."""
+    return next(module.parameters()).device
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.errors import DataError
-from lorasmith.core.placement import best_device, placed
+from lorasmith.core.placement import best_device, device_of, placed
 from lorasmith.families.base import (
     Components,
     Conditioning,
@@ -190,7 +190,7 @@ class TextEncoder:
         """
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
-                stack.enter_context(placed(module, device=_device_of(module), dtype=self._dtype(name, module)))
+                stack.enter_context(placed(module, device=device_of(module), dtype=self._dtype(name, module)))
             components = self.family.text_encoders
             texts = {name: text if isinstance(text, str) else text.get(name, "") for name in components}
             return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
@@ -240,14 +240,10 @@ class Autoencoder:
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
         """The autoencoder is in fp32 on its device inside; yields `tensor` on that device. No effect in `active()`."""
-        device = _device_of(self.module)
+        device = device_of(self.module)
         with placed(self.module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
 
 
 def _width(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

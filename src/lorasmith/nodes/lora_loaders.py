@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasmith.core.folders import fingerprint
+from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.lora_file import unapplied
 from lorasmith.training.lora_handle import Lora
@@ -19,21 +19,28 @@ def _strength(name: str, *, step: float | None = None) -> Input:
 
 
 _LORA_NAME = Input("lora_name", "COMBO", options=lambda folders: folders.files("loras"), tooltip="A LoRA file.")
+_STRENGTH_MODEL = _strength("strength_model", step=0.01)
+_ON_MODEL = (Input("model", "MODEL"), _LORA_NAME, _STRENGTH_MODEL)
+_ON_BOTH = (
+    Input("model", "MODEL"),
+    Input("clip", "CLIP"),
+    _LORA_NAME,
+    _STRENGTH_MODEL,
+    _strength("strength_clip", step=0.01),
+)
+
+
+def _file(folders: Folders, lora_name: str) -> object:
+    return fingerprint(folders.find("loras", lora_name))
 
 
 @node(
     "LoraLoader",
     display_name="Load LoRA (Model and CLIP)",
     category="model/loaders",
-    inputs=[
-        Input("model", "MODEL"),
-        Input("clip", "CLIP"),
-        _LORA_NAME,
-        _strength("strength_model", step=0.01),
-        _strength("strength_clip", step=0.01),
-    ],
+    inputs=_ON_BOTH,
     outputs=[Output("MODEL"), Output("CLIP")],
-    fingerprint=lambda folders, lora_name: fingerprint(folders.find("loras", lora_name)),
+    fingerprint=_file,
 )
 def lora_loader(
     context: NodeContext,
@@ -52,15 +59,9 @@ def lora_loader(
     "LoraLoaderBypass",
     display_name="Load LoRA (Bypass) (For debugging)",
     category="model/loaders",
-    inputs=[
-        Input("model", "MODEL"),
-        Input("clip", "CLIP"),
-        _LORA_NAME,
-        _strength("strength_model", step=0.01),
-        _strength("strength_clip", step=0.01),
-    ],
+    inputs=_ON_BOTH,
     outputs=[Output("MODEL"), Output("CLIP")],
-    fingerprint=lambda folders, lora_name: fingerprint(folders.find("loras", lora_name)),
+    fingerprint=_file,
 )
 def lora_loader_bypass(
     context: NodeContext,
@@ -79,9 +80,9 @@ def lora_loader_bypass(
     "LoraLoaderModelOnly",
     display_name="Load LoRA",
     category="model/loaders",
-    inputs=[Input("model", "MODEL"), _LORA_NAME, _strength("strength_model", step=0.01)],
+    inputs=_ON_MODEL,
     outputs=[Output("MODEL")],
-    fingerprint=lambda folders, lora_name: fingerprint(folders.find("loras", lora_name)),
+    fingerprint=_file,
 )
 def lora_loader_model_only(
     context: NodeContext, *, model: Denoiser, lora_name: str, strength_model: float
@@ -94,9 +95,9 @@ def lora_loader_model_only(
     "LoraLoaderBypassModelOnly",
     display_name="Load LoRA (Bypass, Model Only) (for debugging)",
     category="model/loaders",
-    inputs=[Input("model", "MODEL"), _LORA_NAME, _strength("strength_model", step=0.01)],
+    inputs=_ON_MODEL,
     outputs=[Output("MODEL")],
-    fingerprint=lambda folders, lora_name: fingerprint(folders.find("loras", lora_name)),
+    fingerprint=_file,
 )
 def lora_loader_bypass_model_only(
     context: NodeContext, *, model: Denoiser, lora_name: str, strength_model: float

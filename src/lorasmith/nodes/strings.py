@@ -200,9 +200,7 @@ class _Formatter(letters.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         numbers = "".join(one if one.isdigit() else " " for one in format_spec).split()
-        if any(int(number) > _LONGEST for number in numbers if len(number) < 20) or any(
-            len(number) >= 20 for number in numbers
-        ):
+        if any(len(number) >= 20 or int(number) > _LONGEST for number in numbers):
             raise ValueError(f"{format_spec!r} is wider than {_LONGEST:,} characters")
         return str(super().format_field(value, format_spec))
 

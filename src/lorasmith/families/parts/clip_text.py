@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.core.placement import device_of
 from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import byte_characters
 
@@ -121,9 +122,8 @@ def _encoded(rows: list[list[int]], model: nn.Module, skip_layers: int, final_no
     """Hidden states (rows, 77, width) and pooled vectors (rows, ...), fp32."""
     # transformers 5.6 removed the level `text_model` from CLIPTextModel, not from CLIPTextModelWithProjection.
     core: Any = getattr(model, "text_model", model)
-    device = next(model.parameters()).device
     with torch.no_grad():
-        output = model(input_ids=torch.tensor(rows, device=device), output_hidden_states=True)
+        output = model(input_ids=torch.tensor(rows, device=device_of(model)), output_hidden_states=True)
         layers = output.hidden_states[1:]  # the first one is the embeddings
         hidden = layers[-1 - skip_layers] if skip_layers < len(layers) else layers[-1]
         if final_norm:

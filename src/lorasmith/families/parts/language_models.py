@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.tokenizers import (
@@ -153,7 +154,7 @@ def hidden_states(
         layers: numbers of states; 0 is the embedding, −1 the last layer after the final norm.
         mask: False for tokens that no token attends to; None for none of these.
     """
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     attention = None if mask is None else torch.tensor([list(mask)], dtype=torch.long, device=device)
     with torch.no_grad():
         states = encoder(

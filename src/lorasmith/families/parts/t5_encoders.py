@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
@@ -88,7 +89,7 @@ def encode_t5(
     if weighted:
         rows.append([tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (len(tokens) - 1)])
     with torch.no_grad():
-        states: Tensor = encoder(input_ids=torch.tensor(rows, device=_device_of(encoder))).last_hidden_state.float()
+        states: Tensor = encoder(input_ids=torch.tensor(rows, device=device_of(encoder))).last_hidden_state.float()
     return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
 
 
@@ -106,7 +107,3 @@ def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
     }
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

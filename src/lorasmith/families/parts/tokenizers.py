@@ -117,20 +117,13 @@ def folder_tokenizer(folder: Path) -> Any:
 @cache
 def qwen_tokenizer() -> Any:
     """The tokenizer of Qwen 2, 2.5, 3 and 3-VL (byte-level BPE, 151669 tokens), padded with `<|endoftext|>`."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, normalizers
 
     merges = _unpacked("qwen2_merges.txt.gz").rstrip("\n").split("\n")
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     tokens = [*byte_characters(), *(first + second for first, second in pairs)]
-    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs))
+    core = _byte_level({token: index for index, token in enumerate(tokens)}, pairs, _QWEN_SPLIT)
     core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _QWEN_CONTROL])
     core.add_tokens([AddedToken(token, normalized=False) for token in _QWEN_ADDED])
     return _for_transformers(core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
@@ -178,7 +171,7 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
 
 def _tekken(data: bytes, where: str) -> Any:
     """The tokenizer of a tekken file: ranked byte strings, numbered after the control tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken
 
     try:
         content = json.loads(data)
@@ -192,7 +185,16 @@ def _tekken(data: bytes, where: str) -> Any:
     names = {number: f"<SPECIAL_{number}>" for number in range(control)} | _TEKKEN_CONTROL
     vocabulary = {names[number]: number for number in range(control)}
     vocabulary |= {token: control + rank for rank, token in enumerate(tokens)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(tokens)))
+    core = _byte_level(vocabulary, _merges(tokens), pattern)
+    core.add_special_tokens([AddedToken(names[number], normalized=False, special=True) for number in range(control)])
+    return _for_transformers(core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _byte_level(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], pattern: str) -> Any:
+    """A tokenizer that cuts a text at the matches of a pattern, then joins pairs of bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    core = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -200,8 +202,7 @@ def _tekken(data: bytes, where: str) -> Any:
         ]
     )
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(names[number], normalized=False, special=True) for number in range(control)])
-    return _for_transformers(core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return core
 
 
 def _merges(tokens: list[str]) -> list[tuple[str, str]]:

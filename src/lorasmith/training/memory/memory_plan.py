@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.choices import Activations
+from lorasmith.core.sizes import memory_text
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import ResolvedConfig
@@ -84,8 +85,8 @@ class MemoryPlan:
         }
         way = f"blocks are recomputed, at depth {self.checkpoint_depth}" if self.checkpoint_depth else ""
         text = (
-            f"Activations: {way or ways[self.activations]}; a step needs about {_size(self.needed_bytes)} of "
-            f"{_size(self.budget_bytes)}."
+            f"Activations: {way or ways[self.activations]}; a step needs about {memory_text(self.needed_bytes)} of "
+            f"{memory_text(self.budget_bytes)}."
         )
         return text if self.fits else f"{text} Memory may run out; use a smaller batch or picture."
 
@@ -272,7 +273,3 @@ class _Probe:
 
 def _no_backward(packed: None) -> Tensor:
     raise AssertionError("a probe runs forwards only")
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,15 @@
+"""Amounts of memory in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasmith.core.sizes import memory_text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 MiB"), (2**20, "1 MiB"), (2**30 - 2**20, "1023 MiB"), (2**30, "1.0 GiB"), (25 * 2**29, "12.5 GiB")],
+)
+def test_memory_in_words(size: int, text: str) -> None:
+    assert memory_text(size) == text
