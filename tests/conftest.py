@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,12 @@ def slow_wanted(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("all tests" if slow_wanted(config) else "default run")
+
+
+def pytest_collection_finish() -> None:
+    """The imported libraries have a million objects: the garbage collector need not visit them again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

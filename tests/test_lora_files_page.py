@@ -36,6 +36,7 @@ def folder(tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_runs(folder: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
     assert len(commands) == 7

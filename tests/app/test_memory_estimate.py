@@ -56,10 +56,10 @@ def estimated(path: Path, settings: TrainConfig, *, gib: float = 12, resolution:
     return estimate_of(load_model(path), settings, card_bytes=int(gib * GIB), resolution=resolution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tolerance"),
-    # Convolutions over few pixels are matrix products on the CPU alone.
-    [("flux", 0.001), pytest.param("sd1", 0.05, marks=pytest.mark.slow)],
+    [("flux", 0.001), ("sd1", 0.05)],  # convolutions over few pixels are matrix products on the CPU alone
 )
 def test_activations_are_those_that_auto_measures(
     family: str, tolerance: float, request: pytest.FixtureRequest
@@ -165,6 +165,7 @@ def test_a_quantized_checkpoint_stays_as_it_is(flux: Path, tmp_path: Path) -> No
     assert replace(found, card_bytes=tight).proposal.quantization == "nf4"
 
 
+@pytest.mark.slow
 def test_text_encoders_are_counted_or_named(tmp_path: Path) -> None:
     base = comfyui_folder(tmp_path)
     files, settings = ModelFiles("flux1-dev.safetensors"), config(targets="*.attn.to_q")
@@ -180,6 +181,7 @@ def test_text_encoders_are_counted_or_named(tmp_path: Path) -> None:
     assert not replace(found, text_encoders={"text_encoder_2": 13 * GIB}).encoders_fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"dora": "output", "targets": "mid_block.*"},
     pytest.param({"pissa": True, "targets": "mid_block.*"}, marks=pytest.mark.slow),

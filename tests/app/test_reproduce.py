@@ -63,6 +63,7 @@ def test_a_repetition_that_is_stopped_is_not_compared(lora: Path) -> None:
     assert (found.is_complete, found.is_same) == (False, False)
 
 
+@pytest.mark.slow
 def test_other_tensors_are_not_the_same(lora: Path) -> None:
     tensors, metadata = read_safetensors(lora)
     write_safetensors(lora, {key: 2 * tensor for key, tensor in tensors.items()}, metadata)

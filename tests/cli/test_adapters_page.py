@@ -20,6 +20,7 @@ PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    lorasmith (.*)$", PAGE, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", slow_except(COMMANDS, *COMMANDS[::4]))
 def test_commands_run(lorasmith: Command, photos: Path, command: str) -> None:
     arguments = shlex.split(command)

@@ -20,6 +20,7 @@ Command = Callable[..., Any]
 QUICK = ("--steps", 2, "--resolution", 32, "--targets", "*.0.attn2.*", "--rank", 4)
 
 
+@pytest.mark.slow
 def test_it_fits_on_a_screen_and_says_what_limits_the_step(lorasmith: Command) -> None:
     ran = lorasmith("bench", *QUICK, "--quantization", "int8")
     assert ran.code == 0, ran.err

@@ -104,6 +104,7 @@ def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path)
     assert parsed["components"] == {"denoiser": 56}
 
 
+@pytest.mark.slow
 def test_pictures_in_half_precision_are_nearly_the_same(lorasmith: Command, tmp_path: Path) -> None:
     for dtype in ("fp32", "bf16"):
         ran = lorasmith(

@@ -27,6 +27,7 @@ def models(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "comfyui")) / "models"
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_parts_and_is_repeated_with_them(
     lorasmith: Command, photos: Path, models: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return comfyui_folder(tmp_path_factory.mktemp("page"))
 
 
+@pytest.mark.slow
 def test_commands_run_in_order(lorasmith: Command, photos: Path, made: Path, tmp_path: Path) -> None:
     given, *others = COMMANDS
     assert [command.split()[0] for command in COMMANDS] == ["train", "train", "models", "plan", "train"]

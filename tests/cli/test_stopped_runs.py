@@ -127,6 +127,7 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert tensors_of(broken) == tensors_of(whole)
 
 
+@pytest.mark.slow
 def test_fresh_begins_in_a_new_folder(lorasmith: Command, images: Path, broken: Path, tmp_path: Path) -> None:
     ran = lorasmith("train", images, *RUN, "--fresh")
     assert ran.code == 0, ran.err
@@ -135,6 +136,7 @@ def test_fresh_begins_in_a_new_folder(lorasmith: Command, images: Path, broken: 
     assert RunFolder(tmp_path / "runs" / "cat-002").outcome() == "finished"
 
 
+@pytest.mark.slow
 def test_fresh_moves_what_is_in_the_output_aside_and_says_so(
     lorasmith: Command, images: Path, broken: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Comma
     assert RunFolder(broken).outcome() == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_state_begins_again(
     lorasmith: Command, whole: Path, broken: Path
 ) -> None:
@@ -206,6 +209,7 @@ def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path
     assert (ran.code, "output must not contain a run, but runs/cat-001 does" in ran.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
     lorasmith: Command, stopped: Path, tmp_path: Path
 ) -> None:
@@ -233,6 +237,7 @@ def test_what_decides_the_result_is_named_and_nothing_trained(lorasmith: Command
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_only_the_last_bits_depend_on_is_named_and_tried(
     lorasmith: Command, whole: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +255,7 @@ def test_what_only_the_last_bits_depend_on_is_named_and_tried(
     assert "are bit-identical." in ran.out
 
 
+@pytest.mark.slow
 def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
     tensors, metadata = read_safetensors(whole / "cat.safetensors")
     write_safetensors(tmp_path / "cat.safetensors", {key: 2 * tensor for key, tensor in tensors.items()}, metadata)
@@ -258,6 +264,7 @@ def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: 
     assert "are not the same" in ran.out
 
 
+@pytest.mark.slow
 def test_a_reproduction_that_is_stopped_proves_nothing(lorasmith: Command, whole: Path) -> None:
     with interrupted(signal.SIGINT):
         ran = lorasmith("reproduce", whole / "cat.safetensors")
@@ -272,6 +279,7 @@ def test_a_file_that_does_not_say_how_it_was_made(lorasmith: Command, images: Pa
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.slow
 def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_path: Path) -> None:
     held_out = pictures(tmp_path / "held out", 2, seed=2)
     ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--output", "run")
@@ -285,6 +293,7 @@ def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_p
     assert "are bit-identical." in ran.out
 
 
+@pytest.mark.slow
 def test_a_run_that_validation_stopped(lorasmith: Command, images: Path, tmp_path: Path) -> None:
     held_out = pictures(tmp_path / "held out", 2, seed=2)
     ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--patience", 1, "--output", "run")
@@ -302,6 +311,7 @@ def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith
     assert "images" not in ran.out
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_stopped_draws_nothing(lorasmith: Command, tmp_path: Path) -> None:
     with interrupted(signal.SIGINT, at=1):
         ran = lorasmith("demo", "--output", "run", "--steps", 3)

@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", slow_except(CHOICES, "LoKr", "DoRA of PiSSA", "differences"))
 def test_counts_are_those_of_the_run_and_the_size_is_that_of_the_file(
     lorasmith: Command, photos: Path, tmp_path: Path, choice: str
@@ -75,6 +76,7 @@ def test_rank_is_called_what_it_is(lorasmith: Command, algorithm: str, word: str
     assert [one for one in ("Rank", "Factor", "Block size") if one in header] == ([word] if word else [])
 
 
+@pytest.mark.slow
 def test_train_calls_it_so_too(lorasmith: Command, photos: Path) -> None:
     quick = ("--model", "lorasmith-tiny", "--steps", 1, "--targets", "*.0.attn2.to_q", "--rank", 4)
     for algorithm, words in {

@@ -41,6 +41,7 @@ def files(tiny: Model, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(lorasmith: Command, files: Path) -> None:
     commands = [shlex.split(line.strip())[1:] for line in re.findall(r"^    (lorasmith .*)$", PAGE, flags=re.MULTILINE)]
     assert {command[0] for command in commands} == {"merge", "resize", "extract", "diff"}
@@ -52,6 +53,7 @@ def test_the_commands_of_the_page_run(lorasmith: Command, files: Path) -> None:
     assert (files / "style-rank4.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +98,7 @@ def test_resize_shows_blocks_or_modules(lorasmith: Command, files: Path) -> None
     assert (files / "style-energy0.8.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_extract_says_how_much_it_has(lorasmith: Command, files: Path) -> None:
     merge = ("merge", "subject.safetensors", "--into", "sd15.safetensors", "--output", "tuned.safetensors")
     assert lorasmith(*merge).code == 0

@@ -25,6 +25,7 @@ PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    lorasmith (train .*)$", PAGE, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", slow_except(COMMANDS, *COMMANDS[::4]))
 def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "eager")  # machine code for twenty blocks takes minutes,
@@ -41,6 +42,7 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
     assert ("has no effect" in ran.out) == (for_gpus and not torch.cuda.is_available())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
     section = PAGE.split("## Stopping and resuming\n")[1].split("\n## ")[0]

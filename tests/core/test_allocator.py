@@ -16,6 +16,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are counted on Linux")
 def test_freed_memory_is_not_faulted_in_again() -> None:
     def faults(how: str) -> int:

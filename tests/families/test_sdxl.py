@@ -208,6 +208,7 @@ def named(encoder: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_model_may_come_in_four_files(sdxl: Model, tmp_path: Path) -> None:
     whole = tensors()
     vae = {name.removeprefix("first_stage_model."): one for name, one in whole.items() if name.startswith("first_")}

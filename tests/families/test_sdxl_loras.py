@@ -71,6 +71,7 @@ def test_four_pictures_are_learnt(sdxl: Model, four: EncodedDataset) -> None:
     assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(sdxl: Model, four: EncodedDataset, tmp_path: Path) -> None:
     settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
     whole = run(sdxl, four, output=tmp_path / "whole", **settings)

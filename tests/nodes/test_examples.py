@@ -61,6 +61,7 @@ def test_the_example_trains_saves_plots_and_samples(prompt: dict[str, Any], tmp_
     assert not np.array_equal(before, after)
 
 
+@pytest.mark.slow
 def test_the_style_example_draws_each_prompt_at_three_strengths(tmp_path: Path) -> None:
     folders = Folders(tmp_path)
     graph = validate(prompt_in(STYLE), folders)

@@ -12,6 +12,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Executor, apply_overrides, parse_prompt, validate
+from tests.covering import slow_except
 from tests.families import sdxl_models
 from tests.families.test_transformer_loras import RELEASED_WIDTHS_ONLY, assert_applied
 from tests.families.transformer_models import Case
@@ -37,7 +38,7 @@ def drawn(stem: str, folders: Folders) -> np.ndarray:
     return np.array(Image.open(folders.output / "fox_00001_.png"))
 
 
-@pytest.mark.parametrize("stem", FAMILY)
+@pytest.mark.parametrize("stem", slow_except(FAMILY, "z_image_lora"))
 def test_a_graph_trains_a_lora_that_diffusers_applies(stem: str, tmp_path: Path) -> None:
     load_nodes()
     case, folders = Case.of(FAMILY[stem], tmp_path), Folders(tmp_path)
@@ -53,6 +54,7 @@ def test_a_graph_trains_a_lora_that_diffusers_applies(stem: str, tmp_path: Path)
     assert_applied(case, saved)
 
 
+@pytest.mark.slow
 def test_the_graph_of_stable_diffusion_xl_runs(tmp_path: Path) -> None:
     load_nodes()
     (tmp_path / "models" / "checkpoints").mkdir(parents=True)

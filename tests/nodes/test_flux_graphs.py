@@ -168,6 +168,7 @@ def test_an_encoder_of_another_family_is_refused_before_the_work(base: Path, goa
         run(base, prompt)
 
 
+@pytest.mark.slow
 def test_guidance_is_an_input_of_the_network(base: Path) -> None:
     def sampled(**inputs: Any) -> torch.Tensor:
         prompt = {**loaders(), **sampling()}

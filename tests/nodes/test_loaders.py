@@ -45,6 +45,7 @@ def test_parts_are_loaded_from_their_folders(bench: Any, flux: dict[str, Path]) 
     model.check_conditionings([encoded])
 
 
+@pytest.mark.slow
 def test_one_encoder_is_one_of_a_family_by_its_type(bench: Any, flux: dict[str, Path]) -> None:
     for name in ("stable_diffusion", "Stable_Diffusion", "no such type"):
         clip = bench.one("CLIPLoader", clip_name="clip_l.safetensors", type=name)
@@ -54,6 +55,7 @@ def test_one_encoder_is_one_of_a_family_by_its_type(bench: Any, flux: dict[str, 
     assert bench.one("QuadrupleCLIPLoader", **three, clip_name4="clip_l.safetensors").family.name == "sd1"
 
 
+@pytest.mark.slow
 def test_an_encoder_may_stay_on_the_processor(bench: Any, flux: dict[str, Path]) -> None:
     def device(choice: str) -> Any:
         return bench.one("CLIPLoader", clip_name="clip_l.safetensors", type="flux", device=choice).device

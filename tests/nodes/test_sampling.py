@@ -160,6 +160,7 @@ def test_two_advanced_samplers_share_the_steps_of_one(
     assert torch.equal(part(noisy, start_at_step=5)["samples"], noisy["samples"])
 
 
+@pytest.mark.slow
 def test_a_prompt_for_a_part_of_sampling_counts_there_alone(
     bench: Any, captions: list[Conditioning], sample: Make
 ) -> None:

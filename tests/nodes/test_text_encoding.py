@@ -66,6 +66,7 @@ def test_flux_has_a_prompt_for_each_encoder_and_its_guidance(bench: Any, flux_cl
     assert torch.equal(same.tensors["context"], encoded("a fox", "a fox").tensors["context"])
 
 
+@pytest.mark.slow
 def test_sdxl_has_a_prompt_for_each_encoder_and_its_sizes(bench: Any, sdxl_clip: TextEncoder) -> None:
     sizes = {"width": 640, "height": 480, "crop_w": 8, "crop_h": 16, "target_width": 1024, "target_height": 768}
     (one,) = bench.one("CLIPTextEncodeSDXL", clip=sdxl_clip, **sizes, text_g="a fox", text_l="a red bus")

@@ -34,6 +34,7 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import Job, RunOptions, TrainResult
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
+from tests.covering import slow_except
 
 Make = Callable[..., Any]
 
@@ -150,6 +151,7 @@ def test_latents_of_another_model_are_refused(train: Make) -> None:
         train(lists={"latents": [{"samples": torch.zeros(3, 16, 8, 8)}]})
 
 
+@pytest.mark.slow
 def test_sizes_train_together_and_buckets_change_nothing(
     bench: Any, train: Make, latents: Make, captions: list[Conditioning]
 ) -> None:
@@ -195,6 +197,7 @@ def test_each_run_has_a_folder_of_its_own(train: Make, bench: Any) -> None:
     assert json.loads((runs[0] / "run.json").read_text("utf-8"))["samples"][2]["caption"] == "a green tree"
 
 
+@pytest.mark.slow
 def test_the_seed_has_its_full_range_and_repeats(train: Make) -> None:
     first, second, other = (tensors(train(seed=seed, steps=1)) for seed in (2**64 - 1, 2**64 - 1, 0))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -206,7 +209,7 @@ def test_too_large_a_rank_is_capped_with_a_word(train: Make, bench: Any) -> None
     assert any("Rank 128 exceeds the size of" in text for text in bench.messages("warning"))
 
 
-@pytest.mark.parametrize("algorithm", load_nodes()["TrainLoraNode"].slots["algorithm"].options)
+@pytest.mark.parametrize("algorithm", slow_except(load_nodes()["TrainLoraNode"].slots["algorithm"].options, "LoKr"))
 def test_every_algorithm_trains_with_the_nodes_own_defaults(
     train: Make, bench: Any, tiny: Model, algorithm: str
 ) -> None:
@@ -289,6 +292,7 @@ def prompt(steps: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_cancelling_keeps_the_lora_of_the_steps_that_were_taken(bench: Any, tiny: Model) -> None:
     events: list[Event] = []
 
@@ -336,6 +340,7 @@ def test_a_cancelled_graph_goes_on_when_it_is_run_again(bench: Any) -> None:
     assert (bench.folders.output / "loras" / "fox_5_steps_00001_.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_cancelled_graph_starts_anew_where_it_is_told_to(bench: Any) -> None:
     cancel = threading.Event()
 
@@ -368,6 +373,7 @@ def test_a_graph_whose_training_fails_names_the_node(bench: Any) -> None:
         Executor(bench.folders).run(validate(graph, bench.folders))
 
 
+@pytest.mark.slow
 def test_a_replaced_lora_is_continued_anew(bench: Any) -> None:
     executor = Executor(bench.folders)
     executor.run(validate(prompt(1), bench.folders))
@@ -385,6 +391,7 @@ def test_preview_inputs_reach_the_engine(asked: Callable[..., Asked]) -> None:
     assert (config.previews, config.preview_every) == ("a lion\na bus", 5)
 
 
+@pytest.mark.slow
 def test_previews_are_shown_as_live_frames_and_change_nothing(train: Make, bench: Any) -> None:
     shown = train(steps=2, previews="a fox", preview_every=1)
     frames = [event for event in bench.events if isinstance(event, NodeProgress) and event.preview is not None]

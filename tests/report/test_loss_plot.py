@@ -37,6 +37,7 @@ def axes(monkeypatch: pytest.MonkeyPatch):
     return plot
 
 
+@pytest.mark.slow
 def test_picture_and_its_metadata() -> None:
     png = plot_losses([0.3, 0.2], metadata={"prompt": '{"1": {}}', "workflow": '"ü 猫"'})
     image = Image.open(io.BytesIO(png))

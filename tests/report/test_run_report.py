@@ -140,6 +140,7 @@ def test_what_people_hear(picture: Path) -> None:
     assert len(set(found.ids)) == len(found.ids), "two elements have one id"
 
 
+@pytest.mark.slow
 def test_the_same_report_is_the_same_page(picture: Path) -> None:
     report = RunReport(**whole("plain", picture))
     assert run_report(report) == run_report(report)
@@ -229,6 +230,7 @@ def test_a_picture_is_scaled_and_missing_ones_are_said(tmp_path: Path, picture: 
     assert drawn.count("<img") == 1 and drawn.count("no picture") == 4
 
 
+@pytest.mark.slow
 def test_many_pictures_stay_small(tmp_path: Path) -> None:
     noise = Image.effect_noise((512, 512), 80).convert("RGB")
     noise.save(tmp_path / "noise.png")

@@ -58,7 +58,7 @@ def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
     ("strength", "dtype"),
     [
         (0.5, torch.float32),
-        (1.0, torch.bfloat16),
+        pytest.param(1.0, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(1.0, torch.float32, marks=pytest.mark.slow),
         pytest.param(0.5, torch.bfloat16, marks=pytest.mark.slow),
     ],
@@ -96,6 +96,7 @@ def test_prompts_are_encoded_at_the_start_alone(
     assert len(previewer.draw(saved)) == len(previewer.draw(None)) == 2
 
 
+@pytest.mark.slow
 def test_a_text_encoder_in_the_file_counts_at_each_strength(
     make: Callable[..., Previewer], tiny: Model, saved: Path, tmp_path: Path
 ) -> None:

@@ -173,6 +173,7 @@ def test_two_checkpoints_by_tensor(tiny_file: Path, tmp_path: Path) -> None:
     assert not found.is_same(tolerance=1.0)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_different_layouts(tiny_file: Path, folder: Path, tmp_path: Path) -> None:
     assert compare(tiny_file, folder).is_same(weights_only=True)
     copy = tmp_path / "copy"

@@ -85,6 +85,7 @@ def test_ranks_by_energy_are_applied(tiny: Model, state: AdapterState, tmp_path:
         assert check_safetensors(report.output).metadata["ss_network_alpha"] != "Dynamic"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_except(["kohya", "portable", "diffusers"], "portable"))
 def test_an_extract_is_applied(tiny: Model, tiny_file: Path, state: AdapterState, tmp_path: Path, layout: str) -> None:
     lora = cases.saved(tmp_path / "a.safetensors", state, tiny.names)

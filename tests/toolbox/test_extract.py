@@ -56,6 +56,7 @@ def test_a_lora_is_recovered(tiny_file: Path, tiny: Model, folded: Folded, tmp_p
     assert report.left_out == 0
 
 
+@pytest.mark.slow
 def test_a_folder_against_a_single_file(
     folder: Path, tiny_file: Path, tiny: Model, folded: Folded, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_fused_projections_are_one_matrix_of_the_rank(
     assert report.ranks["single_blocks.0.linear1"] == 8
 
 
+@pytest.mark.slow
 def test_fused_projections_of_a_text_encoder(sd2_file: Path, sd2: Model, tmp_path: Path) -> None:
     tensors, metadata = read_safetensors(sd2_file)
     name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
@@ -98,6 +100,7 @@ def test_fused_projections_of_a_text_encoder(sd2_file: Path, sd2: Model, tmp_pat
     assert torch.allclose(cases.weight_change(found.adapters[ref]).float(), change, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_rank_takes_the_best_approximation(tiny_file: Path, tiny: Model, folded: Folded, tmp_path: Path) -> None:
     state = cases.lora_state(cases.shapes_of(tiny), rank=6)
     tuned = folded(tiny_file, tiny, state)
@@ -120,6 +123,7 @@ def with_changes(source: Path, target: Path, changes: dict[str, Tensor]) -> Path
     return target
 
 
+@pytest.mark.slow
 def test_norms_and_biases_are_taken_along_on_request(tiny_file: Path, tiny: Model, tmp_path: Path) -> None:
     names = {
         "model.diffusion_model.middle_block.0.in_layers.0.weight": ("mid_block.resnets.0.norm1", "weight"),
@@ -180,6 +184,7 @@ def test_layout_dtype_and_header(tiny_file: Path, tiny: Model, folded: Folded, t
     assert "sshs_model_hash" in header.metadata
 
 
+@pytest.mark.slow
 def test_progress_counts_layers(tiny_file: Path, tiny: Model, folded: Folded, tmp_path: Path) -> None:
     tuned = folded(tiny_file, tiny, cases.lora_state(cases.shapes_of(tiny, ("conv1",)), rank=1))
     seen: list[tuple[int, int]] = []

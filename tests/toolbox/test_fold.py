@@ -26,6 +26,7 @@ from lorasmith.toolbox import fold
 from lorasmith.toolbox.fold import fold_into
 from lorasmith.toolbox.model_files import Parameter, open_model
 from lorasmith.training.lora_handle import Lora
+from tests.covering import slow_except
 
 
 def applied_weights(model: Model, loras: Sequence[tuple[Path, float]]) -> dict[str, Tensor]:
@@ -70,7 +71,10 @@ def random_lora(model: Model, path: Path, algorithm: str = "lora", layout: str =
     return cases.saved(path, AdapterState(state.adapters, differences), model.names, layout)
 
 
-@pytest.mark.parametrize(("algorithm", "variant"), [("lora", ""), ("loha", ""), ("oft", ""), ("lora", "dora")])
+@pytest.mark.parametrize(
+    ("algorithm", "variant"),
+    slow_except([("lora", ""), ("loha", ""), ("oft", ""), ("lora", "dora")], ("loha", ""), ("lora", "dora")),
+)
 def test_a_single_file_has_the_weights_of_the_applied_lora(
     tiny_file: Path, tiny: Model, tmp_path: Path, algorithm: str, variant: str
 ) -> None:
@@ -83,6 +87,7 @@ def test_a_single_file_has_the_weights_of_the_applied_lora(
     assert not report.left_out
 
 
+@pytest.mark.slow
 def test_several_are_folded_in_order(tiny_file: Path, tiny: Model, tmp_path: Path) -> None:
     parts = [
         (random_lora(tiny, tmp_path / "a.safetensors", "oft"), 1.0),
@@ -107,6 +112,7 @@ def test_everything_else_is_copied_byte_by_byte(sd2_file: Path, sd2: Model, tmp_
     assert metadata == {"modelspec.title": "small", "lorasmith.history": "folded in a.safetensors:0.5"}
 
 
+@pytest.mark.slow
 def test_a_half_precision_model_is_rounded_once(sd2_file: Path, sd2: Model, tmp_path: Path) -> None:
     """One LoRA in fp16 has the bits of applying it; of its text encoder's fused projection only a third changes."""
     parts = [(random_lora(sd2, tmp_path / "a.safetensors"), 0.5)]
@@ -140,6 +146,7 @@ def test_a_folder_stays_a_folder(folder: Path, tiny: Model, tmp_path: Path) -> N
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_folder_equals_the_single_file(folder: Path, tiny_file: Path, tiny: Model, tmp_path: Path) -> None:
     parts = [(random_lora(tiny, tmp_path / "a.safetensors"), 0.7)]
     outputs = [

@@ -203,6 +203,7 @@ def test_norms_and_biases_add_up(tiny: Model, tmp_path: Path) -> None:
     assert torch.allclose(merged.differences[layer]["bias"], -0.5 * differences[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", slow_except(["lora", "loha", "lokr"], "loha"))
 def test_a_rank_takes_the_best_approximation(tiny: Model, tmp_path: Path, algorithm: str) -> None:
     shapes = {ref: shape for ref, shape in cases.shapes_of(tiny).items() if ref.component == DENOISER}

@@ -50,7 +50,7 @@ def fingerprint(model: Model) -> tuple[dict[str, int], list[str], dict[str, Tens
     return places, patched, {name: parameter.clone() for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", slow_except(["fp32", "bf16"], "bf16"))
 def test_the_same_seed_gives_the_same_tensors(run: Run, mixed: EncodedDataset, dtype: str) -> None:
     first, second = (run(mixed, training_dtype=dtype, batch_size=3) for _ in range(2))
     assert first.losses == second.losses
@@ -66,7 +66,7 @@ def test_a_seed_may_be_any_unsigned_64_bit_number(run: Run, dataset: EncodedData
     assert len(run(dataset, seed=2**64 - 1, steps=1).losses) == 1
 
 
-@pytest.mark.parametrize("data", ["dataset", "mixed"])
+@pytest.mark.parametrize("data", slow_except(["dataset", "mixed"], "mixed"))
 def test_a_batch_of_four_is_four_accumulated_batches_of_one(
     run: Run, data: str, request: pytest.FixtureRequest
 ) -> None:

@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(SETTINGS, "dropped", "validated"))
+@pytest.mark.parametrize("name", slow_except(SETTINGS, "validated"))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of optimizers, about their own arguments
 def test_a_run_that_is_broken_off_goes_on_to_the_bit(
     run: Run, mixed: EncodedDataset, tmp_path: Path, name: str
@@ -261,6 +261,7 @@ def test_a_run_that_went_back_goes_on_to_the_bit(
     assert same(saved(tmp_path / "whole"), saved(tmp_path / "broken"))
 
 
+@pytest.mark.slow
 def test_an_exploding_loss_is_gone_back_from(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +298,7 @@ def test_after_too_many_faults_the_best_there_is_is_kept(
     assert RunFolder(tmp_path).outcome() == "failed"
 
 
+@pytest.mark.slow
 def test_an_explosion_too_many_leaves_the_last_good_lora(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +317,7 @@ def test_a_run_without_a_sound_step_fails(run: Run, dataset: EncodedDataset, mon
         run(dataset, steps=2)
 
 
+@pytest.mark.slow
 def test_with_validation_the_best_lora_is_what_a_failed_run_leaves(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +354,7 @@ def test_when_memory_runs_out_the_step_is_taken_in_smaller_pieces(
     assert scarce.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_when_single_images_are_too_large_activations_are_computed_twice(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +380,7 @@ def test_a_run_that_shrank_goes_on_to_the_bit(
     assert same(saved(tmp_path / "whole"), saved(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_one_image_is_said(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +443,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to_leaves_the_last_checkpoint(
 # What a second pair of eyes found
 
 
+@pytest.mark.slow
 def test_the_best_lora_is_there_after_a_run_went_on(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,6 +495,7 @@ def test_checkpoints_of_which_none_can_be_read_are_not_started_over(
         run(dataset, output=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +524,7 @@ def test_a_report_that_fails_costs_the_report_alone(
     assert RunFolder(tmp_path).outcome() == "finished"
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_weighted_squared_error_is_the_same_in_both_objectives(run: Run, datas
     assert one == pytest.approx(other, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_zero_terminal_schedule_trains_v_predictions(tiny: Model, dataset: EncodedDataset) -> None:
     assert tiny.components.parameterization == "v"
     config = TrainConfig(zero_terminal_snr=True, timestep_shift=100.0, batch_size=16, training_dtype="fp32", steps=2)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
@@ -24,6 +26,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_hand_made_denoiser_trains_where_nothing_but_torch_can_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUN, str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -81,6 +81,7 @@ def test_it_is_part_of_what_makes_a_run_the_same_wherever_the_file_is(
     assert differences(taken(adapter), taken(None)) == ["LoRAs applied to the base model"]
 
 
+@pytest.mark.slow
 def test_a_run_with_it_is_resumed(dataset: EncodedDataset, tiny: Model, adapter: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 3, "rank": 2, "targets": LAYER, "training_adapter": str(adapter)}
     whole = train(tiny, dataset, **settings)

@@ -51,6 +51,7 @@ def test_losses_are_those_of_the_model_one_by_one(make: Make, tiny: Model, mixed
             assert losses[row, draw].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_is_measured_every_time(make: Make) -> None:
     validator = make()
     assert torch.equal(validator(), validator())

@@ -28,7 +28,7 @@ SPARING = [kind for kind in get_args(Activations) if kind != "keep"]
 pytestmark = pytest.mark.usefixtures("small_is_worth_it")
 
 
-@pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoRA", "OFT", "GLoRA"))
+@pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "GLoRA"))
 def test_no_bit_changes(tiny: Model, dataset: EncodedDataset, algorithm: str) -> None:
     settings = {"algorithm": algorithm, "targets": "attention+ff, *.conv1", "differences": "norms+biases"}
     expected = one_step(tiny, dataset, **settings)

@@ -199,6 +199,7 @@ def test_differences_of_norms_and_biases(toy: Toy) -> None:
     assert graphs() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except([kind for kind in PACKINGS if kind != "none"], "nf4"))
 def test_quantized_weights(toy: Toy, kind: str) -> None:
     adapters = adapters_for(toy)
@@ -209,7 +210,7 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("kind", packed_files.KINDS)
+@pytest.mark.parametrize("kind", slow_except(packed_files.KINDS, "mxfp8"))
 def test_weights_that_are_packed_in_files(toy: Toy, kind: str) -> None:
     toy.narrow, toy.between, toy.wide = nn.ModuleList(Block(64) for _ in range(2)), nn.Identity(), nn.ModuleList()
     toy.requires_grad_(False)
@@ -226,6 +227,7 @@ def test_weights_that_are_packed_in_files(toy: Toy, kind: str) -> None:
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "make"),
     [
@@ -266,6 +268,7 @@ def test_no_weight_is_kept_for_the_backward_pass(
     assert max(tensor.numel() for tensor in saved if tensor.data_ptr() not in own) <= 2 * 3 * 128
 
 
+@pytest.mark.slow
 def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     adapters = adapters_for(toy)
     dropout = Dropout(adapters, rank=0.5, module=0.1, seed=0)
@@ -278,6 +281,7 @@ def test_dropout_draws_anew_in_each_step(toy: Toy) -> None:
     assert graphs() == 2, "masks are data, not code"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("varying", "more"), slow_except([(False, 2), (True, 0)], (True, 0)))
 def test_code_for_any_size(toy: Toy, varying: bool, more: int) -> None:
     adapters = adapters_for(toy)
@@ -362,6 +366,7 @@ def failing_backward(graph: Any, inputs: Any) -> Any:
     return aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=failing_forward)(graph, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_block")
 def test_a_run_has_the_same_losses(run: Run, mixed: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "eager")
@@ -374,7 +379,7 @@ def test_a_run_has_the_same_losses(run: Run, mixed: EncodedDataset, monkeypatch:
 
 
 @pytest.mark.usefixtures("one_block")
-@pytest.mark.parametrize("backend", [failing_forward, failing_backward])
+@pytest.mark.parametrize("backend", slow_except([failing_forward, failing_backward], failing_backward))
 def test_where_torch_cannot_compile_the_run_goes_on(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, backend: Any, tmp_path: Path
 ) -> None:
@@ -386,6 +391,7 @@ def test_where_torch_cannot_compile_the_run_goes_on(
     assert result.losses == run(dataset).losses, "to the bit, as nothing was compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_block")
 def test_a_run_that_went_on_without_stays_so_when_it_is_resumed(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -405,6 +411,7 @@ def test_a_run_that_went_on_without_stays_so_when_it_is_resumed(
     assert sum(isinstance(event, Warned) and "cannot be compiled" in event.message for event in heard) == 1
 
 
+@pytest.mark.slow
 def test_no_compiler_at_all(run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
@@ -428,6 +435,7 @@ def test_errors_of_the_model_are_not_hidden(run: Run, dataset: EncodedDataset, m
     assert not [event for event in heard if isinstance(event, Warned) and "compiled" in event.message]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_block")
 def test_a_run_goes_on_with_another_setting_and_says_so(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     def once(*, until: int, **settings: Any) -> list[Event]:

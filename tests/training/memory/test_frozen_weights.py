@@ -186,6 +186,7 @@ def test_a_run_goes_on_to_the_bit(run: Run, dataset: EncodedDataset, tmp_path: P
     assert_same(tensors(resumed), tensors(whole))
 
 
+@pytest.mark.slow
 def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDataset) -> None:
     plain, coarse = (
         run(dataset, steps=1, validation_share=0.3, validation_draws=2, quantization=kind) for kind in ("none", "nf4")
@@ -196,6 +197,7 @@ def test_validation_measures_the_quantized_base(run: Run, dataset: EncodedDatase
     assert coarse.base_loss == pytest.approx(plain.base_loss, rel=0.05)
 
 
+@pytest.mark.slow
 def test_adapters_start_from_the_weights_as_they_are(tiny: Model) -> None:
     for settings in ({"dora": "output"}, {"pissa": True}):
         plain, coarse = (planned(tiny, quantization=kind, **settings) for kind in ("none", "nf4"))
@@ -211,7 +213,7 @@ def test_it_says_what_share_is_quantized_and_what_previews_show(tiny: Model) -> 
     assert any("not with the quantized one" in text for text in notes)
 
 
-@pytest.mark.parametrize("bypass", [False, True])
+@pytest.mark.parametrize("bypass", slow_except([False, True], True))
 def test_loras_below_and_differences_train_on_quantized_weights_too(
     tiny: Model, run: Run, dataset: EncodedDataset, bypass: bool
 ) -> None:
@@ -247,8 +249,7 @@ class Transformer(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+@pytest.mark.pairwise(depth=[0, 1], kind=["none", "int8", "nf4"])
 def test_a_model_of_twice_the_budget_trains_within_it(kind: str, depth: int) -> None:
     torch.manual_seed(0)
     model = Transformer(24).requires_grad_(False)

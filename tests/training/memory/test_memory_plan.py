@@ -43,6 +43,7 @@ def plans(model: Model, data: EncodedDataset, budget: int) -> tuple[list[MemoryP
     return chosen[0], chosen[1]
 
 
+@pytest.mark.slow
 def test_the_cheapest_that_fits_is_taken(tiny: Model, dataset: EncodedDataset) -> None:
     ladder, _ = plans(tiny, dataset, 0)
     assert [plan.activations for plan in ladder] == ["keep", "lean", "selective", "keep"]

@@ -292,6 +292,7 @@ def test_those_there_are_pass_the_check(name: str) -> None:
     check_optimizer(name, weight_decay=0.01, rates=(1e-3,) if name in ONE_RATE else (1e-3, 1e-2))
 
 
+@pytest.mark.slow
 def test_each_trains_a_lora(name: str, run: Callable[..., TrainResult], dataset: EncodedDataset) -> None:
     settings = {"optimizer": name, "learning_rate": 1.0 if name in ONE_RATE else 1e-3, "targets": "mid_block.*"}
     result = run(dataset, schedule="linear", warmup_steps=1, steps=7, **settings)
