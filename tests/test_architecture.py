@@ -110,8 +110,6 @@ TESTED_ELSEWHERE = {
     "training/outcome.py": "training/test_loop.py",
     "training/progress.py": "training/test_loop.py",
     "training/results.py": "training/test_train.py",
-    "training/runs/records.py": "training/test_train.py",
-    "training/runs/run_states.py": "training/test_loop.py",
     "training/targets_summary.py": "cli/test_targets_command.py",
     "training/watchers.py": "training/test_loop.py",
     "workflow/context.py": "workflow/test_executor.py",

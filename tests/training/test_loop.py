@@ -207,13 +207,13 @@ def test_the_unfinished_run_is_found_among_others(run: Run, dataset: EncodedData
     run(dataset, output=tmp_path / "lora-001", on_event=audience, cancelled=audience.cancelled)
     run(dataset, output=tmp_path / "lora-002", rank=2)
     record = RunFolder(tmp_path / "lora-001").record()
-    assert unfinished_run(tmp_path, "lora", record["fingerprint"]) == tmp_path / "lora-001"
-    assert unfinished_run(tmp_path, "other", record["fingerprint"]) is None
+    assert unfinished_run(tmp_path, "lora", record.fingerprint) == tmp_path / "lora-001"
+    assert unfinished_run(tmp_path, "other", record.fingerprint) is None
     with RunFolder(tmp_path / "lora-001").claimed():  # by another process
-        assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
+        assert unfinished_run(tmp_path, "lora", record.fingerprint) is None
     run(dataset, output=tmp_path / "lora-001")
-    assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
-    assert unfinished_run(tmp_path / "nowhere", "lora", record["fingerprint"]) is None
+    assert unfinished_run(tmp_path, "lora", record.fingerprint) is None
+    assert unfinished_run(tmp_path / "nowhere", "lora", record.fingerprint) is None
 
 
 # Faults
@@ -510,7 +510,7 @@ def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
 def test_a_report_that_fails_costs_the_report_alone(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_run, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(model_run, "write_report", lambda folder, end: 1 / 0)
     audience = Audience()
     assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
     assert "the report is not: division by zero" in audience.of(Warned)[-1].message

@@ -37,12 +37,12 @@ class Rights:
     Attributes:
         files: model, images and LoRAs outside the current folder, and downloads.
         optimizers: import paths of optimizers.
-        track: the tracker to start.
+        track: the tracker to start, if any.
     """
 
     files: bool = False
     optimizers: tuple[str, ...] = ()
-    track: str = "none"
+    track: str | None = None
 
 
 def repeated(

@@ -8,6 +8,8 @@ from pathlib import Path
 from lorasmith.app.folder_run import PreparedRun, prepare
 from lorasmith.app.recorded_run import Rights, repeated
 from lorasmith.core.errors import OptionError, OutputError, TrainingError
+from lorasmith.core.options import options_of
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.run_folder import RunFolder
@@ -61,7 +63,8 @@ def prepare_again(
     except ValueError as error:
         raise TrainingError(f"{run / RECORD} is damaged ({error}); restore it from a copy, or train again") from error
     prepared = prepare(source, config, on_event=on_event)
-    if (tracker := record.asked.get("track", "none")) not in ("none", config.track):
+    tracker = record.asked.get("track")
+    if config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
         on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
     if not folder.states().paths():
         on_event(Warned(message=f"{run} ended before its first run state was saved and starts from the beginning."))

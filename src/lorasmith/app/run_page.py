@@ -178,7 +178,7 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     record, folder = history.record, history.folder.resolve()
     try:
         source = FolderSource.from_record(record.source)
-        repeat = source.command(settings_from_file(record.asked, track=str(record.asked.get("track", "none"))))
+        repeat = source.command(settings_from_file(record.asked))
     except (OptionError, ValueError):  # a workflow or script, or an optimizer whose import has to be typed
         source, repeat = None, None
     model = record.model

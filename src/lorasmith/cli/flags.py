@@ -105,7 +105,7 @@ AllowOptimizer = Annotated[
     ),
 ]
 TrackNow = Annotated[
-    str,
+    str | None,
     typer.Option("--track", metavar="NAME", help="Tracker to start, tensorboard or wandb; a record alone starts none."),
 ]
 Verify = Annotated[

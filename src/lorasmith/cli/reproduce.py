@@ -42,7 +42,7 @@ def reproduce(
     ] = None,
     as_recorded: AsRecorded = False,
     allow_optimizer: AllowOptimizer = None,
-    track: TrackNow = "none",
+    track: TrackNow = None,
     verify: Verify = False,
 ) -> None:
     """Train a LoRA again from the metadata in its file, and compare the results.

@@ -29,7 +29,7 @@ def resume(
     ] = None,
     as_recorded: AsRecorded = False,
     allow_optimizer: AllowOptimizer = None,
-    track: TrackNow = "none",
+    track: TrackNow = None,
     verify: Verify = False,
 ) -> None:
     """Continue a run that was stopped or killed, from its last run state.

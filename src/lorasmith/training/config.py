@@ -49,7 +49,7 @@ def unused_settings(algorithm: str) -> frozenset[str]:
 
 
 def settings_from_file(
-    values: Mapping[str, Any], *, optimizers: Collection[str] = (), track: str = "none"
+    values: Mapping[str, Any], *, optimizers: Collection[str] = (), track: str | None = None
 ) -> TrainConfig:
     """Settings that a file holds: a graph, or the record of a run. They choose among known names alone.
 
@@ -59,18 +59,19 @@ def settings_from_file(
     Args:
         values: the settings by name; the tracker in them is ignored.
         optimizers: import paths that were typed.
-        track: tracker that was typed.
+        track: tracker that was typed, if any.
 
     Raises:
         OptionError: the optimizer is neither a known name nor among `optimizers`, or as `config_from`.
     """
-    name = values.get("optimizer", "AdamW")
-    if name not in OPTIMIZERS and name not in optimizers:
+    name = values.get("optimizer")
+    if name is not None and name not in OPTIMIZERS and name not in optimizers:
         raise OptionError(
             f"an optimizer that a file names must be one of {', '.join(OPTIMIZERS)}, got {name!r}: importing it would "
             f"run code; if you trust that, type --allow-optimizer {name}"
         )
-    config: TrainConfig = config_from(TrainConfig, {**values, "track": track})
+    own = {key: value for key, value in values.items() if key != "track"}
+    config: TrainConfig = config_from(TrainConfig, own if track is None else {**own, "track": track})
     return config
 
 

@@ -26,7 +26,7 @@ def test_events_come_back_as_they_were(tmp_path: Path) -> None:
     history = read_history(write_run(tmp_path, events))
     assert history.events == events and history.unreadable == 0
     assert history.of(RunStarted) == [events[0]]
-    assert history.record["title"] == "fox"
+    assert history.record.title == "fox"
 
 
 def test_every_kind_of_event_comes_back(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ _PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, wha
 def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str, Any]:
     """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators blanks or commas."""
     before, *pairs = _PAIR.split(arguments or "")
-    if before.strip(_SEPARATORS):
+    if before := before.strip(_SEPARATORS):
         raise OptionError(
             f"optimizer_args must be name=value, separated by blanks, such as betas=(0.9,0.99) eps=1e-7, got {before!r}"
         )
