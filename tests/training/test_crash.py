@@ -1,4 +1,4 @@
-"""A few kills of the two hundred that `make crash` does."""
+"""A few kills and flipped bits of the hundreds that `make crash` does."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def test_runs_that_are_killed_end_as_if_nothing_had_happened(wanted: int, cases:
         while kills < wanted or runs < len(cases):
             kills += trial.trial(cases[runs % len(cases)], chance)
             runs += 1
+
+
+@pytest.mark.parametrize("wanted", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_a_run_state_is_noticed_and_not_used(wanted: int) -> None:
+    chance = random.Random(2)
+    with trials() as trial:
+        for number in range(wanted):
+            trial.flip("average" if wanted == 2 else list(CASES)[number % len(CASES)], chance)

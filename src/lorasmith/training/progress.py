@@ -48,8 +48,8 @@ class OptimizerNumbers:
     """What a run state holds of the optimizer besides tensors; see `GatedOptimizer.state`."""
 
     started: bool
-    parameters: dict[str, Any]
-    groups: list[dict[str, Any]]
+    parameters: dict[str, float | bool | None]
+    groups: list[dict[str, float | bool | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
