@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorasmith.app.folder_run import train_prepared
+from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.reproduce import Differs, Reproduced, prepare_reproduction, reproduce
 from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.training.runs import records
 from lorasmith.training.runs.fingerprint import fingerprint
-from tests.app.folder_cases import CONFIRMED, Audience, pictures, prepared, tensors_of, with_metadata
+from tests.app.folder_cases import CONFIRMED, Audience, asked, pictures, prepared, tensors_of, with_metadata
 
 
 @pytest.fixture
@@ -94,6 +96,26 @@ def test_every_environment_of_a_lora_is_compared(lora: Path) -> None:
 def test_a_run_that_is_there_is_not_written_over(lora: Path, whole: Path) -> None:
     with pytest.raises(OutputError, match="output must not contain a run"):
         prepare_reproduction(lora, rights=CONFIRMED, output=whole)
+
+
+def test_whole_files_are_compared_on_request(
+    lora: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputError, match=r"has no digests of the base model's whole files, .* leave --verify out"):
+        reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=True, verify=True)
+    model = Path(shutil.copy(built_in_models()["lorasmith-tiny"], tmp_path / "m.safetensors"))
+    source, config = asked(images, steps=1)
+    source = replace(source, model=str(model))
+    made = train_prepared(prepare(source, config), output=tmp_path / "run", verify=True).path
+    assert made is not None
+    again = prepare_reproduction(made, rights=CONFIRMED)
+    assert reproduce(again, dry_run=True, verify=True) == Reproduced()
+    content = bytearray(model.read_bytes())
+    content[-(2 * 10_007)] ^= 1  # one value of thousands
+    model.write_bytes(content)
+    again = prepare_reproduction(made, rights=CONFIRMED)
+    assert reproduce(again, dry_run=True) == Reproduced()
+    assert reproduce(again, dry_run=True, verify=True).differs == ("the base model",)
 
 
 def without(*keys: str) -> Callable[[dict[str, Any]], None]:
