@@ -91,8 +91,16 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
 
 HOSTILE_RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "optimizer": ("asked", {"optimizer": "antigravity.X"}, "importing it would run code"),
-    "hub": ("source", {"model": "owner/name"}, "read only if you confirm them: model owner/name"),
-    "elsewhere": ("source", {"folder": "/etc"}, "read only if you confirm them: images /etc"),
+    "hub": (
+        "source",
+        {"model": "owner/name"},
+        "add --as-recorded to allow these, or give yours with --model and --data: model owner/name",
+    ),
+    "elsewhere": (
+        "source",
+        {"folder": "/etc"},
+        "add --as-recorded to allow these, or give yours with --model and --data: images /etc",
+    ),
 }
 
 

@@ -220,6 +220,10 @@ def test_nothing_outside_the_folder_is_shown(tmp_path: Path) -> None:
     assert "data:image" not in page(run)
     log_events(run, [started(9), shown])
     assert page(run).count("data:image") == 1
+    Path(shown.paths[0]).unlink()
+    Path(shown.paths[0]).symlink_to(secret)
+    (run / "samples" / "strengths.png").symlink_to(secret)
+    assert "data:image" not in page(run)
 
 
 def test_contact_sheets_stand_in_for_single_pictures(tmp_path: Path) -> None:

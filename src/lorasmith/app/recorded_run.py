@@ -88,8 +88,8 @@ def repeated(
         named = "; ".join(f"{what} {path}" for what, path in outside[:2])
         more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
         raise OptionError(
-            f"{file} names files outside the current folder, which are read only if you confirm them: {named}{more}; "
-            "add --as-recorded, or give them with --model and --data"
+            f"{file.name} may name files in the current folder alone; add --as-recorded to allow these, or give yours "
+            f"with --model and --data: {named}{more}"
         )
     return replace(recorded, **given), config
 

@@ -154,7 +154,7 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
 
 def _lora(history: RunHistory) -> Path | None:
     path = history.folder / f"{history.record.title}.safetensors"
-    return path if path.is_file() else None
+    return path if _is_own(path, history.folder) else None
 
 
 def _files(folder: Path, lora: Path | None) -> dict[str, str]:
@@ -251,12 +251,15 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     def row(event: Previewed) -> list[Path | None]:
         # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
         found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
-        return [path if path.is_file() else None for path in found] + [None] * (len(prompts) - len(found))
+        return [path if _is_own(path, history.folder) else None for path in found] + [None] * (
+            len(prompts) - len(found)
+        )
 
     rows = {key: row(event) for key, event in sorted(shots.items())}
     rows = {key: paths for key, paths in rows.items() if any(paths)}
     if not rows:
-        return _sheet(samples / "strengths.png", history.folder / "before-and-after.png"), _sheet(samples / "steps.png")
+        sheets = samples / "strengths.png", history.folder / "before-and-after.png"
+        return _sheet(history.folder, *sheets), _sheet(history.folder, samples / "steps.png")
     base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
     adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
     last = max((step for step, _, _ in adapted), default=0)
@@ -265,13 +268,18 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
     before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
-        return before_after, _sheet(samples / "steps.png")
+        return before_after, _sheet(history.folder, samples / "steps.png")
     about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
     return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
 
 
-def _sheet(*candidates: Path) -> PictureTable | None:
-    found = [path for path in candidates if path.is_file()]
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether there is such a file in the folder of a run itself, not where a link in it leads."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _sheet(folder: Path, *candidates: Path) -> PictureTable | None:
+    found = [path for path in candidates if _is_own(path, folder)]
     return PictureTable((), [("", (found[0],))], "Contact sheet with its labels in the picture") if found else None
 
 

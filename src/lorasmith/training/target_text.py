@@ -29,7 +29,7 @@ __all__ = ["parse_targets", "resolve_targets"]
 
 _SETTINGS = {"rank": "rank", "alpha": "alpha", "lr": "learning_rate"}
 _DECLARED = options_of(TrainConfig)
-_MOST_ENTRIES = 500  # each is matched with each layer
+_MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and long patterns take long to compile
 
 
 def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[Rule], list[Rule]]:
@@ -44,8 +44,11 @@ def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[
     """
     rules, exclusions = [], []
     entries = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
-    if len(entries) > _MOST_ENTRIES:
-        raise OptionError(f"targets must be at most {_MOST_ENTRIES} entries, got {len(entries):,}; use patterns")
+    if len(entries) > _MOST_ENTRIES or any(len(entry) > _LONGEST_ENTRY for entry in entries):
+        raise OptionError(
+            f"targets must be at most {_MOST_ENTRIES} entries of {_LONGEST_ENTRY} characters, got {len(entries):,} of "
+            f"up to {max(map(len, entries)):,}; use patterns with *"
+        )
     for entry in entries:
         name, *settings = entry.split()
         if "=" in name:

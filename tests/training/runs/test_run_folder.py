@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,22 @@ def test_what_a_killed_run_left_half_done_is_removed(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(encoded(RunFinished(step=2, reason=Outcome.FINISHED)) + "\n")
     with folder.claimed():
         assert (tmp_path / "preview.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes are others there")
+@pytest.mark.parametrize("name", [".lock", "states", "samples", "events.jsonl", "states/step-000001.safetensors"])
+def test_a_folder_that_leads_elsewhere_is_not_used(tmp_path: Path, name: str) -> None:
+    path, elsewhere = unfinished(tmp_path / "run"), tmp_path / "elsewhere"
+    if name == "states":
+        (path / "states").rename(elsewhere)
+    (path / name).symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="is a link or a pipe"), claimed_run(path, record(), fresh=False):
+        pass
+    assert not elsewhere.is_file()
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(OutputError, match="is a link or a pipe"):
+        RunFolder(path).check_free()
 
 
 def test_a_log_with_bytes_that_are_no_text_is_read(tmp_path: Path) -> None:

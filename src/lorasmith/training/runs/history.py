@@ -104,10 +104,10 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def _lines(path: Path) -> list[str]:
+    if not path.is_file():  # missing, or a pipe, which would be waited for
+        return []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     return [line for line in text.split("\n") if line.strip()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -155,14 +156,28 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Remove temporary files of a killed process."""
-        left = [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]
+        left = [
+            *self.path.glob(".*.tmp"),
+            *(self.path / "states").glob(".*.tmp"),
+            *(self.path / "samples").glob(".*.tmp"),
+        ]
         if self.outcome() is None:  # otherwise it is a LoRA with that name
             left.append(self.path / "preview.safetensors")
         for path in left:
             path.unlink(missing_ok=True)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
+        self._check_entries()
         return locked(self.path / ".lock", f"{self.path} is in use by a run in another process")
+
+    def _check_entries(self) -> None:
+        """Raise OutputError if a stranger's folder would have this process write elsewhere, or wait for a pipe."""
+        for path in [*_entries(self.path), *_entries(self.path / "states"), *_entries(self.path / "samples")]:
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OutputError(
+                    f"{self.path} must hold files and folders alone, but {path.name} is a link or a pipe; remove it"
+                )
 
     def close(self) -> None:
         """Close the log."""
