@@ -90,7 +90,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     ensure_folder(target.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
     except OSError as error:
         raise _explained(target, error) from error
@@ -110,9 +110,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def write_atomic(target: Path, content: bytes | str) -> None:
-    """Write `content` (text as UTF-8) to `target` atomically. Raises OutputError."""
+    """Write `content` to `target` atomically. Raises OutputError.
+
+    Text becomes UTF-8, which has no lone surrogates; in their place are escapes that JSON has too.
+    """
     with atomic_path(target) as temporary:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def ensure_folder(folder: Path) -> Path:
@@ -161,6 +164,8 @@ def is_folder(path: Path) -> bool:
     except (OSError, ValueError):
         return False
 
+
+_KEPT = 40  # characters of a name in that of its temporary file, which is longer
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
