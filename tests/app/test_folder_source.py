@@ -54,11 +54,9 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        *(
-            ({"name": name}, "name must be a file name without folders")
-            for name in ("../cat", "a\\b", "", "..", "a\nb")
-        ),
-        ({"name": "é" * 150}, "name must have at most 200 bytes, got 300"),
+        *(({"name": name}, "name must be a file name without folders") for name in ("../cat", "a\\b", "", "..")),
+        ({"name": "é" * 150}, "name must have at most [0-9]+ bytes and no control characters"),
+        ({"name": "a\nb"}, "name must have at most [0-9]+ bytes and no control characters"),
         ({"trigger": "x" * 1001}, "trigger must have at most 1,000 characters"),
         ({"resolution": 100_000}, "resolution must be between 1 and 4,096 pixels, got 100000"),
     ],

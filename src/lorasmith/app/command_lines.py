@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from lorasmith.core.printable import printable
 
 __all__ = ["arguments_for", "command_line", "flag", "generate_command", "negated_flag", "positional", "resume_command"]
 
@@ -18,18 +21,14 @@ __all__ = ["arguments_for", "command_line", "flag", "generate_command", "negated
 def command_line(arguments: Sequence[object], *, windows: bool = os.name == "nt") -> str:
     """A command line with all arguments quoted.
 
-    Control and formatting characters, which can act on a terminal when pasted, become blanks.
+    Control characters, which can act on a terminal when pasted, become escapes.
 
     Args:
         arguments: program and arguments.
         windows: whether it is for the shells of Windows.
     """
     quote = _quoted_on_windows if windows else shlex.quote
-    return " ".join(quote(_printable(str(one))) for one in arguments)
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+    return " ".join(quote(printable(one, limit=sys.maxsize, keep="\n")) for one in arguments)
 
 
 def _quoted_on_windows(text: str) -> str:

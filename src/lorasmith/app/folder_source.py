@@ -10,6 +10,7 @@ from typing import Any
 
 from lorasmith.app.command_lines import arguments_for, positional
 from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import file_stem
 from lorasmith.core.options import options_of
 from lorasmith.core.typed_json import typed
 from lorasmith.families.model_search import ModelFiles
@@ -71,7 +72,7 @@ class FolderSource:
         return cls(
             folder=str(folder.resolve()),
             model=absolute(model),
-            name=name or folder.resolve().name,
+            name=name or file_stem(folder.resolve().name),
             trigger=trigger,
             resolution=resolution,
             validation=None if validation is None else str(validation.resolve()),

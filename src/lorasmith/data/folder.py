@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.captions import read_caption, with_trigger
+from lorasmith.core.files import is_folder
+from lorasmith.data.captions import one_line, read_caption, with_trigger
 from lorasmith.data.image_files import ImageError, image_size, image_suffixes
 
-__all__ = ["MAX_ASPECT", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
+__all__ = ["MAX_ASPECT", "MAX_REPEATS", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
 
 MIN_EDGE = 16
 """Minimum of an image's shorter edge in pixels."""
 
 MAX_ASPECT = 8
 """Maximum ratio of an image's longer to its shorter edge, beyond which a crop or bucket keeps too little."""
+
+MAX_REPEATS = 10_000
+"""Maximum number of an image's occurrences in an epoch."""
 
 CaptionSource = Literal["file", "trigger", "folder", "none"]
 
@@ -115,18 +119,21 @@ def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
     """Image files of a folder and of its `<repeats>_<name>` subfolders; appends other entries to `skipped`."""
     subfolders = []
     for entry in _entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             subfolders.append(entry)
         elif _is_image(entry, skipped):
             yield _Found(entry)
     for subfolder in subfolders:
-        named = re.fullmatch(r"(\d+)_(.*)", subfolder.name)
+        named = re.fullmatch(r"([0-9]+)_(.*)", subfolder.name, re.DOTALL)
+        if named and int(named[1]) > MAX_REPEATS:
+            skipped.append((subfolder, f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
+            continue
         if not named or int(named[1]) == 0:
             skipped.append((subfolder, "is a folder without repeats in its name; rename it to 1_name to include it"))
             continue
         for entry in _entries(subfolder):
-            if entry.is_file() and _is_image(entry, skipped):
-                yield _Found(entry, int(named[1]), named[2].strip())
+            if not is_folder(entry) and _is_image(entry, skipped):
+                yield _Found(entry, int(named[1]), one_line(named[2]))
 
 
 def _entries(folder: Path) -> list[Path]:

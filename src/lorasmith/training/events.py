@@ -7,8 +7,10 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorasmith.core.choices import Activations
+from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
 from lorasmith.training.outcome import Outcome
 
@@ -245,7 +247,7 @@ def decoded(line: str) -> Event:
         ValueError: the line is truncated, of an unknown kind, or holds implausible numbers.
     """
     try:
-        found = json.loads(line)
+        found = _readable(json.loads(line))  # not `parse_foreign_json`: a loss may be NaN
         event = typed(found, _KINDS[found["event"]])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
@@ -256,6 +258,15 @@ def decoded(line: str) -> Event:
 
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 _LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
+
+
+def _readable(value: Any) -> Any:
+    """A JSON value whose text is printable, since whoever reads events prints them."""
+    if isinstance(value, dict):
+        return {name: _readable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return list(map(_readable, value))
+    return printable(value) if isinstance(value, str) else value
 
 
 def _plausible(event: Event) -> bool:

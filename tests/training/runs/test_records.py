@@ -44,7 +44,7 @@ def test_a_run_that_began_before_environments_were_listed_has_one() -> None:
     ("changes", "sentence"),
     [
         ({"title": "../cat"}, "name must be a file name without folders"),
-        ({"title": "a\0b"}, "name must be a file name without folders"),
+        ({"title": "a\0b"}, "name must have at most [0-9]+ bytes and no control characters"),
         ({"steps_before": -1}, "steps_before must be between 0 and"),
         ({"steps_before": 2**62}, "steps_before must be between 0 and"),
         ({"samples": [{"latents": [4, "8"]}]}, r"samples\[0\].latents\[1\] must be an integer"),
@@ -68,6 +68,6 @@ def test_what_is_no_record_is_refused(text: str | bytes) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "a\\b", "..", " ", "", "a\tb", "\udcff"])
 def test_a_name_is_that_of_a_file(name: str) -> None:
-    with pytest.raises(OptionError, match="name must be a file name"):
+    with pytest.raises(OptionError, match="name must"):
         check_title(name)
     check_title("Hörnchen 12:30 (2).v1")

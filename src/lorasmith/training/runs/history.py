@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.files import read_regular
 from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.records import RunRecord, parsed_record
@@ -96,7 +97,7 @@ def read_record(folder: Path) -> RunRecord:
     if not path.is_file():
         raise OptionError(f"a run folder must contain run.json, got {folder}; name one such as runs/photos-001")
     try:
-        return parsed_record(path.read_bytes())
+        return parsed_record(read_regular(path))
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"{path} cannot be read ({error}), which is needed to identify the run; restore it from a copy"
@@ -104,10 +105,10 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():  # missing, or a pipe, which would be waited for
-        return []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path).decode(errors="replace")
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     return [line for line in text.split("\n") if line.strip()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import MAX_STEM_BYTES, file_stem
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.split import Split
@@ -27,7 +27,6 @@ __all__ = ["ModelRecord", "RunRecord", "SampleRecord", "check_title", "parsed_re
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Fields from which a run can be reproduced, and which its LoRA stores."""
 
-_MOST_NAME_BYTES = 200  # file systems take 255; extensions, numbers and the names of temporary files come on top
 _MOST_STEPS = 10**9
 
 
@@ -169,13 +168,11 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
 
 def check_title(name: str) -> None:
     """Raise OptionError unless a LoRA's name can be that of a file in any folder."""
-    odd = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
-    separators = "/\\:" if os.name == "nt" else "/\\"
-    if odd or not name.strip(". ") or any(letter in separators for letter in name):
+    if not name.strip(". ") or any(letter in name for letter in ("/\\:" if os.name == "nt" else "/\\")):
         raise OptionError(f"name must be a file name without folders, got {name!r}; use --output for folders")
-    if len(name.encode()) > _MOST_NAME_BYTES:
+    if file_stem(name) != name:
         raise OptionError(
-            f"name must have at most {_MOST_NAME_BYTES} bytes, got {len(name.encode())}; use a shorter one"
+            f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; set --name"
         )
 
 
