@@ -24,7 +24,7 @@ def test_what_is_copied_is_one_command() -> None:
 
 
 def test_nothing_in_a_command_acts_on_a_terminal() -> None:
-    assert command_line(["a", "x\x1b[201~\rrm \u202e"], windows=False) == r"a 'x\u001b[201~\u000drm \u202e'"
+    assert command_line(["a", "x\x1b[201~\rrm \u202e"], windows=False) == r"a 'x\u001b[201~\rrm \u202e'"
     assert command_line(["a", "two\nlines"], windows=False) == "a 'two\nlines'"
     assert resume_command(Path("--track=wandb")) == "lorasmith resume ./--track=wandb"
 
