@@ -247,3 +247,7 @@ def test_markup_is_escaped_unless_it_says_that_it_is_markup() -> None:
     assert tag("p", "a < b", None, ["c", Html("<br>")], title='"&') == '<p title="&quot;&amp;">a &lt; bc<br></p>'
     assert tag("img", alt="x", class_=None) == '<img alt="x">'
     assert "<title>&lt;/title&gt;</title>" in document("</title>")
+
+
+def test_pages_have_no_control_characters() -> None:
+    assert tag("p", "a\x1b\u202e\ud800<\n", title="\x9b") == '<p title="\\u009b">a\\u001b\\u202e\\ud800&lt;\n</p>'
