@@ -51,6 +51,11 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytes
         assert absolute(text) == text
 
 
+def test_a_folders_name_becomes_that_of_a_file(tmp_path: Path) -> None:
+    source = FolderSource.of(tmp_path / ("a\x1b[2J" + "x" * 240), "lorasmith-tiny")
+    assert source.name == "a__2J" + "x" * 195
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

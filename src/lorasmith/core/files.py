@@ -9,8 +9,8 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from lorasmith.core.errors import OutputError
 
@@ -30,7 +30,7 @@ MAX_TEXT_BYTES = 256 * 2**20
 """Size limit of text files that are read whole: graphs, records, captions. The longest of them have some megabytes."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """A file that somebody else made, opened for reading.
 
     Pipes, sockets and devices are refused: opening or reading them can block for ever. A name that no file can have

@@ -243,7 +243,7 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
 
     try:
         sections = yaml.safe_load(read_regular(file, at_most=2**20).decode()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OptionError(f"{file} must be a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict):
         raise OptionError(f"{file} must hold named sections of kinds and paths, got {type(sections).__name__}")
@@ -253,14 +253,18 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
         if section is None:
             continue
         if not isinstance(section, dict):
-            raise OptionError(f"section {title!r} of {file} must map kinds to paths, got {section!r}")
+            raise OptionError(f"section {title!r} of {file} must map kinds to paths, got {type(section).__name__}")
         target = preferred if section.get("is_default", False) else extra
-        base = file.parent.absolute() / _expanded(str(section.get("base_path", "")))
-        for kind, lines in section.items():
-            if kind in ("base_path", "is_default"):
+        base = file.parent.absolute()
+        for kind, lines in {"base_path": "", **section}.items():
+            if kind == "is_default":
                 continue
             if not isinstance(lines, str):
-                raise OptionError(f"{kind!r} in section {title!r} of {file} must be lines of paths, got {lines!r}")
+                got = type(lines).__name__  # not the value: a small file of references can be an endless one
+                raise OptionError(f"{kind!r} in section {title!r} of {file} must be lines of paths, got {got}")
+            if kind == "base_path":
+                base /= _expanded(lines)
+                continue
             paths = (base / _expanded(line.strip()) for line in lines.splitlines() if line.strip())
             target.setdefault(_KINDS.get(str(kind), str(kind)), []).extend(Path(os.path.normpath(p)) for p in paths)
     return preferred, extra

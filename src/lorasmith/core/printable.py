@@ -42,7 +42,8 @@ def sentence(text: object, *, limit: int = MAX_SENTENCE) -> str:
     for longest in (120, 80, 50):
         for piece in (_WORD, _QUOTATION):
             if len(shown) > limit:
-                shown = piece.sub(lambda match, most=longest: _shortened(match[0], most), shown)
+                parts = piece.split(shown)  # every second one is a match
+                shown = "".join(_shortened(part, longest) if i % 2 else part for i, part in enumerate(parts))
     if len(shown) <= limit:
         return shown
     start, end = shown[: limit // 2 - 2], shown[len(shown) - limit // 2 + 1 :]
@@ -55,8 +56,8 @@ _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e0fff]"
 )
-_WORD = re.compile(r"\S+")
-_QUOTATION = re.compile(r"'[^']+'|\"[^\"]+\"")
+_WORD = re.compile(r"(\S+)")
+_QUOTATION = re.compile(r"('[^']+'|\"[^\"]+\")")
 
 
 def _shortened(text: str, limit: int) -> str:

@@ -88,6 +88,7 @@ def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
     skipped: list[tuple[Path, str]] = []
     missing: list[Path] = []
     notes: list[str] = []
+    captions: list[Path] = []
     for found in _walk(path, skipped):
         try:
             width, height = _usable_size(found.path)
@@ -95,6 +96,7 @@ def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
             skipped.append((error.path, error.reason))
             continue
         caption = read_caption(found.path)
+        captions += [caption.path] if caption else []
         text = caption.text if caption else ""
         if not text:
             missing.append(found.path)
@@ -105,7 +107,17 @@ def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
         )
     if not images:
         raise DataError(_nothing_usable(path, skipped))
+    notes += _note_of_links(path, [*(image.path for image in images), *captions])
     return FolderScan(tuple(images), tuple(skipped), tuple(missing), tuple(notes))
+
+
+def _note_of_links(folder: Path, files: list[Path]) -> list[str]:
+    """What is read from elsewhere: data sets of links are usual, but a stranger's file may be a link as well."""
+    outside = [file for file in files if not file.resolve().is_relative_to(folder.resolve())]
+    if not outside:
+        return []
+    first = outside[0]
+    return [f"{len(outside)} files are links to outside of the folder, such as {first.name} to {first.resolve()}"]
 
 
 @dataclass(frozen=True)

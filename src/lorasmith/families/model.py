@@ -34,7 +34,7 @@ from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["MAX_PROMPT", "Autoencoder", "Denoiser", "Model", "TextEncoder"]
 
-MAX_PROMPT = 100_000
+MAX_PROMPT = 20_000
 """Characters of a prompt."""
 
 

@@ -279,7 +279,8 @@ class _Checker:
         def place(finding: Finding) -> int:
             return places.get(finding.node_id or "", -1)
 
-        faults, ignored = [], [*self.warnings]
+        faults: list[Finding] = []
+        ignored = [*self.warnings]
         for one in self.findings:
             (faults if one.node_id is None or one.node_id in needed else ignored).append(one)
         return tuple(sorted(faults, key=place)), tuple(sorted(ignored, key=place))
