@@ -15,7 +15,7 @@ test-all: .venv/installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 crash: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200 --flips 100
 
 # GPU tests and benchmarks, on a machine that may have no network: docs/benchmarks.md says how. Without a GPU, a rehearsal.
 MINUTES ?= 25

@@ -57,6 +57,7 @@ PAGES = [
     "MODEL_CARD.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
 ]
 

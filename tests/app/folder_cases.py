@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lorasmith.app.folder_run import FolderSource, PreparedRun, prepare
+from lorasmith.app.folder_run import PreparedRun, prepare
+from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.recorded_run import Rights
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event
+
+CONFIRMED = Rights(files=True)
+"""The pictures of these runs lie outside the folder in which the tests run."""
 
 
 def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
@@ -30,7 +35,7 @@ def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
 def asked(images: Path, **settings: Any) -> tuple[FolderSource, TrainConfig]:
     """Source and settings of a run of five quick steps, named `cat`."""
     config = TrainConfig(**{"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", **settings})
-    return FolderSource.of(images, "lorasmith-tiny", config, name="cat", resolution=32), config
+    return FolderSource.of(images, "lorasmith-tiny", name="cat", resolution=32), config
 
 
 def prepared(images: Path, **settings: Any) -> PreparedRun:

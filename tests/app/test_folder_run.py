@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,52 +9,12 @@ import pytest
 import torch
 
 from lorasmith.app import model_run
-from lorasmith.app.folder_run import FolderSource, absolute, prepare, repeated, train_prepared
+from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.run_plan import RunPlanned
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
-from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.folder_cases import Audience, asked, prepared, tensors_of
-
-
-def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
-    source = FolderSource.of(
-        tmp_path / "photos",
-        "lorasmith-tiny",
-        TrainConfig(rank=4, stratified=False),
-        trigger="sks",
-        validation=tmp_path / "held out",
-    )
-    record = json.loads(json.dumps(source.to_record()))
-    assert record["command"] == "train"
-    assert record["argv"] == [
-        "lorasmith", "train", str(tmp_path / "photos"), "--model", "lorasmith-tiny", "--trigger", "sks",
-        "--validation", str(tmp_path / "held out"), "--rank", "4", "--no-stratified",
-    ]  # fmt: skip
-    assert FolderSource.from_record(record).to_record() == record
-    assert source.name == "photos"
-
-
-def test_a_source_without_its_images_is_none() -> None:
-    with pytest.raises(TypeError, match="folder"):
-        FolderSource.from_record({"model": "lorasmith-tiny", "name": "cat"})
-
-
-def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    assert absolute("model.safetensors") == str(tmp_path / "model.safetensors")
-    assert absolute("stabilityai/sd") == "stabilityai/sd"
-
-
-@pytest.mark.parametrize("name", ["../cat", "a\\b", "", ".."])
-def test_a_name_is_that_of_a_file(images: Path, name: str) -> None:
-    source = FolderSource(folder=str(images), model="lorasmith-tiny", name=name)
-    with pytest.raises(OptionError, match="name must be a file name without folders"):
-        prepare(source, TrainConfig())
 
 
 def test_preparing_reports_what_it_does_and_ends_in_a_plan(images: Path) -> None:
@@ -89,16 +48,6 @@ def test_the_same_run_again_continues_the_unfinished_one(images: Path, whole: Pa
     assert train_prepared(prepared(images)).folder == Path("runs/cat-001")
     assert tensors_of(broken) == tensors_of(whole)
     assert train_prepared(prepared(images)).folder == Path("runs/cat-002")
-
-
-def test_a_record_is_repeated_with_what_has_moved(images: Path, whole: Path, tmp_path: Path) -> None:
-    record = RunFolder(whole).record()
-    record["source"]["folder"], record["asked"]["training_dtype"] = "/gone", "auto"
-    moved = Path(shutil.copytree(images, tmp_path / "here"))
-    source, config = repeated(record, model=None, data=moved, device=None)
-    assert (source.folder, source.model, source.name) == (str(moved), "lorasmith-tiny", "cat")
-    assert (config.steps, config.rank) == (5, 2)
-    assert config.training_dtype == record["config"]["training_dtype"] != "auto"
 
 
 def test_previews_are_drawn_of_the_plain_model(

@@ -85,7 +85,7 @@ def test_the_folder_of_an_unfinished_run_is_chosen_again(tiny: Model, data: Enco
     audience = Audience(stop_at=1)
     folder = new_run_folder(tmp_path, "dog")
     train(tiny, data, output=folder, on_event=audience, cancelled=audience.cancelled, **QUICK)
-    fingerprint = RunFolder(folder).record()["fingerprint"]
+    fingerprint = RunFolder(folder).record().fingerprint
     assert run_folder(tmp_path, "dog")(fingerprint) == folder
     assert run_folder(tmp_path, "dog", fresh=True)(fingerprint) == tmp_path / "dog-002"
     assert run_folder(tmp_path, "dog")({**fingerprint, "data": "other"}) == tmp_path / "dog-002"

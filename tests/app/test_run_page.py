@@ -152,22 +152,43 @@ def test_what_the_run_was_asked_and_made_with(tmp_path: Path) -> None:
             "note": None,
         },
         "environment": {"platform": "Linux", "packages": {"torch": "2.9.0"}, "threads": 2},
-        "command": ["lorasmith", "train", "/photos/my fox", "--trigger", "sks fox"],
+        "source": {"command": "train", "folder": "/photos/my fox", "model": "m", "name": "fox", "trigger": "sks fox"},
     }
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "fox.safetensors").write_bytes(b"\0" * 2000)
     found = report_of(read_history(tmp_path))
-    assert found.commands["Repeat the run"] == "lorasmith train '/photos/my fox' --trigger 'sks fox'"
+    assert (
+        found.commands["Repeat the run"] == "lorasmith train '/photos/my fox' --model m --name fox --trigger 'sks fox'"
+    )
     assert found.commands["Draw a picture with it"].endswith("--prompt 'sks fox'")
     assert found.data["Held out"] == "a, b" and found.data["Latents"] == "16×16 × 1" and "Note" not in found.data
     assert found.environment["packages torch"] == "2.9.0" and found.environment["base model name"] == "lorasmith-tiny"
 
 
-@pytest.mark.parametrize("record", [{}, {"config": None, "samples": 3, "model": [], "data": "x", "command": 5}])
-def test_a_record_of_another_version(tmp_path: Path, record: dict) -> None:
+def test_a_record_of_another_version(tmp_path: Path) -> None:
     write_run(tmp_path, [started(9), *steps_done(1, 9, total=9)])
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "run.json").write_text(json.dumps({"mood": "good"}))
     assert "No end recorded" in page(tmp_path)
+
+
+def test_the_end_that_is_not_logged_yet_is_on_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path, [started(9), *steps_done(1, 9, total=9)])
+    assert "Finished" in write_report(tmp_path, finish(9)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ({"command": "train", "argv": ["rm", "-rf", "~"]}, {}),
+        ({"command": "train", "folder": "/f", "model": "m", "name": "fox"}, {"optimizer": "antigravity.X"}),
+    ],
+)
+def test_no_command_of_a_stranger_is_offered_for_copying(tmp_path: Path, source: dict, asked: dict) -> None:
+    write_run(tmp_path, [started(9)])
+    record = json.loads((tmp_path / "run.json").read_text()) | {"source": source, "asked": asked}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"command": ["rm", "-rf", "~"]}))
+    assert "Repeat the run" not in report_of(read_history(tmp_path)).commands
+    assert "rm -rf" not in page(tmp_path)
 
 
 def test_draws_of_images_that_are_not_there_are_left_out(tmp_path: Path) -> None:
@@ -199,6 +220,10 @@ def test_nothing_outside_the_folder_is_shown(tmp_path: Path) -> None:
     assert "data:image" not in page(run)
     log_events(run, [started(9), shown])
     assert page(run).count("data:image") == 1
+    Path(shown.paths[0]).unlink()
+    Path(shown.paths[0]).symlink_to(secret)
+    (run / "samples" / "strengths.png").symlink_to(secret)
+    assert "data:image" not in page(run)
 
 
 def test_contact_sheets_stand_in_for_single_pictures(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from lorasmith.app import folder_run
-from lorasmith.app.folder_run import FolderSource
+from lorasmith.app.folder_source import FolderSource
 from lorasmith.cli import train as train_command
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
@@ -55,7 +55,7 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
     seen = []
     monkeypatch.setattr(folder_run, "prepare", lambda source, config, folders, on_event: seen.append(config))
     monkeypatch.setattr(train_command, "train_and_report", lambda prepared, **options: None)
-    argv = FolderSource.of(tmp_path, "lorasmith-tiny", config).argv
+    argv = FolderSource.of(tmp_path, "lorasmith-tiny").command(config)
     ran = CliRunner().invoke(app, argv[1:])
     assert ran.exit_code == 0, ran.output
     assert seen == [config]

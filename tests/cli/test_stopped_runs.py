@@ -93,10 +93,10 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
         ran = lorasmith("train", images, *RUN, "--output", "my run")
     assert ran.code == 0, ran.err
     assert "Stopping after this step" in ran.out
-    assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run'\n" in ran.out
+    assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run' --as-recorded\n" in ran.out
     assert tensors_of(tmp_path / "my run") != tensors_of(whole)
 
-    ran = lorasmith("resume", "my run")
+    ran = lorasmith("resume", "my run", "--as-recorded")
     assert ran.code == 0, ran.err
     assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.out
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
@@ -161,7 +161,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(
     lorasmith: Command, whole: Path, broken: Path
 ) -> None:
     shutil.rmtree(broken / "states")
-    ran = lorasmith("resume", broken)
+    ran = lorasmith("resume", broken, "--as-recorded")
     assert ran.code == 0, ran.err
     assert "ended before its first run state was saved and starts from the beginning" in ran.out
     assert tensors_of(broken) == tensors_of(whole)
@@ -171,41 +171,41 @@ def test_a_run_goes_on_when_its_images_have_moved_but_not_with_others(
     lorasmith: Command, images: Path, whole: Path, broken: Path, tmp_path: Path
 ) -> None:
     with_record(broken, source={"folder": str(tmp_path / "gone")})
-    assert "gone" in lorasmith("resume", broken).err
-    ran = lorasmith("resume", broken, "--data", pictures(tmp_path / "others", 4, seed=1))
+    assert "gone" in lorasmith("resume", broken, "--as-recorded").err
+    ran = lorasmith("resume", broken, "--as-recorded", "--data", pictures(tmp_path / "others", 4, seed=1))
     assert (ran.code, "differs in the images or captions; undo that" in ran.err) == (1, True)
     shutil.copytree(images, tmp_path / "here")
-    ran = lorasmith("resume", broken, "--data", "here")
+    ran = lorasmith("resume", broken, "--as-recorded", "--data", "here")
     assert ran.code == 0, ran.err
     assert tensors_of(broken) == tensors_of(whole)
 
 
 def test_what_differs_of_the_machine_is_said(lorasmith: Command, broken: Path) -> None:
     with_record(broken, environment={"threads": 99})
-    ran = lorasmith("resume", broken)
+    ran = lorasmith("resume", broken, "--as-recorded")
     assert ran.code == 0, ran.err
     assert "not bit-identically, because of threads 99 there" in ran.out
 
 
 def test_what_cannot_go_on_is_said_in_a_sentence(lorasmith: Command, broken: Path) -> None:
     with_record(broken, source={"command": "run"})
-    ran = lorasmith("resume", broken)
+    ran = lorasmith("resume", broken, "--as-recorded")
     assert (ran.code, "start its workflow or script again" in ran.err) == (1, True)
     assert "Traceback" not in ran.err
 
 
 def test_a_finished_run_is_not_taken_up_again(lorasmith: Command, whole: Path) -> None:
-    ran = lorasmith("resume", whole)
+    ran = lorasmith("resume", whole, "--as-recorded")
     assert (ran.code, "is complete and cannot be resumed" in ran.err) == (1, True)
 
 
 def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
-    ran = lorasmith("reproduce", whole / "cat.safetensors")
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded")
     assert ran.code == 0, ran.err
     assert "are bit-identical." in ran.out
     assert "Differs" not in ran.out
     assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
-    ran = lorasmith("reproduce", whole / "cat.safetensors", "--output", "runs/cat-001")
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded", "--output", "runs/cat-001")
     assert (ran.code, "output must not contain a run, but runs/cat-001 does" in ran.err) == (1, True)
 
 
@@ -213,7 +213,7 @@ def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path
 def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
     lorasmith: Command, stopped: Path, tmp_path: Path
 ) -> None:
-    ran = lorasmith("reproduce", stopped / "cat.safetensors")
+    ran = lorasmith("reproduce", stopped / "cat.safetensors", "--as-recorded")
     assert ran.code == 0, ran.err
     assert "cat.safetensors is from step 2 of 5; training ends there." in ran.out
     assert "are bit-identical." in ran.out
@@ -221,7 +221,7 @@ def test_the_lora_of_a_stopped_run_is_reproduced_up_to_its_step(
 
 
 def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
-    ran = lorasmith("reproduce", whole / "cat.safetensors", "--dry-run")
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded", "--dry-run")
     assert ran.code == 0, ran.err
     assert "Base model, images, settings and initial weights are the same." in ran.out
     assert not (tmp_path / "runs").exists()
@@ -230,7 +230,7 @@ def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Pat
 def test_what_decides_the_result_is_named_and_nothing_trained(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(whole / "cat.safetensors", tmp_path))
     with_metadata(file, lambda run: run["fingerprint"]["config"].update(noise_offset=0.5))
-    ran = lorasmith("reproduce", file, "--data", pictures(tmp_path / "others", 4, seed=1))
+    ran = lorasmith("reproduce", file, "--as-recorded", "--data", pictures(tmp_path / "others", 4, seed=1))
     assert ran.code == 1
     assert "Differs: noise_offset 0.5 there, 0.0 here; the result would differ." in ran.out
     assert "Differs: the images or captions; the result would differ." in ran.out
@@ -249,7 +249,7 @@ def test_what_only_the_last_bits_depend_on_is_named_and_tried(
         run["source"] |= {"folder": "/gone", "model": "/gone/model.safetensors"}
 
     with_metadata(file, change)
-    ran = lorasmith("reproduce", file, "--data", "here", "--model", "lorasmith-tiny")
+    ran = lorasmith("reproduce", file, "--as-recorded", "--data", "here", "--model", "lorasmith-tiny")
     assert ran.code == 0, ran.err
     assert "Differs: threads 99 there" in ran.out
     assert "are bit-identical." in ran.out
@@ -259,7 +259,7 @@ def test_what_only_the_last_bits_depend_on_is_named_and_tried(
 def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
     tensors, metadata = read_safetensors(whole / "cat.safetensors")
     write_safetensors(tmp_path / "cat.safetensors", {key: 2 * tensor for key, tensor in tensors.items()}, metadata)
-    ran = lorasmith("reproduce", "cat.safetensors")
+    ran = lorasmith("reproduce", "cat.safetensors", "--as-recorded")
     assert ran.code == 1
     assert "are not the same" in ran.out
 
@@ -267,14 +267,14 @@ def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_reproduction_that_is_stopped_proves_nothing(lorasmith: Command, whole: Path) -> None:
     with interrupted(signal.SIGINT):
-        ran = lorasmith("reproduce", whole / "cat.safetensors")
+        ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded")
     assert ran.code == 1
     assert "are the same" not in ran.out
 
 
 def test_a_file_that_does_not_say_how_it_was_made(lorasmith: Command, images: Path) -> None:
     assert lorasmith("train", images, *QUICK, "--steps", 1, "--private", "--output", "private").code == 0
-    ran = lorasmith("reproduce", "private/cat.safetensors")
+    ran = lorasmith("reproduce", "private/cat.safetensors", "--as-recorded")
     assert (ran.code, "was saved with --private" in ran.err) == (1, True)
     assert "Traceback" not in ran.err
 
@@ -287,7 +287,7 @@ def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_p
     assert "validation uses 2 separate images" in ran.out
     best = tmp_path / "run" / "cat-best.safetensors"
     assert f"Best LoRA  run/{best.name}" in ran.out
-    ran = lorasmith("reproduce", best)
+    ran = lorasmith("reproduce", best, "--as-recorded")
     assert ran.code == 0, ran.err
     assert "of 4; training ends there" in ran.out
     assert "are bit-identical." in ran.out
@@ -300,13 +300,13 @@ def test_a_run_that_validation_stopped(lorasmith: Command, images: Path, tmp_pat
     assert ran.code == 0, ran.err
     assert "Stopped early at step" in ran.out
     assert "Verdict " in ran.out
-    assert "is complete" in lorasmith("resume", "run").err
-    assert "are bit-identical." in lorasmith("reproduce", "run/cat.safetensors").out
+    assert "is complete" in lorasmith("resume", "run", "--as-recorded").err
+    assert "are bit-identical." in lorasmith("reproduce", "run/cat.safetensors", "--as-recorded").out
 
 
 def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith: Command, broken: Path) -> None:
     with RunFolder(broken).claimed():
-        ran = lorasmith("resume", broken)
+        ran = lorasmith("resume", broken, "--as-recorded")
     assert (ran.code, "is in use by a run" in ran.err) == (1, True)
     assert "images" not in ran.out
 

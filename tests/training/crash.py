@@ -1,11 +1,15 @@
-"""Runs that are killed at random moments must end as if nothing had happened.
+"""Runs that are killed at random moments, or whose states rot on the disk, must end as if nothing had happened.
 
-    python -m tests.training.crash --kills 200
+    python -m tests.training.crash --kills 200 --flips 100
 
 Each trial trains in a child process, which is killed (SIGKILL, nothing is told to it) after a random time, or by
 itself in the middle of writing a random file; the run is started again, killed again, and in the end let through. Then
 the LoRA must have the tensors, and the log the losses, of the run that was never killed. After each kill every file is
 looked at: none may be unreadable.
+
+Each flip is one bit of one of the states of a stopped run, anywhere in the file. Resuming must pass the damaged state
+over by name, use the other one, and end with the tensors and losses of the run that was never touched. Run states are
+the only binary files that a run reads back: encoded images and captions are not kept on disk.
 """
 
 from __future__ import annotations
@@ -30,13 +34,16 @@ import torch
 from torch import Tensor
 
 from lorasmith.app.model_run import train
+from lorasmith.core.errors import LorasmithError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
+from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.runs.run_states import load_state
 
 _BASE: dict[str, Any] = {
     "steps": 10,
@@ -93,9 +100,9 @@ def samples(model: Model) -> EncodedDataset:
     )
 
 
-def run(model: Model, data: EncodedDataset, case: str, folder: Path) -> None:
+def run(model: Model, data: EncodedDataset, case: str, folder: Path, **options: Any) -> None:
     """Train, or go on."""
-    train(model, data, output=folder, **(_BASE | CASES[case]))
+    train(model, data, output=folder, **(_BASE | CASES[case]), **options)
 
 
 def outcome(folder: Path) -> Outcome:
@@ -151,7 +158,8 @@ class Trials:
             if folder.exists():
                 check_readable(folder)
             hits += child.exitcode != 0
-            if RunFolder(folder).is_done:  # which is said before the report is written
+            if RunFolder(folder).is_done:
+                assert (folder / "report.html").is_file(), f"{case}: complete without a report"
                 break
         else:
             child = self._start(case, folder, None)
@@ -159,6 +167,44 @@ class Trials:
             assert child.exitcode == 0, f"{case}: exit status {child.exitcode} when started again"
         assert outcome(folder).same_as(reference), f"{case}: another result after {hits} kills"
         return hits
+
+    def flip(self, case: str, chance: random.Random) -> None:
+        """One bit flipped in a state of a stopped run. Raises AssertionError if it is not noticed, or used."""
+        reference, _ = self._reference(case)
+        folder = self._work / "flipped"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self._stopped(case), folder)
+        path = chance.choice(sorted((folder / "states").glob("*.safetensors")))
+        steps = sorted(int(one.stem.removeprefix("step-")) for one in path.parent.glob("*.safetensors"))
+        content = bytearray(path.read_bytes())
+        bit = chance.randrange(8 * len(content))
+        if chance.random() < 0.3:  # the header is a small part of the file
+            bit = chance.randrange(8 * (8 + int.from_bytes(content[:8], "little")))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            load_state(path)
+        except LorasmithError:
+            pass
+        else:
+            raise AssertionError(f"{case}: bit {bit} of {path.name} is not noticed")
+        events: list[Event] = []
+        run(self._model, self._data, case, folder, on_event=events.append)
+        is_newest = path.stem == f"step-{steps[-1]:06}"
+        start = steps[-2] if is_newest else steps[-1]
+        said = [one.message for one in events if isinstance(one, Warned) and "run state is skipped" in one.message]
+        assert [path.name in message for message in said] == [True] * is_newest, f"{case}: {said}"
+        assert [one.step for one in events if isinstance(one, Resumed)] == [start], f"{case}: bit {bit} of {path.name}"
+        assert outcome(folder).same_as(reference), f"{case}: another result after bit {bit} of {path.name}"
+
+    def _stopped(self, case: str) -> Path:
+        """The folder of a run that was stopped after six of its steps, with two states; not to be changed."""
+        folder = self._work / f"stopped-{case}"
+        if not folder.exists():
+            taken: list[Event] = []
+            stop = lambda: any(isinstance(one, StepDone) and one.step == 6 for one in taken)  # noqa: E731
+            run(self._model, self._data, case, folder, on_event=taken.append, cancelled=stop)
+        return folder
 
     def _reference(self, case: str) -> tuple[Outcome, float]:
         """The run that is not killed, and the seconds it took."""
@@ -217,6 +263,7 @@ def trials() -> Iterator[Trials]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--flips", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
@@ -228,7 +275,11 @@ def main() -> None:
             kills += trial.trial(case, chance)
             runs += 1
             print(f"\r{kills} kills in {runs} runs, {time.monotonic() - start:.0f} s", end="", flush=True)
-    print(f"\n{runs} runs, {kills} kills: each ended with the tensors and losses of the run that was never killed.")
+        for flips in range(1, arguments.flips + 1):
+            trial.flip(list(CASES)[flips % len(CASES)], chance)
+            print(f"\r{flips} flipped bits, {time.monotonic() - start:.0f} s" + " " * 20, end="", flush=True)
+    print(f"\n{arguments.flips} flipped bits in run states: each was noticed, and none used.")
+    print(f"{runs} runs, {kills} kills: each ended with the tensors and losses of the run that was never killed.")
 
 
 if __name__ == "__main__":

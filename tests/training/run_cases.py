@@ -51,7 +51,7 @@ def write_run(
             for index, caption in enumerate(captions)
         ],
         "adapters": {"down_blocks.0": 1000},
-        "versions": {"python": "3.11.2", "lorasmith": "0.1.0", "torch": "2.9.0"},
+        "environment": {"versions": {"python": "3.11.2", "lorasmith": "0.1.0", "torch": "2.9.0"}},
     }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     log_events(folder, events)

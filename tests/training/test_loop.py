@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
 import time
@@ -17,15 +18,19 @@ from torch import Tensor
 
 from lorasmith.app import model_run
 from lorasmith.core import files
-from lorasmith.core.errors import OutputError, TrainingError
+from lorasmith.core.errors import LorasmithError, OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.divergence import exploded
 from lorasmith.training.events import Resumed, RolledBack, Shrunk, StateSaved, StepDone, Warned
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.progress import RunState
 from lorasmith.training.runs import run_states
 from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
@@ -207,13 +212,13 @@ def test_the_unfinished_run_is_found_among_others(run: Run, dataset: EncodedData
     run(dataset, output=tmp_path / "lora-001", on_event=audience, cancelled=audience.cancelled)
     run(dataset, output=tmp_path / "lora-002", rank=2)
     record = RunFolder(tmp_path / "lora-001").record()
-    assert unfinished_run(tmp_path, "lora", record["fingerprint"]) == tmp_path / "lora-001"
-    assert unfinished_run(tmp_path, "other", record["fingerprint"]) is None
+    assert unfinished_run(tmp_path, "lora", record.fingerprint) == tmp_path / "lora-001"
+    assert unfinished_run(tmp_path, "other", record.fingerprint) is None
     with RunFolder(tmp_path / "lora-001").claimed():  # by another process
-        assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
+        assert unfinished_run(tmp_path, "lora", record.fingerprint) is None
     run(dataset, output=tmp_path / "lora-001")
-    assert unfinished_run(tmp_path, "lora", record["fingerprint"]) is None
-    assert unfinished_run(tmp_path / "nowhere", "lora", record["fingerprint"]) is None
+    assert unfinished_run(tmp_path, "lora", record.fingerprint) is None
+    assert unfinished_run(tmp_path / "nowhere", "lora", record.fingerprint) is None
 
 
 # Faults
@@ -517,11 +522,77 @@ def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
 def test_a_report_that_fails_costs_the_report_alone(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_run, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(model_run, "write_report", lambda folder, end: 1 / 0)
     audience = Audience()
     assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
     assert "the report is not: division by zero" in audience.of(Warned)[-1].message
     assert RunFolder(tmp_path).outcome() == "finished"
+
+
+def test_a_run_that_is_killed_before_its_report_gets_it_when_it_is_given_again(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(folder: Path, end: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_run, "write_report", kill)
+        with pytest.raises(Killed):
+            run(dataset, output=tmp_path)
+    first = saved(tmp_path)
+    assert not (tmp_path / "report.html").exists() and RunFolder(tmp_path).outcome() is None
+    assert run(dataset, output=tmp_path).reason == "finished"
+    assert "Finished" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert same(first, saved(tmp_path))
+
+
+ODD = [None, True, -1, 0, 10**9, 1e308, "x", [], {}, [[]], {"step": 1}]
+
+
+def spoilt(numbers: Any, chance: random.Random) -> Any:
+    """A copy with one of its values replaced or left out."""
+    if not isinstance(numbers, (dict, list)) or not numbers or chance.random() < 0.1:
+        return chance.choice(ODD)
+    items = dict(numbers) if isinstance(numbers, dict) else dict(enumerate(numbers))
+    key = chance.choice(list(items))
+    if chance.random() < 0.2:
+        del items[key]
+    else:
+        items[key] = spoilt(items[key], chance)
+    return items if isinstance(numbers, dict) else list(items.values())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_state_that_no_run_of_these_settings_saved_is_refused_in_a_sentence(
+    tiny: Model, dataset: EncodedDataset
+) -> None:
+    config = TrainConfig(steps=4, rank=2, targets="mid_block.*", training_dtype="fp32", optimizer="Adam", ema_decay=0.9)
+    made = Loop(engine_of(plan_job(tiny.denoiser, config, "cpu")), dataset.samples, until=2)
+    made.run()
+    state = made.state()
+    loop = Loop(engine_of(plan_job(tiny.denoiser, config, "cpu")), dataset.samples, until=2)
+    loop.load(state)
+    chance, refused = random.Random(0), 0
+    for _ in range(150):
+        numbers, tensors = dict(state.numbers), dict(state.tensors)
+        if chance.random() < 0.6:
+            name = chance.choice(list(numbers))
+            numbers[name] = spoilt(numbers[name], chance)
+        else:
+            name = chance.choice(list(tensors))
+            tensor = tensors.pop(name)
+            if chance.random() < 0.7:
+                tensors[name] = chance.choice([tensor.double(), tensor.reshape(-1)[:1], tensor[None], tensor.bool()])
+        try:
+            loop.load(RunState(state.step, tensors, numbers))
+        except LorasmithError as error:
+            assert "start fresh" in str(error)
+            refused += 1
+    assert refused > 75
+    loop.load(state)
 
 
 @pytest.mark.slow

@@ -19,6 +19,12 @@ PRESETS = {"attention": TargetPreset(("*.to_*",)), "linear": TargetPreset(("*",)
 ATTENTION = Rule(("*.to_*",), name="attention")
 
 
+@pytest.mark.parametrize("text", ["*," * 501, "[" * 9000, "!" + "*a" * 400])
+def test_what_would_take_long_to_match_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"^targets must be at most 500 entries of 500 characters, got"):
+        parse_targets(text, PRESETS)
+
+
 @pytest.mark.parametrize(
     ("text", "rules", "exclusions"),
     [

@@ -1,21 +1,42 @@
-"""Command lines to copy, for the console, `run.json` and the report: to repeat a run, resume it, or use its LoRA."""
+"""Command lines to copy, for the console and the report: to repeat a run, resume it, or use its LoRA.
+
+What is copied into a shell is one command, whatever is in it: captions, paths and names may be a stranger's.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
-import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["arguments_for", "command_line", "flag", "generate_command", "negated_flag", "resume_command"]
+from lorasmith.core.printable import printable
+
+__all__ = ["arguments_for", "command_line", "flag", "generate_command", "negated_flag", "positional", "resume_command"]
 
 
-def command_line(arguments: Sequence[object]) -> str:
-    """A command line with all arguments quoted, as captions may contain shell syntax."""
-    texts = list(map(str, arguments))
-    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
+def command_line(arguments: Sequence[object], *, windows: bool = os.name == "nt") -> str:
+    """A command line with all arguments quoted.
+
+    Control characters, which can act on a terminal when pasted, become escapes.
+
+    Args:
+        arguments: program and arguments.
+        windows: whether it is for the shells of Windows.
+    """
+    quote = _quoted_on_windows if windows else shlex.quote
+    return " ".join(quote(printable(one, limit=sys.maxsize, keep="\n")) for one in arguments)
+
+
+def _quoted_on_windows(text: str) -> str:
+    """An argument for cmd.exe and PowerShell, which agree on no way to write the characters replaced here."""
+    if re.fullmatch(r"[\w.:=/\\+-]+", text, flags=re.ASCII):
+        return text
+    plain = re.sub(r"[\"“”„%!$`\n]", "_", text)
+    return f'"{plain}\\"' if plain.endswith("\\") else f'"{plain}"'
 
 
 def generate_command(
@@ -33,9 +54,14 @@ def generate_command(
     return command_line(["lorasmith", "generate", "--model", model, *parts, "--lora", lora, "--prompt", prompt])
 
 
-def resume_command(run: Path) -> str:
-    """The command that resumes the run in a folder."""
-    return command_line(["lorasmith", "resume", run])
+def resume_command(run: Path, rights: Sequence[str] = ()) -> str:
+    """The command that resumes the run in a folder, with arguments that let its record name files and more."""
+    return command_line(["lorasmith", "resume", positional(run), *rights])
+
+
+def positional(argument: object) -> str:
+    """A path as an argument that is no flag, whatever its name."""
+    return f"./{argument}" if str(argument).startswith("-") else str(argument)
 
 
 def arguments_for(values: Mapping[str, Any]) -> list[str]:

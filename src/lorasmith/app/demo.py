@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lorasmith.app.folder_run import RUNS, FolderSource
+from lorasmith.app.folder_run import RUNS
+from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.model_run import new_run_folder
 from lorasmith.core.files import atomic_path
 from lorasmith.core.folders import ASSETS
@@ -41,7 +42,7 @@ def demo_source(*, steps: int, seed: int, device: str | None) -> tuple[FolderSou
         device: where to train; the first GPU, or the CPU, if None.
     """
     config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0)
-    return FolderSource.of(_EXAMPLES, BUILT_IN, config, device=device), config
+    return FolderSource.of(_EXAMPLES, BUILT_IN, device=device), config
 
 
 def demo_folder() -> Path:

@@ -7,7 +7,7 @@ and chooses the folder of the run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, get_type_hints
@@ -25,6 +25,7 @@ from lorasmith.sampling.previews import parse_prompts
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, plan_job
+from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 
@@ -60,7 +61,7 @@ def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOp
 
 def run_folder(
     runs: Path, title: str, *, fresh: bool = False, numbering: str = "-{:03}"
-) -> Callable[[Mapping[str, Any]], Path]:
+) -> Callable[[Fingerprint], Path]:
     """A function from a run's fingerprint to its folder: the one that holds it unfinished, or a new one.
 
     Args:
@@ -70,7 +71,7 @@ def run_folder(
         numbering: format of the number after the title in the name of a new folder.
     """
 
-    def chosen(fingerprint: Mapping[str, Any]) -> Path:
+    def chosen(fingerprint: Fingerprint) -> Path:
         before = None if fresh else unfinished_run(runs, title, fingerprint)
         return before or new_run_folder(runs, title, numbering=numbering)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from lorasmith.app.folder_run import RUNS, FolderSource, PreparedRun, prepare, repeated, train_prepared
+from lorasmith.app.folder_run import RUNS, PreparedRun, prepare, train_prepared
 from lorasmith.app.model_run import new_run_folder
+from lorasmith.app.recorded_run import Rights, repeated
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.metadata import RUN_ENTRY, steps_of
 from lorasmith.training.events import Event, EventHandler
-from lorasmith.training.runs.fingerprint import differences, environment, environments_of
-from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.runs.fingerprint import Fingerprint, differences, environment
+from lorasmith.training.runs.records import RunRecord, parsed_record
+from lorasmith.training.runs.run_folder import RunFolder, check_verifiable
 from lorasmith.training.train import RunOptions, TrainResult
 
 __all__ = ["Differs", "Reproduced", "Reproduction", "prepare_reproduction", "reproduce"]
@@ -48,7 +48,7 @@ class Reproduction:
     """
 
     lora: Path
-    before: Mapping[str, Any]
+    before: RunRecord
     prepared: PreparedRun
     steps: int
     output: Path | None
@@ -74,6 +74,7 @@ class Reproduced:
 def prepare_reproduction(
     lora: Path,
     *,
+    rights: Rights = Rights(),  # noqa: B008 - immutable
     model: str | None = None,
     text_encoders: Sequence[str] = (),
     vae: str | None = None,
@@ -86,30 +87,43 @@ def prepare_reproduction(
 
     Args:
         lora: the file.
-        model, text_encoders, vae, data, device: as for `folder_run.repeated`.
+        rights: what its record may name.
+        model, text_encoders, vae, data, device: as for `recorded_run.repeated`.
         output: folder of the new run.
         on_event: receives the events of `prepare`.
 
     Raises:
-        OptionError: the file has no record of its run, or the run was not on a folder of images.
+        OptionError: the file has no record of its run, the run was not on a folder of images, or its record names more
+            than it may.
         OutputError: `output` contains a run.
         LorasmithError: as `prepare`.
     """
     metadata = check_safetensors(lora).metadata
-    before = _run_of(lora, metadata)
+    before = _record_of(lora, metadata)
     if output is not None and RunFolder(output).exists:
         raise OutputError(f"output must not contain a run, but {output} does; choose another output")
-    prepared = prepare(
-        *repeated(before, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device),
-        on_event=on_event,
-    )
-    return Reproduction(lora, before, prepared, steps_of(metadata, lora.name) - prepared.job.steps_before, output)
+    try:
+        source, config = repeated(
+            before, lora, rights, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device
+        )
+    except ValueError as error:
+        raise _without_record(lora, error) from error
+    # Previews and early stopping change no tensor of a run that ends at a given step.
+    prepared = prepare(source, replace(config, previews=None, patience=0), on_event=on_event)
+    steps = steps_of(metadata, lora.name) - prepared.job.steps_before
+    if not 0 < steps <= config.steps:
+        raise OptionError(
+            f"{lora} must be of a step between 1 and {config.steps} of its run, but its metadata says {steps}; "
+            "train it again from its images"
+        )
+    return Reproduction(lora, before, prepared, steps, output)
 
 
 def reproduce(
     again: Reproduction,
     *,
     dry_run: bool = False,
+    verify: bool = False,
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> Reproduced:
@@ -118,14 +132,17 @@ def reproduce(
     Args:
         again: the prepared run.
         dry_run: only compare the inputs; train nothing.
+        verify: compare every byte of the base model's files.
         on_event: receives a `Differs` for each difference, and training events.
         cancelled: called between steps; True ends the run without a comparison.
 
     Raises:
+        OutputError: `verify` is set, and the LoRA has no digests of whole files.
         LorasmithError: as `train_prepared`.
     """
 
-    def folder(fingerprint: Mapping[str, Any]) -> Path:
+    def folder(fingerprint: Fingerprint) -> Path:
+        check_verifiable(again.before, fingerprint, again.lora)
         found = _differences(again, fingerprint, on_event)
         if found or dry_run:
             raise _Settled(found)
@@ -133,7 +150,13 @@ def reproduce(
 
     try:
         result = train_prepared(
-            again.prepared, output=folder, fresh=True, until=again.steps, on_event=on_event, cancelled=cancelled
+            again.prepared,
+            output=folder,
+            fresh=True,
+            verify=verify,
+            until=again.steps,
+            on_event=on_event,
+            cancelled=cancelled,
         )
     except _Settled as settled:
         return Reproduced(differs=settled.differs)
@@ -151,32 +174,34 @@ class _Settled(Exception):  # noqa: N818  (nothing went wrong)
         self.differs = differs
 
 
-def _run_of(lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The record of its run in a LoRA's metadata. Raises OptionError if there is none."""
+def _record_of(lora: Path, metadata: Mapping[str, str]) -> RunRecord:
+    """The record in a LoRA's metadata. Raises OptionError if there is none of a run on a folder of images."""
     try:
-        run: dict[str, Any] = json.loads(metadata[RUN_ENTRY])
-        command, *_ = run["source"].get("command"), run["asked"], run["environment"], run["fingerprint"]["config"]
-        if command == "train":
-            FolderSource.from_record(run["source"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise OptionError(
-            f"{lora} has no record of its run: it is from another program, was saved with --private, or its metadata "
-            "was removed; train it again from its images"
-        ) from error
-    if command != "train":
+        record = parsed_record(metadata[RUN_ENTRY])
+    except (KeyError, ValueError) as error:
+        raise _without_record(lora, error) from error
+    if record.source.get("command") != "train":
         remedy = "the workflow in its metadata" if "prompt" in metadata else "its script"
         raise OptionError(f"{lora} was not made by lorasmith train; run {remedy} again to reproduce it")
-    return run
+    return record
 
 
-def _differences(again: Reproduction, fingerprint: Mapping[str, Any], on_event: EventHandler) -> tuple[str, ...]:
+def _without_record(lora: Path, error: KeyError | ValueError) -> OptionError:
+    damage = "" if isinstance(error, KeyError) else f" that can be used ({error})"
+    return OptionError(
+        f"{lora} has no record of its run{damage}: it is from another program, was saved with --private, or its "
+        "metadata was changed; train it again from its images"
+    )
+
+
+def _differences(again: Reproduction, fingerprint: Fingerprint, on_event: EventHandler) -> tuple[str, ...]:
     """Emit all differences from the original run; returns the decisive ones."""
     prepared, before = again.prepared, again.before
     config = prepared.job.config
     now = environment(prepared.job.runtime.device, config.optimizer, compile=config.compile)
-    for what in dict.fromkeys(one for there in environments_of(before) for one in differences(there, now)):
+    for what in dict.fromkeys(one for there in before.all_environments for one in differences(there, now)):
         on_event(Differs(what=what, is_decisive=False))
-    decisive = differences(before["fingerprint"], fingerprint)
+    decisive = differences(before.fingerprint, fingerprint)
     for what in decisive:
         on_event(Differs(what=what, is_decisive=True))
     return tuple(decisive)

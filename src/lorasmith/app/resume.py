@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasmith.app.folder_run import PreparedRun, prepare, repeated
-from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.app.folder_run import PreparedRun, prepare
+from lorasmith.app.recorded_run import Rights, repeated
+from lorasmith.core.errors import OptionError, OutputError, TrainingError
+from lorasmith.core.options import options_of
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
+from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.run_folder import RunFolder
 
 __all__ = ["prepare_again"]
@@ -16,6 +20,7 @@ __all__ = ["prepare_again"]
 def prepare_again(
     run: Path,
     *,
+    rights: Rights = Rights(),  # noqa: B008 - immutable
     model: str | None = None,
     text_encoders: Sequence[str] = (),
     vae: str | None = None,
@@ -27,25 +32,40 @@ def prepare_again(
 
     Args:
         run: the folder.
-        model, text_encoders, vae, data, device: as for `folder_run.repeated`.
-        on_event: receives the events of `prepare`, and a `Warned` if the run starts from the beginning.
+        rights: what its record may name.
+        model, text_encoders, vae, data, device: as for `recorded_run.repeated`.
+        on_event: receives the events of `prepare`, and a `Warned` if the run starts from the beginning or a tracker
+            that it names is not started.
 
     Raises:
-        OptionError: the run was not on a folder of images.
+        OptionError: the run was not on a folder of images, or its record names more than it may.
         OutputError: the run is complete, another process trains in the folder, or there is no run in it.
         LorasmithError: as `prepare`.
     """
     folder = RunFolder(run)
     record = folder.record()
-    if (record.get("source") or {}).get("command") != "train":
+    if record.source.get("command") != "train":
         raise OptionError(f"{run} was not made by lorasmith train; start its workflow or script again to resume it")
     if folder.is_done:
         raise OutputError(f"the run in {run} is complete and cannot be resumed; train again for another run")
     folder.check_free()
-    prepared = prepare(
-        *repeated(record, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device),
-        on_event=on_event,
-    )
+    try:
+        source, config = repeated(
+            record,
+            run / RECORD,
+            rights,
+            model=model,
+            text_encoders=text_encoders,
+            vae=vae,
+            data=data,
+            device=device,
+        )
+    except ValueError as error:
+        raise TrainingError(f"{run / RECORD} is damaged ({error}); restore it from a copy, or train again") from error
+    prepared = prepare(source, config, on_event=on_event)
+    tracker = record.asked.get("track")
+    if config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
+        on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
     if not folder.states().paths():
         on_event(Warned(message=f"{run} ended before its first run state was saved and starts from the beginning."))
     return prepared

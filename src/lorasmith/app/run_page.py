@@ -6,12 +6,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path, PureWindowsPath
 from statistics import geometric_mean
 from typing import Any
 
 from lorasmith.app.command_lines import command_line, generate_command, resume_command
-from lorasmith.core.errors import LorasmithError
+from lorasmith.app.folder_source import FolderSource
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.families.locating import BUILT_IN
@@ -20,12 +22,13 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.report.curves import Curves
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, number, run_report
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.events import (
     Planned,
     Previewed,
     Resumed,
     RolledBack,
+    RunFinished,
     RunStarted,
     Shrunk,
     StepDone,
@@ -35,6 +38,7 @@ from lorasmith.training.events import (
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
+from lorasmith.training.runs.records import RunRecord
 
 __all__ = ["report_of", "write_report"]
 
@@ -49,8 +53,12 @@ _QUANTILES = 5  # more lines cannot be distinguished
 _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its size
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, end: RunFinished | None = None) -> Path:
     """Write `report.html` into the folder of a run, which may still be running.
+
+    Args:
+        folder: of the run.
+        end: its end, if that is not logged yet.
 
     Raises:
         OptionError: there is no run in the folder.
@@ -58,7 +66,10 @@ def write_report(folder: Path) -> Path:
         OutputError: the file cannot be written.
     """
     target = folder / "report.html"
-    write_atomic(target, run_report(report_of(read_history(folder))))
+    history = read_history(folder)
+    if end is not None:
+        history = replace(history, events=(*history.events, end))
+    write_atomic(target, run_report(report_of(history)))
     return target
 
 
@@ -70,7 +81,7 @@ def report_of(history: RunHistory) -> RunReport:
     quantiles, images = _ledger(history)
     lora = _lora(history)
     return RunReport(
-        title=str(history.record.get("title", history.folder.name)),
+        title=history.record.title or history.folder.name,
         status=status,
         mood=mood,
         verdict=_verdict(history, steps),
@@ -84,9 +95,9 @@ def report_of(history: RunHistory) -> RunReport:
         images=images,
         before_after=before_after,
         progress=progress,
-        settings=_settings(_part(history.record, "config")),
+        settings=_settings(history.record.config),
         data=_data(history.record),
-        captions=[(str(one.get("name")), str(one.get("caption") or "")) for one in _samples(history.record)],
+        captions=[(one.name, one.caption or "") for one in history.record.samples],
         environment=_environment(history.record),
         notes=_notes(history),
     )
@@ -110,8 +121,8 @@ def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
 
 
 def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
-    config, model = _part(history.record, "config"), _part(history.record, "model")
-    parts = [f"{config.get('algorithm', 'LoRA')} on {model.get('name', 'a model')}"]
+    record = history.record
+    parts = [f"{record.config.get('algorithm', 'LoRA')} on {record.model.name or 'a model'}"]
     if starts := history.of(RunStarted):
         parts.append(time.strftime("%d %B %Y, %H:%M", time.localtime(starts[0].at)).lstrip("0"))
         parts.append(f"{starts[-1].device}, {starts[-1].dtype}")
@@ -123,12 +134,12 @@ def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
 
 
 def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) -> dict[str, str]:
-    done, planned = steps[-1].step if steps else 0, _part(history.record, "config").get("steps")
+    done, planned = steps[-1].step if steps else 0, history.record.config.get("steps")
     facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
-    if before := history.record.get("steps_before"):
+    if before := history.record.steps_before:
         facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = _duration(history.seconds())
-    facts["training images"] = f"{len(_samples(history.record)):,}"
+    facts["training images"] = f"{len(history.record.samples):,}"
     if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
         best = min(validations, key=lambda one: one.loss)
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
@@ -142,8 +153,8 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
 
 
 def _lora(history: RunHistory) -> Path | None:
-    path = history.folder / f"{history.record.get('title')}.safetensors"
-    return path if path.is_file() else None
+    path = history.folder / f"{history.record.title}.safetensors"
+    return path if _is_own(path, history.folder) else None
 
 
 def _files(folder: Path, lora: Path | None) -> dict[str, str]:
@@ -163,24 +174,28 @@ def _described(lora: Path) -> str:
 
 
 def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
+    """Commands to copy. They are made here from the record's settings, and none is copied from the record."""
     record, folder = history.record, history.folder.resolve()
-    model, trigger = _part(record, "model"), _part(record, "data").get("trigger")
-    base = model.get("name") if model.get("name") == BUILT_IN else model.get("path") or model.get("name")
-    caption = next((one["caption"] for one in _samples(record) if one.get("caption")), "a picture")
-    repeat = record.get("command")
+    try:
+        source = FolderSource.from_record(record.source)
+        repeat = source.command(settings_from_file(record.asked))
+    except (OptionError, ValueError):  # a workflow or script, or an optimizer whose import has to be typed
+        source, repeat = None, None
+    model = record.model
+    base = model.name if model.name == BUILT_IN else model.path or model.name
+    caption = next((one.caption for one in record.samples if one.caption), "a picture")
     commands = {}
     if lora is not None:
-        source = _part(record, "source")
         commands["Draw a picture with it"] = generate_command(
             base,
             lora.resolve(),
-            trigger or caption,
-            text_encoders=source.get("text_encoders") or (),
-            vae=source.get("vae"),
+            (source.trigger if source else "") or caption,
+            text_encoders=source.text_encoders if source else (),
+            vae=source.vae if source else None,
         )
     if history.outcome is None or not history.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)
-    if isinstance(repeat, list) and repeat:
+    if repeat is not None:
         commands["Repeat the run"] = command_line(repeat)
     commands["Update this report"] = command_line(["lorasmith", "report", folder])
     return commands
@@ -209,7 +224,7 @@ def _validations(history: RunHistory) -> list[Validated]:
 
 def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
     """Loss by noise level, and records by image; None and empty if the log has no draws."""
-    names = [str(one.get("name")) for one in _samples(history.record)]
+    names = [one.name for one in history.record.samples]
     curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
     has_draws = False
     for step in history.steps():
@@ -236,12 +251,15 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     def row(event: Previewed) -> list[Path | None]:
         # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
         found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
-        return [path if path.is_file() else None for path in found] + [None] * (len(prompts) - len(found))
+        return [path if _is_own(path, history.folder) else None for path in found] + [None] * (
+            len(prompts) - len(found)
+        )
 
     rows = {key: row(event) for key, event in sorted(shots.items())}
     rows = {key: paths for key, paths in rows.items() if any(paths)}
     if not rows:
-        return _sheet(samples / "strengths.png", history.folder / "before-and-after.png"), _sheet(samples / "steps.png")
+        sheets = samples / "strengths.png", history.folder / "before-and-after.png"
+        return _sheet(history.folder, *sheets), _sheet(history.folder, samples / "steps.png")
     base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
     adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
     last = max((step for step, _, _ in adapted), default=0)
@@ -250,13 +268,18 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
     before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
-        return before_after, _sheet(samples / "steps.png")
+        return before_after, _sheet(history.folder, samples / "steps.png")
     about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
     return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
 
 
-def _sheet(*candidates: Path) -> PictureTable | None:
-    found = [path for path in candidates if path.is_file()]
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether there is such a file in the folder of a run itself, not where a link in it leads."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _sheet(folder: Path, *candidates: Path) -> PictureTable | None:
+    found = [path for path in candidates if _is_own(path, folder)]
     return PictureTable((), [("", (found[0],))], "Contact sheet with its labels in the picture") if found else None
 
 
@@ -269,24 +292,21 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
     ]  # fmt: skip
 
 
-def _data(record: Mapping[str, Any]) -> dict[str, str]:
-    samples = _samples(record)
-    sizes = Counter(
-        "×".join(map(str, reversed(one["latents"][-2:]))) for one in samples if isinstance(one.get("latents"), list)
-    )
-    captioned = sum(bool(one.get("caption")) for one in samples)
+def _data(record: RunRecord) -> dict[str, str]:
+    samples = record.samples
+    sizes = Counter("×".join(map(str, reversed(one.latents[-2:]))) for one in samples if one.latents)
+    captioned = sum(bool(one.caption) for one in samples)
     described = {
         "Training images": f"{len(samples):,}, of which {captioned:,} have a caption",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
     }
-    described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(_part(record, "data")).items()}
+    described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(record.data).items()}
     return {name: text for name, text in described.items() if text}
 
 
-def _environment(record: Mapping[str, Any]) -> dict[str, str]:
-    model = {f"base model {name}": text for name, text in _flat(_part(record, "model")).items()}
-    whole = {**model, **_flat(_part(record, "environment")), **_flat(_part(record, "versions"))}
-    return {name.replace("_", " "): text for name, text in whole.items() if text}
+def _environment(record: RunRecord) -> dict[str, str]:
+    model = {f"base model {name}": text for name, text in _flat(asdict(record.model)).items()}
+    return {name.replace("_", " "): text for name, text in {**model, **_flat(record.environment)}.items() if text}
 
 
 def _notes(history: RunHistory) -> list[Note]:
@@ -324,17 +344,6 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
     return f"{num_bytes / 1e3:.0f} kB"
-
-
-def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A mapping in `run.json`, empty if it is missing, as in records of other versions."""
-    part = record.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def _samples(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    samples = record.get("samples")
-    return [one for one in samples if isinstance(one, dict)] if isinstance(samples, list) else []
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

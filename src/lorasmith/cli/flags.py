@@ -16,8 +16,10 @@ from lorasmith.core.options import Option, options_of
 from lorasmith.training.config import TrainConfig
 
 __all__ = [
+    "AllowOptimizer",
     "AnyBaseModel",
     "AsJson",
+    "AsRecorded",
     "BaseDir",
     "BaseModel",
     "DataNow",
@@ -29,8 +31,10 @@ __all__ = [
     "RunOutput",
     "TextEncoderFiles",
     "TextEncodersNow",
+    "TrackNow",
     "VaeFile",
     "VaeNow",
+    "Verify",
     "cost_options",
     "folders_of",
     "split_strength",
@@ -84,6 +88,34 @@ VaeNow = Annotated[
     str | None, typer.Option("--vae", metavar="FILE", help="The file of its autoencoder, if it was moved.")
 ]
 DataNow = Annotated[Path | None, typer.Option(help="The folder of images, if it was moved.")]
+AsRecorded = Annotated[
+    bool,
+    typer.Option(
+        "--as-recorded",
+        help="Read the model, images and LoRAs that the record names outside the current folder, and download a model "
+        "that it names by a hub id. A record may be a stranger's.",
+    ),
+]
+AllowOptimizer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-optimizer",
+        metavar="PATH",
+        help="Import path of an optimizer that the record may name; importing it runs its code. Repeatable.",
+    ),
+]
+TrackNow = Annotated[
+    str | None,
+    typer.Option("--track", metavar="NAME", help="Tracker to start, tensorboard or wandb; a record alone starts none."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Hash the base model's whole files, record that, and compare with the run before; without it a sample of "
+        "each tensor's values is compared.",
+    ),
+]
 LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")]
 LoraModel = Annotated[
     str | None,

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import echo, print_note
-from lorasmith.cli.flags import DataNow, ModelNow, RunOutput, TextEncodersNow, VaeNow
+from lorasmith.cli.flags import (
+    AllowOptimizer,
+    AsRecorded,
+    DataNow,
+    ModelNow,
+    RunOutput,
+    TextEncodersNow,
+    TrackNow,
+    VaeNow,
+    Verify,
+)
 from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
 
 __all__ = ["register"]
@@ -30,6 +40,10 @@ def reproduce(
     device: Annotated[
         str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the original run.")
     ] = None,
+    as_recorded: AsRecorded = False,
+    allow_optimizer: AllowOptimizer = None,
+    track: TrackNow = None,
+    verify: Verify = False,
 ) -> None:
     """Train a LoRA again from the metadata in its file, and compare the results.
 
@@ -37,11 +51,13 @@ def reproduce(
     it and reports whether the tensors are equal. The exit status is 1 if the inputs or the result differ.
     """
     from lorasmith.app import reproduce as app
+    from lorasmith.app.recorded_run import Rights
     from lorasmith.training.events import Event
 
     with preparation_shown() as show:
         again = app.prepare_reproduction(
             lora,
+            rights=Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track),
             model=model,
             text_encoders=text_encoder or (),
             vae=vae,
@@ -62,7 +78,7 @@ def reproduce(
             else:
                 show(event)
 
-        found = app.reproduce(again, dry_run=dry_run, on_event=show_or_note, cancelled=cancelled)
+        found = app.reproduce(again, dry_run=dry_run, verify=verify, on_event=show_or_note, cancelled=cancelled)
     if found.differs:
         raise typer.Exit(1)
     if found.result is None:
@@ -72,6 +88,7 @@ def reproduce(
     if not found.is_complete:
         raise typer.Exit(1)
     same = "bit-identical" if found.is_same else "not the same"
-    echo(f"\nThe tensors of {found.result.path} and {lora} are {same}.")
+    echo()
+    echo(f"The tensors of {found.result.path} and {lora} are {same}.")
     if not found.is_same:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.flags import DataNow, ModelNow, TextEncodersNow, VaeNow
+from lorasmith.cli.flags import AllowOptimizer, AsRecorded, DataNow, ModelNow, TextEncodersNow, TrackNow, VaeNow, Verify
 from lorasmith.cli.run_output import preparation_shown, train_and_report
 
 __all__ = ["register"]
@@ -27,16 +27,29 @@ def resume(
     device: Annotated[
         str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the run.")
     ] = None,
+    as_recorded: AsRecorded = False,
+    allow_optimizer: AllowOptimizer = None,
+    track: TrackNow = None,
+    verify: Verify = False,
 ) -> None:
     """Continue a run that was stopped or killed, from its last run state.
 
     With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
     differences are reported. Other images, other settings or another base model are refused.
     """
+    from lorasmith.app.recorded_run import Rights
     from lorasmith.app.resume import prepare_again
 
+    rights = Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track)
     with preparation_shown() as show:
         prepared = prepare_again(
-            run, model=model, text_encoders=text_encoder or (), vae=vae, data=data, device=device, on_event=show
+            run,
+            rights=rights,
+            model=model,
+            text_encoders=text_encoder or (),
+            vae=vae,
+            data=data,
+            device=device,
+            on_event=show,
         )
-    train_and_report(prepared, output=run)
+    train_and_report(prepared, output=run, verify=verify)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorasmith.app.command_lines import generate_command, resume_command
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
-from lorasmith.cli.console import console, echo, print_note, progress_shown, stoppable
+from lorasmith.cli.console import console, echo, heading, print_note, progress_shown, stoppable
 from lorasmith.training.events import (
     Event,
     EventHandler,
@@ -71,7 +71,7 @@ def training_shown() -> Iterator[tuple[EventHandler, Callable[[], bool]]]:
 def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events and a bar with loss, speed and time left."""
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
-    numbers = TextColumn("[dim]{task.fields[numbers]}")
+    numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
     columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
     progress = Progress(*columns, console=console)
     task = progress.add_task("", total=None, numbers="")
@@ -108,34 +108,38 @@ def training_progress() -> Iterator[EventHandler]:
         progress.stop()
 
 
-def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False) -> None:
+def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False, verify: bool = False) -> None:
     """Train, and print where the results are and how to use the LoRA.
 
     Args:
         prepared: the run.
         output: folder of the run; None for one under `runs/`.
         fresh: do not continue an unfinished run.
+        verify: compare and record every byte of the base model's files.
     """
     from lorasmith.app.folder_run import train_prepared
+    from lorasmith.app.recorded_run import rights_needed
 
     with training_shown() as (show, cancelled):
-        result = train_prepared(prepared, output=output, fresh=fresh, on_event=show, cancelled=cancelled)
-    report_result(result)
+        result = train_prepared(prepared, output=output, fresh=fresh, verify=verify, on_event=show, cancelled=cancelled)
+    report_result(result, rights_needed(prepared.source, prepared.job.requested))
     if result.path is not None:
         files, prompt = prepared.source.files, prepared.plan.prompt
         command = generate_command(files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae)
-        echo(f"\nTo use it:\n  {command}")
+        echo()
+        echo("To use it:")
+        echo(f"  {command}")
 
 
-def report_result(result: TrainResult) -> None:
-    """Print how a run ended, and its files."""
+def report_result(result: TrainResult, rights: Sequence[str] = ()) -> None:
+    """Print how a run ended, and its files; `rights` are the arguments with which `resume` may continue it."""
     folder = result.folder
     if folder is None:
         echo("Stopped before the first step; nothing was saved.")
         return
     if result.reason is Outcome.CANCELLED:
         echo(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To continue:")
-        echo(f"  {resume_command(folder)}")
+        echo(f"  {resume_command(folder, rights)}")
     if result.reason is Outcome.STOPPED:
         best = min(result.validations, key=lambda one: one[1])[0]
         echo(f"Stopped early at step {len(result.losses)}; the saved LoRA is that of step {best}, the best one.")
@@ -161,12 +165,13 @@ def found_line(part: FoundPart) -> str:
 
 def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
-    console.print(f"[bold]{len(scan.images)} images[/] in {found.folder}")
+    heading(f"{len(scan.images)} images", end=" ")
+    echo(f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
     if scan.missing_captions:
         instead = f"the trigger {trigger!r} is used" if trigger else "they are trained without a caption"
-        console.print(f"  {len(scan.missing_captions)} have no caption; {instead}", soft_wrap=True)
+        echo(f"  {len(scan.missing_captions)} have no caption; {instead}")
     for note in scan.notes:
         echo(f"  {note}")
 

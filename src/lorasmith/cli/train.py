@@ -15,6 +15,7 @@ from lorasmith.cli.flags import (
     RunOutput,
     TextEncoderFiles,
     VaeFile,
+    Verify,
     folders_of,
     with_flags,
 )
@@ -54,6 +55,7 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
     ] = False,
+    verify: Verify = False,
     device: Device = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
@@ -64,7 +66,8 @@ def train(
     Captions are read from text files of the same name; pictures without one use the trigger. Prints the plan, trains,
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes.
     """
-    from lorasmith.app.folder_run import FolderSource, absolute, prepare
+    from lorasmith.app.folder_run import prepare
+    from lorasmith.app.folder_source import FolderSource, absolute
 
     for file in ("existing_lora", "training_adapter"):
         if settings[file]:
@@ -76,7 +79,6 @@ def train(
     source = FolderSource.of(
         folder,
         model,
-        config,
         name=name,
         trigger=trigger,
         resolution=resolution,
@@ -87,7 +89,7 @@ def train(
     )
     with preparation_shown() as show:
         prepared = prepare(source, config, folders=folders, on_event=show)
-    train_and_report(prepared, output=output, fresh=fresh)
+    train_and_report(prepared, output=output, fresh=fresh, verify=verify)
 
 
 def _which_models(folders: Folders) -> str:

@@ -140,7 +140,10 @@ def _options_of(config: type) -> Mapping[str, Option]:
 def check_options(config: Any) -> None:
     """`__post_init__` of configuration dataclasses: checks and normalises every field."""
     for name, declared in options_of(type(config)).items():
-        object.__setattr__(config, name, declared.check(getattr(config, name)))
+        value = getattr(config, name)
+        if isinstance(value, str) and len(value) > _LONGEST:
+            raise OptionError(f"{name} must have at most {_LONGEST:,} characters, got {len(value):,}")
+        object.__setattr__(config, name, declared.check(value))
 
 
 def config_from(config: type, values: Mapping[str, Any]) -> Any:
@@ -150,6 +153,10 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
         if key not in known:
             raise OptionError(f"unknown option {key!r}{nearest(key, known)}; known are {', '.join(known)}")
     return config(**values)
+
+
+_LONGEST = 20_000
+"""Characters of a setting: more than is of use, and few enough for every pattern and parser that reads it."""
 
 
 def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, Any]) -> Option:

@@ -52,6 +52,7 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        assert device.type != "meta"  # has no numbers
     except (RuntimeError, AssertionError) as error:  # torch raises the second where it was built without CUDA
         there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         raise OptionError(f"device must be one that is here ({there}), got {str(name)!r}; name one of these") from error

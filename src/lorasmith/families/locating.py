@@ -25,7 +25,7 @@ def located(source: str | os.PathLike[str]) -> Path:
     """The file or folder of a source, downloaded if it is a hub id."""
     path = built_in_models().get(str(source), Path(source))
     # By extension, because names on hubs have dots too (FLUX.1-dev).
-    if path.exists() or path.suffix.casefold() in MODEL_EXTENSIONS:
+    if os.path.exists(path) or path.suffix.casefold() in MODEL_EXTENSIONS:  # noqa: PTH110 - for any text
         return path
     if str(source).count("/") == 1:
         return _downloaded(str(source))

@@ -13,7 +13,7 @@ from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_previews import PreviewFrames
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.core.options import config_from, options_of
+from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
@@ -28,7 +28,7 @@ from lorasmith.nodes.values import (
     single,
     with_frames,
 )
-from lorasmith.training.config import NONE_LORA, TrainConfig, unused_settings
+from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file, unused_settings
 from lorasmith.training.events import (
     Event,
     EventHandler,
@@ -200,8 +200,7 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
         chosen["timesteps"] = None
     for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers
         chosen[name] = chosen[name] or None
-    config: TrainConfig = config_from(TrainConfig, chosen)
-    return config
+    return settings_from_file(chosen)
 
 
 def _dataset(

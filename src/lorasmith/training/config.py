@@ -6,6 +6,7 @@ keeps its meaning.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +20,11 @@ from lorasmith.core.choices import (
     TimestepDistribution,
 )
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import check_options, option, options_of
+from lorasmith.core.options import check_options, config_from, option, options_of
 from lorasmith.training.optim.schedules import SCHEDULES
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
-__all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "unused_settings"]
+__all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "settings_from_file", "unused_settings"]
 
 NONE_LORA = "[None]"
 """Value of `existing_lora` and `training_adapter` for no file, as in ComfyUI's list."""
@@ -45,6 +46,33 @@ def unused_settings(algorithm: str) -> frozenset[str]:
     """Settings that have no effect with an algorithm, named in any case; empty for unknown algorithms."""
     folded = {name.casefold(): facts.unused for name, facts in ALGORITHMS.items()}
     return folded.get(algorithm.casefold(), frozenset())
+
+
+def settings_from_file(
+    values: Mapping[str, Any], *, optimizers: Collection[str] = (), track: str | None = None
+) -> TrainConfig:
+    """Settings that a file holds: a graph, or the record of a run. They choose among known names alone.
+
+    Importing an optimizer runs the code of its module, and a tracker sends numbers away, so both have to be typed by
+    the person who runs the command.
+
+    Args:
+        values: the settings by name; the tracker in them is ignored.
+        optimizers: import paths that were typed.
+        track: tracker that was typed, if any.
+
+    Raises:
+        OptionError: the optimizer is neither a known name nor among `optimizers`, or as `config_from`.
+    """
+    name = values.get("optimizer")
+    if name is not None and name not in OPTIMIZERS and name not in optimizers:
+        raise OptionError(
+            f"an optimizer that a file names must be one of {', '.join(OPTIMIZERS)}, got {name!r}: importing it would "
+            f"run code; if you trust that, type --allow-optimizer {name}"
+        )
+    own = {key: value for key, value in values.items() if key != "track"}
+    config: TrainConfig = config_from(TrainConfig, own if track is None else {**own, "track": track})
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from lorasmith.training.memory.frozen_weights import fp8_products_enabled, weigh
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.optim.flat import FlatParameters
 from lorasmith.training.optim.loss_scale import LossScale
-from lorasmith.training.optim.optimizers import GatedOptimizer
+from lorasmith.training.optim.optimizers import GatedOptimizer, check_alike
 from lorasmith.training.optim.schedules import rate_factor
 from lorasmith.training.runtime import Runtime
 
@@ -267,10 +267,11 @@ class Engine:
         return state, {"optimizer": copy.deepcopy(numbers), "rate_factor": self.rate_factor}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore what `state` returned, bit for bit."""
+        """Restore what `state` returned, bit for bit. Raises TrainingError and KeyError if it is of another engine."""
         optimizer = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
         self._optimizer.load(optimizer, copy.deepcopy(numbers["optimizer"]))
         for name, tensor in self._own_state().items():
+            check_alike(tensors[name], tensor)
             tensor.copy_(tensors[name])
         self.rate_factor = numbers["rate_factor"]
         self.flat.publish()

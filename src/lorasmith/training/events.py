@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from lorasmith.core.choices import Activations
+from lorasmith.core.printable import printable
+from lorasmith.core.typed_json import typed
 from lorasmith.training.outcome import Outcome
 
 __all__ = [
@@ -246,49 +247,29 @@ def decoded(line: str) -> Event:
         ValueError: the line is truncated, of an unknown kind, or holds implausible numbers.
     """
     try:
-        found = json.loads(line)
-        name = found.pop("event")
-        kinds = _field_kinds(name)
-        fields: dict[str, Any] = {key: _value(found[key], kinds[key]) for key in found.keys() & kinds.keys()}
-        event = _KINDS[name](**fields)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        found = _readable(json.loads(line))  # not `parse_foreign_json`: a loss may be NaN
+        event = typed(found, _KINDS[found["event"]])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
     if not _plausible(event):
-        raise ValueError(f"an event must have a plausible time, step and draws, got {line[:80]!r}")
+        raise ValueError(f"an event must have a plausible time and step, got {line[:80]!r}")
     return event
 
 
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
-_DRAWS = ([int, float, float], [int, int, float], [int, float, int], [int, int, int])  # JSON has one kind of number
-_JSON_KINDS: dict[Any, Any] = {float: (int, float), int: int, bool: bool}
 _LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
 
 
-@functools.cache
-def _field_kinds(name: str) -> dict[str, Any]:
-    return get_type_hints(_KINDS[name])
-
-
-def _value(value: Any, hint: Any) -> object:
-    """A JSON value in a field's type. Raises ValueError or TypeError if it is of another type."""
-    if hint is Outcome:
-        return Outcome(value)
-    kinds = tuple if get_origin(hint) is tuple else _JSON_KINDS.get(hint, str)
-    if not isinstance(frozen := _frozen(value), kinds):
-        raise TypeError
-    return frozen
-
-
-def _frozen(value: object) -> object:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+def _readable(value: Any) -> Any:
+    """A JSON value whose text is printable, since whoever reads events prints them."""
+    if isinstance(value, dict):
+        return {name: _readable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return list(map(_readable, value))
+    return printable(value) if isinstance(value, str) else value
 
 
 def _plausible(event: Event) -> bool:
-    """Whether time, step and draws are in range, which readers rely on."""
+    """Whether time and step are in range, which readers rely on."""
     step = getattr(event, "step", 1)
-    draws = getattr(event, "draws", ())
-    return (
-        0 <= event.at < _LAST_SECOND
-        and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP
-        and all(isinstance(draw, tuple) and list(map(type, draw)) in _DRAWS for draw in draws)
-    )
+    return 0 <= event.at < _LAST_SECOND and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP

@@ -10,14 +10,14 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorasmith.core.allocator import is_out_of_memory
-from lorasmith.core.errors import LoraError, LorasmithError
+from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.training.batches import Batch, prefetched
 from lorasmith.training.divergence import exploded
@@ -27,7 +27,7 @@ from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory.memory_plan import plan_activations
 from lorasmith.training.noise_scale import NoiseScale
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.progress import Progress, RunState
+from lorasmith.training.progress import Progress, RunState, StateNumbers
 from lorasmith.training.recovery import CompileFailed, Diverged, OutOfMemory, Recovery, StepFault
 from lorasmith.training.runtime import Runtime
 
@@ -184,32 +184,48 @@ class Loop:
         return RunState(self.step, tensors, numbers)
 
     def load(self, state: RunState) -> None:
-        """Restore what `state` returned. Raises LoraError if it belongs to other adapters."""
-        numbers, engine = state.numbers, self.engine
-        if numbers["layout"] != engine.flat.layout:
+        """Restore what `state` returned.
+
+        Raises:
+            LoraError: it belongs to other adapters.
+            TrainingError: it is not what a run of these settings saves.
+        """
+        try:
+            self._load(state, StateNumbers.of(state, self.steps))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Its bytes are those that were written, so another version wrote it, or a stranger.
+            raise TrainingError(
+                f"a run state must be one that a run of these settings saved, but the state of step {state.step} is "
+                f"not ({type(error).__name__}: {error}); start fresh"
+            ) from error
+
+    def _load(self, state: RunState, numbers: StateNumbers) -> None:
+        engine = self.engine
+        if numbers.layout != engine.flat.layout:
             raise LoraError("a run state must hold the trained layers, but this one holds others; start fresh")
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
         self._progress.step = state.step
-        self._progress.losses[:] = [math.nan if loss is None else loss for loss in numbers["losses"]]
-        self._progress.rollbacks = numbers["rollbacks"]
-        if numbers["stopped"]:
+        self._progress.losses[:] = [math.nan if loss is None else loss for loss in numbers.losses]
+        self._progress.rollbacks = numbers.rollbacks
+        if numbers.stopped:
             self.stop()  # all that is left is to save the result
-        self._noise = NoiseScale.from_json(numbers["noise_scale"])
-        engine.load(parts["engine"], numbers["engine"])
-        engine.change(micro_batch=numbers["micro_batch"])
+        self._noise = NoiseScale.from_json(asdict(numbers.noise_scale))
+        if (kept := numbers.snapshot) is not None:
+            snapshot = RunState(kept.step, parts["snapshot"], asdict(kept.engine))
+            engine.load(snapshot.tensors, snapshot.numbers)  # it must fit too, before it is needed
+            self._recovery.good = snapshot
+        engine.load(parts["engine"], asdict(numbers.engine))
+        engine.change(micro_batch=numbers.micro_batch)
         if engine.runtime.activations != "auto":  # which selects it again; the numbers do not depend on it
-            engine.change(checkpoint_depth=numbers["checkpoint_depth"])
-        if numbers["eager"]:
+            engine.change(checkpoint_depth=numbers.checkpoint_depth)
+        if numbers.eager:
             self._recovery.stop_compiling()
-        if "snapshot" in numbers:
-            kept = numbers["snapshot"]
-            self._recovery.good = RunState(kept["step"], parts["snapshot"], kept["engine"])
         for watcher in self._watchers:
             if watcher.name:
-                watcher.load(parts[watcher.name], numbers[watcher.name])
+                watcher.load(parts[watcher.name], state.numbers[watcher.name])
 
     def _take_steps(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers.

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Progress", "RunState"]
+from lorasmith.core.typed_json import typed
+
+__all__ = ["Progress", "RunState", "StateNumbers"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,77 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     rollbacks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerNumbers:
+    """What a run state holds of the optimizer besides tensors; see `GatedOptimizer.state`."""
+
+    started: bool
+    parameters: dict[str, float | bool | None]
+    groups: list[dict[str, float | bool | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineNumbers:
+    """What a run state or a snapshot holds of the engine besides tensors; see `Engine.state`."""
+
+    optimizer: OptimizerNumbers
+    rate_factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotNumbers:
+    """What a run state holds of the last snapshot, if that was taken at another step."""
+
+    step: int
+    engine: EngineNumbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseNumbers:
+    """What a run state holds of the gradient noise scale; see `NoiseScale.to_json`."""
+
+    decay: float
+    true_sq: float
+    variance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateNumbers:
+    """The numbers of a run state, as `Loop.state` writes them; those of watchers are checked by these.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    engine: EngineNumbers
+    losses: tuple[float | None, ...]
+    rollbacks: int
+    stopped: bool
+    noise_scale: NoiseNumbers
+    micro_batch: int
+    checkpoint_depth: int
+    eager: bool
+    layout: list[Any]
+    snapshot: SnapshotNumbers | None = None
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.checkpoint_depth < 0 or self.rollbacks < 0:
+            raise ValueError("micro_batch, checkpoint_depth or rollbacks are out of range")
+
+    @classmethod
+    def of(cls, state: RunState, steps: int) -> StateNumbers:
+        """The numbers of a state.
+
+        Args:
+            state: as it was read.
+            steps: of the whole run.
+
+        Raises:
+            ValueError: one is missing, of another type, out of range or contradicts the step.
+        """
+        numbers = typed(state.numbers, cls)
+        if not 0 <= state.step == len(numbers.losses) <= steps:
+            raise ValueError(f"step must be the number of losses and at most {steps}, got {state.step}")
+        return numbers

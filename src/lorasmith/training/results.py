@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
@@ -18,6 +16,7 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.verdict import UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
@@ -70,7 +69,7 @@ class Results:
         data: the training samples.
         title: name of the LoRA and of its file.
         trigger: trigger phrase for the metadata.
-        record: content of `run.json`.
+        record: of the run.
         folder: of the run; None to write nothing.
     """
 
@@ -81,7 +80,7 @@ class Results:
         *,
         title: str,
         trigger: str | None,
-        record: Mapping[str, Any],
+        record: RunRecord,
         folder: Path | None,
     ) -> None:
         self._job = job

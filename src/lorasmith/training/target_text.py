@@ -29,6 +29,7 @@ __all__ = ["parse_targets", "resolve_targets"]
 
 _SETTINGS = {"rank": "rank", "alpha": "alpha", "lr": "learning_rate"}
 _DECLARED = options_of(TrainConfig)
+_MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and long patterns take long to compile
 
 
 def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[Rule], list[Rule]]:
@@ -42,7 +43,13 @@ def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[
         OptionError: an entry is malformed, or a setting is unknown or out of its range.
     """
     rules, exclusions = [], []
-    for entry in filter(None, (part.strip() for part in re.split(r"[,;\n]", text))):
+    entries = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
+    if len(entries) > _MOST_ENTRIES or any(len(entry) > _LONGEST_ENTRY for entry in entries):
+        raise OptionError(
+            f"targets must be at most {_MOST_ENTRIES} entries of {_LONGEST_ENTRY} characters, got {len(entries):,} of "
+            f"up to {max(map(len, entries)):,}; use patterns with *"
+        )
+    for entry in entries:
         name, *settings = entry.split()
         if "=" in name:
             raise OptionError(f"settings of targets must follow a preset or pattern, got {entry!r} alone")

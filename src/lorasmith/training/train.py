@@ -24,8 +24,8 @@ from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
-from lorasmith.training.runs.fingerprint import differences
-from lorasmith.training.runs.records import run_record
+from lorasmith.training.runs.fingerprint import Fingerprint, differences
+from lorasmith.training.runs.records import RunRecord, run_record
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run
 from lorasmith.training.runs.run_states import StateSaver, free_bytes
 from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
@@ -48,21 +48,23 @@ class RunOptions:
         trigger: trigger phrase, for the metadata.
         validation: held-out images, instead of a share of the data.
         previews: returns the function that draws previews into a folder of a run, or None for no previews.
-        page: writes the report into the folder of the run.
-        source: JSON values from which the run can be repeated, such as paths and command line.
+        page: writes the report of a run that ends with an event into its folder.
+        source: JSON values from which the run can be repeated, such as paths.
+        verify: whether every byte of the base model's files is compared with the run that is continued, and recorded.
         on_event: receives all events.
         cancelled: called between steps; True ends the run and saves the result.
         until: step after which the run is cancelled; None for no limit.
     """
 
-    output: Path | Callable[[Mapping[str, Any]], Path] | None = None
+    output: Path | Callable[[Fingerprint], Path] | None = None
     fresh: bool = False
     title: str = "lora"
     trigger: str | None = None
     validation: EncodedDataset | None = None
     previews: Callable[[Path], Draw | None] = lambda folder: None
-    page: Callable[[Path], object] = lambda folder: None
+    page: Callable[[Path, RunFinished], object] = lambda folder, end: None
     source: Mapping[str, Any] = field(default_factory=dict)
+    verify: bool = False
     on_event: EventHandler = lambda event: None
     cancelled: Callable[[], bool] = lambda: False
     until: int | None = None
@@ -83,13 +85,14 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
     parts = split(data, share=job.config.validation_share, given=options.validation)
     job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
-    record = run_record(job, parts, title=options.title, source=options.source)
+    record = run_record(job, parts, title=options.title, source=options.source, verify=options.verify)
     if options.output is None:
         return _Run(job, parts, options, record, None).train(None)
-    path = options.output if isinstance(options.output, Path) else options.output(record["fingerprint"])
+    path = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
     with claimed_run(path, record, fresh=options.fresh, on_event=options.on_event) as (folder, start):
-        seen = folder.environments()
-        record = {**record, "environments": seen} if len(seen) > 1 else record
+        before = folder.record()
+        whole: Fingerprint = {**before.fingerprint, **record.fingerprint}  # digests of whole files are kept
+        record = replace(record, environments=before.environments, fingerprint=whole)
         return _Run(job, parts, options, record, folder).train(start)
 
 
@@ -97,12 +100,12 @@ class _Run:
     """One run: training, and saving its results however it ends."""
 
     def __init__(
-        self, job: Job, parts: Split, options: RunOptions, record: Mapping[str, Any], folder: RunFolder | None
+        self, job: Job, parts: Split, options: RunOptions, record: RunRecord, folder: RunFolder | None
     ) -> None:
         self._job = job
         self._parts = parts
         self._options = options
-        self._environment = record["environment"]
+        self._environment = record.environment
         self._folder = folder
         self._handlers: list[EventHandler] = [options.on_event] if folder is None else [folder, options.on_event]
         self._draw = None if folder is None else options.previews(folder.path)
@@ -140,8 +143,9 @@ class _Run:
                 reason = loop.run()
         except BaseException as error:
             # Save the steps taken, whatever the error is, then raise it.
-            self._emit(RunFinished(step=loop.step, reason=reason))
-            if kept := self._salvaged(loop):
+            end = RunFinished(step=loop.step, reason=reason)
+            self._emit(end)
+            if kept := self._salvaged(loop, end):
                 if isinstance(error, LorasmithError):
                     raise type(error)(f"{error}; {kept}") from error
                 error.add_note(kept)
@@ -150,11 +154,13 @@ class _Run:
         if result.path is not None and self._draw is not None:
             for event in self._draw(result.steps - job.steps_before, result.path, final=True):
                 self._emit(event)
-        self._emit(RunFinished(step=loop.step, reason=reason))
-        self._extra("report", self._write_report)
+        # The end is logged last: a run that is killed before it has its report is not complete, and is resumed.
+        end = RunFinished(step=loop.step, reason=reason)
+        self._write_report(end)
+        self._emit(end)
         return result
 
-    def _salvaged(self, loop: Loop) -> str:
+    def _salvaged(self, loop: Loop, end: RunFinished) -> str:
         """Save the result of a failed run; returns a clause for its error, empty if no step was taken."""
         try:
             result = self._collected(loop, Outcome.FAILED, prefer_best=True)
@@ -162,7 +168,7 @@ class _Run:
             return f"the LoRA could not be saved ({error})"
         if result.path is None:
             return ""
-        self._extra("report", self._write_report)
+        self._write_report(end)
         return f"the LoRA of {result.steps} steps is at {result.path}"
 
     def _collected(self, loop: Loop, reason: Outcome, *, prefer_best: bool) -> TrainResult:
@@ -175,9 +181,9 @@ class _Run:
         for handler in self._handlers:
             handler(event)
 
-    def _write_report(self) -> None:
-        if self._folder is not None:
-            self._options.page(self._folder.path)
+    def _write_report(self, end: RunFinished) -> None:
+        if (folder := self._folder) is not None:
+            self._extra("report", lambda: self._options.page(folder.path, end))
 
     def _extra(self, what: str, make: Callable[[], object]) -> None:
         """Make an optional file, after the LoRA is saved; a failure is a warning."""
@@ -258,7 +264,7 @@ class _Run:
 
     def _inexact(self, folder: RunFolder) -> Iterator[str]:
         """Reasons why the rest of a run may not be bit-identical."""
-        found = (word for before in folder.environments() for word in differences(before, self._environment))
+        found = (word for before in folder.record().all_environments for word in differences(before, self._environment))
         yield from dict.fromkeys(found)
         runtime = self._job.runtime
         if runtime.device.type == "cuda" and not self._job.config.deterministic:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import LorasmithError, TrainingError
+from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
+from lorasmith.training.optim.optimizers import check_alike
 from lorasmith.training.runtime import Runtime
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
@@ -66,6 +68,8 @@ class ValidationWatch(Watcher):
         )
 
     def begin(self, engine: Engine) -> None:
+        if self.best is not None:
+            check_alike(self.best, engine.flat.master)
         if self.history is None:
             self.history = History(self._losses().tolist())
 
@@ -105,8 +109,12 @@ class ValidationWatch(Watcher):
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.best = tensors.get("best")
         if "base" in tensors:
+            steps = typed(numbers["steps"], list[int])
+            shape = self._losses.quantiles.shape
+            if any(tensors[name].shape[-2:] != shape for name in ("base", "tables") if name in tensors):
+                raise ValueError(f"validations must have losses for {shape[0]} images at {shape[1]} noise levels")
             tables = tensors["tables"].tolist() if "tables" in tensors else []
-            validations = list(zip(numbers["steps"], tables, strict=True))
+            validations = list(zip(steps, tables, strict=True))
             self.history = History.from_json({"base": tensors["base"].tolist(), "validations": validations})
 
 

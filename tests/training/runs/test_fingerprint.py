@@ -14,7 +14,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.runs.fingerprint import differences, environment, environments_of, fingerprint
+from lorasmith.training.runs.fingerprint import differences, environment, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,3 @@ def test_the_environment_names_the_optimizers_package_and_no_other(monkeypatch: 
 
 class Own(torch.optim.SGD):
     """An optimizer of no package."""
-
-
-def test_a_run_that_began_before_environments_were_listed_has_one() -> None:
-    assert environments_of({"environment": {"threads": 2}}) == [{"threads": 2}]
-    assert environments_of({}) == [{}]
-    assert environments_of({"environment": {"threads": 2}, "environments": [{"threads": 2}, {"threads": 4}]}) == [
-        {"threads": 2},
-        {"threads": 4},
-    ]

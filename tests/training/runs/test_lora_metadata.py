@@ -15,6 +15,7 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.runs.records import RunRecord, SampleRecord
 
 
 def picture(name: str, caption: str, width: int, height: int) -> Sample:
@@ -33,7 +34,7 @@ def metadata(tiny: Model, *, steps: int = 500, **settings: Any) -> dict[str, str
     given = {"batch_size": 2, "grad_accumulation_steps": 3, "learning_rate": 1e-4, "seed": 7, "training_dtype": "fp32"}
     config = TrainConfig(**(given | {"targets": "attention"} | settings))
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
-    record = {"source": {"command": "train"}, "fingerprint": {}, "samples": ["not repeated"]}
+    record = RunRecord(source={"command": "train"}, samples=(SampleRecord(name="not repeated"),))
     return training_metadata(job, DATA, title="dog", trigger="sks dog", steps=steps, started=0.0, record=record)
 
 
@@ -82,7 +83,7 @@ def test_entries_that_other_programs_read(tiny: Model) -> None:
         "1": {"resolution": [64, 96], "count": 3},
     }
     assert json.loads(found["ss_dataset_dirs"]) == {"dataset": {"n_repeats": 1, "img_count": 7}}
-    assert json.loads(found["lorasmith.run"]) == {"source": {"command": "train"}, "fingerprint": {}}
+    assert json.loads(found["lorasmith.run"]) == {"source": {"command": "train"}}
     assert json.loads(found["lorasmith.config"])["batch_size"] == 2
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,23 @@ from lorasmith.core.errors import OutputError
 from lorasmith.training.events import Event, RunFinished, Warned, encoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs import run_folder
+from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.history import read_history
+from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run, unfinished_run
 
-FINGERPRINT = {"config": {"seed": 3}, "data": "d"}
+FINGERPRINT: Fingerprint = {"config": {"seed": 3}, "data": "d"}
 HERE, THERE = {"device": "cpu"}, {"device": "H100"}
 
 
-def record(environment: dict[str, Any] = HERE) -> dict[str, Any]:
-    return {"fingerprint": FINGERPRINT, "environment": environment}
+def record(environment: dict[str, Any] = HERE, title: str = "cat") -> RunRecord:
+    return RunRecord(title=title, fingerprint=FINGERPRINT, environment=environment)
 
 
 def unfinished(path: Path, title: str = "cat") -> Path:
     """A run with a saved state, killed."""
     (path / "states" / "step-000002").mkdir(parents=True)
-    (path / "run.json").write_text(json.dumps({"title": title, **record()}))
+    (path / "run.json").write_text(record(title=title).to_text())
     return path
 
 
@@ -109,8 +111,8 @@ def test_every_environment_that_a_run_went_on_in_is_kept_once(tmp_path: Path) ->
     for environment in (HERE, THERE, HERE):
         with claimed_run(path, record(environment), fresh=False) as (folder, _):
             pass
-    assert folder.environments() == [HERE, THERE]
-    assert folder.record()["environment"] == HERE
+    assert folder.record().all_environments == (HERE, THERE)
+    assert folder.record().environment == HERE
 
 
 def test_what_a_killed_run_left_half_done_is_removed(tmp_path: Path) -> None:
@@ -125,6 +127,22 @@ def test_what_a_killed_run_left_half_done_is_removed(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(encoded(RunFinished(step=2, reason=Outcome.FINISHED)) + "\n")
     with folder.claimed():
         assert (tmp_path / "preview.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes are others there")
+@pytest.mark.parametrize("name", [".lock", "states", "samples", "events.jsonl", "states/step-000001.safetensors"])
+def test_a_folder_that_leads_elsewhere_is_not_used(tmp_path: Path, name: str) -> None:
+    path, elsewhere = unfinished(tmp_path / "run"), tmp_path / "elsewhere"
+    if name == "states":
+        (path / "states").rename(elsewhere)
+    (path / name).symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="is a link or a pipe"), claimed_run(path, record(), fresh=False):
+        pass
+    assert not elsewhere.is_file()
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(OutputError, match="is a link or a pipe"):
+        RunFolder(path).check_free()
 
 
 def test_a_log_with_bytes_that_are_no_text_is_read(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def folder_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Without the argument, transformers asks at the terminal whether to run code that the folder holds.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); get the model again") from error

@@ -21,7 +21,7 @@ from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.training.optim.flat import ParameterGroup
 from lorasmith.training.optim.update_rules import build_optimizer, one_line, rule_of
 
-__all__ = ["GatedOptimizer", "check_optimizer"]
+__all__ = ["GatedOptimizer", "check_alike", "check_optimizer"]
 
 _SET_EACH_STEP = ("params", "lr")
 
@@ -109,6 +109,7 @@ class GatedOptimizer:
             )
         own = self._tensors()
         for name, stored in tensors.items():
+            check_alike(stored, own[name])
             state, key, is_whole = self._place(name)
             if is_whole:
                 state[key] = stored.to(own[name].device, copy=True)
@@ -197,10 +198,19 @@ class GatedOptimizer:
         return self._optimizer.state[self._parameters[int(index)]], key, not parts
 
     def _set_groups(self, changed: Sequence[Mapping[str, Any]]) -> None:
-        for group, fresh, values in zip(self._optimizer.param_groups, self._fresh, changed, strict=True):
+        for group, fresh, values in zip(self._optimizer.param_groups, self._fresh, map(_kept, changed), strict=True):
             ours = {key: group[key] for key in _SET_EACH_STEP}
             group.clear()
             group.update({**ours, **fresh, **values})
+
+
+def check_alike(stored: Tensor, own: Tensor) -> None:
+    """Raise TrainingError if a stored tensor has another shape or dtype than the one that it is to restore."""
+    if (stored.shape, stored.dtype) != (own.shape, own.dtype):
+        raise TrainingError(
+            f"a stored tensor must have shape {tuple(own.shape)} in {own.dtype}, got {tuple(stored.shape)} in "
+            f"{stored.dtype}; continue with the settings that it was saved with, or start fresh"
+        )
 
 
 @torch.no_grad()

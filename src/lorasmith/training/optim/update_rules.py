@@ -169,13 +169,14 @@ def _parameters(kind: type[Optimizer]) -> frozenset[str]:
 
 
 _OURS = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "targets"}
-_PAIR = re.compile(r"(?:^|[\s,]+)([A-Za-z_]\w*)\s*=")
+_SEPARATORS = ", \t\r\n"
+_PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, whatever the text
 
 
 def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str, Any]:
     """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators blanks or commas."""
     before, *pairs = _PAIR.split(arguments or "")
-    if before.strip():
+    if before := before.strip(_SEPARATORS):
         raise OptionError(
             f"optimizer_args must be name=value, separated by blanks, such as betas=(0.9,0.99) eps=1e-7, got {before!r}"
         )
@@ -189,7 +190,7 @@ def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str
         if key in values:
             raise OptionError(f"optimizer_args must have each argument once, got {key} twice; leave one out")
         try:
-            values[key] = ast.literal_eval(text.strip())
+            values[key] = ast.literal_eval(text.strip(_SEPARATORS))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise OptionError(
                 f"{key} of optimizer_args must be a number, True, False, None, a text in quotes or a tuple of those, "

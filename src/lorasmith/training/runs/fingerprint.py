@@ -14,15 +14,19 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.core.errors import ModelError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
+from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.formats.hashes import sha256_file
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.update_rules import rule_of
@@ -30,7 +34,29 @@ from lorasmith.training.optim.update_rules import rule_of
 if TYPE_CHECKING:
     from lorasmith.training.job import Job
 
-__all__ = ["differences", "environment", "environments_of", "fingerprint", "versions"]
+__all__ = ["Fingerprint", "differences", "environment", "file_digests", "fingerprint", "versions"]
+
+
+class Fingerprint(TypedDict, total=False):
+    """What a run's numbers depend on.
+
+    Attributes:
+        config: settings that affect numbers.
+        base: digest of sampled values, by part of the base model.
+        files: SHA-256 of the whole files of the base model, by part, if asked for.
+        patches, data, held_out, initial: digests of LoRAs on the base model, samples and initial weights.
+        noising: parameterization and digest of the schedule, where they are not the model's own.
+    """
+
+    config: dict[str, Scalar]
+    base: dict[str, str]
+    files: dict[str, str]
+    patches: str
+    data: str
+    held_out: str
+    initial: str
+    noising: list[str]
+
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
@@ -42,8 +68,8 @@ _SAMPLED = 64
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> dict[str, Any]:
-    """The fingerprint for `run.json`: settings, and hashes of model, patches, data and initial weights.
+def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> Fingerprint:
+    """The fingerprint for `run.json`, without `files`.
 
     Args:
         job: the planned run.
@@ -54,7 +80,7 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
     noising = job.denoiser.noising
-    return {
+    found: Fingerprint = {
         "config": config,
         "base": {
             part: _digest(_sampled(_tensors_of(module)))
@@ -64,16 +90,37 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
         "data": _digest(_data_tensors(data)),
         "held_out": _digest(_data_tensors(held_out)) if held_out else "",
         "initial": _digest(initial),
-        **(
-            {} if noising is None else {"noising": [noising.parameterization, _digest([("", noising.schedule.sigmas)])]}
-        ),
     }
+    if noising is not None:
+        found["noising"] = [noising.parameterization, _digest([("", noising.schedule.sigmas)])]
+    return found
+
+
+def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of whole files by part of the base model; of a folder, those of the weights in it.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    try:
+        of_paths = {path: _file_digest(path) for path in dict.fromkeys(files.values())}
+    except OSError as error:
+        raise ModelError(f"{error.filename} cannot be verified ({error.strerror}); check its permissions") from error
+    return {part: of_paths[path] for part, path in files.items()}
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_dir():
+        return sha256_file(path)
+    inside = sorted(one for one in path.rglob("*.safetensors") if one.is_file())
+    return hashlib.sha256("".join(map(sha256_file, inside)).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences of two fingerprints or environments as phrases; empty if they are equal."""
     words = {
         "base": "the base model",
+        "files": "the base model",
         "patches": "LoRAs applied to the base model",
         "noising": "the model's noise schedule",
         "data": "the images or captions",
@@ -87,8 +134,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             old, new = _completed(old), _completed(new)
         if old == new or (key == "initial" and found):  # initial weights depend on everything else
             continue
-        if key == "base" and isinstance(old, dict) and isinstance(new, dict):
-            found += _differing_parts(old, new)
+        if key == "files" and not (old and new):  # compared where both runs have them
+            continue
+        if key in ("base", "files") and isinstance(old, dict) and isinstance(new, dict):
+            found += [one for one in _differing_parts(old, new) if one not in found]
         elif isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new)
         else:
@@ -132,11 +181,6 @@ def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
-
-
-def environments_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All environments that a run was trained in, from its `run.json` or its LoRA; resuming may add some."""
-    return record.get("environments") or [record.get("environment", {})]
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

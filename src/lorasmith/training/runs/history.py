@@ -1,19 +1,19 @@
-"""Reader of run folders: `run.json` as a mapping, `events.jsonl` as typed events.
+"""Reader of run folders: `run.json` as a typed record, `events.jsonl` as typed events.
 
 A killed run may end in an incomplete line, and a full disk leaves gaps; unreadable lines are counted and skipped.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.files import read_regular
 from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.outcome import Outcome
+from lorasmith.training.runs.records import RunRecord, parsed_record
 
 __all__ = ["EVENTS", "RECORD", "RunHistory", "read_history", "read_record"]
 
@@ -35,7 +35,7 @@ class RunHistory:
     """
 
     folder: Path
-    record: Mapping[str, Any]
+    record: RunRecord
     events: tuple[Event, ...]
     unreadable: int
 
@@ -86,30 +86,27 @@ def read_history(folder: Path) -> RunHistory:
     return RunHistory(folder, record, tuple(events), unreadable)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> RunRecord:
     """Content of a run's `run.json`.
 
     Raises:
         OptionError: there is no run in the folder.
-        TrainingError: the file cannot be read.
+        TrainingError: the file cannot be read, or is damaged.
     """
     path = folder / RECORD
     if not path.is_file():
         raise OptionError(f"a run folder must contain run.json, got {folder}; name one such as runs/photos-001")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("no JSON object")
+        return parsed_record(read_regular(path))
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"{path} cannot be read ({error}), which is needed to identify the run; restore it from a copy"
         ) from error
-    return record
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path).decode(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:

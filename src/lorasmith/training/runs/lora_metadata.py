@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from lorasmith.adapters.algorithms import format_named
 from lorasmith.core.adapter_format import SD_SCRIPTS
@@ -21,14 +19,12 @@ from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.formats.metadata import RUN_ENTRY, tag_frequency, without_private
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.job import Job
+from lorasmith.training.runs.records import RunRecord
 
 __all__ = ["training_metadata"]
 
 _DATASET = "dataset"
 """Stands for the name of the image folder in sd-scripts' entries."""
-
-_REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
-"""Entries of `run.json` from which a run can be reproduced."""
 
 
 def training_metadata(
@@ -39,7 +35,7 @@ def training_metadata(
     trigger: str | None,
     steps: int,
     started: float,
-    record: Mapping[str, Any],
+    record: RunRecord,
 ) -> dict[str, str]:
     """Header metadata of a LoRA, sorted by key.
 
@@ -49,7 +45,7 @@ def training_metadata(
         title, trigger: name and trigger phrase of the LoRA.
         steps: updates in the LoRA, those of a continued one included.
         started: start of the run in seconds since 1970.
-        record: content of its `run.json`.
+        record: of the run.
     """
     entries = {
         **_kohya(job, data, title=title, steps=steps, started=started),
@@ -60,7 +56,7 @@ def training_metadata(
         "lorasmith.lora_dtype": job.config.lora_dtype,
         "lorasmith.config": asdict(job.config),
         "ss_training_comment": f"trigger: {trigger}" if trigger else "",
-        RUN_ENTRY: json.dumps({name: record[name] for name in _REPEATED if name in record}, sort_keys=True),
+        RUN_ENTRY: record.to_entry(),
     }
     metadata = {key: _text(value) for key, value in sorted(entries.items()) if value is not None and value != ""}
     return without_private(metadata) if job.config.private else metadata

@@ -1,58 +1,179 @@
-"""The content of `run.json`."""
+"""Records of runs: the content of `run.json`, and of the entry about its run in a LoRA.
+
+Both are written and read here alone. A record may be damaged, of another version or a stranger's, so it is checked as
+a whole before anything in it is used; what a record may name is decided in `app.record_rights`.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import MAX_STEM_BYTES, file_stem
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.split import Split
 from lorasmith.training.job import Job
-from lorasmith.training.runs.fingerprint import environment, fingerprint
+from lorasmith.training.runs.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
-__all__ = ["run_record"]
+__all__ = ["ModelRecord", "RunRecord", "SampleRecord", "check_title", "parsed_record", "run_record"]
+
+_REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
+"""Fields from which a run can be reproduced, and which its LoRA stores."""
+
+_MOST_STEPS = 10**9
 
 
-def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of `run.json`.
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The base model of a run.
+
+    Attributes:
+        name: its title.
+        path: where it was, None for a model made in memory.
+        family: its architecture.
+        files: where its parts were, by component.
+    """
+
+    name: str = ""
+    path: str | None = None
+    family: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """A training image: its name, caption and the shape of its latents."""
+
+    name: str = ""
+    caption: str | None = None
+    latents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The record of a run. Fields that another version did not write have their defaults.
+
+    Attributes:
+        title: name of the LoRA and its file.
+        source: JSON values from which a door can repeat the run, with the name of its command.
+        model: the base model.
+        config: settings, all resolved.
+        asked: settings as requested, some of them open.
+        steps_before: steps of the LoRA that was continued.
+        samples: the training samples.
+        data: facts on the images, for readers.
+        adapters, differences: number of trained parameters by module path.
+        fingerprint: of the run.
+        environment: the first one that it was trained in.
+        environments: all of them, if they are several.
+
+    Raises:
+        ValueError: the title is no file name, or the number of steps is out of range.
+    """
+
+    title: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+    model: ModelRecord = field(default_factory=ModelRecord)
+    config: dict[str, Scalar] = field(default_factory=dict)
+    asked: dict[str, Scalar] = field(default_factory=dict)
+    steps_before: int = 0
+    samples: tuple[SampleRecord, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, int] = field(default_factory=dict)
+    differences: dict[str, int] = field(default_factory=dict)
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    environment: dict[str, Any] = field(default_factory=dict)
+    environments: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.title:
+            try:
+                check_title(self.title)
+            except OptionError as error:
+                raise ValueError(str(error)) from error
+        if not 0 <= self.steps_before <= _MOST_STEPS:
+            raise ValueError(f"steps_before must be between 0 and {_MOST_STEPS:,}, got {self.steps_before}")
+
+    @property
+    def all_environments(self) -> tuple[dict[str, Any], ...]:
+        """All environments that the run was trained in; resuming may add some."""
+        return self.environments or (self.environment,)
+
+    def to_text(self) -> str:
+        """The content of `run.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def to_entry(self) -> str:
+        """The entry of the run in its LoRA."""
+        return json.dumps({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
+
+
+def parsed_record(text: str | bytes) -> RunRecord:
+    """The record in `run.json` or in a LoRA. Raises ValueError, with a clause that says what is wrong and where."""
+    return typed(parse_foreign_json(text), RunRecord)
+
+
+def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any], verify: bool = False) -> RunRecord:
+    """The record of a planned run.
 
     Args:
         job: the planned run.
         parts: training and held-out samples.
         title: name of the LoRA.
         source: JSON values from which the run can be repeated.
+        verify: whether the fingerprint covers every byte of the base model's files.
+
+    Raises:
+        ModelError: `verify` is set, and a file of the base model cannot be read.
     """
     base = job.denoiser.base
     held_out = parts.held_out.samples if parts.held_out else ()
-    return {
-        "title": title,
-        "source": dict(source),
-        "model": {
-            "name": base.title,
-            "path": str(base.path) if base.path else None,
-            "family": base.family.name,
-            "files": {part: str(path) for part, path in base.files.items()},
-        },
-        "config": asdict(job.config),
-        "asked": asdict(job.requested),
-        "steps_before": job.steps_before,
-        "samples": [
-            {"name": sample.name, "caption": sample.conditioning.text, "latents": list(sample.latents.shape)}
-            for sample in parts.training.samples
-        ],
-        "data": {
+    taken = fingerprint(job, parts.training, parts.held_out)
+    if verify:
+        taken["files"] = file_digests(base.files)
+    return RunRecord(
+        title=title,
+        source=dict(source),
+        model=ModelRecord(
+            name=base.title,
+            path=str(base.path) if base.path else None,
+            family=base.family.name,
+            files={part: str(path) for part, path in base.files.items()},
+        ),
+        config=asdict(job.config),
+        asked=asdict(job.requested),
+        steps_before=job.steps_before,
+        samples=tuple(
+            SampleRecord(name=one.name, caption=one.conditioning.text, latents=tuple(one.latents.shape))
+            for one in parts.training.samples
+        ),
+        data={
             **{name: source[name] for name in ("folder", "trigger", "resolution", "validation") if source.get(name)},
             "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
             "note": parts.note,
         },
-        "command": list(source.get("argv", ())),
-        "adapters": {path: _size(adapter) for path, adapter in job.adapters.items()},
-        "differences": {path: _size(difference) for path, difference in job.differences.items()},
-        "fingerprint": fingerprint(job, parts.training, parts.held_out),
-        "environment": environment(job.runtime.device, job.config.optimizer, compile=job.config.compile),
-    }
+        adapters={path: _size(adapter) for path, adapter in job.adapters.items()},
+        differences={path: _size(difference) for path, difference in job.differences.items()},
+        fingerprint=taken,
+        environment=environment(job.runtime.device, job.config.optimizer, compile=job.config.compile),
+    )
+
+
+def check_title(name: str) -> None:
+    """Raise OptionError unless a LoRA's name can be that of a file in any folder."""
+    if not name.strip(". ") or any(letter in name for letter in ("/\\:" if os.name == "nt" else "/\\")):
+        raise OptionError(f"name must be a file name without folders, got {name!r}; use --output for folders")
+    if file_stem(name) != name:
+        raise OptionError(
+            f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; set --name"
+        )
 
 
 def _size(trained: nn.Module) -> int:

@@ -10,10 +10,11 @@ samples/        previews
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,11 +23,12 @@ from lorasmith.core.files import ensure_folder, locked, write_atomic
 from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
-from lorasmith.training.runs.fingerprint import differences, environments_of
+from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.history import EVENTS, RECORD, read_history, read_record
+from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_states import RunStates
 
-__all__ = ["RunFolder", "claimed_run", "numbered_runs", "unfinished_run"]
+__all__ = ["RunFolder", "check_verifiable", "claimed_run", "numbered_runs", "unfinished_run"]
 
 
 class RunFolder:
@@ -46,7 +48,7 @@ class RunFolder:
         """Whether there is a run in the folder."""
         return (self.path / RECORD).is_file()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RunRecord:
         """Content of `run.json`. Raises OptionError and TrainingError, as `read_record` does."""
         return read_record(self.path)
 
@@ -89,23 +91,21 @@ class RunFolder:
             return True
         return False
 
-    def environments(self) -> list[dict[str, Any]]:
-        """All environments that the run was trained in so far, in order."""
-        return environments_of(self.record())
-
     def note_environment(self, environment: Mapping[str, Any]) -> None:
         """Add an environment to `run.json` if it is new. Raises OutputError."""
-        if environment not in (known := self.environments()):
-            self.begin({**self.record(), "environments": [*known, environment]})
+        record = self.record()
+        if environment not in (known := record.all_environments):
+            self.begin(replace(record, environments=(*known, dict(environment))))
 
-    def begin(self, record: Mapping[str, Any]) -> None:
+    def begin(self, record: RunRecord) -> None:
         """Write `run.json`. Raises OutputError."""
-        write_atomic(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False))
+        write_atomic(self.path / RECORD, record.to_text())
 
-    def check_continues(self, record: Mapping[str, Any]) -> None:
-        """Raise OutputError if the run in this folder is another one, or complete."""
+    def check_continues(self, record: RunRecord) -> None:
+        """Raise OutputError if the run in this folder is another one, complete, or cannot be verified as asked."""
         before = self.record()
-        if found := differences(before.get("fingerprint", {}), record["fingerprint"]):
+        check_verifiable(before, record.fingerprint, self.path)
+        if found := differences(before.fingerprint, record.fingerprint):
             raise OutputError(
                 f"{self.path} holds another run, which differs in {'; '.join(found)}; undo that, choose another "
                 "output, or start fresh, which moves the old run aside"
@@ -156,14 +156,28 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Remove temporary files of a killed process."""
-        left = [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]
+        left = [
+            *self.path.glob(".*.tmp"),
+            *(self.path / "states").glob(".*.tmp"),
+            *(self.path / "samples").glob(".*.tmp"),
+        ]
         if self.outcome() is None:  # otherwise it is a LoRA with that name
             left.append(self.path / "preview.safetensors")
         for path in left:
             path.unlink(missing_ok=True)
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
+        self._check_entries()
         return locked(self.path / ".lock", f"{self.path} is in use by a run in another process")
+
+    def _check_entries(self) -> None:
+        """Raise OutputError if a stranger's folder would have this process write elsewhere, or wait for a pipe."""
+        for path in [*_entries(self.path), *_entries(self.path / "states"), *_entries(self.path / "samples")]:
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OutputError(
+                    f"{self.path} must hold files and folders alone, but {path.name} is a link or a pipe; remove it"
+                )
 
     def close(self) -> None:
         """Close the log."""
@@ -175,7 +189,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def claimed_run(
-    path: Path, record: Mapping[str, Any], *, fresh: bool, on_event: EventHandler = lambda event: None
+    path: Path, record: RunRecord, *, fresh: bool, on_event: EventHandler = lambda event: None
 ) -> Iterator[tuple[RunFolder, RunState | None]]:
     """Inside the context, this process owns the folder of a run; yields it with the run state to resume from, or None.
 
@@ -199,13 +213,28 @@ def claimed_run(
             folder.check_continues(record)
             state = folder.states().newest(lambda sentence: on_event(Warned(message=sentence)))
             folder.rewind(0 if state is None else state.step)
-            folder.note_environment(record["environment"])
+            folder.note_environment(record.environment)
         else:
             folder.begin(record)
         yield folder, state
 
 
-def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> Path | None:
+def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
+    """Raise OutputError if whole files are to be compared with a run that has no digests of them.
+
+    Args:
+        before: record of that run.
+        now: fingerprint of the run that is prepared.
+        file: where the record is, for the message.
+    """
+    if now.get("files") and not before.fingerprint.get("files"):
+        raise OutputError(
+            f"{file} has no digests of the base model's whole files, as its run was started without --verify; leave "
+            "--verify out"
+        )
+
+
+def unfinished_run(parent: Path, title: str, fingerprint: Fingerprint) -> Path | None:
     """The newest folder below `parent` that holds this run, unfinished and not in use; None if there is none.
 
     Args:
@@ -218,7 +247,7 @@ def unfinished_run(parent: Path, title: str, fingerprint: Mapping[str, Any]) -> 
         if not folder.exists or not folder.states().paths() or folder.is_busy:
             continue
         with contextlib.suppress(LorasmithError):
-            if not differences(folder.record().get("fingerprint", {}), fingerprint) and not folder.is_done:
+            if not differences(folder.record().fingerprint, fingerprint) and not folder.is_done:
                 return path
     return None
 

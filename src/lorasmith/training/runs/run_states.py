@@ -3,30 +3,34 @@
     states/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
 
 A state is written atomically, and older ones are removed only afterwards. A full disk causes a warning and fewer
-states, never the end of a run.
+states, never the end of a run. Each file carries the SHA-256 of its bytes (with zeros in place of the digest), which is
+verified before anything in it is used: one flipped bit makes it unreadable, and the run resumes from the state before.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.formats.container import check_safetensors, read_safetensors, serialised, write_safetensors
 from lorasmith.training.events import StateSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.progress import RunState
 
 __all__ = ["RunStates", "StateSaver", "free_bytes", "load_state", "save_state"]
 
-_KEY = "lorasmith.run_state"
-_FORMAT = 1
+_KEY, _DIGEST = "lorasmith.run_state", "lorasmith.digest"
+_UNSIGNED = "0" * 64
+_FORMAT = 2
 _SPARE_BYTES = 64 * 2**20
 """Disk space in bytes left for plots, pictures and the report."""
 
@@ -145,7 +149,15 @@ class StateSaver(Watcher):
 def save_state(path: Path, state: RunState) -> None:
     """Write a state atomically. Raises OutputError."""
     header = {"format": _FORMAT, "step": state.step, **state.numbers}
-    write_safetensors(path, state.tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
+    try:
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise OutputError(
+            "a run state must have finite numbers, but its optimizer counts in NaN or infinity"
+        ) from error
+    metadata = {_KEY: text, _DIGEST: _UNSIGNED}
+    digest = _sha256(serialised(state.tensors, metadata))
+    write_safetensors(path, state.tensors, {**metadata, _DIGEST: digest})
 
 
 def load_state(path: Path) -> RunState:
@@ -154,18 +166,39 @@ def load_state(path: Path) -> RunState:
     Raises:
         OutputError: it is missing, damaged, or no run state.
     """
-    text = check_safetensors(path, OutputError).metadata.get(_KEY)
-    if text is None:
+    header = check_safetensors(path, OutputError)
+    if (text := header.metadata.get(_KEY)) is None:
         raise OutputError(f"{path} must be a run state but is another kind of file; name the folder of a run")
+    digest = header.metadata.get(_DIGEST, "")
+    if not re.fullmatch("[0-9a-f]{64}", digest) or _sha256(_unsigned(path, header.body_start, digest)) != digest:
+        raise OutputError(f"{path} must have the bytes that were written, but its SHA-256 is another; check the disk")
     try:
-        numbers = json.loads(text)
-        if numbers.pop("format") != _FORMAT:
-            raise OutputError(f"{path} was written by a newer version of Lorasmith; update it, or start the run again")
-    except (ValueError, KeyError) as error:
-        raise OutputError(f"{path} must be a run state but its header is damaged; name another") from error
+        numbers = parse_foreign_json(text)
+        is_known = isinstance(numbers, dict) and numbers.pop("format", None) == _FORMAT
+        if not is_known or not isinstance(step := numbers.pop("step", None), int):
+            raise ValueError("is of another format")
+    except ValueError as error:
+        raise OutputError(
+            f"{path} was written by another version of Lorasmith (its header {error}); use that"
+        ) from None
     tensors, _ = read_safetensors(path, OutputError)
     # Copies: the file may be removed while its tensors are in use.
-    return RunState(numbers.pop("step"), {name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    return RunState(step, {name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+
+
+def _unsigned(path: Path, body_start: int, digest: str) -> Iterator[bytes]:
+    """The bytes of a state as they were before its digest was filled in."""
+    with path.open("rb") as file:
+        yield file.read(body_start).replace(digest.encode(), _UNSIGNED.encode(), 1)
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _sha256(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def free_bytes(folder: Path) -> int:

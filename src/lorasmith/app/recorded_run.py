@@ -1,0 +1,132 @@
+"""Repeating a recorded run, and what its record may name.
+
+A record is in a LoRA or in the folder of a run, and both may be a stranger's. It chooses among known names and gives
+numbers; everything else needs the person who runs the command:
+
+- files and folders are read where they are inside the current folder or in the package. Those elsewhere, and downloads
+  from a hub, need `Rights.files` (`--as-recorded`), or other files in their place (`--model`, `--data`, ...);
+- an optimizer's import path is typed (`--allow-optimizer`), and so is a tracker (`--track`).
+
+`resume` and `reproduce` get source and settings from here alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorasmith.app.command_lines import arguments_for
+from lorasmith.app.folder_source import FolderSource, absolute
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import ASSETS
+from lorasmith.families.locating import built_in_models
+from lorasmith.training.config import TrainConfig, settings_from_file
+from lorasmith.training.optim.update_rules import OPTIMIZERS
+from lorasmith.training.runs.records import RunRecord
+
+__all__ = ["Rights", "repeated", "rights_needed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rights:
+    """What the person at the keyboard lets a record name.
+
+    Attributes:
+        files: model, images and LoRAs outside the current folder, and downloads.
+        optimizers: import paths of optimizers.
+        track: the tracker to start, if any.
+    """
+
+    files: bool = False
+    optimizers: tuple[str, ...] = ()
+    track: str | None = None
+
+
+def repeated(
+    record: RunRecord,
+    file: Path,
+    rights: Rights,
+    *,
+    model: str | None = None,
+    text_encoders: Sequence[str] = (),
+    vae: str | None = None,
+    data: Path | None = None,
+    device: str | None = None,
+) -> tuple[FolderSource, TrainConfig]:
+    """Source and settings of an earlier run, to prepare it again.
+
+    Args:
+        record: of the run.
+        file: where the record is, for messages.
+        rights: what it may name.
+        model, text_encoders, vae, data, device: files of the base model and its parts, folder of images and device, if
+            they replace the run's.
+
+    Raises:
+        ValueError: the run was not on a folder of images.
+        OptionError: the record names more than it may, or a setting is unknown or out of its range.
+    """
+    recorded = FolderSource.from_record(record.source)
+    # `auto` may resolve to another format on this device, but the run must be the same.
+    dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
+    config = settings_from_file(
+        {**record.asked, "training_dtype": dtype}, optimizers=rights.optimizers, track=rights.track
+    )
+    now: dict[str, Any] = {
+        "model": model and absolute(model),
+        "text_encoders": tuple(map(absolute, text_encoders)),
+        "vae": vae and absolute(vae),
+        "folder": data and str(data.resolve()),
+        "device": device,
+    }
+    given = {name: value for name, value in now.items() if value}
+    kept = replace(recorded, **{name: type(value)() for name, value in given.items()})  # emptied
+    if not rights.files and (outside := list(_outside(kept, config))):
+        named = "; ".join(f"{what} {path}" for what, path in outside[:2])
+        more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
+        raise OptionError(
+            f"{file.name} may name files in the current folder alone; add --as-recorded to allow these, or give yours "
+            f"with --model and --data: {named}{more}"
+        )
+    return replace(recorded, **given), config
+
+
+def rights_needed(source: FolderSource, config: TrainConfig) -> list[str]:
+    """The arguments by which `lorasmith resume` may repeat a run that was typed."""
+    files = ["--as-recorded"] if any(_outside(source, config)) else []
+    optimizer = [] if config.optimizer in OPTIMIZERS else arguments_for({"allow_optimizer": config.optimizer})
+    return [*files, *optimizer, *([] if config.track == "none" else arguments_for({"track": config.track}))]
+
+
+def _outside(source: FolderSource, config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """What a run names that is neither in the package nor inside the current folder."""
+    named = [
+        ("model", source.model),
+        *(("text encoder", one) for one in source.text_encoders),
+        ("autoencoder", source.vae),
+        ("images", source.folder),
+        ("held-out images", source.validation),
+        ("existing_lora", config.existing_lora),
+        ("training_adapter", config.training_adapter),
+    ]
+    yield from ((what, path) for what, path in named if path and not _is_here(path))
+
+
+def _is_here(path: str) -> bool:
+    """Whether a path can be read without a confirmation. A hub id is no such path, and is not looked up."""
+    if path in built_in_models():
+        return True
+    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root holds everything
+    if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):
+        return False
+    try:  # links lead out; followed only where the path is inside to begin with, as others may be on a network
+        return _is_inside(Path(path).resolve(), roots)
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or what no file can be called
+        return False
+
+
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.app.folder_run import prepare
+from lorasmith.app.folder_source import FolderSource, absolute
+from lorasmith.core.errors import OptionError
+from lorasmith.training.config import TrainConfig
+
+
+def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
+    source = FolderSource.of(tmp_path / "photos", "lorasmith-tiny", trigger="sks", validation=tmp_path / "held out")
+    record = json.loads(json.dumps(source.to_record()))
+    assert record["command"] == "train"
+    assert FolderSource.from_record(record) == source
+    assert source.name == "photos"
+    assert source.command(TrainConfig(rank=4, stratified=False)) == [
+        "lorasmith", "train", str(tmp_path / "photos"), "--model", "lorasmith-tiny", "--trigger", "sks",
+        "--validation", str(tmp_path / "held out"), "--rank", "4", "--no-stratified",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"command": "train", "model": "lorasmith-tiny", "name": "cat"}, "source.folder is missing"),
+        ({"command": "run", "folder": "/a", "model": "m", "name": "cat"}, "source.command must be train"),
+        ({"command": "train", "folder": ["/a"], "model": "m", "name": "cat"}, "source.folder must be text, got"),
+        ({"command": "train", "folder": "/a", "model": "m", "name": "cat", "resolution": "1"}, "must be an integer"),
+    ],
+)
+def test_a_source_that_cannot_be_repeated_is_none(record: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        FolderSource.from_record(record)
+
+
+def test_a_folder_in_a_command_is_no_flag() -> None:
+    source = FolderSource(folder="--optimizer=antigravity.X", model="m", name="cat")
+    assert source.command(TrainConfig())[2] == "./--optimizer=antigravity.X"
+
+
+def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert absolute("model.safetensors") == str(tmp_path / "model.safetensors")
+    for text in ("stabilityai/sd", "a\0b", "x" * 5000):
+        assert absolute(text) == text
+
+
+def test_a_folders_name_becomes_that_of_a_file(tmp_path: Path) -> None:
+    source = FolderSource.of(tmp_path / ("a\x1b[2J" + "x" * 240), "lorasmith-tiny")
+    assert source.name == "a__2J" + "x" * 195
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        *(({"name": name}, "name must be a file name without folders") for name in ("../cat", "a\\b", "", "..")),
+        ({"name": "é" * 150}, "name must have at most [0-9]+ bytes and no control characters"),
+        ({"name": "a\nb"}, "name must have at most [0-9]+ bytes and no control characters"),
+        ({"trigger": "x" * 1001}, "trigger must have at most 1,000 characters"),
+        ({"resolution": 100_000}, "resolution must be between 1 and 4,096 pixels, got 100000"),
+    ],
+)
+def test_what_no_run_can_have_is_refused(images: Path, changes: dict[str, Any], sentence: str) -> None:
+    source = FolderSource(**{"folder": str(images), "model": "lorasmith-tiny", "name": "cat", **changes})
+    with pytest.raises(OptionError, match=sentence):
+        prepare(source, TrainConfig())

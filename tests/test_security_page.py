@@ -1,0 +1,259 @@
+"""Each line of the table in docs/security.md is tried: what a stranger's file must not do is not done."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.app.command_lines import command_line
+from lorasmith.app.folder_run import train_prepared
+from lorasmith.app.run_page import report_of, write_report
+from lorasmith.cli.main import main
+from lorasmith.core.errors import LorasmithError, ModelError, OptionError
+from lorasmith.core.folders import Folders, read_extra_model_paths
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Model
+from lorasmith.families.parts.tokenizers import folder_tokenizer
+from lorasmith.formats.lora_file import load_lora
+from lorasmith.nodes import load_nodes
+from lorasmith.training.events import RunFinished
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.runs.history import read_history
+from lorasmith.training.runs.run_states import load_state
+from tests.app.folder_cases import pictures, prepared, with_metadata, with_record
+from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
+
+PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+TABLES = [
+    re.findall(r"^\| ([^|]+) \|", part, flags=re.MULTILINE) for part in PAGE.split("What a file cannot do, you can")
+]
+
+
+class Ran:
+    """Unpickled, it is a mark that code was run."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return sys.exit, ("code of a file was run",)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stopped run in `work/`, its images beside it; not to be changed."""
+    work = tmp_path_factory.mktemp("stranger") / "work"
+    work.mkdir()
+    taken: list[object] = []
+    train_prepared(
+        prepared(pictures(work / "photos", 4), steps=3),
+        output=work / "run",
+        on_event=taken.append,
+        cancelled=lambda: any(type(one).__name__ == "StepDone" for one in taken),
+    )
+    return work / "run"
+
+
+@pytest.fixture
+def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder and its images in the current folder, with nothing reachable but files."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        pytest.fail("a file reached out")
+
+    shutil.copytree(run.parent, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("lorasmith.training.runs.trackers.tracker_for", unreachable)
+    with_record(tmp_path / "work" / "run", source={"folder": str(tmp_path / "work" / "photos")})
+    with_metadata(
+        tmp_path / "work" / "run" / "cat.safetensors",
+        lambda record: record["source"].update(folder=str(tmp_path / "work" / "photos")),
+    )
+    return tmp_path / "work"
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What a command prints when it fails."""
+    monkeypatch.setattr(sys, "argv", ["lorasmith", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+HOSTILE_RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "optimizer": ("asked", {"optimizer": "antigravity.X"}, "importing it would run code"),
+    "hub": (
+        "source",
+        {"model": "owner/name"},
+        "add --as-recorded to allow these, or give yours with --model and --data: model owner/name",
+    ),
+    "elsewhere": (
+        "source",
+        {"folder": "/etc"},
+        "add --as-recorded to allow these, or give yours with --model and --data: images /etc",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_RECORDS)
+@pytest.mark.parametrize("command", ["reproduce", "resume"])
+def test_a_record_names_no_code_no_download_and_nothing_elsewhere(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str, command: str
+) -> None:
+    part, changes, sentence = HOSTILE_RECORDS[case]
+    with_record(here / "run", **{part: changes})
+    with_metadata(here / "run" / "cat.safetensors", lambda record: record[part].update(changes))
+    given = ("reproduce", "run/cat.safetensors", "--dry-run") if command == "reproduce" else ("resume", "run")
+    assert sentence in said(capsys, monkeypatch, *given)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("command", ["reproduce", "resume"])
+def test_a_record_starts_no_tracker(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    with_record(here / "run", asked={"track": "wandb"})
+    with_metadata(here / "run" / "cat.safetensors", lambda record: record["asked"].update(track="wandb"))
+    monkeypatch.setattr(sys, "argv", ["lorasmith", command, "run" if command == "resume" else "run/cat.safetensors"])
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code
+    out = " ".join(capsys.readouterr().out.split())
+    assert command == "reproduce" or "The tracker wandb of this run is not started; --track wandb starts it." in out
+
+
+def lora(tmp_path: Path, tiny: Model) -> None:
+    for name in ("a.safetensors", "a.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Ran()))
+        with pytest.raises(LorasmithError, match=r"pickled|safetensors"):
+            load_lora(tmp_path / name, tiny.names)
+
+
+def state(tmp_path: Path, run: Path) -> None:
+    path = next((run / "states").iterdir())
+    copy = Path(shutil.copy(path, tmp_path))
+    content = bytearray(copy.read_bytes())
+    content[-7] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(LorasmithError, match="must have the bytes that were written"):
+        load_state(copy)
+
+
+def report(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    secret = picture(tmp_path / "secret.png", "secret", (200, 0, 0))
+    shown = previewed(folder, 9, 1.0, ["a"])
+    outside = type(shown)(step=9, prompts=("a",), paths=(str(secret),), strength=1.0)
+    write_run(folder, [started(9), outside], captions=[HOSTILE])
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "command": ["rm", "-rf", "~"], "source": {"argv": ["rm"]}}))
+    page = write_report(folder, RunFinished(step=9, reason=Outcome.FINISHED)).read_text(encoding="utf-8")
+    assert "<script" not in page and "data:image" not in page and "rm -rf ~\n" not in page
+    assert not any("rm" in command.split() for command in report_of(read_history(folder)).commands.values())
+    (folder / "run.json").write_text(json.dumps({**record, "title": "../secret"}))
+    with pytest.raises(LorasmithError, match="name must be a file name without folders"):
+        write_report(folder)
+
+
+def checkpoint(tmp_path: Path) -> None:
+    for name in ("m.ckpt", "m.safetensors", "m.gguf"):
+        (tmp_path / name).write_bytes(pickle.dumps(Ran()))
+        with pytest.raises(ModelError):
+            load_model(tmp_path / name)
+    torch.save({"a": Ran()}, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match="pickled"):
+        load_model(tmp_path / "m.pt")
+
+
+def diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "raise SystemExit('code of a folder was run')"
+    (tmp_path / "evil.py").write_text(code)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nor is it asked
+    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read"):
+        folder_tokenizer(tmp_path)
+
+
+def workflow(tmp_path: Path) -> None:
+    folders = Folders(tmp_path)
+    inputs = {one.name: one for one in load_nodes()["TrainLoraNode"].inputs}
+    with pytest.raises(OptionError, match="optimizer must be one of"):
+        inputs["optimizer"].check("antigravity.X", folders)
+    for name in ("../../etc/passwd", "/etc/passwd", "owner/name"):
+        with pytest.raises(LorasmithError):
+            folders.find("checkpoints", name)
+        with pytest.raises(LorasmithError):
+            folders.find_input(name)
+    with pytest.raises(LorasmithError, match="must stay inside"):
+        folders.numbered("../../x")
+
+
+def captions(tmp_path: Path) -> None:
+    write_run(tmp_path, [started(9)], captions=[HOSTILE])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def yaml_file(tmp_path: Path) -> None:
+    (tmp_path / "paths.yaml").write_text("a: !!python/object/apply:sys.exit [code of a file was run]")
+    with pytest.raises(OptionError, match="must be a readable YAML file"):
+        read_extra_model_paths(tmp_path / "paths.yaml")
+
+
+def copied() -> None:
+    for text in (HOSTILE, "x'; rm -rf ~; '", "\x1b[201~\nrm -rf ~\n", "a\rb"):
+        line = command_line(["lorasmith", "generate", "--prompt", text], windows=False)
+        assert len(shlex.split(line)) == 4 and not re.search(r"[\x00-\x09\x0b-\x1f]", line)
+
+
+LINES: dict[str, Callable[..., None] | None] = {
+    "LoRA": lora,
+    "record in a LoRA (`reproduce`)": None,
+    "run folder (`resume`)": state,
+    "run folder (`report`)": report,
+    "checkpoint or GGUF": checkpoint,
+    "diffusers folder": diffusers_folder,
+    "workflow": workflow,
+    "images and captions": captions,
+    "`extra_model_paths.yaml`": yaml_file,
+    "any text in a command to copy": copied,
+}
+"""The attack behind each line; None has tests of its own above."""
+
+
+@pytest.mark.parametrize("line", [name for name, attack in LINES.items() if attack is not None])
+def test_a_file_does_what_its_line_says_and_no_more(line: str, request: pytest.FixtureRequest) -> None:
+    attack = LINES[line]
+    assert attack is not None
+    names = attack.__code__.co_varnames[: attack.__code__.co_argcount]
+    attack(**{name: request.getfixturevalue(name) for name in names})
+
+
+def test_every_line_is_tried() -> None:
+    assert TABLES[0] == ["file", *LINES]
+
+
+def test_every_flag_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(r"^\| (`--[^|]+) \| (`[^|]+) \|", PAGE, flags=re.MULTILINE)
+    of: dict[str, set[str]] = {}
+    for flags, commands in rows:
+        for command in re.findall(r"`(\w+)`", commands):
+            of.setdefault(command, set()).update(re.findall(r"--[\w-]+", flags))
+    assert of.keys() == {"resume", "reproduce", "train"}
+    for command, wanted in of.items():
+        monkeypatch.setattr(sys, "argv", ["lorasmith", command, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        shown = capsys.readouterr().out
+        assert [flag for flag in wanted if flag not in shown] == []
