@@ -35,11 +35,11 @@ def printable(text: object, *, limit: int = 10_000, keep: str = "") -> str:
 def sentence(text: object, *, limit: int = MAX_SENTENCE) -> str:
     """A message on one line of at most `limit` characters.
 
-    Long words (paths, names) and long quotations lose their middle first, then the sentence itself does, as the rule
-    stands at its start and the remedy at its end.
+    The longest words (paths, names) and quotations lose their middle first, no more of it than is needed; then the
+    sentence itself does, as the rule stands at its start and the remedy at its end.
     """
     shown = printable(text, limit=20 * limit)
-    for longest in (120, 80, 50):
+    for longest in range(limit, 40, -10):
         for piece in (_WORD, _QUOTATION):
             if len(shown) > limit:
                 parts = piece.split(shown)  # every second one is a match
