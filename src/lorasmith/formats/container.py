@@ -28,6 +28,7 @@ __all__ = [
     "TensorInfo",
     "check_safetensors",
     "map_safetensors",
+    "non_finite_count",
     "read_safetensors",
     "serialised",
     "write_safetensors",
@@ -133,6 +134,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
         for chunk in serialised(tensors, metadata or {}):
             file.write(chunk)
+
+
+def non_finite_count(tensor: Tensor) -> int:
+    """Number of values that are NaN or infinite in fp32, in which LoRAs are applied."""
+    # Eight-bit floats have no isfinite of their own, and doubles may be too large for fp32.
+    finite = torch.isfinite(tensor.float() if tensor.element_size() in (1, 8) else tensor)
+    return 0 if finite.all() else int((~finite).sum())
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
@@ -286,12 +294,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        # Eight-bit floats have no isfinite of their own.
-        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        if not torch.isfinite(values).all():
+        if count := non_finite_count(tensor):
             raise LoraError(
-                f"a LoRA with NaN or infinity is never written, and {name} holds "
-                f"{int((~torch.isfinite(values)).sum())} such values; use an earlier LoRA of the run"
+                f"a LoRA with NaN or infinity is never written, and {name} holds {count} such values; use an earlier "
+                "LoRA of the run"
             )
 
 
