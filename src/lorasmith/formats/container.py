@@ -27,8 +27,8 @@ __all__ = [
     "Header",
     "TensorInfo",
     "check_safetensors",
+    "count_non_finite",
     "map_safetensors",
-    "non_finite_count",
     "read_safetensors",
     "serialised",
     "write_safetensors",
@@ -118,6 +118,15 @@ def map_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tupl
     return tensors, header.metadata
 
 
+def count_non_finite(tensor: Tensor) -> int:
+    """Number of values that are NaN, infinite or, in fp64, larger than fp32 holds."""
+    if not tensor.is_floating_point():
+        return 0
+    # Eight-bit floats have no isfinite of their own.
+    values = tensor.float() if tensor.element_size() in (1, 8) else tensor
+    return int((~torch.isfinite(values)).sum())
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically; the same content always gives the same bytes.
 
@@ -134,13 +143,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
         for chunk in serialised(tensors, metadata or {}):
             file.write(chunk)
-
-
-def non_finite_count(tensor: Tensor) -> int:
-    """Number of values that are NaN or infinite in fp32, in which LoRAs are applied."""
-    # Eight-bit floats have no isfinite of their own, and doubles may be too large for fp32.
-    finite = torch.isfinite(tensor.float() if tensor.element_size() in (1, 8) else tensor)
-    return 0 if finite.all() else int((~finite).sum())
 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
@@ -294,7 +296,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if count := non_finite_count(tensor):
+        if count := count_non_finite(tensor):
             raise LoraError(
                 f"a LoRA with NaN or infinity is never written, and {name} holds {count} such values; use an earlier "
                 "LoRA of the run"

@@ -22,7 +22,7 @@ from lorasmith.formats.layouts import kohya, comfy, diffusers, peft, ai_toolkit 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import write_atomic
-from lorasmith.formats.container import non_finite_count, read_safetensors, write_safetensors
+from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
 from lorasmith.formats.layouts.peft import PEFT_CONFIG
@@ -31,7 +31,7 @@ from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.prefixes import PEFT, component_of
 from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.formats.names.spelling import UNREADABLE, assembled, grouped
+from lorasmith.formats.names.spelling import UNREADABLE, ModuleTensors, assembled, grouped
 from lorasmith.formats.quality.portable import made_portable
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "layout_for",
     "load_lora",
     "read_lora_tensors",
+    "refuse_non_finite",
     "save_lora",
     "state_from_tensors",
     "unapplied",
@@ -73,7 +74,7 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
-    _refuse_non_finite(path, tensors)
+    refuse_non_finite(path, tensors)
     state = state_from_tensors(tensors, metadata, names)
     _refuse_other_models(path, tensors, state, names)
     return state
@@ -254,7 +255,7 @@ def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
             why[base] = Reason.MODULE
         else:
             whole = assembled({role: state.unknown[key] for role, key in keys.items()})
-            why[base] = Reason.INCOMPLETE if whole is None else Reason.SHAPE
+            why[base] = Reason.SHAPE if isinstance(whole, ModuleTensors) else Reason.INCOMPLETE
     return [Unapplied(name, component_of(name), why[name]) for name in sorted(why)]
 
 
@@ -300,8 +301,9 @@ _FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetens
 _MISFIT_LIMIT = 0.1
 
 
-def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    bad = {key: count for key, tensor in tensors.items() if (count := non_finite_count(tensor))}
+def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LoraError if a LoRA file, whose tensors these are, holds NaN or infinity."""
+    bad = {key: count for key, tensor in tensors.items() if (count := count_non_finite(tensor))}
     if bad:
         first = next(iter(bad))
         others = f", as in {len(bad) - 1} other tensors" if len(bad) > 1 else ""
