@@ -19,7 +19,7 @@ from lorasmith.families.loading import recognise
 from lorasmith.families.locating import BUILT_IN, located
 from lorasmith.families.model_search import _recognised
 from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
-from lorasmith.formats.container import map_safetensors, serialised
+from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.toolbox.model_files import open_model
 from tests.fuzz.engine import Door
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
@@ -138,7 +138,7 @@ def _as_bytes(value: Any) -> Tensor:
 
 @functools.cache
 def _built_in() -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-    return map_safetensors(located(BUILT_IN))
+    return read_safetensors(located(BUILT_IN))
 
 
 @functools.cache
