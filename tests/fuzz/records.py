@@ -116,7 +116,7 @@ def _recorded() -> Path:
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{index}.png")
     config = TrainConfig(steps=2, rank=1, targets="*mid_block*attn2.to_q", training_dtype="fp32")
     with patch.object(folder_run, "load_completed", _loaded):
-        run = prepare(FolderSource.of(folder / "images", BUILT_IN, config, name="cat", resolution=32), config)
+        run = prepare(FolderSource(folder=str(folder / "images"), model=BUILT_IN, name="cat", resolution=32), config)
     steps = iter((False,))
     train_prepared(run, output=folder / "run", cancelled=lambda: next(steps, True))
     return folder
