@@ -48,7 +48,6 @@ TESTED_ELSEWHERE = {
     "bench/limits.py": "bench/test_measure.py",
     "bench/profiling.py": "bench/test_measure.py",
     "cli/check.py": "cli/test_lora_commands.py",
-    "cli/console.py": "cli/test_stopped_runs.py",
     "cli/convert.py": "cli/test_lora_commands.py",
     "cli/demo.py": "cli/test_stopped_runs.py",
     "cli/diff.py": "cli/test_tools.py",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "model.safetensors").touch()
     assert absolute("model.safetensors") == str(tmp_path / "model.safetensors")
     assert absolute("stabilityai/sd") == "stabilityai/sd"
+
+
+def test_a_folders_name_becomes_that_of_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / ("a\x1b[2J" + "x" * 240)
+    source = FolderSource.of(folder, "lorasmith-tiny", TrainConfig())
+
+    assert source.name == "a__2J" + "x" * 195
+    with pytest.raises(OptionError, match="name must have at most 200 bytes and no control characters"):
+        prepare(replace(source, name="x" * 201), TrainConfig())
 
 
 @pytest.mark.parametrize("name", ["../cat", "a\\b", "", ".."])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
-from lorasmith.core.folders import ASSETS, Folders, fingerprint, read_extra_model_paths
+from lorasmith.core.folders import ASSETS, MAX_STEM_BYTES, Folders, file_stem, fingerprint, read_extra_model_paths
 
 NOON = time.struct_time((2024, 3, 5, 12, 7, 9, 1, 65, 0))
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "..", "C:\\x", "a\\..\\..\\x", "", ".", "a\0b"]
@@ -260,7 +260,7 @@ def test_extra_model_paths_of_the_base_are_loaded(tmp_path: Path) -> None:
     [
         ("a: [", "must be a readable YAML file"),
         ("- a\n- b", "must hold named sections of kinds and paths, got list"),
-        ("a: b", "section 'a' of .* must map kinds to paths, got 'b'"),
+        ("a: b", "section 'a' of .* must map kinds to paths, got str"),
         ("a:\n  loras: [x, y]", "'loras' in section 'a' of .* must be lines of paths"),
     ],
 )
@@ -283,3 +283,37 @@ def test_fingerprints_follow_size_time_and_names(tmp_path: Path) -> None:
     assert fingerprint(file) != seen[0]
     put(tmp_path / "set/sub/b.txt")
     assert len(fingerprint(tmp_path / "set")) == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "\ud800", "a\x1bb"])
+def test_names_that_no_file_can_have_are_missing(folders: Folders, name: str) -> None:
+    for find in (lambda: folders.find("loras", name), lambda: folders.find_input(name)):
+        with pytest.raises(LorasmithError, match=r"no (file )?'"):
+            find()
+    with pytest.raises(DataError, match="no folder"):
+        folders.find_input_folder(name)
+
+
+@pytest.mark.parametrize("prefix", ["x" * 201, "é" * 101, "a/" * 20 + "b", "a\nb", "\ud800", "%width%" * 201])
+def test_prefixes_of_names_too_long_for_a_file_are_refused(folders: Folders, prefix: str) -> None:
+    with pytest.raises(OutputError, match="must be at most 20 names of 200 bytes without control characters"):
+        folders.numbered(prefix)
+
+
+@given(st.text(st.characters() | st.sampled_from("\x00\x1b\udce9"), max_size=300))
+def test_the_start_of_a_files_name_is_printable_and_short(name: str) -> None:
+    stem = file_stem(name)
+
+    assert 1 <= len(stem.encode()) <= MAX_STEM_BYTES
+    assert file_stem(stem) == stem
+    assert not {"\x00", "\x1b"} & set(stem)
+
+
+def test_a_bomb_of_references_in_extra_model_paths_is_not_printed(tmp_path: Path) -> None:
+    levels = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    (tmp_path / "extra.yaml").write_text("a0: &a0 [x]\n" + levels)
+    with pytest.raises(OptionError, match="must map kinds to paths, got list"):
+        read_extra_model_paths(tmp_path / "extra.yaml")
+    (tmp_path / "deep.yaml").write_text("[" * 500)
+    with pytest.raises(OptionError, match="must be a readable YAML file"):
+        read_extra_model_paths(tmp_path / "deep.yaml")

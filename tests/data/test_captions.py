@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data.captions import read_caption, with_trigger
+from lorasmith.core.errors import DataError
+from lorasmith.data.captions import MAX_CAPTION, one_line, read_caption, with_trigger
 
 
 def caption_of(folder: Path, content: bytes, name: str = "a.txt"):
@@ -71,3 +72,22 @@ def test_trigger_is_there_and_only_once_added(caption: str, trigger: str) -> Non
     once = with_trigger(caption, trigger)
     assert " ".join(trigger.split()).casefold() in once.casefold()
     assert with_trigger(once, trigger) == once
+
+
+def test_a_caption_longer_than_any_is_refused_by_name(tmp_path: Path) -> None:
+    assert len(caption_of(tmp_path, b"x" * MAX_CAPTION).text) == MAX_CAPTION
+    with pytest.raises(DataError, match=r"a\.txt has more than 20,000 characters; shorten or remove it"):
+        caption_of(tmp_path, b"x" * (MAX_CAPTION + 1))
+    with pytest.raises(DataError, match=r"a\.txt cannot be read \(it has more than 80,000 bytes\)"):
+        caption_of(tmp_path, b"x" * 10**7)
+
+
+def test_a_caption_that_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(DataError, match=r"a\.txt cannot be read \(it is a folder, not a file\); replace or remove it"):
+        read_caption(tmp_path / "a.png")
+
+
+def test_names_that_are_not_unicode_become_text() -> None:
+    assert one_line("caf\udce9  x\n") == "caf? x"
+    assert with_trigger("\udcff", "a") == "a, ?"

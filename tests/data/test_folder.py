@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,49 @@ def test_example_folders(folder: str, count: int) -> None:
     assert all(image.width == image.height == 256 for image in scan.images)
     assert all(image.path.stat().st_size < 15_000 for image in scan.images)
     assert (path / "LICENSE.txt").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files of POSIX systems")
+def test_what_is_no_file_is_skipped_by_name(tmp_path: Path) -> None:
+    add_image(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "1_x").mkdir()
+    os.mkfifo(tmp_path / "1_x" / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    scan = scan_folder(tmp_path)
+
+    assert names(scan) == ["a.png"]
+    assert [(path.name, reason) for path, reason in scan.skipped] == [
+        ("pipe.png", "cannot be read (it is a named pipe, not a file); replace or remove it"),
+        ("zero.png", "cannot be read (it is a device, not a file); replace or remove it"),
+        ("pipe.png", "cannot be read (it is a named pipe, not a file); replace or remove it"),
+    ]
+
+
+def test_more_repeats_than_any_are_skipped(tmp_path: Path) -> None:
+    add_image(tmp_path / "a.png")
+    add_image(tmp_path / "99999999999_x" / "b.png")
+    add_image(tmp_path / "10000_x" / "c.png")
+    scan = scan_folder(tmp_path)
+
+    assert [image.repeats for image in scan.images] == [1, 10_000]
+    assert scan.skipped == ((tmp_path / "99999999999_x", "repeats its images more than 10,000 times; rename it"),)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names on other systems are Unicode")
+def test_names_that_are_not_unicode_are_captions_all_the_same(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/2_caf\xe9\x1b"))
+    add_image(folder / "a.png")
+    (image,) = scan_folder(tmp_path).images
+
+    assert image.caption == "caf?\x1b"
+
+
+def test_links_to_outside_are_named(tmp_path: Path) -> None:
+    elsewhere = add_image(tmp_path / "elsewhere" / "a.png", "secret")
+    folder = tmp_path / "photos"
+    add_image(folder / "b.png")
+    (folder / "b.txt").symlink_to(elsewhere.with_suffix(".txt"))
+    (folder / "a.png").symlink_to(elsewhere)
+
+    assert scan_folder(folder).notes == (f"2 files are links to outside of the folder, such as a.png to {elsewhere}",)

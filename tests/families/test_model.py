@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.families import model
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
@@ -134,3 +134,11 @@ def test_encoders_run_where_they_are_told_to(tiny: Model, monkeypatch: pytest.Mo
         with encoder.active():
             pass
     assert [device.type for device in placed] == ["cuda", "cpu"]
+
+
+def test_prompts_of_any_text_are_encoded_and_endless_ones_refused(tiny: Model) -> None:
+    assert torch.equal(
+        tiny.text_encoder.encode("caf\udce9").tensors["context"], tiny.text_encoder.encode("caf?").tensors["context"]
+    )
+    with pytest.raises(OptionError, match="at most 20,000 characters, got 20,001"):
+        tiny.text_encoder.encode("x" * 20_001)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -247,3 +249,13 @@ def test_markup_is_escaped_unless_it_says_that_it_is_markup() -> None:
     assert tag("p", "a < b", None, ["c", Html("<br>")], title='"&') == '<p title="&quot;&amp;">a &lt; bc<br></p>'
     assert tag("img", alt="x", class_=None) == '<img alt="x">'
     assert "<title>&lt;/title&gt;</title>" in document("</title>")
+
+
+def test_pages_have_no_control_characters() -> None:
+    assert tag("p", "a\x1b\u202e\ud800<\n", title="\x9b") == '<p title="\\u009b">a\\u001b\\u202e\\ud800&lt;\n</p>'
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files of POSIX systems")
+def test_a_picture_that_is_a_pipe_is_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    assert data_uri(tmp_path / "a.png", 100) is None

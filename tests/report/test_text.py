@@ -31,3 +31,8 @@ def test_picture_is_just_large_enough() -> None:
     one, two = (text_image(t, FONT, 60, colour="black", max_lines=5) for t in ("word", "word word word"))
     assert one.width <= 61 and two.height > one.height
     assert one.convert("L").getextrema()[0] < 60
+
+
+def test_control_characters_are_shown() -> None:
+    assert wrapped("a\x1b[0m \u202eb\ud800", FONT, 500, max_lines=5) == [r"a\u001b[0m \u202eb\ud800"]
+    assert text_image("\ud800\x00", FONT, 500, colour="black", max_lines=1).width > 60

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -235,6 +237,72 @@ def test_a_cycle_is_named_node_by_node(toys: Any, prompt: dict[str, Any], api_no
 def test_a_node_linked_to_itself(toys: Any, prompt: dict[str, Any]) -> None:
     prompt["2"]["inputs"]["numbers.n1"] = ["2", 0]
     assert "node 2 'Add up' → node 2 'Add up'" in faults(toys, prompt)[0]
+
+
+@pytest.mark.parametrize("output", [-1, 1, 10**20])
+def test_a_link_to_an_output_that_a_node_lacks(toys: Any, prompt: dict[str, Any], output: int) -> None:
+    prompt["3"]["inputs"]["value"] = ["2", output]
+    (fault,) = faults(toys, prompt)
+
+    assert f"value is linked to output {output} of node 2 'Add up', which has 1 output" in fault
+
+
+def test_titles_and_ids_are_printable(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["3\x1b[2J"] = prompt.pop("3") | {"_meta": {"title": "\x1b]0;a\x07" + "x" * 10**6}}
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    title = graph.nodes["3\x1b[2J"].title
+
+    assert title.startswith(r"\u001b]0;a\u0007xxx")
+    assert len(title) == 80
+    assert "\x1b" not in graph.nodes["3\x1b[2J"].label
+
+
+def unknown(index: int) -> dict[str, Any]:
+    return {"class_type": f"Shew{index}", "inputs": {}}
+
+
+def leading_back(index: int) -> dict[str, Any]:
+    return {"class_type": "Sum", "inputs": {"numbers.n0": ["0", 0], "numbers.n1": [str((index + 1) % 3000), 0]}}
+
+
+def dangling(index: int) -> dict[str, Any]:
+    return {"class_type": "Show", "inputs": {"value": [f"a{index}", 0], "x": 1, "y": 1}}
+
+
+@pytest.mark.parametrize(("member", "count"), [(unknown, 10_000), (leading_back, 3000), (dangling, 10_000)])
+def test_large_workflows_are_checked_in_linear_time_with_few_findings(
+    toys: Any, member: Callable[[int], dict[str, Any]], count: int
+) -> None:
+    prompt = {str(index): member(index) for index in range(count)}
+    start = time.process_time()
+    with pytest.raises(GraphError) as error:
+        validate(prompt, toys.folders, nodes=toys.nodes)
+
+    assert time.process_time() - start < 2
+    assert len(error.value.findings) >= count
+    *_, last = lines = str(error.value).split("\n")
+    assert re.fullmatch(r"  and [0-9,]+ more", last)
+    assert len(lines) == 52
+    assert max(map(len, lines)) <= 310
+
+
+def test_warnings_are_few_too(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["1"]["inputs"] |= {f"x{index}": 1 for index in range(10_000)}
+    assert len(validate(prompt, toys.folders, nodes=toys.nodes).warnings) <= 51
+
+
+def test_a_fault_is_found_however_many_others_are_ignored(toys: Any, prompt: dict[str, Any]) -> None:
+    ignored = {f"a{index}": {"class_type": "Number", "inputs": {"value": -1}} for index in range(1000)}
+    prompt["2"]["inputs"]["offset"] = "none"
+    examination = examine(ignored | prompt, toys.folders, nodes=toys.nodes)
+
+    assert [fault.node_id for fault in examination.faults] == ["2"]
+    assert examination.graph.warnings[-1] == "950 more faults are not listed"
+
+
+def test_a_workflow_of_more_nodes_than_any_is_refused(toys: Any) -> None:
+    with pytest.raises(GraphError, match="at most 50,000 nodes, got 50,001"):
+        validate({str(index): {} for index in range(50_001)}, toys.folders, nodes=toys.nodes)
 
 
 def test_match_sockets_carry_one_type_through(toys: Any, api_node: ApiNode) -> None:

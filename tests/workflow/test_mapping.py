@@ -132,3 +132,9 @@ def test_a_cancelled_run_stops_between_items() -> None:
             make(stop_at_second, [Input("a", "INT")], []), {"a": [1, 2, 3]}, NodeContext(Folders(ASSETS), cancel=cancel)
         )
     assert calls == [1, 2]
+
+
+def test_a_list_that_grows_beyond_any_use_is_refused() -> None:
+    many = make(lambda context: ([0] * 100_001,), [], [Output("INT", is_list=True)])
+    with pytest.raises(DataError, match="at most 100,000 items, which Toy exceeds"):
+        call_node(many, {}, CONTEXT)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+import time
+
 import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.workflow.order import depth_first
+from lorasmith.workflow.order import Cycle, depth_first
 
 GRAPHS = st.integers(1, 9).flatmap(
     lambda size: st.lists(
@@ -23,7 +26,10 @@ def test_order_and_cycles_agree_with_networkx(needs: dict[str, list[str]], data:
     assert sorted(order) == sorted(reachable)
     assert bool(cycles) is not nx.is_directed_acyclic_graph(graph.subgraph(reachable))
     for cycle in cycles:
-        assert all(graph.has_edge(a, b) for a, b in zip(cycle, (*cycle[1:], cycle[0]), strict=True))
+        end = (*cycle.end, cycle.start[0])
+        pieces = [cycle.start, end] if cycle.left_out else [(*cycle.start, *end)]
+        assert all(graph.has_edge(a, b) for piece in pieces for a, b in itertools.pairwise(piece))
+        assert cycle.left_out >= 0 and len({*cycle.start, *cycle.end}) == len(cycle.start) + len(cycle.end)
     if not cycles:
         places = {key: place for place, key in enumerate(order)}
         assert all(places[need] < places[key] for key in order for need in needs[key])
@@ -34,6 +40,17 @@ def test_a_chain_deeper_than_python_recurses() -> None:
     order, cycles = depth_first(["0"], needs)
     assert order == tuple(str(i) for i in range(5000, -1, -1))
     assert cycles == ()
+
+
+def test_thousands_of_nodes_that_lead_back_to_the_first_take_no_time() -> None:
+    needs = {str(i): ["0", str(i + 1)] for i in range(20_000)} | {"20000": []}
+    start = time.process_time()
+    _, cycles = depth_first(["0"], needs)
+
+    assert time.process_time() - start < 2
+    assert len(cycles) == 20_000
+    assert cycles[0] == Cycle(("0",))
+    assert cycles[8] == Cycle(("0", "1", "2", "3"), 1, ("5", "6", "7", "8"))
 
 
 def test_one_branch_is_finished_before_the_next_begins() -> None:

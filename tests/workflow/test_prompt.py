@@ -101,3 +101,22 @@ def test_later_overrides_win(toys: Any, prompt: dict[str, Any]) -> None:
 def test_refused_overrides(toys: Any, prompt: dict[str, Any], override: str, sentence: str) -> None:
     with pytest.raises(GraphError, match=sentence):
         apply_overrides(prompt, [override], nodes=toys.nodes)
+
+
+@pytest.mark.parametrize("inputs", [None, [], "offset", 3])
+def test_an_override_of_a_damaged_node_is_refused(toys: Any, inputs: object) -> None:
+    with pytest.raises(GraphError, match="node 1 'A Number' must have an object of inputs"):
+        apply_overrides({"1": {"class_type": "Number", "inputs": inputs}}, ["1.value=3"], nodes=toys.nodes)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[" * 10_000 + "]" * 10_000, "nested deeper than"),
+        (r'{"1": {"class_type": "\ud800"}}', "half of a surrogate pair"),
+        ('{"1": {"class_type": "A", "inputs": {"seed": 1' + "0" * 400 + "}}}", "an integer beyond 64 bits"),
+    ],
+)
+def test_json_that_breaks_what_reads_it_is_refused(text: str, rule: str) -> None:
+    with pytest.raises(GraphError, match=f"must be JSON, but this one .*{rule}.*; in ComfyUI choose"):
+        parse_prompt(text)

@@ -12,7 +12,7 @@ from lorasmith.app.command_lines import arguments_for
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
 from lorasmith.core.errors import OptionError
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import MAX_STEM_BYTES, Folders, file_stem
 from lorasmith.core.options import config_from, options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.dataset import EncodedDataset
@@ -84,7 +84,7 @@ class FolderSource:
         source = cls(
             folder=str(folder.resolve()),
             model=absolute(model),
-            name=name or folder.resolve().name,
+            name=name or file_stem(folder.resolve().name),
             trigger=trigger,
             resolution=resolution,
             validation=None if validation is None else str(validation.resolve()),
@@ -179,6 +179,10 @@ def prepare(
     """
     if re.search(r"[/\\]|^\.*$", source.name):
         raise OptionError(f"name must be a file name without folders, got {source.name!r}; use --output for folders")
+    if file_stem(source.name) != source.name:
+        raise OptionError(
+            f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {source.name!r}; set --name"
+        )
     device = chosen_device(source.device)
     folder = Path(source.folder)
     scan = scan_folder(folder, trigger=source.trigger)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.console import console, echo, heading, print_note
 from lorasmith.cli.flags import (
     AsJson,
     BaseDir,
@@ -108,6 +108,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
 
 def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from lorasmith.bench.limits import limits
 
@@ -122,14 +123,16 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
         table.add_row("forward", *_seconds(found.forward))
     if found.floor is not None:
         table.add_row("floor", *_seconds(found.floor), *_counted(found.floor_counts))
-    table.add_row("[bold]step[/]", *_seconds(found.step), *_counted(counts))
-    console.print()
+    table.add_row(Text("step", style="bold"), *_seconds(found.step), *_counted(counts))
+    echo()
     console.print(table)
-    console.print()
-    console.print(f"[bold]{found.images_per_hour:,.0f}[/] images an hour", soft_wrap=True)
+    echo()
+    heading(f"{found.images_per_hour:,.0f}", end=" ")
+    echo("images an hour")
     if found.of_floor is not None:
         passes = "" if found.passes == 1 else f" × {found.passes}"
-        console.print(f"[bold]{found.of_floor:.0%}[/] of a step is the floor{passes}", soft_wrap=True)
+        heading(f"{found.of_floor:.0%}", end=" ")
+        echo(f"of a step is the floor{passes}")
     elif found.floor is None:
         echo("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
     have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"
@@ -139,7 +142,8 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
     )
     if found.plan is not None:
         echo(str(found.plan))
-    console.print("\n[bold]What limits it[/]")
+    echo()
+    heading("What limits it")
     for sentence in limits(found):
         echo(f"- {sentence}")
     for note in job.notes:

@@ -49,8 +49,7 @@ def check(
     else:
         _print(checked)
         if fix is not None:
-            console.print(f"{mended} findings repaired in", end=" ")
-            echo(fix)
+            echo(f"{mended} findings repaired in {fix}")
     if not checked.is_fine:
         raise typer.Exit(1)
 

@@ -1,14 +1,23 @@
-"""Shared by commands: the console, progress bars, and handling of Ctrl-C."""
+"""Shared by commands: the console, progress bars, and handling of Ctrl-C.
+
+What commands print comes mostly from others' files. The console takes text literally (no markup, no `:emoji:`) and
+shows control characters as escapes, whatever is printed by whichever way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,14 +27,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.status import Status
 from rich.text import Text
 
 from lorasmith.core.errors import CancelledError
+from lorasmith.core.printable import printable
 
 __all__ = [
     "console",
     "echo",
     "errors",
+    "heading",
+    "other_output_made_printable",
     "print_error",
     "print_note",
     "progress_bar",
@@ -33,13 +47,59 @@ __all__ = [
     "stoppable",
 ]
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+class _LiteralConsole(Console):
+    """A console that shows text of any origin as it is, on one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """A string, of a line or of a table's cell, as rich text."""
+        return super().render_str(printable(text), **settings | {"markup": False, "emoji": False})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Everything that is printed, progress bars and JSON included, in pieces of one style."""
+        for piece in super().render(renderable, options):
+            shown = piece.text if piece.control else printable(piece.text, limit=sys.maxsize, keep="\n")
+            yield Segment(shown, piece.style, piece.control)
+
+    def status(self, status: RenderableType, **settings: Any) -> Status:
+        """A spinner with text, which rich would take for markup."""
+        return super().status(self.render_str(status) if isinstance(status, str) else status, **settings)
 
 
-def echo(text: object) -> None:
-    """Print text without markup and line breaks, so that paths and captions can be copied."""
-    console.print(str(text), markup=False, soft_wrap=True)
+console = _LiteralConsole()
+errors = _LiteralConsole(stderr=True)
+
+
+def other_output_made_printable() -> None:
+    """From here on, also what other packages print is: their warnings and log records.
+
+    Characters that the terminal's encoding lacks become escapes, too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    made = logging.getLogRecordFactory()
+
+    def record(*args: Any, **keywords: Any) -> logging.LogRecord:
+        one = made(*args, **keywords)
+        one.msg, one.args = printable(one.getMessage()), ()
+        return one
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {printable(message)}\n"
+
+
+def echo(text: object = "") -> None:
+    """Print text on one line that is not wrapped, so that paths and captions can be copied."""
+    console.print(str(text), soft_wrap=True)
+
+
+def heading(text: str, *, end: str = "\n") -> None:
+    """Print text in bold."""
+    console.print(Text(printable(text), style="bold"), end=end, soft_wrap=True)
 
 
 def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:
@@ -51,13 +111,15 @@ def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", ind
         colour: of the label.
         indent: number of blanks in front.
     """
-    console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {sentence}"), soft_wrap=True)
+    console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {printable(sentence)}"), soft_wrap=True)
 
 
 def print_error(sentence: str, *, kind: str) -> None:
-    """Print a sentence on standard error."""
-    errors.print(f"[bold red]{kind}:[/] ", end="")
-    errors.print(sentence, markup=False, soft_wrap=True)
+    """Print a sentence on standard error; each finding of a workflow is on a line of its own."""
+    first, *findings = sentence.split("\n")
+    errors.print(Text.assemble((f"{kind}:", "bold red"), f" {printable(first)}"), soft_wrap=True)
+    for finding in findings:
+        errors.print(finding, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -90,7 +152,7 @@ def stoppable() -> Iterator[threading.Event]:
 @contextlib.contextmanager
 def progress_shown(what: str) -> Iterator[Callable[..., None]]:
     """Inside the context, a progress bar is shown; the yielded function takes (done, total, ...)."""
-    with progress_bar(TextColumn("{task.description}")) as progress:
+    with progress_bar(TextColumn("{task.description}", markup=False)) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
 

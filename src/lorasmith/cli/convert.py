@@ -53,7 +53,7 @@ def convert(
         print_note(sentence, kind="Lost")
     for sentence in done.notes:
         print_note(sentence)
-    console.print(f"{done.modules} modules in the layout of {done.layout}")
+    echo(f"{done.modules} modules in the layout of {done.layout}")
     echo(done.path)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, progress_shown
+from lorasmith.cli.console import echo, heading, progress_shown
 from lorasmith.cli.flags import RunOutput
 from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
 from lorasmith.training.outcome import Outcome
@@ -33,11 +33,10 @@ def demo(
     from lorasmith.app.folder_run import prepare, train_prepared
     from lorasmith.families.locating import BUILT_IN
 
-    console.print(
-        f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.\n"
-        "It was not trained on black line art. This trains the style from sixteen\n"
-        "pictures, and then draws subjects that are not among them.\n"
-    )
+    echo(f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.")
+    echo("It was not trained on black line art. This trains the style from sixteen")
+    echo("pictures, and then draws subjects that are not among them.")
+    echo()
     with preparation_shown() as show:
         prepared = prepare(*demo_source(steps=steps, seed=seed, device=device), on_event=show)
     with training_shown() as (show, cancelled):
@@ -49,12 +48,10 @@ def demo(
         return
     with progress_shown("Drawing") as progress:
         sheet = before_and_after(prepared.base, result, seed=seed, progress=progress)
-    console.print()
+    echo()
     report_result(result)
-    console.print("[bold]Sheet     [/]", end=" ")
+    heading("Sheet     ", end=" ")
     echo(sheet)
-    console.print(
-        "\nThe same with your own pictures and a real model:\n"
-        '  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"',
-        markup=False,
-    )
+    echo()
+    echo("The same with your own pictures and a real model:")
+    echo('  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"')

@@ -82,7 +82,6 @@ def _plain(found: Comparison) -> dict[str, Any]:
 
 def _print(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     unit = "modules" if found.kind == "LoRA" else "tensors"
     for path, names in ((first, found.only_first), (second, found.only_second)):
@@ -98,7 +97,7 @@ def _print(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
         table = Table("block", "distance", "cosine", box=None)
         for pair in (*found.blocks(), found.overall()):
             cosine = "none" if pair.cosine is None else f"{pair.cosine:.4f}"
-            table.add_row(Text(pair.name), f"{pair.distance:.3g}", cosine)
+            table.add_row(pair.name, f"{pair.distance:.3g}", cosine)
         console.print(table)
     for key, values in found.metadata.items():
         one, other = ("(none)" if value is None else _short(value) for value in values)

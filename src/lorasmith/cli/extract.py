@@ -64,9 +64,9 @@ def extract(
         )
     ranks = report.ranks.values()
     spread = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no rank"
-    console.print(f"{len(ranks)} layers, {spread}; {report.unchanged} layers are the same in both")
-    console.print(f"The LoRA has {report.captured:.2%} of the squared difference between the models")
+    echo(f"{len(ranks)} layers, {spread}; {report.unchanged} layers are the same in both")
+    echo(f"The LoRA has {report.captured:.2%} of the squared difference between the models")
     if report.left_out:
         why = "cannot be part of a LoRA" if differences else "are left out; --differences includes norms and biases"
-        console.print(f"{report.left_out} other parameters differ and {why}", soft_wrap=True)
+        echo(f"{report.left_out} other parameters differ and {why}")
     echo(report.output)

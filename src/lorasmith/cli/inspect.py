@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorasmith.cli.console import console, print_note
+from lorasmith.cli.console import console, echo, heading, print_note
 from lorasmith.cli.flags import AsJson, LoraFile
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _print(summary: LoraSummary) -> None:
     }
     table = Table.grid(padding=(0, 2))
     for label, text in rows.items():
-        table.add_row(Text(label, style="bold"), Text(text))
+        table.add_row(Text(label, style="bold"), text)
     console.print(table)
     _print_section(
         "Norm of the weight change by block, at strength 1", {k: f"{v:.4g}" for k, v in summary.norms.items()}
@@ -79,14 +79,14 @@ def _print(summary: LoraSummary) -> None:
 
 def _print_section(title: str, entries: Mapping[str, str]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     if not entries:
         return
-    console.print(f"\n[bold]{title}[/]")
+    echo()
+    heading(title)
     table = Table.grid(padding=(0, 2))
     for key, value in entries.items():
-        table.add_row(Text(f"  {key}"), Text(value if len(value) <= _LONGEST else f"{value[:_LONGEST]} …"))
+        table.add_row(f"  {key}", value if len(value) <= _LONGEST else f"{value[:_LONGEST]} …")
     console.print(table)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from lorasmith.cli import (
     bench,
@@ -26,13 +30,40 @@ from lorasmith.cli import (
     train,
     workflow,
 )
-from lorasmith.cli.console import print_error
+from lorasmith.cli.console import other_output_made_printable, print_error
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
+from lorasmith.core.printable import printable
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands, whose complaints about arguments (names of files, mostly) are printable."""
+
+    def make_context(self, *args: Any, **keywords: Any) -> Any:
+        """The context of the group."""
+        with _complaints_printable():
+            return super().make_context(*args, **keywords)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse a command's arguments and run it."""
+        with _complaints_printable():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _complaints_printable() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # click's, which newer versions of typer contain under another name
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = printable(message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="lorasmith",
     help="Train LoRAs for diffusion models, from a folder of images or from a ComfyUI workflow.",
     epilog="Start with: lorasmith demo",
@@ -64,6 +95,7 @@ bench.register(app)
 def main() -> None:
     """Entry point: prints a LorasmithError as one sentence, and ends quietly when interrupted."""
     keep_freed_memory()
+    other_output_made_printable()
     try:
         app()
     except CancelledError as stopped:

@@ -64,7 +64,7 @@ def merge(
     _warn_left_out(report.left_out)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
     kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of truncated modules"
-    console.print(f"{report.modules} modules, rank {ranks or 'none'}: {kept}", soft_wrap=True)
+    echo(f"{report.modules} modules, rank {ranks or 'none'}: {kept}")
     echo(report.output)
 
 
@@ -85,5 +85,5 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
     for name in report.skipped:
         text = f"{name} is not in the new folder, because it holds the same weights without the LoRAs"
         print_note(text)
-    console.print(f"{report.modules} modules changed")
+    echo(f"{report.modules} modules changed")
     echo(report.output)

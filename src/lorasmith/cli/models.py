@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorasmith.cli.console import console, echo
+from lorasmith.cli.console import console, echo, heading
 from lorasmith.cli.flags import AsJson, BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def models(
 
 def _print(found: ModelList) -> None:
     for family, models in itertools.groupby(found.models, key=lambda one: one.family):
-        console.print(f"[bold]{family}[/]")
+        heading(family)
         for model in models:
             echo(f"  {model.path.name} ({_size(model.size_bytes)}{_and(model.precision)}) in {model.place}")
             for line in _parts(model):
@@ -66,7 +66,7 @@ def _parts(model: ListedModel) -> list[str]:
 def _print_files(title: str, files: tuple[ListedFile, ...]) -> None:
     if not files:
         return
-    console.print(f"[bold]{title}[/]")
+    heading(title)
     for file in files:
         details = f" ({_size(file.size_bytes)}, {file.precision})" if file.precision else ""
         echo(f"  {file.path.name}{details} in {file.place}: {file.what}")

@@ -108,13 +108,12 @@ def _print(found: MemoryEstimate) -> None:
                 echo(f"{'':<10}{found_line(part)}")
     proposal, card = found.proposal, memory_text(found.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
+    echo()
     if found.fits:
-        console.print(
-            f"\nFits {card} with [bold]{flags}[/]: about {memory_text(proposal.needed_bytes)}.", soft_wrap=True
-        )
+        echo(f"Fits {card} with {flags}: about {memory_text(proposal.needed_bytes)}.")
     else:
         echo(
-            f"\nDoes not fit {card}: with {flags} it needs about {memory_text(proposal.needed_bytes)}, "
+            f"Does not fit {card}: with {flags} it needs about {memory_text(proposal.needed_bytes)}, "
             f"{memory_text(proposal.short_bytes)} too much; use smaller pictures, a smaller batch or fewer targets."
         )
     if not found.encoders_fit:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo
+from lorasmith.cli.console import echo, heading
 
 __all__ = ["register"]
 
@@ -28,5 +28,5 @@ def report(
     from lorasmith.app.run_page import write_report
 
     path = write_report(run)
-    console.print("[bold]Report[/]", end=" ")
+    heading("Report", end=" ")
     echo(path)

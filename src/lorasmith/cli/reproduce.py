@@ -72,6 +72,7 @@ def reproduce(
     if not found.is_complete:
         raise typer.Exit(1)
     same = "bit-identical" if found.is_same else "not the same"
-    echo(f"\nThe tensors of {found.result.path} and {lora} are {same}.")
+    echo()
+    echo(f"The tensors of {found.result.path} and {lora} are {same}.")
     if not found.is_same:
         raise typer.Exit(1)

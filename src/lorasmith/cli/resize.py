@@ -53,14 +53,13 @@ def resize(
     _print(report.modules, one_by_one=modules)
     for warning in report.warnings:
         print_note(warning)
-    console.print(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
+    echo(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
     echo(report.output)
 
 
 def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     """Ranks and kept energy by block, or by module."""
     from rich.table import Table
-    from rich.text import Text
 
     from lorasmith.formats.names.prefixes import component_of
     from lorasmith.formats.names.recognise import block_of
@@ -74,7 +73,7 @@ def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:
         total = sum(one.total for one in group)
         energy = sum(one.kept for one in group) / total if total else 1.0
         before = [one.before for one in group if one.before is not None]
-        table.add_row(Text(name), _range(before), _range([one.after for one in group]), f"{min(energy, 1.0):.2%}")
+        table.add_row(name, _range(before), _range([one.after for one in group]), f"{min(energy, 1.0):.2%}")
     console.print(table)
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorasmith.app.command_lines import generate_command, resume_command
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
-from lorasmith.cli.console import console, echo, print_note, progress_shown, stoppable
+from lorasmith.cli.console import console, echo, heading, print_note, progress_shown, stoppable
 from lorasmith.training.events import (
     Event,
     EventHandler,
@@ -71,7 +71,7 @@ def training_shown() -> Iterator[tuple[EventHandler, Callable[[], bool]]]:
 def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events and a bar with loss, speed and time left."""
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
-    numbers = TextColumn("[dim]{task.fields[numbers]}")
+    numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
     columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
     progress = Progress(*columns, console=console)
     task = progress.add_task("", total=None, numbers="")
@@ -124,7 +124,9 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
     if result.path is not None:
         files, prompt = prepared.source.files, prepared.plan.prompt
         command = generate_command(files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae)
-        echo(f"\nTo use it:\n  {command}")
+        echo()
+        echo("To use it:")
+        echo(f"  {command}")
 
 
 def report_result(result: TrainResult) -> None:
@@ -161,12 +163,13 @@ def found_line(part: FoundPart) -> str:
 
 def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
-    console.print(f"[bold]{len(scan.images)} images[/] in {found.folder}")
+    heading(f"{len(scan.images)} images", end=" ")
+    echo(f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
     if scan.missing_captions:
         instead = f"the trigger {trigger!r} is used" if trigger else "they are trained without a caption"
-        console.print(f"  {len(scan.missing_captions)} have no caption; {instead}", soft_wrap=True)
+        echo(f"  {len(scan.missing_captions)} have no caption; {instead}")
     for note in scan.notes:
         echo(f"  {note}")
 

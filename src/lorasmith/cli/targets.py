@@ -65,7 +65,7 @@ def _print(preview: TargetSummary, config: TrainConfig) -> None:
         table.add_row(*cells, f"{group.parameters:,}")
     echo(f"{config.algorithm} on {preview.targets}")
     console.print(table)
-    console.print(
+    echo(
         f"{preview.layers} of {preview.targetable} layers, {preview.parameters:,} parameters, "
         f"a file of about {preview.size_bytes / 2**20:.1f} MiB in {config.lora_dtype}"
     )

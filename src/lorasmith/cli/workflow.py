@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import TextColumn
+from rich.text import Text
 
 from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.errors import GraphError
+from lorasmith.core.files import read_regular
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -56,7 +58,7 @@ def run(
 
 def _read(workflow: Path) -> bytes:
     try:
-        return workflow.read_bytes()
+        return read_regular(workflow)
     except OSError as error:
         raise GraphError(f"{workflow} cannot be read ({error.strerror}); give a workflow file in API format") from error
 
@@ -80,7 +82,7 @@ class _Narrator:
 
         match event:
             case events.NodeStarted(node_id, title):
-                console.print(f"[dim]{node_id:>4}[/]  {title}")
+                console.print(Text.assemble((f"{node_id:>4}", "dim"), f"  {title}"), soft_wrap=True)
             case events.NodeProgress(_, value, maximum, text):
                 self._advance(value, maximum, text)
             case events.NodeMessage(_, level, text):
@@ -96,7 +98,7 @@ class _Narrator:
 
     def _advance(self, value: int, maximum: int, text: str) -> None:
         if self._bar is None:
-            self._bar = progress_bar(TextColumn("     "), TextColumn("[dim]{task.fields[text]}"))
+            self._bar = progress_bar(TextColumn("     "), TextColumn("{task.fields[text]}", style="dim", markup=False))
             self._bar.start()
             self._task = self._bar.add_task("", total=maximum, text="")
         assert self._task is not None

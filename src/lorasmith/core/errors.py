@@ -11,11 +11,14 @@
     ├── TrainingError    a run cannot start or continue
     └── OutputError      something cannot be written
 
-The sentence states the rule, the value that breaks it and the remedy. Doors (command line, nodes, server) print the
-sentence; any other exception is a bug of ours and keeps its traceback.
+The sentence states the rule, the value that breaks it and the remedy. It is one line without control characters, of at
+most 300 characters, whatever the value is: values come from files and names of others. Doors (command line, nodes,
+server) print the sentence; any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
+
+from lorasmith.core.printable import sentence
 
 __all__ = [
     "CancelledError",
@@ -32,7 +35,14 @@ __all__ = [
 
 
 class LorasmithError(Exception):
-    """Base of all errors that users can cause or fix."""
+    """Base of all errors that users can cause or fix.
+
+    Args:
+        message: made fit to print by `sentence`.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(sentence(message))
 
 
 class OptionError(LorasmithError):
@@ -52,11 +62,19 @@ class DataError(LorasmithError):
 
 
 class GraphError(LorasmithError):
-    """A workflow is malformed; `findings` holds one sentence per fault, each naming node id and title."""
+    """A workflow is malformed; `findings` holds one sentence per fault, each naming node id and title.
 
-    def __init__(self, message: str, findings: tuple[str, ...] = ()) -> None:
-        super().__init__("\n".join((message, *(f"  - {finding}" for finding in findings))))
+    The message has a line for each of the first findings.
+    """
+
+    def __init__(self, message: object, findings: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
         self.findings = findings
+
+    def __str__(self) -> str:
+        shown = [f"  - {sentence(finding)}" for finding in self.findings[:_SHOWN_FINDINGS]]
+        more = len(self.findings) - len(shown)
+        return "\n".join((super().__str__(), *shown, *([f"  and {more:,} more"] if more else ())))
 
 
 class NodeError(LorasmithError):
@@ -73,3 +91,6 @@ class TrainingError(LorasmithError):
 
 class OutputError(LorasmithError):
     """A file or folder cannot be written."""
+
+
+_SHOWN_FINDINGS = 50

@@ -19,13 +19,17 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, cast
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
+from lorasmith.core.files import is_folder, is_regular, read_regular
+from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
 
 __all__ = [
     "ASSETS",
+    "MAX_STEM_BYTES",
     "MODEL_EXTENSIONS",
     "Folders",
     "NumberedFiles",
+    "file_stem",
     "fingerprint",
     "next_counter",
     "read_extra_model_paths",
@@ -36,6 +40,9 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
+
+MAX_STEM_BYTES = 200
+"""Limit of what users name files by, as systems allow 255 bytes and we add numbers and suffixes."""
 
 Place = Literal["input", "output", "temp"]
 
@@ -127,7 +134,7 @@ class Folders:
         error = LoraError if _KINDS.get(kind, kind) == "loras" else ModelError
         relative = _contained(name, f"a name among {kind}", error)
         for root in self.roots(kind):
-            if (root / relative).is_file() or (root / relative / "model_index.json").is_file():
+            if is_regular(root / relative) or is_regular(root / relative / "model_index.json"):
                 return root / relative
         raise error(
             f"no {name!r} among {kind}{nearest(name, self.files(kind))}; "
@@ -144,7 +151,7 @@ class Folders:
         return sorted(
             entry.name
             for entry in _entries(self.place("input"))
-            if entry.is_file() and entry.name.casefold().endswith(wanted)
+            if is_regular(entry) and entry.name.casefold().endswith(wanted)
         )
 
     def find_input(self, name: str) -> Path:
@@ -156,9 +163,9 @@ class Folders:
         plain, place = _annotated(name)
         relative = _contained(plain, "a file name", DataError)
         for root in self._places(place):
-            if (root / relative).is_file():
+            if is_regular(root / relative):
                 return root / relative
-        known = [entry.name for entry in _entries((self.place(place) / relative).parent) if entry.is_file()]
+        known = [entry.name for entry in _entries((self.place(place) / relative).parent) if is_regular(entry)]
         raise DataError(
             f"no file {plain!r} in the {place} folder{nearest(Path(plain).name, known)}; "
             f"put it into {self.place(place)} or choose one that is there"
@@ -174,7 +181,7 @@ class Folders:
         """The folder `name` below the input folder. Raises DataError when there is none."""
         relative = _contained(name, "a folder name", DataError)
         for root in self._places("input"):
-            if (root / relative).is_dir():
+            if is_folder(root / relative):
                 return root / relative
         raise DataError(
             f"no folder {name!r} in the input folder{nearest(name, self.input_folders())}; "
@@ -200,10 +207,15 @@ class Folders:
             now: local time for the tokens; None for the current time.
 
         Raises:
-            OutputError: the prefix is empty or leaves the folder.
+            OutputError: the prefix is empty or leaves the folder, or the name is too long for a file system.
         """
         filled = _fill_tokens(prefix, width, height, now or time.localtime())
         relative = _contained(filled, "a file name prefix", OutputError)
+        if len(relative.parts) > _MOST_PARTS or any(file_stem(part) != part for part in relative.parts):
+            raise OutputError(
+                f"a file name prefix must be at most {_MOST_PARTS} names of {MAX_STEM_BYTES} bytes without control "
+                f"characters, got {filled!r}; use a shorter one"
+            )
         folder = self.place(place) / relative.parent
         subfolder = relative.parent.as_posix()
         return NumberedFiles(
@@ -230,8 +242,8 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
     import yaml
 
     try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        sections = yaml.safe_load(read_regular(file, at_most=2**20).decode()) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OptionError(f"{file} must be a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict):
         raise OptionError(f"{file} must hold named sections of kinds and paths, got {type(sections).__name__}")
@@ -241,28 +253,40 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
         if section is None:
             continue
         if not isinstance(section, dict):
-            raise OptionError(f"section {title!r} of {file} must map kinds to paths, got {section!r}")
+            raise OptionError(f"section {title!r} of {file} must map kinds to paths, got {type(section).__name__}")
         target = preferred if section.get("is_default", False) else extra
-        base = file.parent.absolute() / _expanded(str(section.get("base_path", "")))
-        for kind, lines in section.items():
-            if kind in ("base_path", "is_default"):
+        base = file.parent.absolute()
+        for kind, lines in {"base_path": "", **section}.items():
+            if kind == "is_default":
                 continue
             if not isinstance(lines, str):
-                raise OptionError(f"{kind!r} in section {title!r} of {file} must be lines of paths, got {lines!r}")
+                got = type(lines).__name__  # not the value: a small file of references can be an endless one
+                raise OptionError(f"{kind!r} in section {title!r} of {file} must be lines of paths, got {got}")
+            if kind == "base_path":
+                base /= _expanded(lines)
+                continue
             paths = (base / _expanded(line.strip()) for line in lines.splitlines() if line.strip())
             target.setdefault(_KINDS.get(str(kind), str(kind)), []).extend(Path(os.path.normpath(p)) for p in paths)
     return preferred, extra
 
 
+def file_stem(name: str) -> str:
+    """`name`, usually of a folder, as the start of new files' names: as long as these may be, and printable."""
+    if printable(name, limit=len(name)) != name:
+        name = re.sub(r"\W", "_", name.encode(errors="replace").decode())
+    return name.encode()[:MAX_STEM_BYTES].decode(errors="ignore") or "_"
+
+
 def fingerprint(path: Path) -> list[list[str | int]]:
     """Sizes and modification times of a file, or of each file below a folder, to detect changes."""
-    files = [path] if path.is_file() else sorted(folder / name for folder, names in _walk(path) for name in names)
-    stats = [(file, file.stat()) for file in files]
+    files = [path] if is_regular(path) else sorted(folder / name for folder, names in _walk(path) for name in names)
+    stats = [(file, file.stat()) for file in files if is_regular(file)]
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 _KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
 _SUBFOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
+_MOST_PARTS = 20
 _ANNOTATION = re.compile(r"(?P<name>.*?)\s*\[(?P<place>input|output|temp)\]", re.DOTALL)
 
 
@@ -287,7 +311,7 @@ def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPa
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    return sorted(folder.iterdir()) if is_folder(folder) else []
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -334,7 +358,7 @@ def next_counter(folder: Path, stem: str) -> int:
     """The number after the highest `<stem>_<number>` in a folder, which need not exist."""
     # Case is ignored so that files can be moved to a case-insensitive file system.
     taken = re.compile(rf"{re.escape(stem)}_(\d+)_?\..+", re.IGNORECASE)
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    names = [entry.name for entry in _entries(folder)]
     return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -12,10 +13,18 @@ __all__ = ["Registry", "nearest"]
 
 T = TypeVar("T")
 
+_MOST_COMPARED, _LONGEST = 1000, 200
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string if none is close."""
-    folded = {candidate.casefold(): candidate for candidate in known}
+    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string if none is close.
+
+    The names of a file may be many or long: only the first thousand are compared, and only a name of usual length.
+    """
+    if len(name) > _LONGEST:
+        return ""
+    candidates = itertools.islice(known, _MOST_COMPARED)
+    folded = {candidate.casefold(): candidate for candidate in candidates if len(candidate) <= _LONGEST}
     match = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f" (did you mean {folded[match[0]]!r}?)" if match else ""
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.files import read_regular
 
-__all__ = ["CAPTION_SUFFIXES", "Caption", "read_caption", "with_trigger"]
+__all__ = ["CAPTION_SUFFIXES", "MAX_CAPTION", "Caption", "one_line", "read_caption", "with_trigger"]
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Suffixes of caption files, the preferred one first."""
+
+MAX_CAPTION = 20_000
+"""Characters of a caption: a text encoder reads at most some hundred of its words."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,19 @@ def read_caption(image: Path) -> Caption | None:
     succeeds but may be wrong, with a `note`.
 
     Raises:
-        DataError: the file exists but cannot be read.
+        DataError: the file exists but cannot be read, or has more than `MAX_CAPTION` characters.
     """
-    path = next((path for suffix in CAPTION_SUFFIXES if (path := image.with_suffix(suffix)).is_file()), None)
+    path = next((path for suffix in CAPTION_SUFFIXES if os.path.lexists(path := image.with_suffix(suffix))), None)
     if path is None:
         return None
     try:
-        content = path.read_bytes()
+        content = read_regular(path, at_most=4 * MAX_CAPTION)
     except OSError as error:
-        raise DataError(f"caption file {path} cannot be read ({error.strerror}); check its permissions") from error
+        raise DataError(f"caption file {path} cannot be read ({error.strerror}); replace or remove it") from error
     text, note = _decoded(content)
-    return Caption(_one_line(text), path, note and f"caption file {path} {note}")
+    if len(text := one_line(text)) > MAX_CAPTION:
+        raise DataError(f"caption file {path} has more than {MAX_CAPTION:,} characters; shorten or remove it")
+    return Caption(text, path, note and f"caption file {path} {note}")
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -56,10 +63,15 @@ def with_trigger(caption: str, trigger: str) -> str:
     >>> with_trigger("on a beach", "sks dog"), with_trigger("a SKS dog", "sks dog"), with_trigger("", "sks dog")
     ('sks dog, on a beach', 'a SKS dog', 'sks dog')
     """
-    caption, trigger = _one_line(caption), _one_line(trigger)
+    caption, trigger = one_line(caption), one_line(trigger)
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
+
+
+def one_line(text: str) -> str:
+    """`text` with each run of white space a single blank, and without lone surrogates, which are no text."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def _decoded(content: bytes) -> tuple[str, str | None]:
@@ -70,7 +82,3 @@ def _decoded(content: bytes) -> tuple[str, str | None]:
         return content.decode("utf-8-sig"), None
     except UnicodeDecodeError:
         return content.decode("latin-1"), "is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.captions import read_caption, with_trigger
+from lorasmith.core.files import is_folder
+from lorasmith.data.captions import one_line, read_caption, with_trigger
 from lorasmith.data.image_files import ImageError, image_size, image_suffixes
 
-__all__ = ["MAX_ASPECT", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
+__all__ = ["MAX_ASPECT", "MAX_REPEATS", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
 
 MIN_EDGE = 16
 """Minimum of an image's shorter edge in pixels."""
 
 MAX_ASPECT = 8
 """Maximum ratio of an image's longer to its shorter edge, beyond which a crop or bucket keeps too little."""
+
+MAX_REPEATS = 10_000
+"""Maximum number of an image's occurrences in an epoch."""
 
 CaptionSource = Literal["file", "trigger", "folder", "none"]
 
@@ -84,6 +88,7 @@ def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
     skipped: list[tuple[Path, str]] = []
     missing: list[Path] = []
     notes: list[str] = []
+    captions: list[Path] = []
     for found in _walk(path, skipped):
         try:
             width, height = _usable_size(found.path)
@@ -91,6 +96,7 @@ def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
             skipped.append((error.path, error.reason))
             continue
         caption = read_caption(found.path)
+        captions += [caption.path] if caption else []
         text = caption.text if caption else ""
         if not text:
             missing.append(found.path)
@@ -101,7 +107,17 @@ def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
         )
     if not images:
         raise DataError(_nothing_usable(path, skipped))
+    notes += _note_of_links(path, [*(image.path for image in images), *captions])
     return FolderScan(tuple(images), tuple(skipped), tuple(missing), tuple(notes))
+
+
+def _note_of_links(folder: Path, files: list[Path]) -> list[str]:
+    """What is read from elsewhere: data sets of links are usual, but a stranger's file may be a link as well."""
+    outside = [file for file in files if not file.resolve().is_relative_to(folder.resolve())]
+    if not outside:
+        return []
+    first = outside[0]
+    return [f"{len(outside)} files are links to outside of the folder, such as {first.name} to {first.resolve()}"]
 
 
 @dataclass(frozen=True)
@@ -115,18 +131,21 @@ def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
     """Image files of a folder and of its `<repeats>_<name>` subfolders; appends other entries to `skipped`."""
     subfolders = []
     for entry in _entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             subfolders.append(entry)
         elif _is_image(entry, skipped):
             yield _Found(entry)
     for subfolder in subfolders:
-        named = re.fullmatch(r"(\d+)_(.*)", subfolder.name)
+        named = re.fullmatch(r"([0-9]+)_(.*)", subfolder.name, re.DOTALL)
+        if named and int(named[1]) > MAX_REPEATS:
+            skipped.append((subfolder, f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
+            continue
         if not named or int(named[1]) == 0:
             skipped.append((subfolder, "is a folder without repeats in its name; rename it to 1_name to include it"))
             continue
         for entry in _entries(subfolder):
-            if entry.is_file() and _is_image(entry, skipped):
-                yield _Found(entry, int(named[1]), named[2].strip())
+            if not is_folder(entry) and _is_image(entry, skipped):
+                yield _Found(entry, int(named[1]), one_line(named[2]))
 
 
 def _entries(folder: Path) -> list[Path]:

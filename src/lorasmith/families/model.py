@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.patch import Patch, patches_applied
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import best_device, device_of, placed
 from lorasmith.families.base import (
     Components,
@@ -32,7 +32,10 @@ from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
 
-__all__ = ["Autoencoder", "Denoiser", "Model", "TextEncoder"]
+__all__ = ["MAX_PROMPT", "Autoencoder", "Denoiser", "Model", "TextEncoder"]
+
+MAX_PROMPT = 20_000
+"""Characters of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,13 @@ class TextEncoder:
 
         Raises:
             ModelError: a text encoder is missing.
+            OptionError: the prompt has more than `MAX_PROMPT` characters.
         """
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
                 stack.enter_context(placed(module, device=device_of(module), dtype=self._dtype(name, module)))
             components = self.family.text_encoders
-            texts = {name: text if isinstance(text, str) else text.get(name, "") for name in components}
+            texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
             return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
 
     def _dtype(self, component: str, module: nn.Module) -> torch.dtype:
@@ -252,6 +256,13 @@ class Autoencoder:
         device = device_of(self.module)
         with placed(self.module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
+
+
+def _prompt(text: str) -> str:
+    """`text` as tokenizers accept it, without lone surrogates."""
+    if len(text) > MAX_PROMPT:
+        raise OptionError(f"a prompt must have at most {MAX_PROMPT:,} characters, got {len(text):,}; shorten it")
+    return text.encode("utf-8", "replace").decode()
 
 
 def _width(shape: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import json
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
-from lorasmith.nodes.saving import graph_metadata, save_images, save_lora
+from lorasmith.nodes.saving import checked_prefix, graph_metadata, save_images, save_lora
 from lorasmith.nodes.values import LossMap
 from lorasmith.report.loss_plot import plot_losses
 from lorasmith.training.lora_handle import Lora
@@ -25,7 +25,13 @@ _GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
     category="image",
     inputs=[
         Input("images", "IMAGE"),
-        Input("filename_prefix", "STRING", default="ComfyUI", tooltip="May contain folders and %year%, %width%, ..."),
+        Input(
+            "filename_prefix",
+            "STRING",
+            default="ComfyUI",
+            accept=checked_prefix,
+            tooltip="May contain folders and %year%, %width%, ...",
+        ),
     ],
     outputs=[Output("IMAGE", "images")],
     hidden=_GRAPH,
@@ -71,7 +77,14 @@ def preview_any(context: NodeContext, *, source: object) -> NodeOutput:
     category="model/merging",
     inputs=[
         Input("lora", "LORA_MODEL"),
-        Input("prefix", "STRING", default="loras/ComfyUI_trained_lora", multiline=False, tooltip="May have folders."),
+        Input(
+            "prefix",
+            "STRING",
+            default="loras/ComfyUI_trained_lora",
+            accept=checked_prefix,
+            multiline=False,
+            tooltip="May have folders.",
+        ),
         Input("steps", "INT", optional=True, tooltip="Steps of the LoRA, for its file name."),
     ],
     aliases=["SaveLoRANode"],
@@ -91,7 +104,7 @@ def save_lora_weights(context: NodeContext, *, lora: Lora, prefix: str, steps: i
     category="model/training",
     inputs=[
         Input("loss", "LOSS_MAP"),
-        Input("filename_prefix", "STRING", default="loss_graph", multiline=False),
+        Input("filename_prefix", "STRING", default="loss_graph", accept=checked_prefix, multiline=False),
     ],
     search_aliases=["training chart", "plot loss"],
     hidden=_GRAPH,

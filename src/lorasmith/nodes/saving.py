@@ -14,17 +14,23 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
-from lorasmith.core.folders import NumberedFiles
+from lorasmith.core.folders import Folders, NumberedFiles
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext
 
-__all__ = ["graph_metadata", "save_images", "save_lora"]
+__all__ = ["checked_prefix", "graph_metadata", "save_images", "save_lora"]
 
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
     """The running workflow as the metadata entries that ComfyUI reads: `prompt` and `workflow`."""
     entries = {"prompt": context.prompt, "workflow": context.workflow}
     return {key: json.dumps(graph) for key, graph in entries.items() if graph}
+
+
+def checked_prefix(prefix: str, folders: Folders) -> str:
+    """The prefix of new files, which is checked before any node runs. Raises OutputError, as `Folders.numbered`."""
+    folders.numbered(prefix)
+    return prefix
 
 
 def save_images(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorasmith.core.errors import OutputError
+from lorasmith.core.printable import printable
 
 __all__ = ["GRID", "HELD_OUT", "RAW", "SMOOTH", "TEXT", "draw_losses", "plot_losses", "smoothed", "style_axes"]
 
@@ -50,7 +51,8 @@ def plot_losses(
     draw_losses(axes, losses, validations=validations, base_loss=base_loss)
     style_axes(axes)
     # parse_math off: titles are file names, in which $ is no formula.
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=TEXT, wrap=True, parse_math=False)
+    heading = printable(title, limit=200)
+    axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", color=TEXT, wrap=True, parse_math=False)
     axes.set_xlabel("step", color=TEXT)
     axes.legend(loc="upper right", frameon=False, labelcolor=TEXT)
     buffer = io.BytesIO()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+
+from lorasmith.core.printable import printable
 
 __all__ = ["Html", "command", "definitions", "document", "folded", "section", "table", "tag"]
 
@@ -23,7 +26,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
     Attributes are spelled as Python names: `class_` for class, `aria_label` for aria-label; None omits one.
     """
     spelled = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -107,6 +110,11 @@ def document(title: str, *children: object) -> str:
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', *children)), lang='en')}\n"
 
 
+def _escaped(text: object) -> str:
+    """Text that is neither markup nor, where the page is shown or its source is printed, a control character."""
+    return html.escape(printable(text, limit=sys.maxsize, keep="\n\t"))
+
+
 def _markup(child: object) -> str:
     if child is None:
         return ""
@@ -114,4 +122,4 @@ def _markup(child: object) -> str:
         return child
     if isinstance(child, (list, tuple)):
         return "".join(map(_markup, child))
-    return html.escape(str(child))
+    return _escaped(child)

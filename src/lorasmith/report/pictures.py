@@ -11,9 +11,13 @@ from typing import TypeVar
 
 from PIL import Image
 
+from lorasmith.core.files import open_regular
 from lorasmith.report.markup import Html, tag
 
-__all__ = ["PictureTable", "data_uri", "picture_table", "thinned"]
+__all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture_table", "thinned"]
+
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What opening a picture raises that is missing, damaged or no file; most of it by Pillow."""
 
 _Item = TypeVar("_Item")
 _LARGE, _SMALL, _SHEET = 320, 208, 1600  # longest edge in pixels
@@ -63,9 +67,9 @@ def picture_table(pictures: PictureTable) -> Html:
 def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
     """A picture as a WebP data URI with width and height, its longest edge at most `longest`; None if unreadable."""
     try:
-        with Image.open(path) as opened:
+        with open_regular(path) as file, Image.open(file) as opened:
             picture = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by Pillow for broken files
+    except UNREADABLE:
         return None
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -21,9 +21,10 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.files import atomic_path
+from lorasmith.core.files import atomic_path, open_regular
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.report.pictures import thinned
+from lorasmith.report.pictures import UNREADABLE, thinned
 
 __all__ = ["PreviewFolder"]
 
@@ -114,11 +115,11 @@ class PreviewFolder:
 def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image | None:
     """A small copy of a picture, or None if it is missing, unreadable or made with other parameters."""
     try:
-        with Image.open(path) as picture:
-            facts = json.loads(picture.info[_ENTRY])
+        with open_regular(path) as file, Image.open(file) as picture:
+            facts = dict(parse_foreign_json(picture.info[_ENTRY]))
             if any(facts.get(name) != value for name, value in expected.items()):
                 return None
             picture.thumbnail((size, size), Image.Resampling.LANCZOS)
             return picture.copy()
-    except (OSError, KeyError, ValueError):  # other programs may have changed the file, or its text may be gone
+    except (KeyError, TypeError, *UNREADABLE):  # other programs may have changed the file, or its text may be gone
         return None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lorasmith.core.printable import printable
+
 __all__ = ["load_font", "text_image", "wrapped"]
 
 _LINE_SPACING = 4
@@ -52,7 +54,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: i
         max_lines: maximum number of lines.
     """
     lines: list[str] = []
-    rest = " ".join(text.split())
+    rest = printable(" ".join(text.split()))
     while rest:
         end = _line_end(rest, font, width)
         line, rest = rest[:end].rstrip(), rest[end:].lstrip()

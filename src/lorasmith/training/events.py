@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_origin, get_type_hints
 
 from lorasmith.core.choices import Activations
+from lorasmith.core.printable import printable
 from lorasmith.training.outcome import Outcome
 
 __all__ = [
@@ -246,7 +247,7 @@ def decoded(line: str) -> Event:
         ValueError: the line is truncated, of an unknown kind, or holds implausible numbers.
     """
     try:
-        found = json.loads(line)
+        found = json.loads(line)  # not `parse_foreign_json`: a loss may be NaN
         name = found.pop("event")
         kinds = _field_kinds(name)
         fields: dict[str, Any] = {key: _value(found[key], kinds[key]) for key in found.keys() & kinds.keys()}
@@ -274,13 +275,17 @@ def _value(value: Any, hint: Any) -> object:
     if hint is Outcome:
         return Outcome(value)
     kinds = tuple if get_origin(hint) is tuple else _JSON_KINDS.get(hint, str)
-    if not isinstance(frozen := _frozen(value), kinds):
+    frozen = _frozen(value)
+    if not isinstance(frozen, kinds):
         raise TypeError
     return frozen
 
 
 def _frozen(value: object) -> object:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    """A JSON value as events hold it; text is made printable, since whoever reads events prints them."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return printable(value) if isinstance(value, str) else value
 
 
 def _plausible(event: Event) -> bool:

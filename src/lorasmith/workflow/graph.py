@@ -6,15 +6,16 @@ keys that begin with an underscore, are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorasmith.core.errors import GraphError, LorasmithError
 from lorasmith.core.folders import Folders
+from lorasmith.core.printable import sentence as shortened
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
-from lorasmith.workflow.order import depth_first
+from lorasmith.workflow.order import Cycle, depth_first
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
@@ -49,7 +50,7 @@ class GraphNode:
     @property
     def label(self) -> str:
         """The node's name in messages."""
-        return f"node {self.id} {self.title!r}"
+        return node_label(self.id, self.title)
 
     def links(self) -> Iterator[tuple[str, Link]]:
         """The linked inputs, in declared order."""
@@ -66,7 +67,7 @@ class Graph:
         nodes: the nodes that outputs need, in order of execution.
         outputs: ids of the output nodes.
         prompt: the source of the graph.
-        warnings: ignored faults, one sentence each.
+        warnings: the first ignored faults, one sentence each, and the number of the others.
     """
 
     nodes: Mapping[str, GraphNode]
@@ -132,10 +133,14 @@ def examine(
         folders: for the choices of file inputs.
         nodes: registered nodes.
         targets: ids of the output nodes to run; None for all.
+
+    Raises:
+        GraphError: the prompt has more nodes than any workflow.
     """
-    checker = _Checker(
-        {str(key): member for key, member in prompt.items() if not is_remark(str(key), member)}, folders, nodes
-    )
+    members = {str(key): member for key, member in prompt.items() if not is_remark(str(key), member)}
+    if len(members) > _MOST_NODES:
+        raise GraphError(f"a workflow must have at most {_MOST_NODES:,} nodes, got {len(members):,}; cut it")
+    checker = _Checker(members, folders, nodes)
     drafts = checker.read_nodes()
     for draft in drafts.values():
         checker.check_links(draft, drafts)
@@ -147,19 +152,22 @@ def examine(
         checker.find(None, "prompt_no_outputs", f"a workflow needs an output node ({_goals(nodes)}), got none; add one")
     needs = {key: [link.node_id for _, link in draft.links()] for key, draft in drafts.items()}
     order, _ = depth_first(outputs, needs)
-    for cycle in depth_first(tuple(drafts), needs)[1]:
+    for cycle in depth_first(drafts, needs)[1]:
         checker.find_cycle(cycle, drafts)
     # Without an output of a known class those of unknown classes may be outputs.
     needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
     goals = (*outputs, *(unknown if targets is not None else ())) or unknown or tuple(drafts)
     faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
-    graph = Graph({key: drafts[key] for key in order}, outputs, prompt, tuple(map(str, ignored)))
+    graph = Graph({key: drafts[key] for key in order}, outputs, prompt, _capped(ignored))
     return Examination(graph, faults)
 
 
 @dataclass
 class _Checker:
-    """Collects the faults of one prompt."""
+    """Collects the faults of one prompt.
+
+    Of a prompt with very many, each node's first one, without suggestions: comparing names takes long.
+    """
 
     prompt: Prompt
     folders: Folders
@@ -167,10 +175,28 @@ class _Checker:
     findings: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
     unknown: dict[str, None] = field(default_factory=dict)
+    faulty: set[str | None] = field(default_factory=set)
+    types: dict[Link, str] = field(default_factory=dict)
 
     def find(self, node_id: str | None, kind: str, sentence: str, name: str | None = None) -> None:
-        label = "" if node_id is None else node_label(node_id, self.prompt.get(node_id), self.nodes)
-        self.findings.append(Finding(kind, label, sentence, node_id, name))
+        if self.is_crowded and node_id in self.faulty:
+            return
+        self.faulty.add(node_id)
+        self.findings.append(Finding(kind, self._label(node_id), shortened(sentence), node_id, name))
+
+    def warn(self, node_id: str, kind: str, sentence: str, name: str) -> None:
+        self.warnings.append(Finding(kind, self._label(node_id), shortened(sentence), node_id, name))
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more has been found than is listed."""
+        return len(self.findings) + len(self.warnings) > 2 * _LISTED
+
+    def _label(self, node_id: str | None) -> str:
+        return "" if node_id is None else node_label(node_id, node_title(self.prompt.get(node_id), self.nodes))
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        return "" if self.is_crowded else nearest(name, known)
 
     def read_nodes(self) -> dict[str, GraphNode]:
         """All nodes of known classes, with checked values and unchecked links."""
@@ -189,12 +215,13 @@ class _Checker:
             source = drafts.get(link.node_id)
             if source is None:
                 continue  # of an unknown class, which is reported already
-            if not 0 <= link.output < (count := len(source.node.outputs)):
+            count = len(source.node.outputs)
+            if not 0 <= link.output < count:
                 there = f"which has {count or 'no'} output{'' if count == 1 else 's'}, counted from 0"
                 sentence = f"{name} is linked to output {link.output} of {source.label}, {there}; link another one"
                 self.find(draft.id, "bad_linked_input", sentence, name)
                 continue
-            received, wanted = _output_type(link, drafts), draft.node.slots[name].type
+            received, wanted = self._output_type(link, drafts), draft.node.slots[name].type
             output = f"output {source.node.outputs[link.output].label!r} of {source.label}"
             if not types_match(received, wanted):
                 self.find(
@@ -214,10 +241,36 @@ class _Checker:
                         name,
                     )
 
-    def find_cycle(self, cycle: tuple[str, ...], drafts: Mapping[str, GraphNode]) -> None:
-        path = " → ".join(drafts[key].label for key in (*cycle, cycle[0]))
+    def _output_type(self, link: Link, drafts: Mapping[str, GraphNode]) -> str:
+        """The type of a link; for a MATCH output, the type that the node's inputs receive.
+
+        Links are looked up once each, as a chain of such nodes would otherwise be followed from each of them.
+        """
+        followed: dict[Link, None] = {}
+        found = ANY
+        while link not in followed:
+            if (known := self.types.get(link)) is not None:
+                found = known
+                break
+            followed[link] = None
+            source = drafts.get(link.node_id)
+            if source is None or not 0 <= link.output < len(source.node.outputs):
+                break
+            if (declared := source.node.outputs[link.output].type) != MATCH:
+                found = declared
+                break
+            onward = (one for name, one in source.links() if source.node.slots[name].type == MATCH)
+            if (following := next(onward, None)) is None:
+                break
+            link = following
+        self.types.update(dict.fromkeys(followed, found))
+        return found
+
+    def find_cycle(self, cycle: Cycle, drafts: Mapping[str, GraphNode]) -> None:
+        start, end = ([drafts[key].label for key in keys] for keys in (cycle.start, (*cycle.end, cycle.start[0])))
+        path = " → ".join((*start, *([f"{cycle.left_out:,} more"] if cycle.left_out else ()), *end))
         sentence = f"a node must not depend on its own output, but these do: {path}; remove one of the links"
-        self.find(cycle[0], "dependency_cycle", sentence)
+        self.find(cycle.start[0], "dependency_cycle", sentence)
 
     def sorted_findings(self, needed: Collection[str]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
         """Faults that stop the run, and warnings, including faults of nodes that would not run."""
@@ -226,8 +279,10 @@ class _Checker:
         def place(finding: Finding) -> int:
             return places.get(finding.node_id or "", -1)
 
-        faults = [one for one in self.findings if one.node_id is None or one.node_id in needed]
-        ignored = [*self.warnings, *(one for one in self.findings if one not in faults)]
+        faults: list[Finding] = []
+        ignored = [*self.warnings]
+        for one in self.findings:
+            (faults if one.node_id is None or one.node_id in needed else ignored).append(one)
         return tuple(sorted(faults, key=place)), tuple(sorted(ignored, key=place))
 
     def _class_of(self, key: str, member: Any) -> Node | None:
@@ -237,7 +292,7 @@ class _Checker:
         elif (node := class_of(member, self.nodes)) is not None:
             return node
         else:
-            sentence = f"unknown node {class_type!r}{nearest(class_type, self.nodes)}; replace or remove it"
+            sentence = f"unknown node {class_type!r}{self._hint(class_type, self.nodes)}; replace or remove it"
         self.unknown[key] = None
         self.find(key, "missing_node_type", sentence)
         return None
@@ -253,10 +308,9 @@ class _Checker:
             elif slot.default is not None:
                 inputs[name] = slot.default
         for name in given:
-            if name not in node.slots and not is_remark(name):
-                sentence = f"input {name} is ignored, as the node has no such input{nearest(name, node.slots)}"
-                label = node_label(key, self.prompt[key], self.nodes)
-                self.warnings.append(Finding("unknown_input", label, sentence, key, name))
+            if name not in node.slots and not is_remark(name) and not self.is_crowded:
+                sentence = f"input {name} is ignored, as the node has no such input{self._hint(name, node.slots)}"
+                self.warn(key, "unknown_input", sentence, name)
         return inputs
 
     def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
@@ -281,30 +335,22 @@ class _Checker:
                 name,
             )
             return None
-        source, index = str(value[0]), int(value[1])
+        source, index = str(value[0]), value[1]
         if source not in self.prompt:
             sentence = (
-                f"{name} is linked to node {source!r}, which is missing{nearest(source, self.prompt)}; link another one"
+                f"{name} is linked to node {source!r}, which is missing{self._hint(source, self.prompt)}; "
+                "link another one"
             )
             self.find(key, "bad_linked_input", sentence, name)
             return None
         return Link(source, index)
 
 
-def _output_type(link: Link, drafts: Mapping[str, GraphNode]) -> str:
-    """The type of a link; for a MATCH output, the type that the node's inputs receive."""
-    seen: set[str] = set()
-    while (source := drafts.get(link.node_id)) is not None and 0 <= link.output < len(source.node.outputs):
-        declared = source.node.outputs[link.output].type
-        if declared != MATCH:
-            return declared
-        onward = (one for name, one in source.links() if source.node.slots[name].type == MATCH)
-        following = next(onward, None)
-        if following is None or source.id in seen:
-            return ANY
-        seen.add(source.id)
-        link = following
-    return ANY
+def _capped(findings: Sequence[Finding]) -> tuple[str, ...]:
+    """The first findings as text, and the number of the others."""
+    listed = tuple(shortened(one) for one in findings[:_LISTED])
+    more = len(findings) - len(listed)
+    return (*listed, f"{more:,} more faults are not listed") if more else listed
 
 
 def _linked_ids(member: Any) -> list[str]:
@@ -333,3 +379,6 @@ def _is_index(value: Any) -> bool:
 
 def _goals(nodes: Registry[Node]) -> str:
     return ", ".join(name for name, node in nodes.items() if node.output_node) or "none is known"
+
+
+_MOST_NODES, _LISTED = 50_000, 50

@@ -37,7 +37,8 @@ def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeConte
 
     Raises:
         CancelledError: the run was cancelled between two calls.
-        DataError: an input received an empty list although the node takes single items.
+        DataError: an input received an empty list although the node takes single items, or an output is a list of more
+            than 100,000: nodes that each double a list make any number.
     """
     returned = []
     for keywords in _calls(node, lists):
@@ -52,9 +53,14 @@ def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeConte
         tuple(item for value in column for item in value) if output.is_list else tuple(column)
         for output, column in zip(node.outputs, columns, strict=True)
     )
+    if any(len(items) > _MOST_ITEMS for items in outputs):
+        raise DataError(f"a list must have at most {_MOST_ITEMS:,} items, which {node.id} exceeds; use fewer inputs")
     kinds = dict.fromkeys(kind for result in returned for kind in result.ui)
     ui = {kind: [item for result in returned for item in result.ui.get(kind, ())] for kind in kinds}
     return NodeResult(outputs, ui)
+
+
+_MOST_ITEMS = 100_000
 
 
 def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

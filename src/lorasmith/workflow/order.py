@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-__all__ = ["depth_first"]
+__all__ = ["Cycle", "depth_first"]
+
+_SHOWN = 4
 
 
-def depth_first(
-    goals: Collection[str], needs: Mapping[str, Sequence[str]]
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Dependencies of `goals` in order of execution, and cycles.
+class Cycle(NamedTuple):
+    """Nodes of which each needs the next one, and the last the first.
+
+    Attributes:
+        start: its first nodes.
+        left_out: number of nodes after these that are not listed.
+        end: its last nodes, empty in short cycles.
+    """
+
+    start: tuple[str, ...]
+    left_out: int = 0
+    end: tuple[str, ...] = ()
+
+
+def depth_first(goals: Iterable[str], needs: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[Cycle, ...]]:
+    """Dependencies of `goals` in order of execution, and cycles, in time proportional to nodes and needs.
 
     The branch of one goal is completed before the next, in the order of `goals` and `needs`. Implemented with an
     explicit stack, as workflows may be deeper than Python's recursion limit.
@@ -20,15 +35,13 @@ def depth_first(
         needs: direct dependencies of each node; those without an entry of their own are ignored.
 
     Returns:
-        Every node that a goal depends on, goals included, once each; and each cycle as a path whose last node needs the
-        first.
+        Every node that a goal depends on, goals included, once each; and each cycle.
     """
     order: dict[str, None] = {}
-    cycles = []
+    cycles: list[Cycle] = []
     for goal in goals:
-        path: dict[str, None] = {}
         stack = [] if goal in order else [(goal, iter(needs[goal]))]
-        path.update({goal: None} if stack else {})
+        path = {goal: 0} if stack else {}  # the nodes on the stack, with their places on it
         while stack:
             current, remaining = stack[-1]
             following = next(remaining, None)
@@ -37,9 +50,12 @@ def depth_first(
                 del path[current]
                 order[current] = None
             elif following in path:
-                members = list(path)
-                cycles.append(tuple(members[members.index(following) :]))
+                first, length = path[following], len(stack) - path[following]
+                # Not the whole path: thousands of nodes may each lead back to the same one.
+                start = tuple(node for node, _ in stack[first : first + _SHOWN])
+                end = tuple(node for node, _ in stack[max(first + _SHOWN, len(stack) - _SHOWN) :])
+                cycles.append(Cycle(start, length - len(start) - len(end), end))
             elif following not in order and following in needs:
-                path[following] = None
+                path[following] = len(stack)
                 stack.append((following, iter(needs[following])))
     return tuple(order), tuple(cycles)

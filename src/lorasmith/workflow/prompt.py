@@ -7,11 +7,12 @@ An input is a value, or a link `["4", 0]` to output 0 of node 4. `graph` checks 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 from lorasmith.core.errors import GraphError
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
@@ -28,9 +29,9 @@ def parse_prompt(text: str | bytes) -> dict[str, Any]:
         GraphError: the text is not JSON, not an object, or a workflow in the editor's format.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError covers malformed JSON and malformed UTF-8
-        raise GraphError(f"a workflow file must be JSON, but reading it failed: {error}; {_EXPORT}") from error
+        content = parse_foreign_json(text)
+    except ValueError as error:
+        raise GraphError(f"a workflow file must be JSON, but this one {error}; {_EXPORT}") from error
     if isinstance(content, dict) and isinstance(content.get("prompt"), dict) and "class_type" not in content["prompt"]:
         content = content["prompt"]
     if not isinstance(content, dict):
@@ -59,11 +60,12 @@ def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry
         if not (equals and dot and name):
             raise GraphError(f"an override must be <node id>.<input>=<value>, such as 12.steps=200, got {override!r}")
         if node_id not in changed:
-            known = ", ".join(node_label(key, member, nodes) for key, member in changed.items())
+            known = ", ".join(node_label(key, node_title(member, nodes)) for key, member in changed.items())
             raise GraphError(
                 f"override {override!r}: no node {node_id!r}{nearest(node_id, changed)}; there are {known}"
             )
-        _override_input(changed[node_id], name, text.strip(), node_label(node_id, changed[node_id], nodes), nodes)
+        label = node_label(node_id, node_title(changed[node_id], nodes))
+        _override_input(changed[node_id], name, text.strip(), label, nodes)
     return changed
 
 
@@ -79,33 +81,29 @@ def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
     return nodes[class_type] if isinstance(class_type, str) and class_type in nodes else None
 
 
-def node_label(node_id: str, member: Any, nodes: Registry[Node] = NODES) -> str:
-    """The name of a node in messages: `node 12 'Train LoRA'`, with its title in the file or its display name.
-
-    Args:
-        node_id: key in the prompt.
-        member: the prompt's node.
-        nodes: registered nodes.
-    """
-    title = node_title(member, nodes)
+def node_label(node_id: str, title: str) -> str:
+    """The name of a node in messages: `node 12 'Train LoRA'`, with its title from `node_title`."""
+    node_id = printable(node_id, limit=_LONGEST_TITLE)
     return f"node {node_id} {title!r}" if title else f"node {node_id}"
 
 
 def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
-    """The title of a prompt's node in the file, or its display name, or its class."""
+    """The title of a prompt's node in the file, or its display name, or its class; printable."""
     if not isinstance(member, dict):
         return ""
     meta, node = member.get("_meta"), class_of(member, nodes)
     title = meta.get("title") if isinstance(meta, dict) else None
     if isinstance(title, str) and title:
-        return title
-    return node.display_name if node is not None else str(member.get("class_type", ""))
+        return printable(title, limit=_LONGEST_TITLE)
+    return node.display_name if node is not None else printable(member.get("class_type", ""), limit=_LONGEST_TITLE)
 
 
 def _override_input(member: Any, name: str, text: str, label: str, nodes: Registry[Node]) -> None:
     node = class_of(member, nodes)
     slots = node.slots if node is not None else {}
     inputs = member.setdefault("inputs", {}) if isinstance(member, dict) else {}
+    if not isinstance(inputs, dict):
+        raise GraphError(f"{label} must have an object of inputs, got {inputs!r}; export the workflow again")
     if name not in slots and name not in inputs:
         known = list(dict.fromkeys((*slots, *inputs)))
         raise GraphError(f"{label} has no input {name!r}{nearest(name, known)}; it has {', '.join(known) or 'none'}")
@@ -116,7 +114,7 @@ def _override_input(member: Any, name: str, text: str, label: str, nodes: Regist
 
 def _read_value(text: str, wants_text: bool) -> Any:
     try:
-        value = json.loads(text)
+        value = parse_foreign_json(text)
     except ValueError:
         return text
     return text if wants_text and not isinstance(value, (str, list)) else value
@@ -126,6 +124,7 @@ def _kind(content: object) -> str:
     return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number or null")
 
 
+_LONGEST_TITLE = 80
 _NOTES = ("Note", "MarkdownNote")
 """Classes of notes in editors."""
 

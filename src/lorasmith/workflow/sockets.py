@@ -83,8 +83,8 @@ class Input:
         default: initial value in editors; None for none.
         min, max, step: inclusive bounds and granularity of numbers.
         options: choices of a COMBO, fixed or a function of the folders.
-        accept: checks a COMBO's values instead of the list: returns the accepted spelling or raises a LorasmithError.
-            For file names with a place, such as `cat.png [output]`.
+        accept: checks text, or a COMBO's values instead of the list: returns the accepted spelling or raises a
+            LorasmithError. For file names with a place, such as `cat.png [output]`, and those of new files.
         multiline: whether text may have several lines.
         force_input: whether a scalar is shown as a socket only.
         tooltip: one or two sentences.
@@ -182,9 +182,9 @@ class Input:
         if kind == "BOOLEAN" and isinstance(value, str):
             value = _WRITTEN.get(value.casefold(), value)
         checked = plain.check(value)
-        if kind != "COMBO":
-            return checked
-        return self.accept(checked, folders) if self.accept is not None else self._choice(checked, folders)
+        if self.accept is not None:
+            return self.accept(checked, folders)
+        return self._choice(checked, folders) if kind == "COMBO" else checked
 
     def _choice(self, value: str, folders: Folders) -> str:
         choices = self.choices(folders)

@@ -16,6 +16,8 @@ from lorasmith.families.parts.prompt_weights import parse_weights, weighted_stat
         ("(a:nan)", [("a:nan", 1.1)]),
         ("(a:inf)", [("a:inf", 1.1)]),
         (r"\\(a)", [("\\(a)", 1.0)]),
+        ("(a:1e30)", [("a:1e30", 1.1)]),
+        ("(" * 5000 + "a" + ")" * 5000, [("(" * 4968 + "a" + ")" * 4968, 1.1**32)]),
         ("", []),
     ],
 )

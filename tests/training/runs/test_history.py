@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.training.events import RolledBack, RunFinished, RunStarted, StepDone, Warned, encoded
+from lorasmith.training.events import RolledBack, RunFinished, RunStarted, StepDone, Warned, decoded, encoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
 from tests.training.run_cases import BEGIN, started, steps_done, whole_run, write_run
@@ -123,3 +123,11 @@ def test_a_broken_record_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(TrainingError, match=r"run\.json cannot be read \(.*restore it from a copy"):
         read_history(tmp_path)
+
+
+def test_text_of_events_is_printable() -> None:
+    event = decoded(encoded(Warned(message="a\x1b[2J\nb" + "x" * 10**6)))
+
+    assert isinstance(event, Warned)
+    assert event.message.startswith(r"a\u001b[2J\nbxxx")
+    assert len(event.message) == 10_000

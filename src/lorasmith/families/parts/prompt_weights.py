@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +13,8 @@ __all__ = ["Token", "parse_weights", "weighted_states"]
 EMPHASIS = 1.1
 """Factor of a pair of brackets that names no weight."""
 
+_DEEPEST, _LARGEST = 32, 100
+
 Token = tuple[int, float]
 """Token id and weight."""
 
@@ -22,7 +23,8 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     r"""The prompt cut into stretches of one weight.
 
     `(text)` multiplies the enclosing weight by 1.1, `(text:1.3)` sets the weight. Brackets nest; `\(` and `\)` are
-    literal brackets. An unmatched bracket is text.
+    literal brackets. An unmatched bracket is text, and so are the innermost of more than 32 pairs, and a weight beyond
+    100, which would make hidden states infinite.
 
     >>> parse_weights("a (red (very:1.5) big) cat")
     [('a ', 1.0), ('red ', 1.1), ('very', 1.5), (' big', 1.1), (' cat', 1.0)]
@@ -44,7 +46,10 @@ def weighted_states(states: Tensor, empty: Tensor, weights: Sequence[Sequence[fl
     return torch.where(scale == 1, states, empty.lerp(states, scale))
 
 
-def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
+def _weighted(text: str, weight: float, depth: int = 0) -> Iterator[tuple[str, float]]:
+    if depth == _DEEPEST:
+        yield text, weight
+        return
     for part in _outermost(text):
         if len(part) < 2 or not (part.startswith("(") and part.endswith(")")):
             yield part, weight
@@ -52,9 +57,9 @@ def _weighted(text: str, weight: float) -> Iterator[tuple[str, float]]:
         content, _, number = part[1:-1].rpartition(":")
         explicit = _number(number) if content else None
         if explicit is None:
-            yield from _weighted(part[1:-1], weight * EMPHASIS)
+            yield from _weighted(part[1:-1], weight * EMPHASIS, depth + 1)
         else:
-            yield from _weighted(content, explicit)
+            yield from _weighted(content, explicit, depth + 1)
 
 
 def _outermost(text: str) -> Iterator[str]:
@@ -77,4 +82,4 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= _LARGEST else None  # NaN is not

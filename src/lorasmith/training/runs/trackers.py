@@ -14,6 +14,7 @@ from typing import Any
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import ensure_folder, write_atomic
+from lorasmith.core.printable import MAX_SENTENCE, printable
 from lorasmith.training.events import Event, EventHandler, StepDone, Validated, Warned
 
 __all__ = ["Tracker", "tracker_for"]
@@ -108,8 +109,8 @@ def _tensorboard(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     tracker = TensorBoardTracker("tensorboard", ensure_folder(folder))
     tracker.start()
     # Not as hyperparameters: TensorBoard makes one more run of them each time, and refuses None.
-    rows = [f"| {name} | {value} |" for name, value in config.items()]
-    tracker.log({"settings": "\n".join(["| setting | value |", "|---|---|", f"| title | {title} |", *rows])}, step=0)
+    rows = [f"| {name} | {printable(value)} |" for name, value in {"title": title, **config}.items()]
+    tracker.log({"settings": "\n".join(["| setting | value |", "|---|---|", *rows])}, step=0)
     return tracker
 
 
@@ -125,7 +126,7 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     sent = {name: value for name, value in config.items() if not (config.get("private") and name in _PRIVATE)}
     tracker = WandBTracker(
         _PROJECT,
-        name=title,
+        name=printable(title, limit=128),  # the server's limit
         id=number,
         resume="allow",
         dir=str(folder),
@@ -142,4 +143,4 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
 
 def _sentence(error: Exception) -> str:
     """The first line of another package's error."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+    return printable((str(error) or type(error).__name__).strip().splitlines()[0].rstrip("."), limit=MAX_SENTENCE)

@@ -1,0 +1,68 @@
+"""Text from strangers, made fit to print: names of files and tensors, metadata, captions, titles, messages of packages.
+
+A terminal obeys control characters (they move the cursor, set the title, write the clipboard), and direction marks show
+a name in another order than it has. Both are replaced by JSON's escapes (`\\u001b`), so that JSON stays JSON. Joiners,
+which several scripts and emoji are written with, are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+__all__ = ["MAX_SENTENCE", "printable", "sentence"]
+
+MAX_SENTENCE = 300
+"""Characters of an error message."""
+
+
+def printable(text: object, *, limit: int = 10_000, keep: str = "") -> str:
+    """`text` on one line, without characters that a terminal obeys.
+
+    Args:
+        text: of any origin and length; other objects are converted.
+        limit: maximum number of characters; the middle of longer text is replaced by an ellipsis.
+        keep: control characters that stay as they are, such as the line breaks of a page.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else json.dumps(match[0])[1:-1]
+
+    # Shortened before, so that escaping takes no longer for a text of gigabytes.
+    return _shortened(_HIDDEN.sub(escaped, _shortened(str(text), limit)), limit)
+
+
+def sentence(text: object, *, limit: int = MAX_SENTENCE) -> str:
+    """A message on one line of at most `limit` characters.
+
+    The longest words (paths, names) and quotations lose their middle first, no more of it than is needed; then the
+    sentence itself does, as the rule stands at its start and the remedy at its end.
+    """
+    shown = printable(text, limit=20 * limit)
+    for longest in range(limit, 40, -10):
+        for piece in (_WORD, _QUOTATION):
+            if len(shown) > limit:
+                parts = piece.split(shown)  # every second one is a match
+                shown = "".join(_shortened(part, longest) if i % 2 else part for i, part in enumerate(parts))
+    if len(shown) <= limit:
+        return shown
+    start, end = shown[: limit // 2 - 2], shown[len(shown) - limit // 2 + 1 :]
+    return f"{start.rpartition(' ')[0] or start} … {end.partition(' ')[2] or end}"
+
+
+# C0 and C1, soft hyphen, marks of direction and of order, line and paragraph separators, invisible operators, halves of
+# surrogate pairs (names that are not UTF-8), annotations and tags.
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+_WORD = re.compile(r"(\S+)")
+_QUOTATION = re.compile(r"('[^']+'|\"[^\"]+\")")
+
+
+def _shortened(text: str, limit: int) -> str:
+    """`text`, or its start and its end, which says more of a path."""
+    if len(text) <= limit:
+        return text
+    end = (limit - 1) * 3 // 5
+    return f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
