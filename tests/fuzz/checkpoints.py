@@ -50,7 +50,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         ("load autoencoder", lambda: load_autoencoder(path).title),
         ("open", lambda: str(open_model(path).path)[:0]),
     ]
-    return [listed, rng.choice(loaded)]
+    return [listed, loaded[rng.choice((0, 0, 1, 1, 1, 2, 2, 3, 3, 4))]]  # the last takes a quarter of a second
 
 
 def _read(path: Path) -> None:

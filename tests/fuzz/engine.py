@@ -33,7 +33,7 @@ import typer.main
 from lorasmith.core.errors import GraphError, LorasmithError
 from tests.fuzz.mutators import CANARY
 
-__all__ = ["Door", "FaultError", "Finding", "Kind", "command", "run_case"]
+__all__ = ["Door", "FaultError", "Finding", "Kind", "command", "printed", "run_case"]
 
 _GET_COMMAND = typer.main.get_command
 
@@ -139,6 +139,17 @@ def command(*arguments: object) -> str:
     if arguments[0] != "run":
         _check_refusal(complaint.removeprefix("error: "))
     return out.getvalue() + complaint
+
+
+def printed(*texts: str) -> str:
+    """What the command line prints of texts that a library function returns."""
+    from lorasmith.cli.console import print_note
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for text in texts:
+            print_note(text)
+    return out.getvalue()
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from lorasmith.data.folder import scan_folder
 from lorasmith.data.image_files import open_image
 from lorasmith.families.parts.prompt_weights import parse_weights
 from lorasmith.sampling.previews import parse_prompts
-from tests.fuzz.engine import Door, command
+from tests.fuzz.engine import Door, command, printed
 from tests.fuzz.mutators import damaged_bytes, nasty_text
 
 __all__ = ["doors"]
@@ -37,7 +37,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     found: list[Door] = [("scan", lambda: _scanned(images, nasty_text(rng)[:100]))]
     match rng.randrange(6):
         case 0:
-            found.append(("list", lambda: " ".join(Folders(folder).files("loras")) and None))
+            found.append(("list", lambda: printed(*Folders(folder).files("loras"))))
         case 1 if rng.random() < 0.2:
             found.append(("models command", lambda: command("models", "--base-dir", folder)))
         case _:
@@ -50,8 +50,7 @@ def _scanned(images: Path, trigger: str) -> str:
     for one in scan.images:
         with open_image(one.path) as picture:
             picture.load()
-    # Names of files are printed by the door.
-    return " ".join((*scan.notes, *(reason for _, reason in scan.skipped)))
+    return printed(*scan.notes, *(f"{path.name}: {reason}" for path, reason in scan.skipped))
 
 
 def _put(rng: random.Random, images: Path) -> None:

@@ -13,7 +13,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow.graph import examine
 from lorasmith.workflow.prompt import apply_overrides, parse_prompt
-from tests.fuzz.engine import Door, FaultError, command
+from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
 __all__ = ["doors"]
@@ -22,7 +22,7 @@ _EXAMPLES = Path(__file__).parents[2] / "examples"
 _STRINGS = {
     "1": {"class_type": "PrimitiveString", "inputs": {"value": "a"}, "_meta": {"title": "Text"}},
     "2": {"class_type": "StringConcatenate", "inputs": {"string_a": ["1", 0], "string_b": "b", "delimiter": ","}},
-    "3": {"class_type": "RegexReplace", "inputs": {"string": ["2", 0], "regex_pattern": "a", "replace": "b"}},
+    "3": {"class_type": "StringReplace", "inputs": {"string": ["2", 0], "find": "a", "replace": "b"}},
     "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
 }
 """A graph of text alone, which runs at once."""
@@ -51,9 +51,9 @@ def _checked(data: bytes, folder: Path, overrides: list[str]) -> str:
     nodes = load_nodes()
     found = examine(apply_overrides(parse_prompt(data), overrides, nodes=nodes), Folders(folder), nodes=nodes)
     said = [*map(str, found.faults), *found.graph.warnings]
-    if longest := max(map(len, said), default=0) > 400:
+    if (longest := max(map(len, said), default=0)) > 400:
         raise FaultError("a finding has more than 400 characters", longest)
-    return "\n".join(said)
+    return printed(*said)
 
 
 def _written(rng: random.Random, prompt: Any) -> bytes:

@@ -12,12 +12,12 @@ __all__ = ["KINDS", "cases", "prepare"]
 KINDS: dict[str, Kind] = {
     one.name: one
     for one in (
-        Kind("lora", 50, loras.doors),
-        Kind("checkpoint", 12, checkpoints.doors),
-        Kind("gguf", 6, ggufs.doors),
-        Kind("graph", 14, graphs.doors),
-        Kind("record", 6, records.doors),
-        Kind("folder", 12, folders.doors),
+        Kind("lora", 46, loras.doors),
+        Kind("checkpoint", 10, checkpoints.doors),
+        Kind("gguf", 8, ggufs.doors),
+        Kind("graph", 16, graphs.doors),
+        Kind("record", 5, records.doors),
+        Kind("folder", 15, folders.doors),
     )
 }
 

@@ -33,7 +33,7 @@ from lorasmith.toolbox.compare import compare
 from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.released import released_names
 from lorasmith.training.lora_handle import Lora
-from tests.fuzz.engine import Door, FaultError, command
+from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
 __all__ = ["built_in", "doors"]
@@ -86,7 +86,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     tools = _tools(rng, path, folder)
     name = rng.choice(list(tools))
     found: list[Door] = [(name, functools.partial(_among_few, tools[name]))]
-    if rng.random() < 0.7:
+    if rng.random() < 0.6:
         found.append(("apply", functools.partial(_applied, rng, path, tensors if is_whole else None)))
     return found
 
@@ -103,13 +103,13 @@ def _tools(rng: random.Random, path: Path, folder: Path) -> dict[str, Callable[[
     good, output = folder / "good.safetensors", folder / "out.safetensors"
     good.write_bytes(_good())
     layout = rng.choice(list(LAYOUTS))
-    if rng.random() < 0.05:  # forty times slower than the functions
+    if rng.random() < 0.03:  # forty times slower than the functions
         return {"inspect command": lambda: command("inspect", path), "check command": lambda: command("check", path)}
     return {
         "inspect": lambda: str(describe(path)) and None,
         "check": lambda: _checked(path, output),
-        "convert": lambda: " ".join(convert.convert_lora(path, layout, folder / "converted", lossy=True).losses),
-        "resize": lambda: " ".join(resize.resize(path, output, rank=rng.choice((1, 2))).warnings),
+        "convert": lambda: printed(*convert.convert_lora(path, layout, folder / "converted", lossy=True).losses),
+        "resize": lambda: printed(*resize.resize(path, output, rank=rng.choice((1, 2))).warnings),
         "merge": lambda: str(merge_loras([(path, 0.5), (good, 1.0)], output, rank=rng.choice((None, 2))).modules),
         "compare": lambda: str(compare(path, good)) and None,
     }
@@ -143,7 +143,7 @@ def _applied(rng: random.Random, path: Path, tensors: Mapping[str, Tensor] | Non
 def _checked(path: Path, output: Path) -> str:
     """Check and repair; what is repaired has no fault that could be."""
     checked = check.check_lora(path)
-    said = " ".join(f"{one.problem}; {one.remedy}" for one in checked.findings)
+    said = printed(*(f"{one.problem}; {one.remedy}" for one in checked.findings))
     if checked.is_fine:
         return said
     try:

@@ -20,6 +20,7 @@ from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.core.printable import printable
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.lora_file import PORTABLE, Reason, Unapplied, load_lora, save_lora, unapplied
@@ -239,22 +240,18 @@ class Lora:
         width = _NAMES // (shown * len(by_reason))
         groups = []
         for reason, parts in by_reason.items():
-            first = ", ".join(_clipped(name, width) for name in parts[:shown]) + (", ..." if parts[shown:] else "")
+            first = ", ".join(printable(name, limit=width) for name in parts[:shown])
+            first += ", ..." if parts[shown:] else ""
             groups.append(f"{len(parts)} {reason.text} ({first})")
         total = len(self._modules) + len(self._left_over)
         return (
-            f"{_clipped(title, 40)} leaves out {len(left)} of {total} parts of {_clipped(self.name, 60)}: "
-            f"{', '.join(groups)}; {left[0].reason.remedy}"
+            f"{printable(title, limit=40)} leaves out {len(left)} of {total} parts of "
+            f"{printable(self.name, limit=60)}: {', '.join(groups)}; {left[0].reason.remedy}"
         )
 
 
 _NAMES = 120
 """Characters for names of parts in a sentence, which has room for little more on one screen line."""
-
-
-def _clipped(name: str, width: int) -> str:
-    """A name in at most `width` characters, without its middle if it is longer."""
-    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width - width // 2) :]}"
 
 
 def _as_loaded(patch: Patch, present: Mapping[str, object]) -> Patch:
