@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all crash gpu lint clean
+.PHONY: demo test test-all crash fuzz gpu lint clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
@@ -16,6 +16,11 @@ test-all: .venv/installed-dev lint
 
 crash: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200 --flips 100
+
+# Damaged files of every kind for an hour; cases that end badly are added to tests/fuzz/corpus.txt.
+CASES ?= 100000
+fuzz: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --minutes 60 --jobs 2
 
 # GPU tests and benchmarks, on a machine that may have no network: docs/benchmarks.md says how. Without a GPU, a rehearsal.
 MINUTES ?= 25

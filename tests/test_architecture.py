@@ -103,7 +103,6 @@ TESTED_ELSEWHERE = {
     "training/divergence.py": "training/test_loop.py",
     "training/events.py": "training/runs/test_run_folder.py",
     "training/job.py": "training/test_train.py",
-    "training/lora_handle.py": "training/test_trained_variants.py",
     "training/memory/host_memory.py": "training/memory/test_activations.py",
     "training/notes.py": "training/test_trained_variants.py",
     "training/outcome.py": "training/test_loop.py",

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.mark.slow
 def test_every_command_runs(folder: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         program, *arguments = shlex.split(command.replace("sd15.safetensors", "lorasmith-tiny"))
         assert program == "lorasmith"

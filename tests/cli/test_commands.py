@@ -104,6 +104,31 @@ def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path)
     assert parsed["components"] == {"denoiser": 56}
 
 
+def test_a_lora_that_applies_in_part_is_said_and_refused_if_strict(
+    lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model
+) -> None:
+    shapes = [(path, shape) for path, shape in tiny.names.weight_shapes.items() if path.endswith("attn2.to_q")]
+    tensors = {}
+    for number, (path, (rows, columns)) in enumerate(shapes):
+        base = f"lora_unet_{'new_' * (number < 2)}{path.replace('.', '_')}"
+        tensors |= {f"{base}.lora_down.weight": torch.ones(1, columns), f"{base}.lora_up.weight": torch.ones(rows, 1)}
+    save_file(tensors, tmp_path / "part.safetensors")
+    draw = ("generate", "--model", "lorasmith-tiny", "--lora", "part.safetensors:0.1", "--prompt", "x", "--steps", 1)
+    said = f"lorasmith-tiny leaves out 2 of {len(shapes)} parts of part.safetensors: 2 with no module there (lora_unet_"
+    drawn = lorasmith(*draw)
+    assert (drawn.code, f"Note: {said}" in drawn.out) == (0, True), drawn
+    ran = lorasmith(*draw, "--strict")
+    assert (ran.code, said in ran.err) == (1, True), ran
+    for option in ("--existing-lora", "--training-adapter"):
+        ran = lorasmith("train", photos, *QUICK, option, "part.safetensors", "--strict")
+        assert (ran.code, said in ran.err) == (1, True), ran
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "part.safetensors")
+    ran = lorasmith(*draw)
+    assert (ran.code, "must hold finite numbers" in ran.err) == (1, True), ran
+    assert len(list((tmp_path / "output").iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_pictures_in_half_precision_are_nearly_the_same(lorasmith: Command, tmp_path: Path) -> None:
     for dtype in ("fp32", "bf16"):

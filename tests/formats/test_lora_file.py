@@ -11,7 +11,7 @@ from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.lora_file import load_lora, save_lora, state_from_tensors, unapplied
+from lorasmith.formats.lora_file import Reason, Unapplied, load_lora, save_lora, state_from_tensors, unapplied
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -28,7 +28,10 @@ def test_layouts_may_mix_in_one_file(tmp_path: Path, unet_names, make_state) -> 
     state = load_lora(tmp_path / "x.safetensors", unet_names)
     assert {ref.path for ref in state.adapters} == {TO_Q, TO_K, MID}
     assert state.unknown.keys() == {"lora_te_unheard_of.lora_down.weight", "something"}
-    assert unapplied(state) == ["lora_te_unheard_of", "something"]
+    assert unapplied(state, unet_names) == [
+        Unapplied("lora_te_unheard_of", "text_encoder", Reason.MODULE),
+        Unapplied("something", DENOISER, Reason.SUFFIX),
+    ]
     assert state.metadata == {"k": "v"}
 
 
@@ -71,7 +74,7 @@ def test_a_few_modules_of_another_shape_are_left_aside(tmp_path: Path, unet_name
     nine_channels = replace(unet_names, weight_shapes={**unet_names.weight_shapes, "conv_in": (32, 9, 3, 3)})
     save_lora(tmp_path / "inpaint.safetensors", make_state(nine_channels), unet_names)
     state = load_lora(tmp_path / "inpaint.safetensors", unet_names)
-    assert unapplied(state) == ["lora_unet_conv_in"]
+    assert unapplied(state, unet_names) == [Unapplied("lora_unet_conv_in", DENOISER, Reason.SHAPE)]
     assert len(state.unknown) == 3
 
 

@@ -126,6 +126,16 @@ def test_a_lora_goes_beside_packed_weights_by_itself(bench: Any, lora: Lora, sav
     assert from_file.patches[0].bypass
 
 
+def test_a_lora_for_the_denoiser_alone_goes_to_a_model_with_clip(bench: Any, tiny: Model, lora: Lora) -> None:
+    adapters = {ref: one for ref, one in lora.state.adapters.items() if ref.component == "denoiser"}
+    replace(lora, state=AdapterState(adapters)).save(bench.folders.base / "models" / "loras" / "unet.safetensors")
+    loader = {"model": tiny.denoiser, "clip": tiny.text_encoder, "lora_name": "unet.safetensors"}
+    (model,), (clip,) = bench.call("LoraLoader", **loader).outputs
+    assert len(model.patches) == 1
+    assert clip == tiny.text_encoder
+    assert bench.messages("warning") == []
+
+
 def test_what_has_no_place_in_the_model_is_told(bench: Any, tiny: Model, lora: Lora, tmp_path: Path) -> None:
     lora.state.unknown["lora_unet_elsewhere.lora_up.weight"] = torch.zeros(4, 2)
     lora.state.unknown["lora_unet_elsewhere.lora_down.weight"] = torch.zeros(2, 4)

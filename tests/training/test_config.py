@@ -27,11 +27,12 @@ SETTINGS = options_of(TrainConfig)
 OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "bench.measure.synthetic_samples": "the seed of random inputs",
+    "app.drawing.load_with_loras": "LoRAs of pictures",
     "cli.convert.convert": "a file's metadata",
     "core.adapter_format.PeftKind": "the name of a field",
     "cli.demo.demo": "the demo's own run",
     "cli.extract.extract": "the size of a LoRA made of two checkpoints",
-    "cli.generate.generate": "steps of a sampler, and the seed of a picture",
+    "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",
     "formats.names.spelling.spelled": "whether a file has alphas",
@@ -43,6 +44,9 @@ OTHER_CONCEPTS = {
     "training.events.StepDone": "the rate that a step was taken at",
     "training.job._Existing": "steps of a LoRA that is continued",
     "training.lora_handle.Lora": "whether a graph keeps itself out of the file",
+    "training.lora_handle.Lora.applied": "one LoRA, wherever it is applied",
+    "training.lora_handle.Lora.applied_to": "one LoRA, wherever it is applied",
+    "training.lora_handle.Lora.applied_to_text": "one LoRA, wherever it is applied",
     "training.train.RunOptions": "what draws previews",
 }
 """Where a parameter is called as a setting is and has a default, because it is another thing."""

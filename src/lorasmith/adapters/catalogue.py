@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ALGORITHMS", "Algorithm", "rank_words"]
+from lorasmith.core.options import Option
+
+__all__ = ["ALGORITHMS", "STRENGTH", "Algorithm", "rank_words"]
+
+STRENGTH = Option("strength", float, 1.0, help="Strength of the LoRA: 1 is as trained, 0 disables it.")
+"""The strength at which a LoRA is applied: any finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
@@ -30,12 +31,18 @@ class Patch:
             except those of weights that are packed.
         strength: 1 is the LoRA as trained.
         bypass: run adapters in activation space instead of folding them into the weights.
+
+    Raises:
+        OptionError: the strength is not a finite number.
     """
 
     adapters: Mapping[str, AdapterWeights]
     differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     strength: float = 1.0
     bypass: bool = False
+
+    def __post_init__(self) -> None:
+        STRENGTH.check(self.strength)
 
 
 @contextlib.contextmanager

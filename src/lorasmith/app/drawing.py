@@ -26,7 +26,7 @@ class LoadedModel:
         title: of the base model.
         denoiser, text_encoder: with the LoRAs.
         found: its parts that were found in the model folders.
-        notes: files there that could not be read.
+        notes: files there that could not be read, and parts of LoRAs that do not apply.
     """
 
     title: str
@@ -37,7 +37,11 @@ class LoadedModel:
 
 
 def load_with_loras(
-    files: ModelFiles, loras: Sequence[tuple[Path, float]], folders: Folders | None = None
+    files: ModelFiles,
+    loras: Sequence[tuple[Path, float]],
+    folders: Folders | None = None,
+    *,
+    strict: bool = False,
 ) -> LoadedModel:
     """Load a model and apply LoRA files, each at its strength, to denoiser and text encoders.
 
@@ -45,18 +49,19 @@ def load_with_loras(
         files: of the model.
         loras: files and strengths.
         folders: where parts that the model lacks are searched; None to search nothing.
+        strict: whether a LoRA of which a part does not apply is refused.
 
     Raises:
         LorasmithError: a file cannot be read, or a LoRA does not fit the model.
     """
     loaded = load_completed(files, folders)
     base = loaded.model
-    denoiser, encoder = base.denoiser, base.text_encoder
+    denoiser, encoder, notes = base.denoiser, base.text_encoder, [*loaded.notes]
     for path, strength in loras:
-        one = Lora.load(path, base)
-        denoiser = one.applied_to(denoiser, strength=strength)
-        encoder = one.applied_to_text(encoder, strength=strength)
-    return LoadedModel(base.title, denoiser, encoder, loaded.found, loaded.notes)
+        applied = Lora.load(path, base).applied(denoiser, encoder, strength=strength, strict=strict)
+        denoiser, encoder = applied.denoiser, applied.encoder
+        notes += [applied.note] if applied.note else []
+    return LoadedModel(base.title, denoiser, encoder, loaded.found, tuple(notes))
 
 
 def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:

@@ -67,9 +67,9 @@ def run_previews(
     previewer = Previewer(
         denoiser,
         prompts,
-        load=lambda path, strength: Lora.load(path, base).applied_to(denoiser, strength=strength),
+        load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
         strengths=(1.0, *strengths),
-        encoder=lambda strength: carried.applied_to_text(text_encoder, strength=strength),
+        encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
         sampling=Sampling(
             seed=config.seed,
             steps=config.preview_steps,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.app.command_lines import flag, negated_flag
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
@@ -180,14 +181,14 @@ def split_strength(text: str) -> tuple[Path, float]:
     """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
 
     Raises:
-        OptionError: the text after the last colon is not a number (the colon of a drive letter aside).
+        OptionError: the text after the last colon is not a finite number (the colon of a drive letter aside).
     """
     path, colon, strength = text.rpartition(":")
     if not colon or len(path) <= 1 or strength.endswith((".safetensors", "/", "\\")):
         return Path(text), 1.0
     try:
-        return Path(path), float(strength)
-    except ValueError:
+        return Path(path), STRENGTH.check(float(strength))
+    except (ValueError, OptionError):
         raise OptionError(f"a LoRA's strength must be a number, got {strength!r} in {text!r}; write FILE:0.8") from None
 
 

@@ -26,6 +26,9 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FILE[:STRENGTH]", help="LoRA to apply, such as my.safetensors:0.8. Repeatable."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a LoRA of which a part does not apply, instead of a note.")
+    ] = False,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
@@ -56,7 +59,7 @@ def generate(
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
         files = ModelFiles(model, tuple(text_encoder or ()), vae)
-        loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths))
+        loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths), strict=strict)
     for note in loaded.notes:
         print_note(note)
     for part in loaded.found:

@@ -237,9 +237,18 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, height, width) in [−1, 1] of latents, in fp32 on the CPU; of several frames, the first."""
+        """Pixels (batch, 3, height, width) in [−1, 1] of latents, in fp32 on the CPU; of several frames, the first.
+
+        Raises DataError for pixels that are NaN or infinite.
+        """
         with self._placed(latents) as here:
-            return AUTOENCODERS[self.kind].decode(self.module, here).clamp(-1, 1).float().cpu()
+            pixels = AUTOENCODERS[self.kind].decode(self.module, here).float().cpu()
+        if not pixels.isfinite().all():
+            raise DataError(
+                f"pictures must have finite pixels, but {self.title} decodes these latents to NaN or infinity; check "
+                "the autoencoder's file, and what made the latents"
+            )
+        return pixels.clamp(-1, 1)
 
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:

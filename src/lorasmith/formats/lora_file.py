@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lorasmith.formats.layouts import kohya, comfy, diffusers, peft, ai_toolkit 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import write_atomic
-from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
 from lorasmith.formats.layouts.peft import PEFT_CONFIG
@@ -29,14 +31,17 @@ from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.prefixes import PEFT, component_of
 from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.formats.names.spelling import UNREADABLE, grouped
+from lorasmith.formats.names.spelling import UNREADABLE, ModuleTensors, assembled, grouped
 from lorasmith.formats.quality.portable import made_portable
 
 __all__ = [
     "PORTABLE",
+    "Reason",
+    "Unapplied",
     "layout_for",
     "load_lora",
     "read_lora_tensors",
+    "refuse_non_finite",
     "save_lora",
     "state_from_tensors",
     "unapplied",
@@ -65,10 +70,11 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
         The state; tensors that do not fit the model are in its `unknown` (`unapplied` lists them by module).
 
     Raises:
-        LoraError: the file cannot be read, is not a LoRA, or is one for another model.
+        LoraError: the file cannot be read, is not a LoRA, holds NaN or infinity, or is one for another model.
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
+    refuse_non_finite(path, tensors)
     state = state_from_tensors(tensors, metadata, names)
     _refuse_other_models(path, tensors, state, names)
     return state
@@ -197,11 +203,60 @@ def without(state: AdapterState, modules: Collection[ModuleRef]) -> AdapterState
     )
 
 
-def unapplied(state: AdapterState) -> list[str]:
-    """Tensors of a file that the model does not use: names of modules, and keys whose suffix is unknown."""
+class Reason(Enum):
+    """Why parts of a LoRA are not applied, as text after their number, and the remedy."""
+
+    MODULE = "with no module there", "use the model that it was trained on"
+    SHAPE = "of another shape than there", "use the model that it was trained on"
+    INCOMPLETE = "incomplete or of no known algorithm", "look at it with `lorasmith check`, or get the file again"
+    SUFFIX = "with no name that LoRA files use", "look at it with `lorasmith check`"
+    TEXT = "for text encoders", "apply it to text encoders"
+    DENOISER = "for the denoiser", "apply it to the denoiser"
+
+    @property
+    def text(self) -> str:
+        """The reason."""
+        return self.value[0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Unapplied:
+    """A part of a LoRA file that is not applied.
+
+    Attributes:
+        name: of the module in the file, or the key of a tensor whose suffix is unknown.
+        component: that the name belongs to.
+        reason: why.
+    """
+
+    name: str
+    component: str
+    reason: Reason
+
+
+def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
+    """Parts of a file that the model does not use, sorted by name.
+
+    Args:
+        state: the LoRA, as read for the model.
+        names: the model's name table.
+    """
     groups = grouped(state.unknown)
-    known = {key for keys in groups.values() for key in keys.values()}
-    return sorted((*groups, *(state.unknown.keys() - known)))
+    strangers = state.unknown.keys() - {key for keys in groups.values() for key in keys.values()}
+    known = _known_bases(names) if groups else set()
+    why = dict.fromkeys(strangers, Reason.SUFFIX)
+    for base, keys in groups.items():
+        if base not in known:
+            why[base] = Reason.MODULE
+        else:
+            whole = assembled({role: state.unknown[key] for role, key in keys.items()})
+            why[base] = Reason.SHAPE if isinstance(whole, ModuleTensors) else Reason.INCOMPLETE
+    return [Unapplied(name, component_of(name), why[name]) for name in sorted(why)]
 
 
 def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -246,6 +301,23 @@ _FILES_IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetens
 _MISFIT_LIMIT = 0.1
 
 
+def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LoraError if a LoRA file, whose tensors these are, holds NaN or infinity."""
+    bad = {key: count for key, tensor in tensors.items() if (count := count_non_finite(tensor))}
+    if bad:
+        first = next(iter(bad))
+        others = f", as in {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+        raise LoraError(
+            f"{path} must hold finite numbers, but {bad[first]} values of {first} are NaN or infinite{others}; go back "
+            "to an earlier file, or leave such modules out with `lorasmith check --fix`"
+        )
+
+
+def _known_bases(names: ModelNames) -> set[str]:
+    """Every name of every layout for modules of a model."""
+    return {base for _, layout in LAYOUTS.items() for base in layout.bases(names)}
+
+
 def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> None:
     groups = grouped(tensors)
     if not groups:
@@ -258,7 +330,7 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
             "load the model that it was trained on"
         )
     bases = [base for base in grouped(state.unknown) if component_of(base) == DENOISER]
-    known = {base for _, layout in LAYOUTS.items() for base in layout.bases(names)}
+    known = _known_bases(names) if bases else set()
     misfits = [base for base in bases if base in known]
     if len(misfits) > _MISFIT_LIMIT * sum(component_of(base) == DENOISER for base in groups):
         raise LoraError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
+from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.formats.lora_file import unapplied
+from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, Output, node
 
@@ -14,8 +14,7 @@ __all__: list[str] = []
 
 
 def _strength(name: str, *, step: float | None = None) -> Input:
-    tooltip = "Strength of the LoRA: 1 is as trained, 0 disables it."
-    return Input(name, "FLOAT", default=1.0, min=-100.0, max=100.0, step=step, tooltip=tooltip)
+    return Input.from_option(STRENGTH, name=name, min=-100.0, max=100.0, step=step)
 
 
 _LORA_NAME = Input("lora_name", "COMBO", options=lambda folders: folders.files("loras"), tooltip="A LoRA file.")
@@ -125,7 +124,9 @@ def lora_model_loader(
 ) -> tuple[Denoiser]:
     """Apply a LoRA from Train LoRA to a model."""
     # Into packed weights it cannot be merged, so that without bypass the weights decide.
-    return (lora.applied_to(model, strength=strength_model, bypass=bypass or None),)
+    applied = lora.applied(model, None, strength=strength_model, bypass=bypass or None)
+    _tell(context, applied.note)
+    return (applied.denoiser,)
 
 
 def _on_model(
@@ -134,8 +135,10 @@ def _on_model(
     """The model with a LoRA file, merged where that is possible unless `bypass`."""
     if not strength:
         return model
-    lora = _loaded(context, context.folders.find("loras", name), model.base)
-    return lora.applied_to(model, strength=strength, bypass=bypass)
+    lora = Lora.load(context.folders.find("loras", name), model.base)
+    applied = lora.applied(model, None, strength=strength, bypass=bypass)
+    _tell(context, applied.note)
+    return applied.denoiser
 
 
 def _on_both(
@@ -156,19 +159,15 @@ def _on_both(
     """
     if not strength_model and not strength_clip:
         return model, clip
-    path = context.folders.find("loras", name)
-    lora = _loaded(context, path, model.base)
-    for_text = Lora.load(path, clip.names)
-    return (
-        lora.applied_to(model, strength=strength_model, bypass=bypass),
-        for_text.applied_to_text(clip, strength=strength_clip),
-    )
+    # The text encoders may be of another file than the model, with other modules.
+    names = replace(model.base.names, text_encoders=clip.names.text_encoders)
+    lora = Lora.load(context.folders.find("loras", name), names)
+    applied = lora.applied(model, clip, strength=strength_model, text_strength=strength_clip, bypass=bypass)
+    _tell(context, applied.note)
+    return applied.denoiser, applied.encoder
 
 
-def _loaded(context: NodeContext, path: Path, model: Model) -> Lora:
-    """Load a LoRA file, with a warning about parts that match no module of the model."""
-    lora = Lora.load(path, model)
-    if left := unapplied(lora.state):
-        shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        context.warn(f"{len(left)} parts of {path.name} match no module of {model.title} and are left out: {shown}")
-    return lora
+def _tell(context: NodeContext, note: str) -> None:
+    """Warn of parts of a LoRA that do not apply."""
+    if note:
+        context.warn(note)

@@ -19,7 +19,11 @@ from lorasmith.families.base import Conditioning
 from lorasmith.sampling.guidance import Predict, guided
 from lorasmith.sampling.samplers import SAMPLERS
 
-__all__ = ["SamplingCancelledError", "prepare_noise", "sample_latents"]
+__all__ = ["SamplingCancelledError", "SamplingError", "prepare_noise", "sample_latents"]
+
+
+class SamplingError(LorasmithError):
+    """Sampling gave numbers of which no picture can be made."""
 
 
 class SamplingCancelledError(LorasmithError):
@@ -76,6 +80,7 @@ def sample_latents(
 
     Raises:
         OptionError: an unknown sampler or parameterization, or a missing conditioning.
+        SamplingError: the result holds NaN or infinity.
         SamplingCancelledError: `cancelled` returned True.
     """
     solve = SAMPLERS[sampler].solve
@@ -118,4 +123,11 @@ def sample_latents(
         state = solve(denoise, start, sigmas, schedule=schedule, noise=step_noise, callback=progress)
         # Of a run that ends early the noisy state is returned so that another run can continue from it without noise.
         signal = schedule.signal(sigmas[-1].item())
-        return state / signal if signal > 0 else state
+        result = state / signal if signal > 0 else state
+    if not result.isfinite().all():
+        raise SamplingError(
+            f"sampling must give finite latents, but {int((~result.isfinite()).sum()):,} of {result.numel():,} values "
+            "are NaN or infinite; lower the strength of LoRAs and the guidance scale, sample in fp32, or check the "
+            "model's file"
+        )
+    return result

@@ -94,7 +94,7 @@ def convert_lora(
     losses = layout.losses(state, names)
     found = shortfalls(state, layout, names, is_portable=is_portable)
     said = [*sentences(losses), *(one.sentence for one in found if one.program == layout.title)]
-    if strangers := unapplied(state):
+    if strangers := [one.name for one in unapplied(state, names)]:
         first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
         said.append(f"{first}: the model has no place for it")
     if said and not lossy:

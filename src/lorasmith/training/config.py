@@ -154,6 +154,13 @@ class TrainConfig:
         help="LoRA file that is applied to the model while training, and left out of previews and of the saved LoRA, "
         "such as one that lets a distilled model be trained.",
     )
+    strict: bool = option(
+        False,
+        group=_WHAT,
+        changes_numbers=False,
+        help="Refuse an existing_lora or training_adapter of which a part does not apply to the model, instead of a "
+        "note.",
+    )
     dora: Literal["none", "input", "output"] = option(
         "none",
         group=_VARIANTS,

@@ -110,10 +110,11 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
     requested, config = config, _decided(denoiser, config, device)
     plan = resolve_targets(denoiser, config)
-    existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser)
+    existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser, config)
     denoiser = existing.below(denoiser)
+    beneath = ""
     if config.training_adapter is not None:
-        denoiser = _with_adapter(denoiser, Path(config.training_adapter))
+        denoiser, beneath = _with_adapter(denoiser, Path(config.training_adapter), strict=config.strict)
     fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
     module = denoiser.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
@@ -146,7 +147,8 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         differences,
         existing.carried,
         (
-            *existing.note(len(fresh.adapters)),
+            *existing.notes(len(fresh.adapters)),
+            *([f"{beneath}."] if beneath else []),
             *_on_device(requested, device),
             *notes_on_products(requested, denoiser, device),
             *notes_on(replace(requested, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
@@ -242,15 +244,19 @@ def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> di
     return {path: Difference.create(module) for path, module in wanted.items()}
 
 
-def _with_adapter(denoiser: Denoiser, path: Path) -> Denoiser:
-    """The denoiser with a training adapter applied. Raises LoraError if it does not fit or has no layers for it."""
+def _with_adapter(denoiser: Denoiser, path: Path, *, strict: bool) -> tuple[Denoiser, str]:
+    """The denoiser with a training adapter applied, and the note on parts that do not apply.
+
+    Raises LoraError if it does not fit or has no layers for it.
+    """
     adapter = Lora.load(path, denoiser.base)
     if not any(ref.component == DENOISER for ref in (*adapter.state.adapters, *adapter.state.differences)):
         raise LoraError(
             f"training_adapter must have layers of the denoiser, but {path} has none; give the adapter that was made "
             f"for {denoiser.base.family.title}"
         )
-    return adapter.applied_to(denoiser)
+    applied = adapter.applied(denoiser, None, strict=strict)
+    return applied.denoiser, applied.note
 
 
 @dataclass(frozen=True)
@@ -262,24 +268,28 @@ class _Existing:
     differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     carried: AdapterState = field(default_factory=AdapterState)
     steps: int = 0
+    left_out: str = ""
 
     def below(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser with the untrained parts applied."""
         carried = {ref.path: one for ref, one in self.carried.differences.items() if ref.component == DENOISER}
         return denoiser.patched(Patch({}, carried)) if carried else denoiser
 
-    def note(self, fresh: int) -> Iterator[str]:
-        """How the file is used, in a sentence."""
+    def notes(self, fresh: int) -> Iterator[str]:
+        """How the file is used, in a sentence each."""
         if self.name:
             also = f" and {len(self.differences)} differences" if self.differences else ""
             yield (
                 f"Continuing {self.name} ({self.steps} steps): {len(self.adapters)} of its layers{also} keep their "
                 f"algorithm, rank and alpha, {fresh} targets get new adapters."
             )
+        if self.left_out:
+            yield f"{self.left_out}; they are saved unchanged."
 
 
-def _existing(path: Path, denoiser: Denoiser) -> _Existing:
-    state = Lora.load(path, denoiser.base).state
+def _existing(path: Path, denoiser: Denoiser, config: TrainConfig) -> _Existing:
+    lora = Lora.load(path, denoiser.base)
+    left_out, state = lora.applied(denoiser, None, strict=config.strict).note, lora.state
     adapters = {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER}
     differences: dict[str, dict[str, Tensor]] = {}
     carried = {ref: one for ref, one in state.differences.items() if ref.component != DENOISER}
@@ -298,4 +308,5 @@ def _existing(path: Path, denoiser: Denoiser) -> _Existing:
         differences,
         replace(state, adapters=others, differences=carried),
         steps_of(state.metadata, path.name),
+        left_out,
     )

@@ -1,24 +1,50 @@
-"""A LoRA in memory, from training or from a file (ComfyUI's LORA_MODEL)."""
+"""A LoRA in memory, from training or from a file (ComfyUI's LORA_MODEL), and how every door applies one.
+
+No part of a file is left out in silence: `Lora.applied` says which do not apply, and each door shows that sentence (a
+note, a node's warning, a Python warning) or refuses the file where the user asks for that.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
 
 from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
-from lorasmith.core.adapter_state import DENOISER, AdapterState
+from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.core.printable import printable
+from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.formats.lora_file import PORTABLE, load_lora, save_lora
+from lorasmith.formats.lora_file import PORTABLE, Reason, Unapplied, load_lora, save_lora, unapplied
 from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names.spelling import ModuleTensors, fits
 
-__all__ = ["Lora"]
+__all__ = ["Applied", "Lora"]
+
+D = TypeVar("D", Denoiser, None)
+E = TypeVar("E", TextEncoder, None)
+
+
+@dataclass(frozen=True)
+class Applied(Generic[D, E]):
+    """Handles with a LoRA on top.
+
+    Attributes:
+        denoiser, encoder: as given, with the LoRA.
+        note: which parts of the LoRA they do not take, and why, in a sentence; empty if they take all of it.
+    """
+
+    denoiser: D
+    encoder: E
+    note: str
 
 
 @dataclass(frozen=True)
@@ -30,18 +56,24 @@ class Lora:
         names: name table of its model.
         dtype: number format of the saved file, None to keep each tensor's own.
         private: whether a graph that saves it leaves the workflow out of the file.
+        name: in messages.
     """
 
     state: AdapterState
     names: ModelNames
     dtype: torch.dtype | None = None
     private: bool = False
+    name: str = "the LoRA"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Model | ModelNames) -> Lora:
-        """Load a LoRA file or folder in any known layout, for a model or its names. Raises LoraError."""
+        """Load a LoRA file or folder in any known layout, for a model or its names.
+
+        Raises:
+            LoraError: it cannot be read, holds NaN or infinity, or is for another model.
+        """
         names = model if isinstance(model, ModelNames) else model.names
-        return cls(load_lora(Path(path), names), names)
+        return cls(load_lora(Path(path), names), names, name=Path(path).name)
 
     def save(
         self,
@@ -56,20 +88,105 @@ class Lora:
         save_lora(target, state, self.names, layout=layout, dtype=self.dtype, metadata=state.metadata)
         return target
 
-    def applied_to(self, denoiser: Denoiser, *, strength: float = 1.0, bypass: bool | None = None) -> Denoiser:
-        """The denoiser with this LoRA on top; strength 0 is the denoiser itself.
+    def applied(
+        self,
+        denoiser: D,
+        encoder: E,
+        *,
+        strength: float = 1.0,
+        text_strength: float | None = None,
+        bypass: bool | None = None,
+        strict: bool = False,
+    ) -> Applied[D, E]:
+        """The handles with this LoRA on top. A handle at strength 0 stays as it is.
+
+        Args:
+            denoiser: what its denoiser's part is applied to; None leaves that part to another call.
+            encoder: what its text encoders' part is applied to; None leaves that part to another call.
+            strength: factor of the weight change; 1 is as trained.
+            text_strength: the factor of the text encoders; `strength` if None.
+            bypass: whether it runs beside the denoiser's weights instead of being merged into them; None merges it
+                unless one of those weights is packed.
+            strict: whether a LoRA of which a part does not apply is refused.
+
+        Raises:
+            LoraError: the LoRA belongs to another model, would have to be merged into packed weights, or is refused.
+            OptionError: a strength is not a finite number.
+        """
+        text_strength = strength if text_strength is None else text_strength
+        on_denoiser, on_text = denoiser is not None and strength != 0, encoder is not None and text_strength != 0
+        left: list[Unapplied] = []
+        title = ""
+        if encoder is not None and on_text:
+            title = encoder.title
+            encoder, misfits = self._on_encoder(encoder, text_strength)
+            left += misfits
+        if denoiser is not None and on_denoiser:
+            title = denoiser.base.title
+            denoiser = self._on_denoiser(denoiser, strength, bypass)
+        left += (part for part in self._left_over if (on_denoiser if part.component == DENOISER else on_text))
+        if on_denoiser and not on_text:
+            left += self._all_elsewhere(for_denoiser=False)
+        if on_text and not on_denoiser and denoiser is not None:
+            left += self._all_elsewhere(for_denoiser=True)
+        note = self._sentence(left, title) if left else ""
+        if note and strict:
+            raise LoraError(f"{note}, or leave strict off to apply the others")
+        return Applied(denoiser, encoder, note)
+
+    def applied_to(
+        self,
+        denoiser: Denoiser,
+        *,
+        strength: float = 1.0,
+        bypass: bool | None = None,
+        strict: bool = False,
+    ) -> Denoiser:
+        """The denoiser with this LoRA on top, as by `applied`, with a Python warning about parts that do not apply.
 
         Args:
             denoiser: what it is applied to.
-            strength: factor of the weight change; 1 is as trained.
-            bypass: whether it runs beside the weights instead of being merged into them; None merges it unless one of
-                those weights is packed.
+            strength, bypass, strict: as for `applied`.
 
         Raises:
-            LoraError: the LoRA belongs to another model, or would have to be merged into packed weights.
+            LoraError, OptionError: as `applied`.
         """
-        if strength == 0:
-            return denoiser
+        applied = self.applied(denoiser, None, strength=strength, bypass=bypass, strict=strict)
+        if applied.note:
+            warnings.warn(applied.note, stacklevel=2)
+        return applied.denoiser
+
+    def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0, strict: bool = False) -> TextEncoder:
+        """The text encoders with this LoRA on top, if it has layers for them, as by `applied`.
+
+        Args:
+            encoder: what it is applied to.
+            strength, strict: as for `applied`.
+
+        Raises:
+            LoraError, OptionError: as `applied`.
+        """
+        applied = self.applied(None, encoder, strength=strength, strict=strict)
+        if applied.note:
+            warnings.warn(applied.note, stacklevel=2)
+        return applied.encoder
+
+    @cached_property
+    def _left_over(self) -> Sequence[Unapplied]:
+        """Parts of the file that the model for which it was loaded has no use for."""
+        return unapplied(self.state, self.names) if self.state.unknown else ()
+
+    @property
+    def _modules(self) -> Sequence[ModuleRef]:
+        return tuple(dict.fromkeys((*self.state.adapters, *self.state.differences)))
+
+    def _all_elsewhere(self, *, for_denoiser: bool) -> Iterator[Unapplied]:
+        """Every module, if all are for the denoiser, or none is."""
+        if all((ref.component == DENOISER) is for_denoiser for ref in self._modules):
+            reason = Reason.DENOISER if for_denoiser else Reason.TEXT
+            yield from (Unapplied(ref.path, ref.component, reason) for ref in self._modules)
+
+    def _on_denoiser(self, denoiser: Denoiser, strength: float, bypass: bool | None) -> Denoiser:
         self._check_fits(denoiser.base)
         patch = self._patch(DENOISER, strength=strength, bypass=bool(bypass))
         changed = {*patch.adapters, *(path for path, one in patch.differences.items() if "weight" in one)}
@@ -79,15 +196,18 @@ class Lora:
             patch = replace(patch, bypass=True)
         return denoiser.patched(patch)
 
-    def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0) -> TextEncoder:
-        """The text encoders with this LoRA on top, if it has layers for them."""
-        if strength == 0:
-            return encoder
-        for component, module in encoder.encoders.modules.items():
-            patch = self._patch(component, strength=strength, bypass=False)
+    def _on_encoder(self, encoder: TextEncoder, strength: float) -> tuple[TextEncoder, list[Unapplied]]:
+        """The text encoders, and the modules for them that they lack or that do not fit."""
+        left = []
+        for component in dict.fromkeys(ref.component for ref in self._modules if ref.component != DENOISER):
+            module = encoder.encoders.modules.get(component)
+            shapes = {} if module is None else weight_shapes(module)
+            patch = _as_loaded(self._patch(component, strength=strength, bypass=False), shapes)
+            patch, misfits = _fitting(patch, shapes)
+            left += [Unapplied(f"{component}.{path}", component, why) for path, why in misfits.items()]
             if patch.adapters or patch.differences:
-                encoder = encoder.patched(component, _as_loaded(patch, module))
-        return encoder
+                encoder = encoder.patched(component, patch)
+        return encoder, left
 
     def _check_fits(self, base: Model) -> None:
         """Refuse a model whose adapted layers are not those of the model that this LoRA was made for."""
@@ -111,10 +231,31 @@ class Lora:
             bypass=bypass,
         )
 
+    def _sentence(self, left: Sequence[Unapplied], title: str) -> str:
+        """What is left out, by reason: counts, first names and the first reason's remedy."""
+        by_reason: dict[Reason, list[str]] = {}
+        for part in left:
+            by_reason.setdefault(part.reason, []).append(part.name)
+        shown = 2 if len(by_reason) == 1 else 1
+        width = _NAMES // (shown * len(by_reason))
+        groups = []
+        for reason, parts in by_reason.items():
+            first = ", ".join(printable(name, limit=width) for name in parts[:shown])
+            first += ", ..." if parts[shown:] else ""
+            groups.append(f"{len(parts)} {reason.text} ({first})")
+        total = len(self._modules) + len(self._left_over)
+        return (
+            f"{printable(title, limit=40)} leaves out {len(left)} of {total} parts of "
+            f"{printable(self.name, limit=60)}: {', '.join(groups)}; {left[0].reason.remedy}"
+        )
 
-def _as_loaded(patch: Patch, module: nn.Module) -> Patch:
+
+_NAMES = 120
+"""Characters for names of parts in a sentence, which has room for little more on one screen line."""
+
+
+def _as_loaded(patch: Patch, present: Mapping[str, object]) -> Patch:
     """A text encoder's patch under the module paths of the installed transformers (files have `text_model.`)."""
-    present = dict(module.named_modules())
 
     def path(written: str) -> str:
         return written if written in present else written.removeprefix("text_model.")
@@ -124,3 +265,17 @@ def _as_loaded(patch: Patch, module: nn.Module) -> Patch:
         adapters={path(written): one for written, one in patch.adapters.items()},
         differences={path(written): one for written, one in patch.differences.items()},
     )
+
+
+def _fitting(patch: Patch, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patch, dict[str, Reason]]:
+    """The part of a patch that fits weights of these shapes, and why the other module paths do not."""
+    misfits = {}
+    for path in dict.fromkeys((*patch.adapters, *patch.differences)):
+        tensors = ModuleTensors(patch.adapters.get(path), patch.differences.get(path, {}))
+        if path not in shapes:
+            misfits[path] = Reason.MODULE
+        elif not fits(tensors, shapes[path]):
+            misfits[path] = Reason.SHAPE
+    adapters = {path: one for path, one in patch.adapters.items() if path not in misfits}
+    differences = {path: one for path, one in patch.differences.items() if path not in misfits}
+    return replace(patch, adapters=adapters, differences=differences), misfits

@@ -1,0 +1,112 @@
+"""Fuzzes for a number of cases or minutes, or repeats one case.
+
+    python -m tests.fuzz --cases 100000 --minutes 60 --jobs 2
+    python -m tests.fuzz --kind lora --seed 17
+
+Cases that end badly are added to corpus.txt, which the tests repeat. The exit status is 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+
+from tests.fuzz.corpus import remember, remembered
+from tests.fuzz.engine import Finding, run_case
+from tests.fuzz.kinds import KINDS, cases, prepare
+
+_HEADROOM = 6 * 2**30
+"""Address space in bytes beyond that of a worker at its start, so that a bad case cannot take all of a machine's."""
+
+_Result = tuple[str, float, list[Finding]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=2000, help="number of cases; those of the corpus come first")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="only this kind")
+    parser.add_argument("--seed", type=int, help="only this seed of --kind")
+    parser.add_argument("--start", type=int, default=0, help="first seed of each kind")
+    parser.add_argument("--keep", action="store_true", help="do not add to the corpus")
+    asked = parser.parse_args()
+    if asked.seed is not None:
+        if asked.kind is None:
+            parser.error("--seed needs --kind")
+        prepare()
+        found = run_case(KINDS[asked.kind], asked.seed)
+        print(*(found or ["nothing"]), sep="\n")
+        return bool(found)
+    known = [case for case in remembered() if asked.kind in (None, case[0])]
+    todo = [*known, *cases(asked.cases - len(known), only=asked.kind, start=asked.start)]
+    findings = _report(_results(todo, asked.jobs, time.monotonic() + 60 * asked.minutes))
+    if not asked.keep:
+        remember(findings)
+    return bool(findings)
+
+
+def _results(todo: list[tuple[str, int]], jobs: int, until: float) -> Iterator[_Result]:
+    if jobs == 1:
+        _prepared()
+        for case in todo:
+            if time.monotonic() > until:
+                return
+            yield _timed(case)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, _prepared) as pool:
+        for result in pool.imap_unordered(_timed, todo, chunksize=8):
+            yield result
+            if time.monotonic() > until:
+                return
+
+
+def _prepared() -> None:
+    """Limit the memory of a process; not where the system cannot."""
+    prepare()
+    if sys.platform == "linux":
+        import resource
+
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
+        resource.setrlimit(resource.RLIMIT_AS, (used + _HEADROOM, resource.RLIM_INFINITY))
+
+
+def _timed(case: tuple[str, int]) -> _Result:
+    started = time.process_time()
+    found = run_case(KINDS[case[0]], case[1])
+    return case[0], time.process_time() - started, found
+
+
+def _report(results: Iterable[_Result]) -> list[Finding]:
+    """Print the split by kind, and each fault once, with the first case and the number of cases; returns all."""
+    counts: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    findings: list[Finding] = []
+    started = time.monotonic()
+    for kind, taken, found in results:
+        counts[kind] += 1
+        seconds[kind] += taken
+        findings += found
+        if sum(counts.values()) % 5000 == 0:
+            print(f"{sum(counts.values()):,} cases, {len(findings)} findings", flush=True)
+    for kind, count in counts.items():
+        bad = len({one.seed for one in findings if one.kind == kind})
+        print(f"{kind:<12}{count:>8,} cases {seconds[kind]:>8.1f} s of processor time {bad:>6} bad")
+    print(f"{sum(counts.values()):,} cases in {time.monotonic() - started:.0f} s")
+    same: defaultdict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for one in findings:
+        same[one.kind, one.summary].append(one)
+    for ones in sorted(same.values(), key=len, reverse=True):
+        print(f"{len(ones):>6} × {ones[0]}")
+    return findings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The kinds of files, and which cases a run goes through."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.fuzz import checkpoints, folders, ggufs, graphs, loras, records
+from tests.fuzz.engine import Kind, run_case
+
+__all__ = ["KINDS", "cases", "prepare"]
+
+KINDS: dict[str, Kind] = {
+    one.name: one
+    for one in (
+        Kind("lora", 46, loras.doors),
+        Kind("checkpoint", 10, checkpoints.doors),
+        Kind("gguf", 8, ggufs.doors),
+        Kind("graph", 16, graphs.doors),
+        Kind("record", 5, records.doors),
+        Kind("folder", 15, folders.doors),
+    )
+}
+
+
+def prepare() -> None:
+    """Import and make whatever is made once, so that no case is charged for it."""
+    torch.set_num_threads(1)
+    loras.built_in()
+    for kind in KINDS.values():
+        for seed in range(-6, 0):
+            run_case(kind, seed)
+
+
+def cases(count: int, *, only: str | None = None, start: int = 0) -> list[tuple[str, int]]:
+    """Kind and seed of `count` cases, the kinds by their shares and in turn.
+
+    Args:
+        count: of the cases.
+        only: a kind, if there should be no other.
+        start: first seed of each kind.
+    """
+    if only is not None:
+        return [(only, seed) for seed in range(start, start + count)]
+    ordered = sorted(
+        ((number + 0.5) / kind.share, kind.name, start + number)
+        for kind in KINDS.values()
+        for number in range(count * kind.share // 100 + 1)
+    )
+    return [(name, seed) for _, name, seed in ordered[:count]]

@@ -1,0 +1,122 @@
+"""What runs record of themselves: run.json, events.jsonl, and the entry in a LoRA's metadata."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lorasmith.app import folder_run
+from lorasmith.app.folder_run import FolderSource, prepare, train_prepared
+from lorasmith.app.resume import prepare_again
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.formats.container import read_safetensors, serialised
+from lorasmith.formats.metadata import RUN_ENTRY
+from lorasmith.training.config import TrainConfig
+from tests.conftest import save_blank
+from tests.fuzz.engine import Door, command
+from tests.fuzz.loras import built_in
+from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, placed_json
+
+__all__ = ["doors"]
+
+
+def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
+    """A damaged record, from which a run is repeated or resumed, or a report is made."""
+    kept = _recorded()
+    run = folder / "run"
+    shutil.copytree(kept / "images", folder / "images")
+    run.mkdir()
+    for name in ("run.json", "events.jsonl"):
+        text = (kept / "run" / name).read_text(encoding="utf-8")
+        (run / name).write_text(text.replace(str(kept), str(folder)), encoding="utf-8")
+    record = json.loads((run / "run.json").read_bytes())
+    match rng.randrange(3):
+        case 0:
+            return [("reproduce", functools.partial(_reproduced, _lora(rng, kept, folder)))]
+        case 1:
+            (run / "run.json").write_bytes(placed_json(rng, record))
+            return [("resume", functools.partial(_resumed, run))]
+        case _:
+            if rng.random() < 0.5:
+                (run / "run.json").write_bytes(placed_json(rng, record))
+            lines = (run / "events.jsonl").read_bytes().splitlines()
+            for at in rng.sample(range(len(lines)), rng.choice((1, 2, min(5, len(lines))))):
+                lines[at] = placed_json(rng, json.loads(lines[at]))
+            (run / "events.jsonl").write_bytes(b"\n".join(lines))
+            return [("report", functools.partial(_reported, run))]
+
+
+def _reproduced(lora: Path) -> str:
+    with patch.object(folder_run, "load_completed", _loaded):
+        return command("reproduce", lora, "--dry-run")
+
+
+def _resumed(run: Path) -> None:
+    with patch.object(folder_run, "load_completed", _loaded):
+        prepare_again(run)
+
+
+def _reported(run: Path) -> str:
+    with patch.object(Figure, "savefig", save_blank):  # drawing takes longer than all the rest
+        return command("report", run)
+
+
+def _loaded(files: ModelFiles, folders: Any = None) -> Completed:
+    """The built-in model is loaded once."""
+    return Completed(built_in(), files) if files.model == BUILT_IN else load_completed(files, folders)
+
+
+def _lora(rng: random.Random, kept: Path, folder: Path) -> Path:
+    """The run's LoRA with a damaged record in its metadata."""
+    tensors, metadata = read_safetensors(kept / "run" / "cat.safetensors")
+    record = json.loads(metadata[RUN_ENTRY].replace(str(kept), str(folder)))
+    text = json_bytes(damaged_json(rng, record)) if rng.random() < 0.9 else damaged_bytes(rng, json_bytes(record))
+    metadata[RUN_ENTRY] = text.decode("utf-8", "replace")
+    if rng.random() < 0.2:
+        name = rng.choice(list(metadata))
+        metadata[name] = json_bytes(damaged_json(rng, metadata[name])).decode("utf-8", "replace")
+    path = folder / "cat.safetensors"
+    path.write_bytes(b"".join(serialised(tensors, metadata)))
+    return path
+
+
+class _Kept:
+    """A folder that lives as long as the process."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+@functools.cache
+def _kept() -> _Kept:
+    return _Kept()
+
+
+@functools.cache
+def _recorded() -> Path:
+    """A folder with `images`, and `run`: one that was stopped after its first step."""
+    folder = _kept().path
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{index}.png")
+    config = TrainConfig(steps=2, rank=1, targets="*mid_block*attn2.to_q", training_dtype="fp32")
+    with patch.object(folder_run, "load_completed", _loaded):
+        run = prepare(FolderSource(folder=str(folder / "images"), model=BUILT_IN, name="cat", resolution=32), config)
+    steps = iter((False,))
+    train_prepared(run, output=folder / "run", cancelled=lambda: next(steps, True))
+    return folder
