@@ -1,0 +1,106 @@
+"""JSON that a stranger wrote: headers and metadata of files, configurations, records of runs, workflows.
+
+`json.loads` accepts more than JSON (NaN, lone surrogates, repeated names), raises more than ValueError
+(RecursionError), and builds whatever fits into memory. What passes here is plain data that can be walked, compared,
+printed and written again: finite numbers, text that UTF-8 holds, bounded depth and size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+__all__ = ["MAX_DEPTH", "parse_foreign_json"]
+
+MAX_DEPTH = 100
+"""Lists and objects inside one another, at most: far below where recursive code over the value would fail."""
+
+
+def parse_foreign_json(text: str | bytes) -> Any:
+    """Value of a JSON text, in time and memory proportional to its length.
+
+    Args:
+        text: the text, in UTF-8 if it is bytes.
+
+    Raises:
+        ValueError: it is not JSON, is nested deeper than `MAX_DEPTH`, has more than two million values, repeats a name
+            in an object, or holds a number that is not finite, an integer beyond 64 bits or half of a surrogate pair.
+            The message is the rule that it breaks, as a clause without a subject: "is not valid JSON".
+    """
+    try:
+        text = text if isinstance(text, str) else str(text, "utf-8")
+        text.encode("utf-8")
+    except UnicodeError:
+        raise ValueError("is not text in UTF-8") from None
+    if _count(text) > _MAX_VALUES and _count(_STRING.sub("", text)) > _MAX_VALUES:
+        raise ValueError(f"has more than {_MAX_VALUES:,} values")
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError:
+        raise ValueError("is not valid JSON") from None
+    _refuse_depth(value)
+    if _SURROGATE.search(text):
+        _refuse_lone_surrogates(value)
+    return value
+
+
+_MAX_VALUES = 2_000_000  # ten times those of the header of a large model; up to 200 bytes each in memory
+_TOO_DEEP = f"has lists or objects nested deeper than {MAX_DEPTH}"
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _count(text: str) -> int:
+    """At least the number of values."""
+    return text.count(",") + text.count("[") + text.count("{")
+
+
+def _refuse_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [one for one in level if isinstance(one, (dict, list))]
+        if not containers:
+            return
+        level = [inner for one in containers for inner in (one.values() if isinstance(one, dict) else one)]
+    raise ValueError(_TOO_DEEP)
+
+
+def _refuse_lone_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("has a name twice in one object")
+    return result
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS or not -(2**63) <= (number := int(digits)) < 2**64:
+        raise ValueError("has an integer beyond 64 bits")
+    return number
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("has a number that is not finite")
+    return number
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"has a number that is not finite, {name}")
+
+
+_MAX_DIGITS = len(str(-(2**63)))
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_without_duplicates, parse_int=_integer, parse_float=_float, parse_constant=_constant
+)
