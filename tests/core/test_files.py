@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from lorasmith.core import files
 from lorasmith.core.errors import OutputError
-from lorasmith.core.files import atomic_path, ensure_folder, locked, write_atomic
+from lorasmith.core.files import (
+    atomic_path,
+    ensure_folder,
+    is_folder,
+    is_regular,
+    locked,
+    open_regular,
+    read_regular,
+    write_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -23,6 +34,58 @@ def fail(error: int):
         raise OSError(error, os.strerror(error))
 
     return failing
+
+
+def irregular(folder: Path, kind: str) -> Path:
+    """A file that is none: reading a pipe that nobody writes to blocks."""
+    path = folder / f"{kind}.png"
+    if kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))  # addresses of sockets are short
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files of POSIX systems")
+@pytest.mark.parametrize("kind", ["named pipe", "socket", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_without_blocking(tmp_path: Path, kind: str) -> None:
+    path = irregular(tmp_path, kind)
+    for read in (open_regular, read_regular):
+        with pytest.raises(OSError, match=f"it is a {kind}, not a file"):
+            read(path)
+    assert not is_regular(path)
+    assert is_folder(path) == (kind == "folder")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files of POSIX systems")
+def test_a_pipe_that_takes_a_files_place_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, file = irregular(tmp_path, "named pipe"), tmp_path / "file"
+    file.touch()
+    status = file.stat()
+    monkeypatch.setattr("pathlib.Path.stat", lambda _: status)
+    with pytest.raises(OSError, match="it is a named pipe"):
+        open_regular(pipe)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "/".join("x" * 2000)])
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError):
+        open_regular(tmp_path / name)
+    assert not is_regular(tmp_path / name)
+    assert not is_folder(tmp_path / name)
+
+
+def test_text_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_bytes(b"12345")
+
+    assert read_regular(tmp_path / "note.txt", at_most=5) == b"12345"
+    with pytest.raises(OSError, match="it has more than 4 bytes"):
+        read_regular(tmp_path / "note.txt", at_most=4)
 
 
 def test_content_is_written_with_the_folders_it_needs(tmp_path: Path) -> None:

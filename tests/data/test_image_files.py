@@ -179,7 +179,7 @@ class TestRefusals:
     def test_missing_file_and_folder(self, tmp_path: Path, read) -> None:
         with pytest.raises(ImageError, match="does not exist; check the name"):
             read(tmp_path / "a.png")
-        with pytest.raises(ImageError, match=r"is damaged or cut short|may not be read"):
+        with pytest.raises(ImageError, match=r"it is a folder, not a file"):
             read(tmp_path)
 
     def test_other_formats_behind_the_name(self, tmp_path: Path, read) -> None:

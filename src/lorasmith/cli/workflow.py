@@ -11,6 +11,7 @@ from rich.progress import TextColumn
 from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.errors import GraphError
+from lorasmith.core.files import read_regular
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -56,7 +57,7 @@ def run(
 
 def _read(workflow: Path) -> bytes:
     try:
-        return workflow.read_bytes()
+        return read_regular(workflow)
     except OSError as error:
         raise GraphError(f"{workflow} cannot be read ({error.strerror}); give a workflow file in API format") from error
 

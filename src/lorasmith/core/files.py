@@ -1,18 +1,82 @@
-"""Atomic writing of files, and lock files."""
+"""Opening of files that others made, atomic writing, and lock files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from lorasmith.core.errors import OutputError
 
-__all__ = ["atomic_path", "ensure_folder", "locked", "write_atomic"]
+__all__ = [
+    "MAX_TEXT_BYTES",
+    "atomic_path",
+    "ensure_folder",
+    "is_folder",
+    "is_regular",
+    "locked",
+    "open_regular",
+    "read_regular",
+    "write_atomic",
+]
+
+MAX_TEXT_BYTES = 256 * 2**20
+"""Size limit of text files that are read whole: graphs, records, captions. The longest of them have some megabytes."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file that somebody else made, opened for reading.
+
+    Pipes, sockets and devices are refused: opening or reading them can block for ever. A name that no file can have
+    is refused like a missing file.
+
+    Raises:
+        OSError: `path` cannot be opened or is not a regular file; `strerror` says why.
+    """
+    try:
+        _refuse_irregular(path.stat())  # before opening, which already has effects on some devices
+        # Without blocking, in case a pipe has taken the file's place since.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a zero byte or a lone surrogate
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name") from error
+    file = open(descriptor, "rb")  # noqa: PTH123, SIM115 - the descriptor has no path, and the caller closes it
+    try:
+        _refuse_irregular(os.fstat(descriptor))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, *, at_most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a file that somebody else made.
+
+    Args:
+        path: the file.
+        at_most: size limit in bytes.
+
+    Raises:
+        OSError: as for `open_regular`, or the file is larger than `at_most`.
+    """
+    with open_regular(path) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes")
+    return content
+
+
+def is_regular(path: Path) -> bool:
+    """Whether `path` is a regular file; False where nothing can have this name, or it cannot be looked up."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
@@ -88,6 +152,29 @@ def locked(path: Path, owned: str) -> Iterator[None]:
                 raise OutputError(f"{owned}; wait for it, or choose another output") from error
             # Any other error means that the file system has no locks; the run continues without.
         yield
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder; False as for `is_regular`."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _refuse_irregular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, not a file")
 
 
 _BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK})

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, cast
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
+from lorasmith.core.files import read_regular
 from lorasmith.core.registry import nearest
 
 __all__ = [
@@ -230,7 +231,7 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
     import yaml
 
     try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        sections = yaml.safe_load(read_regular(file, at_most=2**20).decode()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{file} must be a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(sections, dict):

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorasmith.core.files import open_regular
+
 __all__ = ["MappedFile", "release_pages"]
 
 _MAPPED: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
@@ -36,7 +38,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             self._bytes = _mapped(file.fileno())
         _MAPPED[self._bytes] = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.files import read_regular
 
 __all__ = ["CAPTION_SUFFIXES", "Caption", "read_caption", "with_trigger"]
 
@@ -43,7 +44,7 @@ def read_caption(image: Path) -> Caption | None:
     if path is None:
         return None
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise DataError(f"caption file {path} cannot be read ({error.strerror}); check its permissions") from error
     text, note = _decoded(content)

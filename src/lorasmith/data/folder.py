@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.files import is_folder
 from lorasmith.data.captions import read_caption, with_trigger
 from lorasmith.data.image_files import ImageError, image_size, image_suffixes
 
@@ -115,7 +116,7 @@ def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
     """Image files of a folder and of its `<repeats>_<name>` subfolders; appends other entries to `skipped`."""
     subfolders = []
     for entry in _entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             subfolders.append(entry)
         elif _is_image(entry, skipped):
             yield _Found(entry)
@@ -125,7 +126,7 @@ def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
             skipped.append((subfolder, "is a folder without repeats in its name; rename it to 1_name to include it"))
             continue
         for entry in _entries(subfolder):
-            if entry.is_file() and _is_image(entry, skipped):
+            if not is_folder(entry) and _is_image(entry, skipped):
                 yield _Found(entry, int(named[1]), named[2].strip())
 
 

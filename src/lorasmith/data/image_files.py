@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.files import open_regular
 
 __all__ = [
     "ImageError",
@@ -173,14 +175,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_readable_formats()) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            _file(path) as file,
+            Image.open(file, formats=_readable_formats()) as image,
+        ):
             if image.size == (1, 1):
                 raise ImageError(path, "is a single pixel; replace it by a picture or remove it")
             yield image
-    except FileNotFoundError:
-        raise ImageError(path, "does not exist; check the name") from None
-    except PermissionError:
-        raise ImageError(path, "cannot be read; check the file's permissions") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ImageError(path, f"has more than {limit} million pixels; scale it down first") from None
@@ -188,6 +190,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ImageError(path, _no_image(path)) from None
     except _DAMAGE as error:
         raise ImageError(path, f"is damaged or cut short ({error}); get a good copy or remove it") from error
+
+
+def _file(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        raise ImageError(path, "does not exist; check the name") from None
+    except PermissionError:
+        raise ImageError(path, "cannot be read; check the file's permissions") from None
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
 
 
 def _no_image(path: Path) -> str:

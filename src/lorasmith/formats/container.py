@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError, LorasmithError
-from lorasmith.core.files import atomic_path
+from lorasmith.core.files import atomic_path, open_regular
 from lorasmith.core.mapped_files import MappedFile
 
 __all__ = [
@@ -74,7 +74,7 @@ def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> He
         raise error(f"{path} does not exist; check the spelling and the folder")
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(_LENGTH_BYTES + 1)
             _refuse_other_formats(path, start, error)
             text = _header_text(path, file, start, size, error)

@@ -19,6 +19,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError, LorasmithError
+from lorasmith.core.files import open_regular
 from lorasmith.formats.container import check_safetensors, serialised
 
 __all__ = [
@@ -35,21 +36,21 @@ __all__ = [
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a whole file, 64 hex digits."""
-    with Path(path).open("rb") as file:
+    with open_regular(Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_body(path: Path, error: type[LorasmithError] = LoraError) -> str:
     """SHA-256 of a safetensors file without its header, 64 hex digits. Raises `error` for other files."""
     start = check_safetensors(path, error).body_start
-    with Path(path).open("rb") as file:
+    with open_regular(Path(path)) as file:
         file.seek(start)
         return _rest_digest(file)
 
 
 def autov1(path: Path) -> str:
     """A1111's old hash of a file, 8 hex digits."""
-    with Path(path).open("rb") as file:
+    with open_regular(Path(path)) as file:
         file.seek(_WINDOW.start)
         return hashlib.sha256(file.read(len(_WINDOW))).hexdigest()[:8]
 

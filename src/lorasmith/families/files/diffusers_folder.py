@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.files import read_regular
 from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.files.tensor_files import TensorFile, open_tensors
@@ -69,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError if the file cannot be read or holds none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read ({error}); get the model again") from error
     if not isinstance(content, Mapping):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
+from lorasmith.core.files import open_regular
 from lorasmith.core.mapped_files import MappedFile
 from lorasmith.core.quantization import Packed, of_rows
 from lorasmith.families.files.gguf_names import halves_apart, names_of
@@ -41,7 +42,7 @@ _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 def is_gguf(path: Path) -> bool:
     """Whether a file has GGUF's magic number; False for one that cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(_MAGIC)) == _MAGIC
     except OSError:
         return False
@@ -159,7 +160,7 @@ def _check_lengths(path: Path) -> None:
     Scalars have the sizes of `_SCALARS`, a text its length before it, an array type and count of its elements.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
 
         def number(code: str) -> int:
             data = file.read(struct.calcsize(code))
