@@ -64,7 +64,7 @@ def test_a_family_without_released_names_is_checked_as_far_as_it_goes(tmp_path: 
     save_file({f"{base}.lora_down.weight": torch.ones(4, 64)}, tmp_path / "x.safetensors")
     checked = check_lora(tmp_path / "x.safetensors")
     assert (checked.family, checked.compared_with) == ("Stable Diffusion 3", None)
-    assert [one.problem.split(":")[0] for one in checked.findings] == [f"{base} is incomplete"]
+    assert [one.problem.split(":")[0] for one in checked.findings] == [f"{base} is damaged"]
 
 
 def test_a_mended_file_keeps_its_metadata_and_has_its_own_hash(tmp_path: Path, tiny: Model) -> None:

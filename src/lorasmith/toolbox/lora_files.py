@@ -30,7 +30,7 @@ from lorasmith.formats.names.spelling import (
     PEFT,
     XLABS,
     ModuleTensors,
-    assembled,
+    all_assembled,
     grouped,
     spelled,
     without_core,
@@ -93,15 +93,11 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         refs = dict.fromkeys((*state.adapters, *state.differences))
         found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
         return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)
-    alphas = stated_alphas(tensors, metadata)
+    by_base, _ = all_assembled(tensors, stated_alphas(tensors, metadata))
     modules: dict[ModuleRef, ModuleTensors] = {}
     bases: dict[ModuleRef, str] = {}
     unknown = dict(tensors)
-    for base, keys in groups.items():
-        roles = {role: tensors[key] for role, key in keys.items()}
-        module = assembled(roles, None, None if "alpha" in roles else alphas.get(base))
-        if module is None:
-            continue
+    for base, module in by_base.items():
         ref = _flat(base)
         if ref in modules:
             raise LoraError(
@@ -109,7 +105,7 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
                 "keep the tensors of one of them"
             )
         modules[ref], bases[ref] = module, base
-        for key in keys.values():
+        for key in groups[base].values():
             del unknown[key]
     return LoraFile(path, layout, family, tensors, modules, None, bases, unknown, metadata)
 
