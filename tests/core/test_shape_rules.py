@@ -1,4 +1,4 @@
-"""Rules of shapes: equal names are equal sizes. What algorithms declare is tested in tests/formats/names/test_spelling."""
+"""Rules of shapes. What algorithms declare is tested in tests/formats/names/test_spelling.py."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ __all__ = [
     "Header",
     "TensorInfo",
     "check_safetensors",
+    "count_non_finite",
     "read_safetensors",
     "serialised",
     "write_safetensors",
@@ -115,6 +116,15 @@ def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tup
             f"{path} cannot be mapped into memory ({problem}); copy it to a local disk and try again"
         ) from problem
     return tensors, header.metadata
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    """Number of values that are NaN, infinite or, in fp64, larger than fp32 holds."""
+    if not tensor.is_floating_point():
+        return 0
+    # Eight-bit floats have no isfinite of their own.
+    values = tensor.float() if tensor.element_size() in (1, 8) else tensor
+    return int((~torch.isfinite(values)).sum())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -291,12 +301,10 @@ def _naturals(values: Any) -> TypeGuard[list[int]]:
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        # Eight-bit floats have no isfinite of their own.
-        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        if not torch.isfinite(values).all():
+        if count := count_non_finite(tensor):
             raise LoraError(
-                f"a LoRA with NaN or infinity is never written, and {name} holds "
-                f"{int((~torch.isfinite(values)).sum())} such values; use an earlier LoRA of the run"
+                f"a LoRA with NaN or infinity is never written, and {name} holds {count} such values; use an earlier "
+                "LoRA of the run"
             )
 
 

@@ -70,7 +70,8 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Cha
             changes.append(Change(dense=merged_weight(module, layer_like(None, empty), empty, 1.0).flatten(1)))
             return changes[0]
     if "weight" in module.differences:
-        changes.append(Change(dense=module.differences["weight"].float().flatten(1)))
+        difference = module.differences["weight"].float()
+        changes.append(Change(dense=difference.reshape(len(difference), -1)))
     return stacked(*changes)
 
 

@@ -141,8 +141,8 @@ def _adapter_of(
 ) -> AdapterWeights | Unfit:
     """The adapter of a module; arguments as for `assembled`, without differences."""
     alpha = tensors.pop("alpha", None)
-    if (magnitude := tensors.pop("magnitude", None)) is not None:
-        tensors["dora_scale"] = magnitude.reshape(-1)
+    if "magnitude" in tensors:
+        tensors["dora_scale"] = tensors.pop("magnitude").reshape(-1)
     algorithm = _algorithm_of(tensors)
     if isinstance(algorithm, Unfit):
         return algorithm
@@ -171,7 +171,8 @@ def all_assembled(
     for base, keys in grouped(tensors).items():
         module = assembled({role: tensors[key] for role, key in keys.items()}, None, alphas.get(base))
         if isinstance(module, Unfit):
-            unfit[base] = f"{keys[module.role]} {module.problem}"
+            role = module.role if module.role in keys else "magnitude"  # PEFT's name of dora_scale
+            unfit[base] = f"{keys[role]} {module.problem}"
         else:
             modules[base] = module
     return modules, unfit
@@ -242,11 +243,12 @@ def _difference_misfit(tensors: Mapping[str, Tensor], weights: AdapterWeights | 
         if role not in tensors:
             continue
         shape = tuple(tensors[role].shape)
-        if not shape or 0 in shape or (parameter == "bias" and len(shape) > 1):
-            wanted = "a vector" if parameter == "bias" else "of at least one dimension"
+        if not shape or 0 in shape or (role != "diff" and len(shape) > 1):
+            wanted = "of at least one dimension" if role == "diff" else "a vector"
             return Unfit(role, f"must be {wanted}, and has the shape {shape}")
         outputs = outputs or shape[0]
-        if shape[0] != outputs or (parameter == "weight" and weights is not None and not _adapter_fits(weights, shape)):
+        beside = parameter == "weight" and weights is not None
+        if shape[0] != outputs or (beside and (len(shape) < 2 or not _adapter_fits(weights, shape))):
             return Unfit(role, f"must fit the tensors beside it, of {outputs} outputs, and has the shape {shape}")
     return None
 

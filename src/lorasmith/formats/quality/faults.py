@@ -11,12 +11,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of, title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.formats.container import count_non_finite
 from lorasmith.formats.hashes import sshs_model_hash
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft_config import stated_alphas
@@ -92,7 +92,7 @@ Modules = Mapping[str, ModuleTensors]
 def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
     """NaN and infinity."""
     bases = {key: base for base, keys in groups.items() for key in keys.values()}
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    bad = [key for key, tensor in tensors.items() if count_non_finite(tensor)]
     if bad:
         hit = {bases.get(key, key) for key in bad}
         left_out = {key for base in hit for key in groups.get(base, {"": base}).values()}
