@@ -6,7 +6,6 @@ unknown file for Stable Diffusion 1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.tensor_files import open_tensors
 
@@ -66,7 +66,7 @@ class OriginalCheckpoint:
     def architecture(self) -> dict[str, dict[str, Any]]:
         """Settings in the file's metadata for `unet`, `vae`, `text_encoder` and `defaults`; most files have none."""
         try:
-            said = json.loads(self.metadata.get(ARCHITECTURE, "{}"))
+            said = parse_foreign_json(self.metadata.get(ARCHITECTURE, "{}"))
             return {component: dict(settings) for component, settings in said.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(

@@ -247,8 +247,8 @@ def _difference_misfit(tensors: Mapping[str, Tensor], weights: AdapterWeights | 
             wanted = "of at least one dimension" if role == "diff" else "a vector"
             return Unfit(role, f"must be {wanted}, and has the shape {shape}")
         outputs = outputs or shape[0]
-        beside = parameter == "weight" and weights is not None
-        if shape[0] != outputs or (beside and (len(shape) < 2 or not _adapter_fits(weights, shape))):
+        fits_adapter = weights is None or (len(shape) > 1 and _adapter_fits(weights, shape))
+        if shape[0] != outputs or (parameter == "weight" and not fits_adapter):
             return Unfit(role, f"must fit the tensors beside it, of {outputs} outputs, and has the shape {shape}")
     return None
 
