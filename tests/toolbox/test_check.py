@@ -93,6 +93,28 @@ def test_a_mended_file_keeps_its_metadata_and_has_its_own_hash(tmp_path: Path, t
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_faults_that_a_repair_brings_to_light_are_repaired_too(tmp_path: Path, tiny: Model) -> None:
+    """The alpha that most modules have is 1 while one module is damaged and another's is 0, and 4 afterwards."""
+    paths = [path for path in tiny.names.denoiser if path.endswith("attn1.to_q")]
+    alphas = [1.0, 1.0, 0.0, 4.0, 4.0]
+    tensors = {}
+    for path, alpha in zip(paths, alphas, strict=False):
+        size = tiny.names.weight_shapes[path]
+        base = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{base}.lora_down.weight"] = torch.ones(4, size[1])
+        tensors[f"{base}.lora_up.weight"] = torch.ones(size[0], 4)
+        tensors[f"{base}.alpha"] = torch.tensor(alpha)
+    del tensors[f"lora_unet_{paths[0].replace('.', '_')}.lora_up.weight"]
+    tensors[f"lora_unet_{paths[1].replace('.', '_')}.alpha"] = torch.tensor(torch.nan)
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    fix_lora(check_lora(tmp_path / "a.safetensors", "lorasmith-tiny"), tmp_path / "b.safetensors")
+
+    again = check_lora(tmp_path / "b.safetensors", "lorasmith-tiny")
+    assert [one.problem for one in again.findings if one.mend is not None] == []
+    assert again.is_fine
+
+
 def test_folders_are_not_mended(tmp_path: Path, tiny: Model) -> None:
     released_lora(
         tmp_path / "x.safetensors", "Stable Diffusion 1.x", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
