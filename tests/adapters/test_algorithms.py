@@ -45,6 +45,7 @@ class Scaling(Adapter):
     format = AdapterFormat(
         suffixes={"scales": ".output_scales"},
         needed=(frozenset({"scales"}),),
+        rules=({"scales": "out 1"},),
         weight_shape=lambda shapes: (shapes["scales"][0],),
         vital=("scales",),
         rows=lambda weights: {"scales": 1},

@@ -121,8 +121,8 @@ def test_inspect_shows_what_there_is(lorasmith: Command, dog: Path, tiny: Model)
 
 def test_names_with_brackets_are_printed_as_they_are(lorasmith: Command, tmp_path: Path) -> None:
     save_file({"[red]x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
-    assert "[red]x is incomplete" in lorasmith("inspect", "x.safetensors").out
-    assert "[red]x is incomplete" in lorasmith("check", "x.safetensors").out
+    assert "[red]x is damaged" in lorasmith("inspect", "x.safetensors").out
+    assert "[red]x is damaged" in lorasmith("check", "x.safetensors").out
 
 
 WRONG = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import pytest
@@ -52,6 +53,12 @@ def test_plain_data_is_read_as_json_does(value: object, escaped: bool) -> None:
 def test_anything_else_is_a_value_error_that_names_the_rule(text: str | bytes, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         parse_foreign_json(text)
+
+
+def test_infinities_can_be_let_in() -> None:
+    assert parse_foreign_json("[-Infinity, 1e999]", finite=False) == [-math.inf, math.inf]
+    with pytest.raises(ValueError, match="beyond 64 bits"):
+        parse_foreign_json("9" * 5000, finite=False)
 
 
 def test_the_deepest_value_pairs_of_surrogates_and_commas_in_text_are_read() -> None:

@@ -22,6 +22,7 @@ from lorasmith.families.files.checkpoint import ARCHITECTURE
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.model import Model
+from lorasmith.formats.container import check_safetensors
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 
@@ -121,7 +122,9 @@ def test_its_schedule_and_prediction_are_read_from_its_scheduler(tiny: Model, pi
     torch.testing.assert_close(level.alpha**2, pipe.scheduler.alphas_cumprod[250:251], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("said", ["no JSON", "[1, 2]", json.dumps({"unet": 3})])
+@pytest.mark.parametrize(
+    "said", ["no JSON", "[" * 50_000, "[1, 2]", json.dumps({"unet": 3}), json.dumps({"unet": {"sample_size": 1 << 20}})]
+)
 def test_a_damaged_description_is_a_sentence(said: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.safetensors"
     save_file(load_file(built_in_models()[BUILT_IN]), path, {ARCHITECTURE: said})
@@ -129,8 +132,31 @@ def test_a_damaged_description_is_a_sentence(said: str, tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_settings_that_do_not_fit_are_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("component", "setting", "value", "said"),
+    [
+        ("unet", "no_such", 1, "does not fit its architecture"),
+        ("unet", "norm_num_groups", 0, "does not fit its architecture"),
+        ("text_encoder", "num_attention_heads", "four", "does not fit its architecture"),
+        ("text_encoder", "num_attention_heads", 3, "does not fit its architecture"),
+        ("defaults", "no_such", 1, "a model may say defaults for resolution, "),
+        ("defaults", "learning_rate", "high", "and this one says 'high' for learning_rate"),
+    ],
+)
+def test_settings_that_do_not_fit_are_a_sentence(
+    component: str, setting: str, value: object, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "other.safetensors"
-    save_file(load_file(built_in_models()[BUILT_IN]), path, {ARCHITECTURE: json.dumps({"unet": {"no_such": 1}})})
-    with pytest.raises(ModelError, match="does not fit its architecture"):
+    architecture = json.loads(check_safetensors(built_in_models()[BUILT_IN]).metadata[ARCHITECTURE])
+    architecture[component][setting] = value
+    save_file(load_file(built_in_models()[BUILT_IN]), path, {ARCHITECTURE: json.dumps(architecture)})
+    with pytest.raises(ModelError, match=said):
         load_model(path)
+
+
+def test_tensors_of_other_dimensions_are_a_sentence(tmp_path: Path) -> None:
+    tensors = load_file(built_in_models()[BUILT_IN])
+    flat = {name: one.flatten() if name.startswith("model.diffusion_model.") else one for name, one in tensors.items()}
+    save_file(flat, tmp_path / "flat.safetensors")
+    with pytest.raises(ModelError):
+        load_model(tmp_path / "flat.safetensors")

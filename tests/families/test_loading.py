@@ -183,7 +183,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "{} is no diffusers model (it has no model_index.json);"),
     "broken index": (
         lambda f: (f / "model_index.json").write_text("{"),
-        "{}/model_index.json cannot be read (Expecting property name",
+        "{}/model_index.json is not valid JSON; get the model again",
     ),
     "another pipeline": (
         lambda f: change(f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
@@ -191,7 +191,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no unet config": (
         lambda f: (f / "unet" / "config.json").unlink(),
-        "{}/unet/config.json cannot be read ([Errno 2] No such file or directory",
+        "{}/unet/config.json cannot be read (No such file or directory)",
     ),
     **{
         f"no {part}": (

@@ -200,7 +200,8 @@ def random_adapter(
             block = rank if out % rank == 0 else 1
             tensors = {"oft_blocks": values(out // block, block, block)}
         case "boft":
-            tensors = {"oft_blocks": values(2, 4, out // 4, out // 4), "rescale": values(out, 1, *ones)}
+            count = 4 if out % 8 == 0 else 2
+            tensors = {"oft_blocks": values(2, count, out // count, out // count), "rescale": values(out, 1, *ones)}
         case "glora":
             sizes = {"a1": (flat, rank), "a2": (rank, flat), "b1": (out, rank), "b2": (rank, flat)}
             tensors = {name: values(*size) for name, size in sizes.items()}

@@ -58,7 +58,7 @@ def test_findings(tmp_path: Path, unet_names, make_state) -> None:
     save_file(tensors, tmp_path / "y")
     assert set(describe(tmp_path / "y").findings) == {
         f"unet.{TO_K}.lora_A.weight holds NaN or infinity, which spoils every picture",
-        "unet.conv_in is incomplete: the tensors do not make up an adapter",
+        "unet.conv_in is damaged: unet.conv_in.lora_B.weight is part of an adapter whose down is missing",
         "stranger has no name that LoRA files use, so that programs ignore them or refuse the file",
     }
 

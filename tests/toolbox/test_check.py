@@ -64,7 +64,7 @@ def test_a_family_without_released_names_is_checked_as_far_as_it_goes(tmp_path: 
     save_file({f"{base}.lora_down.weight": torch.ones(4, 64)}, tmp_path / "x.safetensors")
     checked = check_lora(tmp_path / "x.safetensors")
     assert (checked.family, checked.compared_with) == ("Stable Diffusion 3", None)
-    assert [one.problem.split(":")[0] for one in checked.findings] == [f"{base} is incomplete"]
+    assert [one.problem.split(":")[0] for one in checked.findings] == [f"{base} is damaged"]
 
 
 def test_a_mended_file_keeps_its_metadata_and_has_its_own_hash(tmp_path: Path, tiny: Model) -> None:
@@ -91,6 +91,28 @@ def test_a_mended_file_keeps_its_metadata_and_has_its_own_hash(tmp_path: Path, t
     fix_lora(checked, tmp_path / "a.safetensors", overwrite=True)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_faults_that_a_repair_brings_to_light_are_repaired_too(tmp_path: Path, tiny: Model) -> None:
+    """The alpha that most modules have is 1 while one module is damaged and another's is 0, and 4 afterwards."""
+    paths = [path for path in tiny.names.denoiser if path.endswith("attn1.to_q")]
+    alphas = [1.0, 1.0, 0.0, 4.0, 4.0]
+    tensors = {}
+    for path, alpha in zip(paths, alphas, strict=False):
+        size = tiny.names.weight_shapes[path]
+        base = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{base}.lora_down.weight"] = torch.ones(4, size[1])
+        tensors[f"{base}.lora_up.weight"] = torch.ones(size[0], 4)
+        tensors[f"{base}.alpha"] = torch.tensor(alpha)
+    del tensors[f"lora_unet_{paths[0].replace('.', '_')}.lora_up.weight"]
+    tensors[f"lora_unet_{paths[1].replace('.', '_')}.alpha"] = torch.tensor(torch.nan)
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    fix_lora(check_lora(tmp_path / "a.safetensors", "lorasmith-tiny"), tmp_path / "b.safetensors")
+
+    again = check_lora(tmp_path / "b.safetensors", "lorasmith-tiny")
+    assert [one.problem for one in again.findings if one.mend is not None] == []
+    assert again.is_fine
 
 
 def test_folders_are_not_mended(tmp_path: Path, tiny: Model) -> None:

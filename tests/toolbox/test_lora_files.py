@@ -176,3 +176,14 @@ def test_xlabs_names_are_told_apart_and_not_written(tmp_path: Path) -> None:
     assert len(read_lora(tmp_path / "x.safetensors").modules) == 4
     with pytest.raises(LoraError, match="names of XLabs' trainer, which are read and not written; convert it first"):
         read_together([tmp_path / "x.safetensors"], one_layout=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e300])
+def test_what_is_not_finite_is_not_computed_with(tmp_path: Path, value: float) -> None:
+    tensors = {
+        "lora_unet_x.lora_down.weight": torch.ones(2, 4, dtype=torch.float64),
+        "lora_unet_x.lora_up.weight": torch.full((6, 2), value, dtype=torch.float64),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(LoraError, match=r"lora_unet_x\.lora_up\.weight in .*x\.safetensors holds NaN or infinity"):
+        read_lora(tmp_path / "x.safetensors")

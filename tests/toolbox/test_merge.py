@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
@@ -278,6 +278,16 @@ def test_the_header_says_what_was_done(tiny: Model, tmp_path: Path) -> None:
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("8", "8.0")
     assert metadata["lorasmith.history"] == "merged a.safetensors:0.8, b.safetensors:1"
     assert metadata["sshs_model_hash"] == sha256_body(output)
+
+
+def test_differences_of_other_sizes_are_refused_and_never_broadcast(tiny: Model, tmp_path: Path) -> None:
+    norm = ModuleRef(DENOISER, "conv_norm_out")
+    width = tiny.names.weight_shapes[norm.path][0]
+    for name, size in (("a", width), ("b", 1)):
+        save_file({"lora_unet_conv_norm_out.w_norm": torch.ones(size)}, tmp_path / f"{name}.safetensors")
+
+    with pytest.raises(LoraError, match="must be for the same model"):
+        merge_loras([(tmp_path / f"{name}.safetensors", 1.0) for name in "ab"], tmp_path / "out.safetensors")
 
 
 def test_what_is_wrong_is_a_sentence(tiny: Model, tmp_path: Path) -> None:

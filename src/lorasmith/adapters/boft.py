@@ -25,6 +25,7 @@ from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.oft import OftAdapter, Rotation, rotated
 from lorasmith.adapters.weights import misfit, taken
+from lorasmith.core.adapter_format import Shapes
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 
@@ -89,9 +90,18 @@ def _is_butterfly(shape: torch.Size, layer: FrozenLayer) -> bool:
     return whole and layer.out_features // layer.groups % widest == 0
 
 
+def _further_rule(shapes: Shapes) -> str:
+    stages, count, size, _ = shapes["oft_blocks"]
+    whole = size % 2 == 0 and count & (count - 1) == 0 and stages <= count.bit_length()
+    return "" if whole else "be 2^n blocks of even size, in at most n + 1 stages"
+
+
+_BLOCKS = {"oft_blocks": "stages blocks size size"}
+
 BoftAdapter.format = replace(
     OftAdapter.format,
-    dimensions={"oft_blocks": 4},
+    rules=(_BLOCKS, {**_BLOCKS, "rescale": "blocks*size 1..."}),
+    further_rule=_further_rule,
     rows=lambda weights: None,
     comfyui_needs_alpha=True,
     peft=None,

@@ -69,6 +69,7 @@ def _scaled(factor: float, diff: Tensor) -> Tensor:
 FullAdapter.format = AdapterFormat(
     suffixes={},
     needed=(),
+    rules=(),
     weight_shape=lambda shapes: tuple(shapes["diff"]),
     is_additive=True,
     difference="diff",

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,8 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
 
 __all__ = ["GloraAdapter"]
+
+T = TypeVar("T")
 
 _NAMES = ("a1", "a2", "b1", "b2")
 
@@ -65,7 +69,7 @@ class GloraAdapter(Adapter):
     @classmethod
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> GloraAdapter:
         given = taken(weights, _NAMES, ("bm",))
-        old = {**given, **{name: given[other] for name, other in zip(_NAMES, ("a2", "a1", "b2", "b1"), strict=True)}}
+        old = {**given, **_swapped(given)}
         tensors = _shaped(given, layer) or _shaped(old, layer)
         if tensors is None:
             raise misfit(weights, layer)
@@ -135,9 +139,27 @@ def _for_each_group(weight: Tensor, groups: int) -> Tensor:
     return weight if groups == 1 else weight.repeat(groups, *(1,) * (weight.ndim - 1))
 
 
+def _canonical(weights: AdapterWeights, shape: tuple[int, ...] | None) -> AdapterWeights:
+    """The tensors of LyCORIS before version 2 under their present names."""
+    tensors = weights.tensors
+    if shape is None:
+        is_old = tensors["a2"].shape[0] > tensors["a2"].shape[1]  # no rank is larger than the inputs
+    else:
+        is_old = tensors["b1"].shape[0] != shape[0] == tensors["b2"].shape[0]
+    return replace(weights, tensors={**tensors, **_swapped(tensors)}) if is_old else weights
+
+
+def _swapped(tensors: Mapping[str, T]) -> dict[str, T]:
+    return {name: tensors[other] for name, other in zip(_NAMES, ("a2", "a1", "b2", "b1"), strict=True)}
+
+
+# The convolution's kernel may be flattened into the columns of b2.
+_PLAIN = {"a1": "in rank 1...", "a2": "rank in 1...", "b1": "out rank 1...", "b2": "rank columns kernel..."}
 GloraAdapter.format = AdapterFormat(
     suffixes={name: f".{name}.weight" for name in (*_NAMES, "bm")},
     needed=(frozenset(_NAMES),),
+    rules=(_PLAIN, {**_PLAIN, "b2": "rank columns 1...", "bm": "rank rank kernel..."}, _swapped(_PLAIN)),
+    canonical=_canonical,
     weight_shape=lambda shapes: (shapes["b1"][0],),
     rank_axes={"b2": 0},
     rows=lambda weights: {"b1": 1},

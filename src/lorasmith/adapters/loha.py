@@ -145,6 +145,10 @@ _ROWS = 512
 LohaAdapter.format = AdapterFormat(
     suffixes={name: f".{name}" for name in (*_FACTORS, *_CORES)},
     needed=(frozenset(_FACTORS),),
+    rules=(
+        dict(zip(_FACTORS, ("out rank", "rank in") * 2, strict=True)),
+        dict(zip((*_FACTORS, *_CORES), (*("rank out", "rank in") * 2, *("rank rank kernel...",) * 2), strict=True)),
+    ),
     weight_shape=_weight_shape,
     rank_axes={"hada_w1_b": 0},
     input_axes={"hada_w1_b": 1},

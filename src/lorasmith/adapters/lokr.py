@@ -291,12 +291,14 @@ def _rows(weights: AdapterWeights) -> dict[str, int] | None:
     return {first: tensors["lokr_w2" if "lokr_w2" in tensors else "lokr_w2_a"].shape[0]}
 
 
-_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
-_SECOND = (frozenset({"lokr_w2"}), frozenset({"lokr_w2_a", "lokr_w2_b"}))
+_FIRST = ({"lokr_w1": "out_l in_m"}, {"lokr_w1_a": "out_l rank_1", "lokr_w1_b": "rank_1 in_m"})
+_SECOND = ({"lokr_w2": "out_k in_n kernel..."}, {"lokr_w2_a": "out_k rank", "lokr_w2_b": "rank in_n"})
+_CORED = {"lokr_w2_a": "rank out_k", "lokr_w2_b": "rank in_n", "lokr_t2": "rank rank kernel..."}
 
 LokrAdapter.format = AdapterFormat(
     suffixes={name: f".{name}" for name in (*_WHOLE, *_PARTS, "lokr_t2")},
-    needed=tuple(first | second for first in _FIRST for second in _SECOND),
+    needed=tuple(frozenset(first | second) for first in _FIRST for second in _SECOND),
+    rules=tuple(first | second for first in _FIRST for second in (*_SECOND, _CORED)),
     weight_shape=_weight_shape,
     rank_axes={"lokr_w2_b": 0, "lokr_w1_b": 0},  # the second factor decides, as in LyCORIS
     cores=frozenset({"lokr_t2"}),

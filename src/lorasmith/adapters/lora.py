@@ -211,15 +211,13 @@ def _weight_shape(shapes: Shapes) -> tuple[int, ...]:
     return shapes["up"][0], shapes["down"][1], *shapes["mid" if "mid" in shapes else "down"][2:]
 
 
-def _canonical(weights: AdapterWeights, shape: tuple[int, ...] | None) -> AdapterWeights | None:
-    """Factors with the dimensions of the layer's weight, or None for factors that do not belong together.
+def _canonical(weights: AdapterWeights, shape: tuple[int, ...] | None) -> AdapterWeights:
+    """Factors with the dimensions of the layer's weight.
 
     Files flatten convolutions to two dimensions (ComfyUI's trainer), or give a Linear the 1×1 kernel of the convolution
     that another version of the model has in its place.
     """
     down, up = weights.tensors["down"], weights.tensors["up"]
-    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != down.shape[0] or math.prod(up.shape[2:]) != 1:
-        return None
     tensors = dict(weights.tensors)
     if shape is not None and "mid" not in tensors and math.prod(down.shape[1:]) == math.prod(shape[1:]):
         tensors["down"] = down.reshape(down.shape[0], *shape[1:])
@@ -246,6 +244,10 @@ LoraAdapter.format = AdapterFormat(
     suffixes={"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight"},
     peft_suffixes={"down": ".lora_A.weight", "up": ".lora_B.weight"},
     needed=(frozenset({"down", "up"}),),
+    rules=(
+        {"down": "rank in kernel...", "up": "out rank 1..."},
+        {"down": "rank in 1...", "up": "out rank 1...", "mid": "rank rank kernel..."},
+    ),
     weight_shape=_weight_shape,
     canonical=_canonical,
     rank_axes={"down": 0},

@@ -232,10 +232,12 @@ def _bounded(weights: AdapterWeights) -> AdapterWeights:
     return replace(weights, tensors={**weights.tensors, "oft_blocks": shortened}, alpha=0.0)
 
 
+_BLOCKS = {"oft_blocks": "blocks size size"}
+
 OftAdapter.format = AdapterFormat(
     suffixes={name: f".{name}" for name in ("oft_blocks", "rescale")},
     needed=(frozenset({"oft_blocks"}),),
-    dimensions={"oft_blocks": 3},
+    rules=(_BLOCKS, {**_BLOCKS, "rescale": "blocks*size 1..."}),
     weight_shape=_weight_shape,
     vital=("oft_blocks",),
     rows=_rows,

@@ -80,5 +80,6 @@ def _plain(checked: Checked) -> dict[str, object]:
         {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_fault, "can_be_mended": one.mend is not None}
         for one in checked.findings
     ]
-    fields = {field.name: getattr(checked, field.name) for field in dataclasses.fields(checked)}
+    names = (field.name for field in dataclasses.fields(checked) if field.name not in ("names", "is_model_sure"))
+    fields = {name: getattr(checked, name) for name in names}
     return {**fields, "path": str(checked.path), "findings": findings, "is_fine": checked.is_fine}

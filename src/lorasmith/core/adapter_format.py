@@ -64,11 +64,12 @@ class AdapterFormat:
             ComfyUI.
         peft_suffixes: the same for PEFT, where it differs.
         needed: sets of roles, each of which makes a complete adapter; other roles are optional.
+        rules: role → rule of its shape (see `core.shape_rules`), for each set of roles that an adapter can have.
+        further_rule: what else the shapes must be, as text after "must"; empty for shapes that are.
         weight_shape: shape of the layer's weight, as far as the tensors' shapes determine it: (out,), (out, in ·
             kernel) or all.
-        dimensions: number of dimensions of a tensor by role, to distinguish algorithms that share roles.
-        canonical: the adapter with its tensors in the dimensions of a weight (None: unknown), which some files flatten;
-            None for inconsistent tensors.
+        canonical: the adapter with its tensors under their present names and in the dimensions of a weight (None:
+            unknown), which some files flatten.
         rank_axes: role → axis of the rank; the first role present counts.
         input_axes: role → axis of the layer's inputs (times the kernel), by which a file's family is recognised.
         cores: roles of Tucker cores.
@@ -93,12 +94,11 @@ class AdapterFormat:
 
     suffixes: Mapping[str, str]
     needed: tuple[frozenset[str], ...]
+    rules: tuple[Mapping[str, str], ...]
     weight_shape: Callable[[Shapes], tuple[int, ...]]
     peft_suffixes: Mapping[str, str] = field(default_factory=dict)
-    dimensions: Mapping[str, int] = field(default_factory=dict)
-    canonical: Callable[[AdapterWeights, tuple[int, ...] | None], AdapterWeights | None] = lambda weights, shape: (
-        weights
-    )
+    further_rule: Callable[[Shapes], str] = lambda shapes: ""
+    canonical: Callable[[AdapterWeights, tuple[int, ...] | None], AdapterWeights] = lambda weights, shape: weights
     rank_axes: Mapping[str, int] = field(default_factory=dict)
     input_axes: Mapping[str, int] = field(default_factory=dict)
     cores: frozenset[str] = frozenset()

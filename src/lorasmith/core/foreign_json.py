@@ -18,11 +18,12 @@ MAX_DEPTH = 100
 """Lists and objects inside one another, at most: far below where recursive code over the value would fail."""
 
 
-def parse_foreign_json(text: str | bytes) -> Any:
+def parse_foreign_json(text: str | bytes, *, finite: bool = True) -> Any:
     """Value of a JSON text, in time and memory proportional to its length.
 
     Args:
         text: the text, in UTF-8 if it is bytes.
+        finite: whether NaN and infinities are refused; diffusers' own configurations hold infinities.
 
     Raises:
         ValueError: it is not JSON, is nested deeper than `MAX_DEPTH`, has more than two million values, repeats a name
@@ -37,7 +38,7 @@ def parse_foreign_json(text: str | bytes) -> Any:
     if _count(text) > _MAX_VALUES and _count(_STRING.sub("", text)) > _MAX_VALUES:
         raise ValueError(f"has more than {_MAX_VALUES:,} values")
     try:
-        value = _DECODER.decode(text)
+        value = (_DECODER if finite else _LENIENT_DECODER).decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError:
@@ -104,3 +105,4 @@ _MAX_DIGITS = len(str(-(2**63)))
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_without_duplicates, parse_int=_integer, parse_float=_float, parse_constant=_constant
 )
+_LENIENT_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_int=_integer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import FULL_PRECISION
-from lorasmith.families.base import FAMILIES, Components, Defaults, Diffusion, Family, TextEncoders
+from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
 from lorasmith.families.diffusers_file import recognised_by_diffusers_names
 from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint, Shapes
 from lorasmith.families.files.diffusers_folder import PartFolder, read_json
@@ -41,6 +41,7 @@ from lorasmith.formats.names.model_names import matches
 __all__ = ["family_of", "load_model", "model_of_checkpoint", "recognise", "with_parts"]
 
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
+_LARGEST_SETTING = 65_536
 
 
 def load_model(
@@ -238,9 +239,19 @@ def _assembled(
     *,
     overrides: Mapping[str, Any],
 ) -> Components:
-    """Components of the given parts; `overrides` are fields of `Defaults`."""
+    """Components of the given parts; `overrides` are fields of `Defaults`, as a model's files say them."""
     latent = family.latent_format(denoiser, vae)
-    defaults: Defaults = replace(family.defaults(denoiser, latent, diffusion), **overrides)
+    defaults = family.defaults(denoiser, latent, diffusion)
+    for name, value in overrides.items():
+        known = getattr(defaults, name, None)
+        is_number = isinstance(value, int | float) and isinstance(known, int | float) and 0 < value <= _LARGEST_SETTING
+        is_alike = isinstance(value, type(known)) or (isinstance(known, float) and is_number)
+        if not (is_alike and (is_number or isinstance(value, str))):
+            raise ModelError(
+                f"a model may say defaults for {', '.join(field.name for field in fields(defaults))}, as text or as "
+                f"numbers up to {_LARGEST_SETTING:,}, and this one says {str(value)[:40]!r} for {name}; get it again"
+            )
+    defaults = replace(defaults, **overrides)
     return Components(
         denoiser=denoiser,
         schedule=diffusion.schedule,

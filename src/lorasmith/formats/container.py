@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError, LorasmithError
-from lorasmith.core.files import atomic_path, open_regular
+from lorasmith.core.files import atomic_path, is_folder, open_regular
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import MappedFile
 
 __all__ = [
@@ -28,7 +30,6 @@ __all__ = [
     "TensorInfo",
     "check_safetensors",
     "count_non_finite",
-    "map_safetensors",
     "read_safetensors",
     "serialised",
     "write_safetensors",
@@ -69,16 +70,16 @@ def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> He
         error: the file is missing, a folder, pickled, of another format, cut short, or its header is malformed.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         raise error(f"{path} must be a safetensors file but is a folder; name the file inside it")
-    if not path.exists():
-        raise error(f"{path} does not exist; check the spelling and the folder")
     try:
-        size = path.stat().st_size
         with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(_LENGTH_BYTES + 1)
             _refuse_other_formats(path, start, error)
             text = _header_text(path, file, start, size, error)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; check the spelling and the folder") from None
     except OSError as problem:
         raise error(f"{path} cannot be read ({problem.strerror}); check its permissions") from problem
     try:
@@ -96,25 +97,24 @@ def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> He
 
 
 def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file, checked as `check_safetensors` does."""
-    from safetensors.torch import load_file
+    """Tensors and metadata of a safetensors file, checked as `check_safetensors` does.
 
-    header = check_safetensors(path, error)
-    tensors = load_file(path)
-    return {name: tensors[name] for name in header.tensors}, header.metadata
-
-
-def map_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As `read_safetensors`, but the tensors lie on the memory-mapped file and must not be changed."""
+    Tensors lie on the memory-mapped file: they are read from disk when they are used.
+    """
     header = check_safetensors(path, error)
     if not header.tensors:
         return {}, header.metadata
-    file, offset = MappedFile(path), header.body_start
-    tensors = {}
-    for name, (spelling, shape) in header.tensors.items():  # in the order of the body, which has no gaps
-        dtype = _DTYPE[spelling]
-        tensors[name] = file.tensor(offset, dtype, shape)
-        offset += math.prod(shape) * dtype.itemsize
+    try:
+        file, offset = MappedFile(Path(path)), header.body_start
+        tensors = {}
+        for name, (spelling, shape) in header.tensors.items():  # in the order of the body, which has no gaps
+            dtype = _DTYPE[spelling]
+            tensors[name] = file.tensor(offset, dtype, shape)
+            offset += math.prod(shape) * dtype.itemsize
+    except (OSError, ValueError) as problem:  # it changed since it was checked
+        raise error(
+            f"{path} cannot be mapped into memory ({problem}); copy it to a local disk and try again"
+        ) from problem
     return tensors, header.metadata
 
 
@@ -172,9 +172,12 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
-# Ten times the number in the largest models. More would take minutes and gigabytes to read.
-_MAX_TENSORS = 200_000
-_MAX_COMMAS = 4_000_000
+# Each ten times what the largest models have; what comes after the header's check need not be fast or safe beyond them.
+_MAX_TENSORS = 100_000
+_MAX_DIMENSIONS = 16
+_MAX_NAME_LENGTH = 1_000
+_MAX_NUMBERS = 2**48
+"""Numbers in a tensor, those of dimensions of size 0 not counted."""
 
 # Rows in the order of the reference implementation's dtype enumeration, by which it sorts the body (last comes first).
 _DTYPES = (
@@ -232,6 +235,8 @@ def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: typ
             f"{path} announces a header of {length:,} bytes, more than the {_MAX_HEADER_BYTES:,} a safetensors file "
             "may have; get the file again"
         )
+    if length < len(b"{}"):
+        raise error(f"{path} announces a header of {length} bytes, which is none; get the file again")
     if _LENGTH_BYTES + length > size:
         raise error(
             f"{path} is cut short inside its header: {_LENGTH_BYTES + length:,} bytes are announced, the file has "
@@ -242,12 +247,12 @@ def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: typ
 
 def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
     """Tensors in body order, metadata, and size of the body in bytes. Raises ValueError with the fault."""
-    if text.count(b'"dtype"') > _MAX_TENSORS or text.count(b",") > _MAX_COMMAS:
-        raise ValueError(f"it has more entries than any model, whose tensors are {_MAX_TENSORS:,} at most")
+    if text.count(b'"dtype"') > _MAX_TENSORS:
+        raise ValueError(f"it has more tensors than any model, {_MAX_TENSORS:,} at most")
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError("it is not valid JSON") from None
+        header = parse_foreign_json(text)
+    except ValueError as problem:
+        raise ValueError(f"it {problem}") from None
     if not isinstance(header, dict):
         raise ValueError("it is not a JSON object")
     metadata = header.pop("__metadata__", None)
@@ -267,15 +272,22 @@ def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
 
 def _placed(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
     """Start, end and description of one tensor. Raises ValueError when they contradict each other."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in _SIZE:
+    if len(name) > _MAX_NAME_LENGTH:
+        raise ValueError(f"the name of tensor {_short(name)} has more than {_MAX_NAME_LENGTH:,} characters")
+    spelling = entry.get("dtype") if isinstance(entry, dict) else None
+    if not isinstance(spelling, str) or spelling not in _SIZE:
         raise ValueError(f"tensor {_short(name)} has no known dtype")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {_short(name)} has no proper shape and place")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {_short(name)} has {len(shape):,} dimensions, and {_MAX_DIMENSIONS} are the most")
+    if math.prod(size for size in shape if size) > _MAX_NUMBERS:
+        raise ValueError(f"tensor {_short(name)} has a shape of more numbers than any file holds")
     start, end = offsets
-    if end - start != math.prod(shape) * _SIZE[entry["dtype"]]:
+    if end - start != math.prod(shape) * _SIZE[spelling]:
         raise ValueError(f"tensor {_short(name)} has a shape that does not match its bytes")
-    return start, end, TensorInfo(entry["dtype"], tuple(shape))
+    return start, end, TensorInfo(spelling, tuple(shape))
 
 
 def _short(name: str) -> str:
@@ -285,13 +297,6 @@ def _short(name: str) -> str:
 def _naturals(values: Any) -> TypeGuard[list[int]]:
     """Whether `values` is a list of non-negative integers of at most 63 bits."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:

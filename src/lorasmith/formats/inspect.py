@@ -19,7 +19,7 @@ from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names.prefixes import component_of
 from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
-from lorasmith.formats.names.spelling import ModuleTensors, assembled, grouped
+from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, grouped
 from lorasmith.formats.quality.faults import findings_of
 from lorasmith.formats.quality.norms import squared_change
 from lorasmith.formats.scales import rank_of
@@ -86,12 +86,7 @@ def describe(path: Path) -> LoraSummary:
     groups = grouped(tensors)
     if not groups:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
-    stated = stated_alphas(tensors, metadata)
-    modules = {
-        base: assembled({role: tensors[key] for role, key in keys.items()}, None, stated.get(base))
-        for base, keys in groups.items()
-    }
-    whole = {base: module for base, module in modules.items() if module is not None}
+    whole, _ = all_assembled(tensors, stated_alphas(tensors, metadata))
     adapters = {base: module.adapter for base, module in whole.items() if module.adapter is not None}
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     return LoraSummary(

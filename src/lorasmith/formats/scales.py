@@ -14,6 +14,7 @@ from lorasmith.core.adapter_state import AdapterWeights
 
 __all__ = [
     "baked",
+    "checked_scale",
     "full_alpha",
     "idle_alpha",
     "loras_in",
@@ -26,6 +27,26 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound=Hashable)
+
+
+def checked_scale(value: object) -> float:
+    """A number of a file that scales an adapter: alpha, rank or bound. Every such number passes here.
+
+    Its bounds are wide, and narrow enough for products of a few such numbers to be finite in fp32's exponents.
+
+    Raises:
+        ValueError: it is no number, not finite, or too large or small; the message is the rule, as text after "must".
+    """
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        number = float(value)
+    if math.isnan(number) or 0 < abs(number) < 1 / _LARGEST:
+        said = f"{value:g}" if isinstance(value, float) else repr(value)[:40]
+        raise ValueError(f"be a number, 0 or of a size from {1 / _LARGEST:g} to {_LARGEST:g}, and is {said}")
+    return number
+
+
+_LARGEST = 1e18
 
 
 def rank_of(weights: AdapterWeights) -> int | None:

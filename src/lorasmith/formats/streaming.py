@@ -92,8 +92,10 @@ class Spool:
         self._written: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors, by key."""
+        """Write tensors, by key; one of a key that was written before takes its place."""
         for key, tensor in tensors.items():
+            self._there.pop(key, None)
+            self._written.pop(key, None)
             if not tensor.numel() or tensor.untyped_storage().data_ptr() in self._kept:
                 self._there[key] = tensor
                 continue

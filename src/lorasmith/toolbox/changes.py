@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.errors import LoraError
 from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import scale_of
 from lorasmith.toolbox.lowrank import Change, Truncated, stacked
@@ -70,7 +71,8 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Cha
             changes.append(Change(dense=merged_weight(module, layer_like(None, empty), empty, 1.0).flatten(1)))
             return changes[0]
     if "weight" in module.differences:
-        changes.append(Change(dense=module.differences["weight"].float().flatten(1)))
+        difference = module.differences["weight"].float()
+        changes.append(Change(dense=difference.reshape(len(difference), -1)))
     return stacked(*changes)
 
 
@@ -117,8 +119,16 @@ def added(tensor: Tensor, difference: Tensor, strength: float) -> Tensor:
         tensor: any shape.
         difference: as many elements as `tensor`.
         strength: 1 is the difference as trained.
+
+    Raises:
+        LoraError: it has another number of elements.
     """
-    total = torch.add(tensor.float(), difference.to(tensor.device, torch.float32), alpha=strength)
+    if difference.numel() != tensor.numel():
+        raise LoraError(
+            f"a difference must have the shape of what it changes, {tuple(tensor.shape)}, and has "
+            f"{tuple(difference.shape)}; take files that were trained on the same model"
+        )
+    total = torch.add(tensor.float(), difference.reshape(tensor.shape).to(tensor.device, torch.float32), alpha=strength)
     return total.to(tensor.dtype)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.lora_file import read_lora_tensors
+from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.formats.names.spelling import grouped
 from lorasmith.formats.quality.faults import Finding, findings_of, main_layout
-from lorasmith.formats.streaming import spooled
+from lorasmith.formats.quality.mending import Mend
+from lorasmith.formats.streaming import Spool, spooled
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import free_target
@@ -32,6 +37,8 @@ class Checked:
         compared_with: the model whose names it was compared with, or None.
         modules: number of modules.
         findings: faults first.
+        names: of that model.
+        is_model_sure: whether the user named it.
     """
 
     path: Path
@@ -40,6 +47,8 @@ class Checked:
     compared_with: str | None
     modules: int
     findings: tuple[Finding, ...]
+    names: ModelNames | None = field(repr=False)
+    is_model_sure: bool
 
     @property
     def is_fine(self) -> bool:
@@ -72,11 +81,13 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
         compared_with=None if names is None else (family or names.family) if model is None else str(model),
         modules=len(grouped(tensors)),
         findings=tuple(sorted(found, key=lambda finding: not finding.is_fault)),
+        names=names,
+        is_model_sure=model is not None,
     )
 
 
 def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: bool = False) -> int:
-    """Write a file with every repairable fault repaired.
+    """Write a file with every repairable fault repaired, those included that only a repair brings to light.
 
     Args:
         checked: result of `check_lora`.
@@ -99,16 +110,32 @@ def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: boo
         raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
     target = free_target(Path(output), overwrite=overwrite)
     tensors, metadata = read_lora_tensors(checked.path)
+    repaired = 0
+    with spooled(target.parent, tensors.values()) as spool:
+        for _ in range(_MOST_ROUNDS):
+            repaired += len(mends)
+            tensors, changed = _mended(tensors, mends, spool)
+            if not tensors:
+                raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
+            if "sshs_model_hash" in metadata:
+                metadata = metadata | sshs_hashes(tensors, metadata)
+            found = findings_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
+            mends = [finding.mend for finding in found if finding.mend is not None]
+            if not mends or not changed:
+                break
+        write_safetensors(target, tensors, metadata)
+    return repaired
+
+
+_MOST_ROUNDS = 10  # a repair brings few further faults to light, such as alphas that differ once others are repaired
+
+
+def _mended(tensors: Mapping[str, Tensor], mends: Sequence[Mend], spool: Spool) -> tuple[dict[str, Tensor], bool]:
+    """Tensors with repairs, and whether any key has been left out, added or changed."""
     left_out = frozenset().union(*(mend.left_out for mend in mends))
+    changed = {key: change for mend in mends for key, change in mend.changed.items() if key not in left_out}
+    for key, change in changed.items():
+        spool.add({key: change(tensors.get(key))})
+    written = spool.tensors()
     kept = {key: tensor for key, tensor in tensors.items() if key not in left_out}
-    if not kept:
-        raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
-    with spooled(target.parent, kept.values()) as spool:
-        for mend in mends:
-            for key, change in mend.changed.items():
-                if key not in left_out:
-                    spool.add({key: change(tensors.get(key))})
-        mended = {**kept, **spool.tensors()}
-        header = metadata | (sshs_hashes(mended, metadata) if "sshs_model_hash" in metadata else {})
-        write_safetensors(target, mended, header)
-    return len(mends)
+    return {**kept, **{key: written[key] for key in changed}}, bool(changed or left_out & tensors.keys())

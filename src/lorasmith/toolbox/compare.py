@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
@@ -22,7 +21,7 @@ from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.families.files.diffusers_folder import weight_files
 from lorasmith.families.locating import built_in_models
-from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.recognise import block_of
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import rank_of
@@ -318,9 +317,8 @@ def _stored(path: Path) -> Readers:
 
 
 def _in_file(path: Path, prefix: str) -> Readers:
-    names = check_safetensors(path, ModelError).tensors
-    file = safe_open(path, framework="pt")
-    return {prefix + name: partial(file.get_tensor, name) for name in names}
+    tensors, _ = read_safetensors(path, ModelError)
+    return {prefix + name: partial(tensors.__getitem__, name) for name in tensors}
 
 
 def _by_parameter(model: ModelFiles) -> Readers:

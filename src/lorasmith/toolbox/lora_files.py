@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.container import count_non_finite, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
@@ -30,7 +30,7 @@ from lorasmith.formats.names.spelling import (
     PEFT,
     XLABS,
     ModuleTensors,
-    assembled,
+    all_assembled,
     grouped,
     spelled,
     without_core,
@@ -78,10 +78,15 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         names: a model's names, which then identify its modules; None for the file's own spelling.
 
     Raises:
-        LoraError: it cannot be read, is no LoRA, or is one for another model than `names`.
+        LoraError: it cannot be read, is no LoRA, is one for another model than `names`, or holds NaN or infinity.
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
+    if bad := next((key for key, tensor in tensors.items() if count_non_finite(tensor)), None):
+        raise LoraError(
+            f"a LoRA is computed with if all of its values are finite, and {bad} in {path} holds NaN or infinity; "
+            "`lorasmith check --fix` leaves such modules out"
+        )
     groups = grouped(tensors)
     if not groups:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
@@ -93,15 +98,11 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         refs = dict.fromkeys((*state.adapters, *state.differences))
         found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
         return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)
-    alphas = stated_alphas(tensors, metadata)
+    by_base, _ = all_assembled(tensors, stated_alphas(tensors, metadata))
     modules: dict[ModuleRef, ModuleTensors] = {}
     bases: dict[ModuleRef, str] = {}
     unknown = dict(tensors)
-    for base, keys in groups.items():
-        roles = {role: tensors[key] for role, key in keys.items()}
-        module = assembled(roles, None, None if "alpha" in roles else alphas.get(base))
-        if module is None:
-            continue
+    for base, module in by_base.items():
         ref = _flat(base)
         if ref in modules:
             raise LoraError(
@@ -109,7 +110,7 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
                 "keep the tensors of one of them"
             )
         modules[ref], bases[ref] = module, base
-        for key in keys.values():
+        for key in groups[base].values():
             del unknown[key]
     return LoraFile(path, layout, family, tensors, modules, None, bases, unknown, metadata)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasmith.core.errors import LoraError
 from lorasmith.core.random import keyed_normal
 
 __all__ = ["Change", "Truncated", "share", "stacked"]
@@ -111,12 +112,20 @@ class Change:
             rank: rank at most; None for no bound.
             energy: share of the squared singular values to keep, 0 to 1; less is kept if `rank` limits it.
             key: seeds the random projection of large matrices, such as the module's path.
+
+        Raises:
+            LoraError: a dense matrix has values beyond fp32.
         """
         if self.factors is not None and self.dense is None:
             u, s, vh = _svd_of_product(*self.factors)
             measured, slack = s, _ROUNDING
         else:
             matrix = self.matrix()
+            if not torch.isfinite(matrix).all():
+                raise LoraError(
+                    f"the change of {key or 'a module'} must be within the numbers of fp32, and is not; lower the "
+                    "strength or get the file again"
+                )
             u, s, vh = _svd_of_matrix(matrix, rank, key)
             # The energy of values that were not computed follows from the norm, with the precision of fp32.
             measured, slack = (s, _ROUNDING) if len(s) == min(matrix.shape) else (matrix, 1e-6)

@@ -166,6 +166,7 @@ def _summed(parts: Sequence[Part]) -> dict[str, Tensor]:
     for module, strength in parts:
         for name, difference in module.differences.items():
             scaled = multiplied(difference, strength)
+            _refuse_unlike([tuple(scaled.shape), *([tuple(result[name].shape)] if name in result else [])])
             result[name] = scaled if name not in result else added(result[name].float(), scaled, 1.0)
     return result
 

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
@@ -29,7 +27,7 @@ from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.packed_weights import scale_name
 from lorasmith.families.loading import family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
-from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.model_names import ModelNames
 
 __all__ = ["ModelFiles", "Parameter", "Place", "open_model"]
@@ -77,7 +75,7 @@ class ModelFiles:
     names: ModelNames
     modules: Mapping[ModuleRef, nn.Module]
     places: Mapping[Parameter, Place]
-    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _open: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def parameterization(self) -> str:
@@ -99,13 +97,12 @@ class ModelFiles:
     def tensor(self, file: Path, name: str) -> Tensor:
         """One tensor of one of the files. Raises ModelError if it is quantized with a scale."""
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        if scale_name(name, self._open[file].keys()) is not None:
+            self._open[file], _ = read_safetensors(file, ModelError)
+        if scale_name(name, self._open[file]) is not None:
             raise ModelError(
                 f"{name} in {file} is packed, and the tools do not compute on codes; use the bf16 or fp16 version"
             )
-        tensor: Tensor = self._open[file].get_tensor(name)
-        return tensor
+        return self._open[file][name]
 
 
 def open_model(source: str | os.PathLike[str]) -> ModelFiles:

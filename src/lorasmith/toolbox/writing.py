@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
-from lorasmith.core.files import atomic_path, ensure_folder
-from lorasmith.formats.container import check_safetensors
+from lorasmith.core.files import atomic_path, ensure_folder, open_regular
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.formats.scales import rank_of
 
@@ -83,8 +83,9 @@ def rewritten(
         OutputError: the target cannot be written.
     """
     body = check_safetensors(source, ModelError).body_start
-    with source.open("rb") as old, safe_open(source, framework="pt") as tensors, atomic_path(target) as temporary:
-        entries = json.loads(old.read(body)[8:])
+    tensors, _ = read_safetensors(source, ModelError)
+    with open_regular(source) as old, atomic_path(target) as temporary:
+        entries = parse_foreign_json(old.read(body)[8:])
         entries["__metadata__"] = dict(sorted(metadata.items()))
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -94,7 +95,7 @@ def rewritten(
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
                 start, end = entry["data_offsets"]
                 if name in changes:
-                    value = changes[name](tensors.get_tensor(name)).contiguous().reshape(-1).view(torch.uint8)
+                    value = changes[name](tensors[name]).contiguous().reshape(-1).view(torch.uint8)
                     new.write(value.numpy().data)
                 else:
                     old.seek(body + start)

@@ -184,6 +184,40 @@ def test_the_tools_refuse_it(tmp_path: Path) -> None:
         open_model(tmp_path / "model.gguf")
 
 
+def header(entry: bytes = b"", *, tensors: int = 0, entries: int = 1, tail: bytes = b"") -> bytes:
+    """A GGUF header with one entry named `k`, of which `entry` is type and value."""
+    named = (1).to_bytes(8, "little") + b"k" + entry if entry else b""
+    counts = b"".join(count.to_bytes(8, "little") for count in (tensors, entries))
+    return b"GGUF" + (3).to_bytes(4, "little") + counts + named + tail
+
+
+ARRAY = (9).to_bytes(4, "little")
+BYTES = bytes(4) + (4_096).to_bytes(8, "little") + bytes(4_096)
+ONE, MANY = (1).to_bytes(8, "little"), (2**40).to_bytes(8, "little")
+
+HEADERS = {
+    "deep arrays": (header(ARRAY + (ARRAY + ONE) * 5_000), "nested too deeply"),
+    "a large array": (header(ARRAY + ARRAY + MANY), "more than 4,000,000 elements"),
+    "arrays that are large together": (
+        header(ARRAY + ARRAY + (5_000).to_bytes(8, "little") + BYTES * 1_000),
+        "more than 4,000,000 elements",
+    ),
+    "many entries": (header(entries=100_001), "more than the 100,000"),
+    "many tensors": (header(entries=0, tensors=2**40), "more than the 100,000"),
+    "many dimensions": (
+        header(entries=0, tensors=1, tail=ONE + b"t" + (1_000).to_bytes(4, "little") + bytes(9_000)), "1,000 dimensions"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_without_bounds_are_refused(tmp_path: Path, case: str) -> None:
+    content, said = HEADERS[case]
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=said):
+        GgufFile(tmp_path / "x.gguf")
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**16), st.integers(0, 255), st.floats(0, 1))
 def test_damage_is_told_in_a_sentence(

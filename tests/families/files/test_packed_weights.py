@@ -167,6 +167,12 @@ DAMAGE: dict[str, tuple[str, dict[str, Tensor | None], str]] = {
         {"comfy_quant": packed_files.described(format="int8_tensorwise", convrot=True, convrot_groupsize=32)},
         "but the group is 32",
     ),
+    "groups whose rotation is larger than any": (
+        "int8 with ConvRot",
+        {"comfy_quant": packed_files.described(format="int8_tensorwise", convrot=True, convrot_groupsize=4**9)},
+        "but the group is 262144",
+    ),
+    "codes of one dimension": ("fp8", {"weight": torch.ones(64).to(torch.float8_e4m3fn)}, "must have 2 or more"),
     "nvfp4 without a scale of blocks": ("nvfp4", {"weight_scale": None}, "must have a weight_scale, but has none"),
     "nvfp4 without a scale": ("nvfp4", {"weight_scale_2": None}, "must have a weight_scale_2, but has none"),
     "nvfp4 with scales of other blocks": ("nvfp4", {"weight_scale": torch.zeros(32, 4, dtype=torch.uint8)}, "of 512"),
@@ -193,6 +199,24 @@ def test_damage_is_one_sentence(case: str) -> None:
     with pytest.raises(ModelError, match=r"x.weight of file is stored as .* get it again") as raised:
         read({leaf: tensor for leaf, tensor in parts.items() if tensor is not None})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        torch.frombuffer(bytearray(b"[" * 50_000), dtype=torch.uint8),
+        torch.frombuffer(bytearray(b'{"format": NaN}'), dtype=torch.uint8),
+        torch.zeros(2**17, dtype=torch.uint8),
+        torch.ones(3),
+    ],
+    ids=["deep", "NaN", "long", "floats"],
+)
+def test_formats_that_are_no_json_are_refused(said: Tensor) -> None:
+    tensors = {"x.weight": torch.zeros(4, 4, dtype=torch.int8), "x.comfy_quant": said}
+    with pytest.raises(ModelError, match="must be JSON with a format for each"):
+        PackedWeights("file", tensors, {})
+    with pytest.raises(ModelError, match="must be JSON with a format for each"):
+        PackedWeights("file", {}, {"_quantization_metadata": "[" * 50_000})
 
 
 def test_scales_without_a_format_are_of_fp8(tmp_path: Path) -> None:

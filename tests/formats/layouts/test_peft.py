@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.formats.layouts.layout import LAYOUTS
+from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.names.model_names import OriginalName
 
@@ -216,3 +219,47 @@ def test_keys_cannot_lead_out_of_the_folder(tmp_path: Path, unet_names, make_sta
         "adapter_model.safetensors",
         "x",
     ]
+
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ('{"lora_alpha": NaN}', "must be a JSON object"),
+        ('{"r":' * 50_000, "must be a JSON object"),
+        ({"lora_alpha": 10**30}, "must be a JSON object"),
+        ({"lora_alpha": 1e30}, "and is 1e\\+30"),
+        ({"lora_alpha": True}, "and is True"),
+        ({"lora_alpha": "8"}, "and is '8'"),
+        ({"r": 0}, "a rank must be at least 1, and is 0"),
+        ({"alpha_pattern": {"to_q": 1e30}}, "and is 1e\\+30"),
+        ({"rank_pattern": {"to_q": -4}}, "at least 1, and is -4"),
+        ({"alpha_pattern": {"(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)" + "|c" * 9: 1}}, "repeats too much"),
+        ({"alpha_pattern": {"a?" * 30 + "b": 1}}, "repeats too much"),
+        ({"alpha_pattern": {f"a{index}|b": 1 for index in range(101)}}, "more than 100 regular expressions"),
+        ({"alpha_pattern": {".*x.*y.*z": 1}}, "could take minutes"),
+    ],
+)
+def test_numbers_and_patterns_of_a_configuration_are_bounded(tmp_path, unet_names, fields, said: str) -> None:
+    (tmp_path / "x").mkdir()
+    base = f"base_model.model.{'x.' * 200}to_q"
+    tensors = {f"{base}.lora_A.weight": torch.ones(4, 32), f"{base}.lora_B.weight": torch.ones(32, 4)}
+    save_file(tensors, tmp_path / "x" / "adapter_model.safetensors")
+    text = fields if isinstance(fields, str) else json.dumps({**CONFIG, **fields})
+    (tmp_path / "x" / "adapter_config.json").write_text(text)
+    with pytest.raises(LoraError, match=said):
+        load_lora(tmp_path / "x", unet_names)
+
+
+def test_thousands_of_patterns_take_a_moment() -> None:
+    names = [f"blocks.{index}.attn.to_q" for index in range(5_000)]
+    fields = {"lora_alpha": 1, "r": 4, "alpha_pattern": {name: index for index, name in enumerate(names, start=1)}}
+    tensors = {f"{name}.lora_A.weight": torch.ones(4, 1) for name in names}
+    before = time.process_time()
+
+    alphas = stated_alphas(tensors, {"lora_adapter_metadata": json.dumps(fields)})
+
+    assert time.process_time() - before < 2
+    assert list(alphas.values()) == list(range(1, 5_001))

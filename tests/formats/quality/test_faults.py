@@ -54,7 +54,7 @@ DAMAGE = {
     "zeros": ({f"{TO_Q}.lora_up.weight": torch.zeros(32, 4)}, f"{TO_Q} changes nothing", False),
     "no alpha": ({f"{TO_Q}.alpha": None}, f"{TO_Q} has no alpha, though others have", True),
     "alpha zero": ({f"{TO_Q}.alpha": torch.tensor(0.0)}, f"{TO_Q} has an alpha of zero", True),
-    "half": ({f"{TO_Q}.lora_down.weight": None}, f"{TO_Q} is incomplete", True),
+    "half": ({f"{TO_Q}.lora_down.weight": None}, f"{TO_Q} is damaged: ", True),
     "stranger": ({"emb_params": torch.ones(2, 3)}, "emb_params has no name that LoRA files use", True),
     "no such module": (
         {f"lora_unet_conv_up.{role}": torch.ones(4, 4) for role in ("lora_up.weight", "lora_down.weight")}

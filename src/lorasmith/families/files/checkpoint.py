@@ -6,7 +6,6 @@ unknown file for Stable Diffusion 1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.tensor_files import open_tensors
 
@@ -25,11 +25,28 @@ ARCHITECTURE = "lorasmith.architecture"
 
 # Full checkpoints put the denoiser under the first; other tools save it alone under one of the others, or under none.
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "")
+_LARGEST_SETTING = 65_536
 LORA_MARKS = ("lora_", "lora.", "hada_w", "lokr_w", "oft_blocks")
 
 
+class _Shape(tuple[int, ...]):
+    """A tensor's shape. Looking up a dimension that it lacks raises ModelError."""
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return super().__getitem__(index)
+        except IndexError:
+            raise ModelError(
+                f"the checkpoint has a tensor of shape {tuple(self)} where its architecture has more dimensions; the "
+                "file was damaged or is of an unsupported variant"
+            ) from None
+
+
 class Shapes(dict[str, tuple[int, ...]]):
-    """Tensor shapes by name. Looking up a tensor that the file lacks raises ModelError."""
+    """Tensor shapes by name. Looking up a tensor that the file lacks, or a dimension of one, raises ModelError."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | Iterable[tuple[str, tuple[int, ...]]] = ()) -> None:
+        super().__init__((name, _Shape(shape)) for name, shape in dict(shapes).items())
 
     def __missing__(self, name: str) -> tuple[int, ...]:
         raise ModelError(f"the checkpoint lacks {name}; it is incomplete or was cut short")
@@ -66,8 +83,11 @@ class OriginalCheckpoint:
     def architecture(self) -> dict[str, dict[str, Any]]:
         """Settings in the file's metadata for `unet`, `vae`, `text_encoder` and `defaults`; most files have none."""
         try:
-            said = json.loads(self.metadata.get(ARCHITECTURE, "{}"))
-            return {component: dict(settings) for component, settings in said.items()}
+            said = parse_foreign_json(self.metadata.get(ARCHITECTURE, "{}"))
+            settings = {component: dict(one) for component, one in said.items()}
+            if not all(_is_plain(value) for one in settings.values() for value in one.values()):
+                raise ValueError(f"settings are short texts and numbers up to {_LARGEST_SETTING:,}")
+            return settings
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{ARCHITECTURE} in the metadata of {self.path} must be settings by component in JSON; "
@@ -99,3 +119,8 @@ class OriginalCheckpoint:
         """
         names = [name for name in self.shapes if name.startswith(prefix)]
         return {name.removeprefix(prefix): one for name, one in self.file.read(names)}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a setting is a number or a text that no part of a model needs much time or memory for."""
+    return len(value) <= 100 if isinstance(value, str) else isinstance(value, int | float) and value <= _LARGEST_SETTING

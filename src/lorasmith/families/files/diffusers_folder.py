@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import read_regular
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.files.tensor_files import TensorFile, open_tensors
@@ -58,8 +57,10 @@ def weight_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if not names or any(Path(name).name != name for name in names):
+            places = read_json(index).get("weight_map")
+            found = list(places.values()) if isinstance(places, dict) else []
+            names = sorted({name for name in found if isinstance(name, str) and Path(name).name == name})
+            if not names or len(names) < len(set(map(str, found))):
                 raise ModelError(f"{index} must list files beside it; it was damaged or edited, so get it again")
             return [folder / name for name in names]
         if (folder / f"{stem}.safetensors").is_file():
@@ -70,9 +71,11 @@ def weight_files(folder: Path) -> list[Path]:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError if the file cannot be read or holds none."""
     try:
-        content = json.loads(read_regular(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); get the model again") from error
-    if not isinstance(content, Mapping):
+        content = parse_foreign_json(read_regular(file), finite=False)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}); get the model again") from error
+    except ValueError as error:
+        raise ModelError(f"{file} {error}; get the model again") from error
+    if not isinstance(content, dict):
         raise ModelError(f"{file} must hold a JSON object but does not; get the model again")
-    return dict(content)
+    return content

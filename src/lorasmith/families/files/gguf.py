@@ -38,6 +38,11 @@ _TEXT, _ARRAY = 8, 9
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Types of values in the header, and the bytes of those of fixed size."""
 
+_MOST_ELEMENTS = 4_000_000
+"""Elements of all arrays: those of the largest vocabularies are a million."""
+
+_MOST_ENTRIES, _MOST_DIMENSIONS, _DEEPEST_ARRAY = 100_000, 8, 2
+
 
 def is_gguf(path: Path) -> bool:
     """Whether a file has GGUF's magic number; False for one that cannot be read."""
@@ -155,11 +160,11 @@ def _reader(path: Path) -> Any:
 
 
 def _check_lengths(path: Path) -> None:
-    """Raises ValueError if a count or length in the header exceeds the file, which the package does not check.
+    """Raises ValueError if a count or length in the header exceeds the file or a bound, which the package ignores.
 
     Scalars have the sizes of `_SCALARS`, a text its length before it, an array type and count of its elements.
     """
-    size = path.stat().st_size
+    size, elements = path.stat().st_size, 0
     with open_regular(path) as file:
 
         def number(code: str) -> int:
@@ -173,18 +178,22 @@ def _check_lengths(path: Path) -> None:
                 raise ValueError(f"a length of {length:,} bytes is more than the file has left")
             file.seek(length, 1)
 
-        def skip_value(kind: int) -> None:
+        def skip_value(kind: int, depth: int = 0) -> None:
+            nonlocal elements
+            if depth > _DEEPEST_ARRAY:
+                raise ValueError("arrays are nested too deeply")
             if kind == _TEXT:
                 skip(number("<Q"))
             elif kind == _ARRAY:
                 inside, count = number("<I"), number("<Q")
+                elements += count
+                if elements > _MOST_ELEMENTS:
+                    raise ValueError(f"its arrays have more than {_MOST_ELEMENTS:,} elements")
                 if inside in _SCALARS:
                     skip(count * _SCALARS[inside])
                     return
-                if count > size - file.tell():
-                    raise ValueError(f"an array of {count:,} elements is more than the file has left")
                 for _ in range(count):
-                    skip_value(inside)
+                    skip_value(inside, depth + 1)
             elif kind in _SCALARS:
                 skip(_SCALARS[kind])
             else:
@@ -194,14 +203,16 @@ def _check_lengths(path: Path) -> None:
         version, tensors, entries = number("<I"), number("<Q"), number("<Q")
         if version not in (2, 3):
             raise ValueError(f"version {version} is not known")
-        if max(tensors, entries) > size:
-            raise ValueError(f"{max(tensors, entries):,} entries are more than the file holds")
+        if max(tensors, entries) > _MOST_ENTRIES:
+            raise ValueError(f"{max(tensors, entries):,} entries are more than the {_MOST_ENTRIES:,} of any model")
         for _ in range(entries):
             skip_value(_TEXT)
             skip_value(number("<I"))
         for _ in range(tensors):
             skip_value(_TEXT)
-            skip(8 * number("<I") + 12)  # dimensions, type, place
+            if (dimensions := number("<I")) > _MOST_DIMENSIONS:
+                raise ValueError(f"a tensor has {dimensions:,} dimensions")
+            skip(8 * dimensions + 12)  # with type and place
 
 
 def _texts(reader: Any) -> Iterator[tuple[str, str]]:

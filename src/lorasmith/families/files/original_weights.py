@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import give_source, packable_layers
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
 from lorasmith.formats.names.model_names import OriginalName
 
@@ -95,7 +95,9 @@ def build(
             raise ModelError(f"{where} lacks {missing[0]}; it is incomplete, so get it again")
         packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
         model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except LorasmithError:
+        raise
+    except Exception as error:  # constructors of diffusers and transformers raise many kinds for odd settings
         raise ModelError(
             f"{where} does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of an unsupported variant"

@@ -15,7 +15,6 @@ activations, for example) are refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.fp8_products import CODES
 from lorasmith.core.quantization import Packed, scaled_codes
 from lorasmith.families.files.packed_formats import (
@@ -47,6 +47,9 @@ _COMPANIONS = (*_SCALES, "weight_scale_2", "pre_quant_scale", "scale_input", "in
 _MARK = "scaled_fp8"
 _METADATA = "_quantization_metadata"
 _E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # torch 2.7 and later
+_LONGEST_SAID = 2**16  # bytes of JSON about one layer
+_MOST_PREFIXES = 16
+_LARGEST_GROUP = 4096  # whose rotation is a matrix of that size
 _REMEDY = "the file was damaged or edited, so get it again or use the bf16 or fp16 version of the model"
 
 
@@ -154,8 +157,8 @@ class _Layer:
         codes = self.tensors[self.weight]
         if codes.dtype not in dtypes:
             self.refuse(f"must have codes in {_listed(dtypes)}, but has {_short(codes.dtype)}")
-        if ndim is not None and codes.ndim != ndim:
-            self.refuse(f"must have {ndim} dimensions, but has {codes.ndim}")
+        if codes.ndim < 2 or (ndim is not None and codes.ndim != ndim):
+            self.refuse(f"must have {ndim or '2 or more'} dimensions, but has {codes.ndim}")
         return codes
 
     def companion(self, leaf: str) -> Tensor | None:
@@ -209,7 +212,7 @@ def _scaled_int8(layer: _Layer) -> Packed:
     scale = _row_scale(layer, codes)
     if group is None:
         return scaled_codes(codes, scale, torch.float32)
-    if group < 4 or 4 ** round(math.log(group, 4)) != group or codes.shape[1] % group:
+    if not 4 <= group <= _LARGEST_GROUP or 4 ** round(math.log(group, 4)) != group or codes.shape[1] % group:
         layer.refuse(
             f"its inputs must be rotated in groups of a power of 4 that divides their number {codes.shape[1]}, but the "
             f"group is {group}"
@@ -259,13 +262,15 @@ def _formats(file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     try:
         for name, tensor in tensors.items():
             if name.endswith(f".{_SAID}"):
-                yield name.removesuffix(f".{_SAID}"), _format(json.loads(bytes(tensor.tolist())))
-        layers = json.loads(metadata.get(_METADATA, "{}")).get("layers", {})
+                if tensor.dtype != torch.uint8 or tensor.numel() > _LONGEST_SAID:
+                    raise ValueError(f"{name} is not text")
+                yield name.removesuffix(f".{_SAID}"), _format(parse_foreign_json(bytes(tensor.flatten().tolist())))
+        layers = parse_foreign_json(metadata.get(_METADATA, "{}")).get("layers", {})
         stems = {stem for name in tensors if (stem := _stem(name)) is not None}
         prefix = _prefix(layers, stems)
         for layer, said in layers.items():  # which count where both say something
             yield f"{prefix}{layer}", _format(said)
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ModelError(
             f"what {file} says about its quantized weights must be JSON with a format for each; {_REMEDY}"
         ) from error
@@ -281,7 +286,8 @@ def _format(said: Any) -> _Format:
 def _prefix(layers: Collection[str], stems: Collection[str]) -> str:
     """What stands before the names of the metadata in a file, which may leave out the denoiser's prefix."""
     first = next(iter(layers), "")
-    prefixes = sorted({stem.removesuffix(first) for stem in stems if stem.endswith(first)}, key=len) if first else []
+    ends = {stem.removesuffix(first) for stem in stems if stem.endswith(first)} if first else set()
+    prefixes = sorted(ends, key=len)[:_MOST_PREFIXES]
     return max(prefixes, key=lambda prefix: sum(f"{prefix}{layer}" in stems for layer in layers), default="")
 
 

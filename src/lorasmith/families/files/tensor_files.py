@@ -15,7 +15,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.gguf import GgufFile, is_gguf
 from lorasmith.families.files.packed_weights import PackedWeights
-from lorasmith.formats.container import map_safetensors
+from lorasmith.formats.container import read_safetensors
 
 __all__ = ["TensorFile", "open_tensors"]
 
@@ -56,7 +56,7 @@ class _Safetensors:
     """A safetensors file; for packed weights see `families.files.packed_weights`."""
 
     def __init__(self, path: Path) -> None:
-        tensors, metadata = map_safetensors(path, error=ModelError)
+        tensors, metadata = read_safetensors(path, error=ModelError)
         self.metadata: Mapping[str, str] = metadata
         self._weights = PackedWeights(path.name, tensors, metadata)
         self.shapes: Mapping[str, tuple[int, ...]] = self._weights.shapes

@@ -67,8 +67,11 @@ class ClipEncoder(EncoderKind):
             config = clip_layout.clip_config(named, activation=self._activation, pad_token_id=pad) | dict(
                 source.settings
             )
-        wanted = CLIPTextConfig(**config)
-        return build(lambda: kind(wanted), lambda model: clip_layout.renamed_for(model, named), where=source.where)
+        return build(
+            lambda: kind(CLIPTextConfig(**config)),
+            lambda model: clip_layout.renamed_for(model, named),
+            where=source.where,
+        )
 
     def width(self, encoder: Any) -> int:
         return int(encoder.config.hidden_size)

@@ -24,6 +24,7 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names import prefixes
@@ -38,6 +39,7 @@ from lorasmith.formats.names.places import (
     unfusable,
 )
 from lorasmith.formats.names.spelling import KOHYA, spelled, split_key
+from lorasmith.formats.scales import checked_scale
 
 __all__ = ["KohyaLayout"]
 
@@ -135,8 +137,8 @@ def _stated_bounds(metadata: Mapping[str, str]) -> dict[str, float]:
     """Bounds of rotations by module path, as `header` states them. Raises LoraError where they are malformed."""
     text = metadata.get(BOUNDS, "{}")
     try:
-        bounds = {str(path): float(bound) for path, bound in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        bounds = {path: checked_scale(bound) for path, bound in parse_foreign_json(text).items()}
+    except (ValueError, AttributeError) as error:
         raise LoraError(
             f"{BOUNDS} in a LoRA's metadata must give a number for each module path, got {text[:60]!r}; "
             "remove that entry, and rotations have no bound"

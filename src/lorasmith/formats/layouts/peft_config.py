@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import algorithms, format_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.names.spelling import grouped, scales_outputs
-from lorasmith.formats.scales import rank_of
+from lorasmith.formats.scales import checked_scale, rank_of
 
 __all__ = [
     "ADAPTER_METADATA",
@@ -48,9 +48,64 @@ _ENCODER_PREFIX = "text_model."
 # Initializations that change the base model's weights, so that the adapter fits the changed model alone.
 _STARTS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
 
-_REPETITION = re.compile(r"(?<!\\)[*+{]")
+_REPETITION = re.compile(r"(?<!\\)(?:[*+{]|(?<!\()\?)")
 _REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
 _MOST_REPETITIONS = 3
+_MOST_EXPRESSIONS = 100
+_LONGEST_EXPRESSION = 2_000
+_MOST_STEPS = 500_000_000
+_MOST_PREFIXES = 16
+_MOST_CHOICES = 100_000
+
+
+class _Expression(NamedTuple):
+    """A pattern that is a regular expression.
+
+    Attributes:
+        place: among the patterns.
+        pattern, value: as in `_Patterns`.
+        choices, repetitions: bounds of the time to match it, for a path of length n choices · n^repetitions.
+    """
+
+    place: int
+    pattern: re.Pattern[str]
+    value: float
+    choices: int
+    repetitions: int
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Values by pattern, of which the first that matches a path counts.
+
+    Attributes:
+        ends: place and value by path, or end of a path after a dot; those after a caret stand for the whole path.
+        expressions: all other patterns.
+    """
+
+    ends: Mapping[str, tuple[int, float]]
+    expressions: tuple[_Expression, ...]
+
+    def value(self, path: str, otherwise: float) -> float:
+        """The value of a path, `otherwise` if no pattern matches it."""
+        dots = (index + 1 for index, letter in enumerate(path) if letter == ".")
+        names = (f"^{path}", path, *(path[start:] for start in dots))
+        found = [self.ends[name] for name in names if name in self.ends] if self.ends else []
+        found += [(one.place, one.value) for one in self.expressions if one.pattern.match(path)]
+        return min(found)[1] if found else otherwise
+
+    def refuse_slow(self, paths: Collection[str]) -> None:
+        """Raise LoraError if matching all paths could take longer than some seconds."""
+        steps = sum(
+            one.choices * (path.count(".") + 1) * len(path) ** one.repetitions
+            for one in self.expressions
+            for path in paths
+        )
+        if steps > _MOST_STEPS:
+            raise LoraError(
+                f"the patterns in {ADAPTER_METADATA} must match the names of {len(paths)} modules in a short time, and "
+                "could take minutes; save the file again with the names of modules instead of regular expressions"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,23 +114,23 @@ class Config:
 
     Attributes:
         rank, alpha: of modules that no pattern matches.
-        rank_pattern, alpha_pattern: (regular expression for the end of a path, value).
+        rank_pattern, alpha_pattern: values by the end of a path.
         rank_stabilized: whether the scale is alpha / √rank.
     """
 
     rank: float
     alpha: float
-    rank_pattern: tuple[tuple[re.Pattern[str], float], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    rank_pattern: _Patterns
+    alpha_pattern: _Patterns
     rank_stabilized: bool
 
     def rank_of(self, path: str) -> float:
         """The rank of a module."""
-        return next((rank for pattern, rank in self.rank_pattern if pattern.match(path)), self.rank)
+        return self.rank_pattern.value(path, self.rank)
 
     def alpha_of(self, path: str, rank: int | None) -> float:
         """The numerator of alpha / rank. rsLoRA scales by alpha / √rank, which is an alpha √rank times as large."""
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(path)), self.alpha)
+        alpha = self.alpha_pattern.value(path, self.alpha)
         return alpha * math.sqrt(rank) if self.rank_stabilized and rank else alpha
 
 
@@ -92,10 +147,12 @@ def stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     """Alphas by base, from the header. Raises LoraError when its entry is malformed."""
     alphas = {}
     for prefix, config in configs_of(metadata).items():
-        for base, keys in grouped(tensors).items():
-            if base.startswith(prefix):
-                rank = tensors[keys["down"]].shape[0] if "down" in keys else None
-                alphas[base] = config.alpha_of(base.removeprefix(prefix), rank)
+        bases = {base: keys for base, keys in grouped(tensors).items() if base.startswith(prefix)}
+        config.alpha_pattern.refuse_slow(bases)
+        for base, keys in bases.items():
+            if "alpha" not in keys:
+                shape = tensors[keys["down"]].shape if "down" in keys else ()
+                alphas[base] = config.alpha_of(base.removeprefix(prefix), shape[0] if shape else None)
     return alphas
 
 
@@ -106,12 +163,13 @@ def header_fields(config: str, prefix: str) -> dict[str, Any]:
         LoraError: it is not a supported configuration.
     """
     try:
-        fields = json.loads(config)
+        fields = parse_foreign_json(config)
         kind, start = fields.get("peft_type", "LORA"), fields.get("init_lora_weights")
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         raise LoraError("adapter_config.json must be a JSON object, and it is not; get the file again") from None
     kinds = {one.peft.name: one.peft for _, one in algorithms() if one.peft is not None}
-    known = kinds.get(str(kind))
+    kind = str(kind)[:20]
+    known = kinds.get(kind)
     if known is None or known.differs:
         why = "" if known is None else f", which {known.differs}"
         read = ", ".join(name for name, one in kinds.items() if not one.differs)
@@ -211,33 +269,57 @@ def _pattern(path: str) -> str:
 @functools.lru_cache(maxsize=4)
 def _parsed(entry: str) -> Mapping[str, Config]:
     try:
-        fields = json.loads(entry)
+        fields = parse_foreign_json(entry)
         prefixes = sorted({name.removesuffix("lora_alpha") for name in fields if name.endswith("lora_alpha")}, key=len)
+        if len(prefixes) > _MOST_PREFIXES:
+            raise ValueError(f"it has more than {_MOST_PREFIXES} components")
         return {
             prefix: Config(
-                rank=float(fields.get(f"{prefix}r", 8)),
-                alpha=float(fields[f"{prefix}lora_alpha"]),
-                rank_pattern=_compiled(fields.get(f"{prefix}rank_pattern")),
-                alpha_pattern=_compiled(fields.get(f"{prefix}alpha_pattern")),
+                rank=_checked_rank(fields.get(f"{prefix}r", 8)),
+                alpha=checked_scale(fields[f"{prefix}lora_alpha"]),
+                rank_pattern=_compiled(fields.get(f"{prefix}rank_pattern"), _checked_rank),
+                alpha_pattern=_compiled(fields.get(f"{prefix}alpha_pattern"), checked_scale),
                 rank_stabilized=bool(fields.get(f"{prefix}use_rslora")),
             )
             for prefix in prefixes
         }
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as problem:
+    except (ValueError, TypeError, AttributeError, re.error) as problem:
         raise LoraError(
             f"the header entry {ADAPTER_METADATA} must be JSON with the fields of a LoraConfig, and it is not "
             f"({problem}); get the file again, or save it again with the program that made it"
         ) from problem
 
 
-def _compiled(pattern: Any) -> tuple[tuple[re.Pattern[str], float], ...]:
+def _checked_rank(value: object) -> float:
+    rank = checked_scale(value)
+    if rank < 1:
+        raise ValueError(f"a rank must be at least 1, and is {rank:g}")
+    return rank
+
+
+def _compiled(pattern: Any, checked: Callable[[object], float]) -> _Patterns:
     """A pattern's entries, matched as PEFT does.
 
+    Args:
+        pattern: the field's value.
+        checked: function that raises ValueError for numbers that are not allowed.
+
     Raises:
-        ValueError: an entry could take exponential time to match.
+        ValueError: an entry could take exponential time to match, or there are too many.
     """
-    entries = dict(pattern or {})
-    for key in entries:
-        if len(_REPETITION.findall(key)) > _MOST_REPETITIONS or _REPEATED_GROUP.search(key):
+    ends: dict[str, tuple[int, float]] = {}
+    expressions: list[_Expression] = []
+    for place, (key, value) in enumerate(dict(pattern or {}).items()):
+        plain = re.sub(r"\\(\W)", r"\1", key)
+        if re.fullmatch(r"\^?[\w.-]+", plain):  # a dot matches any character, but paths have a dot where patterns do
+            ends.setdefault(plain, (place, checked(value)))
+            continue
+        # Each group may choose among all alternatives.
+        choices, repetitions = (1 + key.count("|")) ** min(key.count("("), 9), len(_REPETITION.findall(key))
+        if repetitions > _MOST_REPETITIONS or choices > _MOST_CHOICES or _REPEATED_GROUP.search(key):
             raise ValueError(f"the pattern {key[:40]!r} repeats too much")
-    return tuple((re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in entries.items())
+        if len(expressions) == _MOST_EXPRESSIONS or len(key) > _LONGEST_EXPRESSION:
+            raise ValueError(f"a pattern has more than {_MOST_EXPRESSIONS} regular expressions, or a very long one")
+        whole = re.compile(rf"(.*\.)?({key})$")
+        expressions.append(_Expression(place, whole, checked(value), choices, repetitions))
+    return _Patterns(ends, tuple(expressions))

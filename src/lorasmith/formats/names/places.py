@@ -15,7 +15,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.names.fusing import fused, fused_rows, split, split_rows
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
-from lorasmith.formats.names.spelling import ModuleTensors, assembled, fits, grouped
+from lorasmith.formats.names.spelling import ModuleTensors, Unfit, assembled, fits, grouped
 
 __all__ = [
     "Part",
@@ -195,7 +195,7 @@ def _read_base(
     """Adapters and differences of a base's modules, None if they do not fit there."""
     shapes = [_weight_shape(part.module, names) for part in parts]
     whole = assembled(roles, shapes[0] if parts[0].place.rows is None else None, alpha)
-    if whole is None:
+    if isinstance(whole, Unfit):
         return None
     places = [part.place for part in parts]
     adapters = [None] * len(parts) if whole.adapter is None else split(whole.adapter, places)

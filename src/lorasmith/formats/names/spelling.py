@@ -19,9 +19,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import ADAPTERS, algorithms, format_named, format_of
+from lorasmith.adapters.algorithms import ADAPTERS, algorithms, format_named, format_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.formats.scales import idle_alpha, scale_of
+from lorasmith.core.shape_rules import first_misfit
+from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
 
 __all__ = [
     "KOHYA",
@@ -29,6 +30,8 @@ __all__ = [
     "UNREADABLE",
     "XLABS",
     "ModuleTensors",
+    "Unfit",
+    "all_assembled",
     "assembled",
     "fits",
     "grouped",
@@ -47,6 +50,19 @@ class Suffixes(Enum):
 
 
 KOHYA, PEFT = Suffixes
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Why a module's tensors make no adapter.
+
+    Attributes:
+        role: of the tensor at fault.
+        problem: text that follows the tensor's name: the rule, and what the tensor is.
+    """
+
+    role: str
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -91,48 +107,149 @@ def grouped(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def assembled(
     tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, stated_alpha: float | None = None
-) -> ModuleTensors | None:
-    """One module's tensors in canonical form.
+) -> ModuleTensors | Unfit:
+    """One module's tensors in canonical form, or what is wrong with them.
+
+    Every algorithm's tensors are held to its `AdapterFormat` here, so that no code after it has to expect others: it
+    can take products and norms of what this function returns. Whether values are finite is not looked at.
 
     Args:
-        tensors: by role.
+        tensors: by role. Eight-bit floats, which torch does not compute with, are widened.
         shape: shape of the module's weight, None if unknown.
         stated_alpha: alpha if there is no tensor of it.
-
-    Returns:
-        None if the tensors are not complete adapters and differences.
     """
-    rest = dict(tensors)
-    differences = {parameter: rest.pop(role) for role, parameter in _DIFFERENCES.items() if role in rest}
-    if not rest:
-        return ModuleTensors(None, differences)
-    alpha = rest.pop("alpha", None)
-    up_bias = rest.pop("up_bias", None)
-    magnitude = rest.pop("magnitude", None)
-    if magnitude is not None:
-        rest["dora_scale"] = magnitude.reshape(-1)
-    algorithm = _algorithm_of(rest)
-    if algorithm is None or (alpha is not None and alpha.numel() != 1):
-        return None
-    read = AdapterWeights(algorithm, rest, stated_alpha if alpha is None else float(alpha))
-    weights = format_of(read).canonical(read, shape)
-    if weights is None:
-        return None
-    if up_bias is not None:
-        differences["bias"] = up_bias * scale_of(weights)
-    return ModuleTensors(weights, differences)
+    rest = {role: _widened(tensor) for role, tensor in tensors.items()}
+    for role, tensor in rest.items():
+        if role != "alpha" and not tensor.is_floating_point():
+            return Unfit(
+                role, f"must hold floating-point numbers, and holds {str(tensor.dtype).removeprefix('torch.')}"
+            )
+    given = {role: rest.pop(role) for role in (*_DIFFERENCES, "up_bias") if role in rest}
+    differences = {parameter: given[role] for role, parameter in _DIFFERENCES.items() if role in given}
+    if not rest and "up_bias" not in given:
+        return _difference_misfit(given, None) or ModuleTensors(None, differences)
+    weights = _adapter_of(rest, shape, stated_alpha)
+    if isinstance(weights, Unfit):
+        return weights
+    if "up_bias" in given:
+        differences["bias"] = given["up_bias"] * scale_of(weights)
+    return _difference_misfit(given, weights) or ModuleTensors(weights, differences)
 
 
-def _algorithm_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The algorithm whose adapter has these tensors, or None."""
+def _adapter_of(
+    tensors: dict[str, Tensor], shape: tuple[int, ...] | None, stated_alpha: float | None
+) -> AdapterWeights | Unfit:
+    """The adapter of a module; arguments as for `assembled`, without differences."""
+    alpha = tensors.pop("alpha", None)
+    if "magnitude" in tensors:
+        tensors["dora_scale"] = tensors.pop("magnitude").reshape(-1)
+    algorithm = _algorithm_of(tensors)
+    if isinstance(algorithm, Unfit):
+        return algorithm
+    try:
+        number = stated_alpha if alpha is None else checked_scale(alpha.item() if alpha.numel() == 1 else None)
+    except ValueError as problem:
+        return Unfit("alpha", f"must {problem}")
+    form = format_named(algorithm)
+    if form.bounded is not None and number is not None:
+        number = max(number, 0.0)  # for ComfyUI and LyCORIS a negative bound is none
+    weights = form.canonical(AdapterWeights(algorithm, tensors, number), shape)
+    return _magnitude_misfit(weights) or weights
+
+
+def all_assembled(
+    tensors: Mapping[str, Tensor], alphas: Mapping[str, float]
+) -> tuple[dict[str, ModuleTensors], dict[str, str]]:
+    """A file's modules by base, and what is wrong with those whose tensors make no adapter, in a clause each.
+
+    Args:
+        tensors: by key.
+        alphas: by base, alphas that the file states elsewhere than in tensors.
+    """
+    modules: dict[str, ModuleTensors] = {}
+    unfit: dict[str, str] = {}
+    for base, keys in grouped(tensors).items():
+        module = assembled({role: tensors[key] for role, key in keys.items()}, None, alphas.get(base))
+        if isinstance(module, Unfit):
+            role = module.role if module.role in keys else "magnitude"  # PEFT's name of dora_scale
+            unfit[base] = f"{keys[role]} {module.problem}"
+        else:
+            modules[base] = module
+    return modules, unfit
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.element_size() > 1:
+        return tensor
+    return tensor.to(torch.float16 if tensor.dtype in _IN_FP16 else torch.float32)
+
+
+_LARGEST_WEIGHT = 2**29
+"""Numbers in the largest weight that is taken for one: those of 2026's models have at most 2^28.3."""
+
+_IN_FP16 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Eight-bit floats of which fp16 holds all values."""
+
+
+def _algorithm_of(tensors: Mapping[str, Tensor]) -> str | Unfit:
+    """The algorithm whose adapter has these tensors."""
+    shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+    roles = shapes.keys() - {"dora_scale"}
+    misfit = None
     for name, form in algorithms():
-        whole = any(needed <= tensors.keys() for needed in form.needed)
-        if (
-            whole
-            and tensors.keys() <= {*form.suffixes, "dora_scale"}
-            and all(tensors[role].ndim == dimensions for role, dimensions in form.dimensions.items())
-        ):
-            return name
+        for rules in form.rules:
+            if rules.keys() != roles:
+                continue
+            found = first_misfit(shapes, rules)
+            if found is None:
+                role, further = next(iter(rules)), form.further_rule(shapes)
+                return Unfit(role, f"must {further}, and has the shape {shapes[role]}") if further else name
+            role, rule = found
+            misfit = misfit or Unfit(role, f"must have the shape {rule}, and has the shape {shapes[role]}")
+    return misfit or _incomplete(tensors)
+
+
+def _incomplete(tensors: Mapping[str, Tensor]) -> Unfit:
+    """What is wrong with tensors of which no algorithm has exactly these."""
+    roles = tensors.keys() - {"dora_scale"}
+    for _, form in algorithms():
+        for rules in form.rules:
+            if roles and roles < rules.keys():
+                lacking = " and ".join(role for role in rules if role not in roles)
+                return Unfit(min(roles), f"is part of an adapter whose {lacking} is missing")
+    return Unfit(next(iter(tensors), "alpha"), "is beside tensors with which it makes no adapter")
+
+
+def _magnitude_misfit(weights: AdapterWeights) -> Unfit | None:
+    known = format_of(weights).shape_of(weights)
+    if math.prod(known) > _LARGEST_WEIGHT:
+        return Unfit(next(iter(weights.tensors)), f"is for a weight {known}, which is larger than any layer's")
+    if "dora_scale" not in weights.tensors:
+        return None
+    if "dora" not in words_of(weights.algorithm).variants:
+        return Unfit("dora_scale", f"is beside an adapter of the kind {weights.algorithm}, which has no magnitudes")
+    scale = tuple(weights.tensors["dora_scale"].shape)
+    by_output = bool(scale) and scale[0] == math.prod(scale) == known[0]
+    by_input = scale[:1] == (1,) and len(scale) > 1 and known[1] % math.prod(scale) == 0 < math.prod(scale)
+    if by_output or by_input:
+        return None
+    return Unfit("dora_scale", f"must have a number for each output or input of {known}, and has the shape {scale}")
+
+
+def _difference_misfit(tensors: Mapping[str, Tensor], weights: AdapterWeights | None) -> Unfit | None:
+    """What is wrong with differences, by role, beside an adapter."""
+    outputs = None if weights is None else format_of(weights).shape_of(weights)[0]
+    for role, parameter in {**_DIFFERENCES, "up_bias": "bias"}.items():
+        if role not in tensors:
+            continue
+        shape = tuple(tensors[role].shape)
+        if not shape or 0 in shape or (role != "diff" and len(shape) > 1):
+            wanted = "of at least one dimension" if role == "diff" else "a vector"
+            return Unfit(role, f"must be {wanted}, and has the shape {shape}")
+        outputs = outputs or shape[0]
+        fits_adapter = weights is None or (len(shape) > 1 and _adapter_fits(weights, shape))
+        if shape[0] != outputs or (parameter == "weight" and not fits_adapter):
+            return Unfit(role, f"must fit the tensors beside it, of {outputs} outputs, and has the shape {shape}")
     return None
 
 

@@ -11,18 +11,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of, title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.formats.container import count_non_finite
 from lorasmith.formats.hashes import sshs_model_hash
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import XLABS, ModuleTensors, assembled, grouped, split_key
+from lorasmith.formats.names.spelling import XLABS, ModuleTensors, all_assembled, grouped, split_key
 from lorasmith.formats.quality.acceptance import MISREAD_ALPHAS, shortfalls
 from lorasmith.formats.quality.mending import Mend, bases_of, levelled, scalar
 from lorasmith.formats.quality.portable import misread_alphas
@@ -70,34 +70,29 @@ def findings_of(
     if not groups:
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
         return [Finding(problem, "use a LoRA file; a base model goes to --model", True)]
-    alphas = stated_alphas(tensors, metadata)
-    modules = {
-        base: assembled({role: tensors[key] for role, key in keys.items()}, None, alphas.get(base))
-        for base, keys in groups.items()
-    }
+    modules, unfit = all_assembled(tensors, stated_alphas(tensors, metadata))
     found = [
         *_numbers(tensors, groups),
         *_strangers(tensors),
         *_rare_names(groups),
-        *_halves(modules, groups),
+        *_unfit(unfit, groups),
         *_idle(modules, groups),
         *_alphas(modules, groups, main_layout(list(tensors))),
         *_hash(tensors, metadata),
     ]
     if names is None:
         return found
-    whole = {base for base, module in modules.items() if module is not None}
-    return [*found, *_on_model(tensors, metadata, names, whole, is_model_sure)]
+    return [*found, *_on_model(tensors, metadata, names, modules.keys(), is_model_sure)]
 
 
 Groups = Mapping[str, Mapping[str, str]]
-Modules = Mapping[str, ModuleTensors | None]
+Modules = Mapping[str, ModuleTensors]
 
 
 def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
     """NaN and infinity."""
     bases = {key: base for base, keys in groups.items() for key in keys.values()}
-    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    bad = [key for key, tensor in tensors.items() if count_non_finite(tensor)]
     if bad:
         hit = {bases.get(key, key) for key in bad}
         left_out = {key for base in hit for key in groups.get(base, {"": base}).values()}
@@ -139,20 +134,20 @@ def _rare_names(groups: Groups) -> Iterator[Finding]:
             )
 
 
-def _halves(modules: Modules, groups: Groups) -> Iterator[Finding]:
-    incomplete = [base for base, module in modules.items() if module is None]
-    if incomplete:
+def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[Finding]:
+    """Tensors that make no adapter."""
+    if unfit:
         yield Finding(
-            f"{_some(incomplete, 'modules are', 'is')} incomplete: the tensors do not make up an adapter",
+            f"{_some(list(unfit), 'modules are', 'is')} damaged: {next(iter(unfit.values()))}",
             "get the file again; --fix leaves them out",
             True,
-            Mend(frozenset(key for base in incomplete for key in groups[base].values())),
+            Mend(frozenset(key for base in unfit for key in groups[base].values())),
         )
 
 
 def _idle(modules: Modules, groups: Groups) -> Iterator[Finding]:
     """Adapters that are exactly the identity."""
-    idle = [base for base, module in modules.items() if module is not None and _changes_nothing(module)]
+    idle = [base for base, module in modules.items() if _changes_nothing(module)]
     if idle:
         whole = len(idle) == len(modules)
         yield Finding(
@@ -178,7 +173,7 @@ def _changes_nothing(module: ModuleTensors) -> bool:
 
 
 def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Finding]:
-    adapters = {base: module.adapter for base, module in modules.items() if module and module.adapter}
+    adapters = {base: module.adapter for base, module in modules.items() if module.adapter}
     ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
     if layout.name in ("kohya", "comfy"):
         yield from _missing_alphas(ranked, groups)
