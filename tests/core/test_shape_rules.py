@@ -6,11 +6,17 @@ import pytest
 
 from lorasmith.core.shape_rules import first_misfit
 
-RULES = {"down": "rank in kernel...", "up": "out rank 1...", "core": "rank rank kernel...", "scale": "out*rank 1..."}
+RULES = {
+    "one": "1",
+    "down": "rank in kernel...",
+    "up": "out rank 1...",
+    "core": "rank rank kernel...",
+    "scale": "out*rank 1...",
+}
 
 
 def shapes(**changed: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {"down": (2, 5, 3, 1), "up": (7, 2, 1), "core": (2, 2, 3, 1), "scale": (14,), **changed}
+    return {"one": (1,), "down": (2, 5, 3, 1), "up": (7, 2, 1), "core": (2, 2, 3, 1), "scale": (14,), **changed}
 
 
 def test_shapes_that_follow_their_rules() -> None:
@@ -21,6 +27,7 @@ def test_shapes_that_follow_their_rules() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "rule"),
     [
+        ("one", (2,), "(1)"),
         ("down", (), "(rank, in, kernel...)"),
         ("down", (2, 0, 3, 1), "(rank, in, kernel...)"),
         ("up", (7, 3, 1), "(out, rank, 1...) with rank 2"),

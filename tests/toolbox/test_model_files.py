@@ -120,7 +120,7 @@ def broken(copy: Path, case: str) -> None:
         ("no index", "is no diffusers model"),
         ("unknown pipeline", "of an unsupported architecture"),
         ("no denoiser", "config.json"),
-        ("damaged configuration", "config.json cannot be read"),
+        ("damaged configuration", "config.json is not valid JSON"),
         ("pickled weights", "must hold its weights as safetensors"),
         ("a tensor is missing", "lack conv_in.weight"),
     ],

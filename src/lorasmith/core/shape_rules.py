@@ -4,7 +4,8 @@ A rule names the dimensions of a tensor, and the rules of one adapter share thei
 
     {"down": "rank in kernel...", "up": "out rank 1..."}
 
-A name stands for the same size wherever it occurs, `a*b` for the product of two names that occurred before. The last
+A name stands for the same size wherever it occurs, `a*b` for the product of two names that occurred before, a number
+for itself. The last
 word may end in three dots: it stands for any number of further dimensions, `1...` for dimensions of size 1. No
 dimension may be of size 0.
 """
@@ -52,7 +53,7 @@ def _follows(shape: tuple[int, ...], words: Sequence[str], known: dict[str, tupl
 
 
 def _product(word: str, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    return (math.prod(size for name in word.split("*") for size in known[name]),)
+    return (math.prod(size for one in word.split("*") for size in ((int(one),) if one.isdigit() else known[one])),)
 
 
 def _in_words(words: Sequence[str], known: Mapping[str, tuple[int, ...]]) -> str:
