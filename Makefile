@@ -19,8 +19,9 @@ crash: .venv/installed-dev
 
 # Damaged files of every kind for an hour; cases that end badly are added to tests/fuzz/corpus.txt.
 CASES ?= 100000
+START ?= 0
 fuzz: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --minutes 60 --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --start $(START) --minutes 60 --jobs 2
 
 # GPU tests and benchmarks, on a machine that may have no network: docs/benchmarks.md says how. Without a GPU, a rehearsal.
 MINUTES ?= 25

@@ -9,23 +9,18 @@ Cases that end badly are added to corpus.txt, which the tests repeat. The exit s
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
 from tests.fuzz.corpus import remember, remembered
 from tests.fuzz.engine import Finding, run_case
 from tests.fuzz.kinds import KINDS, cases, prepare
-
-_HEADROOM = 6 * 2**30
-"""Address space in bytes beyond that of a worker at its start, so that a bad case cannot take all of a machine's."""
-
-_Result = tuple[str, float, list[Finding]]
+from tests.fuzz.processes import Result, results
 
 
 def main() -> int:
@@ -47,44 +42,13 @@ def main() -> int:
         return bool(found)
     known = [case for case in remembered() if asked.kind in (None, case[0])]
     todo = [*known, *cases(asked.cases - len(known), only=asked.kind, start=asked.start)]
-    findings = _report(_results(todo, asked.jobs, time.monotonic() + 60 * asked.minutes))
+    findings = _report(results(todo, asked.jobs, time.monotonic() + 60 * asked.minutes))
     if not asked.keep:
         remember(findings)
     return bool(findings)
 
 
-def _results(todo: list[tuple[str, int]], jobs: int, until: float) -> Iterator[_Result]:
-    if jobs == 1:
-        _prepared()
-        for case in todo:
-            if time.monotonic() > until:
-                return
-            yield _timed(case)
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs, _prepared) as pool:
-        for result in pool.imap_unordered(_timed, todo, chunksize=8):
-            yield result
-            if time.monotonic() > until:
-                return
-
-
-def _prepared() -> None:
-    """Limit the memory of a process; not where the system cannot."""
-    prepare()
-    if sys.platform == "linux":
-        import resource
-
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
-        resource.setrlimit(resource.RLIMIT_AS, (used + _HEADROOM, resource.RLIM_INFINITY))
-
-
-def _timed(case: tuple[str, int]) -> _Result:
-    started = time.process_time()
-    found = run_case(KINDS[case[0]], case[1])
-    return case[0], time.process_time() - started, found
-
-
-def _report(results: Iterable[_Result]) -> list[Finding]:
+def _report(results: Iterable[Result]) -> list[Finding]:
     """Print the split by kind, and each fault once, with the first case and the number of cases; returns all."""
     counts: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
