@@ -114,17 +114,17 @@ class Change:
             key: seeds the random projection of large matrices, such as the module's path.
 
         Raises:
-            LoraError: a dense matrix has values beyond fp32.
+            LoraError: the squares of a dense matrix are beyond fp32.
         """
         if self.factors is not None and self.dense is None:
             u, s, vh = _svd_of_product(*self.factors)
             measured, slack = s, _ROUNDING
         else:
             matrix = self.matrix()
-            if not torch.isfinite(matrix).all():
+            if not torch.isfinite(matrix.square().sum()):  # a decomposition computes with squares
                 raise LoraError(
-                    f"the change of {key or 'a module'} must be within the numbers of fp32, and is not; lower the "
-                    "strength or get the file again"
+                    f"the squares of the change of {key or 'a module'} must be within the numbers of fp32, and are not; "
+                    "lower the strength or get the file again"
                 )
             u, s, vh = _svd_of_matrix(matrix, rank, key)
             # The energy of values that were not computed follows from the norm, with the precision of fp32.
