@@ -123,8 +123,8 @@ class Change:
             matrix = self.matrix()
             if not torch.isfinite(matrix.square().sum()):  # a decomposition computes with squares
                 raise LoraError(
-                    f"the squares of the change of {key or 'a module'} must be within the numbers of fp32, and are not; "
-                    "lower the strength or get the file again"
+                    f"the squares of the change of {key or 'a module'} must be within the numbers of fp32, and "
+                    "are not; lower the strength or get the file again"
                 )
             u, s, vh = _svd_of_matrix(matrix, rank, key)
             # The energy of values that were not computed follows from the norm, with the precision of fp32.

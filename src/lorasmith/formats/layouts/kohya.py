@@ -108,7 +108,7 @@ class KohyaLayout(Layout):
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
         if names.kohya_naming == "diffusers":
             return []
-        reason = "q, k, v cannot be fused exactly, and kohya's scripts and diffusers do not look for the names they keep"
+        reason = "q, k, v cannot be fused exactly, and kohya's scripts and diffusers do not look for their names"
         return [Loss(ref, reason, left_out=False) for ref in unfusable(_bounded(state), names)]
 
 
