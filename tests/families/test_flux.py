@@ -56,7 +56,7 @@ def conditioning(batch: int = 2, **extra: Tensor) -> Conditioning:
 def test_tensors_of_odd_dimensions_are_refused_in_a_sentence(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     assert name in TENSORS
     path = save(tmp_path / "flux.safetensors", {**TENSORS, name: torch.ones(shape)})
-    with pytest.raises(ModelError, match="damaged|get the file again"):
+    with pytest.raises(ModelError, match=r"damaged|get the file again"):
         load_model(path)
 
 
