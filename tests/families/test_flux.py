@@ -43,6 +43,23 @@ def conditioning(batch: int = 2, **extra: Tensor) -> Conditioning:
     return Conditioning({"context": context, "pooled": pooled, **extra})
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("img_in.weight", (64,)),
+        ("txt_in.weight", (64,)),
+        ("vector_in.in_layer.weight", ()),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", (0,)),
+        ("double_blocks.0.img_attn.norm.key_norm.scale", ()),
+    ],
+)
+def test_tensors_of_odd_dimensions_are_refused_in_a_sentence(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    assert name in TENSORS
+    path = save(tmp_path / "flux.safetensors", {**TENSORS, name: torch.ones(shape)})
+    with pytest.raises(ModelError, match=r"damaged|get the file again"):
+        load_model(path)
+
+
 def xlabs_file() -> dict[str, Tensor]:
     """A LoRA as XLabs' trainer writes it, on every layer that it knows."""
     width, tensors = WIDTH, {}

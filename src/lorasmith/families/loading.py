@@ -145,14 +145,20 @@ def family_of(folder: Path) -> Family:
 
 def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
     """The model in a single file, with the parts that the file has. Raises ModelError; see `load_model`."""
-    family, shapes, is_renamed = _recognised(checkpoint)
+    try:
+        family, shapes, is_renamed = _recognised(checkpoint)
+        config = family.denoiser_config(shapes)
+    except (ArithmeticError, ValueError) as error:
+        raise ModelError(
+            f"{checkpoint.path} has tensors of other sizes than its architecture ({error}); get the file again"
+        ) from error
     said = checkpoint.architecture
+    config |= said.get(family.denoiser_folder, {})
     tensors = {
         name: one
         for name, one in checkpoint.load(checkpoint.denoiser_prefix).items()
         if not matches(name, family.unused_tensors)
     }
-    config = family.denoiser_config(shapes) | said.get(family.denoiser_folder, {})
     denoiser = _precise(
         build(
             lambda: family.denoiser_class()(**config),

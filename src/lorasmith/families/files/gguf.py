@@ -239,6 +239,8 @@ def _heads(path: Path, reader: Any, key: str, rows: int) -> int:
 def _shape(path: Path, reader: Any, tensor: Any) -> tuple[int, ...]:
     """A tensor's shape in torch's order, which is the reverse of the file's."""
     shape = tuple(int(size) for size in reversed(tensor.shape))
+    if 0 in shape:
+        raise ValueError(f"{tensor.name} has no numbers")
     entry = reader.fields.get(f"{_SHAPE}{tensor.name}")
     if entry is None:
         return shape
