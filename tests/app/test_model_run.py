@@ -64,6 +64,15 @@ def test_previews_are_drawn_into_the_folder_of_the_run(tiny: Model, data: Encode
     assert "a fox" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize("title", ["a/b", "..", "a\nb"])
+def test_a_title_that_no_file_can_have_is_refused_before_training(
+    tiny: Model, data: EncodedDataset, tmp_path: Path, title: str
+) -> None:
+    with pytest.raises(OptionError, match=r"^name must "):
+        train(tiny, data, output=tmp_path / "run", title=title, **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
 def test_previews_without_a_folder_are_refused_before_training(tiny: Model, data: EncodedDataset) -> None:
     audience = Audience()
     with pytest.raises(OptionError, match="got no output; set output, such as"):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.container import count_non_finite, write_safetensors
+from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
-from lorasmith.formats.lora_file import load_lora, read_lora_tensors, save_lora
+from lorasmith.formats.lora_file import load_lora, read_lora_tensors, refuse_non_finite, save_lora
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.prefixes import component_of, without_prefix
 from lorasmith.formats.names.recognise import guessed_family
@@ -82,11 +82,7 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
-    if bad := next((key for key, tensor in tensors.items() if count_non_finite(tensor)), None):
-        raise LoraError(
-            f"a LoRA is computed with if all of its values are finite, and {bad} in {path} holds NaN or infinity; "
-            "`lorasmith check --fix` leaves such modules out"
-        )
+    refuse_non_finite(path, tensors)
     groups = grouped(tensors)
     if not groups:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")

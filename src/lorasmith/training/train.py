@@ -25,7 +25,7 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
-from lorasmith.training.runs.records import RunRecord, run_record
+from lorasmith.training.runs.records import RunRecord, check_title, run_record
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run
 from lorasmith.training.runs.run_states import StateSaver, free_bytes
 from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
@@ -54,6 +54,9 @@ class RunOptions:
         on_event: receives all events.
         cancelled: called between steps; True ends the run and saves the result.
         until: step after which the run is cancelled; None for no limit.
+
+    Raises:
+        OptionError: the title cannot be the name of a file.
     """
 
     output: Path | Callable[[Fingerprint], Path] | None = None
@@ -68,6 +71,9 @@ class RunOptions:
     on_event: EventHandler = lambda event: None
     cancelled: Callable[[], bool] = lambda: False
     until: int | None = None
+
+    def __post_init__(self) -> None:
+        check_title(self.title)
 
 
 def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:

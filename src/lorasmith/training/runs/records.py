@@ -169,10 +169,10 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
 def check_title(name: str) -> None:
     """Raise OptionError unless a LoRA's name can be that of a file in any folder."""
     if not name.strip(". ") or any(letter in name for letter in ("/\\:" if os.name == "nt" else "/\\")):
-        raise OptionError(f"name must be a file name without folders, got {name!r}; use --output for folders")
+        raise OptionError(f"name must be a file name without folders, got {name!r}; give folders as the output")
     if file_stem(name) != name:
         raise OptionError(
-            f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; set --name"
+            f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; choose another"
         )
 
 
