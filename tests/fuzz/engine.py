@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.abc
 import io
 import os
 import random
@@ -263,6 +264,7 @@ def _watched(folder: Path) -> Iterator[list[FaultError]]:
     """Inside, what happens outside of the folder is noted, and an alarm ends what waits for ever."""
     if not _WATCH.is_installed:
         sys.addaudithook(_hear)
+        sys.meta_path.insert(0, _Importer())
         _WATCH.is_installed = True
 
     used, idle = time.process_time(), 0
@@ -305,10 +307,22 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
         path = arguments[0]
         if isinstance(path, str | bytes | os.PathLike) and not _is_inside(_absolute(path), folder):
             _WATCH.seen.append(FaultError(f"{event} outside of its folder", arguments[0]))
-    elif event in _NEVER or (event == "import" and arguments[0].split(".")[0] in _STRANGERS):
-        violation = FaultError(event, arguments[0])
-        _WATCH.seen.append(violation)
-        raise violation
+    elif event in _NEVER:
+        raise _noted(FaultError(event, arguments[0]))
+
+
+class _Importer(importlib.abc.MetaPathFinder):
+    """Stands before the other finders, and refuses modules that only a file can have named."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if _WATCH.folder is not None and fullname.partition(".")[0] in _STRANGERS:
+            raise _noted(FaultError("imported what a file names", fullname))
+
+
+def _noted(fault: FaultError) -> FaultError:
+    """Keep a fault, since what is raised where it happens may be caught there."""
+    _WATCH.seen.append(fault)
+    return fault
 
 
 def _absolute(path: str | bytes | os.PathLike[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import subprocess
@@ -91,6 +92,7 @@ def hang(folder: Path) -> None:
         (lambda folder: Path("/etc/hostname").read_text(), ["read outside of its folder"]),
         (lambda folder: os.mkdir(folder.parent / "nowhere" / "x"), ["os.mkdir outside of its folder"]),  # noqa: PTH102
         (lambda folder: subprocess.run([sys.executable, "-V"], check=True) and None, ["subprocess.Popen"]),
+        (lambda folder: str(importlib.import_module("antigravity")), ["imported what a file names"]),
         (slow, ["took too long"]),
         (hang, ["hung"]),
         (lambda folder: str(torch.ones(2**23).sum())[:0], ["took too much memory"]),
