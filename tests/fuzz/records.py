@@ -30,12 +30,12 @@ from tests.fuzz.engine import Door, command
 from tests.fuzz.loras import built_in
 from tests.fuzz.mutators import CANARY, damaged_json, json_bytes, placed_json
 
-__all__ = ["doors"]
+__all__ = ["doors", "recorded"]
 
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """A damaged record, from which a run is repeated or resumed, or a report is made."""
-    kept = _recorded()
+    kept = recorded()
     run = folder / "run"
     shutil.copytree(kept / "images", folder / "images")
     run.mkdir()
@@ -132,7 +132,7 @@ def _kept() -> _Kept:
 
 
 @functools.cache
-def _recorded() -> Path:
+def recorded() -> Path:
     """A folder with `images`, and `run`: one that was stopped after its first step."""
     folder = _kept().path
     (folder / "images").mkdir()

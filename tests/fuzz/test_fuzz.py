@@ -113,3 +113,22 @@ def test_what_the_engine_notices(
     found = [one.fault for one in judged(door)]
     assert set(faults) <= set(found), found
     assert faults or not found
+
+
+def test_nothing_is_changed_outside_by_the_door_or_by_the_case_itself(tmp_path: Path) -> None:
+    bait = tmp_path / "bait"
+    bait.write_text("good")
+
+    def through_a_link(folder: Path) -> None:
+        (folder / "link").symlink_to(bait)
+        (folder / "link").write_text("bad")
+
+    def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
+        through_a_link(folder)
+        return []
+
+    assert [one.fault for one in judged(through_a_link)] == ["wrote outside of its folder"]
+    with pytest.raises(FaultError, match="wrote outside"):
+        run_case(Kind("made", 1, doors), 0)
+    assert [one.fault for one in judged(lambda folder: bait.unlink())] == ["os.remove outside of its folder"]
+    assert bait.read_text() == "good"
