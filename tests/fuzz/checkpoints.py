@@ -24,7 +24,7 @@ from lorasmith.toolbox.model_files import open_model
 from tests.fuzz.engine import Door
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
-__all__ = ["doors"]
+__all__ = ["doors", "parts"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _resized(rng: random.Random, header: dict[str, Any]) -> int:
 
 
 def _write_part(rng: random.Random, path: Path) -> None:
-    part = rng.choice(_parts())
+    part = rng.choice(parts())
     tensors, metadata = dict(part.tensors), dict(part.metadata)
     for _ in range(rng.choice((0, 1, 1, 3))):
         name = rng.choice(list(tensors))
@@ -142,7 +142,7 @@ def _built_in() -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
 
 
 @functools.cache
-def _parts() -> Sequence[_Part]:
+def parts() -> Sequence[_Part]:
     """The built-in model's text encoder and autoencoder, the first also with packed weights."""
     tensors, metadata = _built_in()
     text = {name: one for name, one in tensors.items() if name.startswith("cond_stage_model.")}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.abc
 import io
 import os
 import random
@@ -103,11 +104,12 @@ class Finding:
 
 
 def run_case(kind: Kind, seed: int) -> list[Finding]:
-    """The findings of one case; its files are gone afterwards."""
+    """The findings of one case, after `kinds.prepare()`; its files are gone afterwards."""
     rng = random.Random(f"{kind.name}:{seed}")
     found = []
     with _case_folder() as folder:
-        doors = kind.doors(rng, folder)
+        with _watched(folder):  # a case may make links, and must not write through one
+            doors = kind.doors(rng, folder)
         size = sum(path.lstat().st_size for path in folder.rglob("*"))
         for name, door in doors:
             found += [Finding(kind.name, seed, name, one.fault, one.detail) for one in _judged(door, folder, size)]
@@ -184,7 +186,8 @@ def _judged(door: Callable[[], str | None], folder: Path, size: int) -> Iterator
                 if not isinstance(error, GraphError):  # which has a line for each finding
                     _check_refusal(said)
     except FaultError as fault:
-        yield fault
+        if fault not in seen:
+            yield fault
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -252,7 +255,12 @@ _OURS = (
 )
 """What the program itself may read: its own code and assets, and what the system says of itself."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.symlink", "os.link", "os.rename")
+_CHANGES = {
+    **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"), slice(1)),
+    **dict.fromkeys(("os.symlink", "os.link"), slice(1, 2)),
+    "os.rename": slice(2),
+}
+"""Event → which of its arguments are the places that change."""
 _NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile", "socket.connect",
           "socket.getaddrinfo", "webbrowser.open", "pickle.find_class")  # fmt: skip
 _STRANGERS = (CANARY, "antigravity", "this")
@@ -263,6 +271,7 @@ def _watched(folder: Path) -> Iterator[list[FaultError]]:
     """Inside, what happens outside of the folder is noted, and an alarm ends what waits for ever."""
     if not _WATCH.is_installed:
         sys.addaudithook(_hear)
+        sys.meta_path.insert(0, _Importer())
         _WATCH.is_installed = True
 
     used, idle = time.process_time(), 0
@@ -294,21 +303,40 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
         path, _, flags = arguments
         if isinstance(path, int) or path is None:
             return
-        is_write = isinstance(flags, int) and bool(flags & _WRITES)
-        # Pictures may be links to others elsewhere, but nothing is written through one.
-        place = os.path.realpath(os.fsdecode(path)) if is_write else _absolute(path)
-        if not _is_inside(place, folder) and (is_write or not any(_is_inside(place, ours) for ours in _OURS)):
-            _WATCH.seen.append(
-                FaultError("wrote outside of its folder" if is_write else "read outside of its folder", path)
-            )
+        if isinstance(flags, int) and flags & _WRITES:
+            _refuse_change("wrote", path, folder)
+        elif not any(_is_inside(_absolute(path), place) for place in (folder, *_OURS)):
+            # Noted only: the links in a folder of pictures may lead to others elsewhere.
+            _noted(FaultError("read outside of its folder", path))
     elif event in _CHANGES:
-        path = arguments[0]
-        if isinstance(path, str | bytes | os.PathLike) and not _is_inside(_absolute(path), folder):
-            _WATCH.seen.append(FaultError(f"{event} outside of its folder", arguments[0]))
-    elif event in _NEVER or (event == "import" and arguments[0].split(".")[0] in _STRANGERS):
-        violation = FaultError(event, arguments[0])
-        _WATCH.seen.append(violation)
-        raise violation
+        for place in arguments[_CHANGES[event]]:
+            if isinstance(place, str | bytes | os.PathLike):
+                _refuse_change(event, place, folder)
+    elif event in _NEVER:
+        raise _noted(FaultError(event, arguments[0]))
+
+
+def _refuse_change(what: str, path: str | bytes | os.PathLike[Any], folder: str) -> None:
+    """Raise FaultError before something outside of the folder is changed, links followed."""
+    # What removes and renames acts on a link itself, what opens follows it.
+    parent, name = os.path.split(_absolute(path))
+    place = os.path.realpath(_absolute(path)) if what == "wrote" else f"{os.path.realpath(parent)}{os.sep}{name}"
+    if not _is_inside(place, folder) and place != os.devnull:
+        raise _noted(FaultError(f"{what} outside of its folder", path))
+
+
+class _Importer(importlib.abc.MetaPathFinder):
+    """Stands before the other finders, and refuses modules that only a file can have named."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if _WATCH.folder is not None and fullname.partition(".")[0] in _STRANGERS:
+            raise _noted(FaultError("imported what a file names", fullname))
+
+
+def _noted(fault: FaultError) -> FaultError:
+    """Keep a fault, since what is raised where it happens may be caught there."""
+    _WATCH.seen.append(fault)
+    return fault
 
 
 def _absolute(path: str | bytes | os.PathLike[Any]) -> str:

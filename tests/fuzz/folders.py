@@ -30,10 +30,10 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     images = folder / "images"
     images.mkdir()
     (images / "0.png").write_bytes(_picture("PNG"))
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        _put(rng, images)
     caption = nasty_text(rng) * rng.choice((1, 1, 20))
     (images / "0.txt").write_bytes(rng.choice((caption.encode("utf-8", "replace"), rng.randbytes(20))))
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        _put(rng, images)
     found: list[Door] = [("scan", lambda: _scanned(images, nasty_text(rng)[:100]))]
     match rng.randrange(6):
         case 0:
@@ -54,7 +54,7 @@ def _scanned(images: Path, trigger: str) -> str:
 
 
 def _put(rng: random.Random, images: Path) -> None:
-    """One more entry, or none if the system refuses the name."""
+    """One more entry; none if there is one of that name, which may be a link, or the system refuses the name."""
     name = rng.choice((
         lambda: nasty_text(rng)[: rng.choice((20, 254, 300))],
         lambda: f"{rng.choice((1, 10, 10**12, 10**200, -1))}_{nasty_text(rng)[:20]}"[:250],
@@ -63,14 +63,16 @@ def _put(rng: random.Random, images: Path) -> None:
     ))().replace("/", "_").replace("\x00", "")  # fmt: skip
     path = images / f"{name}{rng.choice(_SUFFIXES)}"
     with suppress(OSError, UnicodeEncodeError, ValueError):
+        if os.path.lexists(path):
+            return
         match rng.randrange(8):
             case 0:
                 path.mkdir()
                 (path / "1.png").write_bytes(_picture("PNG"))
-            case 1 if not path.exists():
+            case 1:
                 os.mkfifo(path)
             case 2:
-                path.symlink_to(rng.choice(("/etc/passwd", "/dev/zero", images, "gone")))
+                path.symlink_to(rng.choice(("/proc/version", "/dev/zero", images, "gone")))
             case 3:
                 path.write_bytes(rng.randbytes(rng.choice((0, 1, 100))))
             case _:

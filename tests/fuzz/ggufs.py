@@ -20,12 +20,12 @@ from tests.fuzz.engine import Door
 from tests.fuzz.mutators import damaged_bytes
 from tests.peers.gguf_files import write
 
-__all__ = ["doors"]
+__all__ = ["doors", "files"]
 
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """A damaged file, of which every weight is read."""
-    data = bytearray(rng.choice(_files()))
+    data = bytearray(rng.choice(files()))
     if rng.random() < 0.5:
         for _ in range(rng.choice((1, 1, 2))):  # counts, lengths and offsets, which are 4 and 8 bytes wide
             width = rng.choice((4, 8))
@@ -52,7 +52,7 @@ def _read(path: Path) -> None:
 
 
 @functools.cache
-def _files() -> Sequence[bytes]:
+def files() -> Sequence[bytes]:
     generator = torch.Generator().manual_seed(0)
 
     def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ KINDS: dict[str, Kind] = {
 def prepare() -> None:
     """Import and make whatever is made once, so that no case is charged for it."""
     torch.set_num_threads(1)
-    loras.built_in()
+    for make in (loras.files, records.recorded, ggufs.files, checkpoints.parts):
+        make()
     for kind in KINDS.values():
         for seed in range(-6, 0):
             run_case(kind, seed)

@@ -36,7 +36,7 @@ from lorasmith.training.lora_handle import Lora
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
-__all__ = ["built_in", "doors"]
+__all__ = ["built_in", "doors", "files"]
 
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 _LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -68,7 +68,7 @@ class _File:
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """A damaged LoRA, applied or worked on with one of the tools."""
-    file = rng.choice(_files())
+    file = rng.choice(files())
     path = folder / ("lora" if file.companions else "lora.safetensors")
     tensors = dict(file.tensors)
     metadata = dict(file.metadata)
@@ -259,7 +259,7 @@ def _model() -> Model:
 
 
 @functools.cache
-def _files() -> Sequence[_File]:
+def files() -> Sequence[_File]:
     """LoRAs of every algorithm and variant, in every layout that holds them."""
     torch.manual_seed(0)
     model = _model()
@@ -312,5 +312,5 @@ def _written(state: AdapterState, names: ModelNames, layout: str) -> _File | Non
 @functools.cache
 def _good() -> bytes:
     """A plain LoRA in kohya's layout."""
-    file = _files()[0]
+    file = files()[0]
     return b"".join(serialised(file.tensors, file.metadata))

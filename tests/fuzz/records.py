@@ -28,14 +28,14 @@ from lorasmith.training.config import TrainConfig
 from tests.conftest import save_blank
 from tests.fuzz.engine import Door, command
 from tests.fuzz.loras import built_in
-from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, placed_json
+from tests.fuzz.mutators import CANARY, damaged_json, json_bytes, placed_json
 
-__all__ = ["doors"]
+__all__ = ["doors", "recorded"]
 
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """A damaged record, from which a run is repeated or resumed, or a report is made."""
-    kept = _recorded()
+    kept = recorded()
     run = folder / "run"
     shutil.copytree(kept / "images", folder / "images")
     run.mkdir()
@@ -43,20 +43,46 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         text = (kept / "run" / name).read_text(encoding="utf-8")
         (run / name).write_text(text.replace(str(kept), str(folder)), encoding="utf-8")
     record = json.loads((run / "run.json").read_bytes())
+    if rng.random() < 0.4:
+        _name_things(rng, record)
     match rng.randrange(3):
         case 0:
-            return [("reproduce", functools.partial(_reproduced, _lora(rng, kept, folder)))]
+            return [("reproduce", functools.partial(_reproduced, _lora(rng, kept, folder, record)))]
         case 1:
-            (run / "run.json").write_bytes(placed_json(rng, record))
+            (run / "run.json").write_bytes(_damaged(rng, record))
             return [("resume", functools.partial(_resumed, run))]
         case _:
             if rng.random() < 0.5:
-                (run / "run.json").write_bytes(placed_json(rng, record))
+                (run / "run.json").write_bytes(_damaged(rng, record))
             lines = (run / "events.jsonl").read_bytes().splitlines()
             for at in rng.sample(range(len(lines)), rng.choice((1, 2, min(5, len(lines))))):
                 lines[at] = placed_json(rng, json.loads(lines[at]))
             (run / "events.jsonl").write_bytes(b"\n".join(lines))
             return [("report", functools.partial(_reported, run))]
+
+
+_NAMES = ("optimizer", "optimizer_args", "track", "existing_lora", "training_adapter", "model", "vae", "text_encoders",
+          "folder", "validation", "name", "device", "targets", "previews", "argv")  # fmt: skip
+"""What a record may name, of which some is imported, opened, downloaded or started."""
+
+_STRANGE = (f"{CANARY}.X", "antigravity.X", "this.X", "os.system", "someone/some-model", "/etc/passwd", "../..",
+            "wandb", "tensorboard", "//host/share", "cuda:99", f"betas=__import__('{CANARY}')")  # fmt: skip
+
+
+def _name_things(rng: random.Random, value: Any) -> None:
+    """Let a record name modules, files, models and programs of other places."""
+    members = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        for name in value.keys() & set(_NAMES):
+            if rng.random() < 0.2:
+                value[name] = rng.choice((rng.choice(_STRANGE), [rng.choice(_STRANGE)]))
+    for member in members:
+        if isinstance(member, dict | list):
+            _name_things(rng, member)
+
+
+def _damaged(rng: random.Random, record: Any) -> bytes:
+    return json_bytes(record) if rng.random() < 0.2 else placed_json(rng, record)
 
 
 def _reproduced(lora: Path) -> str:
@@ -79,12 +105,11 @@ def _loaded(files: ModelFiles, folders: Any = None) -> Completed:
     return Completed(built_in(), files) if files.model == BUILT_IN else load_completed(files, folders)
 
 
-def _lora(rng: random.Random, kept: Path, folder: Path) -> Path:
+def _lora(rng: random.Random, kept: Path, folder: Path, record: dict[str, Any]) -> Path:
     """The run's LoRA with a damaged record in its metadata."""
     tensors, metadata = read_safetensors(kept / "run" / "cat.safetensors")
-    record = json.loads(metadata[RUN_ENTRY].replace(str(kept), str(folder)))
-    text = json_bytes(damaged_json(rng, record)) if rng.random() < 0.9 else damaged_bytes(rng, json_bytes(record))
-    metadata[RUN_ENTRY] = text.decode("utf-8", "replace")
+    entry = {name: record[name] for name in json.loads(metadata[RUN_ENTRY])}
+    metadata[RUN_ENTRY] = _damaged(rng, entry).decode("utf-8", "replace")
     if rng.random() < 0.2:
         name = rng.choice(list(metadata))
         metadata[name] = json_bytes(damaged_json(rng, metadata[name])).decode("utf-8", "replace")
@@ -107,7 +132,7 @@ def _kept() -> _Kept:
 
 
 @functools.cache
-def _recorded() -> Path:
+def recorded() -> Path:
     """A folder with `images`, and `run`: one that was stopped after its first step."""
     folder = _kept().path
     (folder / "images").mkdir()

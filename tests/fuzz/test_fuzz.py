@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import mmap
 import os
 import random
 import subprocess
@@ -11,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from lorasmith.core.errors import LoraError
 from tests.fuzz import engine
@@ -73,6 +74,12 @@ def slow(folder: Path) -> None:
         pass
 
 
+def grow(folder: Path) -> None:
+    with mmap.mmap(-1, 2**25) as pages:  # which no allocator has kept
+        for start in range(0, len(pages), mmap.PAGESIZE):
+            pages[start] = 1
+
+
 def hang(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     (folder / "pipe").read_bytes()
@@ -91,9 +98,10 @@ def hang(folder: Path) -> None:
         (lambda folder: Path("/etc/hostname").read_text(), ["read outside of its folder"]),
         (lambda folder: os.mkdir(folder.parent / "nowhere" / "x"), ["os.mkdir outside of its folder"]),  # noqa: PTH102
         (lambda folder: subprocess.run([sys.executable, "-V"], check=True) and None, ["subprocess.Popen"]),
+        (lambda folder: str(importlib.import_module("antigravity")), ["imported what a file names"]),
         (slow, ["took too long"]),
         (hang, ["hung"]),
-        (lambda folder: str(torch.ones(2**23).sum())[:0], ["took too much memory"]),
+        (grow, ["took too much memory"]),
     ],
 )  # fmt: skip
 def test_what_the_engine_notices(
@@ -105,3 +113,22 @@ def test_what_the_engine_notices(
     found = [one.fault for one in judged(door)]
     assert set(faults) <= set(found), found
     assert faults or not found
+
+
+def test_nothing_is_changed_outside_by_the_door_or_by_the_case_itself(tmp_path: Path) -> None:
+    bait = tmp_path / "bait"
+    bait.write_text("good")
+
+    def through_a_link(folder: Path) -> None:
+        (folder / "link").symlink_to(bait)
+        (folder / "link").write_text("bad")
+
+    def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
+        through_a_link(folder)
+        return []
+
+    assert [one.fault for one in judged(through_a_link)] == ["wrote outside of its folder"]
+    with pytest.raises(FaultError, match="wrote outside"):
+        run_case(Kind("made", 1, doors), 0)
+    assert [one.fault for one in judged(lambda folder: bait.unlink())] == ["os.remove outside of its folder"]
+    assert bait.read_text() == "good"
