@@ -103,6 +103,7 @@ def test_the_whole_is_near_the_measured_peak(family: str, activations: str, requ
     assert found.weights["none"] + found.trained_bytes + plan.needed_bytes == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"), slow_except([("none", "bf16"), ("int8", "fp32"), ("nf4", "bf16")], ("nf4", "bf16"))
 )

@@ -156,6 +156,7 @@ def test_a_plan_that_fits_nowhere_says_so(lorasmith: Command, models: Path) -> N
     assert "too much; use smaller pictures, a smaller batch or fewer targets." in ran.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("targets",), ("bench", "--resolution", 64, "--steps", 2, "--no-floor")])
 def test_a_model_is_named_as_it_is_in_the_folders(lorasmith: Command, models: Path, command: tuple[Any, ...]) -> None:
     ran = lorasmith(*command, "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--targets", "*.to_q")

@@ -117,6 +117,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(
     assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_stopped(
     lorasmith: Command, images: Path, whole: Path, broken: Path, tmp_path: Path
 ) -> None:

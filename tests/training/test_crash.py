@@ -10,10 +10,11 @@ import pytest
 from tests.training.crash import CASES, trials
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize(
     ("wanted", "flips", "cases"),
-    [(2, 1, ["buckets", "validation"]), pytest.param(8, 10, list(CASES), marks=pytest.mark.slow)],
+    [(2, 1, ["buckets", "validation"]), (8, 10, list(CASES))],
 )
 def test_runs_that_are_killed_and_states_that_rot_change_nothing(wanted: int, flips: int, cases: list[str]) -> None:
     chance = random.Random(1)

@@ -243,7 +243,7 @@ def test_strengths_are_finite(tiny: Model, doors: Doors, whole: dict[str, Tensor
 
 
 def test_a_picture_of_no_numbers_is_an_error(tiny: Model, doors: Doors, whole: dict[str, Tensor]) -> None:
-    save_file({key: tensor * 1e18 for key, tensor in whole.items()}, doors.file)
+    save_file({key: tensor if key.endswith("alpha") else tensor * 1e18 for key, tensor in whole.items()}, doors.file)
     for bypass in (False, True):
         denoiser = Lora.load(doors.file, tiny).applied_to(tiny.denoiser, strength=1e20, bypass=bypass)
         with pytest.raises(SamplingError, match=r"must give finite latents, but .* values are NaN .*; lower the str"):

@@ -31,7 +31,7 @@ from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.prefixes import PEFT, component_of
 from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.formats.names.spelling import UNREADABLE, ModuleTensors, assembled, grouped
+from lorasmith.formats.names.spelling import UNREADABLE, ModuleTensors, all_assembled, assembled, grouped
 from lorasmith.formats.quality.portable import made_portable
 
 __all__ = [
@@ -325,6 +325,10 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     looks = f"looks like a LoRA for {family}" if family else "is a LoRA for another kind of model"
     if not state.adapters and not state.differences:
+        if unfit := all_assembled(tensors, {})[1]:
+            raise LoraError(
+                f"{path} has no module that can be applied: {next(iter(unfit.values()))}; get the file again"
+            )
         raise LoraError(
             f"{path} {looks}, and none of its {len(groups)} modules fits the loaded {names.family} model; "
             "load the model that it was trained on"
@@ -347,5 +351,5 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype)
-    is_rounded_scalar = tensor.ndim == 0 and bool(cast != tensor)
+    is_rounded_scalar = tensor.ndim == 0 and bool(cast.float() != tensor.float())
     return tensor.to(torch.float32) if is_rounded_scalar else cast

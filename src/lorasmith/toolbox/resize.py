@@ -206,7 +206,7 @@ def _replace(
         assert weights.alpha is not None
         exact = torch.tensor(weights.alpha, dtype=torch.float32)
         rounded = exact.to(alpha.dtype)
-        tensors[keys["alpha"]] = rounded if rounded == exact else exact
+        tensors[keys["alpha"]] = rounded if rounded.float() == exact else exact
     for role in ("down", "up", "mid"):
         if role in weights.tensors:
             tensors[keys[role]] = weights.tensors[role].to(dtype)

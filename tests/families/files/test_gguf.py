@@ -218,6 +218,7 @@ def test_headers_without_bounds_are_refused(tmp_path: Path, case: str) -> None:
         GgufFile(tmp_path / "x.gguf")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**16), st.integers(0, 255), st.floats(0, 1))
 def test_damage_is_told_in_a_sentence(
@@ -236,4 +237,4 @@ def test_damage_is_told_in_a_sentence(
     try:
         load_model(damaged)
     except ModelError as error:
-        assert str(damaged) in str(error) or "checkpoint" in str(error) or "architecture" in str(error)
+        assert damaged.name in str(error) or "checkpoint" in str(error) or "architecture" in str(error)

@@ -91,6 +91,7 @@ def test_a_step_is_that_of_the_plain_weights(pair: Pair, changes: dict[str, Any]
     assert_same_step(pair, changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     slow_except([*CHANGES, {"offloading": True, "quantized_backward": True}], CHANGES[-1]),
@@ -124,7 +125,7 @@ def test_codes_of_a_file_are_multiplied_in_fp8_too(tmp_path: Path) -> None:
         assert torch.cosine_similarity(one, other, dim=0) > 0.97
 
 
-@pytest.mark.parametrize("bypass_mode", [False, True])
+@pytest.mark.parametrize("bypass_mode", slow_except([False, True], True))
 def test_training_works_whatever_bypass_mode_says(pair: Pair, bypass_mode: bool) -> None:
     packed, plain = (run(model, bypass_mode=bypass_mode) for model in pair)
     assert packed.losses == pytest.approx(plain.losses, rel=1e-4)

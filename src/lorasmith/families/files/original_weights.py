@@ -91,8 +91,15 @@ def build(
             name: one.weight() if isinstance(one, Packed) and name not in able else one
             for name, one in tensors(model).items()
         }
-        if missing := [name for name in model.state_dict() if name not in given]:
+        needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if missing := [name for name in needed if name not in given]:
             raise ModelError(f"{where} lacks {missing[0]}; it is incomplete, so get it again")
+        for name in needed.keys() & given.keys():
+            if (found := tuple(_tensor(given[name]).shape)) != needed[name]:
+                raise ModelError(
+                    f"{where} does not fit its architecture: {name} must have the shape {needed[name]}, got {found}; "
+                    "it is damaged or of an unsupported variant"
+                )
         packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
         model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
     except LorasmithError:
