@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.files import open_regular
 from lorasmith.data.buckets import bucket_size
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.image_files import crop_offsets, open_image, resize_and_crop, to_tensor
@@ -115,7 +116,9 @@ def _pixels(image: ImageFile, *, resolution: int, multiple: int, upscale: bool) 
 def _digest(image: ImageFile, pixels: Tensor) -> str:
     """SHA-256 of an image's file, its caption and its size in training."""
     content = hashlib.sha256(json.dumps([image.caption, list(pixels.shape)]).encode())
-    content.update(image.path.read_bytes())
+    with open_regular(image.path) as file:
+        while block := file.read(2**20):
+            content.update(block)
     return content.hexdigest()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorasmith.formats.layouts import kohya, comfy, diffusers, peft, ai_toolkit  # isort: skip  # noqa: F401
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
-from lorasmith.core.files import write_atomic
+from lorasmith.core.files import is_regular, read_regular, write_atomic
 from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
@@ -287,8 +287,11 @@ def _tensors_in_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         found, header = read_safetensors(file)
         tensors |= {prefix + key: tensor for key, tensor in found.items()}
         metadata = header | metadata
-        if (config := folder / PEFT_CONFIG).is_file():
-            fields |= header_fields(config.read_text("utf-8", "replace"), prefix + PEFT)
+        if is_regular(config := folder / PEFT_CONFIG):
+            try:
+                fields |= header_fields(read_regular(config).decode("utf-8", "replace"), prefix + PEFT)
+            except OSError as error:
+                raise LoraError(f"{config} cannot be read ({error.strerror}); get the folder again") from error
     if not tensors:
         raise LoraError(f"{path} must hold {' or '.join(_FILES_IN_FOLDERS)}; name the LoRA file itself")
     return tensors, metadata | ({ADAPTER_METADATA: json.dumps(fields)} if fields else {})

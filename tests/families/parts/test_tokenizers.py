@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,10 +65,29 @@ def test_a_vocabulary_that_is_nowhere_is_a_sentence(tmp_path: Path) -> None:
         tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"config": {"pattern": "x"}}', b"[1]"])
+def changed(**config: Any) -> bytes:
+    content = json.loads(tekken_file())
+    content["config"] |= config
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b'{"config": {"pattern": "x"}}',
+        b"[" * 10_000,
+        changed(default_num_special_tokens=10**15),
+        changed(default_vocab_size=10**15),
+        changed(pattern="("),
+        changed(pattern=None, default_num_special_tokens=-1),
+        tekken_file().replace(b'"aW5n"', b'"' + b"aW5n" * 1000 + b'"'),
+    ],
+)
 def test_a_damaged_vocabulary_is_a_sentence(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tekken.json").write_bytes(data)
-    with pytest.raises(ModelError, match=r"tekken\.json cannot be read as a tekken vocabulary"):
+    with pytest.raises(ModelError, match=r"tekken\.json (cannot be read as a tekken vocabulary|makes no tokenizer)"):
         tekken_tokenizer(TokenizerSource(file=tmp_path / "mistral.safetensors"))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import gzip
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
+from lorasmith.core.foreign_json import parse_foreign_json
 
 __all__ = [
     "EMBEDDED",
@@ -36,6 +37,7 @@ EMBEDDED = ("spiece_model", "tekken_model")
 """Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""
 
 _ASSETS = ASSETS / "tokenizers"
+_MAX_TOKENS, _MAX_TOKEN_BYTES = 1_000_000, 1024  # of a vocabulary from a file; Mistral's has 131,072
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -156,7 +158,10 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
         ModelError: none of these places has one, or it cannot be read.
     """
     if (beside := source.beside("tekken.json")) is not None:
-        return _tekken(beside.read_bytes(), str(beside))
+        try:
+            return _tekken(read_regular(beside), str(beside))
+        except OSError as error:
+            raise ModelError(f"{beside} cannot be read ({error.strerror}); get the file again") from error
     if (embedded := source.embedded.get("tekken_model")) is not None:
         return _tekken(embedded.numpy().tobytes(), f"the vocabulary inside {source.file}")
     if importlib.util.find_spec("mistral_common") is not None:
@@ -175,10 +180,14 @@ def _tekken(data: bytes, where: str) -> Any:
     from tokenizers import AddedToken
 
     try:
-        content = json.loads(data)
-        pattern, control = content["config"]["pattern"], int(content["config"]["default_num_special_tokens"])
-        size = int(content["config"]["default_vocab_size"]) - control
-        ranked = [base64.b64decode(one["token_bytes"]) for one in content["vocab"][:size]]
+        content = parse_foreign_json(data)
+        pattern, control = str(content["config"]["pattern"]), int(content["config"]["default_num_special_tokens"])
+        size = int(content["config"]["default_vocab_size"])
+        if not 0 < control < size <= _MAX_TOKENS:
+            raise ValueError(f"{control} control tokens of {size}")
+        ranked = [base64.b64decode(one["token_bytes"]) for one in content["vocab"][: size - control]]
+        if (longest := max(map(len, ranked), default=0)) > _MAX_TOKEN_BYTES:
+            raise ValueError(f"a token has {longest} bytes")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{where} cannot be read as a tekken vocabulary ({error}); get the file again") from error
     characters = dict(zip(_byte_order(), byte_characters(), strict=True))
@@ -186,7 +195,10 @@ def _tekken(data: bytes, where: str) -> Any:
     names = {number: f"<SPECIAL_{number}>" for number in range(control)} | _TEKKEN_CONTROL
     vocabulary = {names[number]: number for number in range(control)}
     vocabulary |= {token: control + rank for rank, token in enumerate(tokens)}
-    core = _byte_level(vocabulary, _merges(tokens), pattern)
+    try:
+        core = _byte_level(vocabulary, _merges(tokens), pattern)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ModelError(f"{where} makes no tokenizer ({error}); get the file again") from error
     core.add_special_tokens([AddedToken(names[number], normalized=False, special=True) for number in range(control)])
     return _for_transformers(core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
