@@ -65,9 +65,9 @@ MUTATIONS = (
     Mutation("return scale * signal / torch.maximum(level.sigma**2, signal / gamma)", "/ gamma", "* gamma"),
     # families
     Mutation(
-        "context = torch.where(weights == 1, context, hidden[-1:].lerp(context, weights))",
-        "hidden[-1:].lerp(context, weights)",
-        "context * weights",
+        "return torch.where(scale == 1, states, empty.lerp(states, scale))",
+        "empty.lerp(states, scale)",
+        "states * scale",
     ),
     # data
     Mutation("count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)", "ceil", "floor"),
@@ -75,7 +75,7 @@ MUTATIONS = (
     Mutation("up=(u[:, :count] * root).float().cpu(),", " * root", ""),
     # sampling
     Mutation(
-        'weighted = [*_shares("positive", positive, cfg), *_shares("negative", negative, 1 - cfg)]',
+        'sides = (_side("positive", positive, cfg, batch), _side("negative", negative, 1 - cfg, batch))',
         "1 - cfg",
         "cfg - 1",
     ),
@@ -99,7 +99,7 @@ MUTATIONS = (
         "width // 8, height // 8",
     ),
     Mutation("strengths=(1.0, *strengths),", "(1.0, *strengths)", "strengths"),
-    Mutation("return Path(path), float(strength)", "float(strength)", "abs(float(strength))"),
+    Mutation("return Path(path), STRENGTH.check(float(strength))", "float(strength)", "abs(float(strength))"),
 )
 
 

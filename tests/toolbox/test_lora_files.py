@@ -185,5 +185,5 @@ def test_what_is_not_finite_is_not_computed_with(tmp_path: Path, value: float) -
         "lora_unet_x.lora_up.weight": torch.full((6, 2), value, dtype=torch.float64),
     }
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(LoraError, match=r"of lora_unet_x\.lora_up\.weight are NaN or infinite"):
+    with pytest.raises(LoraError, match=r"lora_unet_x\.lora_up\.weight holds NaN or infinity"):
         read_lora(tmp_path / "x.safetensors")

@@ -83,8 +83,8 @@ def narrower(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "one NaN": (lambda good: with_value(good, math.nan), "must hold finite numbers, but 1 values of lora_unet_"),
-    "one infinity": (lambda good: with_value(good, -math.inf), "must hold finite numbers, but 1 values of lora_unet_"),
+    "one NaN": (lambda good: with_value(good, math.nan), "must hold finite numbers, but lora_unet_"),
+    "one infinity": (lambda good: with_value(good, -math.inf), "must hold finite numbers, but lora_unet_"),
     "a double beyond fp32": (lambda good: good | {"x.alpha": torch.tensor(1e300).double()}, "must hold finite numbers"),
     "4 modules renamed": (
         lambda good: renamed(good, 4),

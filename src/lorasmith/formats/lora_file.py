@@ -309,10 +309,11 @@ def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     bad = {key: count for key, tensor in tensors.items() if (count := count_non_finite(tensor))}
     if bad:
         first = next(iter(bad))
-        others = f", as in {len(bad) - 1} other tensors" if len(bad) > 1 else ""
+        others = f", as do {len(bad) - 1} other tensors" if len(bad) > 1 else ""
         raise LoraError(
-            f"{path} must hold finite numbers, but {bad[first]} values of {first} are NaN or infinite{others}; go back "
-            "to an earlier file, or leave such modules out with `lorasmith check --fix`"
+            f"{path} must hold finite numbers, but {first} holds NaN or infinity ({bad[first]} of "
+            f"{tensors[first].numel()} values){others}; go back to an earlier file, or leave such modules out with "
+            "`lorasmith check --fix`"
         )
 
 
