@@ -35,6 +35,7 @@ MAX_UNBROKEN = 8
 """A stretch of one weight with fewer tokens than this is moved to the next chunk rather than cut."""
 
 
+@cache
 def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) -> Any:
     """OpenAI's CLIP tokenizer from the vocabulary in the package, without a network.
 
