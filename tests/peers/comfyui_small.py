@@ -5,6 +5,8 @@ changes these numbers and no computation:
 
 - Sizes of heads are read from the file's norms of queries and keys: the numbers of heads and the axes of the rotary
   embedding of Flux.1, Flux.2, Krea 2 (128 per head there) and Z-Image (recognised by a width of 3840, as Lumina 2 is).
+- Stable Diffusion XL is recognised by the width of its first level, of its text and of its other conditions, and by
+  the number of transformer layers of each level; any UNet with other conditions than text is taken for it here.
 - A matrix has the file's shape where ComfyUI computes another one: the inner widths of MLPs (multiples of 256 in
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
@@ -39,7 +41,7 @@ def taken_small() -> Iterator[None]:
     import comfy.supported_models
 
     detect, load = comfy.model_detection.detect_unet_config, comfy.model_base.BaseModel.load_model_weights
-    z_image = comfy.supported_models.ZImage
+    sdxl, z_image = comfy.supported_models.SDXL, comfy.supported_models.ZImage
 
     def detected(state_dict: dict[str, Tensor], prefix: str, metadata: Any = None) -> Any:
         config = detect(state_dict, prefix, metadata=metadata)
@@ -47,6 +49,8 @@ def taken_small() -> Iterator[None]:
             return None
         sizes = {key.removeprefix(prefix): tuple(t.shape) for key, t in state_dict.items() if key.startswith(prefix)}
         config |= _sizes(config, sizes)
+        if config.get("num_classes") == "sequential":
+            sdxl.unet_config = {name: config.get(name, value) for name, value in sdxl.unet_config.items()}
         if config.get("image_model") == "lumina2":
             z_image.unet_config = {**z_image.unet_config, "dim": config["dim"]}
         return config

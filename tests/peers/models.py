@@ -28,6 +28,7 @@ __all__ = [
     "SD1_TINY",
     "SDXL_FULL",
     "SDXL_NARROW",
+    "SDXL_SMALL",
     "SDXL_TINY",
     "SIZE_WIDTH",
     "FluxShape",
@@ -188,6 +189,13 @@ SDXL_FULL = UNetShape(320, (1, 2, 4), 2, (0, 2, 10), context=2048, linear=True, 
 
 SDXL_NARROW = UNetShape(32, (1, 2, 4), 2, (0, 2, 10), context=2048, linear=True, pooled=1280)
 """Every layer of it at a tenth of the width, with conditions of the published width."""
+
+SDXL_SMALL = UNetShape(64, (1, 1, 2), 1, (0, 2, 1), context=64, linear=True, pooled=1280)
+"""Three levels of it with one and two heads, and pooled text of the published width.
+
+Its first level is 64 wide: of 32 channels GroupNorm would make groups of one, whose mean it subtracts and the time
+embedding with it, so that these layers would have no gradient.
+"""
 
 SDXL_TINY = UNetShape(32, (1, 2, 2), 1, (0, 1, 2), context=192, linear=True, pooled=128)
 """Three levels of it, with texts of 64 and 128 channels."""

@@ -3,9 +3,9 @@
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-and with `--model` flux, z-image, flux2-klein and krea2 likewise. Needs an environment with ComfyUI's requirements and
-this project's. The models and what they are trained on come from `trained_models.py`; `comfyui_small.py` says what of
-ComfyUI is set aside for models this small.
+and with `--model` sdxl, flux, z-image, flux2-klein and krea2 likewise. Needs an environment with ComfyUI's
+requirements and this project's. The models and what they are trained on come from `trained_models.py`;
+`comfyui_small.py` says what of ComfyUI is set aside for models this small.
 
 What is recorded
     One model, two pictures with a caption each, batch 1, fp32 throughout, MSE, AdamW, rank 4, weight mode, three
@@ -19,7 +19,7 @@ What is recorded
 
 Tensors of the file (N steps, K trained tensors in the order of `shapes` in the metadata)
     latents, context, [pooled, guidance]      the training set: unscaled VAE latents, text conditioning
-    forward.{x, timestep, context, [pooled, guidance], output}
+    forward.{x, timestep, context, [pooled, guidance, time_ids], output}
     step.{i}.{latent, noise, sigma, timestep, index}   latent: after the VAE scaling; timestep: what the network gets
     fresh.loss, random.loss                   (N,)
     fresh.gradient, fresh.change              (K, 5) `models.fingerprint` of the first step's gradients, and of what
@@ -32,6 +32,10 @@ How ComfyUI 0.33 computes them
     - Stable Diffusion 1.x: the sample is noised in variance-exploding form, x = latent + sigma·noise, where sigma² =
       (1 − ᾱ)/ᾱ of the scaled-linear schedule. The network sees x/√(sigma² + 1) and, as timestep, the index (0..999) of
       the table's sigma nearest in logarithm. Its answer e gives the prediction x − sigma·e.
+    - Stable Diffusion XL: likewise, with `pooled` (1280 wide) and the embeddings of six sizes (256 wide each) side by
+      side as y. The sizes are height and width, top and left of the crop, height and width of the target. Where the
+      conditioning has none, as here, height and width are 8 times the latents', the crop is 0 and the target is the
+      size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
     - Z-Image, Flux.2 klein and Krea 2: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
@@ -149,9 +153,8 @@ def _train(
     positive = [
         [
             inputs["context"][i : i + 1].clone(),
-            {"pooled_output": inputs["pooled"][i : i + 1].clone(), "guidance": inputs["guidance"][i].item()}
-            if "pooled" in inputs
-            else {},
+            ({"pooled_output": inputs["pooled"][i : i + 1].clone()} if "pooled" in inputs else {})
+            | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {}),
         ]
         for i in range(len(inputs["latents"]))
     ]

@@ -29,8 +29,12 @@ def test_shapes_are_those_of_the_published_checkpoint(shape, tensors, parameters
 
 @pytest.mark.parametrize(
     ("file", "shape"),
-    [("comfyui_sd1_training", models.SD1_TINY), ("comfyui_flux_training", models.FLUX_TINY)],
-    ids=["sd1", "flux"],
+    [
+        ("comfyui_sd1_training", models.SD1_TINY),
+        ("comfyui_sdxl_training", models.SDXL_SMALL),
+        ("comfyui_flux_training", models.FLUX_TINY),
+    ],
+    ids=["sd1", "sdxl", "flux"],
 )
 def test_the_model_of_a_golden_file_can_be_rebuilt(file, shape):
     with safe_open(str(GOLDEN / f"{file}.safetensors"), "pt") as golden:

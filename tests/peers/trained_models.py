@@ -29,6 +29,8 @@ class Trained:
         guidance: whether it has an input for it.
         times: two values of the network's input for time.
         size: height and width of the latents in training; the other way round for the bare denoiser.
+        sizes: two rows of size conditioning for the bare denoiser; in training it is the default, of pictures neither
+            scaled nor cropped.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
     """
 
@@ -39,6 +41,7 @@ class Trained:
     guidance: bool = False
     times: tuple[float, float] = (0.9, 0.2)
     size: tuple[int, int] = (16, 8)
+    sizes: tuple[tuple[int, ...], ...] = ()
     padded: int = 0
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
@@ -48,6 +51,7 @@ class Trained:
     def forward_inputs(self, seed: int) -> dict[str, Tensor]:
         """A batch of two for the bare denoiser, wider than tall."""
         inputs = self._inputs("forward.", self.size[::-1], "x", seed) | {"timestep": torch.tensor(self.times)}
+        inputs |= {"time_ids": torch.tensor(self.sizes)} if self.sizes else {}
         return inputs | ({"guidance": torch.tensor([GUIDANCE, 1.0])} if self.guidance else {})
 
     def seen(self, context: Tensor) -> Tensor:
@@ -63,6 +67,14 @@ class Trained:
 
 TRAINED: Mapping[str, Trained] = {
     "sd1": Trained(lambda: models.checkpoint(models.SD1_TINY, 0), (4,), models.SD1_TINY.context, times=(951.0, 123.0)),
+    "sdxl": Trained(
+        lambda: models.checkpoint(models.SDXL_SMALL, 0),
+        (4,),
+        models.SDXL_SMALL.context,
+        pooled=models.SDXL_SMALL.pooled,
+        times=(951.0, 123.0),
+        sizes=((64, 128, 0, 0, 64, 128), (700, 1300, 31, 5, 96, 72)),
+    ),
     "flux": Trained(
         lambda: models.checkpoint(models.FLUX_TINY, 0),
         (16,),

@@ -32,6 +32,7 @@ from lorasmith.training.runtime import Runtime
 from tests.covering import slow_except
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+CONDITIONS = ("context", "pooled", "guidance", "time_ids")
 
 
 class Recording:
@@ -58,7 +59,7 @@ class Recording:
         return Batch(clean, noise, level.noised(clean, noise), level, self.conditioning(index), ("recorded",))
 
     def conditioning(self, index: int) -> Conditioning:
-        names = [name for name in ("context", "pooled", "guidance") if name in self.tensors]
+        names = [name for name in CONDITIONS if name in self.tensors]
         tensors = {name: self.tensors[name][index : index + 1] for name in names}
         return Conditioning(tensors | {"context": self.trained.seen(tensors["context"])})
 
@@ -133,7 +134,7 @@ def test_gradients_are_comfyuis(recording: Recording) -> None:
 
 def test_the_bare_denoiser_is_comfyuis(recording: Recording) -> None:
     given = {name.removeprefix("forward."): t for name, t in recording.tensors.items() if name.startswith("forward.")}
-    conditioning = Conditioning({k: t for k, t in given.items() if k in ("context", "pooled", "guidance")})
+    conditioning = Conditioning({k: t for k, t in given.items() if k in CONDITIONS})
     with torch.no_grad():
         output = recording.model.denoiser.predict(given["x"], given["timestep"], conditioning)
     assert (output - given["output"]).norm() / given["output"].norm() < 1e-5
