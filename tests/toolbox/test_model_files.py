@@ -106,6 +106,12 @@ def broken(copy: Path, case: str) -> None:
             (copy / "unet" / "config.json").unlink()
         case "damaged configuration":
             (copy / "unet" / "config.json").write_text("{")
+        case "no model's name":
+            (copy / "unet" / "config.json").write_text('{"_class_name": "logging"}')
+        case "settings of another class":
+            (copy / "unet" / "config.json").write_text(
+                '{"_class_name": "UNet2DConditionModel", "block_out_channels": []}'
+            )
         case "pickled weights":
             weights.rename(weights.with_suffix(".bin"))
         case _:
@@ -121,6 +127,8 @@ def broken(copy: Path, case: str) -> None:
         ("unknown pipeline", "of an unsupported architecture"),
         ("no denoiser", "config.json"),
         ("damaged configuration", "config.json is not valid JSON"),
+        ("no model's name", "logging is no model"),
+        ("settings of another class", "cannot be read as a diffusers model"),
         ("pickled weights", "must hold its weights as safetensors"),
         ("a tensor is missing", "lack conv_in.weight"),
     ],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.registry import Registry
+from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.formats.names.recognise import SIGNATURES, Signature
 
 if TYPE_CHECKING:
@@ -390,9 +391,7 @@ class Family(ABC):
 
     def released_denoiser(self, **changes: Any) -> nn.Module:
         """The released denoiser without weights, with some settings of its configuration changed."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():
+        with weights_empty():
             return self.denoiser_class()(**{**(self.released or {}), **changes})
 
     @abstractmethod

@@ -13,16 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.diffusers_folder import read_json, weight_files
+from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.packed_weights import scale_name
 from lorasmith.families.loading import family_of, model_of_checkpoint
@@ -187,7 +189,9 @@ def _folder(folder: Path) -> ModelFiles:
     try:
         folders = _components(folder, family)
         found = {part: _without_weights(folder / name) for part, name in folders.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except LorasmithError:
+        raise
+    except Exception as error:  # constructors of diffusers and transformers raise many kinds for odd settings
         raise ModelError(f"{folder} cannot be read as a diffusers model: {error}; get it again") from error
     encoders = {part: module for part, module in found.items() if part != DENOISER}
     names = family.names(found[DENOISER], encoders)
@@ -223,15 +227,20 @@ def _without_weights(folder: Path) -> nn.Module:
     """A part of a diffusers folder, from its configuration, on the meta device."""
     import diffusers
     import transformers
-    from accelerate import init_empty_weights
 
     config = read_json(folder / "config.json")
-    with init_empty_weights():
-        if "_class_name" in config:
-            kind = getattr(diffusers, config["_class_name"])
-            return kind.from_config(config).eval()  # type: ignore[no-any-return]
-        kind = getattr(transformers, config["architectures"][0])
-        return kind(kind.config_class.from_dict(config)).eval()  # type: ignore[no-any-return]
+    is_denoiser = "_class_name" in config
+    library, name = (diffusers, config["_class_name"]) if is_denoiser else (transformers, config["architectures"][0])
+    kind: Any = getattr(library, name)
+    if not _is_model(kind):
+        raise ValueError(f"{name} is no model")
+    with weights_empty():
+        model = kind.from_config(config) if is_denoiser else kind(kind.config_class.from_dict(config))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _is_model(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def _parameters(parts: Mapping[str, nn.Module]) -> Iterator[tuple[Parameter, Tensor]]:

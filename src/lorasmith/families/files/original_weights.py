@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.packed_layers import give_source, packable_layers
 from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
+from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.formats.names.model_names import OriginalName
 
 __all__ = ["PartSource", "block_count", "build", "from_original_tensors", "module_paths", "norm_name", "weight_shapes"]
@@ -80,10 +81,8 @@ def build(
     Raises:
         ModelError: tensors are missing, left over or of the wrong shape.
     """
-    from accelerate import init_empty_weights
-
     try:
-        with init_empty_weights():
+        with weights_empty():
             model = make()
         packable = set(packable_layers(model))
         able = {f"{path}.weight": layer for path, layer in model.named_modules() if layer in packable}
