@@ -30,6 +30,7 @@ def test_shapes_that_follow_their_rules() -> None:
         ("one", (2,), "(1)"),
         ("down", (), "(rank, in, kernel...)"),
         ("down", (2, 0, 3, 1), "(rank, in, kernel...)"),
+        ("down", (2, 5, 3, 1, 1, 1), "(rank, in, kernel...)"),
         ("up", (7, 3, 1), "(out, rank, 1...) with rank 2"),
         ("up", (7, 2, 4), "(out, rank, 1...) with rank 2"),
         ("core", (2, 2, 1, 3), "(rank, rank, kernel...) with rank 2 and kernel 3 × 1"),

@@ -5,9 +5,8 @@ A rule names the dimensions of a tensor, and the rules of one adapter share thei
     {"down": "rank in kernel...", "up": "out rank 1..."}
 
 A name stands for the same size wherever it occurs, `a*b` for the product of two names that occurred before, a number
-for itself. The last
-word may end in three dots: it stands for any number of further dimensions, `1...` for dimensions of size 1. No
-dimension may be of size 0.
+for itself. The last word may end in three dots: it stands for up to three further dimensions, which is what a kernel
+has, `1...` for dimensions of size 1. No dimension may be of size 0.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Mapping, Sequence
 __all__ = ["first_misfit"]
 
 _MORE = "..."
+_MOST_FURTHER = 3
 
 
 def first_misfit(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, str]) -> tuple[str, str] | None:
@@ -49,6 +49,8 @@ def _follows(shape: tuple[int, ...], words: Sequence[str], known: dict[str, tupl
         if sizes != (size,):
             return False
     further = shape[len(single) :]
+    if len(further) > _MOST_FURTHER:
+        return False
     return rest is None or (set(further) <= {1} if rest == "1" else known.setdefault(rest, further) == further)
 
 

@@ -20,7 +20,7 @@ from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import printable, sentence
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.lora_file import PORTABLE, Reason, Unapplied, load_lora, save_lora, unapplied
@@ -244,7 +244,7 @@ class Lora:
             first += ", ..." if parts[shown:] else ""
             groups.append(f"{len(parts)} {reason.text} ({first})")
         total = len(self._modules) + len(self._left_over)
-        return (
+        return sentence(
             f"{printable(title, limit=40)} leaves out {len(left)} of {total} parts of "
             f"{printable(self.name, limit=60)}: {', '.join(groups)}; {left[0].reason.remedy}"
         )

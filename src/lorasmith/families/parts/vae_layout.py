@@ -64,7 +64,7 @@ def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         new = _UP.sub(lambda match: _up_block(match, levels), name)
         for pattern, replacement in _RENAMES:
             new = re.sub(pattern, replacement, new)
-        if ".attentions." in new and tensor.ndim == 4:
+        if ".attentions." in new and tensor.shape[2:] == (1, 1):
             tensor = tensor[:, :, 0, 0]
         converted[new] = tensor
     return converted
