@@ -1,17 +1,21 @@
 # A convenience: the README gives the same as plain pip commands.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Modules are compiled when they are first imported, and kept, as are the rewritten tests: empty means no.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all crash fuzz gpu lint clean
+.PHONY: demo test test-all crash fuzz gpu lint collected clean
 
 demo: .venv/installed
 	$(BIN)/lorasmith demo
 
-test: .venv/installed-dev lint
+# `make -j2 test` compiles what the tests import while mypy runs.
+test: .venv/installed-dev lint collected
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The full products and the long runs as well.
-test-all: .venv/installed-dev lint
+test-all: .venv/installed-dev lint collected
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 crash: .venv/installed-dev
@@ -36,8 +40,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Modules are compiled when they are first imported: most never are.
-PIP := $(BIN)/python -m pip install --quiet --no-compile
+# Once, instead of in each of the tests' processes at the same time.
+collected: .venv/installed-dev
+	$(BIN)/python -m pytest -q --collect-only > /dev/null
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -39,6 +39,7 @@ def test_training_reports_through_events_and_stops_when_asked(images: Path, tmp_
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_ends_behind_a_step(images: Path, tmp_path: Path) -> None:
     assert len(train_prepared(prepared(images), output=tmp_path / "run", until=3).losses) == 3
 

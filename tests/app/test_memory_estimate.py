@@ -145,6 +145,7 @@ def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_says_by_how_much(flux: Path) -> None:
     found = estimated(flux, config(), gib=0.5)
     assert not found.fits

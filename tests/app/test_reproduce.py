@@ -48,6 +48,7 @@ def test_the_run_of_a_lora_is_repeated_and_its_fingerprint_taken_once(
         assert tensors_of(Path("runs/cat-001")) == tensors_of(whole)
 
 
+@pytest.mark.slow
 def test_the_lora_of_a_stopped_run_is_repeated_up_to_its_step(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +59,7 @@ def test_the_lora_of_a_stopped_run_is_repeated_up_to_its_step(
     assert found.result is not None and found.result.folder == tmp_path / "again"
 
 
+@pytest.mark.slow
 def test_a_repetition_that_is_stopped_is_not_compared(lora: Path) -> None:
     audience = Audience(stop_at=2)
     found = reproduce(prepare_reproduction(lora, rights=CONFIRMED), on_event=audience, cancelled=audience.cancelled)

@@ -72,6 +72,7 @@ time.sleep(600)
     assert not state.exists() or state.read_text().split(") ")[1][0] == "Z"
 
 
+@pytest.mark.slow
 def test_tests_are_counted(tmp_path: Path) -> None:
     test = tmp_path / "test_three.py"
     test.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): pytest.skip('no')\n")

@@ -57,6 +57,7 @@ def test_train_says_what_it_will_do_and_where_everything_is(
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoKr"))
 def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model, algorithm: str) -> None:
     """At its own default rate, and what is saved changes the model."""

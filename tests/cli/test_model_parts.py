@@ -128,6 +128,7 @@ def test_models_are_listed_with_their_parts(lorasmith: Command, models: Path) ->
     assert [one["is_whole"] for one in parsed["models"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_for_a_card(lorasmith: Command, models: Path) -> None:
     (models / "vae" / "ae.safetensors").unlink()
     asked = ("plan", "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--resolution", 64, "--rank", 4)

@@ -168,6 +168,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(
     assert tensors_of(broken) == tensors_of(whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_images_have_moved_but_not_with_others(
     lorasmith: Command, images: Path, whole: Path, broken: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_run_goes_on_when_its_images_have_moved_but_not_with_others(
     assert tensors_of(broken) == tensors_of(whole)
 
 
+@pytest.mark.slow
 def test_what_differs_of_the_machine_is_said(lorasmith: Command, broken: Path) -> None:
     with_record(broken, environment={"threads": 99})
     ran = lorasmith("resume", broken, "--as-recorded")
@@ -200,6 +202,7 @@ def test_a_finished_run_is_not_taken_up_again(lorasmith: Command, whole: Path) -
     assert (ran.code, "is complete and cannot be resumed" in ran.err) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_finished_lora_is_reproduced(lorasmith: Command, whole: Path, tmp_path: Path) -> None:
     ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded")
     assert ran.code == 0, ran.err

@@ -22,6 +22,7 @@ from lorasmith.diffusion.schedule import NoiseSchedule
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
+from tests.covering import slow_except
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "comfyui_families.json").read_text(encoding="utf-8"))
 AGREEMENT = 1e-5
@@ -43,7 +44,7 @@ def assert_same(key: str, ours: Tensor, expected: dict[str, list[float]]) -> Non
     assert difference < AGREEMENT, f"{key}: {difference:.1e}"
 
 
-@pytest.mark.parametrize("prompt", family_cases.PROMPTS)
+@pytest.mark.parametrize("prompt", slow_except(family_cases.PROMPTS, "short"))
 def test_prompts_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any], prompt: str) -> None:
     ours = case.ours.text_encoder.encode(family_cases.PROMPTS[prompt]).tensors
     expected = recorded["conditioning"][prompt]

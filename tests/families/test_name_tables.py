@@ -78,6 +78,7 @@ def originals(table: Mapping[str, OriginalName], model: nn.Module) -> dict[str, 
     return found
 
 
+@pytest.mark.slow
 @given(unet_shapes(), st.booleans())
 def test_the_table_of_a_unet_is_a_bijection(shape: models.UNetShape, linear: bool) -> None:
     model = unet(shape, linear)

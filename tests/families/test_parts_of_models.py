@@ -69,6 +69,7 @@ def test_a_part_may_come_from_a_checkpoint_that_holds_more(files: dict[str, Path
     assert set(model.components.modules()) == {"denoiser", "text_encoder", "vae"}
 
 
+@pytest.mark.slow
 def test_a_part_may_come_from_a_diffusers_folder(files: dict[str, Path], tmp_path: Path) -> None:
     whole = load_model(files["whole"])
     whole.components.vae.save_pretrained(tmp_path / "vae")

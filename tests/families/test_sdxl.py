@@ -192,6 +192,7 @@ def test_v_prediction_alone_keeps_the_schedule(tmp_path: Path) -> None:
     assert components.schedule.at(torch.tensor([0.9999])).alpha > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
 def test_models_with_continuous_noise_levels_are_refused(tmp_path: Path, mark: str) -> None:
     file = saved_checkpoint(tmp_path / "edm.safetensors", {mark: torch.zeros(4)})

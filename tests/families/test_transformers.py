@@ -79,7 +79,7 @@ def test_a_diffusers_folder_is_the_same_model(case: Case, tmp_path: Path) -> Non
 PROMPTS = ["a fox", "", "a (red:1.3) fox, 日本語 " * 12]
 
 
-@pytest.mark.parametrize("text", PROMPTS, ids=["short", "empty", "long"])
+@pytest.mark.parametrize("text", slow_except(PROMPTS, PROMPTS[2]), ids=["short", "empty", "long"])
 def test_prompts_are_encoded_as_in_diffusers(case: Case, text: str) -> None:
     if case.name == "flux1":
         text = text.replace("(red:1.3)", "red")  # weights are ComfyUI's, and syntax for this family

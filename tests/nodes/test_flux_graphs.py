@@ -14,6 +14,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage
+from tests.covering import slow_except
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -121,7 +122,7 @@ def test_parts_are_sampled_together(base: Path) -> None:
     assert outputs["decode"][0][0].shape == (1, 32, 64, 3)
 
 
-@pytest.mark.parametrize("weight_dtype", ["default", "fp8_e4m3fn"])
+@pytest.mark.parametrize("weight_dtype", slow_except(["default", "fp8_e4m3fn"], "fp8_e4m3fn"))
 def test_a_graph_with_peoples_habits_trains_and_samples(base: Path, weight_dtype: str) -> None:
     events: list[Event] = []
     shifted = {"shifted": api("ModelSamplingFlux", model=["unet", 0], max_shift=1.15, base_shift=0.5,

@@ -130,6 +130,7 @@ def test_what_is_not_available_is_refused_by_name_before_anything_runs(
     assert validate(prompt, Folders(tmp_path)).nodes["4"].inputs[name] in ("euler", "karras")
 
 
+@pytest.mark.slow
 def test_two_advanced_samplers_share_the_steps_of_one(
     bench: Any, tiny: Model, captions: list[Conditioning], sample: Make
 ) -> None:

@@ -262,6 +262,7 @@ def test_a_loss_that_is_not_finite_names_step_and_image(train: Make, latents: Ma
         train(lists={"latents": [huge]})
 
 
+@pytest.mark.slow
 def test_a_lora_is_continued_and_its_steps_add_up(train: Make, bench: Any) -> None:
     first = train(steps=2)
     bench.call("SaveLoRA", lora=first.outputs[0][0], prefix="loras/begun", steps=2)

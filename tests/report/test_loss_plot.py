@@ -88,6 +88,7 @@ def test_gaps_stay_open_in_the_raw_line_and_lonely_steps_are_dots(axes) -> None:
     assert np.isfinite(trend.get_ydata()).all() and len(trend.get_xdata()) == 103
 
 
+@pytest.mark.slow
 def test_axis_is_logarithmic_only_over_orders_of_magnitude(axes) -> None:
     falling = np.exp(-np.arange(200) / 20)
     assert axes(falling.tolist()).get_yscale() == "log"

@@ -78,6 +78,7 @@ def test_a_patched_model_is_the_base(make: Callable[..., Previewer], tiny: Model
     assert same(previewer.draw(None), make().draw(saved))
 
 
+@pytest.mark.slow
 def test_the_base_is_drawn_once(
     make: Callable[..., Previewer], tiny: Model, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

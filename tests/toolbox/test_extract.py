@@ -159,6 +159,7 @@ def test_a_model_without_text_encoder_is_compared_in_what_it_has(tiny_file: Path
     assert report.captured == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_except(["portable", "comfy", "diffusers"], "portable"))
 def test_layout_dtype_and_header(tiny_file: Path, tiny: Model, folded: Folded, tmp_path: Path, layout: str) -> None:
     tuned = folded(tiny_file, tiny, cases.lora_state(cases.shapes_of(tiny, ("attn1.to_q",)), rank=3))

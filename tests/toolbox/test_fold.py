@@ -73,7 +73,7 @@ def random_lora(model: Model, path: Path, algorithm: str = "lora", layout: str =
 
 @pytest.mark.parametrize(
     ("algorithm", "variant"),
-    slow_except([("lora", ""), ("loha", ""), ("oft", ""), ("lora", "dora")], ("loha", ""), ("lora", "dora")),
+    slow_except([("lora", ""), ("loha", ""), ("oft", ""), ("lora", "dora")], ("lora", "dora")),
 )
 def test_a_single_file_has_the_weights_of_the_applied_lora(
     tiny_file: Path, tiny: Model, tmp_path: Path, algorithm: str, variant: str
@@ -209,6 +209,7 @@ def test_weights_too_large_for_half_precision_are_refused(sd2_file: Path, sd2: M
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_only_a_model_is_replaced_by_a_model(folder: Path, tiny: Model, tmp_path: Path) -> None:
     lora = random_lora(tiny, tmp_path / "a.safetensors")
     (tmp_path / "photos").mkdir()
@@ -286,6 +287,7 @@ def test_text_encoders_that_are_not_loaded_for_training_are_folded_into(flux_fol
             assert torch.equal(before, after), parameter
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_more_than_some_tensors_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many blocks there are, folding takes the memory of a few times the largest tensor."""

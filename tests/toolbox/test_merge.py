@@ -78,7 +78,14 @@ def test_a_merge_is_both_applied(tiny: Model, tmp_path: Path, layout: str) -> No
     assert report.modules == len(cases.shapes_of(tiny))
 
 
-@pytest.mark.parametrize("layouts", [("kohya", "comfy"), ("comfy", "diffusers"), ("diffusers", "kohya")])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param(("kohya", "comfy"), marks=pytest.mark.slow),
+        ("comfy", "diffusers"),
+        pytest.param(("diffusers", "kohya"), marks=pytest.mark.slow),
+    ],
+)
 def test_layouts_mix_where_the_model_is_named(tiny: Model, tmp_path: Path, layouts: tuple[str, str]) -> None:
     parts = list(zip(two(tiny, tmp_path, layouts), STRENGTHS, strict=True))
     report = merge_loras(parts, tmp_path / "out.safetensors", model=open_model("lorasmith-tiny"))

@@ -20,6 +20,7 @@ from lorasmith.formats.lora_file import load_lora
 from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.toolbox.lora_files import read_lora, spelled_like
 from lorasmith.toolbox.resize import resize
+from tests.covering import slow_except
 
 LAYOUTS = ("kohya", "comfy", "diffusers")
 BASE = "lora_unet_mid_block_conv"
@@ -162,7 +163,7 @@ def test_a_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
     assert report.modules[0].algorithm == "DoRA"
 
 
-@pytest.mark.parametrize("algorithm", ["loha", "lokr"])
+@pytest.mark.parametrize("algorithm", slow_except(["loha", "lokr"], "lokr"))
 def test_other_algorithms_become_loras_with_a_warning(tiny: Model, tmp_path: Path, algorithm: str) -> None:
     state = cases.lora_state(cases.shapes_of(tiny), algorithm, rank=2)
     path = cases.saved(tmp_path / "a.safetensors", state, tiny.names)

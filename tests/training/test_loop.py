@@ -207,6 +207,7 @@ def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset,
     )
 
 
+@pytest.mark.slow
 def test_the_unfinished_run_is_found_among_others(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
     audience = Audience(cancel_at=2)
     run(dataset, output=tmp_path / "lora-001", on_event=audience, cancelled=audience.cancelled)
@@ -289,6 +290,7 @@ def test_what_counts_as_an_explosion() -> None:
     assert exploded([*calm, math.nan, math.nan, 11.0])
 
 
+@pytest.mark.slow
 def test_after_too_many_faults_the_best_there_is_is_kept(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,6 +616,7 @@ def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(
     assert result.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 3])
 def test_a_single_image_that_is_too_large_is_said_in_numbers(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, depth: int

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_every_setting_makes_another_loss(run: Run, dataset: EncodedDataset) -> None:
     losses = {name: run(dataset, steps=1, batch_size=4, **settings).losses[0] for name, settings in SETTINGS.items()}
     losses["none of them"] = run(dataset, steps=1, batch_size=4).losses[0]

@@ -29,6 +29,7 @@ from tests.covering import slow_except
 Run = Callable[..., TrainResult]
 
 
+@pytest.mark.slow
 def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
     run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ LEARNERS = [(optimizer, "MSE") for optimizer in ("AdamW", "Adam", "SGD", "RMSpro
 LEARNERS += [("AdamW", loss) for loss in ("L1", "Huber", "SmoothL1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "loss_function"),
     [one if one in LEARNERS[3:4] else pytest.param(*one, marks=pytest.mark.slow) for one in LEARNERS],

@@ -114,6 +114,7 @@ def test_the_same_seed_gives_the_same_bytes(
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
+@pytest.mark.slow
 @few
 def test_half_precision_follows(quick: Run, trained: Callable[..., TrainResult], variant: dict[str, Any]) -> None:
     full, half = trained(variant), quick(**variant, training_dtype="bf16", gradient_checkpointing=True)
@@ -372,6 +373,7 @@ def test_magnitudes_are_saved_in_full_precision(quick: Run, tmp_path: Path) -> N
     assert {t.dtype for key, t in saved.items() if key.endswith("up.weight")} == {dtype_from_name("bf16")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", slow_except(["OFT", "BOFT"], "OFT"))
 def test_a_run_that_goes_on_turns_no_further_than_the_first(quick: Run, tmp_path: Path, algorithm: str) -> None:
     first = quick(algorithm=algorithm, alpha=1e-3)

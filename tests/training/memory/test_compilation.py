@@ -175,6 +175,7 @@ def test_a_dora_is_compiled_where_what_it_goes_around_is(toy: Toy) -> None:
     assert compilable([OutputDora.create(layer, rank=2, alpha=1.0, seed=0, path="", zero="up")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", slow_except([1, 2, 3], 2))
 def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     torch.manual_seed(0)
@@ -189,6 +190,7 @@ def test_recomputed_blocks_around_and_inside_compiled_ones(depth: int) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_differences_of_norms_and_biases(toy: Toy) -> None:
     paths = {path: module for path, module in toy.named_modules() if path.endswith(("norm", "one"))}
     differences = {path: Difference.create(module) for path, module in paths.items()}

@@ -148,6 +148,7 @@ def predicted(denoiser: Denoiser) -> Tensor:
         return denoiser.predict(sample.latents[None], torch.tensor([0.5]), sample.conditioning)
 
 
+@pytest.mark.slow
 def test_a_lora_runs_beside_codes_and_is_not_merged_into_them(pair: Pair) -> None:
     packed, plain = pair
     lora = run(packed, learning_rate=1e-2).lora
@@ -160,7 +161,7 @@ def test_a_lora_runs_beside_codes_and_is_not_merged_into_them(pair: Pair) -> Non
     assert not torch.allclose(expected, predicted(plain.denoiser), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", slow_except(packed_files.KINDS, "nvfp4", "int8 with ConvRot"))
+@pytest.mark.parametrize("kind", slow_except(packed_files.KINDS, "int8 with ConvRot"))
 def test_it_predicts_what_its_weights_do(tmp_path: Path, kind: str) -> None:
     packed, plain = make_pair(tmp_path, kind)
     tensors = models.tiny_flux_checkpoint(0)
