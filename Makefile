@@ -44,13 +44,15 @@ lint: .venv/installed-dev
 collected: .venv/installed-dev
 	$(BIN)/python -m pytest -q --collect-only > /dev/null
 
-.venv/installed: pyproject.toml
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
+
+.venv/installed: pyproject.toml | .venv/bin/python
 	$(PIP) --editable .
 	touch $@
 
-.venv/installed-dev: .venv/installed
+.venv/installed-dev: pyproject.toml | .venv/bin/python
 	$(PIP) --editable ".[dev]"
 	touch $@
 
