@@ -270,6 +270,7 @@ _STRANGERS = (CANARY, "antigravity", "this")
 def _watched(folder: Path) -> Iterator[list[FaultError]]:
     """Inside, what happens outside of the folder is noted, and an alarm ends what waits for ever."""
     if not _WATCH.is_installed:
+        sys.dont_write_bytecode = True  # of modules that are imported on the way
         sys.addaudithook(_hear)
         sys.meta_path.insert(0, _Importer())
         _WATCH.is_installed = True
