@@ -74,6 +74,14 @@ def figures_blank() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def files_not_flushed() -> Iterator[None]:
+    """Files are written, but not waited for: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at figures."""

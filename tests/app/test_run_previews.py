@@ -103,6 +103,7 @@ def test_strengths_without_1(previews: Make, saved: Path, tmp_path: Path) -> Non
     assert rows(previews(preview_strengths="")(10, saved, final=True)) == [(10, 0.0), (10, 1.0)]
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_warning_and_the_next_preview_is_tried(previews: Make, broken: Make, saved: Path) -> None:
     draw = previews()
     for _ in range(3):

@@ -63,6 +63,7 @@ def test_a_run_finds_its_parts_and_is_repeated_with_them(
     assert "initial weights are the same" in dry.out, dry.err
 
 
+@pytest.mark.slow
 def test_parts_are_given_by_flags(lorasmith: Command, photos: Path, models: Path, tmp_path: Path) -> None:
     parts = (
         "--model", models / "diffusion_models" / "flux1-dev.safetensors", "--vae", models / "vae" / "ae.safetensors",

@@ -185,6 +185,7 @@ def test_v_prediction_with_a_schedule_that_ends_in_noise(tmp_path: Path) -> None
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_v_prediction_alone_keeps_the_schedule(tmp_path: Path) -> None:
     components = load_model(saved_checkpoint(tmp_path / "v.safetensors", {"v_pred": torch.zeros(0)})).components
 

@@ -147,6 +147,7 @@ def test_graphs_of_older_versions_lack_some_inputs(base: Path, lacking: str) -> 
     assert graph.nodes["train"].inputs["quantized_backward"] is False
 
 
+@pytest.mark.slow
 def test_a_range_of_sampling_is_ignored_by_training_with_a_word(base: Path) -> None:
     events: list[Event] = []
     prompt = {**loaders(), **training()}

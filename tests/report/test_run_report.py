@@ -121,6 +121,7 @@ def test_no_text_becomes_markup(picture: Path) -> None:
     assert hostile.text.count(HOSTILE) == plain.text.count("plain")
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(picture: Path) -> None:
     found = page(**whole("plain", picture))
     links = {value for _, key, value in found.attributes if key in ("src", "href", "xlink:href", "data", "action")}

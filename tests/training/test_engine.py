@@ -236,6 +236,7 @@ def test_events_tell_of_every_step_in_order(run: Run, dataset: EncodedDataset) -
     assert [event.reason for event in events if isinstance(event, RunFinished)] == ["finished"]
 
 
+@pytest.mark.slow
 def test_training_on_a_patched_model_trains_on_top_of_it(tiny: Model, run: Run, dataset: EncodedDataset) -> None:
     first = run(dataset, steps=8, learning_rate=1e-2)
     for bypass in (False, True):

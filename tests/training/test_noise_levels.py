@@ -38,6 +38,7 @@ def test_every_setting_makes_another_loss(run: Run, dataset: EncodedDataset) -> 
     assert len(set(losses.values())) == len(losses), losses
 
 
+@pytest.mark.slow
 def test_a_batch_of_four_is_four_of_one(run: Run, dataset: EncodedDataset) -> None:
     settings = {"noise_offset": 0.1, "loss_weighting": "min_snr", "timestep_shift": 2.0, "steps": 3}
     together = run(dataset, batch_size=4, **settings)

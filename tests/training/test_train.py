@@ -297,6 +297,7 @@ def test_diffusers_applies_the_saved_lora_module_for_module(
     assert (ours - plain).norm() / plain.norm() > 1e-2
 
 
+@pytest.mark.slow
 def test_strength_zero_is_the_model_itself_and_bypass_gives_the_same(
     run: Run, dataset: EncodedDataset, tiny: Model
 ) -> None:

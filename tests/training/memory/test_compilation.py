@@ -212,6 +212,7 @@ def test_quantized_weights(toy: Toy, kind: str) -> None:
     assert graphs() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_except(packed_files.KINDS, "mxfp8"))
 def test_weights_that_are_packed_in_files(toy: Toy, kind: str) -> None:
     toy.narrow, toy.between, toy.wide = nn.ModuleList(Block(64) for _ in range(2)), nn.Identity(), nn.ModuleList()
@@ -380,6 +381,7 @@ def test_a_run_has_the_same_losses(run: Run, mixed: EncodedDataset, monkeypatch:
     assert ours.losses == pytest.approx(run(mixed, **settings).losses, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_block")
 @pytest.mark.parametrize("backend", slow_except([failing_forward, failing_backward], failing_backward))
 def test_where_torch_cannot_compile_the_run_goes_on(

@@ -213,6 +213,7 @@ def test_it_says_what_share_is_quantized_and_what_previews_show(tiny: Model) -> 
     assert any("not with the quantized one" in text for text in notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bypass", slow_except([False, True], True))
 def test_loras_below_and_differences_train_on_quantized_weights_too(
     tiny: Model, run: Run, dataset: EncodedDataset, bypass: bool
