@@ -21,6 +21,7 @@ from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.runs.fingerprint import differences
 from lorasmith.training.runs.history import RunHistory
 from lorasmith.training.runs.records import RunRecord, parsed_record
+from tests.training.run_cases import damaged
 
 FILE = Path("cat.safetensors")
 
@@ -118,19 +119,6 @@ ODD = [None, True, -1, 0, 10**19, 2**63, 1e308, "", "x", "../..", "a\0b", "antig
 """Values that are put in the place of others."""
 
 
-def mutated(value: Any, chance: random.Random) -> Any:
-    """A copy with one of its values replaced or left out."""
-    if not isinstance(value, (dict, list)) or not value or chance.random() < 0.2:
-        return chance.choice(ODD)
-    copy = dict(value) if isinstance(value, dict) else dict(enumerate(value))
-    key = chance.choice(list(copy))
-    if chance.random() < 0.2:
-        del copy[key]
-    else:
-        copy[key] = mutated(copy[key], chance)
-    return copy if isinstance(value, dict) else list(copy.values())
-
-
 def test_damaged_records_end_in_our_errors(
     record: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +127,7 @@ def test_damaged_records_end_in_our_errors(
     monkeypatch.setattr(recorded_run, "_is_here", lambda path: True)
     chance, ended = random.Random(0), {"used": 0, "refused": 0}
     for _ in range(400):
-        text = json.dumps(mutated(mutated(real, chance), chance))
+        text = json.dumps(damaged(damaged(real, chance, ODD), chance, ODD))
         if chance.random() < 0.1:
             text = text[: chance.randrange(len(text))]
         try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,6 +31,19 @@ from lorasmith.training.outcome import Outcome
 PROMPTS = ("a lion", "a skull", "a red heart", "a <b>robot</b>")
 HOSTILE = "<script>alert(\"x\")</script> & 'co'; $(rm -rf ~)"
 BEGIN = 1_790_000_000.0
+
+
+def damaged(value: Any, chance: random.Random, odd: Sequence[Any]) -> Any:
+    """A copy of a JSON value in which a part is replaced by one of `odd`, or left out."""
+    if not isinstance(value, (dict, list)) or not value or chance.random() < 0.2:
+        return chance.choice(odd)
+    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    key = chance.choice(list(items))
+    if chance.random() < 0.2:
+        del items[key]
+    else:
+        items[key] = damaged(items[key], chance, odd)
+    return items if isinstance(value, dict) else list(items.values())
 
 
 def write_run(

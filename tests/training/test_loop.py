@@ -36,6 +36,7 @@ from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
 from lorasmith.training.train import TrainResult
 from lorasmith.training.verdict import History
 from tests.covering import slow_except
+from tests.training.run_cases import damaged
 
 Run = Callable[..., TrainResult]
 
@@ -554,19 +555,6 @@ def test_a_run_that_is_killed_before_its_report_gets_it_when_it_is_given_again(
 ODD = [None, True, -1, 0, 10**9, 1e308, "x", [], {}, [[]], {"step": 1}]
 
 
-def spoilt(numbers: Any, chance: random.Random) -> Any:
-    """A copy with one of its values replaced or left out."""
-    if not isinstance(numbers, (dict, list)) or not numbers or chance.random() < 0.1:
-        return chance.choice(ODD)
-    items = dict(numbers) if isinstance(numbers, dict) else dict(enumerate(numbers))
-    key = chance.choice(list(items))
-    if chance.random() < 0.2:
-        del items[key]
-    else:
-        items[key] = spoilt(items[key], chance)
-    return items if isinstance(numbers, dict) else list(items.values())
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_state_that_no_run_of_these_settings_saved_is_refused_in_a_sentence(
     tiny: Model, dataset: EncodedDataset
@@ -582,7 +570,7 @@ def test_a_state_that_no_run_of_these_settings_saved_is_refused_in_a_sentence(
         numbers, tensors = dict(state.numbers), dict(state.tensors)
         if chance.random() < 0.6:
             name = chance.choice(list(numbers))
-            numbers[name] = spoilt(numbers[name], chance)
+            numbers[name] = damaged(numbers[name], chance, ODD)
         else:
             name = chance.choice(list(tensors))
             tensor = tensors.pop(name)

@@ -127,12 +127,10 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
     echo()
     console.print(table)
     echo()
-    heading(f"{found.images_per_hour:,.0f}", end=" ")
-    echo("images an hour")
+    heading(f"{found.images_per_hour:,.0f}", "images an hour")
     if found.of_floor is not None:
         passes = "" if found.passes == 1 else f" × {found.passes}"
-        heading(f"{found.of_floor:.0%}", end=" ")
-        echo(f"of a step is the floor{passes}")
+        heading(f"{found.of_floor:.0%}", f"of a step is the floor{passes}")
     elif found.floor is None:
         echo("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
     have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"

@@ -97,9 +97,9 @@ def echo(text: object = "") -> None:
     console.print(str(text), soft_wrap=True)
 
 
-def heading(text: str, *, end: str = "\n") -> None:
-    """Print text in bold."""
-    console.print(Text(printable(text), style="bold"), end=end, soft_wrap=True)
+def heading(text: str, then: object = "") -> None:
+    """Print text in bold, and more on the same line that is not."""
+    console.print(Text.assemble((printable(text), "bold"), f" {printable(then)}" if then else ""), soft_wrap=True)
 
 
 def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:

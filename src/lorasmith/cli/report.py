@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import echo, heading
+from lorasmith.cli.console import heading
 
 __all__ = ["register"]
 
@@ -28,5 +28,4 @@ def report(
     from lorasmith.app.run_page import write_report
 
     path = write_report(run)
-    heading("Report", end=" ")
-    echo(path)
+    heading("Report", path)

@@ -165,8 +165,7 @@ def found_line(part: FoundPart) -> str:
 
 def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
-    heading(f"{len(scan.images)} images", end=" ")
-    echo(f"in {found.folder}")
+    heading(f"{len(scan.images)} images", f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
     if scan.missing_captions:

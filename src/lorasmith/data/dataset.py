@@ -117,9 +117,7 @@ def _digest(image: ImageFile, pixels: Tensor) -> str:
     """SHA-256 of an image's file, its caption and its size in training."""
     content = hashlib.sha256(json.dumps([image.caption, list(pixels.shape)]).encode())
     with open_regular(image.path) as file:
-        while block := file.read(2**20):
-            content.update(block)
-    return content.hexdigest()
+        return hashlib.file_digest(file, lambda: content).hexdigest()
 
 
 def _on_cpu(conditioning: Conditioning) -> Conditioning:

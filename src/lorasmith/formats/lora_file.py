@@ -40,6 +40,7 @@ __all__ = [
     "Unapplied",
     "layout_for",
     "load_lora",
+    "lora_of_tensors",
     "read_lora_tensors",
     "refuse_non_finite",
     "save_lora",
@@ -75,6 +76,22 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
     refuse_non_finite(path, tensors)
+    return lora_of_tensors(path, tensors, metadata, names)
+
+
+def lora_of_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames
+) -> AdapterState:
+    """The LoRA for a model in the tensors of a file.
+
+    Args:
+        path: the file, for messages.
+        tensors, metadata: as `read_lora_tensors` returns them.
+        names: the model's name table.
+
+    Raises:
+        LoraError: the file is not a LoRA, is damaged, or is for another model.
+    """
     state = state_from_tensors(tensors, metadata, names)
     _refuse_other_models(path, tensors, state, names)
     return state

@@ -21,7 +21,7 @@ from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
-from lorasmith.formats.lora_file import load_lora, read_lora_tensors, refuse_non_finite, save_lora
+from lorasmith.formats.lora_file import lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.prefixes import component_of, without_prefix
 from lorasmith.formats.names.recognise import guessed_family
@@ -90,7 +90,7 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
     layout = max(counts, key=lambda name: counts[name])
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     if names is not None:
-        state = load_lora(path, names)
+        state = lora_of_tensors(path, tensors, metadata, names)
         refs = dict.fromkeys((*state.adapters, *state.differences))
         found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
         return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)

@@ -1,7 +1,7 @@
 """Records of runs: the content of `run.json`, and of the entry about its run in a LoRA.
 
 Both are written and read here alone. A record may be damaged, of another version or a stranger's, so it is checked as
-a whole before anything in it is used; what a record may name is decided in `app.record_rights`.
+a whole before anything in it is used; what a record may name is decided in `app.recorded_run`.
 """
 
 from __future__ import annotations
