@@ -91,6 +91,9 @@ extract.register(app)
 diff.register(app)
 bench.register(app)
 
+data = typer.Typer(help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
 
 def main() -> None:
     """Entry point: prints a LorasmithError as one sentence, and ends quietly when interrupted."""

@@ -43,9 +43,13 @@ class ImageFile:
     Attributes:
         path: the file.
         width, height: of the upright picture, in pixels.
-        caption: for the text encoder, trigger included; may be empty.
+        caption: for the text encoder, trigger included, without what is drawn; may be empty.
         caption_source: origin of the caption, the trigger aside.
         repeats: number of its occurrences in an epoch.
+        captions: each caption as its source has it, of which one is drawn; empty for none.
+        weight: of its loss.
+        mask: file of its mask, where `masks` is files and there is one.
+        is_class: whether it shows the subject's class, for prior preservation.
     """
 
     path: Path
@@ -54,6 +58,10 @@ class ImageFile:
     caption: str
     caption_source: CaptionSource
     repeats: int = 1
+    captions: tuple[str, ...] = ()
+    weight: float = 1.0
+    mask: Path | None = None
+    is_class: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""Every setting of training data, declared once: command line, library, configuration files and pages derive from here.
+
+Nothing of it needs a model: resolutions and steps that are open are the model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.options import check_options, option, options_of
+
+__all__ = ["LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
+
+LARGEST_SIDE = 4096
+"""Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
+
+CaptionOrigin = Literal["files", "filename", "folder", "none"]
+Crop = Literal["center", "random", "mask"]
+Masks = Literal["none", "alpha", "files"]
+
+_CAPTIONS, _PICTURES, _VARIANTS = "Captions", "Pictures", "Variants of pictures and captions"
+_MASKS, _PRIOR, _CACHE = "Masks", "Prior preservation", "Cached encodings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How images and captions become samples. Raises OptionError for values of the wrong type or out of range."""
+
+    trigger: str = option(
+        "", group=_CAPTIONS, help="Phrase for the subject or style, put in front of captions that lack it."
+    )
+    captions: CaptionOrigin = option(
+        "files",
+        group=_CAPTIONS,
+        help="Where captions come from. files: caption files and metadata files, the trigger where there is none.",
+    )
+    prefix: str = option("", group=_CAPTIONS, help="Text in front of every caption, before the trigger.")
+    suffix: str = option("", group=_CAPTIONS, help="Text after every caption.")
+    recursive: bool = option(False, group=_PICTURES, help="Read all folders inside the folder of images as well.")
+
+    resolution: int | None = option(
+        None,
+        min=1,
+        max=LARGEST_SIDE,
+        group=_PICTURES,
+        help="Pictures are scaled to the area of a square of this side, in pixels. Default: the model's.",
+    )
+    more_resolutions: str = option(
+        "",
+        group=_PICTURES,
+        help="Further resolutions, separated by commas; each time a picture is drawn it has one of them.",
+    )
+    bucket_step: int | None = option(
+        None,
+        min=1,
+        max=LARGEST_SIDE,
+        group=_PICTURES,
+        help="Sides of buckets are multiples of it, in pixels. Default, and least: the model's own.",
+    )
+    bucket_min: int | None = option(
+        None, min=1, max=LARGEST_SIDE, group=_PICTURES, help="Least side of a bucket, in pixels. Default: none."
+    )
+    bucket_max: int | None = option(
+        None, min=1, max=LARGEST_SIDE, group=_PICTURES, help="Greatest side of a bucket, in pixels. Default: none."
+    )
+    upscale: bool = option(
+        True, group=_PICTURES, help="Enlarge pictures that are smaller than their bucket, instead of a smaller bucket."
+    )
+    crop: Crop = option(
+        "center",
+        group=_PICTURES,
+        help="Which part of a picture is kept where its aspect ratio is not the bucket's: the centre, a random part "
+        "in each variant, or the part around its mask.",
+    )
+
+    flip: bool = option(
+        False, group=_VARIANTS, help="Draw each picture mirrored half of the time. Not for faces, text and logos."
+    )
+    crop_jitter: float = option(
+        0.0,
+        min=0.0,
+        max=0.5,
+        group=_VARIANTS,
+        help="Share of each side that variants of a picture may cut off, at a random place.",
+    )
+    colour_jitter: float = option(
+        0.0,
+        min=0.0,
+        max=0.5,
+        group=_VARIANTS,
+        help="Share by which brightness, contrast and saturation of variants of a picture vary.",
+    )
+    picture_variants: int = option(
+        4,
+        min=1,
+        max=100,
+        group=_VARIANTS,
+        help="Variants of each picture with crop random, crop_jitter or colour_jitter; each is encoded once.",
+    )
+    wildcards: bool = option(
+        False, group=_VARIANTS, help="In captions, {a|b} stands for a or b, chosen for each draw; braces nest."
+    )
+    caption_lines: bool = option(
+        False, group=_VARIANTS, help="Each line of a caption file is a caption, of which one is chosen for each draw."
+    )
+    shuffle_tags: bool = option(
+        False, group=_VARIANTS, help="Shuffle the tags of a caption, separated by commas, for each draw."
+    )
+    keep_tags: int = option(
+        0, min=0, max=1000, group=_VARIANTS, help="First tags that are neither shuffled nor dropped; a trigger counts."
+    )
+    tag_dropout: float = option(
+        0.0, min=0.0, max=1.0, group=_VARIANTS, help="Probability of leaving out each tag, for each draw."
+    )
+    caption_dropout: float = option(
+        0.0,
+        min=0.0,
+        max=1.0,
+        group=_VARIANTS,
+        help="Probability of an empty caption, for each draw; 0.05 to 0.1 are usual for styles.",
+    )
+    caption_memory: float = option(
+        4.0,
+        min=0.0,
+        max=10_000.0,
+        group=_VARIANTS,
+        changes_numbers=False,
+        help="GiB that encoded captions may take. Where the captions that a run can draw take more, the text encoders "
+        "stay loaded and encode each caption when it is drawn.",
+    )
+
+    masks: Masks = option(
+        "none",
+        group=_MASKS,
+        help="Weights of the loss by place: alpha takes a picture's transparency, files takes NAME.mask.png or a file "
+        "of the same name in mask_folder; white is inside. A picture without a mask is trained as a whole.",
+    )
+    mask_folder: str | None = option(None, group=_MASKS, help="Folder of masks. Default: beside the pictures.")
+    mask_inside: float = option(1.0, min=0.0, max=100.0, group=_MASKS, help="Weight of the loss inside of masks.")
+    mask_outside: float = option(0.0, min=0.0, max=100.0, group=_MASKS, help="Weight of the loss outside of masks.")
+    mask_normalize: bool = option(
+        True,
+        group=_MASKS,
+        help="Divide by the mean weight of a picture, so that small masks count as much as large ones.",
+    )
+
+    class_prompt: str | None = option(
+        None,
+        group=_PRIOR,
+        help="Caption of the subject's class, such as a dog. Pictures of it are trained beside the subject's, so that "
+        "the model keeps the class.",
+    )
+    class_images: str | None = option(
+        None,
+        group=_PRIOR,
+        help="Folder of pictures of the class, with captions of their own or class_prompt. Default: the base model "
+        "draws them.",
+    )
+    class_count: int = option(
+        50, min=1, max=10_000, group=_PRIOR, help="Pictures of the class that the base model draws."
+    )
+    prior_weight: float = option(
+        1.0, min=0.0, max=100.0, group=_PRIOR, help="Weight of the loss of pictures of the class."
+    )
+
+    cache: bool = option(
+        True,
+        group=_CACHE,
+        changes_numbers=False,
+        help="Keep encoded pictures and captions on disk, so that the next start need not encode them.",
+    )
+    cache_limit: float = option(
+        20.0,
+        min=0.0,
+        max=100_000.0,
+        group=_CACHE,
+        changes_numbers=False,
+        help="GiB that encodings may take on disk; those that were used least recently are removed first.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if len(self.trigger) > _LONGEST_TRIGGER:
+            raise OptionError(
+                f"trigger must have at most {_LONGEST_TRIGGER:,} characters, got {len(self.trigger):,}; use a phrase"
+            )
+        if self.bucket_min and self.bucket_max and self.bucket_min > self.bucket_max:
+            raise OptionError(
+                f"bucket_min must be at most bucket_max, got {self.bucket_min} and {self.bucket_max}; swap them"
+            )
+        if self.masks != "files" and self.mask_folder:
+            raise OptionError(f"mask_folder is for masks files, got masks {self.masks}; add masks files")
+        if self.crop == "mask" and self.masks == "none":
+            raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")
+        if self.masks != "none" and not self.mask_inside and not self.mask_outside:
+            raise OptionError("mask_inside or mask_outside must be above 0, got 0 for both; raise one of them")
+        self.all_resolutions(1)  # raises for what is no number
+
+    def all_resolutions(self, default: int) -> tuple[int, ...]:
+        """Each resolution in pixels, that of `resolution` (or `default`) first."""
+        found = [self.resolution or default]
+        for text in filter(None, map(str.strip, self.more_resolutions.split(","))):
+            if not text.isdecimal() or not 1 <= int(text) <= LARGEST_SIDE:
+                raise OptionError(
+                    f"more_resolutions must be numbers between 1 and {LARGEST_SIDE:,}, separated by commas, "
+                    f"got {text!r}; write 512,768"
+                )
+            found.append(int(text))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def varies_pictures(self) -> bool:
+        """Whether `picture_variants` applies."""
+        return self.crop == "random" or self.crop_jitter > 0 or self.colour_jitter > 0
+
+    def is_default(self, name: str) -> bool:
+        """Whether a setting has its default value."""
+        return bool(getattr(self, name) == options_of(type(self))[name].default)
+
+
+_LONGEST_TRIGGER = 1000
