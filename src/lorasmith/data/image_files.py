@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,11 +22,16 @@ from lorasmith.core.files import open_regular
 
 __all__ = [
     "ImageError",
+    "ImageHeader",
     "crop_offsets",
+    "image_header",
     "image_size",
     "image_suffixes",
+    "kept_part",
     "open_frames",
     "open_image",
+    "open_original",
+    "open_reduced",
     "resize_and_crop",
     "to_tensor",
 ]
@@ -42,6 +49,23 @@ class ImageError(DataError):
         super().__init__(f"{path} {reason}")
         self.path = path
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says of its picture.
+
+    Attributes:
+        format: Pillow's name of the file format.
+        suffixes: usual suffixes of its files, the preferred one first.
+        mode: Pillow's name of the number format.
+        is_upright: whether the picture is stored as it is shown.
+    """
+
+    format: str
+    suffixes: tuple[str, ...]
+    mode: str
+    is_upright: bool
 
 
 def image_suffixes() -> frozenset[str]:
@@ -62,6 +86,26 @@ def open_image(path: Path) -> Image.Image:
         image.load()
         picture = _eight_bits(_upright(image))
         return _on_white(picture) if picture.has_transparency_data else picture.convert("RGB")
+
+
+def open_reduced(path: Path, longest: int) -> Image.Image:
+    """The picture of `open_image`, its longest edge at most `longest` pixels.
+
+    JPEG files are decoded at a fraction of their size where that suffices, which is several times faster.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path) as image:
+        if image.format == "JPEG":
+            factor = min(1.0, longest / max(image.size))
+            image.draft("RGB", (math.ceil(image.width * factor), math.ceil(image.height * factor)))
+        image.load()
+        picture = _eight_bits(image)
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        picture = _turned(picture, _orientation(image))
+        return _on_white(picture) if picture.mode == "RGBA" else picture
 
 
 def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
@@ -101,6 +145,30 @@ def image_size(path: Path) -> tuple[int, int]:
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
+def image_header(path: Path) -> ImageHeader:
+    """What a file says of its picture, before that is decoded. Raises ImageError as `open_image`."""
+    with _opened(path) as image:
+        known = str(image.format)
+        return ImageHeader(known, _FORMATS[known], image.mode, _orientation(image) == 1)
+
+
+def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image, bytes | None]:
+    """The picture in a file to be saved again, upright, with its colour profile: RGB, or RGBA if it is transparent.
+
+    Args:
+        path: the file.
+        any_format: read formats as well that training does not read, such as TGA or JPEG 2000.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, _CONVERTED if any_format else ()) as image:
+        image.load()
+        picture = _eight_bits(_upright(image))
+        profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB"), profile
+
+
 def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     """`image` scaled (Lanczos, antialiased) to cover width × height, and cropped to it around the centre.
 
@@ -110,7 +178,9 @@ def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
         image: the picture.
         width, height: of the result in pixels.
     """
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=_kept(image.width, image.height, width, height))
+    return image.resize(
+        (width, height), Image.Resampling.LANCZOS, box=kept_part(image.width, image.height, width, height)
+    )
 
 
 def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int]:
@@ -120,11 +190,11 @@ def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tupl
         width, height: of the picture.
         to_width, to_height: of the result.
     """
-    left, top, right, bottom = _kept(width, height, to_width, to_height)
+    left, top, right, bottom = kept_part(width, height, to_width, to_height)
     return round(left * to_width / (right - left)), round(top * to_height / (bottom - top))
 
 
-def _kept(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
+def kept_part(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
     """The part of a picture that `resize_and_crop` keeps: left, top, right and bottom."""
     kept_width = min(width, height * to_width / to_height)
     kept_height = min(height, width * to_height / to_width)
@@ -150,6 +220,9 @@ _FORMATS = {
     "HEIF": (".heic", ".heif"),
 }
 
+_CONVERTED = ("JPEG2000", "TGA", "PSD", "PPM", "PCX", "QOI", "DDS", "SGI", "ICO")
+"""Formats that are read to be converted; none of their readers starts another program."""
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -171,14 +244,14 @@ def _readable_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, more_formats: Sequence[str] = ()) -> Iterator[Image.Image]:
     """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with (
             warnings.catch_warnings(action="ignore"),
             _file(path) as file,
-            Image.open(file, formats=_readable_formats()) as image,
+            Image.open(file, formats=[*_readable_formats(), *more_formats]) as image,
         ):
             if image.size == (1, 1):
                 raise ImageError(path, "is a single pixel; replace it by a picture or remove it")
@@ -220,7 +293,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
+    return _turned(image, _orientation(image))
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

@@ -1,0 +1,288 @@
+"""A folder of images checked before training on it: facts about each image, and what to look at.
+
+Images are read once, reduced, by several threads; the result does not depend on how many. What is kept of an image are
+some hundred bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.core.files import open_regular
+from lorasmith.data.buckets import bucket_size
+from lorasmith.data.captions import read_caption
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
+from lorasmith.data.folder import FolderScan, ImageFile
+from lorasmith.data.image_files import kept_part, open_reduced
+from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
+from lorasmith.data.split import held_out_names
+
+__all__ = ["MENDED_FOLDERS", "Bucket", "Epoch", "Preflight", "crop_box", "name_in", "preflight", "usual_resolution"]
+
+MENDED_FOLDERS = ("duplicates", "unused")
+"""Folders in a mended folder for what is not trained on."""
+
+_USUAL = (1024, 768, 512, 256)
+_FILLED = 0.75  # share of the images that a resolution must not enlarge
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A size at which pictures are trained.
+
+    Attributes:
+        width, height: in pixels.
+        images: number of images of this size.
+        samples: the same, repeats included.
+    """
+
+    width: int
+    height: int
+    images: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The samples that training draws.
+
+    Attributes:
+        samples: in an epoch, repeats included, without those that are held out.
+        held_out: names of the images that are held out for validation.
+        held_out_samples: how often these would have occurred.
+        batch: samples of a step.
+    """
+
+    samples: int
+    held_out: tuple[str, ...]
+    held_out_samples: int
+    batch: int
+
+    def steps(self, epochs: float) -> int:
+        """Steps of a number of epochs, rounded up."""
+        return -int(-epochs * self.samples // self.batch)
+
+    def epochs(self, steps: int) -> float:
+        """Epochs of a number of steps."""
+        return steps * self.batch / self.samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """A checked folder.
+
+    Attributes:
+        folder: of the images.
+        resolutions: sides in pixels of the squares whose area pictures are scaled to, the first one decisive here.
+        multiple: sides are multiples of it.
+        trigger: phrase in front of captions that lack it.
+        images: facts about each usable image, in the order of the scan.
+        skipped: each file or folder that is not used, with reason and remedy.
+        notes: other remarks of the scan.
+        buckets: sizes in training at the first resolution, the most frequent first.
+        alike: groups of pictures of which one would do.
+        epoch: samples of an epoch.
+        limit: what the text encoder reads of a caption; None where tokens were not counted.
+        findings: what to look at, the gravest kinds first.
+    """
+
+    folder: Path
+    resolutions: tuple[int, ...]
+    multiple: int
+    trigger: str
+    images: tuple[CheckedImage, ...]
+    skipped: tuple[tuple[Path, str], ...]
+    notes: tuple[str, ...]
+    buckets: tuple[Bucket, ...]
+    alike: tuple[LookAlikes, ...]
+    epoch: Epoch
+    limit: TokenLimit | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def captioned(self) -> int:
+        """Number of images with a caption of their own."""
+        return sum(one.file.caption_source == "file" for one in self.images)
+
+    def findings_of(self, index: int) -> list[FindingKind]:
+        """The kinds of findings about an image."""
+        return [finding.kind for finding in self.findings if index in finding.images]
+
+
+def preflight(
+    scan: FolderScan,
+    config: DataConfig,
+    *,
+    folder: Path,
+    resolution: int,
+    multiple: int,
+    tokenize: Callable[[str], int] | None = None,
+    limit: TokenLimit | None = None,
+    batch: int = 1,
+    validation_share: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+) -> Preflight:
+    """Check a scanned folder.
+
+    Args:
+        scan: of the folder.
+        config: settings of the data.
+        folder: that was scanned.
+        resolution: the model's own, if the configuration leaves it open.
+        multiple: least step of sides in pixels, the model's.
+        tokenize: number of tokens of a caption, by the model's tokenizer; None to count none.
+        limit: what the model reads of a caption.
+        batch: samples of a step.
+        validation_share: of the images held out, as for `split`.
+        progress: called with (images done, all images).
+        threads: that read images; None for as many as there are processors, at most 8.
+
+    Raises:
+        ImageError: an image can no longer be read.
+        DataError: the resolution is below `multiple`.
+    """
+    resolutions = config.all_resolutions(resolution)
+    multiple = max(multiple, config.bucket_step or 0)
+    with warnings.catch_warnings(action="ignore"):  # around all threads, as each file that is opened does it too
+        qualities = list(_measured(scan.images, threads, progress))
+    images = tuple(
+        _checked(image, quality, folder, resolutions, multiple, upscale=config.upscale, tokenize=tokenize)
+        for image, quality in zip(scan.images, qualities, strict=True)
+    )
+    alike = tuple(_compared(images, qualities))
+    skipped = tuple((path, reason) for path, reason in scan.skipped if path.name not in MENDED_FOLDERS)
+    return Preflight(
+        folder=folder,
+        resolutions=resolutions,
+        multiple=multiple,
+        trigger=config.trigger,
+        images=images,
+        skipped=skipped,
+        notes=scan.notes,
+        buckets=_buckets(images),
+        alike=alike,
+        epoch=_epoch(scan.images, batch, validation_share),
+        limit=limit,
+        findings=found_in(
+            images,
+            skipped=[(name_in(folder, path), reason) for path, reason in skipped],
+            missing=scan.missing_captions,
+            alike=alike,
+            limit=limit,
+            trigger=config.trigger,
+            upscale=config.upscale,
+        ),
+    )
+
+
+def crop_box(image: ImageFile, bucket: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of an upright picture that is trained at a size: left, top, right and bottom in its pixels."""
+    return kept_part(image.width, image.height, *bucket)
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """A file's path relative to the folder, with slashes; of a file elsewhere its name."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def usual_resolution(images: Sequence[ImageFile]) -> int:
+    """The largest usual resolution that most of the images fill, where no model decides it."""
+    areas = [image.width * image.height for image in images]
+    fitting = (side for side in _USUAL if sum(area >= side**2 for area in areas) >= _FILLED * len(areas))
+    return next(fitting, _USUAL[-1])
+
+
+def _measured(
+    images: Sequence[ImageFile], threads: int | None, progress: Callable[[int, int], None] | None
+) -> Iterable[PictureQuality]:
+    threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    with ThreadPoolExecutor(threads, "read images") as pool:
+        found = pool.map(lambda image: measured(open_reduced(image.path, MEASURED_EDGE)), images)
+        for done, quality in enumerate(found, start=1):
+            yield quality
+            if progress:
+                progress(done, len(images))
+
+
+def _checked(
+    image: ImageFile,
+    quality: PictureQuality,
+    folder: Path,
+    resolutions: Sequence[int],
+    multiple: int,
+    *,
+    upscale: bool,
+    tokenize: Callable[[str], int] | None,
+) -> CheckedImage:
+    sizes = [
+        bucket_size(image.width, image.height, resolution=side, multiple=multiple, upscale=upscale)
+        for side in resolutions
+    ]
+    boxes = [crop_box(image, size) for size in sizes]
+    # The largest resolution decides whether the picture is large enough.
+    scale = max(size[0] / (right - left) for size, (left, _, right, _) in zip(sizes, boxes, strict=True))
+    return CheckedImage(
+        image,
+        name_in(folder, image.path),
+        sizes[0],
+        boxes[0],
+        scale,
+        quality,
+        has_empty_caption=image.caption_source != "file" and _has_caption_file(image.path),
+        tokens=tokenize(image.caption) if tokenize else None,
+    )
+
+
+def _has_caption_file(image: Path) -> bool:
+    """Whether there is a caption file that says nothing."""
+    caption = read_caption(image)
+    return caption is not None and not caption.text
+
+
+def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality]) -> Iterable[LookAlikes]:
+    for group in look_alikes(qualities):
+        best = max(group, key=lambda index: (_area(images[index].file), bool(images[index].file.caption), -index))
+        seen = {_content(images[best].file.path)}
+        copies = []
+        for index in group:
+            if index != best:
+                content = _content(images[index].file.path)
+                copies += [index] if content in seen else []
+                seen.add(content)
+        yield LookAlikes(best, tuple(index for index in group if index != best), tuple(copies))
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
+def _area(image: ImageFile) -> int:
+    return image.width * image.height
+
+
+def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:
+    counts, samples = Counter(one.bucket for one in images), Counter[tuple[int, int]]()
+    for one in images:
+        samples[one.bucket] += one.file.repeats
+    ordered = sorted(counts, key=lambda size: (-counts[size], size))
+    return tuple(Bucket(*size, counts[size], samples[size]) for size in ordered)
+
+
+def _epoch(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:
+    subjects = [image for image in images if not image.is_class]
+    names = list(dict.fromkeys(image.path.name for image in subjects))
+    chosen = held_out_names(names, validation_share)
+    apart = sum(image.repeats for image in subjects if image.path.name in chosen)
+    total = sum(image.repeats for image in subjects)
+    return Epoch(total - apart, tuple(name for name in names if name in chosen), apart, batch)
