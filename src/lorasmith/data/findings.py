@@ -1,14 +1,15 @@
 """What to look at in a folder of images before training on it: each finding with its pictures and a remedy.
 
-The rules take facts about the pictures and read no file. They are silent about what is usual: captions of a subject that
-begin alike, pictures that are reduced, a few pixels that a crop takes.
+The rules take facts about the pictures and read no file. They are silent about what is usual: captions of a subject
+that begin alike, pictures that are reduced, a few pixels that a crop takes.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ FindingKind = Literal[
 _ENLARGED, _TINY = 1.1, 2.0  # factors by which pictures are enlarged; less than a tenth is not seen
 _KEPT = 0.8  # share of a picture that a crop should keep
 _LISTED = 4  # names in a sentence
-_FIX = "lorasmith data check --fix NEW_FOLDER"
+_FIX = "lorasmith data check --fix"
 _WORDS = 4  # of a caption from which equal ones are unlikely to be meant
 _SHARED_FROM = 4
 
@@ -96,14 +97,14 @@ class LookAlikes:
     """Pictures of which one would do.
 
     Attributes:
-        best: index of the one to keep: the largest, with a caption if there is one.
+        best: index of the one to keep: sharp, the largest, with a caption if there is one.
         others: indices of the others, ascending.
-        copies: those of the others whose files have the same content as an earlier one.
+        copies: those of the others whose files have the content of another one of the group, each with that one.
     """
 
     best: int
     others: tuple[int, ...]
-    copies: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -118,19 +119,21 @@ class Finding:
     Attributes:
         kind: what it is.
         problem: a sentence without its full stop.
+        examples: names of the first images or files concerned, with a detail of each.
         remedy: what to do, in the imperative.
         images: indices of the images concerned; empty if it concerns none alone.
     """
 
     kind: FindingKind
     problem: str
+    examples: str
     remedy: str
     images: tuple[int, ...] = ()
 
     @property
     def sentence(self) -> str:
-        """Problem and remedy."""
-        return f"{self.problem}; {self.remedy}"
+        """Problem, examples and remedy, without a full stop."""
+        return f"{self.problem}{': ' if self.examples else ''}{self.examples}; {self.remedy}"
 
 
 def found_in(
@@ -159,7 +162,7 @@ def found_in(
         *_pixels(images, upscale=upscale),
         *_repeated(images, alike),
         *_captions(images, missing, trigger),
-        *_equal_captions(images),
+        *_equal_captions(images, {index for group in alike for index in group.others}),
         *([] if limit is None else _long_captions(images, limit)),
         *_shared_tags(images, trigger),
     )
@@ -172,150 +175,164 @@ def tags_of(caption: str) -> list[str]:
 
 def _unused(skipped: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     if skipped:
-        reasons = _joined([f"{name} {reason.partition(';')[0]}" for name, reason in skipped])
         yield Finding(
             "unused files",
-            f"{_count(len(skipped), 'file or folder', 'files or folders')} cannot be used: {reasons}",
-            f"mend, rename or remove them, or convert what can be with {_FIX}",
+            f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used",
+            _joined([f"{name} {reason.partition(';')[0]}" for name, reason in skipped]),
+            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}",
         )
 
 
 def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Finding]:
-    empty = [index for index, one in enumerate(images) if one.quality.is_empty]
+    empty = _those(images, lambda one: one.quality.is_empty)
     if empty:
         yield Finding(
             "empty pictures",
-            f"{_show(empty, 'a single colour')}: {_listed(images, empty)}",
-            "remove them unless that is the subject",
-            tuple(empty),
+            f"{_count(empty, 'image shows', 'images show')} a single colour",
+            _listed(images, empty),
+            f"remove {_them(empty)} unless that is the subject",
+            empty,
         )
-    tiny = [index for index, one in enumerate(images) if one.scale >= _TINY]
-    large = [index for index, one in enumerate(images) if _ENLARGED <= one.scale < _TINY]
-    for kind, size, found in (("tiny", "far ", tiny), ("enlarged", "", large)):
+    kinds: tuple[tuple[FindingKind, str, tuple[int, ...]], ...] = (
+        ("tiny pictures", "far ", _those(images, lambda one: one.scale >= _TINY)),
+        ("enlarged pictures", "", _those(images, lambda one: _ENLARGED <= one.scale < _TINY)),
+    )
+    for kind, much, found in kinds:
         if found:
-            remedy = "use larger ones, a lower --resolution or --no-upscale" if upscale else "use larger ones"
+            larger = f"use {'a larger one' if len(found) == 1 else 'larger ones'}"
             yield Finding(
-                "tiny pictures" if kind == "tiny" else "enlarged pictures",
-                f"{_are(found)} {size}smaller than {_buckets(images, found)} and would be enlarged: "
-                + _listed(images, found, detail=lambda one: one.size),
-                remedy,
-                tuple(found),
+                kind,
+                f"{_are(found)} {much}smaller than {_buckets(images, found)} and would be enlarged",
+                _listed(images, found, lambda one: one.size),
+                f"{larger}, a lower --resolution or --no-upscale" if upscale else larger,
+                found,
             )
-    blurred = [index for index, one in enumerate(images) if one.quality.is_blurred]
+    blurred = _those(images, lambda one: one.quality.is_blurred)
     if blurred:
         yield Finding(
             "blurred pictures",
-            f"{_are(blurred)} blurred everywhere: {_listed(images, blurred)}",
-            "use sharp ones, as the model learns the blur",
-            tuple(blurred),
+            f"{_are(blurred)} blurred everywhere",
+            _listed(images, blurred),
+            f"use {'a sharp one' if len(blurred) == 1 else 'sharp ones'}, as the model learns the blur",
+            blurred,
         )
-    cut = [index for index, one in enumerate(images) if one.kept < _KEPT]
+    cut = _those(images, lambda one: one.kept < _KEPT)
     if cut:
         yield Finding(
             "cut pictures",
-            f"{_count(len(cut), 'image loses', 'images lose')} more than a fifth to the crop: "
-            + _listed(images, cut, detail=lambda one: f"{one.size} → {one.bucket[0]}×{one.bucket[1]}"),
-            "crop them yourself to what matters, or choose another --bucket-step or --resolution",
-            tuple(cut),
+            f"{_count(cut, 'image loses', 'images lose')} more than a fifth to the crop",
+            _listed(images, cut, lambda one: f"{one.size} to {one.bucket[0]}×{one.bucket[1]}"),
+            f"crop {_them(cut)} yourself to what matters, or choose another --bucket-step or --resolution",
+            cut,
         )
 
 
 def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> Iterator[Finding]:
-    copies = {index: group.best for group in alike for index in group.copies}
-    similar = {index: group.best for group in alike for index in group.others if index not in copies}
-    remedy = f"keep one of each, or set them apart with {_FIX}"
+    place = {one.name: index for index, one in enumerate(images)}
+    copies = dict(sorted(pair for group in alike for pair in group.copies))
+    similar = dict(sorted((index, group.best) for group in alike for index in group.others if index not in copies))
     if copies:
         yield Finding(
             "copies",
-            f"{_are(list(copies))} {'a copy' if len(copies) == 1 else 'copies'} of others: {_pairs(images, copies)}",
-            remedy,
+            _count(copies, "image is a copy of another", "images are copies of others"),
+            _listed(images, copies, lambda one: f"of {images[copies[place[one.name]]].name}"),
+            f"keep one of each, or set the others apart with {_FIX}",
             tuple(copies),
         )
     if similar:
         yield Finding(
             "look-alikes",
-            f"{_count(len(similar), 'image is', 'images are')} nearly identical to others: {_pairs(images, similar)}",
-            f"{remedy}: what is drawn more often is learnt more",
+            _count(similar, "image nearly equals another", "images nearly equal others"),
+            _listed(images, similar, lambda one: f"like {images[similar[place[one.name]]].name}"),
+            f"keep one of each, as a picture that is there twice is learnt twice, or set the others apart with {_FIX}",
             tuple(similar),
         )
 
 
 def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: str) -> Iterator[Finding]:
     paths = set(missing)
+    empty = _those(images, lambda one: one.file.path in paths and one.has_empty_caption)
     # A trigger or the name of a folder is a caption.
-    without = [i for i, one in enumerate(images) if one.file.path in paths and one.file.caption_source == "none"]
-    empty = [i for i, one in enumerate(images) if one.file.path in paths and one.has_empty_caption]
-    lacking = [index for index in without if index not in set(empty)]
+    lacking = _those(
+        images,
+        lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption,
+    )
     if lacking:
-        which = "no image has a caption" if len(lacking) == len(images) else f"{_have(lacking)} no caption"
-        names = "" if len(lacking) == len(images) else f": {_listed(images, lacking)}"
+        is_all = len(lacking) == len(images)
         yield Finding(
             "missing captions",
-            f"{which}{names}",
-            "write them into text files of the same name, or name the subject with --trigger",
-            tuple(lacking),
+            "no image has a caption, and there is no trigger" if is_all else f"{_have(lacking)} no caption",
+            "" if is_all else _listed(images, lacking),
+            "write captions into text files of the same name, or name the subject with --trigger",
+            lacking,
         )
     if empty:
-        instead = "the trigger alone describes them" if trigger.strip() else "nothing describes them"
+        instead = "the trigger alone describes" if trigger.strip() else "nothing describes"
         yield Finding(
             "empty captions",
-            f"{_have(empty)} an empty caption file, so that {instead}: {_listed(images, empty)}",
-            "write the captions or remove the files",
-            tuple(empty),
+            f"{_have(empty)} an empty caption file, so that {instead} {_them(empty)}",
+            _listed(images, empty),
+            "write the caption or remove the file" if len(empty) == 1 else "write the captions or remove the files",
+            empty,
         )
 
 
-def _equal_captions(images: Sequence[CheckedImage]) -> Iterator[Finding]:
+def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) -> Iterator[Finding]:
     groups: dict[str, list[int]] = defaultdict(list)
-    for index, one in enumerate(images):
-        if one.file.caption_source == "file":
-            groups[one.file.caption.casefold()].append(index)
+    for index in _those(images, lambda one: one.file.caption_source == "file"):
+        if index not in repeated:
+            groups[images[index].file.caption.casefold()].append(index)
     # One caption for all of them is a choice, and so are short ones.
     odd = [
-        group for caption, group in groups.items() if 1 < len(group) < len(images) and len(caption.split()) >= _WORDS
+        group
+        for caption, group in groups.items()
+        if len(group) > 1 and len(groups) > 1 and len(caption.split()) >= _WORDS
     ]
     if odd:
-        found = sorted(index for group in odd for index in group)
-        example = images[odd[0][0]].file.caption
+        found = tuple(sorted(index for group in odd for index in group))
         yield Finding(
             "equal captions",
-            f"{_count(len(found), 'image shares its caption', 'images share their captions')} with others: "
-            f"{_listed(images, found)} ({_quoted(example)})",
+            f"{len(found):,} images share their captions with others",
+            f"{_listed(images, found)} ({_quoted(images[odd[0][0]].file.caption)})",
             "say in each what only that picture shows",
-            tuple(found),
+            found,
         )
 
 
 def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterator[Finding]:
-    found = [index for index, one in enumerate(images) if (one.tokens or 0) > limit.longest]
+    found = _those(images, lambda one: (one.tokens or 0) > limit.longest)
     if found:
         yield Finding(
             "long captions",
-            f"{_count(len(found), 'caption has', 'captions have')} more than the {limit.longest} tokens that "
-            f"{limit.encoder} was made for: {_listed(images, found, detail=lambda one: f'{one.tokens} tokens')}",
-            "shorten them to what is seen in the picture",
-            tuple(found),
+            f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens that "
+            f"{limit.encoder} was made for",
+            _listed(images, found, lambda one: f"{one.tokens:,} tokens"),
+            f"shorten {_them(found)} to what is seen in the picture",
+            found,
         )
 
 
 def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
     written = [tags_of(one.file.caption) for one in images if one.file.caption_source == "file"]
-    if len(written) < _SHARED_FROM or len(written) < len(images):
+    if len(written) < max(_SHARED_FROM, len(images)):
         return
-    counts = Counter(tag for tags in written for tag in {tag.casefold() for tag in tags})
-    first = {tags[0].casefold() for tags in written if tags}
-    # A first tag that all share is what the LoRA is called by.
-    named = first | {one_line(trigger).casefold()} if len(first) == 1 else {one_line(trigger).casefold()}
-    names: Mapping[str, str] = {tag.casefold(): tag for tags in reversed(written) for tag in tags}
-    shared = [names[tag] for tag, count in counts.items() if count == len(written) and tag not in named]
+    everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
+    first = {tags[0].casefold() for tags in written}
+    # A trigger, or a first tag that all share, is what the LoRA is called by.
+    everywhere -= {one_line(trigger).casefold(), *(first if len(first) == 1 else ())}
+    shared = [_quoted(tag) for tag in dict.fromkeys(written[0]) if tag.casefold() in everywhere]
     if shared:
-        shared.sort(key=lambda tag: [one.casefold() for one in written[0]].index(tag.casefold()))
         yield Finding(
             "shared tags",
-            f"every caption has the {'tag' if len(shared) == 1 else 'tags'} "
-            f"{_joined([_quoted(tag) for tag in shared])}, which prompts will need too",
-            "remove what need not be written each time, keeping the word for your subject",
+            f"every caption has the {'tag' if len(shared) == 1 else 'tags'} {_joined(shared)}",
+            "",
+            "remove what need not stand in every prompt, and keep the word for your subject",
         )
+
+
+def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) -> tuple[int, ...]:
+    """Indices of the images that are so."""
+    return tuple(index for index, one in enumerate(images) if are(one))
 
 
 def _buckets(images: Sequence[CheckedImage], found: Sequence[int]) -> str:
@@ -326,39 +343,35 @@ def _buckets(images: Sequence[CheckedImage], found: Sequence[int]) -> str:
 
 
 def _listed(
-    images: Sequence[CheckedImage], found: Sequence[int], *, detail: Callable[[CheckedImage], str] | None = None
+    images: Sequence[CheckedImage], found: Collection[int], detail: Callable[[CheckedImage], str] | None = None
 ) -> str:
     """The names of some images, with a detail of each."""
-    shown = [images[index] for index in found[: _LISTED + 1]]
+    shown = [images[index] for index in islice(found, _LISTED + 1)]
     return _joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
-
-
-def _pairs(images: Sequence[CheckedImage], originals: Mapping[int, int]) -> str:
-    return _joined([f"{images[one].name} (of {images[best].name})" for one, best in originals.items()])
 
 
 def _joined(texts: Sequence[str], *, of: int | None = None) -> str:
     """Some of the texts, separated by commas, and the number of the others."""
     total = len(texts) if of is None else of
-    shown = _LISTED if total > _LISTED + 1 else total  # "and 1 more" is longer than most names
+    shown = _LISTED if total > _LISTED + 1 else total  # "and 1 more" is as long as a name
     more = total - shown
     return ", ".join(texts[:shown]) + (f" and {more:,} more" if more else "")
 
 
-def _count(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
+def _count(found: Collection[object], one: str, many: str) -> str:
+    return f"{len(found):,} {one if len(found) == 1 else many}"
 
 
-def _are(found: Sequence[int]) -> str:
-    return _count(len(found), "image is", "images are")
+def _are(found: Collection[int]) -> str:
+    return _count(found, "image is", "images are")
 
 
-def _have(found: Sequence[int]) -> str:
-    return _count(len(found), "image has", "images have")
+def _have(found: Collection[int]) -> str:
+    return _count(found, "image has", "images have")
 
 
-def _show(found: Sequence[int], what: str) -> str:
-    return f"{_count(len(found), 'image shows', 'images show')} {what}"
+def _them(found: Collection[object]) -> str:
+    return "it" if len(found) == 1 else "them"
 
 
 def _quoted(text: str) -> str:

@@ -5,8 +5,8 @@ the differences between neighbouring pixels if it was sharp, and few if it was b
 the Laplacian that depends on neither contrast nor subject. It is taken by tiles and the sharpest count, so that a sharp
 subject before a blurred background is sharp.
 
-Pictures are compared by perceptual hashes (signs of the lowest frequencies of their cosine transform), and candidates by
-their small grey copies.
+Pictures are compared by perceptual hashes (signs of the lowest frequencies of their cosine transform), and candidates
+by their small grey copies.
 """
 
 from __future__ import annotations

@@ -251,15 +251,14 @@ def _has_caption_file(image: Path) -> bool:
 
 def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality]) -> Iterable[LookAlikes]:
     for group in look_alikes(qualities):
-        best = max(group, key=lambda index: (_area(images[index].file), bool(images[index].file.caption), -index))
-        seen = {_content(images[best].file.path)}
+        best = max(group, key=lambda index: (*_worth(images[index]), -index))
+        others = tuple(index for index in group if index != best)
+        originals: dict[bytes, int] = {}
         copies = []
-        for index in group:
-            if index != best:
-                content = _content(images[index].file.path)
-                copies += [index] if content in seen else []
-                seen.add(content)
-        yield LookAlikes(best, tuple(index for index in group if index != best), tuple(copies))
+        for index in (best, *others):
+            original = originals.setdefault(_content(images[index].file.path), index)
+            copies += [(index, original)] if original != index else []
+        yield LookAlikes(best, others, tuple(copies))
 
 
 def _content(path: Path) -> bytes:
@@ -267,8 +266,11 @@ def _content(path: Path) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def _area(image: ImageFile) -> int:
-    return image.width * image.height
+def _worth(image: CheckedImage) -> tuple[bool, int, bool, int]:
+    """By which the best of pictures that look alike is chosen: sharp, large, captioned, little compressed."""
+    file = image.file
+    is_captioned = file.caption_source == "file"
+    return not image.quality.is_blurred, file.width * file.height, is_captioned, file.path.stat().st_size
 
 
 def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:
