@@ -26,7 +26,7 @@ from typing import Literal
 
 from PIL import Image
 
-from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, is_folder, open_regular
 from lorasmith.core.folders import file_stem
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
@@ -109,11 +109,16 @@ def write_mended(check: Preflight, target: Path, *, progress: Callable[[int, int
     ensure_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}.", dir=target.parent) as temporary:
         draft = Path(temporary, "folder")
-        draft.mkdir()
-        mended = _filled(draft, check, target, progress)
-        if target.exists():
-            target.rmdir()
-        draft.rename(target)
+        try:
+            draft.mkdir()
+            mended = _filled(draft, check, target, progress)
+            if target.exists():
+                target.rmdir()
+            draft.rename(target)
+        except OSError as error:
+            raise OutputError(
+                f"{target} was not written ({error.strerror or error}); check the disk's space and permissions"
+            ) from error
     return mended
 
 
@@ -251,10 +256,11 @@ def _keep(folder: Path, files: Mapping[Path, str], original: Path) -> tuple[str,
         _, stem = names.place(name_in(original, path).replace("/", "_"))
         target = ensure_folder(folder) / f"{stem}{_safe(path.suffix)}"
         try:
-            _copy(path, target)
+            open_regular(path).close()
         except OSError as error:  # no permission, a pipe, or gone since
             reasons.append(f"{name_in(original, path)} (not copied, {error.strerror}): {reason}")
             continue
+        _copy(path, target)
         _write_caption(path, None, target.with_suffix(""))
         kept.append(f"{folder.name}/{target.name}")
         reasons.append(f"{target.name}: {reason}")

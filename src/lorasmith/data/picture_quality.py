@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageChops, ImageFilter, ImageStat
 
 __all__ = ["BLURRED", "MEASURED_EDGE", "PictureQuality", "look_alikes", "measured"]
 
@@ -36,7 +36,8 @@ _LEAST_TILE = 16  # pixels
 _BOX = 4  # radius of the second blur: 9 pixels
 _LEAST_CHANGE = 1.0  # mean difference of neighbouring pixels in a tile that can be judged, of 255
 _EMPTY, _CONTRAST = 3.0, 20.0  # standard deviation of grey levels: below, nothing is shown; above, edges are expected
-_HASHED, _FREQUENCIES, _COMPARED = 32, 8, 16
+_HASHED, _FREQUENCIES = 32, 8
+_COMPARED = _HASHED // 2
 _NEAR_HASH = 14  # of 64 bits
 _NEAR_COPY = 0.92  # correlation of the small copies
 _ROWS = 512  # of hashes compared at a time
@@ -65,17 +66,18 @@ class PictureQuality:
 
 
 def measured(picture: Image.Image) -> PictureQuality:
-    """The quality of a picture, of any mode and size; larger ones than `MEASURED_EDGE` are reduced first."""
+    """The quality of a picture of any mode and at least 2×2 pixels, reduced to `MEASURED_EDGE` where it is larger."""
     grey = picture.convert("L")
     grey.thumbnail((MEASURED_EDGE, MEASURED_EDGE), Image.Resampling.LANCZOS)
-    hashed = np.asarray(grey.resize((_HASHED, _HASHED), Image.Resampling.BOX), dtype=np.float64)
-    deviation = float(np.asarray(grey).std())
+    small = np.asarray(grey.resize((_HASHED, _HASHED), Image.Resampling.BOX), dtype=np.float64)
+    copy = small.reshape(_COMPARED, 2, _COMPARED, 2).mean(axis=(1, 3)).round().astype(np.uint8).tobytes()
+    (deviation,) = ImageStat.Stat(grey).stddev
+    if deviation < _EMPTY:
+        return PictureQuality(None, True, _perceptual_hash(small), copy)
     blur = _blur(grey)
     if blur is None and deviation >= _CONTRAST:
         blur = 1.0
-    small = grey.resize((_COMPARED, _COMPARED), Image.Resampling.BOX)
-    is_empty = deviation < _EMPTY
-    return PictureQuality(None if is_empty else blur, is_empty, _perceptual_hash(hashed), small.tobytes())
+    return PictureQuality(blur, False, _perceptual_hash(small), copy)
 
 
 def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
@@ -115,35 +117,42 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
 
 def _blur(grey: Image.Image) -> float | None:
     """Blur of the sharpest tiles; None where no tile has enough contrast."""
-    changes, removed = 0.0, 0.0
+    means = []
     for step_x, step_y in ((1, 0), (0, 1)):
         before = _differences(grey, step_x, step_y)
         again = grey.filter(ImageFilter.BoxBlur((_BOX * step_x, _BOX * step_y)))
         lost = ImageChops.subtract(before, _differences(again, step_x, step_y))
-        changes, removed = changes + _tile_means(before), removed + _tile_means(lost)
+        means.append((_tile_means(before), _tile_means(lost)))
+    changes, removed = (one + other for one, other in zip(*means, strict=True))
     judged = changes >= 2 * _LEAST_CHANGE
     if not np.any(judged):
         return None
-    blurs = np.sort(1 - removed[judged] / changes[judged])  # type: ignore[index]
+    blurs = np.sort(1 - removed[judged] / changes[judged])
     return float(blurs[min(2, len(blurs) - 1)])  # a single tile may hold a caption or a frame
 
 
 def _differences(grey: Image.Image, step_x: int, step_y: int) -> Image.Image:
-    """Absolute differences of neighbouring pixels in one direction."""
-    width, height = grey.width - step_x, grey.height - step_y
+    """Absolute differences of neighbouring pixels in one direction, (height − 1, width − 1)."""
+    width, height = grey.width - 1, grey.height - 1
     neighbours = grey.crop((step_x, step_y, step_x + width, step_y + height))
     return ImageChops.difference(grey.crop((0, 0, width, height)), neighbours)
 
 
-def _tile_means(grey: Image.Image) -> NDArray[np.float64]:
+def _tile_means(grey: Image.Image) -> NDArray[np.float32]:
     """Mean of each tile of a picture, which has at most 4×4."""
-    levels = np.asarray(grey)
-    rows, columns = (
-        np.linspace(0, length, min(max(length // _LEAST_TILE, 1), _TILES) + 1).astype(int) for length in levels.shape
-    )
-    return np.array(
-        [[levels[top:bottom, left:right].mean() for left, right in pairwise(columns)] for top, bottom in pairwise(rows)]
-    )
+    levels = np.asarray(grey).astype(np.float32)
+    rows, columns = (_averages(length) for length in levels.shape)
+    return rows @ levels @ columns.T
+
+
+@lru_cache(maxsize=2048)
+def _averages(length: int) -> NDArray[np.float32]:
+    """A matrix that averages over the tiles of an edge."""
+    edges = np.linspace(0, length, min(max(length // _LEAST_TILE, 1), _TILES) + 1).astype(int)
+    matrix = np.zeros((len(edges) - 1, length), dtype=np.float32)
+    for row, (start, end) in enumerate(pairwise(edges)):
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
 
 
 def _perceptual_hash(grey: NDArray[np.float64]) -> int:

@@ -207,7 +207,7 @@ def _measured(
 ) -> Iterable[PictureQuality]:
     threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
     with ThreadPoolExecutor(threads, "read images") as pool:
-        found = pool.map(lambda image: measured(open_reduced(image.path, MEASURED_EDGE)), images)
+        found = pool.map(lambda image: measured(open_reduced(image.path, MEASURED_EDGE, grey=True)), images)
         for done, quality in enumerate(found, start=1):
             yield quality
             if progress:
