@@ -36,7 +36,8 @@ def test_every_module_has_a_line_in_the_tree_and_every_line_a_module() -> None:
 
 def test_every_command_is_in_the_table() -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert commands == set(re.findall(r"^\| `lorasmith (\w+)", README, flags=re.MULTILINE))
+    groups = {group.name for group in app.registered_groups}
+    assert commands | groups == set(re.findall(r"^\| `lorasmith (\w+)", README, flags=re.MULTILINE))
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ def heavy():
 
 found = {{"(no command)": heavy()}}
 runner = CliRunner()
-for command in ["", *get_command(app).commands]:
+commands = get_command(app).commands
+inside = [" ".join((group, name)) for group, one in commands.items() for name in getattr(one, "commands", ())]
+for command in ["", *commands, *inside]:
     done = runner.invoke(app, [*command.split(), "--help"], catch_exceptions=False)
     assert done.exit_code == 0 and "Usage" in done.output, (command, done.output)
     found[command] = heavy()

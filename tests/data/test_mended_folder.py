@@ -226,7 +226,7 @@ def test_nothing_is_left_of_a_copy_that_fails(folder: Path, monkeypatch: pytest.
         raise OSError(28, "no space")
 
     monkeypatch.setattr(mended_folder, "_copy", full)
-    with pytest.raises(OutputError, match="was not written .no space.; check"):
+    with pytest.raises(OutputError, match=r"was not written \(no space\); check"):
         write_mended(check, folder.with_name("fixed"))
     assert [path.name for path in folder.parent.iterdir()] == ["photos"]
 

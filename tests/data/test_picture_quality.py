@@ -76,6 +76,14 @@ def test_a_sharp_caption_does_not_make_a_blurred_picture_sharp() -> None:
     assert measured(picture).is_blurred
 
 
+def test_a_dot_on_white_is_sharp_unless_it_is_blurred() -> None:
+    picture = Image.new("L", (512, 512), "white")
+    picture.paste(0, (240, 240, 270, 270))
+    assert not measured(picture).is_empty and not measured(picture).is_blurred
+    picture.paste(0, (140, 140, 370, 370))
+    assert measured(picture.filter(ImageFilter.GaussianBlur(40))).is_blurred
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK"])
 def test_pictures_of_one_colour_are_empty(mode: str) -> None:
     quality = measured(Image.new("RGB", (64, 48), "white").convert(mode))

@@ -114,10 +114,12 @@ def test_copies_and_the_best_of_pictures_that_look_alike(tmp_path: Path) -> None
     add(tmp_path / "4.png", photo(8, (400, 400)).filter(ImageFilter.GaussianBlur(8)), "blurred")
     add(tmp_path / "5.png", photo(9), "another")
     shutil.copy(tmp_path / "1.png", tmp_path / "6.png")
-    found = checked(tmp_path, resolution=128)
+    found = checked(tmp_path)
     (group,) = found.alike
     assert (group.best, group.others, group.copies) == (2, (0, 1, 3, 5), ((5, 0),))
-    assert [(one.kind, one.images) for one in found.findings if "caption" not in one.kind] == [
+    assert [
+        (one.kind, one.images) for one in found.findings if one.kind in ("blurred pictures", "copies", "look-alikes")
+    ] == [
         ("blurred pictures", (3,)),
         ("copies", (5,)),
         ("look-alikes", (0, 1, 3)),

@@ -51,8 +51,8 @@ def check(
         Path | None,
         typer.Option(
             metavar="NEW_FOLDER",
-            help="Write a mended copy: pictures upright, in 8 bits and no larger than needed; copies and unusable files "
-            "set apart.",
+            help="Write a mended copy: pictures upright, in 8 bits and no larger than needed; copies and unusable "
+            "files set apart.",
         ),
     ] = None,
     base_dir: BaseDir = None,

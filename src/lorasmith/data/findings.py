@@ -317,9 +317,10 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
     if len(written) < max(_SHARED_FROM, len(images)):
         return
     everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
-    first = {tags[0].casefold() for tags in written}
-    # A trigger, or a first tag that all share, is what the LoRA is called by.
-    everywhere -= {one_line(trigger).casefold(), *(first if len(first) == 1 else ())}
+    # The trigger is what the LoRA is called by, and a first tag that all share names its subject.
+    named = one_line(trigger).casefold()
+    first = {next((tag for tag in map(str.casefold, tags) if tag != named), "") for tags in written}
+    everywhere -= {named, *(first if len(first) == 1 else ())}
     shared = [_quoted(tag) for tag in dict.fromkeys(written[0]) if tag.casefold() in everywhere]
     if shared:
         yield Finding(

@@ -201,7 +201,12 @@ def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tupl
 
 
 def kept_part(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that `resize_and_crop` keeps: left, top, right and bottom."""
+    """The part of a picture that `resize_and_crop` keeps: left, top, right and bottom.
+
+    Args:
+        width, height: of the picture.
+        to_width, to_height: of the result.
+    """
     kept_width = min(width, height * to_width / to_height)
     kept_height = min(height, width * to_height / to_width)
     left, top = (width - kept_width) / 2, (height - kept_height) / 2

@@ -28,14 +28,15 @@ MEASURED_EDGE = 512
 BLURRED = 0.6
 """Blur from which a picture counts as blurred.
 
-Photographs and drawings in focus have 0.1 to 0.45, copies of them blurred by a Gaussian of 3 pixels at 512 0.6 to 0.9.
+Photographs and drawings in focus have 0.1 to 0.3, copies of them blurred by a Gaussian of 3 pixels at 512 0.6 to 0.8.
 """
 
 _TILES = 4  # in each direction
 _LEAST_TILE = 16  # pixels
 _BOX = 4  # radius of the second blur: 9 pixels
 _LEAST_CHANGE = 1.0  # mean difference of neighbouring pixels in a tile that can be judged, of 255
-_EMPTY, _CONTRAST = 3.0, 20.0  # standard deviation of grey levels: below, nothing is shown; above, edges are expected
+_EMPTY, _CONTRAST = 3.0, 8.0  # standard deviation of grey levels: below, nothing is shown; above, something is
+_STEP = 10  # of neighbouring pixels that even a faint edge exceeds
 _HASHED, _FREQUENCIES = 32, 8
 _COMPARED = _HASHED // 2
 _NEAR_HASH = 14  # of 64 bits
@@ -75,7 +76,7 @@ def measured(picture: Image.Image) -> PictureQuality:
     if deviation < _EMPTY:
         return PictureQuality(None, True, _perceptual_hash(small), copy)
     blur = _blur(grey)
-    if blur is None and deviation >= _CONTRAST:
+    if blur is None and deviation >= _CONTRAST and _greatest_step(grey) < _STEP:
         blur = 1.0
     return PictureQuality(blur, False, _perceptual_hash(small), copy)
 
@@ -129,6 +130,11 @@ def _blur(grey: Image.Image) -> float | None:
         return None
     blurs = np.sort(1 - removed[judged] / changes[judged])
     return float(blurs[min(2, len(blurs) - 1)])  # a single tile may hold a caption or a frame
+
+
+def _greatest_step(grey: Image.Image) -> int:
+    """The greatest difference of neighbouring pixels."""
+    return max(int(_differences(grey, *step).getextrema()[1]) for step in ((1, 0), (0, 1)))  # type: ignore[arg-type]
 
 
 def _differences(grey: Image.Image, step_x: int, step_y: int) -> Image.Image:

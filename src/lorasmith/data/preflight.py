@@ -153,11 +153,18 @@ def preflight(
     """
     resolutions = config.all_resolutions(resolution)
     multiple = max(multiple, config.bucket_step or 0)
+    sizes = [
+        [
+            bucket_size(image.width, image.height, resolution=side, multiple=multiple, upscale=config.upscale)
+            for side in resolutions
+        ]
+        for image in scan.images
+    ]
     with warnings.catch_warnings(action="ignore"):  # around all threads, as each file that is opened does it too
-        qualities = list(_measured(scan.images, threads, progress))
+        qualities = list(_measured(scan.images, sizes, threads, progress))
     images = tuple(
-        _checked(image, quality, folder, resolutions, multiple, upscale=config.upscale, tokenize=tokenize)
-        for image, quality in zip(scan.images, qualities, strict=True)
+        _checked(image, quality, folder, buckets, tokenize)
+        for image, quality, buckets in zip(scan.images, qualities, sizes, strict=True)
     )
     alike = tuple(_compared(images, qualities))
     skipped = tuple((path, reason) for path, reason in scan.skipped if path.name not in MENDED_FOLDERS)
@@ -203,12 +210,20 @@ def usual_resolution(images: Sequence[ImageFile]) -> int:
 
 
 def _measured(
-    images: Sequence[ImageFile], threads: int | None, progress: Callable[[int, int], None] | None
+    images: Sequence[ImageFile],
+    sizes: Sequence[Sequence[tuple[int, int]]],
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Iterable[PictureQuality]:
+    """The quality of each image at the largest of its sizes in training, as what is sharp there is sharp enough."""
+
+    def measure(image: ImageFile, buckets: Sequence[tuple[int, int]]) -> PictureQuality:
+        longest = min(MEASURED_EDGE, max(edge for size in buckets for edge in size))
+        return measured(open_reduced(image.path, longest, grey=True))
+
     threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
     with ThreadPoolExecutor(threads, "read images") as pool:
-        found = pool.map(lambda image: measured(open_reduced(image.path, MEASURED_EDGE, grey=True)), images)
-        for done, quality in enumerate(found, start=1):
+        for done, quality in enumerate(pool.map(measure, images, sizes), start=1):
             yield quality
             if progress:
                 progress(done, len(images))
@@ -218,23 +233,16 @@ def _checked(
     image: ImageFile,
     quality: PictureQuality,
     folder: Path,
-    resolutions: Sequence[int],
-    multiple: int,
-    *,
-    upscale: bool,
+    buckets: Sequence[tuple[int, int]],
     tokenize: Callable[[str], int] | None,
 ) -> CheckedImage:
-    sizes = [
-        bucket_size(image.width, image.height, resolution=side, multiple=multiple, upscale=upscale)
-        for side in resolutions
-    ]
-    boxes = [crop_box(image, size) for size in sizes]
+    boxes = [crop_box(image, size) for size in buckets]
     # The largest resolution decides whether the picture is large enough.
-    scale = max(size[0] / (right - left) for size, (left, _, right, _) in zip(sizes, boxes, strict=True))
+    scale = max(size[0] / (right - left) for size, (left, _, right, _) in zip(buckets, boxes, strict=True))
     return CheckedImage(
         image,
         name_in(folder, image.path),
-        sizes[0],
+        buckets[0],
         boxes[0],
         scale,
         quality,

@@ -81,8 +81,10 @@ def held_out_names(names: Sequence[str], share: float | None = None) -> frozense
     """The names of the images that `split` holds out of images with these distinct names; none of a single one."""
     if share is None:
         share = _AUTOMATIC_SHARE if len(names) >= AUTOMATIC_FROM else 0.0
-    count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)  # a tenth of 30 is 3 despite rounding
-    return frozenset(sorted(names, key=_place)[: max(0, count)])
+    if not share or len(names) < 2:
+        return frozenset()
+    count = max(1, math.ceil(share * len(names) - 1e-9))  # a tenth of 30 is 3 despite rounding
+    return frozenset(sorted(names, key=_place)[: min(count, len(names) - 1)])
 
 
 def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
