@@ -11,10 +11,13 @@ from typing import Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-__all__ = ["LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
+__all__ = ["DATA_PATHS", "LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
 
 LARGEST_SIDE = 4096
 """Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
+
+DATA_PATHS = ("mask_folder", "class_images")
+"""Settings that are paths."""
 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 Crop = Literal["center", "random", "mask"]
@@ -170,14 +173,6 @@ class DataConfig:
         group=_CACHE,
         changes_numbers=False,
         help="Keep encoded pictures and captions on disk, so that the next start need not encode them.",
-    )
-    cache_limit: float = option(
-        20.0,
-        min=0.0,
-        max=100_000.0,
-        group=_CACHE,
-        changes_numbers=False,
-        help="GiB that encodings may take on disk; those that were used least recently are removed first.",
     )
 
     def __post_init__(self) -> None:

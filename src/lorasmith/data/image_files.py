@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import struct
 import warnings
 import zlib
@@ -20,12 +22,12 @@ from lorasmith.core.files import open_regular
 
 __all__ = [
     "ImageError",
-    "crop_offsets",
     "image_size",
     "image_suffixes",
     "open_frames",
     "open_image",
-    "resize_and_crop",
+    "open_layers",
+    "read_image",
     "to_tensor",
 ]
 
@@ -58,10 +60,31 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageError: the file is missing, empty, damaged, not an image, a single pixel, or too large.
     """
-    with _opened(path) as image:
+    return open_layers(path)[0]
+
+
+def open_layers(
+    path: Path, content: bytes | None = None, *, scale: float = 1.0
+) -> tuple[Image.Image, Image.Image | None]:
+    """The picture in a file as by `open_image`, and its opacity in mode L, None where it is opaque.
+
+    Args:
+        path: the file.
+        content: its bytes, if they were read already.
+        scale: at which the picture is needed. A JPEG file is decoded at a half, a quarter or an eighth of its size
+            where that is at least three times as large as needed: the difference is not seen, and it takes less time.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, content) as image:
+        if image.format == "JPEG" and scale < 1:
+            image.draft(None, (math.ceil(_GAP * scale * image.width), math.ceil(_GAP * scale * image.height)))
         image.load()
         picture = _eight_bits(_upright(image))
-        return _on_white(picture) if picture.has_transparency_data else picture.convert("RGB")
+        if not picture.has_transparency_data:
+            return picture.convert("RGB"), None
+        return _on_white(picture), picture.convert("RGBA").getchannel("A")
 
 
 def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
@@ -84,6 +107,15 @@ def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
     return frames
 
 
+def read_image(path: Path) -> bytes:
+    """The content of an image file. Raises ImageError if it cannot be read."""
+    with _file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from error
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright picture, after reading the whole file.
 
@@ -99,37 +131,6 @@ def image_size(path: Path) -> tuple[int, int]:
         image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
-
-
-def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """`image` scaled (Lanczos, antialiased) to cover width × height, and cropped to it around the centre.
-
-    Only the part inside the crop is resampled, and the centre is exact to a fraction of a pixel.
-
-    Args:
-        image: the picture.
-        width, height: of the result in pixels.
-    """
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=_kept(image.width, image.height, width, height))
-
-
-def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int]:
-    """Pixels that `resize_and_crop` crops on the left and at the top, after scaling.
-
-    Args:
-        width, height: of the picture.
-        to_width, to_height: of the result.
-    """
-    left, top, right, bottom = _kept(width, height, to_width, to_height)
-    return round(left * to_width / (right - left)), round(top * to_height / (bottom - top))
-
-
-def _kept(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that `resize_and_crop` keeps: left, top, right and bottom."""
-    kept_width = min(width, height * to_width / to_height)
-    kept_height = min(height, width * to_height / to_width)
-    left, top = (width - kept_width) / 2, (height - kept_height) / 2
-    return left, top, left + kept_width, top + kept_height
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -149,6 +150,9 @@ _FORMATS = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"),
 }
+
+_GAP = 3
+"""How many times as large as needed a JPEG file is decoded at least."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -171,13 +175,13 @@ def _readable_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with (
             warnings.catch_warnings(action="ignore"),
-            _file(path) as file,
+            _file(path) if content is None else io.BytesIO(content) as file,
             Image.open(file, formats=_readable_formats()) as image,
         ):
             if image.size == (1, 1):
@@ -187,7 +191,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ImageError(path, f"has more than {limit} million pixels; scale it down first") from None
     except UnidentifiedImageError:
-        raise ImageError(path, _no_image(path)) from None
+        raise ImageError(path, _no_image(path, content)) from None
     except _DAMAGE as error:
         raise ImageError(path, f"is damaged or cut short ({error}); get a good copy or remove it") from error
 
@@ -203,8 +207,8 @@ def _file(path: Path) -> BinaryIO:
         raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
 
 
-def _no_image(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _no_image(path: Path, content: bytes | None) -> str:
+    if (path.stat().st_size if content is None else len(content)) == 0:
         return "is empty; get a good copy or remove it"
     known = ", ".join(_readable_formats())
     return f"is not an image in spite of its name: its content is none of {known}; replace or remove it"
