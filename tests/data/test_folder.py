@@ -29,7 +29,7 @@ def test_images_and_captions(tmp_path: Path) -> None:
     three = add_image(tmp_path / "three.png", " \n", size=(24, 32))
     scan = scan_folder(tmp_path)
     assert scan.images == (
-        ImageFile(one, 32, 24, "a dog", "file"),
+        ImageFile(one, 32, 24, "a dog", "file", captions=("a dog",)),
         ImageFile(three, 24, 32, "", "none"),
         ImageFile(two, 32, 24, "", "none"),
     )
@@ -91,7 +91,7 @@ def test_other_folders_are_told(tmp_path: Path) -> None:
     add_image(tmp_path / "0_off" / "1.png")
     scan = scan_folder(tmp_path)
     assert names(scan) == ["1.png"]
-    reason = "is a folder without repeats in its name; rename it to 1_name to include it"
+    reason = "is a folder without repeats in its name; rename it to 1_name or add recursive"
     assert scan.skipped == ((tmp_path / "0_off", reason), (tmp_path / "masks", reason))
 
 
@@ -100,7 +100,6 @@ def test_hidden_and_unrelated_files_are_passed_over(tmp_path: Path) -> None:
     add_image(tmp_path / ".hidden.png")
     add_image(tmp_path / ".cache" / "2.png")
     (tmp_path / "LICENSE.txt").write_text("MIT")
-    (tmp_path / "metadata.jsonl").write_text("{}")
     scan = scan_folder(tmp_path)
     assert names(scan) == ["1.png"] and scan.skipped == ()
 
