@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from lorasmith.core.errors import DataError
 from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.image_files import to_tensor
 
 SIDES = st.integers(16, 3000)
 SHARES = st.floats(0, 1)
@@ -117,7 +119,9 @@ def test_a_mask_has_the_crop_of_its_picture(width: int, height: int, flip: bool)
     one = made(width, height, flip=True)[int(flip)]
     mask = gradient(width, height).getchannel("R")
     size = (one.width // 8, one.height // 8)
-    as_picture = one.applied(Image.merge("RGB", [mask] * 3), mask.size).getchannel("R").resize(size, Image.Resampling.BOX)
+    as_picture = (
+        one.applied(Image.merge("RGB", [mask] * 3), mask.size).getchannel("R").resize(size, Image.Resampling.BOX)
+    )
     assert abs(pixels(one.mask_applied(mask, mask.size, size)) - pixels(as_picture)).mean() < 3
 
 
@@ -141,3 +145,63 @@ def test_the_crop_is_centred_on_what_is_inside_of_a_mask(x: int, y: int, width: 
     box = made(1000, 600, masks="files", crop="mask", centre=centre)[0].box
     clamped = min(max(centre[0] * 1000, (box[2] - box[0]) / 2), 1000 - (box[2] - box[0]) / 2)
     assert math.isclose((box[0] + box[2]) / 2, clamped, abs_tol=1e-6)
+
+
+def resize_and_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest part around the centre, at a size."""
+    across = min(picture.width, picture.height * width / height)
+    down = min(picture.height, picture.width * height / width)
+    left, top = (picture.width - across) / 2, (picture.height - down) / 2
+    return Framing(width, height, (left, top, left + across, top + down)).applied(picture, picture.size)
+
+
+def picture(width: int = 40, height: int = 24, channels: int = 3) -> Image.Image:
+    """Smooth colours, another in each corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (width + height - 2)]
+    return Image.fromarray(np.stack(planes[:channels], axis=-1).astype(np.uint8).squeeze())
+
+
+@given(st.integers(2, 60), st.integers(2, 60), st.integers(1, 40), st.integers(1, 40))
+def test_resize_and_crop_always_fills_the_size(width: int, height: int, to_width: int, to_height: int) -> None:
+    assert resize_and_crop(Image.new("RGB", (width, height), "red"), to_width, to_height).getcolors() == [
+        (to_width * to_height, (255, 0, 0))
+    ]
+
+
+def test_crop_takes_the_middle() -> None:
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    for cropped in (resize_and_crop(image, 50, 50), resize_and_crop(turned, 50, 50)):
+        inside = cropped.crop((3, 3, 47, 47))  # at the edges the filter still sees a little of the neighbours
+        assert inside.getcolors() == [(44 * 44, (0, 0, 255))]
+
+
+def test_crop_equals_scaling_first_and_cropping_then() -> None:
+    scaled = picture(120, 80).resize((90, 60), Image.Resampling.LANCZOS)
+    expected = scaled.crop((15, 0, 75, 60))
+    assert abs(pixels(resize_and_crop(picture(120, 80), 60, 60)) - pixels(expected)).max() <= 1
+
+
+def test_same_size_changes_nothing() -> None:
+    assert np.array_equal(pixels(resize_and_crop(picture(), 40, 24)), pixels(picture()))
+
+
+def test_resize_is_antialiased() -> None:
+    """A fine checkerboard becomes grey; anything that only picks pixels would leave black and white."""
+    board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert abs(pixels(resize_and_crop(board, 32, 32)) - 127.5).max() < 3
+
+
+def test_resize_agrees_with_another_antialiased_resampler() -> None:
+    """Independent resampler: torch's antialiased bicubic differs in kernel only."""
+    source = to_tensor(picture(128, 96))[None]
+    theirs = torch.nn.functional.interpolate(source, (48, 64), mode="bicubic", antialias=True)
+    ours = to_tensor(resize_and_crop(picture(128, 96), 64, 48))[None]
+    assert (theirs - ours).abs().max() < 0.05
+
+
+def test_extreme_shapes_stay_small() -> None:
+    """Scaling 20,000×20 to cover 512 px before cropping would need 500 million pixels."""
+    assert resize_and_crop(Image.new("RGB", (20_000, 20)), 512, 512).size == (512, 512)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.folder import ImageFile, scan_folder
+from lorasmith.formats.hashes import sha256_file
 
 
 def add_image(path: Path, caption: str | None = None, size: tuple[int, int] = (32, 24)) -> Path:
@@ -28,7 +30,8 @@ def test_images_and_captions(tmp_path: Path) -> None:
     two = add_image(tmp_path / "two.jpg")
     three = add_image(tmp_path / "three.png", " \n", size=(24, 32))
     scan = scan_folder(tmp_path)
-    assert scan.images == (
+    assert all(image.digest == sha256_file(image.path) for image in scan.images)
+    assert tuple(replace(image, digest="") for image in scan.images) == (
         ImageFile(one, 32, 24, "a dog", "file", captions=("a dog",)),
         ImageFile(three, 24, 32, "", "none"),
         ImageFile(two, 32, 24, "", "none"),

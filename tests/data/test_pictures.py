@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.core.errors import DataError
 from lorasmith.data.crops import Framing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.image_files import ImageError
-from lorasmith.data.pictures import file_digest, framed, mask_of, place_weights
+from lorasmith.data.image_files import ImageError, file_digest
+from lorasmith.data.pictures import framed, mask_of, place_weights
 from tests.data.encoder_cases import add
 
 WHOLE = Framing(64, 64, (0, 0, 64, 64))
@@ -56,12 +55,6 @@ def test_a_transparent_mask_is_outside_where_it_is_transparent(tmp_path: Path) -
     mask.save(tmp_path / "a.mask.png")
     found = mask_of(image(path, tmp_path / "a.mask.png"), DataConfig(masks="files"))
     assert found is not None and found.getpixel((5, 5)) == 0 and found.getpixel((50, 5)) == 255
-
-
-def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
-    path, mask = add(tmp_path, "a.png", (64, 64), (255, 0, 0)), add(tmp_path, "a.mask.png", (64, 32), (255,) * 3)
-    with pytest.raises(DataError, match=r"a\.mask\.png must have the aspect ratio of its picture, got 64×32 for 64×64"):
-        mask_of(image(path, mask), DataConfig(masks="files"))
 
 
 def test_a_file_that_has_changed_is_not_taken_for_what_it_was(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from lorasmith.data.folder import FolderScan, scan_sources
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import Sampling, pictures
-from lorasmith.sampling.previews import parse_prompts
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.events import EventHandler
 
@@ -54,11 +53,10 @@ def class_scan(
         cancelled: called while it draws; True ends it.
 
     Raises:
-        OptionError: there are too many prompts.
         DataError: the folder cannot be used.
         CancelledError: `cancelled` returned True.
     """
-    prompts = parse_prompts(config.class_prompt)
+    prompts = config.class_prompts
     if config.class_images is None and not prompts:
         return None
     folder = Path(config.class_images or _drawn(prompts, config, base, device, on_event, cancelled))

@@ -106,7 +106,7 @@ class FolderSource:
             "text_encoder": self.text_encoders,
             "vae": self.vae,
             "name": None if self.name == _name_of(self.sources[0]) else self.name,
-            "also": tuple(map(str, self.sources[1:] if is_plain else self.sources)),
+            "also": tuple(one.text for one in (self.sources[1:] if is_plain else self.sources)),
             "validation": self.validation,
             "device": self.device,
         }

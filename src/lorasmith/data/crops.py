@@ -1,8 +1,8 @@
 """Framings of a picture: which part of it is trained, at which size, and how it is varied.
 
 The first framing is the plain picture: its bucket at the first resolution, the centre of it (or the part around its
-mask), neither mirrored nor jittered. The others are variants, one of which is drawn each time. Variants are functions of the
-picture's name, not of the run's seed, so that their encodings can be kept and shared between runs.
+mask), neither mirrored nor jittered. The others are variants, one of which is drawn each time. Variants are functions
+of the picture's name, not of the run's seed, so that their encodings can be kept and shared between runs.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ class DataConfig:
     class_prompt: str | None = option(
         None,
         group=_PRIOR,
-        help="Caption of the subject's class, such as a dog. Pictures of it are trained beside the subject's, so that "
-        "the model keeps the class.",
+        help="Caption of the subject's class, such as a dog, or several separated by |. Pictures of it are trained "
+        "beside the subject's, so that the model keeps the class.",
     )
     class_images: str | None = option(
         None,
@@ -173,6 +173,14 @@ class DataConfig:
         group=_CACHE,
         changes_numbers=False,
         help="Keep encoded pictures and captions on disk, so that the next start need not encode them.",
+    )
+    cache_limit: float = option(
+        20.0,
+        min=0.0,
+        max=100_000.0,
+        group=_CACHE,
+        changes_numbers=False,
+        help="GiB that encodings may take on disk; those that were used least recently are removed first.",
     )
 
     def __post_init__(self) -> None:
@@ -204,6 +212,11 @@ class DataConfig:
                 )
             found.append(int(text))
         return tuple(dict.fromkeys(found))
+
+    @property
+    def class_prompts(self) -> tuple[str, ...]:
+        """The captions of the subject's class."""
+        return tuple(filter(None, (" ".join(part.split()) for part in (self.class_prompt or "").split("|"))))
 
     @property
     def varies_pictures(self) -> bool:

@@ -39,7 +39,7 @@ from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.families.parts.encoders import ENCODERS
 
-__all__ = ["ENCODING_VERSION", "RememberedDigests", "autoencoder_digest", "text_encoder_digest"]
+__all__ = ["ENCODING_VERSION", "RememberedDigests", "autoencoder_digest", "network_digest", "text_encoder_digest"]
 
 ENCODING_VERSION = 1
 """To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
@@ -95,7 +95,7 @@ def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDi
         networks[name] = {
             "kind": kind,
             "dtype": str(ENCODERS[kind].dtype_of(module)),
-            "network": _network_digest(name, module, remembered),
+            "network": network_digest(name, module, remembered),
             "patches": digest_of_tensors(_patch_tensors(patches)) if patches else "",
             "tokenizer": _tokenizer_digest(encoder.encoders.tokenizers.get(name)),
         }
@@ -127,18 +127,19 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
         kind=autoencoder.kind,
         dtype=str(torch.float32),
         latent=asdict(latent),
-        network=_network_digest("vae", autoencoder.module, remembered),
+        network=network_digest("vae", autoencoder.module, remembered),
         versions=_versions("diffusers"),
     )
 
 
-_MAX_REMEMBERED_BYTES = 10_000
-_SAMPLED = 64  # values at the start of a tensor: one page of its file
-_SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of up to two seconds
+def network_digest(component: str, module: nn.Module, remembered: RememberedDigests | None) -> str:
+    """Digest of a network: its class, configuration and tensors, 64 hex digits.
 
-
-def _network_digest(component: str, module: nn.Module, remembered: RememberedDigests | None) -> str:
-    """Digest of a network: its class, configuration and tensors."""
+    Args:
+        component: its name in the model.
+        module: the network.
+        remembered: as for `text_encoder_digest`.
+    """
     about = [type(module).__qualname__, _plain(getattr(module, "config", None)), sorted(_unpackings(module).items())]
     files = _files_of(module)
     if remembered is None or not files or not _are_settled(files):
@@ -152,6 +153,11 @@ def _network_digest(component: str, module: nn.Module, remembered: RememberedDig
     if _are_settled(files):
         remembered.keep(key, digest)
     return digest
+
+
+_MAX_REMEMBERED_BYTES = 10_000
+_SAMPLED = 64  # values at the start of a tensor: one page of its file
+_SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of up to two seconds
 
 
 def _files_of(module: nn.Module) -> list[FileState]:

@@ -76,7 +76,7 @@ def encode_scan(
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
     where = device or best_device()
-    cache = default_cache() if config.cache else None
+    cache = default_cache(config.cache_limit) if config.cache else None
 
     def entries(digest: Callable[..., str], part: str) -> contextlib.AbstractContextManager[Any]:
         if cache is None:

@@ -28,7 +28,7 @@ from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder_listing import Skipped, name_without_repeats, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
-from lorasmith.data.image_files import ImageError, image_size, image_suffixes
+from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import MAX_REPEATS, ImageSource
 
@@ -66,6 +66,7 @@ class ImageFile:
         weight: of its loss.
         mask: file of its mask, where `masks` is files and there is one.
         is_class: whether it shows the subject's class, for prior preservation.
+        digest: SHA-256 of the file when it was scanned; empty if unknown.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class ImageFile:
     weight: float = 1.0
     mask: Path | None = None
     is_class: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class
     path, is_latin_1 = found.path, False
     try:
         width, height = _usable_size(path)
+        digest = file_digest(path)
         _check_mask(found.mask, width, height)
         of_file: tuple[str, ...] = ()
         if found.caption_file:
@@ -221,6 +224,7 @@ def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class
         found.weight,
         found.mask,
         is_class,
+        digest,
     )
     is_missing = config.captions != "none" and not of_file and not entry
     if config.captions in ("filename", "folder"):
@@ -240,8 +244,8 @@ def _captions(
             return (caption,), "filename"
         case "folder" if caption := name_without_repeats(_name(folder.path)):
             return (caption,), "folder"
-    if is_class and config.class_prompt and (caption := one_line(config.class_prompt)):
-        return (caption,), "class"
+    if is_class and config.class_prompts:
+        return config.class_prompts, "class"
     if not is_class and one_line(config.trigger):
         return (), "trigger"
     return ((folder.caption,), "folder") if config.captions == "files" and folder.caption else ((), "none")

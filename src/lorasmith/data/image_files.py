@@ -19,9 +19,11 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import open_regular
+from lorasmith.formats.hashes import sha256_file
 
 __all__ = [
     "ImageError",
+    "file_digest",
     "image_size",
     "image_suffixes",
     "open_frames",
@@ -116,6 +118,18 @@ def read_image(path: Path) -> bytes:
             raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from error
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits. Raises ImageError if it cannot be read, or has more than 1 GiB."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ImageError(path, "has more than 1 GiB; scale it down first")
+        return sha256_file(path)
+    except FileNotFoundError:
+        raise ImageError(path, "does not exist; check the name") from None
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright picture, after reading the whole file.
 
@@ -150,6 +164,8 @@ _FORMATS = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"),
 }
+
+_MOST_BYTES = 2**30
 
 _GAP = 3
 """How many times as large as needed a JPEG file is decoded at least."""

@@ -22,7 +22,8 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import check_latents
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.pictures import FramedPicture, file_digest, framed
+from lorasmith.data.image_files import file_digest
+from lorasmith.data.pictures import FramedPicture, framed
 from lorasmith.families.base import Conditioning, PictureSize
 
 __all__ = ["EncodedFraming", "FramedImage", "PictureEncoder", "encode_pictures"]
@@ -123,8 +124,8 @@ def encode_pictures(
         progress: called after each image with (images done, total, its name).
 
     Raises:
-        ImageError: an image can no longer be read.
-        DataError: a mask cannot be used, or an image's latents are not finite.
+        ImageError: an image or its mask can no longer be read.
+        DataError: an image's latents are not finite.
     """
     with torch.no_grad(), encoder.entries() as entries, contextlib.ExitStack() as ready:
         work = [_Work(one, entries) for one in images]

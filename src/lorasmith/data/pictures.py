@@ -8,23 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
 from lorasmith.data.crops import Framing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import ImageError, open_layers, read_image, to_tensor
 
-__all__ = ["FramedPicture", "file_digest", "framed", "mask_of", "place_weights"]
-
-_ASPECT = 0.02
-"""Greatest relative difference of the aspect ratios of a picture and its mask: a pixel or two of rounding."""
+__all__ = ["FramedPicture", "framed", "mask_of", "place_weights"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,7 @@ def framed(
         downscale: pixels per latent.
 
     Raises:
-        ImageError: the file can no longer be read, or has changed since it was scanned.
-        DataError: its mask cannot be used.
+        ImageError: the file or its mask can no longer be read, or the file has changed since it was scanned.
     """
     content = read_image(image.path)
     if hashlib.sha256(content).hexdigest() != digest:
@@ -73,12 +67,7 @@ def framed(
 
 
 def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
-    """The mask of an image in mode L, white inside; None without one.
-
-    Raises:
-        ImageError: a file cannot be read.
-        DataError: the mask has another aspect ratio than the picture.
-    """
+    """The mask of an image in mode L, white inside; None without one. Raises ImageError if a file cannot be read."""
     if config.masks == "alpha":
         return open_layers(image.path)[1]
     if image.mask is None:
@@ -87,11 +76,6 @@ def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
     mask = grey.convert("L")
     if opacity is not None:  # what is transparent is outside
         mask = ImageChops.multiply(mask, opacity)
-    if abs(mask.width * image.height / (mask.height * image.width) - 1) > _ASPECT:
-        raise DataError(
-            f"mask {image.mask} must have the aspect ratio of its picture, got {mask.width}×{mask.height} for "
-            f"{image.width}×{image.height}; make it of the same size"
-        )
     return mask
 
 
@@ -109,8 +93,3 @@ def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:
     if mean <= 0:
         return None
     return weights / mean if config.mask_normalize else weights
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of an image file, 64 hex digits. Raises ImageError if it cannot be read."""
-    return hashlib.sha256(read_image(path)).hexdigest()

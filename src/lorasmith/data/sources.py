@@ -37,6 +37,12 @@ class ImageSource:
         if not self.path.strip():
             raise OptionError("a source of images must have a path, got an empty one; name a folder")
 
+    @property
+    def text(self) -> str:
+        """The text that `parse` reads."""
+        settings = [f"{name}={getattr(self, name):g}" for name in options_of(type(self))]
+        return " ".join([self.path, *settings]) if "=" in self.path or self != ImageSource(self.path) else self.path
+
     @classmethod
     def parse(cls, text: str) -> ImageSource:
         """A source in one text: a path, and behind it optional settings such as `repeats=2 weight=0.5`.
