@@ -23,7 +23,8 @@ def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
     assert FolderSource.from_record(record) == source
     assert source.name == "photos"
     assert source.command(TrainConfig(rank=4, stratified=False)) == [
-        "lorasmith", "train", str(tmp_path / "photos"), "--model", "lorasmith-tiny", "--validation", str(tmp_path / "held out"),
+        "lorasmith", "train", str(tmp_path / "photos"), "--model", "lorasmith-tiny",
+        "--validation", str(tmp_path / "held out"),
         "--trigger", "sks", "--flip", "--rank", "4", "--no-stratified",
     ]  # fmt: skip
 
