@@ -140,10 +140,11 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
     lines = []
     for number, row in enumerate(rows):
         content = _content(row[image] or {}, outside=outside)
-        if content is None:
-            continue
-        name = f"{number:0{digits}}{_suffix(content)}"
-        (folder / name).write_bytes(content)
+        if content is None:  # an entry without an image, which the scan names
+            name = f"row {number} without a picture"
+        else:
+            name = f"{number:0{digits}}{_suffix(content)}"
+            (folder / name).write_bytes(content)
         lines.append(json.dumps({"file_name": name, "text": row[text] if text else None}))
     (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
