@@ -80,7 +80,7 @@ def test_a_saved_dataset_names_no_files_elsewhere(
     secret = add_image(tmp_path / "secret.png")
     data = made(datasets, image=[str(secret)], text=["x"])
     # As a stranger may write it: with the path alone.
-    monkeypatch.setattr("datasets.arrow_dataset.embed_table_storage", lambda table, *_, **__: table)
+    monkeypatch.setattr("datasets.Image.embed_storage", lambda self, storage, *_, **__: storage)
     data.save_to_disk(tmp_path / "saved")
     loaded = datasets.load_from_disk(str(tmp_path / "saved")).cast_column("image", datasets.Image(decode=False))
     assert loaded[0]["image"] == {"bytes": None, "path": str(secret)}
