@@ -88,6 +88,24 @@ def test_a_saved_dataset_names_no_files_elsewhere(
         scan_sources([ImageSource(str(tmp_path / "saved"))], cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/x.arrow", "..", 3])
+def test_a_saved_dataset_lists_no_files_elsewhere(datasets: Any, tmp_path: Path, name: object) -> None:
+    made(datasets, image=rows(picture("PNG")), text=["x"]).save_to_disk(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match=r"cannot be read \(state\.json: .*\); save it again"):
+        unpacked_folder(tmp_path / "saved", tmp_path / "cache")
+
+
+def test_a_forged_fingerprint_gives_no_other_dataset(datasets: Any, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        made(datasets, image=rows(picture("PNG", number)), text=[name]).save_to_disk(tmp_path / name)
+        state = json.loads((tmp_path / name / "state.json").read_text())
+        (tmp_path / name / "state.json").write_text(json.dumps({**state, "_fingerprint": "same"}))
+    scans = [scan_sources([ImageSource(str(tmp_path / name))], cache=tmp_path / "cache") for name in "ab"]
+    assert [scan.images[0].caption for scan in scans] == ["a", "b"]
+
+
 def test_splits(datasets: Any, tmp_path: Path) -> None:
     one, two = (made(datasets, image=rows(picture("PNG", n)), text=[str(n)]) for n in (1, 2))
     datasets.DatasetDict({"test": one, "train": two}).save_to_disk(tmp_path / "both")
