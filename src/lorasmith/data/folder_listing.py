@@ -186,10 +186,11 @@ def _repeats(name: str) -> tuple[int, str] | None:
     return (int(named[1]), one_line(named[2])) if named else None
 
 
-def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+def _natural(name: str) -> tuple[list[str | int], str]:
     """Sort key with digits as numbers; the plain name breaks ties such as `1.png` and `01.png`."""
-    pieces = _DIGITS.split(name.casefold())
-    return [(not piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces if piece], name
+    pieces: list[str | int] = [*_DIGITS.split(name.casefold())]  # every second one is a number
+    pieces[1::2] = map(int, pieces[1::2])
+    return pieces, name
 
 
 _DIGITS = re.compile(r"([0-9]+)")

@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError, OutputError
 from lorasmith.core.files import ensure_folder, is_folder, is_regular, locked, read_regular
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import TEXT_COLUMNS
@@ -47,24 +49,17 @@ def unpacked_folder(path: Path, cache: Path) -> Path:
         OutputError: the images cannot be written.
     """
     datasets = _package()
-    folder = path.resolve()
+    folder = _split_folder(path.resolve())
+    files = [folder / name for name in (*_PARTS, *_data_files(folder))]
     if "::" in str(folder) or "://" in str(folder):  # which `datasets` takes for places in a network
-        raise DataError(f"a dataset must be in a folder without colons in its path, got {folder}; move it")
+        raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    except Exception as error:
-        raise DataError(
-            f"dataset {path} cannot be read ({printable(error, limit=100)}); save it again with save_to_disk"
-        ) from error
-    if is_regular(folder / _SPLITS):
-        split = "train" if "train" in loaded else next(iter(loaded), None)
-        if split is None or (split != "train" and len(loaded) > 1):
-            raise DataError(f"dataset {path} has no split train; name the folder of one of its splits")
-        loaded = loaded[split]
-    # A forged fingerprint must not give the images of another dataset, so the files count as well.
-    files = sorted(one for one in folder.rglob("*") if one.suffix in (".arrow", ".json"))
-    state = [(str(one.relative_to(folder)), one.stat().st_size, one.stat().st_mtime_ns) for one in files]
-    return _written(loaded, cache, [str(folder), state], outside=False)
+        # A forged fingerprint must not give the images of another dataset, so the files count as well.
+        state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except Exception as error:  # of any kind, from a package that reads a stranger's files
+        raise _unreadable(folder, printable(error, limit=100)) from error
+    return _written(loaded, cache, state, outside=False)
 
 
 def dataset_folder(dataset: object, cache: Path) -> Path:
@@ -94,7 +89,38 @@ def _package() -> Any:
         raise DataError("datasets needs the package of this name; run pip install datasets") from None
 
 
-def _written(dataset: Any, cache: Path, key: list[object], *, outside: bool) -> Path:
+def _split_folder(folder: Path) -> Path:
+    """The folder of a split, if there are several."""
+    if not is_regular(folder / _SPLITS):
+        return folder
+    splits = _names(folder / _SPLITS, lambda content: content["splits"])
+    if "train" in splits:
+        return folder / "train"
+    if len(splits) != 1:
+        raise DataError(f"dataset {folder} has no split train; name the folder of one of its splits")
+    return folder / splits[0]
+
+
+def _data_files(folder: Path) -> list[str]:
+    return _names(folder / _PARTS[0], lambda content: [one["filename"] for one in content["_data_files"]])
+
+
+def _names(file: Path, listed: Callable[[Any], list[str]]) -> list[str]:
+    """Names that a file of a dataset lists. Raises DataError if one leads to elsewhere."""
+    try:
+        names = listed(parse_foreign_json(read_regular(file)))
+        if not all(Path(name).name == name != ".." for name in names):
+            raise ValueError("names files in other folders")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _unreadable(file.parent, f"{file.name}: {printable(error, limit=60)}") from error
+    return names
+
+
+def _unreadable(folder: Path, reason: str) -> DataError:
+    return DataError(f"dataset {folder} cannot be read ({reason}); save it again with save_to_disk")
+
+
+def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
     """The folder of a dataset in the cache, complete or not there."""
     image, text = _columns(dataset)
     identity = json.dumps([_LAYOUT, dataset._fingerprint, image, text, key])
@@ -140,10 +166,11 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
     lines = []
     for number, row in enumerate(rows):
         content = _content(row[image] or {}, outside=outside)
-        if content is None:
-            continue
-        name = f"{number:0{digits}}{_suffix(content)}"
-        (folder / name).write_bytes(content)
+        if content is None:  # an entry without an image, which the scan names
+            name = f"row {number} without a picture"
+        else:
+            name = f"{number:0{digits}}{_suffix(content)}"
+            (folder / name).write_bytes(content)
         lines.append(json.dumps({"file_name": name, "text": row[text] if text else None}))
     (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ def image_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
-        image.load()
+        with _LARGE if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
+            image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
@@ -152,6 +154,10 @@ def to_tensor(image: Image.Image) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
 
+
+_LARGE_PIXELS = 2**24
+_LARGE = threading.Lock()
+"""Held while a large picture is read, of which threads would otherwise keep several in memory at a time."""
 
 _FORMATS = {
     "PNG": (".png",),
