@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -48,6 +49,9 @@ SHARD_SECONDS = 5.0
 
 _USE_SECONDS = 60
 """How exactly the time of a shard's last use is kept."""
+
+_SIZE_SECONDS = 60
+"""How often the size of the whole folder is looked up."""
 
 _LEFT_SECONDS = 3600
 """Age at which a temporary file is one that a killed process left."""
@@ -109,6 +113,8 @@ class EncodingCache:
         self._used: set[str] = set()
         self._can_write = limit_bytes > 0
         self._swept: set[Path] = set()
+        self._size_bytes = 0
+        self._sized = -math.inf
 
     @contextlib.contextmanager
     def entries(self, encoder: str, *, title: str = "") -> Iterator[CacheEntries]:
@@ -221,14 +227,18 @@ class EncodingCache:
         if folder not in self._swept:
             self._swept.add(folder)
             _remove_leftovers(folder)
-        self._keep_limit()
         try:
+            self._size_bytes += path.stat().st_size
+            self._keep_limit()
             return read_shard(path)
-        except LorasmithError:  # another process has removed it
+        except (LorasmithError, OSError):  # another process has removed it
             return None
 
     def _keep_limit(self) -> None:
         """Remove the least recently used shards beyond the limit, except those that this object has used."""
+        # Looking at every file takes longer than a write; what other processes wrote is noticed within a minute.
+        if self._size_bytes <= self.limit_bytes and time.monotonic() - self._sized < _SIZE_SECONDS:
+            return
         found = [
             (stat.st_mtime, stat.st_size, Path(file.path))
             for folder in self._folders()
@@ -238,11 +248,12 @@ class EncodingCache:
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit_bytes:
-                return
+                break
             if path.name not in self._used and _removed(path):
                 total -= size
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
+        self._size_bytes, self._sized = total, time.monotonic()
 
     def _note_damage(self, what: str) -> None:
         if not any("damaged" in note for note in self.notes):
