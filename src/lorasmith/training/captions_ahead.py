@@ -14,7 +14,7 @@ from lorasmith.training.events import CaptionsPlanned, EventHandler
 __all__ = ["captions_ready", "drawn_captions"]
 
 _MOST_DRAWS = 50_000
-"""Draws whose captions are listed, in some seconds; longer runs of many captions keep the encoder."""
+"""Draws whose captions are listed one by one, in some seconds."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def captions_ready(
 
 
 def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: int) -> list[str] | None:
-    """The captions that a run can draw: all that are possible, or else those of its draws; None for more than `most`.
+    """The captions of a run's draws; of a very long run, all that are possible. None for more than `most`.
 
     Args:
         samples: the training samples.
@@ -63,23 +63,19 @@ def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: 
         seed: of the run.
         most: number of captions.
     """
-    varied = _varied(samples)
-    possible: set[str] = set()
-    for one in varied:
-        texts = one.rules.possible(one.captions, most)
-        possible |= texts or set()
-        if texts is None or len(possible) > most:
-            break
-    else:
-        return sorted(possible)
-    if len(draws) > _MOST_DRAWS:
-        return None
     found: dict[str, None] = {}
-    for draw in draws:
-        variants = samples[sample_index(draw, len(samples), seed)].variants
-        if variants is not None:
-            found[variants.caption(seed, draw)] = None
-        if len(found) > most:
+    if len(draws) <= _MOST_DRAWS:
+        for draw in draws:
+            variants = samples[sample_index(draw, len(samples), seed)].variants
+            if variants is not None:
+                found[variants.caption(seed, draw)] = None
+            if len(found) > most:
+                return None
+        return list(found)
+    for one in _varied(samples):
+        texts = one.rules.possible(one.captions, most)
+        found |= dict.fromkeys(sorted(texts or ()))
+        if texts is None or len(found) > most:
             return None
     return list(found)
 
