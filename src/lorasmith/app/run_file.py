@@ -16,6 +16,7 @@ among names: an optimizer's import path and a tracker are typed (`settings_from_
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -66,7 +67,9 @@ class RunFile:
         return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
 
     def source(self, model: str) -> FolderSource:
-        """The source of the run, with a model. Raises OptionError for settings out of range."""
+        """The source of the run, with a model. Raises OptionError without images, and for settings out of range."""
+        if not self.sources:
+            raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
         return FolderSource.of(
             self.sources,
             model,
@@ -120,7 +123,7 @@ def read_run_file(path: Path) -> RunFile:
                 **{key: found[key] for key in own if key in found},
                 "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
                 "text_encoders": _listed(found.get("text_encoders")),
-                "settings": {key: value for key, value in found.items() if key in _SETTINGS},
+                "settings": {key: _number(value, key) for key, value in found.items() if key in _SETTINGS},
             },
             RunFile,
         )
@@ -152,6 +155,14 @@ def _absolute(given: RunFile, folder: Path) -> RunFile:
         validation=given.validation and inside(given.validation),
         settings=settings,
     )
+
+
+def _number(value: Any, name: str) -> Any:
+    """A value as a number where it is meant as one: YAML reads 1e-4 as text."""
+    if _SETTINGS[name].type in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _listed(value: Any) -> list[Any]:

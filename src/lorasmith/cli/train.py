@@ -92,8 +92,6 @@ def train(
     )
     given = typed if config is None else typed.completed(read_run_file(config))
     folders = folders_of(base_dir, extra_model_paths)
-    if not given.sources:
-        raise OptionError("train needs images, got no folder; type the folder of images, or name it in --config")
     if given.model is None:
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
