@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
 import gc
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
     if axes:
         metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache() -> Iterator[None]:
+    """Encodings are cached in a folder of these tests, and commands that they start find it, too."""
+    with tempfile.TemporaryDirectory(prefix="lorasmith-cache-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORASMITH_CACHE_DIR", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from lorasmith.cli.main import app
 
@@ -35,9 +36,17 @@ def test_every_module_has_a_line_in_the_tree_and_every_line_a_module() -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    groups = {group.name for group in app.registered_groups}
-    assert commands | groups == set(re.findall(r"^\| `lorasmith (\w+)", README, flags=re.MULTILINE))
+    rows = [row.split() for row in re.findall(r"^\| `lorasmith ([^`]+)`", README, flags=re.MULTILINE)]
+    assert names(app) == {row[0] for row in rows}
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        assert names(group.typer_instance) == {row[1] for row in rows if row[0] == group.name}
+
+
+def names(commands: typer.Typer) -> set[str]:
+    """Names of commands, and of groups of them."""
+    single = {one.name or one.callback.__name__ for one in commands.registered_commands if one.callback}
+    return single | {str(group.name) for group in commands.registered_groups}
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from lorasmith.app.run_page import report_of, write_report
 from lorasmith.cli.main import main
 from lorasmith.core.errors import LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
+from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.tokenizers import folder_tokenizer
@@ -211,6 +212,27 @@ def yaml_file(tmp_path: Path) -> None:
         read_extra_model_paths(tmp_path / "paths.yaml")
 
 
+def encodings(tmp_path: Path) -> None:
+    encoder, key = key_of(encoder=1), key_of(number=1)
+    with EncodingCache(tmp_path / "cache", limit_bytes=2**30).entries(encoder) as entries:
+        entries.put(key, {"latents": torch.ones(100)})
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    content = path.read_bytes()
+    secret = tmp_path / "secret"
+    secret.write_bytes(content)
+    for forged in (
+        content[:-7] + b"\x01" + content[-6:],
+        pickle.dumps(Ran()),
+        content.replace(key.encode() + b"/latents", b"../" * 23 + b"/secret"),
+    ):
+        path.write_bytes(forged)
+        with (cache := EncodingCache(tmp_path / "cache", limit_bytes=2**30)).entries(encoder) as entries:
+            assert entries.get(key) is None
+        assert "The encoding cache is damaged" in cache.notes[0]
+    cache.clear()
+    assert secret.exists()
+
+
 def copied() -> None:
     for text in (HOSTILE, "x'; rm -rf ~; '", "\x1b[201~\nrm -rf ~\n", "a\rb"):
         line = command_line(["lorasmith", "generate", "--prompt", text], windows=False)
@@ -227,6 +249,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "workflow": workflow,
     "images and captions": captions,
     "`extra_model_paths.yaml`": yaml_file,
+    "encoding cache": encodings,
     "any text in a command to copy": copied,
 }
 """The attack behind each line; None has tests of its own above."""

@@ -13,6 +13,8 @@ from PIL import Image
 from lorasmith.app.folder_run import PreparedRun, prepare
 from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.recorded_run import Rights
+from lorasmith.core.options import options_of
+from lorasmith.data.data_config import DataConfig
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.metadata import RUN_ENTRY
@@ -34,8 +36,9 @@ def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
 
 def asked(images: Path, **settings: Any) -> tuple[FolderSource, TrainConfig]:
     """Source and settings of a run of five quick steps, named `cat`."""
+    data = {name: settings.pop(name) for name in options_of(DataConfig) if name in settings}
     config = TrainConfig(**{"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", **settings})
-    return FolderSource.of(images, "lorasmith-tiny", name="cat", resolution=32), config
+    return FolderSource.of(images, "lorasmith-tiny", name="cat", data=DataConfig(**{"resolution": 32, **data})), config
 
 
 def prepared(images: Path, **settings: Any) -> PreparedRun:

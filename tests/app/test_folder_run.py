@@ -25,7 +25,7 @@ def test_preparing_reports_what_it_does_and_ends_in_a_plan(images: Path) -> None
     plan = run.plan
     assert [event.plan for event in audience.events if isinstance(event, RunPlanned)] == [plan]
     assert (plan.samples, plan.samples_per_epoch, plan.epochs) == (30, 4, 7.5)
-    assert (plan.resolution, plan.pixel_multiple) == (32, run.base.defaults.pixel_multiple)
+    assert (plan.resolutions, plan.pixel_multiple) == ((32,), run.base.defaults.pixel_multiple)
     assert (plan.trained, plan.parameters, plan.config) == (run.job.summary, run.job.parameters, run.job.config)
     assert plan.config.learning_rate is not None
     assert json.loads(json.dumps(asdict(plan), default=str))["model"] == "lorasmith-tiny"

@@ -17,7 +17,7 @@ def plan(*captions: str, trigger: str = "", repeats: int = 1) -> RunPlan:
         trigger=trigger,
         model="m",
         family="f",
-        resolution=512,
+        resolutions=(512,),
         pixel_multiple=64,
         trained="LoRA",
         parameters=1,

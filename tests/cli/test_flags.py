@@ -14,14 +14,20 @@ from lorasmith.app import folder_run
 from lorasmith.app.folder_source import FolderSource
 from lorasmith.cli import train as train_command
 from lorasmith.core.options import options_of
+from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
-OPTIONS = options_of(TrainConfig)
+OPTIONS = {**options_of(TrainConfig), **options_of(DataConfig)}
+NEEDED: dict[str, dict[str, Any]] = {
+    "mask_folder": {"masks": "files"}, "bucket_max": {"bucket_min": 1}, "crop": {},
+}  # fmt: skip
 OTHERS: dict[str, Any] = {
     "algorithm": "LoKr", "differences": "norms", "zero_init": "down", "dora": "input", "optimizer": "Adam",
     "schedule": "cosine", "loss_function": "L1", "objective": "x0", "timesteps": "uniform", "lora_dtype": "fp32",
     "loss_weighting": "min_snr", "quantization": "int8", "activations": "lean",
     "training_dtype": "none", "track": "wandb",
+    "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",
+    "crop": "random", "masks": "alpha", "mask_folder": "/masks", "class_prompt": "a dog|a cat", "class_images": "/dogs",
     "previews": "-a fox |\nb", "targets": "",
     "existing_lora": "gone.safetensors",
     "training_adapter": "absent.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",
@@ -51,11 +57,13 @@ def app() -> typer.Typer:
 def test_what_a_run_says_to_type_gives_its_configuration_again(
     app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
-    config = replace(TrainConfig(), **{name: value})
+    changes = {name: value, **NEEDED.get(name, {})}
+    is_of_data = name in options_of(DataConfig)
+    config = TrainConfig() if is_of_data else replace(TrainConfig(), **changes)
+    source = FolderSource.of(tmp_path, "lorasmith-tiny", data=DataConfig(**changes) if is_of_data else None)
     seen = []
-    monkeypatch.setattr(folder_run, "prepare", lambda source, config, folders, on_event: seen.append(config))
+    monkeypatch.setattr(folder_run, "prepare", lambda source, config, **others: seen.append((source, config)))
     monkeypatch.setattr(train_command, "train_and_report", lambda prepared, **options: None)
-    argv = FolderSource.of(tmp_path, "lorasmith-tiny").command(config)
-    ran = CliRunner().invoke(app, argv[1:])
+    ran = CliRunner().invoke(app, source.command(config)[1:])
     assert ran.exit_code == 0, ran.output
-    assert seen == [config]
+    assert seen == [(source, config)]

@@ -17,11 +17,14 @@ from lorasmith.cli.main import app
 def heavy():
     return [name for name in {HEAVY!r} if name in sys.modules]
 
+def commands(group, path=""):
+    for name, command in group.commands.items():
+        yield f"{{path}}{{name}}"
+        yield from commands(command, f"{{path}}{{name}} ") if hasattr(command, "commands") else ()
+
 found = {{"(no command)": heavy()}}
 runner = CliRunner()
-commands = get_command(app).commands
-inside = [" ".join((group, name)) for group, one in commands.items() for name in getattr(one, "commands", ())]
-for command in ["", *commands, *inside]:
+for command in ["", *commands(get_command(app))]:
     done = runner.invoke(app, [*command.split(), "--help"], catch_exceptions=False)
     assert done.exit_code == 0 and "Usage" in done.output, (command, done.output)
     found[command] = heavy()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorasmith.core import mapped_files
-from lorasmith.core.mapped_files import MappedFile, release_pages
+from lorasmith.core.mapped_files import MappedFile, file_state, may_stay_mapped, place_on_file, release_pages
 
 NUMBERS = torch.arange(1 << 20, dtype=torch.float32)
 
@@ -78,13 +78,13 @@ def test_tensors_that_lie_elsewhere_are_left_alone() -> None:
 
 
 def test_nothing_is_remembered_of_files_that_nobody_uses(path: Path) -> None:
-    before = len(mapped_files._MAPPED)
+    before = len(mapped_files._STARTS)
     tensor = MappedFile(path).tensor(4, torch.float32, (4,))
-    assert len(mapped_files._MAPPED) == before + 1
+    assert len(mapped_files._STARTS) == before + 1
     del tensor
     gc.collect()
 
-    assert len(mapped_files._MAPPED) == before
+    assert len(mapped_files._STARTS) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows reserves memory for files that may be written to")
@@ -94,3 +94,40 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
         file.truncate(size)  # a hole, which takes no room
     tensor = MappedFile(tmp_path / "large").tensor(size - 8, torch.float32, (2,))
     assert tensor.tolist() == [0.0, 0.0]
+
+
+def test_a_tensor_knows_its_place_on_the_file_and_the_state_of_it(path: Path) -> None:
+    file = MappedFile(path)
+    tensor = file.tensor(4, torch.float32, (4, 4))
+    assert place_on_file(tensor[2]) == (file_state(path), 4 + 32)
+    assert place_on_file(tensor.clone()) is None
+    assert place_on_file(torch.empty(0)) is None
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+    found = place_on_file(tensor)
+    assert found is not None and found[0] != file_state(path), "the file that was mapped, not the one of its name"
+
+
+def test_many_mappings_are_told_apart(path: Path) -> None:
+    tensors = [MappedFile(path).tensor(4 * index, torch.uint8, (4,)) for index in range(50)]
+    assert [place_on_file(one)[1] for one in tensors] == [4 * index for index in range(50)]  # type: ignore[index]
+    del tensors[::2]
+    gc.collect()
+    assert [place_on_file(one)[1] for one in tensors] == [4 * index for index in range(1, 50, 2)]  # type: ignore[index]
+
+
+@pytest.mark.skipif(not mapped_files._USES_DESCRIPTOR, reason="mappings need no file descriptor")
+def test_mappings_leave_descriptors_for_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    limits = [64, 400]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, wanted: limits.__setitem__(slice(None), wanted))
+    kept = [MappedFile(path) for _ in range(40)]
+    assert may_stay_mapped() and limits[0] == 400
+    kept += [MappedFile(path) for _ in range(200)]
+    assert not may_stay_mapped() and limits == [400, 400]
+    del kept
+    gc.collect()
+    assert may_stay_mapped()

@@ -1,24 +1,129 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import DataError, OptionError
+from lorasmith.data import picture_encoding
+from lorasmith.data.crops import Framing
+from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import load_dataset
+from lorasmith.data.folder import FolderScan, ImageFile, scan_folder, scan_sources
+from lorasmith.data.pictures import FramedPicture
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
+from lorasmith.training.batches import sample_index
+from tests.data.encoder_cases import Encoder, add
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    for name, size, colour, caption in (
+        ("1.png", (100, 100), "white", "a dog"),
+        ("2.png", (200, 100), "black", "a cat"),
+        ("3.png", (50, 100), "red", "a dog"),
+    ):
+        Image.new("RGB", size, colour).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(caption)
+    return tmp_path
+
+
+def test_encodes_images_at_their_buckets(folder: Path) -> None:
+    encoder = Encoder()
+    dataset = encoder.encode(folder)
+    assert encoder.shapes == [(1, 3, 64, 64), (1, 3, 48, 80), (1, 3, 80, 48)]
+    assert [sample.name for sample in dataset.samples] == ["1.png", "2.png", "3.png"]
+    assert [tuple(sample.latents.shape) for sample in dataset.samples] == [(3, 16, 16), (3, 12, 20), (3, 20, 12)]
+    assert all(sample.latents.dtype == torch.float32 for sample in dataset.samples)
+    assert dataset.samples[0].latents.eq(1).all() and dataset.samples[1].latents.eq(-1).all()
+    red = torch.tensor([1.0, -1.0, -1.0])
+    assert torch.equal(dataset.samples[2].latents.mean((1, 2)), red)
+
+
+def test_identical_captions_are_encoded_once(folder: Path) -> None:
+    encoder = Encoder()
+    samples = encoder.encode(folder).samples
+    assert encoder.texts == ["a dog", "a cat"]
+    assert [sample.conditioning.text for sample in samples] == ["a dog", "a cat", "a dog"]
+    assert samples[0].conditioning is samples[2].conditioning
+
+
+def test_repeats_stand_in_the_dataset_but_are_encoded_once(folder: Path) -> None:
+    (folder / "3_x").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "3_x" / "4.png")
+    encoder = Encoder()
+    dataset = encoder.encode(folder)
+    assert [sample.name for sample in dataset.samples] == ["1.png", "2.png", "3.png", "4.png", "4.png", "4.png"]
+    assert len(dataset) == 6 and len(encoder.shapes) == 4
+    assert dataset.samples[3].latents is dataset.samples[5].latents
+
+
+def test_no_upscaling(folder: Path) -> None:
+    encoder = Encoder()
+    encoder.encode(folder, resolution=512, multiple=32, upscale=False)
+    assert encoder.shapes == [(1, 3, 96, 96), (1, 3, 96, 192), (1, 3, 96, 32)]
+
+
+def test_progress(folder: Path) -> None:
+    calls = []
+    Encoder().encode(folder, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 3, "1.png"), (2, 3, "2.png"), (3, 3, "3.png")]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_name_the_image(folder: Path, bad: float) -> None:
+    encoder = Encoder()
+
+    plain = encoder.image
+
+    def encode_image(pixels: torch.Tensor) -> torch.Tensor:
+        latents = plain(pixels)
+        if len(encoder.shapes) == 2:
+            latents[0, 1, 2, 3] = bad
+        return latents
+
+    encoder.image = encode_image  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"latents must be finite, got NaN or infinity for 2\.png; encode in fp32 or"):
+        encoder.encode(folder)
+    assert len(encoder.shapes) == 2, "it stops at once"
+
+
+def test_an_image_that_disappeared(folder: Path) -> None:
+    scan = scan_folder(folder)
+    (folder / "2.png").unlink()
+    encoder = Encoder()
+    with pytest.raises(DataError, match=r"2\.png does not exist"):
+        encoder.encode(scan)
+
+
+def test_digests_tell_images_captions_and_sizes_apart_and_nothing_else(folder: Path) -> None:
+    def digests(**options: int) -> list[str]:
+        return [sample.digest for sample in Encoder().encode(folder, **options).samples]
+
+    before = digests()
+    assert len(set(before)) == 3
+    assert digests() == before
+    assert not set(digests(resolution=32)) & set(before)
+    (folder / "1.txt").write_text("a fox")
+    Image.new("RGB", (200, 100), "blue").save(folder / "2.png")
+    assert [new == old for new, old in zip(digests(), before, strict=True)] == [False, False, True]
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "1.png")
     return tmp_path
 
 
 def test_both_encoders_work_on_the_device_that_is_named(
-    folder: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch
+    single: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     for kind in (TextEncoder, Autoencoder):
@@ -28,10 +133,143 @@ def test_both_encoders_work_on_the_device_that_is_named(
             return active(self, device)  # type: ignore[operator]
 
         monkeypatch.setattr(kind, "active", listen)
-    load_dataset(folder, tiny, resolution=64, device="cpu")
+    load_dataset(single, tiny, resolution=64, device="cpu")
     assert seen == [(TextEncoder, torch.device("cpu")), (Autoencoder, torch.device("cpu"))]
 
 
-def test_a_device_that_is_not_here_is_refused(folder: Path, tiny: Model) -> None:
+def test_a_device_that_is_not_here_is_refused(single: Path, tiny: Model) -> None:
     with pytest.raises(OptionError, match="device must be one that is here"):
-        load_dataset(folder, tiny, device="gpu")
+        load_dataset(single, tiny, device="gpu")
+
+
+def test_framings_and_captions_vary_as_draws_do(folder: Path) -> None:
+    encoder = Encoder()
+    data = encoder.encode(folder, flip=True, crop_jitter=0.2, picture_variants=3, caption_dropout=0.5)
+    assert len(encoder.shapes) == 3 * 3 * 2 and encoder.texts == ["a dog", "a cat"]
+    sample = data.samples[0]
+    assert sample.variants is not None and len(sample.variants.pictures) == 6
+    drawn = [sample.drawn(seed=1, draw=draw) for draw in range(200)]
+    assert [one.conditioning.text for one in drawn].count("") in range(70, 130)
+    assert {one.conditioning.text for one in drawn} == {"", "a dog"}
+    assert all(one.variants is None and one.name == "1.png" for one in drawn)
+    again = [sample.drawn(seed=1, draw=draw) for draw in reversed(range(200))][::-1]
+    assert all(a.latents is b.latents for a, b in zip(drawn, again, strict=True))
+    assert any(a.latents is not sample.drawn(seed=2, draw=n).latents for n, a in enumerate(drawn))
+    assert len({id(one.latents) for one in drawn}) == 6
+
+
+def test_each_resolution_is_drawn(folder: Path) -> None:
+    sample = Encoder().encode(folder, more_resolutions="32").samples[1]
+    assert {tuple(sample.drawn(0, draw).latents.shape) for draw in range(50)} == {(3, 12, 20), (3, 4, 12)}
+    assert [tuple(one.latents.shape) for one in sample.sizes()] == [(3, 12, 20), (3, 4, 12)]
+
+
+def test_masks_become_weights_of_the_loss(tmp_path: Path) -> None:
+    add(tmp_path, "1.png", (64, 64), (255, 0, 0))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "1.mask.png")
+    add(tmp_path, "2.png", (64, 64), (0, 255, 0))
+    Image.new("L", (64, 64)).save(tmp_path / "2.mask.png")
+    data = Encoder().encode(tmp_path, masks="files", mask_outside=0.25, mask_normalize=False)
+    places = data.samples[0].places
+    assert places is not None and places[:, :8].eq(1).all() and places[:, 8:].eq(0.25).all()
+    assert data.samples[1].places is not None and data.samples[1].places.eq(0.25).all()
+    data = Encoder().encode(tmp_path, masks="files")
+    assert data.samples[0].places.mean() == 1  # type: ignore[union-attr]
+    assert data.samples[1].places is None
+    (note,) = data.notes
+    assert note.startswith("the mask of 2.png leaves nothing of its 64×64 crop inside, so that is trained as a whole")
+
+
+def test_a_crop_follows_the_mask(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (192, 64), "red")
+    picture.paste("blue", (128, 0, 192, 64))
+    picture.save(tmp_path / "1.png")
+    mask = Image.new("L", (192, 64))
+    mask.paste(255, (128, 0, 192, 64))
+    mask.save(tmp_path / "1.mask.png")
+    (sample,) = Encoder().encode(tmp_path, masks="files", crop="mask", bucket_max=64).samples
+    assert sample.latents[2].eq(1).all() and sample.latents[0].eq(-1).all()
+
+
+def test_weights_of_sources_and_digests_that_tell_settings_apart(folder: Path) -> None:
+    config = DataConfig()
+    scan = scan_sources([ImageSource(str(folder), repeats=2, weight=0.5)], config)
+    data = Encoder().encode(scan)
+    assert len(data) == 6 and {sample.weight for sample in data.samples} == {0.5}
+    digests = [
+        Encoder().encode(folder, **settings).samples[0].digest
+        for settings in (
+            {},
+            {"flip": True},
+            {"crop": "random"},
+            {"colour_jitter": 0.1},
+            {"caption_dropout": 0.1},
+            {"trigger": "x"},
+            {"more_resolutions": "32"},
+        )
+    ]
+    assert len({*digests, data.samples[0].digest}) == 8
+    assert Encoder().encode(folder, caption_memory=1.0, cache_limit=1.0).samples[0].digest == digests[0]
+
+
+@pytest.mark.parametrize("batch_pixels", [0, 64 * 64, 10**6])
+def test_pictures_of_one_size_share_a_batch(folder: Path, batch_pixels: int) -> None:
+    for number in range(4, 9):
+        add(folder, f"{number}.png", (100, 100), (number, 0, 0), "a dog")
+    encoder, plain = Encoder(), Encoder()
+    data = encoder.encode(folder, batch_pixels=batch_pixels)
+    assert sorted(shape[0] for shape in encoder.shapes) == ([1, 1, 6] if batch_pixels == 10**6 else [1] * 8)
+    for one, other in zip(data.samples, plain.encode(folder).samples, strict=True):
+        assert one.name == other.name and torch.equal(one.latents, other.latents)
+
+
+def test_a_batch_that_is_too_large_is_halved(folder: Path) -> None:
+    for number in range(4, 9):
+        add(folder, f"{number}.png", (100, 100), (number, 0, 0), "a dog")
+    encoder = Encoder()
+    plain, sizes = encoder.image, []
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise MemoryError
+        return plain(pixels)
+
+    encoder.image = encode  # type: ignore[method-assign]
+    assert len(encoder.encode(folder, batch_pixels=10**6).samples) == 8
+    assert sorted(sizes) == [1, 1, 1, 1, 2, 2, 3, 3, 6]
+
+
+@given(
+    st.lists(st.tuples(st.integers(16, 400), st.integers(16, 400)), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.integers(0, 100),
+)
+@settings(max_examples=15)
+def test_every_image_is_in_one_bucket_and_once_in_an_epoch(sizes: list[tuple[int, int]], batch: int, seed: int) -> None:
+    sizes = [(w, h) for w, h in sizes if max(w, h) <= 8 * min(w, h)] or [(64, 64)]
+    images = tuple(ImageFile(Path(f"{n}.png"), w, h, "", "none", digest=f"{n:064}") for n, (w, h) in enumerate(sizes))
+
+    def read(image: ImageFile, digest: str, framings: list[Framing], *rest: object, **options: object) -> object:
+        return [FramedPicture(torch.zeros(3, one.height, one.width), None) for one in framings]
+
+    with patch.object(picture_encoding, "framed", read):
+        data = Encoder().encode(FolderScan(images, (), (), ()))
+        with patch.object(picture_encoding, "_READERS", 1):
+            alone = Encoder().encode(FolderScan(images, (), (), ()))
+    assert [one.name for one in data.samples] == [f"{n}.png" for n in range(len(sizes))]
+    for sample, (width, height) in zip(data.samples, sizes, strict=True):
+        rows, columns = (4 * side for side in sample.latents.shape[-2:])
+        assert rows * columns <= 64**2 and rows % 16 == columns % 16 == 0
+        # Beyond 4:1, the longest bucket of this resolution and step is the nearest.
+        assert abs(math.log(columns / rows) - math.log(width / height)) < max(
+            0.5, abs(math.log(width / height)) - math.log(16) + 0.01
+        )
+    draws = len(sizes) * 3
+    order = [sample_index(draw, len(sizes), seed) for draw in range(draws)]
+    for epoch in range(3):
+        assert sorted(order[epoch * len(sizes) : (epoch + 1) * len(sizes)]) == list(range(len(sizes)))
+    assert order == [sample_index(draw, len(sizes), seed) for draw in range(draws)]
+    assert [one.digest for one in alone.samples] == [one.digest for one in data.samples]

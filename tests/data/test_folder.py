@@ -2,25 +2,17 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.folder import ImageFile, scan_folder
-
-
-def add_image(path: Path, caption: str | None = None, size: tuple[int, int] = (32, 24)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption)
-    return path
-
-
-def names(scan) -> list[str]:
-    return [image.path.name for image in scan.images]
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import ImageFile, scan_folder, scan_sources
+from lorasmith.data.sources import ImageSource
+from lorasmith.formats.hashes import sha256_file
+from tests.data.folder_cases import add_image, names
 
 
 def test_images_and_captions(tmp_path: Path) -> None:
@@ -28,8 +20,9 @@ def test_images_and_captions(tmp_path: Path) -> None:
     two = add_image(tmp_path / "two.jpg")
     three = add_image(tmp_path / "three.png", " \n", size=(24, 32))
     scan = scan_folder(tmp_path)
-    assert scan.images == (
-        ImageFile(one, 32, 24, "a dog", "file"),
+    assert all(image.digest == sha256_file(image.path) for image in scan.images)
+    assert tuple(replace(image, digest="") for image in scan.images) == (
+        ImageFile(one, 32, 24, "a dog", "file", captions=("a dog",)),
         ImageFile(three, 24, 32, "", "none"),
         ImageFile(two, 32, 24, "", "none"),
     )
@@ -91,7 +84,7 @@ def test_other_folders_are_told(tmp_path: Path) -> None:
     add_image(tmp_path / "0_off" / "1.png")
     scan = scan_folder(tmp_path)
     assert names(scan) == ["1.png"]
-    reason = "is a folder without repeats in its name; rename it to 1_name to include it"
+    reason = "is a folder without repeats in its name; rename it to 1_name or add recursive"
     assert scan.skipped == ((tmp_path / "0_off", reason), (tmp_path / "masks", reason))
 
 
@@ -100,7 +93,6 @@ def test_hidden_and_unrelated_files_are_passed_over(tmp_path: Path) -> None:
     add_image(tmp_path / ".hidden.png")
     add_image(tmp_path / ".cache" / "2.png")
     (tmp_path / "LICENSE.txt").write_text("MIT")
-    (tmp_path / "metadata.jsonl").write_text("{}")
     scan = scan_folder(tmp_path)
     assert names(scan) == ["1.png"] and scan.skipped == ()
 
@@ -209,3 +201,105 @@ def test_links_to_outside_are_named(tmp_path: Path) -> None:
     (folder / "a.png").symlink_to(elsewhere)
 
     assert scan_folder(folder).notes == (f"2 files are links to outside of the folder, such as a.png to {elsewhere}",)
+
+
+def test_repeats_and_weights_of_sources(tmp_path: Path) -> None:
+    add_image(tmp_path / "a" / "10_x" / "1.png", "one")
+    add_image(tmp_path / "b" / "2.png", "two")
+    scan = scan_sources([ImageSource(str(tmp_path / "a"), 2, 0.5), ImageSource(str(tmp_path / "b"))])
+    assert [(i.path.name, i.repeats, i.weight) for i in scan.images] == [("1.png", 20, 0.5), ("2.png", 1, 1.0)]
+
+    with pytest.raises(DataError, match=r"10_x repeats its images more than 10,000 times"):
+        scan_sources([ImageSource(str(tmp_path / "a"), 1001)])
+
+
+def test_a_source_without_images_is_named_besides_others(tmp_path: Path) -> None:
+    add_image(tmp_path / "a" / "1.png", size=(1, 1))
+    add_image(tmp_path / "b" / "2.png")
+    both = [ImageSource(str(tmp_path / name)) for name in "ab"]
+    scan = scan_sources(both)
+    assert names(scan) == ["2.png"] and [path.name for path, _ in scan.skipped] == ["1.png"]
+    with pytest.raises(DataError, match="does not exist"):
+        scan_sources([*both, ImageSource(str(tmp_path / "c"))])
+    with pytest.raises(DataError, match="a run needs images, got no source of them"):
+        scan_sources([])
+
+
+def test_images_in_two_sources_are_said(tmp_path: Path) -> None:
+    add_image(tmp_path / "5_x" / "1.png")
+    scan = scan_sources([ImageSource(str(tmp_path)), ImageSource(str(tmp_path / "5_x"))])
+    assert [image.repeats for image in scan.images] == [5, 1]
+    assert scan.notes == ("1 image is in several sources, such as 1.png, and counted for each",)
+
+
+@pytest.mark.parametrize(
+    ("origin", "trigger", "expected"),
+    [
+        ("filename", "", [("sks dog", "filename"), ("", "none")]),
+        ("filename", "zzz", [("zzz, sks dog", "filename"), ("zzz", "trigger")]),
+        ("folder", "", [("my photos", "folder"), ("toys", "folder")]),
+        ("none", "zzz", [("zzz", "trigger"), ("zzz", "trigger")]),
+        ("none", "", [("", "none"), ("", "none")]),
+    ],
+)
+def test_captions_from_elsewhere(tmp_path: Path, origin: str, trigger: str, expected: list[tuple[str, str]]) -> None:
+    folder = tmp_path / "my photos"
+    add_image(folder / "sks_dog_01.png", "of the file")
+    add_image(folder / "3_toys" / "007.png")
+    scan = scan_folder(folder, DataConfig(captions=origin, trigger=trigger))
+    assert [(image.caption, image.caption_source) for image in scan.images] == expected
+    assert scan.notes == ("1 file with captions is not used, such as sks_dog_01.txt; they are with captions files",)
+    assert len(scan.missing_captions) == (1 if origin == "filename" else 0)
+
+
+def test_rules_apply_to_the_plain_caption(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", "a {red|blue} dog\n\n a cat ")
+    config = DataConfig(prefix="a photo of", suffix=", best", trigger="sks", wildcards=True, caption_lines=True)
+    (image,) = scan_folder(tmp_path, config).images
+    assert image.captions == ("a {red|blue} dog", "a cat")
+    assert image.caption == "a photo of sks, a red dog, best"
+    (image,) = scan_folder(tmp_path).images
+    assert image.captions == ("a {red|blue} dog a cat",) and image.caption == image.captions[0]
+
+
+def test_images_of_the_class(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", "a dog in a garden")
+    add_image(tmp_path / "2.png")
+    add_image(tmp_path / "1_hound" / "3.png")
+    config = DataConfig(trigger="sks dog", class_prompt="a dog")
+    scan = scan_sources([ImageSource(str(tmp_path))], config, is_class=True)
+    assert all(image.is_class for image in scan.images)
+    assert [(image.caption, image.caption_source) for image in scan.images] == [
+        ("a dog in a garden", "file"),
+        ("a dog", "class"),
+        ("a dog", "class"),
+    ]
+    without = scan_sources([ImageSource(str(tmp_path))], DataConfig(trigger="sks dog"), is_class=True)
+    assert [image.caption for image in without.images] == ["a dog in a garden", "", "hound"]
+
+
+def test_an_image_whose_caption_cannot_be_read_is_skipped(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", "fine")
+    add_image(tmp_path / "2.png", "x" * 20_001)
+    (add_image(tmp_path / "3.png").with_suffix(".txt")).mkdir()
+    scan = scan_folder(tmp_path)
+    # A folder is no caption file.
+    assert names(scan) == ["1.png", "3.png"]
+    reason = "is left out because its caption file 2.txt has more than 20,000 characters; shorten or remove it"
+    assert scan.skipped[0] == (tmp_path / "2.png", reason)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(
+        DataError, match=r"holds no usable image: 2\.png is left out because its caption file 2\.txt has"
+    ):
+        scan_folder(tmp_path)
+
+
+def test_results_do_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(300):
+        add_image(tmp_path / f"{index}.png", str(index), size=(16 + index % 3, 16) if index % 7 else (1, 1))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    several = scan_folder(tmp_path)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert several == scan_folder(tmp_path)
+    assert [image.caption for image in several.images] == [str(index) for index in range(300) if index % 7]

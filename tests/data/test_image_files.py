@@ -23,7 +23,6 @@ from lorasmith.data.image_files import (
     open_image,
     open_original,
     open_reduced,
-    resize_and_crop,
     to_tensor,
 )
 
@@ -237,51 +236,6 @@ def test_damaged_files_raise_nothing_but_image_errors(tmp_path_factory, name, ed
         assert open_image(path).mode == "RGB"
     except ImageError as error:
         assert re.fullmatch(r"[^\n]+", str(error), re.DOTALL)
-
-
-@given(st.integers(2, 60), st.integers(2, 60), st.integers(1, 40), st.integers(1, 40))
-def test_resize_and_crop_always_fills_the_size(width: int, height: int, to_width: int, to_height: int) -> None:
-    assert resize_and_crop(Image.new("RGB", (width, height), "red"), to_width, to_height).getcolors() == [
-        (to_width * to_height, (255, 0, 0))
-    ]
-
-
-def test_crop_takes_the_middle() -> None:
-    image = Image.new("RGB", (300, 100), "red")
-    image.paste("blue", (100, 0, 200, 100))
-    turned = image.transpose(Image.Transpose.ROTATE_90)
-    for cropped in (resize_and_crop(image, 50, 50), resize_and_crop(turned, 50, 50)):
-        inside = cropped.crop((3, 3, 47, 47))  # at the edges the filter still sees a little of the neighbours
-        assert inside.getcolors() == [(44 * 44, (0, 0, 255))]
-
-
-def test_crop_equals_scaling_first_and_cropping_then() -> None:
-    scaled = picture(120, 80).resize((90, 60), Image.Resampling.LANCZOS)
-    expected = scaled.crop((15, 0, 75, 60))
-    assert abs(pixels(resize_and_crop(picture(120, 80), 60, 60)) - pixels(expected)).max() <= 1
-
-
-def test_same_size_changes_nothing() -> None:
-    assert np.array_equal(pixels(resize_and_crop(picture(), 40, 24)), pixels(picture()))
-
-
-def test_resize_is_antialiased() -> None:
-    """A fine checkerboard becomes grey; anything that only picks pixels would leave black and white."""
-    board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    assert abs(pixels(resize_and_crop(board, 32, 32)) - 127.5).max() < 3
-
-
-def test_resize_agrees_with_another_antialiased_resampler() -> None:
-    """Independent resampler: torch's antialiased bicubic differs in kernel only."""
-    source = to_tensor(picture(128, 96))[None]
-    theirs = torch.nn.functional.interpolate(source, (48, 64), mode="bicubic", antialias=True)
-    ours = to_tensor(resize_and_crop(picture(128, 96), 64, 48))[None]
-    assert (theirs - ours).abs().max() < 0.05
-
-
-def test_extreme_shapes_stay_small() -> None:
-    """Scaling 20,000×20 to cover 512 px before cropping would need 500 million pixels."""
-    assert resize_and_crop(Image.new("RGB", (20_000, 20)), 512, 512).size == (512, 512)
 
 
 def test_to_tensor_range_and_layout() -> None:

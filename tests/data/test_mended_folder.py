@@ -201,6 +201,39 @@ def test_what_can_be_mended_is_found_no_more(folder: Path) -> None:
     assert checked(mended(folder).folder).findings == ()
 
 
+def test_what_is_set_apart_is_never_trained_on(folder: Path) -> None:
+    add(folder / "1.png", photo(1))
+    add(folder / "2.png", photo(1, (64, 64)))
+    (folder / "3.png").touch()
+    done = mended(folder, 256)
+    for recursive in (False, True):
+        scan = scan_folder(done.folder, DataConfig(recursive=recursive))
+        assert [one.path.name for one in scan.images] == ["1.png"] and scan.skipped == ()
+    for name in ("duplicates", "unused"):
+        (done.folder / name / "REASONS.txt").unlink()
+    assert len(scan_folder(done.folder, DataConfig(recursive=True)).images) == 2, "folders of these names are usual"
+
+
+def test_captions_of_metadata_files_become_text_files(folder: Path) -> None:
+    for index in range(2):
+        add(folder / f"{index}.png", photo(index))
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "a dog"}\n{"file_name": "1.png", "text": "a cat"}\n', encoding="utf-8"
+    )
+    done = mended(folder, 256)
+    assert [one.caption for one in scan_folder(done.folder).images] == ["a dog", "a cat"] and done.captions == 2
+
+
+def test_masks_come_along(folder: Path) -> None:
+    add(folder / "a:b.png", photo(1))
+    add(folder / "a:b.mask.png", Image.new("L", (256, 256)))
+    config = DataConfig(masks="files")
+    check = preflight(scan_folder(folder, config), config, folder=folder, resolution=128, multiple=16)
+    done = write_mended(check, folder.with_name("fixed"))
+    (image,) = scan_folder(done.folder, config).images
+    assert image.path.name == "a_b.png" and image.mask == done.folder / "a_b.mask.png"
+
+
 def test_targets_that_are_refused(folder: Path, tmp_path: Path) -> None:
     add(folder / "1.png", photo(1))
     check = checked(folder)

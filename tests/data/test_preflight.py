@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from lorasmith.core.errors import DataError
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.buckets import bucket_size
+from lorasmith.data.crops import framings
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import TokenLimit
 from lorasmith.data.folder import ImageFile, scan_folder
-from lorasmith.data.image_files import open_image, resize_and_crop
-from lorasmith.data.preflight import Bucket, Epoch, Preflight, crop_box, name_in, preflight, usual_resolution
+from lorasmith.data.preflight import Bucket, Epoch, Preflight, name_in, preflight, usual_resolution
 
 EXAMPLES = ASSETS / "input"
 
@@ -35,7 +35,7 @@ def add(path: Path, picture: Image.Image, caption: str | None = None, **details)
 
 def checked(folder: Path, *, resolution: int = 256, multiple: int = 16, config=None, **settings) -> Preflight:
     config = config or DataConfig()
-    scan = scan_folder(folder, trigger=config.trigger)
+    scan = scan_folder(folder, config)
     return preflight(scan, config, folder=folder, resolution=resolution, multiple=multiple, **settings)
 
 
@@ -65,12 +65,20 @@ def test_facts_of_an_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (90, 700)])
 def test_the_crop_is_what_training_takes(tmp_path: Path, size: tuple[int, int]) -> None:
-    path = add(tmp_path / "a.png", photo(2, size))
-    bucket = bucket_size(*size, resolution=256, multiple=16)
-    box = crop_box(ImageFile(path, *size, "", "none"), bucket)
-    picture = open_image(path)
-    cut = picture.resize(bucket, Image.Resampling.LANCZOS, box=box)
-    assert cut.tobytes() == resize_and_crop(picture, *bucket).tobytes()
+    add(tmp_path / "a.png", photo(2, size), "x")
+    for config in (DataConfig(), DataConfig(flip=True, crop="random", crop_jitter=0.3), DataConfig(bucket_min=128)):
+        (one,) = checked(tmp_path, config=config).images
+        first = framings(*size, config, resolution=256, multiple=16, name="a.png")[0]
+        assert (one.bucket, one.crop, one.scale) == ((first.width, first.height), first.box, first.scale)
+
+
+def test_the_crop_follows_the_mask(tmp_path: Path) -> None:
+    picture = photo(2, (600, 200)).convert("RGBA")
+    picture.putalpha(Image.new("L", (600, 200)))
+    picture.paste((255, 0, 0, 255), (500, 50, 600, 150))
+    add(tmp_path / "a.png", picture, "x")
+    config = DataConfig(masks="alpha", crop="mask", bucket_max=256)
+    assert checked(tmp_path, config=config).images[0].crop == (400, 0, 600, 200)
 
 
 def test_upright_sizes(tmp_path: Path) -> None:
@@ -94,7 +102,8 @@ def test_bucket_step_and_the_crop_that_it_costs(tmp_path: Path) -> None:
     found = checked(tmp_path, config=DataConfig(bucket_step=256))
     assert found.multiple == 256 and found.images[0].bucket == (256, 256)
     assert kinds(found) == ["cut pictures"]
-    assert checked(tmp_path, multiple=64, config=DataConfig(bucket_step=32)).multiple == 64
+    with pytest.raises(DataError, match="bucket_step must be a multiple of 64"):
+        checked(tmp_path, multiple=64, config=DataConfig(bucket_step=32))
 
 
 def test_quality_is_measured_upright_and_reduced(tmp_path: Path) -> None:
@@ -145,14 +154,6 @@ def test_skipped_files_are_named_with_their_reason(tmp_path: Path) -> None:
     found = checked(tmp_path)
     assert [path.name for path, _ in found.skipped] == ["b.jpg", "raw"]
     assert found.findings[0].examples == "b.jpg is empty, raw is a folder without repeats in its name"
-
-
-def test_folders_of_a_mended_folder_are_no_finding(tmp_path: Path) -> None:
-    add(tmp_path / "1.png", photo(1), "x")
-    for name in ("duplicates", "unused"):
-        add(tmp_path / name / "2.png", photo(1))
-    found = checked(tmp_path)
-    assert found.findings == () and found.skipped == ()
 
 
 def test_steps_of_an_epoch(tmp_path: Path) -> None:

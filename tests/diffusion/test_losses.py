@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,3 +111,36 @@ def test_half_precision_predictions_are_compared_in_fp32(objective: str) -> None
 def test_an_unknown_loss_is_named() -> None:
     with pytest.raises(OptionError, match=r"^unknown loss function 'MSSE' \(did you mean 'MSE'\?\)"):
         loss("epsilon", "native", "MSSE")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("parameterization", SCHEDULES)
+def test_nothing_outside_of_a_mask_has_a_gradient(parameterization: str, objective: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, drawn = (torch.randn(2, 4, 6, 6, generator=generator) for _ in range(3))
+    prediction = drawn.requires_grad_()
+    level = SCHEDULES[parameterization].at(torch.tensor([0.2, 0.7]))
+    places = torch.ones(2, 1, 6, 6)
+    places[0, :, :3], places[0, :, 3:] = 2.0, 0.0
+
+    def losses(rows: slice, **options: Any) -> Tensor:
+        return diffusion_loss(
+            prediction[:, :, rows],
+            clean=clean[:, :, rows],
+            noise=noise[:, :, rows],
+            noised=level.noised(clean, noise)[:, :, rows],
+            level=level,
+            parameterization=parameterization,
+            objective=objective,
+            loss_function="MSE",
+            **options,
+        )
+
+    masked = losses(slice(None), places=places)
+    masked.sum().backward()
+    assert prediction.grad is not None
+    assert prediction.grad[0, :, 3:].eq(0).all() and prediction.grad[0, :, :3].ne(0).all()
+    assert prediction.grad[1].ne(0).all()
+    assert torch.equal(masked[1], losses(slice(None))[1]), "weights of 1 are no weights"
+    # Divided by their mean, the weights make the loss the mean of what is inside.
+    assert masked[0].item() == pytest.approx(losses(slice(3))[0].item())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.released import released_names
 from lorasmith.training.lora_handle import Lora
 from tests.fuzz.engine import Door, FaultError, command, printed
-from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
+from tests.fuzz.mutators import damaged_bytes, damaged_json, damaged_safetensors, json_bytes, nasty_text
 
 __all__ = ["built_in", "doors", "files"]
 
@@ -77,7 +76,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     data = b"".join(serialised(tensors, metadata))
     is_whole = rng.random() < 0.75
     if not is_whole:
-        data = _damaged_file(rng, data)
+        data = damaged_safetensors(rng, data)
     target = path / "adapter_model.safetensors" if file.companions else path
     target.parent.mkdir(exist_ok=True)
     target.write_bytes(data)
@@ -215,15 +214,6 @@ def _reshaped(rng: random.Random, one: Tensor) -> Tensor:
         lambda: one.reshape((1,) * 40 + tuple(one.shape)),
     ]
     return rng.choice(shapes)()
-
-
-def _damaged_file(rng: random.Random, data: bytes) -> bytes:
-    """The bytes of a file with a damaged header or damaged bytes."""
-    if rng.random() < 0.5:
-        return damaged_bytes(rng, data)
-    length = int.from_bytes(data[:8], "little")
-    text = json_bytes(damaged_json(rng, json.loads(data[8 : 8 + length])))
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, MutableMapping, MutableSequence
 from typing import Any
 
-__all__ = ["CANARY", "damaged_bytes", "damaged_json", "json_bytes", "nasty_text", "placed_json"]
+__all__ = ["CANARY", "damaged_bytes", "damaged_json", "damaged_safetensors", "json_bytes", "nasty_text", "placed_json"]
 
 CANARY = "lorasmith_fuzz_canary"
 """Name of a module that a file must never get imported."""
@@ -141,6 +141,15 @@ def placed_json(rng: random.Random, value: Any) -> bytes:
     if rng.random() < 0.85:
         return json_bytes(damaged_json(rng, value))
     return damaged_bytes(rng, json_bytes(value))
+
+
+def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """The bytes of a safetensors file with a damaged header or damaged bytes."""
+    if rng.random() < 0.5:
+        return damaged_bytes(rng, data)
+    length = int.from_bytes(data[:8], "little")
+    text = json_bytes(damaged_json(rng, json.loads(data[8 : 8 + length])))
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _somewhere(rng: random.Random, root: list[Any]) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from PIL import Image
 from lorasmith.app import folder_run
 from lorasmith.app.folder_run import FolderSource, prepare, train_prepared
 from lorasmith.app.resume import prepare_again
+from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
 from lorasmith.formats.container import read_safetensors, serialised
@@ -141,7 +142,10 @@ def recorded() -> Path:
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{index}.png")
     config = TrainConfig(steps=2, rank=1, targets="*mid_block*attn2.to_q", training_dtype="fp32")
     with patch.object(folder_run, "load_completed", _loaded):
-        run = prepare(FolderSource(folder=str(folder / "images"), model=BUILT_IN, name="cat", resolution=32), config)
+        run = prepare(
+            FolderSource.of(folder / "images", BUILT_IN, name="cat", data=DataConfig(resolution=32, cache=False)),
+            config,
+        )
     steps = iter((False,))
     train_prepared(run, output=folder / "run", cancelled=lambda: next(steps, True))
     return folder

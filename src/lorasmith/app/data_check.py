@@ -61,7 +61,7 @@ def check_folder(
     Raises:
         LorasmithError: folder, images, model or settings cannot be used.
     """
-    scan = scan_folder(folder, trigger=config.trigger)
+    scan = scan_folder(folder, config)
     model = None if files is None else load_completed(files, folders).model
     return check_scan(
         scan, config, folder=folder, model=model, batch=batch, validation_share=validation_share, progress=progress

@@ -252,7 +252,7 @@ def _sizes(check: DataCheck) -> str:
 
 
 def _captions(found: Preflight) -> dict[str, str]:
-    written = [one for one in found.images if one.file.caption_source == "file"]
+    written = [one for one in found.images if one.is_captioned]
     lines = {"Written": f"{len(written):,} of {len(found.images):,} images have a caption of their own"}
     if found.trigger:
         lines["Trigger"] = found.trigger

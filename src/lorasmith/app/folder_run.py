@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.class_images import class_scan
+from lorasmith.app.folder_source import FolderSource, changed
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
+from lorasmith.data.crops import pixel_step
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import encode_scan
-from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.records import check_title
 from lorasmith.training.train import RunOptions, TrainResult
 
 __all__ = ["PreparedRun", "prepare", "train_prepared"]
+
+_SHOWN = ("trigger", "resolution", "more_resolutions", "bucket_step")
+"""Settings of the data that a plan has in other words."""
 
 RUNS = Path("runs")
 """Default parent folder of runs."""
@@ -55,6 +61,7 @@ def prepare(
     *,
     folders: Folders | None = None,
     on_event: EventHandler = lambda event: None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> PreparedRun:
     """Scan the images, load the model, plan the run, and encode.
 
@@ -64,6 +71,7 @@ def prepare(
         folders: where parts that the model lacks are searched; None to search nothing.
         on_event: receives `ImagesFound`, `ModelLoading`, `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for
             each damaged file among `folders`.
+        cancelled: called while pictures of the class are drawn; True ends that.
 
     Returns:
         The run; its source names the files of all parts.
@@ -71,12 +79,12 @@ def prepare(
     Raises:
         LorasmithError: images, model, settings or device cannot be used.
     """
-    source.check()
-    device = chosen_device(source.device)
+    check_title(source.name)
+    device, settings = chosen_device(source.device), source.data
     folder = Path(source.folder)
-    scan = scan_folder(folder, trigger=source.trigger)
-    on_event(ImagesFound(folder=folder, scan=scan, trigger=source.trigger))
-    judged = None if source.validation is None else scan_folder(Path(source.validation), trigger=source.trigger)
+    scan = scan_sources(source.sources, settings)
+    on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
+    judged = None if source.validation is None else scan_folder(Path(source.validation), settings)
     on_event(ModelLoading(model=source.model))
     loaded = load_completed(source.files, folders)
     for note in loaded.notes:
@@ -86,11 +94,14 @@ def prepare(
     if loaded.files != source.files:
         source = source.with_files(loaded.files)
     job = plan_job(base.denoiser, config, device)
+    prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
+    if prior is not None:
+        scan = replace(scan, images=(*scan.images, *prior.images))
     plan = _plan(source, scan, loaded, job)
     on_event(RunPlanned(plan=plan))
 
     def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
-        return encode_scan(found, base, resolution=source.resolution, device=device, progress=progress)
+        return encode_scan(found, base, settings, device=device, progress=progress)
 
     data = encoded(scan, lambda done, total, name: on_event(ImageEncoded(done=done, total=total)))
     return PreparedRun(source, plan, base, job, data, None if judged is None else encoded(judged, None))
@@ -126,7 +137,7 @@ def train_prepared(
         output=output or run_folder(RUNS, source.name, fresh=fresh),
         fresh=fresh,
         title=source.name,
-        trigger=source.trigger or None,
+        trigger=source.data.trigger or None,
         validation=prepared.validation,
         source=source.to_record(),
         verify=verify,
@@ -142,12 +153,13 @@ def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job) -
     return RunPlan(
         folder=Path(source.folder),
         scan=scan,
-        trigger=source.trigger,
+        trigger=source.data.trigger,
         model=base.title,
         family=base.family.title,
         found=loaded.found,
-        resolution=source.resolution or base.defaults.resolution,
-        pixel_multiple=base.defaults.pixel_multiple,
+        resolutions=source.data.all_resolutions(base.defaults.resolution),
+        pixel_multiple=pixel_step(source.data, base.defaults.pixel_multiple),
+        data={name: one for name, one in changed(source.data).items() if name not in _SHOWN},
         trained=job.summary,
         parameters=job.parameters,
         config=job.config,

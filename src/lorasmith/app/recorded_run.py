@@ -22,6 +22,7 @@ from lorasmith.app.command_lines import arguments_for
 from lorasmith.app.folder_source import FolderSource, absolute
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import ASSETS
+from lorasmith.data.data_config import DATA_PATHS
 from lorasmith.families.locating import built_in_models
 from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.optim.update_rules import OPTIMIZERS
@@ -79,11 +80,14 @@ def repeated(
         "model": model and absolute(model),
         "text_encoders": tuple(map(absolute, text_encoders)),
         "vae": vae and absolute(vae),
-        "folder": data and str(data.resolve()),
         "device": device,
     }
     given = {name: value for name, value in now.items() if value}
     kept = replace(recorded, **{name: type(value)() for name, value in given.items()})  # emptied
+    if data:
+        first, *others = recorded.sources
+        given["sources"] = (replace(first, path=str(data.resolve())), *others)
+        kept = replace(kept, sources=tuple(others))
     if not rights.files and (outside := list(_outside(kept, config))):
         named = "; ".join(f"{what} {path}" for what, path in outside[:2])
         more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
@@ -107,7 +111,8 @@ def _outside(source: FolderSource, config: TrainConfig) -> Iterator[tuple[str, s
         ("model", source.model),
         *(("text encoder", one) for one in source.text_encoders),
         ("autoencoder", source.vae),
-        ("images", source.folder),
+        *(("images", one.path) for one in source.sources),
+        *((name, getattr(source.data, name)) for name in DATA_PATHS),
         ("held-out images", source.validation),
         ("existing_lora", config.existing_lora),
         ("training_adapter", config.training_adapter),

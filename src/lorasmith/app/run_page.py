@@ -189,7 +189,7 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
         commands["Draw a picture with it"] = generate_command(
             base,
             lora.resolve(),
-            (source.trigger if source else "") or caption,
+            (source.data.trigger if source else "") or caption,
             text_encoders=source.text_encoders if source else (),
             vae=source.vae if source else None,
         )

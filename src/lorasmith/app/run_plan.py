@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from lorasmith.data.folder import FolderScan
     from lorasmith.families.model_search import FoundPart
 
-__all__ = ["ImageEncoded", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned"]
+__all__ = ["ClassImageDrawn", "ImageEncoded", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class RunPlan:
         trigger: phrase put in front of captions that lack it.
         model, family: titles of the base model and of its family.
         found: its parts that were found in the model folders.
-        resolution: side in pixels of the square whose area pictures are scaled to.
+        resolutions: sides in pixels of the squares whose area pictures are scaled to.
         pixel_multiple: their sides are multiples of it.
+        data: further settings of the data that have not their default values.
         trained: algorithm, targets and parameter count in one line.
         parameters: number of trained parameters.
         config: settings, all resolved.
@@ -40,8 +42,9 @@ class RunPlan:
     model: str
     family: str
     found: tuple[FoundPart, ...] = ()
-    resolution: int
+    resolutions: tuple[int, ...]
     pixel_multiple: int
+    data: Mapping[str, Any] = field(default_factory=dict)
     trained: str
     parameters: int
     config: TrainConfig
@@ -97,6 +100,18 @@ class RunPlanned(Event):
     """The run is planned; images are not encoded yet."""
 
     plan: RunPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassImageDrawn(Event):
+    """The base model has drawn a picture of the subject's class.
+
+    Attributes:
+        done, total: pictures drawn so far, and all that were missing.
+    """
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)

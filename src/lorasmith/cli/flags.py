@@ -38,6 +38,7 @@ __all__ = [
     "Verify",
     "cost_options",
     "folders_of",
+    "is_typed",
     "split_strength",
     "with_flags",
 ]
@@ -144,6 +145,12 @@ _FREE = ("existing_lora", "training_adapter", "bypass_mode")
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
     """The folders that `--base-dir` and `--extra-model-paths` name. Raises OptionError as `Folders.load`."""
     return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an argument was typed or set by its environment variable, and has not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def cost_options() -> dict[str, Option]:

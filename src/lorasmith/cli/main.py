@@ -14,6 +14,7 @@ from lorasmith.cli import (
     bench,
     check,
     convert,
+    data_cache,
     data_check,
     demo,
     diff,
@@ -94,6 +95,7 @@ bench.register(app)
 
 data = typer.Typer(help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True)
 app.add_typer(data, name="data")
+data_cache.register(data)
 data_check.register(data)
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorasmith.app.command_lines import generate_command, resume_command
-from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
+from lorasmith.app.run_plan import ClassImageDrawn, ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
 from lorasmith.cli.console import console, echo, heading, print_note, progress_shown, stoppable
 from lorasmith.training.events import (
+    CaptionEncoded,
+    CaptionsPlanned,
     Event,
     EventHandler,
     Planned,
@@ -39,9 +41,10 @@ def preparation_shown() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler prints the events of preparing a run, with a bar for encoding."""
     with contextlib.ExitStack() as live:
         bar: Callable[..., None] | None = None
+        drawing: Callable[..., None] | None = None
 
         def show(event: Event) -> None:
-            nonlocal bar
+            nonlocal bar, drawing
             match event:
                 case ImagesFound():
                     _print_images(event)
@@ -50,6 +53,9 @@ def preparation_shown() -> Iterator[EventHandler]:
                 case RunPlanned():
                     live.close()
                     _print_plan(event.plan)
+                case ClassImageDrawn():
+                    drawing = drawing or live.enter_context(progress_shown("Drawing the class"))
+                    drawing(event.done, event.total)
                 case ImageEncoded():
                     bar = bar or live.enter_context(progress_shown("Encoding"))
                     bar(event.done, event.total)
@@ -88,6 +94,10 @@ def training_progress() -> Iterator[EventHandler]:
             print_note(event.message)
         elif isinstance(event, Planned):
             print_note(event.message, kind="Memory", colour="green")
+        elif isinstance(event, CaptionsPlanned):
+            print_note(event.message, kind="Captions", colour="green")
+        elif isinstance(event, CaptionEncoded):
+            progress.update(task, numbers=f"encoding captions, {event.done} of {event.total}")
         elif isinstance(event, Resumed):
             print_note(event.message, kind="Resumed", colour="green")
             progress.update(task, completed=event.step)
@@ -181,17 +191,20 @@ def _print_plan(plan: RunPlan) -> None:
     if config.grad_accumulation_steps > 1:
         batch += f" × {config.grad_accumulation_steps}"
     repeats = f" ({images} images × repeats)" if per_epoch != images else ""
+    sizes = ", ".join(f"{side}×{side}" for side in plan.resolutions)
     falling = "" if config.schedule == "constant" else f" ({config.schedule})"
     for label, text in {
         "Model": f"{plan.model} ({plan.family})",
         "Trains": plan.trained,
-        "Pictures": f"about {plan.resolution}×{plan.resolution} pixels, sides are multiples of {plan.pixel_multiple}",
+        "Pictures": f"about {sizes} pixels, sides are multiples of {plan.pixel_multiple}",
+        "Data": ", ".join(f"{name} {'on' if value is True else value}" for name, value in plan.data.items()),
         "Steps": f"{config.steps} × {batch} = {plan.samples} samples, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
         f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}",
     }.items():
-        echo(f"{label:<9}{text}")
+        if text:
+            echo(f"{label:<9}{text}")
         if label == "Model":
             for part in plan.found:
                 echo(f"{'':<9}{found_line(part)}")

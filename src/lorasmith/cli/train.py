@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorasmith.cli.console import stoppable
 from lorasmith.cli.flags import (
     AnyBaseModel,
     BaseDir,
@@ -17,12 +18,15 @@ from lorasmith.cli.flags import (
     VaeFile,
     Verify,
     folders_of,
+    is_typed,
     with_flags,
 )
 from lorasmith.cli.run_output import preparation_shown, train_and_report
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.sources import ImageSource
 from lorasmith.training.config import TrainConfig
 
 __all__ = ["register"]
@@ -30,23 +34,29 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("train", help=train.__doc__)(
-        with_flags(train, options_of(TrainConfig), aliases={"training_dtype": "--dtype"})
-    )
+    declared = {**options_of(DataConfig), **options_of(TrainConfig)}
+    app.command("train", help=train.__doc__)(with_flags(train, declared, aliases={"training_dtype": "--dtype"}))
 
 
 def train(
-    folder: Annotated[Path, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")],
+    context: typer.Context,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help='Further images: a folder or metadata file, such as "more repeats=2 weight=0.5". Repeatable.',
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="File of settings in YAML, by their names here; those on the command line come first."),
+    ] = None,
     model: AnyBaseModel = None,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
-    trigger: Annotated[
-        str, typer.Option(help="Phrase for the subject or style, put in front of captions that lack it.")
-    ] = "",
-    resolution: Annotated[
-        int | None,
-        typer.Option(help="Pictures are scaled to the area of a square of this side, in pixels. Default: the model's."),
-    ] = None,
     output: RunOutput = None,
     name: Annotated[str | None, typer.Option(help="Name of the LoRA. Default: that of the folder of images.")] = None,
     validation: Annotated[
@@ -67,29 +77,28 @@ def train(
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes.
     """
     from lorasmith.app.folder_run import prepare
-    from lorasmith.app.folder_source import FolderSource, absolute
+    from lorasmith.app.run_file import RunFile, read_run_file
 
-    for file in ("existing_lora", "training_adapter"):
-        if settings[file]:
-            settings[file] = absolute(settings[file])
-    config = TrainConfig(**settings)
-    folders = folders_of(base_dir, extra_model_paths)
-    if model is None:
-        raise OptionError(_which_models(folders))
-    source = FolderSource.of(
-        folder,
-        model,
-        name=name,
-        trigger=trigger,
-        resolution=resolution,
-        validation=validation,
-        device=device,
-        text_encoders=text_encoder or (),
+    typed = RunFile(
+        sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
+        model=model,
+        text_encoders=tuple(text_encoder or ()),
         vae=vae,
+        name=name,
+        output=None if output is None else str(output),
+        validation=None if validation is None else str(validation),
+        device=device,
+        settings={name: value for name, value in settings.items() if is_typed(context, name)},
     )
-    with preparation_shown() as show:
-        prepared = prepare(source, config, folders=folders, on_event=show)
-    train_and_report(prepared, output=output, fresh=fresh, verify=verify)
+    given = typed if config is None else typed.completed(read_run_file(config))
+    folders = folders_of(base_dir, extra_model_paths)
+    if given.model is None:
+        raise OptionError(_which_models(folders))
+    source = given.source(given.model)
+    train_config = given.train_config(typed.settings)
+    with preparation_shown() as show, stoppable() as stop:
+        prepared = prepare(source, train_config, folders=folders, on_event=show, cancelled=stop.is_set)
+    train_and_report(prepared, output=None if given.output is None else Path(given.output), fresh=fresh, verify=verify)
 
 
 def _which_models(folders: Folders) -> str:

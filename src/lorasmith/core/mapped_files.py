@@ -6,21 +6,45 @@ are resident until the system evicts them; `release_pages` returns them once a c
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import mmap
+import os
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorasmith.core.files import open_regular
 
-__all__ = ["MappedFile", "release_pages"]
+__all__ = ["FileState", "MappedFile", "file_state", "may_stay_mapped", "place_on_file", "release_pages"]
 
-_MAPPED: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
-"""All mappings with live tensors, with their start address."""
+
+class FileState(NamedTuple):
+    """What the system says of a file: if this is equal at two times, so is its content.
+
+    Attributes:
+        path: absolute, with links resolved.
+        size: in bytes.
+        modified, changed: times of the last change of the content and of the file's entry, in ns.
+        inode: number by which the file system knows it, 0 where it has none.
+    """
+
+    path: str
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+
+def file_state(path: Path) -> FileState:
+    """The state of a file now. Raises OSError."""
+    return _state(path, path.stat())
 
 
 # Linux refuses writable mappings larger than its memory, unless they reserve none; Python 3.11 lacks the name.
@@ -39,8 +63,11 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         with open_regular(path) as file:
+            state = _state(path, os.fstat(file.fileno()))
             self._bytes = _mapped(file.fileno())
-        _MAPPED[self._bytes] = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
+        start = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
+        self._mapping = _Mapping(start, start + len(self._bytes), state, weakref.ref(self._bytes))
+        _remember(self._mapping)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """The tensor at an offset in the file; nothing is read yet.
@@ -58,13 +85,36 @@ class MappedFile:
         raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(tuple(shape))
 
+    def release_pages(self, tensor: Tensor) -> None:
+        """`release_pages` for a tensor that lies on this file."""
+        if tensor.numel() and self._mapping.start <= tensor.data_ptr() < self._mapping.stop:
+            _release(self._mapping, tensor)
 
-def _mapped(descriptor: int) -> mmap.mmap:
-    """A file, mapped copy-on-write, as torch has no read-only tensors."""
-    if sys.platform == "win32":
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    writable = mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable)
+
+def place_on_file(tensor: Tensor) -> tuple[FileState, int] | None:
+    """The file that a tensor lies on, as it was when it was mapped, and the offset in bytes; None for others."""
+    mapping = _mapping_of(tensor)
+    return None if mapping is None else (mapping.file, tensor.data_ptr() - mapping.start)
+
+
+def may_stay_mapped() -> bool:
+    """Whether the process can hold one more mapping.
+
+    Before Python 3.13 each mapping occupies a file descriptor. The process's own limit of these is raised, as far as
+    the system allows it, before half of it is mappings.
+    """
+    if not _USES_DESCRIPTOR:
+        return True
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * len(_STARTS) + 256
+    if soft != resource.RLIM_INFINITY and 2 * len(_STARTS) >= soft:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, raised), hard))
+            soft = max(soft, raised)
+    return soft == resource.RLIM_INFINITY or 2 * len(_STARTS) < soft
 
 
 def release_pages(tensor: Tensor) -> None:
@@ -72,16 +122,74 @@ def release_pages(tensor: Tensor) -> None:
 
     Does nothing for other tensors, and on systems without `madvise`.
     """
-    if tensor.device.type != "cpu" or not hasattr(mmap.mmap, "madvise") or not tensor.numel():
-        return
+    if (mapping := _mapping_of(tensor)) is not None:
+        _release(mapping, tensor)
+
+
+_USES_DESCRIPTOR = sys.platform != "win32" and sys.version_info < (3, 13)
+
+
+def _mapped(descriptor: int) -> mmap.mmap:
+    """A file, mapped copy-on-write, as torch has no read-only tensors."""
+    if sys.platform == "win32":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    others: dict[str, Any] = {} if _USES_DESCRIPTOR else {"trackfd": False}
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=writable, **others)
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """A mapping with live tensors: addresses from `start` to `stop`."""
+
+    start: int
+    stop: int
+    file: FileState
+    memory: weakref.ref[mmap.mmap]
+
+
+_STARTS: list[int] = []
+"""Start addresses of all mappings with live tensors, sorted."""
+
+_MAPPINGS: dict[int, _Mapping] = {}
+
+
+def _remember(mapping: _Mapping) -> None:
+    _MAPPINGS[mapping.start] = mapping
+    bisect.insort(_STARTS, mapping.start)
+    memory = mapping.memory()
+    assert memory is not None
+    weakref.finalize(memory, _forget, mapping.start).atexit = False
+
+
+def _forget(start: int) -> None:
+    del _MAPPINGS[start]
+    _STARTS.pop(bisect.bisect_left(_STARTS, start))
+
+
+def _mapping_of(tensor: Tensor) -> _Mapping | None:
+    """The mapping that a tensor lies on."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return None
     start = tensor.data_ptr()
-    for mapping, address in list(_MAPPED.items()):
-        if address <= start < address + len(mapping):
-            elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-            stop = min(start + elements * tensor.element_size(), address + len(mapping))
-            # Whole pages only: a tensor shares its first and last page with its neighbours, which may be in use.
-            first = -(-(start - address) // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (stop - address) // mmap.PAGESIZE * mmap.PAGESIZE - first
-            if length > 0:
-                mapping.madvise(mmap.MADV_DONTNEED, first, length)
-            return
+    place = bisect.bisect_right(_STARTS, start)
+    mapping = _MAPPINGS[_STARTS[place - 1]] if place else None
+    return mapping if mapping is not None and start < mapping.stop else None
+
+
+def _release(mapping: _Mapping, tensor: Tensor) -> None:
+    memory = mapping.memory()
+    if memory is None or not hasattr(mmap.mmap, "madvise"):
+        return
+    offset = tensor.data_ptr() - mapping.start
+    elements = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    stop = min(offset + elements * tensor.element_size(), mapping.stop - mapping.start)
+    # Whole pages only: a tensor shares its first and last page with its neighbours, which may be in use.
+    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        memory.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def _state(path: Path, stat: os.stat_result) -> FileState:
+    return FileState(os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)

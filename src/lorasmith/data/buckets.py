@@ -14,7 +14,16 @@ from lorasmith.core.errors import DataError
 __all__ = ["bucket_size"]
 
 
-def bucket_size(width: int, height: int, *, resolution: int, multiple: int, upscale: bool = True) -> tuple[int, int]:
+def bucket_size(
+    width: int,
+    height: int,
+    *,
+    resolution: int,
+    multiple: int,
+    upscale: bool = True,
+    smallest: int | None = None,
+    largest: int | None = None,
+) -> tuple[int, int]:
     """Width and height of the bucket for a picture of `width` × `height` px.
 
     Both are multiples of `multiple`. Their product is at most that of the square bucket (`resolution` rounded down to a
@@ -27,23 +36,39 @@ def bucket_size(width: int, height: int, *, resolution: int, multiple: int, upsc
         multiple: both edges are multiples of it; the family's `pixel_multiple` or a multiple of that.
         upscale: False allows only buckets that fit inside the picture, so that it is not enlarged; if there is none,
             the bucket is the picture's own size rounded down. An edge below `multiple` is enlarged nevertheless.
+        smallest, largest: bounds of an edge in pixels; None for none. `smallest` gives way to `upscale` False.
 
     Raises:
-        DataError: the resolution is below `multiple`.
+        DataError: the resolution is below `multiple`, or outside of the bounds.
     """
     if resolution < multiple:
         raise DataError(f"resolution must be at least {multiple} for this model, got {resolution}; raise it")
     if height > width:
-        return bucket_size(height, width, resolution=resolution, multiple=multiple, upscale=upscale)[::-1]
+        turned = bucket_size(
+            height,
+            width,
+            resolution=resolution,
+            multiple=multiple,
+            upscale=upscale,
+            smallest=smallest,
+            largest=largest,
+        )
+        return turned[::-1]
     # In units of `multiple` from here on. A wide bucket has as many rows as fit in the area.
     edge = resolution // multiple
     area = edge**2
-    candidates = range(edge, area + 1)
+    fewest, most = -(-(smallest or 1) // multiple), area if largest is None else largest // multiple
+    if not fewest <= edge <= most:
+        raise DataError(
+            f"resolution must be within bucket_min and bucket_max, got {resolution} for edges of {fewest * multiple} "
+            f"to {most * multiple} pixels in steps of {multiple}; change one of them"
+        )
+    candidates = range(edge, min(area // fewest, most) + 1)
     if not upscale:
         columns, rows = max(1, width // multiple), max(1, height // multiple)
-        candidates = range(max(edge, area // (rows + 1) + 1), min(columns, area) + 1)
+        candidates = range(max(edge, area // (rows + 1) + 1), min(columns, candidates[-1]) + 1)
         if not candidates:
-            return columns * multiple, rows * multiple
+            return min(columns, most) * multiple, min(rows, most) * multiple
     columns = _nearest_aspect(candidates, area, width / height)
     return columns * multiple, area // columns * multiple
 

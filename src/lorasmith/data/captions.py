@@ -11,13 +11,39 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import read_regular
 
-__all__ = ["CAPTION_SUFFIXES", "MAX_CAPTION", "Caption", "one_line", "read_caption", "with_trigger"]
+__all__ = [
+    "CAPTION_SUFFIXES",
+    "MAX_CAPTION",
+    "Caption",
+    "CaptionError",
+    "caption_of_file_name",
+    "has_trigger",
+    "one_line",
+    "read_caption",
+    "read_caption_file",
+    "starts_with_trigger",
+    "with_trigger",
+]
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Suffixes of caption files, the preferred one first."""
 
 MAX_CAPTION = 20_000
 """Characters of a caption: a text encoder reads at most some hundred of its words."""
+
+
+class CaptionError(DataError):
+    """A caption file cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: the sentence without the file, for lists.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"caption file {path} {reason}")
+        self.path = path
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -27,34 +53,75 @@ class Caption:
     Attributes:
         text: on one line, each run of white space a single blank; may be empty.
         path: the file.
-        note: a remark on the file for the user, one sentence, or None.
+        lines: each line that is not blank, its white space like that of `text`.
+        is_latin_1: whether it is not UTF-8 and was read as latin-1.
     """
 
     text: str
     path: Path
-    note: str | None = None
+    lines: tuple[str, ...] = ()
+    is_latin_1: bool = False
 
 
 def read_caption(image: Path) -> Caption | None:
     """Caption of an image from the file of the same name ending in `.txt` or `.caption`; None without one.
 
-    Text is UTF-8, with or without byte order mark, or UTF-16 with one. Anything else is read as latin-1, which always
-    succeeds but may be wrong, with a `note`.
-
     Raises:
-        DataError: the file exists but cannot be read, or has more than `MAX_CAPTION` characters.
+        CaptionError: as for `read_caption_file`.
     """
     path = next((path for suffix in CAPTION_SUFFIXES if os.path.lexists(path := image.with_suffix(suffix))), None)
-    if path is None:
-        return None
+    return None if path is None else read_caption_file(path)
+
+
+def read_caption_file(path: Path) -> Caption:
+    """The content of a caption file.
+
+    Text is UTF-8, with or without byte order mark, or UTF-16 with one. Anything else is read as latin-1, which always
+    succeeds but may be wrong.
+
+    Raises:
+        CaptionError: the file cannot be read, holds zero bytes, or has more than `MAX_CAPTION` characters.
+    """
     try:
         content = read_regular(path, at_most=4 * MAX_CAPTION)
     except OSError as error:
-        raise DataError(f"caption file {path} cannot be read ({error.strerror}); replace or remove it") from error
-    text, note = _decoded(content)
-    if len(text := one_line(text)) > MAX_CAPTION:
-        raise DataError(f"caption file {path} has more than {MAX_CAPTION:,} characters; shorten or remove it")
-    return Caption(text, path, note and f"caption file {path} {note}")
+        raise CaptionError(path, f"cannot be read ({error.strerror}); replace or remove it") from error
+    text, is_latin_1 = _decoded(content)
+    if "\x00" in text:
+        raise CaptionError(path, "is no text, as it holds zero bytes; save it as UTF-8")
+    lines = tuple(filter(None, map(one_line, text.splitlines())))
+    if len(text := " ".join(lines)) > MAX_CAPTION:
+        raise CaptionError(path, f"has more than {MAX_CAPTION:,} characters; shorten or remove it")
+    return Caption(text, path, lines, is_latin_1)
+
+
+def caption_of_file_name(stem: str) -> str:
+    """A caption from the name of an image without its suffix: underscores are blanks, numbers at the end are left out.
+
+    >>> caption_of_file_name("sks_dog_0012"), caption_of_file_name("a red car (3)"), caption_of_file_name("0001")
+    ('sks dog', 'a red car', '')
+    >>> caption_of_file_name("robot v2")
+    'robot v2'
+    """
+    text = one_line(stem.replace("_", " "))
+    while shorter := _NUMBER_AT_END.sub("", text):
+        if shorter == text:
+            return text
+        text = shorter
+    return ""
+
+
+_NUMBER_AT_END = re.compile(r"(?:^|[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
+
+
+def has_trigger(text: str, trigger: str) -> bool:
+    """Whether a text contains a trigger, both on one line, as whole words, ignoring case; no text has an empty one."""
+    return bool(trigger) and bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE))
+
+
+def starts_with_trigger(text: str, trigger: str) -> bool:
+    """Whether the first tag of a text is the trigger, which may have commas."""
+    return bool(trigger) and bool(re.match(rf"{re.escape(trigger)} *(?:,|$)", text, re.IGNORECASE))
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -64,7 +131,7 @@ def with_trigger(caption: str, trigger: str) -> str:
     ('sks dog, on a beach', 'a SKS dog', 'sks dog')
     """
     caption, trigger = one_line(caption), one_line(trigger)
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger or has_trigger(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 
@@ -74,11 +141,11 @@ def one_line(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-def _decoded(content: bytes) -> tuple[str, str | None]:
-    """Text of a caption file, and a remark if the encoding was not recognised."""
+def _decoded(content: bytes) -> tuple[str, bool]:
+    """Text of a caption file, and whether it is latin-1 for want of a better encoding."""
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return content.decode("utf-16"), None
-        return content.decode("utf-8-sig"), None
+            return content.decode("utf-16"), False
+        return content.decode("utf-8-sig"), False
     except UnicodeDecodeError:
-        return content.decode("latin-1"), "is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8"
+        return content.decode("latin-1"), True

@@ -11,10 +11,13 @@ from typing import Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-__all__ = ["LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
+__all__ = ["DATA_PATHS", "LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
 
 LARGEST_SIDE = 4096
 """Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
+
+DATA_PATHS = ("mask_folder", "class_images")
+"""Settings that are paths."""
 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 Crop = Literal["center", "random", "mask"]
@@ -149,8 +152,8 @@ class DataConfig:
     class_prompt: str | None = option(
         None,
         group=_PRIOR,
-        help="Caption of the subject's class, such as a dog. Pictures of it are trained beside the subject's, so that "
-        "the model keeps the class.",
+        help="Caption of the subject's class, such as a dog, or several separated by |. Pictures of it are trained "
+        "beside the subject's, so that the model keeps the class.",
     )
     class_images: str | None = option(
         None,
@@ -209,6 +212,11 @@ class DataConfig:
                 )
             found.append(int(text))
         return tuple(dict.fromkeys(found))
+
+    @property
+    def class_prompts(self) -> tuple[str, ...]:
+        """The captions of the subject's class."""
+        return tuple(filter(None, (" ".join(part.split()) for part in (self.class_prompt or "").split("|"))))
 
     @property
     def varies_pictures(self) -> bool:

@@ -1,26 +1,68 @@
-"""Encoded samples, and encoding of a folder.
+"""Encoded samples, and what is drawn of them.
 
-Encoding takes functions for image and text instead of a model; families and nodes supply them.
+A sample has its plain picture and caption. Where it varies, each draw takes one of its encoded pictures and one of its
+captions, both functions of the run's seed and the draw's index, as everything else of a draw is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.files import open_regular
-from lorasmith.data.buckets import bucket_size
-from lorasmith.data.folder import FolderScan, ImageFile
-from lorasmith.data.image_files import crop_offsets, open_image, resize_and_crop, to_tensor
+from lorasmith.core.random import keyed_uniform
+from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.families.base import Conditioning, PictureSize
 
-__all__ = ["EncodedDataset", "Sample", "encode_folder"]
+__all__ = ["EncodedDataset", "Picture", "Sample", "Variants", "check_latents", "places_of"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One framing of an image, encoded.
+
+    Attributes:
+        latents: as of `Sample`.
+        size: how the picture got its size.
+        places: as of `Sample`.
+    """
+
+    latents: Tensor
+    size: PictureSize
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Variants:
+    """What is drawn of a sample.
+
+    Attributes:
+        pictures: the framings of its image, at least one.
+        captions: as their source has them; empty for no caption.
+        rules: by which a caption's text is drawn.
+        encoded: conditionings of all captions.
+        sized: adds a picture's sizes to the conditioning of its caption.
+    """
+
+    pictures: tuple[Picture, ...]
+    captions: tuple[str, ...]
+    rules: CaptionRules
+    encoded: EncodedCaptions
+    sized: Callable[[Conditioning, PictureSize], Conditioning]
+
+    def caption(self, seed: int, draw: int) -> str:
+        """The caption of a draw."""
+        return self.rules.drawn(self.captions, seed, draw)
+
+    def picture(self, seed: int, draw: int) -> Picture:
+        """The picture of a draw."""
+        if len(self.pictures) == 1:
+            return self.pictures[0]
+        return self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
 
 
 @dataclass(frozen=True)
@@ -33,17 +75,54 @@ class Sample:
         name: for messages, usually the file name.
         digest: hash of the inputs from which latents and conditioning were made, if known; their own last bits depend
             on the device.
+        weight: of its loss in the gradient.
+        places: weights of its loss by place, fp32 (height, width) of the latents; None for 1 everywhere.
+        is_class: whether it shows the subject's class, for prior preservation; such samples are never held out.
+        variants: what is drawn of it; None where each draw is the same.
     """
 
     latents: Tensor
     conditioning: Conditioning
     name: str
     digest: str = ""
+    weight: float = 1.0
+    places: Tensor | None = None
+    is_class: bool = False
+    variants: Variants | None = None
+
+    def drawn(self, seed: int, draw: int) -> Sample:
+        """The sample of a draw, with nothing left to draw.
+
+        Args:
+            seed: of the run.
+            draw: global index of the draw.
+        """
+        if (variants := self.variants) is None:
+            return self
+        picture = variants.picture(seed, draw)
+        conditioning = variants.sized(variants.encoded[variants.caption(seed, draw)], picture.size)
+        return self._with(picture, conditioning)
+
+    def sizes(self) -> Iterator[Sample]:
+        """The sample with each of its pictures; all of them have the plain caption."""
+        if (variants := self.variants) is None:
+            yield self
+            return
+        for picture in variants.pictures:
+            yield self._with(picture, self.conditioning)
+
+    def _with(self, picture: Picture, conditioning: Conditioning) -> Sample:
+        return replace(self, latents=picture.latents, places=picture.places, conditioning=conditioning, variants=None)
 
 
 @dataclass(frozen=True)
 class EncodedDataset:
     """The samples of a run, in which a sample with repeats occurs repeatedly.
+
+    Attributes:
+        samples: in order.
+        captions: conditionings of the captions that are drawn; None where none are.
+        notes: remarks for the user, one sentence each.
 
     Raises:
         DataError: there are no samples, or latents are not (channels, [frames,] height, width), differ in channels, or
@@ -51,89 +130,48 @@ class EncodedDataset:
     """
 
     samples: tuple[Sample, ...]
+    captions: EncodedCaptions | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples:
             raise DataError("a dataset needs at least one sample, got none; add some images")
-        first = self.samples[0]
-        for sample in self.samples:
-            _check_latents(sample, like=first.latents)
+        like = self.samples[0].latents
+        for sample in {id(sample): sample for sample in self.samples}.values():
+            for one in sample.sizes():
+                check_latents(one.latents, like=like, name=one.name)
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-def encode_folder(
-    scan: FolderScan,
-    *,
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[str], Conditioning],
-    resolution: int,
-    multiple: int,
-    upscale: bool = True,
-    sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> EncodedDataset:
-    """Encode the images of a folder, one at a time; each distinct caption is encoded once.
+def places_of(samples: Sequence[Sample]) -> Tensor | None:
+    """The `places` of samples of equal size as (batch, 1, [1,] height, width); None where none of them has any."""
+    if all(sample.places is None for sample in samples):
+        return None
+    shape = (*(1,) * (samples[0].latents.ndim - 2), *samples[0].latents.shape[-2:])
+    weights: Iterable[Tensor] = (
+        torch.ones(shape) if one.places is None else one.places.reshape(shape) for one in samples
+    )
+    return torch.stack(list(weights))
 
-    Captions come first, so that text encoders can be released before images are encoded.
+
+def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:
+    """Raise DataError for latents of another form, or with NaN or infinity.
 
     Args:
-        scan: the scanned folder.
-        encode_image: pixels (1, 3, H, W) in [−1, 1] → latents (1, C, h, w), scaled for the denoiser.
-        encode_text: caption → conditioning, batch of 1.
-        resolution, multiple, upscale: of the buckets, see `bucket_size`.
-        sized: adds a picture's sizes to the conditioning of its caption.
-        progress: called after each image with (images done, total, name of the image).
-
-    Raises:
-        ImageError: an image can no longer be read.
-        DataError: the resolution is below `multiple`; an image's latents are not finite.
+        latents: of one picture.
+        like: latents of the same form, but of any size.
+        name: of the picture.
     """
-    with torch.no_grad():
-        captions = {text: _on_cpu(encode_text(text)) for text in dict.fromkeys(image.caption for image in scan.images)}
-        samples: list[Sample] = []
-        for done, image in enumerate(scan.images, start=1):
-            pixels, size = _pixels(image, resolution=resolution, multiple=multiple, upscale=upscale)
-            latents = encode_image(pixels)[0].to("cpu", torch.float32)
-            conditioning = sized(captions[image.caption], size)
-            sample = Sample(latents, conditioning, image.path.name, _digest(image, pixels))
-            _check_latents(sample, like=latents)
-            samples += [sample] * image.repeats
-            if progress:
-                progress(done, len(scan.images), sample.name)
-    return EncodedDataset(tuple(samples))
-
-
-def _pixels(image: ImageFile, *, resolution: int, multiple: int, upscale: bool) -> tuple[Tensor, PictureSize]:
-    """The image at its bucket's size, (1, 3, height, width) in [−1, 1], with its original size and crop."""
-    width, height = bucket_size(image.width, image.height, resolution=resolution, multiple=multiple, upscale=upscale)
-    left, top = crop_offsets(image.width, image.height, width, height)
-    size = PictureSize(original=(image.height, image.width), crop=(top, left), target=(height, width))
-    return to_tensor(resize_and_crop(open_image(image.path), width, height))[None], size
-
-
-def _digest(image: ImageFile, pixels: Tensor) -> str:
-    """SHA-256 of an image's file, its caption and its size in training."""
-    content = hashlib.sha256(json.dumps([image.caption, list(pixels.shape)]).encode())
-    with open_regular(image.path) as file:
-        return hashlib.file_digest(file, lambda: content).hexdigest()
-
-
-def _on_cpu(conditioning: Conditioning) -> Conditioning:
-    mask = None if conditioning.mask is None else conditioning.mask.cpu()
-    return replace(conditioning, tensors={key: tensor.cpu() for key, tensor in conditioning.tensors.items()}, mask=mask)
-
-
-def _check_latents(sample: Sample, *, like: Tensor) -> None:
-    shape = tuple(sample.latents.shape)
+    shape = tuple(latents.shape)
     frames = "frames, " if like.ndim == 4 else ""
     if len(shape) not in (3, 4) or len(shape) != like.ndim or shape[0] != len(like):
         raise DataError(
-            f"latents must all be ({len(like)}, {frames}height, width), got {shape} for {sample.name}; encode every "
+            f"latents must all be ({len(like)}, {frames}height, width), got {shape} for {name}; encode every "
             "image with the same autoencoder"
         )
-    if not sample.latents.isfinite().all():
+    if not latents.isfinite().all():
         raise DataError(
-            f"latents must be finite, got NaN or infinity for {sample.name}; encode in fp32 or leave the image out"
+            f"latents must be finite, got NaN or infinity for {name}; encode in fp32 or leave the image out"
         )

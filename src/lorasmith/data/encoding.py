@@ -1,74 +1,211 @@
-"""Encoding a folder of images with a model, for `train`."""
+"""Encoding of scanned images with a model: captions first, then pictures, each once or from the cache."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lorasmith.core.placement import chosen_device
-from lorasmith.data.dataset import EncodedDataset, encode_folder
-from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.core.options import config_from
+from lorasmith.core.placement import best_device, chosen_device
+from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.crops import centre_of, framings, pixel_step
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.dataset import EncodedDataset, Picture, Sample, Variants
+from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
+from lorasmith.data.encoding_cache import default_cache, key_of
+from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
+from lorasmith.data.picture_encoding import EncodedFraming, FramedImage, PictureEncoder, Progress, encode_pictures
+from lorasmith.data.pictures import mask_of, place_weights
 from lorasmith.families.model import Model
 
-__all__ = ["encode_scan", "load_dataset"]
+__all__ = ["encode_images", "encode_scan", "load_dataset"]
+
+_BATCH_PIXELS = 4 * 1024**2
+"""Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
 
 
 def load_dataset(
     folder: str | os.PathLike[str],
     model: Model,
     *,
-    trigger: str = "",
-    resolution: int | None = None,
     device: str | torch.device | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
+    config: DataConfig | None = None,
+    **settings: Any,
 ) -> EncodedDataset:
-    """Read and encode a folder of images with captions in same-name `.txt` files.
+    """Read and encode a folder of images with captions.
 
     Args:
         folder: the folder.
         model: its autoencoder and text encoders are used.
-        trigger: put in front of captions that lack it; replaces missing captions.
-        resolution: side in pixels of the square whose area pictures are scaled to; the model's own if None.
         device: where to encode; the first GPU, or the CPU, if None.
         progress: called after each image with (images done, total, name of the image).
+        config: settings of the data; those passed as keywords override them.
+        **settings: those of `DataConfig` by name, such as trigger, resolution and flip.
 
     Raises:
         DataError: the folder or its images cannot be used.
-        OptionError: there is no such device.
+        OptionError: a setting is unknown or out of range, or there is no such device.
     """
-    place, scan = chosen_device(device), scan_folder(Path(folder), trigger=trigger)
-    return encode_scan(scan, model, resolution=resolution, device=place, progress=progress)
+    place = chosen_device(device)
+    whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
+    return encode_scan(scan_folder(Path(folder), whole), model, whole, device=place, progress=progress)
 
 
 def encode_scan(
     scan: FolderScan,
     model: Model,
+    config: DataConfig,
     *,
-    resolution: int | None = None,
     device: torch.device | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> EncodedDataset:
-    """Encode a scanned folder.
+    """Encode scanned images, from and into the user's cache unless `config` has none.
 
     Args:
-        scan: from `scan_folder`.
-        model, resolution, device, progress: as for `load_dataset`.
+        scan: of the images.
+        model, device, progress: as for `load_dataset`.
+        config: with which they were scanned.
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
-    with encoder.active(device):  # left before the images, as the encoders of large models fill the memory
-        captions = {
-            caption: encoder.encode(caption) for caption in dict.fromkeys(image.caption for image in scan.images)
-        }
-    with autoencoder.active(device):
-        return encode_folder(
-            scan,
-            encode_image=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
-            encode_text=captions.__getitem__,
-            sized=model.family.sized,
-            resolution=resolution or model.defaults.resolution,
-            multiple=model.defaults.pixel_multiple,
-            progress=progress,
-        )
+    where = device or best_device()
+    cache = default_cache(config.cache_limit) if config.cache else None
+
+    def entries(digest: Callable[..., str], part: str) -> contextlib.AbstractContextManager[Any]:
+        if cache is None:
+            return contextlib.nullcontext()
+        return cache.entries(digest(model, remembered=RememberedDigests(cache)), title=f"{part} of {model.title}")
+
+    captions = EncodedCaptions(
+        encoder.encode,
+        ready=lambda: encoder.active(where),
+        entries=lambda: entries(text_encoder_digest, "text encoders"),
+        memory_bytes=int(config.caption_memory * 2**30),
+        encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
+    )
+    pictures = PictureEncoder(
+        encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
+        downscale=latent.downscale,
+        ready=lambda: autoencoder.active(where),
+        entries=lambda: entries(autoencoder_digest, "autoencoder"),
+        batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
+        sized=model.family.sized,
+    )
+    data = encode_images(
+        scan,
+        config,
+        captions=captions,
+        pictures=pictures,
+        resolution=model.defaults.resolution,
+        multiple=model.defaults.pixel_multiple,
+        progress=progress,
+    )
+    return data if cache is None else replace(data, notes=(*data.notes, *cache.notes))
+
+
+def encode_images(
+    scan: FolderScan,
+    config: DataConfig,
+    *,
+    captions: EncodedCaptions,
+    pictures: PictureEncoder,
+    resolution: int,
+    multiple: int,
+    progress: Progress | None = None,
+) -> EncodedDataset:
+    """Encode the plain caption of each image, then its framings.
+
+    Captions come first, so that text encoders can be released before images are encoded. Further captions that a run
+    draws are encoded when the run is known.
+
+    Args:
+        scan: of the images.
+        config: framings, masks and captions.
+        captions, pictures: what encodes.
+        resolution: the model's, where `config` has none.
+        multiple: sides of pictures are multiples of it.
+        progress: called after each image with (images done, total, name of the image).
+
+    Raises:
+        ImageError: an image can no longer be read.
+        DataError: the settings exclude the model, a mask cannot be used, or an image's latents are not finite.
+    """
+    step = pixel_step(config, multiple)
+    captions.encode_ahead([image.caption for image in scan.images])
+    images = [_framed(image, config, resolution, step) for image in scan.images]
+    encoded = encode_pictures(images, pictures, config, progress)
+    notes: list[str] = []
+    samples: list[Sample] = []
+    for image, found in zip(images, encoded, strict=True):
+        sample = _sample(image, found, config, captions, pictures, notes)
+        samples += [sample] * image.image.repeats
+    return EncodedDataset(tuple(samples), captions, tuple(notes))
+
+
+def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int) -> FramedImage:
+    mask = mask_of(image, config) if config.crop == "mask" else None
+    found = framings(
+        image.width,
+        image.height,
+        config,
+        resolution=resolution,
+        multiple=step,
+        name=image.path.name,
+        centre=(0.5, 0.5) if mask is None else centre_of(mask),
+    )
+    return FramedImage.of(image, found, config)
+
+
+def _sample(
+    framed: FramedImage,
+    encoded: list[EncodedFraming],
+    config: DataConfig,
+    captions: EncodedCaptions,
+    pictures: PictureEncoder,
+    notes: list[str],
+) -> Sample:
+    """The sample of an image; appends to `notes` what a person should know of it."""
+    image, name = framed.image, framed.image.path.name
+    found = []
+    for framing, one in zip(framed.framings, encoded, strict=True):
+        places = place_weights(one.inside, config)
+        if one.inside is not None and places is None:
+            notes.append(
+                f"the mask of {name} leaves nothing of its {framing.width}×{framing.height} crop inside, so that is "
+                "trained as a whole; correct the mask, or remove it"
+            )
+        size = framing.picture_size(image.width, image.height)
+        found.append(Picture(one.latents, size, places))
+    rules = CaptionRules.of(config, is_class=image.is_class)
+    varies = len(found) > 1 or rules.varies(image.captions)
+    plain = found[0]
+    return Sample(
+        plain.latents,
+        pictures.sized(captions[image.caption], plain.size),
+        name,
+        _digest(framed, rules, config),
+        weight=image.weight,
+        places=plain.places,
+        is_class=image.is_class,
+        variants=Variants(tuple(found), image.captions, rules, captions, pictures.sized) if varies else None,
+    )
+
+
+def _digest(framed: FramedImage, rules: CaptionRules, config: DataConfig) -> str:
+    """Hash of everything that a sample is made of, the model aside."""
+    image, masks = framed.image, (config.mask_inside, config.mask_outside, config.mask_normalize)
+    return key_of(
+        pictures=framed.keys(),
+        caption=image.caption,
+        drawn=[image.captions, asdict(rules)] if rules.varies(image.captions) else None,
+        masks=masks if framed.digest[1] else None,
+        weight=image.weight,
+        is_class=image.is_class,
+    )

@@ -87,6 +87,11 @@ class CheckedImage:
         return (right - left) * (bottom - top) / (self.file.width * self.file.height)
 
     @property
+    def is_captioned(self) -> bool:
+        """Whether somebody wrote a caption for it."""
+        return self.file.caption_source in ("file", "metadata")
+
+    @property
     def size(self) -> str:
         """Width and height of the picture in words."""
         return f"{self.file.width}×{self.file.height}"
@@ -279,7 +284,7 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
 
 def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) -> Iterator[Finding]:
     groups: dict[str, list[int]] = defaultdict(list)
-    for index in _those(images, lambda one: one.file.caption_source == "file"):
+    for index in _those(images, lambda one: one.is_captioned and not one.file.is_class):
         if index not in repeated:
             groups[images[index].file.caption.casefold()].append(index)
     # One caption for all of them is a choice, and so are short ones.
@@ -313,8 +318,9 @@ def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterato
 
 
 def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
-    written = [tags_of(one.file.caption) for one in images if one.file.caption_source == "file"]
-    if len(written) < max(_SHARED_FROM, len(images)):
+    subjects = [one for one in images if not one.file.is_class]
+    written = [tags_of(one.file.caption) for one in subjects if one.is_captioned]
+    if len(written) < max(_SHARED_FROM, len(subjects)):
         return
     everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
     # The trigger is what the LoRA is called by, and a first tag that all share names its subject.

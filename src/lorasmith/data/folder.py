@@ -1,28 +1,47 @@
-"""Scanning a folder of images and captions: usable images, and skipped files with the reason.
+"""Scanning folders of images and captions: usable images, and skipped files with the reason.
 
     photos/
       1.jpg, 1.txt        an image and its caption
       2.png               an image without caption file: the trigger is its caption
+      3.png, 3.mask.png   an image and its mask, with masks files
+      metadata.jsonl      captions of images without caption file (`metadata_files.py`)
       10_sks dog/         kohya's convention: images in here occur ten times per epoch; the rest of the name is their
                           caption if there is neither a caption file nor a trigger
 
-Hidden files and folders are ignored, and so is everything that is not an image; other folders are listed as skipped.
+Hidden files and folders are ignored, and so is everything that is not an image; other folders are listed as skipped, or
+read as well with `recursive`. `folder_listing.py` knows what is where, this module what becomes of it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.files import is_folder
-from lorasmith.data.captions import one_line, read_caption, with_trigger
-from lorasmith.data.image_files import ImageError, image_size, image_suffixes
+from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line, read_caption_file
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder_listing import Skipped, name_without_repeats, stem_of
+from lorasmith.data.folder_remarks import Remark, Remarks
+from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
+from lorasmith.data.source_files import Candidate, candidates
+from lorasmith.data.sources import MAX_REPEATS, ImageSource
 
-__all__ = ["MAX_ASPECT", "MAX_REPEATS", "MIN_EDGE", "CaptionSource", "FolderScan", "ImageFile", "scan_folder"]
+__all__ = [
+    "MAX_ASPECT",
+    "MAX_REPEATS",
+    "MIN_EDGE",
+    "CaptionSource",
+    "FolderScan",
+    "ImageFile",
+    "scan_folder",
+    "scan_sources",
+]
 
 MIN_EDGE = 16
 """Minimum of an image's shorter edge in pixels."""
@@ -30,10 +49,7 @@ MIN_EDGE = 16
 MAX_ASPECT = 8
 """Maximum ratio of an image's longer to its shorter edge, beyond which a crop or bucket keeps too little."""
 
-MAX_REPEATS = 10_000
-"""Maximum number of an image's occurrences in an epoch."""
-
-CaptionSource = Literal["file", "trigger", "folder", "none"]
+CaptionSource = Literal["file", "metadata", "filename", "trigger", "folder", "class", "none"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class ImageFile:
         weight: of its loss.
         mask: file of its mask, where `masks` is files and there is one.
         is_class: whether it shows the subject's class, for prior preservation.
+        digest: SHA-256 of the file when it was scanned; empty if unknown.
     """
 
     path: Path
@@ -62,16 +79,17 @@ class ImageFile:
     weight: float = 1.0
     mask: Path | None = None
     is_class: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True)
 class FolderScan:
-    """The content of a folder.
+    """The content of a folder, or of several sources.
 
     Attributes:
         images: usable images in natural order (`2.png` before `10.png`), those of subfolders last.
         skipped: unused files and folders, with reason and remedy.
-        missing_captions: usable images without a caption file, or with an empty one.
+        missing_captions: usable images for which there should be a caption and is none, or an empty one.
         notes: other remarks for the user, one sentence each.
     """
 
@@ -81,110 +99,162 @@ class FolderScan:
     notes: tuple[str, ...]
 
 
-def scan_folder(path: Path, *, trigger: str = "") -> FolderScan:
-    """Scan a folder; every image file is read once to check it, none is kept in memory.
+def scan_folder(
+    path: str | os.PathLike[str], config: DataConfig | None = None, *, trigger: str | None = None
+) -> FolderScan:
+    """Scan a folder, see `scan_sources`.
 
     Args:
-        path: the folder.
-        trigger: put in front of captions that lack it; replaces missing captions.
+        path: the folder, or another path that an `ImageSource` has.
+        config: settings.
+        trigger: in place of that of `config`.
 
     Raises:
-        DataError: the folder is missing, is a file, cannot be read, or holds no usable image; a caption file cannot be
-            read.
+        DataError: as `scan_sources`.
     """
-    images: list[ImageFile] = []
-    skipped: list[tuple[Path, str]] = []
+    config = config or DataConfig()
+    if trigger is not None:
+        config = replace(config, trigger=trigger)
+    return scan_sources([ImageSource(os.fspath(path))], config)
+
+
+def scan_sources(
+    sources: Sequence[ImageSource],
+    config: DataConfig | None = None,
+    *,
+    is_class: bool = False,
+    cache: Path | None = None,
+) -> FolderScan:
+    """Scan sources of images; every image file is read once to check it, none is kept in memory.
+
+    An image that cannot be used is skipped with the reason, also where that is its caption or its mask.
+
+    Args:
+        sources: in this order.
+        config: settings.
+        is_class: whether they show the subject's class. Such images have no trigger; those without a caption of their
+            own have `class_prompt`.
+        cache: folder for the images of datasets that `datasets` saved.
+
+    Raises:
+        DataError: a source is missing or cannot be read, or there is no usable image.
+    """
+    config = config or DataConfig()
+    rules = CaptionRules.of(config, is_class=is_class)
+    scanned: list[ImageFile] = []
+    unusable: Skipped = []
+    skipped: Skipped = []
     missing: list[Path] = []
-    notes: list[str] = []
-    captions: list[Path] = []
-    for found in _walk(path, skipped):
-        try:
-            width, height = _usable_size(found.path)
-        except ImageError as error:
-            skipped.append((error.path, error.reason))
+    remarks = Remarks()
+    links = _Links(remarks)
+    found = [
+        one for source in sources for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks)
+    ]
+    for candidate, checked in zip(found, _each(found, lambda one: _checked(one, config, rules, is_class)), strict=True):
+        if isinstance(checked, str):
+            unusable.append((candidate.path, checked))
             continue
-        caption = read_caption(found.path)
-        captions += [caption.path] if caption else []
-        text = caption.text if caption else ""
-        if not text:
-            missing.append(found.path)
-        if caption and caption.note:
-            notes.append(caption.note)
-        images.append(
-            ImageFile(found.path, width, height, *_caption(text, trigger, found.folder_caption), found.repeats)
-        )
-    if not images:
-        raise DataError(_nothing_usable(path, skipped))
-    notes += _note_of_links(path, [*(image.path for image in images), *captions])
-    return FolderScan(tuple(images), tuple(skipped), tuple(missing), tuple(notes))
+        scanned.append(checked.image)
+        if checked.is_missing:
+            missing.append(candidate.path)
+        if checked.is_latin_1:
+            remarks.add(Remark.LATIN_1, str(candidate.caption_file))
+        if checked.differs:
+            used = candidate.metadata if candidate.entry_first else candidate.caption_file
+            remarks.add(Remark.DIFFERENT, f"of {candidate.name}, {used} is used")
+        links.check(candidate)
+    if not scanned:
+        raise DataError(_nothing_usable(sources, unusable + skipped))
+    if len(sources) > 1:
+        _remark_repetition(found, remarks)
+    return FolderScan(tuple(scanned), tuple(unusable + skipped), tuple(missing), remarks.sentences())
 
 
-def _note_of_links(folder: Path, files: list[Path]) -> list[str]:
-    """What is read from elsewhere: data sets of links are usual, but a stranger's file may be a link as well."""
-    outside = [file for file in files if not file.resolve().is_relative_to(folder.resolve())]
-    if not outside:
-        return []
-    first = outside[0]
-    return [f"{len(outside)} files are links to outside of the folder, such as {first.name} to {first.resolve()}"]
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A usable image.
+
+    Attributes:
+        image: the image.
+        is_missing: whether it has no caption where there should be one.
+        is_latin_1: whether its caption file is read as latin-1.
+        differs: whether caption file and metadata file differ.
+    """
+
+    image: ImageFile
+    is_missing: bool
+    is_latin_1: bool
+    differs: bool
 
 
-@dataclass(frozen=True)
-class _Found:
-    path: Path
-    repeats: int = 1
-    folder_caption: str = ""
-
-
-def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[_Found]:
-    """Image files of a folder and of its `<repeats>_<name>` subfolders; appends other entries to `skipped`."""
-    subfolders = []
-    for entry in _entries(folder):
-        if is_folder(entry):
-            subfolders.append(entry)
-        elif _is_image(entry, skipped):
-            yield _Found(entry)
-    for subfolder in subfolders:
-        named = re.fullmatch(r"([0-9]+)_(.*)", subfolder.name, re.DOTALL)
-        if named and int(named[1]) > MAX_REPEATS:
-            skipped.append((subfolder, f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
-            continue
-        if not named or int(named[1]) == 0:
-            skipped.append((subfolder, "is a folder without repeats in its name; rename it to 1_name to include it"))
-            continue
-        for entry in _entries(subfolder):
-            if not is_folder(entry) and _is_image(entry, skipped):
-                yield _Found(entry, int(named[1]), one_line(named[2]))
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Entries of a folder except hidden ones, in natural order."""
+def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class: bool) -> _Checked | str:
+    """An image, read and given its captions; or why it is skipped."""
+    path, is_latin_1 = found.path, False
     try:
-        return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_natural)
-    except FileNotFoundError:
-        raise DataError(f"image folder {folder} does not exist; check the path") from None
-    except NotADirectoryError:
-        raise DataError(f"images must be in a folder, but {folder} is a file; use the folder it is in") from None
-    except OSError as error:
-        raise DataError(f"image folder {folder} cannot be read ({error.strerror}); check its permissions") from error
+        width, height = _usable_size(path)
+        digest = file_digest(path)
+        _check_mask(found.mask, width, height)
+        of_file: tuple[str, ...] = ()
+        if found.caption_file:
+            caption = read_caption_file(found.folder.file(found.caption_file))
+            is_latin_1 = caption.is_latin_1
+            of_file = caption.lines if config.caption_lines else tuple(filter(None, (caption.text,)))
+    except ImageError as error:
+        return error.reason
+    except CaptionError as error:
+        return f"is left out because its caption file {error.path.name} {error.reason}"
+    entry = found.entry
+    if config.caption_lines:
+        entry = tuple(line for one in entry for line in one.splitlines())
+    entry = tuple(filter(None, map(one_line, entry)))
+    if found.refused and not of_file:
+        return f"is left out because {found.metadata} {found.refused}; repair or remove that file"
+    of_file_first = bool(of_file) and not (found.entry_first and entry)
+    captions, source = _captions(found, of_file if of_file_first else entry, config, is_class)
+    if source == "file" and not of_file_first:
+        source = "metadata"
+    image = ImageFile(
+        path,
+        width,
+        height,
+        rules.plain(captions),
+        source,
+        found.repeats,
+        captions,
+        found.weight,
+        found.mask,
+        is_class,
+        digest,
+    )
+    is_missing = config.captions != "none" and not of_file and not entry
+    if config.captions in ("filename", "folder"):
+        is_missing = not captions
+    return _Checked(image, is_missing, is_latin_1, bool(of_file) and bool(entry) and of_file != entry)
 
 
-def _is_image(entry: Path, skipped: list[tuple[Path, str]]) -> bool:
-    suffix = entry.suffix.lower()
-    if suffix in image_suffixes():
-        return True
-    if suffix in _FOREIGN_SUFFIXES:
-        skipped.append((entry, f"is a {suffix[1:].upper()} file, which is not read here; convert it to PNG or JPEG"))
-    return False
+def _captions(
+    found: Candidate, own: tuple[str, ...], config: DataConfig, is_class: bool
+) -> tuple[tuple[str, ...], CaptionSource]:
+    """The captions of an image, given those in files, and their origin."""
+    folder = found.folder
+    match config.captions:
+        case "files" if own:
+            return own, "file"
+        case "filename" if caption := caption_of_file_name(stem_of(found.name)):
+            return (caption,), "filename"
+        case "folder" if caption := name_without_repeats(_name(folder.path)):
+            return (caption,), "folder"
+    if is_class and config.class_prompts:
+        return config.class_prompts, "class"
+    if not is_class and one_line(config.trigger):
+        return (), "trigger"
+    return ((folder.caption,), "folder") if config.captions == "files" and folder.caption else ((), "none")
 
 
-# Picture formats that are reported as skipped; other files (captions, notes, ...) are ignored.
-# fmt: off
-_FOREIGN_SUFFIXES = frozenset((
-    ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr",
-    ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
-    ".mp4", ".mov", ".webm", ".avi", ".mkv",
-))
-# fmt: on
+def _name(folder: str) -> str:
+    """The name of a folder, also where its path ends in dots."""
+    name = Path(folder).name
+    return name if name not in ("", "..") else Path(folder).resolve().name
 
 
 def _usable_size(path: Path) -> tuple[int, int]:
@@ -196,26 +266,80 @@ def _usable_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def _caption(text: str, trigger: str, folder_caption: str) -> tuple[str, CaptionSource]:
-    if text:
-        return with_trigger(text, trigger), "file"
-    if trigger.strip():
-        return with_trigger("", trigger), "trigger"
-    return (folder_caption, "folder") if folder_caption else ("", "none")
+def _check_mask(mask: Path | None, width: int, height: int) -> None:
+    """Raise ImageError if a mask cannot be read, or is of another shape than its picture, so of another picture."""
+    if mask is None:
+        return
+    try:
+        across, down = image_size(mask)
+    except ImageError as error:
+        raise ImageError(mask, f"is left out because its mask {mask.name} {error.reason}") from error
+    if abs(across * height - down * width) > width + height:  # more than a pixel of the mask
+        raise ImageError(
+            mask,
+            f"is left out because its mask {mask.name} is {across}×{down} px and the picture {width}×{height}; make "
+            "both of one aspect ratio",
+        )
 
 
-def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:
+T = TypeVar("T")
+
+
+def _each(items: Sequence[Candidate], function: Callable[[Candidate], T]) -> Iterator[T]:
+    """`function` of each item in order, computed by several threads: Pillow decodes without Python's lock.
+
+    Few items are ahead, so that an interrupted scan ends soon.
+    """
+    image_suffixes()  # Pillow's readers are registered before several threads ask for them
+    workers = max(1, min(4, os.cpu_count() or 1))
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(workers) as pool:
+        # Each file is opened with warnings off, which is not safe in threads: so they are off around all of them.
+        for start in range(0, len(items), 64 * workers):
+            yield from pool.map(function, items[start : start + 64 * workers])
+
+
+class _Links:
+    """Remarks on files that are read from elsewhere: links are usual, but a stranger's file may be one as well."""
+
+    def __init__(self, remarks: Remarks) -> None:
+        self._remarks = remarks
+        self._inside: dict[str, bool] = {}
+
+    def check(self, image: Candidate) -> None:
+        """Remark on the files of an image that are outside of the folder of its source."""
+        folder, root = image.folder, image.root
+        if folder.path not in self._inside:
+            self._inside[folder.path] = self._is_inside(folder.path, root)
+        for name in filter(None, (image.name, image.caption_file)):
+            if not self._inside[folder.path] or name in folder.links:
+                path = folder.file(name)
+                if not self._is_inside(path, root):
+                    self._remarks.add(Remark.LINKS, f"{name} to {os.path.realpath(path)}")
+
+    @staticmethod
+    def _is_inside(path: str | Path, root: str) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _remark_repetition(found: Sequence[Candidate], remarks: Remarks) -> None:
+    """Say which images are in more than one source."""
+    seen: set[tuple[str, str]] = set()
+    real: dict[str, str] = {}
+    for one in found:
+        folder = real.setdefault(one.folder.path, "") or os.path.realpath(one.folder.path)
+        real[one.folder.path] = folder
+        if (folder, one.name) in seen:
+            remarks.add(Remark.TWICE, one.name)
+        seen.add((folder, one.name))
+
+
+def _nothing_usable(sources: Sequence[ImageSource], skipped: Skipped) -> str:
+    if not sources:
+        return "a run needs images, got no source of them; name a folder"
+    place = sources[0].path if len(sources) == 1 else f"each of {len(sources)} sources"
     if not skipped:
         known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
-        return f"{folder} holds no images; put some in it ({known})"
+        return f"{place} holds no images; put some in it ({known})"
     path, reason = skipped[0]
     others = f" ({len(skipped) - 1} more were skipped)" if len(skipped) > 1 else ""
-    return f"{folder} holds no usable image: {path.name} {reason}{others}"
-
-
-def _natural(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
-    """Sort key with digits as numbers; the plain name breaks ties such as `1.png` and `01.png`."""
-    pieces = re.split(r"([0-9]+)", path.name.casefold())
-    return [
-        (not piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces if piece
-    ], path.name
+    return f"{place} holds no usable image: {path.name} {reason}{others}"

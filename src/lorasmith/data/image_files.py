@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,20 +21,21 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import open_regular
+from lorasmith.formats.hashes import sha256_file
 
 __all__ = [
     "ImageError",
     "ImageHeader",
-    "crop_offsets",
+    "file_digest",
     "image_header",
     "image_size",
     "image_suffixes",
-    "kept_part",
     "open_frames",
     "open_image",
+    "open_layers",
     "open_original",
     "open_reduced",
-    "resize_and_crop",
+    "read_image",
     "to_tensor",
 ]
 
@@ -82,10 +85,31 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageError: the file is missing, empty, damaged, not an image, a single pixel, or too large.
     """
-    with _opened(path) as image:
+    return open_layers(path)[0]
+
+
+def open_layers(
+    path: Path, content: bytes | None = None, *, scale: float = 1.0
+) -> tuple[Image.Image, Image.Image | None]:
+    """The picture in a file as by `open_image`, and its opacity in mode L, None where it is opaque.
+
+    Args:
+        path: the file.
+        content: its bytes, if they were read already.
+        scale: at which the picture is needed. A JPEG file is decoded at a half, a quarter or an eighth of its size
+            where that is at least three times as large as needed: the difference is not seen, and it takes less time.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, content) as image:
+        if image.format == "JPEG" and scale < 1:
+            image.draft(None, (math.ceil(_GAP * scale * image.width), math.ceil(_GAP * scale * image.height)))
         image.load()
         picture = _eight_bits(_upright(image))
-        return _on_white(picture) if picture.has_transparency_data else picture.convert("RGB")
+        if not picture.has_transparency_data:
+            return picture.convert("RGB"), None
+        return _on_white(picture), picture.convert("RGBA").getchannel("A")
 
 
 def open_reduced(path: Path, longest: int, *, grey: bool = False) -> Image.Image:
@@ -101,7 +125,7 @@ def open_reduced(path: Path, longest: int, *, grey: bool = False) -> Image.Image
     Raises:
         ImageError: as `open_image`.
     """
-    with _opened(path) as image:
+    with _opened(path) as image, _one_at_a_time(image):
         if image.format == "JPEG":
             factor = min(1.0, longest / max(image.size))
             image.draft("L" if grey else "RGB", (math.ceil(image.width * factor), math.ceil(image.height * factor)))
@@ -134,6 +158,27 @@ def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
     return frames
 
 
+def read_image(path: Path) -> bytes:
+    """The content of an image file. Raises ImageError if it cannot be read."""
+    with _file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits. Raises ImageError if it cannot be read, or has more than 1 GiB."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ImageError(path, "has more than 1 GiB; scale it down first")
+        return sha256_file(path)
+    except FileNotFoundError:
+        raise ImageError(path, "does not exist; check the name") from None
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright picture, after reading the whole file.
 
@@ -146,7 +191,8 @@ def image_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
-        image.load()
+        with _one_at_a_time(image):
+            image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
@@ -168,55 +214,27 @@ def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image,
     Raises:
         ImageError: as `open_image`.
     """
-    with _opened(path, _CONVERTED if any_format else ()) as image:
+    with _opened(path, more_formats=_CONVERTED if any_format else ()) as image:
         image.load()
         picture = _eight_bits(_upright(image))
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
         return picture.convert("RGBA" if picture.has_transparency_data else "RGB"), profile
 
 
-def resize_and_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """`image` scaled (Lanczos, antialiased) to cover width × height, and cropped to it around the centre.
-
-    Only the part inside the crop is resampled, and the centre is exact to a fraction of a pixel.
-
-    Args:
-        image: the picture.
-        width, height: of the result in pixels.
-    """
-    return image.resize(
-        (width, height), Image.Resampling.LANCZOS, box=kept_part(image.width, image.height, width, height)
-    )
-
-
-def crop_offsets(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int]:
-    """Pixels that `resize_and_crop` crops on the left and at the top, after scaling.
-
-    Args:
-        width, height: of the picture.
-        to_width, to_height: of the result.
-    """
-    left, top, right, bottom = kept_part(width, height, to_width, to_height)
-    return round(left * to_width / (right - left)), round(top * to_height / (bottom - top))
-
-
-def kept_part(width: int, height: int, to_width: int, to_height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that `resize_and_crop` keeps: left, top, right and bottom.
-
-    Args:
-        width, height: of the picture.
-        to_width, to_height: of the result.
-    """
-    kept_width = min(width, height * to_width / to_height)
-    kept_height = min(height, width * to_height / to_width)
-    left, top = (width - kept_width) / 2, (height - kept_height) / 2
-    return left, top, left + kept_width, top + kept_height
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as fp32 (3, height, width), black at −1 and white at 1."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
+
+
+_LARGE_PIXELS = 2**24
+_LARGE = threading.Lock()
+"""Held while a large picture is read, of which threads would otherwise keep several in memory at a time."""
+
+
+def _one_at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+    """Inside, no other thread reads a large picture, if this is one."""
+    return _LARGE if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext()
 
 
 _FORMATS = {
@@ -233,6 +251,11 @@ _FORMATS = {
 
 _CONVERTED = ("JPEG2000", "TGA", "PSD", "PPM", "PCX", "QOI", "DDS", "SGI", "ICO")
 """Formats that are read to be converted; none of their readers starts another program."""
+
+_MOST_BYTES = 2**30
+
+_GAP = 3
+"""How many times as large as needed a JPEG file is decoded at least."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -255,13 +278,13 @@ def _readable_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, more_formats: Sequence[str] = ()) -> Iterator[Image.Image]:
+def _opened(path: Path, content: bytes | None = None, *, more_formats: Sequence[str] = ()) -> Iterator[Image.Image]:
     """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with (
             warnings.catch_warnings(action="ignore"),
-            _file(path) as file,
+            _file(path) if content is None else io.BytesIO(content) as file,
             Image.open(file, formats=[*_readable_formats(), *more_formats]) as image,
         ):
             if image.size == (1, 1):
@@ -271,7 +294,7 @@ def _opened(path: Path, more_formats: Sequence[str] = ()) -> Iterator[Image.Imag
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ImageError(path, f"has more than {limit} million pixels; scale it down first") from None
     except UnidentifiedImageError:
-        raise ImageError(path, _no_image(path)) from None
+        raise ImageError(path, _no_image(path, content)) from None
     except _DAMAGE as error:
         raise ImageError(path, f"is damaged or cut short ({error}); get a good copy or remove it") from error
 
@@ -287,8 +310,8 @@ def _file(path: Path) -> BinaryIO:
         raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
 
 
-def _no_image(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _no_image(path: Path, content: bytes | None) -> str:
+    if (path.stat().st_size if content is None else len(content)) == 0:
         return "is empty; get a good copy or remove it"
     known = ", ".join(_readable_formats())
     return f"is not an image in spite of its name: its content is none of {known}; replace or remove it"

@@ -31,8 +31,9 @@ from lorasmith.core.files import ensure_folder, is_folder, open_regular
 from lorasmith.core.folders import file_stem
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.folder import MAX_ASPECT, MIN_EDGE, ImageFile
+from lorasmith.data.folder_listing import REASONS, SET_APART
 from lorasmith.data.image_files import ImageError, image_header, open_original
-from lorasmith.data.preflight import MENDED_FOLDERS, Preflight, name_in
+from lorasmith.data.preflight import Preflight, name_in
 
 __all__ = ["Change", "MendedFolder", "write_mended"]
 
@@ -41,7 +42,6 @@ Change = Literal["reduced", "turned upright", "converted", "renamed", "set apart
 _MOST_AREA = 2.0  # of the square that pictures are scaled to
 _PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
 _QUALITY = 95
-_REASONS = "REASONS.txt"
 _MOST_THREADS = 8
 # Names that Windows has no files for, whatever their suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
@@ -156,7 +156,7 @@ def _filled(draft: Path, check: Preflight, target: Path, progress: Callable[[int
                 progress(done, len(jobs))
         converted = list(pool.map(lambda job: _convert(job, draft, most), convertible))
     written += [one for one in converted if one is not None]
-    duplicates, unused = MENDED_FOLDERS
+    duplicates, unused = SET_APART
     unread = [pair for pair, one in zip(foreign, converted, strict=True) if one is None]
     copies = {check.images[index].file.path: f"shows what {best} shows" for index, best in sorted(apart.items())}
     set_apart = _keep(draft / duplicates, copies, check.folder)
@@ -266,7 +266,7 @@ def _keep(folder: Path, files: Mapping[Path, str], original: Path) -> tuple[str,
         reasons.append(f"{target.name}: {reason}")
     if reasons:
         text = "\n".join((*reasons, "")).encode("utf-8", "backslashreplace")
-        (ensure_folder(folder) / _REASONS).write_bytes(text)
+        (ensure_folder(folder) / REASONS).write_bytes(text)
     return tuple(kept)
 
 
@@ -279,7 +279,7 @@ class _Names:
     """Names in the new folder: safe, and different from each other even without their suffix and in any case."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = {name.casefold() for name in MENDED_FOLDERS}
+        self._taken: set[str] = {name.casefold() for name in SET_APART}
 
     def place(self, name: str) -> tuple[Path, str]:
         """Folder and stem for a file of this name, relative to the new folder."""

@@ -6,33 +6,40 @@ some hundred bytes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from lorasmith.core.files import open_regular
-from lorasmith.data.buckets import bucket_size
+from lorasmith.core.errors import DataError
+from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import read_caption
+from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
-from lorasmith.data.image_files import kept_part, open_reduced
+from lorasmith.data.image_files import open_reduced
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
+from lorasmith.data.pictures import mask_of
 from lorasmith.data.split import held_out_names
 
-__all__ = ["MENDED_FOLDERS", "Bucket", "Epoch", "Preflight", "crop_box", "name_in", "preflight", "usual_resolution"]
-
-MENDED_FOLDERS = ("duplicates", "unused")
-"""Folders in a mended folder for what is not trained on."""
+__all__ = [
+    "Bucket",
+    "Epoch",
+    "Preflight",
+    "name_in",
+    "plain_framings",
+    "preflight",
+    "usual_resolution",
+]
 
 _USUAL = (1024, 768, 512, 256)
 _FILLED = 0.75  # share of the images that a resolution must not enlarge
-_MOST_THREADS = 8
+_MOST_THREADS, _AHEAD = 8, 256
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Preflight:
     @property
     def captioned(self) -> int:
         """Number of images with a caption of their own."""
-        return sum(one.file.caption_source == "file" for one in self.images)
+        return sum(one.is_captioned for one in self.images)
 
     def findings_of(self, index: int) -> list[FindingKind]:
         """The kinds of findings about an image."""
@@ -152,29 +159,23 @@ def preflight(
         DataError: the resolution is below `multiple`.
     """
     resolutions = config.all_resolutions(resolution)
-    multiple = max(multiple, config.bucket_step or 0)
-    sizes = [
-        [
-            bucket_size(image.width, image.height, resolution=side, multiple=multiple, upscale=config.upscale)
-            for side in resolutions
-        ]
-        for image in scan.images
-    ]
+    step = pixel_step(config, multiple)
+    frames = [plain_framings(image, config, resolution=resolution, step=step) for image in scan.images]
     with warnings.catch_warnings(action="ignore"):  # around all threads, as each file that is opened does it too
-        qualities = list(_measured(scan.images, sizes, threads, progress))
+        qualities = list(_measured(scan.images, frames, threads, progress))
+    count = partial(_tokens, tokenize, config) if tokenize else None
     images = tuple(
-        _checked(image, quality, folder, buckets, tokenize)
-        for image, quality, buckets in zip(scan.images, qualities, sizes, strict=True)
+        _checked(image, quality, folder, found, count)
+        for image, quality, found in zip(scan.images, qualities, frames, strict=True)
     )
     alike = tuple(_compared(images, qualities))
-    skipped = tuple((path, reason) for path, reason in scan.skipped if path.name not in MENDED_FOLDERS)
     return Preflight(
         folder=folder,
         resolutions=resolutions,
-        multiple=multiple,
+        multiple=step,
         trigger=config.trigger,
         images=images,
-        skipped=skipped,
+        skipped=scan.skipped,
         notes=scan.notes,
         buckets=_buckets(images),
         alike=alike,
@@ -182,7 +183,7 @@ def preflight(
         limit=limit,
         findings=found_in(
             images,
-            skipped=[(name_in(folder, path), reason) for path, reason in skipped],
+            skipped=[(name_in(folder, path), reason) for path, reason in scan.skipped],
             missing=scan.missing_captions,
             alike=alike,
             limit=limit,
@@ -192,9 +193,29 @@ def preflight(
     )
 
 
-def crop_box(image: ImageFile, bucket: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of an upright picture that is trained at a size: left, top, right and bottom in its pixels."""
-    return kept_part(image.width, image.height, *bucket)
+def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, step: int) -> tuple[Framing, ...]:
+    """How an image is trained where it is not varied, at each resolution.
+
+    Args:
+        image: the image.
+        config: resolutions, buckets, crop and masks.
+        resolution: the model's, where `config` has none.
+        step: sides are multiples of it.
+
+    Raises:
+        DataError: the limits of buckets exclude a resolution.
+        ImageError: a mask that the crop follows can no longer be read.
+    """
+    mask = mask_of(image, config) if config.crop == "mask" else None
+    return framings(
+        image.width,
+        image.height,
+        replace(config, flip=False, picture_variants=1),
+        resolution=resolution,
+        multiple=step,
+        name=image.path.name,
+        centre=(0.5, 0.5) if mask is None else centre_of(mask),
+    )
 
 
 def name_in(folder: Path, path: Path) -> str:
@@ -211,49 +232,57 @@ def usual_resolution(images: Sequence[ImageFile]) -> int:
 
 def _measured(
     images: Sequence[ImageFile],
-    sizes: Sequence[Sequence[tuple[int, int]]],
+    frames: Sequence[Sequence[Framing]],
     threads: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterable[PictureQuality]:
     """The quality of each image at the largest of its sizes in training, as what is sharp there is sharp enough."""
 
-    def measure(image: ImageFile, buckets: Sequence[tuple[int, int]]) -> PictureQuality:
-        longest = min(MEASURED_EDGE, max(edge for size in buckets for edge in size))
-        return measured(open_reduced(image.path, longest, grey=True))
+    def measure(image: ImageFile, sizes: Sequence[Framing]) -> PictureQuality:
+        longest = max(max(one.width, one.height) for one in sizes)
+        return measured(open_reduced(image.path, min(MEASURED_EDGE, longest), grey=True))
 
     threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
     with ThreadPoolExecutor(threads, "read images") as pool:
-        for done, quality in enumerate(pool.map(measure, images, sizes), start=1):
-            yield quality
-            if progress:
-                progress(done, len(images))
+        for start in range(0, len(images), _AHEAD):  # few are ahead, so that an interrupted check ends soon
+            some = slice(start, start + _AHEAD)
+            for done, quality in enumerate(pool.map(measure, images[some], frames[some]), start=start + 1):
+                yield quality
+                if progress:
+                    progress(done, len(images))
 
 
 def _checked(
     image: ImageFile,
     quality: PictureQuality,
     folder: Path,
-    buckets: Sequence[tuple[int, int]],
-    tokenize: Callable[[str], int] | None,
+    frames: Sequence[Framing],
+    count: Callable[[ImageFile], int] | None,
 ) -> CheckedImage:
-    boxes = [crop_box(image, size) for size in buckets]
-    # The largest resolution decides whether the picture is large enough.
-    scale = max(size[0] / (right - left) for size, (left, _, right, _) in zip(buckets, boxes, strict=True))
     return CheckedImage(
         image,
         name_in(folder, image.path),
-        buckets[0],
-        boxes[0],
-        scale,
+        (frames[0].width, frames[0].height),
+        frames[0].box,
+        max(one.scale for one in frames),  # the largest resolution decides whether the picture is large enough
         quality,
-        has_empty_caption=image.caption_source != "file" and _has_caption_file(image.path),
-        tokens=tokenize(image.caption) if tokenize else None,
+        has_empty_caption=not image.captions and _has_caption_file(image.path),
+        tokens=count(image) if count else None,
     )
+
+
+def _tokens(tokenize: Callable[[str], int], config: DataConfig, image: ImageFile) -> int:
+    """Tokens of the longest of an image's captions, with what is put around it."""
+    rules = CaptionRules.of(config, is_class=image.is_class)
+    return max(tokenize(rules.plain([caption])) for caption in image.captions or ("",))
 
 
 def _has_caption_file(image: Path) -> bool:
     """Whether there is a caption file that says nothing."""
-    caption = read_caption(image)
+    try:
+        caption = read_caption(image)
+    except DataError:  # where caption files are not used, they may be anything
+        return False
     return caption is not None and not caption.text
 
 
@@ -264,21 +293,15 @@ def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality
         originals: dict[bytes, int] = {}
         copies = []
         for index in (best, *others):
-            original = originals.setdefault(_content(images[index].file.path), index)
+            original = originals.setdefault(images[index].file.digest, index)
             copies += [(index, original)] if original != index else []
         yield LookAlikes(best, others, tuple(copies))
-
-
-def _content(path: Path) -> bytes:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _worth(image: CheckedImage) -> tuple[bool, int, bool, int]:
     """By which the best of pictures that look alike is chosen: sharp, large, captioned, little compressed."""
     file = image.file
-    is_captioned = file.caption_source == "file"
-    return not image.quality.is_blurred, file.width * file.height, is_captioned, file.path.stat().st_size
+    return not image.quality.is_blurred, file.width * file.height, image.is_captioned, file.path.stat().st_size
 
 
 def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:

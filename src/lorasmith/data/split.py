@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -53,7 +53,7 @@ def split(dataset: EncodedDataset, *, share: float | None = None, given: Encoded
     """
     if given is not None:
         return _given(dataset, given)
-    names = list(dict.fromkeys(sample.name for sample in dataset.samples))
+    names = list(dict.fromkeys(sample.name for sample in dataset.samples if not sample.is_class))
     if share is None and len(names) < AUTOMATIC_FROM:
         return Split(
             dataset,
@@ -67,10 +67,10 @@ def split(dataset: EncodedDataset, *, share: float | None = None, given: Encoded
         raise DataError("holding out a share needs at least two images, got one; add images or set validation_share 0")
     chosen = held_out_names(names, share)
     count = len(chosen)
-    held_out = [sample for sample in dataset.samples if sample.name in chosen]
-    rest = [sample for sample in dataset.samples if sample.name not in chosen]
+    held_out = [sample for sample in dataset.samples if sample.name in chosen and not sample.is_class]
+    rest = [sample for sample in dataset.samples if sample.name not in chosen or sample.is_class]
     return Split(
-        EncodedDataset(tuple(rest)),
+        replace(dataset, samples=tuple(rest)),
         EncodedDataset(tuple(held_out)),
         f"{count} of {len(names)} images {'is' if count == 1 else 'are'} held out of training for validation: "
         + _listed([name for name in names if name in chosen]),

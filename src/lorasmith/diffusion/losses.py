@@ -33,6 +33,7 @@ def diffusion_loss(
     parameterization: str,
     objective: Objective,
     loss_function: LossFunction,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Loss of each sample, shape (batch,), without the weight of its noise level (`weightings`).
 
@@ -46,6 +47,8 @@ def diffusion_loss(
         parameterization: registered name.
         objective: `native` compares predictions; `x0` compares clean samples, as in ComfyUI's trainer.
         loss_function: distance of the two.
+        places: weights of the loss by place, fp32, of a shape that broadcasts to that of `clean`; None for 1
+            everywhere. A weight of 0 leaves a place without gradient.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()
@@ -53,4 +56,5 @@ def diffusion_loss(
         prediction, target = kind.clean(prediction, noised, level), clean
     else:
         target = kind.target(clean, noise, level)
-    return LOSSES[loss_function](prediction, target).flatten(1).mean(1)
+    distance = LOSSES[loss_function](prediction, target)
+    return (distance if places is None else distance * places).flatten(1).mean(1)

@@ -30,6 +30,7 @@ __all__ = [
     "TensorInfo",
     "check_safetensors",
     "count_non_finite",
+    "mapped_tensors",
     "read_safetensors",
     "serialised",
     "write_safetensors",
@@ -105,17 +106,21 @@ def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tup
     if not header.tensors:
         return {}, header.metadata
     try:
-        file, offset = MappedFile(Path(path)), header.body_start
-        tensors = {}
-        for name, (spelling, shape) in header.tensors.items():  # in the order of the body, which has no gaps
-            dtype = _DTYPE[spelling]
-            tensors[name] = file.tensor(offset, dtype, shape)
-            offset += math.prod(shape) * dtype.itemsize
+        return mapped_tensors(MappedFile(Path(path)), header), header.metadata
     except (OSError, ValueError) as problem:  # it changed since it was checked
         raise error(
             f"{path} cannot be mapped into memory ({problem}); copy it to a local disk and try again"
         ) from problem
-    return tensors, header.metadata
+
+
+def mapped_tensors(file: MappedFile, header: Header) -> dict[str, Tensor]:
+    """The tensors of a mapped file with this header. Raises ValueError if the file is shorter than its header says."""
+    tensors, offset = {}, header.body_start
+    for name, (spelling, shape) in header.tensors.items():  # in the order of the body, which has no gaps
+        dtype = _DTYPE[spelling]
+        tensors[name] = file.tensor(offset, dtype, shape)
+        offset += math.prod(shape) * dtype.itemsize
+    return tensors
 
 
 def count_non_finite(tensor: Tensor) -> int:

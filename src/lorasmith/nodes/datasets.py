@@ -77,7 +77,7 @@ def load_image_text_folder(context: NodeContext, *, folder: str) -> tuple[list[T
         )
     for note in scan.notes:
         context.warn(note)
-    captions = [image.caption if image.caption_source == "file" else "" for image in scan.images]
+    captions = [image.caption if image.caption_source in ("file", "metadata") else "" for image in scan.images]
     images = _read(context, scan.images)
     repeats = [image.repeats for image in scan.images]
     return _repeated(images, repeats), _repeated(captions, repeats)

@@ -30,6 +30,7 @@ from lorasmith.nodes.values import (
 )
 from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file, unused_settings
 from lorasmith.training.events import (
+    CaptionsPlanned,
     Event,
     EventHandler,
     Planned,
@@ -232,7 +233,7 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
                 context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
             case Warned() | RolledBack() | Shrunk():
                 context.warn(event.message)
-            case Resumed() | Planned():
+            case Resumed() | Planned() | CaptionsPlanned():
                 context.log(event.message)
             case Validated():
                 context.log(f"Step {event.step}: {event.verdict}")

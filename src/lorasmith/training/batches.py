@@ -7,7 +7,8 @@ each with its own conditioning. Micro-batches of any size have the same draws in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.random import keyed_normal, keyed_permutation
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule
 from lorasmith.diffusion.timesteps import QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Batch", "BatchMaker", "no_masks", "prefetched"]
+__all__ = ["Batch", "BatchMaker", "no_masks", "prefetched", "sample_index"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Batch:
         draws: global draw indices.
         indices: of the samples in the dataset.
         quantiles: of the noise levels on the model's schedule, 0 is clean, 1 noisy.
+        places: weights of the loss by place, fp32, broadcasting to `clean`; None for 1 everywhere.
+        weights: of the samples in the gradient, fp32 (batch,); None for 1 each.
     """
 
     clean: Tensor
@@ -50,6 +53,25 @@ class Batch:
     draws: tuple[int, ...] = ()
     indices: tuple[int, ...] = ()
     quantiles: tuple[float, ...] = ()
+    places: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def sample_index(draw: int, count: int, seed: int) -> int:
+    """Index of the sample that a draw takes: every sample once per epoch, in a new order each time.
+
+    Args:
+        draw: global index of the draw.
+        count: number of samples.
+        seed: of the run.
+    """
+    epoch, position = divmod(draw, count)
+    return _order(count, seed, epoch)[position]
+
+
+@functools.lru_cache(maxsize=4)  # consecutive draws are of one epoch
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return keyed_permutation(count, seed, "order", epoch)
 
 
 def no_masks(draws: Sequence[int]) -> Tensor | None:
@@ -87,12 +109,11 @@ class BatchMaker:
 
     def index(self, draw: int) -> int:
         """Dataset index of a global draw index."""
-        epoch, position = divmod(draw, len(self.samples))
-        return keyed_permutation(len(self.samples), self.config.seed, "order", epoch)[position]
+        return sample_index(draw, len(self.samples), self.config.seed)
 
     def sample(self, draw: int) -> Sample:
-        """The sample of a global draw index."""
-        return self.samples[self.index(draw)]
+        """The sample of a global draw index, with what is drawn of its picture and caption."""
+        return self.samples[self.index(draw)].drawn(self.config.seed, draw)
 
     def step(self, step: int) -> list[Batch]:
         """The batches of a step (counted from 0), one or more per micro-batch."""
@@ -100,10 +121,10 @@ class BatchMaker:
         size = self.runtime.micro_batch
         batches = []
         for start in range(0, len(draws), size):
-            groups: dict[object, list[int]] = {}
+            groups: dict[object, dict[int, Sample]] = {}
             for draw in draws[start : start + size]:
                 sample = self.sample(draw)
-                groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), []).append(draw)
+                groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), {})[draw] = sample
             batches += [self._batch(group) for group in groups.values()]
         return batches
 
@@ -114,15 +135,15 @@ class BatchMaker:
             for key, tensor in conditioning.tensors.items()
         )
 
-    def _batch(self, draws: Sequence[int]) -> Batch:
-        indices = [self.index(draw) for draw in draws]
-        samples = [self.samples[index] for index in indices]
+    def _batch(self, drawn: Mapping[int, Sample]) -> Batch:
+        draws, samples = list(drawn), list(drawn.values())
         clean = torch.stack([sample.latents for sample in samples])
         noise = torch.stack([self._noise(tuple(clean.shape[1:]), draw) for draw in draws])
         uniform = uniform_numbers(draws, seed=self.config.seed, stratified=self.config.stratified)
         quantiles = self.quantiles(uniform, (clean.shape[-2], clean.shape[-1]))
         level = self.schedule.at(quantiles)
         masks, device, dtype = self.masks(draws), self.runtime.device, self.runtime.dtype
+        places, weights = places_of(samples), [sample.weight for sample in samples]
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
@@ -132,8 +153,10 @@ class BatchMaker:
             names=tuple(sample.name for sample in samples),
             masks=None if masks is None else masks.to(device, dtype, non_blocking=True),
             draws=tuple(draws),
-            indices=tuple(indices),
+            indices=tuple(self.index(draw) for draw in draws),
             quantiles=tuple(quantiles.tolist()),
+            places=None if places is None else places.to(device, non_blocking=True),
+            weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),
         )
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:

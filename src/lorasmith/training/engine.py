@@ -126,6 +126,7 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runt
         parameterization=parameterization,
         objective=config.objective,
         loss_function=config.loss_function,
+        places=batch.places,
     )
     return losses * loss_weights(
         batch.level,
@@ -220,7 +221,8 @@ class Engine:
                 batch.masks
             ):  # until the backward pass is over, which may compute blocks again
                 loss = sample_losses(self.denoiser, batch, self.config, self.runtime)
-                torch.autograd.backward(loss.sum() * (self._scale.scale / per_step))
+                total = loss.sum() if batch.weights is None else loss @ batch.weights
+                torch.autograd.backward(total * (self._scale.scale / per_step))
             flat.collect()
             losses.append(loss.detach())
             if first is None and len(batches) > 1:

@@ -15,6 +15,8 @@ from lorasmith.core.typed_json import typed
 from lorasmith.training.outcome import Outcome
 
 __all__ = [
+    "CaptionEncoded",
+    "CaptionsPlanned",
     "Event",
     "EventHandler",
     "Planned",
@@ -210,6 +212,33 @@ class Planned(Event):
     needed_bytes: int
     budget_bytes: int
     message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsPlanned(Event):
+    """It was decided how the captions that are drawn are encoded.
+
+    Attributes:
+        captions: number of captions that are encoded before training; None where the text encoders stay.
+        needed_bytes: memory of these conditionings, or of the text encoders.
+        message: the above in a sentence.
+    """
+
+    captions: int | None
+    needed_bytes: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionEncoded(Event):
+    """A caption was encoded before training.
+
+    Attributes:
+        done, total: captions encoded so far, and all of these.
+    """
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import LorasmithError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
-from lorasmith.training.events import Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
+from lorasmith.training.captions_ahead import captions_ready
+from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
 from lorasmith.training.job import Job, engine_of, plan_job
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
@@ -145,7 +146,7 @@ class _Run:
             if start is not None:
                 loop.load(start)
             self._announce(start)
-            with self._tracked():
+            with self._tracked(), self._captions():
                 reason = loop.run()
         except BaseException as error:
             # Save the steps taken, whatever the error is, then raise it.
@@ -197,6 +198,18 @@ class _Run:
             make()
         except Exception as error:  # any: it must not cost the result
             self._emit(Warned(message=f"The LoRA is saved, but the {what} is not: {error}"))
+
+    def _captions(self) -> contextlib.AbstractContextManager[None]:
+        """The captions that the run draws are encoded, or their encoder is at hand."""
+        config, first = self._job.config, self._job.runtime.first_step
+        per_step = config.batch_size * config.grad_accumulation_steps
+        return captions_ready(
+            self._parts.training,
+            range(first * per_step, (first + config.steps) * per_step),
+            seed=config.seed,
+            on_event=self._emit,
+            progress=lambda done, total: self._options.on_event(CaptionEncoded(done=done, total=total)),
+        )
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:
@@ -256,6 +269,7 @@ class _Run:
 
     def _notes(self) -> Iterator[str]:
         yield from self._job.notes
+        yield from self._parts.training.notes
         if self._parts.held_out:
             yield f"{self._parts.note}."
         if self._folder is None:

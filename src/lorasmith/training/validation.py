@@ -1,8 +1,8 @@
 """Loss on held-out images, always with the same noise and noise levels.
 
 All random numbers are keyed by a constant and the image's name, and the loss is unweighted MSE of the native objective,
-whatever the run trains with. The losses of two steps, or of two runs with different settings, can therefore be compared
-pair by pair.
+whatever the run trains with; an image with a mask is judged where it counts. The losses of two steps, or of two runs
+with different settings, can therefore be compared pair by pair.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.random import keyed_normal, keyed_uniform
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.families.model import Denoiser
 
@@ -116,6 +116,7 @@ class Validator:
         )
         conditioning = self._denoiser.base.family.join([sample.conditioning for sample in samples])
         conditioning = conditioning.to(self._device, self._dtype)
+        places = places_of(samples)
         return diffusion_loss(
             self._denoiser.predict(noised.to(self._dtype), level.time, conditioning),
             clean=clean,
@@ -125,6 +126,7 @@ class Validator:
             parameterization=diffusion.parameterization,
             objective="native",
             loss_function="MSE",
+            places=None if places is None else places.to(self._device),
         )
 
 

@@ -59,7 +59,7 @@ def compilable(adapters: Sequence[Adapter]) -> bool:
 
 def sizes_vary(samples: Sequence[Sample]) -> bool:
     """Whether samples differ in the shapes of the denoiser's inputs."""
-    return len({(one.latents.shape, *_shapes(one)) for one in samples}) > 1
+    return len({(one.latents.shape, *_shapes(one)) for sample in samples for one in sample.sizes()}) > 1
 
 
 def compiler(device: torch.device) -> str:

@@ -125,7 +125,7 @@ def measured_plans(
         budget_bytes: memory for a step above what is allocated now.
         within: the context of forward passes, such as one of tensors without memory.
     """
-    largest = max(samples, key=lambda sample: sample.latents.numel())
+    largest = max((one for sample in samples for one in sample.sizes()), key=lambda sample: sample.latents.numel())
     one_batch = replace(config, grad_accumulation_steps=1)
     batch = batch_maker(denoiser, [largest], one_batch, runtime).step(0)[0]
     noised = batch.noised.to(runtime.dtype)

@@ -27,6 +27,9 @@ __all__ = ["ModelRecord", "RunRecord", "SampleRecord", "check_title", "parsed_re
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Fields from which a run can be reproduced, and which its LoRA stores."""
 
+_ELSEWHERE = ("command", "model", "name", "vae", "device")
+"""Parts of a source that are not about its images."""
+
 _MOST_STEPS = 10**9
 
 
@@ -155,7 +158,7 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
             for one in parts.training.samples
         ),
         data={
-            **{name: source[name] for name in ("folder", "trigger", "resolution", "validation") if source.get(name)},
+            **{name: one for name, one in source.items() if name not in _ELSEWHERE and one and isinstance(one, Scalar)},
             "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
             "note": parts.note,
         },

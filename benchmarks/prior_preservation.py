@@ -1,0 +1,92 @@
+"""What prior preservation keeps: the built-in model learns a subject with and without it.
+
+    python -m benchmarks.prior_preservation
+
+Six pictures of a fox, which the model does not know, are trained as `sks lion`. The score of the class is the share of
+pictures of a lion (no trigger; in styles and on backgrounds of the training data) in which a classifier sees a lion, the
+score of the subject that of `sks lion` in which it sees a fox. Prints both for the base model, and for LoRAs trained with
+and without pictures of the class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lorasmith.app.folder_run import prepare, train_prepared
+from lorasmith.app.folder_source import FolderSource
+from lorasmith.core.folders import ASSETS
+from lorasmith.data.data_config import DataConfig
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model import Denoiser
+from lorasmith.sampling.generate import generate
+from lorasmith.training.config import TrainConfig
+from tools.pretrain.judge import Judge
+
+SUBJECT = ("sks lion", "sks lion, on a white background", "sks lion, noto style")
+CLASS = ("a lion", "a lion, noto style", "a lion, flat style", "a lion, on a blue background", "a lion, on a black background")
+
+
+def subject_folder(folder: Path) -> Path:
+    """The fox pictures, without their captions."""
+    folder.mkdir()
+    for picture in (ASSETS / "input" / "fox").glob("*.png"):
+        shutil.copy(picture, folder)
+    return folder
+
+
+def scores(denoiser: Denoiser, judge: Judge, *, seeds: int) -> dict[str, float]:
+    """Share of pictures of class and subject in which the classifier sees them."""
+    found = {}
+    for name, prompts, expected in (("class", CLASS, "lion"), ("subject", SUBJECT, "fox")):
+        pictures: list[Image.Image] = []
+        for seed in range(seeds):
+            pictures += generate(denoiser, prompts, seed=100 + seed)
+        seen = judge.subjects(pictures)
+        found[name] = sum(expected in one for one in seen) / len(seen)
+    return found
+
+
+def trained(folder: Path, *, steps: int, **data: Any) -> Denoiser:
+    """The built-in model with the LoRA of a run on a folder."""
+    config = TrainConfig(steps=steps, batch_size=4, rank=8, seed=1, learning_rate=1e-3, training_dtype="fp32")
+    source = FolderSource.of(folder, BUILT_IN, data=DataConfig(trigger=SUBJECT[0], captions="none", **data))
+    run = prepare(source, config)
+    return train_prepared(run, output=Path(tempfile.mkdtemp()) / "run").lora.applied_to(run.base.denoiser)
+
+
+def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, dict[str, float]]:
+    """Scores of the base model and of both LoRAs; the one with prior preservation takes twice the steps.
+
+    Half of its draws are pictures of the class, so that both see the subject equally often.
+    """
+    judge, base = Judge.load(), load_model(BUILT_IN).denoiser
+    plain = trained(folder, steps=steps)
+    kept = trained(folder, steps=2 * steps, class_prompt="|".join(CLASS), class_count=6)
+    models = {"base": base, "without": plain, "with": kept}
+    return {name: scores(model, judge, seeds=seeds) for name, model in models.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=8)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("LORASMITH_CACHE_DIR", folder)
+        found = measured(subject_folder(Path(folder) / "fox"), steps=arguments.steps, seeds=arguments.seeds)
+    print(f"{'':<10}{'class':>8}{'subject':>9}")
+    for name, one in found.items():
+        print(f"{name:<10}{one['class']:>8.2f}{one['subject']:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What `lorasmith train` is given, typed or in a file of settings.
+
+    sources:
+      - path: photos
+        repeats: 2
+      - path: more/metadata.jsonl
+        weight: 0.5
+    model: sd15.safetensors
+    trigger: sks dog
+    flip: true
+    steps: 800
+
+Keys are the names of the command line's flags with underscores; paths are relative to the file's folder. A file chooses
+among names: an optimizer's import path and a tracker are typed (`settings_from_file`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorasmith.app.folder_source import FolderSource
+from lorasmith.core.errors import OptionError
+from lorasmith.core.files import read_regular
+from lorasmith.core.options import config_from, options_of
+from lorasmith.core.registry import nearest
+from lorasmith.core.typed_json import typed
+from lorasmith.data.data_config import DATA_PATHS, DataConfig
+from lorasmith.data.sources import ImageSource
+from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file
+
+__all__ = ["RunFile", "read_run_file"]
+
+_MOST_BYTES = 2**20
+_SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
+_PATHS = (*DATA_PATHS, "existing_lora", "training_adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """The arguments of a run; each may be missing.
+
+    Attributes:
+        sources: the images.
+        model, text_encoders, vae, name, output, validation, device: as for `lorasmith train`.
+        settings: of data and training, by name.
+    """
+
+    sources: tuple[ImageSource, ...] = ()
+    model: str | None = None
+    text_encoders: tuple[str, ...] = ()
+    vae: str | None = None
+    name: str | None = None
+    output: str | None = None
+    validation: str | None = None
+    device: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def completed(self, other: RunFile) -> RunFile:
+        """The arguments, with those of `other` where they are missing."""
+        missing = {name: value for name, value in vars(other).items() if not getattr(self, name)}
+        return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
+
+    def source(self, model: str) -> FolderSource:
+        """The source of the run, with a model. Raises OptionError without images, and for settings out of range."""
+        if not self.sources:
+            raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
+        return FolderSource.of(
+            self.sources,
+            model,
+            name=self.name,
+            data=config_from(DataConfig, self._settings_of(DataConfig)),
+            validation=None if self.validation is None else Path(self.validation),
+            device=self.device,
+            text_encoders=self.text_encoders,
+            vae=self.vae,
+        )
+
+    def train_config(self, typed_settings: Mapping[str, Any]) -> TrainConfig:
+        """The settings of training. Raises OptionError as `settings_from_file`.
+
+        Args:
+            typed_settings: those that were typed: an import path of an optimizer and a tracker must be among them.
+        """
+        optimizer, track = typed_settings.get("optimizer"), typed_settings.get("track")
+        return settings_from_file(
+            self._settings_of(TrainConfig), optimizers=() if optimizer is None else (optimizer,), track=track
+        )
+
+    def _settings_of(self, config: type) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.items() if name in options_of(config)}
+
+
+def read_run_file(path: Path) -> RunFile:
+    """The arguments in a file, with paths made absolute.
+
+    Raises:
+        OptionError: the file cannot be read, is no YAML, or has an unknown key or a value of another type.
+    """
+    try:
+        found = yaml.safe_load(read_regular(path, at_most=_MOST_BYTES))
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise OptionError(f"{path} must be YAML with one setting per line, got {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"{path} must have one setting per line, such as steps: 500, got {type(found).__name__}")
+    own = [one.name for one in fields(RunFile) if one.name != "settings"]
+    for key in found:
+        if key not in own and key not in _SETTINGS:
+            known = [*own, *_SETTINGS]
+            raise OptionError(
+                f"{path} has an unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}"
+            )
+    try:
+        given = typed(
+            {
+                **{key: found[key] for key in own if key in found},
+                "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
+                "text_encoders": _listed(found.get("text_encoders")),
+                "settings": {key: _number(value, key) for key, value in found.items() if key in _SETTINGS},
+            },
+            RunFile,
+        )
+    except ValueError as error:
+        raise OptionError(f"{path}: {error}; correct it") from error
+    return _absolute(given, path.resolve().parent)
+
+
+def _absolute(given: RunFile, folder: Path) -> RunFile:
+    """The arguments with their paths relative to a folder made absolute."""
+
+    def inside(path: str) -> str:
+        return str(folder / path)
+
+    def file(path: str) -> str:  # a hub id or a built-in name is no path
+        return inside(path) if (folder / path).exists() else path
+
+    settings = {
+        key: inside(value) if key in _PATHS and isinstance(value, str) and value != NONE_LORA else value
+        for key, value in given.settings.items()
+    }
+    return replace(
+        given,
+        sources=tuple(replace(one, path=inside(one.path)) for one in given.sources),
+        model=given.model and file(given.model),
+        text_encoders=tuple(map(file, given.text_encoders)),
+        vae=given.vae and file(given.vae),
+        output=given.output and inside(given.output),
+        validation=given.validation and inside(given.validation),
+        settings=settings,
+    )
+
+
+def _number(value: Any, name: str) -> Any:
+    """A value as a number where it is meant as one: YAML reads 1e-4 as text."""
+    if _SETTINGS[name].type in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of values, of which there may be none or a single one without a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,32 @@
+"""Digests of tensors: of their names, shapes, dtypes and bytes, whatever device and memory layout they have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["digest_of_tensors"]
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]], *, beginning: object = None) -> str:
+    """SHA-256 of tensors by name, in their order, 64 hex digits.
+
+    Args:
+        tensors: names and tensors.
+        beginning: JSON value that the digest covers, too.
+    """
+    digest = hashlib.sha256(json.dumps(beginning).encode())
+    for name, tensor in tensors:
+        # ASCII in JSON's escapes: any name has bytes, and what follows has the length that shape and dtype say.
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, not copied if they are contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,276 @@
+"""Digests of what encodes: two encoders with equal digests make the same latents, or the same conditioning.
+
+A digest covers the tensors of every network (packed weights by their codes) and of the LoRAs on it, its configuration
+and tokenizer, the number format that it runs in, the options of encoding, and the versions of the code that computes.
+Device and thread number, which change the last bits, are not covered.
+
+Hashing reads all weights. For networks whose tensors lie on files the digest is remembered, by where on which files
+they lie, the state of these files when they were mapped (path, size, times, inode) and a few values of each tensor.
+Tensors in memory are hashed, and so are those on a file that were changed in place: no change in memory is taken for
+the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.patch import Patch
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.files import read_regular, write_atomic
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.mapped_files import FileState, file_state, place_on_file, release_pages
+from lorasmith.core.tensor_digests import digest_of_tensors
+from lorasmith.data.cache_shards import is_digest
+from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
+from lorasmith.families.model import Autoencoder, Model, TextEncoder
+from lorasmith.families.parts.encoders import ENCODERS
+
+__all__ = ["ENCODING_VERSION", "RememberedDigests", "autoencoder_digest", "network_digest", "text_encoder_digest"]
+
+ENCODING_VERSION = 1
+"""To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
+
+
+class RememberedDigests:
+    """Digests of weights that were hashed before, in the folder of an encoding cache.
+
+    Each is a small file whose content is checked against its own digest. A file that cannot be read or written makes no
+    error: weights are hashed instead.
+
+    Args:
+        cache: whose folder it is.
+    """
+
+    def __init__(self, cache: EncodingCache) -> None:
+        self.folder = cache.folder / DIGESTS
+        self._is_on = cache.limit_bytes > 0
+
+    def find(self, key: str) -> str | None:
+        """The digest that was kept under a key; None if there is none."""
+        if not self._is_on:
+            return None
+        try:
+            kept = parse_foreign_json(read_regular(self.folder / f"{key}.json", at_most=_MAX_REMEMBERED_BYTES))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(kept, dict) or not is_digest(digest := kept.get("digest")):
+            return None
+        return str(digest) if kept.get("check") == key_of(key=key, digest=digest) else None
+
+    def keep(self, key: str, digest: str) -> None:
+        """Keep a digest under a key."""
+        if self._is_on:
+            text = json.dumps({"digest": digest, "check": key_of(key=key, digest=digest)})
+            with contextlib.suppress(LorasmithError, OSError):
+                write_atomic(self.folder / f"{key}.json", text)
+
+
+def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDigests | None = None) -> str:
+    """Digest of what makes conditioning of a caption, 64 hex digits.
+
+    Args:
+        source: a model, or its text encoders with LoRAs and options of their own.
+        remembered: where digests of weights are kept; None to hash all of them.
+    """
+    encoder = source.text_encoder if isinstance(source, Model) else source
+    family = encoder.family
+    networks = {}
+    for name, module in encoder.encoders.modules.items():
+        kind = family.text_encoders[name].kind
+        patches = [patch for component, patch in encoder.patches if component == name]
+        networks[name] = {
+            "kind": kind,
+            "dtype": str(ENCODERS[kind].dtype_of(module)),
+            "network": network_digest(name, module, remembered),
+            "patches": digest_of_tensors(_patch_tensors(patches)) if patches else "",
+            "tokenizer": _tokenizer_digest(encoder.encoders.tokenizers.get(name)),
+        }
+    return key_of(
+        what="text",
+        family=family.name,
+        encoding=asdict(encoder.encoding),
+        networks=networks,
+        versions=_versions("transformers", "tokenizers"),
+    )
+
+
+def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDigests | None = None) -> str:
+    """Digest of what makes latents of pixels, 64 hex digits.
+
+    Args:
+        source: a model, whose scale and shift of latents count, or an autoencoder alone.
+        remembered: as for `text_encoder_digest`.
+
+    Raises:
+        ModelError: the model came without an autoencoder.
+    """
+    if isinstance(source, Model):
+        autoencoder, latent = source.autoencoder, source.components.latent
+    else:
+        autoencoder, latent = source, source.latent
+    return key_of(
+        what="pictures",
+        kind=autoencoder.kind,
+        dtype=str(torch.float32),
+        latent=asdict(latent),
+        network=network_digest("vae", autoencoder.module, remembered),
+        versions=_versions("diffusers"),
+    )
+
+
+def network_digest(component: str, module: nn.Module, remembered: RememberedDigests | None) -> str:
+    """Digest of a network: its class, configuration and tensors, 64 hex digits.
+
+    Args:
+        component: its name in the model.
+        module: the network.
+        remembered: as for `text_encoder_digest`.
+    """
+    about = [type(module).__qualname__, _plain(getattr(module, "config", None)), sorted(_unpackings(module).items())]
+    files = _files_of(module)
+    if remembered is None or not files or not _are_settled(files):
+        return _whole_digest(about, module)
+    sample = digest_of_tensors(_sampled(_tensors_of(module)), beginning=about)
+    loaders = _versions("diffusers", "transformers", "safetensors", "lorasmith")
+    key = key_of(component=component, files=files, sample=sample, versions=loaders)
+    if (kept := remembered.find(key)) is not None:
+        return kept
+    digest = _whole_digest(about, module)
+    if _are_settled(files):
+        remembered.keep(key, digest)
+    return digest
+
+
+_MAX_REMEMBERED_BYTES = 10_000
+_SAMPLED = 64  # values at the start of a tensor: one page of its file
+_SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of up to two seconds
+
+
+def _files_of(module: nn.Module) -> list[FileState]:
+    """The files that tensors of a network lie on, as they were when they were mapped."""
+    return sorted({place[0] for _, tensor in _tensors_of(module) if (place := _place(tensor)) is not None})
+
+
+def _place(tensor: Tensor) -> tuple[FileState, int] | None:
+    """Where a tensor lies on a file, None for one in memory or changed in place, which its version says."""
+    return None if tensor.is_inference() or tensor._version else place_on_file(tensor)
+
+
+def _are_settled(files: Iterable[FileState]) -> bool:
+    """Whether files are as they were when they were mapped, and any further change would change their times."""
+    try:
+        unchanged = all(file_state(Path(one.path)) == one for one in files)
+    except OSError:
+        return False
+    return unchanged and all(max(one.modified, one.changed) < time.time_ns() - _SETTLED_NS for one in files)
+
+
+def _whole_digest(about: object, module: nn.Module) -> str:
+    """Digest of all tensors, several at a time."""
+    # Hashing releases the interpreter's lock, so threads share the work; the result does not depend on their number.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_tensor_digest, _tensors_of(module)))
+    return key_of(about=about, tensors=digests)
+
+
+def _tensor_digest(named: tuple[str, Tensor]) -> str:
+    digest = digest_of_tensors([named])
+    if _place(named[1]) is not None:  # what was changed in place would be lost
+        release_pages(named[1])
+    return digest
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Place and first values of tensors on files, and the whole of others."""
+    for name, tensor in tensors:
+        if (place := _place(tensor)) is None:
+            yield name, tensor
+            continue
+        layout = [list(tensor.shape), list(tensor.stride()), str(tensor.dtype), place[1], place[0].path]
+        first = tensor.detach()
+        while first.ndim > 1:
+            first = first[0]
+        yield json.dumps([name, *layout]), first.reshape(-1)[:_SAMPLED]
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a network, the codes where weights are packed."""
+    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in packed:
+            yield name, tensor
+    for name, weight in packed.items():
+        yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
+
+
+def _unpackings(module: nn.Module) -> dict[str, str]:
+    """How each packed weight is unpacked, by path."""
+    found = {}
+    for path, weight in packed_layers(module).items():
+        unpack: Any = weight.unpack
+        given = (unpack.args, sorted(unpack.keywords.items())) if isinstance(unpack, partial) else ()
+        name = (unpack.func if isinstance(unpack, partial) else unpack).__qualname__
+        found[path] = f"{name} {given} {tuple(weight.shape)}"
+    return found
+
+
+def _patch_tensors(patches: Iterable[Patch]) -> Iterator[tuple[str, Tensor]]:
+    for number, patch in enumerate(patches):
+        place = f"{number} {patch.strength} {patch.bypass}"
+        for path, weights in patch.adapters.items():
+            for name, tensor in weights.tensors.items():
+                yield f"{place} {path} {weights.algorithm} {weights.alpha} {name}", tensor
+        for path, changes in patch.differences.items():
+            yield from ((f"{place} {path} {name}", tensor) for name, tensor in changes.items())
+
+
+def _plain(config: Any) -> Any:
+    """A network's configuration as JSON, without what says where it came from."""
+    if config is None:
+        return None
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    kept = {name: value for name, value in fields.items() if not name.startswith("_") and name not in _ORIGIN}
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+
+
+_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer's vocabulary and rules."""
+    if tokenizer is None:
+        return ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = sorted(tokenizer.get_vocab().items())
+    else:
+        rules = json.loads(backend.to_str())
+        rules.update(truncation=None, padding=None)  # of its last call
+    settings = {name: str(getattr(tokenizer, name, None)) for name in _TOKENIZER_SETTINGS}
+    return key_of(kind=type(tokenizer).__qualname__, settings=settings, rules=rules)
+
+
+_TOKENIZER_SETTINGS = ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "chat_template")
+
+
+def _versions(*packages: str) -> Mapping[str, str]:
+    """Versions that encodings depend on: ours, torch's major and minor, and those of packages."""
+    found = {"encoding": str(ENCODING_VERSION), "torch": ".".join(torch.__version__.split(".")[:2])}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,432 @@
+"""The encoding cache: what autoencoders and text encoders computed, on disk.
+
+    encodings/<digest of the encoder>/<time>-<random>.safetensors      shards, see `cache_shards`
+    encodings/digests/<digest>.json                                    digests of weights, see `encoder_digest`
+
+Entries are found by content: the encoder's digest and a key made of everything else that the result depends on. So
+nothing in the cache becomes stale; what changes has another digest. Processes share a folder without locks: files are
+written atomically under names that never occur twice, and two that encode the same leave duplicates.
+
+Names that are not as above belong to somebody else: they are neither read nor removed, and links are not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import LorasmithError, OutputError
+from lorasmith.core.files import ensure_folder
+from lorasmith.data.cache_shards import Shard, check_entry, is_digest, read_shard, write_shard
+from lorasmith.data.data_config import DataConfig
+
+__all__ = ["CacheEntries", "Cleared", "EncoderSummary", "EncodingCache", "default_cache", "key_of"]
+
+FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"
+"""Environment variable with the folder of the user's cache."""
+
+DIGESTS = "digests"
+"""Folder of remembered digests of weights."""
+
+SHARD_BYTES = 16 * 2**20
+"""Size of a shard's tensors at which it is written."""
+
+SHARD_SECONDS = 5.0
+"""Time after which a shard is written, however small: what a killed process loses at most, one encoding aside."""
+
+_USE_SECONDS = 60
+"""How exactly the time of a shard's last use is kept."""
+
+_SIZE_SECONDS = 60
+"""How often the size of the whole folder is looked up."""
+
+_LEFT_SECONDS = 3600
+"""Age at which a temporary file is one that a killed process left."""
+
+_SHARD_NAME = re.compile(r"\d{20}-[0-9a-f]{16}\.safetensors")
+_DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.json")
+_TEMPORARY_NAME = re.compile(r"\..+\.tmp")
+
+
+@dataclass(frozen=True)
+class EncoderSummary:
+    """What the cache holds of one encoder.
+
+    Attributes:
+        encoder: its digest.
+        title: its name when the newest entries were made.
+        entries: number of encodings.
+        size_bytes: of its files.
+        last_used: in seconds since 1970, to a minute.
+        unreadable: number of files that are damaged or of another version.
+    """
+
+    encoder: str
+    title: str
+    entries: int
+    size_bytes: int
+    last_used: float
+    unreadable: int = 0
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What was removed.
+
+    Attributes:
+        files: number of files with encodings.
+        size_bytes: of these.
+    """
+
+    files: int
+    size_bytes: int
+
+
+class EncodingCache:
+    """A folder of encodings.
+
+    What goes wrong with the disk is a sentence in `notes`, once, and the work continues without the cache.
+
+    Args:
+        folder: of the encodings; created with the first one.
+        limit_bytes: size above which the least recently used files are removed, except those that this object has used;
+            0 for a cache that holds nothing.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self.notes: list[str] = []
+        self._used: set[str] = set()
+        self._can_write = limit_bytes > 0
+        self._swept: set[Path] = set()
+        self._size_bytes = 0
+        self._sized = -math.inf
+
+    @contextlib.contextmanager
+    def entries(self, encoder: str, *, title: str = "") -> Iterator[CacheEntries]:
+        """The entries of one encoder; what was put is on disk when the context ends, however it ends.
+
+        Args:
+            encoder: digest of what encodes: weights, kind, dtype, version of the code.
+            title: its name, for people who list the cache.
+        """
+        if not is_digest(encoder):
+            raise ValueError(f"the digest of an encoder must be 64 hexadecimal digits, got {encoder!r}")
+        entries = CacheEntries(self, encoder, title)
+        try:
+            yield entries
+        finally:
+            entries.flush()
+
+    def summary(self) -> list[EncoderSummary]:
+        """What the cache holds, the encoder used last first."""
+        found = []
+        for folder in self._folders():
+            files = list(_files(folder, _SHARD_NAME))
+            shards = []
+            for file in files:
+                with contextlib.suppress(LorasmithError):
+                    if (shard := read_shard(Path(file.path))) is not None and shard.encoder == folder.name:
+                        shards.append(shard)
+            if files:
+                stats = [stat for file in files if (stat := _stat(file)) is not None]
+                found.append(
+                    EncoderSummary(
+                        encoder=folder.name,
+                        title=shards[-1].title if shards else "",
+                        entries=len({key for shard in shards for key in shard.digests}),
+                        size_bytes=sum(stat.st_size for stat in stats),
+                        last_used=max((stat.st_mtime for stat in stats), default=0.0),
+                        unreadable=len(files) - len(shards),
+                    )
+                )
+        return sorted(found, key=lambda one: -one.last_used)
+
+    def clear(self, *, unused_days: float = 0.0) -> Cleared:
+        """Remove what was not used for a number of days, everything by default.
+
+        Files that the system does not let go of (on Windows those in use) stay.
+        """
+        before = time.time() - unused_days * 86400
+        files = size = 0
+        for folder in self._folders():
+            for file in _files(folder, _SHARD_NAME):
+                stat = _stat(file)
+                if stat is not None and (not unused_days or stat.st_mtime < before) and _removed(Path(file.path)):
+                    files, size = files + 1, size + stat.st_size
+            _remove_leftovers(folder)
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        for file in _files(self.folder / DIGESTS, _DIGEST_NAME):
+            stat = _stat(file)
+            if stat is not None and (not unused_days or stat.st_mtime < before):
+                _removed(Path(file.path))
+        _remove_leftovers(self.folder / DIGESTS)
+        return Cleared(files, size)
+
+    def _folders(self) -> list[Path]:
+        """The folders of encoders."""
+        try:
+            with os.scandir(self.folder) as entries:
+                return sorted(
+                    Path(one.path) for one in entries if is_digest(one.name) and one.is_dir(follow_symlinks=False)
+                )
+        except OSError:
+            return []
+
+    def _index(self, encoder: str) -> list[Shard]:
+        """The readable shards of an encoder, the oldest first."""
+        folder = self.folder / encoder
+        if not self.limit_bytes or folder.is_symlink():
+            return []
+        shards = []
+        for file in _files(folder, _SHARD_NAME):
+            try:
+                shard = read_shard(Path(file.path))
+            except LorasmithError as error:
+                if Path(file.path).exists():  # else another process has removed it
+                    self._note_damage(str(error))
+                continue
+            if shard is not None and shard.encoder == encoder:
+                shards.append(shard)
+        return shards
+
+    def _write(self, encoder: str, title: str, entries: Mapping[str, Mapping[str, Tensor]]) -> Shard | None:
+        """A new shard, after which the limit is kept; None if it cannot be written."""
+        folder = self.folder / encoder
+        if not self._can_write or folder.is_symlink():
+            return None
+        path = folder / f"{time.time_ns():020}-{secrets.token_hex(8)}.safetensors"
+        self._used.add(path.name)
+        try:
+            _ensure_private(self.folder)
+            try:
+                write_shard(path, encoder, title, entries)
+            except OutputError:
+                if folder.exists():
+                    raise
+                write_shard(path, encoder, title, entries)  # another process has just removed the empty folder
+        except (LorasmithError, OSError) as error:
+            self._can_write = False
+            self.notes.append(f"Encodings are not cached from here on: {error}.")
+            return None
+        if folder not in self._swept:
+            self._swept.add(folder)
+            _remove_leftovers(folder)
+        try:
+            self._size_bytes += path.stat().st_size
+            self._keep_limit()
+            return read_shard(path)
+        except (LorasmithError, OSError):  # another process has removed it
+            return None
+
+    def _keep_limit(self) -> None:
+        """Remove the least recently used shards beyond the limit, except those that this object has used."""
+        # Looking at every file takes longer than a write; what other processes wrote is noticed within a minute.
+        if self._size_bytes <= self.limit_bytes and time.monotonic() - self._sized < _SIZE_SECONDS:
+            return
+        found = [
+            (stat.st_mtime, stat.st_size, Path(file.path))
+            for folder in self._folders()
+            for file in _files(folder, _SHARD_NAME)
+            if (stat := _stat(file)) is not None
+        ]
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self.limit_bytes:
+                break
+            if path.name not in self._used and _removed(path):
+                total -= size
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+        self._size_bytes, self._sized = total, time.monotonic()
+
+    def _note_damage(self, what: str) -> None:
+        if not any("damaged" in note for note in self.notes):
+            self.notes.append(
+                f"The encoding cache is damaged, and what is lost is encoded again: {what}. `lorasmith data cache "
+                "clear` empties it."
+            )
+
+
+class CacheEntries:
+    """The entries of one encoder, from `EncodingCache.entries`; for one thread.
+
+    Attributes:
+        hits, misses: calls of `get` that found an entry, or none.
+    """
+
+    def __init__(self, cache: EncodingCache, encoder: str, title: str) -> None:
+        self.hits = self.misses = 0
+        self._cache = cache
+        self._encoder = encoder
+        self._title = title
+        self._places: dict[str, list[Shard]] = {}
+        self._touched: dict[Path, float] = {}
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._waiting_bytes = 0
+        self._since = 0.0
+        for shard in cache._index(encoder):
+            self._add(shard)
+
+    def __len__(self) -> int:
+        """Number of keys with an entry, of which some may turn out to be damaged."""
+        return len(self._places.keys() | self._waiting.keys())
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The tensors of an entry, memory-mapped; None if there is none, or none that is undamaged.
+
+        They are for reading: a tensor that was changed in place counts as damaged the next time.
+        """
+        if (waiting := self._waiting.get(key)) is not None:
+            self.hits += 1
+            return {name: tensor.clone() for name, tensor in waiting.items()}
+        places = self._places.get(key, [])
+        while places:
+            shard = places[-1]
+            try:
+                tensors = shard.read(key)
+            except OSError:  # another process has removed it, or it cannot be read any more
+                places.pop()
+            except ValueError as error:
+                places.pop()
+                self._cache._note_damage(f"{shard.path}: {error}")
+            else:
+                self._cache._used.add(shard.path.name)
+                self._touch(shard.path)
+                self.hits += 1
+                return tensors
+        self.misses += 1
+        return None
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add an entry, in place of one with this key.
+
+        It is written with others, once `SHARD_BYTES` or `SHARD_SECONDS` are collected or the context ends.
+
+        Args:
+            key: from `key_of`.
+            tensors: by name, on any device; copied.
+
+        Raises:
+            ValueError: the key is no digest, or a name is not made of letters, digits, `_`, `.` and `-`.
+        """
+        check_entry(key, tensors)
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting[key] = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        self._waiting_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self._waiting_bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was put."""
+        waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+        if waiting and (shard := self._cache._write(self._encoder, self._title, waiting)) is not None:
+            self._touched[shard.path] = time.time()
+            self._add(shard)
+
+    def _add(self, shard: Shard) -> None:
+        for key in shard.digests:
+            self._places.setdefault(key, []).append(shard)
+
+    def _touch(self, path: Path) -> None:
+        """Record the use of a shard in its file's time, once a minute."""
+        now = time.time()
+        if now - self._touched.get(path, 0.0) > _USE_SECONDS:
+            self._touched[path] = now
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+
+def key_of(**values: object) -> str:
+    """SHA-256 of values as canonical JSON, 64 hex digits.
+
+    Values are what JSON has (text, numbers, lists, objects by text); tuples count as lists. Others raise TypeError, and
+    numbers that are not finite ValueError.
+    """
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
+    """The user's cache: in `$LORASMITH_CACHE_DIR`, or lorasmith in the system's folder for caches.
+
+    Without either, as the user has no home, it holds nothing.
+    """
+    limit_bytes = int(limit_gib * 2**30)
+    if given := os.environ.get(FOLDER_VARIABLE, ""):
+        return EncodingCache(Path(given) / "encodings", limit_bytes=limit_bytes)
+    try:
+        return EncodingCache(_system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
+    except RuntimeError:
+        return EncodingCache(Path("encodings"), limit_bytes=0)
+
+
+def _system_cache() -> Path:
+    """The folder in which programs keep what they can make again."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def _ensure_private(folder: Path) -> None:
+    """Create a folder that others cannot read, as latents can be decoded to pictures."""
+    ensure_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+
+
+def _files(folder: Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
+    """The files of a folder with such names, sorted by name; links and other kinds of entries are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [one for one in entries if name.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda one: one.name)
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What the system says of a file; None if it is gone."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; whether it is gone."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote."""
+    for file in _files(folder, _TEMPORARY_NAME):
+        stat = _stat(file)
+        if stat is not None and time.time() - stat.st_mtime > _LEFT_SECONDS:
+            _removed(Path(file.path))

@@ -1,0 +1,197 @@
+"""Datasets of the package `datasets` as folders of images: each picture's bytes as they are, and a `metadata.jsonl`.
+
+A dataset has a column of images, and its captions in a column `text`, `caption` or `prompt`, as text or lists of text.
+Its folder is written once, and found again by the dataset's fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lorasmith.core.errors import DataError, OutputError
+from lorasmith.core.files import ensure_folder, is_folder, is_regular, locked, read_regular
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.printable import printable
+from lorasmith.data.image_files import image_suffixes
+from lorasmith.data.metadata_files import TEXT_COLUMNS
+
+__all__ = ["dataset_folder", "is_saved_dataset", "unpacked_folder"]
+
+_LAYOUT = 1  # raised with changes of the folders that are written
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return is_regular(path / _SPLITS) or all(is_regular(path / name) for name in _PARTS)
+
+
+def unpacked_folder(path: Path, cache: Path) -> Path:
+    """The folder of images of a dataset that `save_to_disk` wrote; of several splits, `train`.
+
+    Pictures that are not in the dataset itself, but named by it, are left out: a stranger's dataset may name any file.
+
+    Args:
+        path: the folder that `save_to_disk` wrote.
+        cache: where folders of images are kept.
+
+    Raises:
+        DataError: `datasets` is not installed, or the dataset cannot be read or has no images.
+        OutputError: the images cannot be written.
+    """
+    datasets = _package()
+    folder = _split_folder(path.resolve())
+    files = [folder / name for name in (*_PARTS, *_data_files(folder))]
+    if "::" in str(folder) or "://" in str(folder):  # which `datasets` takes for places in a network
+        raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")
+    try:
+        loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+        # A forged fingerprint must not give the images of another dataset, so the files count as well.
+        state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except Exception as error:  # of any kind, from a package that reads a stranger's files
+        raise _unreadable(folder, printable(error, limit=100)) from error
+    return _written(loaded, cache, state, outside=False)
+
+
+def dataset_folder(dataset: object, cache: Path) -> Path:
+    """The folder of images of a `datasets.Dataset` object, for an `ImageSource`.
+
+    Args:
+        dataset: with a column of images, and one of captions if there are any.
+        cache: where folders of images are kept.
+
+    Raises:
+        DataError: it is no such dataset, or a picture of it cannot be read.
+        OutputError: the images cannot be written.
+    """
+    if not isinstance(dataset, _package().Dataset):
+        raise DataError(f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose a split of it")
+    return _written(dataset, cache, [], outside=True)
+
+
+_SPLITS = "dataset_dict.json"
+_PARTS = ("state.json", "dataset_info.json")
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError:
+        raise DataError("datasets needs the package of this name; run pip install datasets") from None
+
+
+def _split_folder(folder: Path) -> Path:
+    """The folder of a split, if there are several."""
+    if not is_regular(folder / _SPLITS):
+        return folder
+    splits = _names(folder / _SPLITS, lambda content: content["splits"])
+    if "train" in splits:
+        return folder / "train"
+    if len(splits) != 1:
+        raise DataError(f"dataset {folder} has no split train; name the folder of one of its splits")
+    return folder / splits[0]
+
+
+def _data_files(folder: Path) -> list[str]:
+    return _names(folder / _PARTS[0], lambda content: [one["filename"] for one in content["_data_files"]])
+
+
+def _names(file: Path, listed: Callable[[Any], list[str]]) -> list[str]:
+    """Names that a file of a dataset lists. Raises DataError if one leads to elsewhere."""
+    try:
+        names = listed(parse_foreign_json(read_regular(file)))
+        if not all(Path(name).name == name != ".." for name in names):
+            raise ValueError("names files in other folders")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _unreadable(file.parent, f"{file.name}: {printable(error, limit=60)}") from error
+    return names
+
+
+def _unreadable(folder: Path, reason: str) -> DataError:
+    return DataError(f"dataset {folder} cannot be read ({reason}); save it again with save_to_disk")
+
+
+def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
+    """The folder of a dataset in the cache, complete or not there."""
+    image, text = _columns(dataset)
+    identity = json.dumps([_LAYOUT, dataset._fingerprint, image, text, key])
+    target = cache / f"dataset-{hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()[:24]}"
+    if is_folder(target):
+        return target
+    ensure_folder(cache)
+    with locked(cache / f"{target.name}.lock", f"the images of a dataset are being written to {target}"):
+        if is_folder(target):  # by another process, just now
+            return target
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=cache))
+        try:
+            _write(dataset, image, text, temporary, outside=outside)
+            temporary.chmod(0o755)
+            temporary.rename(target)
+        except OSError as error:
+            raise OutputError(
+                f"the images of a dataset cannot be written to {target} ({error.strerror or error}); free some space"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _columns(dataset: Any) -> tuple[str, str | None]:
+    """The columns of images and of captions."""
+    datasets = _package()
+    features = dict(dataset.features or {})
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        known = printable(", ".join(features) or "none", limit=100)
+        raise DataError(f"a dataset must have a column of images, got the columns {known}; use cast_column")
+    text = next((name for name in TEXT_COLUMNS if name in features), None)
+    return "image" if "image" in images else images[0], text
+
+
+def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside: bool) -> None:
+    """Write pictures, and `metadata.jsonl` last. Pictures without bytes are read only if they may be outside."""
+    datasets = _package()
+    rows = dataset.select_columns([image, *([text] if text else [])]).with_format(None)
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    digits = len(str(len(rows)))
+    lines = []
+    for number, row in enumerate(rows):
+        content = _content(row[image] or {}, outside=outside)
+        if content is None:  # an entry without an image, which the scan names
+            name = f"row {number} without a picture"
+        else:
+            name = f"{number:0{digits}}{_suffix(content)}"
+            (folder / name).write_bytes(content)
+        lines.append(json.dumps({"file_name": name, "text": row[text] if text else None}))
+    (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _content(picture: Any, *, outside: bool) -> bytes | None:
+    """The bytes of a picture; None without any."""
+    if (content := picture.get("bytes")) is not None:
+        return bytes(content)
+    if not outside or not picture.get("path"):
+        return None
+    try:
+        return read_regular(Path(picture["path"]))
+    except OSError as error:
+        raise DataError(f"image {picture['path']} of a dataset cannot be read ({error.strerror})") from error
+
+
+def _suffix(content: bytes) -> str:
+    """The suffix of a picture's format; PNG's for what is none, which the scan then names."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            suffix = f".{(picture.format or '').lower()}"
+    except Exception:
+        return ".png"
+    return suffix if suffix in image_suffixes() else ".png"

@@ -1,0 +1,249 @@
+"""Captions in metadata files: kohya's `metadata.json`, and the `metadata.*` of Hugging Face's image folders.
+
+    metadata.json, meta_*.json   {"1": {"caption": "a dog", "tags": "beach, sea"}, "sub/2.png": {"caption": "a cat"}}
+    metadata.jsonl               {"file_name": "1.png", "text": "a dog"}     a line for each image
+    metadata.csv                 file_name,text
+    metadata.parquet             the columns file_name and text; needs pyarrow
+
+Names are paths relative to the file's folder, with or without suffix; an absolute path inside of that folder is one
+too. The text is in `text`, `caption` or `prompt`; a list of texts, or several lines for an image, are several captions.
+kohya's JSON lines name images by `image_path`, and his tags are put behind the caption, separated by a comma. Nothing
+that such a file names is opened: captions are looked up by the names of images that were found.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.files import read_regular
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.printable import printable
+from lorasmith.data.captions import MAX_CAPTION, one_line
+
+__all__ = [
+    "MAX_CAPTIONS",
+    "METADATA_SUFFIXES",
+    "Metadata",
+    "MetadataError",
+    "is_metadata_name",
+    "preferred_metadata",
+    "read_metadata",
+]
+
+MAX_CAPTIONS = 100
+"""Captions of one image."""
+
+TEXT_COLUMNS = ("text", "caption", "prompt")
+NAME_COLUMNS = ("file_name", "image_path")
+
+
+class MetadataError(ValueError):
+    """A metadata file cannot be used; the message is a clause without the file.
+
+    Attributes:
+        damaged: whether it may hold captions all the same.
+    """
+
+    def __init__(self, reason: str, *, damaged: bool = True) -> None:
+        super().__init__(reason)
+        self.damaged = damaged
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The captions of a metadata file.
+
+    Attributes:
+        captions: by the image's path relative to the file's folder, as the file has it (suffix or not).
+        refused: as `captions`, for images whose captions cannot be used: why.
+        outside: names of files that are not in the folder.
+    """
+
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    outside: list[str] = field(default_factory=list)
+
+    def entry(self, key: str) -> str | None:
+        """The name under which an image of this path stands in the file; None if it does not."""
+        for name in (key, posixpath.splitext(key)[0]):
+            if name in self.captions or name in self.refused:
+                return name
+        return None
+
+
+def is_metadata_name(name: str) -> bool:
+    """Whether a file of this name is expected to hold captions."""
+    return name in _HUGGING_FACE or name == "metadata.json" or bool(re.fullmatch(r"meta_.*\.json", name))
+
+
+def preferred_metadata(names: Iterable[str]) -> str:
+    """The one of a folder's metadata files that is read: Hugging Face's, then kohya's last (meta_cap, …, meta_lat)."""
+
+    def place(name: str) -> tuple[int, str]:
+        order = (*_HUGGING_FACE, "metadata.json")
+        return (order.index(name), "") if name in order else (len(order), name)
+
+    known = sorted(names, key=place)
+    return known[0] if place(known[0])[0] < len(_HUGGING_FACE) + 1 else known[-1]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The captions in a metadata file, told apart by its suffix: `.json`, `.jsonl`, `.csv` or `.parquet`.
+
+    Raises:
+        MetadataError: it cannot be read, or has another content.
+    """
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise MetadataError(f"cannot be read ({error.strerror})") from error
+    try:
+        rows = _READERS[path.suffix.lower()](content)
+        return _collected(rows, [path.parent.absolute(), path.parent.resolve()])
+    except MetadataError:
+        raise
+    except ValueError as error:
+        raise MetadataError(str(error)) from error
+
+
+Row = tuple[str, Any]
+"""The name of an image and its captions: a text, a list of them, or None."""
+
+
+def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
+    found = Metadata()
+    for name, value in rows:
+        key = _inside(name, folders)
+        if key is None:
+            found.outside.append(name)
+            continue
+        texts = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+            found.refused[key] = "has a caption that is no text"
+        elif len(texts) + len(found.captions.get(key, ())) > MAX_CAPTIONS:
+            found.refused[key] = f"has more than {MAX_CAPTIONS} captions"
+        elif any(len(one) > 4 * MAX_CAPTION or len(one_line(one)) > MAX_CAPTION for one in texts):
+            found.refused[key] = f"has a caption of more than {MAX_CAPTION:,} characters"
+        elif any("\x00" in one for one in texts):
+            found.refused[key] = "has a caption that is no text, as it holds zero bytes"
+        else:
+            found.captions[key] = (*found.captions.get(key, ()), *(one for one in texts if one.strip()))
+    return found
+
+
+def _inside(name: str, folders: Sequence[Path]) -> str | None:
+    """A path of a file, relative to the folder, which is named in several ways; None if it leads out of it."""
+    path = posixpath.normpath(name.replace("\\", "/"))
+    for base in (f"{folder.as_posix().rstrip('/')}/" for folder in folders):
+        if path.startswith(base):
+            path = path.removeprefix(base)
+            break
+    return None if path in (".", "..") or path.startswith(("../", "/")) or re.match("[A-Za-z]:/", path) else path
+
+
+def _json_rows(content: bytes) -> Iterator[Row]:
+    value = parse_foreign_json(_text(content))
+    if not isinstance(value, dict) or not value or not all(isinstance(one, dict) for one in value.values()):
+        raise MetadataError('holds no captions by image, such as {"1.png": {"caption": "a dog"}}', damaged=False)
+    for name, entry in value.items():
+        yield name, _kohya(entry)
+
+
+def _kohya(entry: Mapping[str, Any]) -> Any:
+    """Captions of an entry, its tags behind each."""
+    text = next((entry[column] for column in ("caption", *TEXT_COLUMNS) if entry.get(column)), None)
+    tags = entry.get("tags")
+    tags = ", ".join(tags) if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags) else tags
+    if not tags or not isinstance(tags, str):
+        return text or tags or None
+    if isinstance(text, list):
+        return [f"{one}, {tags}" if isinstance(one, str) else one for one in text]
+    return f"{text}, {tags}" if isinstance(text, str) else text or tags
+
+
+def _json_line_rows(content: bytes) -> Iterator[Row]:
+    named = False
+    for number, line in enumerate(_text(content).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_foreign_json(line)
+        except ValueError as error:
+            raise ValueError(f"{error} in line {number}") from error
+        name = next((entry[one] for one in NAME_COLUMNS if one in entry), None) if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise MetadataError(f"has no file_name in line {number}", damaged=named)
+        named = True
+        yield name, _kohya(entry)
+
+
+def _csv_rows(content: bytes) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(_text(content), newline=""))
+    try:
+        columns = reader.fieldnames or ()
+        name, text = _columns(columns)
+        for row in reader:
+            if row.get(name) is None or row.get(text) is None:
+                raise ValueError(f"has too few values in line {reader.line_num}")
+            yield row[name], row[text]
+    except csv.Error as error:
+        raise ValueError(f"is not valid CSV ({error})") from error
+
+
+def _parquet_rows(content: bytes) -> Iterator[Row]:
+    try:
+        pyarrow: Any = importlib.import_module("pyarrow")
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise MetadataError("needs pyarrow, which is not installed; run pip install pyarrow") from None
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(content))
+        name, text = _columns(file.schema_arrow.names)
+        if file.metadata.num_rows > _MAX_ROWS:
+            raise ValueError(f"has more than {_MAX_ROWS:,} rows")
+        for batch in file.iter_batches(batch_size=256, columns=[name, text]):
+            for row in batch.to_pylist():
+                if not isinstance(row[name], str):
+                    raise ValueError("has a row without file_name")
+                yield row[name], row[text]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"is not valid parquet ({printable(error, limit=100)})") from error
+
+
+def _columns(columns: Iterable[str]) -> tuple[str, str]:
+    """The columns of names and of captions."""
+    known = list(columns)
+    if NAME_COLUMNS[0] not in known:
+        raise MetadataError("has no column file_name", damaged=False)
+    text = next((one for one in TEXT_COLUMNS if one in known), None)
+    if text is None:
+        raise MetadataError(f"has none of the columns {', '.join(TEXT_COLUMNS)}", damaged=False)
+    return NAME_COLUMNS[0], text
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is not text in UTF-8") from None
+
+
+_MAX_ROWS = 2_000_000
+_HUGGING_FACE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_READERS: Mapping[str, Callable[[bytes], Iterator[Row]]] = {
+    ".json": _json_rows,
+    ".jsonl": _json_line_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+METADATA_SUFFIXES = frozenset(_READERS)
+"""Suffixes of metadata files."""

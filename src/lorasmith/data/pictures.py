@@ -1,0 +1,95 @@
+"""One image file as the pixels and masks of its framings.
+
+The file is read once: its digest, its pixels and its transparency are of the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops
+from torch import Tensor
+
+from lorasmith.data.crops import Framing
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import ImageFile
+from lorasmith.data.image_files import ImageError, open_layers, read_image, to_tensor
+
+__all__ = ["FramedPicture", "framed", "mask_of", "place_weights"]
+
+
+@dataclass(frozen=True)
+class FramedPicture:
+    """A framing of an image file.
+
+    Attributes:
+        pixels: fp32 (3, height, width) in [−1, 1].
+        inside: fp32 (height, width) of the latents in [0, 1], how much of each is inside of the mask; None without one.
+    """
+
+    pixels: Tensor
+    inside: Tensor | None
+
+
+def framed(
+    image: ImageFile, digest: str, framings: Sequence[Framing], config: DataConfig, *, downscale: int
+) -> list[FramedPicture]:
+    """The framings of an image file.
+
+    Args:
+        image: as it was scanned.
+        digest: SHA-256 of the file when its framings were chosen.
+        framings: of its size.
+        config: says where its mask is.
+        downscale: pixels per latent.
+
+    Raises:
+        ImageError: the file or its mask can no longer be read, or the file has changed since it was scanned.
+    """
+    content = read_image(image.path)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ImageError(image.path, "has changed since it was checked; start again when it stays as it is")
+    picture, opacity = open_layers(image.path, content, scale=max(one.scale for one in framings))
+    size = (image.width, image.height)
+    mask = opacity if config.masks == "alpha" else mask_of(image, config)
+    found = []
+    for one in framings:
+        inside = None
+        if mask is not None:
+            there = one.mask_applied(mask, size, (one.width // downscale, one.height // downscale))
+            inside = torch.from_numpy(np.array(there)).to(torch.float32) / 255
+        found.append(FramedPicture(to_tensor(one.applied(picture, size)), inside))
+    return found
+
+
+def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
+    """The mask of an image in mode L, white inside; None without one. Raises ImageError if a file cannot be read."""
+    if config.masks == "alpha":
+        return open_layers(image.path)[1]
+    if image.mask is None:
+        return None
+    grey, opacity = open_layers(image.mask)
+    mask = grey.convert("L")
+    if opacity is not None:  # what is transparent is outside
+        mask = ImageChops.multiply(mask, opacity)
+    return mask
+
+
+def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:
+    """Weights of the loss by place, fp32 (height, width); None for 1 everywhere, and where all of them would be 0.
+
+    Args:
+        inside: how much of each place is inside of the mask, in [0, 1].
+        config: weights inside and outside, and whether they are divided by their mean.
+    """
+    if inside is None:
+        return None
+    weights = config.mask_outside + (config.mask_inside - config.mask_outside) * inside
+    mean = weights.mean()
+    if mean <= 0:
+        return None
+    return weights / mean if config.mask_normalize else weights

@@ -1,0 +1,272 @@
+"""The image files of a source, each with its caption file, its entry in a metadata file and its mask; all by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorasmith.core.errors import DataError
+from lorasmith.core.files import is_folder, is_regular
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
+from lorasmith.data.folder_remarks import Remark, Remarks
+from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
+from lorasmith.data.metadata_files import (
+    METADATA_SUFFIXES,
+    Metadata,
+    MetadataError,
+    preferred_metadata,
+    read_metadata,
+)
+from lorasmith.data.sources import MAX_REPEATS, ImageSource
+
+__all__ = ["Candidate", "candidates"]
+
+
+@dataclass(slots=True)
+class Candidate:
+    """An image file, not opened yet.
+
+    Attributes:
+        root: the folder of its source.
+        folder: where it is.
+        name: of the file.
+        repeats: number of its occurrences in an epoch.
+        weight: of its loss.
+        caption_file: name of its caption file, where such files are read.
+        metadata: name of the metadata file that has an entry for it, or that cannot be read.
+        entry: its captions in there.
+        refused: why they cannot be used, a clause; empty if they can.
+        entry_first: whether they count more than the caption file.
+        mask: its mask.
+    """
+
+    root: str
+    folder: ListedFolder
+    name: str
+    repeats: int
+    weight: float
+    caption_file: str | None = None
+    metadata: str = ""
+    entry: tuple[str, ...] = ()
+    refused: str = ""
+    entry_first: bool = False
+    mask: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder.file(self.name)
+
+
+def candidates(
+    source: ImageSource, config: DataConfig, *, cache: Path | None, skipped: Skipped, remarks: Remarks
+) -> Iterator[Candidate]:
+    """The image files of a source in natural order, those of inner folders last.
+
+    Args:
+        source: the source.
+        config: settings.
+        cache: folder for the images of datasets that `datasets` saved; None if there is no such folder.
+        skipped: receives files and folders that are not used.
+        remarks: receives what else is to be said.
+
+    Raises:
+        DataError: the source is missing or cannot be read.
+    """
+    root, only = source.path, None
+    if is_saved_dataset(Path(root)):
+        if cache is None:
+            raise DataError(f"{root} was saved by datasets and needs a folder for its images, got none; name a cache")
+        root = str(unpacked_folder(Path(root), cache))
+    elif Path(root).suffix.lower() in METADATA_SUFFIXES and is_regular(Path(root)):
+        only = _Known("", Path(root).name, _required(Path(root)))
+        root = str(Path(root).parent)
+    metadata = _MetadataFiles(only, skipped, remarks)
+    masks = _Masks(config, remarks)
+    for folder in list_folders(
+        root,
+        recursive=config.recursive or only is not None,
+        masks=config.masks == "files",
+        mask_folder=config.mask_folder if config.masks == "files" else None,
+        skipped=skipped,
+    ):
+        if folder.repeats * source.repeats > MAX_REPEATS:
+            skipped.append((Path(folder.path), f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
+            continue
+        skipped += folder.foreign if only is None else ()
+        if config.captions == "files":
+            metadata.enter(folder)
+        else:
+            _remark_origin(folder, only, remarks)
+        for name in folder.images:
+            stem = stem_of(name)
+            found = Candidate(root, folder, name, folder.repeats * source.repeats, source.weight)
+            if not metadata.give(found):
+                remarks.add(Remark.UNNAMED, name)
+                continue
+            if config.captions != "files":
+                found.entry, found.refused = (), ""
+            found.mask = masks.of(folder, stem)
+            if config.captions == "files" and (files := folder.captions.get(stem)):
+                found.caption_file = files[0]
+                remarks.add(Remark.SECOND_FILE, files[-1], len(files) - 1)
+            yield found
+        if only is None and config.captions == "files":
+            _remark_orphans(folder, remarks)
+        masks.leave(folder)
+    metadata.finish()
+    masks.finish()
+
+
+@dataclass(slots=True)
+class _Known:
+    """A metadata file.
+
+    Attributes:
+        inside: its folder, relative to the source.
+        name: of the file.
+        content: what it says, or why it says nothing.
+        used: names of entries with an image.
+    """
+
+    inside: str
+    name: str
+    content: Metadata | MetadataError
+    used: set[str] = field(default_factory=set)
+
+
+class _MetadataFiles:
+    """The metadata files of a source; the nearest one above an image counts."""
+
+    def __init__(self, only: _Known | None, skipped: Skipped, remarks: Remarks) -> None:
+        self._only, self._skipped, self._remarks = only, skipped, remarks
+        self._known = {"": only} if only else {}
+        self._above: list[_Known] = [only] if only else []
+
+    def enter(self, folder: ListedFolder) -> None:
+        """Read the file of a folder, unless there is one for the whole source."""
+        if self._only:
+            return
+        if folder.metadata:
+            name = preferred_metadata(folder.metadata)
+            for other in folder.metadata:
+                if other != name:
+                    self._skipped.append((folder.file(other), f"is not read besides {name}; keep one of them"))
+            path = folder.file(name)
+            try:
+                content: Metadata | MetadataError = read_metadata(path)
+            except MetadataError as error:
+                content = error
+                self._skipped.append((path, f"{error}; repair or remove it"))
+            self._known[folder.inside] = _Known(folder.inside, name, content)
+        inside, self._above = folder.inside, []
+        while self._known:
+            if inside in self._known:
+                self._above.append(self._known[inside])
+            if not inside:
+                break
+            inside = inside.rpartition("/")[0]
+
+    def give(self, image: Candidate) -> bool:
+        """Add what a metadata file says of an image; False if it is none of those that the source names."""
+        for known in self._above:
+            content = known.content
+            if isinstance(content, MetadataError):
+                if content.damaged and not image.metadata:
+                    image.metadata, image.refused = known.name, str(content)
+                continue
+            key = image.folder.key(image.name).removeprefix(f"{known.inside}/" if known.inside else "")
+            entry = content.entry(key)
+            if entry is None:
+                continue
+            known.used.add(entry)
+            if not image.metadata:
+                image.metadata, image.entry = known.name, content.captions.get(entry, ())
+                image.refused = content.refused.get(entry, "")
+                image.entry_first = self._only is not None
+        return self._only is None or bool(image.metadata)
+
+    def finish(self) -> None:
+        """Say which entries were not used."""
+        for known in self._known.values():
+            if isinstance(known.content, Metadata):
+                missing = [*(known.content.captions.keys() | known.content.refused.keys()) - known.used]
+                self._remarks.add(Remark.NO_ENTRY, min(missing, default=""), len(missing))
+                outside = known.content.outside
+                self._remarks.add(Remark.OUTSIDE, min(outside, default=""), len(outside))
+
+
+class _Masks:
+    """Masks beside the images, or in a folder of their own."""
+
+    def __init__(self, config: DataConfig, remarks: Remarks) -> None:
+        self._on, self._remarks = config.masks == "files", remarks
+        self._elsewhere: dict[str, Path] = {}
+        self._used: set[Path] = set()
+        folder = config.mask_folder if self._on else None
+        if folder is not None:
+            if not is_folder(Path(folder)):
+                raise DataError(f"mask_folder must be a folder, got {folder}; check the path")
+            for listed in list_folders(folder, recursive=True, masks=True, mask_folder=None, skipped=[]):
+                named = [(stem_of(name), name) for name in listed.images]
+                named += [(stem, name) for stem, names in listed.masks.items() for name in names]
+                for stem, name in named:
+                    self._elsewhere.setdefault(listed.key(stem), listed.file(name))
+
+    def of(self, folder: ListedFolder, stem: str) -> Path | None:
+        """The mask of an image."""
+        if not self._on:
+            return None
+        if beside := folder.masks.get(stem):
+            found = folder.file(beside[0])
+        else:
+            other = self._elsewhere.get(folder.key(stem)) or self._elsewhere.get(stem)
+            if other is None:
+                return None
+            found = other
+        self._used.add(found)
+        return found
+
+    def leave(self, folder: ListedFolder) -> None:
+        """Say which masks of a folder were not used."""
+        kind = Remark.MASK if self._on else Remark.MASKS_OFF
+        for names in folder.masks.values():
+            for name in names:
+                if folder.file(name) not in self._used:
+                    self._remarks.add(kind, name)
+
+    def finish(self) -> None:
+        """Say which masks of the folder of masks were not used."""
+        for path in self._elsewhere.values():
+            if path not in self._used:
+                self._remarks.add(Remark.MASK, path.name)
+
+
+def _required(path: Path) -> Metadata:
+    try:
+        return read_metadata(path)
+    except MetadataError as error:
+        raise DataError(f"metadata file {path} {error}; repair it, or use another one") from error
+
+
+def _remark_origin(folder: ListedFolder, only: _Known | None, remarks: Remarks) -> None:
+    """Say which files would give captions."""
+    stems = {stem_of(name) for name in folder.images}
+    unused = [name for stem, names in folder.captions.items() if stem in stems for name in names]
+    unused += [] if only else folder.metadata
+    remarks.add(Remark.ORIGIN, unused[0] if unused else "", len(unused))
+
+
+def _remark_orphans(folder: ListedFolder, remarks: Remarks) -> None:
+    """Say which caption files have no image; a picture in another format is one that is named already."""
+    stems = {stem_of(name) for name in folder.images}
+    stems.update(path.stem for path, _ in folder.foreign)
+    for stem, names in folder.captions.items():
+        if stem not in stems and stem.lower() not in _ABOUT:
+            remarks.add(Remark.NO_IMAGE, names[0], len(names))
+
+
+_ABOUT = frozenset(("about", "authors", "copying", "credits", "licence", "license", "notice", "readme", "sources"))
+"""Names of text files about a folder."""

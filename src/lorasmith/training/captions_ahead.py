@@ -1,0 +1,85 @@
+"""The captions that a run draws, encoded before its first step; or text encoders that stay where these are too many."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from lorasmith.core.sizes import memory_text
+from lorasmith.data.dataset import EncodedDataset, Sample, Variants
+from lorasmith.training.batches import sample_index
+from lorasmith.training.events import CaptionsPlanned, EventHandler
+
+__all__ = ["captions_ready", "drawn_captions"]
+
+_MOST_DRAWS = 50_000
+"""Draws whose captions are listed one by one, in some seconds."""
+
+
+@contextlib.contextmanager
+def captions_ready(
+    data: EncodedDataset, draws: range, *, seed: int, on_event: EventHandler, progress: Callable[[int, int], None]
+) -> Iterator[None]:
+    """Inside the context, the conditioning of each drawn caption is at hand, or its text encoder is.
+
+    Args:
+        data: the training samples.
+        draws: of the run.
+        seed: of the run.
+        on_event: receives a `CaptionsPlanned` where captions are drawn.
+        progress: called after each caption that is encoded before training, with (captions done, total).
+    """
+    captions, varied = data.captions, _varied(data.samples)
+    if captions is None or not varied:
+        yield
+        return
+    texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
+    if texts is not None:
+        needed = len(texts) * captions.bytes_each
+        message = f"{len(texts):,} variants of captions are encoded before training, in {memory_text(needed)}."
+        on_event(CaptionsPlanned(captions=len(texts), needed_bytes=needed, message=message))
+        captions.encode_ahead(texts, progress)
+        yield
+        return
+    with captions.staying():
+        start = time.perf_counter()
+        varied[0].encoded[varied[0].caption(seed, draws.start)]
+        message = (
+            f"The variants of captions that this run can draw need more than {memory_text(captions.memory_bytes)} "
+            f"(caption_memory), so the text encoders stay loaded ({memory_text(captions.encoder_bytes)}) and encode a "
+            f"caption per image of a step, in about {time.perf_counter() - start:.2g} s each."
+        )
+        on_event(CaptionsPlanned(captions=None, needed_bytes=captions.encoder_bytes, message=message))
+        yield
+
+
+def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: int) -> list[str] | None:
+    """The captions of a run's draws; of a very long run, all that are possible. None for more than `most`.
+
+    Args:
+        samples: the training samples.
+        draws: of the run.
+        seed: of the run.
+        most: number of captions.
+    """
+    found: dict[str, None] = {}
+    if len(draws) <= _MOST_DRAWS:
+        for draw in draws:
+            variants = samples[sample_index(draw, len(samples), seed)].variants
+            if variants is not None:
+                found[variants.caption(seed, draw)] = None
+            if len(found) > most:
+                return None
+        return list(found)
+    for one in _varied(samples):
+        texts = one.rules.possible(one.captions, most)
+        found |= dict.fromkeys(sorted(texts or ()))
+        if texts is None or len(found) > most:
+            return None
+    return list(found)
+
+
+def _varied(samples: Sequence[Sample]) -> list[Variants]:
+    """What is drawn of each distinct sample that varies."""
+    return [one.variants for one in {id(one): one for one in samples}.values() if one.variants is not None]

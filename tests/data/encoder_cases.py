@@ -1,0 +1,61 @@
+"""An encoder that stands for a model, and folders of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.data.encoding import encode_images
+from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.data.picture_encoding import PictureEncoder
+from lorasmith.families.base import Conditioning
+
+
+class Encoder:
+    """Latents are the pixels' 4×4 means, conditioning the length of the caption; counts what it encodes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def image(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        self.shapes.append(tuple(pixels.shape))
+        return torch.nn.functional.avg_pool2d(pixels, 4).to(torch.bfloat16)
+
+    def text(self, text: str) -> Conditioning:
+        self.texts.append(text)
+        return Conditioning({"context": torch.full((1, 1, 1), float(len(text)))}, text)
+
+    def encode(self, folder: Path | FolderScan, **options: Any) -> EncodedDataset:
+        """A folder encoded; options are those of `encode_images`, `PictureEncoder` and `DataConfig`."""
+        options = {"resolution": 64, "multiple": 16, **options}
+        called = {name: options.pop(name) for name in ("resolution", "multiple")}
+        called |= {name: options.pop(name) for name in ("progress",) if name in options}
+        own = {name: options.pop(name) for name in ("batch_pixels", "entries") if name in options}
+        captions = {"memory_bytes": options.pop("memory_bytes")} if "memory_bytes" in options else {}
+        if "text_entries" in options:
+            captions["entries"] = options.pop("text_entries")
+        config = DataConfig(**options)
+        return encode_images(
+            scan_folder(folder, config) if isinstance(folder, Path) else folder,
+            config,
+            captions=EncodedCaptions(self.text, **captions),
+            pictures=PictureEncoder(encode=self.image, downscale=4, **own),
+            **called,
+        )
+
+
+def add(folder: Path, name: str, size: tuple[int, int], colour: Any, caption: str | None = None) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path

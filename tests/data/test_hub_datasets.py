@@ -1,0 +1,136 @@
+"""Datasets of the package `datasets`; most of these tests need it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lorasmith.core.errors import DataError
+from lorasmith.data.folder import scan_folder, scan_sources
+from lorasmith.data.hub_datasets import dataset_folder, is_saved_dataset, unpacked_folder
+from lorasmith.data.sources import ImageSource
+from tests.data.folder_cases import add_image
+
+
+def picture(form: str, shade: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24), (shade, 0, 0)).save(file, form)
+    return file.getvalue()
+
+
+@pytest.fixture
+def datasets() -> Any:
+    return pytest.importorskip("datasets")
+
+
+def made(datasets: Any, **columns: list[Any]) -> Any:
+    features = datasets.Dataset.from_dict(columns).features
+    features["image"] = datasets.Image()
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def rows(*contents: bytes | None) -> list[Any]:
+    return [content and {"bytes": content, "path": None} for content in contents]
+
+
+def test_a_dataset_becomes_a_folder(datasets: Any, tmp_path: Path) -> None:
+    contents = [picture("PNG"), picture("JPEG")]
+    data = made(datasets, image=rows(*contents), text=["a dog", "a cat"], label=[1, 2])
+    folder = dataset_folder(data, tmp_path / "cache")
+    scan = scan_folder(folder)
+    assert [(image.path.name, image.caption) for image in scan.images] == [("0.png", "a dog"), ("1.jpeg", "a cat")]
+    assert [image.path.read_bytes() for image in scan.images] == contents
+    assert dataset_folder(data, tmp_path / "cache") == folder
+    assert dataset_folder(data.select([1]), tmp_path / "cache") != folder
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_list_of_captions_and_the_caller_s_own_files(datasets: Any, tmp_path: Path) -> None:
+    path = add_image(tmp_path / "own.png")
+    data = made(datasets, image=[str(path)], caption=[["a", "b"]])
+    (image,) = scan_folder(dataset_folder(data, tmp_path / "cache")).images
+    assert image.captions == ("a", "b")
+    path.unlink()
+    with pytest.raises(DataError, match=r"own\.png of a dataset cannot be read"):
+        dataset_folder(data, tmp_path / "other")
+    assert [one.suffix for one in (tmp_path / "other").iterdir()] == [".lock"]
+
+
+def test_a_saved_dataset_is_a_source(datasets: Any, tmp_path: Path) -> None:
+    data = made(datasets, image=rows(picture("PNG"), None), text=["a dog", "gone"])
+    data.save_to_disk(tmp_path / "saved")
+    assert is_saved_dataset(tmp_path / "saved")
+    source = ImageSource(str(tmp_path / "saved"), repeats=3)
+    scan = scan_sources([source], cache=tmp_path / "cache")
+    assert [(image.caption, image.repeats) for image in scan.images] == [("a dog", 3)]
+    assert scan.notes == ("1 entry of metadata files has no image here, such as row 1 without a picture",)
+    with pytest.raises(DataError, match="needs a folder for its images"):
+        scan_sources([source])
+
+
+def test_a_saved_dataset_names_no_files_elsewhere(
+    datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = add_image(tmp_path / "secret.png")
+    data = made(datasets, image=[str(secret)], text=["x"])
+    # As a stranger may write it: with the path alone.
+    monkeypatch.setattr("datasets.Image.embed_storage", lambda self, storage, *_, **__: storage)
+    data.save_to_disk(tmp_path / "saved")
+    loaded = datasets.load_from_disk(str(tmp_path / "saved")).cast_column("image", datasets.Image(decode=False))
+    assert loaded[0]["image"] == {"bytes": None, "path": str(secret)}
+    with pytest.raises(DataError, match="holds no images"):
+        scan_sources([ImageSource(str(tmp_path / "saved"))], cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/x.arrow", "..", 3])
+def test_a_saved_dataset_lists_no_files_elsewhere(datasets: Any, tmp_path: Path, name: object) -> None:
+    made(datasets, image=rows(picture("PNG")), text=["x"]).save_to_disk(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match=r"cannot be read \(state\.json: .*\); save it again"):
+        unpacked_folder(tmp_path / "saved", tmp_path / "cache")
+
+
+def test_a_forged_fingerprint_gives_no_other_dataset(datasets: Any, tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        made(datasets, image=rows(picture("PNG", number)), text=[name]).save_to_disk(tmp_path / name)
+        state = json.loads((tmp_path / name / "state.json").read_text())
+        (tmp_path / name / "state.json").write_text(json.dumps({**state, "_fingerprint": "same"}))
+    scans = [scan_sources([ImageSource(str(tmp_path / name))], cache=tmp_path / "cache") for name in "ab"]
+    assert [scan.images[0].caption for scan in scans] == ["a", "b"]
+
+
+def test_splits(datasets: Any, tmp_path: Path) -> None:
+    one, two = (made(datasets, image=rows(picture("PNG", n)), text=[str(n)]) for n in (1, 2))
+    datasets.DatasetDict({"test": one, "train": two}).save_to_disk(tmp_path / "both")
+    assert scan_sources([ImageSource(str(tmp_path / "both"))], cache=tmp_path / "c").images[0].caption == "2"
+    datasets.DatasetDict({"test": one, "x": two}).save_to_disk(tmp_path / "other")
+    with pytest.raises(DataError, match="has no split train; name the folder of one of its splits"):
+        unpacked_folder(tmp_path / "other", tmp_path / "c")
+    assert is_saved_dataset(tmp_path / "other" / "x")
+
+
+def test_what_is_no_dataset_of_images(datasets: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must have a column of images, got the columns text"):
+        dataset_folder(datasets.Dataset.from_dict({"text": ["a"]}), tmp_path)
+    with pytest.raises(DataError, match=r"must be a datasets\.Dataset, got dict"):
+        dataset_folder({}, tmp_path)
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"cannot be read .*save it again with save_to_disk"):
+        unpacked_folder(tmp_path, tmp_path / "cache")
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "state.json").write_text(json.dumps({}))
+    assert not is_saved_dataset(tmp_path)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({}))
+    with pytest.raises(DataError, match="needs the package of this name; run pip install datasets"):
+        scan_sources([ImageSource(str(tmp_path))], cache=tmp_path / "cache")
