@@ -13,6 +13,7 @@ from lorasmith.app.check_events import ImagesChecked
 from lorasmith.app.data_check import check_folder, check_scan, plain, token_counter
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.folders import ASSETS
+from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.families.base import FAMILIES
@@ -49,6 +50,16 @@ def test_the_model_decides_sizes(tiny: Model) -> None:
     assert (found.resolutions, found.multiple) == ((tiny.defaults.resolution,), tiny.defaults.pixel_multiple)
     larger = check_scan(scan, DataConfig(resolution=512), folder=FOX, model=tiny).preflight
     assert [one.kind for one in larger.findings] == ["tiny pictures"]
+
+
+def test_the_longest_of_several_captions_counts_with_its_trigger(tiny: Model, tmp_path: Path) -> None:
+    add(tmp_path / "1.png", photo(1), "a fox\na fox and " + "another and " * 90)
+    config = DataConfig(caption_lines=True, trigger="sks", prefix="photo of")
+    (one,) = check_scan(scan_folder(tmp_path, config), config, folder=tmp_path, model=tiny).preflight.images
+    count = token_counter(tiny)[0]
+    assert count is not None and one.tokens == count(
+        CaptionRules.of(config, is_class=False).plain(one.file.captions[1:])
+    )
 
 
 def test_captions_are_counted_by_the_model_s_tokenizer(tiny: Model, tmp_path: Path) -> None:
@@ -88,6 +99,14 @@ def test_json_values(tmp_path: Path) -> None:
     assert values["findings"][1]["images"] == ["2_dog/2.png"] and not values["is_fine"]
     assert values["skipped"][0]["name"] == "3.heic" and values["buckets"][0]["samples"] == 4
     assert (values["samples_per_epoch"], values["batch"], values["steps_per_epoch"]) == (4, 3, 2)
+
+
+def test_a_metadata_file_stands_for_its_folder(tmp_path: Path) -> None:
+    add(tmp_path / "in" / "1.png", photo(1))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "in/1.png", "text": "a dog"}\n', encoding="utf-8")
+    found = check_folder(tmp_path / "metadata.jsonl", DataConfig()).preflight
+    assert (found.folder, [one.name for one in found.images]) == (tmp_path, ["in/1.png"])
+    assert found.findings == () and found.captioned == 1
 
 
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import TokenLimit
@@ -50,7 +51,7 @@ def check_folder(
     """Scan and check a folder.
 
     Args:
-        folder: of images.
+        folder: of images, or a metadata file that lists them.
         config: settings of the data.
         files: of the model to train; its weights are not read.
         folders: where parts that the model lacks are searched; None to search nothing.
@@ -62,6 +63,7 @@ def check_folder(
         LorasmithError: folder, images, model or settings cannot be used.
     """
     scan = scan_folder(folder, config)
+    folder = folder if is_folder(folder) else folder.parent  # a metadata file is beside its images
     model = None if files is None else load_completed(files, folders).model
     return check_scan(
         scan, config, folder=folder, model=model, batch=batch, validation_share=validation_share, progress=progress

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class PictureQuality:
 
 
 def measured(picture: Image.Image) -> PictureQuality:
-    """The quality of a picture of any mode and at least 2×2 pixels, reduced to `MEASURED_EDGE` where it is larger."""
+    """The quality of a picture of any mode and size, reduced to `MEASURED_EDGE` where it is larger."""
     grey = picture.convert("L")
     grey.thumbnail((MEASURED_EDGE, MEASURED_EDGE), Image.Resampling.LANCZOS)
     small = np.asarray(grey.resize((_HASHED, _HASHED), Image.Resampling.BOX), dtype=np.float64)
@@ -118,6 +119,8 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
 
 def _blur(grey: Image.Image) -> float | None:
     """Blur of the sharpest tiles; None where no tile has enough contrast."""
+    if min(grey.size) < 2:
+        return None
     means = []
     for step_x, step_y in ((1, 0), (0, 1)):
         before = _differences(grey, step_x, step_y)
@@ -134,6 +137,8 @@ def _blur(grey: Image.Image) -> float | None:
 
 def _greatest_step(grey: Image.Image) -> int:
     """The greatest difference of neighbouring pixels."""
+    if min(grey.size) < 2:
+        return 255
     return max(int(_differences(grey, *step).getextrema()[1]) for step in ((1, 0), (0, 1)))  # type: ignore[arg-type]
 
 
@@ -144,7 +149,7 @@ def _differences(grey: Image.Image, step_x: int, step_y: int) -> Image.Image:
     return ImageChops.difference(grey.crop((0, 0, width, height)), neighbours)
 
 
-def _tile_means(grey: Image.Image) -> NDArray[np.float32]:
+def _tile_means(grey: Image.Image) -> NDArray[Any]:
     """Mean of each tile of a picture, which has at most 4×4."""
     levels = np.asarray(grey).astype(np.float32)
     rows, columns = (_averages(length) for length in levels.shape)
@@ -179,6 +184,6 @@ def _cosines() -> NDArray[np.float64]:
 def _standardised(small: bytes) -> NDArray[np.float32]:
     """The small copy with mean 0 and length 1, whose products are correlations."""
     levels = np.frombuffer(small, dtype=np.uint8).astype(np.float32)
-    levels = levels - levels.mean()
+    levels = levels - levels.mean(dtype=np.float32)
     length = float(np.linalg.norm(levels))
-    return (levels / length if length else levels).astype(np.float32)
+    return np.asarray(levels / (length or 1), dtype=np.float32)

@@ -290,7 +290,7 @@ def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality
     for group in look_alikes(qualities):
         best = max(group, key=lambda index: (*_worth(images[index]), -index))
         others = tuple(index for index in group if index != best)
-        originals: dict[bytes, int] = {}
+        originals: dict[str, int] = {}
         copies = []
         for index in (best, *others):
             original = originals.setdefault(images[index].file.digest, index)
