@@ -70,7 +70,7 @@ class PictureQuality:
 def measured(picture: Image.Image) -> PictureQuality:
     """The quality of a picture of any mode and size, reduced to `MEASURED_EDGE` where it is larger."""
     grey = picture.convert("L")
-    grey.thumbnail((MEASURED_EDGE, MEASURED_EDGE), Image.Resampling.LANCZOS)
+    grey.thumbnail((MEASURED_EDGE, MEASURED_EDGE), Image.Resampling.HAMMING)
     small = np.asarray(grey.resize((_HASHED, _HASHED), Image.Resampling.BOX), dtype=np.float64)
     copy = small.reshape(_COMPARED, 2, _COMPARED, 2).mean(axis=(1, 3)).round().astype(np.uint8).tobytes()
     (deviation,) = ImageStat.Stat(grey).stddev
