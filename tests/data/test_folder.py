@@ -199,6 +199,13 @@ def test_links_to_outside_are_named(tmp_path: Path) -> None:
 
     assert scan_folder(folder).notes == (f"2 files are links to outside of the folder, such as a.png to {elsewhere}",)
 
+    (folder / "metadata.json").symlink_to(tmp_path / "elsewhere" / "m.json")
+    (tmp_path / "elsewhere" / "m.json").write_text('{"a": {"caption": "x"}}')
+    (folder / "inside").symlink_to("metadata.json")
+    (folder / "more").symlink_to(elsewhere.parent)
+    (folder / "c.png").symlink_to("b.png")
+    assert "5 files are links to outside" in scan_folder(folder, DataConfig(recursive=True)).notes[-1]
+
 
 def test_repeats_and_weights_of_sources(tmp_path: Path) -> None:
     add_image(tmp_path / "a" / "10_x" / "1.png", "one")

@@ -29,7 +29,6 @@ class Candidate:
     """An image file, not opened yet.
 
     Attributes:
-        root: the folder of its source.
         folder: where it is.
         name: of the file.
         repeats: number of its occurrences in an epoch.
@@ -42,7 +41,6 @@ class Candidate:
         mask: its mask.
     """
 
-    root: str
     folder: ListedFolder
     name: str
     repeats: int
@@ -102,7 +100,7 @@ def candidates(
             _remark_origin(folder, only, remarks)
         for name in folder.images:
             stem = stem_of(name)
-            found = Candidate(root, folder, name, folder.repeats * source.repeats, source.weight)
+            found = Candidate(folder, name, folder.repeats * source.repeats, source.weight)
             if not metadata.give(found):
                 remarks.add(Remark.UNNAMED, name)
                 continue
@@ -155,6 +153,8 @@ class _MetadataFiles:
                 if other != name:
                     self._skipped.append((folder.file(other), f"is not read besides {name}; keep one of them"))
             path = folder.file(name)
+            if real := folder.outside(name):
+                self._remarks.add(Remark.LINKS, f"{name} to {real}")
             try:
                 content: Metadata | MetadataError = read_metadata(path)
             except MetadataError as error:
