@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def test_names_inside_of_the_folder(tmp_path: Path) -> None:
     names = ("a/../1.png", "a\\2.png", f"{tmp_path}/3.png", f"{tmp_path}/x/../4.png")
     found = read(tmp_path, lines(*({"file_name": name, "text": "x"} for name in names)))
     assert list(found.captions) == ["1.png", "a/2.png", "3.png", "4.png"]
+
+
+def test_names_in_another_form_of_unicode(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    for written, stored in ((composed, decomposed), (decomposed, composed)):
+        found = read(tmp_path, lines({"file_name": written, "text": "x"}))
+        assert found.captions[str(found.entry(stored))] == ("x",)
 
 
 @pytest.mark.parametrize(

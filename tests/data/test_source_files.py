@@ -197,6 +197,8 @@ def test_masks_in_a_folder_of_their_own(tmp_path: Path) -> None:
     assert scan.notes == ("1 mask is not used, such as 9.png, as there is no image of the name, or another mask",)
     with pytest.raises(DataError, match=r"mask_folder must be a folder, got .*; check the path"):
         scan_folder(photos, DataConfig(masks="files", mask_folder=str(tmp_path / "none")))
+    with pytest.raises(DataError, match="mask_folder must be another folder than that of the images"):
+        scan_folder(photos, DataConfig(masks="files", mask_folder=str(photos / "masks" / "..")))
 
 
 def test_an_image_whose_mask_cannot_be_used_is_left_out(tmp_path: Path) -> None:

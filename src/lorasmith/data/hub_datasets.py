@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def _content(picture: Any, *, outside: bool) -> bytes | None:
 def _suffix(content: bytes) -> str:
     """The suffix of a picture's format; PNG's for what is none, which the scan then names."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
             suffix = f".{(picture.format or '').lower()}"
     except Exception:
         return ".png"

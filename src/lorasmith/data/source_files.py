@@ -82,7 +82,7 @@ def candidates(
         only = _Known("", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
     metadata = _MetadataFiles(only, skipped, remarks)
-    masks = _Masks(config, remarks)
+    masks = _Masks(root, config, remarks)
     for folder in list_folders(
         root,
         recursive=config.recursive or only is not None,
@@ -201,7 +201,7 @@ class _MetadataFiles:
 class _Masks:
     """Masks beside the images, or in a folder of their own."""
 
-    def __init__(self, config: DataConfig, remarks: Remarks) -> None:
+    def __init__(self, root: str, config: DataConfig, remarks: Remarks) -> None:
         self._on, self._remarks = config.masks == "files", remarks
         self._elsewhere: dict[str, Path] = {}
         self._used: set[Path] = set()
@@ -209,6 +209,10 @@ class _Masks:
         if folder is not None:
             if not is_folder(Path(folder)):
                 raise DataError(f"mask_folder must be a folder, got {folder}; check the path")
+            if Path(folder).resolve() == Path(root).resolve():
+                raise DataError(
+                    f"mask_folder must be another folder than that of the images, got {folder}; leave it out"
+                )
             for listed in list_folders(folder, recursive=True, masks=True, mask_folder=None, skipped=[]):
                 named = [(stem_of(name), name) for name in listed.images]
                 named += [(stem, name) for stem, names in listed.masks.items() for name in names]
