@@ -81,6 +81,7 @@ def candidates(
     elif Path(root).suffix.lower() in METADATA_SUFFIXES and is_regular(Path(root)):
         only = _Known("", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
+    from_files = config.captions == "files"
     metadata = _MetadataFiles(only, skipped, remarks)
     masks = _Masks(root, config, remarks)
     for folder in list_folders(
@@ -94,7 +95,7 @@ def candidates(
             skipped.append((Path(folder.path), f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
             continue
         skipped += folder.foreign if only is None else ()
-        if config.captions == "files":
+        if from_files:
             metadata.enter(folder)
         else:
             _remark_origin(folder, only, remarks)
@@ -104,14 +105,14 @@ def candidates(
             if not metadata.give(found):
                 remarks.add(Remark.UNNAMED, name)
                 continue
-            if config.captions != "files":
+            if not from_files:  # it only says which images there are
                 found.entry, found.refused = (), ""
             found.mask = masks.of(folder, stem)
-            if config.captions == "files" and (files := folder.captions.get(stem)):
+            if from_files and (files := folder.captions.get(stem)):
                 found.caption_file = files[0]
                 remarks.add(Remark.SECOND_FILE, files[-1], len(files) - 1)
             yield found
-        if only is None and config.captions == "files":
+        if only is None and from_files:
             _remark_orphans(folder, remarks)
         masks.leave(folder)
     metadata.finish()
