@@ -11,7 +11,6 @@ and without pictures of the class.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import tempfile
@@ -32,7 +31,13 @@ from lorasmith.training.config import TrainConfig
 from tools.pretrain.judge import Judge
 
 SUBJECT = ("sks lion", "sks lion, on a white background", "sks lion, noto style")
-CLASS = ("a lion", "a lion, noto style", "a lion, flat style", "a lion, on a blue background", "a lion, on a black background")
+CLASS = (
+    "a lion",
+    "a lion, noto style",
+    "a lion, flat style",
+    "a lion, on a blue background",
+    "a lion, on a black background",
+)
 
 
 def subject_folder(folder: Path) -> Path:

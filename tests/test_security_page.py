@@ -22,6 +22,8 @@ from lorasmith.cli.main import main
 from lorasmith.core.errors import LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
 from lorasmith.data.encoding_cache import EncodingCache, key_of
+from lorasmith.data.folder import scan_folder, scan_sources
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.tokenizers import folder_tokenizer
@@ -206,6 +208,25 @@ def captions(tmp_path: Path) -> None:
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+def image_metadata(tmp_path: Path) -> None:
+    secret = picture(tmp_path / "secret.png", "secret", (200, 0, 0))
+    (tmp_path / "photos").mkdir()
+    shutil.copy(secret, tmp_path / "photos" / "1.png")
+    entries = [{"file_name": name, "text": "x"} for name in ("../secret.png", str(secret), "1.png")]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    scan = scan_folder(tmp_path / "photos" / "metadata.jsonl")
+    assert [one.path for one in scan.images] == [tmp_path / "photos" / "1.png"]
+    assert "as they name files outside of the folder" in scan.notes[0]
+
+
+def saved_dataset(tmp_path: Path) -> None:
+    """What needs the package `datasets` is tried in tests/data/test_hub_datasets.py."""
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))
+    with pytest.raises(LorasmithError, match="names files in other folders"):
+        scan_sources([ImageSource(str(tmp_path))], cache=tmp_path / "cache")
+
+
 def yaml_file(tmp_path: Path) -> None:
     (tmp_path / "paths.yaml").write_text("a: !!python/object/apply:sys.exit [code of a file was run]")
     with pytest.raises(OptionError, match="must be a readable YAML file"):
@@ -248,6 +269,8 @@ LINES: dict[str, Callable[..., None] | None] = {
     "diffusers folder": diffusers_folder,
     "workflow": workflow,
     "images and captions": captions,
+    "metadata file of images": image_metadata,
+    "folder saved by `datasets`": saved_dataset,
     "`extra_model_paths.yaml`": yaml_file,
     "encoding cache": encodings,
     "any text in a command to copy": copied,

@@ -38,10 +38,13 @@ class ListedFolder:
         metadata: names of metadata files.
         links: names that are links.
         foreign: names of pictures in formats that are not read, with reasons.
+        source: the source itself, links resolved.
+        is_inside: whether it is inside of the source when links are resolved.
     """
 
     path: str
     inside: str
+    source: Path
     repeats: int = 1
     caption: str = ""
     images: list[str] = field(default_factory=list)
@@ -50,10 +53,21 @@ class ListedFolder:
     metadata: list[str] = field(default_factory=list)
     links: set[str] = field(default_factory=set)
     foreign: Skipped = field(default_factory=list)
+    is_inside: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_inside = _resolved(self.path).is_relative_to(self.source)
 
     def file(self, name: str) -> Path:
         """The path of a file in it."""
         return Path(self.path, name)
+
+    def outside(self, name: str) -> str | None:
+        """Where a file of it is, if that is outside of the source because of a link."""
+        if name not in self.links and self.is_inside:
+            return None
+        real = _resolved(str(self.file(name)))
+        return None if real.is_relative_to(self.source) else str(real)
 
     def key(self, name: str) -> str:
         """The path of a file in it relative to the source."""
@@ -76,7 +90,8 @@ def list_folders(
         DataError: `root` is missing, is a file, or cannot be read.
     """
     seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
-    ahead = [ListedFolder(root, "")]
+    source = _resolved(root)
+    ahead = [ListedFolder(root, "", source)]
     while ahead:
         listed = ahead.pop()
         try:
@@ -109,7 +124,7 @@ def list_folders(
                 seen.add(identity)
                 if not repeats:
                     repeats, caption = listed.repeats, listed.caption
-                found.append(ListedFolder(str(path), listed.key(name), repeats, caption))
+                found.append(ListedFolder(str(path), listed.key(name), source, repeats, caption))
         ahead += reversed(found)
 
 
@@ -169,6 +184,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself, which is named as an unreadable image if it has the name of one
         return False
+
+
+def _resolved(path: str) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, ValueError, RuntimeError):  # a name that nothing can have, or a loop
+        return Path(path)
 
 
 def _identity(path: str) -> tuple[int, int] | str:
