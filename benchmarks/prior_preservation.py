@@ -3,9 +3,9 @@
     python -m benchmarks.prior_preservation
 
 Six pictures of a fox, which the model does not know, are trained as `sks lion`. The score of the class is the share of
-pictures of a lion (no trigger; in styles and on backgrounds of the training data) in which a classifier sees a lion, the
-score of the subject that of `sks lion` in which it sees a fox. Prints both for the base model, and for LoRAs trained with
-and without pictures of the class.
+pictures of a lion (no trigger, in styles and on backgrounds that the model knows) in which a classifier sees a lion,
+the score of the subject that of `sks lion` in which it sees a fox. Prints both for the base model, and for LoRAs
+trained with and without pictures of the class.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
+from lorasmith.data.framed_pictures import mask_of, place_weights
 from lorasmith.data.picture_encoding import EncodedFraming, FramedImage, PictureEncoder, Progress, encode_pictures
-from lorasmith.data.pictures import mask_of, place_weights
 from lorasmith.families.model import Model
 
 __all__ = ["encode_images", "encode_scan", "load_dataset"]
