@@ -13,6 +13,7 @@ _MODULES = (
     "conditioning",
     "custom_sampling",
     "datasets",
+    "image_sets",
     "images",
     "latents",
     "loaders",
@@ -23,6 +24,7 @@ _MODULES = (
     "primitives",
     "sampling",
     "strings",
+    "text_sets",
     "text_encoding",
     "training",
 )
