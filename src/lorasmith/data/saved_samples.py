@@ -11,9 +11,10 @@ shards (`comfyui_shards.py`) by the same rules.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +73,11 @@ class SavedSamples:
         """All conditionings in order."""
         return [one for combined in self.conditioning for one in combined]
 
+    @property
+    def distinct(self) -> list[Conditioning]:
+        """The conditionings, those that several latents share once."""
+        return list({id(one): one for one in self.flat}.values())
+
     def check(self, place: str) -> None:
         """Raise DataError unless numbers, shapes, dtypes and values are those of samples.
 
@@ -87,9 +93,9 @@ class SavedSamples:
                 f"{place} must hold one conditioning per latent or one for all, got {len(prompts):,} for {latents:,}; "
                 "encode as many captions as images"
             )
-        for number, batch in enumerate(self.latents):
-            _check_latents(batch.samples, f"{place}: latents {number}")
-        for number, prompt in enumerate({id(one): one for one in prompts}.values()):
+        for number, samples in enumerate({id(one.samples): one.samples for one in self.latents}.values()):
+            _check_latents(samples, f"{place}: latents {number}")
+        for number, prompt in enumerate(self.distinct):
             _check_prompt(prompt, f"{place}: conditioning {number}")
 
 
@@ -110,9 +116,7 @@ def write_samples(folder: Path, samples: SavedSamples, *, shard_size: int) -> in
     """
     samples.check("a data set")
     _refuse_other_content(folder)
-    numbers: dict[int, int] = {}
-    for prompt in samples.flat:
-        numbers.setdefault(id(prompt), len(numbers))
+    numbers = {id(prompt): number for number, prompt in enumerate(samples.distinct)}
     with atomic_folder(folder) as new:
         names = []
         for number, tensors in enumerate(_shards(samples, numbers, shard_size)):
@@ -126,7 +130,7 @@ def write_samples(folder: Path, samples: SavedSamples, *, shard_size: int) -> in
             shards=names,
             latents=[(len(batch.samples), batch.downscale) for batch in samples.latents],
             conditioning=[[numbers[id(one)] for one in combined] for combined in samples.conditioning],
-            prompts=[_Prompt(_storable(one.text), one.span) for one in _distinct(samples)],
+            prompts=[_Prompt(_storable(one.text), one.span) for one in samples.distinct],
         )
         write_atomic(new / INDEX, json.dumps(dataclasses.asdict(index), ensure_ascii=False))
     return len(names)
@@ -139,6 +143,8 @@ def read_samples(folder: Path) -> SavedSamples:
         DataError: a file is missing, damaged or contradicts the index, or these are no samples.
     """
     index = _index(folder)
+    if len(set(index.shards)) < len(index.shards):
+        raise DataError(f"{folder / INDEX} must name each shard once; {_AGAIN}")
     tensors: dict[str, Tensor] = {}
     for name in index.shards:
         found, _ = read_safetensors(inside(folder, name), DataError)
@@ -149,7 +155,7 @@ def read_samples(folder: Path) -> SavedSamples:
         tensors |= found
     latents = [
         LatentBatch(_joined(tensors, numbers, folder), downscale)
-        for numbers, (_, downscale) in zip(_ranges(index, len(tensors), folder), index.latents, strict=True)
+        for numbers, (_, downscale) in zip(_ranges(index, tensors, folder), index.latents, strict=True)
     ]
     parts = _parts_by_prompt(tensors, len(index.prompts), folder)
     prompts = [
@@ -233,10 +239,6 @@ def _tensors_of(prompt: Conditioning, number: int) -> dict[str, Tensor]:
     return tensors if prompt.mask is None else {**tensors, f"prompt.{number}.mask": prompt.mask}
 
 
-def _distinct(samples: SavedSamples) -> list[Conditioning]:
-    return list({id(one): one for one in samples.flat}.values())
-
-
 def _storable(text: str | None) -> str | None:
     """A text without lone surrogates, which UTF-8 does not have."""
     return None if text is None else text.encode("utf-8", "replace").decode()
@@ -255,15 +257,16 @@ def _refuse_other_content(folder: Path) -> None:
         )
 
 
-def _ranges(index: _Index, tensors: int, folder: Path) -> list[range]:
+def _ranges(index: _Index, tensors: Iterable[str], folder: Path) -> list[range]:
     """Numbers of the latents of each batch."""
-    ranges, start = [], 0
-    for count, _ in index.latents:
-        if not 0 < count <= tensors - start:
-            raise DataError(f"{folder / INDEX} announces latents that no shard holds; {_AGAIN}")
-        ranges.append(range(start, start + count))
-        start += count
-    return ranges
+    counts = [count for count, _ in index.latents]
+    held = sum(name.startswith("latent.") for name in tensors)
+    if sum(counts) != held or any(count < 1 for count in counts):
+        raise DataError(
+            f"the shards of {folder} must hold the {sum(counts):,} latents of its index, and hold {held:,}; {_AGAIN}"
+        )
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 def _joined(tensors: Mapping[str, Tensor], numbers: range, folder: Path) -> Tensor:

@@ -23,6 +23,7 @@ _MODULES = (
     "patterns",
     "primitives",
     "sampling",
+    "saved_datasets",
     "strings",
     "text_sets",
     "text_encoding",
