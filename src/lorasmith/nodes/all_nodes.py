@@ -28,6 +28,7 @@ _MODULES = (
     "text_sets",
     "text_encoding",
     "training",
+    "videos",
 )
 
 
