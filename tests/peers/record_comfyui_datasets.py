@@ -5,7 +5,7 @@
 
 Needs an environment with ComfyUI's requirements. Inputs are those of `dataset_cases.py`. Written:
 
-    comfyui_dataset_nodes.safetensors     pictures and latents by case and number; texts and orders as JSON in its header
+    comfyui_dataset_nodes.safetensors     pictures and latents by case and number; texts, orders as JSON in its header
     comfyui_dataset/                      shard_0000.pkl, shard_0001.pkl and metadata.json of SaveTrainingDataset
 """
 

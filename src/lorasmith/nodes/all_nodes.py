@@ -13,6 +13,7 @@ _MODULES = (
     "conditioning",
     "custom_sampling",
     "datasets",
+    "extraction",
     "image_sets",
     "images",
     "latents",
