@@ -6,7 +6,7 @@ are computed on it, in the order in which the LoRAs are applied. Nothing is appl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,13 +76,15 @@ def extract_patches(
         LoraError: nothing changes.
     """
     by_component = {part.component: part for part in parts}
-    refs = [ModuleRef(part.component, path) for part in parts for path in part.paths]
-    layers = [ref for ref in refs if is_targetable(by_component[ref.component].module.get_submodule(ref.path))]
+    paths = {_as_written(ModuleRef(part.component, path), names): path for part in parts for path in part.paths}
+    layers = [
+        ref for ref, path in paths.items() if is_targetable(by_component[ref.component].module.get_submodule(path))
+    ]
     groups = by_tensor(_with_neighbours(layers, names), names)
     adapters: dict[ModuleRef, AdapterWeights] = {}
     whole: dict[ModuleRef, dict[str, Tensor]] = {}
     for done, (name, group) in enumerate(groups.items(), start=1):
-        pieces = {ref: _weight_change(by_component[ref.component], ref.path) for ref, _ in group}
+        pieces = {ref: _weight_change(by_component[ref.component], paths.get(ref, ref.path)) for ref, _ in group}
         changed = {ref: piece for ref, piece in pieces.items() if piece.any()}
         if rank is None:
             whole |= {ref: {"weight": piece} for ref, piece in changed.items()}
@@ -90,8 +92,10 @@ def extract_patches(
             adapters |= cut_down(name, group, list(pieces.values()), rank=rank, device=device)[0]
         if progress is not None:
             progress(done, len(groups))
-    for ref, sums in (_rest(by_component, refs, set(layers)) if differences else {}).items():
-        whole[ref] = whole.get(ref, {}) | sums
+    if differences:
+        for ref, path in paths.items():
+            if rest := _other_changes(by_component[ref.component], path, weight=ref not in layers):
+                whole[ref] = whole.get(ref, {}) | rest
     if not adapters and not whole:
         raise LoraError("the LoRAs on the model change nothing that can be extracted; apply one at another strength")
     return AdapterState(with_one_alpha(adapters), whole)
@@ -122,17 +126,17 @@ def _weight_change(part: PatchedPart, path: str) -> Tensor:
     return (after - before).cpu()
 
 
-def _rest(
-    parts: Mapping[str, PatchedPart], refs: Iterable[ModuleRef], layers: set[ModuleRef]
-) -> dict[ModuleRef, dict[str, Tensor]]:
-    """Differences of biases, norms and embeddings, summed over the LoRAs."""
-    found: dict[ModuleRef, dict[str, Tensor]] = {}
-    for ref in refs:
-        for module, strength in parts[ref.component].changes_of(ref.path):
-            for name, difference in module.differences.items():
-                if name == "weight" and ref in layers:
-                    continue
-                sums = found.setdefault(ref, {})
+def _other_changes(part: PatchedPart, path: str, *, weight: bool) -> dict[str, Tensor]:
+    """Differences of a module's parameters summed over the LoRAs, that of the weight on request."""
+    sums: dict[str, Tensor] = {}
+    for module, strength in part.changes_of(path):
+        for name, difference in module.differences.items():
+            if weight or name != "weight":
                 sums[name] = sums.get(name, torch.zeros(())) + difference.float() * strength
-    changed = {ref: {name: one for name, one in sums.items() if one.any()} for ref, sums in found.items()}
-    return {ref: sums for ref, sums in changed.items() if sums}
+    return {name: one for name, one in sums.items() if one.any()}
+
+
+def _as_written(ref: ModuleRef, names: ModelNames) -> ModuleRef:
+    """A module by its path in files, where a CLIP's begin with `text_model.` whatever transformers calls it."""
+    is_known = ref.component == DENOISER or ref.path in names.paths(ref.component)
+    return ref if is_known else ModuleRef(ref.component, f"text_model.{ref.path}")
