@@ -194,9 +194,10 @@ def _video(entry: Path, repeats: int, notes: list[str]) -> list[VideoFile]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Entries of a folder except hidden ones, in natural order."""
+    """Entries of a folder except hidden ones, in natural order, subfolders last."""
     try:
-        return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_natural)
+        entries = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_natural)
+        return sorted(entries, key=is_folder)
     except OSError as error:
         raise DataError(f"video folder {folder} cannot be read ({error.strerror}); check it") from error
 

@@ -92,9 +92,10 @@ def extract_patches(
             adapters |= cut_down(name, group, list(pieces.values()), rank=rank, device=device)[0]
         if progress is not None:
             progress(done, len(groups))
+    of_layers = set(layers)
     if differences:
         for ref, path in paths.items():
-            if rest := _other_changes(by_component[ref.component], path, weight=ref not in layers):
+            if rest := _other_changes(by_component[ref.component], path, weight=ref not in of_layers):
                 whole[ref] = whole.get(ref, {}) | rest
     if not adapters and not whole:
         raise LoraError("the LoRAs on the model change nothing that can be extracted; apply one at another strength")
