@@ -3,8 +3,8 @@
     python -m tools.example_graphs
 
 The graphs of the families are the same but for loaders and sampling: load the parts under the file names of ComfyUI's
-templates, and a folder of images with texts, train, save, plot, and draw a picture with the LoRA. That of a folder trains
-on images of several sizes, in buckets. A test compares the files.
+templates, and a folder of images with texts, train, save, plot, and draw a picture with the LoRA. That of a folder
+trains on images of several sizes, in buckets. A test compares the files.
 """
 
 from __future__ import annotations

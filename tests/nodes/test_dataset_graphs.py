@@ -79,3 +79,23 @@ def test_a_saved_data_set_trains_as_the_one_it_was_made_of(folders: Folders) -> 
     Executor(folders).run(validate({key: one for key, one in graph("mixed", "3").items() if key in "1235"}, folders))
     loaded, _ = trained(folders, graph("mixed", "6"), "1678")
     assert loaded == plain
+
+
+def test_a_data_set_that_comfyui_saved_trains_as_ours(folders: Folders) -> None:
+    """ComfyUI's conditionings have a pooled vector for every model; Stable Diffusion 1 has no use for it."""
+    plain, _ = trained(folders, graph("mixed", "3"), "12378")
+    kept = {key: one for key, one in graph("mixed", "3").items() if key in "1235"}
+    result = Executor(folders).run(validate(kept, folders))["3"].outputs
+    theirs = {
+        "latents": list(result[0]),
+        "conditioning": [
+            [[one.tensors["context"], {"pooled_output": torch.ones(1, 768)}] for one in combined]
+            for combined in result[1]
+        ],
+    }
+    (folders.base / "datasets" / "theirs").mkdir()
+    torch.save(theirs, folders.base / "datasets" / "theirs" / "shard_0000.pkl")
+    nodes = graph("mixed", "6")
+    nodes["6"]["inputs"]["folder_name"] = "theirs"
+    loaded, _ = trained(folders, nodes, "1678")
+    assert loaded == plain

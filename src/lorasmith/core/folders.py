@@ -195,14 +195,9 @@ class Folders:
 
     def datasets(self) -> list[str]:
         """Sorted names of the saved training data sets."""
-        return sorted(
-            {
-                folder.relative_to(root).as_posix()
-                for root in self._dataset_roots()
-                for folder, names in _walk(root)
-                if folder != root and any(name.startswith(DATASET_SHARD) for name in names)
-            }
-        )
+        below = [(root, *entry) for root in self._dataset_roots() for entry in _walk(root) if entry[0] != root]
+        found = {(root, folder) for root, folder, names in below for name in names if name.startswith(DATASET_SHARD)}
+        return sorted({folder.relative_to(root).as_posix() for root, folder in found})
 
     def find_dataset(self, name: str) -> Path:
         """The folder of the saved data set `name`. Raises DataError when there is none."""
@@ -211,15 +206,12 @@ class Folders:
             if is_folder(root / relative):
                 return root / relative
         raise DataError(
-            f"no folder {name!r} in {self.base / 'datasets'}{nearest(name, self.datasets())}; save a training data set "
-            "under this name or choose one that is there"
+            f"no folder {name!r} in {self.base / 'datasets'}{nearest(name, self.datasets())}; choose one that is there"
         )
 
     def new_dataset(self, name: str) -> Path:
         """The folder for a data set `name`; it may exist. Raises OutputError for names that no folder can have."""
-        relative = _contained(name, "a folder name", OutputError)
-        _check_parts(relative, "a folder name")
-        return self.base / "datasets" / relative
+        return self.base / "datasets" / _for_new_file(name, "a folder name")
 
     def numbered(
         self,
@@ -243,8 +235,7 @@ class Folders:
             OutputError: the prefix is empty or leaves the folder, or the name is too long for a file system.
         """
         filled = _fill_tokens(prefix, width, height, now or time.localtime())
-        relative = _contained(filled, "a file name prefix", OutputError)
-        _check_parts(relative, "a file name prefix")
+        relative = _for_new_file(filled, "a file name prefix")
         folder = self.place(place) / relative.parent
         subfolder = relative.parent.as_posix()
         return NumberedFiles(
@@ -342,12 +333,15 @@ def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPa
     return relative
 
 
-def _check_parts(relative: PurePosixPath, what: str) -> None:
+def _for_new_file(name: str, what: str) -> PurePosixPath:
+    """`name` as a relative path that a file system takes."""
+    relative = _contained(name, what, OutputError)
     if len(relative.parts) > _MOST_PARTS or any(file_stem(part) != part for part in relative.parts):
         raise OutputError(
             f"{what} must be at most {_MOST_PARTS} names of {MAX_STEM_BYTES} bytes without control characters, got "
-            f"{str(relative)!r}; use a shorter one"
+            f"{name!r}; use a shorter one"
         )
+    return relative
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ only containers of videos are opened, none of the formats in which a file names 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,7 +122,8 @@ def open_video(path: Path) -> Video:
     """
     with _opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
-        count = stream.frames if stream.frames > 0 else sum(1 for _ in container.decode(stream))
+        decoded = itertools.islice(container.decode(stream), _MOST_FRAMES + 1)
+        count = stream.frames if stream.frames > 0 else sum(1 for _ in decoded)
         if not 0 < count <= _MOST_FRAMES or width < 1 or height < 1:
             raise DataError(f"{path} must have 1 to {_MOST_FRAMES:,} frames, got {count:,}; cut it into pieces")
         return Video(
