@@ -3,9 +3,9 @@
 A shard is a torch file (a zip archive) with `latents`, a list of `{"samples": tensor}`, and `conditioning`, a list of
 lists of pairs `[context, {"pooled_output": tensor, ...}]`.
 
-Pickles can run code, and even torch's restricted reader calls more functions than a data set needs, some of which
-allocate what a file asks for. So the names in a pickle are looked at first, and only those of tensors pass; then torch
-reads it with `weights_only`, memory-mapped, where no tensor can reach beyond the file.
+Pickles can run code. torch reads these with `weights_only`, which runs none, and memory-mapped, where no tensor reaches
+beyond the file. Even this reader calls more functions than a data set needs, some of which allocate what a file asks
+for, so the names in a pickle are looked at before, and only those of tensors pass.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def extract_and_save_lora(
     names, family, title, predicts = _model(model_diff, text_encoder_diff)
     state = extract_patches(parts, names, rank=limit, differences=bias_diff, device=best_device(), progress=progress)
     count = max(len(part.patches) for part in parts)
-    note = f"extracted from {count} LoRAs on {title}" + ("" if limit is None else f" at rank {limit}")
+    what = f"{count} LoRA{'s' if count != 1 else ''}"
+    note = f"extracted from {what} on {title}" + ("" if limit is None else f" at rank {limit}")
     metadata = extracted_metadata(family, predicts, state.adapters.values(), model=title, title="", note=note)
     lora = Lora(state.with_metadata(metadata), names)
     context.log(f"The LoRA is at {save_lora(context, lora, filename_prefix)}.")
