@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dataset_cases import FRAME_CASES, FRAMES
+from safetensors import safe_open
 
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.data.video_files import Video
 from tests.data.video_cases import movie
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "comfyui_dataset_nodes.safetensors"
 
 
 def video(frames: int = 20, width: int = 32) -> Video:
@@ -20,38 +25,18 @@ def video(frames: int = 20, width: int = 32) -> Video:
     return Video(Path("a.mp4"), range(frames), Fraction(10), width, 16, 8, "sRGB")
 
 
-@pytest.mark.parametrize(
-    ("inputs", "expected"),
-    [
-        ({"num_frames": 4}, [0, 6, 13, 19]),
-        ({"num_frames": 1}, [10]),
-        ({"num_frames": 99}, list(range(20))),
-        ({"num_frames": 3, "strategy": "head"}, [0, 1, 2]),
-        ({"num_frames": 3, "strategy": "tail"}, [17, 18, 19]),
-        (
-            {"num_frames": 5, "strategy": "random", "seed": 2**64 - 1},
-            # As ComfyUI draws them, from numpy's frozen generator.
-            sorted(np.random.RandomState((2**64 - 1) % (2**32 - 1)).choice(20, size=5, replace=False).tolist()),
-        ),
-    ],
-)
-def test_frames_are_sampled(bench: Any, inputs: dict[str, Any], expected: list[int]) -> None:
-    assert list(bench.one("VideoFrameSample", video=video(), **inputs).frames) == expected
+@pytest.mark.parametrize("case", range(len(FRAME_CASES)), ids=lambda case: f"{case}-{FRAME_CASES[case][0]}")
+def test_the_frames_are_those_that_comfyui_chooses(bench: Any, case: int) -> None:
+    node, inputs = FRAME_CASES[case]
+    with safe_open(GOLDEN, "pt") as file:
+        expected = json.loads(file.metadata()["frames"])[case]
+    assert list(bench.one(node, video=video(FRAMES), **inputs).frames) == expected
 
 
 def test_frames_of_chosen_frames_are_chosen_among_these(bench: Any) -> None:
     part = bench.one("VideoTemporalCrop", video=video(), start_frame=10, length=8)
     assert list(bench.one("VideoFrameSample", video=part, num_frames=2).frames) == [10, 17]
     assert list(bench.one("VideoTemporalCrop", video=part, start_frame=99, length=8).frames) == [17]
-
-
-@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
-def test_a_random_part_is_where_comfyui_takes_it(bench: Any, seed: int) -> None:
-    start = np.random.RandomState(seed % (2**32 - 1)).randint(0, 14)
-    assert list(bench.one("VideoRandomTemporalCrop", video=video(), length=7, seed=seed).frames) == list(
-        range(start, start + 7)
-    )
-    assert list(bench.one("VideoRandomTemporalCrop", video=video(), length=70, seed=seed).frames) == list(range(20))
 
 
 def test_shuffled_videos_keep_their_texts(bench: Any) -> None:

@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["IMAGE_CASES", "ORDER_CASES", "REBATCH", "TEXT_CASES", "Case", "alike", "numbered", "picture", "samples"]
+__all__ = [
+    "FRAMES",
+    "FRAME_CASES",
+    "IMAGE_CASES",
+    "ORDER_CASES",
+    "REBATCH",
+    "TEXT_CASES",
+    "Case",
+    "alike",
+    "numbered",
+    "picture",
+    "samples",
+]
 
 
 class Case(NamedTuple):
@@ -103,6 +115,27 @@ TEXT_CASES: list[tuple[str, dict[str, Any]]] = [
     ("ReplaceText", {"texts": _WORDS, "find": "", "replace": "-"}),
     ("StripWhitespace", {"texts": _WORDS}),
     ("StripWhitespace", {"texts": "  \n"}),
+]
+
+FRAMES = 23
+"""Of the video in `FRAME_CASES`."""
+FRAME_CASES: list[tuple[str, dict[str, Any]]] = [
+    *(
+        ("VideoFrameSample", {"num_frames": count, "strategy": strategy, "seed": seed})
+        for strategy in ("uniform", "head", "tail", "random")
+        for count in (1, 2, 7, 22, 99)
+        for seed in ((0, 5, 2**32 - 1, 2**64 - 1) if strategy == "random" else (0,))
+    ),
+    *(
+        ("VideoTemporalCrop", {"start_frame": start, "length": length})
+        for start in (0, 9, 22, 99)
+        for length in (1, 8, 99)
+    ),
+    *(
+        ("VideoRandomTemporalCrop", {"length": length, "seed": seed})
+        for length in (1, 8, 22, 99)
+        for seed in (0, 5, 2**32 - 1, 2**64 - 1)
+    ),
 ]
 
 REBATCH = (1, 2, 3, 4, 100)

@@ -5,7 +5,7 @@
 
 Needs an environment with ComfyUI's requirements. Inputs are those of `dataset_cases.py`. Written:
 
-    comfyui_dataset_nodes.safetensors     pictures and latents by case and number; texts, orders as JSON in its header
+    comfyui_dataset_nodes.safetensors     pictures and latents by case and number; texts, orders, frames in its header
     comfyui_dataset/                      shard_0000.pkl, shard_0001.pkl and metadata.json of SaveTrainingDataset
 """
 
@@ -46,6 +46,7 @@ def main() -> None:
     said = {
         "versions": {"ComfyUI": f"{comfyui_headless.version()} ({arguments.commit})", "torch": torch.__version__},
         "texts": [_unwrapped(nodes[node].execute(**inputs).result[0]) for node, inputs in dataset_cases.TEXT_CASES],
+        "frames": [_frames(nodes[node], inputs) for node, inputs in dataset_cases.FRAME_CASES],
         "orders": [_orders(nodes, count, seed) for count, seed in dataset_cases.ORDER_CASES],
     }
     save_file(
@@ -93,6 +94,29 @@ def _orders(nodes: dict[str, Any], count: int, seed: int) -> dict[str, list[int]
         "pairs": [round(float(one[0, 0, 0, 0]) * 255) for one in pairs[0]],
         "texts": [int(one) for one in pairs[1]],
     }
+
+
+class _Numbered:
+    """A video that knows which of its frames were chosen, at a frame per second."""
+
+    def __init__(self, frames: list[int]) -> None:
+        self.frames = frames
+
+    def get_frame_count(self) -> int:
+        return len(self.frames)
+
+    def get_frame_rate(self) -> int:
+        return 1
+
+    def as_trimmed(self, start: float, duration: float, *, strict_duration: bool) -> _Numbered:
+        return _Numbered(self.frames[round(start) : round(start + duration)])
+
+
+def _frames(node: Any, inputs: dict[str, Any]) -> list[int]:
+    import comfy_extras.nodes_dataset as module
+
+    module._decode_selected_frames = lambda video, chosen: _Numbered([video.frames[one] for one in chosen])
+    return node.execute(_Numbered(list(range(dataset_cases.FRAMES))), **inputs).result[0].frames
 
 
 def _record_dataset(save: Any, out: Path) -> None:
