@@ -19,11 +19,14 @@ from lorasmith.app.command_lines import command_line
 from lorasmith.app.folder_run import train_prepared
 from lorasmith.app.run_page import report_of, write_report
 from lorasmith.cli.main import main
-from lorasmith.core.errors import LorasmithError, ModelError, OptionError
+from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
+from lorasmith.data.comfyui_shards import read_comfyui_dataset
 from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.data.folder import scan_folder, scan_sources
+from lorasmith.data.saved_samples import read_samples
 from lorasmith.data.sources import ImageSource
+from lorasmith.data.video_files import open_video
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.tokenizers import folder_tokenizer
@@ -198,8 +201,29 @@ def workflow(tmp_path: Path) -> None:
             folders.find("checkpoints", name)
         with pytest.raises(LorasmithError):
             folders.find_input(name)
-    with pytest.raises(LorasmithError, match="must stay inside"):
-        folders.numbered("../../x")
+    for door in (folders.numbered, folders.new_dataset, folders.find_dataset):
+        with pytest.raises(LorasmithError, match="must stay inside"):
+            door("../../x")
+
+
+def dataset(tmp_path: Path) -> None:
+    torch.save({"latents": [{"samples": Ran()}], "conditioning": []}, tmp_path / "shard_0000.pkl")
+    with pytest.raises(DataError, match="could run code"):
+        read_comfyui_dataset(tmp_path)
+    (tmp_path / "shard_0000.pkl").write_bytes(pickle.dumps(Ran()))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_comfyui_dataset(tmp_path)
+    index = {"format": "lorasmith.training_dataset", "version": 1, "latents": [], "conditioning": [], "prompts": []}
+    (tmp_path / "index.json").write_text(json.dumps({**index, "shards": ["../secret.safetensors"]}))
+    with pytest.raises(DataError, match="must name its shards"):
+        read_samples(tmp_path)
+
+
+def videos(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "a.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    with pytest.raises(DataError, match="must be a video that can be read"):
+        open_video(tmp_path / "a.mp4")
 
 
 def captions(tmp_path: Path) -> None:
@@ -268,6 +292,8 @@ LINES: dict[str, Callable[..., None] | None] = {
     "checkpoint or GGUF": checkpoint,
     "diffusers folder": diffusers_folder,
     "workflow": workflow,
+    "saved data set (`LoadTrainingDataset`)": dataset,
+    "videos": videos,
     "images and captions": captions,
     "metadata file of images": image_metadata,
     "folder saved by `datasets`": saved_dataset,

@@ -17,7 +17,7 @@ from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
-__all__ = ["ListedFolder", "Skipped", "list_folders", "name_without_repeats", "stem_of"]
+__all__ = ["ListedFolder", "Skipped", "list_folders", "name_without_repeats", "natural_order", "stem_of"]
 
 Skipped = list[tuple[Path, str]]
 """Files and folders that are not used, each with reason and remedy."""
@@ -155,7 +155,7 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
             if entry.is_symlink():
                 listed.links.add(entry.name)
     pictures = []
-    for name in sorted(files, key=_natural):
+    for name in sorted(files, key=natural_order):
         stem, suffix = stem_of(name), _suffix(name)
         if suffix in readable:
             pictures.append((name, stem))
@@ -176,7 +176,7 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
             listed.masks.setdefault(of, []).append(name)
         else:
             listed.images.append(name)
-    return sorted(folders, key=_natural)
+    return sorted(folders, key=natural_order)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -208,7 +208,7 @@ def _repeats(name: str) -> tuple[int, str] | None:
     return (int(named[1]), one_line(named[2])) if named else None
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
     """Sort key with digits as numbers; the plain name breaks ties such as `1.png` and `01.png`."""
     pieces: list[str | int] = [*_DIGITS.split(name.casefold())]  # every second one is a number
     pieces[1::2] = map(int, pieces[1::2])
