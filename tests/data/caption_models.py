@@ -28,6 +28,57 @@ def blip(folder: Path) -> None:
     _saved(folder, model, BlipProcessor(BlipImageProcessor(size=_SIZE), tokens))
 
 
+def blip2(folder: Path) -> None:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessor, OPTConfig
+
+    tokens = _bert_tokenizer(folder)
+    tokens.add_tokens(["<image>"], special_tokens=True)
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = OPTConfig(
+        vocab_size=len(tokens), word_embed_proj_dim=16, bos_token_id=2, eos_token_id=3, pad_token_id=0, **sizes
+    )
+    config = Blip2Config(
+        vision_config=_vision(),
+        qformer_config=_text(len(tokens)),
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+    )
+    images = BlipImageProcessor(size=_SIZE)
+    _saved(folder, Blip2ForConditionalGeneration(config), Blip2Processor(images, tokens, num_query_tokens=4))
+
+
+def florence2(folder: Path) -> None:
+    from transformers import (
+        BartConfig,
+        CLIPImageProcessor,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+    )
+
+    special = {"bos_token": "[CLS]", "eos_token": "[SEP]", "extra_special_tokens": {"image_token": "<image>"}}
+    tokens = _bert_tokenizer(folder, model_input_names=["input_ids", "attention_mask"], **special)
+    text = BartConfig(
+        vocab_size=len(tokens),
+        d_model=16,
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in _BART.items()},
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        decoder_start_token_id=3,
+    )
+    vision = {"depths": [1] * 4, "embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
+    config = Florence2Config(
+        text_config=text.to_dict(),
+        vision_config=vision | {"projection_dim": 16, "window_size": 4},
+        image_token_id=tokens.image_token_id,
+    )
+    images = CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    images.image_seq_length = 5
+    _saved(folder, Florence2ForConditionalGeneration(config), Florence2Processor(images, tokens))
+
+
 def git(folder: Path) -> None:
     from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
@@ -87,7 +138,9 @@ def llava(folder: Path) -> None:
     _saved(folder, LlavaForConditionalGeneration(config), processor)
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"blip": blip, "git": git, "vit-gpt2": vit_gpt2, "llava": llava}
+MODELS: dict[str, Callable[[Path], None]] = {
+    one.__name__: one for one in (blip, blip2, florence2, git, vit_gpt2, llava)
+}
 """Functions that save a model into a folder."""
 
 
@@ -115,6 +168,7 @@ class _Ran:
         return sys.exit, ("code of a file was run",)
 
 
+_BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
 _SIZE = {"height": 32, "width": 32}
 
 
@@ -128,12 +182,12 @@ def _saved(folder: Path, model: Any, *others: Any) -> None:
         one.save_pretrained(folder)
 
 
-def _bert_tokenizer(folder: Path) -> Any:
+def _bert_tokenizer(folder: Path, **settings: Any) -> Any:
     from transformers import BertTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
-    return BertTokenizerFast.from_pretrained(folder)
+    return BertTokenizerFast.from_pretrained(folder, **settings)
 
 
 def _text(words: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lorasmith.core.errors import ModelError
 from lorasmith.data.transformers_captions import transformers_captioner
+from tests.covering import slow_except
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def blip(tmp_path: Path) -> Path:
     return tmp_path / "blip"
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_except(MODELS, "blip", "llava"))
 def test_every_kind_says_words_of_its_vocabulary(tmp_path: Path, kind: str) -> None:
     MODELS[kind](tmp_path / kind)
     said = [transformers_captioner(str(tmp_path / kind), CPU)(one) for one in PICTURES]

@@ -27,7 +27,7 @@ REQUEST = "Describe this image in one sentence."
 """What chat models are asked."""
 
 _MAX_NEW_TOKENS = 128
-_FLORENCE_TASK = "<DETAILED_CAPTION>"
+_TASK = "<DETAILED_CAPTION>"  # of Florence-2
 _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -81,7 +81,7 @@ class _Captioner:
         # Decoders repeat their prompt.
         if given is not None and len(made) >= given.shape[1] and torch.equal(made[: given.shape[1]], given[0]):
             made = made[given.shape[1] :]
-        return self._text(made, image)
+        return self._text(made)
 
     def _inputs(self, image: Image.Image) -> Mapping[str, Any]:
         processor = self._processor
@@ -96,18 +96,14 @@ class _Captioner:
                 return_dict=True,
                 return_tensors="pt",
             )
-        elif _is_florence(processor):
-            inputs = processor(text=_FLORENCE_TASK, images=image, return_tensors="pt")
+        elif _TASK in getattr(processor, "task_prompts_without_inputs", ()):
+            inputs = processor(text=_TASK, images=image, return_tensors="pt")
         else:
             inputs = processor(images=image, return_tensors="pt")
         return inputs
 
-    def _text(self, made: torch.Tensor, image: Image.Image) -> str:
+    def _text(self, made: torch.Tensor) -> str:
         processor = self._processor
-        if _is_florence(processor):
-            said = processor.batch_decode(made[None], skip_special_tokens=False)[0]
-            found = processor.post_process_generation(said, task=_FLORENCE_TASK, image_size=image.size)
-            return one_line(str(found.get(_FLORENCE_TASK, "")))
         decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
         return one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
 
@@ -188,7 +184,3 @@ def _processor(folder: Path) -> Any:
     return _ImageAndTokenizer(
         AutoImageProcessor.from_pretrained(folder, **_PRIVATE), AutoTokenizer.from_pretrained(folder, **_PRIVATE)
     )
-
-
-def _is_florence(processor: Any) -> bool:
-    return _FLORENCE_TASK in getattr(processor, "task_prompts_without_inputs", ())
