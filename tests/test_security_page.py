@@ -26,6 +26,7 @@ from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.saved_samples import read_samples
 from lorasmith.data.sources import ImageSource
+from lorasmith.data.transformers_captions import transformers_captioner
 from lorasmith.data.video_files import open_video
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
@@ -37,6 +38,7 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_states import load_state
 from tests.app.folder_cases import pictures, prepared, with_metadata, with_record
+from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -257,6 +259,15 @@ def yaml_file(tmp_path: Path) -> None:
         read_extra_model_paths(tmp_path / "paths.yaml")
 
 
+def captioning_model(tmp_path: Path) -> None:
+    for damage in (code_of_its_own, pickled_weights, adapter_elsewhere):
+        folder = tmp_path / damage.__name__
+        MODELS["blip"](folder)
+        damage(folder)
+        with pytest.raises(ModelError, match=r"without code of its own|is an adapter on another one"):
+            transformers_captioner(str(folder), torch.device("cpu"))
+
+
 def encodings(tmp_path: Path) -> None:
     encoder, key = key_of(encoder=1), key_of(number=1)
     with EncodingCache(tmp_path / "cache", limit_bytes=2**30).entries(encoder) as entries:
@@ -298,6 +309,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "metadata file of images": image_metadata,
     "folder saved by `datasets`": saved_dataset,
     "`extra_model_paths.yaml`": yaml_file,
+    "captioning model (`data caption`)": captioning_model,
     "encoding cache": encodings,
     "any text in a command to copy": copied,
 }

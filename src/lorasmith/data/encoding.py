@@ -196,7 +196,7 @@ def encoded_pixels(
     found: dict[str, Tensor] = {}
     title = f"autoencoder of {autoencoder.title}"
     with contextlib.ExitStack() as ready, _entries(default_cache(), autoencoder_digest, autoencoder, title) as entries:
-        missing = {key: one for key, one in zip(keys, pictures, strict=True)}
+        missing = dict(zip(keys, pictures, strict=True))
         for key in list(missing):
             if entries is not None and (kept := entries.get(key)) is not None:
                 found[key] = kept["latents"]
