@@ -5,7 +5,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from lorasmith.data import image_files
-from lorasmith.data.image_files import ImageError, image_size, image_suffixes, open_image, to_tensor
+from lorasmith.data.image_files import (
+    ImageError,
+    ImageHeader,
+    image_header,
+    image_size,
+    image_suffixes,
+    open_image,
+    open_original,
+    open_reduced,
+    to_tensor,
+)
 
 
 def picture(width: int = 40, height: int = 24, channels: int = 3) -> Image.Image:
@@ -260,3 +270,62 @@ def test_large_pictures_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pyte
         Image.new("RGB", size).save(tmp_path / name)
         assert image_size(tmp_path / name) == size
         assert held == ([] if name == "small.png" else [True])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("grey", [False, True])
+def test_reduced_pictures_are_the_whole_ones_reduced(tmp_path: Path, suffix: str, orientation: int, grey: bool) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    picture(1200, 800).save(tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    reduced = open_reduced(tmp_path / f"a.{suffix}", 150, grey=grey)
+    whole = open_image(tmp_path / f"a.{suffix}").convert("L" if grey else "RGB")
+    assert (reduced.mode, max(reduced.size)) == (whole.mode, 150)
+    assert abs(pixels(reduced) - pixels(whole.resize(reduced.size, Image.Resampling.LANCZOS))).mean() < 3
+
+
+def test_reduced_pictures_are_not_enlarged_and_lie_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    for grey in (False, True):
+        reduced = open_reduced(tmp_path / "a.png", 150, grey=grey)
+        assert reduced.size == (40, 30) and reduced.convert("L").getextrema() == (255, 255)
+
+
+@pytest.mark.parametrize("read", [image_header, open_original, lambda path: open_reduced(path, 10)])
+def test_every_reader_refuses_what_is_damaged(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(ImageError, match="does not exist"):
+        read(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ImageError):
+        read(tmp_path / "a.png")
+
+
+def test_headers(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    picture().convert("CMYK").save(tmp_path / "a.png", "JPEG", exif=exif)
+    assert image_header(tmp_path / "a.png") == ImageHeader("JPEG", (".jpg", ".jpeg", ".jfif"), "CMYK", False)
+    picture().save(tmp_path / "b.png")
+    assert image_header(tmp_path / "b.png") == ImageHeader("PNG", (".png",), "RGB", True)
+
+
+def test_originals_keep_transparency_and_profile(tmp_path: Path) -> None:
+    see_through = picture().convert("RGBA")
+    see_through.putalpha(7)
+    see_through.save(tmp_path / "a.png", icc_profile=b"a profile")
+    image, profile = open_original(tmp_path / "a.png")
+    assert (image.mode, image.getpixel((0, 0))[3], profile) == ("RGBA", 7, b"a profile")
+    picture().convert("CMYK").save(tmp_path / "b.jpg", icc_profile=b"of CMYK")
+    image, profile = open_original(tmp_path / "b.jpg")
+    assert (image.mode, profile) == ("RGB", None), "a profile of other colours than the ones that are saved"
+
+
+def test_other_formats_are_read_where_they_are_converted_alone(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.tga")
+    assert open_original(tmp_path / "a.tga", any_format=True)[0].tobytes() == picture().tobytes()
+    with pytest.raises(ImageError, match="is not an image"):
+        open_original(tmp_path / "a.tga")
+    picture().save(tmp_path / "a.eps")
+    with pytest.raises(ImageError, match="is not an image"):
+        open_original(tmp_path / "a.eps", any_format=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.data.split import AUTOMATIC_FROM, Split, split
+from lorasmith.data.split import AUTOMATIC_FROM, Split, held_out_names, split
 from lorasmith.families.base import Conditioning
 
 NAMES = st.lists(st.text(min_size=1, max_size=6), min_size=2, max_size=40, unique=True)
@@ -94,3 +94,13 @@ def test_images_may_be_given_instead() -> None:
     assert "3 of them are trained on too and cannot show overfitting: x, y, z" in overlapping.note
     with pytest.raises(DataError, match="latents of 4 channels like the training images, got 16"):
         split(data, given=dataset(["x"], channels=16))
+
+
+@given(names=NAMES, share=st.one_of(st.none(), st.floats(0, 0.99)))
+def test_the_names_that_will_be_held_out_are_known_before(names: list[str], share: float | None) -> None:
+    assert held_out_names(names, share) == held_out(split(dataset(names), share=share))
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+def test_of_a_single_image_none_is_held_out(share: float | None) -> None:
+    assert held_out_names(["a"], share) == held_out_names([], share) == frozenset()

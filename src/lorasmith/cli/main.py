@@ -16,6 +16,7 @@ from lorasmith.cli import (
     convert,
     data_cache,
     data_caption,
+    data_check,
     demo,
     diff,
     extract,
@@ -97,6 +98,7 @@ data = typer.Typer(help="Images and captions before training: checked, captioned
 app.add_typer(data, name="data")
 data_caption.register(data)
 data_cache.register(data)
+data_check.register(data)
 
 
 def main() -> None:

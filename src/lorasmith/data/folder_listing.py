@@ -17,7 +17,21 @@ from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
-__all__ = ["ListedFolder", "Skipped", "list_folders", "name_without_repeats", "natural_order", "stem_of"]
+__all__ = [
+    "REASONS",
+    "SET_APART",
+    "ListedFolder",
+    "Skipped",
+    "list_folders",
+    "name_without_repeats",
+    "natural_order",
+    "stem_of",
+]
+
+SET_APART = ("duplicates", "unused")
+"""Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
+
+REASONS = "REASONS.txt"
 
 Skipped = list[tuple[Path, str]]
 """Files and folders that are not used, each with reason and remedy."""
@@ -83,7 +97,7 @@ def list_folders(
         root: the folder.
         recursive: whether all folders are read, instead of only those named `<repeats>_<name>` in `root`.
         masks: whether `*.mask.*` are masks also where there is no picture for them.
-        mask_folder: a folder that holds no images to train on, and is passed over.
+        mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` are.
         skipped: receives folders that are not read.
 
     Raises:
@@ -107,6 +121,8 @@ def list_folders(
         found = []
         for name in subfolders:
             path = Path(listed.path, name)
+            if name in SET_APART and Path(path, REASONS).is_file():
+                continue
             repeats, caption = _repeats(name) or (None, "")
             if repeats is not None and repeats > MAX_REPEATS:
                 skipped.append((path, f"repeats its images more than {MAX_REPEATS:,} times; rename it"))

@@ -9,7 +9,8 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,12 +25,16 @@ from lorasmith.formats.hashes import sha256_file
 
 __all__ = [
     "ImageError",
+    "ImageHeader",
     "file_digest",
+    "image_header",
     "image_size",
     "image_suffixes",
     "open_frames",
     "open_image",
     "open_layers",
+    "open_original",
+    "open_reduced",
     "read_image",
     "to_tensor",
 ]
@@ -47,6 +52,23 @@ class ImageError(DataError):
         super().__init__(f"{path} {reason}")
         self.path = path
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says of its picture.
+
+    Attributes:
+        format: Pillow's name of the file format.
+        suffixes: usual suffixes of its files, the preferred one first.
+        mode: Pillow's name of the number format.
+        is_upright: whether the picture is stored as it is shown.
+    """
+
+    format: str
+    suffixes: tuple[str, ...]
+    mode: str
+    is_upright: bool
 
 
 def image_suffixes() -> frozenset[str]:
@@ -88,6 +110,32 @@ def open_layers(
         if not picture.has_transparency_data:
             return picture.convert("RGB"), None
         return _on_white(picture), picture.convert("RGBA").getchannel("A")
+
+
+def open_reduced(path: Path, longest: int, *, grey: bool = False) -> Image.Image:
+    """The picture of `open_image`, reduced.
+
+    JPEG files are decoded at a fraction of their size where that suffices, which is several times faster.
+
+    Args:
+        path: the file.
+        longest: greatest longer edge in pixels.
+        grey: return mode L instead of RGB, which is faster to decode.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path) as image, _one_at_a_time(image):
+        if image.format == "JPEG":
+            factor = min(1.0, longest / max(image.size))
+            image.draft("L" if grey else "RGB", (math.ceil(image.width * factor), math.ceil(image.height * factor)))
+        image.load()
+        picture = _eight_bits(image)
+        colours = "L" if grey else "RGB"
+        picture = picture.convert("RGBA" if picture.has_transparency_data else colours)
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        picture = _turned(picture, _orientation(image))
+        return _on_white(picture).convert(colours) if picture.mode == "RGBA" else picture
 
 
 def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
@@ -143,10 +191,34 @@ def image_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
-        with _LARGE if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
+        with _one_at_a_time(image):
             image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def image_header(path: Path) -> ImageHeader:
+    """What a file says of its picture, before that is decoded. Raises ImageError as `open_image`."""
+    with _opened(path) as image:
+        known = str(image.format)
+        return ImageHeader(known, _FORMATS[known], image.mode, _orientation(image) == 1)
+
+
+def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image, bytes | None]:
+    """The picture in a file to be saved again, upright, with its colour profile: RGB, or RGBA if it is transparent.
+
+    Args:
+        path: the file.
+        any_format: read formats as well that training does not read, such as TGA or JPEG 2000.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, more_formats=_CONVERTED if any_format else ()) as image:
+        image.load()
+        picture = _eight_bits(_upright(image))
+        profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB"), profile
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -159,6 +231,12 @@ _LARGE_PIXELS = 2**24
 _LARGE = threading.Lock()
 """Held while a large picture is read, of which threads would otherwise keep several in memory at a time."""
 
+
+def _one_at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+    """Inside, no other thread reads a large picture, if this is one."""
+    return _LARGE if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext()
+
+
 _FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jfif"),
@@ -170,6 +248,9 @@ _FORMATS = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"),
 }
+
+_CONVERTED = ("JPEG2000", "TGA", "PSD", "PPM", "PCX", "QOI", "DDS", "SGI", "ICO")
+"""Formats that are read to be converted; none of their readers starts another program."""
 
 _MOST_BYTES = 2**30
 
@@ -197,14 +278,14 @@ def _readable_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+def _opened(path: Path, content: bytes | None = None, *, more_formats: Sequence[str] = ()) -> Iterator[Image.Image]:
     """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with (
             warnings.catch_warnings(action="ignore"),
             _file(path) if content is None else io.BytesIO(content) as file,
-            Image.open(file, formats=_readable_formats()) as image,
+            Image.open(file, formats=[*_readable_formats(), *more_formats]) as image,
         ):
             if image.size == (1, 1):
                 raise ImageError(path, "is a single pixel; replace it by a picture or remove it")
@@ -246,7 +327,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
+    return _turned(image, _orientation(image))
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.dataset import EncodedDataset, Sample
 
-__all__ = ["AUTOMATIC_FROM", "Split", "split"]
+__all__ = ["AUTOMATIC_FROM", "Split", "held_out_names", "split"]
 
 AUTOMATIC_FROM = 12
 """Number of distinct images from which a tenth is held out by default; with fewer, each matters more in training."""
@@ -53,21 +54,19 @@ def split(dataset: EncodedDataset, *, share: float | None = None, given: Encoded
     if given is not None:
         return _given(dataset, given)
     names = list(dict.fromkeys(sample.name for sample in dataset.samples if not sample.is_class))
-    if share is None:
-        share = _AUTOMATIC_SHARE if len(names) >= AUTOMATIC_FROM else 0.0
-        if not share:
-            return Split(
-                dataset,
-                None,
-                f"overfitting cannot be judged: with fewer than {AUTOMATIC_FROM} images (here {len(names)}) none are "
-                "held out unless validation_share is set",
-            )
-    if not share:
+    if share is None and len(names) < AUTOMATIC_FROM:
+        return Split(
+            dataset,
+            None,
+            f"overfitting cannot be judged: with fewer than {AUTOMATIC_FROM} images (here {len(names)}) none are "
+            "held out unless validation_share is set",
+        )
+    if share == 0:
         return Split(dataset, None, "overfitting cannot be judged: nothing is held out")
     if len(names) < 2:
         raise DataError("holding out a share needs at least two images, got one; add images or set validation_share 0")
-    count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)  # a tenth of 30 is 3 despite rounding
-    chosen = set(sorted(names, key=_place)[:count])
+    chosen = held_out_names(names, share)
+    count = len(chosen)
     held_out = [sample for sample in dataset.samples if sample.name in chosen and not sample.is_class]
     rest = [sample for sample in dataset.samples if sample.name not in chosen or sample.is_class]
     return Split(
@@ -76,6 +75,16 @@ def split(dataset: EncodedDataset, *, share: float | None = None, given: Encoded
         f"{count} of {len(names)} images {'is' if count == 1 else 'are'} held out of training for validation: "
         + _listed([name for name in names if name in chosen]),
     )
+
+
+def held_out_names(names: Sequence[str], share: float | None = None) -> frozenset[str]:
+    """The names of the images that `split` holds out of images with these distinct names; none of a single one."""
+    if share is None:
+        share = _AUTOMATIC_SHARE if len(names) >= AUTOMATIC_FROM else 0.0
+    if not share or len(names) < 2:
+        return frozenset()
+    count = max(1, math.ceil(share * len(names) - 1e-9))  # a tenth of 30 is 3 despite rounding
+    return frozenset(sorted(names, key=_place)[: min(count, len(names) - 1)])
 
 
 def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:

@@ -14,7 +14,7 @@ from PIL import Image
 from lorasmith.core.files import open_regular
 from lorasmith.report.markup import Html, tag
 
-__all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture_table", "thinned"]
+__all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture_table", "picture_uri", "thinned"]
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 """What opening a picture raises that is missing, damaged or no file; most of it by Pillow."""
@@ -72,6 +72,11 @@ def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
     except UNREADABLE:
         return None
     picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return picture_uri(picture)
+
+
+def picture_uri(picture: Image.Image) -> tuple[str, int, int]:
+    """An RGB picture as a WebP data URI with width and height."""
     buffer = io.BytesIO()
     lossless = max(picture.size) <= _TINY
     picture.save(buffer, format="webp", lossless=lossless, quality=100 if lossless else _QUALITY)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts import clip_layout
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip_text import CONTEXT_LENGTH, clip_tokenizer
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer
 
@@ -30,6 +30,7 @@ class ClipEncoder(EncoderKind):
     """
 
     dtype = torch.float32
+    longest = 3 * (CONTEXT_LENGTH - 2)  # chunks beyond the third are rare in the captions of released models
 
     def __init__(
         self,

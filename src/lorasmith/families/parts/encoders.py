@@ -23,10 +23,12 @@ class EncoderKind(ABC):
 
     Attributes:
         name: registered name, as ComfyUI calls it.
+        longest: tokens of a prompt that models with this encoder were made for; longer ones are read, but worse.
         dtype: in which it runs; None for that of its weights, where packed and fp16 ones count as bf16.
     """
 
     name: str
+    longest: int
     dtype: torch.dtype | None = None
 
     @abstractmethod

@@ -41,6 +41,8 @@ class LanguageModel(EncoderKind):
         settings: of its configuration that shapes leave open.
     """
 
+    longest = 512
+
     def __init__(
         self,
         name: str,

@@ -25,6 +25,7 @@ class T5Encoder(EncoderKind):
     """T5 v1.1, of which image models use the XXL size."""
 
     name = "t5xxl"
+    longest = 512
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         # UMT5 has a position bias in every block.

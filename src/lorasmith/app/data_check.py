@@ -1,0 +1,176 @@
+"""A folder of images checked before training, with the model's sizes and tokenizer where a model is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.files import is_folder
+from lorasmith.core.folders import Folders
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.findings import TokenLimit
+from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.data.preflight import Preflight, name_in, preflight, usual_resolution
+from lorasmith.families.model import Model
+from lorasmith.families.model_search import ModelFiles, load_completed
+from lorasmith.families.parts.encoders import ENCODERS
+
+__all__ = ["DataCheck", "check_folder", "check_scan", "plain", "token_counter"]
+
+_MULTIPLE = 16  # step of sides where no model decides it: that of most families
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """A checked folder and what it was checked for.
+
+    Attributes:
+        preflight: facts and findings.
+        model: title of the model; None without one.
+        is_size_assumed: whether the resolution is a guess, from the images, as neither model nor setting decides it.
+    """
+
+    preflight: Preflight
+    model: str | None
+    is_size_assumed: bool
+
+
+def check_folder(
+    folder: Path,
+    config: DataConfig,
+    *,
+    files: ModelFiles | None = None,
+    folders: Folders | None = None,
+    batch: int = 1,
+    validation_share: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataCheck:
+    """Scan and check a folder.
+
+    Args:
+        folder: of images, or a metadata file that lists them.
+        config: settings of the data.
+        files: of the model to train; its weights are not read.
+        folders: where parts that the model lacks are searched; None to search nothing.
+        batch: samples of a step.
+        validation_share: of the images held out, as for `split`.
+        progress: called with (images done, all images).
+
+    Raises:
+        LorasmithError: folder, images, model or settings cannot be used.
+    """
+    scan = scan_folder(folder, config)
+    folder = folder if is_folder(folder) else folder.parent  # a metadata file is beside its images
+    model = None if files is None else load_completed(files, folders).model
+    return check_scan(
+        scan, config, folder=folder, model=model, batch=batch, validation_share=validation_share, progress=progress
+    )
+
+
+def check_scan(
+    scan: FolderScan,
+    config: DataConfig,
+    *,
+    folder: Path,
+    model: Model | None = None,
+    batch: int = 1,
+    validation_share: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataCheck:
+    """Check a scanned folder.
+
+    Args:
+        scan: of the folder.
+        model: to train; None for usual sizes.
+        config, folder, batch, validation_share, progress: as for `check_folder`.
+
+    Raises:
+        LorasmithError: as `check_folder`.
+    """
+    tokenize, limit = token_counter(model) if model is not None else (None, None)
+    found = preflight(
+        scan,
+        config,
+        folder=folder,
+        resolution=usual_resolution(scan.images) if model is None else model.defaults.resolution,
+        multiple=_MULTIPLE if model is None else model.defaults.pixel_multiple,
+        tokenize=tokenize,
+        limit=limit,
+        batch=batch,
+        validation_share=validation_share,
+        progress=progress,
+    )
+    return DataCheck(
+        preflight=found,
+        model=None if model is None else model.title,
+        is_size_assumed=model is None and config.resolution is None,
+    )
+
+
+def token_counter(model: Model) -> tuple[Callable[[str], int], TokenLimit] | tuple[None, None]:
+    """How the model counts the tokens of a caption, and how many it was made for; None without a text encoder.
+
+    Of several encoders the one that reads the longest captions counts.
+    """
+    slots = {name: ENCODERS[slot.kind] for name, slot in model.family.text_encoders.items()}
+    present = [name for name in slots if name in model.components.tokenizers]
+    if not present:
+        return None, None
+    widest = max(present, key=lambda name: slots[name].longest)
+    tokenizer = model.components.tokenizers[widest]
+
+    @cache
+    def count(caption: str) -> int:
+        return len(tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return count, TokenLimit(f"the text encoder of {model.family.title}", slots[widest].longest)
+
+
+def plain(check: DataCheck) -> dict[str, Any]:
+    """A checked folder as JSON values."""
+    found = check.preflight
+    return {
+        "folder": str(found.folder),
+        "model": check.model,
+        "resolutions": found.resolutions,
+        "is_size_assumed": check.is_size_assumed,
+        "multiple": found.multiple,
+        "is_fine": not found.findings,
+        "findings": [
+            {
+                "kind": one.kind,
+                "problem": one.problem,
+                "examples": one.examples,
+                "remedy": one.remedy,
+                "images": [found.images[index].name for index in one.images],
+            }
+            for one in found.findings
+        ],
+        "images": [
+            {
+                "name": one.name,
+                "width": one.file.width,
+                "height": one.file.height,
+                "repeats": one.file.repeats,
+                "caption": one.file.caption,
+                "tokens": one.tokens,
+                "bucket": one.bucket,
+                "crop": [round(edge, 2) for edge in one.crop],
+                "scale": round(one.scale, 4),
+                "blur": None if one.quality.blur is None else round(one.quality.blur, 3),
+                "findings": found.findings_of(index),
+            }
+            for index, one in enumerate(found.images)
+        ],
+        "skipped": [{"name": name_in(found.folder, path), "reason": reason} for path, reason in found.skipped],
+        "notes": found.notes,
+        "buckets": [vars(bucket) for bucket in found.buckets],
+        "alike": [[found.images[index].name for index in group.members] for group in found.alike],
+        "samples_per_epoch": found.epoch.samples,
+        "held_out": found.epoch.held_out,
+        "batch": found.epoch.batch,
+        "steps_per_epoch": found.epoch.steps(1),
+    }

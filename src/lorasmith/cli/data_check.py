@@ -1,0 +1,104 @@
+"""`lorasmith data check`: a folder of images before training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorasmith.cli.console import console, echo, progress_shown
+from lorasmith.cli.data_output import print_check, print_mended
+from lorasmith.cli.flags import (
+    AnyBaseModel,
+    AsJson,
+    BaseDir,
+    ExtraModelPaths,
+    TextEncoderFiles,
+    VaeFile,
+    folders_of,
+    with_flags,
+)
+from lorasmith.core.options import options_of
+from lorasmith.data.data_config import DataConfig
+from lorasmith.training.config import TrainConfig
+
+__all__ = ["register"]
+
+_DATA = (
+    "trigger", "captions", "prefix", "suffix", "recursive", "resolution", "more_resolutions", "bucket_step",
+    "bucket_min", "bucket_max", "upscale", "crop", "wildcards", "caption_lines", "masks", "mask_folder",
+)  # fmt: skip
+_TRAINING = ("batch_size", "grad_accumulation_steps", "validation_share")
+"""Settings of images and of training that affect what is checked."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    data, training = options_of(DataConfig), options_of(TrainConfig)
+    options = {name: data[name] for name in _DATA} | {name: training[name] for name in _TRAINING}
+    app.command("check", help=check.__doc__)(with_flags(check, options))
+
+
+def check(
+    folder: Annotated[Path, typer.Argument(help="Folder of images (png, jpg, ...), with captions in .txt files.")],
+    model: AnyBaseModel = None,
+    text_encoder: TextEncoderFiles = None,
+    vae: VaeFile = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the pictures and what to look at.")
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NEW_FOLDER",
+            help="Write a mended copy: pictures upright, in 8 bits and no larger than needed; copies and unusable "
+            "files set apart.",
+        ),
+    ] = None,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Check a folder of images before training, with a remedy for each finding.
+
+    Checks for files that cannot be used, small, blurred, empty and repeated pictures, missing, equal and long captions,
+    and tags that all share; counts sizes and steps. With --model the sizes and the tokenizer are the model's. The exit
+    status is 1 if there is something to look at.
+    """
+    from lorasmith.app.data_check import check_folder, plain
+    from lorasmith.app.data_check_page import write_data_page
+    from lorasmith.data.mended_folder import write_mended
+    from lorasmith.families.model_search import ModelFiles
+
+    config = DataConfig(**{name: settings[name] for name in _DATA})
+    training = TrainConfig(**{name: settings[name] for name in _TRAINING})
+    quiet = contextlib.nullcontext(None)  # JSON has standard output for itself
+    with quiet if as_json else progress_shown("Checking") as progress:
+        checked = check_folder(
+            folder,
+            config,
+            files=None if model is None else ModelFiles(model, tuple(text_encoder or ()), vae),
+            folders=folders_of(base_dir, extra_model_paths),
+            batch=training.batch_size * training.grad_accumulation_steps,
+            validation_share=training.validation_share,
+            progress=progress,
+        )
+    if as_json:
+        console.print_json(json.dumps(plain(checked)))
+    else:
+        print_check(checked)
+    if report is not None:
+        write_data_page(checked, report, config, model=model)
+        if not as_json:
+            echo(f"{'Report':<10}{report}")
+    if fix is not None:
+        with quiet if as_json else progress_shown("Writing") as progress:
+            mended = write_mended(checked.preflight, fix, progress=progress)
+        if not as_json:
+            print_mended(mended)
+    if checked.preflight.findings:
+        raise typer.Exit(1)

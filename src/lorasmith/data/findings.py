@@ -1,0 +1,385 @@
+"""What to look at in a folder of images before training on it: each finding with its pictures and a remedy.
+
+The rules take facts about the pictures and read no file. They are silent about what is usual: captions of a subject
+that begin alike, pictures that are reduced, a few pixels that a crop takes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from lorasmith.data.captions import one_line
+from lorasmith.data.folder import ImageFile
+from lorasmith.data.picture_quality import PictureQuality
+
+__all__ = ["CheckedImage", "Finding", "FindingKind", "LookAlikes", "TokenLimit", "found_in", "tags_of"]
+
+FindingKind = Literal[
+    "unused files",
+    "empty pictures",
+    "tiny pictures",
+    "enlarged pictures",
+    "blurred pictures",
+    "cut pictures",
+    "copies",
+    "look-alikes",
+    "missing captions",
+    "empty captions",
+    "equal captions",
+    "long captions",
+    "shared tags",
+]
+
+_ENLARGED, _TINY = 1.1, 2.0  # factors by which pictures are enlarged; less than a tenth is not seen
+_KEPT = 0.8  # share of a picture that a crop should keep
+_LISTED = 4  # names in a sentence
+_FIX = "lorasmith data check --fix"
+_WORDS = 4  # of a caption from which equal ones are unlikely to be meant
+_SHARED_FROM = 4
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """What a model's text encoder reads of a caption.
+
+    Attributes:
+        encoder: name of the model and its encoder, for sentences.
+        longest: number of tokens that it was made for.
+    """
+
+    encoder: str
+    longest: int
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image and what was found out about it.
+
+    Attributes:
+        file: the image.
+        name: its path relative to the folder, with slashes.
+        bucket: width and height at which it is trained.
+        crop: the part of it that is trained: left, top, right and bottom in pixels of the upright picture.
+        scale: factor by which that part is enlarged.
+        quality: what was measured of its pixels.
+        has_empty_caption: whether it has a caption file that is empty.
+        tokens: of its caption, if a tokenizer was given.
+    """
+
+    file: ImageFile
+    name: str
+    bucket: tuple[int, int]
+    crop: tuple[float, float, float, float]
+    scale: float
+    quality: PictureQuality
+    has_empty_caption: bool = False
+    tokens: int | None = None
+
+    @property
+    def kept(self) -> float:
+        """Share of the picture's area that is trained."""
+        left, top, right, bottom = self.crop
+        return (right - left) * (bottom - top) / (self.file.width * self.file.height)
+
+    @property
+    def is_captioned(self) -> bool:
+        """Whether somebody wrote a caption for it."""
+        return self.file.caption_source in ("file", "metadata")
+
+    @property
+    def size(self) -> str:
+        """Width and height of the picture in words."""
+        return f"{self.file.width}×{self.file.height}"
+
+
+@dataclass(frozen=True)
+class LookAlikes:
+    """Pictures of which one would do.
+
+    Attributes:
+        best: index of the one to keep: sharp, the largest, with a caption if there is one.
+        others: indices of the others, ascending.
+        copies: those of the others whose files have the content of another one of the group, each with that one.
+    """
+
+    best: int
+    others: tuple[int, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """All of them, the one to keep first."""
+        return (self.best, *self.others)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at.
+
+    Attributes:
+        kind: what it is.
+        problem: a sentence without its full stop.
+        examples: names of the first images or files concerned, with a detail of each.
+        remedy: what to do, in the imperative.
+        images: indices of the images concerned; empty if it concerns none alone.
+    """
+
+    kind: FindingKind
+    problem: str
+    examples: str
+    remedy: str
+    images: tuple[int, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """Problem, examples and remedy, without a full stop."""
+        return f"{self.problem}{': ' if self.examples else ''}{self.examples}; {self.remedy}"
+
+
+def found_in(
+    images: Sequence[CheckedImage],
+    *,
+    skipped: Sequence[tuple[str, str]] = (),
+    missing: Sequence[Path] = (),
+    alike: Sequence[LookAlikes] = (),
+    limit: TokenLimit | None = None,
+    trigger: str = "",
+    upscale: bool = True,
+) -> tuple[Finding, ...]:
+    """The findings about the images of a folder, the gravest kinds first.
+
+    Args:
+        images: all images.
+        skipped: name and reason of each file that is not used.
+        missing: images without a caption of their own.
+        alike: groups of pictures of which one would do.
+        limit: of captions, where their tokens were counted.
+        trigger: phrase in front of captions that lack it.
+        upscale: whether small pictures are enlarged.
+    """
+    return (
+        *_unused(skipped),
+        *_pixels(images, upscale=upscale),
+        *_repeated(images, alike),
+        *_captions(images, missing, trigger),
+        *_equal_captions(images, {index for group in alike for index in group.others}),
+        *([] if limit is None else _long_captions(images, limit)),
+        *_shared_tags(images, trigger),
+    )
+
+
+def tags_of(caption: str) -> list[str]:
+    """The parts of a caption between commas, without empty ones."""
+    return [tag for part in caption.split(",") if (tag := one_line(part))]
+
+
+def _unused(skipped: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    if skipped:
+        yield Finding(
+            "unused files",
+            f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used",
+            _joined([f"{name} {reason.partition(';')[0]}" for name, reason in skipped]),
+            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}",
+        )
+
+
+def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Finding]:
+    empty = _those(images, lambda one: one.quality.is_empty)
+    if empty:
+        yield Finding(
+            "empty pictures",
+            f"{_count(empty, 'image shows', 'images show')} a single colour",
+            _listed(images, empty),
+            f"remove {_them(empty)} unless that is the subject",
+            empty,
+        )
+    kinds: tuple[tuple[FindingKind, str, tuple[int, ...]], ...] = (
+        ("tiny pictures", "far ", _those(images, lambda one: one.scale >= _TINY)),
+        ("enlarged pictures", "", _those(images, lambda one: _ENLARGED <= one.scale < _TINY)),
+    )
+    for kind, much, found in kinds:
+        if found:
+            larger = f"use {'a larger one' if len(found) == 1 else 'larger ones'}"
+            yield Finding(
+                kind,
+                f"{_are(found)} {much}smaller than {_buckets(images, found)} and would be enlarged",
+                _listed(images, found, lambda one: one.size),
+                f"{larger}, a lower --resolution or --no-upscale" if upscale else larger,
+                found,
+            )
+    blurred = _those(images, lambda one: one.quality.is_blurred)
+    if blurred:
+        yield Finding(
+            "blurred pictures",
+            f"{_are(blurred)} blurred everywhere",
+            _listed(images, blurred),
+            f"use {'a sharp one' if len(blurred) == 1 else 'sharp ones'}, as the model learns the blur",
+            blurred,
+        )
+    cut = _those(images, lambda one: one.kept < _KEPT)
+    if cut:
+        yield Finding(
+            "cut pictures",
+            f"{_count(cut, 'image loses', 'images lose')} more than a fifth to the crop",
+            _listed(images, cut, lambda one: f"{one.size} to {one.bucket[0]}×{one.bucket[1]}"),
+            f"crop {_them(cut)} yourself to what matters, or choose another --bucket-step or --resolution",
+            cut,
+        )
+
+
+def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> Iterator[Finding]:
+    place = {one.name: index for index, one in enumerate(images)}
+    copies = dict(sorted(pair for group in alike for pair in group.copies))
+    similar = dict(sorted((index, group.best) for group in alike for index in group.others if index not in copies))
+    if copies:
+        yield Finding(
+            "copies",
+            _count(copies, "image is a copy of another", "images are copies of others"),
+            _listed(images, copies, lambda one: f"of {images[copies[place[one.name]]].name}"),
+            f"keep one of each, or set the others apart with {_FIX}",
+            tuple(copies),
+        )
+    if similar:
+        yield Finding(
+            "look-alikes",
+            _count(similar, "image nearly equals another", "images nearly equal others"),
+            _listed(images, similar, lambda one: f"like {images[similar[place[one.name]]].name}"),
+            f"keep one of each, as a picture that is there twice is learnt twice, or set the others apart with {_FIX}",
+            tuple(similar),
+        )
+
+
+def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: str) -> Iterator[Finding]:
+    paths = set(missing)
+    empty = _those(images, lambda one: one.file.path in paths and one.has_empty_caption)
+    # A trigger or the name of a folder is a caption.
+    lacking = _those(
+        images,
+        lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption,
+    )
+    if lacking:
+        is_all = len(lacking) == len(images)
+        yield Finding(
+            "missing captions",
+            "no image has a caption, and there is no trigger" if is_all else f"{_have(lacking)} no caption",
+            "" if is_all else _listed(images, lacking),
+            "write captions into text files of the same name, or name the subject with --trigger",
+            lacking,
+        )
+    if empty:
+        instead = "the trigger alone describes" if trigger.strip() else "nothing describes"
+        yield Finding(
+            "empty captions",
+            f"{_have(empty)} an empty caption file, so that {instead} {_them(empty)}",
+            _listed(images, empty),
+            "write the caption or remove the file" if len(empty) == 1 else "write the captions or remove the files",
+            empty,
+        )
+
+
+def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) -> Iterator[Finding]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index in _those(images, lambda one: one.is_captioned and not one.file.is_class):
+        if index not in repeated:
+            groups[images[index].file.caption.casefold()].append(index)
+    # One caption for all of them is a choice, and so are short ones.
+    odd = [
+        group
+        for caption, group in groups.items()
+        if len(group) > 1 and len(groups) > 1 and len(caption.split()) >= _WORDS
+    ]
+    if odd:
+        found = tuple(sorted(index for group in odd for index in group))
+        yield Finding(
+            "equal captions",
+            f"{len(found):,} images share their captions with others",
+            f"{_listed(images, found)} ({_quoted(images[odd[0][0]].file.caption)})",
+            "say in each what only that picture shows",
+            found,
+        )
+
+
+def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterator[Finding]:
+    found = _those(images, lambda one: (one.tokens or 0) > limit.longest)
+    if found:
+        yield Finding(
+            "long captions",
+            f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens that "
+            f"{limit.encoder} was made for",
+            _listed(images, found, lambda one: f"{one.tokens:,} tokens"),
+            f"shorten {_them(found)} to what is seen in the picture",
+            found,
+        )
+
+
+def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
+    subjects = [one for one in images if not one.file.is_class]
+    written = [tags_of(one.file.caption) for one in subjects if one.is_captioned]
+    if len(written) < max(_SHARED_FROM, len(subjects)):
+        return
+    everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
+    # The trigger is what the LoRA is called by, and a first tag that all share names its subject.
+    named = one_line(trigger).casefold()
+    first = {next((tag for tag in map(str.casefold, tags) if tag != named), "") for tags in written}
+    everywhere -= {named, *(first if len(first) == 1 else ())}
+    shared = [_quoted(tag) for tag in dict.fromkeys(written[0]) if tag.casefold() in everywhere]
+    if shared:
+        yield Finding(
+            "shared tags",
+            f"every caption has the {'tag' if len(shared) == 1 else 'tags'} {_joined(shared)}",
+            "",
+            "remove what need not stand in every prompt, and keep the word for your subject",
+        )
+
+
+def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) -> tuple[int, ...]:
+    """Indices of the images that are so."""
+    return tuple(index for index, one in enumerate(images) if are(one))
+
+
+def _buckets(images: Sequence[CheckedImage], found: Sequence[int]) -> str:
+    """The size that pictures are trained at, or the most frequent one of several."""
+    sizes = Counter(images[index].bucket for index in found)
+    (width, height), _ = sizes.most_common(1)[0]
+    return f"{width}×{height}" if len(sizes) == 1 else "their size in training"
+
+
+def _listed(
+    images: Sequence[CheckedImage], found: Collection[int], detail: Callable[[CheckedImage], str] | None = None
+) -> str:
+    """The names of some images, with a detail of each."""
+    shown = [images[index] for index in islice(found, _LISTED + 1)]
+    return _joined([f"{one.name} ({detail(one)})" if detail else one.name for one in shown], of=len(found))
+
+
+def _joined(texts: Sequence[str], *, of: int | None = None) -> str:
+    """Some of the texts, separated by commas, and the number of the others."""
+    total = len(texts) if of is None else of
+    shown = _LISTED if total > _LISTED + 1 else total  # "and 1 more" is as long as a name
+    more = total - shown
+    return ", ".join(texts[:shown]) + (f" and {more:,} more" if more else "")
+
+
+def _count(found: Collection[object], one: str, many: str) -> str:
+    return f"{len(found):,} {one if len(found) == 1 else many}"
+
+
+def _are(found: Collection[int]) -> str:
+    return _count(found, "image is", "images are")
+
+
+def _have(found: Collection[int]) -> str:
+    return _count(found, "image has", "images have")
+
+
+def _them(found: Collection[object]) -> str:
+    return "it" if len(found) == 1 else "them"
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if len(text) <= 60 else f"'{text[:57].rstrip()}…'"

@@ -1,0 +1,189 @@
+"""What pixels say of a picture's use for training: whether it is blurred, shows anything, or nearly equals another one.
+
+Sharpness is judged as by Crete et al. 2007 (SPIE 6492, "The blur effect"): blurring a picture once more removes most of
+the differences between neighbouring pixels if it was sharp, and few if it was blurred. In contrast to the variance of
+the Laplacian that depends on neither contrast nor subject. It is taken by tiles and the sharpest count, so that a sharp
+subject before a blurred background is sharp.
+
+Pictures are compared by perceptual hashes (signs of the lowest frequencies of their cosine transform), and candidates
+by their small grey copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageFilter, ImageStat
+
+__all__ = ["BLURRED", "MEASURED_EDGE", "PictureQuality", "look_alikes", "measured"]
+
+MEASURED_EDGE = 512
+"""Longest edge in pixels at which pictures are measured; larger ones are reduced to it."""
+
+BLURRED = 0.6
+"""Blur from which a picture counts as blurred.
+
+Photographs and drawings in focus have 0.1 to 0.3, copies of them blurred by a Gaussian of 3 pixels at 512 0.6 to 0.8.
+"""
+
+_TILES = 4  # in each direction
+_LEAST_TILE = 16  # pixels
+_BOX = 4  # radius of the second blur: 9 pixels
+_LEAST_CHANGE = 1.0  # mean difference of neighbouring pixels in a tile that can be judged, of 255
+_EMPTY, _CONTRAST = 3.0, 8.0  # standard deviation of grey levels: below, nothing is shown; above, something is
+_STEP = 10  # of neighbouring pixels that even a faint edge exceeds
+_HASHED, _FREQUENCIES = 32, 8
+_COMPARED = _HASHED // 2
+_NEAR_HASH = 14  # of 64 bits
+_NEAR_COPY = 0.92  # correlation of the small copies
+_ROWS = 512  # of hashes compared at a time
+
+
+@dataclass(frozen=True)
+class PictureQuality:
+    """What was measured of a picture.
+
+    Attributes:
+        blur: 0 is sharp, 1 is blurred; None if it cannot be judged.
+        is_empty: whether it shows one colour.
+        hash: 64 bits that similar pictures share, mostly.
+        small: grey copy of 16×16 pixels, row by row.
+    """
+
+    blur: float | None
+    is_empty: bool
+    hash: int
+    small: bytes
+
+    @property
+    def is_blurred(self) -> bool:
+        """Whether nothing in it is sharp."""
+        return self.blur is not None and self.blur >= BLURRED
+
+
+def measured(picture: Image.Image) -> PictureQuality:
+    """The quality of a picture of any mode and size, reduced to `MEASURED_EDGE` where it is larger."""
+    grey = picture.convert("L")
+    grey.thumbnail((MEASURED_EDGE, MEASURED_EDGE), Image.Resampling.LANCZOS)
+    small = np.asarray(grey.resize((_HASHED, _HASHED), Image.Resampling.BOX), dtype=np.float64)
+    copy = small.reshape(_COMPARED, 2, _COMPARED, 2).mean(axis=(1, 3)).round().astype(np.uint8).tobytes()
+    (deviation,) = ImageStat.Stat(grey).stddev
+    if deviation < _EMPTY:
+        return PictureQuality(None, True, _perceptual_hash(small), copy)
+    blur = _blur(grey)
+    if blur is None and deviation >= _CONTRAST and _greatest_step(grey) < _STEP:
+        blur = 1.0
+    return PictureQuality(blur, False, _perceptual_hash(small), copy)
+
+
+def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
+    """Groups of pictures that look alike, as ascending indices; pictures that resemble no other are left out.
+
+    Copies that were scaled, stretched, recompressed or brightened are alike; mirrored ones are not, and cropped ones
+    only where little is gone. Empty pictures resemble none.
+    """
+    kept = [index for index, one in enumerate(qualities) if not one.is_empty]
+    if len(kept) < 2:
+        return []
+    bits = np.array([[qualities[index].hash >> bit & 1 for bit in range(64)] for index in kept], dtype=np.float32)
+    copies = np.stack([_standardised(qualities[index].small) for index in kept])
+    leaders = list(range(len(kept)))
+
+    def leader(index: int) -> int:
+        while leaders[index] != index:
+            leaders[index] = leaders[leaders[index]]
+            index = leaders[index]
+        return index
+
+    # With bits as ±1 a matrix product counts the equal ones, which is exact in fp32.
+    signs = 2 * bits - 1
+    for start in range(0, len(kept), _ROWS):
+        block = signs[start : start + _ROWS]
+        near = block @ signs[start:].T >= 64 - 2 * _NEAR_HASH
+        for row, column in np.argwhere(np.triu(near, k=1)):
+            first, second = start + int(row), start + int(column)
+            if leader(first) != leader(second) and float(copies[first] @ copies[second]) >= _NEAR_COPY:
+                low, high = sorted((leader(first), leader(second)))
+                leaders[high] = low
+    groups: dict[int, list[int]] = {}
+    for index in range(len(kept)):
+        groups.setdefault(leader(index), []).append(kept[index])
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _blur(grey: Image.Image) -> float | None:
+    """Blur of the sharpest tiles; None where no tile has enough contrast."""
+    if min(grey.size) < 2:
+        return None
+    means = []
+    for step_x, step_y in ((1, 0), (0, 1)):
+        before = _differences(grey, step_x, step_y)
+        again = grey.filter(ImageFilter.BoxBlur((_BOX * step_x, _BOX * step_y)))
+        lost = ImageChops.subtract(before, _differences(again, step_x, step_y))
+        means.append((_tile_means(before), _tile_means(lost)))
+    changes, removed = (one + other for one, other in zip(*means, strict=True))
+    judged = changes >= 2 * _LEAST_CHANGE
+    if not np.any(judged):
+        return None
+    blurs = np.sort(1 - removed[judged] / changes[judged])
+    return float(blurs[min(2, len(blurs) - 1)])  # a single tile may hold a caption or a frame
+
+
+def _greatest_step(grey: Image.Image) -> int:
+    """The greatest difference of neighbouring pixels."""
+    if min(grey.size) < 2:
+        return 255
+    return max(int(_differences(grey, *step).getextrema()[1]) for step in ((1, 0), (0, 1)))  # type: ignore[arg-type]
+
+
+def _differences(grey: Image.Image, step_x: int, step_y: int) -> Image.Image:
+    """Absolute differences of neighbouring pixels in one direction, (height − 1, width − 1)."""
+    width, height = grey.width - 1, grey.height - 1
+    neighbours = grey.crop((step_x, step_y, step_x + width, step_y + height))
+    return ImageChops.difference(grey.crop((0, 0, width, height)), neighbours)
+
+
+def _tile_means(grey: Image.Image) -> NDArray[Any]:
+    """Mean of each tile of a picture, which has at most 4×4."""
+    levels = np.asarray(grey).astype(np.float32)
+    rows, columns = (_averages(length) for length in levels.shape)
+    return rows @ levels @ columns.T
+
+
+@lru_cache(maxsize=2048)
+def _averages(length: int) -> NDArray[np.float32]:
+    """A matrix that averages over the tiles of an edge."""
+    edges = np.linspace(0, length, min(max(length // _LEAST_TILE, 1), _TILES) + 1).astype(int)
+    matrix = np.zeros((len(edges) - 1, length), dtype=np.float32)
+    for row, (start, end) in enumerate(pairwise(edges)):
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
+
+
+def _perceptual_hash(grey: NDArray[np.float64]) -> int:
+    """64 bits: which of the lowest frequencies are above their median, the mean brightness aside."""
+    cosines = _cosines()
+    frequencies = (cosines @ grey @ cosines.T).ravel()
+    frequencies[0] = 0.0
+    return int.from_bytes(np.packbits(frequencies > np.median(frequencies)).tobytes(), "big")
+
+
+@cache
+def _cosines() -> NDArray[np.float64]:
+    """The first rows of the cosine transform of `_HASHED` values."""
+    row, column = np.arange(_FREQUENCIES)[:, None], np.arange(_HASHED)[None]
+    return np.cos(np.pi * (column + 0.5) * row / _HASHED)
+
+
+def _standardised(small: bytes) -> NDArray[np.float32]:
+    """The small copy with mean 0 and length 1, whose products are correlations."""
+    levels = np.frombuffer(small, dtype=np.uint8).astype(np.float32)
+    levels = levels - levels.mean(dtype=np.float32)
+    length = float(np.linalg.norm(levels))
+    return np.asarray(levels / (length or 1), dtype=np.float32)

@@ -1,0 +1,276 @@
+"""A mended copy of a folder: what can be mended is, the rest is as it was, and so is the original."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.folders import ASSETS
+from lorasmith.data import mended_folder
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import scan_folder
+from lorasmith.data.image_files import image_header, open_image
+from lorasmith.data.mended_folder import MendedFolder, write_mended
+from lorasmith.data.preflight import Preflight, preflight
+from tests.data.test_preflight import add, photo
+
+
+def checked(folder: Path, resolution: int = 128) -> Preflight:
+    return preflight(scan_folder(folder), DataConfig(), folder=folder, resolution=resolution, multiple=16)
+
+
+def mended(folder: Path, resolution: int = 128) -> MendedFolder:
+    before = content(folder)
+    done = write_mended(checked(folder, resolution), folder.with_name("fixed"))
+    assert content(folder) == before, "the original is only read"
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+    return done
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).digest() for path in files}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "photos"
+
+
+def test_good_images_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source = ASSETS / "input" / "fox"
+    check = preflight(scan_folder(source), DataConfig(), folder=source, resolution=256, multiple=16)
+    done = write_mended(check, tmp_path / "fixed")
+    before, after = content(source), content(done.folder)
+    assert {name: after[name] for name in after if name.endswith(".png")} == {
+        name: before[name] for name in before if name.endswith(".png")
+    }
+    assert (done.pictures, done.captions, done.changes, done.reasons) == (6, 6, {}, {})
+
+
+def test_large_pictures_are_reduced_to_twice_the_area(folder: Path) -> None:
+    add(folder / "1.jpg", photo(1, (900, 600)), "a dog")
+    add(folder / "2.png", photo(2, (900, 600)))
+    add(folder / "3.jpg", photo(3, (180, 180)))
+    done = mended(folder)
+    assert done.changes == {"reduced": ("1.jpg", "2.png")}
+    for name in ("1.jpg", "2.png"):
+        with Image.open(done.folder / name) as picture:
+            assert 0.98 * 2 * 128**2 < picture.width * picture.height <= 2 * 128**2
+            assert picture.width / picture.height == pytest.approx(1.5, rel=0.01)
+            assert picture.format == ("JPEG" if name == "1.jpg" else "PNG")
+    assert (done.folder / "3.jpg").read_bytes() == (folder / "3.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_pictures_are_turned_upright(folder: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    add(folder / "1.png", photo(1, (160, 120)), exif=exif)
+    done = mended(folder)
+    assert done.changes == {"turned upright": ("1.png",)}
+    assert image_header(done.folder / "1.png").is_upright
+    assert open_image(done.folder / "1.png").tobytes() == open_image(folder / "1.png").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "F"])
+def test_pictures_become_8_bit(folder: Path, mode: str) -> None:
+    folder.mkdir()
+    greys = np.linspace(0, 1, 128 * 128, dtype=np.float32).reshape(128, 128)
+    if mode == "CMYK":
+        photo(1, (128, 128)).convert("CMYK").save(folder / "1.jpg")
+    else:
+        values = greys if mode == "F" else (greys * 65535).astype(np.uint16)
+        Image.fromarray(values).save(folder / "1.tif")
+    (name,) = mended(folder).changes["converted"]
+    assert name == ("1.jpg" if mode == "CMYK" else "1.png")
+    fixed = folder.with_name("fixed") / name
+    assert image_header(fixed).mode == "RGB"
+    (original,) = folder.iterdir()
+    difference = np.abs(np.asarray(open_image(fixed), dtype=int) - np.asarray(open_image(original), dtype=int))
+    assert difference.mean() < 4
+
+
+def test_transparency_is_kept(folder: Path) -> None:
+    picture = photo(1, (400, 400))
+    picture.putalpha(Image.linear_gradient("L").resize((400, 400)))
+    add(folder / "1.png", picture)
+    with Image.open(mended(folder).folder / "1.png") as fixed:
+        assert fixed.mode == "RGBA" and fixed.getchannel("A").getextrema()[0] < 5
+
+
+@pytest.mark.parametrize("suffix", ["tga", "jp2", "ppm"])
+def test_other_formats_are_converted(folder: Path, suffix: str) -> None:
+    add(folder / "1.png", photo(1))
+    add(folder / f"2.{suffix}", photo(2), "a cat")
+    if suffix == "ppm":  # of a format that the scan does not know, under the name of one that it does
+        (folder / "2.ppm").rename(folder / "2.webp")
+    done = mended(folder, 256)
+    assert done.changes == {"converted": ("2.png",)} and done.captions == 1
+    assert open_image(done.folder / "2.png").tobytes() == photo(2).tobytes()
+
+
+def test_unusable_files_are_kept_apart_with_their_reason(folder: Path) -> None:
+    add(folder / "1.png", photo(1))
+    whole = (folder / "1.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "x.heic").write_bytes(b"no picture")
+    (folder / "tiny.tga").parent.mkdir(exist_ok=True)
+    photo(2, (9, 9)).save(folder / "tiny.tga")
+    (folder / "raw").mkdir()
+    done = mended(folder, 256)
+    assert done.changes["unused"] == ("unused/cut.png", "unused/tiny.tga", "unused/x.heic")
+    assert done.changes["left out"] == ("raw",) and done.pictures == 1
+    reasons = (done.folder / "unused" / "REASONS.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(":")[0] for line in reasons] == ["cut.png", "tiny.tga", "x.heic"]
+    assert "is damaged or cut short" in reasons[0] and "is a HEIC file" in reasons[2]
+    assert set(done.reasons) == {"cut.png", "tiny.tga", "x.heic", "raw"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_pipes_are_not_waited_for(folder: Path) -> None:
+    add(folder / "1.png", photo(1))
+    os.mkfifo(folder / "2.png")
+    done = mended(folder, 256)
+    assert "unused" not in done.changes
+    assert "2.png (not copied, " in (done.folder / "unused" / "REASONS.txt").read_text(encoding="utf-8")
+
+
+def test_copies_are_set_apart(folder: Path) -> None:
+    add(folder / "1.png", photo(1), "a dog")
+    add(folder / "2_cats" / "1.png", photo(1, (64, 64)), "small")
+    done = mended(folder, 256)
+    assert done.changes == {"set apart": ("duplicates/2_cats_1.png",)}
+    assert (done.folder / "duplicates" / "2_cats_1.txt").read_text() == "small\n"
+    assert (done.folder / "duplicates" / "REASONS.txt").read_text() == "2_cats_1.png: shows what 1.png shows\n"
+
+
+def test_captions_become_utf_8(folder: Path) -> None:
+    add(folder / "1.png", photo(1)).with_suffix(".txt").write_bytes("ein Füchslein".encode("latin-1"))
+    add(folder / "2.png", photo(2)).with_suffix(".caption").write_bytes("a\r\ncat".encode("utf-16"))
+    add(folder / "3.png", photo(3), "")
+    done = mended(folder, 256)
+    captions = {path.name: path.read_bytes().decode() for path in done.folder.glob("*.txt")}
+    assert captions == {"1.txt": "ein Füchslein\n", "2.txt": "a cat\n"} and done.captions == 2
+
+
+def test_repeats_are_kept_and_names_made_safe(folder: Path) -> None:
+    names = ("10_sks dog/a:b?.png", "-x.png", "con.png", "..y.png", "z .png", "grün.PNG", "tab\t.png")
+    for index, name in enumerate(names):
+        add(folder / name, photo(index), f"caption {index}")
+    done = mended(folder, 256)
+    images = scan_folder(done.folder).images
+    assert {image.caption for image in images} >= {f"caption {index}" for index in (0, 1, 2, 4, 5, 6)}
+    written = {image.path.relative_to(done.folder).as_posix() for image in images}
+    assert written == {"10_sks dog/a_b_.png", "x.png", "_con.png", "z.png", "grün.png", "tab_.png"}
+
+
+def test_pictures_of_one_name_get_captions_of_their_own(folder: Path) -> None:
+    add(folder / "a.jpg", photo(1), "both")
+    add(folder / "a.png", photo(2))
+    add(folder / "A.webp", photo(3), "third", lossless=True)
+    done = mended(folder, 256)
+    stems = sorted(path.stem for path in done.folder.iterdir() if path.suffix != ".txt")
+    assert len({stem.casefold() for stem in stems}) == 3
+    assert done.captions == 3 and len(done.changes["renamed"]) == 2
+
+
+def test_content_decides_the_suffix(folder: Path) -> None:
+    add(folder / "a.jpeg", photo(1))
+    add(folder / "b.png", photo(2)).rename(folder / "b.gif")
+    assert {path.name for path in mended(folder, 256).folder.iterdir()} == {"a.jpeg", "b.png"}
+
+
+def test_what_can_be_mended_is_found_no_more(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    add(folder / "1.jpg", photo(1, (900, 700)), "one", exif=exif)
+    add(folder / "2.png", photo(1, (500, 400)).rotate(-90, expand=True), "two")
+    add(folder / "3.tga", photo(3), "three")
+    (folder / "4.png").write_bytes(b"")
+    assert {one.kind for one in checked(folder).findings} == {"unused files", "look-alikes"}
+    assert checked(mended(folder).folder).findings == ()
+
+
+def test_what_is_set_apart_is_never_trained_on(folder: Path) -> None:
+    add(folder / "1.png", photo(1))
+    add(folder / "2.png", photo(1, (64, 64)))
+    (folder / "3.png").touch()
+    done = mended(folder, 256)
+    for recursive in (False, True):
+        scan = scan_folder(done.folder, DataConfig(recursive=recursive))
+        assert [one.path.name for one in scan.images] == ["1.png"] and scan.skipped == ()
+    for name in ("duplicates", "unused"):
+        (done.folder / name / "REASONS.txt").unlink()
+    assert len(scan_folder(done.folder, DataConfig(recursive=True)).images) == 2, "folders of these names are usual"
+
+
+def test_captions_of_metadata_files_become_text_files(folder: Path) -> None:
+    for index in range(2):
+        add(folder / f"{index}.png", photo(index))
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "a dog"}\n{"file_name": "1.png", "text": "a cat"}\n', encoding="utf-8"
+    )
+    done = mended(folder, 256)
+    assert [one.caption for one in scan_folder(done.folder).images] == ["a dog", "a cat"] and done.captions == 2
+
+
+def test_masks_come_along(folder: Path) -> None:
+    add(folder / "a:b.png", photo(1))
+    add(folder / "a:b.mask.png", Image.new("L", (256, 256)))
+    config = DataConfig(masks="files")
+    check = preflight(scan_folder(folder, config), config, folder=folder, resolution=128, multiple=16)
+    done = write_mended(check, folder.with_name("fixed"))
+    (image,) = scan_folder(done.folder, config).images
+    assert image.path.name == "a_b.png" and image.mask == done.folder / "a_b.mask.png"
+
+
+def test_targets_that_are_refused(folder: Path, tmp_path: Path) -> None:
+    add(folder / "1.png", photo(1))
+    check = checked(folder)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(OptionError, match="must be a new or empty folder"):
+            write_mended(check, tmp_path / name)
+    for inside in (folder, folder / "fixed", tmp_path / "photos" / ".." / "photos" / "x"):
+        with pytest.raises(OptionError, match="must be outside of the original"):
+            write_mended(check, inside)
+    assert write_mended(check, tmp_path / "empty").pictures == 1
+    assert write_mended(check, tmp_path / "new" / "deep").pictures == 1
+
+
+def test_nothing_is_left_of_a_copy_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(folder / "1.png", photo(1))
+    check = checked(folder, 256)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(mended_folder, "_copy", full)
+    with pytest.raises(OutputError, match=r"was not written \(no space\); check"):
+        write_mended(check, folder.with_name("fixed"))
+    assert [path.name for path in folder.parent.iterdir()] == ["photos"]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12), max_size=9))
+def test_safe_names_are_different_and_safe(names: list[str]) -> None:
+    given_names = mended_folder._Names()
+    found = [given_names.place(f"{name}.png") for name in names]
+    stems = [stem for _, stem in found]
+    assert len({stem.casefold() for stem in stems}) == len(stems)
+    for stem in stems:
+        assert re.fullmatch(r"[\w.,()&+=@# -]+", stem)
+        assert stem[0] not in " -." and stem[-1] not in " ."
+        assert not re.fullmatch(r"(?i)(con|nul|aux|prn)", stem)

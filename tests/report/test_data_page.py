@@ -1,0 +1,133 @@
+"""The page about a folder, from plain data: whole and safe, whatever names and captions are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
+from tests.report.test_run_report import HOSTILE, Page
+
+URI = ("data:image/webp;base64,AAAA", 40, 30)
+
+
+def page(**parts) -> Page:
+    given = {"title": "photos", "status": "Fine", "mood": "good", "verdict": "All fine.", "summary": "512×512"}
+    return Page(data_page(DataReport(**(given | parts))))
+
+
+def shot(text: str = "a.png", **details) -> Shot:
+    return Shot(**({"name": text, "about": "40×30", "picture": URI} | details))
+
+
+def whole(text: str) -> dict:
+    """Every part of a page, with `text` wherever text can be."""
+    one = shot(text, about=text, caption=text, marks=[text], remarks=[text], crop=(0, 0.1, 1, 0.9), is_kept=True)
+    trouble = {"title": text, "problem": text, "remedy": text}
+    return {
+        "title": text,
+        "status": text,
+        "mood": "fair",
+        "verdict": text,
+        "summary": text,
+        "facts": {text: text},
+        "troubles": [
+            Trouble(**trouble, groups=[[one, one], [one]], is_grouped=True, more=3),
+            Trouble(**trouble, files=[(text, text)]),
+        ],
+        "commands": {text: text},
+        "sizes": [SizeRow(512, 512, 3, 9), SizeRow(256, 1024, 1, 1)],
+        "sizes_are": text,
+        "steps": {text: text},
+        "captions": {text: text},
+        "others": [one],
+        "others_more": 2,
+        "notes": [text],
+    }
+
+
+def test_no_text_becomes_markup() -> None:
+    hostile, plain = page(**whole(HOSTILE)), page(**whole("plain"))
+    assert hostile.tags == plain.tags and "script" not in hostile.tags
+    assert [key for _, key, _ in hostile.attributes] == [key for _, key, _ in plain.attributes]
+    assert HOSTILE in hostile.text
+
+
+def test_the_page_needs_no_script_and_no_network() -> None:
+    found = page(**whole("plain"))
+    assert {"script", "link", "iframe"}.isdisjoint(found.tags)
+    sources = [value for _, key, value in found.attributes if key in ("src", "href")]
+    assert sources and all(one is not None and one.startswith(("data:", "#")) for one in sources)
+
+
+def test_every_link_leads_to_a_trouble() -> None:
+    found = page(**whole("plain"))
+    links = [value[1:] for name, key, value in found.attributes if (name, key) == ("a", "href") and value]
+    assert links == ["look-1", "look-2"] and set(links) <= set(found.ids)
+    assert len(set(found.ids)) == len(found.ids)
+
+
+def test_a_page_with_nothing_to_look_at() -> None:
+    found = page()
+    assert "All fine." in found.text and "Fine" in found.text
+    assert found.tags.count("section") == 0 and found.ids == []
+
+
+def test_the_crop_is_drawn_where_training_cuts() -> None:
+    crop = shot(crop=(0.125, 0, 0.875, 1))
+    found = page(troubles=[Trouble(title="t", problem="p", remedy="r", groups=[[crop, shot("b.png")]])])
+    styles = [value for _, key, value in found.attributes if key == "style"]
+    assert styles == ["left:12.50%;top:0.00%;width:75.00%;height:100.00%"]
+
+
+@pytest.mark.parametrize("caption", ["", "a dog"])
+def test_captions(caption: str) -> None:
+    found = page(others=[shot(caption=caption, remarks=["too long"])])
+    assert ("no caption" in found.text) == (not caption)
+    assert "too long" in found.text and "1 picture with nothing to look at" in found.text
+
+
+def test_pictures_that_could_not_be_read_are_marked() -> None:
+    found = page(others=[shot(picture=None, marks=["blurred"])])
+    assert "no picture" in found.text and "blurred" in found.text and "img" not in found.tags
+
+
+def test_pictures_have_a_text_alternative() -> None:
+    found = page(**whole("plain"))
+    images = found.tags.count("img")
+    assert images == sum(key == "alt" and bool(value) for _, key, value in found.attributes) == 4
+
+
+def test_sizes_are_drawn_in_proportion() -> None:
+    found = page(sizes=[SizeRow(512, 256, 4, 4), SizeRow(256, 512, 1, 5)], sizes_are="Pictures are scaled.")
+    styles = [value for _, key, value in found.attributes if key == "style"]
+    assert styles == ["width:40px;height:20px", "width:100.0%", "width:20px;height:40px", "width:25.0%"]
+    assert "512×256" in found.text
+
+
+def test_what_is_not_shown_is_counted() -> None:
+    found = page(
+        troubles=[Trouble(title="t", problem="p", remedy="r", groups=[[shot()]], more=1)],
+        others=[shot()],
+        others_more=40,
+    )
+    assert "1 more is not shown." in found.text and "40 more are not shown." in found.text
+    assert "41 pictures with nothing to look at" in found.text
+
+
+def test_flags_are_not_broken_at_hyphens() -> None:
+    text = data_page(
+        DataReport(
+            title="x", status="s", mood="fair", verdict="v", summary="s",
+            troubles=[Trouble(title="t", problem="p", remedy="use --no-upscale, <b> or --fix")],
+        )
+    )  # fmt: skip
+    assert re.findall(r'<code class="flag">(.*?)</code>', text) == ["--no-upscale", "--fix"]
+    assert "&lt;b&gt;" in text and "P.</p>" in text
+
+
+def test_the_style_knows_dark_and_narrow_screens() -> None:
+    text = data_page(DataReport(title="x", status="s", mood="good", verdict="v", summary="s"))
+    assert "prefers-color-scheme: dark" in text and "max-width: 40rem" in text
+    assert 'content="light dark"' in text and "Content-Security-Policy" in text
