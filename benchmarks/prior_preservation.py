@@ -3,15 +3,14 @@
     python -m benchmarks.prior_preservation
 
 Six pictures of a fox, which the model does not know, are trained as `sks lion`. The score of the class is the share of
-pictures of a lion (no trigger; in styles and on backgrounds of the training data) in which a classifier sees a lion, the
-score of the subject that of `sks lion` in which it sees a fox. Prints both for the base model, and for LoRAs trained with
-and without pictures of the class.
+pictures of a lion (no trigger, in styles and on backgrounds that the model knows) in which a classifier sees a lion,
+the score of the subject that of `sks lion` in which it sees a fox. Prints both for the base model, and for LoRAs
+trained with and without pictures of the class.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import tempfile
@@ -32,7 +31,13 @@ from lorasmith.training.config import TrainConfig
 from tools.pretrain.judge import Judge
 
 SUBJECT = ("sks lion", "sks lion, on a white background", "sks lion, noto style")
-CLASS = ("a lion", "a lion, noto style", "a lion, flat style", "a lion, on a blue background", "a lion, on a black background")
+CLASS = (
+    "a lion",
+    "a lion, noto style",
+    "a lion, flat style",
+    "a lion, on a blue background",
+    "a lion, on a black background",
+)
 
 
 def subject_folder(folder: Path) -> Path:

@@ -69,6 +69,7 @@ TESTED_ELSEWHERE = {
     "cli/train.py": "cli/test_commands.py",
     "cli/workflow.py": "cli/test_commands.py",
     "core/choices.py": "training/test_config.py",
+    "data/cache_folder.py": "data/test_encoding_cache.py",
     "data/cache_shards.py": "data/test_encoding_cache.py",
     "families/diffusers_file.py": "families/test_transformers.py",
     "families/files/checkpoint.py": "families/test_stable_diffusion.py",

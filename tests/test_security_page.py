@@ -19,9 +19,15 @@ from lorasmith.app.command_lines import command_line
 from lorasmith.app.folder_run import train_prepared
 from lorasmith.app.run_page import report_of, write_report
 from lorasmith.cli.main import main
-from lorasmith.core.errors import LorasmithError, ModelError, OptionError
+from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
+from lorasmith.data.comfyui_shards import read_comfyui_dataset
 from lorasmith.data.encoding_cache import EncodingCache, key_of
+from lorasmith.data.folder import scan_folder, scan_sources
+from lorasmith.data.saved_samples import read_samples
+from lorasmith.data.sources import ImageSource
+from lorasmith.data.transformers_captions import transformers_captioner
+from lorasmith.data.video_files import open_video
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.tokenizers import folder_tokenizer
@@ -32,6 +38,7 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_states import load_state
 from tests.app.folder_cases import pictures, prepared, with_metadata, with_record
+from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -196,8 +203,29 @@ def workflow(tmp_path: Path) -> None:
             folders.find("checkpoints", name)
         with pytest.raises(LorasmithError):
             folders.find_input(name)
-    with pytest.raises(LorasmithError, match="must stay inside"):
-        folders.numbered("../../x")
+    for door in (folders.numbered, folders.new_dataset, folders.find_dataset):
+        with pytest.raises(LorasmithError, match="must stay inside"):
+            door("../../x")
+
+
+def dataset(tmp_path: Path) -> None:
+    torch.save({"latents": [{"samples": Ran()}], "conditioning": []}, tmp_path / "shard_0000.pkl")
+    with pytest.raises(DataError, match="could run code"):
+        read_comfyui_dataset(tmp_path)
+    (tmp_path / "shard_0000.pkl").write_bytes(pickle.dumps(Ran()))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_comfyui_dataset(tmp_path)
+    index = {"format": "lorasmith.training_dataset", "version": 1, "latents": [], "conditioning": [], "prompts": []}
+    (tmp_path / "index.json").write_text(json.dumps({**index, "shards": ["../secret.safetensors"]}))
+    with pytest.raises(DataError, match="must name its shards"):
+        read_samples(tmp_path)
+
+
+def videos(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "a.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    with pytest.raises(DataError, match="must be a video that can be read"):
+        open_video(tmp_path / "a.mp4")
 
 
 def captions(tmp_path: Path) -> None:
@@ -206,10 +234,38 @@ def captions(tmp_path: Path) -> None:
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+def image_metadata(tmp_path: Path) -> None:
+    secret = picture(tmp_path / "secret.png", "secret", (200, 0, 0))
+    (tmp_path / "photos").mkdir()
+    shutil.copy(secret, tmp_path / "photos" / "1.png")
+    entries = [{"file_name": name, "text": "x"} for name in ("../secret.png", str(secret), "1.png")]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    scan = scan_folder(tmp_path / "photos" / "metadata.jsonl")
+    assert [one.path for one in scan.images] == [tmp_path / "photos" / "1.png"]
+    assert "as they name files outside of the folder" in scan.notes[0]
+
+
+def saved_dataset(tmp_path: Path) -> None:
+    """What needs the package `datasets` is tried in tests/data/test_hub_datasets.py."""
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))
+    with pytest.raises(LorasmithError, match="names files in other folders"):
+        scan_sources([ImageSource(str(tmp_path))], cache=tmp_path / "cache")
+
+
 def yaml_file(tmp_path: Path) -> None:
     (tmp_path / "paths.yaml").write_text("a: !!python/object/apply:sys.exit [code of a file was run]")
     with pytest.raises(OptionError, match="must be a readable YAML file"):
         read_extra_model_paths(tmp_path / "paths.yaml")
+
+
+def captioning_model(tmp_path: Path) -> None:
+    for damage in (code_of_its_own, pickled_weights, adapter_elsewhere):
+        folder = tmp_path / damage.__name__
+        MODELS["blip"](folder)
+        damage(folder)
+        with pytest.raises(ModelError, match=r"without code of its own|is an adapter on another one"):
+            transformers_captioner(str(folder), torch.device("cpu"))
 
 
 def encodings(tmp_path: Path) -> None:
@@ -247,8 +303,13 @@ LINES: dict[str, Callable[..., None] | None] = {
     "checkpoint or GGUF": checkpoint,
     "diffusers folder": diffusers_folder,
     "workflow": workflow,
+    "saved data set (`LoadTrainingDataset`)": dataset,
+    "videos": videos,
     "images and captions": captions,
+    "metadata file of images": image_metadata,
+    "folder saved by `datasets`": saved_dataset,
     "`extra_model_paths.yaml`": yaml_file,
+    "captioning model (`data caption`)": captioning_model,
     "encoding cache": encodings,
     "any text in a command to copy": copied,
 }

@@ -1,9 +1,10 @@
-"""Write the training graphs of `examples/` for the model families, in API format and as an editor keeps them.
+"""Write graphs of `examples/` that train: one for each model family, in API format and as an editor keeps it.
 
     python -m tools.example_graphs
 
-All graphs are the same but for loaders and sampling: load the parts under the file names of ComfyUI's templates, and a
-folder of images with texts, train, save, plot, and draw a picture with the LoRA. A test compares the files.
+The graphs of the families are the same but for loaders and sampling: load the parts under the file names of ComfyUI's
+templates, and a folder of images with texts, train, save, plot, and draw a picture with the LoRA. That of a folder
+trains on images of several sizes, in buckets. A test compares the files.
 """
 
 from __future__ import annotations
@@ -41,6 +42,30 @@ def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
 
 
+def _settings(*, steps: int, learning_rate: float, rank: int, batch_size: int = 1) -> dict[str, Any]:
+    """Inputs of Train LoRA that have values, those of the node's defaults among them."""
+    return {
+        "batch_size": batch_size,
+        "grad_accumulation_steps": 1,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": 0,
+        "training_dtype": "bf16",
+        "lora_dtype": "bf16",
+        "quantized_backward": False,
+        "algorithm": "LoRA",
+        "gradient_checkpointing": True,
+        "checkpoint_depth": 1,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": True,
+        "bypass_mode": False,
+    }
+
+
 def _graph(
     loaders: Graph,
     sampling: Graph,
@@ -75,24 +100,7 @@ def _graph(
             model=model,
             latents=["12", 0],
             positive=["12", 1],
-            batch_size=1,
-            grad_accumulation_steps=1,
-            steps=500,
-            learning_rate=learning_rate,
-            rank=16,
-            optimizer="AdamW",
-            loss_function="MSE",
-            seed=0,
-            training_dtype="bf16",
-            lora_dtype="bf16",
-            quantized_backward=False,
-            algorithm="LoRA",
-            gradient_checkpointing=True,
-            checkpoint_depth=1,
-            offloading=False,
-            existing_lora="[None]",
-            bucket_mode=True,
-            bypass_mode=False,
+            **_settings(steps=500, learning_rate=learning_rate, rank=16),
         ),
         "21": _node("SaveLoRA", "Save the LoRA", lora=["20", 0], prefix="loras/fox", steps=["20", 2]),
         "22": _node("LossGraphNode", "Plot the loss", loss=["20", 1], filename_prefix="fox_loss"),
@@ -187,6 +195,21 @@ GRAPHS: dict[str, Graph] = {
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
         parts=_APART,
     ),
+    "folder_lora": {
+        "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
+        "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),
+        "11": _node("MakeTrainingDataset", "Encode", images=["10", 0], vae=["1", 2], clip=["1", 1], texts=["10", 1]),
+        "12": _node("ResolutionBucket", "Buckets of one size", latents=["11", 0], conditioning=["11", 1]),
+        "20": _node(
+            "TrainLoraNode",
+            "Train LoRA",
+            model=["1", 0],
+            latents=["12", 0],
+            positive=["12", 1],
+            **_settings(steps=200, learning_rate=1e-3, rank=16, batch_size=2),
+        ),
+        "21": _node("SaveLoRA", "Save the LoRA", lora=["20", 0], prefix="loras/folder", steps=["20", 2]),
+    },
 }
 """Graphs in API format by the stem of their files."""
 

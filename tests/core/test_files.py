@@ -14,6 +14,7 @@ import pytest
 from lorasmith.core import files
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import (
+    atomic_folder,
     atomic_path,
     ensure_folder,
     is_folder,
@@ -125,6 +126,48 @@ def test_the_old_file_survives_a_failed_block(tmp_path: Path, error: BaseExcepti
 
     assert target.read_text() == "old"
     assert names(tmp_path) == ["state"]
+
+
+def test_a_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert names(target) == ["b"]
+    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
+        (folder / "b").write_text("3")
+        raise ZeroDivisionError
+    assert (target / "b").read_text() == "2"
+    assert names(target.parent) == ["model"]
+
+
+def test_the_old_folder_returns_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "a").write_text("old")
+    rename = Path.rename
+
+    def once(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            raise OSError(errno.EBUSY, "busy")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(OutputError, match=r"cannot be written \(busy\)"), atomic_folder(target) as folder:
+        (folder / "a").write_text("new")
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_folder_below_a_file_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="must be a folder but is a file"), atomic_folder(tmp_path / "file" / "out"):
+        raise AssertionError("never entered")
 
 
 def test_the_content_reaches_the_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,8 @@ def test_names_that_lead_out_are_refused_everywhere(folders: Folders, name: str)
         lambda: folders.find_input(f"{name} [output]"),
         lambda: folders.find_input_folder(name),
         lambda: folders.numbered(name),
+        lambda: folders.find_dataset(name),
+        lambda: folders.new_dataset(name),
     ]
     for door in doors:
         with pytest.raises(LorasmithError, match="must stay inside its folder"):
@@ -157,6 +159,21 @@ def test_built_in_data_sets_are_input_folders(folders: Folders) -> None:
     assert set(built_in) <= set(folders.input_folders())
     for name in built_in:
         assert folders.find_input_folder(name) == ASSETS / "input" / name
+
+
+def test_data_sets_are_folders_of_shards(folders: Folders) -> None:
+    assert folders.datasets() == []
+    put(folders.base / "datasets/b/shard_0000.pkl")
+    put(folders.base / "datasets/a/deep/shard_0000.safetensors")
+    put(folders.base / "datasets/photos/cat.png")
+    put(folders.base / "datasets/.old.tmp/new/shard_0000.pkl")
+    put(folders.base / "datasets/shard_0000.pkl")
+    assert folders.datasets() == ["a/deep", "b"]
+    assert folders.find_dataset("a/deep") == folders.base / "datasets/a/deep"
+    with pytest.raises(DataError, match=r"no folder 'a/dep' in .*did you mean 'a/deep'"):
+        folders.find_dataset("a/dep")
+    with pytest.raises(OutputError, match="a folder name must be at most 20 names of 200 bytes"):
+        folders.new_dataset("a" * 300)
 
 
 def test_numbered_files(folders: Folders) -> None:

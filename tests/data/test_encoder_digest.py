@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +101,7 @@ def test_another_denoiser_in_the_file_changes_nothing(
 def test_a_second_start_hashes_nothing(file: Path, remembered: RememberedDigests, hashed: list[int]) -> None:
     before = both(load_model(file), remembered)
     assert len(hashed) == 2
+    assert remembered.folder.parent.stat().st_mode & 0o077 == 0 or sys.platform == "win32", "others cannot read it"
     assert both(load_model(file), remembered) == before == both(load_model(file))
     assert len(hashed) == 4, "twice more without a memory"
 
@@ -171,6 +174,26 @@ def test_being_used_changes_nothing(file: Path, remembered: RememberedDigests) -
         model.text_encoder.encode("a cat " * 100)
         model.autoencoder.encode(torch.zeros(1, 3, 64, 64))
     assert both(model) == before == both(model, remembered)
+
+
+ELSEWHERE = f"""
+from lorasmith.data.encoder_digest import autoencoder_digest, text_encoder_digest
+from lorasmith.families.loading import load_model
+model = load_model("{BUILT_IN}")
+print(text_encoder_digest(model), autoencoder_digest(model))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_computes_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
+    assert tuple(done.stdout.split()) == both(load_model(BUILT_IN))
 
 
 def patch(strength: float = 1.0, **changes: Any) -> Patch:

@@ -323,6 +323,22 @@ def test_what_this_process_uses_is_never_removed(tmp_path: Path) -> None:
     assert found(tmp_path, range(8)) == [0, 5, 6, 7]
 
 
+def test_what_is_still_to_be_read_stays_until_the_end(tmp_path: Path) -> None:
+    old = filled(tmp_path, range(4), each=True)
+    for days, path in enumerate(old):
+        aged(path, 9 - days)
+    other = filled(tmp_path, range(1), encoder=OTHER)[-1]
+    size = old[0].stat().st_size
+    with cache(tmp_path, limit=4 * size + 10).entries(ENCODER) as entries:
+        for number in range(2):
+            entries.put(key_of(number=10 + number), latents(10 + number))
+            entries.flush()
+            assert same(entries.get(key_of(number=number)), latents(number))
+        assert all(path.exists() for path in old)
+    assert found(tmp_path, range(20)) == [0, 1, 10, 11]
+    assert not other.exists()
+
+
 def test_the_time_of_use_is_written_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path, range(5))
     touched: list[object] = []

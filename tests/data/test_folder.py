@@ -33,7 +33,7 @@ def test_images_and_captions(tmp_path: Path) -> None:
 def test_trigger(tmp_path: Path) -> None:
     add_image(tmp_path / "1.png", "on a beach")
     missing = add_image(tmp_path / "2.png")
-    scan = scan_folder(tmp_path, trigger="sks dog")
+    scan = scan_folder(tmp_path, DataConfig(trigger="sks dog"))
     assert [(image.caption, image.caption_source) for image in scan.images] == [
         ("sks dog, on a beach", "file"),
         ("sks dog", "trigger"),
@@ -74,7 +74,7 @@ def test_repeats_of_kohya_s_folders(tmp_path: Path) -> None:
         ("1.png", 10, "sks dog", "folder"),
         ("2.png", 10, "a dog on a beach", "file"),
     ]
-    with_trigger = scan_folder(tmp_path, trigger="zzz").images
+    with_trigger = scan_folder(tmp_path, DataConfig(trigger="zzz")).images
     assert [image.caption for image in with_trigger] == ["zzz", "zzz", "zzz", "zzz, a dog on a beach"]
 
 
@@ -201,6 +201,13 @@ def test_links_to_outside_are_named(tmp_path: Path) -> None:
     (folder / "a.png").symlink_to(elsewhere)
 
     assert scan_folder(folder).notes == (f"2 files are links to outside of the folder, such as a.png to {elsewhere}",)
+
+    (folder / "metadata.json").symlink_to(tmp_path / "elsewhere" / "m.json")
+    (tmp_path / "elsewhere" / "m.json").write_text('{"a": {"caption": "x"}}')
+    (folder / "inside").symlink_to("metadata.json")
+    (folder / "more").symlink_to(elsewhere.parent)
+    (folder / "c.png").symlink_to("b.png")
+    assert "5 files are links to outside" in scan_folder(folder, DataConfig(recursive=True)).notes[-1]
 
 
 def test_repeats_and_weights_of_sources(tmp_path: Path) -> None:

@@ -214,6 +214,22 @@ def test_metadata_files(tmp_path: Path, name: str) -> None:
     assert time.perf_counter() - start < 20
 
 
+def test_links_to_themselves(tmp_path: Path) -> None:
+    for stem in "12":
+        add_image(tmp_path / f"{stem}.png")
+    (tmp_path / "2.txt").write_text("its own")
+    for name in ("metadata.jsonl", "1.txt", "meta_x.json"):
+        (tmp_path / name).symlink_to(name)
+    scan = scan_folder(tmp_path)
+    assert [image.path.name for image in scan.images] == ["2.png"]
+    loop = "cannot be read (Too many levels of symbolic links)"
+    assert reasons(scan) == {
+        "1.png": f"is left out because its caption file 1.txt {loop}; replace or remove it",
+        "metadata.jsonl": f"{loop}; repair or remove it",
+        "meta_x.json": "is not read besides metadata.jsonl; keep one of them",
+    }
+
+
 def test_metadata_reads_nothing_outside(tmp_path: Path) -> None:
     secret = add_image(tmp_path / "secret.png")
     photos = tmp_path / "photos"

@@ -89,12 +89,14 @@ def test_a_saved_dataset_names_no_files_elsewhere(
 
 
 @pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/x.arrow", "..", 3])
-def test_a_saved_dataset_lists_no_files_elsewhere(datasets: Any, tmp_path: Path, name: object) -> None:
-    made(datasets, image=rows(picture("PNG")), text=["x"]).save_to_disk(tmp_path / "saved")
-    state = json.loads((tmp_path / "saved" / "state.json").read_text())
-    (tmp_path / "saved" / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+def test_a_saved_dataset_lists_no_files_elsewhere(tmp_path: Path, name: object) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     with pytest.raises(DataError, match=r"cannot be read \(state\.json: .*\); save it again"):
-        unpacked_folder(tmp_path / "saved", tmp_path / "cache")
+        unpacked_folder(tmp_path, tmp_path / "cache")
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(DataError, match=r"cannot be read \(dataset_dict\.json: .*\); save it again"):
+        unpacked_folder(tmp_path, tmp_path / "cache")
 
 
 def test_a_forged_fingerprint_gives_no_other_dataset(datasets: Any, tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_what_is_no_dataset_of_images(datasets: Any, tmp_path: Path) -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "state.json").write_text(json.dumps({}))
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": []}))
     assert not is_saved_dataset(tmp_path)
     (tmp_path / "dataset_info.json").write_text(json.dumps({}))
     with pytest.raises(DataError, match="needs the package of this name; run pip install datasets"):

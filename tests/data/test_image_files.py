@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from lorasmith.data import image_files
 from lorasmith.data.image_files import (
     ImageError,
     ImageHeader,
@@ -252,6 +254,22 @@ def _png_that_claims(width: int, height: int) -> bytes:
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def test_large_pictures_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+
+    @contextlib.contextmanager
+    def lock() -> Iterator[None]:
+        held.append(True)
+        yield
+
+    monkeypatch.setattr(image_files, "_LARGE", lock())
+    monkeypatch.setattr(image_files, "_LARGE_PIXELS", 500)
+    for name, size in (("small.png", (20, 25)), ("large.png", (20, 26))):
+        Image.new("RGB", size).save(tmp_path / name)
+        assert image_size(tmp_path / name) == size
+        assert held == ([] if name == "small.png" else [True])
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])

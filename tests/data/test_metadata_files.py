@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from lorasmith.data.metadata_files import (
     preferred_metadata,
     read_metadata,
 )
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def read(folder: Path, content: str | bytes, name: str = "metadata.jsonl") -> Metadata:
@@ -101,6 +105,13 @@ def test_names_inside_of_the_folder(tmp_path: Path) -> None:
     assert list(found.captions) == ["1.png", "a/2.png", "3.png", "4.png"]
 
 
+def test_names_in_another_form_of_unicode(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    for written, stored in ((composed, decomposed), (decomposed, composed)):
+        found = read(tmp_path, lines({"file_name": written, "text": "x"}))
+        assert found.captions[str(found.entry(stored))] == ("x",)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -148,6 +159,16 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").mkdir()
     with pytest.raises(MetadataError, match=r"cannot be read \(it is a folder, not a file\)"):
         read_metadata(tmp_path / "metadata.json")
+
+
+def test_the_examples_of_the_page(tmp_path: Path) -> None:
+    blocks = dict(re.findall(r"```(jsonl|csv|json)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL))
+    found = {form: read(tmp_path, content, f"metadata.{form}").captions for form, content in blocks.items()}
+    assert found == {
+        "jsonl": {"1.jpg": ("a dog on a beach",), "more/2.png": ("a cat", "a cat on a chair")},
+        "csv": {"1.jpg": ("a dog, on a beach",), "more/2.png": ("a cat",)},
+        "json": {"1": ("a dog on a beach, outdoors, sea",), "more/2.png": ("cat, chair",)},
+    }
 
 
 def test_which_files_are_metadata() -> None:

@@ -31,7 +31,7 @@ def test_captions_of_a_metadata_file(tmp_path: Path, name: str) -> None:
     for stem in "123":
         add_image(tmp_path / f"{stem}.png")
     write(tmp_path / name, **{"1": "a dog", "2": ["a cat", "two cats"]})
-    scan = scan_folder(tmp_path, trigger="sks")
+    scan = scan_folder(tmp_path, DataConfig(trigger="sks"))
     assert [(i.caption, i.captions, i.caption_source) for i in scan.images] == [
         ("sks, a dog", ("a dog",), "metadata"),
         ("sks, a cat", ("a cat", "two cats"), "metadata"),
@@ -132,7 +132,7 @@ def test_an_image_whose_entry_cannot_be_used_is_left_out(tmp_path: Path) -> None
 def test_files_of_another_kind_do_no_harm(tmp_path: Path) -> None:
     add_image(tmp_path / "1.png")
     (tmp_path / "metadata.json").write_text('{"version": 3}')
-    scan = scan_folder(tmp_path, trigger="sks")
+    scan = scan_folder(tmp_path, DataConfig(trigger="sks"))
     assert [image.caption for image in scan.images] == ["sks"]
     assert [path.name for path, _ in scan.skipped] == ["metadata.json"]
 
@@ -197,6 +197,8 @@ def test_masks_in_a_folder_of_their_own(tmp_path: Path) -> None:
     assert scan.notes == ("1 mask is not used, such as 9.png, as there is no image of the name, or another mask",)
     with pytest.raises(DataError, match=r"mask_folder must be a folder, got .*; check the path"):
         scan_folder(photos, DataConfig(masks="files", mask_folder=str(tmp_path / "none")))
+    with pytest.raises(DataError, match="mask_folder must be another folder than that of the images"):
+        scan_folder(photos, DataConfig(masks="files", mask_folder=str(photos / "masks" / "..")))
 
 
 def test_an_image_whose_mask_cannot_be_used_is_left_out(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz import caches, checkpoints, folders, ggufs, graphs, loras, records
+from tests.fuzz import caches, checkpoints, datasets, folders, ggufs, graphs, loras, records
 from tests.fuzz.engine import Kind, run_case
 
 __all__ = ["KINDS", "cases", "prepare"]
@@ -12,13 +12,14 @@ __all__ = ["KINDS", "cases", "prepare"]
 KINDS: dict[str, Kind] = {
     one.name: one
     for one in (
-        Kind("lora", 44, loras.doors),
+        Kind("lora", 39, loras.doors),
         Kind("checkpoint", 10, checkpoints.doors),
         Kind("gguf", 8, ggufs.doors),
         Kind("graph", 16, graphs.doors),
         Kind("record", 5, records.doors),
         Kind("folder", 15, folders.doors),
         Kind("cache", 2, caches.doors),
+        Kind("dataset", 5, datasets.doors),
     )
 }
 
@@ -26,7 +27,8 @@ KINDS: dict[str, Kind] = {
 def prepare() -> None:
     """Import and make whatever is made once, so that no case is charged for it."""
     torch.set_num_threads(1)
-    for make in (loras.files, records.recorded, ggufs.files, checkpoints.parts, caches.made):
+    made = (loras.files, records.recorded, ggufs.files, checkpoints.parts, datasets.files, caches.made)
+    for make in made:
         make()
     for kind in KINDS.values():
         for seed in range(-6, 0):

@@ -73,6 +73,21 @@ def test_the_style_example_draws_each_prompt_at_three_strengths(tmp_path: Path) 
     assert folders.find("loras", "high_contrast_2_steps_00001_.safetensors").is_file()
 
 
+def test_the_folder_example_trains_on_images_of_several_sizes(tmp_path: Path, tiny: Model) -> None:
+    folder = tmp_path / "input" / "mine"
+    folder.mkdir(parents=True)
+    for name, size in {"a": (64, 64), "b": (96, 64)}.items():
+        Image.linear_gradient("L").resize(size).save(folder / f"{name}.png")
+    fewer = ["10.folder=mine", "20.steps=2", "20.learning_rate=0.01", "20.rank=2", "20.targets=*.attn2.to_q"]
+    folders = Folders(tmp_path)
+    graph = validate(apply_overrides(prompt_in(EXAMPLES / "folder_lora.json"), fewer), folders)
+    assert graph.warnings == ()
+    Executor(folders).run(graph)
+    saved = Lora.load(folders.find("loras", "folder_2_steps_00001_.safetensors"), tiny)
+    assert saved.state.unknown == {}
+    assert any(one.tensors["down"].any() for one in saved.state.adapters.values())
+
+
 @pytest.mark.parametrize("example", ALL, ids=lambda path: path.stem)
 def test_the_editors_version_is_the_same_graph(example: Path) -> None:
     prompt = prompt_in(example)

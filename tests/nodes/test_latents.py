@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dataset_cases import REBATCH, samples
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
@@ -79,3 +82,22 @@ def test_a_batch_of_several_sizes_says_what_it_scales(bench: Any, latents: Make)
     both = bench.one("LatentBatch", samples1=latents(), samples2=latents(1, 8, 32))["samples"]
     assert both.shape == (2, 4, 16, 16)
     assert "32×8 were scaled to 16×16" in bench.messages("warning")[0]
+
+
+@pytest.mark.parametrize("size", REBATCH)
+def test_batches_are_joined_and_split_as_in_comfyui(bench: Any, size: int) -> None:
+    golden = load_file(Path(__file__).parents[1] / "golden" / "comfyui_dataset_nodes.safetensors")
+    lists = {"latents": [{"samples": one} for one in samples()]}
+    (made,) = bench.call("RebatchLatents", lists=lists, batch_size=size).outputs
+    count = sum(name.startswith(f"RebatchLatents-{size}.") for name in golden)
+    assert len(made) == count
+    for number, one in enumerate(made):
+        assert torch.equal(one["samples"], golden[f"RebatchLatents-{size}.{number}"])
+
+
+def test_pixels_per_latent_stay_where_all_batches_have_them(bench: Any, latents: Make) -> None:
+    empty = {**latents(3), "downscale_ratio_spacial": 8}
+    (made,) = bench.call("RebatchLatents", latents=empty, batch_size=2).outputs
+    assert [one["downscale_ratio_spacial"] for one in made] == [8, 8]
+    (made,) = bench.call("RebatchLatents", lists={"latents": [empty, latents(1)]}, batch_size=9).outputs
+    assert [one.keys() for one in made] == [{"samples"}]

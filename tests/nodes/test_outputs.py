@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from lorasmith.core.errors import LoraError, OutputError
+from lorasmith.core.errors import DataError, LoraError, OutputError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
@@ -136,3 +136,45 @@ def test_values_are_shown_as_text(bench: Any, value: object, text: str) -> None:
     result = bench.call("PreviewAny", source=value)
     assert result.ui == {"text": [text]}
     assert result.outputs == ((text,),)
+
+
+def folder_names(bench: Any) -> list[str]:
+    return sorted(path.name for path in (bench.folders.output / "my" / "set").iterdir())
+
+
+@pytest.mark.parametrize("node", ["SaveImageDataSetToFolder", "SaveImageTextDataSetToFolder"])
+def test_image_sets_are_overwritten_or_numbered(bench: Any, pictures: Make, node: str) -> None:
+    lists = {"images": [pictures(1), pictures(2, 32, 48, seed=1)]}
+    for _ in range(2):
+        bench.call(node, lists=lists, folder_name="my/set")
+    assert folder_names(bench) == ["image_00000.png", "image_00001.png", "image_00002.png"]
+    bench.call(node, lists=lists, folder_name="my/set", mode="increment")
+    assert folder_names(bench)[3:] == ["image_00003_00000.png", "image_00004_00001.png", "image_00005_00002.png"]
+    bench.call(node, lists=lists, folder_name="my/set", mode="increment")
+    assert folder_names(bench)[6:] == ["image_00006_00000.png", "image_00007_00001.png", "image_00008_00002.png"]
+
+
+def test_a_saved_set_is_loaded_again_bit_for_bit(bench: Any, tmp_path: Path) -> None:
+    images = [(torch.rand(1, 20 + n, 30, 3) * 255).round() / 255 for n in range(3)]
+    texts = ["a fox", "a cat, é", ""]
+    bench.call("SaveImageTextDataSetToFolder", lists={"images": images, "texts": texts}, folder_name="set")
+    (bench.folders.output / "set").rename(tmp_path / "set")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "set").rename(tmp_path / "input" / "set")
+    loaded, captions = bench.call("LoadImageTextDataSetFromFolder", folder="set").outputs
+    assert list(captions) == texts
+    assert all(
+        torch.equal((one * 255).round(), (other * 255).round()) for one, other in zip(loaded, images, strict=True)
+    )
+
+
+def test_texts_of_another_number_are_refused(bench: Any, pictures: Make) -> None:
+    with pytest.raises(DataError, match="one caption per image or one for all, got 2 for 3 images"):
+        bench.call("SaveImageTextDataSetToFolder", images=pictures(3), lists={"texts": ["a", "b"]})
+    assert not bench.folders.output.exists()
+
+
+@pytest.mark.parametrize("names", [{"folder_name": "../x"}, {"filename_prefix": "../../x"}, {"folder_name": "/tmp"}])
+def test_image_sets_stay_in_the_output_folder(bench: Any, pictures: Make, names: dict[str, str]) -> None:
+    with pytest.raises(OutputError, match="must stay inside its folder"):
+        bench.call("SaveImageDataSetToFolder", images=pictures(), **names)

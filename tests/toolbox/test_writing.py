@@ -16,7 +16,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.formats.container import check_safetensors
-from lorasmith.toolbox.writing import HISTORY, atomic_folder, file_target, free_target, noted, rank_entries, rewritten
+from lorasmith.toolbox.writing import HISTORY, file_target, folder_target, free_target, noted, rank_entries, rewritten
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -80,29 +80,13 @@ def test_targets(tmp_path: Path) -> None:
             file_target(tmp_path / name)
 
 
-def test_a_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "model"
-    with atomic_folder(target) as folder:
-        (folder / "model_index.json").write_text("1")
-        assert not target.exists()
-    assert (target / "model_index.json").read_text() == "1"
-    with atomic_folder(target) as folder:
-        (folder / "model_index.json").write_text("2")
-    assert (target / "model_index.json").read_text() == "2"
-    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
-        (folder / "model_index.json").write_text("3")
-        raise ZeroDivisionError
-    assert (target / "model_index.json").read_text() == "2"
-    assert [path.name for path in target.parent.iterdir()] == ["model"]
-
-
 def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(OutputError, match="is no diffusers model"), atomic_folder(tmp_path / "photos"):
-        raise AssertionError("never entered")
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="must be a folder but is a file"), atomic_folder(tmp_path / "file" / "out"):
-        raise AssertionError("never entered")
+    with pytest.raises(OutputError, match="is no diffusers model"):
+        folder_target(tmp_path / "photos")
+    (tmp_path / "photos" / "model_index.json").touch()
+    assert folder_target(tmp_path / "photos") == tmp_path / "photos"
+    assert folder_target(tmp_path / "new") == tmp_path / "new"
 
 
 def test_history_grows_by_a_line() -> None:

@@ -14,7 +14,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoding import encode_scan
+from lorasmith.data.encoding import datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
@@ -82,7 +82,7 @@ def prepare(
     check_title(source.name)
     device, settings = chosen_device(source.device), source.data
     folder = Path(source.folder)
-    scan = scan_sources(source.sources, settings)
+    scan = scan_sources(source.sources, settings, cache=datasets_folder())
     on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
     judged = None if source.validation is None else scan_folder(Path(source.validation), settings)
     on_event(ModelLoading(model=source.model))

@@ -15,6 +15,7 @@ from lorasmith.cli import (
     check,
     convert,
     data_cache,
+    data_caption,
     data_check,
     demo,
     diff,
@@ -95,6 +96,7 @@ bench.register(app)
 
 data = typer.Typer(help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True)
 app.add_typer(data, name="data")
+data_caption.register(data)
 data_cache.register(data)
 data_check.register(data)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from lorasmith.core.errors import OutputError
 
 __all__ = [
     "MAX_TEXT_BYTES",
+    "atomic_folder",
     "atomic_path",
     "ensure_folder",
     "is_folder",
@@ -107,6 +109,36 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise _explained(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends without an exception.
+
+    Until then, and if anything fails, what stood at `target` stays; the new folder is removed then.
+
+    Raises:
+        OutputError: the folder cannot be made, filled or moved.
+    """
+    ensure_folder(target.parent)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise _explained(target, error) from error
+    fresh, old = temporary / "new", temporary / "old"
+    try:
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise _explained(target, error) from error
+    finally:
+        if old.exists() and not target.exists():  # the second of the two moves failed
+            old.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomic(target: Path, content: bytes | str) -> None:

@@ -2,6 +2,7 @@
 
     <base>/models/{checkpoints,loras,vae,diffusion_models,unet,text_encoders,clip,...}
     <base>/{input,output,temp}          output/loras is also searched for LoRAs
+    <base>/datasets                     saved training data sets, each a folder of shards
 
 An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The package's
 own `assets/` is another root of the same layout, read-only and searched last, so that the built-in model and the demo
@@ -25,6 +26,7 @@ from lorasmith.core.registry import nearest
 
 __all__ = [
     "ASSETS",
+    "DATASET_SHARD",
     "MAX_STEM_BYTES",
     "MODEL_EXTENSIONS",
     "Folders",
@@ -43,6 +45,9 @@ MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gg
 
 MAX_STEM_BYTES = 200
 """Limit of what users name files by, as systems allow 255 bytes and we add numbers and suffixes."""
+
+DATASET_SHARD = "shard_"
+"""Start of the names of a saved data set's files, by which its folder is recognised."""
 
 Place = Literal["input", "output", "temp"]
 
@@ -188,6 +193,26 @@ class Folders:
             f"put it into {self.place('input')} or choose one that is there"
         )
 
+    def datasets(self) -> list[str]:
+        """Sorted names of the saved training data sets."""
+        below = [(root, *entry) for root in self._dataset_roots() for entry in _walk(root) if entry[0] != root]
+        found = {(root, folder) for root, folder, names in below for name in names if name.startswith(DATASET_SHARD)}
+        return sorted({folder.relative_to(root).as_posix() for root, folder in found})
+
+    def find_dataset(self, name: str) -> Path:
+        """The folder of the saved data set `name`. Raises DataError when there is none."""
+        relative = _contained(name, "a folder name", DataError)
+        for root in self._dataset_roots():
+            if is_folder(root / relative):
+                return root / relative
+        raise DataError(
+            f"no folder {name!r} in {self.base / 'datasets'}{nearest(name, self.datasets())}; choose one that is there"
+        )
+
+    def new_dataset(self, name: str) -> Path:
+        """The folder for a data set `name`; it may exist. Raises OutputError for names that no folder can have."""
+        return self.base / "datasets" / _for_new_file(name, "a folder name")
+
     def numbered(
         self,
         prefix: str,
@@ -210,12 +235,7 @@ class Folders:
             OutputError: the prefix is empty or leaves the folder, or the name is too long for a file system.
         """
         filled = _fill_tokens(prefix, width, height, now or time.localtime())
-        relative = _contained(filled, "a file name prefix", OutputError)
-        if len(relative.parts) > _MOST_PARTS or any(file_stem(part) != part for part in relative.parts):
-            raise OutputError(
-                f"a file name prefix must be at most {_MOST_PARTS} names of {MAX_STEM_BYTES} bytes without control "
-                f"characters, got {filled!r}; use a shorter one"
-            )
+        relative = _for_new_file(filled, "a file name prefix")
         folder = self.place(place) / relative.parent
         subfolder = relative.parent.as_posix()
         return NumberedFiles(
@@ -225,6 +245,9 @@ class Folders:
             stem=relative.name,
             counter=next_counter(folder, relative.name),
         )
+
+    def _dataset_roots(self) -> list[Path]:
+        return [*self.preferred.get("datasets", ()), self.base / "datasets", *self.extra.get("datasets", ())]
 
     def _places(self, place: Place) -> list[Path]:
         return [self.place(place), *([ASSETS / "input"] if place == "input" else [])]
@@ -307,6 +330,17 @@ def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPa
     absolute = relative.is_absolute() or bool(PureWindowsPath(name).drive)
     if absolute or ".." in relative.parts or not relative.parts or "\0" in name:
         raise error(f"{what} must stay inside its folder, got {name!r}; use a relative name without '..'")
+    return relative
+
+
+def _for_new_file(name: str, what: str) -> PurePosixPath:
+    """`name` as a relative path that a file system takes."""
+    relative = _contained(name, what, OutputError)
+    if len(relative.parts) > _MOST_PARTS or any(file_stem(part) != part for part in relative.parts):
+        raise OutputError(
+            f"{what} must be at most {_MOST_PARTS} names of {MAX_STEM_BYTES} bytes without control characters, got "
+            f"{name!r}; use a shorter one"
+        )
     return relative
 
 

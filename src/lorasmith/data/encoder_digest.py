@@ -34,6 +34,7 @@ from lorasmith.core.files import read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import FileState, file_state, place_on_file, release_pages
 from lorasmith.core.tensor_digests import digest_of_tensors
+from lorasmith.data.cache_folder import ensure_private
 from lorasmith.data.cache_shards import is_digest
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
@@ -76,11 +77,12 @@ class RememberedDigests:
         if self._is_on:
             text = json.dumps({"digest": digest, "check": key_of(key=key, digest=digest)})
             with contextlib.suppress(LorasmithError, OSError):
+                ensure_private(self.folder.parent)
                 write_atomic(self.folder / f"{key}.json", text)
 
 
 def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDigests | None = None) -> str:
-    """Digest of what makes conditioning of a caption, 64 hex digits.
+    """Digest of what makes conditioning of a caption, 64 hex digits; to be called outside of `active()`.
 
     Args:
         source: a model, or its text encoders with LoRAs and options of their own.
@@ -109,7 +111,7 @@ def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDi
 
 
 def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDigests | None = None) -> str:
-    """Digest of what makes latents of pixels, 64 hex digits.
+    """Digest of what makes latents of pixels, 64 hex digits; to be called outside of `active()`.
 
     Args:
         source: a model, whose scale and shift of latents count, or an autoencoder alone.
@@ -244,7 +246,12 @@ def _plain(config: Any) -> Any:
         return None
     fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     kept = {name: value for name, value in fields.items() if not name.startswith("_") and name not in _ORIGIN}
-    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+    return json.loads(json.dumps(kept, default=_text, sort_keys=True))
+
+
+def _text(value: object) -> object:
+    """What JSON has no value for, the same in each process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 _ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")

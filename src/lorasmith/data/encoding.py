@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device, chosen_device
+from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.crops import centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset, Picture, Sample, Variants
 from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
-from lorasmith.data.encoding_cache import default_cache, key_of
-from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
+from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
+from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
+from lorasmith.data.framed_pictures import mask_of, place_weights
+from lorasmith.data.hub_datasets import dataset_folder
 from lorasmith.data.picture_encoding import EncodedFraming, FramedImage, PictureEncoder, Progress, encode_pictures
-from lorasmith.data.pictures import mask_of, place_weights
-from lorasmith.families.model import Model
+from lorasmith.data.sources import ImageSource
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-__all__ = ["encode_images", "encode_scan", "load_dataset"]
+__all__ = ["datasets_folder", "encode_images", "encode_scan", "encoded_pixels", "encoded_texts", "load_dataset"]
 
 _BATCH_PIXELS = 4 * 1024**2
 """Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
 
 
 def load_dataset(
-    folder: str | os.PathLike[str],
+    images: str | os.PathLike[str] | Sequence[ImageSource] | object,
     model: Model,
     *,
     device: str | torch.device | None = None,
@@ -40,10 +45,11 @@ def load_dataset(
     config: DataConfig | None = None,
     **settings: Any,
 ) -> EncodedDataset:
-    """Read and encode a folder of images with captions.
+    """Read and encode images with captions.
 
     Args:
-        folder: the folder.
+        images: a folder of images, a metadata file, a folder that `datasets` saved, a `datasets.Dataset` with a column
+            of images, or several of these as `ImageSource`.
         model: its autoencoder and text encoders are used.
         device: where to encode; the first GPU, or the CPU, if None.
         progress: called after each image with (images done, total, name of the image).
@@ -56,7 +62,23 @@ def load_dataset(
     """
     place = chosen_device(device)
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
-    return encode_scan(scan_folder(Path(folder), whole), model, whole, device=place, progress=progress)
+    return encode_scan(
+        scan_sources(_sources(images), whole, cache=datasets_folder()), model, whole, device=place, progress=progress
+    )
+
+
+def datasets_folder() -> Path:
+    """Where the images of datasets are kept that `datasets` saved."""
+    return default_cache().folder.parent / "datasets"
+
+
+def _sources(images: object) -> list[ImageSource]:
+    """The images of `load_dataset`."""
+    if isinstance(images, (str, os.PathLike)):
+        return [ImageSource(os.fspath(images))]
+    if isinstance(images, (list, tuple)):
+        return [one for each in images for one in ([each] if isinstance(each, ImageSource) else _sources(each))]
+    return [ImageSource(str(dataset_folder(images, datasets_folder())))]
 
 
 def encode_scan(
@@ -77,16 +99,10 @@ def encode_scan(
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
     where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
-
-    def entries(digest: Callable[..., str], part: str) -> contextlib.AbstractContextManager[Any]:
-        if cache is None:
-            return contextlib.nullcontext()
-        return cache.entries(digest(model, remembered=RememberedDigests(cache)), title=f"{part} of {model.title}")
-
     captions = EncodedCaptions(
         encoder.encode,
         ready=lambda: encoder.active(where),
-        entries=lambda: entries(text_encoder_digest, "text encoders"),
+        entries=lambda: _entries(cache, text_encoder_digest, model, f"text encoders of {model.title}"),
         memory_bytes=int(config.caption_memory * 2**30),
         encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
     )
@@ -94,7 +110,7 @@ def encode_scan(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
         downscale=latent.downscale,
         ready=lambda: autoencoder.active(where),
-        entries=lambda: entries(autoencoder_digest, "autoencoder"),
+        entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}"),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
         sized=model.family.sized,
     )
@@ -147,6 +163,61 @@ def encode_images(
         sample = _sample(image, found, config, captions, pictures, notes)
         samples += [sample] * image.image.repeats
     return EncodedDataset(tuple(samples), captions, tuple(notes))
+
+
+def encoded_texts(encoder: TextEncoder, texts: Sequence[str]) -> list[Conditioning]:
+    """The conditioning of each text, from and into the user's cache; equal ones are encoded once.
+
+    Args:
+        encoder: with its LoRAs.
+        texts: any.
+    """
+    cache = default_cache()
+    captions = EncodedCaptions(
+        encoder.encode,
+        ready=encoder.active,
+        entries=lambda: _entries(cache, text_encoder_digest, encoder, f"text encoders of {encoder.title}"),
+    )
+    captions.encode_ahead(texts)
+    return [captions[text] for text in texts]
+
+
+def encoded_pixels(
+    autoencoder: Autoencoder, pictures: Sequence[Tensor], progress: Callable[[int, int], None]
+) -> list[Tensor]:
+    """The autoencoder's latents of each picture, from and into the user's cache; equal ones are encoded once.
+
+    Args:
+        autoencoder: what encodes.
+        pictures: pixels (1, 3, height, width) in [−1, 1].
+        progress: called before each that is encoded with (pictures done, total).
+    """
+    keys = [key_of(pixels=digest_of_tensors([("pixels", one)])) for one in pictures]
+    found: dict[str, Tensor] = {}
+    title = f"autoencoder of {autoencoder.title}"
+    with contextlib.ExitStack() as ready, _entries(default_cache(), autoencoder_digest, autoencoder, title) as entries:
+        missing = dict(zip(keys, pictures, strict=True))
+        for key in list(missing):
+            if entries is not None and (kept := entries.get(key)) is not None:
+                found[key] = kept["latents"]
+                del missing[key]
+        if missing:
+            ready.enter_context(autoencoder.active())
+        for key, picture in missing.items():
+            progress(len(found), len(found) + len(missing))
+            found[key] = autoencoder.encode(picture)
+            if entries is not None:
+                entries.put(key, {"latents": found[key]})
+    return [found[key] for key in keys]
+
+
+def _entries(
+    cache: EncodingCache | None, digest: Callable[..., str], source: Model | TextEncoder | Autoencoder, title: str
+) -> contextlib.AbstractContextManager[CacheEntries | None]:
+    """The entries of an encoder; None without a cache."""
+    if cache is None:
+        return contextlib.nullcontext()
+    return cache.entries(digest(source, remembered=RememberedDigests(cache)), title=title)
 
 
 def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int) -> FramedImage:

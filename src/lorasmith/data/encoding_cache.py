@@ -19,8 +19,8 @@ import math
 import os
 import re
 import secrets
-import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.core.files import ensure_folder
+from lorasmith.data.cache_folder import ensure_private, named_files, remove_leftovers, removed, stat_of, system_cache
 from lorasmith.data.cache_shards import Shard, check_entry, is_digest, read_shard, write_shard
 from lorasmith.data.data_config import DataConfig
 
@@ -53,12 +53,8 @@ _USE_SECONDS = 60
 _SIZE_SECONDS = 60
 """How often the size of the whole folder is looked up."""
 
-_LEFT_SECONDS = 3600
-"""Age at which a temporary file is one that a killed process left."""
-
 _SHARD_NAME = re.compile(r"\d{20}-[0-9a-f]{16}\.safetensors")
 _DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.json")
-_TEMPORARY_NAME = re.compile(r"\..+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,10 @@ class EncodingCache:
         self.limit_bytes = limit_bytes
         self.notes: list[str] = []
         self._used: set[str] = set()
+        self._open: Counter[str] = Counter()
         self._can_write = limit_bytes > 0
         self._swept: set[Path] = set()
+        self._written = False
         self._size_bytes = 0
         self._sized = -math.inf
 
@@ -126,24 +124,27 @@ class EncodingCache:
         """
         if not is_digest(encoder):
             raise ValueError(f"the digest of an encoder must be 64 hexadecimal digits, got {encoder!r}")
+        self._open[encoder] += 1
         entries = CacheEntries(self, encoder, title)
         try:
             yield entries
         finally:
             entries.flush()
+            self._open[encoder] -= 1
+            self._keep_limit()
 
     def summary(self) -> list[EncoderSummary]:
         """What the cache holds, the encoder used last first."""
         found = []
         for folder in self._folders():
-            files = list(_files(folder, _SHARD_NAME))
+            files = list(named_files(folder, _SHARD_NAME))
             shards = []
             for file in files:
                 with contextlib.suppress(LorasmithError):
                     if (shard := read_shard(Path(file.path))) is not None and shard.encoder == folder.name:
                         shards.append(shard)
             if files:
-                stats = [stat for file in files if (stat := _stat(file)) is not None]
+                stats = [stat for file in files if (stat := stat_of(file)) is not None]
                 found.append(
                     EncoderSummary(
                         encoder=folder.name,
@@ -164,18 +165,18 @@ class EncodingCache:
         before = time.time() - unused_days * 86400
         files = size = 0
         for folder in self._folders():
-            for file in _files(folder, _SHARD_NAME):
-                stat = _stat(file)
-                if stat is not None and (not unused_days or stat.st_mtime < before) and _removed(Path(file.path)):
+            for file in named_files(folder, _SHARD_NAME):
+                stat = stat_of(file)
+                if stat is not None and (not unused_days or stat.st_mtime < before) and removed(Path(file.path)):
                     files, size = files + 1, size + stat.st_size
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
-        for file in _files(self.folder / DIGESTS, _DIGEST_NAME):
-            stat = _stat(file)
+        for file in named_files(self.folder / DIGESTS, _DIGEST_NAME):
+            stat = stat_of(file)
             if stat is not None and (not unused_days or stat.st_mtime < before):
-                _removed(Path(file.path))
-        _remove_leftovers(self.folder / DIGESTS)
+                removed(Path(file.path))
+        remove_leftovers(self.folder / DIGESTS)
         return Cleared(files, size)
 
     def _folders(self) -> list[Path]:
@@ -194,7 +195,7 @@ class EncodingCache:
         if not self.limit_bytes or folder.is_symlink():
             return []
         shards = []
-        for file in _files(folder, _SHARD_NAME):
+        for file in named_files(folder, _SHARD_NAME):
             try:
                 shard = read_shard(Path(file.path))
             except LorasmithError as error:
@@ -213,7 +214,7 @@ class EncodingCache:
         path = folder / f"{time.time_ns():020}-{secrets.token_hex(8)}.safetensors"
         self._used.add(path.name)
         try:
-            _ensure_private(self.folder)
+            ensure_private(self.folder)
             try:
                 write_shard(path, encoder, title, entries)
             except OutputError:
@@ -226,8 +227,9 @@ class EncodingCache:
             return None
         if folder not in self._swept:
             self._swept.add(folder)
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
         try:
+            self._written = True
             self._size_bytes += path.stat().st_size
             self._keep_limit()
             return read_shard(path)
@@ -235,21 +237,26 @@ class EncodingCache:
             return None
 
     def _keep_limit(self) -> None:
-        """Remove the least recently used shards beyond the limit, except those that this object has used."""
+        """Remove the least recently used shards beyond the limit, except those that this object has used.
+
+        Those of encoders whose entries are open stay until then: some of them will still be read.
+        """
+        if not self._written:
+            return
         # Looking at every file takes longer than a write; what other processes wrote is noticed within a minute.
         if self._size_bytes <= self.limit_bytes and time.monotonic() - self._sized < _SIZE_SECONDS:
             return
         found = [
             (stat.st_mtime, stat.st_size, Path(file.path))
             for folder in self._folders()
-            for file in _files(folder, _SHARD_NAME)
-            if (stat := _stat(file)) is not None
+            for file in named_files(folder, _SHARD_NAME)
+            if (stat := stat_of(file)) is not None
         ]
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit_bytes:
                 break
-            if path.name not in self._used and _removed(path):
+            if path.name not in self._used and not self._open[path.parent.name] and removed(path):
                 total -= size
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
@@ -375,58 +382,6 @@ def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
     if given := os.environ.get(FOLDER_VARIABLE, ""):
         return EncodingCache(Path(given) / "encodings", limit_bytes=limit_bytes)
     try:
-        return EncodingCache(_system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
+        return EncodingCache(system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
     except RuntimeError:
         return EncodingCache(Path("encodings"), limit_bytes=0)
-
-
-def _system_cache() -> Path:
-    """The folder in which programs keep what they can make again."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"
-
-
-def _ensure_private(folder: Path) -> None:
-    """Create a folder that others cannot read, as latents can be decoded to pictures."""
-    ensure_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-
-
-def _files(folder: Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
-    """The files of a folder with such names, sorted by name; links and other kinds of entries are left out."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [one for one in entries if name.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
-    except OSError:
-        return []
-    return sorted(found, key=lambda one: one.name)
-
-
-def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """What the system says of a file; None if it is gone."""
-    try:
-        return entry.stat(follow_symlinks=False)
-    except OSError:
-        return None
-
-
-def _removed(path: Path) -> bool:
-    """Remove a file; whether it is gone."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return False
-    return True
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote."""
-    for file in _files(folder, _TEMPORARY_NAME):
-        stat = _stat(file)
-        if stat is not None and time.time() - stat.st_mtime > _LEFT_SECONDS:
-            _removed(Path(file.path))

@@ -18,14 +18,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line, read_caption_file
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import CaptionOrigin, DataConfig
 from lorasmith.data.folder_listing import Skipped, name_without_repeats, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
@@ -99,22 +99,8 @@ class FolderScan:
     notes: tuple[str, ...]
 
 
-def scan_folder(
-    path: str | os.PathLike[str], config: DataConfig | None = None, *, trigger: str | None = None
-) -> FolderScan:
-    """Scan a folder, see `scan_sources`.
-
-    Args:
-        path: the folder, or another path that an `ImageSource` has.
-        config: settings.
-        trigger: in place of that of `config`.
-
-    Raises:
-        DataError: as `scan_sources`.
-    """
-    config = config or DataConfig()
-    if trigger is not None:
-        config = replace(config, trigger=trigger)
+def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None) -> FolderScan:
+    """Scan a folder, or another path that an `ImageSource` has; see `scan_sources`."""
     return scan_sources([ImageSource(os.fspath(path))], config)
 
 
@@ -146,7 +132,6 @@ def scan_sources(
     skipped: Skipped = []
     missing: list[Path] = []
     remarks = Remarks()
-    links = _Links(remarks)
     found = [
         one for source in sources for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks)
     ]
@@ -162,7 +147,7 @@ def scan_sources(
         if checked.differs:
             used = candidate.metadata if candidate.entry_first else candidate.caption_file
             remarks.add(Remark.DIFFERENT, f"of {candidate.name}, {used} is used")
-        links.check(candidate)
+        _remark_links(candidate, remarks)
     if not scanned:
         raise DataError(_nothing_usable(sources, unusable + skipped))
     if len(sources) > 1:
@@ -189,32 +174,31 @@ class _Checked:
 
 def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class: bool) -> _Checked | str:
     """An image, read and given its captions; or why it is skipped."""
-    path, is_latin_1 = found.path, False
+    file = None
     try:
-        width, height = _usable_size(path)
-        digest = file_digest(path)
+        width, height = _usable_size(found.path)
+        digest = file_digest(found.path)
         _check_mask(found.mask, width, height)
-        of_file: tuple[str, ...] = ()
         if found.caption_file:
-            caption = read_caption_file(found.folder.file(found.caption_file))
-            is_latin_1 = caption.is_latin_1
-            of_file = caption.lines if config.caption_lines else tuple(filter(None, (caption.text,)))
+            file = read_caption_file(found.folder.file(found.caption_file))
     except ImageError as error:
         return error.reason
     except CaptionError as error:
         return f"is left out because its caption file {error.path.name} {error.reason}"
-    entry = found.entry
+    of_file: tuple[str, ...] = ()
+    of_entry = found.entry
+    if file and file.text:
+        of_file = file.lines if config.caption_lines else (file.text,)
     if config.caption_lines:
-        entry = tuple(line for one in entry for line in one.splitlines())
-    entry = tuple(filter(None, map(one_line, entry)))
+        of_entry = tuple(line for one in of_entry for line in one.splitlines())
+    of_entry = tuple(filter(None, map(one_line, of_entry)))
     if found.refused and not of_file:
         return f"is left out because {found.metadata} {found.refused}; repair or remove that file"
-    of_file_first = bool(of_file) and not (found.entry_first and entry)
-    captions, source = _captions(found, of_file if of_file_first else entry, config, is_class)
-    if source == "file" and not of_file_first:
-        source = "metadata"
+    is_file = bool(of_file) and not (found.entry_first and of_entry)
+    own = of_file if is_file else of_entry
+    captions, source = _captions(found, own, "file" if is_file else "metadata", config, is_class)
     image = ImageFile(
-        path,
+        found.path,
         width,
         height,
         rules.plain(captions),
@@ -226,20 +210,31 @@ def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class
         is_class,
         digest,
     )
-    is_missing = config.captions != "none" and not of_file and not entry
-    if config.captions in ("filename", "folder"):
-        is_missing = not captions
-    return _Checked(image, is_missing, is_latin_1, bool(of_file) and bool(entry) and of_file != entry)
+    return _Checked(
+        image,
+        is_missing=source in _MISSING[config.captions],
+        is_latin_1=file is not None and file.is_latin_1,
+        differs=bool(of_file) and bool(of_entry) and of_file != of_entry,
+    )
+
+
+_MISSING: dict[CaptionOrigin, frozenset[CaptionSource]] = {
+    "files": frozenset(("trigger", "folder", "none")),
+    "filename": frozenset(("trigger", "none")),
+    "folder": frozenset(("trigger", "none")),
+    "none": frozenset(),
+}
+"""What a caption is where there should be one and is none."""
 
 
 def _captions(
-    found: Candidate, own: tuple[str, ...], config: DataConfig, is_class: bool
+    found: Candidate, own: tuple[str, ...], origin: CaptionSource, config: DataConfig, is_class: bool
 ) -> tuple[tuple[str, ...], CaptionSource]:
-    """The captions of an image, given those in files, and their origin."""
+    """The captions of an image and their origin, given those in files, and theirs."""
     folder = found.folder
     match config.captions:
         case "files" if own:
-            return own, "file"
+            return own, origin
         case "filename" if caption := caption_of_file_name(stem_of(found.name)):
             return (caption,), "filename"
         case "folder" if caption := name_without_repeats(_name(folder.path)):
@@ -298,27 +293,12 @@ def _each(items: Sequence[Candidate], function: Callable[[Candidate], T]) -> Ite
             yield from pool.map(function, items[start : start + 64 * workers])
 
 
-class _Links:
-    """Remarks on files that are read from elsewhere: links are usual, but a stranger's file may be one as well."""
-
-    def __init__(self, remarks: Remarks) -> None:
-        self._remarks = remarks
-        self._inside: dict[str, bool] = {}
-
-    def check(self, image: Candidate) -> None:
-        """Remark on the files of an image that are outside of the folder of its source."""
-        folder, root = image.folder, image.root
-        if folder.path not in self._inside:
-            self._inside[folder.path] = self._is_inside(folder.path, root)
-        for name in filter(None, (image.name, image.caption_file)):
-            if not self._inside[folder.path] or name in folder.links:
-                path = folder.file(name)
-                if not self._is_inside(path, root):
-                    self._remarks.add(Remark.LINKS, f"{name} to {os.path.realpath(path)}")
-
-    @staticmethod
-    def _is_inside(path: str | Path, root: str) -> bool:
-        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+def _remark_links(image: Candidate, remarks: Remarks) -> None:
+    """Say which files are read from elsewhere: links are usual, but a stranger's file may be one as well."""
+    mask = image.mask.name if image.mask and str(image.mask.parent) == image.folder.path else None
+    for name in filter(None, (image.name, image.caption_file, mask)):
+        if real := image.folder.outside(name):
+            remarks.add(Remark.LINKS, f"{name} to {real}")
 
 
 def _remark_repetition(found: Sequence[Candidate], remarks: Remarks) -> None:

@@ -17,7 +17,16 @@ from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
-__all__ = ["REASONS", "SET_APART", "ListedFolder", "Skipped", "list_folders", "name_without_repeats", "stem_of"]
+__all__ = [
+    "REASONS",
+    "SET_APART",
+    "ListedFolder",
+    "Skipped",
+    "list_folders",
+    "name_without_repeats",
+    "natural_order",
+    "stem_of",
+]
 
 SET_APART = ("duplicates", "unused")
 """Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
@@ -43,10 +52,13 @@ class ListedFolder:
         metadata: names of metadata files.
         links: names that are links.
         foreign: names of pictures in formats that are not read, with reasons.
+        source: the source itself, links resolved.
+        is_inside: whether it is inside of the source when links are resolved.
     """
 
     path: str
     inside: str
+    source: Path
     repeats: int = 1
     caption: str = ""
     images: list[str] = field(default_factory=list)
@@ -55,10 +67,21 @@ class ListedFolder:
     metadata: list[str] = field(default_factory=list)
     links: set[str] = field(default_factory=set)
     foreign: Skipped = field(default_factory=list)
+    is_inside: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_inside = _resolved(self.path).is_relative_to(self.source)
 
     def file(self, name: str) -> Path:
         """The path of a file in it."""
         return Path(self.path, name)
+
+    def outside(self, name: str) -> str | None:
+        """Where a file of it is, if that is outside of the source because of a link."""
+        if name not in self.links and self.is_inside:
+            return None
+        real = _resolved(str(self.file(name)))
+        return None if real.is_relative_to(self.source) else str(real)
 
     def key(self, name: str) -> str:
         """The path of a file in it relative to the source."""
@@ -81,7 +104,8 @@ def list_folders(
         DataError: `root` is missing, is a file, or cannot be read.
     """
     seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
-    ahead = [ListedFolder(root, "")]
+    source = _resolved(root)
+    ahead = [ListedFolder(root, "", source)]
     while ahead:
         listed = ahead.pop()
         try:
@@ -116,7 +140,7 @@ def list_folders(
                 seen.add(identity)
                 if not repeats:
                     repeats, caption = listed.repeats, listed.caption
-                found.append(ListedFolder(str(path), listed.key(name), repeats, caption))
+                found.append(ListedFolder(str(path), listed.key(name), source, repeats, caption))
         ahead += reversed(found)
 
 
@@ -147,7 +171,7 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
             if entry.is_symlink():
                 listed.links.add(entry.name)
     pictures = []
-    for name in sorted(files, key=_natural):
+    for name in sorted(files, key=natural_order):
         stem, suffix = stem_of(name), _suffix(name)
         if suffix in readable:
             pictures.append((name, stem))
@@ -168,7 +192,7 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
             listed.masks.setdefault(of, []).append(name)
         else:
             listed.images.append(name)
-    return sorted(folders, key=_natural)
+    return sorted(folders, key=natural_order)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -176,6 +200,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself, which is named as an unreadable image if it has the name of one
         return False
+
+
+def _resolved(path: str) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, ValueError, RuntimeError):  # a name that nothing can have, or a loop
+        return Path(path)
 
 
 def _identity(path: str) -> tuple[int, int] | str:
@@ -193,7 +224,7 @@ def _repeats(name: str) -> tuple[int, str] | None:
     return (int(named[1]), one_line(named[2])) if named else None
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
     """Sort key with digits as numbers; the plain name breaks ties such as `1.png` and `01.png`."""
     pieces: list[str | int] = [*_DIGITS.split(name.casefold())]  # every second one is a number
     pieces[1::2] = map(int, pieces[1::2])

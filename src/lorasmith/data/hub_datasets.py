@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,11 @@ def unpacked_folder(path: Path, cache: Path) -> Path:
         DataError: `datasets` is not installed, or the dataset cannot be read or has no images.
         OutputError: the images cannot be written.
     """
-    datasets = _package()
     folder = _split_folder(path.resolve())
     files = [folder / name for name in (*_PARTS, *_data_files(folder))]
     if "::" in str(folder) or "://" in str(folder):  # which `datasets` takes for places in a network
         raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")
+    datasets = _package()
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
         # A forged fingerprint must not give the images of another dataset, so the files count as well.
@@ -190,7 +191,7 @@ def _content(picture: Any, *, outside: bool) -> bytes | None:
 def _suffix(content: bytes) -> str:
     """The suffix of a picture's format; PNG's for what is none, which the scan then names."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
             suffix = f".{(picture.format or '').lower()}"
     except Exception:
         return ".png"

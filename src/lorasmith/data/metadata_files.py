@@ -18,6 +18,7 @@ import importlib
 import io
 import posixpath
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Metadata:
     """The captions of a metadata file.
 
     Attributes:
-        captions: by the image's path relative to the file's folder, as the file has it (suffix or not).
+        captions: by the image's path relative to the file's folder, with or without suffix, in Unicode's NFC.
         refused: as `captions`, for images whose captions cannot be used: why.
         outside: names of files that are not in the folder.
     """
@@ -73,6 +74,7 @@ class Metadata:
 
     def entry(self, key: str) -> str | None:
         """The name under which an image of this path stands in the file; None if it does not."""
+        key = unicodedata.normalize("NFC", key)  # some systems store names in other forms than they are typed
         for name in (key, posixpath.splitext(key)[0]):
             if name in self.captions or name in self.refused:
                 return name
@@ -141,8 +143,9 @@ def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
 
 def _inside(name: str, folders: Sequence[Path]) -> str | None:
     """A path of a file, relative to the folder, which is named in several ways; None if it leads out of it."""
-    path = posixpath.normpath(name.replace("\\", "/"))
-    for base in (f"{folder.as_posix().rstrip('/')}/" for folder in folders):
+    path = unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
+    for folder in folders:
+        base = f"{unicodedata.normalize('NFC', folder.as_posix()).rstrip('/')}/"
         if path.startswith(base):
             path = path.removeprefix(base)
             break

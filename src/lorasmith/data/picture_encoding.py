@@ -22,8 +22,8 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import check_latents
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.data.folder import ImageFile
+from lorasmith.data.framed_pictures import FramedPicture, framed
 from lorasmith.data.image_files import file_digest
-from lorasmith.data.pictures import FramedPicture, framed
 from lorasmith.families.base import Conditioning, PictureSize
 
 __all__ = ["EncodedFraming", "FramedImage", "PictureEncoder", "encode_pictures"]

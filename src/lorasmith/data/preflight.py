@@ -22,9 +22,9 @@ from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
+from lorasmith.data.framed_pictures import mask_of
 from lorasmith.data.image_files import open_reduced
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
-from lorasmith.data.pictures import mask_of
 from lorasmith.data.split import held_out_names
 
 __all__ = [

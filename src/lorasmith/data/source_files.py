@@ -29,7 +29,6 @@ class Candidate:
     """An image file, not opened yet.
 
     Attributes:
-        root: the folder of its source.
         folder: where it is.
         name: of the file.
         repeats: number of its occurrences in an epoch.
@@ -42,7 +41,6 @@ class Candidate:
         mask: its mask.
     """
 
-    root: str
     folder: ListedFolder
     name: str
     repeats: int
@@ -83,8 +81,9 @@ def candidates(
     elif Path(root).suffix.lower() in METADATA_SUFFIXES and is_regular(Path(root)):
         only = _Known("", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
+    from_files = config.captions == "files"
     metadata = _MetadataFiles(only, skipped, remarks)
-    masks = _Masks(config, remarks)
+    masks = _Masks(root, config, remarks)
     for folder in list_folders(
         root,
         recursive=config.recursive or only is not None,
@@ -96,24 +95,24 @@ def candidates(
             skipped.append((Path(folder.path), f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
             continue
         skipped += folder.foreign if only is None else ()
-        if config.captions == "files":
+        if from_files:
             metadata.enter(folder)
         else:
             _remark_origin(folder, only, remarks)
         for name in folder.images:
             stem = stem_of(name)
-            found = Candidate(root, folder, name, folder.repeats * source.repeats, source.weight)
+            found = Candidate(folder, name, folder.repeats * source.repeats, source.weight)
             if not metadata.give(found):
                 remarks.add(Remark.UNNAMED, name)
                 continue
-            if config.captions != "files":
+            if not from_files:  # it only says which images there are
                 found.entry, found.refused = (), ""
             found.mask = masks.of(folder, stem)
-            if config.captions == "files" and (files := folder.captions.get(stem)):
+            if from_files and (files := folder.captions.get(stem)):
                 found.caption_file = files[0]
                 remarks.add(Remark.SECOND_FILE, files[-1], len(files) - 1)
             yield found
-        if only is None and config.captions == "files":
+        if only is None and from_files:
             _remark_orphans(folder, remarks)
         masks.leave(folder)
     metadata.finish()
@@ -155,6 +154,8 @@ class _MetadataFiles:
                 if other != name:
                     self._skipped.append((folder.file(other), f"is not read besides {name}; keep one of them"))
             path = folder.file(name)
+            if real := folder.outside(name):
+                self._remarks.add(Remark.LINKS, f"{name} to {real}")
             try:
                 content: Metadata | MetadataError = read_metadata(path)
             except MetadataError as error:
@@ -201,7 +202,7 @@ class _MetadataFiles:
 class _Masks:
     """Masks beside the images, or in a folder of their own."""
 
-    def __init__(self, config: DataConfig, remarks: Remarks) -> None:
+    def __init__(self, root: str, config: DataConfig, remarks: Remarks) -> None:
         self._on, self._remarks = config.masks == "files", remarks
         self._elsewhere: dict[str, Path] = {}
         self._used: set[Path] = set()
@@ -209,6 +210,10 @@ class _Masks:
         if folder is not None:
             if not is_folder(Path(folder)):
                 raise DataError(f"mask_folder must be a folder, got {folder}; check the path")
+            if Path(folder).resolve() == Path(root).resolve():
+                raise DataError(
+                    f"mask_folder must be another folder than that of the images, got {folder}; leave it out"
+                )
             for listed in list_folders(folder, recursive=True, masks=True, mask_folder=None, skipped=[]):
                 named = [(stem_of(name), name) for name in listed.images]
                 named += [(stem, name) for stem, names in listed.masks.items() for name in names]

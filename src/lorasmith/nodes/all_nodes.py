@@ -13,6 +13,8 @@ _MODULES = (
     "conditioning",
     "custom_sampling",
     "datasets",
+    "extraction",
+    "image_sets",
     "images",
     "latents",
     "loaders",
@@ -22,9 +24,12 @@ _MODULES = (
     "patterns",
     "primitives",
     "sampling",
+    "saved_datasets",
     "strings",
+    "text_sets",
     "text_encoding",
     "training",
+    "videos",
 )
 
 

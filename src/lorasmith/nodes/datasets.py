@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import fingerprint
+from lorasmith.data.encoding import encoded_pixels, encoded_texts
 from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
 from lorasmith.data.image_files import open_image, to_tensor
 from lorasmith.families.base import Conditioning
@@ -112,24 +113,19 @@ def make_training_dataset(
     clip: list[TextEncoder],
     texts: Sequence[str] = (),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
-    """Encode images and their captions; repeated ones are encoded once."""
+    """Encode images and their captions; repeated ones, and those of earlier runs, are encoded once."""
     pictures = flat_images(images)
     captions = one_for_each(texts or [""], len(pictures), name="texts", of="caption")
     encoder, autoencoder = single(context, "clip", clip), single(context, "vae", vae)
     check_encoder(encoder)
-    with encoder.active():
-        conditionings = {caption: encoder.encode(caption) for caption in dict.fromkeys(captions)}
-    latents: dict[int, Tensor] = {}
-    with autoencoder.active():
-        for done, picture in enumerate(pictures, start=1):
-            context.raise_if_cancelled()
-            if picture.data_ptr() not in latents:
-                latents[picture.data_ptr()] = autoencoder.encode(pixels_from_image(picture, autoencoder))
-            context.progress(done, len(pictures))
-    return (
-        [{"samples": latents[picture.data_ptr()]} for picture in pictures],
-        [[conditionings[caption]] for caption in captions],
-    )
+    conditionings = encoded_texts(encoder, captions)
+
+    def progress(done: int, total: int) -> None:
+        context.raise_if_cancelled()
+        context.progress(done, total)
+
+    latents = encoded_pixels(autoencoder, [pixels_from_image(one, autoencoder) for one in pictures], progress)
+    return [{"samples": one} for one in latents], [[one] for one in conditionings]
 
 
 @node(

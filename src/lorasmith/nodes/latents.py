@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,15 @@ from lorasmith.core.errors import DataError
 from lorasmith.families.model import Autoencoder
 from lorasmith.families.tiled_decoding import decode_tiled
 from lorasmith.nodes.images import resized
-from lorasmith.nodes.values import Latent, check_latents, image_from_pixels, pixels_from_image, with_frames
+from lorasmith.nodes.values import (
+    Latent,
+    check_latents,
+    flat_latents,
+    image_from_pixels,
+    pixels_from_image,
+    single,
+    with_frames,
+)
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
@@ -190,3 +200,29 @@ def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) ->
 def repeat_latent_batch(context: NodeContext, *, samples: Latent, amount: int) -> tuple[Latent]:
     """Repeat a batch."""
     return ({**samples, "samples": torch.cat([samples["samples"]] * amount)},)
+
+
+@node(
+    "RebatchLatents",
+    display_name="Rebatch Latents",
+    category="model/latent/batch",
+    inputs=[
+        Input("latents", "LATENT"),
+        Input("batch_size", "INT", default=1, min=1, max=4096, tooltip="Latents in a batch, at most."),
+    ],
+    outputs=[Output("LATENT", is_list=True)],
+    is_input_list=True,
+)
+def rebatch_latents(context: NodeContext, *, latents: list[Latent], batch_size: list[int]) -> tuple[list[Latent]]:
+    """Join and split batches to a size, in order; where the shape changes, a smaller batch ends."""
+    size = single(context, "batch_size", batch_size)
+    runs = [list(run) for _, run in itertools.groupby(flat_latents(latents), key=lambda one: one.shape)]
+    scales = {latent.get("downscale_ratio_spacial") for latent in latents}
+    # Pixels per latent are those of empty latents, and of a whole list or none.
+    scale = scales.pop() if len(scales) == 1 else None
+    batches = [torch.cat(run[start : start + size]) for run in runs for start in range(0, len(run), size)]
+    return ([_latent(batch, scale) for batch in batches],)
+
+
+def _latent(samples: Tensor, scale: int | None) -> Latent:
+    return {"samples": samples} if scale is None else {"samples": samples, "downscale_ratio_spacial": scale}

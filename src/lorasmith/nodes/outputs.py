@@ -1,14 +1,15 @@
-"""Output nodes: pictures, LoRA files and loss plots."""
+"""Output nodes: pictures, folders of them, LoRA files and loss plots."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
-from lorasmith.nodes.saving import checked_prefix, graph_metadata, save_images, save_lora
-from lorasmith.nodes.values import LossMap
+from lorasmith.nodes.saving import checked_prefix, graph_metadata, save_image_set, save_images, save_lora
+from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
 from lorasmith.report.loss_plot import plot_losses
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import ANY, Input, NodeContext, NodeOutput, Output, node
@@ -71,6 +72,84 @@ def preview_any(context: NodeContext, *, source: object) -> NodeOutput:
     return NodeOutput((text,), {"text": [text]})
 
 
+def _image_set_inputs() -> list[Input]:
+    return [
+        Input(
+            "folder_name",
+            "STRING",
+            default="dataset",
+            accept=checked_prefix,
+            multiline=False,
+            tooltip="In the output folder; may have folders.",
+        ),
+        Input(
+            "filename_prefix",
+            "STRING",
+            default="image",
+            accept=checked_prefix,
+            multiline=False,
+            tooltip="Of the files' names.",
+        ),
+        Input(
+            "mode",
+            "COMBO",
+            default="overwrite",
+            options=("overwrite", "increment"),
+            tooltip="Replace files of earlier runs, or number the new ones after them.",
+        ),
+    ]
+
+
+@node(
+    "SaveImageDataSetToFolder",
+    display_name="Save Image (to Folder) (DEPRECATED)",
+    category="image",
+    inputs=[Input("images", "IMAGE"), *_image_set_inputs()],
+    search_aliases=["save folder", "save dataset", "export dataset"],
+    is_input_list=True,
+    output_node=True,
+    deprecated=True,
+)
+def save_image_folder(
+    context: NodeContext, *, images: list[Tensor], folder_name: list[str], filename_prefix: list[str], mode: list[str]
+) -> tuple[()]:
+    """Save images in a folder of the output folder, as PNG."""
+    return _save_set(context, images, None, folder_name, filename_prefix, mode)
+
+
+@node(
+    "SaveImageTextDataSetToFolder",
+    display_name="Save Image-Text (to Folder)",
+    category="image",
+    inputs=[
+        Input("images", "IMAGE"),
+        Input(
+            "texts",
+            "STRING",
+            optional=True,
+            force_input=True,
+            multiline=False,
+            tooltip="One caption per image, or one for all. Default: no text files.",
+        ),
+        *_image_set_inputs(),
+    ],
+    search_aliases=["save folder", "save dataset", "export dataset"],
+    is_input_list=True,
+    output_node=True,
+)
+def save_image_text_folder(
+    context: NodeContext,
+    *,
+    images: list[Tensor],
+    texts: Sequence[str] = (),
+    folder_name: list[str],
+    filename_prefix: list[str],
+    mode: list[str],
+) -> tuple[()]:
+    """Save images in a folder of the output folder, as PNG, each with its caption in a text file of the same name."""
+    return _save_set(context, images, texts or None, folder_name, filename_prefix, mode)
+
+
 @node(
     "SaveLoRA",
     display_name="Save LoRA Weights",
@@ -116,6 +195,23 @@ def plot_loss_graph(context: NodeContext, *, loss: LossMap, filename_prefix: str
     path = files.path(".png")
     write_atomic(path, plot_losses(loss["loss"], metadata=graph_metadata(context)))
     return NodeOutput((), {"images": [files.reference(path)]})
+
+
+def _save_set(
+    context: NodeContext,
+    images: list[Tensor],
+    texts: Sequence[str] | None,
+    folder_name: list[str],
+    filename_prefix: list[str],
+    mode: list[str],
+) -> tuple[()]:
+    pictures = flat_images(images)
+    captions = None if texts is None else one_for_each(texts, len(pictures), name="texts", of="caption")
+    prefix = f"{single(context, 'folder_name', folder_name)}/{single(context, 'filename_prefix', filename_prefix)}"
+    overwrite = single(context, "mode", mode) == "overwrite"
+    folder = save_image_set(context, pictures, captions, prefix, overwrite=overwrite)
+    context.log(f"{len(pictures)} images are in {folder}.")
+    return ()
 
 
 def _as_text(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from lorasmith.core.folders import Folders, NumberedFiles
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext
 
-__all__ = ["checked_prefix", "graph_metadata", "save_images", "save_lora"]
+__all__ = ["checked_prefix", "graph_metadata", "save_image_set", "save_images", "save_lora"]
 
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
@@ -57,13 +58,47 @@ def save_images(
     files = context.folders.numbered(prefix, place=place, width=width, height=height)
     references = []
     for offset, image in enumerate(images):
-        picture = Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", pnginfo=entries, compress_level=4)
         path = files.path(".png", offset)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(path, _png(image, entries))
         references.append(files.reference(path))
     return references
+
+
+def save_image_set(
+    context: NodeContext,
+    images: Sequence[Tensor],
+    texts: Sequence[str] | None,
+    prefix: str,
+    *,
+    overwrite: bool,
+) -> Path:
+    """Write single images as PNG files, each with a text file of its name.
+
+    Args:
+        context: of the saving node.
+        images: (1, height, width, 3) each, in [0, 1], of any sizes.
+        texts: one per image, or None for no text files.
+        prefix: subfolders and name, with tokens such as %year%.
+        overwrite: whether names are `<prefix>_<index>`, counted from 0, and replace files that are there; else they
+            are `<prefix>_<number>_<index>`, with the numbers after the highest one there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    files = context.folders.numbered(prefix)
+    number = None if overwrite else _after(files, rf"{re.escape(files.stem)}_(\d+)[_.].*")
+    for index, image in enumerate(images):
+        context.raise_if_cancelled()
+        middle = "" if number is None else f"_{number + index:05}"
+        path = files.folder / f"{files.stem}{middle}_{index:05}.png"
+        write_atomic(path, _png(image[0], PngInfo()))
+        if texts is not None:
+            write_atomic(path.with_suffix(".txt"), texts[index])
+        context.progress(index + 1, len(images), text=path.name)
+    return files.folder
 
 
 def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None = None) -> Path:
@@ -90,8 +125,21 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
     return lora.save(path, metadata=titles if lora.private else titles | graph_metadata(context))
 
 
+def _png(image: Tensor, entries: PngInfo) -> bytes:
+    """An image (height, width, 3) in [0, 1] as a PNG file."""
+    picture = Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=entries, compress_level=4)
+    return buffer.getvalue()
+
+
 def _free_counter(files: NumberedFiles) -> int:
     """First free counter, whatever the steps in the names."""
-    taken = re.compile(rf"{re.escape(files.stem)}_\d+_steps_(\d+)_?\..+", re.IGNORECASE)
+    return max(files.counter, _after(files, rf"{re.escape(files.stem)}_\d+_steps_(\d+)_?\..+"))
+
+
+def _after(files: NumberedFiles, pattern: str) -> int:
+    """The number after the highest one that the pattern finds in the names of a folder, which need not exist."""
+    taken = re.compile(pattern, re.IGNORECASE)
     names = [entry.name for entry in files.folder.iterdir()] if files.folder.is_dir() else []
-    return max([files.counter, *(int(match[1]) + 1 for name in names if (match := taken.fullmatch(name)))])
+    return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)

@@ -10,6 +10,7 @@ LOSS_MAP      dict with `loss`, a list of numbers
 NOISE, GUIDER `Noise`, `Guider` (`sampled_latents`)
 SAMPLER       registered name of a sampler
 SIGMAS        fp32 tensor (steps + 1,), descending
+VIDEO         `Video` (`data/video_files.py`), whose frames are read when they are used
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict, TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder
 from lorasmith.workflow import NodeContext
@@ -28,17 +30,23 @@ __all__ = [
     "Latent",
     "LossMap",
     "check_latents",
+    "check_pixels",
     "flat_conditionings",
     "flat_images",
     "flat_latents",
     "image_from_pixels",
+    "numpy_draws",
     "one_for_each",
     "pixels_from_image",
+    "shuffled",
     "single",
     "with_frames",
 ]
 
 T = TypeVar("T")
+
+_MOST_PIXELS = 2**27
+"""Of the pictures of one output: 1.6 GB as fp32."""
 
 
 class Latent(TypedDict):
@@ -86,6 +94,20 @@ def check_latents(samples: Tensor, form: LatentFormat) -> None:
         )
 
 
+def check_pixels(count: int, width: int, height: int) -> None:
+    """Raise OptionError for pictures that would take too much memory.
+
+    Args:
+        count: number of pictures of this size.
+        width, height: of each in pixels.
+    """
+    if count * width * height > _MOST_PIXELS:
+        raise OptionError(
+            f"the pictures of one output must have at most {_MOST_PIXELS:,} pixels together, got {count:,} of "
+            f"{width:,}×{height:,}; choose a smaller size or use fewer pictures"
+        )
+
+
 def with_frames(samples: Tensor, form: LatentFormat) -> Tensor:
     """Latents with a time axis of one frame if the model's have one, and they lack it."""
     return samples.unsqueeze(2) if form.frames and samples.ndim == 4 else samples
@@ -121,6 +143,16 @@ def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[
             f"got {len(items)} for {count} image{'s' if count != 1 else ''}; add or remove some"
         )
     return list(items) * count if len(items) == 1 else list(items)
+
+
+def numpy_draws(seed: int) -> np.random.RandomState:
+    """The random numbers that ComfyUI's nodes for data sets draw for a seed of 64 bits."""
+    return np.random.RandomState(seed % (2**32 - 1))
+
+
+def shuffled(items: Sequence[T], seed: int) -> list[T]:
+    """`items` in ComfyUI's order for the seed."""
+    return [items[index] for index in numpy_draws(seed).permutation(len(items))]
 
 
 def single(context: NodeContext, name: str, values: Sequence[T]) -> T:

@@ -17,17 +17,21 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import is_targetable
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
+from lorasmith.families.base import Family
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.formats.names.fusing import fused_rows, split
-from lorasmith.formats.names.model_names import OriginalName
+from lorasmith.formats.names.model_names import ModelNames, OriginalName
 from lorasmith.formats.scales import with_one_alpha
 from lorasmith.toolbox.changes import as_lora
-from lorasmith.toolbox.lowrank import Change, share
+from lorasmith.toolbox.lowrank import Change, Truncated, share
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.resize import check_bounds
 from lorasmith.toolbox.writing import HISTORY, file_target, free_target, rank_entries
 
-__all__ = ["ExtractReport", "extract"]
+__all__ = ["ExtractReport", "by_tensor", "cut_down", "extract", "extracted_metadata"]
+
+Groups = dict[str, list[tuple[ModuleRef, OriginalName]]]
+"""Modules by tensor of the original checkpoint, each with its place in the tensor."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def extract(
         adapters |= _layer(base, tuned, name, group, tally, rank=rank, energy=energy, device=device)
         if progress is not None:
             progress(done, len(groups))
-    layers = {parameter for group in groups.values() for parameter, _ in group}
+    layers = {Parameter(ref, "weight") for group in groups.values() for ref, _ in group}
     rest = _rest(base, tuned, layers, tally, taken=differences)
     if not adapters and not rest:
         raise LoraError(
@@ -109,7 +113,9 @@ def extract(
         )
     note = f"extracted from {tuned.path.name} against {base.path.name} at rank {rank}"
     adapters = with_one_alpha(adapters)
-    metadata = _metadata(base, tuned, adapters.values(), note)
+    metadata = extracted_metadata(
+        base.family, base.parameterization, adapters.values(), model=base.path.name, title=tuned.path.stem, note=note
+    )
     save_lora(output, AdapterState(adapters, rest), base.names, layout=layout, dtype=dtype, metadata=metadata)
     return tally.report(output)
 
@@ -128,26 +134,57 @@ class _Tally:
         return ExtractReport(output, self.ranks, self.unchanged, self.kept, self.total, self.left_out)
 
 
-def _groups(base: ModelFiles, tuned: ModelFiles) -> dict[str, list[tuple[Parameter, OriginalName]]]:
+def _groups(base: ModelFiles, tuned: ModelFiles) -> Groups:
     """Weights that a LoRA can change, grouped by tensor of the original checkpoint."""
-    groups: dict[str, list[tuple[Parameter, OriginalName]]] = {}
-    for ref, module in base.modules.items():
-        weight = Parameter(ref, "weight")
-        if not is_targetable(module) or weight not in base.places or weight not in tuned.places:
-            continue
-        if ref.component == DENOISER:
-            place = base.names.denoiser[ref.path]
-            groups.setdefault(place.path, []).append((weight, place))
-        elif ref.path in base.names.paths(ref.component):
-            groups[f"{ref.component}.{ref.path}"] = [(weight, OriginalName(ref.path))]
+    weights = (ref for ref, module in base.modules.items() if is_targetable(module))
+    places = (base.places, tuned.places)
+    return by_tensor((ref for ref in weights if all(Parameter(ref, "weight") in one for one in places)), base.names)
+
+
+def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> Groups:
+    """Modules by the tensor of the original checkpoint that has their weight, those of no name left out."""
+    groups: Groups = {}
+    for ref in modules:
+        if ref.component == DENOISER and ref.path in names.denoiser:
+            place = names.denoiser[ref.path]
+            groups.setdefault(place.path, []).append((ref, place))
+        elif ref.component != DENOISER and ref.path in names.paths(ref.component):
+            groups[f"{ref.component}.{ref.path}"] = [(ref, OriginalName(ref.path))]
     return groups
+
+
+def cut_down(
+    name: str,
+    group: Sequence[tuple[ModuleRef, OriginalName]],
+    pieces: Sequence[Tensor],
+    *,
+    rank: int,
+    energy: float | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[dict[ModuleRef, AdapterWeights], Truncated]:
+    """The LoRA of one tensor of the original checkpoint, by module, and its approximation.
+
+    Args:
+        name: of the tensor.
+        group: the modules with a part of it, and the parts.
+        pieces: difference of each module's weight.
+        rank: rank at most.
+        energy: share of the squared singular values to keep.
+        device: where the decomposition is computed.
+    """
+    places = [place for _, place in group]
+    whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
+    cut = Change(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
+    parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
+    assert parts is not None, "a LoRA can always be cut into rows"
+    return {ref: weights for (ref, _), weights in zip(group, parts, strict=True) if weights is not None}, cut
 
 
 def _layer(
     base: ModelFiles,
     tuned: ModelFiles,
     name: str,
-    group: Sequence[tuple[Parameter, OriginalName]],
+    group: Sequence[tuple[ModuleRef, OriginalName]],
     tally: _Tally,
     *,
     rank: int,
@@ -155,21 +192,15 @@ def _layer(
     device: torch.device | str,
 ) -> dict[ModuleRef, AdapterWeights]:
     """Adapters of the modules in one tensor of the original checkpoint; none if the models do not differ there."""
-    pieces = [_difference(base, tuned, parameter) for parameter, _ in group]
+    pieces = [_difference(base, tuned, Parameter(ref, "weight")) for ref, _ in group]
     if not any(piece.any() for piece in pieces):
         tally.unchanged += 1
         return {}
-    places = [place for _, place in group]
-    whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
-    cut = Change(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
+    adapters, cut = cut_down(name, group, pieces, rank=rank, energy=energy, device=device)
     tally.ranks[name] = cut.rank
     tally.kept += cut.kept
     tally.total += cut.total
-    parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
-    assert parts is not None, "a LoRA can always be cut into rows"
-    return {
-        parameter.module: weights for (parameter, _), weights in zip(group, parts, strict=True) if weights is not None
-    }
+    return adapters
 
 
 def _rest(
@@ -214,18 +245,28 @@ def _refuse_unlike(base: ModelFiles, tuned: ModelFiles) -> None:
             )
 
 
-def _metadata(base: ModelFiles, tuned: ModelFiles, adapters: Iterable[AdapterWeights], note: str) -> dict[str, str]:
-    family, predicts = base.family, base.parameterization
+def extracted_metadata(
+    family: Family, predicts: str, adapters: Iterable[AdapterWeights], *, model: str, title: str, note: str
+) -> dict[str, str]:
+    """Metadata of an extracted LoRA.
+
+    Args:
+        family: of the model.
+        predicts: its parameterization.
+        adapters: of the LoRA.
+        model, title: names of the model and the LoRA.
+        note: how it was made.
+    """
     version = family.kohya_version(predicts)
     return {
         "ss_base_model_version": version,
         "ss_v2": str(version.startswith("sd_v2")),
         "ss_network_module": "networks.lora",
-        "ss_sd_model_name": base.path.name,
+        "ss_sd_model_name": model,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.modelspec_architecture(predicts)}/lora",
         "modelspec.implementation": family.modelspec_implementation,
-        "modelspec.title": tuned.path.stem,
+        "modelspec.title": title,
         HISTORY: note,
         **rank_entries(adapters),
     }

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
+from lorasmith.core.files import atomic_folder
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.toolbox.changes import added, layer_like, merged_weight
 from lorasmith.toolbox.lora_files import LoraFile, read_lora
 from lorasmith.toolbox.merge import Part
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
-from lorasmith.toolbox.writing import atomic_folder, file_target, free_target, noted, rewritten
+from lorasmith.toolbox.writing import file_target, folder_target, free_target, noted, rewritten
 
 __all__ = ["FoldReport", "fold_into"]
 
@@ -177,7 +178,7 @@ def _write_folder(
     """Returns the files that were not copied."""
     changed_parts, used = {file.parent for file in changes}, model.files()
     skipped = []
-    with atomic_folder(output) as folder:
+    with atomic_folder(folder_target(output)) as folder:
         for file in sorted(path for path in model.path.rglob("*") if path.is_file()):
             target = folder / file.relative_to(model.path)
             target.parent.mkdir(parents=True, exist_ok=True)

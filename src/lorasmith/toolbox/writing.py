@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,13 +12,13 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
-from lorasmith.core.files import atomic_path, ensure_folder, open_regular
+from lorasmith.core.files import atomic_path, open_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.formats.scales import rank_of
 
-__all__ = ["HISTORY", "atomic_folder", "file_target", "free_target", "noted", "rank_entries", "rewritten"]
+__all__ = ["HISTORY", "file_target", "folder_target", "free_target", "noted", "rank_entries", "rewritten"]
 
 HISTORY = "lorasmith.history"
 """Header entry to which each tool adds a line about its operation."""
@@ -41,30 +38,11 @@ def file_target(path: Path, *, overwrite: bool = False) -> Path:
     return free_target(path, overwrite=overwrite)
 
 
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, renamed to it when the block succeeds, and removed otherwise.
-
-    Raises:
-        OutputError: `target` is something other than a diffusers model, or cannot be written.
-    """
+def folder_target(target: Path) -> Path:
+    """`target`, for a diffusers model. Raises OutputError if it is something other than one."""
     if target.exists() and not (target / "model_index.json").is_file():
         raise OutputError(f"{target} is no diffusers model, and only one is replaced by another; choose another output")
-    ensure_folder(target.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        fresh = temporary / "new"
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(temporary / "old")
-        fresh.rename(target)
-    except OSError as error:
-        raise OutputError(
-            f"{target} cannot be written ({error.strerror or error}); check the folder and the disk"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return target
 
 
 def rewritten(

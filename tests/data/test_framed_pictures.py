@@ -11,8 +11,8 @@ from PIL import Image
 from lorasmith.data.crops import Framing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
+from lorasmith.data.framed_pictures import framed, mask_of, place_weights
 from lorasmith.data.image_files import ImageError, file_digest
-from lorasmith.data.pictures import framed, mask_of, place_weights
 from tests.data.encoder_cases import add
 
 WHOLE = Framing(64, 64, (0, 0, 64, 64))

@@ -1,0 +1,168 @@
+"""Captions for the images of a folder, written beside them by a captioner."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasmith.core.errors import DataError
+from lorasmith.core.files import is_folder, write_atomic
+from lorasmith.core.printable import sentence
+from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, one_line, with_trigger
+from lorasmith.data.image_files import ImageError, image_suffixes, open_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Captioned", "ImagesToCaption", "caption_images", "images_to_caption"]
+
+
+@dataclass(frozen=True)
+class ImagesToCaption:
+    """The images of a folder.
+
+    Attributes:
+        images: those without a caption, or all of them if captions are replaced.
+        kept: those that have a caption, which stays.
+        sharing: those whose caption file would be another image's, with that image.
+    """
+
+    images: tuple[Path, ...]
+    kept: tuple[Path, ...]
+    sharing: tuple[tuple[Path, Path], ...]
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What was written.
+
+    Attributes:
+        written: caption files.
+        empty: images of which the captioner said nothing.
+        failed: images that could not be read, or that the captioner failed on, with the reason.
+        left: number of images that were not reached.
+    """
+
+    written: tuple[Path, ...]
+    empty: tuple[Path, ...]
+    failed: tuple[tuple[Path, str], ...]
+    left: int
+
+
+def images_to_caption(folder: Path, *, overwrite: bool = False, recursive: bool = False) -> ImagesToCaption:
+    """The images of a folder and of its `<repeats>_<name>` folders, as training reads them.
+
+    Args:
+        folder: the folder.
+        overwrite: whether captions are replaced.
+        recursive: whether all folders inside are included.
+
+    Raises:
+        DataError: it is no folder, or has no images.
+    """
+    found = _images(folder, recursive)
+    if not found:
+        known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
+        inside = "" if recursive else ", or give --recursive for the folders inside"
+        raise DataError(f"{folder} holds no images; put some in it ({known}){inside}")
+    kept, sharing = [], []
+    first: dict[Path, Path] = {}
+    for image in found:
+        if not overwrite and any(os.path.lexists(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES):
+            kept.append(image)
+        elif (other := first.setdefault(_caption_file(image), image)) is not image:
+            sharing.append((image, other))
+    return ImagesToCaption(tuple(first.values()), tuple(kept), tuple(sharing))
+
+
+def caption_images(
+    images: Sequence[Path],
+    captioner: Callable[[Image.Image], str],
+    *,
+    trigger: str = "",
+    progress: Callable[[int, int, str], None] | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Captioned:
+    """Write a caption file beside each image, atomically, as soon as there is a caption.
+
+    Args:
+        images: the images.
+        captioner: from a picture to its caption.
+        trigger: put in front of captions that lack it.
+        progress: called after each image with (images done, total, name of the image).
+        cancelled: whether to stop before the next image.
+
+    Raises:
+        OutputError: a caption cannot be written.
+    """
+    written: list[Path] = []
+    empty: list[Path] = []
+    failed: list[tuple[Path, str]] = []
+    done = 0
+    for done, image in enumerate(images, start=1):
+        if cancelled():
+            done -= 1
+            break
+        try:
+            caption = _caption(image, captioner)
+        except ImageError as error:
+            failed.append((image, error.reason))
+        except Exception as error:  # of the captioner, which is other people's code
+            failed.append((image, sentence(f"makes the captioner fail ({type(error).__name__}: {error})")))
+        else:
+            if caption:
+                write_atomic(_caption_file(image), f"{with_trigger(caption, trigger)}\n")
+                written.append(_caption_file(image))
+            else:
+                empty.append(image)
+        if progress:
+            progress(done, len(images), image.name)
+    return Captioned(tuple(written), tuple(empty), tuple(failed), len(images) - done)
+
+
+def _caption(image: Path, captioner: Callable[[Image.Image], str]) -> str:
+    said: object = captioner(open_image(image))
+    if not isinstance(said, str):
+        raise TypeError(f"a caption must be text, got {type(said).__name__}")
+    if len(caption := one_line(said)) > MAX_CAPTION:
+        raise ValueError(f"a caption must have at most {MAX_CAPTION:,} characters, got {len(caption):,}")
+    return caption
+
+
+def _caption_file(image: Path) -> Path:
+    return image.with_suffix(CAPTION_SUFFIXES[0])
+
+
+def _images(folder: Path, recursive: bool) -> list[Path]:
+    """Images in natural order, those of inner folders last; what is hidden is left out, and no folder is read twice."""
+    if not is_folder(folder):
+        raise DataError(f"images must be in a folder, and {folder} is none; check the path")
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, inside, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        wanted = (name for name in inside if not name.startswith("."))
+        if not recursive:
+            wanted = (name for name in wanted if Path(place) == folder and re.match(r"[0-9]+_", name))
+        inside[:] = sorted(wanted, key=_natural)
+        pictures = [name for name in names if not name.startswith(".") and _suffix(name) in image_suffixes()]
+        found += [Path(place, name) for name in sorted(pictures, key=_natural)]
+    return found
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each of many names takes long
+
+
+def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """Sort key with digits as numbers."""
+    pieces = re.split(r"([0-9]+)", name.casefold())
+    return [(not one.isdecimal(), int(one) if one.isdecimal() else 0, one) for one in pieces if one], name

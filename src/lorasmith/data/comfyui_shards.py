@@ -1,0 +1,221 @@
+"""Encoded samples that ComfyUI's SaveTrainingDataset wrote: pickled shards, of which tensors and plain values are read.
+
+A shard is a torch file (a zip archive) with `latents`, a list of `{"samples": tensor}`, and `conditioning`, a list of
+lists of pairs `[context, {"pooled_output": tensor, ...}]`.
+
+Pickles can run code. torch reads these with `weights_only`, which runs none, and memory-mapped, where no tensor reaches
+beyond the file. Even this reader calls more functions than a data set needs, some of which allocate what a file asks
+for, so the names in a pickle are looked at before, and only those of tensors pass.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+from lorasmith.core.files import open_regular
+from lorasmith.core.folders import DATASET_SHARD
+from lorasmith.data.saved_samples import LatentBatch, SavedSamples, inside
+from lorasmith.families.base import Conditioning
+
+__all__ = ["is_comfyui_dataset", "read_comfyui_dataset"]
+
+_ALLOWED = re.compile(
+    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
+)
+"""Module and name of what a shard may refer to: tensors, and the empty dictionary of hooks that each has."""
+
+_MOST_PICKLE_BYTES = 64 * 2**20
+_MOST_CONDITIONINGS = 100_000
+_OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent"})
+_LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
+_AGAIN = "save it again with ComfyUI, or get it again"
+
+
+def is_comfyui_dataset(folder: Path) -> bool:
+    """Whether a folder holds pickled shards."""
+    return bool(_shards(folder))
+
+
+def read_comfyui_dataset(folder: Path) -> tuple[SavedSamples, list[str]]:
+    """The samples in a folder that ComfyUI wrote, and the names of what has no meaning here and is left out.
+
+    Raises:
+        DataError: a shard is damaged, holds anything but tensors and plain values, or these are no samples.
+    """
+    latents: list[LatentBatch] = []
+    conditioning: list[list[Conditioning]] = []
+    ignored: dict[str, None] = {}
+    for name in _shards(folder):
+        shard = _Shard.read(inside(folder, name))
+        latents += shard.latents()
+        conditioning += shard.conditionings()
+        ignored |= shard.ignored
+    samples = SavedSamples(latents, conditioning)
+    samples.check(str(folder))
+    return samples, list(ignored)
+
+
+_LISTS = ("latents", "conditioning")
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of the pickled shards in their order."""
+    pattern = re.compile(rf"{DATASET_SHARD}(\d+)\.pkl")
+    try:
+        found = [(int(match[1]), one.name) for one in folder.iterdir() if (match := pattern.fullmatch(one.name))]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); check its permissions") from error
+    return [name for _, name in sorted(found)]
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        _check_pickle(path)
+        # Mapped, a tensor whose size a file exaggerates is refused instead of read from beyond its bytes.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or 'damaged'}); {_AGAIN}") from error
+    except Exception as error:  # torch's reader raises whatever the damage leads to
+        raise DataError(
+            f"{path} must be a shard of ComfyUI's with tensors alone, and cannot be read; {_AGAIN}"
+        ) from error
+
+
+def _check_pickle(path: Path) -> None:
+    """Refuse a shard that is no torch file, or whose pickle refers to more than tensors.
+
+    Raises:
+        DataError: it does.
+        Exception: anything that reading damaged archives and pickles leads to.
+    """
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        pickles = [one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES or pickles[0].compress_type:
+            raise DataError(f"{path} must be one torch file, and is not; {_AGAIN}")
+        content = archive.read(pickles[0])
+    before = ""
+    tuples = set()
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and _ALLOWED.fullmatch(str(argument)):
+            continue
+        if opcode.name in _REFUSED:
+            shown = str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else opcode.name
+            raise DataError(
+                f"{path} must hold tensors and plain values alone, but refers to {shown!r}, which could run code; "
+                "it is not read"
+            )
+        if "PUT" in opcode.name and "TUPLE" in before:
+            tuples.add(argument)
+        # Tuples of the same tuple twice, some dozen levels deep, take for ever to hash. No pickler makes them.
+        if opcode.name == "DUP" or ("GET" in opcode.name and argument in tuples):
+            raise DataError(f"{path} must be a pickle as torch writes it, and repeats a tuple; {_AGAIN}")
+        before = opcode.name
+
+
+_REFUSED = frozenset({
+    "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "FROZENSET", "MEMOIZE",
+})  # fmt: skip
+"""Opcodes by which a pickle refers to functions and classes, and those of protocols that torch does not write."""
+
+
+@dataclass
+class _Shard:
+    """One file.
+
+    Attributes:
+        path: the file.
+        lists: `latents` and `conditioning`.
+        ignored: names of what has no meaning here.
+        converted: conditionings by the identity of their pair.
+        budget: bytes that further tensors may have: views of one storage are together no larger than the file.
+        tensors: those used, by their identity.
+    """
+
+    path: Path
+    lists: dict[str, list[Any]]
+    budget: int
+    ignored: dict[str, None] = field(default_factory=dict)
+    converted: dict[int, Conditioning] = field(default_factory=dict)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> _Shard:
+        shard = _unpickled(path)
+        if not isinstance(shard, dict) or not all(isinstance(shard.get(key), list) for key in _LISTS):
+            raise DataError(f"{path} must hold lists of latents and conditionings, and does not; {_AGAIN}")
+        return cls(path, shard, path.stat().st_size)
+
+    def latents(self) -> list[LatentBatch]:
+        """The batches of latents."""
+        batches = []
+        for found in self.lists["latents"]:
+            if not isinstance(found, dict):
+                raise DataError(f"{self.path} must hold tensors as latents, and does not; {_AGAIN}")
+            self._ignore(found, _LATENT_KEYS)
+            downscale = found.get("downscale_ratio_spacial")
+            known = type(downscale) is int and 0 < downscale < 1000
+            batches.append(LatentBatch(self._tensor(found.get("samples"), "latents"), downscale if known else None))
+        return batches
+
+    def conditionings(self) -> list[list[Conditioning]]:
+        """The lists of conditionings."""
+        entries = self.lists["conditioning"]
+        if not all(isinstance(one, list) for one in entries):
+            raise DataError(f"{self.path} must hold lists of conditionings, and does not; {_AGAIN}")
+        if (count := sum(map(len, entries))) > _MOST_CONDITIONINGS:
+            raise DataError(
+                f"{self.path} must hold at most {_MOST_CONDITIONINGS:,} conditionings, got {count:,}; use less"
+            )
+        return [[self._conditioning(pair) for pair in entry] for entry in entries]
+
+    def _conditioning(self, pair: Any) -> Conditioning:
+        if id(pair) not in self.converted:
+            self.converted[id(pair)] = self._converted(pair)
+        return self.converted[id(pair)]
+
+    def _converted(self, pair: Any) -> Conditioning:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[1], dict):
+            raise DataError(f"{self.path} must hold conditionings as pairs of tensor and options; {_AGAIN}")
+        context, options = self._tensor(pair[0], "the context"), pair[1]
+        self._ignore({key: value for key, value in options.items() if value is not None}, _OPTIONS)
+        tensors = {"context": context}
+        if (pooled := options.get("pooled_output")) is not None:
+            tensors["pooled"] = self._tensor(pooled, "pooled_output")
+        if options.get("guidance") is not None:
+            tensors["guidance"] = torch.full((len(context),), self._number(options, "guidance", 0.0))
+        mask = None
+        if (attention := options.get("attention_mask")) is not None:
+            attended = self._tensor(attention, "attention_mask") != 0
+            mask = None if attended.all() else attended
+        span = self._number(options, "start_percent", 0.0), self._number(options, "end_percent", 1.0)
+        return Conditioning(tensors, mask=mask, span=span)
+
+    def _tensor(self, found: Any, name: str) -> Tensor:
+        if type(found) is not Tensor or not found.ndim:
+            raise DataError(f"{name} in {self.path} must be a tensor, got {type(found).__name__}; {_AGAIN}")
+        if id(found) not in self.tensors:
+            self.tensors[id(found)] = found.detach()
+            self.budget -= found.numel() * found.element_size()
+        if self.budget < 0:
+            raise DataError(f"{self.path} must hold the tensors that it announces, and is too small; {_AGAIN}")
+        return self.tensors[id(found)]
+
+    def _number(self, options: dict[Any, Any], name: str, default: float) -> float:
+        found = options.get(name, default)
+        if type(found) not in (int, float) or not abs(found) <= 1e6:
+            raise DataError(f"{name} in {self.path} must be a number up to 10⁶, got {type(found).__name__}; {_AGAIN}")
+        return float(found)
+
+    def _ignore(self, found: dict[Any, Any], known: frozenset[str]) -> None:
+        self.ignored.update(dict.fromkeys(key for key in found if isinstance(key, str) and key not in known))

@@ -1,0 +1,208 @@
+"""Reading video files with PyAV (an optional package): which frames there are, and some of them as pictures.
+
+A video is a choice of frames of a file; nothing is decoded until the pictures are needed. Files may be a stranger's:
+only containers of videos are opened, none of the formats in which a file names others to play.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+from lorasmith.core.files import is_folder, open_regular
+from lorasmith.data.captions import read_caption
+from lorasmith.data.folder import MAX_REPEATS
+from lorasmith.data.folder_listing import natural_order
+
+__all__ = ["VIDEO_SUFFIXES", "Video", "VideoFile", "VideoScan", "open_video", "read_frames", "scan_videos"]
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
+"""File suffixes that are taken for videos, in lower case."""
+
+_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
+"""FFmpeg's names of the containers."""
+_MOST_FRAMES = 10_000_000
+"""Of a file: four days at 30 frames a second."""
+_COLOUR_SPACES = {18: "HDR", 16: "HDR PQ"}
+"""Names in ComfyUI by number of the transfer function (ITU-T H.273); sRGB for all others."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a file.
+
+    Attributes:
+        path: the file.
+        frames: their numbers in the file, in order of presentation.
+        rate: frames a second of the file.
+        width, height: of a frame as stored, before it is turned upright.
+        bit_depth: bits of a colour in the file; pictures have 8.
+        colour_space: `sRGB`, `HDR` or `HDR PQ`.
+    """
+
+    path: Path
+    frames: Sequence[int]
+    rate: Fraction
+    width: int
+    height: int
+    bit_depth: int
+    colour_space: str
+
+    def only(self, places: Sequence[int]) -> Video:
+        """The frames at some places among these."""
+        return replace(self, frames=[self.frames[place] for place in places])
+
+    def part(self, start: int, length: int) -> Video:
+        """`length` frames in a row."""
+        return replace(self, frames=self.frames[start : start + length])
+
+
+class VideoFile(NamedTuple):
+    """A video in a folder: its occurrences in an epoch, and its caption, None without a file of that name."""
+
+    path: Path
+    repeats: int
+    caption: str | None
+
+
+@dataclass(frozen=True)
+class VideoScan:
+    """The videos of a folder in natural order, and remarks for the user."""
+
+    videos: tuple[VideoFile, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def scan_videos(folder: Path, *, subfolders: bool) -> VideoScan:
+    """Videos of a folder with their captions.
+
+    Args:
+        folder: the folder.
+        subfolders: whether those named `<repeats>_<name>` are included.
+
+    Raises:
+        DataError: there are none, or a caption cannot be read.
+    """
+    found: list[VideoFile] = []
+    notes: list[str] = []
+    for entry in _entries(folder):
+        if not is_folder(entry):
+            found += _video(entry, 1, notes)
+        elif subfolders:
+            named = re.fullmatch(r"([0-9]{1,9})_.*", entry.name, re.DOTALL)
+            if named is None or not 0 < int(named[1]) <= MAX_REPEATS:
+                notes.append(
+                    f"skipped: {entry.name} is a folder without repeats in its name, 1 to {MAX_REPEATS:,}; rename it "
+                    "to 1_name to include it"
+                )
+                continue
+            for inner in _entries(entry):
+                found += _video(inner, int(named[1]), notes)
+    if not found:
+        known = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+        raise DataError(f"{folder} holds no videos; put some in it ({known})")
+    return VideoScan(tuple(found), tuple(notes))
+
+
+def open_video(path: Path) -> Video:
+    """All frames of a file, without decoding them where the file knows their number.
+
+    Raises:
+        DataError: PyAV is not installed, or the file is no video.
+    """
+    with _opened(path) as (container, stream):
+        width, height = stream.codec_context.width, stream.codec_context.height
+        decoded = itertools.islice(container.decode(stream), _MOST_FRAMES + 1)
+        count = stream.frames if stream.frames > 0 else sum(1 for _ in decoded)
+        if not 0 < count <= _MOST_FRAMES or width < 1 or height < 1:
+            raise DataError(f"{path} must have 1 to {_MOST_FRAMES:,} frames, got {count:,}; cut it into pieces")
+        return Video(
+            path,
+            range(count),
+            Fraction(stream.average_rate or 1),
+            width,
+            height,
+            max((one.bits for one in stream.format.components), default=8),
+            _COLOUR_SPACES.get(int(getattr(stream.codec_context, "color_trc", 0) or 0), "sRGB"),
+        )
+
+
+def read_frames(video: Video, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+    """The frames as pictures (frames, height, width, 3) in [0, 1], upright.
+
+    Args:
+        video: at least one frame.
+        progress: called with (frames read, frames in all).
+
+    Raises:
+        DataError: PyAV is not installed, the file is damaged, or a frame is missing or of another size.
+    """
+    wanted, read = set(video.frames), dict[int, Tensor]()
+    with _opened(video.path) as (container, stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                read[number] = torch.from_numpy(turned.copy())
+                progress(len(read), len(wanted))
+            if len(read) == len(wanted):
+                break
+    if missing := wanted - read.keys():
+        raise DataError(
+            f"{video.path} must have the {len(video.frames):,} frames that were chosen, but {min(missing):,} cannot be "
+            "read; repair it, or choose earlier ones"
+        )
+    if len({picture.shape for picture in read.values()}) > 1:
+        raise DataError(f"{video.path} must have frames of one size, and changes it; convert it first")
+    return torch.stack([read[number] for number in video.frames]).float() / 255
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Container and video stream of a file; PyAV's errors inside the block become a DataError."""
+    try:
+        import av
+    except ImportError as error:
+        raise DataError('videos need the package av; install it with: pip install "lorasmith[video]"') from error
+    # Without protocols a file that is a playlist, whatever its name, cannot open what it lists.
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
+    try:
+        with open_regular(path) as file, av.open(file, mode="r", options=options) as container:
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise DataError(f"{path} must be a video, but has no pictures that can be read; convert or remove it")
+            yield container, container.streams.video[0]
+    except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path} must be a video that can be read ({reason}); repair or remove it") from error
+
+
+def _video(entry: Path, repeats: int, notes: list[str]) -> list[VideoFile]:
+    """A file as a video, or nothing; appends remarks on its caption."""
+    if entry.suffix.lower() not in VIDEO_SUFFIXES:
+        return []
+    caption = read_caption(entry)
+    if caption is not None and caption.is_latin_1:
+        notes.append(f"{caption.path.name} is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8")
+    return [VideoFile(entry, repeats, None if caption is None else caption.text)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Entries of a folder except hidden ones, in natural order, subfolders last."""
+    try:
+        entries = sorted(
+            (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
+            key=lambda entry: natural_order(entry.name),
+        )
+        return sorted(entries, key=is_folder)
+    except OSError as error:
+        raise DataError(f"video folder {folder} cannot be read ({error.strerror}); check it") from error

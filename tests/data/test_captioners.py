@@ -1,0 +1,69 @@
+"""Captioners are found by name, by a model's folder, and in other packages."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.data import captioners, transformers_captions
+from lorasmith.data.captioners import GROUP, captioner_names, load_captioner
+
+CPU = torch.device("cpu")
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def loud(model: str, device: torch.device) -> Any:
+    return lambda image: f"{model} {device} {image.size}"
+
+
+def broken(model: str, device: torch.device) -> Any:
+    raise KeyError("no such thing")
+
+
+def says_why(model: str, device: torch.device) -> Any:
+    raise DataError("it must be Tuesday; wait")
+
+
+@pytest.fixture(autouse=True)
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captioners of another package, one of which cannot be imported."""
+    found = {one.__name__: f"{__name__}:{one.__name__}" for one in (loud, broken, says_why)} | {"gone": "no_module:x"}
+    points = [EntryPoint(name, value, GROUP) for name, value in found.items()]
+    monkeypatch.setattr(captioners, "entry_points", lambda group: points if group == GROUP else [])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [("loud", " cpu (8, 8)"), ("loud:", " cpu (8, 8)"), ("loud:a/b:c", "a/b:c cpu (8, 8)")],
+)
+def test_one_of_another_package(wanted: str, said: str) -> None:
+    assert load_captioner(wanted, CPU)(PICTURE) == said
+    assert captioner_names() == ["broken", "gone", "loud", "says_why", "transformers"]
+
+
+@pytest.mark.parametrize("wanted", ["{folder}", "transformers:{folder}", "owner/name", "transformers:owner/name"])
+def test_a_folder_or_an_id_means_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setattr(transformers_captions, "transformers_captioner", loud)
+    folder = tmp_path / "odd:name"
+    folder.mkdir()
+    model = wanted.format(folder=folder)
+    assert load_captioner(model, CPU)(PICTURE) == f"{model.removeprefix('transformers:')} cpu (8, 8)"
+
+
+def test_what_cannot_be_loaded_is_a_sentence() -> None:
+    with pytest.raises(OptionError, match="no captioner and no model's folder is called 'loude'; name one of broken"):
+        load_captioner("loude", CPU)
+    with pytest.raises(ModelError, match=r"the captioner broken cannot be loaded .*no such thing"):
+        load_captioner("broken", CPU)
+    with pytest.raises(ModelError, match=r"the captioner gone cannot be loaded .*no_module"):
+        load_captioner("gone", CPU)
+    with pytest.raises(DataError, match="it must be Tuesday"):
+        load_captioner("says_why", CPU)
+    with pytest.raises(ModelError, match="must be a folder of transformers or a hub id, got ''"):
+        load_captioner("transformers", CPU)

@@ -1,0 +1,25 @@
+"""Small videos, where PyAV is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+__all__ = ["movie"]
+
+_CODECS = {".flv": "flv", ".webm": "libvpx"}
+
+
+def movie(path: Path, frames: int, width: int = 32, height: int = 16) -> Path:
+    """A video of grey frames, 25 brighter each, 10 a second; skips the test without PyAV."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(_CODECS.get(path.suffix, "mpeg4"), rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(frames):
+            grey = np.full((height, width, 3), min(255, number * 25), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    return path
