@@ -43,7 +43,6 @@ TESTED_ELSEWHERE = {
     "adapters/frozen_layer.py": "adapters/test_contract.py",
     "adapters/low_rank_products.py": "adapters/test_lora.py",
     "adapters/variants.py": "adapters/test_lora.py",
-    "app/check_events.py": "app/test_data_check.py",
     "bench/benchmark.py": "bench/test_measure.py",
     "bench/counting.py": "bench/test_measure.py",
     "bench/limits.py": "bench/test_measure.py",

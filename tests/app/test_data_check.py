@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.check_events import ImagesChecked
 from lorasmith.app.data_check import check_folder, check_scan, plain, token_counter
+from lorasmith.app.run_plan import ImagesChecked
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.caption_rules import CaptionRules

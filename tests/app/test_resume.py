@@ -18,7 +18,7 @@ from tests.app.folder_cases import CONFIRMED, Audience, tensors_of, with_record
 def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: Path) -> None:
     audience = Audience()
     run = prepare_again(broken, rights=CONFIRMED, on_event=audience)
-    assert audience.names() == ["ImagesFound", "ModelLoading", "RunPlanned", "ImageEncoded"]
+    assert audience.names() == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned", "ImageEncoded"]
     train_prepared(run, output=broken, on_event=audience)
     assert "Resumed" in audience.names()
     assert tensors_of(broken) == tensors_of(whole)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.app.class_images import class_scan
+from lorasmith.app.data_check import check_scan
 from lorasmith.app.folder_source import FolderSource, changed
 from lorasmith.app.model_run import run_folder, train_job
-from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
+from lorasmith.app.run_plan import ImageEncoded, ImagesChecked, ImagesFound, ModelLoading, RunPlan, RunPlanned
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.crops import pixel_step
@@ -69,8 +70,8 @@ def prepare(
         source: images, model and the like.
         config: settings, some of them open.
         folders: where parts that the model lacks are searched; None to search nothing.
-        on_event: receives `ImagesFound`, `ModelLoading`, `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for
-            each damaged file among `folders`.
+        on_event: receives `ImagesFound`, `ModelLoading`, `ImagesChecked`, a `ClassImageDrawn` per drawn picture,
+            `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
         cancelled: called while pictures of the class are drawn; True ends that.
 
     Returns:
@@ -94,10 +95,19 @@ def prepare(
     if loaded.files != source.files:
         source = source.with_files(loaded.files)
     job = plan_job(base.denoiser, config, device)
+    check = check_scan(
+        scan,
+        settings,
+        folder=folder,
+        model=base,
+        batch=config.batch_size * config.grad_accumulation_steps,
+        validation_share=config.validation_share if judged is None else 0.0,
+    )
+    on_event(ImagesChecked(check=check))
     prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
     if prior is not None:
         scan = replace(scan, images=(*scan.images, *prior.images))
-    plan = _plan(source, scan, loaded, job)
+    plan = _plan(source, scan, loaded, job, check.preflight.epoch.held_out)
     on_event(RunPlanned(plan=plan))
 
     def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
@@ -148,7 +158,7 @@ def train_prepared(
     return train_job(prepared.base.denoiser, prepared.job, prepared.data, options)
 
 
-def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job) -> RunPlan:
+def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:
     base = loaded.model
     return RunPlan(
         folder=Path(source.folder),
@@ -164,4 +174,5 @@ def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job) -
         parameters=job.parameters,
         config=job.config,
         notes=job.notes,
+        held_out=held_out,
     )

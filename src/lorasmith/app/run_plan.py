@@ -11,10 +11,11 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event
 
 if TYPE_CHECKING:
+    from lorasmith.app.data_check import DataCheck
     from lorasmith.data.folder import FolderScan
     from lorasmith.families.model_search import FoundPart
 
-__all__ = ["ClassImageDrawn", "ImageEncoded", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned"]
+__all__ = ["ClassImageDrawn", "ImageEncoded", "ImagesChecked", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class RunPlan:
 
     Attributes:
         folder: of the images.
-        scan: content of the folder.
+        scan: the images, those of the subject's class included.
+        held_out: names of the images that are held out for validation.
         trigger: phrase put in front of captions that lack it.
         model, family: titles of the base model and of its family.
         found: its parts that were found in the model folders.
@@ -49,6 +51,7 @@ class RunPlan:
     parameters: int
     config: TrainConfig
     notes: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -57,8 +60,8 @@ class RunPlan:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of samples in an epoch, repeats included."""
-        return sum(image.repeats for image in self.scan.images)
+        """Number of samples in an epoch, repeats included and held-out images left out."""
+        return sum(one.repeats for one in self.scan.images if one.is_class or one.path.name not in self.held_out)
 
     @property
     def epochs(self) -> float:
@@ -82,6 +85,17 @@ class ImagesFound(Event):
     folder: Path
     scan: FolderScan
     trigger: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesChecked(Event):
+    """The images were checked, before any is encoded.
+
+    Attributes:
+        check: what was found.
+    """
+
+    check: DataCheck
 
 
 @dataclass(frozen=True, kw_only=True)

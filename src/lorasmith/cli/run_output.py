@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorasmith.app.command_lines import generate_command, resume_command
-from lorasmith.app.run_plan import ClassImageDrawn, ImageEncoded, ImagesFound, ModelLoading, RunPlan, RunPlanned
+from lorasmith.app.run_plan import (
+    ClassImageDrawn,
+    ImageEncoded,
+    ImagesChecked,
+    ImagesFound,
+    ModelLoading,
+    RunPlan,
+    RunPlanned,
+)
 from lorasmith.cli.console import console, echo, heading, print_note, progress_shown, stoppable
+from lorasmith.cli.data_output import print_findings
 from lorasmith.training.events import (
     CaptionEncoded,
     CaptionsPlanned,
@@ -48,6 +57,11 @@ def preparation_shown() -> Iterator[EventHandler]:
             match event:
                 case ImagesFound():
                     _print_images(event)
+                case ImagesChecked():
+                    live.close()
+                    print_findings(
+                        [one for one in event.check.preflight.findings if one.kind != "unused files"], most=6
+                    )
                 case ModelLoading():
                     live.enter_context(console.status(f"Loading {event.model}"))
                 case RunPlanned():
@@ -178,19 +192,20 @@ def _print_images(found: ImagesFound) -> None:
     heading(f"{len(scan.images)} images", f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
-    if scan.missing_captions:
-        instead = f"the trigger {trigger!r} is used" if trigger else "they are trained without a caption"
-        echo(f"  {len(scan.missing_captions)} have no caption; {instead}")
+    if scan.missing_captions and trigger:
+        echo(f"  {len(scan.missing_captions)} have no caption; the trigger {trigger!r} is used")
     for note in scan.notes:
         echo(f"  {note}")
 
 
 def _print_plan(plan: RunPlan) -> None:
-    config, images, per_epoch = plan.config, len(plan.scan.images), plan.samples_per_epoch
+    config, per_epoch = plan.config, plan.samples_per_epoch
+    images = len(plan.scan.images)
     batch = f"batch {config.batch_size}"
     if config.grad_accumulation_steps > 1:
         batch += f" × {config.grad_accumulation_steps}"
-    repeats = f" ({images} images × repeats)" if per_epoch != images else ""
+    counted = [f"{count} {what}" for count, what in _counts(plan) if count]
+    repeats = f" ({', '.join(counted)})" if len(counted) > 1 or per_epoch != images else ""
     sizes = ", ".join(f"{side}×{side}" for side in plan.resolutions)
     falling = "" if config.schedule == "constant" else f" ({config.schedule})"
     for label, text in {
@@ -208,3 +223,11 @@ def _print_plan(plan: RunPlan) -> None:
         if label == "Model":
             for part in plan.found:
                 echo(f"{'':<9}{found_line(part)}")
+
+
+def _counts(plan: RunPlan) -> Iterator[tuple[int, str]]:
+    """What makes the samples of an epoch."""
+    own = [image for image in plan.scan.images if not image.is_class]
+    yield len(own), "images" + (" × repeats" if any(image.repeats > 1 for image in own) else "")
+    yield len(plan.held_out), "held out"
+    yield len(plan.scan.images) - len(own), "of the class"
