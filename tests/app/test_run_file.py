@@ -12,26 +12,31 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.training.config import TrainConfig
 
 WHOLE = """
-sources:
-  - path: photos
-    repeats: 2
-  - more/metadata.jsonl
-  - path: /elsewhere
-    weight: 0.5
-model: model.safetensors
-text_encoders: t5.safetensors
-name: dog
-trigger: sks dog
-flip: true
-class_images: dogs
-steps: 800
-learning_rate: 1e-4
-existing_lora: before.safetensors
+model = "model.safetensors"
+text_encoders = "t5.safetensors"
+name = "dog"
+trigger = "sks dog"
+flip = true
+class_images = "dogs"
+steps = 800
+learning_rate = 1e-4
+existing_lora = "before.safetensors"
+
+[[sources]]
+path = "photos"
+repeats = 2
+
+[[sources]]
+path = "more/metadata.jsonl"
+
+[[sources]]
+path = "/elsewhere"
+weight = 0.5
 """
 
 
 def written(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "run.yaml"
+    path = tmp_path / "run.toml"
     path.write_text(text)
     return path
 
@@ -65,18 +70,18 @@ def test_what_is_typed_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("stepz: 3", "has an unknown key 'stepz'.*steps"),
-        ("steps: many", "steps must be an integer, got 'many'"),
-        ("steps: 0", "steps must be between 1 and 100000"),
-        ("flip: 3", "flip must be a true or false value"),
-        ("model: [a, b]", "model must be text"),
-        ("sources: [{repeats: 2}]", r"sources\[0\].path is missing"),
-        ("sources: [{path: a, repeats: 0}]", "repeats must be between 1 and 10000, got 0"),
-        ("- a\n- b", "must have one setting per line, such as steps: 500, got list"),
-        ("steps: [", "must be YAML with one setting per line"),
-        ("a: &a [*a]", "must be YAML|unknown key"),
-        ("!!python/object/apply:os.system [ls]", "must be YAML"),
-        ("optimizer: antigravity.X", "an optimizer that a file names must be one of"),
+        ("stepz = 3", "has an unknown key 'stepz'.*steps"),
+        ("steps = 'many'", "steps must be an integer, got 'many'"),
+        ("steps = 0", "steps must be between 1 and 100000"),
+        ("flip = 3", "flip must be a true or false value"),
+        ("model = ['a', 'b']", "model must be text"),
+        ("sources = [{repeats = 2}]", r"sources\[0\].path is missing"),
+        ("sources = [{path = 'a', repeats = 0}]", "repeats must be between 1 and 10000, got 0"),
+        ("steps: 500", "must be TOML, such as steps = 500, but .*line 1"),
+        ("steps = [", "must be TOML"),
+        ("steps = " + 10_000 * "[", "must be TOML"),
+        ("when = 2026-01-01", "has an unknown key 'when'"),
+        ("optimizer = 'antigravity.X'", "an optimizer that a file names must be one of"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
@@ -88,7 +93,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, tex
 
 
 def test_code_and_trackers_are_typed(tmp_path: Path) -> None:
-    file = read_run_file(written(tmp_path, "track: wandb\noptimizer: torch.optim.NAdam"))
+    file = read_run_file(written(tmp_path, "track = 'wandb'\noptimizer = 'torch.optim.NAdam'"))
     typed: dict[str, Any] = {"optimizer": "torch.optim.NAdam"}
     config = file.train_config(typed)
     assert (config.optimizer, config.track) == ("torch.optim.NAdam", "none")
@@ -101,5 +106,5 @@ def test_a_run_without_images() -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"nowhere\.yaml cannot be read"):
-        read_run_file(tmp_path / "nowhere.yaml")
+    with pytest.raises(OptionError, match=r"nowhere\.toml cannot be read"):
+        read_run_file(tmp_path / "nowhere.toml")

@@ -1,28 +1,29 @@
 """What `lorasmith train` is given, typed or in a file of settings.
 
-    sources:
-      - path: photos
-        repeats: 2
-      - path: more/metadata.jsonl
-        weight: 0.5
-    model: sd15.safetensors
-    trigger: sks dog
-    flip: true
-    steps: 800
+    model = "sd15.safetensors"
+    trigger = "sks dog"
+    flip = true
+    steps = 800
 
-Keys are the names of the command line's flags with underscores; paths are relative to the file's folder. A file chooses
+    [[sources]]
+    path = "photos"
+    repeats = 2
+
+    [[sources]]
+    path = "more/metadata.jsonl"
+    weight = 0.5
+
+The file is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative to the file's folder. A file chooses
 among names: an optimizer's import path and a tracker are typed (`settings_from_file`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lorasmith.app.folder_source import FolderSource
 from lorasmith.core.errors import OptionError
@@ -100,16 +101,14 @@ def read_run_file(path: Path) -> RunFile:
     """The arguments in a file, with paths made absolute.
 
     Raises:
-        OptionError: the file cannot be read, is no YAML, or has an unknown key or a value of another type.
+        OptionError: the file cannot be read, is no TOML, or has an unknown key or a value of another type.
     """
     try:
-        found = yaml.safe_load(read_regular(path, at_most=_MOST_BYTES))
+        found = tomllib.loads(read_regular(path, at_most=_MOST_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise OptionError(f"{path} must be YAML with one setting per line, got {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict):
-        raise OptionError(f"{path} must have one setting per line, such as steps: 500, got {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
     own = [one.name for one in fields(RunFile) if one.name != "settings"]
     for key in found:
         if key not in own and key not in _SETTINGS:
@@ -123,7 +122,7 @@ def read_run_file(path: Path) -> RunFile:
                 **{key: found[key] for key in own if key in found},
                 "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
                 "text_encoders": _listed(found.get("text_encoders")),
-                "settings": {key: _number(value, key) for key, value in found.items() if key in _SETTINGS},
+                "settings": {key: value for key, value in found.items() if key in _SETTINGS},
             },
             RunFile,
         )
@@ -155,14 +154,6 @@ def _absolute(given: RunFile, folder: Path) -> RunFile:
         validation=given.validation and inside(given.validation),
         settings=settings,
     )
-
-
-def _number(value: Any, name: str) -> Any:
-    """A value as a number where it is meant as one: YAML reads 1e-4 as text."""
-    if _SETTINGS[name].type in (int, float) and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
 
 
 def _listed(value: Any) -> list[Any]:

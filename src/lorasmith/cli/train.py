@@ -52,7 +52,7 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="File of settings in YAML, by their names here; those on the command line come first."),
+        typer.Option(help="File of settings in TOML, by their names here; those on the command line come first."),
     ] = None,
     model: AnyBaseModel = None,
     text_encoder: TextEncoderFiles = None,
