@@ -125,7 +125,7 @@ def test_both_encoders_work_on_the_device_that_is_named(
             return active(self, device)  # type: ignore[operator]
 
         monkeypatch.setattr(kind, "active", listen)
-    load_dataset(single, tiny, resolution=64, device="cpu")
+    load_dataset(single, tiny, resolution=64, device="cpu", cache=False)
     assert seen == [(TextEncoder, torch.device("cpu")), (Autoencoder, torch.device("cpu"))]
 
 

@@ -61,7 +61,7 @@ class RunPlan:
     @property
     def samples_per_epoch(self) -> int:
         """Number of samples in an epoch, repeats included and held-out images left out."""
-        return sum(one.repeats for one in self.scan.images if one.is_class or one.path.name not in self.held_out)
+        return sum(one.repeats for one in self.scan.images if one.is_class or one.name not in self.held_out)
 
     @property
     def epochs(self) -> float:

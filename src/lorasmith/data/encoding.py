@@ -228,7 +228,7 @@ def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int) ->
         config,
         resolution=resolution,
         multiple=step,
-        name=image.path.name,
+        name=image.name,
         centre=(0.5, 0.5) if mask is None else centre_of(mask),
     )
     return FramedImage.of(image, found, config)
@@ -243,7 +243,7 @@ def _sample(
     notes: list[str],
 ) -> Sample:
     """The sample of an image; appends to `notes` what a person should know of it."""
-    image, name = framed.image, framed.image.path.name
+    image, name = framed.image, framed.image.name
     found = []
     for framing, one in zip(framed.framings, encoded, strict=True):
         places = place_weights(one.inside, config)

@@ -174,7 +174,7 @@ class _Counter:
         if len(one.found) == len(one.framed.framings):
             self.done += 1
             if self.progress:
-                self.progress(self.done, self.total, one.framed.image.path.name)
+                self.progress(self.done, self.total, one.framed.image.name)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _encode(
         _encode(batch[middle:], encoder, entries, count)
         return
     for one, found in zip(batch, latents, strict=True):
-        name = one.work.framed.image.path.name
+        name = one.work.framed.image.name
         check_latents(found, like=found, name=name)
         inside = one.picture.inside
         one.work.found[one.index] = EncodedFraming(found.clone(), inside)

@@ -111,11 +111,11 @@ class RunRecord:
 
     def to_text(self) -> str:
         """The content of `run.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        return _json(asdict(self), indent=2)
 
     def to_entry(self) -> str:
         """The entry of the run in its LoRA."""
-        return json.dumps({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
+        return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
 
 
 def parsed_record(text: str | bytes) -> RunRecord:
@@ -177,6 +177,11 @@ def check_title(name: str) -> None:
         raise OptionError(
             f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; choose another"
         )
+
+
+def _json(value: object, **options: Any) -> str:
+    """JSON in which bytes of paths that are no text are question marks, as no reader takes them."""
+    return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "replace").decode()
 
 
 def _size(trained: nn.Module) -> int:
