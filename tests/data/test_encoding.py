@@ -12,19 +12,12 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
-from tests.data.encoder_cases import Encoder, add
+from tests.data.encoder_cases import Encoder, add, three_pictures
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, size, colour, caption in (
-        ("1.png", (100, 100), "white", "a dog"),
-        ("2.png", (200, 100), "black", "a cat"),
-        ("3.png", (50, 100), "red", "a dog"),
-    ):
-        Image.new("RGB", size, colour).save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(caption)
-    return tmp_path
+    return three_pictures(tmp_path)
 
 
 def test_encodes_images_at_their_buckets(folder: Path) -> None:

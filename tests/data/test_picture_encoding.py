@@ -8,26 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from lorasmith.data import picture_encoding
 from lorasmith.data.crops import Framing
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.framed_pictures import FramedPicture
 from lorasmith.training.batches import sample_index
-from tests.data.encoder_cases import Encoder, add
+from tests.data.encoder_cases import Encoder, add, three_pictures
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, size, colour, caption in (
-        ("1.png", (100, 100), "white", "a dog"),
-        ("2.png", (200, 100), "black", "a cat"),
-        ("3.png", (50, 100), "red", "a dog"),
-    ):
-        Image.new("RGB", size, colour).save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(caption)
-    return tmp_path
+    return three_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("batch_pixels", [0, 64 * 64, 10**6])
