@@ -197,3 +197,20 @@ def test_weights_of_sources_and_digests_that_tell_settings_apart(folder: Path) -
     ]
     assert len({*digests, data.samples[0].digest}) == 8
     assert Encoder().encode(folder, caption_memory=1.0, cache_limit=1.0).samples[0].digest == digests[0]
+
+
+def test_several_sources_and_datasets_are_loaded(folder: Path, tiny: Model, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    add(more, "4.png", (64, 64), (1, 2, 3), "a bus")
+    data = load_dataset([ImageSource(str(folder), repeats=2), str(more)], tiny, resolution=32)
+    assert [sample.name for sample in data.samples] == ["1.png", "1.png", "2.png", "2.png", "3.png", "3.png", "4.png"]
+
+
+def test_a_dataset_object_is_loaded(folder: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
+    images = {"image": [str(folder / "1.png"), str(folder / "2.png")], "text": ["a dog", "a cat"]}
+    found = load_dataset(
+        datasets.Dataset.from_dict(images).cast_column("image", datasets.Image()), tiny, resolution=32, flip=True
+    )
+    assert [sample.conditioning.text for sample in found.samples] == ["a dog", "a cat"]
