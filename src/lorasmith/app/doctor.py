@@ -6,10 +6,10 @@ import contextlib
 import os
 import platform
 import re
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from shutil import which
 
 import psutil
 import torch
@@ -202,7 +202,7 @@ def _missing_packages(versions: dict[str, str]) -> list[Problem]:
 
 
 def _slow_devices(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
-    if any(one.name.startswith("cuda") for one in devices) or shutil.which("nvidia-smi") is None:
+    if any(one.name.startswith("cuda") for one in devices) or which("nvidia-smi") is None:
         return []
     return [
         Problem(
