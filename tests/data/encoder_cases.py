@@ -38,7 +38,7 @@ class Encoder:
         options = {"resolution": 64, "multiple": 16, **options}
         called = {name: options.pop(name) for name in ("resolution", "multiple")}
         called |= {name: options.pop(name) for name in ("progress",) if name in options}
-        own = {name: options.pop(name) for name in ("batch_pixels", "entries") if name in options}
+        own = {name: options.pop(name) for name in ("batch_pixels", "beside_pixels", "entries") if name in options}
         captions = {"memory_bytes": options.pop("memory_bytes")} if "memory_bytes" in options else {}
         if "text_entries" in options:
             captions["entries"] = options.pop("text_entries")

@@ -35,6 +35,9 @@ __all__ = ["datasets_folder", "encode_images", "encode_scan", "encoded_pixels", 
 _BATCH_PIXELS = 4 * 1024**2
 """Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
 
+_BESIDE_PIXELS = 1024**2
+"""Pixels of pictures that a CPU encodes at a time: together they need the memory of one picture of 1024 × 1024."""
+
 
 def load_dataset(
     images: str | os.PathLike[str] | Sequence[ImageSource] | object,
@@ -112,6 +115,7 @@ def encode_scan(
         ready=lambda: autoencoder.active(where),
         entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}"),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
+        beside_pixels=_BESIDE_PIXELS if where.type == "cpu" else 0,
         sized=model.family.sized,
     )
     data = encode_images(
