@@ -7,6 +7,7 @@ and chooses the folder of the run.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import EventHandler
+from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
@@ -103,7 +104,7 @@ class TrainArguments(TrainConfig):
         device: where to train; the first GPU, or the CPU, if None.
         validation: held-out images, instead of a share of the data.
         fresh: move an existing run in `output` aside, and start from scratch.
-        on_event: receives all events.
+        on_event: receives all events; without it, what goes wrong is logged (`logging`, by the name lorasmith).
         cancelled: called between steps; True ends the run and saves the result.
     """
 
@@ -165,7 +166,13 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         title=given.title,
         trigger=given.trigger,
         validation=given.validation,
-        on_event=given.on_event or RunOptions.on_event,
+        on_event=given.on_event or _logged,
         cancelled=given.cancelled or RunOptions.cancelled,
     )
     return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, options)
+
+
+def _logged(event: Event) -> None:
+    """Log what goes wrong in a run that nobody watches, such as a preview that cannot be drawn."""
+    if isinstance(event, Warned | RolledBack | Shrunk):
+        logging.getLogger("lorasmith").warning(event.message)

@@ -129,7 +129,7 @@ def main() -> None:
         app()
     except CancelledError as stopped:
         print_error(str(stopped), kind="stopped")
-        sys.exit(130)
+        sys.exit(getattr(stopped, "exit_code", 130))
     except LorasmithError as error:
         print_error(str(error), kind="error")
         sys.exit(1)

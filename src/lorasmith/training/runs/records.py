@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -123,7 +124,15 @@ def parsed_record(text: str | bytes) -> RunRecord:
     return typed(parse_foreign_json(text), RunRecord)
 
 
-def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any], verify: bool = False) -> RunRecord:
+def run_record(
+    job: Job,
+    parts: Split,
+    *,
+    title: str,
+    source: Mapping[str, Any],
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    verify: bool = False,
+) -> RunRecord:
     """The record of a planned run.
 
     Args:
@@ -131,6 +140,7 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
         parts: training and held-out samples.
         title: name of the LoRA.
         source: JSON values from which the run can be repeated.
+        facts: more on the images, for readers.
         verify: whether the fingerprint covers every byte of the base model's files.
 
     Raises:
@@ -161,6 +171,7 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
             **{name: one for name, one in source.items() if name not in _ELSEWHERE and one and isinstance(one, Scalar)},
             "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
             "note": parts.note,
+            **facts,
         },
         adapters={path: _size(adapter) for path, adapter in job.adapters.items()},
         differences={path: _size(difference) for path, difference in job.differences.items()},
