@@ -19,7 +19,7 @@ from lorasmith.workflow.order import Cycle, depth_first
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
-__all__ = ["Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
+__all__ = ["MOST_NODES", "Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def examine(
         GraphError: the prompt has more nodes than any workflow.
     """
     members = {str(key): member for key, member in prompt.items() if not is_remark(str(key), member)}
-    if len(members) > _MOST_NODES:
-        raise GraphError(f"a workflow must have at most {_MOST_NODES:,} nodes, got {len(members):,}; cut it")
+    if len(members) > MOST_NODES:
+        raise GraphError(f"a workflow must have at most {MOST_NODES:,} nodes, got {len(members):,}; cut it")
     checker = _Checker(members, folders, nodes)
     drafts = checker.read_nodes()
     for draft in drafts.values():
@@ -381,4 +381,4 @@ def _goals(nodes: Registry[Node]) -> str:
     return ", ".join(name for name, node in nodes.items() if node.output_node) or "none is known"
 
 
-_MOST_NODES, _LISTED = 50_000, 50
+MOST_NODES, _LISTED = 50_000, 50

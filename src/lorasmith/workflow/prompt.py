@@ -16,7 +16,7 @@ from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
-__all__ = ["Prompt", "apply_overrides", "class_of", "is_remark", "node_label", "node_title", "parse_prompt"]
+__all__ = ["NOTES", "Prompt", "apply_overrides", "class_of", "is_remark", "node_label", "node_title", "parse_prompt"]
 
 Prompt: TypeAlias = Mapping[str, Any]
 """Nodes by id, as in the file."""
@@ -72,7 +72,7 @@ def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry
 def is_remark(key: str, member: Any = None) -> bool:
     """Whether a key of a prompt or of a node's inputs, or the node under it, is a remark for readers."""
     kind = member.get("class_type") if isinstance(member, dict) else None
-    return key.startswith("_") if kind is None else kind in _NOTES
+    return key.startswith("_") if kind is None else kind in NOTES
 
 
 def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
@@ -125,7 +125,7 @@ def _kind(content: object) -> str:
 
 
 _LONGEST_TITLE = 80
-_NOTES = ("Note", "MarkdownNote")
+NOTES = ("Note", "MarkdownNote")
 """Classes of notes in editors."""
 
 _EXPORT = "in ComfyUI choose Workflow > Export (API) and use that file"
