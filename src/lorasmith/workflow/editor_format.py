@@ -30,7 +30,7 @@ from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.order import depth_first
 from lorasmith.workflow.prompt import NOTES
 from lorasmith.workflow.sockets import ANY
-from lorasmith.workflow.subgraphs import PRIMITIVE, HostValues, Hosts
+from lorasmith.workflow.subgraphs import PRIMITIVE, Hosts, HostValues
 
 __all__ = ["prompt_of_editor"]
 
