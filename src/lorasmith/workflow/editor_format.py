@@ -6,9 +6,11 @@ reroutes, bypassed nodes and the boundaries of subgraphs, subgraphs are replaced
 bypassed node passes on the input of the output's number if its type fits, else the first of that type. Values that
 are lists are wrapped as `{"__value__": [...]}`.
 
-Three things differ from the editor: a primitive node also reaches widgets through reroutes and subgraphs; values that
-a file lacks are left out of the prompt, whose checks know the defaults; files without the editor's own widgets after
-seeds are read too.
+Four things differ from the editor (1.58): a primitive node also reaches widgets through reroutes and into subgraphs; a
+muted or bypassed instance inside a subgraph does not run, as elsewhere; ids in subgraphs stay those of the file, while
+the editor gives new ones to nodes whose id also occurs outside; and what a file lacks is left out of the prompt, whose
+checks know the defaults. Files without the editor's own widgets after seeds, values by name, and values of unknown
+nodes are read too, as far as their names are known.
 
 Files are a stranger's: numbers of nodes, depth of subgraphs, work and text are bounded.
 """
