@@ -11,8 +11,8 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
+from lorasmith.workflow import apply_overrides, parse_prompt
 from lorasmith.workflow.graph import examine
-from lorasmith.workflow.prompt import apply_overrides, parse_prompt
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
