@@ -57,7 +57,7 @@ def test_files_without_a_workflow_are_refused(tmp_path: Path) -> None:
         with pytest.raises(GraphError, match=f"{name} carries no workflow, only files that a graph saved do"):
             read_workflow(tmp_path / name)
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:20])
-    with pytest.raises(GraphError, match="cut.png is not a PNG that can be read"):
+    with pytest.raises(GraphError, match=r"cut\.png is not a PNG that can be read"):
         read_workflow(tmp_path / "cut.png")
     with pytest.raises(GraphError, match="cannot be read"):
         read_workflow(tmp_path / "none.json")

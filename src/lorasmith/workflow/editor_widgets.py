@@ -62,7 +62,7 @@ def named_values(node: EditorNode, names: WidgetNames) -> dict[str, Any] | None:
         if len(found) != len(values):
             return None
     if node.values is None:
-        return {name: node.named[name] for name in found if name in node.named}
+        return {name: node.named[name] for name in found if name is not None and name in node.named}
     return {name: value for name, value in zip(found, values, strict=False) if name is not None}
 
 
