@@ -8,7 +8,7 @@ medians over rounds, of wall time, as both sides may use all cores. Ours keeps f
     python -m benchmarks.data --parts encoding --photos 12 --rounds 3
     python -m benchmarks.data --parts many --images 10000 --names 100000
 
-Autoencoders are the built-in model's, and one of Stable Diffusion's size with random weights. The scan of a folder
+Autoencoders are the built-in model's, and `sd15`, of Stable Diffusion's size with random weights. The scan of a folder
 reads each file once as well, which a plain loop does not do; it is a row of its own. Pictures are made on the spot.
 """
 
@@ -52,7 +52,7 @@ from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 
-AUTOENCODERS = ("built-in", "Stable Diffusion")
+AUTOENCODERS = ("built-in", "sd15")
 PICTURES: dict[str, tuple[int, int, str]] = {"photos": (4000, 3000, "jpg"), "PNGs": (1024, 1024, "png")}
 """Kinds of pictures: width, height, suffix."""
 
@@ -84,8 +84,10 @@ def _encoding(results: Results, arguments: argparse.Namespace, folder: Path) -> 
         for autoencoder in arguments.autoencoders:
             count, side = _counts(arguments, autoencoder)
             pictures = made(folder / f"{kind} {count}", kind, count)
-            sides = {name: functools.partial(_SIDES[name], pictures, autoencoder, side, arguments.device)
-                     for name in _SIDES}  # fmt: skip
+            sides = {
+                name: functools.partial(_SIDES[name], pictures, autoencoder, side, arguments.device)
+                for name in ("plain", "lorasmith", *(["lorasmith, scan included"] if arguments.scan else []))
+            }
             found = _in_turn(sides, arguments.rounds)
             plain, ours = (torch.cat([one.flatten() for one in found[name][0][2]]) for name in ("plain", "lorasmith"))
             apart = float((ours - plain).square().mean().sqrt() / plain.square().mean().sqrt())
@@ -333,6 +335,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--autoencoders", nargs="+", choices=AUTOENCODERS, default=list(AUTOENCODERS))
     parser.add_argument("--photos", type=int, default=24, help="a quarter of them with the large autoencoder")
     parser.add_argument("--side", type=int, default=256, help="side of pictures for the large autoencoder")
+    parser.add_argument("--no-scan", dest="scan", action="store_false", help="without the side that also scans")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=10000, help="small images; a tenth of them as well")
     parser.add_argument("--names", type=int, default=100000, help="files whose names are listed")
