@@ -130,6 +130,13 @@ FOR_EACH_FAMILY = (
 
 ONCE = (
     Benchmark("quantized_bases", "quantized_bases", 1, "", "--steps 2 --batch 1 --images fox --kinds none int8"),
+    Benchmark(
+        "data",
+        "data",
+        1.5,
+        "--parts encoding cached waiting --side 512 --rounds 3",
+        "--parts encoding cached waiting --kinds photos --autoencoders built-in --photos 2 --rounds 1 --steps 1",
+    ),
     Benchmark("startup", "startup", 1, "--times 3", "--times 1"),
     Benchmark(
         "learning",

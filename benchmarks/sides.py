@@ -318,13 +318,13 @@ def resident_peak(side: Side) -> int:
     with contextlib.suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     with side.opened() as once:
         for _ in range(3):
             once()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -96,7 +96,7 @@ def test_every_part_has_options_that_its_benchmark_knows(rehearsed: bool, monkey
         tests=["tests"], comfyui=Path("comfyui"), comfyui_python=None, sd_scripts=Path("sd-scripts")
     )
     found = list(parts(models, peers, rehearsed=rehearsed))
-    assert len({one.name for one in found}) == len(found) == 1 + 5 * len(models) + 4 + 2
+    assert len({one.name for one in found}) == len(found) == 1 + 5 * len(models) + 5 + 2
     for part in found[1:]:
         _, module, *options = part.command
         monkeypatch.setattr(sys, "argv", [module, *options, str(part.report), "results.json"])

@@ -319,7 +319,11 @@ def step_seconds(
     clock: Clock = time.perf_counter,
     on_event: EventHandler = lambda event: None,
 ) -> Spread:
-    """Seconds of each step of the training loop, see `measured_steps`."""
+    """Seconds of each step of the training loop.
+
+    Args:
+        job, samples, warmup, clock, on_event: as for `measured_steps`.
+    """
     return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
 
 
