@@ -24,29 +24,8 @@ from lorasmith.workflow.editor_format import prompt_of_editor
 from lorasmith.workflow.editor_widgets import SEEDS, without_missing_controls
 
 WIDGETS = frozenset(
-    [
-        "INT",
-        "FLOAT",
-        "STRING",
-        "BOOLEAN",
-        "COMBO",
-        "MARKDOWN",
-        "COLOR",
-        "BOUNDING_BOX",
-        "CURVE",
-        "RANGE",
-        "TEXTAREA",
-        "COLORS",
-        "IMAGECOMPARE",
-        "AUDIO_UI",
-        "AUDIOUPLOAD",
-        "LOAD_3D",
-        "LOAD_3D_ANIMATION",
-        "WEBCAM",
-        "AUDIO_RECORD",
-        "BOUNDING_BOXES",
-        "COMFY_DYNAMICCOMBO_V3",
-    ]
+    """INT FLOAT STRING BOOLEAN COMBO MARKDOWN COLOR BOUNDING_BOX CURVE RANGE TEXTAREA COLORS IMAGECOMPARE AUDIO_UI
+    AUDIOUPLOAD LOAD_3D LOAD_3D_ANIMATION WEBCAM AUDIO_RECORD BOUNDING_BOXES COMFY_DYNAMICCOMBO_V3""".split()  # noqa: SIM905
 )
 OF_THE_PAGE = re.compile("3D|ImageCompare|SaveGLB|CustomCombo|Painter|WebcamCapture|AudioRecord|Preview")
 """Classes whose widgets the page fills."""

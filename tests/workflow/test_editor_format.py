@@ -151,10 +151,14 @@ def nest(count: int, within: int = 1) -> dict[str, Any]:
         (graph([3], []), "a node of a workflow must be an object"),
         (graph([{"id": True, "type": "Note"}], []), "a node of a workflow must be an object"),
         (graph([joined(1), joined(1)], []), "ids of nodes must be unique, but two nodes have the id 1"),
+        (
+            graph([instance(9, 1), {**joined(1), "id": "9:1"}], [], subgraphs=[subgraph(1, [joined(1)], [], [])]),
+            "ids of nodes must be unique, but two nodes are '9:1'",
+        ),
         (graph([], [], subgraphs=[{"nodes": []}]), "a subgraph of a workflow must have an id, got None"),
         (graph([], [], subgraphs=["x"]), "a subgraph of a workflow must be an object, got 'x'"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_what_is_refused(file: Any, sentence: str) -> None:
     start = time.process_time()
@@ -178,26 +182,26 @@ def test_text_is_not_multiplied_without_bound() -> None:
 
 
 def test_long_ways_of_links_are_followed_once() -> None:
-    count = 20_000
+    count = 5000
     nodes = [made(key, "Reroute", **{"": key - 1}) for key in range(1, count)]
     links: list[list[Any]] = [[key, key, 0, key + 1, 0, "*"] for key in range(count)]
-    readers = [joined(count + key, string_a=count + key) for key in range(2000)]
+    readers = [joined(count + key, string_a=count + key) for key in range(1000)]
     links += [[one["id"], count - 1, 0, one["id"], 0, "*"] for one in readers]
     start = time.process_time()
     prompt = converted(graph([joined(0), *nodes, *readers], links))
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 3
     assert prompt[str(count + 7)]["inputs"]["string_a"] == ["0", 0]
 
 
 def test_work_is_bounded() -> None:
     wide = made(1, "Wide", mode=4)
-    wide["inputs"] = [{"name": f"i{key}", "type": "A", "link": None} for key in range(5000)]
-    wide["outputs"] = [{"name": "o", "type": "B", "links": []} for _ in range(5000)]
+    wide["inputs"] = [{"name": f"i{key}", "type": "A", "link": None} for key in range(2000)]
+    wide["outputs"] = [{"name": "o", "type": "B", "links": []} for _ in range(2000)]
     reader = made(2, "Reader")
-    reader["inputs"] = [{"name": f"i{key}", "type": "C", "link": key} for key in range(5000)]
-    links: list[list[Any]] = [[key, 1, key, 2, key, "C"] for key in range(5000)]
+    reader["inputs"] = [{"name": f"i{key}", "type": "C", "link": key} for key in range(2000)]
+    links: list[list[Any]] = [[key, 1, key, 2, key, "C"] for key in range(2000)]
     start = time.process_time()
-    with pytest.raises(GraphError, match="a few million nodes at most"):
+    with pytest.raises(GraphError, match="two million nodes at most"):
         converted(graph([wide, reader], links))
     assert time.process_time() - start < 5
 
@@ -244,7 +248,7 @@ definitions = st.lists(st.tuples(graphs, boundaries, boundaries), max_size=2).ma
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(graphs, definitions)
 def test_any_graph_is_a_prompt_or_refused(file: dict[str, Any], inner: list[Any]) -> None:
     with contextlib.suppress(GraphError):

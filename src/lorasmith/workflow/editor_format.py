@@ -25,7 +25,7 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.files import MAX_TEXT_BYTES
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry
-from lorasmith.workflow.editor_graph import BYPASSED, MUTED, EditorGraph, EditorNode, read_editor_graph
+from lorasmith.workflow.editor_graph import BYPASSED, MUTED, SAVE_AGAIN, EditorGraph, EditorNode, read_editor_graph
 from lorasmith.workflow.editor_widgets import WidgetNames, names_in
 from lorasmith.workflow.graph import MOST_NODES
 from lorasmith.workflow.node import NODES, Node
@@ -111,10 +111,12 @@ class _Conversion:
         self._work = 0
 
     def prompt(self) -> dict[str, Any]:
-        prompt = {}
+        prompt: dict[str, Any] = {}
         for scope, node in self._running():
+            if (key := scope.path + node.id) in prompt:  # such as a node 5:3 beside an instance 5 with a node 3
+                raise GraphError(f"ids of nodes must be unique, but two nodes are {_shown(key)}; {SAVE_AGAIN}")
             entry = {"class_type": node.type, "inputs": self._inputs(scope, node)}
-            prompt[scope.path + node.id] = {**entry, "_meta": {"title": node.title}} if node.title else entry
+            prompt[key] = {**entry, "_meta": {"title": node.title}} if node.title else entry
         return prompt
 
     def _running(self) -> Iterator[tuple[_Scope, EditorNode]]:
@@ -180,7 +182,7 @@ class _Conversion:
     def _spend(self, work: int) -> None:
         self._work += work
         if self._work > _MOST_WORK:
-            raise GraphError("links of a workflow must lead through a few million nodes at most, got more; cut it")
+            raise GraphError("links of a workflow must lead through two million nodes at most, got more; cut it")
 
     def _before(self, place: _Input) -> _Input | _Output | _Found:
         """What an input is linked to."""
@@ -270,8 +272,10 @@ def _passed_on(node: EditorNode, output: int, wanted: str) -> int | None:
 
 def _fits(one: str, other: str) -> bool:
     """Whether the editor links sockets of these types."""
-    if ANY in (one, other):
+    if one == other or ANY in (one, other):
         return True
+    if "," not in one and "," not in other:
+        return one.lower() == other.lower()
     return not {*one.lower().split(",")}.isdisjoint(other.lower().split(","))
 
 
@@ -292,4 +296,4 @@ def _shown(name: str) -> str:
 _NOTHING = _Found(is_there=False)
 _REROUTE = "Reroute"
 _NOT_RUN = frozenset((*NOTES, PRIMITIVE, _REROUTE))
-_DEEPEST, _MOST_WORK = 50, 3_000_000
+_DEEPEST, _MOST_WORK = 50, 2_000_000

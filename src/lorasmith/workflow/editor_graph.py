@@ -19,6 +19,7 @@ from lorasmith.core.printable import printable
 __all__ = [
     "BYPASSED",
     "MUTED",
+    "SAVE_AGAIN",
     "Boundary",
     "EditorGraph",
     "EditorInput",
@@ -30,6 +31,8 @@ __all__ = [
 
 MUTED, BYPASSED = 2, 4
 """Modes of nodes that do not run; a bypassed one passes its inputs on."""
+SAVE_AGAIN = "save the workflow again in ComfyUI"
+"""The remedy for malformed files."""
 
 
 class EditorLink(NamedTuple):
@@ -150,7 +153,7 @@ def read_editor_graph(content: Mapping[str, Any]) -> EditorGraph:
     definitions: dict[str, EditorGraph] = {}
     for given in _definitions(content):
         if (key := _key(given.get("id"))) is None:
-            raise GraphError(f"a subgraph of a workflow must have an id, got {_shown(given.get('id'))}; {_SAVE}")
+            raise GraphError(f"a subgraph of a workflow must have an id, got {_shown(given.get('id'))}; {SAVE_AGAIN}")
         if key not in definitions:
             definitions[key] = _graph(given, definitions, subgraph=True)
     return _graph(content, definitions, subgraph=False)
@@ -164,7 +167,7 @@ def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         listed = inner.get("subgraphs") if isinstance(inner, dict) else None
         for one in listed if isinstance(listed, list) else ():
             if not isinstance(one, dict):
-                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(one)}; {_SAVE}")
+                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(one)}; {SAVE_AGAIN}")
             yield one
             found.append(one)
 
@@ -175,7 +178,7 @@ def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, 
         node = _node(one)
         if node.id in nodes:
             shown = printable(node.id, limit=_LONGEST)
-            raise GraphError(f"ids of nodes must be unique, but two nodes have the id {shown}; {_SAVE}")
+            raise GraphError(f"ids of nodes must be unique, but two nodes have the id {shown}; {SAVE_AGAIN}")
         nodes[node.id] = node
     links = dict(filter(None, map(_link, _list(given, "links"))))
     if not subgraph:
@@ -189,7 +192,9 @@ def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, 
 def _node(given: Any) -> EditorNode:
     key = _key(given.get("id")) if isinstance(given, dict) else None
     if key is None or not isinstance(given.get("type"), str):
-        raise GraphError(f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {_SAVE}")
+        raise GraphError(
+            f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {SAVE_AGAIN}"
+        )
     properties = given.get("properties")
     properties = properties if isinstance(properties, dict) else {}
     values, named, mode = given.get("widgets_values"), given.get("widgets_values_named"), given.get("mode")
@@ -294,4 +299,3 @@ def _shown(value: Any) -> str:
 
 
 _LONGEST, _LONGEST_NUMBER = 80, 9
-_SAVE = "save the workflow again in ComfyUI"
