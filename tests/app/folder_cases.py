@@ -37,7 +37,9 @@ def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
 def asked(images: Path, **settings: Any) -> tuple[FolderSource, TrainConfig]:
     """Source and settings of a run of five quick steps, named `cat`."""
     data = {name: settings.pop(name) for name in options_of(DataConfig) if name in settings}
-    config = TrainConfig(**{"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", **settings})
+    config = TrainConfig(
+        **{"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", "previews": "", **settings}
+    )
     return FolderSource.of(images, "lorasmith-tiny", name="cat", data=DataConfig(**{"resolution": 32, **data})), config
 
 

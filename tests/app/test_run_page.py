@@ -123,7 +123,7 @@ def test_images_are_said_to_have_captions_only_where_they_have(tmp_path: Path) -
     record["data"] = {"captions_used": "the trigger 'sks' for 2 of 2 images"}
     (tmp_path / "run.json").write_text(json.dumps(record))
     found = report_of(read_history(tmp_path))
-    assert found.data["Training images"] == found.facts["training images"] == "2 (3 samples in an epoch)"
+    assert (found.data["Training images"], found.facts["training images"]) == ("2 (3 samples in an epoch)", "2")
     assert found.data["Captions used"] == "the trigger 'sks' for 2 of 2 images"
 
 

@@ -28,7 +28,7 @@ from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except
 
 Command = Callable[..., Any]
-QUICK = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 2, "--targets", "attention")
+QUICK = ("--model", "lorasmith-tiny", "--steps", 2, "--rank", 2, "--targets", "attention", "--no-previews")
 
 
 def test_train_says_what_it_will_do_and_where_everything_is(
@@ -272,7 +272,7 @@ def test_what_is_wrong_is_said_in_a_sentence(lorasmith: Command, photos: Path, t
 
 def test_every_option_of_a_run_is_a_flag(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    shown = lorasmith("train", "--help").out
+    shown = lorasmith("train", "--help-all").out
     for name in options_of(TrainConfig):
         assert f"--{name.replace('_', '-')}" in shown, name
 

@@ -26,7 +26,8 @@ from tests.app.folder_cases import pictures, tensors_of, with_metadata, with_rec
 Command = Callable[..., Any]
 Interrupt = Callable[..., contextlib.AbstractContextManager[None]]
 
-QUICK = ("--model", "lorasmith-tiny", "--rank", 2, "--targets", "attention", "--resolution", 32, "--name", "cat")
+QUICK = ("--model", "lorasmith-tiny", "--rank", 2, "--targets", "attention", "--resolution", 32, "--name", "cat",
+         "--no-previews")  # fmt: skip
 RUN = (*QUICK, "--steps", 5, "--schedule", "cosine")
 JUDGED = (*QUICK, "--steps", 4, "--learning-rate", 0.3, "--validate-every", 1, "--validation-draws", 2)
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import re
 import struct
+import sys
+import types
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -329,3 +331,17 @@ def test_other_formats_are_read_where_they_are_converted_alone(tmp_path: Path) -
     picture().save(tmp_path / "a.eps")
     with pytest.raises(ImageError, match="is not an image"):
         open_original(tmp_path / "a.eps", any_format=True)
+
+
+def test_heic_is_read_where_the_plug_in_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    plug_in = types.ModuleType("pillow_heif")
+    plug_in.register_heif_opener = lambda **settings: asked.append(settings)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
+    image_files._register_heif.cache_clear()
+    image_suffixes()
+    image_suffixes()
+    assert len(asked) == 1
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    image_files._register_heif.cache_clear()
+    assert ".png" in image_suffixes()

@@ -41,7 +41,7 @@ def demo_source(*, steps: int, seed: int, device: str | None) -> tuple[FolderSou
         seed: of the run.
         device: where to train; the first GPU, or the CPU, if None.
     """
-    config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0)
+    config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0, previews="")
     return FolderSource.of(_EXAMPLES, BUILT_IN, device=device), config
 
 

@@ -10,6 +10,7 @@ from lorasmith.app.class_images import class_scan
 from lorasmith.app.data_check import check_scan
 from lorasmith.app.folder_source import FolderSource, changed
 from lorasmith.app.model_run import run_folder, train_job
+from lorasmith.app.run_images import image_facts, keep_thumbnails
 from lorasmith.app.run_plan import (
     ImageEncoded,
     ImagesChecked,
@@ -17,7 +18,6 @@ from lorasmith.app.run_plan import (
     ModelLoading,
     RunPlan,
     RunPlanned,
-    captions_used,
 )
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
@@ -135,7 +135,7 @@ def train_prepared(
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> TrainResult:
-    """Train a prepared run.
+    """Train a prepared run, with previews of its prompt where its settings have None.
 
     Args:
         prepared: the run.
@@ -158,13 +158,14 @@ def train_prepared(
         trigger=source.data.trigger or None,
         validation=prepared.validation,
         source=source.to_record(),
-        facts={"captions_used": captions_used(prepared.plan.scan.images, source.data.trigger)},
+        facts=image_facts(prepared.plan),
+        begun=lambda folder: keep_thumbnails(folder, prepared.plan),
         verify=verify,
         on_event=on_event,
         cancelled=cancelled,
         until=until,
     )
-    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options)
+    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prepared.plan.prompt)
 
 
 def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, Protocol, get_type_hints
 
 import torch
 
+from lorasmith.app.preview_budget import BudgetedPreviews
 from lorasmith.app.run_page import write_report
 from lorasmith.app.run_previews import run_previews
 from lorasmith.core.errors import OptionError
@@ -29,13 +30,16 @@ from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
 from lorasmith.training.train import RunOptions, TrainResult, run_job
+from lorasmith.training.watchers import Draw
 
 __all__ = ["TrainArguments", "new_run_folder", "run_folder", "train", "train_job"]
 
 P = ParamSpec("P")
 
 
-def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
+def train_job(
+    denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions, *, unasked: str | None = None
+) -> TrainResult:
     """Train a job, with the previews of its settings and the report in the run's folder.
 
     Args:
@@ -43,6 +47,7 @@ def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOp
         job: the planned run; it can be run once.
         data: encoded samples.
         options: folder, events and the like; `previews` and `page` are replaced.
+        unasked: prompt of previews where the settings have None, which then take at most a tenth of the run.
 
     Raises:
         OptionError: previews are set but there is no output folder.
@@ -52,12 +57,29 @@ def train_job(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOp
     if options.output is None and parse_prompts(config.previews):
         raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
 
-    def previews(folder: Path) -> Any:
-        return run_previews(
-            denoiser, config, folder, title=options.title, device=job.runtime.device, cancelled=options.cancelled
-        )
+    budgeted: list[BudgetedPreviews] = []
 
-    return run_job(job, data, replace(options, previews=previews, page=write_report))
+    def previews(folder: Path) -> Draw | None:
+        draw = run_previews(
+            denoiser,
+            config,
+            folder,
+            title=options.title,
+            device=job.runtime.device,
+            cancelled=options.cancelled,
+            on_event=options.on_event,
+            unasked=unasked,
+        )
+        if isinstance(draw, BudgetedPreviews):
+            budgeted.append(draw)
+        return draw
+
+    def hear(event: Event) -> None:
+        for one in budgeted:
+            one.hear(event)
+        options.on_event(event)
+
+    return run_job(job, data, replace(options, previews=previews, page=write_report, on_event=hear))
 
 
 def run_folder(
@@ -174,5 +196,5 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
 
 def _logged(event: Event) -> None:
     """Log what goes wrong in a run that nobody watches, such as a preview that cannot be drawn."""
-    if isinstance(event, Warned | RolledBack | Shrunk):
+    if isinstance(event, RolledBack | Shrunk) or (isinstance(event, Warned) and not event.is_remark):
         logging.getLogger("lorasmith").warning(event.message)

@@ -109,7 +109,7 @@ def prepare_reproduction(
     except ValueError as error:
         raise _without_record(lora, error) from error
     # Previews and early stopping change no tensor of a run that ends at a given step.
-    prepared = prepare(source, replace(config, previews=None, patience=0), on_event=on_event)
+    prepared = prepare(source, replace(config, previews="", patience=0), on_event=on_event)
     steps = steps_of(metadata, lora.name) - prepared.job.steps_before
     if not 0 < steps <= config.steps:
         raise OptionError(

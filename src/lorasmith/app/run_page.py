@@ -13,6 +13,8 @@ from typing import Any
 
 from lorasmith.app.command_lines import command_line, generate_command, resume_command
 from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.lora_use import LoraUse, use_of
+from lorasmith.app.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
@@ -22,7 +24,7 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.report.curves import Curves
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.report.pictures import PictureTable, thinned
-from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, number, run_report
+from lorasmith.report.run_report import Note, RunReport, Setting, TrainedImage, ValidationRow, number, run_report
 from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.events import (
     Planned,
@@ -81,6 +83,7 @@ def report_of(history: RunHistory) -> RunReport:
     before_after, progress = _pictures(history)
     quantiles, images = _ledger(history)
     lora = _lora(history)
+    use = None if lora is None else _use(history, lora)
     return RunReport(
         title=history.record.title or history.folder.name,
         status=status,
@@ -94,6 +97,10 @@ def report_of(history: RunHistory) -> RunReport:
         validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in _validations(history)],
         quantiles=quantiles,
         images=images,
+        trained_on=_trained_on(history),
+        left_out=[(one.name, one.reason) for one in left_out_in(history.record.data)],
+        use={} if use is None else use.facts,
+        programs={} if use is None else use.programs,
         before_after=before_after,
         progress=progress,
         settings=_settings(history.record.config),
@@ -145,7 +152,7 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     if before := history.record.steps_before:
         facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = _duration(history.seconds())
-    facts["training images"] = _training_images(history.record)
+    facts["training images"] = f"{_distinct(history.record):,}"
     recent = recent_loss([step.loss for step in steps])
     if math.isfinite(recent.mean):
         facts[recent.label] = number(recent.mean)
@@ -171,6 +178,34 @@ def _files(folder: Path, lora: Path | None) -> dict[str, str]:
     if lora is not None and (best := lora.with_stem(f"{lora.stem}-best")).is_file():
         files["Best on held-out images"] = _described(best)
     return {**files, "Folder of the run": str(folder.resolve())}
+
+
+def _use(history: RunHistory, lora: Path) -> LoraUse:
+    record = history.record
+    model = record.model
+    trigger = record.source.get("trigger")
+    trigger = trigger if isinstance(trigger, str) else ""
+    return use_of(
+        lora.resolve(),
+        trigger=trigger,
+        prompt=trigger or next((one.caption for one in record.samples if one.caption), "a picture"),
+        model=model.name if model.name == BUILT_IN else model.path or model.name,
+        model_title=model.name or "that of the run",
+        family=model.family,
+    )
+
+
+def _trained_on(history: RunHistory) -> list[TrainedImage]:
+    """The images of the run, with the small versions in its folder."""
+    shown = []
+    for index, image in enumerate(images_in(history.record.data)):
+        small = thumbnail_of(history.folder, index)
+        marks = [] if image.use == "trained" else [image.use]
+        marks += [f"{image.repeats:,} times in an epoch"] if image.repeats > 1 else []
+        shown.append(
+            TrainedImage(image.name, image.caption, tuple(marks), small if _is_own(small, history.folder) else None)
+        )
+    return shown
 
 
 def _described(lora: Path) -> str:
@@ -277,7 +312,7 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
     before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
-        return before_after, _sheet(history.folder, samples / "steps.png")
+        return before_after, None  # it would be the same pictures again
     about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
     return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
 
@@ -310,15 +345,20 @@ def _data(record: RunRecord) -> dict[str, str]:
         "Training images": f"{_training_images(record)}{counted}",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
     }
-    described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(record.data).items()}
+    others = {name: value for name, value in record.data.items() if name not in ("images", "left_out")}
+    described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(others).items()}
     return {name: text for name, text in described.items() if text}
 
 
 def _training_images(record: RunRecord) -> str:
     """Their number, and that of the samples in an epoch where some are repeated."""
-    images = len({one.name for one in record.samples})
+    images = _distinct(record)
     repeated = f" ({len(record.samples):,} samples in an epoch)" if images != len(record.samples) else ""
     return f"{images:,}{repeated}"
+
+
+def _distinct(record: RunRecord) -> int:
+    return len({one.name for one in record.samples})
 
 
 def _environment(record: RunRecord) -> dict[str, str]:
@@ -338,7 +378,7 @@ def _notes(history: RunHistory) -> list[Note]:
         elif isinstance(event, Planned):
             notes.append(Note("Memory", event.message))
         elif isinstance(event, Warned):
-            notes.append(Note("Note", event.message))
+            notes.append(Note("Remark" if event.is_remark else "Note", event.message))
     notes = list(dict.fromkeys(notes))  # a resumed run repeats some notes
     if history.unreadable:
         lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"

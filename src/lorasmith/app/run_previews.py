@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from lorasmith.app.lora_picture import give_picture
+from lorasmith.app.preview_budget import BudgetedPreviews, PreviewProgram
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.dtypes import chosen_dtype
 from lorasmith.core.errors import LorasmithError
@@ -24,7 +27,7 @@ from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, Previewed, Warned
+from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
 
 __all__ = ["PreviewFrames", "RunPreviews", "run_previews"]
@@ -41,7 +44,9 @@ def run_previews(
     title: str,
     device: torch.device | str | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> RunPreviews | None:
+    on_event: EventHandler = lambda event: None,
+    unasked: str | None = None,
+) -> RunPreviews | BudgetedPreviews | None:
     """Encode the prompts of `config.previews`; returns the object that draws them, None without prompts.
 
     Args:
@@ -51,13 +56,17 @@ def run_previews(
         title: name of the LoRA.
         device: of the run; the first GPU, or the CPU, if None.
         cancelled: called between evaluations of the network; True ends a preview.
+        on_event: receives a `Drawing` before each row of pictures.
+        unasked: prompt where `config.previews` is None, of which as much is drawn as fits into a tenth of the run.
 
     Raises:
         OptionError: there are too many prompts, or a strength is out of range.
         ModelError: the model lacks a text encoder or an autoencoder.
         LoraError: the continued LoRA cannot be read.
     """
-    prompts, strengths = parse_prompts(config.previews), parse_strengths(config.preview_strengths)
+    is_unasked = config.previews is None and unasked is not None
+    prompts = (unasked,) if is_unasked and unasked else parse_prompts(config.previews)
+    strengths = parse_strengths(config.preview_strengths)
     if not prompts:
         return None
     base, device = denoiser.base, torch.device(device or best_device())
@@ -78,7 +87,22 @@ def run_previews(
         device=device,
         cancelled=cancelled,
     )
-    return RunPreviews(previewer, folder / "samples", title=title, model=base.title, strengths=strengths)
+
+    def made(program: PreviewProgram) -> RunPreviews:
+        return RunPreviews(
+            previewer.with_steps(program.sampling_steps),
+            folder / "samples",
+            title=title,
+            model=base.title,
+            strengths=program.strengths,
+            on_event=on_event,
+            private=config.private,
+        )
+
+    whole = PreviewProgram(config.preview_steps, strengths, is_final_only=False)
+    if not is_unasked:
+        return made(whole)
+    return BudgetedPreviews(whole, made, previewer.cost, run_steps=config.steps)
 
 
 class RunPreviews:
@@ -90,10 +114,22 @@ class RunPreviews:
         title: name of the LoRA.
         model: name of the base model.
         strengths: at which the finished LoRA is drawn.
+        on_event: receives a `Drawing` before each row of pictures.
+        private: whether the finished LoRA gets no picture in its header.
     """
 
+    is_final_only = False
+
     def __init__(
-        self, previewer: Previewer, folder: Path, *, title: str, model: str, strengths: tuple[float, ...] = ()
+        self,
+        previewer: Previewer,
+        folder: Path,
+        *,
+        title: str,
+        model: str,
+        strengths: tuple[float, ...] = (),
+        on_event: EventHandler = lambda event: None,
+        private: bool = False,
     ) -> None:
         sampling = previewer.sampling
         made_with = {
@@ -106,6 +142,7 @@ class RunPreviews:
         self._previewer = previewer
         self._files = PreviewFolder(folder, previewer.prompts, title=title, sampling=made_with)
         self._strengths = strengths
+        self._on_event, self._private = on_event, private
         self._base_is_written = False
         self._failures = 0
 
@@ -133,14 +170,20 @@ class RunPreviews:
         return events
 
     def _previews(self, step: int, lora: Path, final: bool) -> Iterator[Previewed]:
-        files, draw = self._files, self._previewer.draw
+        files, is_last = self._files, final
+        final = final and bool(self._strengths)
+        rows = (not self._base_is_written) + 1 + (sum(one != 1 for one in self._strengths) if final else 0)
+        draw = self._counted(rows)
         if not self._base_is_written:
             yield self._previewed(step, files.write_base(draw(None)), 0.0)
             self._base_is_written = True
         full = draw(lora)
-        yield self._previewed(step, files.write_step(full, step, lora.name), 1.0)
+        paths = files.write_step(full, step, lora.name)
+        yield self._previewed(step, paths, 1.0)
         files.write_steps_sheet()
-        if not (final and self._strengths):
+        if is_last:
+            give_picture(lora, paths[0], private=self._private)
+        if not final:
             return
         for strength in self._strengths:
             drawn = full if strength == 1 else draw(lora, strength)
@@ -148,6 +191,16 @@ class RunPreviews:
             if strength != 1:  # reported above
                 yield self._previewed(step, paths, strength)
         files.write_strengths_sheet(self._strengths, step)
+
+    def _counted(self, rows: int) -> Callable[..., list[Image.Image]]:
+        """`Previewer.draw`, with an event before each row of pictures."""
+        row, each = count(), len(self._previewer.prompts)
+
+        def draw(lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
+            self._on_event(Drawing(done=each * next(row), total=each * rows))
+            return self._previewer.draw(lora, strength)
+
+        return draw
 
     def _previewed(self, step: int, paths: tuple[Path, ...], strength: float) -> Previewed:
         return Previewed(step=step, prompts=self._previewer.prompts, paths=tuple(map(str, paths)), strength=strength)

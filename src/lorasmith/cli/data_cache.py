@@ -11,6 +11,7 @@ import typer
 
 from lorasmith.cli.console import console, echo
 from lorasmith.cli.flags import AsJson
+from lorasmith.cli.help import HelpGroup, with_readable_help
 from lorasmith.core.sizes import memory_text
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ OlderThan = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    cache = typer.Typer(help="Encoded images and captions, kept between runs.", no_args_is_help=True)
+    cache = typer.Typer(cls=HelpGroup, help="Encoded images and captions, kept between runs.", no_args_is_help=True)
     cache.command("list")(list_cache)
     cache.command("clear")(clear_cache)
+    with_readable_help(cache)
     app.add_typer(cache, name="cache")
 
 

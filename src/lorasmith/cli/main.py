@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from lorasmith.cli import (
     bench,
@@ -36,6 +35,7 @@ from lorasmith.cli import (
     workflow,
 )
 from lorasmith.cli.console import echo, other_output_made_printable, print_error
+from lorasmith.cli.help import HelpGroup, with_readable_help
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
 from lorasmith.core.printable import printable
@@ -43,7 +43,7 @@ from lorasmith.core.printable import printable
 __all__ = ["app", "main"]
 
 
-class _Commands(TyperGroup):
+class _Commands(HelpGroup):
     """The commands, whose complaints about arguments (names of files, mostly) are printable."""
 
     def make_context(self, *args: Any, **keywords: Any) -> Any:
@@ -116,11 +116,15 @@ diff.register(app)
 bench.register(app)
 doctor.register(app)
 
-data = typer.Typer(help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True)
+data = typer.Typer(
+    cls=HelpGroup, help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True
+)
 app.add_typer(data, name="data")
 data_caption.register(data)
 data_cache.register(data)
 data_check.register(data)
+for group in (app, data):
+    with_readable_help(group)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lorasmith.app.command_lines import generate_command, resume_command
 from lorasmith.app.run_plan import (
@@ -29,9 +29,11 @@ from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.events import (
     CaptionEncoded,
     CaptionsPlanned,
+    Drawing,
     Event,
     EventHandler,
     Planned,
+    Previewed,
     Resumed,
     RolledBack,
     RunStarted,
@@ -100,20 +102,24 @@ def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events and a bar with loss, speed and time left."""
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
     numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
-    columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("", total=None, numbers="")
+    left = TextColumn("{task.fields[left]}", markup=False)
+    progress = Progress(bar, MofNCompleteColumn(), numbers, left, console=console)
+    task = progress.add_task("", total=None, numbers="", left="")
     losses: list[float] = []
-    first = 0.0
-    judged = ""
+    clock = _StepClock()
+    planned = 0
+    judged = text = ""
 
     def show(event: Event) -> None:
-        nonlocal first, judged
+        nonlocal judged, planned, text
+        clock.hear(event)
         if isinstance(event, RunStarted):
-            progress.update(task, total=event.steps)
+            planned = event.steps
+            progress.update(task, total=planned)
             progress.start()
         elif isinstance(event, Warned | RolledBack | Shrunk):
-            print_note(event.message)
+            if not (isinstance(event, Warned) and event.is_remark):
+                print_note(event.message)
         elif isinstance(event, Planned):
             print_note(event.message, kind="Memory", colour="green")
         elif isinstance(event, CaptionsPlanned):
@@ -127,16 +133,47 @@ def training_progress() -> Iterator[EventHandler]:
             judged = f" · held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
         elif isinstance(event, StepDone):
             losses.append(event.loss)
-            first = first or event.at
-            speed = (len(losses) - 1) / (event.at - first) if event.at > first else 0.0
+            speed = clock.steps_per_second
             # Not the step's own loss, which mostly depends on the noise levels of its samples.
             text = f"loss {recent_loss(losses).mean:#.4g}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
-            progress.update(task, completed=event.step, numbers=text)
+            remaining = _clock_text((planned - event.step) / speed) if speed else ""
+            progress.update(task, completed=event.step, numbers=text, left=remaining)
+        elif isinstance(event, Drawing):
+            progress.update(task, numbers=f"Drawing previews {event.done + 1}/{event.total}")
+        elif isinstance(event, Previewed):
+            progress.update(task, numbers=text)
 
     try:
         yield show
     finally:
         progress.stop()
+
+
+class _StepClock:
+    """The speed of the steps alone: what is between them (validations, previews, run states) does not count."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._steps, self._seconds = 0, 0.0
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, StepDone) and self._since is not None:
+            self._steps += 1
+            self._seconds += max(0.0, event.at - self._since)
+        # The first step compiles, allocates and plans, and is not counted either.
+        if isinstance(event, StepDone) or self._since is not None:
+            self._since = event.at
+
+    @property
+    def steps_per_second(self) -> float:
+        """0 before the second step."""
+        return self._steps / self._seconds if self._seconds else 0.0
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} left"
 
 
 def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False, verify: bool = False) -> None:

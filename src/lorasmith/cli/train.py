@@ -20,6 +20,7 @@ from lorasmith.cli.flags import (
     is_typed,
     with_flags,
 )
+from lorasmith.cli.help import with_first
 from lorasmith.cli.run_output import preparation_shown, train_and_report
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
@@ -30,11 +31,19 @@ from lorasmith.training.config import TrainConfig
 
 __all__ = ["register"]
 
+_FIRST = (
+    "model", "trigger", "name", "output", "steps", "learning_rate", "rank", "batch_size", "resolution", "previews",
+    "no_previews", "config",
+)  # fmt: skip
+"""The options that `--help` shows."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     declared = {**options_of(DataConfig), **options_of(TrainConfig)}
-    app.command("train", help=train.__doc__)(with_flags(train, declared, aliases={"training_dtype": "--dtype"}))
+    app.command("train", cls=with_first(*_FIRST), help=train.__doc__)(
+        with_flags(train, declared, aliases={"training_dtype": "--dtype"})
+    )
 
 
 def train(
@@ -61,6 +70,7 @@ def train(
     validation: Annotated[
         Path | None, typer.Option(help="Folder of held-out images, instead of a share of the training images.")
     ] = None,
+    no_previews: Annotated[bool, typer.Option("--no-previews", help="Draw no previews.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
     ] = False,
@@ -87,7 +97,8 @@ def train(
         output=None if output is None else str(output),
         validation=None if validation is None else str(validation),
         device=device,
-        settings={name: value for name, value in settings.items() if is_typed(context, name)},
+        settings={name: value for name, value in settings.items() if is_typed(context, name)}
+        | ({"previews": ""} if no_previews else {}),
     )
     given = typed if config is None else typed.completed(read_run_file(config))
     folders = folders_of(base_dir, extra_model_paths)

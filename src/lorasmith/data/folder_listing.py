@@ -178,7 +178,8 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
         elif suffix in CAPTION_SUFFIXES:
             listed.captions.setdefault(stem, []).append(name)
         elif suffix in _FOREIGN_SUFFIXES:
-            reason = f"is a {suffix[1:].upper()} file, which is not read here; convert it to PNG or JPEG"
+            plug_in = 'pip install "lorasmith[heic]" reads it, or ' if suffix in _HEIC_SUFFIXES else ""
+            reason = f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
             listed.foreign.append((listed.file(name), reason))
         elif is_metadata_name(name):
             listed.metadata.append(name)
@@ -241,6 +242,8 @@ def _unreadable(folder: str, error: OSError) -> DataError:
         return DataError(f"images must be in a folder, but {folder} is a file; use the folder it is in")
     return DataError(f"image folder {folder} cannot be read ({error.strerror}); check its permissions")
 
+
+_HEIC_SUFFIXES = frozenset((".heic", ".heif"))
 
 # Picture formats that are reported as skipped; other files (notes, ...) are ignored.
 # fmt: off

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import math
 import struct
@@ -274,7 +276,16 @@ _DAMAGE = (OSError, SyntaxError, RuntimeError, ValueError, EOFError, IndexError,
 
 def _readable_formats() -> list[str]:
     Image.init()
+    _register_heif()
     return [name for name in _FORMATS if name in Image.OPEN]
+
+
+@functools.cache
+def _register_heif() -> None:
+    """Have Pillow read HEIC and HEIF, where its plug-in is installed (`lorasmith[heic]`)."""
+    with contextlib.suppress(ImportError):
+        pillow_heif = importlib.import_module("pillow_heif")
+        pillow_heif.register_heif_opener(thumbnails=False)
 
 
 @contextlib.contextmanager

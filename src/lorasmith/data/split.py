@@ -32,11 +32,13 @@ class Split:
         training: the training samples.
         held_out: the held-out samples, None if there are none.
         note: a remark for the user, in a sentence.
+        is_note_grave: whether the user should do something about it.
     """
 
     training: EncodedDataset
     held_out: EncodedDataset | None
     note: str
+    is_note_grave: bool = False
 
 
 def split(dataset: EncodedDataset, *, share: float | None = None, given: EncodedDataset | None = None) -> Split:
@@ -103,7 +105,7 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
             f", but {len(seen)} of them {'is' if len(seen) == 1 else 'are'} trained on too and cannot show "
             f"overfitting: {_listed(seen)}"
         )
-    return Split(dataset, given, note)
+    return Split(dataset, given, note, is_note_grave=bool(seen))
 
 
 def _place(name: str) -> bytes:

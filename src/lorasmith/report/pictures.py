@@ -14,7 +14,7 @@ from PIL import Image
 from lorasmith.core.files import open_regular
 from lorasmith.report.markup import Html, tag
 
-__all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture_table", "picture_uri", "thinned"]
+__all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture", "picture_table", "picture_uri", "thinned"]
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 """What opening a picture raises that is missing, damaged or no file; most of it by Pillow."""
@@ -45,7 +45,7 @@ def picture_table(pictures: PictureTable) -> Html:
     """The table, which scrolls horizontally if it does not fit; unreadable pictures are marked as missing."""
     if not pictures.columns:
         [(_, [sheet])] = pictures.rows
-        return _picture(sheet, pictures.about, _SHEET, class_="sheet")
+        return picture(sheet, pictures.about, _SHEET, class_="sheet")
     many = len(pictures.columns) * len(pictures.rows) > _MANY
     edge = _SMALL if many else _LARGE
     head = tag("tr", tag("td"), [tag("th", prompt, scope="col") for prompt in pictures.columns])
@@ -54,7 +54,7 @@ def picture_table(pictures: PictureTable) -> Html:
             "tr",
             tag("th", label, scope="row"),
             [
-                tag("td", _picture(path, f"{prompt}, {label}", edge))
+                tag("td", picture(path, f"{prompt}, {label}", edge))
                 for prompt, path in zip(pictures.columns, row, strict=True)
             ],
         )
@@ -68,11 +68,11 @@ def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
     """A picture as a WebP data URI with width and height, its longest edge at most `longest`; None if unreadable."""
     try:
         with open_regular(path) as file, Image.open(file) as opened:
-            picture = opened.convert("RGB")
+            pixels = opened.convert("RGB")
     except UNREADABLE:
         return None
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    return picture_uri(picture)
+    pixels.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return picture_uri(pixels)
 
 
 def picture_uri(picture: Image.Image) -> tuple[str, int, int]:
@@ -90,7 +90,15 @@ def thinned(items: Sequence[_Item], most: int) -> list[_Item]:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _picture(path: Path | None, alt: str, longest: int, class_: str | None = None) -> Html:
+def picture(path: Path | None, alt: str, longest: int, class_: str | None = None) -> Html:
+    """A picture as an element, or a note that there is none.
+
+    Args:
+        path: the file.
+        alt: alternative text.
+        longest: its longest edge in pixels, at most.
+        class_: of the element.
+    """
     found = None if path is None else data_uri(path, longest)
     if found is None:
         return tag("span", "no picture", class_="missing")

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Protocol
 
 from lorasmith.report.curves import Curves, QuantileCurve, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
-from lorasmith.report.pictures import PictureTable, picture_table
+from lorasmith.report.pictures import PictureTable, picture, picture_table
 
-__all__ = ["ImageRecord", "Note", "RunReport", "Setting", "ValidationRow", "run_report"]
+__all__ = ["ImageRecord", "Note", "RunReport", "Setting", "TrainedImage", "ValidationRow", "run_report"]
 
 STANDINGS = ("never fit", "memorised")
 """Standings of images that need attention, worst first."""
@@ -25,6 +26,8 @@ UNJUDGED = "too few looks"
 """Standing of an image that cannot be judged."""
 
 _IMAGES_SHOWN = 20
+_SHOTS = 24  # images that are shown unfolded
+_SHOT_EDGE = 192  # of their pictures, in pixels
 
 
 class ImageRecord(Protocol):
@@ -99,6 +102,23 @@ class Note:
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class TrainedImage:
+    """An image of the run.
+
+    Attributes:
+        name: of the file.
+        caption: for the text encoder.
+        marks: what is special about it, in a word or two each.
+        picture: a small version; None if there is none.
+    """
+
+    name: str
+    caption: str
+    marks: tuple[str, ...] = ()
+    picture: Path | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """Content of the page.
@@ -117,7 +137,11 @@ class RunReport:
         quantiles: training loss by noise level.
         before_after: pictures of base model and finished LoRA.
         progress: previews over the steps.
-        images: the training images.
+        images: the losses of the training images.
+        trained_on: the images with their captions.
+        left_out: name and reason of each file that was not used.
+        use: what to know to use the LoRA, by name.
+        programs: by program what to do, and text to copy.
         settings: all settings.
         captions: name and caption of every sample.
         data, environment: names and values.
@@ -138,6 +162,10 @@ class RunReport:
     before_after: PictureTable | None = None
     progress: PictureTable | None = None
     images: Sequence[ImageRecord] = ()
+    trained_on: Sequence[TrainedImage] = ()
+    left_out: Sequence[tuple[str, str]] = ()
+    use: Mapping[str, str] = field(default_factory=dict)
+    programs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     settings: Sequence[Setting] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     captions: Sequence[tuple[str, str]] = ()
@@ -152,13 +180,15 @@ def run_report(report: RunReport) -> str:
         _header(report),
         section("The LoRA", definitions(report.files), [command(line, what) for what, line in report.commands.items()]),
         section("Before and after", report.before_after and picture_table(report.before_after)),
+        section("Use it", *_use(report)),
         section("Loss", *_loss(report)),
         section("Loss by noise level", *_quantiles(report.quantiles)),
         section("Previews during training", report.progress and picture_table(report.progress)),
+        section("Trained on", *_trained_on(report)),
         section("Training images", *_images(report.images)),
         section("Notes", _notes(report.notes), id="notes"),
         section("Settings", *_settings(report.settings)),
-        section("Data", definitions(report.data), _captions(report.captions)),
+        section("Data", definitions(report.data), None if report.trained_on else _captions(report.captions)),
         section("Environment", definitions(report.environment)),
     )
 
@@ -255,6 +285,41 @@ def _images(images: Sequence[ImageRecord]) -> list[Html]:
     if rest := ordered[shown:]:
         parts.append(folded(f"{len(rest):,} more images", _image_table(rest)))
     return parts
+
+
+def _use(report: RunReport) -> list[Html]:
+    if not report.use:
+        return []
+    programs = [
+        tag("div", tag("h3", name), tag("p", what), tag("pre", tag("code", text), tabindex=0), class_="program")
+        for name, (what, text) in report.programs.items()
+    ]
+    return [definitions(report.use), *programs]
+
+
+def _trained_on(report: RunReport) -> list[Html]:
+    shots = [_shot(one) for one in report.trained_on]
+    parts = [tag("div", shots[:_SHOTS], class_="shots")] if shots else []
+    if rest := shots[_SHOTS:]:
+        parts.append(folded(f"{len(rest):,} more images", tag("div", rest, class_="shots")))
+    if report.left_out:
+        label = f"{len(report.left_out):,} left out"
+        parts.append(folded(label, table(("File", "Reason"), report.left_out, label=label, wordy=True)))
+    return parts
+
+
+def _shot(image: TrainedImage) -> Html:
+    marks = tag("ul", [tag("li", mark) for mark in image.marks], class_="marks") if image.marks else None
+    return tag(
+        "figure",
+        tag("div", picture(image.picture, image.name, _SHOT_EDGE), marks, class_="frame"),
+        tag(
+            "figcaption",
+            tag("b", image.name),
+            tag("span", image.caption or tag("i", "no caption"), class_="said", title=image.caption or None),
+        ),
+        class_="shot",
+    )
 
 
 def _standings(images: Sequence[ImageRecord]) -> str:

@@ -17,6 +17,7 @@ from lorasmith.training.outcome import Outcome
 __all__ = [
     "CaptionEncoded",
     "CaptionsPlanned",
+    "Drawing",
     "Event",
     "EventHandler",
     "Planned",
@@ -148,6 +149,18 @@ class Previewed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawing(Event):
+    """Pictures of a preview are drawn. It is not logged.
+
+    Attributes:
+        done, total: pictures drawn so far, and all of this preview.
+    """
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
     """A run state was written.
 
@@ -243,9 +256,15 @@ class CaptionEncoded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """A warning in one sentence; training continues."""
+    """A warning in one sentence; training continues.
+
+    Attributes:
+        message: the sentence.
+        is_remark: whether it asks nothing of the user and is for the report alone.
+    """
 
     message: str
+    is_remark: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

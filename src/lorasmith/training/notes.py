@@ -27,7 +27,17 @@ from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import takes_fp8_products
 from lorasmith.training.optim.update_rules import default_rate, takes_weight_decay
 
-__all__ = ["notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
+__all__ = ["Remark", "notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
+
+
+class Remark(str):
+    """A note that asks nothing of the user: it is for the report."""
+
+    __slots__ = ()
+
+
+_FEW = 0.1
+"""Share of the layers up to which a capped rank is a remark."""
 
 _FRESH_ONLY = ("algorithm", "alpha", "dora", "pissa", "rank", "rslora", "tucker", "zero_init")
 
@@ -80,7 +90,8 @@ def notes_on_file(
         | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
     )
     found = shortfalls(state, layout_for(PORTABLE, names), names, is_portable=True)
-    notes = [f"{one.sentence}." for one in found]
+    # What one program leaves out of a LoRA is a fact about it; a LoRA that it does not load at all is another matter.
+    notes = [f"{one.sentence}." if one.is_all else Remark(f"{one.sentence}.") for one in found]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
         notes.append("Magnitudes per input (dora input) are the kind that ComfyUI reproduces.")
     return tuple(notes)
@@ -91,10 +102,11 @@ def notes_on_plan(plan: Plan) -> tuple[str, ...]:
     notes = [f"!{name} excludes nothing: no layer of this model matches it." for name in plan.idle]
     if plan.capped:
         first = plan.capped[0]
-        notes.append(
+        note = (
             f"Rank {first.asked} exceeds the size of {len(plan.capped)} of {len(plan.adapters)} layers, whose rank is "
             f"capped, such as to {first.rank} at {first.path}."
         )
+        notes.append(Remark(note) if len(plan.capped) <= _FEW * len(plan.adapters) else note)
     return tuple(notes)
 
 
@@ -178,7 +190,7 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
         return
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
     share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
-    yield (
+    yield Remark(
         f"quantization {config.quantization} applies to {share:.1%} of the frozen weights: Linear layers and "
         "convolutions."
     )
@@ -188,7 +200,7 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             "quantization none to keep them."
         )
     if config.previews:
-        yield "Previews are drawn with the original base model, not with the quantized one of training."
+        yield Remark("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
 def _on_learning(config: TrainConfig) -> Iterator[str]:

@@ -22,6 +22,7 @@ from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resum
 from lorasmith.training.job import Job, engine_of, plan_job
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
+from lorasmith.training.notes import Remark
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
@@ -49,6 +50,7 @@ class RunOptions:
         trigger: trigger phrase, for the metadata.
         validation: held-out images, instead of a share of the data.
         previews: returns the function that draws previews into a folder of a run, or None for no previews.
+        begun: called with the folder of the run before its first step.
         page: writes the report of a run that ends with an event into its folder.
         source: JSON values from which the run can be repeated, such as paths.
         facts: what is recorded about the images for readers, JSON values by name.
@@ -67,6 +69,7 @@ class RunOptions:
     trigger: str | None = None
     validation: EncodedDataset | None = None
     previews: Callable[[Path], Draw | None] = lambda folder: None
+    begun: Callable[[Path], object] = lambda folder: None
     page: Callable[[Path, RunFinished], object] = lambda folder, end: None
     source: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -120,6 +123,8 @@ class _Run:
         self._folder = folder
         self._handlers: list[EventHandler] = [options.on_event] if folder is None else [folder, options.on_event]
         self._draw = None if folder is None else options.previews(folder.path)
+        if folder is not None:
+            options.begun(folder.path)
         self._results = Results(
             job,
             parts.training,
@@ -264,7 +269,7 @@ class _Run:
         )
         if start is None:
             for note in self._notes():
-                self._emit(Warned(message=note))
+                self._emit(Warned(message=str(note), is_remark=isinstance(note, Remark)))
         elif folder is not None:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
@@ -275,7 +280,7 @@ class _Run:
         yield from self._job.notes
         yield from self._parts.training.notes
         if self._parts.held_out:
-            yield f"{self._parts.note}."
+            yield f"{self._parts.note}." if self._parts.is_note_grave else Remark(f"{self._parts.note}.")
         if self._folder is None:
             return
         kept = self._job.config.keep_states + 1  # the oldest is removed after the new one is written

@@ -121,6 +121,11 @@ class ValidationWatch(Watcher):
 class Draw(Protocol):
     """Draws previews of the LoRA saved at `lora` after `step` updates; returns the events to emit."""
 
+    @property
+    def is_final_only(self) -> bool:
+        """Whether the finished LoRA alone is drawn from here on."""
+        ...
+
     def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]: ...
 
 
@@ -149,7 +154,8 @@ class PreviewWatch(Watcher):
         self._every = config.preview_every or max(1, config.steps // _PREVIEWS)
 
     def due(self, loop: Loop) -> bool:
-        return loop.step % self._every == 0 and loop.step < loop.steps  # the last preview uses the final file
+        is_due = loop.step % self._every == 0 and loop.step < loop.steps  # the last preview uses the final file
+        return is_due and not self._draw.is_final_only
 
     def __call__(self, loop: Loop) -> None:
         _warned(loop, f"No preview at step {loop.step}", lambda: self._drawn(loop))

@@ -1,0 +1,85 @@
+"""How a LoRA is used in other programs: where its file goes, and what to type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.families import known  # noqa: F401  (its families register themselves)
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.locating import BUILT_IN
+
+__all__ = ["LoraUse", "use_of"]
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """What to know to use a LoRA.
+
+    Attributes:
+        facts: file, trigger and strength, by name.
+        programs: by program what to do, and text to copy.
+    """
+
+    facts: dict[str, str]
+    programs: dict[str, tuple[str, str]]
+
+
+def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: str, family: str) -> LoraUse:
+    """How to use a LoRA.
+
+    Args:
+        lora: the file.
+        trigger: its trigger phrase; empty if there is none.
+        prompt: an example.
+        model: path or hub id of the base model.
+        model_title, family: names of the base model and of its family.
+    """
+    stem = lora.stem
+    return LoraUse(
+        {
+            "File": lora.name,
+            "Trigger": trigger or "none; describe the subject as the captions do",
+            "Strength": "1, as it was trained; 0.6 to 0.8 leaves more to the model and to other LoRAs",
+            "Base model": f"{model_title}, or another of its family",
+        },
+        {
+            "ComfyUI": (
+                "Copy the file into models/loras. Put a Load LoRA node behind the model, choose the file, and set "
+                "strength_model to 1. The prompt:",
+                prompt,
+            ),
+            "A1111, Forge": (
+                "Copy the file into models/Lora, with its .png for the picture in the browser. The prompt:",
+                f"<lora:{stem}:1> {prompt}",
+            ),
+            **(
+                {}
+                if model == BUILT_IN  # which is no model that diffusers can get
+                else {"diffusers": ("In Python:", _diffusers(lora, stem, prompt, model, family))}
+            ),
+        },
+    )
+
+
+def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
+    """Code to copy. Values are literals, whatever is in them."""
+    pipeline = FAMILIES[family].pipeline if family in FAMILIES else "DiffusionPipeline"
+    is_file = Path(model).suffix in (".safetensors", ".ckpt")
+    name = _name(stem)
+    load = "from_single_file" if is_file and pipeline != "DiffusionPipeline" else "from_pretrained"
+    return "\n".join(
+        (
+            f"from diffusers import {pipeline}",
+            "",
+            f'pipeline = {pipeline}.{load}({model!r}).to("cuda")',
+            f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r}, adapter_name={name!r})",
+            f"pipeline.set_adapters([{name!r}], [1.0])",
+            f"pipeline({prompt!r}).images[0].save('picture.png')",
+        )
+    )
+
+
+def _name(stem: str) -> str:
+    """A name that PEFT takes for an adapter: one without dots."""
+    return "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in stem) or "lora"
