@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.files import write_atomic
+from lorasmith.core.printable import printable
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.report.cards import card, embedded_picture, embedded_png
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
@@ -23,7 +26,7 @@ from lorasmith.training.watchers import ValidationWatch
 __all__ = ["Results", "TrainResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """The result of a run.
 
@@ -53,12 +56,47 @@ class TrainResult:
     best_path: Path | None = None
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the loss curve as a PNG."""
+        """Draw the loss curve as a PNG file, which is replaced; returns its path.
+
+        Raises:
+            OutputError: no loss is finite, or the file cannot be written.
+        """
+        target = Path(path)
+        write_atomic(target, self._curve())
+        return target
+
+    def __repr__(self) -> str:
+        taken = [loss for loss in self.losses if math.isfinite(loss)]
+        facts = [f"{self.reason} after {self.steps:,} steps"]
+        if taken:
+            last = taken[-max(1, len(taken) // 10) :]
+            facts.append(f"loss {sum(last) / len(last):.4f} over the last {len(last)}")
+        if self.validations and self.base_loss:
+            best = min(loss for _, loss in self.validations)
+            facts.append(f"held out {100 * (best / self.base_loss - 1):+.1f} % at best")
+        facts += [] if self.path is None else [f"LoRA at {printable(str(self.path), limit=160)}"]
+        return f"TrainResult({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {
+            "ended": f"{self.reason} after {self.steps:,} steps",
+            "verdict": self.verdict,
+            "LoRA": "" if self.path is None else str(self.path),
+            "best LoRA": "" if self.best_path is None else str(self.best_path),
+            "report": "" if self.folder is None else str(self.folder / "report.html"),
+        }
+        pictures: list[object] = []
+        if any(map(math.isfinite, self.losses)):
+            pictures.append(embedded_png(self._curve(), "loss of each step"))
+        if self.folder is not None:
+            for name, alt in {"steps.png": "previews by step", "strengths.png": "previews by strength"}.items():
+                pictures.append(embedded_picture(self.folder / "samples" / name, alt))
+        return card(f"Training of {self.lora.name}", facts, *pictures)
+
+    def _curve(self) -> bytes:
         from lorasmith.report.loss_plot import plot_losses
 
-        target = Path(path)
-        write_atomic(target, plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss))
-        return target
+        return plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss)
 
 
 class Results:
