@@ -31,9 +31,8 @@ from lorasmith.training.lora_handle import Lora
 __all__ = ["DatasetArguments", "LoraStrengths", "generate", "load_dataset"]
 
 P = ParamSpec("P")
-LoraStrengths = (
-    Mapping[str, float] | Sequence[str | os.PathLike[str] | Lora | tuple[str | os.PathLike[str] | Lora, float]]
-)
+_Lora = str | os.PathLike[str] | Lora
+LoraStrengths = Mapping[str, float] | Sequence[_Lora | tuple[_Lora, float]]
 """LoRAs with strengths: `{"dog.safetensors": 0.8}`, or a list of files, LoRAs and pairs of one and its strength."""
 
 
@@ -178,7 +177,7 @@ def generate(
         )
 
 
-def _pairs(loras: LoraStrengths) -> list[tuple[str | os.PathLike[str] | Lora, float]]:
+def _pairs(loras: LoraStrengths) -> list[tuple[_Lora, float]]:
     if isinstance(loras, Mapping):
         return list(loras.items())
     return [one if isinstance(one, tuple) else (one, 1.0) for one in loras]

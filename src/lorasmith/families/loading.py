@@ -78,8 +78,8 @@ def load_model(
     """Load a base model.
 
     Weights stay on the memory-mapped files, in the files' dtype, so that loading costs no memory; training and sampling
-    place copies on their device, in their dtype. Those of a loaded pipeline are shared with it: the model has modules of
-    its own on the pipeline's tensors, so that nothing of the pipeline changes (weights, gradients, modes, hooks), and
+    place copies on their device, in their dtype. Those of a loaded pipeline are shared with it: the model has its own
+    modules on the pipeline's tensors, so that nothing of the pipeline changes (weights, gradients, modes, hooks), and
     what later changes its weights in place changes the model's.
 
     Args:

@@ -66,7 +66,7 @@ class Model:
         return f"Model({printable(self.title, limit=60)}: {', '.join(facts)})"
 
     def _repr_html_(self) -> str:
-        defaults = self.defaults
+        side, multiple = self.defaults.resolution, self.defaults.pixel_multiple
         missing = [name for name in (*self.family.text_encoders, "vae") if name not in self.components.modules()]
         facts = {
             "family": self.family.title,
@@ -74,7 +74,7 @@ class Model:
             "further parts": ", ".join(name for name in self.components.modules() if name != "denoiser"),
             "missing parts": ", ".join(missing),
             "predicts": self.components.parameterization,
-            "pictures": f"{defaults.resolution}×{defaults.resolution}, sides are multiples of {defaults.pixel_multiple}",
+            "pictures": f"{side}×{side}, sides are multiples of {multiple}",
             "file": "" if self.path is None else str(self.path),
         }
         return card(self.title, facts)

@@ -1,4 +1,4 @@
-"""What a notebook shows of a model, a LoRA or a result: a title, facts, pictures. Text is escaped, styles are inline."""
+"""Cards that notebooks show of models, LoRAs and results: text is escaped, and styles are inline."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class Lora:
     def load(cls, path: str | os.PathLike[str], model: Model | ModelNames | None = None) -> Lora:
         """Load a LoRA file or folder in any known layout.
 
-        Tensors stay on the memory-mapped file. Without a model, the LoRA can be looked at, applied to a model later, and
-        saved in another layout if it is for the released model of a family that is known here.
+        Tensors stay on the memory-mapped file. Without a model, the LoRA can be inspected, applied to a model later,
+        and saved in another layout if it is for the released model of a family that is known here.
 
         Args:
             path: a safetensors file, or a folder of PEFT or diffusers.
