@@ -57,7 +57,7 @@ def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterat
 
     def show(done: int, total: int, *_: object) -> None:
         nonlocal bar
-        bar = bar or _tqdm()(total=total, desc=label, dynamic_ncols=True)
+        bar = bar if bar is not None else _bar(label, total)
         bar.update(done - bar.n)
 
     try:
@@ -81,7 +81,7 @@ def run_shown(progress: bool) -> Iterator[EventHandler]:
         nonlocal bar, judged
         match event:
             case RunStarted() if _has_audience():
-                bar = _tqdm()(total=event.steps, desc="Training", dynamic_ncols=True)
+                bar = _bar("Training", event.steps)
             case Warned() | RolledBack() | Shrunk() | Planned() | CaptionsPlanned():
                 note(event.message)
             case Resumed():
@@ -117,6 +117,10 @@ def _has_audience() -> bool:
 def _in_notebook() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bar(label: str, total: int) -> Any:
+    return _tqdm()(total=total, desc=label, dynamic_ncols=True, file=sys.stderr)
 
 
 def _tqdm() -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
@@ -23,7 +25,7 @@ from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.verdict import UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
-__all__ = ["Results", "TrainResult"]
+__all__ = ["Results", "TrainResult", "lora_of"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +101,24 @@ class TrainResult:
         return plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss)
 
 
+def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lora:
+    """The LoRA in a job's adapters as they are, on the CPU after `Engine.release` or inside of `Engine.exported`."""
+    trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+    changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
+    for path, one in job.differences.items():
+        changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
+    for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+        if role:  # files hold it as a difference
+            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
+    state = AdapterState(
+        adapters={**job.carried.adapters, **trained},
+        differences=changes,
+        unknown=job.carried.unknown,
+        metadata=dict(metadata),
+    )
+    return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+
+
 class Results:
     """Makes and saves LoRAs from a job's adapters.
 
@@ -132,13 +152,6 @@ class Results:
     def lora(self, step: int) -> Lora:
         """The LoRA in the adapters, with the metadata of a step."""
         job = self._job
-        trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
-        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
-        for path, one in job.differences.items():
-            changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
-        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
-            if role:  # files hold it as a difference
-                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
         metadata = training_metadata(
             job,
             self._data,
@@ -148,13 +161,7 @@ class Results:
             started=self._started,
             record=self._record,
         )
-        state = AdapterState(
-            adapters={**job.carried.adapters, **trained},
-            differences=changes,
-            unknown=job.carried.unknown,
-            metadata=metadata,
-        )
-        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+        return lora_of(job, metadata)
 
     def save(self, loop: Loop, path: Path) -> None:
         """Save the LoRA in the adapters."""
