@@ -93,7 +93,7 @@ def test_type_checkers_see_every_setting(tmp_path: Path) -> None:
 def test_settings_of_data_are_laid_over_a_configuration(tiny: ls.Model) -> None:
     config = ls.DataConfig(resolution=64, trigger="a fox", cache=False)
     data = ls.load_dataset(FOX, tiny, config=config, trigger="a dog")
-    assert {sample.latents.shape[-2:] for sample in data.samples} == {(8, 8)}
+    assert {sample.latents.shape[-2:] for sample in data.samples} == {(16, 16)}
     assert "a dog" in str(data.samples[0].conditioning.text)
     with pytest.raises(ls.errors.OptionError, match=r"unknown option 'trigge' .did you mean 'trigger'"):
         ls.load_dataset(FOX, tiny, trigge="a dog")  # type: ignore[call-arg]

@@ -126,7 +126,7 @@ _SURROUNDINGS = [field.name for field in fields(TrainArguments) if "option" not 
 """Names of the arguments of `train` that are not settings."""
 
 
-def shown_signature(function: Callable[..., Any], arguments: Callable[..., Any]) -> Any:
+def shown_signature(function: Callable[..., Any], arguments: Any) -> Any:
     """The function, whose `**arguments` are shown as the fields of their dataclass; those that are no options first.
 
     Args:
@@ -136,7 +136,7 @@ def shown_signature(function: Callable[..., Any], arguments: Callable[..., Any])
     plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
     first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
     others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
-    settings = options_of(arguments)  # type: ignore[arg-type]
+    settings = options_of(arguments)
     others.sort(key=lambda one: one.name in settings)
     function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
     return function
@@ -150,7 +150,7 @@ class _Train(Protocol[P]):
 
 def _with_arguments(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
     """Decorator: a function with `**arguments` gets the signature of their dataclass, for type checkers and `help`."""
-    return lambda function: shown_signature(function, arguments)  # type: ignore[no-any-return]
+    return lambda function: shown_signature(function, arguments)
 
 
 @_with_arguments(TrainArguments)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import DataError, OptionError
@@ -86,6 +87,8 @@ class Model:
         count = sum(one.numel() for one in module.parameters())
         dtypes = Counter(one.dtype for one in module.parameters())
         names = " and ".join(dtype_name(dtype) for dtype, _ in dtypes.most_common())
+        if packed := packed_layers(module):
+            names += f", {len(packed)} layers quantized"
         return (
             f"{count / 1e9:.2f} B parameters in {names}"
             if count >= 1e8
