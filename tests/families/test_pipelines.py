@@ -124,6 +124,14 @@ def test_a_run_on_a_pipeline_is_that_on_its_file(pipe: Any, tiny: Model) -> None
     assert runs[0] == runs[1]
 
 
+def test_compiled_parts_are_those_that_were_compiled(pipe: Any) -> None:
+    plain = pipe.unet
+    pipe.unet = torch.compile(plain)
+    model = load_model(pipe)
+    pipe.unet = plain
+    assert copied(model, pipe) == []
+
+
 def test_half_precision_is_shared_too() -> None:
     pipe = small_pipeline(torch_dtype=torch.float16)
     model = load_model(pipe)
@@ -186,6 +194,12 @@ def test_what_cannot_be_trained_is_refused(pipe: Any) -> None:
     bare.unet = None
     with pytest.raises(ModelError, match="must have a unet but has none"):
         load_model(bare)
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler"])
+def test_a_part_is_no_pipeline(pipe: Any, part: str) -> None:
+    with pytest.raises(ModelError, match="a model must be a path, a name or a loaded pipeline of diffusers, got "):
+        load_model(getattr(pipe, part))
 
 
 def test_parts_may_be_missing(pipe: Any) -> None:

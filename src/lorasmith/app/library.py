@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol
 
 import torch
@@ -32,7 +33,9 @@ __all__ = ["DatasetArguments", "LoraStrengths", "generate", "load_dataset"]
 
 P = ParamSpec("P")
 _Lora = str | os.PathLike[str] | Lora
-LoraStrengths = Mapping[str, float] | Sequence[_Lora | tuple[_Lora, float]]
+LoraStrengths = (
+    Mapping[str, float] | Mapping[Path, float] | Mapping[str | Path, float] | Sequence[_Lora | tuple[_Lora, float]]
+)
 """LoRAs with strengths: `{"dog.safetensors": 0.8}`, or a list of files, LoRAs and pairs of one and its strength."""
 
 
@@ -43,8 +46,8 @@ class DatasetArguments(DataConfig):
     Attributes:
         config: base settings; those passed as keywords override them.
         device: where to encode; the first GPU, or the CPU, if None.
-        progress: True for a bar, False for none, or a function that is called after each image with (images done,
-            total, name of the image).
+        progress: True for bars of captions and images, False for none, or a function that is called after each image
+            with (images done, total, name of the image).
     """
 
     config: DataConfig | None = None
@@ -97,8 +100,11 @@ def load_dataset(
     """
     given = DatasetArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
     config = config_from(DataConfig, {**(asdict(given.config) if given.config else {}), **arguments})
-    with counted("Encoding", given.progress) as progress:
-        data = encoding.load_dataset(images, model, device=given.device, progress=progress, config=config)
+    bars = given.progress if isinstance(given.progress, bool) else False
+    with counted("Captions", bars) as captions, counted("Images", given.progress) as pictures:
+        data = encoding.load_dataset(
+            images, model, device=given.device, progress=pictures, caption_progress=captions, config=config
+        )
     for sentence in data.notes if given.progress is True else ():
         note(sentence)
     return data

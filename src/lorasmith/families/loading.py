@@ -252,6 +252,11 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
 
     The model's modules are its own, without hooks, in eval mode and without gradients; only tensors are shared.
     """
+    if not isinstance(getattr(pipeline, "components", None), Mapping):
+        raise ModelError(
+            f"a model must be a path, a name or a loaded pipeline of diffusers, got {type(pipeline).__name__}; give the "
+            "whole pipeline, with its text encoders and its scheduler"
+        )
     title = _title_of(pipeline)
     configs = PipelineConfigs.of_pipeline(pipeline, title)
     family = _family_of(configs, f"{title} ({type(pipeline).__name__}) is")

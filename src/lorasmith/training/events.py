@@ -285,9 +285,10 @@ def decoded(line: str) -> Event:
     """
     try:
         found = _readable(json.loads(line))  # not `parse_foreign_json`: a loss may be NaN
+        kind = KINDS[found["event"]]
         if typed(found.get("version", 1), int) > EVENTS_VERSION:
-            raise ValueError("a later version")
-        event = typed(found, KINDS[found["event"]])
+            raise ValueError("it is of a later version")
+        event = typed(found, kind)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
     if not _plausible(event):

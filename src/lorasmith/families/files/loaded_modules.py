@@ -27,6 +27,7 @@ def source_of_module(module: nn.Module, title: str, part: str) -> PartSource:
     Raises:
         ModelError: its weights are not there (sequential offloading), are quantized, or have LoRAs on them.
     """
+    module = getattr(module, "_orig_mod", module)  # of what torch.compile wraps
     if (reason := next(_obstacles(module), None)) is not None:
         raise ModelError(f"the {part} of {title} must have plain weights in memory, but {reason}")
     tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}

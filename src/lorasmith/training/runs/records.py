@@ -103,7 +103,7 @@ class RunRecord:
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
             raise ValueError(
-                f"version must be at most {RECORD_VERSION}, got {self.version}: a later Lorasmith wrote it, so update"
+                f"version must be between 1 and {RECORD_VERSION}, got {self.version}; if a later Lorasmith wrote it, update"
             )
         if self.title:
             try:
