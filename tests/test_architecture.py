@@ -39,6 +39,7 @@ DOORS = {"cli"}  # may import every room
 
 # Modules that no test file is named after, and the files in tests/ whose tests are theirs.
 TESTED_ELSEWHERE = {
+    "__main__.py": "cli/test_startup.py",
     "adapters/adapter.py": "adapters/test_contract.py",
     "adapters/frozen_layer.py": "adapters/test_contract.py",
     "adapters/low_rank_products.py": "adapters/test_lora.py",
@@ -52,6 +53,7 @@ TESTED_ELSEWHERE = {
     "cli/data_check.py": "cli/test_data_check_command.py",
     "cli/data_output.py": "cli/test_data_check_command.py",
     "cli/demo.py": "cli/test_stopped_runs.py",
+    "cli/doctor.py": "app/test_doctor.py",
     "cli/diff.py": "cli/test_tools.py",
     "cli/extract.py": "cli/test_tools.py",
     "cli/generate.py": "cli/test_commands.py",

@@ -15,6 +15,7 @@ from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.runs.run_folder import RunFolder
@@ -80,6 +81,25 @@ def test_previews_without_a_folder_are_refused_before_training(tiny: Model, data
         train(tiny, data, on_event=audience, **QUICK, previews="a fox")
     assert audience.events == []
     assert len(train(tiny, data, **QUICK, previews=" | ").losses) == 2
+
+
+def test_what_goes_wrong_is_logged_where_nobody_listens(
+    tiny: Model,
+    data: EncodedDataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no picture today")
+
+    monkeypatch.setattr(Previewer, "draw", fail)
+    train(tiny, data, output=tmp_path / "run", progress=False, **QUICK, previews="a fox")
+    assert "preview at step 1 could not be drawn (RuntimeError: no picture today)" in caplog.text
+    caplog.clear()
+    train(tiny, data, output=tmp_path / "other", progress=False, on_event=Audience(), **QUICK, previews="a fox")
+    train(tiny, data, output=tmp_path / "shown", **QUICK, previews="a fox")
+    assert caplog.text == ""
 
 
 def test_new_folders_are_numbered_behind_the_last(tmp_path: Path) -> None:

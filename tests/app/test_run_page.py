@@ -96,11 +96,35 @@ def test_however_it_ended(tmp_path: Path, reason: str | None, status: str, mood:
 def test_without_validation_it_says_what_it_cannot_know(tmp_path: Path) -> None:
     found = report(tmp_path, started(60), *steps_done(1, 60, total=60), finish(60))
     assert re.fullmatch(
-        r"The training loss fell from 0\.\d+ to 0\.\d+; no images were held out, so overfitting cannot "
-        r"be judged\.",
+        r"The training loss fell from 0\.\d+ to 0\.\d+ \(means of the first and the last 10 steps\); no images were "
+        r"held out, so overfitting cannot be judged\.",
         found.verdict,
     )
+    number = found.facts["training loss, mean of the last 10 steps"]
+    assert f" to {number} (" in found.verdict
     assert found.validations == [] and "best held-out" not in str(found.facts)
+
+
+def test_a_run_that_was_stopped_before_its_first_validation_does_not_say_that_nothing_is_held_out(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path, [started(60), *steps_done(1, 30, total=60), finish(30, Outcome.CANCELLED)])
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"data": {"held_out": "a.png, b.png"}}))
+    verdict = report_of(read_history(tmp_path)).verdict
+    assert "too early to judge overfitting" in verdict and "no images were held out" not in verdict
+
+
+def test_images_are_said_to_have_captions_only_where_they_have(tmp_path: Path) -> None:
+    write_run(tmp_path, [started(9)])
+    record = json.loads((tmp_path / "run.json").read_text())
+    sample = record["samples"][0]
+    record["samples"] = [{**sample, "name": name} for name in ("a", "a", "b")]
+    record["data"] = {"captions_used": "the trigger 'sks' for 2 of 2 images"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    found = report_of(read_history(tmp_path))
+    assert found.data["Training images"] == found.facts["training images"] == "2 (3 samples in an epoch)"
+    assert found.data["Captions used"] == "the trigger 'sks' for 2 of 2 images"
 
 
 def test_a_run_of_one_step(tmp_path: Path) -> None:

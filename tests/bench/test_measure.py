@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from lorasmith.bench.measure import (
     Spread,
     counted,
     frozen_floor,
+    measured_steps,
     pass_seconds,
     step_seconds,
     synthetic_samples,
@@ -31,6 +35,7 @@ from lorasmith.bench.measure import (
 from lorasmith.bench.profiling import Profile, profiled
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
+from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import Job, plan_job
 
@@ -177,6 +182,34 @@ def test_a_large_product_reaches_more_than_a_thin_one() -> None:
     assert rate.copies is None
 
 
+def test_the_time_that_steps_wait_for_their_batches_is_measured(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, reads = 0.0, 0
+    third_waits = threading.Event()
+    make = BatchMaker.step
+
+    def clock() -> float:
+        nonlocal reads
+        reads += 1
+        if reads == 5:  # once before and once after each step's wait
+            third_waits.set()
+        return now
+
+    def late(maker: BatchMaker, step: int) -> list[Batch]:
+        nonlocal now
+        if step == 2:
+            assert third_waits.wait(60)
+            now += 5
+        return make(maker, step)
+
+    monkeypatch.setattr(BatchMaker, "step", late)
+    monkeypatch.setattr("lorasmith.training.loop.time", SimpleNamespace(perf_counter=clock))
+    ends = itertools.count(step=10)
+    found = measured_steps(planned(tiny), synthetic_samples(tiny, 2, 8, 8), warmup=1, clock=lambda: next(ends))
+    assert found.seconds.seconds == (10, 10, 10)
+    assert found.waited.seconds == (0, 5, 0)
+    assert found.waiting == 5 / 30
+
+
 def test_latents_of_a_resolution(tiny: Model) -> None:
     assert latent_side(tiny, None) == 16
     assert latent_side(tiny, 32) == 8
@@ -188,8 +221,9 @@ COUNTS = Counts(flops=10**9, operations=1000, sent=0, held=2**20, peak=2**21, st
 SOUND = Measured(
     plan=None,
     step=Spread((1.0, 1.0, 1.1)),
+    waited=Spread((0.0, 0.0, 0.1)),
     images=2,
-    parts=Parts(making=0.01, waiting=0.0, gradient=0.98, update=0.02, busy=1.0),
+    parts=Parts(making=0.01, gradient=0.98, update=0.02, busy=1.0),
     counts=COUNTS,
     profile=Profile(whole=1.0, products=0.8, others=0.15, longest={"aten::mm": 0.8}),
     floor=Spread((0.8,)),
@@ -212,8 +246,8 @@ SOUND = Measured(
         ({"floor_counts": replace(COUNTS, flops=6 * 10**8)}, "Products", "40% of them are not in the floor"),
         ({"profile": Profile(1.0, 0.1, 0.8, {"aten::add": 0.8})}, "Other operations, 80%", "aten::add 800.0 ms"),
         ({"profile": Profile(1.0, 0.1, 0.2, {})}, "Between operations, 70%", "launching 1,000 operations"),
-        ({"parts": Parts(0.5, 0.4, 0.5, 0.02, None)}, "Products", "Waiting for batches, 40%"),
-        ({"parts": Parts(0.0, 0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*cores are busy for 50%"),
+        ({"waited": Spread((0.4, 0.5, 0.34))}, "Products", r"Waiting for batches, 40%: making one takes 10\.0 ms"),
+        ({"parts": Parts(0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*cores are busy for 50%"),
         ({"counts": replace(COUNTS, sent=2**30), "rates": Rates(1e9, 2.0**31)}, "Products", "takes 50% of its time"),
         ({"memory": 2**30}, "Products", "Memory is near its limit: 100%"),
     ],
@@ -238,6 +272,7 @@ def test_nothing_is_said_that_does_not_hold() -> None:
         "narrow",
     ):
         assert words not in text
+    assert SOUND.waiting == pytest.approx(0.1 / 3.1)
     assert SOUND.images_per_hour == 7200
     assert SOUND.of_floor == pytest.approx(0.8)
     assert replace(SOUND, passes=2, images=4).images_per_hour == 14400
@@ -248,7 +283,8 @@ def test_a_job_is_measured_as_a_whole(tiny: Model) -> None:
     job = planned(tiny, grad_accumulation_steps=2, quantization="int8", targets="all")
     found = measured(job, synthetic_samples(tiny, 4, 8, 8), steps=2)
     assert found.images == 4
-    assert len(found.step.seconds) == 2
+    assert len(found.step.seconds) == len(found.waited.seconds) == 2
+    assert 0 <= found.waiting < 1
     assert found.floor is not None and found.floor_counts is not None
     assert len(found.floor.seconds) == 2
     assert 2 * found.floor_counts.flops < found.counts.flops

@@ -32,6 +32,7 @@ def test_it_fits_on_a_screen_and_says_what_limits_the_step(lorasmith: Command) -
         r"^step +\d+\.\d{3} .* \d+\.\d +[\d,]+ +\d+\.\d$",
         r"^[\d,]+ images an hour",
         r"^\d+% of a step is the floor",
+        r"^Waiting for data: \d+\.\d% of a step, beside which its batches take \d+\.\d ms$",
         r"MiB of frozen weights, and .* above them",
         r"^- (Products|Other operations|Between operations), \d+%",
         r"quantization int8 applies to 99\.\d% of the frozen weights",
@@ -50,6 +51,8 @@ def test_json_has_everything(lorasmith: Command) -> None:
     assert len(found["step"]["seconds"]) == 2
     assert found["images_per_hour"] == pytest.approx(2 * 3600 / found["step_s"])
     assert found["counts"]["flops"] > 0 and found["counts"]["held"] > 0
+    assert len(found["waited"]["seconds"]) == 2
+    assert found["waiting"] == pytest.approx(sum(found["waited"]["seconds"]) / sum(found["step"]["seconds"]))
     assert found["limits"]
     assert found["plan"]["activations"] == "keep"  # there is memory enough for this model
 

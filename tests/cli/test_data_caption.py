@@ -89,4 +89,4 @@ def test_what_is_wrong_is_a_sentence(lorasmith: Command, photos: Path, tmp_path:
     ran = lorasmith("data", "caption", photos, "--with", "parot")
     assert ran.code == 1 and "name one of parrot, transformers" in ran.err
     ran = lorasmith("data", "caption", tmp_path / "nowhere", "--with", "parrot")
-    assert ran.code == 1 and "images must be in a folder" in ran.err
+    assert ran.code == 1 and "does not exist; check the path" in ran.err

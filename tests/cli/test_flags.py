@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from lorasmith.app import folder_run
 from lorasmith.app.folder_source import FolderSource
 from lorasmith.cli import train as train_command
+from lorasmith.cli.flags import folders_of
+from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
@@ -67,3 +69,12 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
     ran = CliRunner().invoke(app, source.command(config)[1:])
     assert ran.exit_code == 0, ran.output
     assert seen == [(source, config)]
+
+
+def test_a_base_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"^--base-dir must be a folder, but .*nope does not exist; correct the path"):
+        folders_of(tmp_path / "nope", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="file is no folder"):
+        folders_of(tmp_path / "file", None)
+    assert folders_of(None, None).base == Path.cwd()

@@ -48,6 +48,14 @@ def test_check_finds_nothing_in_a_good_file(lorasmith: Command, dog: Path, tiny:
     assert "No faults, and every program applies all of it." in ran.out
 
 
+def test_check_without_a_model_says_nothing_of_programs_that_only_the_model_tells(
+    lorasmith: Command, dog: Path
+) -> None:
+    ran = lorasmith("check", dog)
+    assert "No faults. Which programs apply all of it, only its model tells: --model MODEL." in ran.out
+    assert "every program applies" not in ran.out
+
+
 def test_check_names_faults_and_fixes_them(lorasmith: Command, dog: Path, tmp_path: Path) -> None:
     tensors = load_file(dog)
     base = next(key for key in tensors if key.endswith(".alpha")).removesuffix(".alpha")

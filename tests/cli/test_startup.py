@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 HEAVY = ("accelerate", "diffusers", "matplotlib", "numpy", "PIL", "torch", "transformers")
 
@@ -30,6 +31,11 @@ for command in ["", *commands(get_command(app))]:
     found[command] = heavy()
 print(json.dumps(found))
 """
+
+
+def test_the_package_is_a_command_and_says_its_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "lorasmith", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["lorasmith", version("lorasmith")]
 
 
 def test_help_imports_nothing_heavy() -> None:

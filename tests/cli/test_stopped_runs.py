@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from lorasmith.app.run_plan import ImageEncoded, ImagesChecked, ModelLoading
 from lorasmith.cli import run_output
+from lorasmith.cli import train as train_command
 from lorasmith.cli.main import main
 from lorasmith.cli.run_output import training_progress
 from lorasmith.formats.container import read_safetensors, write_safetensors
@@ -91,7 +93,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
 ) -> None:
     with interrupted(number):
         ran = lorasmith("train", images, *RUN, "--output", "my run")
-    assert ran.code == 0, ran.err
+    assert ran.code == 128 + number, ran.err
     assert "Stopping after this step" in ran.out
     assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run' --as-recorded\n" in ran.out
     assert tensors_of(tmp_path / "my run") != tensors_of(whole)
@@ -100,6 +102,47 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
     assert ran.code == 0, ran.err
     assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.out
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", [ModelLoading, ImagesChecked, ImageEncoded])
+def test_a_signal_while_a_run_is_prepared_ends_it_at_once(
+    lorasmith: Command,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    moment: type[Event],
+) -> None:
+    @contextlib.contextmanager
+    def preparation() -> Iterator[EventHandler]:
+        with run_output.preparation_shown() as show:
+
+            def hear(event: Event) -> None:
+                show(event)
+                if isinstance(event, moment):
+                    signal.raise_signal(number)
+
+            yield hear
+
+    monkeypatch.setattr(train_command, "preparation_shown", preparation)
+    ran = lorasmith("train", images, *RUN)
+    assert (ran.code, ran.err) == (128 + number, "stopped: interrupted\n")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_stopped_before_it_was_validated_says_that_it_is_too_early(
+    lorasmith: Command, tmp_path: Path
+) -> None:
+    folder = pictures(tmp_path / "photos", 13)
+    with interrupted(signal.SIGINT, at=1):
+        ran = lorasmith("train", folder, *RUN, "--validate-every", 5)
+    assert "11 in an epoch (13 images, 2 held out)" in ran.out
+    assert "too early to say: no validation yet" in ran.out and "nothing is held out" not in ran.out
+    (loss,) = (line for line in ran.out.splitlines() if line.startswith("Loss  "))
+    (report,) = (tmp_path / "runs").glob("*/report.html")
+    assert loss.split()[1] in report.read_text("utf-8")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
@@ -272,7 +315,7 @@ def test_other_tensors_are_called_so(lorasmith: Command, whole: Path, tmp_path: 
 def test_a_reproduction_that_is_stopped_proves_nothing(lorasmith: Command, whole: Path) -> None:
     with interrupted(signal.SIGINT):
         ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded")
-    assert ran.code == 1
+    assert ran.code == 130
     assert "are the same" not in ran.out
 
 
@@ -319,7 +362,7 @@ def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith
 def test_a_demo_that_is_stopped_draws_nothing(lorasmith: Command, tmp_path: Path) -> None:
     with interrupted(signal.SIGINT, at=1):
         ran = lorasmith("demo", "--output", "run", "--steps", 3)
-    assert ran.code == 0, ran.err
+    assert ran.code == 130, ran.err
     assert "Stopped after 1 steps; the LoRA of those steps is saved." in ran.out
     assert (tmp_path / "run" / "high-contrast.safetensors").is_file()
     assert not (tmp_path / "run" / "before-and-after.png").exists()

@@ -38,7 +38,7 @@ class Encoder:
         options = {"resolution": 64, "multiple": 16, **options}
         called = {name: options.pop(name) for name in ("resolution", "multiple")}
         called |= {name: options.pop(name) for name in ("progress",) if name in options}
-        own = {name: options.pop(name) for name in ("batch_pixels", "entries") if name in options}
+        own = {name: options.pop(name) for name in ("batch_pixels", "beside_pixels", "entries") if name in options}
         captions = {"memory_bytes": options.pop("memory_bytes")} if "memory_bytes" in options else {}
         if "text_entries" in options:
             captions["entries"] = options.pop("text_entries")
@@ -59,3 +59,11 @@ def add(folder: Path, name: str, size: tuple[int, int], colour: Any, caption: st
     if caption is not None:
         path.with_suffix(".txt").write_text(caption)
     return path
+
+
+def three_pictures(folder: Path) -> Path:
+    """A folder of three pictures of three shapes, two of which have one caption."""
+    add(folder, "1.png", (100, 100), (255, 255, 255), "a dog")
+    add(folder, "2.png", (200, 100), (0, 0, 0), "a cat")
+    add(folder, "3.png", (50, 100), (255, 0, 0), "a dog")
+    return folder

@@ -12,19 +12,12 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
-from tests.data.encoder_cases import Encoder, add
+from tests.data.encoder_cases import Encoder, add, three_pictures
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, size, colour, caption in (
-        ("1.png", (100, 100), "white", "a dog"),
-        ("2.png", (200, 100), "black", "a cat"),
-        ("3.png", (50, 100), "red", "a dog"),
-    ):
-        Image.new("RGB", size, colour).save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(caption)
-    return tmp_path
+    return three_pictures(tmp_path)
 
 
 def test_encodes_images_at_their_buckets(folder: Path) -> None:
@@ -125,7 +118,7 @@ def test_both_encoders_work_on_the_device_that_is_named(
             return active(self, device)  # type: ignore[operator]
 
         monkeypatch.setattr(kind, "active", listen)
-    load_dataset(single, tiny, resolution=64, device="cpu")
+    load_dataset(single, tiny, resolution=64, device="cpu", cache=False)
     assert seen == [(TextEncoder, torch.device("cpu")), (Autoencoder, torch.device("cpu"))]
 
 
@@ -204,3 +197,20 @@ def test_weights_of_sources_and_digests_that_tell_settings_apart(folder: Path) -
     ]
     assert len({*digests, data.samples[0].digest}) == 8
     assert Encoder().encode(folder, caption_memory=1.0, cache_limit=1.0).samples[0].digest == digests[0]
+
+
+def test_several_sources_and_datasets_are_loaded(folder: Path, tiny: Model, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    add(more, "4.png", (64, 64), (1, 2, 3), "a bus")
+    data = load_dataset([ImageSource(str(folder), repeats=2), str(more)], tiny, resolution=32)
+    assert [sample.name for sample in data.samples] == ["1.png", "1.png", "2.png", "2.png", "3.png", "3.png", "4.png"]
+
+
+def test_a_dataset_object_is_loaded(folder: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
+    images = {"image": [str(folder / "1.png"), str(folder / "2.png")], "text": ["a dog", "a cat"]}
+    found = load_dataset(
+        datasets.Dataset.from_dict(images).cast_column("image", datasets.Image()), tiny, resolution=32, flip=True
+    )
+    assert [sample.conditioning.text for sample in found.samples] == ["a dog", "a cat"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lorasmith.core.errors import OutputError
-from lorasmith.report.loss_plot import plot_losses, smoothed
+from lorasmith.report.loss_plot import plot_losses, recent_loss, smoothed
 
 pytestmark = pytest.mark.usefixtures("figures_drawn")
 
@@ -75,9 +75,28 @@ def test_what_is_on_it(axes) -> None:
     raw = drawn.lines[0]
     assert raw.get_xdata().tolist() == [1, 2, 3] and raw.get_ydata().tolist() == [0.5, 0.4, 0.3]
     assert (drawn.get_xlabel(), drawn.get_ylabel(), drawn.get_title("left")) == ("step", "loss", "fox, $10 of $20")
-    final = smoothed([0.5, 0.4, 0.3], span=5)[-1]
-    assert [text.get_text() for text in drawn.texts] == [f"{final:.4g}"]
-    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["each step", "smoothed"]
+    assert [text.get_text() for text in drawn.texts] == ["0.4"]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["each step", "mean of 3 steps"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "mean", "steps"),
+    [
+        ([0.5], 0.5, 1),
+        ([1.0, NAN, 3.0], 2.0, 2),
+        ([9.0] * 90 + [1.0] * 10, 1.0, 10),
+        ([9.0] * 270 + [1.0] * 30, 1.0, 30),
+    ],
+)
+def test_one_number_is_the_training_loss(axes, losses: list[float], mean: float, steps: int) -> None:
+    recent = recent_loss(losses)
+    assert (recent.mean, recent.steps) == (mean, steps)
+    assert (f"the last {steps} steps" in recent.label) == (steps > 1)
+    assert axes(losses).texts[0].get_text() == f"{mean:.4g}", "the end of the line in the chart is the same number"
+
+
+def test_no_loss_no_number() -> None:
+    assert np.isnan(recent_loss([NAN, INF]).mean) and recent_loss([]).steps == 0
 
 
 def test_gaps_stay_open_in_the_raw_line_and_lonely_steps_are_dots(axes) -> None:

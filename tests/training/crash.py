@@ -9,7 +9,7 @@ looked at: none may be unreadable.
 
 Each flip is one bit of one of the states of a stopped run, anywhere in the file. Resuming must pass the damaged state
 over by name, use the other one, and end with the tensors and losses of the run that was never touched. Run states are
-the only binary files that a run reads back: encoded images and captions are not kept on disk.
+the only binary files that a run reads back: those of encoded images and captions have `tests/data/crash_cache.py`.
 """
 
 from __future__ import annotations

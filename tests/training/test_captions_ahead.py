@@ -67,7 +67,7 @@ def test_cached_ahead_and_while_training_are_the_same_run_to_the_bit(
     plain = trained(tiny, folder, cache=False, events=events)
     (planned,) = (event for event in events if isinstance(event, CaptionsPlanned))
     assert planned.captions is not None and 4 <= planned.captions <= 8
-    assert planned.captions + 4 >= sum(isinstance(event, CaptionEncoded) for event in events) > 0
+    assert sum(isinstance(event, CaptionEncoded) for event in events) == planned.captions
     staying: list[Event] = []
     assert same(trained(tiny, folder, cache=False, caption_memory=0.0, events=staying), plain)
     (planned,) = (event for event in staying if isinstance(event, CaptionsPlanned))
@@ -82,9 +82,9 @@ def test_cached_ahead_and_while_training_are_the_same_run_to_the_bit(
     assert same(trained(tiny, folder), plain), "from the cache"
 
 
-def test_a_run_without_variants_has_no_captions_to_plan(tiny: Model, folder: Path) -> None:
+def test_a_run_without_variants_of_captions_has_none_to_plan(tiny: Model, folder: Path) -> None:
     events: list[Event] = []
-    data = load_dataset(folder, tiny, resolution=64)
+    data = load_dataset(folder, tiny, resolution=64, flip=True)
     train(tiny, data, steps=1, rank=1, targets="*mid_block*to_q", on_event=events.append)
     assert not [event for event in events if isinstance(event, CaptionsPlanned)]
 

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, scaled_codes, weight_source
 
-__all__ = ["cast_weights", "give_source", "packable_layers", "packed_layers", "weight_source_set"]
+__all__ = ["cast_weights", "give_source", "named_weights", "packable_layers", "packed_layers", "weight_source_set"]
 
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
@@ -82,3 +82,13 @@ def weight_source_set(
         for name in (WEIGHT_SOURCE, "forward"):
             layer.__dict__.pop(name, None)
         layer.__dict__.update(before)
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a network by name, the codes where weights are packed."""
+    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in packed:
+            yield name, tensor
+    for name, weight in packed.items():
+        yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))

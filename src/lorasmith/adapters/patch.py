@@ -18,7 +18,7 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 
-__all__ = ["Patch", "attachments", "cannot_merge", "patches_applied", "patches_merged"]
+__all__ = ["Patch", "attachments", "cannot_merge", "patch_tensors", "patches_applied", "patches_merged"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,17 @@ def attachments(model: nn.Module, patches: Sequence[Patch]) -> list[Attached]:
         for weights in (patch.adapters, _weights_beside(model, patch))
         if weights
     ]
+
+
+def patch_tensors(patches: Sequence[Patch]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of patches, under names that say everything else of them."""
+    for number, patch in enumerate(patches):
+        place = f"{number} {patch.strength} {patch.bypass}"
+        for path, weights in patch.adapters.items():
+            for name, tensor in weights.tensors.items():
+                yield f"{place} {path} {weights.algorithm} {weights.alpha} {name}", tensor
+        for path, changes in patch.differences.items():
+            yield from ((f"{place} {path} {name}", tensor) for name, tensor in changes.items())
 
 
 def _weights_beside(model: nn.Module, patch: Patch) -> dict[str, AdapterWeights]:

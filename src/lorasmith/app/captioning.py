@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.files import is_folder, write_atomic
+from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import sentence
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, one_line, with_trigger
+from lorasmith.data.folder_listing import list_folders
 from lorasmith.data.image_files import ImageError, image_suffixes, open_image
 
 if TYPE_CHECKING:
@@ -138,31 +138,6 @@ def _caption_file(image: Path) -> Path:
 
 
 def _images(folder: Path, recursive: bool) -> list[Path]:
-    """Images in natural order, those of inner folders last; what is hidden is left out, and no folder is read twice."""
-    if not is_folder(folder):
-        raise DataError(f"images must be in a folder, and {folder} is none; check the path")
-    found: list[Path] = []
-    seen: set[str] = set()
-    for place, inside, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            inside.clear()
-            continue
-        seen.add(real)
-        wanted = (name for name in inside if not name.startswith("."))
-        if not recursive:
-            wanted = (name for name in wanted if Path(place) == folder and re.match(r"[0-9]+_", name))
-        inside[:] = sorted(wanted, key=_natural)
-        pictures = [name for name in names if not name.startswith(".") and _suffix(name) in image_suffixes()]
-        found += [Path(place, name) for name in sorted(pictures, key=_natural)]
-    return found
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each of many names takes long
-
-
-def _natural(name: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """Sort key with digits as numbers."""
-    pieces = re.split(r"([0-9]+)", name.casefold())
-    return [(not one.isdecimal(), int(one) if one.isdecimal() else 0, one) for one in pieces if one], name
+    """Images in natural order, those of inner folders last."""
+    listed = list_folders(str(folder), recursive=recursive, masks=False, mask_folder=None, skipped=[])
+    return [one.file(name) for one in listed for name in one.images]

@@ -10,7 +10,15 @@ from lorasmith.app.class_images import class_scan
 from lorasmith.app.data_check import check_scan
 from lorasmith.app.folder_source import FolderSource, changed
 from lorasmith.app.model_run import run_folder, train_job
-from lorasmith.app.run_plan import ImageEncoded, ImagesChecked, ImagesFound, ModelLoading, RunPlan, RunPlanned
+from lorasmith.app.run_plan import (
+    ImageEncoded,
+    ImagesChecked,
+    ImagesFound,
+    ModelLoading,
+    RunPlan,
+    RunPlanned,
+    captions_used,
+)
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.crops import pixel_step
@@ -150,6 +158,7 @@ def train_prepared(
         trigger=source.data.trigger or None,
         validation=prepared.validation,
         source=source.to_record(),
+        facts={"captions_used": captions_used(prepared.plan.scan.images, source.data.trigger)},
         verify=verify,
         on_event=on_event,
         cancelled=cancelled,

@@ -7,6 +7,7 @@ and chooses the folder of the run.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, EventHandler
+from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 
@@ -106,7 +108,8 @@ class TrainArguments(TrainConfig):
         validation: held-out images, instead of a share of the data.
         fresh: move an existing run in `output` aside, and start from scratch.
         progress: show a bar and the run's notes on standard error; False shows nothing.
-        on_event: receives all events.
+        on_event: receives all events; without it and without progress, what goes wrong is logged (`logging`, by the
+            name lorasmith).
         cancelled: called between steps; True ends the run and saves the result.
     """
 
@@ -180,6 +183,7 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     job = plan_job(denoiser, config, chosen_device(given.device))
+    silent = RunOptions.on_event if given.progress else _logged
     with run_shown(given.progress) as show:
         options = RunOptions(
             output=None if given.output is None else Path(given.output),
@@ -187,20 +191,25 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
             title=given.title,
             trigger=given.trigger,
             validation=given.validation,
-            on_event=_to_both(show, given.on_event or RunOptions.on_event),
+            on_event=_to_both(show, given.on_event or silent),
             cancelled=given.cancelled or RunOptions.cancelled,
         )
         try:
             return train_job(denoiser, job, data, options)
         except KeyboardInterrupt as interrupt:
-            interrupt.add_note(
-                "nothing was saved, as the run has no folder; give one as output, such as output='runs/dog'"
-                if given.output is None
-                else f"the run is in {printable(str(given.output), limit=200)}; the same call continues it"
-            )
+            interrupt.add_note(_place_of(options.output))
             if given.progress:
                 note(f"Interrupted: {'; '.join(interrupt.__notes__)}.")
             raise
+
+
+def _place_of(output: object) -> str:
+    """Where the files of an interrupted run are, in a clause."""
+    if not isinstance(output, Path):
+        return "nothing was saved, as the run has no folder; give one as output, such as output='runs/dog'"
+    if not (output / RECORD).is_file():
+        return "the run had not begun"
+    return f"the run is in {printable(str(output), limit=200)}; the same call continues it"
 
 
 def _to_both(first: EventHandler, second: EventHandler) -> EventHandler:
@@ -209,3 +218,9 @@ def _to_both(first: EventHandler, second: EventHandler) -> EventHandler:
         second(event)
 
     return both
+
+
+def _logged(event: Event) -> None:
+    """Log what goes wrong in a run that nobody watches, such as a preview that cannot be drawn."""
+    if isinstance(event, Warned | RolledBack | Shrunk):
+        logging.getLogger("lorasmith").warning(event.message)

@@ -13,8 +13,8 @@
     path = "more/metadata.jsonl"
     weight = 0.5
 
-The file is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative to
-the file's folder. A file chooses among names: an optimizer's import path and a tracker are typed (`settings_from_file`).
+The file is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative
+to the file's folder. A file chooses among names: an optimizer's import path and a tracker have to be typed.
 """
 
 from __future__ import annotations

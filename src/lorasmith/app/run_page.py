@@ -20,6 +20,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.report.curves import Curves
+from lorasmith.report.loss_plot import recent_loss
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, number, run_report
 from lorasmith.training.config import TrainConfig, settings_from_file
@@ -112,12 +113,17 @@ def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
     if not losses:
         return "No step was completed."
     unknown = "no images were held out, so overfitting cannot be judged"
+    if history.record.data.get("held_out"):
+        unknown = "the held-out images were not evaluated yet, so it is too early to judge overfitting"
     if len(losses) < 20:
         return f"Too few steps to see a trend, and {unknown}."
-    tenth = len(losses) // 10
-    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    went = "fell" if last < first else "rose"
-    return f"The training loss {went} from {number(first)} to {number(last)}; {unknown}."
+    last = recent_loss(losses)
+    first = sum(losses[: last.steps]) / last.steps
+    went = "fell" if last.mean < first else "rose"
+    return (
+        f"The training loss {went} from {number(first)} to {number(last.mean)} (means of the first and the last "
+        f"{last.steps:,} steps); {unknown}."
+    )
 
 
 def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
@@ -139,7 +145,10 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     if before := history.record.steps_before:
         facts["steps before, of the LoRA continued"] = str(before)
     facts["training time"] = _duration(history.seconds())
-    facts["training images"] = f"{len(history.record.samples):,}"
+    facts["training images"] = _training_images(history.record)
+    recent = recent_loss([step.loss for step in steps])
+    if math.isfinite(recent.mean):
+        facts[recent.label] = number(recent.mean)
     if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
         best = min(validations, key=lambda one: one.loss)
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
@@ -295,13 +304,21 @@ def _settings(config: Mapping[str, Any]) -> list[Setting]:
 def _data(record: RunRecord) -> dict[str, str]:
     samples = record.samples
     sizes = Counter("×".join(map(str, reversed(one.latents[-2:]))) for one in samples if one.latents)
-    captioned = sum(bool(one.caption) for one in samples)
+    with_text = len({one.name for one in samples if one.caption})
+    counted = "" if "captions_used" in record.data else f", of which {with_text:,} have a text"
     described = {
-        "Training images": f"{len(samples):,}, of which {captioned:,} have a caption",
+        "Training images": f"{_training_images(record)}{counted}",
         "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
     }
     described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(record.data).items()}
     return {name: text for name, text in described.items() if text}
+
+
+def _training_images(record: RunRecord) -> str:
+    """Their number, and that of the samples in an epoch where some are repeated."""
+    images = len({one.name for one in record.samples})
+    repeated = f" ({len(record.samples):,} samples in an epoch)" if images != len(record.samples) else ""
+    return f"{images:,}{repeated}"
 
 
 def _environment(record: RunRecord) -> dict[str, str]:

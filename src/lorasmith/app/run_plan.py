@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,49 @@ from lorasmith.training.events import Event
 
 if TYPE_CHECKING:
     from lorasmith.app.data_check import DataCheck
-    from lorasmith.data.folder import FolderScan
+    from lorasmith.data.folder import FolderScan, ImageFile
     from lorasmith.families.model_search import FoundPart
 
-__all__ = ["ClassImageDrawn", "ImageEncoded", "ImagesChecked", "ImagesFound", "ModelLoading", "RunPlan", "RunPlanned"]
+__all__ = [
+    "NO_CAPTION",
+    "OWN_CAPTION",
+    "ClassImageDrawn",
+    "ImageEncoded",
+    "ImagesChecked",
+    "ImagesFound",
+    "ModelLoading",
+    "RunPlan",
+    "RunPlanned",
+    "caption_counts",
+    "captions_used",
+]
+
+
+OWN_CAPTION, NO_CAPTION = "a caption of its own", "none"
+
+
+def caption_counts(images: Sequence[ImageFile], trigger: str) -> dict[str, int]:
+    """Number of images by what their caption is: `OWN_CAPTION`, `NO_CAPTION`, or in words what is used instead."""
+    counts: Counter[str] = Counter()
+    for image in images:
+        match image.caption_source:
+            case "trigger":
+                counts[f"the trigger {trigger!r}"] += 1
+            case "folder":
+                counts[f"the name of the folder, {image.caption!r},"] += 1
+            case "class":
+                counts["the prompt of the class"] += 1
+            case "none":
+                counts[NO_CAPTION] += 1
+            case _:
+                counts[OWN_CAPTION] += 1
+    return dict(counts)
+
+
+def captions_used(images: Sequence[ImageFile], trigger: str) -> str:
+    """What the captions of images are, in words and with numbers."""
+    counts = caption_counts(images, trigger)
+    return ", ".join(f"{what.rstrip(',')} for {count:,} of {len(images):,} images" for what, count in counts.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +101,7 @@ class RunPlan:
     @property
     def samples_per_epoch(self) -> int:
         """Number of samples in an epoch, repeats included and held-out images left out."""
-        return sum(one.repeats for one in self.scan.images if one.is_class or one.path.name not in self.held_out)
+        return sum(one.repeats for one in self.scan.images if one.is_class or one.name not in self.held_out)
 
     @property
     def epochs(self) -> float:

@@ -13,11 +13,12 @@ from lorasmith.bench.limits import Measured, device_memory, measured_rates
 from lorasmith.bench.measure import (
     Counts,
     Spread,
+    Steps,
     counted,
     frozen_floor,
     measured_parts,
+    measured_steps,
     pass_seconds,
-    step_seconds,
     training_steps,
     weight_bytes,
 )
@@ -82,7 +83,7 @@ def measured(
         on_stage("the floor")
         steps = frozen.measure(steps and -(-steps // 2)) * 2
     on_stage("steps")
-    step, weights, allocated = _steps(replace(job, config=replace(config, steps=_WARMUP + (steps or 5))), samples)
+    steady, weights, allocated = _steps(replace(job, config=replace(config, steps=_WARMUP + (steps or 5))), samples)
     on_stage("the parts of a step")
     parts = measured_parts(job, samples)
     counts = counted(lambda counter: training_steps(job, samples, counter), device)
@@ -95,7 +96,8 @@ def measured(
     fits = frozen is not None and frozen.counts is not None
     return Measured(
         plan=plan,
-        step=step,
+        step=steady.seconds,
+        waited=steady.waited,
         images=config.batch_size * config.grad_accumulation_steps,
         parts=parts,
         counts=counts,
@@ -167,8 +169,8 @@ class _Floor:
         )
 
 
-def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Spread, int, int | None]:
-    """Seconds of the steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
+def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Steps, int, int | None]:
+    """The steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
     weights, device = 0, job.runtime.device
 
     def look() -> None:
@@ -178,10 +180,10 @@ def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Spread, int, int | None
     with prepared(job.denoiser, job.adapters, job.config, job.runtime, job.differences, first=look):
         pass
     if device.type != "cuda":
-        return step_seconds(job, samples, warmup=_WARMUP), weights, None
+        return measured_steps(job, samples, warmup=_WARMUP), weights, None
     torch.cuda.reset_peak_memory_stats(device)
-    seconds = step_seconds(job, samples, warmup=_WARMUP)
-    return seconds, weights, torch.cuda.max_memory_allocated(device)
+    steps = measured_steps(job, samples, warmup=_WARMUP)
+    return steps, weights, torch.cuda.max_memory_allocated(device)
 
 
 def _process_peak() -> int | None:

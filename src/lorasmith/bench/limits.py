@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.bench.measure import Counts, Parts, Spread
+from lorasmith.bench.measure import Counts, Parts, Spread, Steps
 from lorasmith.bench.profiling import Profile
 from lorasmith.training.memory.memory_plan import MemoryPlan
 
@@ -46,6 +46,7 @@ class Measured:
     Attributes:
         plan: the selected activation plan, None unless activations is auto.
         step: seconds of a step.
+        waited: seconds in which each of these steps waited for its batches.
         images: images per step.
         parts, counts, profile: of the step.
         floor, floor_counts: of the frozen model's forward and backward pass; None if it does not fit into memory.
@@ -60,6 +61,7 @@ class Measured:
 
     plan: MemoryPlan | None
     step: Spread
+    waited: Spread
     images: int
     parts: Parts
     counts: Counts
@@ -78,6 +80,11 @@ class Measured:
     def images_per_hour(self) -> float:
         """Throughput at the median step."""
         return 3600 * self.images / self.step.median
+
+    @property
+    def waiting(self) -> float:
+        """Share of the steps' time in which they waited for batches, 0 to 1."""
+        return Steps(self.step, self.waited).waiting
 
     @property
     def of_floor(self) -> float | None:
@@ -162,9 +169,9 @@ def _on_products(measured: Measured) -> str:
 def _on_parts(measured: Measured) -> Iterator[str]:
     """Sentences about other parts that take a considerable share."""
     step, parts, counts, rates = measured.step.median, measured.parts, measured.counts, measured.rates
-    if parts.waiting > 0.05 * step:
+    if measured.waiting > 0.05:
         yield (
-            f"Waiting for batches, {parts.waiting / step:.0%}: making one takes {_ms(parts.making)}; use smaller "
+            f"Waiting for batches, {measured.waiting:.0%}: making one takes {_ms(parts.making)}; use smaller "
             "pictures or more processor cores."
         )
     if parts.update > 0.05 * step:

@@ -35,10 +35,12 @@ __all__ = [
     "Counts",
     "Parts",
     "Spread",
+    "Steps",
     "counted",
     "frozen_floor",
     "frozen_pass",
     "measured_parts",
+    "measured_steps",
     "pass_seconds",
     "step_seconds",
     "synthetic_samples",
@@ -75,6 +77,24 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Steps of the training loop.
+
+    Attributes:
+        seconds: of each.
+        waited: seconds of these in which the loop waited for the step's batches, which another thread makes.
+    """
+
+    seconds: Spread
+    waited: Spread
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time in which the loop waited, 0 to 1."""
+        return min(1.0, sum(self.waited.seconds) / sum(self.seconds.seconds))
+
+
+@dataclass(frozen=True)
 class Counts:
     """Counts of one step or pass; see `Counter`.
 
@@ -100,14 +120,12 @@ class Parts:
 
     Attributes:
         making: making a step's batches, on another thread.
-        waiting: time that the step waits for them.
         gradient: forward and backward pass.
         update: clipping, optimizer, publishing.
         busy: processor seconds per second and thread, on a CPU; None on other devices.
     """
 
     making: float
-    waiting: float
     gradient: float
     update: float
     busy: float | None
@@ -265,6 +283,34 @@ def pass_seconds(
     return Spread(ends.differences())
 
 
+def measured_steps(
+    job: Job,
+    samples: Sequence[Sample],
+    *,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    on_event: EventHandler = lambda event: None,
+) -> Steps:
+    """Steps of the training loop after the warm-up, each from the end of the one before to its own.
+
+    A GPU is not synchronized between steps; the times are those of its events, and waiting is that of the host.
+
+    Args:
+        job, samples: of the run.
+        warmup: number of first steps that are not counted; at least 1, as nothing makes the first batches ahead.
+        clock: of the CPU; waiting is always wall time.
+        on_event: receives the run's events, such as a `Shrunk` if memory runs out.
+    """
+    ends = _Ends(job.runtime.device, clock)
+    engine = engine_of(job)
+    loop = Loop(engine, samples, on_event=on_event, watchers=[ends])
+    try:
+        loop.run()
+    finally:
+        engine.release()
+    return Steps(Spread(ends.differences()[warmup - 1 :]), Spread(tuple(loop.waited_s[warmup:])))
+
+
 def step_seconds(
     job: Job,
     samples: Sequence[Sample],
@@ -273,23 +319,8 @@ def step_seconds(
     clock: Clock = time.perf_counter,
     on_event: EventHandler = lambda event: None,
 ) -> Spread:
-    """Seconds between the ends of consecutive steps of the training loop, after the warm-up.
-
-    A GPU is not synchronized between steps; the times are those of its events.
-
-    Args:
-        job, samples: of the run.
-        warmup: number of first steps that are not counted.
-        clock: of the CPU.
-        on_event: receives the run's events, such as a `Shrunk` if memory runs out.
-    """
-    ends = _Ends(job.runtime.device, clock)
-    engine = engine_of(job)
-    try:
-        Loop(engine, samples, on_event=on_event, watchers=[ends]).run()
-    finally:
-        engine.release()
-    return Spread(ends.differences()[warmup - 1 :])
+    """Seconds of each step of the training loop, see `measured_steps`."""
+    return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
 
 
 def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
@@ -318,11 +349,11 @@ def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
             ended = time.perf_counter()
     finally:
         engine.release()
-    waiting, gradient_s, update = (statistics.median(row[0][part] for row in rows[1:]) for part in range(3))
+    gradient_s, update = (statistics.median(row[0][part] for row in rows[1:]) for part in (1, 2))
     making = pass_seconds(lambda: _left(maker.step(0)), steps=3, device=device).median
     began = ended - sum(sum(row[0]) for row in rows[1:])
     busy = (rows[-1][1] - rows[0][1]) / ((ended - began) * torch.get_num_threads())
-    return Parts(making, waiting, gradient_s, update, busy if device.type == "cpu" else None)
+    return Parts(making, gradient_s, update, busy if device.type == "cpu" else None)
 
 
 def weight_bytes(module: nn.Module) -> int:

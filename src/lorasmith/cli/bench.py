@@ -99,6 +99,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
         **dataclasses.asdict(found),
         "step_s": found.step.median,
         "of_floor": found.of_floor,
+        "waiting": found.waiting,
         "images_per_hour": found.images_per_hour,
         "shares": [dataclasses.asdict(one) for one in shares(found)],
         "limits": limits(found),
@@ -133,6 +134,7 @@ def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
         heading(f"{found.of_floor:.0%}", f"of a step is the floor{passes}")
     elif found.floor is None:
         echo("The floor is not measured" + (", or does not fit into memory." if found.floor_counts is None else "."))
+    echo(f"Waiting for data: {found.waiting:.1%} of a step, beside which its batches take {_ms(found.parts.making)}")
     have = "" if found.memory is None else f" of {found.memory / 2**30:.1f} GiB"
     echo(
         f"Memory: {_mib(found.weights)} of frozen weights, and {_mib(found.above)} above them in a step, of which "
@@ -160,6 +162,10 @@ def _counted(counts: Counts | None) -> list[str]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
 
 
 def _machine(device: str) -> str:

@@ -63,7 +63,9 @@ def _print(checked: Checked) -> None:
     echo(text)
     for finding in checked.findings:
         _print_finding(finding)
-    if not checked.findings:
+    if not checked.findings and checked.compared_with is None:
+        echo("No faults. Which programs apply all of it, only its model tells: --model MODEL.")
+    elif not checked.findings:
         console.print("No faults, and every program applies all of it.")
     elif checked.is_fine:
         console.print("The file itself has no faults.")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
@@ -35,6 +36,8 @@ from lorasmith.core.errors import CancelledError
 from lorasmith.core.printable import printable
 
 __all__ = [
+    "StopRequest",
+    "StoppedError",
     "console",
     "echo",
     "errors",
@@ -122,17 +125,48 @@ def print_error(sentence: str, *, kind: str) -> None:
         errors.print(finding, soft_wrap=True)
 
 
+class StoppedError(CancelledError):
+    """A signal ended the command.
+
+    Args:
+        message: what was saved, in a sentence.
+        number: of the signal.
+
+    Attributes:
+        exit_code: 128 and the number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: object, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class StopRequest(threading.Event):
+    """Set by Ctrl-C or SIGTERM."""
+
+    number: int = signal.SIGINT
+
+    def exit_if_set(self) -> None:
+        """End the command with the exit code of the signal, if one arrived; all output is printed before."""
+        if self.is_set():
+            raise typer.Exit(128 + self.number)
+
+
 @contextlib.contextmanager
-def stoppable() -> Iterator[threading.Event]:
+def stoppable(*, at_once: bool = False) -> Iterator[StopRequest]:
     """Inside the context, the first Ctrl-C or SIGTERM sets the yielded event; a second one interrupts at once.
 
+    Args:
+        at_once: whether the first one interrupts.
+
     Raises:
-        CancelledError: the work was interrupted. The sentence says what was saved.
+        StoppedError: the work was interrupted or cancelled. The sentence says what was saved.
     """
-    stop = threading.Event()
+    stop = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        stop.number = number
+        if stop.is_set() or at_once:
             raise KeyboardInterrupt
         stop.set()
         echo("Stopping after this step and saving the result. Press Ctrl-C again to stop at once.")
@@ -143,7 +177,11 @@ def stoppable() -> Iterator[threading.Event]:
     except KeyboardInterrupt as interrupted:  # typer would exit silently
         kept = getattr(interrupted, "__notes__", ())
         remedy = ["the same command resumes the run"] if kept else []
-        raise CancelledError("; ".join(["interrupted", *kept, *remedy])) from interrupted
+        raise StoppedError("; ".join(["interrupted", *kept, *remedy]), stop.number) from interrupted
+    except CancelledError as cancelled:
+        if not stop.is_set() or isinstance(cancelled, StoppedError):
+            raise
+        raise StoppedError(cancelled, stop.number) from cancelled
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

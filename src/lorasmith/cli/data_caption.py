@@ -57,9 +57,10 @@ def caption(
         return
     with console.status(f"Loading {captioner}"):
         load = load_captioner(captioner, place)
-    with stoppable() as stop, progress_shown("Captioning") as progress:
-        done = caption_images(found.images, load, trigger=trigger, progress=progress, cancelled=stop.is_set)
-    _print_done(folder, done)
+    with stoppable() as stop:
+        with progress_shown("Captioning") as progress:
+            done = caption_images(found.images, load, trigger=trigger, progress=progress, cancelled=stop.is_set)
+        _print_done(folder, done)
 
 
 def _print_left_out(found: ImagesToCaption) -> None:

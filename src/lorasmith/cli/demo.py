@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import echo, heading, progress_shown
+from lorasmith.cli.console import echo, heading, progress_shown, stoppable
 from lorasmith.cli.flags import RunOutput
 from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
 from lorasmith.training.outcome import Outcome
@@ -39,14 +39,14 @@ def demo(
     echo()
     with preparation_shown() as show:
         prepared = prepare(*demo_source(steps=steps, seed=seed, device=device), on_event=show)
-    with training_shown() as (show, cancelled):
+    with training_shown() as (show, stop):
         result = train_prepared(
-            prepared, output=output or demo_folder(), fresh=True, on_event=show, cancelled=cancelled
+            prepared, output=output or demo_folder(), fresh=True, on_event=show, cancelled=stop.is_set
         )
     if result.reason is Outcome.CANCELLED:
         report_result(result)
-        return
-    with progress_shown("Drawing") as progress:
+    stop.exit_if_set()
+    with stoppable(at_once=True), progress_shown("Drawing") as progress:
         sheet = before_and_after(prepared.base, result, seed=seed, progress=progress)
     echo()
     report_result(result)

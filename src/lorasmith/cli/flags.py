@@ -12,6 +12,7 @@ import typer
 from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.app.command_lines import flag, negated_flag
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option, options_of
 from lorasmith.training.config import TrainConfig
@@ -143,7 +144,14 @@ _FREE = ("existing_lora", "training_adapter", "bypass_mode")
 
 
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
-    """The folders that `--base-dir` and `--extra-model-paths` name. Raises OptionError as `Folders.load`."""
+    """The folders that `--base-dir` and `--extra-model-paths` name.
+
+    Raises:
+        OptionError: the base folder does not exist, or as `Folders.load`.
+    """
+    if base_dir is not None and not is_folder(base_dir):
+        what = "is no folder" if base_dir.exists() else "does not exist"
+        raise OptionError(f"--base-dir must be a folder, but {base_dir} {what}; correct the path")
     return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +19,7 @@ from lorasmith.cli import (
     data_check,
     demo,
     diff,
+    doctor,
     extract,
     generate,
     inspect,
@@ -33,7 +34,7 @@ from lorasmith.cli import (
     train,
     workflow,
 )
-from lorasmith.cli.console import other_output_made_printable, print_error
+from lorasmith.cli.console import echo, other_output_made_printable, print_error
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import CancelledError, LorasmithError
 from lorasmith.core.printable import printable
@@ -65,16 +66,34 @@ def _complaints_printable() -> Iterator[None]:
         raise
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        echo(f"lorasmith {version('lorasmith')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=_Commands,
     name="lorasmith",
     help="Train LoRAs for diffusion models, from a folder of images or from a ComfyUI workflow.",
     epilog="Start with: lorasmith demo",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 demo.register(app)
 train.register(app)
 resume.register(app)
@@ -93,6 +112,7 @@ resize.register(app)
 extract.register(app)
 diff.register(app)
 bench.register(app)
+doctor.register(app)
 
 data = typer.Typer(help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -109,7 +129,7 @@ def main() -> None:
         app()
     except CancelledError as stopped:
         print_error(str(stopped), kind="stopped")
-        sys.exit(130)
+        sys.exit(getattr(stopped, "exit_code", 130))
     except LorasmithError as error:
         print_error(str(error), kind="error")
         sys.exit(1)

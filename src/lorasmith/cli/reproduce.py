@@ -69,7 +69,7 @@ def reproduce(
     planned = again.prepared.job.config.steps
     if again.steps < planned:  # cancelled, stopped early, or the best LoRA
         echo(f"{lora.name} is from step {again.steps} of {planned}; training ends there.")
-    with training_shown() as (show, cancelled):
+    with training_shown() as (show, stop):
 
         def show_or_note(event: Event) -> None:
             if isinstance(event, app.Differs):
@@ -78,13 +78,14 @@ def reproduce(
             else:
                 show(event)
 
-        found = app.reproduce(again, dry_run=dry_run, verify=verify, on_event=show_or_note, cancelled=cancelled)
+        found = app.reproduce(again, dry_run=dry_run, verify=verify, on_event=show_or_note, cancelled=stop.is_set)
     if found.differs:
         raise typer.Exit(1)
     if found.result is None:
         echo("Base model, images, settings and initial weights are the same.")
         return
     report_result(found.result)
+    stop.exit_if_set()
     if not found.is_complete:
         raise typer.Exit(1)
     same = "bit-identical" if found.is_same else "not the same"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorasmith.app.command_lines import generate_command, resume_command
 from lorasmith.app.run_plan import (
+    NO_CAPTION,
+    OWN_CAPTION,
     ClassImageDrawn,
     ImageEncoded,
     ImagesChecked,
@@ -18,9 +21,11 @@ from lorasmith.app.run_plan import (
     ModelLoading,
     RunPlan,
     RunPlanned,
+    caption_counts,
 )
-from lorasmith.cli.console import console, echo, heading, print_note, progress_shown, stoppable
+from lorasmith.cli.console import StopRequest, console, echo, heading, print_note, progress_shown, stoppable
 from lorasmith.cli.data_output import print_findings
+from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.events import (
     CaptionEncoded,
     CaptionsPlanned,
@@ -47,8 +52,11 @@ __all__ = ["found_line", "preparation_shown", "report_result", "train_and_report
 
 @contextlib.contextmanager
 def preparation_shown() -> Iterator[EventHandler]:
-    """Inside the context, the yielded handler prints the events of preparing a run, with a bar for encoding."""
-    with contextlib.ExitStack() as live:
+    """Inside the context, the yielded handler prints the events of preparing a run, with a bar for encoding.
+
+    Ctrl-C and SIGTERM interrupt at once, as nothing is trained yet; what was encoded and drawn is kept.
+    """
+    with stoppable(at_once=True), contextlib.ExitStack() as live:
         bar: Callable[..., None] | None = None
         drawing: Callable[..., None] | None = None
 
@@ -81,10 +89,10 @@ def preparation_shown() -> Iterator[EventHandler]:
 
 
 @contextlib.contextmanager
-def training_shown() -> Iterator[tuple[EventHandler, Callable[[], bool]]]:
+def training_shown() -> Iterator[tuple[EventHandler, StopRequest]]:
     """Yields a handler that prints training events with a progress bar, and whether Ctrl-C was pressed."""
     with stoppable() as stop, training_progress() as show:
-        yield show, stop.is_set
+        yield show, stop
 
 
 @contextlib.contextmanager
@@ -95,12 +103,12 @@ def training_progress() -> Iterator[EventHandler]:
     columns = (bar, MofNCompleteColumn(), numbers, TimeRemainingColumn(), TextColumn("left"))
     progress = Progress(*columns, console=console)
     task = progress.add_task("", total=None, numbers="")
-    smooth = first = 0.0
-    taken = 0
+    losses: list[float] = []
+    first = 0.0
     judged = ""
 
     def show(event: Event) -> None:
-        nonlocal smooth, taken, first, judged
+        nonlocal first, judged
         if isinstance(event, RunStarted):
             progress.update(task, total=event.steps)
             progress.start()
@@ -118,12 +126,11 @@ def training_progress() -> Iterator[EventHandler]:
         elif isinstance(event, Validated):
             judged = f" · held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
         elif isinstance(event, StepDone):
-            taken += 1
+            losses.append(event.loss)
             first = first or event.at
-            # An average over about twenty steps: single losses mostly depend on the noise levels of their samples.
-            smooth += (event.loss - smooth) / min(taken, 20)
-            speed = (taken - 1) / (event.at - first) if event.at > first else 0.0
-            text = f"loss {smooth:.4f}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
+            speed = (len(losses) - 1) / (event.at - first) if event.at > first else 0.0
+            # Not the step's own loss, which mostly depends on the noise levels of its samples.
+            text = f"loss {recent_loss(losses).mean:#.4g}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
             progress.update(task, completed=event.step, numbers=text)
 
     try:
@@ -144,8 +151,10 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
     from lorasmith.app.folder_run import train_prepared
     from lorasmith.app.recorded_run import rights_needed
 
-    with training_shown() as (show, cancelled):
-        result = train_prepared(prepared, output=output, fresh=fresh, verify=verify, on_event=show, cancelled=cancelled)
+    with training_shown() as (show, stop):
+        result = train_prepared(
+            prepared, output=output, fresh=fresh, verify=verify, on_event=show, cancelled=stop.is_set
+        )
     report_result(result, rights_needed(prepared.source, prepared.job.requested))
     if result.path is not None:
         files, prompt = prepared.source.files, prepared.plan.prompt
@@ -153,6 +162,7 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         echo()
         echo("To use it:")
         echo(f"  {command}")
+    stop.exit_if_set()
 
 
 def report_result(result: TrainResult, rights: Sequence[str] = ()) -> None:
@@ -168,6 +178,9 @@ def report_result(result: TrainResult, rights: Sequence[str] = ()) -> None:
         best = min(result.validations, key=lambda one: one[1])[0]
         echo(f"Stopped early at step {len(result.losses)}; the saved LoRA is that of step {best}, the best one.")
     echo(f"{'Verdict':<11}{result.verdict}")
+    recent = recent_loss(result.losses)
+    if math.isfinite(recent.mean):
+        echo(f"{'Loss':<11}{recent.mean:.4g} ({recent.label})")
     for label, path in {
         "LoRA": result.path,
         "Best LoRA": result.best_path,
@@ -192,8 +205,9 @@ def _print_images(found: ImagesFound) -> None:
     heading(f"{len(scan.images)} images", f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
-    if scan.missing_captions and trigger:
-        echo(f"  {len(scan.missing_captions)} have no caption; the trigger {trigger!r} is used")
+    for instead, count in caption_counts(scan.images, trigger).items():
+        if instead not in (OWN_CAPTION, NO_CAPTION):  # the check of the images says what lacks a caption
+            echo(f"  {count} {'has' if count == 1 else 'have'} no caption; {instead} is used")
     for note in scan.notes:
         echo(f"  {note}")
 

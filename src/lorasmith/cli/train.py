@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import stoppable
 from lorasmith.cli.flags import (
     AnyBaseModel,
     BaseDir,
@@ -96,8 +95,8 @@ def train(
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
     train_config = given.train_config(typed.settings)
-    with preparation_shown() as show, stoppable() as stop:
-        prepared = prepare(source, train_config, folders=folders, on_event=show, cancelled=stop.is_set)
+    with preparation_shown() as show:
+        prepared = prepare(source, train_config, folders=folders, on_event=show)
     train_and_report(prepared, output=None if given.output is None else Path(given.output), fresh=fresh, verify=verify)
 
 

@@ -66,8 +66,7 @@ class EncodedCaptions:
             captions: in the order in which they are encoded.
             progress: called after each with (captions done, total).
         """
-        missing = [one for one in dict.fromkeys(captions) if one not in self._known]
-        if not missing:
+        if not (missing := self.missing(captions)):
             return
         with self._entries() as entries, contextlib.ExitStack() as encoder:
             is_ready = False
@@ -85,6 +84,10 @@ class EncodedCaptions:
                 self._known[caption] = found
                 if progress:
                     progress(done, len(missing))
+
+    def missing(self, captions: Collection[str]) -> list[str]:
+        """The distinct captions that are not encoded yet."""
+        return [one for one in dict.fromkeys(captions) if one not in self._known]
 
     @property
     def bytes_each(self) -> int:

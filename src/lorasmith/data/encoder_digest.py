@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import packed_layers
-from lorasmith.adapters.patch import Patch
+from lorasmith.adapters.packed_layers import named_weights, packed_layers
+from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
@@ -98,7 +98,7 @@ def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDi
             "kind": kind,
             "dtype": str(ENCODERS[kind].dtype_of(module)),
             "network": network_digest(name, module, remembered),
-            "patches": digest_of_tensors(_patch_tensors(patches)) if patches else "",
+            "patches": digest_of_tensors(patch_tensors(patches)) if patches else "",
             "tokenizer": _tokenizer_digest(encoder.encoders.tokenizers.get(name)),
         }
     return key_of(
@@ -146,7 +146,7 @@ def network_digest(component: str, module: nn.Module, remembered: RememberedDige
     files = _files_of(module)
     if remembered is None or not files or not _are_settled(files):
         return _whole_digest(about, module)
-    sample = digest_of_tensors(_sampled(_tensors_of(module)), beginning=about)
+    sample = digest_of_tensors(_sampled(named_weights(module)), beginning=about)
     loaders = _versions("diffusers", "transformers", "safetensors", "lorasmith")
     key = key_of(component=component, files=files, sample=sample, versions=loaders)
     if (kept := remembered.find(key)) is not None:
@@ -164,7 +164,7 @@ _SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of u
 
 def _files_of(module: nn.Module) -> list[FileState]:
     """The files that tensors of a network lie on, as they were when they were mapped."""
-    return sorted({place[0] for _, tensor in _tensors_of(module) if (place := _place(tensor)) is not None})
+    return sorted({place[0] for _, tensor in named_weights(module) if (place := _place(tensor)) is not None})
 
 
 def _place(tensor: Tensor) -> tuple[FileState, int] | None:
@@ -185,7 +185,7 @@ def _whole_digest(about: object, module: nn.Module) -> str:
     """Digest of all tensors, several at a time."""
     # Hashing releases the interpreter's lock, so threads share the work; the result does not depend on their number.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_tensor_digest, _tensors_of(module)))
+        digests = list(pool.map(_tensor_digest, named_weights(module)))
     return key_of(about=about, tensors=digests)
 
 
@@ -209,16 +209,6 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
         yield json.dumps([name, *layout]), first.reshape(-1)[:_SAMPLED]
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a network, the codes where weights are packed."""
-    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name not in packed:
-            yield name, tensor
-    for name, weight in packed.items():
-        yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
-
-
 def _unpackings(module: nn.Module) -> dict[str, str]:
     """How each packed weight is unpacked, by path."""
     found = {}
@@ -228,16 +218,6 @@ def _unpackings(module: nn.Module) -> dict[str, str]:
         name = (unpack.func if isinstance(unpack, partial) else unpack).__qualname__
         found[path] = f"{name} {given} {tuple(weight.shape)}"
     return found
-
-
-def _patch_tensors(patches: Iterable[Patch]) -> Iterator[tuple[str, Tensor]]:
-    for number, patch in enumerate(patches):
-        place = f"{number} {patch.strength} {patch.bypass}"
-        for path, weights in patch.adapters.items():
-            for name, tensor in weights.tensors.items():
-                yield f"{place} {path} {weights.algorithm} {weights.alpha} {name}", tensor
-        for path, changes in patch.differences.items():
-            yield from ((f"{place} {path} {name}", tensor) for name, tensor in changes.items())
 
 
 def _plain(config: Any) -> Any:

@@ -35,6 +35,9 @@ __all__ = ["datasets_folder", "encode_images", "encode_scan", "encoded_pixels", 
 _BATCH_PIXELS = 4 * 1024**2
 """Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
 
+_BESIDE_PIXELS = 1024**2
+"""Pixels of pictures that a CPU encodes at a time: together they need the memory of one picture of 1024 × 1024."""
+
 
 def load_dataset(
     images: str | os.PathLike[str] | Sequence[ImageSource] | object,
@@ -120,6 +123,7 @@ def encode_scan(
         ready=lambda: autoencoder.active(where),
         entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}"),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
+        beside_pixels=_BESIDE_PIXELS if where.type == "cpu" else 0,
         sized=model.family.sized,
     )
     data = encode_images(
@@ -238,7 +242,7 @@ def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int) ->
         config,
         resolution=resolution,
         multiple=step,
-        name=image.path.name,
+        name=image.name,
         centre=(0.5, 0.5) if mask is None else centre_of(mask),
     )
     return FramedImage.of(image, found, config)
@@ -253,7 +257,7 @@ def _sample(
     notes: list[str],
 ) -> Sample:
     """The sample of an image; appends to `notes` what a person should know of it."""
-    image, name = framed.image, framed.image.path.name
+    image, name = framed.image, framed.image.name
     found = []
     for framing, one in zip(framed.framings, encoded, strict=True):
         places = place_weights(one.inside, config)

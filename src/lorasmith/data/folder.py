@@ -81,6 +81,11 @@ class ImageFile:
     is_class: bool = False
     digest: str = ""
 
+    @property
+    def name(self) -> str:
+        """The file's name as text: bytes of it that are none are question marks."""
+        return self.path.name.encode("utf-8", "replace").decode()
+
 
 @dataclass(frozen=True, repr=False)
 class FolderScan:

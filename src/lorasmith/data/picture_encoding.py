@@ -1,15 +1,17 @@
 """Framings of images as latents: from the cache where they are, read by threads and encoded where they are not.
 
 Files are read, cropped and scaled ahead of the autoencoder. Pictures of one size share a batch up to a number of
-pixels; with 0 they are encoded one by one, which makes the bits of each independent of its neighbours.
+pixels; with 0 they are encoded one by one, which makes the bits of each independent of its neighbours. On a CPU several
+are encoded at a time, each on its share of the cores: cores that share a picture wait for each other after every layer.
+The share, on which the last bits depend, follows from the picture's size alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +52,8 @@ class PictureEncoder:
         ready: context in which the encoder is where it runs, for many pictures in a row.
         entries: context with the encoder's entries of the cache, or None without one.
         batch_pixels: most pixels of a batch.
+        beside_pixels: most pixels of pictures that are encoded at a time, on a share of the CPU's threads each; 0 for
+            one after the other on all threads. `encode` is called from several threads then.
         sized: adds a picture's sizes to the conditioning of its caption.
     """
 
@@ -58,6 +62,7 @@ class PictureEncoder:
     ready: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     entries: Callable[[], contextlib.AbstractContextManager[CacheEntries | None]] = contextlib.nullcontext
     batch_pixels: int = 0
+    beside_pixels: int = 0
     sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning
 
 
@@ -136,16 +141,12 @@ def encode_pictures(
                 count(one)
         if lacking:
             ready.enter_context(encoder.ready())
-        waiting: dict[tuple[int, ...], list[_Waiting]] = {}
-        for one, pictures in _read_ahead(lacking, config, encoder.downscale):
-            for index, picture in zip(one.missing, pictures, strict=True):
-                batch = waiting.setdefault(tuple(picture.pixels.shape), [])
-                batch.append(_Waiting(one, index, picture))
-                pixels = picture.pixels[0].numel()
-                if (len(batch) + 1) * pixels > encoder.batch_pixels:
-                    _encode(waiting.pop(tuple(picture.pixels.shape)), encoder, entries, count)
-        for batch in waiting.values():
-            _encode(batch, encoder, entries, count)
+        batches = _batches(_read_ahead(lacking, config, encoder.downscale), encoder.batch_pixels)
+        with contextlib.closing(_encoded(batches, encoder)) as encoded:
+            for batch, latents in encoded:
+                for picture, found in zip(batch, latents, strict=True):
+                    _keep(picture, found, entries)
+                    count(picture.work)
     return [[one.found[index] for index in range(len(one.framed.framings))] for one in work]
 
 
@@ -174,7 +175,7 @@ class _Counter:
         if len(one.found) == len(one.framed.framings):
             self.done += 1
             if self.progress:
-                self.progress(self.done, self.total, one.framed.image.path.name)
+                self.progress(self.done, self.total, one.framed.image.name)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class _Waiting:
 
 def _read_ahead(
     lacking: Sequence[_Work], config: DataConfig, downscale: int
-) -> Iterator[tuple[_Work, list[FramedPicture]]]:
+) -> Generator[tuple[_Work, list[FramedPicture]]]:
     """Images with their missing framings as pixels, in order, read a few ahead."""
 
     def read(one: _Work) -> list[FramedPicture]:
@@ -211,26 +212,113 @@ def _read_ahead(
                 pictures.cancel()
 
 
-def _encode(
-    batch: Sequence[_Waiting], encoder: PictureEncoder, entries: CacheEntries | None, count: Callable[[_Work], None]
-) -> None:
-    """Encode pictures of one size, in halves where memory runs out."""
+def _batches(read: Generator[tuple[_Work, list[FramedPicture]]], batch_pixels: int) -> Generator[Sequence[_Waiting]]:
+    """Pictures of one size, together up to a number of pixels; at least one."""
+    waiting: dict[tuple[int, ...], list[_Waiting]] = {}
+    with contextlib.closing(read):
+        for one, pictures in read:
+            for index, picture in zip(one.missing, pictures, strict=True):
+                shape = tuple(picture.pixels.shape)
+                batch = waiting.setdefault(shape, [])
+                batch.append(_Waiting(one, index, picture))
+                if (len(batch) + 1) * picture.pixels[0].numel() > batch_pixels:
+                    yield waiting.pop(shape)
+    yield from waiting.values()
+
+
+def _encoded(
+    batches: Generator[Sequence[_Waiting]], encoder: PictureEncoder
+) -> Generator[tuple[Sequence[_Waiting], Tensor]]:
+    """Batches with their latents, in order; several at a time, see `PictureEncoder.beside_pixels`."""
+    threads = torch.get_num_threads()
+    with contextlib.closing(batches), contextlib.ExitStack() as stack:
+        beside: _Beside | None = None
+        for batch in batches:
+            share = _share(batch[0].picture.pixels[0].numel(), encoder.beside_pixels, threads)
+            if beside is not None and beside.share != share:
+                yield from beside.rest()
+                stack.close()
+                beside = None
+            if share == threads:
+                yield batch, _latents(batch, encoder)
+                continue
+            if beside is None:
+                beside = stack.enter_context(contextlib.closing(_Beside(encoder, threads, share)))
+            yield from beside.add(batch)
+        if beside is not None:
+            yield from beside.rest()
+
+
+def _share(pixels: int, beside_pixels: int, threads: int) -> int:
+    """Threads for a picture, so that at most `beside_pixels` are encoded at a time; all for one that is too large."""
+    at_a_time = max(1, min(threads, beside_pixels // pixels))
+    return -(-threads // at_a_time)
+
+
+class _Beside:
+    """Batches that are encoded side by side. Only one may be open, as MKL's number of threads is the process's.
+
+    Args:
+        encoder: what encodes.
+        threads: of the caller.
+        share: threads of a batch.
+    """
+
+    def __init__(self, encoder: PictureEncoder, threads: int, share: int) -> None:
+        self.share = share
+        self._encoder = encoder
+        self._threads = threads
+        self._at_a_time = threads // share
+        self._pool = ThreadPoolExecutor(
+            self._at_a_time, "lorasmith-encoding", initializer=torch.set_num_threads, initargs=(share,)
+        )
+        self._running: deque[tuple[Sequence[_Waiting], Future[Tensor]]] = deque()
+
+    def add(self, batch: Sequence[_Waiting]) -> Iterator[tuple[Sequence[_Waiting], Tensor]]:
+        """Encode a batch; returns what is finished, where enough are under way."""
+        self._running.append((batch, self._pool.submit(_latents, batch, self._encoder)))
+        while len(self._running) > 2 * self._at_a_time:
+            yield self._first()
+
+    def rest(self) -> Iterator[tuple[Sequence[_Waiting], Tensor]]:
+        """Wait for all."""
+        while self._running:
+            yield self._first()
+
+    def close(self) -> None:
+        """End the threads; what has not begun is left out."""
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+    def _first(self) -> tuple[Sequence[_Waiting], Tensor]:
+        batch, future = self._running.popleft()
+        error = future.exception()
+        if error is None:
+            return batch, future.result()
+        if not is_out_of_memory(error):
+            raise error
+        del error, future  # whose frames hold memory
+        wait([one for _, one in self._running])
+        return batch, self._pool.submit(_latents, batch, self._encoder).result()  # alone
+
+
+@torch.no_grad()
+def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
+    """The latents of pictures of one size, fp32 on the CPU; encoded in halves where memory runs out."""
     try:
-        latents = encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
+        return encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(batch) == 1:
             raise
-        latents = None
-    if latents is None:  # outside of `except`, where the error's frames no longer hold memory
-        middle = len(batch) // 2
-        _encode(batch[:middle], encoder, entries, count)
-        _encode(batch[middle:], encoder, entries, count)
-        return
-    for one, found in zip(batch, latents, strict=True):
-        name = one.work.framed.image.path.name
-        check_latents(found, like=found, name=name)
-        inside = one.picture.inside
-        one.work.found[one.index] = EncodedFraming(found.clone(), inside)
-        if entries is not None:
-            entries.put(one.work.keys[one.index], {_LATENTS: found} | ({} if inside is None else {_INSIDE: inside}))
-        count(one.work)
+    # outside of `except`, where the error's frames no longer hold memory
+    middle = len(batch) // 2
+    return torch.cat([_latents(batch[:middle], encoder), _latents(batch[middle:], encoder)])
+
+
+def _keep(one: _Waiting, latents: Tensor, entries: CacheEntries | None) -> None:
+    """Keep the latents of a framing, also in the cache. Raises DataError if they are not finite."""
+    check_latents(latents, like=latents, name=one.work.framed.image.name)
+    inside = one.picture.inside
+    one.work.found[one.index] = EncodedFraming(latents.clone(), inside)
+    if entries is not None:
+        entries.put(one.work.keys[one.index], {_LATENTS: latents} | ({} if inside is None else {_INSIDE: inside}))

@@ -213,7 +213,7 @@ def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, ste
         replace(config, flip=False, picture_variants=1),
         resolution=resolution,
         multiple=step,
-        name=image.path.name,
+        name=image.name,
         centre=(0.5, 0.5) if mask is None else centre_of(mask),
     )
 
@@ -314,8 +314,8 @@ def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:
 
 def _epoch(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:
     subjects = [image for image in images if not image.is_class]
-    names = list(dict.fromkeys(image.path.name for image in subjects))
+    names = list(dict.fromkeys(image.name for image in subjects))
     chosen = held_out_names(names, validation_share)
-    apart = sum(image.repeats for image in subjects if image.path.name in chosen)
+    apart = sum(image.repeats for image in subjects if image.name in chosen)
     total = sum(image.repeats for image in subjects)
     return Epoch(total - apart, tuple(name for name in names if name in chosen), apart, batch)

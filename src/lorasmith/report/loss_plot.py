@@ -1,19 +1,72 @@
-"""The loss plot of a run: the loss of each step, and the smoothed loss."""
+"""The loss plot of a run: the loss of each step, and their mean over the last ones.
+
+`recent_loss` is the one number that stands for a run's training loss, in the terminal, the report and the plots.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorasmith.core.errors import OutputError
 from lorasmith.core.printable import printable
 
-__all__ = ["GRID", "HELD_OUT", "RAW", "SMOOTH", "TEXT", "draw_losses", "plot_losses", "smoothed", "style_axes"]
+__all__ = [
+    "GRID",
+    "HELD_OUT",
+    "RAW",
+    "SMOOTH",
+    "TEXT",
+    "RecentLoss",
+    "draw_losses",
+    "plot_losses",
+    "recent_loss",
+    "smoothed",
+    "style_axes",
+]
 
 RAW, SMOOTH, HELD_OUT, GRID, TEXT = "#9ab8d8", "#1f5fa8", "#c2570c", "#e4e8ec", "#3e4c59"
 _LOG_RATIO = 20
+_RECENT_SHARE, _RECENT_LEAST = 10, 10
+
+
+@dataclass(frozen=True)
+class RecentLoss:
+    """The training loss at the end of a run.
+
+    Attributes:
+        mean: of the last steps; NaN without a finite loss.
+        steps: their number.
+    """
+
+    mean: float
+    steps: int
+
+    @property
+    def label(self) -> str:
+        """What the number is, in words."""
+        return "training loss" if self.steps == 1 else f"training loss, mean of the last {self.steps:,} steps"
+
+
+def recent_loss(losses: Sequence[float]) -> RecentLoss:
+    """The mean of the last tenth of the losses, of ten at least. Those of skipped steps do not count."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    last = finite[-_recent_steps(len(finite)) :] if finite else []
+    return RecentLoss(math.fsum(last) / len(last) if last else math.nan, len(last))
+
+
+def _recent_steps(steps: int) -> int:
+    return min(steps, max(_RECENT_LEAST, steps // _RECENT_SHARE))
+
+
+def _trailing_means(losses: Sequence[float]) -> list[float]:
+    """The mean of each loss and those before it, as many as `recent_loss` takes: the last one is that number."""
+    span = _recent_steps(len(losses))
+    parts = (losses[max(0, end - span) : end] for end in range(1, len(losses) + 1))
+    return [math.fsum(part) / len(part) for part in parts]
 
 
 def plot_losses(
@@ -26,7 +79,7 @@ def plot_losses(
 ) -> bytes:
     """A PNG picture of a run's losses.
 
-    NaN and infinite losses are gaps. The axis is logarithmic when the smoothed loss spans more than a factor of 20.
+    NaN and infinite losses are gaps. The axis is logarithmic when the mean loss spans more than a factor of 20.
 
     Args:
         losses: one per step from step 1.
@@ -79,9 +132,9 @@ def draw_losses(
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
 ) -> None:
-    """Draw raw and smoothed loss, and validations with the lowest one marked.
+    """Draw each loss and their mean over the last steps, and validations with the lowest one marked.
 
-    The raw line has gaps at NaN and infinite losses, the smoothed one does not. The axis is logarithmic if the smoothed
+    The raw line has gaps at NaN and infinite losses, that of the means does not. The axis is logarithmic if the mean
     loss spans more than a factor of 20.
 
     Args:
@@ -92,14 +145,14 @@ def draw_losses(
     """
     finite_steps = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
     finite = [losses[step - 1] for step in finite_steps]
-    trend = smoothed(finite, span=min(max(len(finite) / 12, 5), 100))
+    trend = _trailing_means(finite)
     raw = [loss if math.isfinite(loss) else math.nan for loss in losses]
 
     axes.plot(range(1, len(raw) + 1), raw, color=RAW, linewidth=0.9, label="each step", zorder=2)
     # A line does not show a step between two gaps, and few steps are distinguishable only as dots.
     dotted = [step for step in finite_steps if len(raw) <= 60 or _is_lonely(raw, step - 1)]
     axes.plot(dotted, [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
-    axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label="smoothed", zorder=3)
+    axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label=_trend_label(len(finite)), zorder=3)
     _annotate(axes, finite_steps[-1], trend[-1], SMOOTH, xytext=(8, 0), va="center")
     axes.plot(finite_steps[-1], trend[-1], "o", color=SMOOTH, markersize=5, zorder=4)
     _draw_validations(axes, [(step, loss) for step, loss in validations if math.isfinite(loss)], trend[-1])
@@ -111,6 +164,11 @@ def draw_losses(
     axes.set_xlim(1 - margin, len(raw) + margin)
     if min(finite) > 0 and max(trend) > _LOG_RATIO * min(trend):
         axes.set_yscale("log")
+
+
+def _trend_label(steps: int) -> str:
+    span = _recent_steps(steps)
+    return f"mean of {span:,} steps" if span > 1 else "mean"
 
 
 def style_axes(axes: Any) -> None:

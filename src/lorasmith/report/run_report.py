@@ -187,7 +187,7 @@ def _loss(report: RunReport) -> list[Html]:
     if not any(map(math.isfinite, curves.losses)):
         return [tag("p", "No step was completed, so there is no loss to show.")]
     rates = {rate for rate in curves.rates if math.isfinite(rate)}
-    says = ["Steps have different noise levels and images, so single losses vary; the smoothed line shows the trend."]
+    says = ["Steps have different noise levels and images, so single losses vary; the line of means shows the trend."]
     if curves.validations:
         says.append(
             "Held-out images are never trained on and always evaluated with the same noise: if their loss rises while "

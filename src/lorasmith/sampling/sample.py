@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import CancelledError, LorasmithError
 from lorasmith.core.random import keyed_normal
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseSchedule
@@ -26,7 +26,7 @@ class SamplingError(LorasmithError):
     """Sampling gave numbers of which no picture can be made."""
 
 
-class SamplingCancelledError(LorasmithError):
+class SamplingCancelledError(CancelledError):
     """Sampling was cancelled."""
 
 

@@ -27,7 +27,7 @@ def captions_ready(
         data: the training samples.
         draws: of the run.
         seed: of the run.
-        on_event: receives a `CaptionsPlanned` where captions are drawn.
+        on_event: receives a `CaptionsPlanned` where there are captions to encode.
         progress: called after each caption that is encoded before training, with (captions done, total).
     """
     captions, varied = data.captions, _varied(data.samples)
@@ -36,10 +36,12 @@ def captions_ready(
         return
     texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
     if texts is not None:
-        needed = len(texts) * captions.bytes_each
-        message = f"{len(texts):,} variants of captions are encoded before training, in {memory_text(needed)}."
-        on_event(CaptionsPlanned(captions=len(texts), needed_bytes=needed, message=message))
-        captions.encode_ahead(texts, progress)
+        if missing := captions.missing(texts):
+            needed = len(missing) * captions.bytes_each
+            many = "1 variant of a caption is" if len(missing) == 1 else f"{len(missing):,} variants of captions are"
+            message = f"{many} encoded before training ({memory_text(needed)})."
+            on_event(CaptionsPlanned(captions=len(missing), needed_bytes=needed, message=message))
+            captions.encode_ahead(missing, progress)
         yield
         return
     with captions.staying():

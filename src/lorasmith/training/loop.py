@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -84,6 +85,7 @@ class Loop:
         engine: as passed.
         emit: `on_event`.
         outcome: why the run ended; None while it runs.
+        waited_s: seconds that each step waited for its batches, so far.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Loop:
         self.engine = engine
         self.emit = on_event
         self.outcome: Outcome | None = None
+        self.waited_s: list[float] = []
         self._progress = Progress()
         self._recovery = Recovery(engine, self._progress, on_event)
         self._samples = samples
@@ -251,7 +254,9 @@ class Loop:
         batches = None
         try:
             # The next step's batch is put on the device beside this one's work, so memory may run out there as well.
+            began = time.perf_counter()
             _, batches = next(coming)
+            self.waited_s.append(time.perf_counter() - began)
             gradient = self.engine.gradient(batches)
         except Exception as error:
             if is_out_of_memory(error):

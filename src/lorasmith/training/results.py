@@ -22,7 +22,7 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.lora_metadata import training_metadata
 from lorasmith.training.runs.records import RunRecord
-from lorasmith.training.verdict import UNJUDGED
+from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
 __all__ = ["Results", "TrainResult", "lora_of"]
@@ -205,7 +205,7 @@ class Results:
             reason,
             validations=() if history is None else tuple(history.losses),
             base_loss=None if history is None else history.base_loss,
-            verdict=UNJUDGED if history is None else history.verdict,
+            verdict=UNJUDGED if validation is None else TOO_EARLY if history is None else history.verdict,
             folder=self._folder if is_saved else None,
             path=lora.save(self._path(self._folder)) if self._folder is not None and is_saved else None,
             best_path=best_path if is_saved else None,

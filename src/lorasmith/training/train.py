@@ -51,6 +51,7 @@ class RunOptions:
         previews: returns the function that draws previews into a folder of a run, or None for no previews.
         page: writes the report of a run that ends with an event into its folder.
         source: JSON values from which the run can be repeated, such as paths.
+        facts: what is recorded about the images for readers, JSON values by name.
         verify: whether every byte of the base model's files is compared with the run that is continued, and recorded.
         on_event: receives all events.
         cancelled: called between steps; True ends the run and saves the result.
@@ -68,6 +69,7 @@ class RunOptions:
     previews: Callable[[Path], Draw | None] = lambda folder: None
     page: Callable[[Path, RunFinished], object] = lambda folder, end: None
     source: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     verify: bool = False
     on_event: EventHandler = lambda event: None
     cancelled: Callable[[], bool] = lambda: False
@@ -92,7 +94,9 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
     parts = split(data, share=job.config.validation_share, given=options.validation)
     job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
-    record = run_record(job, parts, title=options.title, source=options.source, verify=options.verify)
+    record = run_record(
+        job, parts, title=options.title, source=options.source, facts=options.facts, verify=options.verify
+    )
     if options.output is None:
         return _Run(job, parts, options, record, None).train(None)
     path = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)

@@ -22,13 +22,16 @@ from numpy.typing import NDArray
 from lorasmith.core.errors import OptionError
 from lorasmith.training.events import Validated
 
-__all__ = ["FEW_IMAGES", "UNJUDGED", "History", "interval"]
+__all__ = ["FEW_IMAGES", "TOO_EARLY", "UNJUDGED", "History", "interval"]
 
 FEW_IMAGES = 5
 """Below this many held-out images the interval is over pairs of image and noise level."""
 
 UNJUDGED = "overfitting cannot be judged: nothing is held out"
-"""The verdict without validations."""
+"""The verdict where nothing is held out."""
+
+TOO_EARLY = "too early to say: no validation yet"
+"""The verdict before the first validation."""
 
 _SMOOTH = 3  # validations averaged before two points of the curve are compared
 _FALL = 2.0  # jitters by which the curve must have fallen
@@ -110,7 +113,7 @@ class History:
     def verdict(self) -> str:
         """Interpretation of the validations, in a sentence without a full stop."""
         if not self._steps:
-            return "too early to say: no validation yet"
+            return TOO_EARLY
         few = f" (on {self.images} held-out image{'s' if self.images > 1 else ''} alone)"
         return self._trend() + (few if self.images < FEW_IMAGES else "")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.packed_layers import named_weights
+from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import ModelError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
+from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.hashes import sha256_file
@@ -83,16 +84,16 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     found: Fingerprint = {
         "config": config,
         "base": {
-            part: _digest(_sampled(_tensors_of(module)))
+            part: digest_of_tensors(_sampled(named_weights(module)))
             for part, module in job.denoiser.base.components.modules().items()
         },
-        "patches": _digest(_patch_tensors(job)),
-        "data": _digest(_data_tensors(data)),
-        "held_out": _digest(_data_tensors(held_out)) if held_out else "",
-        "initial": _digest(initial),
+        "patches": digest_of_tensors(patch_tensors(job.denoiser.patches)),
+        "data": digest_of_tensors(_data_tensors(data)),
+        "held_out": digest_of_tensors(_data_tensors(held_out)) if held_out else "",
+        "initial": digest_of_tensors(initial),
     }
     if noising is not None:
-        found["noising"] = [noising.parameterization, _digest([("", noising.schedule.sigmas)])]
+        found["noising"] = [noising.parameterization, digest_of_tensors([("", noising.schedule.sigmas)])]
     return found
 
 
@@ -199,14 +200,6 @@ def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode("utf-8", "replace"))
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Evenly spaced values of each tensor, enough to distinguish models without hashing gigabytes.
 
@@ -220,36 +213,19 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
         release_pages(flat)  # where it lies on a file, one value has brought in the pages around it
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of one part of the base model, the codes where weights are packed."""
-    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name not in packed:
-            yield name, tensor
-    for name, weight in packed.items():
-        yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
-
-
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for sample in data.samples:
         if sample.digest:  # instead of the tensors, whose last bits differ between devices
             yield f"{sample.name} {sample.digest}", torch.empty(0)
             continue
-        yield f"{sample.name} {sample.conditioning.text}", sample.latents
+        yield f"{sample.name} {sample.conditioning.text} {sample.weight} {sample.is_class}", sample.latents
+        if sample.places is not None:
+            yield "places", sample.places
         for key, tensor in sorted(sample.conditioning.tensors.items()):
             if id(tensor) not in seen:  # images with the same caption share its conditioning
                 seen.add(id(tensor))
                 yield key, tensor
-
-
-def _patch_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    for number, patch in enumerate(job.denoiser.patches):
-        for path, weights in patch.adapters.items():
-            for name, tensor in weights.tensors.items():
-                yield f"{number} {patch.strength} {path} {weights.algorithm} {weights.alpha} {name}", tensor
-        for path, changes in patch.differences.items():
-            yield from ((f"{number} {patch.strength} {path} {name}", tensor) for name, tensor in changes.items())
 
 
 def _shown(value: object) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -120,11 +121,11 @@ class RunRecord:
 
     def to_text(self) -> str:
         """The content of `run.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        return _json(asdict(self), indent=2)
 
     def to_entry(self) -> str:
         """The entry of the run in its LoRA."""
-        return json.dumps({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
+        return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
 
 
 def parsed_record(text: str | bytes) -> RunRecord:
@@ -132,7 +133,15 @@ def parsed_record(text: str | bytes) -> RunRecord:
     return typed(parse_foreign_json(text), RunRecord)
 
 
-def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any], verify: bool = False) -> RunRecord:
+def run_record(
+    job: Job,
+    parts: Split,
+    *,
+    title: str,
+    source: Mapping[str, Any],
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    verify: bool = False,
+) -> RunRecord:
     """The record of a planned run.
 
     Args:
@@ -140,6 +149,7 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
         parts: training and held-out samples.
         title: name of the LoRA.
         source: JSON values from which the run can be repeated.
+        facts: more on the images, for readers.
         verify: whether the fingerprint covers every byte of the base model's files.
 
     Raises:
@@ -170,6 +180,7 @@ def run_record(job: Job, parts: Split, *, title: str, source: Mapping[str, Any],
             **{name: one for name, one in source.items() if name not in _ELSEWHERE and one and isinstance(one, Scalar)},
             "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
             "note": parts.note,
+            **facts,
         },
         adapters={path: _size(adapter) for path, adapter in job.adapters.items()},
         differences={path: _size(difference) for path, difference in job.differences.items()},
@@ -186,6 +197,11 @@ def check_title(name: str) -> None:
         raise OptionError(
             f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; choose another"
         )
+
+
+def _json(value: object, **options: Any) -> str:
+    """JSON in which bytes of paths that are no text are question marks, as no reader takes them."""
+    return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "replace").decode()
 
 
 def _size(trained: nn.Module) -> int:

@@ -1,0 +1,58 @@
+"""`lorasmith doctor`: what this machine and this installation can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorasmith.cli.console import console, echo, heading, print_note
+from lorasmith.cli.flags import AsJson, BaseDir, ExtraModelPaths, folders_of
+from lorasmith.core.sizes import memory_text
+
+if TYPE_CHECKING:
+    from lorasmith.app.doctor import Checkup
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("doctor")(doctor)
+
+
+def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None, as_json: AsJson = False) -> None:
+    """Show versions, devices, memory, disks, model folders and optional packages, and what to do about problems.
+
+    The exit status is 1 if there is a problem.
+    """
+    from lorasmith.app.doctor import check_up
+
+    with console.status("Looking"):
+        found = check_up(folders_of(base_dir, extra_model_paths))
+    if as_json:
+        console.print_json(json.dumps(dataclasses.asdict(found)))
+    else:
+        _print(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _print(found: Checkup) -> None:
+    heading("Versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
+    for device in found.devices:
+        heading("Device  ", f"{device.name}: {device.title}, {memory_text(device.memory_bytes)}")
+        echo(f"         products in {', '.join(device.products)}; compiler {device.compiler}")
+    heading("Memory  ", f"{memory_text(found.free_memory_bytes)} of {memory_text(found.memory_bytes)} are free")
+    heading("Models  ", f"in {found.base_dir}: {', '.join(f'{kind} {n}' for kind, n in found.folders.items())}")
+    for folder, free in found.disks.items():
+        heading("Disk    ", f"{memory_text(free)} are free for {folder}")
+    for extra in found.extras:
+        remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
+        heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
+    for one in found.problems:
+        print_note(f"{one.problem}; {one.remedy}.", kind="Problem", colour="red")
+    if not found.problems:
+        echo("No problem was found.")
