@@ -254,8 +254,8 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
     """
     if not isinstance(getattr(pipeline, "components", None), Mapping):
         raise ModelError(
-            f"a model must be a path, a name or a loaded pipeline of diffusers, got {type(pipeline).__name__}; give the "
-            "whole pipeline, with its text encoders and its scheduler"
+            f"a model must be a path, a name or a loaded pipeline of diffusers, got {type(pipeline).__name__}; give "
+            "the whole pipeline, with its text encoders and its scheduler"
         )
     title = _title_of(pipeline)
     configs = PipelineConfigs.of_pipeline(pipeline, title)

@@ -103,9 +103,8 @@ class RunRecord:
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
-            raise ValueError(
-                f"version must be between 1 and {RECORD_VERSION}, got {self.version}; if a later Lorasmith wrote it, update"
-            )
+            rule = f"version must be between 1 and {RECORD_VERSION}, got {self.version}"
+            raise ValueError(f"{rule}; if a later Lorasmith wrote it, update")
         if self.title:
             try:
                 check_title(self.title)
