@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sdxl_models
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from transformer_models import Case
 
@@ -103,10 +104,12 @@ def test_a_pipeline_stays_as_it_was_whatever_is_done_with_its_model(pipe: Any) -
     pipe.text_encoder.requires_grad_(False)
     pipe.unet.register_forward_hook(lambda *_: calls.append("unet"))
     pipe.vae.decoder.register_forward_pre_hook(lambda *_: calls.append("vae"))
+    add_hook_to_module(pipe.text_encoder, ModelHook())  # as diffusers' offloading does
     padding = pipe.tokenizer.backend_tokenizer.to_str()
     before = state_of(pipe)
 
     model = load_model(pipe)
+    assert not hasattr(model.components.text_encoders["text_encoder"], "_hf_hook")
     assert not any(one.requires_grad for part in model.components.modules().values() for one in part.parameters())
     assert not any(part.training for part in model.components.modules().values())
     data = EncodedDataset((Sample(torch.randn(4, 8, 8), model.text_encoder.encode("a fox"), "1.png"),))

@@ -59,6 +59,8 @@ def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterat
         nonlocal bar
         bar = bar if bar is not None else _bar(label, total)
         bar.update(done - bar.n)
+        if done >= total:
+            bar.close()  # here, as the next bar would be drawn below it
 
     try:
         yield show
