@@ -8,7 +8,17 @@
     result.lora.save("dog.safetensors")
     result.plot("loss.png")
 
-Names are resolved when they are first used, so that importing the package is quick.
+Names are resolved when they are first used, so that importing the package is quick. docs/python.md has recipes.
+
+    load_model      a base model from a file, a folder, a hub or a loaded diffusers pipeline
+    load_dataset    images and captions, encoded for a model
+    train           a run; settings are those of TrainConfig
+    generate        pictures from prompts, with LoRAs
+    Lora            a LoRA in memory: load, apply, save
+    TrainConfig, DataConfig, ImageSource     settings of a run and of its data
+    Model, Denoiser, EncodedDataset, Sample, TrainResult     what these functions take and return
+    events          what a run reports to `on_event`
+    errors          the exceptions, all of them LorasmithError
 """
 
 from __future__ import annotations
@@ -17,29 +27,69 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorasmith.app.library import generate, load_dataset
     from lorasmith.app.model_run import train
+    from lorasmith.core import errors
     from lorasmith.core.errors import LorasmithError
-    from lorasmith.data.encoding import load_dataset
+    from lorasmith.data.data_config import DataConfig
+    from lorasmith.data.dataset import EncodedDataset, Sample
+    from lorasmith.data.sources import ImageSource
     from lorasmith.families.loading import load_model
-    from lorasmith.sampling.generate import generate
+    from lorasmith.families.model import Denoiser, Model
+    from lorasmith.training import events
+    from lorasmith.training.config import TrainConfig
     from lorasmith.training.lora_handle import Lora
+    from lorasmith.training.results import TrainResult
 
-__all__ = ["Lora", "LorasmithError", "generate", "load_dataset", "load_model", "train"]
+    __version__: str
+
+__all__ = [
+    "DataConfig",
+    "Denoiser",
+    "EncodedDataset",
+    "ImageSource",
+    "Lora",
+    "LorasmithError",
+    "Model",
+    "Sample",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "errors",
+    "events",
+    "generate",
+    "load_dataset",
+    "load_model",
+    "train",
+]
 
 _HOMES = {
+    "DataConfig": "data.data_config",
+    "Denoiser": "families.model",
+    "EncodedDataset": "data.dataset",
+    "ImageSource": "data.sources",
     "Lora": "training.lora_handle",
     "LorasmithError": "core.errors",
-    "generate": "sampling.generate",
-    "load_dataset": "data.encoding",
+    "Model": "families.model",
+    "Sample": "data.dataset",
+    "TrainConfig": "training.config",
+    "TrainResult": "training.results",
+    "generate": "app.library",
+    "load_dataset": "app.library",
     "load_model": "families.loading",
     "train": "app.model_run",
 }
+_MODULES = {"errors": "core.errors", "events": "training.events"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lorasmith' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lorasmith.{_HOMES[name]}"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lorasmith.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"lorasmith.{_MODULES[name]}")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("lorasmith")
+    raise AttributeError(f"module 'lorasmith' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import StepDone, Warned
 from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.folder_cases import Audience
 
@@ -93,10 +94,11 @@ def test_what_goes_wrong_is_logged_where_nobody_listens(
         raise RuntimeError("no picture today")
 
     monkeypatch.setattr(Previewer, "draw", fail)
-    train(tiny, data, output=tmp_path / "run", **QUICK, previews="a fox")
+    train(tiny, data, output=tmp_path / "run", progress=False, **QUICK, previews="a fox")
     assert "preview at step 1 could not be drawn (RuntimeError: no picture today)" in caplog.text
     caplog.clear()
-    train(tiny, data, output=tmp_path / "other", on_event=Audience(), **QUICK, previews="a fox")
+    train(tiny, data, output=tmp_path / "other", progress=False, on_event=Audience(), **QUICK, previews="a fox")
+    train(tiny, data, output=tmp_path / "shown", **QUICK, previews="a fox")
     assert caplog.text == ""
 
 
@@ -117,3 +119,54 @@ def test_the_folder_of_an_unfinished_run_is_chosen_again(tiny: Model, data: Enco
     assert run_folder(tmp_path, "dog")(fingerprint) == folder
     assert run_folder(tmp_path, "dog", fresh=True)(fingerprint) == tmp_path / "dog-002"
     assert run_folder(tmp_path, "dog")({**fingerprint, "data": "other"}) == tmp_path / "dog-002"
+
+
+def interrupted(event: object) -> None:
+    if isinstance(event, StepDone) and event.step == 2:
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_says_where_the_files_are_and_the_same_call_continues(
+    tiny: Model, data: EncodedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = tmp_path / "run", {**QUICK, "steps": 6}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tiny, data, output=folder, on_event=interrupted, **settings)
+    saved, then = caught.value.__notes__
+    assert str(folder / "lora.safetensors") in saved and (folder / "lora.safetensors").is_file()
+    assert then == f"the run is in {folder}; the same call continues it"
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"Interrupted: {saved}; {then}." in shown
+    audience = Audience()
+    result = train(tiny, data, output=folder, on_event=audience, progress=False, **settings)
+    assert "Resumed" in audience.names()
+    assert result.losses == train(tiny, data, progress=False, **settings).losses
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interruption_without_a_folder_says_that_nothing_is_kept(tiny: Model, data: EncodedDataset) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tiny, data, on_event=interrupted, **{**QUICK, "steps": 6})
+    assert [note.split(",")[0] for note in caught.value.__notes__] == ["nothing was saved"]
+
+
+def test_notes_of_a_run_are_shown_unless_they_are_not_wanted(
+    tiny: Model, data: EncodedDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = {**QUICK, "min_snr_gamma": 3.0}  # of a weighting that is off
+    audience = Audience()
+    train(tiny, data, on_event=audience, **odd)
+    shown = capsys.readouterr().err
+    notes = [event.message for event in audience.events if isinstance(event, Warned)]
+    assert notes and all(note in shown for note in notes)
+    train(tiny, data, progress=False, **odd)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_result_shows_itself(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
+    asked = {"previews": "a <b>fox</b>", "preview_every": 1, "preview_steps": 1}
+    result = train(tiny, data, output=tmp_path / "<i>run", progress=False, **QUICK, **asked)
+    assert repr(result).startswith("TrainResult(finished after 2 steps, loss ") and "\n" not in repr(result)
+    shown = result._repr_html_()
+    assert shown.count("<img") == 3, "the curve, previews by step, and by strength"
+    assert "<i>" not in shown and "&lt;i&gt;run" in shown

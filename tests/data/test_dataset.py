@@ -31,3 +31,12 @@ def test_places_of_samples_broadcast_to_their_latents() -> None:
     assert places[0].eq(1).all() and torch.equal(places[1, 0], masked)
     videos = [Sample(torch.zeros(4, 1, 2, 3), CONDITIONING, "video", places=masked)]
     assert tuple(places_of(videos).shape) == (1, 1, 1, 2, 3)  # type: ignore[union-attr]
+
+
+def test_samples_and_datasets_show_themselves_on_a_line() -> None:
+    sample = Sample(torch.zeros(4, 8, 12), CONDITIONING, "a\nb.png", weight=0.5, is_class=True)
+    assert repr(sample).startswith("Sample(a") and "\n" not in repr(sample)
+    assert repr(sample).endswith("b.png: latents 4×8×12, caption 'a dog', weight 0.5, of the class)")
+    other = Sample(torch.zeros(4, 8, 8), CONDITIONING, "c.png")
+    data = EncodedDataset((sample, other, other), notes=("a note",))
+    assert repr(data) == "EncodedDataset(3 samples of 2 images, latents 2 of 8×8, 1 of 8×12, 1 of the class, 1 notes)"

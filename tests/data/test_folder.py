@@ -310,3 +310,10 @@ def test_results_do_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     assert several == scan_folder(tmp_path)
     assert [image.caption for image in several.images] == [str(index) for index in range(300) if index % 7]
+
+
+def test_a_scan_shows_itself_on_a_line(tmp_path: Path) -> None:
+    add_image(tmp_path / "1.png", "a fox")
+    add_image(tmp_path / "2.png")
+    (tmp_path / "3.png").write_bytes(b"")
+    assert repr(scan_folder(tmp_path)) == "FolderScan(2 images, 1 skipped, 1 without a caption)"

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.packed_layers import cast_weights
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.families import model
 from lorasmith.families.base import Conditioning
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
 
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -142,3 +145,23 @@ def test_prompts_of_any_text_are_encoded_and_endless_ones_refused(tiny: Model) -
     )
     with pytest.raises(OptionError, match="at most 20,000 characters, got 20,001"):
         tiny.text_encoder.encode("x" * 20_001)
+
+
+def test_models_show_themselves_on_a_line_and_as_a_card(tiny: Model) -> None:
+    named = replace(tiny, title="<b>a\nmodel</b>")
+    assert "\n" not in repr(named) and repr(named).endswith(
+        "Stable Diffusion 1.x, 8.8 M parameters in fp32, with text_encoder, vae)"
+    )
+    shown = named._repr_html_()
+    assert "<b>" not in shown and "8.8 M parameters in fp32" in shown and "missing parts" not in shown
+    bare = replace(tiny, components=replace(tiny.components, vae=None, text_encoders={}))
+    assert "text_encoder, vae" in bare._repr_html_()
+
+    denoiser = tiny.denoiser.patched(patch_for(tiny.components.denoiser, TO_Q))
+    assert repr(denoiser) == "Denoiser(lorasmith-tiny: Stable Diffusion 1.x, a LoRA on 1 modules at 0.5)"
+
+
+def test_a_quantized_model_says_so() -> None:
+    packed = load_model(BUILT_IN)
+    cast_weights(packed.components.denoiser, torch.float8_e4m3fn)
+    assert "layers quantized" in repr(packed)

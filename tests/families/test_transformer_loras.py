@@ -19,10 +19,10 @@ from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
+from lorasmith.families.released import released_names
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import matches
 from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.toolbox.released import released_names
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult
 from tests.covering import slow_except

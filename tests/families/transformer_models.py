@@ -331,14 +331,14 @@ class _MistralProcessor:
 
     def __init__(self) -> None:
         embedded = torch.frombuffer(bytearray(tekken_file()), dtype=torch.uint8)
-        self._tokenizer = tekken_tokenizer(TokenizerSource(embedded={"tekken_model": embedded}))
+        self.tokenizer = tekken_tokenizer(TokenizerSource(embedded={"tekken_model": embedded}))
 
     def apply_chat_template(self, chats: Any, *, max_length: int, **_: Any) -> dict[str, Tensor]:
         rows, masks = [], []
         for chat in chats:
             said = {message["role"]: message["content"][0]["text"] for message in chat}
             text = f"[SYSTEM_PROMPT]{said['system']}[/SYSTEM_PROMPT][INST]{said['user']}[/INST]"
-            ids = [1, *self._tokenizer(text).input_ids][:max_length]
+            ids = [1, *self.tokenizer(text).input_ids][:max_length]
             missing = max_length - len(ids)
             rows.append([*[11] * missing, *ids])
             masks.append([*[0] * missing, *[1] * len(ids)])

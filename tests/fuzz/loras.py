@@ -22,6 +22,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.families.released import released_names
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.inspect import describe
 from lorasmith.formats.layouts.layout import LAYOUTS
@@ -30,7 +31,6 @@ from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.toolbox import check, convert, lora_files, resize
 from lorasmith.toolbox.compare import compare
 from lorasmith.toolbox.merge import merge_loras
-from lorasmith.toolbox.released import released_names
 from lorasmith.training.lora_handle import Lora
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, damaged_safetensors, json_bytes, nasty_text

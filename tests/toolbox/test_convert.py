@@ -15,6 +15,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.model import Model
+from lorasmith.families.released import released_names
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.layouts.layout import LAYOUTS
@@ -22,7 +23,6 @@ from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.toolbox import convert
 from lorasmith.toolbox.convert import convert_lora
-from lorasmith.toolbox.released import released_names
 from tests.covering import slow_except
 
 TINY = "lorasmith-tiny"

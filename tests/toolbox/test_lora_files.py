@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
+from lorasmith.families.released import released_names
 from lorasmith.toolbox.lora_files import flat_shapes, read_lora, read_together, save_alike
-from lorasmith.toolbox.released import released_names
 
 LAYOUTS = ("kohya", "comfy", "diffusers")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.adapters.packed_layers import cast_weights
@@ -27,6 +27,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, ModelFiles
+from lorasmith.families.released import released_names
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes
 from lorasmith.sampling.generate import generate
@@ -268,3 +269,76 @@ def test_parts_of_a_lora_on_packed_weights_are_said_too(doors: Doors, whole: dic
     cast_weights(model.components.denoiser, torch.float8_e4m3fn)
     packed = replace(doors, tiny=model)
     assert "leaves out 4 of 28 parts" in packed.model_only(False)
+
+
+def test_a_lora_without_its_model_is_looked_at_and_applied_later(
+    tiny: Model, doors: Doors, whole: dict[str, Tensor]
+) -> None:
+    save_file(whole, doors.file, {"lorasmith.steps": "12"})
+    lora, known = Lora.load(doors.file), Lora.load(doors.file, tiny)
+    count = len(whole) // 3
+    for one in (lora, known):
+        assert one.algorithms == {"LoRA": count}
+        assert one.ranks == {2: count}
+        assert one.steps == 12
+        assert one.metadata["lorasmith.steps"] == "12"
+        assert one.parameters == sum(tensor.numel() for key, tensor in whole.items() if not key.endswith("alpha"))
+    assert (lora.family, known.family) == ("", "sd1")
+    assert "for a model that is not known yet" in repr(lora) and "for sd1, 12 steps" in repr(known)
+    applied, expected = (one.applied_to(tiny.denoiser, strength=0.5).patches[0] for one in (lora, known))
+    assert applied.strength == expected.strength and applied.adapters.keys() == expected.adapters.keys()
+    assert known.for_model(tiny) is known
+
+
+def test_a_lora_of_text_encoders_finds_its_names_later(tiny: Model, doors: Doors, for_text: dict[str, Tensor]) -> None:
+    save_file(for_text, doors.file)
+    assert len(Lora.load(doors.file).applied_to_text(tiny.text_encoder).patches) == 1
+    applied = Lora.load(doors.file).applied(tiny.denoiser, tiny.text_encoder)
+    assert (len(applied.encoder.patches), len(applied.denoiser.patches[0].adapters)) == (1, 0)
+
+
+def test_a_lora_for_another_model_is_refused_when_it_is_applied(
+    tiny: Model, doors: Doors, whole: dict[str, Tensor]
+) -> None:
+    save_file({key: one.repeat(1, 3) if "lora_down" in key else one for key, one in whole.items()}, doors.file)
+    with pytest.raises(LoraError, match=r"bad.safetensors .* model"):
+        Lora.load(doors.file).applied_to(tiny.denoiser)
+
+
+def test_one_for_a_released_model_is_saved_in_another_layout_without_it(doors: Doors, tmp_path: Path) -> None:
+    names = released_names("Stable Diffusion 1.x")
+    assert names is not None
+    layers = {path: shape for path, shape in names.weight_shapes.items() if path.endswith("attn2.to_k")}
+    state = AdapterState({ModuleRef("denoiser", path): weights(*shape) for path, shape in layers.items()})
+    save_file(LAYOUTS["kohya"].write(state, names), doors.file)
+    lora = Lora.load(doors.file)
+    assert lora.family == "sd1" and lora.algorithms == {"LoRA": len(layers)}
+    saved = lora.save(tmp_path / "diffusers.safetensors", layout="diffusers")
+    again = Lora.load(saved)
+    assert all(key.startswith("unet.") for key in load_file(saved))
+    assert again.state.adapters.keys() == lora.state.adapters.keys()
+
+
+def test_one_for_an_unknown_model_is_not_saved_without_it(tiny: Model, doors: Doors, whole: dict[str, Tensor]) -> None:
+    save_file(whole, doors.file)
+    target = doors.file.with_name("other.safetensors")
+    with pytest.raises(LorasmithError, match=r"only with the names of its model.*Lora.load\(path, model\)"):
+        Lora.load(doors.file).save(target)
+    assert not target.exists()
+    assert Lora.load(doors.file).for_model(tiny).save(target, layout="diffusers").is_file()
+
+
+def test_what_is_no_lora_is_refused_without_a_model_too(doors: Doors, whole: dict[str, Tensor]) -> None:
+    save_file({"model.weight": torch.zeros(2, 2)}, doors.file)
+    with pytest.raises(LorasmithError, match="is not a LoRA: none of its 1 tensors"):
+        Lora.load(doors.file)
+    save_file(with_value(whole, math.nan), doors.file)
+    with pytest.raises(LorasmithError, match="NaN"):
+        Lora.load(doors.file)
+
+
+def test_its_card_is_escaped(tiny: Model, doors: Doors, whole: dict[str, Tensor]) -> None:
+    save_file(whole, doors.file, {"modelspec.trigger_phrase": "<script>alert(1)</script>"})
+    shown = replace(Lora.load(doors.file), name="<b>dog</b>")._repr_html_()
+    assert "<script" not in shown and "<b>" not in shown and "&lt;script&gt;" in shown
+    assert repr(Lora.load(doors.file)).count("\n") == 0

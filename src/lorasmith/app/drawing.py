@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["LoadedModel", "load_with_loras", "save_pictures"]
+__all__ = ["LoadedModel", "load_with_loras", "save_pictures", "with_loras"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,47 @@ def load_with_loras(
     """
     loaded = load_completed(files, folders)
     base = loaded.model
-    denoiser, encoder, notes = base.denoiser, base.text_encoder, [*loaded.notes]
-    for path, strength in loras:
-        applied = Lora.load(path, base).applied(denoiser, encoder, strength=strength, strict=strict)
+    denoiser, encoder, notes = _with_loras(base.denoiser, base.text_encoder, loras, strict=strict)
+    return LoadedModel(base.title, denoiser, encoder, loaded.found, (*loaded.notes, *notes))
+
+
+def with_loras(
+    denoiser: Denoiser,
+    encoder: TextEncoder,
+    loras: Sequence[tuple[str | os.PathLike[str] | Lora, float]],
+    *,
+    strict: bool = False,
+) -> tuple[Denoiser, TextEncoder]:
+    """A denoiser and text encoders with LoRAs on top, with a Python warning about parts that do not apply.
+
+    Args:
+        denoiser, encoder: of one model.
+        loras: files or LoRAs, and strengths.
+        strict: whether a LoRA of which a part does not apply is refused.
+
+    Raises:
+        LorasmithError: a file cannot be read, or a LoRA does not fit the model.
+    """
+    denoiser, encoder, notes = _with_loras(denoiser, encoder, loras, strict=strict)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return denoiser, encoder
+
+
+def _with_loras(
+    denoiser: Denoiser,
+    encoder: TextEncoder,
+    loras: Sequence[tuple[str | os.PathLike[str] | Lora, float]],
+    *,
+    strict: bool,
+) -> tuple[Denoiser, TextEncoder, list[str]]:
+    notes = []
+    for one, strength in loras:
+        lora = one if isinstance(one, Lora) else Lora.load(one, denoiser.base)
+        applied = lora.applied(denoiser, encoder, strength=strength, strict=strict)
         denoiser, encoder = applied.denoiser, applied.encoder
         notes += [applied.note] if applied.note else []
-    return LoadedModel(base.title, denoiser, encoder, loaded.found, tuple(notes))
+    return denoiser, encoder, notes
 
 
 def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:

@@ -16,11 +16,13 @@ from typing import Any, ParamSpec, Protocol, get_type_hints
 import torch
 
 from lorasmith.app.preview_budget import BudgetedPreviews
+from lorasmith.app.progress_bars import note, run_shown
 from lorasmith.app.run_page import write_report
 from lorasmith.app.run_previews import run_previews
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import config_from
+from lorasmith.core.options import config_from, options_of
 from lorasmith.core.placement import chosen_device
+from lorasmith.core.printable import printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.previews import parse_prompts
@@ -28,11 +30,12 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 from lorasmith.training.watchers import Draw
 
-__all__ = ["TrainArguments", "new_run_folder", "run_folder", "train", "train_job"]
+__all__ = ["TrainArguments", "new_run_folder", "run_folder", "shown_signature", "train", "train_job"]
 
 P = ParamSpec("P")
 
@@ -126,7 +129,9 @@ class TrainArguments(TrainConfig):
         device: where to train; the first GPU, or the CPU, if None.
         validation: held-out images, instead of a share of the data.
         fresh: move an existing run in `output` aside, and start from scratch.
-        on_event: receives all events; without it, what goes wrong is logged (`logging`, by the name lorasmith).
+        progress: show a bar and the run's notes on standard error; False shows nothing.
+        on_event: receives all events; without it and without progress, what goes wrong is logged (`logging`, by the
+            name lorasmith).
         cancelled: called between steps; True ends the run and saves the result.
     """
 
@@ -137,12 +142,29 @@ class TrainArguments(TrainConfig):
     device: str | torch.device | None = None
     validation: EncodedDataset | None = None
     fresh: bool = False
+    progress: bool = True
     on_event: EventHandler | None = None
     cancelled: Callable[[], bool] | None = None
 
 
 _SURROUNDINGS = [field.name for field in fields(TrainArguments) if "option" not in field.metadata]
 """Names of the arguments of `train` that are not settings."""
+
+
+def shown_signature(function: Callable[..., Any], arguments: Any) -> Any:
+    """The function, whose `**arguments` are shown as the fields of their dataclass; those that are no options first.
+
+    Args:
+        function: with some parameters of its own.
+        arguments: the dataclass.
+    """
+    plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
+    first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
+    settings = options_of(arguments)
+    others.sort(key=lambda one: one.name in settings)
+    function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
+    return function
 
 
 class _Train(Protocol[P]):
@@ -153,16 +175,7 @@ class _Train(Protocol[P]):
 
 def _with_arguments(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
     """Decorator: a function with `**arguments` gets the signature of their dataclass, for type checkers and `help`."""
-
-    def shown(function: Callable[..., TrainResult]) -> _Train[P]:
-        plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
-        first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
-        others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
-        others.sort(key=lambda one: one.name not in _SURROUNDINGS)
-        function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
-        return function
-
-    return shown
+    return lambda function: shown_signature(function, arguments)
 
 
 @_with_arguments(TrainArguments)
@@ -173,25 +186,60 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         model: the base model, with or without LoRAs applied; it is not modified.
         data: encoded samples.
         **arguments: settings by name (`TrainConfig`), and those of `TrainArguments`: output, title, trigger, device,
-            validation, fresh, on_event, cancelled, config.
+            validation, fresh, progress, on_event, cancelled, config.
+
+    Returns:
+        The LoRA, the loss of each step, and where the files are if there is an output folder.
 
     Raises:
-        LorasmithError: the settings, the data or an existing LoRA do not fit, or the loss became non-finite. If steps
-            were taken and there is an output folder, their LoRA is saved and the message names the file.
+        OptionError: a setting is unknown, out of range or does not fit the model, or there is no such device.
+        LoraError: an existing LoRA cannot be read or is for another model.
+        DataError: the samples do not fit the model.
+        OutputError: `output` holds another run, a complete one, or one that another process trains.
+        TrainingError: the loss became non-finite more often than `max_rollbacks`, or memory is too small. If steps were
+            taken and there is an output folder, their LoRA is saved and the message names the file.
+        KeyboardInterrupt: the run was interrupted. Its LoRA and its state are in the output folder, if there is one,
+            and its notes name them; the same call continues it.
     """
     given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    options = RunOptions(
-        output=None if given.output is None else Path(given.output),
-        fresh=given.fresh,
-        title=given.title,
-        trigger=given.trigger,
-        validation=given.validation,
-        on_event=given.on_event or _logged,
-        cancelled=given.cancelled or RunOptions.cancelled,
-    )
-    return train_job(denoiser, plan_job(denoiser, config, chosen_device(given.device)), data, options)
+    job = plan_job(denoiser, config, chosen_device(given.device))
+    silent = RunOptions.on_event if given.progress else _logged
+    with run_shown(given.progress) as show:
+        options = RunOptions(
+            output=None if given.output is None else Path(given.output),
+            fresh=given.fresh,
+            title=given.title,
+            trigger=given.trigger,
+            validation=given.validation,
+            on_event=_to_both(show, given.on_event or silent),
+            cancelled=given.cancelled or RunOptions.cancelled,
+        )
+        try:
+            return train_job(denoiser, job, data, options)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(_place_of(options.output))
+            if given.progress:
+                note(f"Interrupted: {'; '.join(interrupt.__notes__)}.")
+            raise
+
+
+def _place_of(output: object) -> str:
+    """Where the files of an interrupted run are, in a clause."""
+    if not isinstance(output, Path):
+        return "nothing was saved, as the run has no folder; give one as output, such as output='runs/dog'"
+    if not (output / RECORD).is_file():
+        return "the run had not begun"
+    return f"the run is in {printable(str(output), limit=200)}; the same call continues it"
+
+
+def _to_both(first: EventHandler, second: EventHandler) -> EventHandler:
+    def both(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return both
 
 
 def _logged(event: Event) -> None:

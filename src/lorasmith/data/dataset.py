@@ -6,6 +6,7 @@ captions, both functions of the run's seed and the draw's index, as everything e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.printable import printable
 from lorasmith.core.random import keyed_uniform
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.encoded_captions import EncodedCaptions
@@ -65,7 +67,7 @@ class Variants:
         return self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """One image, encoded.
 
@@ -89,6 +91,15 @@ class Sample:
     places: Tensor | None = None
     is_class: bool = False
     variants: Variants | None = None
+
+    def __repr__(self) -> str:
+        facts = [f"latents {'×'.join(map(str, self.latents.shape))}"]
+        if self.conditioning.text is not None:
+            facts.append(f"caption {printable(self.conditioning.text, limit=60)!r}")
+        facts += [f"weight {self.weight:g}"] if self.weight != 1 else []
+        facts += ["of the class"] if self.is_class else []
+        facts += ["varies"] if self.variants else []
+        return f"Sample({printable(self.name, limit=60)}: {', '.join(facts)})"
 
     def drawn(self, seed: int, draw: int) -> Sample:
         """The sample of a draw, with nothing left to draw.
@@ -115,7 +126,7 @@ class Sample:
         return replace(self, latents=picture.latents, places=picture.places, conditioning=conditioning, variants=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EncodedDataset:
     """The samples of a run, in which a sample with repeats occurs repeatedly.
 
@@ -143,6 +154,19 @@ class EncodedDataset:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __repr__(self) -> str:
+        images = len({id(sample) for sample in self.samples})
+        sizes = Counter("×".join(map(str, sample.latents.shape[-2:])) for sample in self.samples)
+        shown = [f"{count} of {size}" for size, count in sizes.most_common(3)] + (["..."] if len(sizes) > 3 else [])
+        of_class = sum(sample.is_class for sample in self.samples)
+        facts = [
+            f"{len(self.samples)} samples" + (f" of {images} images" if images != len(self.samples) else ""),
+            f"latents {', '.join(shown)}",
+            *([f"{of_class} of the class"] if of_class else []),
+            *([f"{len(self.notes)} notes"] if self.notes else []),
+        ]
+        return f"EncodedDataset({', '.join(facts)})"
 
 
 def places_of(samples: Sequence[Sample]) -> Tensor | None:

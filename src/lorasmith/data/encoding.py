@@ -45,6 +45,7 @@ def load_dataset(
     *,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    caption_progress: Callable[[int, int], None] | None = None,
     config: DataConfig | None = None,
     **settings: Any,
 ) -> EncodedDataset:
@@ -56,6 +57,7 @@ def load_dataset(
         model: its autoencoder and text encoders are used.
         device: where to encode; the first GPU, or the CPU, if None.
         progress: called after each image with (images done, total, name of the image).
+        caption_progress: called after each caption, before the images, with (captions done, total).
         config: settings of the data; those passed as keywords override them.
         **settings: those of `DataConfig` by name, such as trigger, resolution and flip.
 
@@ -66,7 +68,12 @@ def load_dataset(
     place = chosen_device(device)
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
     return encode_scan(
-        scan_sources(_sources(images), whole, cache=datasets_folder()), model, whole, device=place, progress=progress
+        scan_sources(_sources(images), whole, cache=datasets_folder()),
+        model,
+        whole,
+        device=place,
+        progress=progress,
+        caption_progress=caption_progress,
     )
 
 
@@ -91,12 +98,13 @@ def encode_scan(
     *,
     device: torch.device | None = None,
     progress: Progress | None = None,
+    caption_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
     """Encode scanned images, from and into the user's cache unless `config` has none.
 
     Args:
         scan: of the images.
-        model, device, progress: as for `load_dataset`.
+        model, device, progress, caption_progress: as for `load_dataset`.
         config: with which they were scanned.
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
@@ -126,6 +134,7 @@ def encode_scan(
         resolution=model.defaults.resolution,
         multiple=model.defaults.pixel_multiple,
         progress=progress,
+        caption_progress=caption_progress,
     )
     return data if cache is None else replace(data, notes=(*data.notes, *cache.notes))
 
@@ -139,6 +148,7 @@ def encode_images(
     resolution: int,
     multiple: int,
     progress: Progress | None = None,
+    caption_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
     """Encode the plain caption of each image, then its framings.
 
@@ -151,14 +161,14 @@ def encode_images(
         captions, pictures: what encodes.
         resolution: the model's, where `config` has none.
         multiple: sides of pictures are multiples of it.
-        progress: called after each image with (images done, total, name of the image).
+        progress, caption_progress: as for `load_dataset`.
 
     Raises:
         ImageError: an image can no longer be read.
         DataError: the settings exclude the model, a mask cannot be used, or an image's latents are not finite.
     """
     step = pixel_step(config, multiple)
-    captions.encode_ahead([image.caption for image in scan.images])
+    captions.encode_ahead([image.caption for image in scan.images], caption_progress)
     images = [_framed(image, config, resolution, step) for image in scan.images]
     encoded = encode_pictures(images, pictures, config, progress)
     notes: list[str] = []

@@ -87,7 +87,7 @@ class ImageFile:
         return self.path.name.encode("utf-8", "replace").decode()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FolderScan:
     """The content of a folder, or of several sources.
 
@@ -102,6 +102,16 @@ class FolderScan:
     skipped: tuple[tuple[Path, str], ...]
     missing_captions: tuple[Path, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = {
+            "images": self.images,
+            "skipped": self.skipped,
+            "without a caption": self.missing_captions,
+            "notes": self.notes,
+        }
+        shown = [f"{len(found)} {what}" for what, found in counts.items() if found or what == "images"]
+        return f"FolderScan({', '.join(shown)})"
 
 
 def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None) -> FolderScan:

@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from lorasmith.formats.names.recognise import SIGNATURES, Signature
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
+    from lorasmith.families.files.pipeline_configs import PipelineConfigs
     from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
 
 __all__ = [
@@ -373,9 +373,9 @@ class Family(ABC):
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether an original-layout checkpoint with these denoiser tensors (prefix cut off) is of this family."""
 
-    def recognises_folder(self, folder: Path, index: Mapping[str, Any]) -> bool:
-        """Whether a diffusers folder with this `model_index.json` is of this family."""
-        return bool(index.get("_class_name") == self.pipeline)
+    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
+        """Whether a diffusers pipeline, in a folder or in memory, is of this family."""
+        return self.pipeline in configs.classes
 
     @abstractmethod
     def denoiser_class(self) -> type[nn.Module]:
@@ -406,8 +406,8 @@ class Family(ABC):
         """How the denoiser of a checkpoint was trained, from its tensors and metadata."""
 
     @abstractmethod
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        """How the denoiser of a diffusers folder was trained. Raises ModelError for unsupported schedules."""
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        """How the denoiser of a diffusers pipeline was trained. Raises ModelError for unsupported schedules."""
 
     @abstractmethod
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:

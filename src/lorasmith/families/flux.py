@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -33,8 +32,8 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.diffusers_folder import read_json
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.clip_text import encode_prompt
@@ -156,9 +155,8 @@ class Flux(Family):
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _diffusion(has_guidance=flux_layout.GUIDANCE in checkpoint.denoiser_shapes)
 
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        config = read_json(folder / self.denoiser_folder / "config.json")
-        return _diffusion(has_guidance=bool(config.get("guidance_embeds", False)))
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        return _diffusion(has_guidance=bool(configs.of(self.denoiser_folder).get("guidance_embeds", False)))
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config

@@ -9,7 +9,6 @@ tensors. The original layout fuses query, key and value of double blocks; diffus
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +32,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
@@ -181,7 +181,7 @@ class Flux2(Family):
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _DIFFUSION
 
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         return _DIFFUSION
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:

@@ -7,7 +7,6 @@ Nothing is fused in the original layout. Turbo, which is distilled, has the tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +31,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
@@ -159,7 +159,7 @@ class Krea2(Family):
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _DIFFUSION
 
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         return _DIFFUSION
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:

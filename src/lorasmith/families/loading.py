@@ -7,11 +7,13 @@ their dtype, until they are placed on a device.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +24,9 @@ from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, Tex
 from lorasmith.families.diffusers_file import recognised_by_diffusers_names
 from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint, Shapes
 from lorasmith.families.files.diffusers_folder import PartFolder, read_json
+from lorasmith.families.files.loaded_modules import source_of_module
 from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Model
@@ -35,17 +39,37 @@ from lorasmith.families.part_loading import (
     tokenizer_source,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
-from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.formats.names.model_names import matches
 
-__all__ = ["family_of", "load_model", "model_of_checkpoint", "recognise", "with_parts"]
+__all__ = [
+    "DiffusersPipeline",
+    "family_of",
+    "load_model",
+    "model_of_checkpoint",
+    "model_of_pipeline",
+    "recognise",
+    "with_parts",
+]
 
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
 _LARGEST_SETTING = 65_536
 
 
+class DiffusersPipeline(Protocol):
+    """A loaded pipeline of diffusers, whose parts are its attributes."""
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """The parts by name."""
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+
+
 def load_model(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | DiffusersPipeline,
     *,
     text_encoders: Sequence[str | os.PathLike[str]] = (),
     vae: str | os.PathLike[str] | None = None,
@@ -54,19 +78,26 @@ def load_model(
     """Load a base model.
 
     Weights stay on the memory-mapped files, in the files' dtype, so that loading costs no memory; training and sampling
-    place copies on their device, in their dtype.
+    place copies on their device, in their dtype. Those of a loaded pipeline are shared with it: the model has its own
+    modules on the pipeline's tensors, so that nothing of the pipeline changes (weights, gradients, modes, hooks), and
+    what later changes its weights in place changes the model's.
 
     Args:
         source: a single-file checkpoint or denoiser in the original layout, a diffusers folder, the name of a built-in
-            model, or a hub id such as `stabilityai/stable-diffusion-2-1`, which needs a network.
+            model, a hub id such as `stabilityai/stable-diffusion-2-1`, which needs a network, or a loaded pipeline of
+            diffusers.
         text_encoders: files, checkpoints or diffusers folders with text encoders that `source` lacks, or that replace
             its own.
         vae: the same for the autoencoder.
         dtype: converts the denoiser's weights to this dtype, in memory; None leaves them in the file and its dtype.
 
     Raises:
-        ModelError: a file cannot be found, read or recognised, or a part belongs to another family.
+        ModelError: a file cannot be found, read or recognised, a part belongs to another family, or the weights of a
+            pipeline are quantized, offloaded to nowhere, or have LoRAs on them.
     """
+    if not isinstance(source, str | os.PathLike):
+        model = with_parts(model_of_pipeline(source), text_encoders=text_encoders, vae=vae)
+        return model if dtype is None else _converted(model, dtype)
     quieten()
     path = located(source)
     if path.is_dir():
@@ -74,8 +105,11 @@ def load_model(
     else:
         model = model_of_checkpoint(OriginalCheckpoint(path))
     model = with_parts(model, text_encoders=text_encoders, vae=vae)
-    if dtype is not None:
-        model.components.denoiser.to(dtype)
+    return model if dtype is None else _converted(model, dtype)
+
+
+def _converted(model: Model, dtype: torch.dtype) -> Model:
+    model.components.denoiser.to(dtype)
     return model
 
 
@@ -131,16 +165,14 @@ def _recognised(checkpoint: OriginalCheckpoint) -> tuple[Family, Shapes, bool]:
 
 def family_of(folder: Path) -> Family:
     """The family of a diffusers folder. Raises ModelError if it is not one, or of no supported family."""
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(
-            f"{folder} is no diffusers model (it has no model_index.json); "
-            "give the folder that holds it, or a .safetensors file"
-        )
-    index = read_json(folder / "model_index.json")
+    return _family_of(PipelineConfigs.of_folder(folder), f"{folder} is a diffusers model")
+
+
+def _family_of(configs: PipelineConfigs, what: str) -> Family:
     for _, family in FAMILIES.items():
-        if family.recognises_folder(folder, index):
+        if family.recognises_pipeline(configs):
             return family
-    raise ModelError(f"{folder} is a diffusers model of an unsupported architecture; supported are {_titles()}")
+    raise ModelError(f"{what} of an unsupported architecture; supported are {_titles()}")
 
 
 def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
@@ -195,22 +227,16 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
 
 
 def _model_of_folder(folder: Path, *, title: str) -> Model:
+    configs = PipelineConfigs.of_folder(folder)
     family = family_of(folder)
+    names = [family.denoiser_folder, *family.text_encoders, "vae"]
     try:
-        denoiser = _denoiser_of_folder(family, PartFolder(folder / family.denoiser_folder))
-        encoders, tokenizers = {}, {}
-        for component, slot in family.text_encoders.items():
-            if (folder / component).is_dir():
-                kind = ENCODERS[slot.kind]
-                encoders[component] = kind.build(PartFolder(folder / component).source())
-                tokenizers[component] = kind.tokenizer(encoders[component], tokenizer_folder(folder, component))
-        vae = None
-        if (folder / "vae").is_dir():
-            vae = AUTOENCODERS[family.autoencoder.kind].build(PartFolder(folder / "vae").source())
-        diffusion = family.diffusion_of_folder(folder)
-        overrides = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
-        components = _assembled(
-            family, denoiser, diffusion, TextEncoders(encoders, tokenizers), vae, overrides=overrides
+        components = _of_pipeline(
+            family,
+            configs,
+            {name: PartFolder(folder / name).source() for name in names if (folder / name).is_dir()},
+            lambda component, kind, encoder: kind.tokenizer(encoder, tokenizer_folder(folder, component)),
+            overrides=read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {},
         )
     except (OSError, ValueError, RuntimeError) as error:
         # json, diffusers and transformers put the reason at the start of their messages.
@@ -221,9 +247,77 @@ def _model_of_folder(folder: Path, *, title: str) -> Model:
     return Model(family, components, title=title, path=folder, files=files)
 
 
-def _denoiser_of_folder(family: Family, part: PartFolder) -> nn.Module:
+def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
+    """A model on the tensors of a loaded diffusers pipeline, which stays as it is. Raises ModelError; see `load_model`.
+
+    The model's modules are its own, without hooks, in eval mode and without gradients; only tensors are shared.
+    """
+    if not isinstance(getattr(pipeline, "components", None), Mapping):
+        raise ModelError(
+            f"a model must be a path, a name or a loaded pipeline of diffusers, got {type(pipeline).__name__}; give "
+            "the whole pipeline, with its text encoders and its scheduler"
+        )
+    title = _title_of(pipeline)
+    configs = PipelineConfigs.of_pipeline(pipeline, title)
+    family = _family_of(configs, f"{title} ({type(pipeline).__name__}) is")
+    parts = {name: getattr(pipeline, name, None) for name in (family.denoiser_folder, *family.text_encoders, "vae")}
+
+    def tokenizer(component: str, kind: EncoderKind, encoder: nn.Module) -> Any:
+        found = getattr(pipeline, component.replace("text_encoder", "tokenizer"), None)
+        found = getattr(found, "tokenizer", found)  # of a processor, which has one for pictures as well
+        if found is None:
+            raise ModelError(f"{title} must have the tokenizer of its {component} but has none; load it with all parts")
+        return copy.deepcopy(found)  # calls change its padding
+
+    sources = {name: source_of_module(part, title, name) for name, part in parts.items() if part is not None}
+    components = _of_pipeline(family, configs, sources, tokenizer)
+    channels = components.latent.channels, family.autoencoder.channels
+    if components.vae is not None and channels[0] != channels[1]:
+        raise ModelError(
+            f"the denoiser of {title} must take latents of {channels[1]} channels as {family.title} does, got "
+            f"{channels[0]}; models with further inputs, such as those for inpainting, are not supported"
+        )
+    return Model(family, components, title=title)
+
+
+def _title_of(pipeline: DiffusersPipeline) -> str:
+    """Name of a pipeline: that of its folder or repository, else of its class."""
+    source = getattr(pipeline, "name_or_path", None) or getattr(pipeline.config, "_name_or_path", None)
+    return Path(str(source)).name if source else type(pipeline).__name__
+
+
+def _of_pipeline(
+    family: Family,
+    configs: PipelineConfigs,
+    sources: Mapping[str, PartSource],
+    tokenizer: Callable[[str, EncoderKind, nn.Module], Any],
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Components:
+    """Components built from the parts of a diffusers pipeline.
+
+    Args:
+        family: of the pipeline.
+        configs: of its parts.
+        sources: tensors and configuration of each part that is there.
+        tokenizer: of an encoder by component name, kind and module.
+        overrides: as for `_assembled`.
+    """
+    if family.denoiser_folder not in sources:
+        raise ModelError(f"{configs.title} must have a {family.denoiser_folder} but has none; get the model again")
+    denoiser = _denoiser_of(family, sources[family.denoiser_folder])
+    encoders, tokenizers = {}, {}
+    for component, slot in family.text_encoders.items():
+        if component in sources:
+            kind = ENCODERS[slot.kind]
+            encoders[component] = kind.build(sources[component])
+            tokenizers[component] = tokenizer(component, kind, encoders[component])
+    vae = AUTOENCODERS[family.autoencoder.kind].build(sources["vae"]) if "vae" in sources else None
+    diffusion = family.diffusion_of_pipeline(configs)
+    return _assembled(family, denoiser, diffusion, TextEncoders(encoders, tokenizers), vae, overrides=overrides)
+
+
+def _denoiser_of(family: Family, source: PartSource) -> nn.Module:
     kind: Any = family.denoiser_class()
-    source = part.source()
     return _precise(build(lambda: kind.from_config(source.config), lambda model: source.tensors, where=source.where))
 
 

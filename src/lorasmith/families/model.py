@@ -7,6 +7,7 @@ shared module only inside `active()`.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, patches_applied
+from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import best_device, device_of, placed
+from lorasmith.core.printable import printable
 from lorasmith.families.base import (
     Components,
     Conditioning,
@@ -31,6 +35,7 @@ from lorasmith.families.base import (
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.report.cards import card
 
 __all__ = ["MAX_PROMPT", "Autoencoder", "Denoiser", "Model", "TextEncoder"]
 
@@ -38,7 +43,7 @@ MAX_PROMPT = 20_000
 """Characters of a prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A base model as loaded.
 
@@ -55,6 +60,40 @@ class Model:
     title: str
     path: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        parts = [name for name in self.components.modules() if name != "denoiser"]
+        facts = [self.family.title, self._size, *([f"with {', '.join(parts)}"] if parts else [])]
+        return f"Model({printable(self.title, limit=60)}: {', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        side, multiple = self.defaults.resolution, self.defaults.pixel_multiple
+        missing = [name for name in (*self.family.text_encoders, "vae") if name not in self.components.modules()]
+        facts = {
+            "family": self.family.title,
+            "denoiser": self._size,
+            "further parts": ", ".join(name for name in self.components.modules() if name != "denoiser"),
+            "missing parts": ", ".join(missing),
+            "predicts": self.components.parameterization,
+            "pictures": f"{side}×{side}, sides are multiples of {multiple}",
+            "file": "" if self.path is None else str(self.path),
+        }
+        return card(self.title, facts)
+
+    @property
+    def _size(self) -> str:
+        """Parameters and number formats of the denoiser."""
+        module = self.components.denoiser
+        count = sum(one.numel() for one in module.parameters())
+        dtypes = Counter(one.dtype for one in module.parameters())
+        names = " and ".join(dtype_name(dtype) for dtype, _ in dtypes.most_common())
+        if packed := packed_layers(module):
+            names += f", {len(packed)} layers quantized"
+        return (
+            f"{count / 1e9:.2f} B parameters in {names}"
+            if count >= 1e8
+            else f"{count / 1e6:.1f} M parameters in {names}"
+        )
 
     @property
     def defaults(self) -> Defaults:
@@ -83,7 +122,7 @@ class Model:
         return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Denoiser:
     """A denoiser with an ordered list of LoRAs (ComfyUI's MODEL).
 
@@ -96,6 +135,11 @@ class Denoiser:
     base: Model
     patches: tuple[Patch, ...] = ()
     noising: Diffusion | None = None
+
+    def __repr__(self) -> str:
+        loras = [f"a LoRA on {len(one.adapters)} modules at {one.strength:g}" for one in self.patches]
+        facts = [self.base.family.title, *loras, *(["another noise schedule"] if self.noising else [])]
+        return f"Denoiser({printable(self.base.title, limit=60)}: {', '.join(facts)})"
 
     @property
     def module(self) -> nn.Module:

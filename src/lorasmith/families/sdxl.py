@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +32,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompt
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
@@ -123,8 +123,8 @@ class StableDiffusionXL(Family):
             checkpoint, unet_layout.said_parameterization(checkpoint) or "epsilon"
         )
 
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return unet_layout.diffusion_of_folder(folder, self.title)
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        return unet_layout.diffusion_of_pipeline(configs, self.title)
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])

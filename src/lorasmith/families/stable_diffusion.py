@@ -7,7 +7,6 @@ attention heads and, for the 768-pixel 2.x models, the parameterization.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.diffusers_folder import read_json
 from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompt
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
@@ -86,11 +85,10 @@ class StableDiffusion(Family):
         is_small = len(contexts) == 1 and max(contexts) < 768 and "label_emb.0.0.weight" not in shapes
         return contexts == {_CONTEXT_WIDTH[self._version]} or (is_small and self._version == 1)
 
-    def recognises_folder(self, folder: Path, index: Mapping[str, Any]) -> bool:
-        if not super().recognises_folder(folder, index):
+    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
+        if not super().recognises_pipeline(configs):
             return False
-        config = read_json(folder / "unet" / "config.json")
-        return bool(config.get("cross_attention_dim") == 1024) == (self._version == 2)
+        return bool(configs.of("unet").get("cross_attention_dim") == 1024) == (self._version == 2)
 
     def denoiser_class(self) -> type[nn.Module]:
         from diffusers import UNet2DConditionModel
@@ -106,8 +104,8 @@ class StableDiffusion(Family):
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return unet_layout.diffusion_of_checkpoint(checkpoint, self._parameterization(checkpoint))
 
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
-        return unet_layout.diffusion_of_folder(folder, self.title)
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        return unet_layout.diffusion_of_pipeline(configs, self.title)
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])

@@ -9,7 +9,6 @@ same tensors as the base model: only names tell them apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +32,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
@@ -137,7 +137,7 @@ class ZImage(Family):
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _DIFFUSION
 
-    def diffusion_of_folder(self, folder: Path) -> Diffusion:
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         return _DIFFUSION
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:

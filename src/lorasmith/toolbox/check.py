@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError
+from lorasmith.families.released import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.lora_file import read_lora_tensors
@@ -20,7 +21,6 @@ from lorasmith.formats.quality.faults import Finding, findings_of, main_layout
 from lorasmith.formats.quality.mending import Mend
 from lorasmith.formats.streaming import Spool, spooled
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import free_target
 
 __all__ = ["Checked", "check_lora", "fix_lora"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
+from lorasmith.families.released import released_names
 from lorasmith.formats.layouts.layout import sentences
 from lorasmith.formats.lora_file import (
     PORTABLE,
@@ -33,7 +34,6 @@ from lorasmith.formats.quality.acceptance import shortfalls
 from lorasmith.formats.quality.portable import made_portable, misread_alphas
 from lorasmith.formats.streaming import save_streamed
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import free_target
 
 __all__ = ["Converted", "convert_lora"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.families.released import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
@@ -37,7 +38,6 @@ from lorasmith.formats.names.spelling import (
 )
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.toolbox.changes import is_plain_lora
-from lorasmith.toolbox.released import released_names
 from lorasmith.toolbox.writing import rank_entries
 
 __all__ = ["LoraFile", "flat_shapes", "read_lora", "read_together", "refuse_folder", "save_alike", "spelled_like"]

@@ -27,6 +27,7 @@ from lorasmith.families.files.diffusers_folder import read_json, weight_files
 from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.packed_weights import scale_name
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.loading import family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
@@ -84,7 +85,7 @@ class ModelFiles:
         """`epsilon`, `v` or `flow`: what the model predicts."""
         if self.path.is_file():
             return self.family.diffusion(OriginalCheckpoint(self.path)).parameterization
-        return self.family.diffusion_of_folder(self.path).parameterization
+        return self.family.diffusion_of_pipeline(PipelineConfigs.of_folder(self.path)).parameterization
 
     def files(self) -> set[Path]:
         """The files with the parameters."""

@@ -15,6 +15,8 @@ from lorasmith.core.typed_json import typed
 from lorasmith.training.outcome import Outcome
 
 __all__ = [
+    "EVENTS_VERSION",
+    "KINDS",
     "CaptionEncoded",
     "CaptionsPlanned",
     "Drawing",
@@ -282,21 +284,30 @@ class RunFinished(Event):
 
 EventHandler = Callable[[Event], None]
 
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+"""The events of a run by name."""
+
+EVENTS_VERSION = 1
+"""Of the lines of `events.jsonl`. It is raised when an older reader would take a line for something else."""
+
 
 def encoded(event: Event) -> str:
     """An event as a line of `events.jsonl`."""
-    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
+    return json.dumps({"event": type(event).__name__, "version": EVENTS_VERSION, **dataclasses.asdict(event)})
 
 
 def decoded(line: str) -> Event:
-    """The event in a line of `events.jsonl`; unknown fields, from later versions, are ignored.
+    """The event in a line of `events.jsonl`; unknown fields are ignored, and lines without a version are of the first.
 
     Raises:
-        ValueError: the line is truncated, of an unknown kind, or holds implausible numbers.
+        ValueError: the line is truncated, of an unknown kind or a later version, or holds implausible numbers.
     """
     try:
         found = _readable(json.loads(line))  # not `parse_foreign_json`: a loss may be NaN
-        event = typed(found, _KINDS[found["event"]])
+        kind = KINDS[found["event"]]
+        if typed(found.get("version", 1), int) > EVENTS_VERSION:
+            raise ValueError("it is of a later version")
+        event = typed(found, kind)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
     if not _plausible(event):
@@ -304,7 +315,6 @@ def decoded(line: str) -> Event:
     return event
 
 
-_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 _LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,16 +17,34 @@ from typing import Generic, TypeVar
 
 import torch
 
+from lorasmith.adapters.algorithms import title_of
 from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.printable import printable, sentence
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.formats.lora_file import PORTABLE, Reason, Unapplied, load_lora, save_lora, unapplied
+from lorasmith.families.released import released_names
+from lorasmith.formats.layouts.peft_config import stated_alphas
+from lorasmith.formats.lora_file import (
+    PORTABLE,
+    Reason,
+    Unapplied,
+    load_lora,
+    lora_of_tensors,
+    read_lora_tensors,
+    refuse_non_finite,
+    save_lora,
+    state_from_tensors,
+    unapplied,
+)
+from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import ModuleTensors, fits
+from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, fits, grouped
+from lorasmith.formats.scales import rank_of
+from lorasmith.report.cards import card
 
 __all__ = ["Applied", "Lora"]
 
@@ -47,16 +66,18 @@ class Applied(Generic[D, E]):
     note: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lora:
     """A LoRA with the name table of its model.
 
     Attributes:
         state: tensors and metadata.
-        names: name table of its model.
+        names: name table of its model; of a LoRA that was loaded without one, that of the released model of its family,
+            and empty where that is not known.
         dtype: number format of the saved file, None to keep each tensor's own.
         private: whether a graph that saves it leaves the workflow out of the file.
         name: in messages.
+        given: tensors of the file by key, of a LoRA that was loaded without its model; None for others.
     """
 
     state: AdapterState
@@ -64,16 +85,47 @@ class Lora:
     dtype: torch.dtype | None = None
     private: bool = False
     name: str = "the LoRA"
+    given: Mapping[str, torch.Tensor] | None = None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Model | ModelNames) -> Lora:
-        """Load a LoRA file or folder in any known layout, for a model or its names.
+    def load(cls, path: str | os.PathLike[str], model: Model | ModelNames | None = None) -> Lora:
+        """Load a LoRA file or folder in any known layout.
+
+        Tensors stay on the memory-mapped file. Without a model, the LoRA can be inspected, applied to a model later,
+        and saved in another layout if it is for the released model of a family that is known here.
+
+        Args:
+            path: a safetensors file, or a folder of PEFT or diffusers.
+            model: the model that it is for, or its names; None to find out when it is applied.
 
         Raises:
-            LoraError: it cannot be read, holds NaN or infinity, or is for another model.
+            LoraError: it cannot be read, is no LoRA, holds NaN or infinity, or is for another model.
         """
+        path = Path(path)
+        if model is not None:
+            names = model if isinstance(model, ModelNames) else model.names
+            return cls(load_lora(path, names), names, name=path.name)
+        tensors, metadata = read_lora_tensors(path)
+        refuse_non_finite(path, tensors)
+        if not grouped(tensors):
+            raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
+        assumed = released_names(guessed_family({key: tuple(one.shape) for key, one in tensors.items()}) or "")
+        state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
+        if assumed is not None:
+            state = state_from_tensors(tensors, metadata, assumed)
+        return cls(state, assumed or _UNKNOWN, name=path.name, given=tensors)
+
+    def for_model(self, model: Model | ModelNames) -> Lora:
+        """It with the names of a model; one that has them already stays as it is.
+
+        Raises:
+            LoraError: it was loaded without a model, and is for another one.
+        """
+        if self.given is None:
+            return self
         names = model if isinstance(model, ModelNames) else model.names
-        return cls(load_lora(Path(path), names), names, name=Path(path).name)
+        state = lora_of_tensors(Path(self.name), self.given, self.state.metadata, names)
+        return replace(self, state=state, names=names, given=None)
 
     def save(
         self,
@@ -82,11 +134,90 @@ class Lora:
         layout: str = PORTABLE,
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write the file atomically, with `metadata` added to its own. Raises LoraError and OutputError."""
+        """Write the file atomically.
+
+        Args:
+            path: the file, or the folder for layouts that are one.
+            layout: `portable` (what most programs read completely), `kohya`, `comfy`, `diffusers`, `peft` or
+                `ai-toolkit`.
+            metadata: text entries, added to its own.
+
+        Raises:
+            LoraError: the layout is unknown or cannot hold all of it, or it was loaded without its model and is not for
+                the released model of a known family.
+            OutputError: the file cannot be written.
+        """
+        if self.given is not None and (self.state.unknown or not self._modules):
+            raise LoraError(
+                f"{self.name} can be saved in another layout only with the names of its model, as "
+                f"{len(self.state.unknown)} of its {len(self.given)} tensors are for no released model that is known "
+                "here; load it with its model: Lora.load(path, model)"
+            )
         target = Path(path)
         state = self.state.with_metadata(metadata or {})
         save_lora(target, state, self.names, layout=layout, dtype=self.dtype, metadata=state.metadata)
         return target
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Its metadata, text by key."""
+        return self.state.metadata
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates that went into it, 0 if unknown."""
+        return steps_of(self.state.metadata, self.name)
+
+    @property
+    def family(self) -> str:
+        """Name of the family of its model, such as `sdxl`; empty if unknown."""
+        return self.names.family
+
+    @cached_property
+    def algorithms(self) -> Mapping[str, int]:
+        """Number of modules by algorithm (`LoRA`, `LoKr`, `DoRA`, ...), most frequent first."""
+        return dict(Counter(title_of(one) for one in self._adapters).most_common())
+
+    @cached_property
+    def ranks(self) -> Mapping[int, int]:
+        """Number of modules by rank, most frequent first; algorithms without one are left out."""
+        return dict(Counter(rank for one in self._adapters if (rank := rank_of(one)) is not None).most_common())
+
+    @property
+    def parameters(self) -> int:
+        """Number of its values, differences of norms and biases included."""
+        if self.given is not None:
+            return sum(one.numel() for key, one in self.given.items() if not key.endswith(".alpha"))
+        tensors = [one for adapter in self._adapters for one in adapter.tensors.values()]
+        tensors += [one for changes in self.state.differences.values() for one in changes.values()]
+        return sum(one.numel() for one in tensors)
+
+    @cached_property
+    def _adapters(self) -> Sequence[AdapterWeights]:
+        if self.given is None:
+            return tuple(self.state.adapters.values())
+        whole, _ = all_assembled(self.given, stated_alphas(self.given, self.state.metadata))
+        return tuple(one.adapter for one in whole.values() if one.adapter is not None)
+
+    def __repr__(self) -> str:
+        facts = [f"{algorithm} on {count} modules" for algorithm, count in self.algorithms.items()]
+        if self.ranks:
+            facts.append(f"rank {' and '.join(map(str, list(self.ranks)[:3]))}{', ...' if len(self.ranks) > 3 else ''}")
+        facts.append(f"{self.parameters:,} parameters")
+        facts.append(f"for {self.family}" if self.family else "for a model that is not known yet")
+        facts += [f"{self.steps:,} steps"] if self.steps else []
+        return f"Lora({printable(self.name, limit=60)}: {', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "family": self.family or "not known yet",
+            "algorithm": ", ".join(f"{name} on {count} modules" for name, count in self.algorithms.items()),
+            "rank": ", ".join(map(str, self.ranks)),
+            "parameters": f"{self.parameters:,}",
+            "steps": f"{self.steps:,}" if self.steps else "",
+            "trigger": self.metadata.get("modelspec.trigger_phrase", ""),
+        }
+        return card(self.name, facts)
 
     def applied(
         self,
@@ -113,6 +244,11 @@ class Lora:
             LoraError: the LoRA belongs to another model, would have to be merged into packed weights, or is refused.
             OptionError: a strength is not a finite number.
         """
+        if self.given is not None and (handle := denoiser or encoder) is not None:
+            whole = self.for_model(handle.base if isinstance(handle, Denoiser) else handle.names)
+            return whole.applied(
+                denoiser, encoder, strength=strength, text_strength=text_strength, bypass=bypass, strict=strict
+            )
         text_strength = strength if text_strength is None else text_strength
         on_denoiser, on_text = denoiser is not None and strength != 0, encoder is not None and text_strength != 0
         left: list[Unapplied] = []
@@ -249,6 +385,9 @@ class Lora:
             f"{printable(self.name, limit=60)}: {', '.join(groups)}; {left[0].reason.remedy}"
         )
 
+
+_UNKNOWN = ModelNames(family="", denoiser={}, peft_prefix="")
+"""Names of a model that is not known yet."""
 
 _NAMES = 120
 """Characters for names of parts in a sentence, which has room for little more on one screen line."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.files import write_atomic
+from lorasmith.core.printable import printable
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.report.cards import card, embedded_picture, embedded_png
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
@@ -20,10 +25,10 @@ from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
-__all__ = ["Results", "TrainResult"]
+__all__ = ["Results", "TrainResult", "lora_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """The result of a run.
 
@@ -53,12 +58,65 @@ class TrainResult:
     best_path: Path | None = None
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the loss curve as a PNG."""
+        """Draw the loss curve as a PNG file, which is replaced; returns its path.
+
+        Raises:
+            OutputError: no loss is finite, or the file cannot be written.
+        """
+        target = Path(path)
+        write_atomic(target, self._curve())
+        return target
+
+    def __repr__(self) -> str:
+        taken = [loss for loss in self.losses if math.isfinite(loss)]
+        facts = [f"{self.reason} after {self.steps:,} steps"]
+        if taken:
+            last = taken[-max(1, len(taken) // 10) :]
+            facts.append(f"loss {sum(last) / len(last):.4f} over the last {len(last)}")
+        if self.validations and self.base_loss:
+            best = min(loss for _, loss in self.validations)
+            facts.append(f"held out {100 * (best / self.base_loss - 1):+.1f} % at best")
+        facts += [] if self.path is None else [f"LoRA at {printable(str(self.path), limit=160)}"]
+        return f"TrainResult({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, object] = {
+            "ended": f"{self.reason} after {self.steps:,} steps",
+            "verdict": self.verdict,
+            "LoRA": "" if self.path is None else str(self.path),
+            "best LoRA": "" if self.best_path is None else str(self.best_path),
+            "report": "" if self.folder is None else str(self.folder / "report.html"),
+        }
+        pictures: list[object] = []
+        if any(map(math.isfinite, self.losses)):
+            pictures.append(embedded_png(self._curve(), "loss of each step"))
+        if self.folder is not None:
+            for name, alt in {"steps.png": "previews by step", "strengths.png": "previews by strength"}.items():
+                pictures.append(embedded_picture(self.folder / "samples" / name, alt))
+        return card(f"Training of {self.lora.name}", facts, *pictures)
+
+    def _curve(self) -> bytes:
         from lorasmith.report.loss_plot import plot_losses
 
-        target = Path(path)
-        write_atomic(target, plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss))
-        return target
+        return plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss)
+
+
+def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lora:
+    """The LoRA in a job's adapters as they are, on the CPU after `Engine.release` or inside of `Engine.exported`."""
+    trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+    changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
+    for path, one in job.differences.items():
+        changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
+    for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+        if role:  # files hold it as a difference
+            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
+    state = AdapterState(
+        adapters={**job.carried.adapters, **trained},
+        differences=changes,
+        unknown=job.carried.unknown,
+        metadata=dict(metadata),
+    )
+    return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 
 
 class Results:
@@ -94,13 +152,6 @@ class Results:
     def lora(self, step: int) -> Lora:
         """The LoRA in the adapters, with the metadata of a step."""
         job = self._job
-        trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
-        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
-        for path, one in job.differences.items():
-            changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
-        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
-            if role:  # files hold it as a difference
-                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
         metadata = training_metadata(
             job,
             self._data,
@@ -110,13 +161,7 @@ class Results:
             started=self._started,
             record=self._record,
         )
-        state = AdapterState(
-            adapters={**job.carried.adapters, **trained},
-            differences=changes,
-            unknown=job.carried.unknown,
-            metadata=metadata,
-        )
-        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+        return lora_of(job, metadata)
 
     def save(self, loop: Loop, path: Path) -> None:
         """Save the LoRA in the adapters."""

@@ -59,6 +59,8 @@ BROKEN = {
     "draws of two": json.dumps({**GOOD, "draws": [[0, 0.5]]}),
     "draws of text": json.dumps({**GOOD, "draws": [["0", 0.5, 0.1]]}),
     "draws of none": json.dumps({**GOOD, "draws": [0]}),
+    "a later version": json.dumps({**GOOD, "version": 2}),
+    "no version": json.dumps({**GOOD, "version": "1"}),
     "bytes": "\x00\x01\ufffd",
     "deep": "[" * 100_000,
 }

@@ -43,6 +43,9 @@ def test_a_run_that_began_before_environments_were_listed_has_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"version": 2}, "version must be between 1 and 1, got 2; if a later Lorasmith wrote it, update"),
+        ({"version": 0}, "version must be between 1 and 1, got 0"),
+        ({"version": "1"}, "version must be an integer"),
         ({"title": "../cat"}, "name must be a file name without folders"),
         ({"title": "a\0b"}, "name must have at most [0-9]+ bytes and no control characters"),
         ({"steps_before": -1}, "steps_before must be between 0 and"),

@@ -72,8 +72,10 @@ class LanguageModel(EncoderKind):
         import transformers
 
         config_class, model_class = (getattr(transformers, name) for name in self._classes)
-        # A diffusers folder may hold the language part alone.
-        prefixes = self._prefixes if source.config is None else (*self._prefixes, "model.", "")
+        # A diffusers folder may hold the language part alone, and a model in memory has transformers' own names.
+        prefixes = self._prefixes
+        if source.config is not None:
+            prefixes = (*prefixes, "model.language_model.", "language_model.", "model.", "")
         tensors = _language_part(source.tensors, prefixes)
         # Pruned files end with the last layer that is used.
         has_norm = "norm.weight" in tensors

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import ModelError
@@ -16,8 +15,8 @@ from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
 from lorasmith.families.base import Diffusion, LatentFormat, TargetPreset
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.diffusers_folder import read_json
 from lorasmith.families.files.original_weights import module_paths
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 
 __all__ = [
@@ -26,7 +25,7 @@ __all__ = [
     "UNET_LIMITS",
     "context_widths",
     "diffusion_of_checkpoint",
-    "diffusion_of_folder",
+    "diffusion_of_pipeline",
     "latent_format",
     "original_unet_path",
     "pixel_multiple",
@@ -165,31 +164,29 @@ def diffusion_of_checkpoint(checkpoint: OriginalCheckpoint, parameterization: st
     return Diffusion(parameterization, schedule.zero_terminal() if "ztsnr" in checkpoint.shapes else schedule)
 
 
-def diffusion_of_folder(folder: Path, title: str) -> Diffusion:
-    """Parameterization and noise schedule of a diffusers folder.
+def diffusion_of_pipeline(configs: PipelineConfigs, title: str) -> Diffusion:
+    """Parameterization and noise schedule of a diffusers pipeline.
 
     Args:
-        folder: the folder with `scheduler/scheduler_config.json`.
+        configs: of the pipeline, its scheduler's among them.
         title: of the family, for messages.
 
     Raises:
         ModelError: there is no scheduler, or one whose settings no release of the family has.
     """
-    if not (folder / "scheduler").is_dir():
-        raise ModelError(f"{folder} must hold a folder scheduler but does not; it is incomplete, so get it again")
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config = configs.of("scheduler")
     for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
         # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
         found = config.get(key, None if key == "beta_schedule" else value)
         if found != value:
             raise ModelError(
-                f"{key} in the scheduler_config.json of {folder.name} must be {value!r} as in {title}'s "
+                f"{key} in the scheduler_config.json of {configs.title} must be {value!r} as in {title}'s "
                 f"releases, got {found!r}; other noise schedules are not supported"
             )
     predicted = config.get("prediction_type", "epsilon")
     if predicted not in PARAMETERIZATIONS:
         raise ModelError(
-            f"prediction_type in the scheduler_config.json of {folder.name} must be epsilon or v_prediction, "
+            f"prediction_type in the scheduler_config.json of {configs.title} must be epsilon or v_prediction, "
             f"got {predicted!r}; models that predict something else are not supported"
         )
     schedule = DiscreteSchedule.scaled_linear(*(config.get(key, value) for key, value in _BETAS.items()))

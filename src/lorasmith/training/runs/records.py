@@ -23,7 +23,7 @@ from lorasmith.data.split import Split
 from lorasmith.training.job import Job
 from lorasmith.training.runs.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
-__all__ = ["ModelRecord", "RunRecord", "SampleRecord", "check_title", "parsed_record", "run_record"]
+__all__ = ["RECORD_VERSION", "ModelRecord", "RunRecord", "SampleRecord", "check_title", "parsed_record", "run_record"]
 
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Fields from which a run can be reproduced, and which its LoRA stores."""
@@ -32,6 +32,9 @@ _ELSEWHERE = ("command", "model", "name", "vae", "device")
 """Parts of a source that are not about its images."""
 
 _MOST_STEPS = 10**9
+
+RECORD_VERSION = 1
+"""Of `run.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class RunRecord:
     """The record of a run. Fields that another version did not write have their defaults.
 
     Attributes:
+        version: of this format, raised when an older reader would misunderstand it; 1 if missing.
         title: name of the LoRA and its file.
         source: JSON values from which a door can repeat the run, with the name of its command.
         model: the base model.
@@ -79,9 +83,10 @@ class RunRecord:
         environments: all of them, if they are several.
 
     Raises:
-        ValueError: the title is no file name, or the number of steps is out of range.
+        ValueError: the version is a later one, the title is no file name, or the number of steps is out of range.
     """
 
+    version: int = RECORD_VERSION
     title: str = ""
     source: dict[str, Any] = field(default_factory=dict)
     model: ModelRecord = field(default_factory=ModelRecord)
@@ -97,6 +102,9 @@ class RunRecord:
     environments: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        if not 1 <= self.version <= RECORD_VERSION:
+            rule = f"version must be between 1 and {RECORD_VERSION}, got {self.version}"
+            raise ValueError(f"{rule}; if a later Lorasmith wrote it, update")
         if self.title:
             try:
                 check_title(self.title)

@@ -1,0 +1,132 @@
+"""Progress of the library's functions: bars in a terminal or a notebook, and a run's notes between them.
+
+Bars are tqdm's, which draws them in both. Where standard error is neither, notes are written and no bars.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lorasmith.core.printable import printable
+from lorasmith.training.events import (
+    CaptionEncoded,
+    CaptionsPlanned,
+    Event,
+    EventHandler,
+    Planned,
+    Resumed,
+    RolledBack,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
+
+__all__ = ["counted", "note", "run_shown"]
+
+_AVERAGED = 20
+"""Steps whose losses are averaged: single ones mostly depend on the noise levels of their samples."""
+
+
+def note(sentence: str) -> None:
+    """Write a sentence, made printable, above the bars."""
+    _tqdm().write(printable(sentence, limit=2000), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
+    """Inside the context, the yielded function shows (done, total, ...) as a bar; None if nothing is to be shown.
+
+    Args:
+        label: what is done.
+        progress: True for a bar, a function that is called instead, False or None for neither.
+    """
+    if callable(progress):
+        given = progress
+        yield lambda *counts: void(given(*counts))
+        return
+    if not progress or not _has_audience():
+        yield None
+        return
+    bar: Any = None
+
+    def show(done: int, total: int, *_: object) -> None:
+        nonlocal bar
+        bar = bar if bar is not None else _bar(label, total)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()  # here, as the next bar would be drawn below it
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+@contextlib.contextmanager
+def run_shown(progress: bool) -> Iterator[EventHandler]:
+    """Inside the context, the yielded handler shows the events of a run: a bar with the loss, and notes."""
+    if not progress:
+        yield void
+        return
+    bar: Any = None
+    losses: list[float] = []
+    judged = ""
+
+    def show(event: Event) -> None:
+        nonlocal bar, judged
+        match event:
+            case RunStarted() if _has_audience():
+                bar = _bar("Training", event.steps)
+            case Warned() | RolledBack() | Shrunk() | Planned() | CaptionsPlanned():
+                note(event.message)
+            case Resumed():
+                note(event.message)
+                if bar is not None:
+                    bar.update(event.step - bar.n)
+            case CaptionEncoded() if bar is not None:
+                bar.set_postfix_str(f"encoding captions, {event.done} of {event.total}")
+            case Validated():
+                judged = f", held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
+            case StepDone() if bar is not None:
+                losses.append(event.loss)
+                del losses[:-_AVERAGED]
+                bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}{judged}", refresh=False)
+                bar.update(event.step - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
+def _has_audience() -> bool:
+    """Whether a bar would be seen: standard error is a terminal, or this is a notebook."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bar(label: str, total: int) -> Any:
+    return _tqdm()(total=total, desc=label, dynamic_ncols=True, file=sys.stderr)
+
+
+def _tqdm() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in notebooks without ipywidgets, where bars are text
+        from tqdm.auto import tqdm
+    return tqdm

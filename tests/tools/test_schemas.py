@@ -1,0 +1,106 @@
+"""docs/schemas are those of the types, and hold for the files of a real run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.app.model_run import train
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from tools.schemas import FOLDER, schemas
+
+TYPES: dict[str, Any] = {
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "null": type(None),
+    "array": list,
+    "object": dict,
+}
+
+
+def faults(value: Any, schema: dict[str, Any], place: str = "it") -> Iterator[str]:
+    """What of a value a schema forbids, as far as ours say anything."""
+    if "const" in schema and value != schema["const"]:
+        yield f"{place} is not {schema['const']}"
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{place} is none of {schema['enum']}"
+    if "anyOf" in schema and all(list(faults(value, one)) for one in schema["anyOf"]):
+        yield f"{place} fits nothing"
+    if "oneOf" in schema and sum(not list(faults(value, one)) for one in schema["oneOf"]) != 1:
+        yield f"{place} fits not one thing alone"
+    kind = TYPES.get(schema.get("type", ""), object)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+        yield f"{place} is no {schema['type']}"
+        return
+    if isinstance(value, dict):
+        yield from (f"{place} lacks {name}" for name in schema.get("required", []) if name not in value)
+        for name, one in value.items():
+            inner = schema.get("properties", {}).get(name, schema.get("additionalProperties", {}))
+            yield from faults(one, inner, f"{place}.{name}")
+    if isinstance(value, list):
+        first = schema.get("prefixItems", [])
+        for index, one in enumerate(value):
+            yield from faults(one, first[index] if index < len(first) else schema.get("items", {}), f"{place}[{index}]")
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            yield f"{place} has {len(value)} items"
+
+
+def committed(name: str) -> dict[str, Any]:
+    return dict(json.loads((FOLDER / name).read_text(encoding="utf-8")))
+
+
+def test_the_files_are_those_that_the_tool_writes() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == schemas().keys()
+    for name, schema in schemas().items():
+        assert committed(name) == json.loads(json.dumps(schema)), "run python -m tools.schemas"
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with something of everything."""
+    data = EncodedDataset(
+        tuple(Sample(torch.randn(4, 8, 8), one, f"{index}.png") for index, one in enumerate(captions * 2))
+    )
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings: dict[str, Any] = {"previews": "a fox", "preview_every": 1, "preview_steps": 1, "save_state_every": 1}
+    settings |= {"validation_share": 0.3, "validate_every": 1, "rank": 2, "targets": "*.attn2.to_q"}
+    train(tiny, data, output=folder, steps=2, **settings)
+    return folder
+
+
+def test_a_real_run_has_them(run: Path) -> None:
+    assert list(faults(json.loads((run / "run.json").read_text("utf-8")), committed("run.schema.json"))) == []
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
+    assert {"RunStarted", "StepDone", "Validated", "Previewed", "StateSaved", "RunFinished"} <= {
+        event["event"] for event in events
+    }
+    for event in events:
+        assert list(faults(event, committed("events.schema.json"))) == [], event
+
+
+def test_a_real_run_names_every_field(run: Path) -> None:
+    """Nothing is written that the schemas do not describe."""
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    assert record.keys() == committed("run.schema.json")["properties"].keys()
+    known = {one["title"]: one["properties"].keys() for one in committed("events.schema.json")["oneOf"]}
+    for line in (run / "events.jsonl").read_text("utf-8").splitlines():
+        event = json.loads(line)
+        assert event.keys() == known[event["event"]]
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "1"}, {"loss": None}, {"event": "Stepped"}, {"draws": [[1, 2]]}, {"at": True}]
+)
+def test_what_is_no_event_is_refused(run: Path, change: dict[str, Any]) -> None:
+    lines = (run / "events.jsonl").read_text("utf-8").splitlines()
+    event = next(one for line in lines if (one := json.loads(line))["event"] == "StepDone")
+    assert list(faults({**event, **change}, committed("events.schema.json"))) != []
