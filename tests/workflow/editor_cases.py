@@ -177,6 +177,8 @@ PRIMITIVE = subgraph(
     [[1, 33, 0, 34, 0, TEXT], [2, 33, 0, 34, 1, TEXT], [3, 34, 0, -20, 0, TEXT]],
     [],
 )
+TWICE = subgraph(8, [joined(31, "one"), joined(32, "two")], [[1, 31, 0, -20, 0, TEXT], [2, 32, 0, -20, 0, TEXT]], [])
+TWICE["outputs"][0]["linkIds"] = [2, 1]
 BYPASSED = subgraph(
     7,
     [joined(33, mode=4, string_a=1), joined(34, string_a=2)],
@@ -217,6 +219,25 @@ CASES: dict[str, Any] = {
             shown(4, 4),
         ],
         [[1, 9, 0, 1, 0, TEXT], [2, 9, 0, 2, 0, TEXT], [3, 1, 0, 2, 1, TEXT], [4, 2, 0, 4, 0, TEXT]],
+    ),
+    "a primitive node behind a reroute": graph(
+        [
+            made(9, "PrimitiveNode", ["held"]),
+            made(8, "Reroute", **{"": 1}),
+            joined(1, string_a=2),
+            shown(4, 4),
+        ],
+        [[1, 9, 0, 8, 0, "*"], [2, 8, 0, 1, 0, TEXT], [4, 1, 0, 4, 0, TEXT]],
+    ),
+    "a primitive node at an instance": graph(
+        [made(7, "PrimitiveNode", ["held"]), instance(9, 1, ["outer"], first=5), shown(2, 1)],
+        [[1, 9, 0, 2, 0, TEXT], [5, 7, 0, 9, 0, TEXT]],
+        subgraphs=[JOIN],
+    ),
+    "an output with two links": graph(
+        [instance(9, 8, []), shown(2, 1)],
+        [[1, 9, 0, 2, 0, TEXT]],
+        subgraphs=[TWICE],
     ),
     "bypassed": graph(
         [joined(1), made(2, "StringReplace", ["", "a", "b"], mode=4, string=1), shown(3, 2)],

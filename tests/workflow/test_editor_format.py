@@ -83,14 +83,6 @@ def test_a_list_is_wrapped_as_a_value() -> None:
     assert prompt["1"]["inputs"]["string_a"] == {"__value__": ["x", 0]}
 
 
-def test_a_primitive_node_reaches_through_reroutes_and_into_subgraphs() -> None:
-    nodes = [made(1, "PrimitiveNode", ["held"]), made(2, "Reroute", **{"": 1}), joined(3, string_a=2), shown(4, 3)]
-    links = [[1, 1, 0, 2, 0, "*"], [2, 2, 0, 3, 0, "*"], [3, 3, 0, 4, 0, TEXT], [5, 1, 0, 9, 0, TEXT]]
-    inner = CASES["a subgraph with a link"]["definitions"]["subgraphs"]
-    prompt = converted(graph([*nodes, instance(9, 1, ["outer"], first=5)], links, subgraphs=inner))
-    assert prompt["3"]["inputs"]["string_a"] == prompt["9:21"]["inputs"]["string_a"] == "held"
-
-
 def test_definitions_may_stand_inside_definitions() -> None:
     flat = CASES["nested, the outer instance's value"]
     inner, outer = flat["definitions"]["subgraphs"]

@@ -6,18 +6,18 @@ reroutes, bypassed nodes and the boundaries of subgraphs, subgraphs are replaced
 bypassed node passes on the input of the output's number if its type fits, else the first of that type. Values that
 are lists are wrapped as `{"__value__": [...]}`.
 
-Four things differ from the editor (1.58): a primitive node also reaches widgets through reroutes and into subgraphs; a
-muted or bypassed instance inside a subgraph does not run, as elsewhere; ids in subgraphs stay those of the file, while
-the editor gives new ones to nodes whose id also occurs outside; and what a file lacks is left out of the prompt, whose
-checks know the defaults. Files without the editor's own widgets after seeds, values by name, and values of unknown
-nodes are read too, as far as their names are known.
+Three things differ from the editor (1.58): a muted or bypassed instance inside a subgraph does not run, as elsewhere;
+ids in subgraphs stay those of the file, while the editor gives new ones to nodes whose id also occurs outside; and what
+a file lacks is left out of the prompt, whose checks know the defaults. As in the editor, a primitive node sets the
+widgets that are linked to it directly, not those behind a reroute or inside a subgraph. Files without the editor's own
+widgets after seeds, values by name, and values of unknown nodes are read too, as far as their names are known.
 
 Files are a stranger's: numbers of nodes, depth of subgraphs, work and text are bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -104,6 +104,7 @@ class _Conversion:
 
     def __init__(self, graph: EditorGraph, names: WidgetNames) -> None:
         _check_nesting(graph)
+        self._names = names
         self._hosts = Hosts(names)
         self._root = _Scope(graph)
         self._scopes: dict[tuple[_Scope, str], _Scope] = {}
@@ -158,10 +159,28 @@ class _Conversion:
         for number, socket in enumerate(node.inputs):
             if not socket.name or socket.link is None or (socket.widget or socket.name) in outside:
                 continue
-            found = self._end(_Input(scope, node, number, socket.type))
+            found = self._held(scope, node, number) or self._end(_Input(scope, node, number, socket.type))
             if found.is_there:
                 inputs[socket.name] = found.value
         return inputs
+
+    def _held(self, scope: _Scope, node: EditorNode, number: int) -> _Found | None:
+        """The value of the primitive node that an input is linked to, if it is linked to one.
+
+        The editor writes it into the widget in the input's place; links to it by way of others have no effect.
+        """
+        socket = node.inputs[number]
+        link = scope.graph.links.get(socket.link or "")
+        source = scope.graph.nodes.get(link.origin) if link is not None else None
+        if source is None or source.type != PRIMITIVE or (socket.widget or socket.name) not in self._widgets(node):
+            return None
+        value = scope.set.inner.get(source.id, {}).get("", _first(source.values))
+        return None if value is None else _Found(_wrapped(value))
+
+    def _widgets(self, node: EditorNode) -> Collection[str | None]:
+        """Names of a node's widgets, or of the sockets in their places if its class is unknown."""
+        known = self._names(node.type, node.values if isinstance(node.values, list) else [])
+        return known if known is not None else [one.widget for one in node.inputs if one.widget is not None]
 
     def _end(self, place: _Input | _Output) -> _Found:
         """What the way of a link from `place` ends at; each place is left once."""
@@ -214,9 +233,6 @@ class _Conversion:
         node = scope.graph.nodes.get(node_id)
         if node is None or node.mode == MUTED:
             return _NOTHING
-        if node.type == PRIMITIVE:
-            value = scope.set.inner.get(node_id, {}).get("", _first(node.values))
-            return _NOTHING if value is None else _Found(_wrapped(value))
         if node.mode == BYPASSED:
             self._spend(len(node.inputs))
             passed = _passed_on(node, number, kind)

@@ -184,8 +184,20 @@ def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, 
     if not subgraph:
         return EditorGraph(nodes, links, definitions=definitions)
     source, sink = (_io(given, side, other) for side, other in (("inputNode", "-10"), ("outputNode", "-20")))
-    inputs = _boundaries(given, "inputs", {(one.origin, one.origin_slot): key for key, one in links.items()}, source)
-    outputs = _boundaries(given, "outputs", {(one.target, one.target_slot): key for key, one in links.items()}, sink)
+    begun: dict[tuple[str, int], list[str]] = {}
+    ended: dict[tuple[str, int], list[str]] = {}
+    for key, one in links.items():
+        begun.setdefault((one.origin, one.origin_slot), []).append(key)
+        ended.setdefault((one.target, one.target_slot), []).append(key)
+    # An input leads to many sockets, in the order of its list; an output has one link, the first in the file.
+    inputs = tuple(
+        Boundary(_name(one), _keys(one) or tuple(begun.get((source, place), ())))
+        for place, one in enumerate(_list(given, "inputs"))
+    )
+    outputs = tuple(
+        Boundary(_name(one), tuple(ended.get((sink, place), ())) or _keys(one))
+        for place, one in enumerate(_list(given, "outputs"))
+    )
     return EditorGraph(nodes, links, _text(given.get("name")), inputs, outputs, source, sink, definitions)
 
 
@@ -234,16 +246,14 @@ def _link(given: Any) -> tuple[str, EditorLink] | None:
     return key, EditorLink(origin, origin_slot, target, target_slot)
 
 
-def _boundaries(
-    given: Mapping[str, Any], name: str, links: Mapping[tuple[str, int], str], node: str
-) -> tuple[Boundary, ...]:
-    found = []
-    for number, one in enumerate(_list(given, name)):
-        one = one if isinstance(one, dict) else {}
-        listed = tuple(key for key in map(_key, _list(one, "linkIds")) if key is not None)
-        other = links.get((node, number))
-        found.append(Boundary(_text(one.get("name")), listed or (() if other is None else (other,))))
-    return tuple(found)
+def _name(given: Any) -> str:
+    return _text(given.get("name")) if isinstance(given, dict) else ""
+
+
+def _keys(given: Any) -> tuple[str, ...]:
+    """Ids of the links that an input or output of a subgraph lists."""
+    listed = _list(given, "linkIds") if isinstance(given, dict) else []
+    return tuple(key for key in map(_key, listed) if key is not None)
 
 
 def _io(given: Mapping[str, Any], name: str, default: str) -> str:
