@@ -19,7 +19,7 @@ from lorasmith.app.command_lines import command_line
 from lorasmith.app.folder_run import train_prepared
 from lorasmith.app.run_page import report_of, write_report
 from lorasmith.cli.main import main
-from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
+from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
 from lorasmith.data.comfyui_shards import read_comfyui_dataset
 from lorasmith.data.encoding_cache import EncodingCache, key_of
@@ -37,6 +37,7 @@ from lorasmith.training.events import RunFinished
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_states import load_state
+from lorasmith.workflow import parse_workflow
 from tests.app.folder_cases import pictures, prepared, with_metadata, with_record
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
@@ -206,6 +207,12 @@ def workflow(tmp_path: Path) -> None:
     for door in (folders.numbered, folders.new_dataset, folders.find_dataset):
         with pytest.raises(LorasmithError, match="must stay inside"):
             door("../../x")
+    doubling = [
+        {"id": str(key), "nodes": [{"id": place, "type": str(key + 1)} for place in range(2)], "links": []}
+        for key in range(40)
+    ]
+    with pytest.raises(GraphError, match="at most 50,000 nodes"):
+        parse_workflow(json.dumps({"nodes": [{"id": 1, "type": "0"}], "definitions": {"subgraphs": doubling}}))
 
 
 def dataset(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from lorasmith.adapters.catalogue import ALGORITHMS
@@ -163,9 +164,38 @@ def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Pa
     assert ran.code == 0, ran.err
     picture = tmp_path / "base" / "output" / "cat_00001_.png"
     assert picture.name in ran.out
-    assert "node 7 'SomebodysNode': unknown node" in ran.out + ran.err
+    assert (
+        "left out, as their classes are unknown and no output needs them: node 7 'SomebodysNode'" in ran.out + ran.err
+    )
     with Image.open(picture) as image:
         assert json.loads(image.info["prompt"])["4"]["inputs"]["steps"] == 2
+
+
+@pytest.mark.parametrize("kind", ["ui.json", "png", "safetensors"])
+def test_run_takes_a_workflow_from_the_editor_a_picture_or_a_lora(
+    lorasmith: Command, tmp_path: Path, kind: str
+) -> None:
+    editor = {
+        "nodes": [
+            {"id": 1, "type": "PrimitiveString", "title": "Words", "widgets_values": ["a fox"]},
+            {"id": 2, "type": "PreviewAny", "inputs": [{"name": "source", "type": "*", "link": 1}]},
+        ],
+        "links": [[1, 1, 0, 2, 0, "STRING"]],
+        "version": 0.4,
+    }
+    file = tmp_path / f"graph.{kind}"
+    if kind == "png":
+        entries = PngInfo()
+        entries.add_text("workflow", json.dumps(editor))
+        Image.new("L", (4, 4)).save(file, pnginfo=entries)
+    elif kind == "safetensors":
+        save_file({"a": torch.zeros(1)}, file, {"workflow": json.dumps(editor)})
+    else:
+        file.write_text(json.dumps(editor))
+    assert "a fox" in lorasmith("run", file).out
+    ran = lorasmith("run", file, "--set", "Words.value=a wolf")
+    assert ran.code == 0, ran.err
+    assert "a wolf" in ran.out
 
 
 WRONG = {
@@ -201,7 +231,10 @@ WRONG = {
     "sampler": (("generate", "--model", "lorasmith-tiny", "--prompt", "x", "--sampler", "eular"), "euler"),
     "no workflow": (("run", "nowhere.json"), "nowhere.json cannot be read"),
     "not JSON": (("run", "file.txt"), "JSON"),
-    "editor format": (("run", "ui.json"), "Export (API)"),
+    "editor format": (("run", "ui.json"), "a workflow needs an output node"),
+    "no workflow in a picture": (("run", "photos/1.png"), "carries no workflow"),
+    "no workflow in a LoRA": (("run", "flux_lora.safetensors"), "carries no workflow"),
+    "override of nothing": (("run", "unknown.json", "--set", "Sampler.steps=3"), "no node 'Sampler'"),
     "unknown node": (("run", "unknown.json"), "KSampler"),
     "not a LoRA": (("inspect", "file.txt"), "file.txt"),
 }

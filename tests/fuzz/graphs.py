@@ -1,20 +1,26 @@
-"""Workflows in API format, damaged and checked, seldom run."""
+"""Workflows in both formats, alone or in a picture, damaged and checked, seldom run."""
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
+from lorasmith.nodes.workflow_files import read_workflow
+from lorasmith.workflow import apply_overrides, parse_prompt
 from lorasmith.workflow.graph import examine
-from lorasmith.workflow.prompt import apply_overrides, parse_prompt
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
+from tests.workflow.editor_cases import CASES
 
 __all__ = ["doors"]
 
@@ -34,7 +40,13 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         file = folder / f"{nasty_text(rng)[:40].translate(_UNUSABLE) or 'graph'}.json"
         file.write_bytes(_written(rng, _STRINGS))
         return [("run", lambda: command("run", file, "--base-dir", folder))]
-    data = _written(rng, _grown(rng) if rng.random() < 0.05 else rng.choice(_examples()))
+    draw = rng.random()
+    graph = _grown(rng) if draw < 0.05 else _nested(rng) if draw < 0.08 else rng.choice(_examples())
+    data = _written(rng, graph)
+    if rng.random() < 0.05:
+        picture = folder / "graph.png"
+        picture.write_bytes(_carrying(rng, data))
+        return [("picture", lambda: _checked(json_bytes(read_workflow(picture).prompt), folder, []))]
     found: list[Door] = [("check", lambda: _checked(data, folder, []))]
     if rng.random() < 0.1:
         override = (
@@ -66,7 +78,13 @@ def _written(rng: random.Random, prompt: Any) -> bytes:
 def _relinked(rng: random.Random, prompt: dict[str, Any]) -> dict[str, Any]:
     """The prompt with links to other places: outputs that are none, unknown nodes, circles, other types."""
     changed: dict[str, Any] = json.loads(json.dumps(prompt))
+    if isinstance(links := changed.get("links"), list) and links:
+        for _ in range(rng.choice((1, 1, 2, 6))):
+            rng.choice(links)[rng.randrange(5)] = rng.choice((0, 1, -1, 99, "5", None, -10, -20, 10**30))
+        return changed
     nodes = [one for one in changed.values() if isinstance(one, dict) and one.get("inputs")]
+    if not nodes:
+        return changed
     for _ in range(rng.choice((1, 1, 2, 6))):
         inputs = rng.choice(nodes)["inputs"]
         output = rng.choice((0, 1, -1, 99, 0.5, True, None, "0", 10**30))
@@ -87,5 +105,25 @@ def _grown(rng: random.Random) -> dict[str, Any]:
 
 @functools.cache
 def _examples() -> list[Any]:
-    files = sorted(path for path in _EXAMPLES.glob("*.json") if not path.name.endswith(".ui.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(_EXAMPLES.glob("*.json"))]
+    return [*files, *(case for name, case in sorted(CASES.items()) if "definitions" in case)]
+
+
+def _nested(rng: random.Random) -> dict[str, Any]:
+    """Subgraphs in one another, with several instances of each, of which one may contain itself."""
+    depth, within, back = rng.choice((3, 20, 60)), rng.choice((1, 2, 10)), rng.choice((0, 0, 1))
+    inner = [
+        {"id": str(one), "nodes": [{"id": key, "type": str(one + 1)} for key in range(within)]} for one in range(depth)
+    ]
+    last = [{"id": 1, "type": "0" if back else "PreviewAny"}]
+    definitions = [*inner, {"id": str(depth), "nodes": last}]
+    return {"nodes": [{"id": 1, "type": "0"}], "links": [], "definitions": {"subgraphs": definitions}}
+
+
+def _carrying(rng: random.Random, data: bytes) -> bytes:
+    """A PNG with the text in one of its chunks, sometimes damaged."""
+    entries, file = PngInfo(), io.BytesIO()
+    text, name = data.decode("utf-8", "replace"), rng.choice(("prompt", "workflow"))
+    (entries.add_itxt if rng.random() < 0.5 else entries.add_text)(name, text, zip=rng.random() < 0.3)
+    Image.new("L", (2, 2)).save(file, "PNG", pnginfo=entries)
+    return damaged_bytes(rng, file.getvalue()) if rng.random() < 0.5 else file.getvalue()

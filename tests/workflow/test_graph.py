@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import GraphError
-from lorasmith.workflow import Input, NodeContext, node, object_info
+from lorasmith.workflow import ANY, Input, NodeContext, node, object_info
 from lorasmith.workflow.graph import Link, examine, validate
 
 ApiNode = Callable[..., dict[str, Any]]
@@ -75,7 +75,7 @@ def test_all_faults_are_found_at_once_and_name_their_node(toys: Any, api_node: A
         "6": api_node("Text", text=["2", 0]),
         "7": api_node("Show"),
         "8": api_node("Show", value=["1"]),
-        "9b": "nonsense",
+        "9b": {"inputs": {}},
         "10": api_node("Show", value=["2", 0]),
         "11": api_node("Show", value=["3", 0]),
         "12": api_node("Show", value=["9b", 0]),
@@ -112,12 +112,15 @@ def test_faults_carry_the_protocols_names(toys: Any, prompt: dict[str, Any]) -> 
     ]
 
 
-def test_a_missing_input_tells_its_default(toys: Any, prompt: dict[str, Any]) -> None:
+def test_a_missing_input_takes_its_default_if_it_has_one(toys: Any, prompt: dict[str, Any]) -> None:
     del prompt["2"]["inputs"]["offset"], prompt["2"]["inputs"]["numbers.n0"]
     assert faults(toys, prompt) == [
         "node 2 'Add up': required input numbers.n0 is missing; add it",
-        "node 2 'Add up': required input offset is missing, its default is 0; add it",
     ]
+    prompt["2"]["inputs"]["numbers.n0"] = ["1", 0]
+    graph = validate(prompt, toys.folders, nodes=toys.nodes)
+    assert graph.nodes["2"].inputs["offset"] == 0
+    assert graph.warnings == ("node 2 'Add up': missing inputs take their defaults: offset=0",)
 
 
 def test_unknown_inputs_are_warnings(toys: Any, prompt: dict[str, Any]) -> None:
@@ -146,7 +149,7 @@ def test_an_unknown_node_that_no_output_needs_is_a_warning(
     graph = validate(prompt, toys.folders, nodes=toys.nodes)
     assert list(graph.nodes) == ["1", "2", "3"]
     assert graph.warnings == (
-        "node 4 'SaveNumber': unknown node 'SaveNumber' (did you mean 'Number'?); replace or remove it",
+        "left out, as their classes are unknown and no output needs them: node 4 'SaveNumber'",
         "node 5 'A Number': value must be between 0 and 100, got -1",
     )
     with pytest.raises(GraphError, match="unknown node 'SaveNumber'"):
@@ -218,6 +221,46 @@ def test_a_graph_needs_an_output_node(toys: Any, api_node: ApiNode) -> None:
     assert faults(toys, {}) == ["a workflow needs an output node (Show, Refuse), got none; add one"]
 
 
+def test_unknown_nodes_that_no_output_needs_are_named_in_one_note(
+    toys: Any, prompt: dict[str, Any], api_node: ApiNode
+) -> None:
+    for index in range(20):
+        prompt[f"a{index}"] = api_node(f"Other{index}", value=["2", 0])
+    (warning,) = validate(prompt, toys.folders, nodes=toys.nodes).warnings
+    assert "node a0 'Other0', node a1 'Other1'" in warning
+    assert warning.endswith("and 10 more")
+
+
+@pytest.mark.parametrize("extra", ["text", 3, None, [], {}, {"ds": {"scale": 1}}])
+def test_what_is_no_node_is_passed_over(toys: Any, prompt: dict[str, Any], extra: object) -> None:
+    graph = validate({**prompt, "extra": extra, "version": 0.4}, toys.folders, nodes=toys.nodes)
+    assert graph.warnings == ()
+    assert list(graph.nodes) == ["1", "2", "3"]
+
+
+def test_numbers_as_text_are_read(toys: Any, prompt: dict[str, Any]) -> None:
+    prompt["1"]["inputs"]["value"] = "8"
+    assert validate(prompt, toys.folders, nodes=toys.nodes).nodes["1"].inputs == {"value": 8}
+
+
+@pytest.mark.parametrize("value", [[1, 2, 3], {"__value__": [1, 2, 3]}, [], ["a", "b"], [["1", 0]]])
+def test_a_list_that_is_no_link_is_a_value(toys: Any, value: Any) -> None:
+    @node(
+        "Anything",
+        display_name="Anything",
+        category="toys",
+        inputs=[Input("value", ANY)],
+        output_node=True,
+        registry=toys.nodes,
+    )
+    def anything(context: NodeContext, *, value: Any) -> tuple[()]:
+        """Take anything."""
+        return ()
+
+    graph = validate({"1": {"class_type": "Anything", "inputs": {"value": value}}}, toys.folders, nodes=toys.nodes)
+    assert graph.nodes["1"].inputs == {"value": value["__value__"] if isinstance(value, dict) else value}
+
+
 def test_targets_choose_among_output_nodes(toys: Any, prompt: dict[str, Any], api_node: ApiNode) -> None:
     prompt["4"] = api_node("Show", value=7.5)
     assert list(validate(prompt, toys.folders, nodes=toys.nodes, targets=["3"]).nodes) == ["1", "2", "3"]
@@ -262,7 +305,10 @@ def unknown(index: int) -> dict[str, Any]:
 
 
 def leading_back(index: int) -> dict[str, Any]:
-    return {"class_type": "Sum", "inputs": {"numbers.n0": ["0", 0], "numbers.n1": [str((index + 1) % 3000), 0]}}
+    return {
+        "class_type": "Sum",
+        "inputs": {"numbers.n0": ["0", 0], "numbers.n1": [str((index + 1) % 3000), 0], "offset": "x"},
+    }
 
 
 def dangling(index: int) -> dict[str, Any]:
@@ -302,7 +348,7 @@ def test_a_fault_is_found_however_many_others_are_ignored(toys: Any, prompt: dic
 
 def test_a_workflow_of_more_nodes_than_any_is_refused(toys: Any) -> None:
     with pytest.raises(GraphError, match="at most 50,000 nodes, got 50,001"):
-        validate({str(index): {} for index in range(50_001)}, toys.folders, nodes=toys.nodes)
+        validate({str(index): {"inputs": {}} for index in range(50_001)}, toys.folders, nodes=toys.nodes)
 
 
 def test_match_sockets_carry_one_type_through(toys: Any, api_node: ApiNode) -> None:

@@ -62,7 +62,11 @@ def test_accepted_values(declared: Input, given_value: Any, seen: Any) -> None:
     [
         (Input("rank", "INT", min=1, max=128), 500, "rank must be between 1 and 128, got 500"),
         (Input("rank", "INT"), 1.5, "rank must be an integer, got 1.5"),
-        (Input("rank", "INT"), "8", "rank must be an integer, got '8'"),
+        (Input("rank", "INT"), "1.5", r"rank must be an integer, got 1\.5"),
+        (Input("rank", "INT", max=128), "500", "rank must be at most 128, got 500"),
+        (Input("rank", "INT"), "9" * 41, "rank must be an integer, got '9"),
+        (Input("rate", "FLOAT"), "nan", "rate must be a number, got 'nan'"),
+        (Input("rate", "FLOAT"), "1e999", "rate must be a number, got inf"),
         (Input("rank", "INT"), True, "rank must be an integer, got True"),
         (Input("rank", "INT"), None, "rank must be an integer, got None"),
         (Input("rate", "FLOAT"), float("nan"), "rate must be a number, got nan"),

@@ -25,6 +25,7 @@ from lorasmith.cli import (
     inspect,
     merge,
     models,
+    nodes,
     plan,
     report,
     reproduce,
@@ -103,6 +104,7 @@ targets.register(app)
 models.register(app)
 plan.register(app)
 workflow.register(app)
+nodes.register(app)
 generate.register(app)
 inspect.register(app)
 check.register(app)

@@ -11,8 +11,6 @@ from rich.text import Text
 
 from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
-from lorasmith.core.errors import GraphError
-from lorasmith.core.files import read_regular
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,38 +27,40 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    workflow: Annotated[Path, typer.Argument(help="Workflow in API format (in ComfyUI: Workflow, Export (API)).")],
+    workflow: Annotated[
+        Path, typer.Argument(help="Workflow that ComfyUI saved or exported, or a PNG or LoRA that carries one.")
+    ],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Change an input, such as 12.steps=200. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="NODE.INPUT=VALUE",
+            help="Change an input, such as 12.steps=200 or 'Train LoRA.steps=200'. Repeatable.",
+        ),
     ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
-    """Run a ComfyUI workflow file.
+    """Run a ComfyUI workflow.
 
-    The whole workflow is checked before any node runs. Results are written to output/ in the base folder.
+    Both formats are read, the one that the editor saves and that of Export (API). The whole workflow is checked before
+    any node runs. Results are written to output/ in the base folder.
     """
     from lorasmith.nodes import load_nodes
+    from lorasmith.nodes.workflow_files import read_workflow
     from lorasmith.workflow.executor import Executor
     from lorasmith.workflow.graph import validate
-    from lorasmith.workflow.prompt import apply_overrides, parse_prompt
+    from lorasmith.workflow.prompt import apply_overrides
 
     nodes = load_nodes()
-    prompt = apply_overrides(parse_prompt(_read(workflow)), set_ or [], nodes=nodes)
+    read = read_workflow(workflow, nodes=nodes)
+    prompt = apply_overrides(read.prompt, set_ or [], nodes=nodes)
     folders = folders_of(base_dir, extra_model_paths)
     graph = validate(prompt, folders, nodes=nodes)
     for warning in graph.warnings:
         print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
-        Executor(folders, on_event=narrator).run(graph, cancel=stop)
-
-
-def _read(workflow: Path) -> bytes:
-    try:
-        return read_regular(workflow)
-    except OSError as error:
-        raise GraphError(f"{workflow} cannot be read ({error.strerror}); give a workflow file in API format") from error
+        Executor(folders, on_event=narrator).run(graph, workflow=read.editor, cancel=stop)
 
 
 class _Narrator:

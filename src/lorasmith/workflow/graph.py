@@ -1,7 +1,8 @@
 """Validation of whole prompts: all faults at once, and a graph for the executor.
 
-Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs. Notes of editors, and
-keys that begin with an underscore, are passed over.
+Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs, and required inputs
+that are missing but have a default. Notes of editors, keys that begin with an underscore and values that are no nodes
+are passed over.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lorasmith.workflow.order import Cycle, depth_first
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
-__all__ = ["Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
+__all__ = ["MOST_NODES", "Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def examine(
     """Check a whole prompt.
 
     Args:
-        prompt: nodes by id, from `parse_prompt`.
+        prompt: nodes by id, from `parse_workflow`.
         folders: for the choices of file inputs.
         nodes: registered nodes.
         targets: ids of the output nodes to run; None for all.
@@ -138,8 +139,8 @@ def examine(
         GraphError: the prompt has more nodes than any workflow.
     """
     members = {str(key): member for key, member in prompt.items() if not is_remark(str(key), member)}
-    if len(members) > _MOST_NODES:
-        raise GraphError(f"a workflow must have at most {_MOST_NODES:,} nodes, got {len(members):,}; cut it")
+    if len(members) > MOST_NODES:
+        raise GraphError(f"a workflow must have at most {MOST_NODES:,} nodes, got {len(members):,}; cut it")
     checker = _Checker(members, folders, nodes)
     drafts = checker.read_nodes()
     for draft in drafts.values():
@@ -158,7 +159,7 @@ def examine(
     needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
     goals = (*outputs, *(unknown if targets is not None else ())) or unknown or tuple(drafts)
     faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
-    graph = Graph({key: drafts[key] for key in order}, outputs, prompt, _capped(ignored))
+    graph = Graph({key: drafts[key] for key in order}, outputs, prompt, _notes(ignored))
     return Examination(graph, faults)
 
 
@@ -299,42 +300,47 @@ class _Checker:
 
     def _read_inputs(self, key: str, node: Node, given: Mapping[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
+        assumed = {}
         for name, slot in node.slots.items():
             if name in given:
                 self._read_input(key, slot, given[name], inputs)
-            elif not (slot.optional or slot.may_lack):
-                hint = "" if slot.default is None else f", its default is {slot.default!r}"
-                self.find(key, "required_input_missing", f"required input {name} is missing{hint}; add it", name)
             elif slot.default is not None:
                 inputs[name] = slot.default
+                if not (slot.optional or slot.may_lack):
+                    assumed[name] = slot.default
+            elif not (slot.optional or slot.may_lack):
+                self.find(key, "required_input_missing", f"required input {name} is missing; add it", name)
+        if assumed and not self.is_crowded:
+            values = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
+            self.warn(
+                key, "required_input_missing", f"missing inputs take their defaults: {values}", next(iter(assumed))
+            )
         for name in given:
-            if name not in node.slots and not is_remark(name) and not self.is_crowded:
+            if name not in node.slots and not name.startswith("_") and not self.is_crowded:
                 sentence = f"input {name} is ignored, as the node has no such input{self._hint(name, node.slots)}"
                 self.warn(key, "unknown_input", sentence, name)
         return inputs
 
     def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
         """Add the checked value or link to `inputs`, or its fault to the findings."""
-        if isinstance(value, list):
+        if isinstance(value, list) and len(value) == 2 and _is_id(value[0]) and _is_index(value[1]):
             if (link := self._read_link(key, slot.name, value)) is not None:
                 inputs[slot.name] = link
             return
-        if isinstance(value, dict) and "__value__" in value:
-            value = value["__value__"]  # wraps a list that is a value, not a link
+        wrapped = (
+            isinstance(value, dict) and "__value__" in value
+        )  # a list that is a value although it looks like a link
+        given = value["__value__"] if wrapped else value
         try:
-            inputs[slot.name] = slot.check(value, self.folders)
+            inputs[slot.name] = slot.check(given, self.folders)
         except LorasmithError as error:
-            self.find(key, _value_fault(slot, value), str(error), slot.name)
+            if isinstance(value, list):
+                sentence = f"{slot.name} must be a value or a link [node id, output number], got {value!r}"
+                self.find(key, "bad_linked_input", sentence, slot.name)
+            else:
+                self.find(key, _value_fault(slot, given), str(error), slot.name)
 
     def _read_link(self, key: str, name: str, value: list[Any]) -> Link | None:
-        if len(value) != 2 or not _is_id(value[0]) or not _is_index(value[1]):
-            self.find(
-                key,
-                "bad_linked_input",
-                f"{name} must be a value or a link [node id, output number], got {value!r}",
-                name,
-            )
-            return None
         source, index = str(value[0]), value[1]
         if source not in self.prompt:
             sentence = (
@@ -346,10 +352,15 @@ class _Checker:
         return Link(source, index)
 
 
-def _capped(findings: Sequence[Finding]) -> tuple[str, ...]:
-    """The first findings as text, and the number of the others."""
-    listed = tuple(shortened(one) for one in findings[:_LISTED])
-    more = len(findings) - len(listed)
+def _notes(findings: Sequence[Finding]) -> tuple[str, ...]:
+    """The first findings as text, those of unknown nodes in one, and the number of the others."""
+    unknown = [one.label for one in findings if one.kind == "missing_node_type"]
+    others = [one for one in findings if one.kind != "missing_node_type"]
+    listed = tuple(shortened(one) for one in others[:_LISTED])
+    more = len(others) - len(listed)
+    if unknown:
+        names = ", ".join(unknown[:_NAMED]) + (f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else "")
+        listed = (shortened(f"left out, as their classes are unknown and no output needs them: {names}"), *listed)
     return (*listed, f"{more:,} more faults are not listed") if more else listed
 
 
@@ -381,4 +392,4 @@ def _goals(nodes: Registry[Node]) -> str:
     return ", ".join(name for name, node in nodes.items() if node.output_node) or "none is known"
 
 
-_MOST_NODES, _LISTED = 50_000, 50
+MOST_NODES, _LISTED, _NAMED = 50_000, 50, 10

@@ -1,4 +1,4 @@
-"""Parsing of API-format workflow files, and overrides from `--set`.
+"""Prompts, as workflow files in API format hold them, and overrides from `--set`.
 
 A prompt is a JSON object of nodes by id: `{"3": {"class_type": "KSampler", "inputs": {...}, "_meta": {"title": ...}}}`.
 An input is a value, or a link `["4", 0]` to output 0 of node 4. `graph` checks the content.
@@ -16,38 +16,19 @@ from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
-__all__ = ["Prompt", "apply_overrides", "class_of", "is_remark", "node_label", "node_title", "parse_prompt"]
+__all__ = ["NOTES", "Prompt", "apply_overrides", "class_of", "is_remark", "node_label", "node_title"]
 
 Prompt: TypeAlias = Mapping[str, Any]
 """Nodes by id, as in the file."""
-
-
-def parse_prompt(text: str | bytes) -> dict[str, Any]:
-    """The prompt in a workflow file's text, without the `{"prompt": {...}}` wrapper of API clients.
-
-    Raises:
-        GraphError: the text is not JSON, not an object, or a workflow in the editor's format.
-    """
-    try:
-        content = parse_foreign_json(text)
-    except ValueError as error:
-        raise GraphError(f"a workflow file must be JSON, but this one {error}; {_EXPORT}") from error
-    if isinstance(content, dict) and isinstance(content.get("prompt"), dict) and "class_type" not in content["prompt"]:
-        content = content["prompt"]
-    if not isinstance(content, dict):
-        raise GraphError(f"a workflow file must hold a JSON object of nodes, got {_kind(content)}; {_EXPORT}")
-    if isinstance(content.get("nodes"), list):
-        raise GraphError(f"a workflow file must be in API format, but this one is in the editor's format; {_EXPORT}")
-    return content
 
 
 def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
     """A copy of `prompt` with changed inputs.
 
     Args:
-        prompt: from `parse_prompt`.
-        overrides: each `<node id>.<input>=<value>`, such as `12.steps=200`. The value is parsed as JSON if that fits
-            the input, otherwise it is text.
+        prompt: of a workflow.
+        overrides: each `<node>.<input>=<value>`, such as `12.steps=200`. The node is an id, or a title or class that
+            one node alone has. The value is parsed as JSON if that fits the input, otherwise it is text.
         nodes: registered nodes, for their inputs.
 
     Raises:
@@ -56,23 +37,47 @@ def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry
     changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
     for override in overrides:
         address, equals, text = override.partition("=")
-        node_id, dot, name = address.strip().partition(".")
-        if not (equals and dot and name):
-            raise GraphError(f"an override must be <node id>.<input>=<value>, such as 12.steps=200, got {override!r}")
-        if node_id not in changed:
-            known = ", ".join(node_label(key, node_title(member, nodes)) for key, member in changed.items())
+        if not (equals and address.strip().partition(".")[2]):
             raise GraphError(
-                f"override {override!r}: no node {node_id!r}{nearest(node_id, changed)}; there are {known}"
+                f"an override must be <node>.<input>=<value>, such as 12.steps=200 or Train LoRA.steps=200, "
+                f"got {override!r}"
             )
+        node_id, name = _addressed(changed, address.strip(), override, nodes)
         label = node_label(node_id, node_title(changed[node_id], nodes))
         _override_input(changed[node_id], name, text.strip(), label, nodes)
     return changed
 
 
-def is_remark(key: str, member: Any = None) -> bool:
-    """Whether a key of a prompt or of a node's inputs, or the node under it, is a remark for readers."""
-    kind = member.get("class_type") if isinstance(member, dict) else None
-    return key.startswith("_") if kind is None else kind in _NOTES
+def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node]) -> tuple[str, str]:
+    """Id of the node and name of the input in an address; titles and inputs may have dots."""
+    parts = [(address[:place], address[place + 1 :]) for place, one in enumerate(address) if one == "."]
+    parts = [(node, name) for node, name in parts if node and name]
+    for node, name in parts:
+        if node in prompt:
+            return node, name
+    titles = {key: node_title(member, nodes) for key, member in prompt.items()}
+    classes = {key: member.get("class_type") for key, member in prompt.items() if isinstance(member, dict)}
+    for named in (titles, classes):
+        for node, name in reversed(parts):
+            found = [key for key, one in named.items() if one == node]
+            if len(found) > 1:
+                shown = ", ".join(printable(key, limit=_LONGEST_TITLE) for key in found[:_LISTED])
+                raise GraphError(f"override {override!r}: {len(found)} nodes are called {node!r}; use an id: {shown}")
+            if found:
+                return found[0], name
+    wanted = parts[0][0] if parts else address
+    known = ", ".join(node_label(key, titles[key]) for key in [*prompt][:_LISTED])
+    more = f" and {len(prompt) - _LISTED:,} more" if len(prompt) > _LISTED else ""
+    hint = nearest(wanted, {*prompt, *titles.values()} - {""})
+    raise GraphError(f"override {override!r}: no node {wanted!r}{hint}; there are {known or 'none'}{more}")
+
+
+def is_remark(key: str, member: Any) -> bool:
+    """Whether a value in a prompt is no node: a note, or what a program or a reader added beside the nodes."""
+    if not isinstance(member, dict):
+        return True
+    kind = member.get("class_type")
+    return key.startswith("_") or "inputs" not in member if kind is None else kind in NOTES
 
 
 def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
@@ -120,12 +125,6 @@ def _read_value(text: str, wants_text: bool) -> Any:
     return text if wants_text and not isinstance(value, (str, list)) else value
 
 
-def _kind(content: object) -> str:
-    return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number or null")
-
-
-_LONGEST_TITLE = 80
-_NOTES = ("Note", "MarkdownNote")
+_LONGEST_TITLE, _LISTED = 80, 50
+NOTES = ("Note", "MarkdownNote")
 """Classes of notes in editors."""
-
-_EXPORT = "in ComfyUI choose Workflow > Export (API) and use that file"

@@ -7,6 +7,7 @@ all `MATCH` sockets of one node have the same type.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, TypeAlias
@@ -181,6 +182,8 @@ class Input:
         plain = Option(self.name, SCALARS[kind], default=..., help=self.tooltip, min=self.min, max=self.max)
         if kind == "BOOLEAN" and isinstance(value, str):
             value = _WRITTEN.get(value.casefold(), value)
+        if kind in ("INT", "FLOAT") and isinstance(value, str) and "STRING" not in self.scalar_types:
+            value = _number(value)
         checked = plain.check(value)
         if self.accept is not None:
             return self.accept(checked, folders)
@@ -207,10 +210,19 @@ def types_match(received: str, wanted: str) -> bool:
     return bool(ours & theirs) or not {ANY, MATCH}.isdisjoint(ours | theirs)
 
 
+def _number(text: str) -> int | float | str:
+    """The number in a text; the text if it is none, or none that could be an input."""
+    if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text.strip()):
+        return text
+    return int(text) if _WHOLE.fullmatch(text.strip()) else float(text)
+
+
 def _members(union: str) -> list[str]:
     return [member.strip() for member in union.split(",")]
 
 
-_MAX_SHOWN = 12
+_MAX_SHOWN, _LONGEST_NUMBER = 12, 40
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WRITTEN = {"true": True, "false": False, "none": False}
 """Truth values as text, which some editors write."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,12 +31,12 @@ DATA = EncodedDataset(
 )
 
 
-def metadata(tiny: Model, *, steps: int = 500, **settings: Any) -> dict[str, str]:
+def metadata(tiny: Model, *, steps: int = 500, data: EncodedDataset = DATA, **settings: Any) -> dict[str, str]:
     given = {"batch_size": 2, "grad_accumulation_steps": 3, "learning_rate": 1e-4, "seed": 7, "training_dtype": "fp32"}
     config = TrainConfig(**(given | {"targets": "attention"} | settings))
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
     record = RunRecord(source={"command": "train"}, samples=(SampleRecord(name="not repeated"),))
-    return training_metadata(job, DATA, title="dog", trigger="sks dog", steps=steps, started=0.0, record=record)
+    return training_metadata(job, data, title="dog", trigger="sks dog", steps=steps, started=0.0, record=record)
 
 
 def test_entries_that_other_programs_read(tiny: Model) -> None:
@@ -85,6 +86,13 @@ def test_entries_that_other_programs_read(tiny: Model) -> None:
     assert json.loads(found["ss_dataset_dirs"]) == {"dataset": {"n_repeats": 1, "img_count": 7}}
     assert json.loads(found["lorasmith.run"]) == {"source": {"command": "train"}}
     assert json.loads(found["lorasmith.config"])["batch_size"] == 2
+
+
+def test_pictures_of_the_class_are_regularisation_images(tiny: Model) -> None:
+    of_class = replace(picture("class.png", "a lion", 64, 64), is_class=True)
+    found = metadata(tiny, data=EncodedDataset((*DATA.samples, of_class)))
+    assert (found["ss_num_train_images"], found["ss_num_reg_images"]) == ("7", "1")
+    assert "lion" not in found["ss_tag_frequency"]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

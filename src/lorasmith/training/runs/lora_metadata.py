@@ -69,8 +69,8 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
     is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
     per_step = config.batch_size * config.grad_accumulation_steps
     epochs = -(-(steps - job.steps_before) * per_step // len(data))
-    images = len({sample.name for sample in data.samples})
-    tags = tag_frequency(sample.conditioning.text or "" for sample in data.samples)
+    images, of_class = (len({one.name for one in data.samples if one.is_class is wanted}) for wanted in (False, True))
+    tags = _tags(data)
     buckets = Counter(_picture_sizes(base, data))
     width, height = max(buckets, key=_area)
     sha256, short_hash = _hashes(base.path)
@@ -94,7 +94,7 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
         "ss_epoch": epochs,
         "ss_num_epochs": epochs,
         "ss_num_train_images": images,
-        "ss_num_reg_images": 0,
+        "ss_num_reg_images": of_class,
         "ss_num_batches_per_epoch": -(-len(data) // per_step),
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.learning_rate,
@@ -126,7 +126,7 @@ def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> d
     base = job.denoiser.base
     family, parameterization = base.family, job.denoiser.diffusion.parameterization
     width, height = max(_picture_sizes(base, data), key=_area)
-    tags = tag_frequency(sample.conditioning.text or "" for sample in data.samples)
+    tags = _tags(data)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.modelspec_architecture(parameterization)}/lora",
@@ -157,6 +157,11 @@ def _picture_sizes(base: Model, data: EncodedDataset) -> list[tuple[int, int]]:
     """Width and height in pixels of each sample's picture."""
     factor = base.components.latent.downscale
     return [(sample.latents.shape[-1] * factor, sample.latents.shape[-2] * factor) for sample in data.samples]
+
+
+def _tags(data: EncodedDataset) -> dict[str, int]:
+    """Tags of the subject's captions, with their frequency."""
+    return tag_frequency(one.conditioning.text or "" for one in data.samples if not one.is_class)
 
 
 def _area(size: tuple[int, int]) -> int:

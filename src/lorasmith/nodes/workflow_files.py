@@ -1,0 +1,59 @@
+"""Workflows from files: JSON, and the pictures and LoRAs that a graph saved, which carry it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from lorasmith.core.errors import GraphError
+from lorasmith.core.files import read_regular
+from lorasmith.core.registry import Registry
+from lorasmith.formats.container import check_safetensors
+from lorasmith.workflow.node import NODES, Node
+from lorasmith.workflow.workflow_text import Workflow, carried_workflow, parse_workflow
+
+__all__ = ["read_workflow"]
+
+
+def read_workflow(path: Path, *, nodes: Registry[Node] = NODES) -> Workflow:
+    """The workflow in a file of any kind that has one.
+
+    Args:
+        path: JSON in API format or the editor's, a PNG, or a LoRA in safetensors.
+        nodes: registered nodes.
+
+    Raises:
+        GraphError: the file cannot be read, has no workflow, or one that is malformed.
+    """
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return _carried(check_safetensors(path, GraphError).metadata, path, nodes)
+        content = read_regular(path)
+    except OSError as error:
+        raise GraphError(f"{path} cannot be read ({error.strerror}); give {_KINDS}") from error
+    if content.startswith(_PNG):
+        return _carried(_png_entries(content, path), path, nodes)
+    return parse_workflow(content, nodes=nodes)
+
+
+def _carried(entries: Mapping[str, str], path: Path, nodes: Registry[Node]) -> Workflow:
+    found = carried_workflow(entries, nodes=nodes)
+    if found is None:
+        raise GraphError(f"{path.name} carries no workflow, only files that a graph saved do; give {_KINDS}")
+    return found
+
+
+def _png_entries(content: bytes, path: Path) -> dict[str, str]:
+    """Text chunks of a PNG, without its pixels."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            return {str(key): str(text) for key, text in picture.info.items() if isinstance(text, str)}
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise GraphError(f"{path.name} is not a PNG that can be read; save the picture again") from error
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_KINDS = "a workflow (.json), or a PNG or LoRA that a graph saved"

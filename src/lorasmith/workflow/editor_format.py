@@ -1,0 +1,295 @@
+"""From the editor's format of workflow files to the prompt that runs.
+
+What ComfyUI's editor does when it queues a graph: values of widgets get their names, links are followed through
+reroutes, bypassed nodes and the boundaries of subgraphs, subgraphs are replaced by their nodes (whose ids become
+`<id of the instance>:<id in the subgraph>`), muted and bypassed nodes, notes and primitive nodes are left out. A
+bypassed node passes on the input of the output's number if its type fits, else the first of that type. Values that
+are lists are wrapped as `{"__value__": [...]}`.
+
+Four things differ from the editor (1.58): a primitive node also reaches widgets through reroutes and into subgraphs; a
+muted or bypassed instance inside a subgraph does not run, as elsewhere; ids in subgraphs stay those of the file, while
+the editor gives new ones to nodes whose id also occurs outside; and what a file lacks is left out of the prompt, whose
+checks know the defaults. Files without the editor's own widgets after seeds, values by name, and values of unknown
+nodes are read too, as far as their names are known.
+
+Files are a stranger's: numbers of nodes, depth of subgraphs, work and text are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lorasmith.core.errors import GraphError
+from lorasmith.core.files import MAX_TEXT_BYTES
+from lorasmith.core.printable import printable
+from lorasmith.core.registry import Registry
+from lorasmith.workflow.editor_graph import BYPASSED, MUTED, EditorGraph, EditorNode, read_editor_graph
+from lorasmith.workflow.editor_widgets import WidgetNames, names_in
+from lorasmith.workflow.graph import MOST_NODES
+from lorasmith.workflow.node import NODES, Node
+from lorasmith.workflow.order import depth_first
+from lorasmith.workflow.prompt import NOTES
+from lorasmith.workflow.sockets import ANY
+from lorasmith.workflow.subgraphs import PRIMITIVE, Hosts, HostValues
+
+__all__ = ["prompt_of_editor"]
+
+
+def prompt_of_editor(
+    content: Mapping[str, Any], *, nodes: Registry[Node] = NODES, names: WidgetNames | None = None
+) -> dict[str, Any]:
+    """The prompt of a graph in the editor's format.
+
+    Values of nodes of unknown classes that cannot be named are left out; `examine` reports the nodes.
+
+    Args:
+        content: JSON of the file.
+        nodes: registered nodes, for the names of their widgets.
+        names: of the widgets of each class, in place of `nodes`.
+
+    Raises:
+        GraphError: nodes are malformed or share an id, a subgraph contains itself, or the graph is larger than any
+            workflow.
+    """
+    return _Conversion(read_editor_graph(content), names or names_in(nodes)).prompt()
+
+
+@dataclass(frozen=True, eq=False)
+class _Scope:
+    """A graph at one place: the file's, or a subgraph for one of its instances.
+
+    Attributes:
+        graph: its nodes and links.
+        path: what ids in it begin with.
+        parent, host: the scope and the node that it stands for; None for the file's graph.
+        set: what the instance sets.
+    """
+
+    graph: EditorGraph
+    path: str = ""
+    parent: _Scope | None = None
+    host: EditorNode | None = None
+    set: HostValues = field(default_factory=HostValues)
+
+
+class _Input(NamedTuple):
+    """A place on the way of a link: an input of a node, on the way to an input of type `type`."""
+
+    scope: _Scope
+    node: EditorNode
+    number: int
+    type: str
+
+
+class _Output(NamedTuple):
+    """A place on the way of a link: an output of a node."""
+
+    scope: _Scope
+    node_id: str
+    number: int
+    type: str
+
+
+class _Found(NamedTuple):
+    """The end of a link's way: a link or a value as a prompt has them; `is_there` is False for nothing."""
+
+    value: Any = None
+    is_there: bool = True
+
+
+class _Conversion:
+    """One conversion."""
+
+    def __init__(self, graph: EditorGraph, names: WidgetNames) -> None:
+        _check_nesting(graph)
+        self._hosts = Hosts(names)
+        self._root = _Scope(graph)
+        self._scopes: dict[tuple[_Scope, str], _Scope] = {}
+        self._ends: dict[_Input | _Output, _Found] = {}
+        self._work = 0
+
+    def prompt(self) -> dict[str, Any]:
+        prompt = {}
+        for scope, node in self._running():
+            entry = {"class_type": node.type, "inputs": self._inputs(scope, node)}
+            prompt[scope.path + node.id] = {**entry, "_meta": {"title": node.title}} if node.title else entry
+        return prompt
+
+    def _running(self) -> Iterator[tuple[_Scope, EditorNode]]:
+        """The nodes that run, those of a subgraph in the place of its instance."""
+        count, weight = 0, 0
+        stack = [(self._root, iter(self._root.graph.nodes.values()))]
+        while stack:
+            scope, remaining = stack[-1]
+            if (node := next(remaining, None)) is None:
+                stack.pop()
+                continue
+            count, weight = count + 1, weight + node.weight + len(scope.path)
+            if count > MOST_NODES or weight > MAX_TEXT_BYTES:
+                raise GraphError(
+                    f"a workflow must have at most {MOST_NODES:,} nodes and {MAX_TEXT_BYTES:,} characters with its "
+                    "subgraphs in place, but this one has more; cut it"
+                )
+            if not node.is_active:
+                continue
+            if scope.graph.definition_of(node) is not None:
+                inner = self._within(scope, node)
+                stack.append((inner, iter(inner.graph.nodes.values())))
+            elif node.type not in _NOT_RUN:
+                yield scope, node
+
+    def _within(self, scope: _Scope, node: EditorNode) -> _Scope:
+        """The scope of an instance in `scope`."""
+        key = (scope, node.id)
+        if (found := self._scopes.get(key)) is not None:
+            return found
+        graph, values = scope.graph.definitions[node.type], self._hosts.values(node, scope.graph)
+        made = self._scopes[key] = _Scope(graph, f"{scope.path}{node.id}:", scope, node, values)
+        return made
+
+    def _inputs(self, scope: _Scope, node: EditorNode) -> dict[str, Any]:
+        inputs = {name: _wrapped(value) for name, value in (self._hosts.named(node) or {}).items()}
+        outside = scope.set.inner.get(node.id, {})
+        inputs |= {name: _wrapped(value) for name, value in outside.items()}
+        for number, socket in enumerate(node.inputs):
+            if not socket.name or socket.link is None or (socket.widget or socket.name) in outside:
+                continue
+            found = self._end(_Input(scope, node, number, socket.type))
+            if found.is_there:
+                inputs[socket.name] = found.value
+        return inputs
+
+    def _end(self, place: _Input | _Output) -> _Found:
+        """What the way of a link from `place` ends at; each place is left once."""
+        way: dict[_Input | _Output, None] = {}
+        following: _Input | _Output | _Found = place
+        while not isinstance(following, _Found):
+            if (known := self._ends.get(following)) is not None:
+                following = known
+            elif following in way:
+                following = _NOTHING  # a circle of reroutes
+            else:
+                way[following] = None
+                self._spend(1)
+                following = self._before(following) if isinstance(following, _Input) else self._through(following)
+        self._ends.update(dict.fromkeys(way, following))
+        return following
+
+    def _spend(self, work: int) -> None:
+        self._work += work
+        if self._work > _MOST_WORK:
+            raise GraphError("links of a workflow must lead through a few million nodes at most, got more; cut it")
+
+    def _before(self, place: _Input) -> _Input | _Output | _Found:
+        """What an input is linked to."""
+        scope, node, number, kind = place
+        key = node.inputs[number].link
+        link = scope.graph.links.get(key) if key is not None else None
+        if link is None:
+            return _NOTHING
+        if link.origin != scope.graph.source:
+            return _Output(scope, link.origin, link.origin_slot, kind)
+        return self._outside(scope, link.origin_slot)
+
+    def _outside(self, scope: _Scope, number: int) -> _Input | _Found:
+        """The way out of a subgraph by its input of a number."""
+        if scope.parent is None or scope.host is None or number >= len(scope.graph.inputs):
+            return _NOTHING
+        name = scope.graph.inputs[number].name
+        socket = scope.host.by_name.get(name)
+        linked = socket is not None and scope.host.inputs[socket].link in scope.parent.graph.links
+        outside = scope.parent.set.inner.get(scope.host.id, {})
+        if socket is not None and linked and name not in outside:
+            return _Input(scope.parent, scope.host, socket, scope.host.inputs[socket].type)
+        value = outside.get(name, scope.set.inputs.get(name))
+        return _NOTHING if value is None else _Found(_wrapped(value))
+
+    def _through(self, place: _Output) -> _Input | _Output | _Found:
+        """What an output passes on; the link to it, if its node runs."""
+        scope, node_id, number, kind = place
+        node = scope.graph.nodes.get(node_id)
+        if node is None or node.mode == MUTED:
+            return _NOTHING
+        if node.type == PRIMITIVE:
+            value = scope.set.inner.get(node_id, {}).get("", _first(node.values))
+            return _NOTHING if value is None else _Found(_wrapped(value))
+        if node.mode == BYPASSED:
+            self._spend(len(node.inputs))
+            passed = _passed_on(node, number, kind)
+            return _NOTHING if passed is None else _Input(scope, node, passed, node.inputs[passed].type)
+        if node.type == _REROUTE:
+            return _Input(scope, node, 0, kind) if node.inputs else _NOTHING
+        if scope.graph.definition_of(node) is not None:
+            return self._inside(self._within(scope, node), number, kind)
+        return _NOTHING if node.type in _NOT_RUN else _Found([scope.path + node_id, number])
+
+    def _inside(self, scope: _Scope, number: int, kind: str) -> _Input | _Output | _Found:
+        """The way into a subgraph by its output of a number."""
+        if number >= len(scope.graph.outputs):
+            return _NOTHING
+        for key in scope.graph.outputs[number].links:
+            if (link := scope.graph.links.get(key)) is None:
+                continue
+            if link.origin == scope.graph.source:
+                return self._outside(scope, link.origin_slot)
+            return _Output(scope, link.origin, link.origin_slot, kind)
+        return _NOTHING
+
+
+def _check_nesting(graph: EditorGraph) -> None:
+    """Refuse subgraphs in themselves, and those deep in one another, before anything is computed of them."""
+    needs = {
+        key: [node.type for node in one.nodes.values() if node.type in graph.definitions]
+        for key, one in (*graph.definitions.items(), ("", graph))
+    }
+    order, cycles = depth_first([""], needs)
+    for cycle in cycles:
+        name = _shown(graph.definitions[cycle.start[0]].name)
+        raise GraphError(f"a subgraph must not contain itself, but {name} does; remove one of the two")
+    depths: dict[str, int] = {}
+    for key in order:
+        depths[key] = 1 + max((depths[inner] for inner in needs[key]), default=-1)
+    if depths[""] > _DEEPEST:
+        raise GraphError(f"subgraphs must be at most {_DEEPEST} deep in one another, got {depths['']}; unpack some")
+
+
+def _passed_on(node: EditorNode, output: int, wanted: str) -> int | None:
+    """Number of the input that a bypassed node passes on for an output, to an input of type `wanted`."""
+    inputs = node.inputs
+    if wanted == ANY:
+        return output if output < len(inputs) else 0 if inputs else None
+    given = node.outputs[output] if output < len(node.outputs) else ANY
+    fitting = [one for one, socket in enumerate(inputs) if _fits(socket.type, given) and _fits(socket.type, wanted)]
+    if output in fitting:
+        return output
+    exact = [one for one, socket in enumerate(inputs) if socket.type == wanted]
+    return next(iter(exact or fitting), None)
+
+
+def _fits(one: str, other: str) -> bool:
+    """Whether the editor links sockets of these types."""
+    if ANY in (one, other):
+        return True
+    return not {*one.lower().split(",")}.isdisjoint(other.lower().split(","))
+
+
+def _wrapped(value: Any) -> Any:
+    return {"__value__": value} if isinstance(value, list) else value
+
+
+def _first(values: Any) -> Any:
+    if isinstance(values, dict):
+        values = [*values.values()]
+    return values[0] if values else None
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name, limit=80))
+
+
+_NOTHING = _Found(is_there=False)
+_REROUTE = "Reroute"
+_NOT_RUN = frozenset((*NOTES, PRIMITIVE, _REROUTE))
+_DEEPEST, _MOST_WORK = 50, 3_000_000

@@ -1,0 +1,297 @@
+"""Graphs as ComfyUI's editor keeps them: nodes, links and subgraphs of a workflow file, as typed objects.
+
+The editor writes links as lists (version 0.4) or as objects (version 1, and in every subgraph), values of widgets by
+position or by name, and inputs with the id of their link. Definitions of subgraphs are listed once in the file; a node
+whose type is the id of a definition is an instance of it. `editor_format` makes a prompt of these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lorasmith.core.errors import GraphError
+from lorasmith.core.printable import printable
+
+__all__ = [
+    "BYPASSED",
+    "MUTED",
+    "Boundary",
+    "EditorGraph",
+    "EditorInput",
+    "EditorLink",
+    "EditorNode",
+    "is_editor_format",
+    "read_editor_graph",
+]
+
+MUTED, BYPASSED = 2, 4
+"""Modes of nodes that do not run; a bypassed one passes its inputs on."""
+
+
+class EditorLink(NamedTuple):
+    """A link from an output to an input, by ids of nodes and numbers of sockets."""
+
+    origin: str
+    origin_slot: int
+    target: str
+    target_slot: int
+
+
+class EditorInput(NamedTuple):
+    """An input socket; `link` is the id of a link or None, `widget` the name of the widget in its place or None."""
+
+    name: str
+    type: str
+    link: str | None
+    widget: str | None
+
+
+class Boundary(NamedTuple):
+    """An input or output of a subgraph as a whole; `links` are ids of links inside the subgraph."""
+
+    name: str
+    links: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class EditorNode:
+    """A node of an editor's graph.
+
+    Attributes:
+        id: unique in its graph.
+        type: class of the node, or id of a subgraph.
+        title: that a user gave it; empty for none.
+        mode: 0 for a node that runs, `MUTED` or `BYPASSED`.
+        inputs: sockets.
+        outputs: types of the outputs.
+        values: of its widgets by position, or by name, or None where the file has none.
+        named: values by name beside those by position, which the editor does not read where it has both.
+        proxies: of an instance of a subgraph in older files: (id of the inner node, its widget, id of a node within
+            it or empty), one for each value.
+        set_aside: of an instance of a subgraph: values by input that the editor could not place otherwise.
+    """
+
+    id: str
+    type: str
+    title: str = ""
+    mode: int = 0
+    inputs: tuple[EditorInput, ...] = ()
+    outputs: tuple[str, ...] = ()
+    values: list[Any] | dict[str, Any] | None = None
+    named: Mapping[str, Any] = field(default_factory=dict)
+    proxies: tuple[tuple[str, str, str], ...] = ()
+    set_aside: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is neither muted nor bypassed."""
+        return self.mode not in (MUTED, BYPASSED)
+
+    @cached_property
+    def weight(self) -> int:
+        """Characters that the node contributes to a prompt, about."""
+        return len(self.id) + len(self.title) + len(json.dumps([self.values, self.named]))
+
+    @cached_property
+    def by_name(self) -> Mapping[str, int]:
+        """Number of the first input of each name."""
+        return {one.name: number for number, one in reversed([*enumerate(self.inputs)])}
+
+    @cached_property
+    def by_link(self) -> Mapping[str, int]:
+        """Number of the first input of each link."""
+        return {one.link: number for number, one in reversed([*enumerate(self.inputs)]) if one.link is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class EditorGraph:
+    """A graph, or the definition of a subgraph.
+
+    Attributes:
+        nodes: by id.
+        links: by id.
+        name: of a subgraph.
+        inputs, outputs: of a subgraph; empty for the graph of the file.
+        source, sink: ids under which links name the subgraph's inputs and outputs.
+        definitions: subgraphs by id; the same for all graphs of a file.
+    """
+
+    nodes: Mapping[str, EditorNode]
+    links: Mapping[str, EditorLink]
+    name: str = ""
+    inputs: tuple[Boundary, ...] = ()
+    outputs: tuple[Boundary, ...] = ()
+    source: str = ""
+    sink: str = ""
+    definitions: Mapping[str, EditorGraph] = field(default_factory=dict)
+
+    def definition_of(self, node: EditorNode) -> EditorGraph | None:
+        """The subgraph of which a node is an instance, if it is."""
+        return self.definitions.get(node.type)
+
+
+def is_editor_format(content: object) -> bool:
+    """Whether a file's JSON is in the editor's format."""
+    return isinstance(content, dict) and isinstance(content.get("nodes"), list)
+
+
+def read_editor_graph(content: Mapping[str, Any]) -> EditorGraph:
+    """The graph in a file's JSON.
+
+    Links and sockets of other shapes than the editor's are left out, as links to nowhere are.
+
+    Raises:
+        GraphError: a node or a subgraph is not an object with an id, or two have the same.
+    """
+    definitions: dict[str, EditorGraph] = {}
+    for given in _definitions(content):
+        if (key := _key(given.get("id"))) is None:
+            raise GraphError(f"a subgraph of a workflow must have an id, got {_shown(given.get('id'))}; {_SAVE}")
+        if key not in definitions:
+            definitions[key] = _graph(given, definitions, subgraph=True)
+    return _graph(content, definitions, subgraph=False)
+
+
+def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Definitions in a file, those inside other definitions included."""
+    found = [content]
+    while found:
+        inner = found.pop().get("definitions")
+        listed = inner.get("subgraphs") if isinstance(inner, dict) else None
+        for one in listed if isinstance(listed, list) else ():
+            if not isinstance(one, dict):
+                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(one)}; {_SAVE}")
+            yield one
+            found.append(one)
+
+
+def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, subgraph: bool) -> EditorGraph:
+    nodes: dict[str, EditorNode] = {}
+    for one in _list(given, "nodes"):
+        node = _node(one)
+        if node.id in nodes:
+            shown = printable(node.id, limit=_LONGEST)
+            raise GraphError(f"ids of nodes must be unique, but two nodes have the id {shown}; {_SAVE}")
+        nodes[node.id] = node
+    links = dict(filter(None, map(_link, _list(given, "links"))))
+    if not subgraph:
+        return EditorGraph(nodes, links, definitions=definitions)
+    source, sink = (_io(given, side, other) for side, other in (("inputNode", "-10"), ("outputNode", "-20")))
+    inputs = _boundaries(given, "inputs", {(one.origin, one.origin_slot): key for key, one in links.items()}, source)
+    outputs = _boundaries(given, "outputs", {(one.target, one.target_slot): key for key, one in links.items()}, sink)
+    return EditorGraph(nodes, links, _text(given.get("name")), inputs, outputs, source, sink, definitions)
+
+
+def _node(given: Any) -> EditorNode:
+    key = _key(given.get("id")) if isinstance(given, dict) else None
+    if key is None or not isinstance(given.get("type"), str):
+        raise GraphError(f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {_SAVE}")
+    properties = given.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    values, named, mode = given.get("widgets_values"), given.get("widgets_values_named"), given.get("mode")
+    outputs = [one if isinstance(one, dict) else {} for one in _list(given, "outputs")]
+    return EditorNode(
+        id=key,
+        type=given["type"],
+        title=_text(given.get("title")),
+        mode=mode if isinstance(mode, int) else 0,
+        inputs=tuple(map(_input, _list(given, "inputs"))),
+        outputs=tuple(_type(one.get("type")) for one in outputs),
+        values=values if isinstance(values, (list, dict)) else None,
+        named=named if isinstance(named, dict) else {},
+        proxies=tuple(filter(None, map(_proxy, _list(properties, "proxyWidgets")))),
+        set_aside=dict(filter(None, map(_set_aside, _list(properties, "proxyWidgetErrorQuarantine")))),
+    )
+
+
+def _input(given: Any) -> EditorInput:
+    given = given if isinstance(given, dict) else {}
+    widget = given.get("widget")
+    name = widget.get("name") if isinstance(widget, dict) else None
+    return EditorInput(
+        _text(given.get("name")), _type(given.get("type")), _key(given.get("link")), name if _is_text(name) else None
+    )
+
+
+def _link(given: Any) -> tuple[str, EditorLink] | None:
+    if isinstance(given, dict):
+        given = [given.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
+    if not isinstance(given, list) or len(given) < 5:
+        return None
+    key, origin, target = (_key(given[place]) for place in (0, 1, 3))
+    origin_slot, target_slot = (_slot(given[place]) for place in (2, 4))
+    if key is None or origin is None or target is None or origin_slot is None or target_slot is None:
+        return None
+    return key, EditorLink(origin, origin_slot, target, target_slot)
+
+
+def _boundaries(
+    given: Mapping[str, Any], name: str, links: Mapping[tuple[str, int], str], node: str
+) -> tuple[Boundary, ...]:
+    found = []
+    for number, one in enumerate(_list(given, name)):
+        one = one if isinstance(one, dict) else {}
+        listed = tuple(key for key in map(_key, _list(one, "linkIds")) if key is not None)
+        other = links.get((node, number))
+        found.append(Boundary(_text(one.get("name")), listed or (() if other is None else (other,))))
+    return tuple(found)
+
+
+def _io(given: Mapping[str, Any], name: str, default: str) -> str:
+    node = given.get(name)
+    return (_key(node.get("id")) if isinstance(node, dict) else None) or default
+
+
+def _proxy(given: Any) -> tuple[str, str, str] | None:
+    if not isinstance(given, list) or len(given) < 2 or not _is_text(given[1]) or (key := _key(given[0])) is None:
+        return None
+    return key, given[1], (_key(given[2]) or "") if len(given) > 2 else ""
+
+
+def _set_aside(given: Any) -> tuple[str, Any] | None:
+    entry = _proxy(given.get("originalEntry")) if isinstance(given, dict) else None
+    if entry is None or entry[0] != "-1" or given.get("hostValue") is None:
+        return None
+    return entry[1], given["hostValue"]
+
+
+def _list(given: Mapping[str, Any], name: str) -> list[Any]:
+    value = given.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _key(value: Any) -> str | None:
+    """An id as text; None if it is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) and value != "" else None
+
+
+def _slot(value: Any) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= _LONGEST_NUMBER:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _type(value: Any) -> str:
+    return value if _is_text(value) else "*"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), limit=_LONGEST)
+
+
+_LONGEST, _LONGEST_NUMBER = 80, 9
+_SAVE = "save the workflow again in ComfyUI"
