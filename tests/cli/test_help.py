@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_sentences_of_the_description_reflow(command: str) -> None:
     text = shown(command).partition("\n\n")[2].partition("\n\nArguments:")[0].partition("\n\nOptions:")[0]
     for paragraph in text.split("\n\n"):
         lines = paragraph.splitlines()
-        for line, following in zip(lines, lines[1:], strict=False):
+        for line, following in itertools.pairwise(lines):
             assert len(line) + 1 + len(following.split()[0]) > 78, line
 
 

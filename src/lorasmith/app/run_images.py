@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorasmith.app.run_plan import RunPlan, captions_used
 from lorasmith.core.errors import LorasmithError
@@ -20,6 +20,8 @@ from lorasmith.core.typed_json import typed
 from lorasmith.data.image_files import ImageError, open_reduced
 
 __all__ = ["LeftOut", "RunImage", "image_facts", "images_in", "keep_thumbnails", "left_out_in", "thumbnail_of"]
+
+T = TypeVar("T")
 
 _THUMBNAILS = 60
 """Images of which a small version is kept: reading takes a moment for each."""
@@ -57,9 +59,9 @@ def image_facts(plan: RunPlan) -> dict[str, Any]:
     """What a run records of its images, JSON values by name."""
     images = [
         RunImage(
-            name=image.path.name,
+            name=image.name,
             caption=image.caption,
-            use="class" if image.is_class else "held out" if image.path.name in plan.held_out else "trained",
+            use="class" if image.is_class else "held out" if image.name in plan.held_out else "trained",
             repeats=image.repeats,
         )
         for image in plan.scan.images
@@ -82,7 +84,7 @@ def left_out_in(data: Mapping[str, Any]) -> tuple[LeftOut, ...]:
     return _listed(data.get("left_out"), LeftOut)
 
 
-def _listed(values: object, kind: Any) -> Any:
+def _listed(values: object, kind: type[T]) -> tuple[T, ...]:
     if not isinstance(values, Sequence):
         return ()
     try:
