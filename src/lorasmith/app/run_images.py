@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorasmith.app.run_plan import RunPlan, captions_used
 from lorasmith.core.errors import LorasmithError
@@ -26,6 +26,7 @@ _THUMBNAILS = 60
 
 _RECORDED = 2000
 _EDGE, _QUALITY = 192, 80
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def left_out_in(data: Mapping[str, Any]) -> tuple[LeftOut, ...]:
     return _listed(data.get("left_out"), LeftOut)
 
 
-def _listed(values: object, kind: Any) -> Any:
+def _listed(values: object, kind: type[_Kind]) -> tuple[_Kind, ...]:
     if not isinstance(values, Sequence):
         return ()
     try:
