@@ -66,7 +66,6 @@ TESTED_ELSEWHERE = {
     "cli/reproduce.py": "cli/test_stopped_runs.py",
     "cli/resize.py": "cli/test_tools.py",
     "cli/resume.py": "cli/test_stopped_runs.py",
-    "cli/run_output.py": "cli/test_stopped_runs.py",
     "cli/targets.py": "cli/test_targets_command.py",
     "cli/train.py": "cli/test_commands.py",
     "cli/workflow.py": "cli/test_commands.py",

@@ -13,6 +13,8 @@ from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.run_plan import RunPlanned
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.hashes import sha256_body
 from lorasmith.training.lora_handle import Lora
 from tests.app.folder_cases import Audience, asked, prepared, tensors_of
 
@@ -68,3 +70,27 @@ def test_previews_are_drawn_of_the_plain_model(
     assert run.job.denoiser.patches != ()
     train_prepared(run, output=tmp_path / "run")
     assert seen[0].patches == ()
+
+
+def test_loras_on_the_way_are_kept_and_can_be_used(images: Path, tmp_path: Path) -> None:
+    result = train_prepared(prepared(images, save_every=2), output=tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run").glob("*-step*.safetensors"))
+    assert kept == ["cat-step00000002.safetensors", "cat-step00000004.safetensors"]
+    metadata = check_safetensors(tmp_path / "run" / kept[0]).metadata
+    assert (metadata["ss_steps"], result.steps) == ("2", 5)
+    assert sha256_body(tmp_path / "run" / kept[0]) != sha256_body(tmp_path / "run" / kept[1])
+
+
+def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(images: Path, tmp_path: Path) -> None:
+    train_prepared(prepared(images, previews=None, trigger="sks cat", steps=2), output=tmp_path / "run")
+    found = {path.name for path in (tmp_path / "run").rglob("*.png")}
+    assert {"base-1.png", "step-000002-1.png", "cat.png", "cat.preview.png"} <= found
+    assert "modelspec.thumbnail" in check_safetensors(tmp_path / "run" / "cat.safetensors").metadata
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "sks cat" in page and "Trained on" in page and "&lt;lora:cat:1&gt; sks cat" in page
+    assert len(list((tmp_path / "run" / "thumbnails").iterdir())) == 4
+
+
+def test_an_empty_text_draws_none(images: Path, tmp_path: Path) -> None:
+    train_prepared(prepared(images, previews="", steps=1), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "samples").exists()

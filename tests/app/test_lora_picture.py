@@ -32,7 +32,7 @@ def picture(tmp_path: Path) -> Path:
 
 def test_a_lora_has_its_picture_inside_and_beside_it(lora: Path, picture: Path) -> None:
     before = sha256_body(lora)
-    give_picture(lora, picture)
+    give_picture(lora, picture, private=False)
     metadata = check_safetensors(lora).metadata
     start, _, text = metadata[THUMBNAIL].partition(",")
     assert (start, metadata["ss_steps"]) == ("data:image/jpeg;base64", "3")

@@ -160,6 +160,7 @@ def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Pa
         "7": {"class_type": "SomebodysNode", "inputs": {"images": ["5", 0]}},
     }  # fmt: skip
     (tmp_path / "graph.json").write_text(json.dumps(workflow))
+    (tmp_path / "base").mkdir()
     ran = lorasmith("run", "graph.json", "--set", "4.steps=2", "--base-dir", "base")
     assert ran.code == 0, ran.err
     picture = tmp_path / "base" / "output" / "cat_00001_.png"

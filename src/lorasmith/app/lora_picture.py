@@ -22,7 +22,7 @@ THUMBNAIL = "modelspec.thumbnail"
 _EDGE, _QUALITY = 256, 85
 
 
-def give_picture(lora: Path, picture: Path, *, private: bool = False) -> None:
+def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
     """Write the picture of a LoRA into its header and beside it. Tensors and their hashes stay the same.
 
     Args:

@@ -47,7 +47,11 @@ def prepare_again(
     if record.source.get("command") != "train":
         raise OptionError(f"{run} was not made by lorasmith train; start its workflow or script again to resume it")
     if folder.is_done:
-        raise OutputError(f"the run in {run} is complete and cannot be resumed; train again for another run")
+        lora = run / f"{record.title}.safetensors"
+        raise OutputError(
+            f"the run in {run} is complete and cannot be resumed; to train on from its LoRA, add --existing-lora "
+            f"{lora} to the command"
+        )
     folder.check_free()
     try:
         source, config = repeated(

@@ -21,13 +21,12 @@ from lorasmith.data.image_files import ImageError, open_reduced
 
 __all__ = ["LeftOut", "RunImage", "image_facts", "images_in", "keep_thumbnails", "left_out_in", "thumbnail_of"]
 
-T = TypeVar("T")
-
 _THUMBNAILS = 60
 """Images of which a small version is kept: reading takes a moment for each."""
 
 _RECORDED = 2000
 _EDGE, _QUALITY = 192, 80
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def left_out_in(data: Mapping[str, Any]) -> tuple[LeftOut, ...]:
     return _listed(data.get("left_out"), LeftOut)
 
 
-def _listed(values: object, kind: type[T]) -> tuple[T, ...]:
+def _listed(values: object, kind: type[_Kind]) -> tuple[_Kind, ...]:
     if not isinstance(values, Sequence):
         return ()
     try:

@@ -129,7 +129,7 @@ class RunPreviews:
         model: str,
         strengths: tuple[float, ...] = (),
         on_event: EventHandler = lambda event: None,
-        private: bool = False,
+        private: bool,
     ) -> None:
         sampling = previewer.sampling
         made_with = {

@@ -30,8 +30,16 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
+    from lorasmith.app.state_facts import facts_of_state
     from lorasmith.formats.inspect import describe
 
+    if (state := facts_of_state(file)) is not None:
+        if as_json:
+            console.print_json(json.dumps(dataclasses.asdict(state), default=str))
+            return
+        for sentence in state.sentences:
+            echo(sentence)
+        return
     summary = describe(file)
     if as_json:
         console.print_json(json.dumps(dataclasses.asdict(summary), default=str))

@@ -458,6 +458,15 @@ class TrainConfig:
         changes_numbers=False,
         help="Number of run states to keep; older ones are deleted.",
     )
+    save_every: int = option(
+        0,
+        min=0,
+        max=100_000,
+        group=_KEEP,
+        changes_numbers=False,
+        help="Steps between LoRAs that are kept on the way, named by their step, such as dog-step00000100. 0 keeps "
+        "none.",
+    )
     max_rollbacks: int = option(
         3,
         min=0,

@@ -167,6 +167,11 @@ class Results:
         """Save the LoRA in the adapters."""
         self.lora(loop.step).save(path)
 
+    def path_at(self, step: int) -> Path:
+        """The file of the LoRA of a step of a run with a folder, numbered as sd-scripts does it."""
+        assert self._folder is not None
+        return self._path(self._folder, f"-step{self._job.steps_before + step:08}")
+
     def save_best(self, loop: Loop) -> None:
         """Save the LoRA at this step as the best one so far."""
         if self._folder is not None:

@@ -30,7 +30,7 @@ from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.records import RunRecord, check_title, run_record
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run
 from lorasmith.training.runs.run_states import StateSaver, free_bytes
-from lorasmith.training.watchers import Draw, PreviewWatch, ValidationWatch
+from lorasmith.training.watchers import Draw, LoraWatch, PreviewWatch, ValidationWatch
 
 __all__ = ["Job", "RunOptions", "TrainResult", "plan_job", "run_job"]
 
@@ -247,6 +247,9 @@ class _Run:
                     before=folder.flush,
                 )
             )
+            if config.save_every:
+                results = self._results
+                watchers.append(LoraWatch(results.save, results.path_at, every=config.save_every))
             if self._draw is not None:
                 preview = folder.path / "preview.safetensors"
                 watchers.append(PreviewWatch(self._draw, self._results.save, preview, config))

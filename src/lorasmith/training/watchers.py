@@ -22,7 +22,7 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
 
-__all__ = ["Draw", "PreviewWatch", "ValidationWatch"]
+__all__ = ["Draw", "LoraWatch", "PreviewWatch", "ValidationWatch"]
 
 _VALIDATIONS = 10
 _PREVIEWS = 4
@@ -116,6 +116,29 @@ class ValidationWatch(Watcher):
             tables = tensors["tables"].tolist() if "tables" in tensors else []
             validations = list(zip(steps, tables, strict=True))
             self.history = History.from_json({"base": tensors["base"].tolist(), "validations": validations})
+
+
+class LoraWatch(Watcher):
+    """Saves the LoRA at intervals, to be used and kept.
+
+    Args:
+        save: saves the LoRA in the adapters to a path.
+        path: from a step to the file.
+        every: interval in steps.
+    """
+
+    def __init__(self, save: Callable[[Loop, Path], None], path: Callable[[int], Path], *, every: int) -> None:
+        self._save, self._path, self._every = save, path, every
+
+    def due(self, loop: Loop) -> bool:
+        return loop.step % self._every == 0 and loop.step < loop.steps  # the last one is the result
+
+    def __call__(self, loop: Loop) -> None:
+        def write() -> None:
+            with loop.engine.exported():
+                self._save(loop, self._path(loop.step))
+
+        _warned(loop, f"The LoRA of step {loop.step} is not saved", write)
 
 
 class Draw(Protocol):

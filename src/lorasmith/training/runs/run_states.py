@@ -26,7 +26,7 @@ from lorasmith.training.events import StateSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.progress import RunState
 
-__all__ = ["RunStates", "StateSaver", "free_bytes", "load_state", "save_state"]
+__all__ = ["RunStates", "StateSaver", "free_bytes", "is_state", "load_state", "save_state"]
 
 _KEY, _DIGEST = "lorasmith.run_state", "lorasmith.digest"
 _UNSIGNED = "0" * 64
@@ -158,6 +158,11 @@ def save_state(path: Path, state: RunState) -> None:
     metadata = {_KEY: text, _DIGEST: _UNSIGNED}
     digest = _sha256(serialised(state.tensors, metadata))
     write_safetensors(path, state.tensors, {**metadata, _DIGEST: digest})
+
+
+def is_state(path: Path) -> bool:
+    """Whether a file is a run state, whole or not. Raises OutputError if it is no safetensors file."""
+    return _KEY in check_safetensors(path, OutputError).metadata
 
 
 def load_state(path: Path) -> RunState:

@@ -1,0 +1,68 @@
+"""What the state of a run is, for somebody who takes it for a LoRA."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.app.command_lines import resume_command
+from lorasmith.core.errors import LorasmithError
+from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.runs.run_states import is_state, load_state
+
+__all__ = ["StateFacts", "facts_of_state"]
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """A run state.
+
+    Attributes:
+        path: the file.
+        step: updates taken.
+        steps: of the run; None if that is unknown.
+        lora: the LoRA of its run; None if there is none.
+        command: continues the run, and saves a LoRA when it ends or is stopped; None if there is nothing to continue.
+    """
+
+    path: Path
+    step: int
+    steps: int | None
+    lora: Path | None
+    command: str | None
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What it is, and how to make a LoRA of it."""
+        of = "" if self.steps is None else f" of {self.steps:,}"
+        what = f"{self.path} is the state of a run at step {self.step:,}{of}, from which it continues. It is no LoRA."
+        found = () if self.lora is None else (f"The LoRA of the run is {self.lora}.",)
+        if self.command is None:
+            return (what, *found)
+        how = "To make a LoRA of the newest state, continue the run; Ctrl-C ends it at any step and saves the LoRA:"
+        return (what, *found, how, f"  {self.command}")
+
+
+def facts_of_state(path: Path) -> StateFacts | None:
+    """What a run state is; None if the file is something else.
+
+    Raises:
+        OutputError: the state is damaged.
+    """
+    try:
+        if not path.is_file() or not is_state(path):
+            return None
+    except LorasmithError:  # what it is then is for others to say
+        return None
+    state = load_state(path)
+    config = state.numbers.get("config")
+    steps = config.get("steps") if isinstance(config, dict) else None
+    run, lora, command = path.resolve().parent.parent, None, None
+    with contextlib.suppress(LorasmithError):
+        folder = RunFolder(run)
+        lora = run / f"{folder.record().title}.safetensors"
+        command = None if folder.is_done else resume_command(run)
+    return StateFacts(
+        path, state.step, steps if isinstance(steps, int) else None, lora if lora and lora.is_file() else None, command
+    )
