@@ -61,6 +61,7 @@ class Fingerprint(TypedDict, total=False):
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
     "existing_lora",
+    "existing_state",
     "training_adapter",
     "compile",
 }
@@ -89,11 +90,16 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
         "patches": _digest(_patch_tensors(job)),
         "data": _digest(_data_tensors(data)),
         "held_out": _digest(_data_tensors(held_out)) if held_out else "",
-        "initial": _digest(initial),
+        "initial": _digest(initial) + _digest_of_state(job.config.existing_state),
     }
     if noising is not None:
         found["noising"] = [noising.parameterization, _digest([("", noising.schedule.sigmas)])]
     return found
+
+
+def _digest_of_state(path: str | None) -> str:
+    """Of the run state that a run starts from; empty without one. Raises OutputError if it cannot be read."""
+    return "" if path is None else f"+{sha256_file(Path(path))}"
 
 
 def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
