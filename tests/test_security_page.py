@@ -343,7 +343,7 @@ def test_every_flag_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
             of.setdefault(command, set()).update(re.findall(r"--[\w-]+", flags))
     assert of.keys() == {"resume", "reproduce", "train"}
     for command, wanted in of.items():
-        monkeypatch.setattr(sys, "argv", ["lorasmith", command, "--help"])
+        monkeypatch.setattr(sys, "argv", ["lorasmith", command, "--help-all" if command == "train" else "--help"])
         with pytest.raises(SystemExit):
             main()
         shown = capsys.readouterr().out

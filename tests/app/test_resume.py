@@ -9,10 +9,10 @@ import pytest
 
 from lorasmith.app.folder_run import train_prepared
 from lorasmith.app.resume import prepare_again
-from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.training.events import Warned
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.training.events import Resumed, Warned
 from lorasmith.training.runs.run_folder import RunFolder
-from tests.app.folder_cases import CONFIRMED, Audience, tensors_of, with_record
+from tests.app.folder_cases import CONFIRMED, Audience, prepared, tensors_of, with_record
 
 
 def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: Path) -> None:
@@ -62,3 +62,27 @@ def test_a_folder_that_is_trained_in_is_refused_before_anything_is_read(broken: 
 def test_a_finished_run_is_not_continued(whole: Path) -> None:
     with pytest.raises(OutputError, match="is complete and cannot be resumed"):
         prepare_again(whole, rights=CONFIRMED)
+
+
+def test_a_finished_run_is_trained_on_from_its_end_with_its_optimizer(
+    whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a constant rate the result is that of the longer run in one piece, to the bit."""
+    monkeypatch.chdir(tmp_path)
+    constant = {"schedule": "constant", "validation_share": 0.0}
+    train_prepared(prepared(images, steps=3, **constant), output=tmp_path / "short")
+    train_prepared(prepared(images, steps=6, **constant), output=tmp_path / "long")
+    audience = Audience()
+    again = prepare_again(tmp_path / "short", rights=CONFIRMED, steps=6)
+    result = train_prepared(again, output=tmp_path / "on", on_event=audience)
+    assert result.steps == len(result.losses) == 6
+    assert tensors_of(tmp_path / "on") == tensors_of(tmp_path / "long") != tensors_of(tmp_path / "short")
+    (resumed,) = (event for event in audience.events if isinstance(event, Resumed))
+    assert "continues from step 3 of" in resumed.message and "constant schedule over 6 steps" in resumed.message
+
+
+def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Path) -> None:
+    with pytest.raises(OptionError, match="--steps is for a complete run"):
+        prepare_again(broken, rights=CONFIRMED, steps=9)
+    with pytest.raises(OptionError, match="must be more than the 5 steps"):
+        prepare_again(whole, rights=CONFIRMED, steps=5)

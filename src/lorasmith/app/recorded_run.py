@@ -115,6 +115,7 @@ def _outside(source: FolderSource, config: TrainConfig) -> Iterator[tuple[str, s
         *((name, getattr(source.data, name)) for name in DATA_PATHS),
         ("held-out images", source.validation),
         ("existing_lora", config.existing_lora),
+        ("existing_state", config.existing_state),
         ("training_adapter", config.training_adapter),
     ]
     yield from ((what, path) for what, path in named if path and not _is_here(path))

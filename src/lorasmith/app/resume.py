@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lorasmith.app.folder_run import PreparedRun, prepare
@@ -12,6 +13,7 @@ from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.runs.history import RECORD
+from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
 __all__ = ["prepare_again"]
@@ -26,6 +28,7 @@ def prepare_again(
     vae: str | None = None,
     data: Path | None = None,
     device: str | None = None,
+    steps: int | None = None,
     on_event: EventHandler = lambda event: None,
 ) -> PreparedRun:
     """Prepare the run in a folder.
@@ -34,6 +37,7 @@ def prepare_again(
         run: the folder.
         rights: what its record may name.
         model, text_encoders, vae, data, device: as for `recorded_run.repeated`.
+        steps: of a longer run that starts from the end of this one, which is complete.
         on_event: receives the events of `prepare`, and a `Warned` if the run starts from the beginning or a tracker
             that it names is not started.
 
@@ -46,11 +50,12 @@ def prepare_again(
     record = folder.record()
     if record.source.get("command") != "train":
         raise OptionError(f"{run} was not made by lorasmith train; start its workflow or script again to resume it")
-    if folder.is_done:
-        lora = run / f"{record.title}.safetensors"
+    if steps is not None:
+        _check_longer(run, folder, record, steps)
+    elif folder.is_done:
         raise OutputError(
-            f"the run in {run} is complete and cannot be resumed; to train on from its LoRA, add --existing-lora "
-            f"{lora} to the command"
+            f"the run in {run} is complete and cannot be resumed; to train on from its end, give the steps of "
+            "the longer run with --steps"
         )
     folder.check_free()
     try:
@@ -66,10 +71,24 @@ def prepare_again(
         )
     except ValueError as error:
         raise TrainingError(f"{run / RECORD} is damaged ({error}); restore it from a copy, or train again") from error
+    if steps is not None:
+        # Not the path of the record: the folder may have been moved.
+        config = replace(config, steps=steps, existing_state=str(folder.states().paths()[0].resolve()))
     prepared = prepare(source, config, on_event=on_event)
     tracker = record.asked.get("track")
     if config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
         on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
-    if not folder.states().paths():
+    if steps is None and not folder.states().paths():
         on_event(Warned(message=f"{run} ended before its first run state was saved and starts from the beginning."))
     return prepared
+
+
+def _check_longer(run: Path, folder: RunFolder, record: RunRecord, steps: int) -> None:
+    """Raise OptionError unless the run in a folder is complete, has its last state, and is shorter."""
+    if not folder.is_done:
+        raise OptionError(f"--steps is for a complete run, and that in {run} is not; resume it without --steps first")
+    if not folder.states().paths():
+        raise OptionError(f"{run} has no run state to continue from; train again with --existing-lora and its LoRA")
+    before = record.config.get("steps")
+    if isinstance(before, int) and steps <= before:
+        raise OptionError(f"--steps must be more than the {before} steps of the run in {run}, got {steps}")

@@ -39,7 +39,7 @@ __all__ = ["RunFile", "read_run_file"]
 
 _MOST_BYTES = 2**20
 _SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
-_PATHS = (*DATA_PATHS, "existing_lora", "training_adapter")
+_PATHS = (*DATA_PATHS, "existing_lora", "existing_state", "training_adapter")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ _COSTS = (
     "training_dtype",
     "deterministic",
 )
-_FREE = ("existing_lora", "training_adapter", "bypass_mode")
+_FREE = ("existing_lora", "existing_state", "training_adapter", "bypass_mode")
 
 
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:

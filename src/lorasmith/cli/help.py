@@ -12,6 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lorasmith.cli.console import echo
+
 __all__ = ["HelpCommand", "HelpGroup", "with_first", "with_readable_help"]
 
 _MANY = 20
@@ -105,7 +107,8 @@ def _help_all(help_option: Any, command: HelpCommand) -> Any:
         if value and not ctx.resilient_parsing:
             whole = copy.copy(command)
             whole._shows_all = True
-            typer.echo(whole.get_help(ctx))
+            for line in whole.get_help(ctx).splitlines():
+                echo(line)
             ctx.exit()
 
     option = copy.copy(help_option)

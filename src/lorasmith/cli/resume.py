@@ -27,6 +27,12 @@ def resume(
     device: Annotated[
         str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the run.")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Train on from the end of this run, which is complete, up to so many steps, in a folder of its own."
+        ),
+    ] = None,
     as_recorded: AsRecorded = False,
     allow_optimizer: AllowOptimizer = None,
     track: TrackNow = None,
@@ -50,6 +56,7 @@ def resume(
             vae=vae,
             data=data,
             device=device,
+            steps=steps,
             on_event=show,
         )
-    train_and_report(prepared, output=run, verify=verify)
+    train_and_report(prepared, output=run if steps is None else None, verify=verify)

@@ -148,6 +148,12 @@ class TrainConfig:
         help="LoRA file to continue training. Its layers keep their algorithm, rank and alpha, and its step count "
         "continues.",
     )
+    existing_state: str | None = option(
+        None,
+        group=_WHAT,
+        help="Run state from which the run starts, optimizer and steps included: that of a finished run of the same "
+        "settings and images with fewer steps. `lorasmith resume RUN --steps N` sets it.",
+    )
     training_adapter: str | None = option(
         None,
         group=_WHAT,

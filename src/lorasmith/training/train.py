@@ -29,7 +29,7 @@ from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.records import RunRecord, check_title, run_record
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run
-from lorasmith.training.runs.run_states import StateSaver, free_bytes
+from lorasmith.training.runs.run_states import StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import Draw, LoraWatch, PreviewWatch, ValidationWatch
 
 __all__ = ["Job", "RunOptions", "TrainResult", "plan_job", "run_job"]
@@ -154,7 +154,11 @@ class _Run:
         try:
             if start is not None:
                 loop.load(start)
+            elif job.config.existing_state is not None:
+                loop.load(_continued(Path(job.config.existing_state)))
             self._announce(start)
+            if start is None and loop.step:
+                self._emit(Resumed(step=loop.step, message=self._how_it_continues(loop)))
             with self._tracked(), self._captions():
                 reason = loop.run()
         except BaseException as error:
@@ -279,6 +283,14 @@ class _Run:
             message = f"The run in {folder.path} continues from step {start.step}, {same}."
             self._emit(Resumed(step=start.step, message=message))
 
+    def _how_it_continues(self, loop: Loop) -> str:
+        config = self._job.config
+        rate = config.learning_rate * loop.engine.rate(loop.step)
+        return (
+            f"The run continues from step {loop.step} of {config.existing_state}, with the state of its optimizer; the "
+            f"learning rate is that of the {config.schedule} schedule over {config.steps} steps, {rate:.3g} here."
+        )
+
     def _notes(self) -> Iterator[str]:
         yield from self._job.notes
         yield from self._parts.training.notes
@@ -303,3 +315,9 @@ class _Run:
             yield "the order of sums on a GPU, as deterministic is off"
         if runtime.compile and runtime.varying_sizes:
             yield "the sizes that blocks are compiled for first"
+
+
+def _continued(path: Path) -> RunState:
+    """The state of a finished run, to train on from it, also where validation had ended it."""
+    state = load_state(path)
+    return replace(state, numbers={**state.numbers, "stopped": False})

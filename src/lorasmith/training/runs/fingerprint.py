@@ -62,6 +62,7 @@ class Fingerprint(TypedDict, total=False):
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
     "existing_lora",
+    "existing_state",
     "training_adapter",
     "compile",
 }
@@ -90,11 +91,16 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
         "patches": digest_of_tensors(patch_tensors(job.denoiser.patches)),
         "data": digest_of_tensors(_data_tensors(data)),
         "held_out": digest_of_tensors(_data_tensors(held_out)) if held_out else "",
-        "initial": digest_of_tensors(initial),
+        "initial": digest_of_tensors(initial) + _digest_of_state(job.config.existing_state),
     }
     if noising is not None:
         found["noising"] = [noising.parameterization, digest_of_tensors([("", noising.schedule.sigmas)])]
     return found
+
+
+def _digest_of_state(path: str | None) -> str:
+    """Of the run state that a run starts from; empty without one. Raises OutputError if it cannot be read."""
+    return "" if path is None else f"+{sha256_file(Path(path))}"
 
 
 def file_digests(files: Mapping[str, Path]) -> dict[str, str]:

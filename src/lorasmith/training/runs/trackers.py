@@ -21,7 +21,8 @@ __all__ = ["Tracker", "tracker_for"]
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
-_PRIVATE = frozenset({"existing_lora", "previews", "training_adapter"})  # settings that contain paths and prompts
+_PRIVATE = frozenset({"existing_lora", "existing_state", "previews", "training_adapter"})
+"""Settings that contain paths and prompts."""
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:
