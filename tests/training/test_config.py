@@ -28,6 +28,8 @@ OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "bench.measure.synthetic_samples": "the seed of random inputs",
     "app.drawing.load_with_loras": "LoRAs of pictures",
+    "app.drawing.with_loras": "LoRAs of pictures",
+    "app.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "cli.convert.convert": "a file's metadata",
     "core.adapter_format.PeftKind": "the name of a field",
     "cli.demo.demo": "the demo's own run",
