@@ -48,6 +48,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_engine_knows_no_bars() -> None:
     doors = ("rich", "lorasmith.app", "lorasmith.cli")  # tqdm is torch's, too
     code = f"import sys, lorasmith.training.train; print([one for one in {doors!r} if one in sys.modules])"

@@ -101,6 +101,7 @@ def test_a_run_that_is_there_is_not_written_over(lora: Path, whole: Path) -> Non
         prepare_reproduction(lora, rights=CONFIRMED, output=whole)
 
 
+@pytest.mark.slow
 def test_whole_files_are_compared_on_request(
     lora: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

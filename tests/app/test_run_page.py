@@ -250,6 +250,7 @@ def test_nothing_outside_the_folder_is_shown(tmp_path: Path) -> None:
     assert "data:image" not in page(run)
 
 
+@pytest.mark.slow
 def test_contact_sheets_stand_in_for_single_pictures(tmp_path: Path) -> None:
     write_run(tmp_path, [started(9)])
     assert "Before and after" not in page(tmp_path)

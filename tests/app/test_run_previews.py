@@ -97,6 +97,7 @@ def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved
             assert "Seed: 9" in written.info["parameters"] and "LoRA: pets.safetensors" in written.info["parameters"]
 
 
+@pytest.mark.slow
 def test_strengths_without_1(previews: Make, saved: Path, tmp_path: Path) -> None:
     assert rows(previews(preview_strengths="2")(10, saved, final=True)) == [(10, 0.0), (10, 1.0), (10, 2.0)]
     assert not list((tmp_path / "samples").glob("strength-1-*"))

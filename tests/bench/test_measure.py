@@ -176,6 +176,7 @@ def test_a_profile_tells_products_from_others() -> None:
     assert product.products + product.others + product.between == pytest.approx(product.whole)
 
 
+@pytest.mark.slow
 def test_a_large_product_reaches_more_than_a_thin_one() -> None:
     rate = measured_rates(CPU, torch.float32)
     assert rate.products > 1e9

@@ -147,6 +147,7 @@ def test_a_run_that_is_stopped_before_it_was_validated_says_that_it_is_too_early
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(
     lorasmith: Command, images: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +321,7 @@ def test_a_reproduction_that_is_stopped_proves_nothing(lorasmith: Command, whole
     assert "are the same" not in ran.out
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_say_how_it_was_made(lorasmith: Command, images: Path) -> None:
     assert lorasmith("train", images, *QUICK, "--steps", 1, "--private", "--output", "private").code == 0
     ran = lorasmith("reproduce", "private/cat.safetensors", "--as-recorded")

@@ -106,6 +106,7 @@ def test_a_second_start_hashes_nothing(file: Path, remembered: RememberedDigests
     assert len(hashed) == 4, "twice more without a memory"
 
 
+@pytest.mark.slow
 def test_files_that_are_touched_moved_or_copied_are_hashed_again(
     file: Path, tmp_path: Path, remembered: RememberedDigests, hashed: list[int]
 ) -> None:
@@ -285,6 +286,7 @@ def test_a_damaged_memory_is_none(file: Path, remembered: RememberedDigests, has
     assert len(hashed) == 4
 
 
+@pytest.mark.slow
 def test_without_a_cache_nothing_is_remembered(file: Path, tmp_path: Path, hashed: list[int]) -> None:
     off = RememberedDigests(EncodingCache(tmp_path / "off", limit_bytes=0))
     both(load_model(file), off)

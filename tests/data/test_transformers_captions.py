@@ -26,7 +26,7 @@ def blip(tmp_path: Path) -> Path:
     return tmp_path / "blip"
 
 
-@pytest.mark.parametrize("kind", slow_except(MODELS, "blip", "llava"))
+@pytest.mark.parametrize("kind", slow_except(MODELS, "blip"))
 def test_every_kind_says_words_of_its_vocabulary(tmp_path: Path, kind: str) -> None:
     MODELS[kind](tmp_path / kind)
     said = [transformers_captioner(str(tmp_path / kind), CPU)(one) for one in PICTURES]

@@ -66,6 +66,7 @@ def copied(model: Model, pipe: Any) -> list[str]:
     return [name for name, one in tensors_of(model.components.modules()) if one.data_ptr() not in theirs]
 
 
+@pytest.mark.slow
 def test_every_family_is_recognised_and_no_weight_is_copied(case: Case) -> None:
     pipe = case.tiny.made()
     before = state_of(pipe)
@@ -88,6 +89,7 @@ def test_every_family_is_recognised_and_no_weight_is_copied(case: Case) -> None:
     assert state_of(pipe) == before
 
 
+@pytest.mark.slow
 def test_stable_diffusion_xl_is_recognised(sdxl: Model, sdxl_file: Path, tmp_path: Path) -> None:
     pipe = sdxl_models.diffusers_pipeline(sdxl_file, tmp_path)
     model = load_model(pipe)
@@ -120,6 +122,7 @@ def test_a_pipeline_stays_as_it_was_whatever_is_done_with_its_model(pipe: Any) -
     assert calls == [], "its hooks are for its own calls"
 
 
+@pytest.mark.slow
 def test_a_run_on_a_pipeline_is_that_on_its_file(pipe: Any, tiny: Model) -> None:
     data = EncodedDataset((Sample(torch.randn(4, 8, 8), tiny.text_encoder.encode("a fox"), "1.png"),))
     settings: dict[str, Any] = {"steps": 3, "rank": 2, "learning_rate": 1e-3, "targets": "attention"}
@@ -127,6 +130,7 @@ def test_a_run_on_a_pipeline_is_that_on_its_file(pipe: Any, tiny: Model) -> None
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
 def test_compiled_parts_are_those_that_were_compiled(pipe: Any) -> None:
     plain = pipe.unet
     pipe.unet = torch.compile(plain)

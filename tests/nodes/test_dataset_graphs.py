@@ -81,6 +81,7 @@ def test_a_saved_data_set_trains_as_the_one_it_was_made_of(folders: Folders) -> 
     assert loaded == plain
 
 
+@pytest.mark.slow
 def test_a_data_set_that_comfyui_saved_trains_as_ours(folders: Folders) -> None:
     """ComfyUI's conditionings have a pooled vector for every model; Stable Diffusion 1 has no use for it."""
     plain, _ = trained(folders, graph("mixed", "3"), "12378")

@@ -77,6 +77,7 @@ def run(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.Temp
     return folder
 
 
+@pytest.mark.slow
 def test_a_real_run_has_them(run: Path) -> None:
     assert list(faults(json.loads((run / "run.json").read_text("utf-8")), committed("run.schema.json"))) == []
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]

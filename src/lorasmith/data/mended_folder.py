@@ -254,7 +254,7 @@ def _keep(folder: Path, files: Mapping[Path, str], original: Path) -> tuple[str,
     names, kept, reasons = _Names(), [], []
     for path, reason in files.items():
         _, stem = names.place(name_in(original, path).replace("/", "_"))
-        target = ensure_folder(folder) / f"{stem}{_safe(path.suffix)}"
+        target = ensure_folder(folder) / f"{stem}{_plain(path.suffix)}"
         try:
             open_regular(path).close()
         except OSError as error:  # no permission, a pipe, or gone since
@@ -294,10 +294,13 @@ class _Names:
         return folder, stem
 
 
+def _plain(name: str) -> str:
+    """A name or suffix in characters that every system has files for."""
+    return re.sub(r"[^\w .,()&+=@#-]", "_", file_stem(name)).rstrip(" .")
+
+
 def _safe(name: str) -> str:
     """A name that every system has files for: no control characters, and none with a meaning in paths or shells."""
-    kept = re.sub(r"[^\w .,()&+=@#-]", "_", file_stem(name)).rstrip(" .").lstrip(" -")
-    if name.startswith("."):  # a suffix
-        return kept
+    kept = _plain(name).lstrip(" -")
     kept = re.sub(r"^\.+", "_", kept)
     return f"_{kept}" if not kept or _RESERVED.fullmatch(kept.partition(".")[0]) else kept
