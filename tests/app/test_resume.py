@@ -86,3 +86,13 @@ def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Pa
         prepare_again(broken, rights=CONFIRMED, steps=9)
     with pytest.raises(OptionError, match="must be more than the 5 steps"):
         prepare_again(whole, rights=CONFIRMED, steps=5)
+
+
+def test_a_run_of_variants_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
+    varied = {"flip": True, "crop_jitter": 0.2, "caption_dropout": 0.3, "trigger": "sks, a, b", "shuffle_tags": True}
+    whole = train_prepared(prepared(images, **varied), output=tmp_path / "whole")
+    audience = Audience(stop_at=2)
+    train_prepared(prepared(images, **varied), output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
+    assert tensors_of(tmp_path / "run") != tensors_of(tmp_path / "whole")
+    resumed = train_prepared(prepare_again(tmp_path / "run", rights=CONFIRMED), output=tmp_path / "run")
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole") and resumed.losses == whole.losses
