@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol
 
@@ -17,7 +17,6 @@ from PIL import Image
 from lorasmith.app.drawing import with_loras
 from lorasmith.app.model_run import shown_signature
 from lorasmith.app.progress_bars import counted, note
-from lorasmith.core.options import config_from
 from lorasmith.core.placement import chosen_device
 from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig
@@ -99,11 +98,16 @@ def load_dataset(
         OptionError: a setting is unknown or out of range, or there is no such device.
     """
     given = DatasetArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
-    config = config_from(DataConfig, {**(asdict(given.config) if given.config else {}), **arguments})
     bars = given.progress if isinstance(given.progress, bool) else False
     with counted("Captions", bars) as captions, counted("Images", given.progress) as pictures:
         data = encoding.load_dataset(
-            images, model, device=given.device, progress=pictures, caption_progress=captions, config=config
+            images,
+            model,
+            device=given.device,
+            progress=pictures,
+            caption_progress=captions,
+            config=given.config,
+            **arguments,
         )
     for sentence in data.notes if given.progress is True else ():
         note(sentence)

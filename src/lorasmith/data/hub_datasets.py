@@ -193,6 +193,6 @@ def _suffix(content: bytes) -> str:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
             suffix = f".{(picture.format or '').lower()}"
-    except Exception:
+    except Exception:  # whatever a reader of Pillow raises for damaged bytes
         return ".png"
     return suffix if suffix in image_suffixes() else ".png"
