@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -99,9 +100,10 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
     assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run' --as-recorded\n" in ran.out
     assert tensors_of(tmp_path / "my run") != tensors_of(whole)
 
-    ran = lorasmith("resume", "my run", "--as-recorded")
+    ran = lorasmith("resume", "my run", "--as-recorded", "--json")
     assert ran.code == 0, ran.err
-    assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.out
+    assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.err
+    assert (json.loads(ran.out)["reason"], len(json.loads(ran.out)["losses"])) == ("finished", 5)
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
 
 
@@ -273,6 +275,8 @@ def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Pat
     ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded", "--dry-run")
     assert ran.code == 0, ran.err
     assert "Base model, images, settings and initial weights are the same." in ran.out
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded", "--dry-run", "--json")
+    assert json.loads(ran.out) == {"differs": [], "same": None, "result": None}
     assert not (tmp_path / "runs").exists()
 
 
@@ -364,8 +368,8 @@ def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith
 @pytest.mark.slow
 def test_a_demo_that_is_stopped_draws_nothing(lorasmith: Command, tmp_path: Path) -> None:
     with interrupted(signal.SIGINT, at=1):
-        ran = lorasmith("demo", "--output", "run", "--steps", 3)
+        ran = lorasmith("demo", "--output", "run", "--steps", 3, "--json")
     assert ran.code == 130, ran.err
-    assert "Stopped after 1 steps; the LoRA of those steps is saved." in ran.out
+    assert (json.loads(ran.out)["reason"], json.loads(ran.out)["steps"]) == ("cancelled", 1)
     assert (tmp_path / "run" / "high-contrast.safetensors").is_file()
     assert not (tmp_path / "run" / "before-and-after.png").exists()

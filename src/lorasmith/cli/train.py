@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from lorasmith.cli.console import print_note
 from lorasmith.cli.flags import (
     AnyBaseModel,
+    AsRecorded,
     BaseDir,
     Device,
     ExtraModelPaths,
@@ -60,7 +62,11 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="File of settings in TOML, by their names here; those on the command line come first."),
+        typer.Option(
+            metavar="FILE",
+            help="Settings in TOML, by their names here, or the run.json of an earlier run, which gives its images, "
+            "model and settings. What is on the command line comes first.",
+        ),
     ] = None,
     model: AnyBaseModel = None,
     text_encoder: TextEncoderFiles = None,
@@ -75,6 +81,7 @@ def train(
         bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
     ] = False,
     verify: Verify = False,
+    as_recorded: AsRecorded = False,
     device: Device = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
@@ -86,6 +93,7 @@ def train(
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes.
     """
     from lorasmith.app.folder_run import prepare
+    from lorasmith.app.recorded_run import Rights
     from lorasmith.app.run_file import RunFile, read_run_file
 
     typed = RunFile(
@@ -100,7 +108,12 @@ def train(
         settings={name: value for name, value in settings.items() if is_typed(context, name)}
         | ({"previews": ""} if no_previews else {}),
     )
-    given = typed if config is None else typed.completed(read_run_file(config))
+    given = typed
+    if config is not None:
+        given = typed.completed(read_run_file(config, typed_first=typed, rights=Rights(files=as_recorded)))
+        tracker = given.settings.get("track")
+        if tracker not in (None, "none") and "track" not in typed.settings:
+            print_note(f"{config} names a tracker, which is not started; --track {tracker} starts it.")
     folders = folders_of(base_dir, extra_model_paths)
     if given.model is None:
         raise OptionError(_which_models(folders))

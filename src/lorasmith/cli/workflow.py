@@ -9,7 +9,16 @@ import typer
 from rich.progress import TextColumn
 from rich.text import Text
 
-from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
+from lorasmith.cli.console import (
+    ProgressLines,
+    console,
+    echo,
+    print_note,
+    print_result,
+    progress_bar,
+    result_shown,
+    stoppable,
+)
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
@@ -61,13 +70,23 @@ def run(
         print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
         Executor(folders, on_event=narrator).run(graph, workflow=read.editor, cancel=stop)
+    print_result(lambda: {"outputs": narrator.outputs, "notes": [*graph.warnings, *narrator.notes]})
 
 
 class _Narrator:
-    """Prints an executor's events."""
+    """Prints an executor's events.
+
+    Attributes:
+        outputs: files and texts of each node that has any, by its id.
+        notes: warnings of nodes.
+    """
 
     def __init__(self, folders: Folders) -> None:
+        self.outputs: dict[str, list[str]] = {}
+        self.notes: list[str] = []
         self._folders = folders
+        self._title = ""
+        self._lines = ProgressLines()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -82,17 +101,19 @@ class _Narrator:
 
         match event:
             case events.NodeStarted(node_id, title):
+                self._title = title
                 console.print(Text.assemble((f"{node_id:>4}", "dim"), f"  {title}"), soft_wrap=True)
             case events.NodeProgress(_, value, maximum, text):
                 self._advance(value, maximum, text)
             case events.NodeMessage(_, level, text):
                 if level == "warning":
+                    self.notes.append(text)
                     print_note(text, indent=6)
                 else:
                     echo(f"      {text}")
-            case events.NodeFinished(_, ui):
+            case events.NodeFinished(node_id, ui):
                 self._end_bar()
-                self._show(ui)
+                self._show(node_id, ui)
             case events.ExecutionFailed() | events.ExecutionCancelled():
                 self._end_bar()
 
@@ -103,17 +124,24 @@ class _Narrator:
             self._task = self._bar.add_task("", total=maximum, text="")
         assert self._task is not None
         self._bar.update(self._task, completed=value, total=maximum, text=text)
+        self._lines.report(f"      {self._title}: {value:,} of {maximum:,}{f', {text}' if text else ''}")
 
     def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            self._lines.end()
 
-    def _show(self, ui: UiOutput) -> None:
-        for items in ui.values():
-            for item in items:
-                if isinstance(item, dict) and "filename" in item:
-                    place = self._folders.place(item["type"]) / item["subfolder"] / item["filename"]
-                    echo(f"      {place}")
-                elif isinstance(item, str):
-                    echo(f"      {item}")
+    def _show(self, node_id: str, ui: UiOutput) -> None:
+        found = [text for items in ui.values() for item in items if (text := self._text(item)) is not None]
+        if found:
+            self.outputs[node_id] = found
+        with result_shown():
+            for text in found:
+                echo(f"      {text}")
+
+    def _text(self, item: object) -> str | None:
+        """A file that a node wrote, or a text; None for what is for other user interfaces."""
+        if isinstance(item, dict) and "filename" in item:
+            return str(self._folders.place(item["type"]) / item["subfolder"] / item["filename"])
+        return item if isinstance(item, str) else None

@@ -49,7 +49,11 @@ def unused_settings(algorithm: str) -> frozenset[str]:
 
 
 def settings_from_file(
-    values: Mapping[str, Any], *, optimizers: Collection[str] = (), track: str | None = None
+    values: Mapping[str, Any],
+    *,
+    optimizers: Collection[str] = (),
+    track: str | None = None,
+    allowing: str = "--allow-optimizer",
 ) -> TrainConfig:
     """Settings that a file holds: a graph, or the record of a run. They choose among known names alone.
 
@@ -60,6 +64,7 @@ def settings_from_file(
         values: the settings by name; the tracker in them is ignored.
         optimizers: import paths that were typed.
         track: tracker that was typed, if any.
+        allowing: the flag by which an import path is typed.
 
     Raises:
         OptionError: the optimizer is neither a known name nor among `optimizers`, or as `config_from`.
@@ -68,7 +73,7 @@ def settings_from_file(
     if name is not None and name not in OPTIMIZERS and name not in optimizers:
         raise OptionError(
             f"an optimizer that a file names must be one of {', '.join(OPTIMIZERS)}, got {name!r}: importing it would "
-            f"run code; if you trust that, type --allow-optimizer {name}"
+            f"run code; if you trust that, type {allowing} {name}"
         )
     own = {key: value for key, value in values.items() if key != "track"}
     config: TrainConfig = config_from(TrainConfig, own if track is None else {**own, "track": track})
