@@ -192,7 +192,7 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         result = train_prepared(
             prepared, output=output, fresh=fresh, verify=verify, on_event=show, cancelled=stop.is_set
         )
-    report_result(result, rights_needed(prepared.source, prepared.job.requested))
+    report_result(result, rights_needed(prepared.source, prepared.job.requested, result.folder))
     if result.path is not None:
         files, prompt = prepared.source.files, prepared.plan.prompt
         command = generate_command(files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae)

@@ -28,7 +28,11 @@ def register(app: typer.Typer) -> None:
 
 def run(
     workflow: Annotated[
-        Path, typer.Argument(help="Workflow that ComfyUI saved or exported, or a PNG or LoRA that carries one.")
+        Path,
+        typer.Argument(
+            help="Workflow that ComfyUI saved or exported, a PNG or LoRA that carries one, or example:NAME; "
+            "'example:' alone lists the examples."
+        ),
     ],
     set_: Annotated[
         list[str] | None,
@@ -46,21 +50,27 @@ def run(
     Both formats are read, the one that the editor saves and that of Export (API). The whole workflow is checked before
     any node runs. Results are written to output/ in the base folder.
     """
-    from lorasmith.nodes import load_nodes
-    from lorasmith.nodes.workflow_files import read_workflow
+    from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX
+    from lorasmith.nodes.workflow_run import checked_workflow
     from lorasmith.workflow.executor import Executor
-    from lorasmith.workflow.graph import validate
-    from lorasmith.workflow.prompt import apply_overrides
 
-    nodes = load_nodes()
-    read = read_workflow(workflow, nodes=nodes)
-    prompt = apply_overrides(read.prompt, set_ or [], nodes=nodes)
+    if str(workflow) == EXAMPLE_PREFIX:
+        _print_examples()
+        return
     folders = folders_of(base_dir, extra_model_paths)
-    graph = validate(prompt, folders, nodes=nodes)
-    for warning in graph.warnings:
+    checked = checked_workflow(workflow, folders, set_ or [])
+    for warning in checked.graph.warnings:
         print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
-        Executor(folders, on_event=narrator).run(graph, workflow=read.editor, cancel=stop)
+        Executor(folders, on_event=narrator).run(checked.graph, workflow=checked.editor, cancel=stop)
+
+
+def _print_examples() -> None:
+    from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, examples
+
+    for one in examples():
+        needs = f"; needs {', '.join(one.needs)}" if one.needs else ""
+        echo(f"{EXAMPLE_PREFIX + one.name:<24}{one.title}{needs}")
 
 
 class _Narrator:
@@ -110,10 +120,11 @@ class _Narrator:
             self._bar = None
 
     def _show(self, ui: UiOutput) -> None:
+        from lorasmith.nodes.workflow_run import shown_file
+
         for items in ui.values():
             for item in items:
-                if isinstance(item, dict) and "filename" in item:
-                    place = self._folders.place(item["type"]) / item["subfolder"] / item["filename"]
-                    echo(f"      {place}")
+                if (file := shown_file(item, self._folders)) is not None:
+                    echo(f"      {file}")
                 elif isinstance(item, str):
                     echo(f"      {item}")
