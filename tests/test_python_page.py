@@ -24,7 +24,7 @@ FILES = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
 
 def shortened(code: str) -> str:
     """The code with fewer steps and smaller pictures; nothing else of it is changed."""
-    for pattern, short in {r"steps=\d+": "steps=2", r"validate_every=\d+": "validate_every=1"}.items():
+    for pattern, short in {r"steps(=|\": )\d+": r"steps\1 2", r"validate_every=\d+": "validate_every=1"}.items():
         code = re.sub(pattern, short, code)
     return code.replace("resolution=512", "resolution=64")
 

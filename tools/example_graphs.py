@@ -1,4 +1,4 @@
-"""Write graphs of `examples/` that train: one for each model family, in API format and as an editor keeps it.
+"""Write example workflows: one for each model family, in API format and as an editor keeps it.
 
     python -m tools.example_graphs
 
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorasmith.core.folders import ASSETS
 from lorasmith.nodes import load_nodes
 
 __all__ = ["EXAMPLES", "GRAPHS", "as_editor", "written"]
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ASSETS / "examples"
 COLUMN, ROW, GAP = 420, 28, 80
 
 Graph = dict[str, dict[str, Any]]
@@ -136,7 +137,7 @@ _APART = {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0]}
 _EMPTY: Graph = {"31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["2", 0])}
 
 GRAPHS: dict[str, Graph] = {
-    "sdxl_lora": _graph(
+    "sdxl": _graph(
         {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")},
         {
             "31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["1", 1]),
@@ -144,7 +145,7 @@ GRAPHS: dict[str, Graph] = {
         },
         parts={"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]},
     ),
-    "flux1_lora": _graph(
+    "flux1": _graph(
         _loaders("flux1-dev.safetensors", ("clip_l.safetensors", "t5xxl_fp16.safetensors"), "flux", "ae.safetensors"),
         {
             "31": _node("FluxGuidance", "Guidance", conditioning=["30", 0], guidance=3.5),
@@ -153,7 +154,7 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
-    "z_image_lora": _graph(
+    "z_image": _graph(
         _loaders("z_image_bf16.safetensors", ("qwen_3_4b.safetensors",), "lumina2", "ae.safetensors"),
         {
             **_EMPTY,
@@ -169,7 +170,7 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
-    "flux2_klein_lora": _graph(
+    "flux2_klein": _graph(
         _loaders("flux-2-klein-base-4b.safetensors", ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors"),
         {
             **_EMPTY,
@@ -190,12 +191,12 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
-    "krea2_lora": _graph(
+    "krea2": _graph(
         _loaders("krea2_raw.safetensors", ("qwen3vl_4b_bf16.safetensors",), "krea2", "qwen_image_vae.safetensors"),
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
         parts=_APART,
     ),
-    "folder_lora": {
+    "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),
         "11": _node("MakeTrainingDataset", "Encode", images=["10", 0], vae=["1", 2], clip=["1", 1], texts=["10", 1]),

@@ -14,6 +14,7 @@ Names are resolved when they are first used, so that importing the package is qu
     load_dataset    images and captions, encoded for a model
     train           a run; settings are those of TrainConfig
     generate        pictures from prompts, with LoRAs
+    run_workflow    a ComfyUI workflow, from its file or an example of the package
     Lora            a LoRA in memory: load, apply, save
     TrainConfig, DataConfig, ImageSource     settings of a run and of its data
     Model, Denoiser, EncodedDataset, Sample, TrainResult     what these functions take and return
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lorasmith.data.sources import ImageSource
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
+    from lorasmith.nodes.workflow_run import run_workflow
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.lora_handle import Lora
@@ -60,6 +62,7 @@ __all__ = [
     "generate",
     "load_dataset",
     "load_model",
+    "run_workflow",
     "train",
 ]
 
@@ -77,6 +80,7 @@ _HOMES = {
     "generate": "app.library",
     "load_dataset": "app.library",
     "load_model": "families.loading",
+    "run_workflow": "nodes.workflow_run",
     "train": "app.model_run",
 }
 _MODULES = {"errors": "core.errors", "events": "training.events"}

@@ -190,6 +190,17 @@ def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Pa
         assert json.loads(image.info["prompt"])["4"]["inputs"]["steps"] == 2
 
 
+def test_run_lists_the_examples_and_runs_one(lorasmith: Command) -> None:
+    listed = lorasmith("run", "example:")
+    assert listed.code == 0
+    first, *_, last = listed.out.splitlines()
+    assert first.startswith("example:single_subject") and "needs" not in first
+    assert "example:krea2" in last and "; needs krea2_raw.safetensors, " in last
+    ran = lorasmith("run", "example:folder", "--set", "20.steps=1", "--set", "20.targets=*.attn2.to_q")
+    assert ran.code == 0, ran.err
+    assert "folder_1_steps_00001_.safetensors" in ran.out
+
+
 @pytest.mark.parametrize("kind", ["ui.json", "png", "safetensors"])
 def test_run_takes_a_workflow_from_the_editor_a_picture_or_a_lora(
     lorasmith: Command, tmp_path: Path, kind: str
@@ -251,6 +262,7 @@ WRONG = {
     "no workflow": (("run", "nowhere.json"), "nowhere.json cannot be read"),
     "not JSON": (("run", "file.txt"), "JSON"),
     "editor format": (("run", "ui.json"), "a workflow needs an output node"),
+    "unknown example": (("run", "example:singel_subject"), "did you mean 'single_subject'?"),
     "no workflow in a picture": (("run", "photos/1.png"), "carries no workflow"),
     "no workflow in a LoRA": (("run", "flux_lora.safetensors"), "carries no workflow"),
     "override of nothing": (("run", "unknown.json", "--set", "Sampler.steps=3"), "no node 'Sampler'"),

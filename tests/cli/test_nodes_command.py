@@ -24,6 +24,7 @@ def test_nodes_are_listed_by_category(lorasmith: Command) -> None:
     assert lines.index("model/training") < next(
         n for n, line in enumerate(lines) if "TrainLoraNode (Train LoRA): " in line
     )
+    assert lines[-1].endswith("lorasmith run example:")
     assert sum(line.startswith("  ") for line in lines) == sum(not node.deprecated for _, node in load_nodes().items())
 
 

@@ -204,6 +204,36 @@ def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Comma
     assert RunFolder(broken).outcome() == "cancelled"
 
 
+def test_the_command_of_a_finished_run_with_more_steps_trains_on(
+    lorasmith: Command, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    first = lorasmith("train", images, *QUICK, "--steps", 2, "--output", "mine")
+    assert first.code == 0, first.err
+    assert f"mine has files that are not a run's; the run is in {Path('mine/cat')}." in " ".join(first.out.split())
+    again = lorasmith("train", images, *QUICK, "--steps", 3, "--output", "mine")
+    assert again.code == 0, again.err
+    told = " ".join(again.out.split())
+    assert "was moved to mine/cat-old-1; this one starts from its end" in told.replace("\\", "/")
+    assert "Resumed: The run continues from step 2 of" in told
+    assert len(read_history(tmp_path / "mine" / "cat").of(StepDone)) == 1
+    assert RunFolder(tmp_path / "mine" / "cat-old-1").outcome() == "finished"
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", ["file", "loras/dog.safetensors"])
+def test_an_output_that_is_no_folder_is_refused_before_anything_is_loaded(
+    lorasmith: Command, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    ran = lorasmith("train", images, *RUN, "--output", output)
+    assert (ran.code, ran.out) == (1, "")
+    assert "folder" in ran.err and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_state_begins_again(
     lorasmith: Command, whole: Path, broken: Path

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.workflow_files import read_workflow
 from lorasmith.workflow import apply_overrides, parse_prompt
@@ -24,7 +24,7 @@ from tests.workflow.editor_cases import CASES
 
 __all__ = ["doors"]
 
-_EXAMPLES = Path(__file__).parents[2] / "examples"
+_EXAMPLES = ASSETS / "examples"
 _STRINGS = {
     "1": {"class_type": "PrimitiveString", "inputs": {"value": "a"}, "_meta": {"title": "Text"}},
     "2": {"class_type": "StringConcatenate", "inputs": {"string_a": ["1", 0], "string_b": "b", "delimiter": ","}},

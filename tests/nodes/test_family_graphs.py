@@ -19,10 +19,10 @@ from tests.families.transformer_models import Case
 from tools.example_graphs import EXAMPLES, GRAPHS, written
 
 FAMILY = {
-    "flux1_lora": "flux1",
-    "z_image_lora": "z-image",
-    "flux2_klein_lora": "flux2-klein",
-    "krea2_lora": "krea2",
+    "flux1": "flux1",
+    "z_image": "z-image",
+    "flux2_klein": "flux2-klein",
+    "krea2": "krea2",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 
@@ -30,7 +30,7 @@ SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05
 def drawn(stem: str, folders: Folders) -> np.ndarray:
     """The picture that a graph draws at the end, small and in few steps."""
     prompt = parse_prompt((EXAMPLES / f"{stem}.json").read_text("utf-8"))
-    few = "42.steps=2" if stem == "flux2_klein_lora" else "60.steps=2"
+    few = "42.steps=2" if stem == "flux2_klein" else "60.steps=2"
     graph = validate(apply_overrides(prompt, [*SMALL, few]), folders)
     assert graph.warnings == ()
     Executor(folders).run(graph)
@@ -38,7 +38,7 @@ def drawn(stem: str, folders: Folders) -> np.ndarray:
     return np.array(Image.open(folders.output / "fox_00001_.png"))
 
 
-@pytest.mark.parametrize("stem", slow_except(FAMILY, "z_image_lora"))
+@pytest.mark.parametrize("stem", slow_except(FAMILY, "z_image"))
 def test_a_graph_trains_a_lora_that_diffusers_applies(stem: str, tmp_path: Path) -> None:
     load_nodes()
     case, folders = Case.of(FAMILY[stem], tmp_path), Folders(tmp_path)
@@ -59,7 +59,7 @@ def test_the_graph_of_stable_diffusion_xl_runs(tmp_path: Path) -> None:
     load_nodes()
     (tmp_path / "models" / "checkpoints").mkdir(parents=True)
     sdxl_models.saved_checkpoint(tmp_path / "models" / "checkpoints" / "sd_xl_base_1.0.safetensors")
-    assert drawn("sdxl_lora", Folders(tmp_path)).shape == (64, 64, 3)
+    assert drawn("sdxl", Folders(tmp_path)).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("stem", GRAPHS)

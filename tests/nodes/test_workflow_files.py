@@ -12,6 +12,7 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.formats.container import write_safetensors
 from lorasmith.nodes import load_nodes
+from lorasmith.nodes.example_workflows import example_named
 from lorasmith.nodes.saving import save_images
 from lorasmith.nodes.workflow_files import read_workflow
 from lorasmith.workflow import NodeContext
@@ -29,6 +30,16 @@ def nodes() -> None:
 def test_json_of_either_format(tmp_path: Path, content: object) -> None:
     (tmp_path / "graph.json").write_text(json.dumps(content))
     assert read_workflow(tmp_path / "graph.json").prompt == PROMPT
+
+
+def test_an_example_in_both_formats() -> None:
+    example = example_named("style")
+    read = read_workflow("example:style")
+    assert read.prompt == json.loads(example.path.read_text("utf-8"))
+    assert read.editor == json.loads(example.editor_path.read_text("utf-8"))
+    assert read_workflow(Path("example:style")) == read
+    with pytest.raises(GraphError, match="no example 'nothing'"):
+        read_workflow("example:nothing")
 
 
 def test_a_picture_that_a_graph_saved(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import GraphError
+from lorasmith.core.folders import ASSETS
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow.editor_format import prompt_of_editor
 from tests.workflow.editor_cases import CASES, TEXT, graph, instance, joined, made, shown, subgraph
 from tools.example_graphs import as_editor
 
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "editor_prompts.json").read_text("utf-8"))["prompts"]
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.ui.json"))
+EXAMPLES = sorted((ASSETS / "examples").glob("*.ui.json"))
 
 
 def converted(content: Any) -> dict[str, Any]:

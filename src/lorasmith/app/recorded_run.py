@@ -27,6 +27,7 @@ from lorasmith.data.data_config import DATA_PATHS
 from lorasmith.families.locating import built_in_models
 from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.optim.update_rules import OPTIMIZERS
+from lorasmith.training.runs.history import read_record
 from lorasmith.training.runs.records import RunRecord
 
 __all__ = ["PATHS_OF_SETTINGS", "Rights", "check_named_files", "repeated", "rights_needed"]
@@ -115,8 +116,16 @@ def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, right
     )
 
 
-def rights_needed(source: FolderSource, config: TrainConfig) -> list[str]:
-    """The arguments by which `lorasmith resume` may repeat a run that was typed."""
+def rights_needed(source: FolderSource, config: TrainConfig, run: Path | None = None) -> list[str]:
+    """The arguments by which `lorasmith resume` may repeat a run that was typed.
+
+    Args:
+        source: of the run.
+        config: settings as they were typed.
+        run: its folder, None without one; the run may have started from a state that is only in its record.
+    """
+    if run is not None and isinstance(state := read_record(run).asked.get("existing_state"), str):
+        config = replace(config, existing_state=state)
     files = ["--as-recorded"] if any(_outside(_named(source, config))) else []
     optimizer = [] if config.optimizer in OPTIMIZERS else arguments_for({"allow_optimizer": config.optimizer})
     return [*files, *optimizer, *([] if config.track == "none" else arguments_for({"track": config.track}))]

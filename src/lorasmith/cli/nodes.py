@@ -49,6 +49,8 @@ def nodes(
             heading(category)
             for node in members:
                 echo(f"  {_title(node)}: {', '.join(one.name for one in node.inputs) or 'no inputs'}")
+        echo()
+        echo("Workflows of these nodes to begin with: lorasmith run example:")
 
     print_result(lambda: {node.id: object_info(node, folders) for node in chosen}, show)
 

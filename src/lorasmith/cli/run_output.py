@@ -210,7 +210,7 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         )
 
     def show_result() -> None:
-        report_result(result, rights_needed(prepared.source, prepared.job.requested))
+        report_result(result, rights_needed(prepared.source, prepared.job.requested, result.folder))
         if result.path is not None:
             files, prompt = prepared.source.files, prepared.plan.prompt
             command = generate_command(

@@ -78,7 +78,7 @@ def train(
     ] = None,
     no_previews: Annotated[bool, typer.Option("--no-previews", help="Draw no previews.")] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
+        bool, typer.Option("--fresh", help="Start from scratch instead of continuing the run in the output.")
     ] = False,
     verify: Verify = False,
     as_recorded: AsRecorded = False,
@@ -90,11 +90,13 @@ def train(
     """Train a LoRA on a folder of images.
 
     Captions are read from text files of the same name; pictures without one use the trigger. Prints the plan, trains,
-    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes.
+    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. With
+    the --output of a finished run and more --steps, it trains on from the end of that run.
     """
     from lorasmith.app.folder_run import prepare
     from lorasmith.app.recorded_run import Rights
     from lorasmith.app.run_file import RunFile, read_run_file
+    from lorasmith.training.runs.output_folder import output_folder
 
     typed = RunFile(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
@@ -118,6 +120,8 @@ def train(
     if given.model is None:
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
+    if given.output is not None:  # refused before the model is loaded
+        output_folder(Path(given.output), source.name)
     train_config = given.train_config(typed.settings)
     with preparation_shown() as show:
         prepared = prepare(source, train_config, folders=folders, on_event=show)

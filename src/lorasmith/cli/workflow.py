@@ -37,7 +37,11 @@ def register(app: typer.Typer) -> None:
 
 def run(
     workflow: Annotated[
-        Path, typer.Argument(help="Workflow that ComfyUI saved or exported, or a PNG or LoRA that carries one.")
+        Path,
+        typer.Argument(
+            help="Workflow that ComfyUI saved or exported, a PNG or LoRA that carries one, or example:NAME; "
+            "'example:' alone lists the examples."
+        ),
     ],
     set_: Annotated[
         list[str] | None,
@@ -55,22 +59,28 @@ def run(
     Both formats are read, the one that the editor saves and that of Export (API). The whole workflow is checked before
     any node runs. Results are written to output/ in the base folder.
     """
-    from lorasmith.nodes import load_nodes
-    from lorasmith.nodes.workflow_files import read_workflow
+    from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, examples
+    from lorasmith.nodes.workflow_run import checked_workflow
     from lorasmith.workflow.executor import Executor
-    from lorasmith.workflow.graph import validate
-    from lorasmith.workflow.prompt import apply_overrides
 
-    nodes = load_nodes()
-    read = read_workflow(workflow, nodes=nodes)
-    prompt = apply_overrides(read.prompt, set_ or [], nodes=nodes)
+    if str(workflow) == EXAMPLE_PREFIX:
+        print_result(lambda: {"examples": examples()}, _print_examples)
+        return
     folders = folders_of(base_dir, extra_model_paths)
-    graph = validate(prompt, folders, nodes=nodes)
-    for warning in graph.warnings:
+    checked = checked_workflow(workflow, folders, set_ or [])
+    for warning in checked.graph.warnings:
         print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
-        Executor(folders, on_event=narrator).run(graph, workflow=read.editor, cancel=stop)
-    print_result(lambda: {"outputs": narrator.outputs, "notes": [*graph.warnings, *narrator.notes]})
+        Executor(folders, on_event=narrator).run(checked.graph, workflow=checked.editor, cancel=stop)
+    print_result(lambda: {"outputs": narrator.outputs, "notes": [*checked.graph.warnings, *narrator.notes]})
+
+
+def _print_examples() -> None:
+    from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, examples
+
+    for one in examples():
+        needs = f"; needs {', '.join(one.needs)}" if one.needs else ""
+        echo(f"{EXAMPLE_PREFIX + one.name:<24}{one.title}{needs}")
 
 
 class _Narrator:
@@ -142,6 +152,8 @@ class _Narrator:
 
     def _text(self, item: object) -> str | None:
         """A file that a node wrote, or a text; None for what is for other user interfaces."""
-        if isinstance(item, dict) and "filename" in item:
-            return str(self._folders.place(item["type"]) / item["subfolder"] / item["filename"])
+        from lorasmith.nodes.workflow_run import shown_file
+
+        if (file := shown_file(item, self._folders)) is not None:
+            return str(file)
         return item if isinstance(item, str) else None

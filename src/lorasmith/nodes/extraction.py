@@ -9,11 +9,11 @@ from lorasmith.core.placement import best_device
 from lorasmith.families.base import Family
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.nodes.saving import checked_prefix, save_lora
+from lorasmith.nodes.saving import checked_prefix, save_lora, shown_lora
 from lorasmith.toolbox.extract import extracted_metadata
 from lorasmith.toolbox.extract_patches import PatchedPart, extract_patches
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import Input, NodeContext, node
+from lorasmith.workflow import Input, NodeContext, NodeOutput, node
 
 __all__: list[str] = []
 
@@ -55,11 +55,11 @@ def extract_and_save_lora(
     bias_diff: bool,
     model_diff: Denoiser | None = None,
     text_encoder_diff: TextEncoder | None = None,
-) -> tuple[()]:
+) -> NodeOutput:
     """Save what the LoRAs on a model and its text encoders change, as one LoRA in the output folder."""
     if model_diff is None and text_encoder_diff is None:
         context.warn("neither model_diff nor text_encoder_diff is linked, so there is no LoRA to save; link one")
-        return ()
+        return NodeOutput(())
 
     def progress(done: int, total: int) -> None:
         context.raise_if_cancelled()
@@ -79,8 +79,7 @@ def extract_and_save_lora(
     note = f"extracted from {what} on {title}" + ("" if limit is None else f" at rank {limit}")
     metadata = extracted_metadata(family, predicts, state.adapters.values(), model=title, title="", note=note)
     lora = Lora(state.with_metadata(metadata), names)
-    context.log(f"The LoRA is at {save_lora(context, lora, filename_prefix)}.")
-    return ()
+    return shown_lora(context, save_lora(context, lora, filename_prefix))
 
 
 def _model(model: Denoiser | None, clip: TextEncoder | None) -> tuple[ModelNames, Family, str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
-from lorasmith.nodes.saving import checked_prefix, graph_metadata, save_image_set, save_images, save_lora
+from lorasmith.nodes.saving import checked_prefix, graph_metadata, save_image_set, save_images, save_lora, shown_lora
 from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
 from lorasmith.report.loss_plot import plot_losses
 from lorasmith.training.lora_handle import Lora
@@ -171,10 +171,9 @@ def save_image_text_folder(
     hidden=_GRAPH,
     output_node=True,
 )
-def save_lora_weights(context: NodeContext, *, lora: Lora, prefix: str, steps: int | None = None) -> tuple[()]:
+def save_lora_weights(context: NodeContext, *, lora: Lora, prefix: str, steps: int | None = None) -> NodeOutput:
     """Save a LoRA in the output folder, in the layout that most programs read, with its metadata."""
-    context.log(f"The LoRA is at {save_lora(context, lora, prefix, steps)}.")
-    return ()
+    return shown_lora(context, save_lora(context, lora, prefix, steps))
 
 
 @node(

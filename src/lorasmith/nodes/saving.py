@@ -17,9 +17,9 @@ from torch import Tensor
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import Folders, NumberedFiles
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import NodeContext
+from lorasmith.workflow import NodeContext, NodeOutput
 
-__all__ = ["checked_prefix", "graph_metadata", "save_image_set", "save_images", "save_lora"]
+__all__ = ["checked_prefix", "graph_metadata", "save_image_set", "save_images", "save_lora", "shown_lora"]
 
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
@@ -123,6 +123,13 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
     path = files.folder / f"{stem}_{_free_counter(files):05}_.safetensors"
     titles = {"ss_output_name": path.stem, "modelspec.title": files.stem}
     return lora.save(path, metadata=titles if lora.private else titles | graph_metadata(context))
+
+
+def shown_lora(context: NodeContext, path: Path) -> NodeOutput:
+    """No outputs, and a saved LoRA as what the node shows."""
+    subfolder = path.parent.relative_to(context.folders.output).as_posix()
+    reference = {"filename": path.name, "subfolder": "" if subfolder == "." else subfolder, "type": "output"}
+    return NodeOutput((), {"loras": [reference]})
 
 
 def _png(image: Tensor, entries: PngInfo) -> bytes:

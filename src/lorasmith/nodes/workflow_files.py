@@ -1,8 +1,9 @@
-"""Workflows from files: JSON, and the pictures and LoRAs that a graph saved, which carry it."""
+"""Workflows from files: JSON, pictures and LoRAs that a graph saved, which carry it, and the examples."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,22 +13,28 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.files import read_regular
 from lorasmith.core.registry import Registry
 from lorasmith.formats.container import check_safetensors
+from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, example_named
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.workflow_text import Workflow, carried_workflow, parse_workflow
 
 __all__ = ["read_workflow"]
 
 
-def read_workflow(path: Path, *, nodes: Registry[Node] = NODES) -> Workflow:
+def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES) -> Workflow:
     """The workflow in a file of any kind that has one.
 
     Args:
-        path: JSON in API format or the editor's, a PNG, or a LoRA in safetensors.
+        path: JSON in API format or the editor's, a PNG, a LoRA in safetensors, or `example:<name>`.
         nodes: registered nodes.
 
     Raises:
-        GraphError: the file cannot be read, has no workflow, or one that is malformed.
+        GraphError: the file cannot be read, has no workflow, or one that is malformed, or there is no such example.
     """
+    name = os.fspath(path)
+    if name.startswith(EXAMPLE_PREFIX):
+        # In the editor's format, so that what the graph saves can be opened there.
+        path = example_named(name.removeprefix(EXAMPLE_PREFIX)).editor_path
+    path = Path(path)
     try:
         if path.suffix.lower() == ".safetensors":
             return _carried(check_safetensors(path, GraphError).metadata, path, nodes)
@@ -56,4 +63,4 @@ def _png_entries(content: bytes, path: Path) -> dict[str, str]:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_KINDS = "a workflow (.json), or a PNG or LoRA that a graph saved"
+_KINDS = "a workflow (.json), a PNG or LoRA that a graph saved, or example:NAME"

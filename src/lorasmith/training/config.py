@@ -478,6 +478,13 @@ class TrainConfig:
         help="Steps between LoRAs that are kept on the way, named by their step, such as dog-step00000100. 0 keeps "
         "none.",
     )
+    sidecars: bool = option(
+        False,
+        group=_KEEP,
+        changes_numbers=False,
+        help="Write trigger, base model and hashes of the LoRA into files beside it, for model browsers: "
+        "NAME.civitai.info (Civitai Helper, LoRA Manager) and NAME.json (A1111, Forge).",
+    )
     max_rollbacks: int = option(
         3,
         min=0,

@@ -1,4 +1,4 @@
-"""The example workflows run as they are, with fewer steps."""
+"""The example workflows are listed, and run as they are, with fewer steps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
+from lorasmith.nodes.example_workflows import example_named, examples
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Executor, apply_overrides, parse_prompt, validate
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SUBJECT, STYLE = EXAMPLES / "single_subject_lora.json", EXAMPLES / "style_lora.json"
+EXAMPLES = ASSETS / "examples"
+SUBJECT, STYLE = EXAMPLES / "single_subject.json", EXAMPLES / "style.json"
 
 ALL = sorted(path for path in EXAMPLES.glob("*.json") if not path.name.endswith(".ui.json"))
+
+
+def test_every_file_is_listed_with_what_it_needs() -> None:
+    listed = examples()
+    assert sorted(one.path for one in listed) == ALL
+    assert sorted(path for one in listed for path in (one.path, one.editor_path)) == sorted(EXAMPLES.iterdir())
+    assert len({one.title for one in listed}) == len(listed)
+    needs = {one.name: one.needs for one in listed}
+    assert (
+        [name for name, files in needs.items() if not files] == list(needs)[:3] == ["single_subject", "style", "folder"]
+    )
+    assert needs["flux1"] == ("flux1-dev.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors")
+
+
+def test_an_unknown_example_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(
+        GraphError, match=r"no example 'stile' \(did you mean 'style'\?\).*single_subject, style, .*krea2"
+    ):
+        example_named("stile")
 
 
 def prompt_in(example: Path) -> dict[str, Any]:
@@ -80,7 +101,7 @@ def test_the_folder_example_trains_on_images_of_several_sizes(tmp_path: Path, ti
         Image.linear_gradient("L").resize(size).save(folder / f"{name}.png")
     fewer = ["10.folder=mine", "20.steps=2", "20.learning_rate=0.01", "20.rank=2", "20.targets=*.attn2.to_q"]
     folders = Folders(tmp_path)
-    graph = validate(apply_overrides(prompt_in(EXAMPLES / "folder_lora.json"), fewer), folders)
+    graph = validate(apply_overrides(prompt_in(EXAMPLES / "folder.json"), fewer), folders)
     assert graph.warnings == ()
     Executor(folders).run(graph)
     saved = Lora.load(folders.find("loras", "folder_2_steps_00001_.safetensors"), tiny)

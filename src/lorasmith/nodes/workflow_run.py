@@ -1,0 +1,142 @@
+"""A workflow run from its file: read, changed, checked and executed. `lorasmith.run_workflow` and `lorasmith run`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasmith.app.progress_bars import counted, note
+from lorasmith.core.folders import Folders
+from lorasmith.nodes.all_nodes import load_nodes
+from lorasmith.nodes.workflow_files import read_workflow
+from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeStarted
+from lorasmith.workflow.executor import Executor
+from lorasmith.workflow.graph import Graph, validate
+from lorasmith.workflow.prompt import apply_overrides
+
+__all__ = ["CheckedWorkflow", "WorkflowResult", "checked_workflow", "run_workflow", "shown_file"]
+
+
+@dataclass(frozen=True)
+class CheckedWorkflow:
+    """A graph that can run, and the editor's JSON of it, if its file has that."""
+
+    graph: Graph
+    editor: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class WorkflowResult:
+    """What a workflow made.
+
+    Attributes:
+        files: the files that its nodes saved, in their order.
+        outputs: by node id, a tuple of items for each output of the node.
+    """
+
+    files: tuple[Path, ...]
+    outputs: Mapping[str, tuple[tuple[Any, ...], ...]]
+
+
+def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes: Sequence[str]) -> CheckedWorkflow:
+    """The workflow in a file, checked as a whole.
+
+    Args:
+        workflow: a file, or `example:<name>`.
+        folders: where its nodes find models and pictures.
+        changes: as `apply_overrides` takes them.
+
+    Raises:
+        GraphError: the file has no workflow, or one that cannot run.
+    """
+    nodes = load_nodes()
+    read = read_workflow(workflow, nodes=nodes)
+    prompt = apply_overrides(read.prompt, changes, nodes=nodes)
+    return CheckedWorkflow(validate(prompt, folders, nodes=nodes), read.editor)
+
+
+def run_workflow(
+    workflow: str | os.PathLike[str],
+    *,
+    changes: Mapping[str, Any] | None = None,
+    base_dir: str | os.PathLike[str] | None = None,
+    extra_model_paths: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    on_event: Callable[[Event], object] | None = None,
+    cancel: threading.Event | None = None,
+) -> WorkflowResult:
+    """Run a ComfyUI workflow.
+
+    Args:
+        workflow: JSON as ComfyUI's editor saves or exports it, a PNG or LoRA that carries one, or `example:<name>`.
+        changes: values of inputs by `<node>.<input>`, such as `{"Train LoRA.steps": 200}`; the node is an id, or a
+            title or class that one node alone has.
+        base_dir: base folder of ComfyUI's layout; the current folder if None. Results are written to its `output`.
+        extra_model_paths: an `extra_model_paths.yaml`; the base folder's, if it has one, if None.
+        progress: whether to show bars and notes.
+        on_event: called with each event of the execution (`lorasmith.workflow.execution_events`).
+        cancel: set it from another thread to stop; Train LoRA then returns the LoRA of the steps taken.
+
+    Returns:
+        The saved files, and the outputs of the nodes.
+
+    Raises:
+        GraphError: there is no such example, the file has no workflow, or one that cannot run.
+        NodeError: a node failed; the sentence names it.
+        CancelledError: `cancel` was set.
+        OptionError: `extra_model_paths` is missing or malformed.
+    """
+    base = Path.cwd() if base_dir is None else Path(base_dir)
+    folders = Folders.load(base, extra_model_paths=None if extra_model_paths is None else Path(extra_model_paths))
+    texts = [
+        f"{place}={value if isinstance(value, str) else json.dumps(value)}" for place, value in (changes or {}).items()
+    ]
+    checked = checked_workflow(workflow, folders, texts)
+    for warning in checked.graph.warnings if progress else ():
+        note(warning)
+    with _events_shown(progress) as show:
+
+        def hear(event: Event) -> None:
+            show(event)
+            if on_event is not None:
+                on_event(event)
+
+        results = Executor(folders, on_event=hear).run(checked.graph, workflow=checked.editor, cancel=cancel)
+    shown = [item for one in results.values() for items in one.ui.values() for item in items]
+    files = [file for item in shown if (file := shown_file(item, folders)) is not None]
+    return WorkflowResult(tuple(files), {key: one.outputs for key, one in results.items()})
+
+
+def shown_file(item: Any, folders: Folders) -> Path | None:
+    """The file that an item of a node's output for user interfaces refers to, if it does."""
+    if not (isinstance(item, dict) and "filename" in item):
+        return None
+    return Path(folders.place(item["type"]), item["subfolder"], item["filename"])
+
+
+@contextlib.contextmanager
+def _events_shown(progress: bool) -> Iterator[Callable[[Event], None]]:
+    """Inside the context, the yielded handler shows a bar for each node that counts its steps, and warnings."""
+    title, bar = "", None
+    with contextlib.ExitStack() as bars:
+
+        def show(event: Event) -> None:
+            nonlocal title, bar
+            match event:
+                case NodeStarted():
+                    bars.close()
+                    title, bar = event.title, None
+                case NodeProgress():
+                    bar = bar or bars.enter_context(counted(title, progress))
+                    if bar is not None:
+                        bar(event.value, event.maximum)
+                case NodeMessage(level="warning") if progress:
+                    note(event.text)
+
+        yield show
