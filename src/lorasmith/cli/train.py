@@ -90,8 +90,8 @@ def train(
     """Train a LoRA on a folder of images.
 
     Captions are read from text files of the same name; pictures without one use the trigger. Prints the plan, trains,
-    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. With
-    the --output of a finished run and more --steps, it trains on from the end of that run.
+    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. A
+    finished run in --output trains on if --steps are more.
     """
     from lorasmith.app.folder_run import prepare
     from lorasmith.app.recorded_run import Rights
