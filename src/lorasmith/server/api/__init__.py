@@ -1,0 +1,1 @@
+"""The project's own API, under /lorasmith/v1: datasets, plans, jobs, runs and their events."""

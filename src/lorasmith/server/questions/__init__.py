@@ -1,0 +1,1 @@
+"""What the assistant process can answer."""
