@@ -1,1 +1,1 @@
-"""One engine behind HTTP: jobs of graphs and of folders, run by worker processes. The server process imports no torch."""
+"""One engine behind HTTP: jobs of graphs and folders, run by worker processes; the server itself imports no torch."""

@@ -1,1 +1,1 @@
-"""What the assistant process can answer."""
+"""Questions of the server, answered in the assistant process: each module registers functions with `@question`."""
