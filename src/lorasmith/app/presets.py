@@ -1,8 +1,8 @@
 """The three choices that somebody gets who asks for no settings: quick, balanced, thorough.
 
 They are declared here alone, for the page and the documents. Steps follow the number of images: each is seen about as
-often, within bounds below which nothing is learnt and above which few pictures are learnt by heart. Everything else that
-a choice does not set has its default, which model and algorithm decide.
+often, within bounds below which nothing is learnt and above which few pictures are learnt by heart. All else that a
+choice does not set has its default, which model and algorithm decide.
 """
 
 from __future__ import annotations

@@ -296,9 +296,7 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     def row(event: Previewed) -> list[Path | None]:
         # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
         found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
-        return [path if is_own(path, history.folder) else None for path in found] + [None] * (
-            len(prompts) - len(found)
-        )
+        return [path if is_own(path, history.folder) else None for path in found] + [None] * (len(prompts) - len(found))
 
     rows = {key: row(event) for key, event in sorted(shots.items())}
     rows = {key: paths for key, paths in rows.items() if any(paths)}

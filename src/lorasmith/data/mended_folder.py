@@ -27,7 +27,7 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, is_folder, open_regular
-from lorasmith.core.safe_names import safe_name, plain_name
+from lorasmith.core.safe_names import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.folder import MAX_ASPECT, MIN_EDGE, ImageFile
 from lorasmith.data.folder_listing import REASONS, SET_APART

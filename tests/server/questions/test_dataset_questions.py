@@ -222,7 +222,9 @@ def test_what_is_no_picture_is_not_kept(
 
 
 def test_a_copy_is_not_kept_twice(folders: Folders, dog: Path, tmp_path: Path) -> None:
-    answer = questions.add_image(folders, "dog", file="copy.png", temporary=sent(tmp_path, (dog / "2.png").read_bytes()))
+    answer = questions.add_image(
+        folders, "dog", file="copy.png", temporary=sent(tmp_path, (dog / "2.png").read_bytes())
+    )
     assert answer == {"skipped": "is in the dataset already, as 2.png", "same": "2.png"}
 
 
@@ -341,7 +343,11 @@ def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "match"),
-    [({"optimizer": "os.system"}, "would run code"), ({"stepz": 3}, "unknown option 'stepz'"), ({"steps": 0}, "between")],
+    [
+        ({"optimizer": "os.system"}, "would run code"),
+        ({"stepz": 3}, "unknown option 'stepz'"),
+        ({"steps": 0}, "between"),
+    ],
 )
 def test_settings_are_checked(folders: Folders, dog: Path, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionError, match=match):

@@ -1,7 +1,7 @@
 """What goes over the wire: the bodies that the API takes, and the answers that it gives.
 
-Questions to the assistant return these types as JSON, routes pass them on, and the OpenAPI document describes them. This
-module imports nothing that the server process must not import. Numbers are finite; what is unknown is null.
+Questions to the assistant return these types as JSON, routes pass them on, and the OpenAPI document describes them.
+This module imports nothing that the server process must not import. Numbers are finite; what is unknown is null.
 """
 
 from __future__ import annotations
@@ -47,12 +47,16 @@ __all__ = [
     "RemovedAnswer",
     "RunAnswer",
     "RunList",
+    "RunNote",
+    "RunPicture",
     "RunRow",
     "RunSetting",
+    "RunState",
     "SavedLora",
     "SettingAnswer",
     "SettingGroup",
     "SettingsAnswer",
+    "Severity",
     "SkippedFile",
     "StatusAnswer",
     "TrainOnBody",

@@ -1,8 +1,8 @@
 """Questions about datasets, which are folders of images in `<base>/input`: what they hold, and changes of them.
 
 A dataset is one folder, such as `input/dog`, that `lorasmith train` takes as it is. A link in `input` is followed where
-it stays below the base folder. Pictures in its inner folders are counted in notes and not shown. What is removed is moved
-to `<base>/user/lorasmith/removed`.
+it stays below the base folder. Pictures in its inner folders are counted in notes and not shown. What is removed is
+moved to `<base>/user/lorasmith/removed`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ from lorasmith.server.api.shapes import (
     Severity,
     SkippedFile,
 )
+from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import TrainConfig, settings_from_file
 
 __all__ = [
@@ -111,6 +112,7 @@ class UnknownFileError(DataError):
     """There is no such dataset, picture or run."""
 
 
+@shaped
 def datasets(folders: Folders) -> DatasetList:
     """All datasets by name: folders with pictures, and empty ones that are to be filled."""
     rows = {}
@@ -144,6 +146,7 @@ def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> P
     raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
 
 
+@shaped
 def create_dataset(folders: Folders, name: str) -> DatasetRow:
     """Make a new dataset, with a name that every system has folders for. Raises OptionError if it is taken."""
     if not name.strip():
@@ -161,6 +164,7 @@ class TakenNameError(OptionError):
     """The name of something new is taken."""
 
 
+@shaped
 def dataset(folders: Folders, name: str) -> DatasetAnswer:
     """The pictures of a dataset with their captions, in natural order. Raises UnknownFileError."""
     folder = dataset_folder(folders, name)
@@ -175,11 +179,13 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
     )
 
 
+@shaped
 def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
     """Move a dataset away. Raises UnknownFileError, OutputError."""
     return _moved_away(folders, [dataset_folder(folders, name, to_change=True)], name)
 
 
+@shaped
 def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
     """Move an uploaded picture into a dataset.
 
@@ -222,6 +228,7 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     return {"added": target.name}
 
 
+@shaped
 def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image: str = "") -> dict[str, str]:
     """Keep an uploaded text as the caption of a picture.
 
@@ -246,7 +253,11 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
         return {"skipped": error.reason}
     stem = _file_name(file).removesuffix(Path(file).suffix).casefold()
     found = {one.name: one for one in _listed(folder)[0]}
-    of = found.get(image) if image else next((one for key, one in found.items() if stem_of(key).casefold() == stem), None)
+    of = (
+        found.get(image)
+        if image
+        else next((one for key, one in found.items() if stem_of(key).casefold() == stem), None)
+    )
     if of is None:
         return {"skipped": "has no picture of the same name; add that too"}
     target = _caption_file(of)
@@ -256,6 +267,7 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
     return {"added": target.name}
 
 
+@shaped
 def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
     """Move a picture, its caption and its mask away. Raises UnknownFileError, OutputError."""
     folder = dataset_folder(folders, name, to_change=True)
@@ -266,6 +278,7 @@ def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
     return _moved_away(folders, [path, *(one for one in beside if is_regular(one))], name)
 
 
+@shaped
 def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Changed:
     """Write captions by the names of their pictures; an empty one takes the caption away.
 
@@ -282,7 +295,9 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
         if file not in found:
             raise UnknownFileError(f"there is no picture {file!r} in {name}; load the page again")
         if len(text) > MAX_CAPTION or "\x00" in text:
-            raise OptionError(f"a caption must be text of at most {MAX_CAPTION:,} characters, got {len(text):,}; shorten it")
+            raise OptionError(
+                f"a caption must be text of at most {MAX_CAPTION:,} characters, got {len(text):,}; shorten it"
+            )
     changed = 0
     for file, text in captions.items():
         one, target = found[file], _caption_file(found[file])
@@ -298,6 +313,7 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
     return Changed(changed=changed)
 
 
+@shaped
 def picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
     """A small version of a picture as WebP, upright; its longest edge has at most `width` pixels.
 
@@ -311,11 +327,13 @@ def picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
     return buffer.getvalue()
 
 
+@shaped
 def picture_file(folders: Folders, name: str, file: str) -> str:
     """The path of a picture. Raises UnknownFileError."""
     return str(_file_of(dataset_folder(folders, name), file).resolve())
 
 
+@shaped
 def check_dataset(
     folders: Folders,
     name: str,
@@ -439,7 +457,7 @@ def _is_here(folders: Folders, path: Path) -> bool:
 
 def _is_name(name: str) -> bool:
     """Whether a text is a single name, so that a path made with it stays in its folder."""
-    return bool(name) and not name.startswith(".") and not set(name) & set('/\\\x00:')
+    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
 
 
 def _file_name(sent: str) -> str:
@@ -514,7 +532,9 @@ def _file_of(folder: Path, file: str) -> Path:
     if not _is_name(file) or path.suffix.lower() not in image_suffixes() or not is_regular(path):
         raise UnknownFileError(f"there is no picture {file!r} in {folder.name}; load the page again")
     if not _stays(path, folder.resolve()):
-        raise UnknownFileError(f"{file} in {folder.name} is a link to somewhere else and is not shown; copy the picture")
+        raise UnknownFileError(
+            f"{file} in {folder.name} is a link to somewhere else and is not shown; copy the picture"
+        )
     return path
 
 

@@ -12,12 +12,14 @@ from lorasmith.core.folders import ASSETS, Folders, fingerprint
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
 from lorasmith.server.api.shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
+from lorasmith.server.questions.shaped_questions import shaped
 
 __all__ = ["known_model", "model_name", "models"]
 
 _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
 
+@shaped
 def models(folders: Folders) -> ModelListAnswer:
     """The models in the model folders, those of the package last, and what else is there."""
     found = _listed(folders)
@@ -42,7 +44,7 @@ def known_model(folders: Folders, name: str) -> str:
         except ModelError:
             continue
         return name
-    if os.path.isabs(name) and _is_in_folders(folders, Path(name)):
+    if Path(name).is_absolute() and _is_in_folders(folders, Path(name)):
         return name
     raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
 

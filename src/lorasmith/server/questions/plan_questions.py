@@ -14,6 +14,7 @@ from typing import Any
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.options import options_of
 from lorasmith.core.safe_names import safe_name
 from lorasmith.core.sizes import memory_text
 from lorasmith.data.data_config import DataConfig
@@ -24,10 +25,11 @@ from lorasmith.families.model_search import MODEL_FOLDERS, ModelFiles, in_folder
 from lorasmith.server.api.shapes import PlanAnswer
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
 from lorasmith.server.questions.model_questions import known_model
+from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.runs.records import check_title
 
-__all__ = ["check_measurement", "plan", "train_request"]
+__all__ = ["check_measurement", "check_steps", "checked_settings", "plan", "train_request"]
 
 _LORAS = ("existing_lora", "training_adapter")
 _NOT_TYPED = ("existing_state", "track", "mask_folder", "class_images")
@@ -37,6 +39,7 @@ _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
 
 
+@shaped
 def plan(
     folders: Folders,
     *,
@@ -84,6 +87,7 @@ def plan(
     )
 
 
+@shaped
 def train_request(
     folders: Folders,
     *,
@@ -121,10 +125,16 @@ def train_request(
     }
 
 
+@shaped
 def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The request of a job that measures a step on a model. Raises LorasmithError as `plan`."""
     checked_settings(folders, settings or {}, "")
     return {"model": known_model(folders, model), "settings": dict(settings or {})}
+
+
+def check_steps(steps: int) -> None:
+    """Raise OptionError for a number of steps out of its range."""
+    options_of(TrainConfig)["steps"].check(steps)
 
 
 def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str) -> tuple[DataConfig, TrainConfig]:
@@ -208,8 +218,8 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
     card = memory_text(found.card_bytes)
     if is_known and not found.fits:
         notes.append(
-            f"A step needs {memory_text(found.proposal.needed_bytes)}, more than {card}; use smaller pictures, a smaller "
-            "batch or fewer targets."
+            f"A step needs {memory_text(found.proposal.needed_bytes)}, more than {card}; use smaller pictures, a "
+            "smaller batch or fewer targets."
         )
     elif is_known and not found.encoders_fit:
         notes.append(f"The text encoders do not fit into {card} at once; use their files in fp8 or GGUF.")
