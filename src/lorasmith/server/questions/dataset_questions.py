@@ -44,7 +44,7 @@ from lorasmith.data.preflight import name_in
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.model_search import ModelFiles
-from lorasmith.server.api.shapes import (
+from lorasmith.server.api_shapes import (
     Changed,
     CheckedPicture,
     Crop,
@@ -66,6 +66,7 @@ __all__ = [
     "UnknownFileError",
     "add_caption",
     "add_image",
+    "check_changes",
     "check_dataset",
     "create_dataset",
     "dataset",
@@ -144,6 +145,12 @@ def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> P
                 raise OutputError(f"{name} belongs to Lorasmith and stays as it is; make a dataset of your own")
             return ASSETS / "input" / name
     raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
+
+
+@shaped
+def check_changes(folders: Folders, name: str) -> bool:
+    """True if a dataset may be changed. Raises UnknownFileError and OutputError, as `dataset_folder`."""
+    return dataset_folder(folders, name, to_change=True).is_dir()
 
 
 @shaped

@@ -11,7 +11,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS, Folders, fingerprint
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
-from lorasmith.server.api.shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
+from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
 from lorasmith.server.questions.shaped_questions import shaped
 
 __all__ = ["known_model", "model_name", "models"]

@@ -30,7 +30,7 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import RunReport, run_report
-from lorasmith.server.api.shapes import (
+from lorasmith.server.api_shapes import (
     InstalledLora,
     LoraFacts,
     PreviewFacts,
@@ -45,6 +45,7 @@ from lorasmith.server.api.shapes import (
     SkippedFile,
     ValidationFacts,
 )
+from lorasmith.server.log_tail import end_of_log
 from lorasmith.server.questions.dataset_questions import UnknownFileError
 from lorasmith.server.questions.plan_questions import check_steps
 from lorasmith.server.questions.run_graph import graph_of_run
@@ -61,6 +62,7 @@ __all__ = [
     "run_file",
     "run_folder_of",
     "run_graph",
+    "run_log",
     "run_page",
     "runs",
     "train_on_request",
@@ -104,6 +106,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         TrainingError: its record cannot be read.
     """
     folder = run_folder_of(folders, id)
+    last_event = end_of_log(folder / EVENTS)  # before it is read, so that no event is left out
     history = read_history(folder)
     report, record = report_of(history), history.record
     row = _row(id, folder, jobs or {})
@@ -155,6 +158,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         files=tuple(_files(folder)),
         folder=str(folder),
         is_trainable_on=_is_trainable_on(history),
+        last_event=last_event,
         dataset=_dataset(folders, record),
     )
 
@@ -170,6 +174,12 @@ def run_file(folders: Folders, id: str, path: str) -> str:
     if not is_regular(found) or not is_own(found, folder) or any(part.startswith(".") for part in parts):
         raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
     return str(found.resolve())
+
+
+@shaped
+def run_log(folders: Folders, id: str) -> str:
+    """The path of a run's events, which need not be there yet. Raises UnknownFileError."""
+    return str(run_folder_of(folders, id).resolve() / EVENTS)
 
 
 @shaped

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
-    "Answered",
     "CancelBody",
     "Caption",
     "Changed",
@@ -45,6 +44,7 @@ __all__ = [
     "PreviewFacts",
     "QueueCounts",
     "RemovedAnswer",
+    "RemovedJob",
     "RunAnswer",
     "RunList",
     "RunNote",
@@ -55,6 +55,7 @@ __all__ = [
     "SavedLora",
     "SettingAnswer",
     "SettingGroup",
+    "SettingType",
     "SettingsAnswer",
     "Severity",
     "SkippedFile",
@@ -89,13 +90,6 @@ class ErrorAnswer:
     """The answer to a request that was not carried out."""
 
     error: ErrorFacts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """The request was carried out."""
-
-    done: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -554,6 +548,9 @@ class JobAnswer:
         state: pending, running, completed, failed, cancelled, paused or interrupted.
         number: order in the queue.
         title: what it is, in some words.
+        name: of the LoRA that it trains; null for other jobs.
+        model: that it is about; null for graphs.
+        dataset: that it trains on; null for other folders and jobs.
         created, started, ended: in seconds since the epoch.
         outputs: of its nodes, by their ids.
         error: why it failed.
@@ -567,6 +564,9 @@ class JobAnswer:
     state: str
     number: float
     title: str
+    name: str | None
+    model: str | None
+    dataset: str | None
     created: float
     started: float | None
     ended: float | None
@@ -583,6 +583,13 @@ class JobList:
 
     jobs: tuple[JobAnswer, ...]
     total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovedJob:
+    """The id of a job that is no longer there."""
+
+    id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -766,6 +773,7 @@ class RunAnswer(RunRow):
         files: paths in the folder of the run.
         folder: of the run.
         is_trainable_on: whether it can be trained on from its end.
+        last_event: up to which the above tells the run's events; the stream continues behind it with `?after=`.
         dataset: name of the dataset that it was trained on; null if that is not one of the page's.
     """
 
@@ -795,6 +803,7 @@ class RunAnswer(RunRow):
     files: tuple[str, ...]
     folder: str
     is_trainable_on: bool
+    last_event: str
     dataset: str | None
 
 
