@@ -121,9 +121,12 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         **vars(row),
         status=report.status,
         mood=report.mood,
-        settings=tuple(
-            RunSetting(name=one.name, value=one.value, default=one.default, help=one.help, group=one.group)
-            for one in (*report.settings, *_data_settings(record))
+        settings=(
+            *(
+                RunSetting(name=one.name, value=one.value, default=one.default, help=one.help, group=one.group)
+                for one in report.settings
+            ),
+            *_data_settings(record),
         ),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
@@ -165,7 +168,16 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
 
 @shaped
 def run_file(folders: Folders, id: str, path: str) -> str:
-    """The path of a file of a run; links that leave its folder are not followed. Raises UnknownFileError."""
+    """The path of a file of a run; links that leave its folder are not followed.
+
+    Args:
+        folders: of the installation.
+        id: of the run.
+        path: in its folder, with slashes.
+
+    Raises:
+        UnknownFileError: there is no such run or file.
+    """
     folder = run_folder_of(folders, id)
     parts = path.split("/")
     if not path or any(part in ("", ".", "..") or set(part) & set("\\\x00:") for part in parts):
