@@ -77,7 +77,7 @@ function Bar({ at }) {
   const device = server?.devices?.[0];
   const busy = (queue?.running ?? 0) + (queue?.pending ?? 0);
   const here = (name) => (name === at || (name === "" && at === "new") ? "page" : undefined);
-  return html`<div class="bar" role="banner">
+  return html`<div class="top-bar" role="banner">
     <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="26" height="26" />Lorasmith</a>
     <nav aria-label="Main">
       <a href="#/" aria-current=${here("")}>New LoRA</a>

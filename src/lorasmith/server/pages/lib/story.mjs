@@ -1,15 +1,17 @@
 // The events of a run, gathered into what the page shows. Events may come twice and are then the same.
 
+import { count } from "./words.mjs";
+
 const RECENT_STEPS = 30; // from which the speed is taken
 
 export function emptyStory() {
   return {
-    job: null, preparation: [], started: null, steps: [], validations: new Map(), previews: new Map(), saves: new Map(),
-    notes: new Map(), drawing: null, finished: null, memory: null, plan: null,
+    preparation: [], started: null, steps: [], validations: new Map(), previews: new Map(), saves: new Map(),
+    notes: new Map(), drawing: null, finished: null, plan: null,
   };
 }
 
-/** Adds an event of `events.jsonl` to a story. */
+/** Adds an event of `events.jsonl`, or of the preparation, to a story. */
 export function tell(story, event) {
   switch (event.event) {
     case "RunStarted":
@@ -58,6 +60,7 @@ export function tell(story, event) {
       story.drawing = null;
       break;
     default:
+      prepared(story, event);
   }
   return story;
 }
@@ -66,16 +69,34 @@ function note(story, event, mood = "faint") {
   if (event.message) story.notes.set(`${event.at} ${event.message}`, { at: event.at, text: event.message, mood });
 }
 
-/** Adds a line about the preparation; lines of the same kind replace each other. */
-export function prepare(story, event) {
-  const kind = event.event ?? event.kind ?? "";
-  const text = event.message ?? event.sentence ?? "";
-  if (!text) return story;
-  const line = { kind, text, done: event.done, total: event.total };
-  const at = story.preparation.findIndex((one) => one.kind === kind);
+/** What an event before the first step says; empty if it is none of these. */
+function preparationWords(event) {
+  const progress = `${event.done} of ${event.total}`;
+  switch (event.event) {
+    case "ImagesFound":
+      return `${count(event.images, "photo")} found${event.captions ? `; captions: ${event.captions}` : ""}`;
+    case "ModelLoading":
+      return `Loading ${event.model}…`;
+    case "RunPlanned":
+      return `${event.trained ?? `${count(event.steps, "step")} planned`}`;
+    case "ImageEncoded":
+      return `Photos prepared: ${progress}`;
+    case "CaptionEncoded":
+      return `Captions prepared: ${progress}`;
+    case "ClassImageDrawn":
+      return `Pictures of the class drawn: ${progress}`;
+    default:
+      return "";
+  }
+}
+
+function prepared(story, event) {
+  const text = preparationWords(event);
+  if (!text) return;
+  const line = { kind: event.event, text };
+  const at = story.preparation.findIndex((one) => one.kind === line.kind);
   if (at >= 0) story.preparation[at] = line;
   else story.preparation.push(line);
-  return story;
 }
 
 /** [[step], [loss]] of the steps that are known. */

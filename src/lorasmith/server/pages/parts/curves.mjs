@@ -20,14 +20,18 @@ export function Curves({ lines, label, marks = [] }) {
   const latest = useRef(marks);
   latest.current = marks;
 
+  const drawn = useRef(lines);
+  drawn.current = lines;
+
   useEffect(() => {
+    const box = host.current;
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new UPlot(options(host.current, lines, latest), joined(lines), host.current);
+      plot.current = new UPlot(options(box, drawn.current, latest), joined(drawn.current), box);
     };
     draw();
-    const size = new ResizeObserver(() => plot.current?.setSize(sizeOf(host.current)));
-    size.observe(host.current);
+    const size = new ResizeObserver(() => plot.current?.setSize(sizeOf(box)));
+    size.observe(box);
     const scheme = matchMedia("(prefers-color-scheme: dark)");
     scheme.addEventListener("change", draw);
     return () => {

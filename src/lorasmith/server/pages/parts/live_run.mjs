@@ -11,7 +11,8 @@ import { Previews } from "./pictures.mjs";
 const SPOKEN_SHARES = 10; // progress is read out this often
 const RECENT = 50; // steps whose mean loss is shown
 
-export function LiveRun({ story, run, isRunning }) {
+/** @param head what stands above the progress, in the same card */
+export function LiveRun({ story, run, isRunning, head }) {
   const done = stepsDone(story);
   const planned = story.started?.steps ?? null;
   const gap = isRunning ? secondsPerStep(story) : null;
@@ -29,9 +30,10 @@ export function LiveRun({ story, run, isRunning }) {
   }, [done, planned]);
   const previews = useMemo(() => [...story.previews.values()].map((one) => ({ ...one, file: inside(run, one.file) })), [story.previews.size, run]);
   const notes = [...story.notes.values()].sort((a, b) => a.at - b.at);
-  if (!done && !story.started) return null;
+  if (!done && !story.started) return head ? html`<section aria-labelledby="job">${head}</section>` : null;
   return html`
-    <section aria-label="Progress">
+    <section aria-labelledby=${head ? "job" : undefined} aria-label=${head ? undefined : "Progress"}>
+      ${head}
       ${planned && html`<div class="progress-line"><${Progress} value=${done} max=${planned} label="Progress of the training" />
         <span><b>${whole(done)}</b> of ${whole(planned)} steps</span></div>`}
       <dl class="facts">

@@ -8,9 +8,10 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
 
 /**
  * @param image a photo of the dataset, or `upload`, one on its way there
+ * @param isFixed whether it can neither be changed nor removed
  * @param facts {crop, trained} of the check; null to draw none
  */
-export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, onCaption, onRemove }) {
+export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, onCaption, onRemove }) {
   const [unseen, setUnseen] = useState(false);
   const name = image?.file ?? upload.name;
   const source = upload ? upload.preview : preview ?? address(["datasets", dataset, "images", image.file], { width: THUMBNAIL });
@@ -23,10 +24,11 @@ export function PhotoTile({ dataset, image, upload, preview, caption, problems =
           ${facts?.crop && html`<${Crop} crop=${facts.crop} />`}</div>`}
       ${(state === "waiting" || state === "sending") && html`<span class="sending">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
       ${marks.length > 0 && html`<ul class="marks">${marks.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
-      <button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove" onClick=${onRemove}>✕</button>
+      ${!isFixed && html`<button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove" onClick=${onRemove}>✕</button>`}
     </div>
     <p class="tile-name"><span class="clip" title=${name}>${name}</span>${image?.width ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>` : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`}</p>
-    ${image && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} onCaption=${onCaption} />`}
+    ${image && isFixed && html`<p class="said faint">${caption}</p>`}
+    ${image && !isFixed && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} onCaption=${onCaption} />`}
   </li>`;
 }
 

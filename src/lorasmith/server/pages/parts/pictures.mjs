@@ -35,7 +35,7 @@ export function Previews({ previews, source, live = false, bestStep = null }) {
       <input type="range" min="0" max=${table.steps.length - 1} value=${at} aria-valuetext=${`step ${step}`}
         onInput=${(event) => pick(Number(event.currentTarget.value))} />
       <output>${whole(step)}${step === bestStep ? " (best)" : ""}</output></label>`}
-    <div class="scroll" tabindex="0" role="region" aria-label="Previews"><table class="pictures">
+    <div class="scroll" tabindex="0" role="region" aria-label="Previews by prompt"><table class="pictures">
       <thead><tr><th scope="col">Base model</th>
         ${strengths.map((strength) => html`<th scope="col" key=${strength}>${titleOf(step, strength, strengths)}</th>`)}</tr></thead>
       <tbody>${table.prompts.map((prompt) => html`

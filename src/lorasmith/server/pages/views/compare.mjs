@@ -69,7 +69,7 @@ function ComparedPictures({ runs, names }) {
 
 function Table({ title, runs, names, rows, none }) {
   return html`<section aria-label=${title}><h2>${title}</h2>
-    ${!rows.length ? html`<p class="faint">${none}</p>` : html`<div class="scroll" tabindex="0" role="region" aria-label=${title}><table><thead><tr><td></td>${names.map((name) => html`<th scope="col" key=${name}>${name}</th>`)}</tr></thead>
+    ${!rows.length ? html`<p class="faint">${none}</p>` : html`<div class="scroll" tabindex="0" role="region" aria-label=${`${title}, as a table`}><table><thead><tr><td></td>${names.map((name) => html`<th scope="col" key=${name}>${name}</th>`)}</tr></thead>
       <tbody>${rows.map(([name, values]) => html`<tr key=${name}><th scope="row">${name}</th>${values.map((value, index) => html`<td key=${runs[index].id}>${value}</td>`)}</tr>`)}</tbody></table></div>`}</section>`;
 }
 

@@ -31,7 +31,8 @@ export function HomeView() {
     }
   }
 
-  const known = datasets?.datasets ?? [];
+  const known = (datasets?.datasets ?? []).filter((one) => !one.builtin);
+  const examples = (datasets?.datasets ?? []).filter((one) => one.builtin);
   return html`
     <section class="hero">
       <h1>Turn photos into a LoRA</h1>
@@ -43,12 +44,15 @@ export function HomeView() {
     ${datasetsError ? html`<section><h2>Your photos</h2><${Problem} error=${datasetsError} onRetry=${reloadDatasets} /></section>`
       : !datasets ? html`<section><h2>Your photos</h2><${Loading} what="folders of photos" /></section>`
       : known.length > 0 && html`<section aria-labelledby="known"><h2 id="known">Your photos</h2>
-        <ul class="cards">${known.map((one) => html`<li key=${one.name}><a class="card" href=${link("new", one.name, "photos")}>
-          <span class="card-picture">${one.cover && html`<img src=${address(["datasets", one.name, "images", one.cover], { width: 320 })} alt="" loading="lazy" />`}</span>
-          <b>${one.name}</b><span class="faint">${count(one.images, "photo")}, ${one.captions ? `${count(one.captions, "caption")}` : "no captions"}</span></a></li>`)}</ul></section>`}
+        <ul class="cards">${known.map(card)}</ul></section>`}
     ${runs?.runs?.length > 0 && html`<section aria-labelledby="latest"><div class="head"><h2 id="latest">Latest runs</h2><a href=${link("runs")}>All ${count(runs.runs.length, "run")}</a></div>
-      <ul class="cards">${runs.runs.slice(0, LATEST).map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}`;
+      <ul class="cards">${runs.runs.slice(0, LATEST).map((run) => html`<li key=${run.id}><${RunCard} run=${run} /></li>`)}</ul></section>`}
+    ${examples.length > 0 && html`<section aria-labelledby="examples"><h2 id="examples">No photos at hand?</h2><ul class="cards">${examples.map(card)}</ul></section>`}`;
 }
+
+const card = (one) => html`<li key=${one.name}><a class="card" href=${link("new", one.name, "photos")}>
+  <span class="card-picture">${one.cover && html`<img src=${address(["datasets", one.name, "images", one.cover], { width: 320 })} alt="" loading="lazy" />`}</span>
+  <b>${one.name}</b><span class="faint">${count(one.images, "picture")}, ${one.captions ? count(one.captions, "caption") : "no captions"}</span></a></li>`;
 
 /** Creates a folder of photos under a free name and returns the name. */
 async function created(wanted, known) {

@@ -4,7 +4,7 @@ import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { link, replace } from "../lib/router.mjs";
 import { announcement, useStore, work } from "../lib/stores.mjs";
-import { emptyStory, prepare, stepsDone, tell } from "../lib/story.mjs";
+import { emptyStory, stepsDone, tell } from "../lib/story.mjs";
 import { Button, Loading, Problem, Question, State, useLoaded } from "../parts/basics.mjs";
 import { Queue, act, titleOf } from "../parts/jobs.mjs";
 import { LiveRun } from "../parts/live_run.mjs";
@@ -37,7 +37,7 @@ export function JobView({ id }) {
   return html`
     <${Stepper} at=${ENDED.includes(state) ? "result" : "training"} dataset=${job.request?.dataset ?? undefined}
       addresses=${job.run && ENDED.includes(state) ? { training: link("jobs", id), result: link("runs", job.run) } : {}} />
-    <section aria-labelledby="job">
+    <${LiveRun} story=${story} run=${job.run} isRunning=${state === "running"} head=${html`
       <div class="head"><h1 id="job">${titleOf(job)}</h1><${State} state=${state} /></div>
       <p class="faint">${[job.request?.model, job.request?.trigger && `“${job.request.trigger}”`].filter(Boolean).join(" · ")}</p>
       <${Standing} job=${job} story=${story} known=${known} />
@@ -52,9 +52,7 @@ export function JobView({ id }) {
         ${state === "cancelled" && html`<${Button} onClick=${() => act(job, "continue")}>Continue it<//>`}
         ${state === "failed" && html`<${Button} kind="primary" onClick=${() => act(job, "retry").then((next) => next?.id && (location.hash = link("jobs", next.id)))}>Try again<//>`}
         ${job.run && ENDED.includes(state) && html`<a class="button primary" href=${link("runs", job.run)}>See the result</a>`}
-      </div>
-    </section>
-    <${LiveRun} story=${story} run=${job.run} isRunning=${state === "running"} />
+      </div>`} />
     <${Queue} except=${id} />
     ${asking && html`<${Question} title="Stop the training?" yes="Stop and keep" onClose=${() => setAsking(false)}
       onYes=${() => post(["jobs", id, "cancel"], { pause: false })}>
@@ -72,7 +70,7 @@ function Standing({ job, story, known }) {
   if (job.state !== "running" || story.steps.length) return null;
   const lines = story.preparation;
   return html`<ol class="preparing" role="status">
-    ${lines.length ? lines.map((line) => html`<li key=${line.kind}>${line.text}${line.total ? html` <span class="faint">${line.done} of ${line.total}</span>` : ""}</li>`) : html`<li>Getting ready…</li>`}</ol>
+    ${lines.length ? lines.map((line) => html`<li key=${line.kind}>${line.text}</li>`) : html`<li>Getting ready…</li>`}</ol>
     <progress aria-label="Preparing"></progress>`;
 }
 
@@ -90,7 +88,7 @@ export function useStory(url) {
   };
   useEffect(() => () => cancelAnimationFrame(pending.current), []);
   useEvents(url, {
-    preparation: (event) => { prepare(story.current, event); redraw(); },
+    preparation: (event) => { tell(story.current, event); redraw(); },
     training: (event) => { tell(story.current, event); redraw(); },
     job: (event) => { work.set((all) => ({ queue: { pending: 0, running: 0 }, ...all, jobs: new Map(all?.jobs ?? []).set(event.id, { ...all?.jobs.get(event.id), ...event }) })); },
   });

@@ -13,8 +13,9 @@ export function ModelView({ dataset }) {
   const [found, error, reload] = useLoaded((signal) => get(["models"], {}, signal), []);
   const server = useStore(status);
   const models = found?.models ?? [];
-  const best = bestOf(models);
-  const chosen = models.find((one) => one.name === draft.model && one.ready) ?? best;
+  const [tooLarge, setTooLarge] = useState(new Set());
+  const best = bestOf(models, tooLarge);
+  const chosen = (draft.isChosen && models.find((one) => one.name === draft.model && one.ready)) || best;
   useEffect(() => {
     if (found && chosen && chosen.name !== draft.model) change({ model: chosen.name });
   }, [found, chosen?.name]);
@@ -23,10 +24,15 @@ export function ModelView({ dataset }) {
     const timer = setTimeout(reload, 2000);
     return () => clearTimeout(timer);
   }, [error]);
+  const plan = async (model) => {
+    const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: {} });
+    if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
+    return found;
+  };
   const families = [...Map.groupBy(models.filter((one) => !one.builtin), (one) => one.family)];
   const builtin = models.filter((one) => one.builtin);
-  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => change({ model: model.name })}
-    plan=${() => post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: {} })} />`;
+  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => change({ model: model.name, isChosen: true })}
+    plan=${() => plan(model)} />`;
   return html`
     <${Stepper} at="model" dataset=${dataset} />
     <section>
@@ -50,9 +56,9 @@ export function ModelView({ dataset }) {
 }
 
 /** The largest model that is whole and not too large for this machine: larger ones learn more. The built-in one otherwise. */
-export function bestOf(models) {
+export function bestOf(models, tooLarge = new Set()) {
   const ready = models.filter((one) => one.ready);
-  const own = ready.filter((one) => !one.builtin && one.fits !== false);
+  const own = ready.filter((one) => !one.builtin && !tooLarge.has(one.name));
   return own.sort((a, b) => b.size_bytes - a.size_bytes)[0] ?? ready.find((one) => one.builtin) ?? ready[0] ?? null;
 }
 
@@ -67,8 +73,8 @@ function ModelRow({ model, isBest, chosen, onChoose, plan }) {
     plan().then((found) => shown && setMemory(found), () => shown && setMemory(null));
     return () => (shown = false);
   }, [isChosen]);
-  const needed = memory?.memory_bytes ?? model.memory_bytes;
-  const fits = memory?.fits ?? model.fits;
+  const needed = memory?.memory_bytes;
+  const fits = memory?.fits;
   return html`<label class=${`choice ${isChosen ? "chosen" : ""} ${model.ready ? "" : "unready"}`}>
     <input type="radio" name="model" value=${model.name} checked=${isChosen} disabled=${!model.ready} onChange=${onChoose} />
     <span class="choice-body">

@@ -104,13 +104,13 @@ export function PhotosView({ dataset }) {
     <section aria-labelledby="photos">
       <div class="head"><h2 id="photos">${total ? count(total, "photo") : "Photos"}</h2>
         <span class="faint" role="status">${underway ? `${count(underway, "photo")} on the way…` : images.length ? `${captioned} of ${images.length} with a caption` : ""}</span></div>
-      <${DropZone} onFiles=${take} />
+      ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} />`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
       ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is", "files are")} no pictures and were left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p><//>`}
       <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} />
       ${images.length > 0 && html`<div class="tools">
-        <${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>
+        ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}
         <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
         ${odd.length > 0 && html`<label class="check"><input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} /> Only the ${count(odd.length, "photo")} with remarks</label>`}
       </div>`}
@@ -118,7 +118,7 @@ export function PhotosView({ dataset }) {
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
           caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
-          onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)} />`)}
+          isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)} />`)}
       </ul>
     </section>
     ${replacing && html`<${Replace} images=${images} captionOf=${captionOf} onReplace=${replaceAll} onClose=${() => setReplacing(false)} />`}

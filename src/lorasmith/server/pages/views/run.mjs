@@ -60,7 +60,7 @@ function Actions({ run, job, reload }) {
   const canContinue = job && ["paused", "interrupted", "cancelled"].includes(job.state);
   const again = () => {
     const settings = Object.fromEntries(Object.entries(run.changed).filter(([name]) => name !== "trigger"));
-    writeDraft(run.dataset, { ...readDraft(run.dataset), name: run.name, trigger: run.trigger, model: run.model, settings });
+    writeDraft(run.dataset, { ...readDraft(run.dataset), name: run.name, trigger: run.trigger, model: run.model, isChosen: true, settings });
     go("new", run.dataset, "settings");
   };
   return html`<div class="actions">

@@ -69,7 +69,7 @@ export function SettingsView({ dataset }) {
         <${Fact} name="Each photo is seen" value=${`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
         <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
         <${Fact} name="Rank" value=${plan.rank} />
-        <${Fact} name="Trained numbers" value=${millions(plan.parameters)} />
+        <${Fact} name="Trained parameters" value=${millions(plan.parameters)} />
       </dl>`}
     </section>
     ${declared && html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own} error=${planError}
