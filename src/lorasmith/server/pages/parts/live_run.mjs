@@ -37,7 +37,7 @@ export function LiveRun({ story, run, isRunning, head }) {
       ${planned && html`<div class="progress-line"><${Progress} value=${done} max=${planned} label="Progress of the training" />
         <span><b>${whole(done)}</b> of ${whole(planned)} steps</span></div>`}
       <dl class="facts">
-        ${isRunning && html`<div><dt>Time left</dt><dd>${left === null ? "–" : duration(left, { about: true })}</dd></div>
+        ${isRunning && html`<div><dt>Time left</dt><dd>${left === null ? "–" : duration(left)}</dd></div>
           <div><dt>Speed</dt><dd>${gap === null ? "–" : speed(gap)}</dd></div>`}
         <div><dt>Loss (mean of ${Math.min(RECENT, recent.length || 1)})</dt><dd>${recent.length ? measured(recent.reduce((sum, step) => sum + step.loss, 0) / recent.length) : "–"}</dd></div>
         ${validations.length > 0 && html`<div><dt>Held-out loss</dt><dd>${measured(validations[validations.length - 1].loss)}</dd></div>`}
