@@ -12,7 +12,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ class FakeServer:
         app.add_routes(
             [
                 web.get(f"{at}/status", self._status),
-                web.get(f"{at}/settings", lambda request: _later(SETTINGS)),
-                web.get(f"{at}/models", lambda request: _later(self.models)),
+                web.get(f"{at}/settings", _says(lambda: SETTINGS)),
+                web.get(f"{at}/models", _says(lambda: self.models)),
                 web.get(f"{at}/datasets", self._datasets),
                 web.post(f"{at}/datasets", self._new_dataset),
                 web.get(f"{at}/datasets/{{name}}", self._dataset),
@@ -140,8 +140,8 @@ class FakeServer:
                 web.get(f"{at}/runs/{{id}}", self._run),
                 web.get(f"{at}/runs/{{id}}/events", self._job_events),
                 web.get(f"{at}/runs/{{id}}/files/{{file:.+}}", self._run_file),
-                web.get(f"{at}/runs/{{id}}/graph", lambda request: _later({"1": {"class_type": "TrainLoraNode"}})),
-                web.get(f"{at}/runs/{{id}}/report", lambda request: _later({})),
+                web.get(f"{at}/runs/{{id}}/graph", _says(lambda: {"1": {"class_type": "TrainLoraNode"}})),
+                web.get(f"{at}/runs/{{id}}/report", _says(dict)),
                 web.post(f"{at}/runs/{{id}}/install", self._install),
                 web.post(f"{at}/runs/{{id}}/train-on", self._train_on),
             ]
@@ -489,8 +489,11 @@ def _drawn(name: str) -> bytes:
     return buffer.getvalue()
 
 
-async def _later(answer: Mapping[str, Any]) -> web.Response:
-    return web.json_response(answer)
+def _says(answer: Callable[[], Any]) -> Callable[[web.Request], Any]:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(answer())
+
+    return handler
 
 
 def _error(status: int, message: str) -> web.Response:

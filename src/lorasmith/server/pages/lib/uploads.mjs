@@ -5,6 +5,8 @@ import { createStore } from "./stores.mjs";
 const AT_ONCE = 3;
 const PICTURE = /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl)$/i;
 const stores = new Map();
+/** Paths of files that were dropped and are neither pictures nor captions, by dataset. */
+export const leftOut = createStore({});
 let lastKey = 0;
 
 export const isPicture = ({ file, path }) => PICTURE.test(path) || file.type.startsWith("image/");
@@ -20,7 +22,7 @@ export function uploadsOf(dataset) {
  *
  * @param files [{file, path}], with the path inside the dropped folder
  * @param onAdded called after each picture that has arrived
- * @returns number of pictures, and paths of files that are neither pictures nor captions
+ * @returns number of pictures
  */
 export function upload(dataset, files, onAdded) {
   const stem = (path) => path.replace(/\.[^./]*$/, "");
@@ -40,7 +42,8 @@ export function upload(dataset, files, onAdded) {
   };
   for (let worker = 0; worker < AT_ONCE; worker += 1) work();
   const used = new Set([...pictures, ...files.filter(({ path }) => /\.txt$/i.test(path))]);
-  return { pictures: pictures.length, others: files.filter((one) => !used.has(one)).map(({ path }) => path) };
+  leftOut.set((all) => ({ ...all, [dataset]: files.filter((one) => !used.has(one)).map(({ path }) => path) }));
+  return pictures.length;
 }
 
 async function send(dataset, store, entry, onAdded) {

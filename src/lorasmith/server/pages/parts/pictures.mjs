@@ -31,10 +31,10 @@ export function Previews({ previews, source, live = false, bestStep = null }) {
         <img src=${source(shot.file)} alt=${`${title}: ${shot.prompt}`} loading="lazy" /></button></td>`
     : html`<td><span class="missing">Not drawn yet</span></td>`;
   return html`<div class="previews">
-    ${table.steps.length > 1 && html`<label class="slider">Step
-      <input type="range" min="0" max=${table.steps.length - 1} value=${at} aria-valuetext=${`step ${step}`}
+    ${table.steps.length > 1 && html`<div class="slider"><label for="preview-step">Step</label>
+      <input id="preview-step" type="range" min="0" max=${table.steps.length - 1} value=${at} aria-valuetext=${`step ${step}`}
         onInput=${(event) => pick(Number(event.currentTarget.value))} />
-      <output>${whole(step)}${step === bestStep ? " (best)" : ""}</output></label>`}
+      <output>${whole(step)}${step === bestStep ? " (best)" : ""}</output></div>`}
     <div class="scroll" tabindex="0" role="region" aria-label="Previews by prompt"><table class="pictures">
       <thead><tr><th scope="col">Base model</th>
         ${strengths.map((strength) => html`<th scope="col" key=${strength}>${titleOf(step, strength, strengths)}</th>`)}</tr></thead>

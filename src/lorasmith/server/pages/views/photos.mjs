@@ -4,7 +4,7 @@ import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
-import { forget, upload, uploadsOf } from "../lib/uploads.mjs";
+import { forget, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
@@ -24,7 +24,7 @@ export function PhotosView({ dataset }) {
   const [crops, setCrops] = useState(true);
   const [onlyOdd, setOnlyOdd] = useState(false);
   const [replacing, setReplacing] = useState(false);
-  const [others, setOthers] = useState([]);
+  const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
   const timer = useRef(0);
 
@@ -45,9 +45,7 @@ export function PhotosView({ dataset }) {
   const [check, checkError] = useCheck(dataset, draft, images, captions);
 
   const take = (files) => {
-    const { pictures, others: rest } = upload(dataset, files);
-    setOthers(rest);
-    announcement.set(`${count(pictures, "photo")} added.`);
+    announcement.set(`${count(upload(dataset, files), "photo")} added.`);
   };
 
   async function store(changed) {
@@ -107,7 +105,7 @@ export function PhotosView({ dataset }) {
       ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} />`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
-      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is", "files are")} no pictures and were left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p><//>`}
+      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is no picture and was", "files are no pictures and were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p><//>`}
       <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} />
       ${images.length > 0 && html`<div class="tools">
         ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}

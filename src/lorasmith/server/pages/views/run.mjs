@@ -135,7 +135,7 @@ function Results({ run }) {
       ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h3>${program}</h3><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}</section>`}
     ${saves.length > 1 && html`<section aria-labelledby="saves"><h2 id="saves">LoRAs of single steps</h2>
       <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">best on held-out photos</span>`}</div>
-        <a class="button small" href=${source(one.file)} download>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
+        <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
       ${pictures.map((one, index) => html`<li key=${one.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
         ${one.standing || one.use !== "trained" ? html`<span class="faint">${[one.use !== "trained" && one.use, one.standing].filter(Boolean).join(", ")}</span>` : ""}</li>`)}</ul></section>
