@@ -1,0 +1,36 @@
+"""All endpoints of the API, as routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from lorasmith.server.api.api_document import api_document
+from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
+from lorasmith.server.api.endpoint import Call, Endpoint, route_of
+from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
+from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
+from lorasmith.server.api.server_endpoints import SERVER_ENDPOINTS
+from lorasmith.server.server_context import ServerContext
+
+__all__ = ["ENDPOINTS", "routes"]
+
+
+async def _document(context: ServerContext, call: Call) -> dict[str, Any]:
+    return api_document(ENDPOINTS)
+
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    *SERVER_ENDPOINTS,
+    *DATASET_ENDPOINTS,
+    *JOB_ENDPOINTS,
+    *RUN_ENDPOINTS,
+    Endpoint(method="GET", path="/openapi.json", summary="This document.", handler=_document, answer=dict[str, Any]),
+)
+"""Every route below `PREFIX`."""
+
+
+def routes(context: ServerContext) -> list[web.RouteDef]:
+    """The routes of the API."""
+    return [route_of(one, context) for one in ENDPOINTS]
