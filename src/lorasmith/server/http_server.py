@@ -28,7 +28,7 @@ from lorasmith.server.server_context import CONTEXT, ServerContext
 
 __all__ = ["make_app", "running", "serve"]
 
-_TABLES = ("access", "api", "comfyui", "page", "editor")
+_TABLES = ("access", "api", "comfyui", "page_routes", "editor")
 """Modules beside this one that may have `routes(context)` and `middlewares(context)`, outermost first."""
 
 _MOST_BODY_BYTES = 64 * 2**20

@@ -41,7 +41,7 @@ export function LiveRun({ story, run, isRunning, head }) {
           <div><dt>Speed</dt><dd>${gap === null ? "–" : speed(gap)}</dd></div>`}
         <div><dt>Loss (mean of ${Math.min(RECENT, recent.length || 1)})</dt><dd>${recent.length ? measured(recent.reduce((sum, step) => sum + step.loss, 0) / recent.length) : "–"}</dd></div>
         ${validations.length > 0 && html`<div><dt>Held-out loss</dt><dd>${measured(validations[validations.length - 1].loss)}</dd></div>`}
-        ${isRunning && device?.memory_bytes && html`<div><dt>Memory used</dt><dd>${bytes(device.memory_bytes - device.free_bytes)} of ${bytes(device.memory_bytes)}</dd></div>`}
+        ${isRunning && Number.isFinite(device?.memory_bytes) && Number.isFinite(device.free_bytes) && html`<div><dt>Memory used</dt><dd>${bytes(device.memory_bytes - device.free_bytes)} of ${bytes(device.memory_bytes)}</dd></div>`}
       </dl>
       ${story.drawing && html`<p class="faint">Drawing previews: ${story.drawing.done} of ${story.drawing.total}…</p>`}
     </section>

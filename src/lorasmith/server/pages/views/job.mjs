@@ -90,6 +90,7 @@ export function useStory(url) {
   useEvents(url, {
     preparation: (event) => { tell(story.current, event); redraw(); },
     training: (event) => { tell(story.current, event); redraw(); },
+    reset: () => { story.current = emptyStory(); redraw(); },
     job: (event) => { work.set((all) => ({ queue: { pending: 0, running: 0 }, ...all, jobs: new Map(all?.jobs ?? []).set(event.id, { ...all?.jobs.get(event.id), ...event }) })); },
   });
   return [story.current];

@@ -24,8 +24,10 @@ export function SettingsView({ dataset }) {
   const own = Object.fromEntries(Object.entries(draft.settings).filter(([name]) => !OWN_FIELDS.has(name)));
   const [plans, planErrors, replan] = usePlans(dataset, draft, presets, own);
   const plan = plans[preset?.name];
+  // A step of another choice takes about as long: the rank costs little.
+  const stepSeconds = plan?.seconds_per_step ?? Object.values(plans).find((one) => one?.seconds_per_step)?.seconds_per_step ?? null;
   const planError = planErrors[preset?.name];
-  const measuring = useMeasurement(draft, change, preset, plan, own, replan);
+  const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
 
   async function start() {
     setFailure(null);
@@ -56,7 +58,7 @@ export function SettingsView({ dataset }) {
         ${presets.map((one) => html`<label key=${one.name} class=${`choice ${one === preset ? "chosen" : ""}`}>
           <input type="radio" name="preset" value=${one.name} checked=${one === preset} onChange=${() => change({ preset: one.name })} />
           <span class="choice-body"><span class="choice-title"><b>${one.title}</b></span><span class="faint">${one.summary}</span>
-            <${Estimate} plan=${plans[one.name]} error=${planErrors[one.name]} /></span></label>`)}
+            <${Estimate} plan=${plans[one.name]} stepSeconds=${stepSeconds} error=${planErrors[one.name]} /></span></label>`)}
       </div>
       <${Measure} measuring=${measuring} plan=${plan} />
       ${plan?.fits === false && html`<${Notice} mood="fair"><p>This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a lower rank or resolution in all settings.</p><//>`}
@@ -74,7 +76,7 @@ export function SettingsView({ dataset }) {
     </section>
     ${declared && html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own} error=${planError}
       onChange=${(settings) => change({ settings })} />`}
-    <${NextBar} note=${noteOf(plan)}>
+    <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" disabled=${!preset} busyText="Starting…" onClick=${start}>Start training<//>
     <//>
@@ -84,12 +86,13 @@ export function SettingsView({ dataset }) {
 const Fact = ({ name, value }) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
 const words = (settings) => Object.entries(settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
 const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
-const noteOf = (plan) => (plan?.seconds ? `Takes ${duration(plan.seconds, { about: true })}` : plan ? `${whole(plan.steps)} steps` : "");
+const timeOf = (plan, stepSeconds) => plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : null);
+const noteOf = (plan, stepSeconds) => (timeOf(plan, stepSeconds) ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}` : plan ? `${whole(plan.steps)} steps` : "");
 
-function Estimate({ plan, error }) {
+function Estimate({ plan, stepSeconds, error }) {
   if (error) return error.status === 503 ? html`<span class="estimate faint">The server is still starting…</span>` : null;
   if (!plan) return html`<span class="estimate faint">Estimating…</span>`;
-  return html`<span class="estimate">${plan.seconds ? html`<b>${duration(plan.seconds, { about: true })}</b>` : html`<b>${count(plan.steps, "step")}</b>`}
+  return html`<span class="estimate">${timeOf(plan, stepSeconds) ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>` : html`<b>${count(plan.steps, "step")}</b>`}
     ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}</span>`;
 }
 
@@ -129,12 +132,12 @@ function usePlans(dataset, draft, presets, own) {
 }
 
 /** A measured step of this model on this machine: started by itself while nothing else runs, else on request. */
-function useMeasurement(draft, change, preset, plan, own, replan) {
+function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
   const known = useStore(work);
   const [error, setError] = useState(null);
   const job = draft.measurement ? known?.jobs.get(draft.measurement) : null;
   const idle = known && known.queue.pending + known.queue.running === 0;
-  const needed = plan && plan.seconds_per_step === null;
+  const needed = plan && stepSeconds === null;
   const measure = async () => {
     setError(null);
     try {
