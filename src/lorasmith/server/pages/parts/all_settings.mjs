@@ -29,7 +29,10 @@ export function AllSettings({ groups, hidden, base, own, error, onChange }) {
     ${main.length > 0 && html`<fieldset><legend>The most important</legend><div class="fields two">${main.map(control)}</div></fieldset>`}
     ${shown.map((group) => {
       const rest = group.settings.filter((one) => !one.main);
-      return rest.length > 0 && html`<fieldset key=${group.title}><legend>${group.title}</legend><div class="fields two">${rest.map(control)}</div></fieldset>`;
+      const touched = rest.filter((one) => one.name in own).length;
+      return rest.length > 0 && html`<details class="group" key=${group.title} open=${wanted !== "" || touched > 0}>
+        <summary>${group.title}${touched > 0 && html` <span class="tag">${count(touched, "change")}</span>`}</summary>
+        <div class="fields two" role="group" aria-label=${group.title}>${rest.map(control)}</div></details>`;
     })}
   </details></section>`;
 }
@@ -69,7 +72,7 @@ function Setting({ setting, preset, value, error, onChange }) {
   }
   return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
     html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]} autocomplete="off" spellcheck=${false}
-      value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined || standard === "" ? "automatic" : ""} onChange=${type} />`}<//>`;
+      value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined ? "automatic" : ""} onChange=${type} />`}<//>`;
 }
 
 function rangeOf({ type, min, max }) {

@@ -8,7 +8,7 @@ const TITLES = { photos: "Photos", model: "Model", settings: "Settings", trainin
 /** @param at name of the step; `dataset` makes the steps before it links; `addresses` those of other steps */
 export function Stepper({ at, dataset, addresses = {} }) {
   const now = STEPS.indexOf(at);
-  return html`<nav class="stepper" aria-label="Steps"><ol>
+  return html`<nav class="stepper" aria-label="Steps to a LoRA"><ol>
     ${STEPS.map((step, index) => {
       const address = addresses[step] ?? (dataset && index < 3 ? link("new", dataset, step) : null);
       const state = index < now ? "done" : index === now ? "now" : "ahead";
