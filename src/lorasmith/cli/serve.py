@@ -63,11 +63,15 @@ def serve(
 
     def started(address: str) -> None:
         echo(f"Lorasmith is at {address} and trains in {config.base}")
-        echo("Press Ctrl-C to stop; a running job is saved.")
+        echo("Press Ctrl-C to stop.")
         if open_:
             webbrowser.open(address)
 
-    serve_until_stopped(config, started=started)
+    def stopping(running: int) -> None:
+        if running:
+            echo("Stopping and saving the running job. Press Ctrl-C again to stop at once.")
+
+    serve_until_stopped(config, started=started, stopping=stopping)
 
 
 def _is_loopback(host: str) -> bool:

@@ -105,12 +105,18 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
             await runner.cleanup()
 
 
-def serve(config: ServerConfig, *, started: Callable[[str], object] = lambda address: None) -> None:
+def serve(
+    config: ServerConfig,
+    *,
+    started: Callable[[str], object] = lambda address: None,
+    stopping: Callable[[int], object] = lambda running: None,
+) -> None:
     """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then. A second Ctrl-C ends it at once.
 
     Args:
         config: of the server.
         started: called with the address, when it listens.
+        stopping: called with the number of running jobs, when it was asked to stop.
 
     Raises:
         LorasmithError: as `running`.
@@ -119,9 +125,10 @@ def serve(config: ServerConfig, *, started: Callable[[str], object] = lambda add
     async def main() -> None:
         stop = asyncio.Event()
         with _signals(stop):
-            async with running(config) as (_, address):
+            async with running(config) as (context, address):
                 started(address)
                 await stop.wait()
+                stopping(sum(one["job"] is not None for one in context.dispatcher.devices()))
 
     asyncio.run(main())
 
