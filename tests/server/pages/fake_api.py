@@ -122,6 +122,7 @@ class FakeServer:
                 web.get(f"{at}/datasets", self._datasets),
                 web.post(f"{at}/datasets", self._new_dataset),
                 web.get(f"{at}/datasets/{{name}}", self._dataset),
+                web.delete(f"{at}/datasets/{{name}}", self._remove_dataset),
                 web.post(f"{at}/datasets/{{name}}/images", self._upload),
                 web.get(f"{at}/datasets/{{name}}/images/{{file}}", self._picture),
                 web.delete(f"{at}/datasets/{{name}}/images/{{file}}", self._remove_picture),
@@ -243,6 +244,10 @@ class FakeServer:
     async def _remove_picture(self, request: web.Request) -> web.Response:
         del self.datasets[request.match_info["name"]][request.match_info["file"]]
         return web.json_response({"removed": "user/lorasmith/removed/1"})
+
+    async def _remove_dataset(self, request: web.Request) -> web.Response:
+        del self.datasets[request.match_info["name"]]
+        return web.json_response({"removed": "user/lorasmith/removed/fox"})
 
     async def _captions(self, request: web.Request) -> web.Response:
         files = self.datasets[request.match_info["name"]]

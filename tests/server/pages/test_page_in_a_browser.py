@@ -46,7 +46,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_selector(".plot canvas")
     page.wait_for_url("**/#/runs/*")  # it has ended
     waits(page, "The LoRA improves on held-out images, most at step 50; a little overfitting after that.")
-    assert page.get_by_role("link", name="Download (43 MiB)").count() == 1
+    assert page.get_by_role("link", name="Download (43 MiB)").count() == 1  # the LoRA, before those of single steps
     [job] = [body for method, path, body in served.server.calls if path.endswith("/jobs")]
     assert job == {
         "kind": "train",
@@ -96,6 +96,11 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     page.get_by_role("button", name="Remove fox_3.png").click()
     page.wait_for_function(SEEN.format(".tile") + " == 1")
     assert "fox_3.png" not in served.server.datasets["fox"]
+    page.get_by_role("button", name="Remove all").click()
+    page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
+    waits(page, "The photos were moved to user/lorasmith/removed/fox.")
+    page.wait_for_url("**/#/")
+    assert served.server.datasets == {}
 
 
 def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_page: Opener) -> None:
@@ -114,11 +119,13 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
     page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100.").wait_for()
     rank.fill("24")
     rank.blur()
+    page.locator("summary", has_text="LoRA and targets").click()
     page.get_by_label("Algorithm").select_option("LoKr")
     page.get_by_label("Flip").check()
     page.reload()  # the choices outlive it
     page.get_by_text("3 changes").wait_for()
     page.get_by_text("All settings").click()
+    assert page.get_by_label("Algorithm").input_value() == "LoKr"  # groups with changes are open
     page.get_by_role("button", name="Back to off").click()
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/#/jobs/*")

@@ -55,9 +55,10 @@ async function request(method, url, { body, signal }) {
   throw new ApiError("error", `The server answered with an error (${response.status} ${response.statusText}).`, response.status);
 }
 
-/** A message as a sentence: a capital at its start, a full stop at its end. */
+/** A message as a sentence: a capital at its start (unless it starts with a name such as sd-scripts), a full stop at its end. */
 export function sentence(text) {
   const trimmed = String(text).trim();
   if (!trimmed) return trimmed;
-  return trimmed[0].toUpperCase() + trimmed.slice(1) + (/[.!?…:`)]$/.test(trimmed) ? "" : ".");
+  const isWord = /^[a-z]+(?=[ ,:;.?!]|$)/.test(trimmed);
+  return (isWord ? trimmed[0].toUpperCase() + trimmed.slice(1) : trimmed) + (/[.!?…:`)]$/.test(trimmed) ? "" : ".");
 }

@@ -6,7 +6,7 @@ import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
 import { forget, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
-import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
 import { PhotoTile } from "../parts/photo_tile.mjs";
 import { Replace } from "../parts/replace.mjs";
@@ -24,6 +24,7 @@ export function PhotosView({ dataset }) {
   const [crops, setCrops] = useState(true);
   const [onlyOdd, setOnlyOdd] = useState(false);
   const [replacing, setReplacing] = useState(false);
+  const [clearing, setClearing] = useState(false);
   const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
   const timer = useRef(0);
@@ -79,6 +80,12 @@ export function PhotosView({ dataset }) {
     }
   }
 
+  async function removeAll() {
+    const { removed } = await remove(["datasets", dataset]);
+    say(`The photos were moved to ${removed}.`);
+    go();
+  }
+
   const problemsOf = (image) => check?.images?.[image.file]?.problems ?? [];
   const odd = images.filter((one) => problemsOf(one).length);
   const shown = onlyOdd && odd.length ? odd : images;
@@ -111,6 +118,7 @@ export function PhotosView({ dataset }) {
         ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}
         <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
         ${odd.length > 0 && html`<label class="check"><input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} /> Only the ${count(odd.length, "photo")} with remarks</label>`}
+        ${!found.builtin && html`<${Button} class="small" onClick=${() => setClearing(true)}>Remove all<//>`}
       </div>`}
       <ul class="tiles">
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
@@ -119,6 +127,8 @@ export function PhotosView({ dataset }) {
           isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)} />`)}
       </ul>
     </section>
+    ${clearing && html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${() => setClearing(false)} onYes=${removeAll}>
+      <p>The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the removed files of Lorasmith. Nothing is deleted, and runs keep their LoRAs.</p><//>`}
     ${replacing && html`<${Replace} images=${images} captionOf=${captionOf} onReplace=${replaceAll} onClose=${() => setReplacing(false)} />`}
     <${NextBar} note=${noteOf(total, underway)}>
       <a class="button" href="#/">Back</a>

@@ -146,6 +146,7 @@ function Details({ run }) {
   const commands = Object.entries(run.commands ?? {});
   const changed = Object.entries(run.changed ?? {});
   const groups = [...Map.groupBy(run.settings ?? [], (one) => one.group)];
+  const sentences = (run.sentences ?? []).filter((text) => sentence(text) !== sentence(run.verdict));
   const [graph, setGraph] = useState(null);
   const show = async () => {
     try {
@@ -159,7 +160,7 @@ function Details({ run }) {
       ${graph ? html`<${Command} label="The graph for ComfyUI (API format)" text=${graph} />` : html`<div class="actions"><${Button} onClick=${show}>Show the graph for ComfyUI<//><a class="button" href=${address(["runs", run.id, "graph"])} download=${`${nameOfRun(run)}.json`}>Download the graph</a></div>`}
     </section>
     <section><h2>Details</h2>
-      ${run.sentences?.length > 0 && html`<ul>${run.sentences.map((text) => html`<li key=${text}>${sentence(text)}</li>`)}</ul>`}
+      ${sentences.length > 0 && html`<ul>${sentences.map((text) => html`<li key=${text}>${sentence(text)}</li>`)}</ul>`}
       ${changed.length > 0 && html`<h3>Settings that were changed</h3><dl>${changed.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${valueWords(value)}</dd></div>`)}</dl>`}
       ${groups.length > 0 && html`<details><summary>All settings of this run</summary>${groups.map(([group, settings]) => html`<h3 key=${group}>${group}</h3><dl>${settings.map((one) => html`<div key=${one.name}><dt>${one.name}</dt><dd>${valueWords(one.value)}</dd></div>`)}</dl>`)}</details>`}
       ${run.left_out?.length > 0 && html`<details><summary>Files that were left out</summary><ul>${run.left_out.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul></details>`}
