@@ -190,3 +190,12 @@ def test_a_summary_names_what_lists_show(store: JobStore) -> None:
     assert (shown["name"], shown["model"], shown["state"]) == ("dog", "sd15", "failed")
     assert shown["error"] == {"kind": "K", "message": "m"}
     assert "request" not in shown and "outputs" not in shown
+
+
+def test_lines_are_jobs_in_the_order_of_the_queue_without_what_is_large(store: JobStore) -> None:
+    jobs = [store.add("train", {"name": str(one)}, front=one == 1) for one in range(3)]
+    store.finish(jobs[2].id, "completed")
+    lines = store.lines(("pending", "completed"))
+    assert [line.id for line in lines] == [jobs[1].id, jobs[0].id, jobs[2].id]
+    assert (lines[0].state, lines[0].number, lines[2].state) == ("pending", jobs[1].number, "completed")
+    assert lines[2].ended is not None and store.lines(()) == []

@@ -37,7 +37,7 @@ def test_the_assistant_answers_and_a_stranger_module_is_not_imported(tmp_path: P
         async with running(ServerConfig(base=tmp_path, port=0)) as (context, _):
             (found,) = await context.assistant.ask("devices")
             assert found["memory_bytes"] > 2**20
-            with pytest.raises(RefusedError, match="unknown question 'divices' .did you mean") as caught:
+            with pytest.raises(RefusedError, match=r"unknown question 'divices' .did you mean") as caught:
                 await context.assistant.ask("divices")
             assert caught.value.kind == "OptionError"
             await until(lambda: [one["state"] for one in context.dispatcher.devices()] == ["ready"], seconds=120)
