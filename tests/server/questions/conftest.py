@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "0.txt").write_text("a dog on grass")
     data = DataConfig(resolution=32, trigger="sks dog")
     source = FolderSource.of(folder, "lorasmith-tiny", data=data)
-    config = TrainConfig(**SETTINGS, previews="a dog", preview_steps=1)
+    config = TrainConfig(**SETTINGS, previews="a dog", preview_steps=1, preview_every=4, preview_strengths="1")
     train_prepared(prepare(source, config), output=base / "runs" / "dog-001")
     return base
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from aiohttp import web
 
+from lorasmith.core.printable import sentence
 from lorasmith.server.api.api_document import api_document
 from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
-from lorasmith.server.api.endpoint import Call, Endpoint, route_of
+from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, json_response, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
 from lorasmith.server.api.server_endpoints import SERVER_ENDPOINTS
+from lorasmith.server.api_shapes import ErrorAnswer, ErrorFacts
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["ENDPOINTS", "routes"]
@@ -32,5 +34,13 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 
 
 def routes(context: ServerContext) -> list[web.RouteDef]:
-    """The routes of the API."""
-    return [route_of(one, context) for one in ENDPOINTS]
+    """The routes of the API; what is no endpoint is answered like everything else that is not there."""
+    return [*(route_of(one, context) for one in ENDPOINTS), web.route("*", f"{PREFIX}/{{rest:.*}}", _unknown)]
+
+
+async def _unknown(request: web.Request) -> web.Response:
+    path = request.path.removeprefix(PREFIX)
+    facts = ErrorFacts(
+        kind="UnknownPathError", message=sentence(f"there is no {request.method} {path}; see {PREFIX}/openapi.json")
+    )
+    return json_response(ErrorAnswer(error=facts), 404)

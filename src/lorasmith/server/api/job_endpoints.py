@@ -56,7 +56,7 @@ async def _plan(context: ServerContext, call: Call) -> Any:
         **plan,
         "seconds_per_step": seconds,
         "seconds": seconds * plan["steps"],
-        "measured_at": found.get("measured", found.get("at")),
+        "measured_at": found["measured_at"],
     }
 
 
