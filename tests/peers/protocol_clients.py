@@ -35,7 +35,14 @@ def prompt(seed: int) -> dict[str, Any]:
             "class_type": "KSampler",
             "inputs": {
                 **{"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]},
-                **{"seed": seed, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0},
+                **{
+                    "seed": seed,
+                    "steps": 2,
+                    "cfg": 1.0,
+                    "sampler_name": "euler",
+                    "scheduler": "normal",
+                    "denoise": 1.0,
+                },
             },
         },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
@@ -50,7 +57,14 @@ def prompt(seed: int) -> dict[str, Any]:
 
 def workflow(seed: int) -> dict[str, Any]:
     """The same as the editor saves it, as far as nodes and links go."""
-    kinds = {"1": "MODEL CLIP VAE", "2": "CONDITIONING", "3": "CONDITIONING", "4": "LATENT", "5": "LATENT", "6": "IMAGE"}
+    kinds = {
+        "1": "MODEL CLIP VAE",
+        "2": "CONDITIONING",
+        "3": "CONDITIONING",
+        "4": "LATENT",
+        "5": "LATENT",
+        "6": "IMAGE",
+    }
     values = {
         **{"1": [MODEL], "2": ["a red dog"], "3": [""], "4": [64, 64, 1], "6": [], "7": ["client"]},
         "5": [seed, "fixed", 2, 1.0, "euler", "normal", 1.0],
@@ -106,7 +120,9 @@ def comfy_toolkit(address: str) -> str:
     assert "7" in nodes, nodes
     (picture,) = client.wait_for_images(client.submit(prompt(22)))
     assert result
-    return f"{is_picture(client.download(picture))}; {len(steps)} steps, {len(nodes)} nodes; {client.vram_stats()['name']}"
+    return (
+        f"{is_picture(client.download(picture))}; {len(steps)} steps, {len(nodes)} nodes; {client.vram_stats()['name']}"
+    )
 
 
 def comfyui_workflow_client(address: str) -> str:

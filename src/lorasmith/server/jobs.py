@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
@@ -27,6 +27,7 @@ __all__ = [
     "DuplicateJobError",
     "Job",
     "JobKind",
+    "JobLine",
     "JobState",
     "JobStateError",
     "JobStore",
@@ -127,6 +128,18 @@ class Job:
             "name": self.request.get("name"),
             "model": self.request.get("model"),
         }
+
+
+class JobLine(NamedTuple):
+    """What a list needs of a job: no request, no outputs. Attributes as those of `Job`."""
+
+    id: str
+    kind: JobKind
+    state: JobState
+    number: float
+    created: float
+    started: float | None
+    ended: float | None
 
 
 _SCHEMA = """
@@ -286,6 +299,15 @@ class JobStore:
             f"WHERE state IN ({_marks(states)}) ORDER BY ended {order}, sequence {order} LIMIT ? OFFSET ?",
             (*states, -1 if limit is None else limit, offset),
         )
+
+    def lines(self, states: Collection[JobState]) -> list[JobLine]:
+        """All jobs in some states in the order of the queue, without reading what may be large."""
+        with self._explained():
+            fields, wanted = ", ".join(JobLine._fields), _marks(states)
+            rows = self._database.execute(
+                f"SELECT {fields} FROM jobs WHERE state IN ({wanted}) ORDER BY number, sequence", (*states,)
+            ).fetchall()
+        return [JobLine(*row) for row in rows]
 
     def counts(self) -> dict[JobState, int]:
         """Number of jobs by state; all states are there."""
