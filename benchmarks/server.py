@@ -178,13 +178,7 @@ async def _serve(base: Path) -> None:
         loop = asyncio.get_running_loop()
         closed = loop.run_in_executor(None, sys.stdin.read)
         while not closed.done():
-            data = {
-                "event": "NodeProgress",
-                "node_id": "1",
-                "value": time.monotonic(),
-                "maximum": 1,
-                "text": "loss 0.1",
-            }
+            data = {"event": "NodeProgress", "node_id": "1", "value": time.monotonic(), "maximum": 1, "text": "0.1"}
             context.hub.publish(Notice(kind="graph", job_id=job.id, data=data, droppable=True))
             await asyncio.sleep(1 / _RATE)
 
