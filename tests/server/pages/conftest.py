@@ -15,13 +15,14 @@ from aiohttp import web
 
 from tests.server.pages.fake_api import FakeServer
 
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -66,17 +67,23 @@ class ServedPage:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=20)
 
     async def _started(self) -> None:
+        self.server.is_closing = False
         self._runner = web.AppRunner(self.server.app(), access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=sys.platform != "win32").start()
         self.port = self._runner.addresses[0][1]
 
     async def _stopped(self) -> None:
+        self.server.is_closing = True
+        await asyncio.sleep(0.05)  # streams look up every 20 ms
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-        for task in [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]:
+        others = [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
+        for task in others:
             task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0.02)  # transports close in the next rounds of the loop
 
 
 @pytest.fixture
@@ -108,12 +115,18 @@ def open_page(browser: Any, served: ServedPage) -> Iterator[Callable[..., Any]]:
     assert wrong == []
 
 
+def assert_legible(page: Any, name: str = "") -> None:
+    """Text has contrast, controls have names, and nothing sticks out of the window."""
+    found = page.evaluate(CHECKS)
+    assert found == {"faint": [], "nameless": [], "wide": []}, name
+
+
 def _is_wrong(message: Any) -> bool:
     # Answers with errors, and a server that is gone, are tested; the browser logs them by itself.
     return message.type in ("error", "warning") and not message.text.startswith("Failed to load resource")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three photos, two captions, a broken picture and a file that is none."""
     from PIL import Image

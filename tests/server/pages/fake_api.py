@@ -93,6 +93,7 @@ class FakeServer:
     Attributes:
         step_seconds: pause between the steps of a made-up training.
         refusals: by "METHOD path", the status and message to answer with.
+        is_closing: whether streams of events end.
         calls: requests that change something, as (method, path, body).
     """
 
@@ -106,6 +107,7 @@ class FakeServer:
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
     measured: bool = False
+    is_closing: bool = False
     builtin: frozenset[str] = frozenset()
     _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -370,14 +372,15 @@ class FakeServer:
         await response.write(b"retry: 300\n\n")
         at = int(request.headers.get("Last-Event-ID", start))
         try:
-            while True:
+            while not self.is_closing:
                 while at < len(events):
                     kind, data = events[at]
                     at += 1
                     await response.write(f"id: {at}\nevent: {kind}\ndata: {json.dumps(data)}\n\n".encode())
                 await asyncio.sleep(0.02)
-        except (ConnectionResetError, asyncio.CancelledError):
-            return response
+        except ConnectionResetError:
+            pass
+        return response
 
     async def _list_runs(self, request: web.Request) -> web.Response:
         return web.json_response({"runs": list(reversed(self.runs.values())), "damaged": []})

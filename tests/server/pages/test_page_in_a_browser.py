@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.pages.conftest import ServedPage
+from tests.server.pages.conftest import ServedPage, assert_legible
 
 Opener = Callable[..., Any]
 SEEN = "document.querySelectorAll('{}').length"
@@ -20,7 +20,8 @@ def waits(page: Any, text: str) -> None:
 
 
 def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: Opener, photos: Path) -> None:
-    page = open_page()
+    page = open_page(width=390, scheme="dark")  # a phone
+    assert_legible(page)
     page.locator("input[type=file]").nth(1).set_input_files(photos)
 
     page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
@@ -29,6 +30,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     waits(page, "1 file is no picture and was left out: My Dög/notes.pdf")
     waits(page, "2 of 3 with a caption")
     page.get_by_label("Trigger word").fill("bello")
+    assert_legible(page)
     page.get_by_role("button", name="Next: model").click()
 
     page.wait_for_selector("input[name=model]:checked")
@@ -40,6 +42,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_selector("input[name=preset]:checked")
     assert page.locator("input[name=preset]:checked").get_attribute("value") == "balanced"
     waits(page, "Takes about 25 seconds")  # measured by itself
+    assert_legible(page)
     page.get_by_role("button", name="Start training").click()
 
     page.wait_for_url("**/#/jobs/*")
@@ -47,6 +50,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_url("**/#/runs/*")  # it has ended
     waits(page, "The LoRA improves on held-out images, most at step 50; a little overfitting after that.")
     assert page.get_by_role("link", name="Download (43 MiB)").count() == 1  # the LoRA, before those of single steps
+    assert_legible(page)
     [job] = [body for method, path, body in served.server.calls if path.endswith("/jobs")]
     assert job == {
         "kind": "train",
@@ -58,6 +62,7 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     }
 
 
+@pytest.mark.slow
 def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/photos")
@@ -81,6 +86,7 @@ def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_p
     assert first.input_value() == "a fox <b>asleep</b>"
 
 
+@pytest.mark.slow
 def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/photos")
@@ -103,6 +109,7 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     assert served.server.datasets == {}
 
 
+@pytest.mark.slow
 def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/model")
@@ -133,6 +140,7 @@ def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_
     assert job["settings"] == {"steps": 60, "rank": 24, "algorithm": "LoKr"}
 
 
+@pytest.mark.slow
 def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/model")
@@ -146,6 +154,7 @@ def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open
     page.get_by_role("alert").get_by_text("There is no such job; it may have been removed.").wait_for()
 
 
+@pytest.mark.slow
 def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Opener) -> None:
     served.server.step_seconds = 0.05
     served.server.add_dataset("fox")
@@ -166,6 +175,7 @@ def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Open
     page.get_by_text("Stopped early").wait_for()
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Opener) -> None:
     served.server.add_run("runs/fox-001")
     page = open_page("#/runs")
@@ -177,6 +187,7 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
     lost.wait_for(state="detached")
 
 
+@pytest.mark.slow
 def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_page: Opener) -> None:
     job = served.server.add_job("interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"})
     page = open_page()
@@ -185,6 +196,7 @@ def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_
     page.wait_for_url(f"**/#/jobs/{job['id']}")
 
 
+@pytest.mark.slow
 def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: Opener) -> None:
     served.server.add_run("runs/cli-001", state="running", status="Running", mood="fair", lora=None, previews=[], job=None)
     told = served.server.events["runs/cli-001"] = [("training", {"event": "RunStarted", "steps": 40})]
@@ -195,6 +207,7 @@ def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: 
     page.wait_for_function("document.querySelector('progress').value == 2")
 
 
+@pytest.mark.slow
 def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
     for number in (1, 2):
         served.server.add_run(f"runs/fox-00{number}", model=f"<i>model {number}</i>")
@@ -210,6 +223,7 @@ def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
     assert page.locator(".pictures img").count() == 4
 
 
+@pytest.mark.slow
 def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: Opener) -> None:
     served.server.add_run("runs/fox-001")
     page = open_page("#/runs/runs%2Ffox-001")
@@ -229,6 +243,7 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
     assert bodies["train-on"] == {"steps": 75}
 
 
+@pytest.mark.slow
 def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/photos")
@@ -244,6 +259,7 @@ def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: 
     assert page.evaluate("document.activeElement.textContent") == "Find and replace in captions"
 
 
+@pytest.mark.slow
 def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox", 2)
     page = open_page("#/new/fox/photos")
