@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "app": BELOW_APP,
     "workflow": {"core"},
     "nodes": {"app", "workflow", *BELOW_APP},
+    "server": {"nodes", "app", "workflow", *BELOW_APP},
 }
 DOORS = {"cli"}  # may import every room
 

@@ -26,7 +26,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
 from lorasmith.families.model import Model
-from lorasmith.families.model_search import Completed, load_completed
+from lorasmith.families.model_search import Completed, ModelFiles, load_completed
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
@@ -71,6 +71,7 @@ def prepare(
     folders: Folders | None = None,
     on_event: EventHandler = lambda event: None,
     cancelled: Callable[[], bool] = lambda: False,
+    load: Callable[[ModelFiles, Folders | None], Completed] = load_completed,
 ) -> PreparedRun:
     """Scan the images, load the model, plan the run, and encode.
 
@@ -81,6 +82,7 @@ def prepare(
         on_event: receives `ImagesFound`, `ModelLoading`, `ImagesChecked`, a `ClassImageDrawn` per drawn picture,
             `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
         cancelled: called while pictures of the class are drawn; True ends that.
+        load: loads the model and the parts that it lacks.
 
     Returns:
         The run; its source names the files of all parts.
@@ -95,7 +97,7 @@ def prepare(
     on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
     judged = None if source.validation is None else scan_folder(Path(source.validation), settings)
     on_event(ModelLoading(model=source.model))
-    loaded = load_completed(source.files, folders)
+    loaded = load(source.files, folders)
     for note in loaded.notes:
         on_event(Warned(message=note))
     base = loaded.model

@@ -15,11 +15,10 @@ from lorasmith.cli.flags import (
     BaseModel,
     Device,
     ExtraModelPaths,
-    cost_options,
     folders_of,
     with_flags,
 )
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:
     from lorasmith.bench.limits import Measured

@@ -14,8 +14,7 @@ from lorasmith.app.command_lines import flag, negated_flag
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
-from lorasmith.core.options import Option, options_of
-from lorasmith.training.config import TrainConfig
+from lorasmith.core.options import Option
 
 __all__ = [
     "AllowOptimizer",
@@ -37,7 +36,6 @@ __all__ = [
     "VaeFile",
     "VaeNow",
     "Verify",
-    "cost_options",
     "folders_of",
     "is_typed",
     "split_strength",
@@ -130,19 +128,6 @@ LoraModel = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-_COST_GROUPS = ("LoRA and targets", "Variants of the algorithm", "Memory", "Speed")
-_COSTS = (
-    "batch_size",
-    "grad_accumulation_steps",
-    "optimizer",
-    "optimizer_args",
-    "ema_decay",
-    "training_dtype",
-    "deterministic",
-)
-_FREE = ("existing_lora", "existing_state", "training_adapter", "bypass_mode")
-
-
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
     """The folders that `--base-dir` and `--extra-model-paths` name.
 
@@ -159,15 +144,6 @@ def is_typed(context: typer.Context, name: str) -> bool:
     """Whether an argument was typed or set by its environment variable, and has not its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
-
-
-def cost_options() -> dict[str, Option]:
-    """The options of a run that affect the cost of a step."""
-    return {
-        name: one
-        for name, one in options_of(TrainConfig).items()
-        if (one.group in _COST_GROUPS or name in _COSTS) and name not in _FREE
-    }
 
 
 def with_flags(

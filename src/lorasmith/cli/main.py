@@ -30,6 +30,7 @@ from lorasmith.cli import (
     reproduce,
     resize,
     resume,
+    serve,
     targets,
     train,
     workflow,
@@ -115,6 +116,7 @@ extract.register(app)
 diff.register(app)
 bench.register(app)
 doctor.register(app)
+serve.register(app)
 
 data = typer.Typer(
     cls=HelpGroup, help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True

@@ -16,13 +16,12 @@ from lorasmith.cli.flags import (
     ExtraModelPaths,
     TextEncoderFiles,
     VaeFile,
-    cost_options,
     folders_of,
     with_flags,
 )
 from lorasmith.cli.run_output import found_line
 from lorasmith.core.sizes import memory_text
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:
     from lorasmith.app.memory_estimate import MemoryEstimate

@@ -6,6 +6,7 @@ its meaning: alpha 1, the down matrix starting at zero, every Linear and convolu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ from lorasmith.training.events import (
     StepDone,
     Validated,
     Warned,
+    encoded,
 )
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
@@ -224,10 +226,11 @@ def _dataset(
 
 
 def _reporter(context: NodeContext, steps: int) -> EventHandler:
-    """A handler that forwards training events to a node's progress, log and warnings."""
+    """A handler that forwards training events to a node's progress, log and warnings, and as they are in the log."""
     frames = PreviewFrames()
 
     def report(event: Event) -> None:
+        context.publish("training", json.loads(encoded(event)))
         match event:
             case StepDone():
                 context.progress(event.step, steps, text=f"loss {event.loss:.4g}")

@@ -20,11 +20,11 @@ from lorasmith.core.choices import (
     TimestepDistribution,
 )
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import check_options, config_from, option, options_of
+from lorasmith.core.options import Option, check_options, config_from, option, options_of
 from lorasmith.training.optim.schedules import SCHEDULES
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
-__all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "settings_from_file", "unused_settings"]
+__all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "cost_options", "settings_from_file", "unused_settings"]
 
 NONE_LORA = "[None]"
 """Value of `existing_lora` and `training_adapter` for no file, as in ComfyUI's list."""
@@ -532,3 +532,25 @@ class ResolvedConfig(TrainConfig):
     def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:
         """`config` with the values in `decided` replacing the open ones."""
         return cls(**{**vars(config), **decided})
+
+
+_COST_GROUPS = (_WHAT, _VARIANTS, _MEMORY, _SPEED)
+_COSTS = (
+    "batch_size",
+    "grad_accumulation_steps",
+    "optimizer",
+    "optimizer_args",
+    "ema_decay",
+    "training_dtype",
+    "deterministic",
+)
+_FREE = ("existing_lora", "existing_state", "training_adapter", "bypass_mode")
+
+
+def cost_options() -> dict[str, Option]:
+    """The options of a run that affect the cost of a step."""
+    return {
+        name: one
+        for name, one in options_of(TrainConfig).items()
+        if (one.group in _COST_GROUPS or name in _COSTS) and name not in _FREE
+    }

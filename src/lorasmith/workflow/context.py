@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
-from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
+from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeReport
 
 __all__ = ["NodeContext", "ignore"]
 
@@ -50,6 +50,10 @@ class NodeContext:
     def progress(self, value: int, maximum: int, *, text: str = "", preview: bytes | None = None) -> None:
         """Report that `value` of `maximum` steps are done; see `NodeProgress`."""
         self.report(NodeProgress(self.node_id, value, maximum, text, preview))
+
+    def publish(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Report JSON values for programs; see `NodeReport`."""
+        self.report(NodeReport(self.node_id, kind, data))
 
     def log(self, text: str) -> None:
         """Report information in one line."""

@@ -16,6 +16,7 @@ __all__ = [
     "NodeFinished",
     "NodeMessage",
     "NodeProgress",
+    "NodeReport",
     "NodeStarted",
     "UiOutput",
 ]
@@ -74,6 +75,21 @@ class NodeMessage:
 
 
 @dataclass(frozen=True)
+class NodeReport:
+    """What a running node reports for programs, besides its messages and progress for people.
+
+    Attributes:
+        node_id: of the node.
+        kind: of the report; `training` is an event of a run.
+        data: JSON values.
+    """
+
+    node_id: str
+    kind: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class NodeFinished:
     """A node has finished, with output `ui`."""
 
@@ -108,6 +124,7 @@ Event: TypeAlias = (
     | NodeStarted
     | NodeProgress
     | NodeMessage
+    | NodeReport
     | NodeFinished
     | ExecutionFinished
     | ExecutionFailed

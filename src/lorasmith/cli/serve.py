@@ -1,0 +1,79 @@
+"""`lorasmith serve`: the page and ComfyUI's protocol over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.console import echo
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.core.errors import OptionError
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    base_dir: BaseDir = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8188,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address to listen on, such as 0.0.0.0 for every network of this computer. Needs --token. Default: "
+            "this computer alone.",
+        ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="LORASMITH_TOKEN", help="Secret that every request must carry."),
+    ] = None,
+    extra_model_paths: ExtraModelPaths = None,
+) -> None:
+    """Serve a page for training in the browser, and ComfyUI's protocol for its editor and its clients.
+
+    Jobs wait in a queue that survives restarts. Ctrl-C stops the running one and saves it; the next start offers to
+    continue it.
+    """
+    import webbrowser
+
+    from lorasmith.server.http_server import serve as serve_until_stopped
+    from lorasmith.server.server_config import LOOPBACK, ServerConfig
+
+    host = listen or LOOPBACK
+    if not token and not _is_loopback(host):
+        raise OptionError(
+            f"--listen {host} would let everyone in that network train here; give a secret with --token, or leave "
+            "--listen out"
+        )
+    folders = folders_of(base_dir, extra_model_paths)
+    config = ServerConfig(
+        base=folders.base.resolve(),
+        extra_model_paths=None if extra_model_paths is None else extra_model_paths.resolve(),
+        host=host,
+        port=port,
+        token=token or None,
+    )
+
+    def started(address: str) -> None:
+        echo(f"Lorasmith is at {address} and trains in {config.base}")
+        echo("Press Ctrl-C to stop; a running job is saved.")
+        if open_:
+            webbrowser.open(address)
+
+    serve_until_stopped(config, started=started)
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

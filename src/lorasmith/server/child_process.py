@@ -1,0 +1,178 @@
+"""A child process of the server: its channel, its log, its signs of life, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasmith.server.channel import AsyncChannel, BrokenChannelError
+
+__all__ = ["ChildProcess"]
+
+_LONGEST_LINE = 64 * 2**10
+
+
+class ChildProcess:
+    """A process that talks over its standard input and output.
+
+    Args:
+        command: its command line.
+        cwd: its current folder.
+        silence_s: seconds without a message after which it is killed.
+        on_message: called with each message but `beat`, in the event loop.
+        on_line: called with each line of its standard error.
+        on_end: called once when it has ended, with the reason as a clause; not if it could not be started.
+        environment: variables besides the server's.
+
+    Attributes:
+        heard: time of the last message, of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        silence_s: float,
+        on_message: Callable[[dict[str, Any], bytes], None],
+        on_line: Callable[[str], None],
+        on_end: Callable[[str], None],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._command = command
+        self._cwd = cwd
+        self._silence_s = silence_s
+        self._on_message = on_message
+        self._on_line = on_line
+        self._on_end = on_end
+        self._environment = environment or {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel: AsyncChannel | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._why = ""
+        self.heard = time.monotonic()
+
+    async def start(self, first: Mapping[str, Any]) -> None:
+        """Start it and send its first message. Raises OSError if it cannot be started."""
+        # A session of its own: Ctrl-C in the terminal is for the server, which then asks its children to end.
+        apart: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self._cwd,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+            limit=_LONGEST_LINE,
+            **apart,
+        )
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._channel = AsyncChannel(self._process.stdout, self._process.stdin)
+        self._channel.send(first)
+        self.heard = time.monotonic()
+        self._tasks = [
+            asyncio.create_task(self._read(self._process, self._channel)),
+            asyncio.create_task(self._read_lines(self._process.stderr)),
+            asyncio.create_task(self._watch()),
+        ]
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if it was started."""
+        return None if self._process is None else self._process.pid
+
+    def send(self, head: Mapping[str, Any], body: bytes = b"") -> None:
+        """Send a message; one to a process that has ended is lost."""
+        if self._channel is not None:
+            self._channel.send(head, body)
+
+    def kill(self, why: str) -> None:
+        """End it at once.
+
+        Args:
+            why: reason as a clause, for `on_end`.
+        """
+        if self._process is not None and self._process.returncode is None:
+            self._why = self._why or why
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self, grace_s: float) -> None:
+        """Ask it to end by closing its input, wait, and kill it after `grace_s` seconds."""
+        if self._process is None or self._channel is None:
+            return
+        self._channel.close()
+        done, _ = await asyncio.wait(self._tasks[:1], timeout=grace_s)
+        if not done:
+            self.kill(f"it did not end within {grace_s:g} seconds")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _read(self, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
+        try:
+            while (message := await channel.receive()) is not None:
+                self.heard = time.monotonic()
+                head, body = message
+                if head.get("type") != "beat":
+                    self._on_message(head, body)
+        except BrokenChannelError as error:
+            self.kill(str(error))
+        except BaseException:
+            self.kill("the server failed on one of its messages")
+            raise
+        finally:
+            channel.close()
+            # Its output is closed: it has ended or is about to.
+            ending = asyncio.create_task(process.wait())
+            done, _ = await asyncio.wait([ending], timeout=10)
+            if not done:
+                self.kill("it closed its output without ending")
+            code = await ending
+            self._tasks[2].cancel()
+            await asyncio.wait([self._tasks[1]], timeout=1)  # its last words
+            self._tasks[1].cancel()
+            self._on_end(self._why or _reason(code))
+
+    async def _read_lines(self, stream: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:  # longer than the limit, which readline has skipped
+                continue
+            if not line:
+                return
+            # Bars that are drawn over again end in carriage returns; their last state is enough.
+            if text := line.decode(errors="backslashreplace").rstrip().rpartition("\r")[2]:
+                self._on_line(text)
+
+    async def _watch(self) -> None:
+        pause = self._silence_s / 10
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(pause)
+            now = time.monotonic()
+            if now - before > 2 * pause + 1:  # the server itself was stopped: a child had no chance to be heard
+                self.heard = now
+            elif now - self.heard > self._silence_s:
+                self.kill(f"it gave no sign of life for {self._silence_s:g} seconds")
+
+
+def _reason(code: int) -> str:
+    if code < 0 and sys.platform != "win32":
+        import signal
+
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        memory = ", as systems do when memory runs out" if name == "SIGKILL" else ""
+        return f"it was ended by {name}{memory}"
+    return f"it ended with exit status {code}"

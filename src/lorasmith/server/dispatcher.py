@@ -1,0 +1,327 @@
+"""The queue at work: jobs go to workers, what workers report goes to the hub and the database."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.server.assistant import Assistant
+from lorasmith.server.hub import Hub, Notice
+from lorasmith.server.jobs import Job, JobKind, JobState, JobStateError, JobStore, StoreError
+from lorasmith.server.log_book import LogBook
+from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.worker_link import WorkerLink
+
+__all__ = ["Dispatcher"]
+
+_AGAIN_S = 5.0
+"""Seconds between attempts to record the end of a job on a full disk."""
+
+
+class Dispatcher:
+    """Queues, starts, stops and continues jobs.
+
+    Every method that changes jobs raises StoreError if the database cannot be written; nothing is changed then.
+
+    Args:
+        config: of the server.
+        store: of the jobs.
+        hub: receives notices.
+        assistant: asked for the devices.
+        log: receives the lines of workers.
+    """
+
+    def __init__(self, config: ServerConfig, store: JobStore, hub: Hub, assistant: Assistant, log: LogBook) -> None:
+        self._config = config
+        self._store = store
+        self._hub = hub
+        self._assistant = assistant
+        self._log = log
+        self._workers: list[WorkerLink] = []
+        self._stops: dict[str, JobState] = {}  # by job: the state that it will have instead of being cancelled
+        self._unrecorded: dict[str, dict[str, Any]] = {}
+        self._recording: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._is_stopping = False
+
+    async def start(self) -> None:
+        """Start the workers, in the background, as soon as the devices are known."""
+        self._starting = asyncio.create_task(self._start_workers())
+
+    async def stop(self) -> None:
+        """Stop the running jobs, which save their runs and become interrupted, and end the workers."""
+        self._is_stopping = True
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._starting
+        for worker in self._workers:
+            if worker.job is not None:
+                self._stops.setdefault(worker.job.id, "interrupted")
+        await asyncio.gather(*(worker.stop() for worker in self._workers))
+        if self._recording is not None:
+            self._recording.cancel()
+
+    def submit(
+        self,
+        kind: JobKind,
+        request: Mapping[str, Any],
+        *,
+        id: str | None = None,
+        client_id: str | None = None,
+        front: bool = False,
+        number: float | None = None,
+    ) -> Job:
+        """Queue a job. Raises QueueFullError, DuplicateJobError and StoreError.
+
+        Args:
+            kind, request, id, client_id, front, number: as for `JobStore.add`.
+        """
+        job = self._store.add(kind, request, id=id, client_id=client_id, front=front, number=number)
+        self._changed(job)
+        self._dispatch()
+        return self._store.get(job.id)
+
+    def cancel(self, id: str, *, pause: bool = False) -> bool:
+        """Stop a job that waits or runs, or give up one that is paused or interrupted; whether there is one.
+
+        A running job saves its run and ends some time later. Asked again after a while, its worker is killed.
+
+        Args:
+            id: of the job.
+            pause: the job is to be continued later.
+        """
+        job = self._store.find(id)
+        if job is None:
+            return False
+        state: JobState = "paused" if pause else "cancelled"
+        if job.state == "running":
+            if worker := next((one for one in self._workers if one.job is not None and one.job.id == id), None):
+                self._stops[id] = state
+                worker.cancel()
+                return True
+            return False  # its end is being recorded
+        if job.state == "pending" or (job.state in ("paused", "interrupted") and job.state != state):
+            job = self._store.finish(
+                id, state, outputs=job.outputs, messages=job.messages, error=job.error if pause else None
+            )
+            self._changed(job)
+            return True
+        return False
+
+    def proceed(self, id: str) -> Job:
+        """Continue a job that is paused, interrupted or cancelled, from its last run state.
+
+        Raises:
+            UnknownJobError: there is no such job.
+            JobStateError: it is in another state.
+        """
+        job = self._store.get(id)
+        if job.state not in ("paused", "interrupted", "cancelled"):
+            raise JobStateError(
+                f"a job can be continued when it is paused, interrupted or cancelled, and this one is {job.state}"
+            )
+        job = self._store.requeue(id)
+        self._changed(job)
+        self._dispatch()
+        return self._store.get(id)
+
+    def retry(self, id: str) -> Job:
+        """Queue a new job with the request of an ended one. Raises UnknownJobError, JobStateError, QueueFullError."""
+        job = self._store.get(id)
+        if job.state in ("pending", "running"):
+            raise JobStateError(f"a job can be repeated when it has ended, and this one is {job.state}")
+        return self.submit(job.kind, job.request, client_id=job.client_id)
+
+    def move(self, id: str, front: bool) -> Job:
+        """Move a waiting job to the front or the end. Raises UnknownJobError and JobStateError.
+
+        Args:
+            id: of the job.
+            front: whether to the front.
+        """
+        job = self._store.move(id, front)
+        self._changed(job)
+        return job
+
+    def remove(self, ids: Sequence[str]) -> list[str]:
+        """Remove jobs that do not run from queue and history; returns the ids of those that were removed."""
+        removed = self._store.remove(ids)
+        self._publish_queue()
+        return removed
+
+    def clear(self, states: Sequence[JobState]) -> int:
+        """Remove all jobs in some states, which running ones are never; returns their number."""
+        count = self._store.clear(states)
+        self._publish_queue()
+        return count
+
+    def interrupt(self) -> bool:
+        """Cancel every running job; whether there is one."""
+        running = [one.job.id for one in self._workers if one.job is not None]
+        stopped = [self.cancel(id) for id in running]
+        return any(stopped)
+
+    def free(self, *, unload_models: bool = False, free_memory: bool = False) -> None:
+        """Have the workers release models, or everything that they keep for the next job.
+
+        Args:
+            unload_models: the models.
+            free_memory: results of nodes, too.
+        """
+        for worker in self._workers:
+            worker.free(models=unload_models, memory=free_memory)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """The devices: `{name, title, memory_bytes, free_bytes, state, job}` each, as far as it is known."""
+        return [
+            {
+                **{key: value for key, value in worker.device.items() if key != "visible"},
+                "state": worker.state,
+                "job": None if worker.job is None else worker.job.id,
+            }
+            for worker in self._workers
+        ]
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers, for tests."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    async def _start_workers(self) -> None:
+        devices = self._config.devices
+        while devices is None:
+            try:
+                devices = await self._assistant.ask("devices")
+            except LorasmithError as error:
+                self._log.add("server", f"the devices are not known: {error}")
+                await asyncio.sleep(_AGAIN_S)
+        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
+        gpus = 0
+        for number, device in enumerate(devices):
+            seen: dict[str, Any] = {}
+            if str(device["name"]).startswith("cuda"):
+                seen = {"visible": visible[gpus] if gpus < len(visible) else str(gpus)}
+                gpus += 1
+            link = WorkerLink(
+                self._config,
+                number,
+                {**device, **seen},
+                on_line=lambda line: self._log.add("worker", line),
+                on_message=self._hear,
+                on_change=self._dispatch,
+                on_lost=self._lost,
+            )
+            self._workers.append(link)
+        await asyncio.gather(*(worker.start() for worker in self._workers))
+
+    def _dispatch(self) -> None:
+        """Give waiting jobs to workers that are ready."""
+        # A worker of a server that was killed may still save the run that one of the jobs is to continue.
+        if self._is_stopping or not all(worker.has_lock for worker in self._workers):
+            return
+        for worker in self._workers:
+            if worker.state == "ready":
+                try:
+                    job = self._store.claim(worker.name)
+                except StoreError as error:
+                    self._log.add("server", str(error))
+                    asyncio.get_running_loop().call_later(_AGAIN_S, self._dispatch)
+                    return
+                if job is None:
+                    return
+                worker.run(job)
+                self._changed(job)
+
+    def _hear(self, worker: WorkerLink, head: dict[str, Any], body: bytes) -> None:
+        job = worker.job
+        match head["type"]:
+            case "notice" if job is not None:
+                self._publish(job, head, body)
+            case "run" if job is not None:
+                with self._logged():
+                    self._store.set_run(job.id, head["run"])
+                    self._changed(self._store.get(job.id))
+            case "ended" if job is not None:
+                self._end(job, head)
+
+    def _publish(self, job: Job, head: Mapping[str, Any], body: bytes) -> None:
+        self._hub.publish(
+            Notice(
+                kind=head["kind"],
+                job_id=job.id,
+                data=head["data"],
+                binary=body or None,
+                client_id=job.client_id,
+                droppable=head.get("droppable", False),
+            )
+        )
+
+    def _end(self, job: Job, head: Mapping[str, Any]) -> None:
+        """The end of a job as its worker reports it."""
+        state: JobState = head["state"]
+        stop = self._stops.pop(job.id, None)
+        if state == "cancelled":
+            state = stop or "interrupted"  # nobody asked: the worker was told to end
+        if head.get("found") is not None:
+            with self._logged():
+                self._store.set_measurement(head["found"]["subject"], head["found"]["values"])
+        self._record(
+            job,
+            {
+                "state": state,
+                "outputs": head.get("outputs") or {},
+                "error": head.get("error"),
+                "messages": head.get("messages") or [],
+            },
+            head.get("last"),
+        )
+
+    def _lost(self, job: Job, why: str) -> None:
+        """The end of a job whose worker has ended."""
+        state = self._stops.pop(job.id, "interrupted")
+        message = f"the worker ended while the job was running: {why}; continue the job, the log is {self._config.log}"
+        error = {"kind": "WorkerEnded", "message": message}
+        self._record(job, {"state": state, "error": error if state == "interrupted" else None}, None)
+
+    def _record(self, job: Job, end: dict[str, Any], last: Mapping[str, Any] | None) -> None:
+        """Record the end of a job, later if the disk is full; then the last notice about it is published."""
+        try:
+            with contextlib.suppress(LorasmithError) if self._store.find(job.id) is None else contextlib.nullcontext():
+                job = self._store.finish(job.id, **end)
+        except StoreError as error:
+            self._log.add("server", str(error))
+            self._unrecorded[job.id] = {"job": job, "end": end, "last": last}
+            if self._recording is None or self._recording.done():
+                self._recording = asyncio.create_task(self._record_again())
+            return
+        if last is not None:
+            self._publish(job, last, b"")
+        self._changed(job)
+
+    async def _record_again(self) -> None:
+        while self._unrecorded:
+            await asyncio.sleep(_AGAIN_S)
+            waiting, self._unrecorded = self._unrecorded, {}
+            for one in waiting.values():
+                self._record(one["job"], one["end"], one["last"])
+
+    def _changed(self, job: Job) -> None:
+        self._hub.publish(Notice(kind="job", job_id=job.id, data=job.summary(), client_id=job.client_id))
+        self._publish_queue()
+
+    def _publish_queue(self) -> None:
+        with self._logged():
+            counts = self._store.counts()
+            self._hub.publish(Notice(kind="queue", data={name: counts[name] for name in ("pending", "running")}))
+
+    @contextlib.contextmanager
+    def _logged(self) -> Any:
+        """What the database refuses inside is logged; the job goes on."""
+        try:
+            yield
+        except StoreError as error:
+            self._log.add("server", str(error))

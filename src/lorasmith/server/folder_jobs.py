@@ -1,0 +1,144 @@
+"""Trainings on folders of images, and measurements of their settings, as jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasmith.app.folder_run import prepare, train_prepared
+from lorasmith.app.model_run import run_folder
+from lorasmith.app.run_file import RunFile
+from lorasmith.bench.benchmark import latent_side, measured
+from lorasmith.bench.measure import synthetic_samples
+from lorasmith.core.errors import CancelledError, OptionError
+from lorasmith.core.folders import Folders
+from lorasmith.core.options import options_of
+from lorasmith.core.typed_json import typed
+from lorasmith.data.data_config import DataConfig
+from lorasmith.families.model_search import Completed, ModelFiles
+from lorasmith.server.event_json import event_json
+from lorasmith.server.job_reporter import JobReporter
+from lorasmith.server.measurements import measurement_subject
+from lorasmith.training.config import settings_from_file
+from lorasmith.training.events import Event
+from lorasmith.training.job import plan_job
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.train import TrainResult
+
+__all__ = ["measure", "train"]
+
+_STEPS = 8
+"""Timed steps of a measurement."""
+
+Load = Callable[[ModelFiles, Folders | None], Completed]
+
+
+def train(
+    request: Mapping[str, Any],
+    folders: Folders,
+    *,
+    before: Path | None,
+    reporter: JobReporter,
+    cancelled: Callable[[], bool],
+    load: Load,
+) -> dict[str, Any]:
+    """Train on folders of images, in a folder below `runs/` of the base folder.
+
+    Args:
+        request: a `RunFile` as JSON; paths are relative to the base folder. As in a file, an optimizer's import path is
+            refused, and a tracker is not started.
+        folders: of models; their base folder has the runs.
+        before: folder of the run that an earlier attempt of this job began.
+        reporter: of the job.
+        cancelled: whether the job is to stop.
+        load: loads the model.
+
+    Raises:
+        CancelledError: it was cancelled; the run is saved, if it had begun.
+        LorasmithError: as `prepare` and `train_prepared`.
+    """
+    if before is not None and RunFolder(before).is_done:  # its end did not reach the server
+        return {"outputs": {"steps": None}}
+    try:
+        given = typed(request, RunFile)
+    except ValueError as error:
+        raise OptionError(f"{error}; correct the request") from error
+    if given.model is None:
+        raise OptionError("a training needs a model, got none; name one")
+    # Each worker sees one GPU, whatever its number is.
+    given = replace(given, device=given.device if given.device == "cpu" else None)
+    source, config = given.source(given.model), given.train_config({})
+
+    def report(event: Event) -> None:
+        reporter.training(event_json(event))
+
+    def report_or_stop(event: Event) -> None:
+        report(event)
+        if cancelled():
+            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
+
+    prepared = prepare(source, config, folders=folders, on_event=report_or_stop, cancelled=cancelled, load=load)
+    if cancelled():
+        raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
+    chosen = run_folder(folders.base / "runs", source.name)
+
+    def output(fingerprint: Fingerprint) -> Path:
+        folder = chosen(fingerprint)
+        reporter.run(folder)  # known before the first step: a run that completes is never trained a second time
+        return folder
+
+    result = train_prepared(prepared, output=output, on_event=report, cancelled=cancelled)
+    if result.reason is Outcome.CANCELLED:
+        raise CancelledError(f"the job was cancelled after {len(result.losses)} steps, which are saved")
+    return {"outputs": _found(result)}
+
+
+def _found(result: TrainResult) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "lora": None if result.path is None else result.path.name,
+        "verdict": result.verdict,
+        "reason": result.reason.value,
+    }
+
+
+def measure(request: Mapping[str, Any], folders: Folders, *, device: torch.device, load: Load) -> dict[str, Any]:
+    """Measure the seconds of a step and the peak memory of a training with some settings.
+
+    Args:
+        request: `{model, settings, text_encoders, vae}` as in a `RunFile`.
+        folders: of models.
+        device: where to measure.
+        load: loads the model.
+
+    Raises:
+        LorasmithError: the model cannot be loaded, or settings do not fit.
+    """
+    model, settings = str(request["model"]), dict(request.get("settings") or {})
+    vae = request.get("vae")
+    base = load(ModelFiles(model, tuple(request.get("text_encoders") or ()), vae), folders).model
+    own = {name: value for name, value in settings.items() if name not in options_of(DataConfig)}
+    config = settings_from_file(own)
+    side = latent_side(base, settings.get("resolution"))
+    job = plan_job(base.denoiser, config, device)
+    samples = synthetic_samples(base, config.batch_size * config.grad_accumulation_steps, side, side)
+    found = measured(job, samples, steps=_STEPS, floor=False)
+    values = {
+        "seconds_per_step": found.step.median,
+        "seconds_low": found.step.low,
+        "seconds_high": found.step.high,
+        "memory_bytes": found.peak,
+        "resolution": side * base.components.latent.downscale,
+        "at": time.time(),
+    }
+    return {
+        "outputs": values,
+        "found": {"subject": measurement_subject(model, settings, str(device)), "values": values},
+    }

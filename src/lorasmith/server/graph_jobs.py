@@ -1,0 +1,152 @@
+"""Graphs as jobs: the executor, whose results are kept between them, and what a history says of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lorasmith.core.folders import Folders
+from lorasmith.nodes import load_nodes
+from lorasmith.server.job_reporter import JobReporter
+from lorasmith.workflow import execution_events as events
+from lorasmith.workflow.executor import Executor
+from lorasmith.workflow.graph import Graph, validate
+
+__all__ = ["GraphJob"]
+
+
+class GraphJob:
+    """Runs graphs one after another, with one executor.
+
+    Args:
+        folders: of models, inputs and outputs.
+    """
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self._nodes = load_nodes()
+        self._executor = Executor(folders, on_event=self._hear)
+        self._begin("", None)
+
+    def _begin(self, id: str, reporter: JobReporter | None) -> None:
+        self._id = id
+        self._reporter = reporter
+        self._graph: Graph | None = None
+        self._outputs: dict[str, Any] = {}
+        self._messages: list[list[Any]] = []
+        self._executed: list[str] = []
+        self._last: dict[str, Any] | None = None
+
+    def run(
+        self, id: str, request: Mapping[str, Any], *, reporter: JobReporter, cancel: threading.Event
+    ) -> dict[str, Any]:
+        """Run a graph; returns `outputs`, `messages` and `last`, the notice with which it ends.
+
+        Args:
+            id: of the job.
+            request: of the job.
+            reporter: of the job.
+            cancel: set to stop it.
+
+        Raises:
+            GraphError: the prompt is malformed.
+            NodeError: a node failed.
+            CancelledError: `cancel` was set.
+        """
+        self._begin(id, reporter)
+        targets = request.get("outputs_to_execute") or request.get("targets") or None
+        self._graph = validate(request["prompt"], self.folders, nodes=self._nodes, targets=targets)
+        workflow = request.get("workflow")
+        if workflow is None:
+            pnginfo = (request.get("extra_data") or {}).get("extra_pnginfo") or {}
+            workflow = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
+        self._executor.run(self._graph, workflow=workflow if isinstance(workflow, dict) else None, cancel=cancel)
+        return self._collected()
+
+    def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
+        """What a graph that did not complete leaves; `end` has its `error`, to which the node is added."""
+        found = self._collected()
+        if self._last is not None and self._last["data"]["event"] == "ExecutionFailed":
+            data = self._last["data"]
+            node = {key: data[key] for key in ("node_id", "node_type", "executed", "traceback")}
+            found["error"] = {**node, **end["error"]}
+        return found
+
+    def _collected(self) -> dict[str, Any]:
+        return {"outputs": self._outputs, "messages": self._messages, "last": self._last}
+
+    def _hear(self, event: events.Event) -> None:
+        assert self._reporter is not None
+        if isinstance(event, events.NodeReport):
+            self._reporter.training({**event.data, "node_id": event.node_id})
+            return
+        data: dict[str, Any] = {"event": type(event).__name__}
+        match event:
+            case events.ExecutionStarted():
+                self._message("execution_start")
+                self._message("execution_cached", nodes=list(event.cached))
+                data |= {"order": list(event.order), "cached": list(event.cached)}
+            case events.NodeProgress():
+                data |= {
+                    "node_id": event.node_id,
+                    "value": event.value,
+                    "maximum": event.maximum,
+                    "text": event.text,
+                }
+                self._reporter.notice("graph", data, droppable=True, picture=event.preview or b"")
+                return
+            case events.NodeCached() | events.NodeFinished():
+                self._executed.append(event.node_id)
+                ui = {kind: list(items) for kind, items in event.ui.items()}
+                if ui:
+                    self._outputs[event.node_id] = ui
+                data |= {"node_id": event.node_id, "ui": ui}
+            case events.ExecutionFinished():
+                self._message("execution_success")
+                self._end(data)
+                return
+            case events.ExecutionFailed():
+                data |= self._node(event.node_id) | {
+                    "title": event.title,
+                    "kind": type(event.error).__name__,
+                    "message": str(event.error),
+                    "traceback": traceback.format_exception(event.error.__cause__ or event.error),
+                }
+                self._message(
+                    "execution_error",
+                    **self._node(event.node_id),
+                    exception_message=data["message"],
+                    exception_type=data["kind"],
+                    traceback=data["traceback"],
+                    current_inputs={},
+                    current_outputs=[],
+                )
+                self._end(data)
+                return
+            case events.ExecutionCancelled():
+                data |= self._node(event.node_id)
+                self._message("execution_interrupted", **self._node(event.node_id))
+                self._end(data)
+                return
+            case _:
+                data |= asdict(event)
+        self._reporter.notice("graph", data)
+
+    def _node(self, node_id: str) -> dict[str, Any]:
+        member = None if self._graph is None else self._graph.nodes.get(node_id)
+        return {
+            "node_id": node_id,
+            "node_type": "" if member is None else member.node.id,
+            "executed": list(self._executed),
+        }
+
+    def _end(self, data: dict[str, Any]) -> None:
+        """The last event is sent with the end of the job, so that its history is there before."""
+        self._last = {"kind": "graph", "data": data}
+
+    def _message(self, event: str, **data: Any) -> None:
+        self._messages.append([event, {"prompt_id": self._id, **data, "timestamp": int(1000 * time.time())}])

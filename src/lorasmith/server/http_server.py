@@ -1,0 +1,184 @@
+"""The HTTP server: one application of several tables of routes, and its life from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib
+import importlib.util
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.files import ensure_folder, locked
+from lorasmith.core.folders import Folders
+from lorasmith.server.assistant import Assistant
+from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.hub import Hub
+from lorasmith.server.jobs import JobStore
+from lorasmith.server.log_book import LogBook
+from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.server_context import CONTEXT, ServerContext
+
+__all__ = ["make_app", "running", "serve"]
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_TABLES = ("access", "api", "comfyui", "page", "editor")
+"""Modules beside this one that may have `routes(context)` and `middlewares(context)`, outermost first."""
+
+_MOST_BODY_BYTES = 64 * 2**20
+"""Of requests that are read whole; uploads are read in parts."""
+
+
+def make_app(context: ServerContext) -> web.Application:
+    """The application: all routes and middlewares, on the parts of a server, which may be fakes."""
+    tables = [
+        importlib.import_module(name)
+        for name in (f"lorasmith.server.{table}" for table in _TABLES)
+        if importlib.util.find_spec(name) is not None
+    ]
+    middlewares = [one for table in tables for one in getattr(table, "middlewares", _none)(context)]
+    app = web.Application(middlewares=middlewares, client_max_size=_MOST_BODY_BYTES)
+    app[CONTEXT] = context
+    routes = [one for table in tables for one in getattr(table, "routes", _none)(context)]
+    app.add_routes(routes)
+    if not any(isinstance(one, web.RouteDef) and one.path == "/" for one in routes):
+        app.router.add_get("/", _placeholder)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, str]]:
+    """Inside the context, the server runs; yields its parts and its address. At the end it is stopped, jobs are saved.
+
+    Raises:
+        OutputError: another server has the base folder, or it cannot be written.
+        OptionError: the port is taken, there is no such address, or one beyond loopback has no token.
+        StoreError: the database cannot be used.
+    """
+    ensure_folder(config.folder)
+    folders = Folders.load(config.base, extra_model_paths=config.extra_model_paths)
+    note = config.folder / "server.address"
+    with contextlib.ExitStack() as parts:
+        try:
+            parts.enter_context(locked(config.folder / "server.lock", "locked"))
+        except OutputError as error:
+            if not str(error).startswith("locked"):
+                raise
+            raise OutputError(_taken(config)) from error
+        hub = Hub()
+        log = LogBook(config.log, hub)
+        store = JobStore(config.folder / "jobs.sqlite3")
+        parts.callback(store.close)
+        assistant = Assistant(config, on_line=lambda line: log.add("assistant", line))
+        dispatcher = Dispatcher(config, store, hub, assistant, log)
+        context = ServerContext(
+            config=config,
+            folders=folders,
+            store=store,
+            dispatcher=dispatcher,
+            hub=hub,
+            assistant=assistant,
+            log=log,
+        )
+        runner = web.AppRunner(make_app(context), access_log=None, shutdown_timeout=2.0)
+        await runner.setup()
+        try:
+            address = await _listening(runner, config)
+            with contextlib.suppress(OSError):
+                note.write_text(address, encoding="utf-8")
+            parts.callback(note.unlink, missing_ok=True)
+            await assistant.start()
+            await dispatcher.start()
+            try:
+                yield context, address
+            finally:
+                await dispatcher.stop()
+                await assistant.stop()
+        finally:
+            hub.close()
+            await runner.cleanup()
+
+
+def serve(config: ServerConfig, *, started: Callable[[str], object] = lambda address: None) -> None:
+    """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then. A second Ctrl-C ends it at once.
+
+    Args:
+        config: of the server.
+        started: called with the address, when it listens.
+
+    Raises:
+        LorasmithError: as `running`.
+    """
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        with _signals(stop):
+            async with running(config) as (_, address):
+                started(address)
+                await stop.wait()
+
+    asyncio.run(main())
+
+
+async def _listening(runner: web.AppRunner, config: ServerConfig) -> str:
+    """Listen; returns the address."""
+    site = web.TCPSite(runner, config.host, config.port)
+    try:
+        await site.start()
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)):
+            raise OptionError(
+                f"port {config.port} of {config.host} is taken by another program; end it, or choose another --port"
+            ) from error
+        if error.errno in (errno.EACCES, getattr(errno, "WSAEACCES", errno.EACCES)):
+            raise OptionError(
+                f"port {config.port} may not be used here; choose another --port, such as 8188"
+            ) from error
+        raise OptionError(f"{config.host}:{config.port} is no address to listen on ({error}); correct it") from error
+    host, port = runner.addresses[0][:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _taken(config: ServerConfig) -> str:
+    try:
+        where = f" at {(config.folder / 'server.address').read_text(encoding='utf-8')[:100]}"
+    except OSError:
+        where = ""
+    return (
+        f"a server runs{where} with the base folder {config.base}, and two would share its jobs; use that one, end it, "
+        "or choose another --base-dir"
+    )
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event) -> Any:
+    """Ctrl-C and SIGTERM set the event; Ctrl-C again is a KeyboardInterrupt."""
+    loop = asyncio.get_running_loop()
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        loop.call_soon_threadsafe(stop.set)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
+    previous = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _none(context: ServerContext) -> list[Any]:
+    return []
+
+
+async def _placeholder(request: web.Request) -> web.Response:
+    return web.Response(text="Lorasmith serves; its page is not installed.\n")

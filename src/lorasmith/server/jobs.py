@@ -1,0 +1,470 @@
+"""Jobs in SQLite: the queue and its history, which survive the end of every process.
+
+`<base>/user/lorasmith/jobs.sqlite3` (WAL). Only the server opens it, from the thread of its event loop; each call is
+one short transaction, on the disk when it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.files import ensure_folder
+
+__all__ = [
+    "ENDED",
+    "MOST_ENDED",
+    "MOST_PENDING",
+    "STATES",
+    "DuplicateJobError",
+    "Job",
+    "JobKind",
+    "JobState",
+    "JobStateError",
+    "JobStore",
+    "QueueFullError",
+    "StoreError",
+    "UnknownJobError",
+]
+
+JobKind: TypeAlias = Literal["graph", "train", "measure"]
+JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
+STATES: tuple[JobState, ...] = get_args(JobState)
+ENDED: tuple[JobState, ...] = ("completed", "failed", "cancelled", "paused", "interrupted")
+"""States of jobs that are neither queued nor running."""
+
+MOST_PENDING = 10_000
+"""Jobs that wait at most."""
+MOST_ENDED = 2_000
+"""Ended jobs that are kept; the oldest go. Those that are paused or interrupted stay, as they are to be continued."""
+
+_REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
+_VERSION = 1
+
+
+class StoreError(LorasmithError):
+    """The database cannot be read or written. `is_full`: because the disk is full."""
+
+    def __init__(self, message: object, *, is_full: bool = False) -> None:
+        super().__init__(message)
+        self.is_full = is_full
+
+
+class QueueFullError(LorasmithError):
+    """Too many jobs wait."""
+
+
+class DuplicateJobError(LorasmithError):
+    """There is a job with this id."""
+
+
+class UnknownJobError(LorasmithError):
+    """There is no job with this id."""
+
+
+class JobStateError(LorasmithError):
+    """The state of a job does not allow this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job.
+
+    Attributes:
+        id: a UUID in lower case.
+        kind: `graph`, `train` or `measure`.
+        state: `interrupted` is that of a job whose worker or server ended; such a job, a paused and a cancelled one
+            can be continued.
+        number: place in the queue, lowest first.
+        request: what is to be done, by kind: `{prompt, extra_data, targets, outputs_to_execute, workflow}`, or a
+            `RunFile` of `app.run_file`, or `{model, settings, ...}`.
+        client_id: of the client that submitted it.
+        created, started, ended: seconds since the epoch; the last two are those of the last attempt.
+        outputs: output of nodes for user interfaces, by node; of other jobs what they found.
+        messages: `[event, data]` each, as in ComfyUI's history.
+        error: `{kind, message, ...}` of a job that failed or was interrupted.
+        run: id of its run: the folder relative to the base folder.
+        attempts: number of times that it was started.
+    """
+
+    id: str
+    kind: JobKind
+    state: JobState = "pending"
+    number: float = 0.0
+    request: Mapping[str, Any] = field(default_factory=dict)
+    client_id: str | None = None
+    created: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Sequence[Any]] = ()
+    error: Mapping[str, Any] | None = None
+    run: str | None = None
+    attempts: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The job without request, outputs and messages, but with its name and model."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "state": self.state,
+            "number": self.number,
+            "client_id": self.client_id,
+            "created": self.created,
+            "started": self.started,
+            "ended": self.ended,
+            "error": None if self.error is None else {key: self.error.get(key) for key in ("kind", "message")},
+            "run": self.run,
+            "attempts": self.attempts,
+            "name": self.request.get("name"),
+            "model": self.request.get("model"),
+        }
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    state TEXT NOT NULL,
+    number REAL NOT NULL,
+    request TEXT NOT NULL,
+    client_id TEXT,
+    created REAL NOT NULL,
+    started REAL,
+    ended REAL,
+    outputs TEXT NOT NULL DEFAULT '{}',
+    messages TEXT NOT NULL DEFAULT '[]',
+    error TEXT,
+    run TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    worker TEXT
+);
+CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (state, number, sequence);
+CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
+CREATE TABLE IF NOT EXISTS measurements (
+    subject TEXT PRIMARY KEY,
+    found TEXT NOT NULL,
+    measured REAL NOT NULL
+);
+"""
+
+_COLUMNS = (
+    "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts"
+)
+_JSON = ("request", "outputs", "messages", "error")
+
+
+class JobStore:
+    """The jobs. Every method raises StoreError if the database cannot be read or written.
+
+    Opening it makes `interrupted` what a server that has ended left `running`.
+
+    Args:
+        path: the database; made if it is missing.
+        most_pending, most_ended: limits of the queue and of the history.
+    """
+
+    def __init__(self, path: Path, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
+        self._path = path
+        self._most_pending = most_pending
+        self._most_ended = most_ended
+        ensure_folder(path.parent)
+        with self._explained():
+            self._database = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+        try:
+            self._open()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _open(self) -> None:
+        with self._explained():
+            self._database.row_factory = sqlite3.Row
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise StoreError(
+                f"{self._path} is of a later version of Lorasmith; install that one, or move the file away"
+            )
+        with self._writing() as database:
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {_VERSION}")
+            error = {"kind": "Interrupted", "message": "the server ended while the job was running; continue it"}
+            database.execute(
+                "UPDATE jobs SET state = 'interrupted', ended = ?, error = ? WHERE state = 'running'",
+                (time.time(), json.dumps(error)),
+            )
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def add(
+        self,
+        kind: JobKind,
+        request: Mapping[str, Any],
+        *,
+        id: str | None = None,
+        client_id: str | None = None,
+        front: bool = False,
+        number: float | None = None,
+    ) -> Job:
+        """Queue a new job.
+
+        Args:
+            kind: of the job.
+            request: JSON values.
+            id: a UUID in lower case; None for a new one.
+            client_id: of the client.
+            front: before all others, by a negative number.
+            number: place in the queue, instead of the next one.
+
+        Raises:
+            QueueFullError: too many jobs wait.
+            DuplicateJobError: there is a job with this id.
+        """
+        id = id or str(uuid.uuid4())
+        with self._writing() as database:
+            (waiting,) = database.execute("SELECT count(*) FROM jobs WHERE state = 'pending'").fetchone()
+            if waiting >= self._most_pending:
+                raise QueueFullError(
+                    f"at most {self._most_pending:,} jobs may wait, and {waiting:,} do; wait, or remove some of them"
+                )
+            if database.execute("SELECT 1 FROM jobs WHERE id = ?", (id,)).fetchone():
+                raise DuplicateJobError(f"a job's id must be a new one, got {id}; leave it out")
+            added = database.execute(
+                "INSERT INTO jobs (id, kind, state, number, request, client_id, created) VALUES (?,?,?,?,?,?,?)",
+                (id, kind, "pending", 0.0, json.dumps(request), client_id, time.time()),
+            )
+            place = added.lastrowid or 0
+            chosen = number if number is not None else float(-place if front else place)
+            database.execute("UPDATE jobs SET number = ? WHERE id = ?", (chosen, id))
+        return self.get(id)
+
+    def find(self, id: str) -> Job | None:
+        """The job with this id, or None."""
+        found = self._select("WHERE id = ?", (id,))
+        return found[0] if found else None
+
+    def get(self, id: str) -> Job:
+        """The job with this id. Raises UnknownJobError."""
+        if (found := self.find(id)) is None:
+            raise UnknownJobError(f"there is no job {id}; it may have been removed")
+        return found
+
+    def pending(self) -> list[Job]:
+        """Waiting jobs, the next one first."""
+        return self._select("WHERE state = 'pending' ORDER BY number, sequence")
+
+    def running(self) -> list[Job]:
+        """Running jobs, the oldest first."""
+        return self._select("WHERE state = 'running' ORDER BY started, sequence")
+
+    def ended(
+        self, limit: int | None = None, offset: int = 0, states: Collection[JobState] = ENDED, *, newest: bool = True
+    ) -> list[Job]:
+        """Ended jobs.
+
+        Args:
+            limit, offset: which of them.
+            states: of the jobs.
+            newest: whether the last to end comes first, or the first.
+        """
+        order = "DESC" if newest else "ASC"
+        return self._select(
+            f"WHERE state IN ({_marks(states)}) ORDER BY ended {order}, sequence {order} LIMIT ? OFFSET ?",
+            (*states, -1 if limit is None else limit, offset),
+        )
+
+    def counts(self) -> dict[JobState, int]:
+        """Number of jobs by state; all states are there."""
+        with self._explained():
+            found = dict(self._database.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+        return {state: found.get(state, 0) for state in STATES}
+
+    def claim(self, worker: str) -> Job | None:
+        """Start the next waiting job; None if there is none. No two calls return the same one.
+
+        Args:
+            worker: name of the worker, for reading the database by hand.
+        """
+        with self._writing() as database:
+            found = database.execute(
+                "SELECT id FROM jobs WHERE state = 'pending' ORDER BY number, sequence LIMIT 1"
+            ).fetchone()
+            if found is None:
+                return None
+            database.execute(
+                "UPDATE jobs SET state = 'running', started = ?, ended = NULL, error = NULL, outputs = '{}', "
+                "messages = '[]', attempts = attempts + 1, worker = ? WHERE id = ?",
+                (time.time(), worker, found["id"]),
+            )
+        return self.get(found["id"])
+
+    def finish(
+        self,
+        id: str,
+        state: JobState,
+        *,
+        outputs: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+        messages: Sequence[Sequence[Any]] = (),
+    ) -> Job:
+        """End a job.
+
+        Args:
+            id: of the job.
+            state: one of `ENDED`.
+            outputs, error, messages: of the job.
+
+        Raises:
+            UnknownJobError: it was removed.
+        """
+        with self._writing() as database:
+            database.execute(
+                "UPDATE jobs SET state = ?, ended = ?, outputs = ?, error = ?, messages = ? WHERE id = ?",
+                (
+                    state,
+                    time.time(),
+                    json.dumps(outputs or {}),
+                    None if error is None else json.dumps(error),
+                    json.dumps(messages),
+                    id,
+                ),
+            )
+            database.execute(
+                f"DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE state IN ({_marks(_REMOVABLE)}) "
+                "ORDER BY ended DESC, sequence DESC LIMIT -1 OFFSET ?)",
+                (*_REMOVABLE, self._most_ended),
+            )
+        return self.get(id)
+
+    def set_run(self, id: str, run: str) -> None:
+        """Note the run of a job."""
+        with self._writing() as database:
+            database.execute("UPDATE jobs SET run = ? WHERE id = ?", (run, id))
+
+    def requeue(self, id: str) -> Job:
+        """Queue an ended job again, at its place. Raises UnknownJobError, and JobStateError if it has not ended."""
+        with self._writing() as database:
+            job = self.get(id)
+            if job.state not in ENDED:
+                raise JobStateError(f"a job that is {job.state} cannot be queued again; wait until it has ended")
+            database.execute("UPDATE jobs SET state = 'pending', ended = NULL, error = NULL WHERE id = ?", (id,))
+        return self.get(id)
+
+    def move(self, id: str, front: bool) -> Job:
+        """Move a waiting job to the front or the end of the queue. Raises UnknownJobError and JobStateError.
+
+        Args:
+            id: of the job.
+            front: whether to the front.
+        """
+        with self._writing() as database:
+            job = self.get(id)
+            if job.state != "pending":
+                raise JobStateError(f"only a waiting job can be moved, and this one is {job.state}")
+            least, most = database.execute(
+                "SELECT min(number), max(number) FROM jobs WHERE state = 'pending'"
+            ).fetchone()
+            number = min(least, 0.0) - 1 if front else most + 1
+            database.execute("UPDATE jobs SET number = ? WHERE id = ?", (number, id))
+        return self.get(id)
+
+    def remove(self, ids: Collection[str]) -> list[str]:
+        """Remove jobs that do not run; returns the ids of those that were removed."""
+        removed = []
+        with self._writing() as database:
+            for id in ids:
+                if database.execute("DELETE FROM jobs WHERE id = ? AND state != 'running'", (id,)).rowcount:
+                    removed.append(id)
+        return removed
+
+    def clear(self, states: Collection[JobState]) -> int:
+        """Remove all jobs in some states, which running ones are never; returns their number."""
+        states = [state for state in states if state != "running"]
+        with self._writing() as database:
+            return database.execute(f"DELETE FROM jobs WHERE state IN ({_marks(states)})", (*states,)).rowcount
+
+    def set_measurement(self, subject: str, found: Mapping[str, Any]) -> None:
+        """Keep what a measurement found, with its time as `measured`.
+
+        Args:
+            subject: what was measured.
+            found: JSON values.
+        """
+        with self._writing() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO measurements (subject, found, measured) VALUES (?, ?, ?)",
+                (subject, json.dumps(found), time.time()),
+            )
+
+    def measurement(self, subject: str) -> dict[str, Any] | None:
+        """What the last measurement of a subject found; None if there was none."""
+        with self._explained():
+            row = self._database.execute(
+                "SELECT found, measured FROM measurements WHERE subject = ?", (subject,)
+            ).fetchone()
+        return None if row is None else {**json.loads(row["found"]), "measured_at": row["measured"]}
+
+    def _select(self, rest: str, values: Sequence[Any] = ()) -> list[Job]:
+        with self._explained():
+            rows = self._database.execute(f"SELECT {_COLUMNS} FROM jobs {rest}", tuple(values)).fetchall()
+        return [_job(row) for row in rows]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, rolled back if the block raises."""
+        with self._explained():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors become sentences."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _explained(self._path, error) from error
+
+
+def _marks(values: Collection[object]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _job(row: sqlite3.Row) -> Job:
+    values = dict(row)
+    for name in _JSON:
+        values[name] = None if values[name] is None else json.loads(values[name])
+    return Job(**values)
+
+
+def _explained(path: Path, error: sqlite3.Error) -> StoreError:
+    code = getattr(error, "sqlite_errorcode", None)
+    primary = None if code is None else code & 0xFF
+    if primary == sqlite3.SQLITE_FULL:
+        return StoreError(f"the disk with {path} is full, nothing was changed; free some space", is_full=True)
+    if primary in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return StoreError(f"{path} is damaged ({error}); restore it from a copy, or move it away to start without jobs")
+    if primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return StoreError(f"{path} cannot be written ({error}); check the permissions of its folder")
+    if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreError(f"{path} is in use by another program; close it")
+    return StoreError(f"{path} cannot be used ({error}), nothing was changed; check the disk")

@@ -1,0 +1,24 @@
+"""What a measurement of a training is about: the settings on which the cost of a step depends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lorasmith.training.config import cost_options
+
+__all__ = ["measurement_subject"]
+
+
+def measurement_subject(model: str, settings: Mapping[str, Any], device: str) -> str:
+    """The key of a measurement in `JobStore`; settings that change no step's cost are not part of it.
+
+    Args:
+        model: as training receives it.
+        settings: of training and data, by name; those that are missing have their defaults.
+        device: type of the device, such as `cuda`.
+    """
+    relevant = {**{name: one.default for name, one in cost_options().items()}, "resolution": None}
+    chosen = {name: settings.get(name, default) for name, default in relevant.items()}
+    return json.dumps({"model": model, "settings": chosen, "device": device.partition(":")[0]}, sort_keys=True)

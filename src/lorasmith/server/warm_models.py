@@ -1,0 +1,83 @@
+"""The model of the last training on a folder, kept for the next one on the same files."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasmith.core.folders import Folders
+from lorasmith.families.locating import built_in_models
+from lorasmith.families.model_search import (
+    ENCODER_FOLDERS,
+    MODEL_FOLDERS,
+    VAE_FOLDERS,
+    Completed,
+    ModelFiles,
+    in_folders,
+    load_completed,
+)
+
+__all__ = ["WarmModel"]
+
+
+class WarmModel:
+    """At most one model. Training leaves it as it was, so that it serves any number of runs."""
+
+    def __init__(self) -> None:
+        self._kept: Completed | None = None
+        self._identity: Any = None
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        """As `load_completed`; the model that is kept, if it comes from the same files, unchanged."""
+        identity = (files, _identity(files, folders))
+        if self._kept is None or self._identity != identity:
+            self.release()
+            self._kept, self._identity = load_completed(files, folders), identity
+        return self._kept
+
+    def release(self) -> None:
+        """Forget the model, and free its memory."""
+        if self._kept is not None:
+            self._kept = self._identity = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _identity(files: ModelFiles, folders: Folders | None) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of every file that decides what is loaded.
+
+    Those among which missing parts are searched are included: a better one that is added later is found.
+    """
+    if folders is None:
+        named = [files.model, *files.text_encoders, *([files.vae] if files.vae else [])]
+    else:
+        named = [
+            in_folders(files.model, folders, MODEL_FOLDERS),
+            *(in_folders(one, folders, ENCODER_FOLDERS) for one in files.text_encoders),
+            *([in_folders(files.vae, folders, VAE_FOLDERS)] if files.vae else []),
+            *(str(root) for kind in (*ENCODER_FOLDERS, *VAE_FOLDERS) for root in folders.roots(kind)),
+        ]
+    built_in = built_in_models()
+    return [fact for name in named for fact in _facts(built_in.get(name, Path(name)))]
+
+
+def _facts(path: Path) -> Iterator[tuple[str, int, int]]:
+    if path.is_dir():
+        for folder, _, names in sorted(os.walk(path, followlinks=True)):
+            yield from (_fact(Path(folder, name)) for name in sorted(names))
+    else:
+        yield _fact(path)
+
+
+def _fact(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError:  # a hub id, or a link to nothing
+        return str(path), 0, 0
+    return str(path.resolve()), status.st_size, status.st_mtime_ns

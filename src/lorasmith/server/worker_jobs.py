@@ -1,0 +1,113 @@
+"""Jobs in the worker process: graphs, trainings on folders, measurements; with what is kept for the next one."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lorasmith.core.errors import CancelledError
+from lorasmith.core.folders import Folders
+from lorasmith.core.placement import best_device
+from lorasmith.server.channel import BlockingChannel
+from lorasmith.server.folder_jobs import measure, train
+from lorasmith.server.graph_jobs import GraphJob
+from lorasmith.server.job_reporter import JobReporter
+from lorasmith.server.warm_models import WarmModel
+
+__all__ = ["Jobs"]
+
+
+class Jobs:
+    """Runs jobs one after another.
+
+    Args:
+        channel: to the server.
+        start: the server's first message.
+        cancel: set when the job is to stop.
+    """
+
+    def __init__(self, channel: BlockingChannel, start: Mapping[str, Any], *, cancel: threading.Event) -> None:
+        self._base = Path(start["base"]).resolve()
+        self._extra = None if start["extra_model_paths"] is None else Path(start["extra_model_paths"])
+        self._device = torch.device("cuda") if str(start["device"]).startswith("cuda") else best_device()
+        self._cancel = cancel
+        self._reporter = JobReporter(channel, self._base)
+        self._graphs: GraphJob | None = None
+        self._model = WarmModel()
+
+    def run(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a job; returns `outputs`, `messages` and the like.
+
+        Raises:
+            CancelledError: it was cancelled, and has saved its run.
+            LorasmithError: it failed.
+        """
+        request, folders = message["request"], Folders.load(self._base, extra_model_paths=self._extra)
+        self._finished: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda end: {}
+        if self._cancel.is_set():
+            raise CancelledError("the job was cancelled before it began")
+        if message["kind"] == "graph":
+            self._model.release()
+            if self._graphs is None or self._graphs.folders != folders:
+                self._graphs = GraphJob(folders)
+            self._finished = self._graphs.rest
+            return self._graphs.run(message["id"], request, reporter=self._reporter, cancel=self._cancel)
+        self._release_graphs()
+        if message["kind"] == "train":
+            before = None if message["run"] is None else self._base / message["run"]
+            return train(
+                request,
+                folders,
+                before=before,
+                reporter=self._reporter,
+                cancelled=self._cancel.is_set,
+                load=self._model.load,
+            )
+        return measure(request, folders, device=self._device, load=self._model.load)
+
+    def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
+        """What a job that did not complete leaves: outputs of the nodes before, and its messages."""
+        return self._finished(end)
+
+    def free(self, *, models: bool, memory: bool) -> None:
+        """Release what is kept for the next job.
+
+        Args:
+            models: models.
+            memory: results of nodes, which hold their models.
+        """
+        if models or memory:
+            self._model.release()
+            self._release_graphs()
+
+    def device(self) -> dict[str, Any]:
+        """Memory of the device, in bytes."""
+        if self._device.type != "cuda":
+            memory = psutil.virtual_memory()
+            return {"memory_bytes": memory.total, "free_bytes": memory.available}
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "memory_bytes": total,
+            "free_bytes": free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(),
+            "allocated_bytes": torch.cuda.memory_allocated(),
+            "reserved_bytes": torch.cuda.memory_reserved(),
+        }
+
+    def is_broken(self) -> bool:
+        """Whether the device cannot be used any more in this process, as after an illegal memory access."""
+        try:
+            return float(torch.ones(2, device=self._device).sum()) != 2.0
+        except (RuntimeError, MemoryError):
+            return True
+
+    def _release_graphs(self) -> None:
+        self._graphs = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,179 @@
+"""The server's side of one worker: its process, started again when it ends, and the job that it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+from lorasmith.server.child_process import ChildProcess
+from lorasmith.server.jobs import Job
+from lorasmith.server.server_config import ServerConfig
+
+__all__ = ["WorkerLink", "WorkerState"]
+
+WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]
+"""`waiting`: for the worker of a server that has ended, which still saves. `loading`: it imports torch. `gone`: its
+process has ended and is started again."""
+
+_LONGEST_PAUSE = 60.0
+
+
+class WorkerLink:
+    """One worker.
+
+    Args:
+        config: of the server.
+        number: of the worker; its lock file has it in its name.
+        device: `{name, title, memory_bytes}`.
+        on_line: called with each line of its log.
+        on_message: called with its messages about jobs.
+        on_change: called when its state has changed.
+        on_lost: called with the job that was running and a reason, when its process has ended.
+
+    Attributes:
+        job: the job that it runs.
+        state: of the worker.
+        kill_reason: why the server killed it, as a clause; empty if it did not.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        number: int,
+        device: Mapping[str, Any],
+        *,
+        on_line: Callable[[str], None],
+        on_message: Callable[[WorkerLink, dict[str, Any], bytes], None],
+        on_change: Callable[[], None],
+        on_lost: Callable[[Job, str], None],
+    ) -> None:
+        self._config = config
+        self._number = number
+        self._on_line = on_line
+        self._on_message = on_message
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._child: ChildProcess | None = None
+        self._restart: asyncio.Task[None] | None = None
+        self._is_stopping = False
+        self._pause = 1.0
+        self._asked_at: float | None = None
+        self.device = dict(device)
+        self.job: Job | None = None
+        self.state: WorkerState = "starting"
+
+    @property
+    def name(self) -> str:
+        """For the database and the log."""
+        return f"worker {self._number} ({self.device['name']})"
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process."""
+        return None if self._child is None else self._child.pid
+
+    @property
+    def has_lock(self) -> bool:
+        """Whether no worker of another server can be running in its place."""
+        return self.state not in ("starting", "waiting")
+
+    async def start(self) -> None:
+        """Start its process; it is ready some seconds later."""
+        config, name = self._config, str(self.device["name"])
+        self.state = "starting"
+        visible = {"CUDA_VISIBLE_DEVICES": self.device["visible"]} if "visible" in self.device else {}
+        self._child = ChildProcess(
+            config.worker_command,
+            cwd=config.base,
+            silence_s=config.silence_s,
+            on_message=self._hear,
+            on_line=self._on_line,
+            on_end=self._on_end,
+            environment=visible,
+        )
+        extra = config.extra_model_paths
+        try:
+            await self._child.start(
+                {
+                    "type": "start",
+                    "base": str(config.base),
+                    "extra_model_paths": None if extra is None else str(extra),
+                    "lock": str(config.folder / f"worker-{self._number}.lock"),
+                    "beat_s": config.silence_s / 6,
+                    "grace_s": config.grace_s,
+                    "log": str(config.log),
+                    "device": name,
+                }
+            )
+        except OSError as error:
+            self._on_end(f"it cannot be started, {error}")
+
+    def run(self, job: Job) -> None:
+        """Start a job."""
+        assert self._child is not None
+        self.job, self.state, self._asked_at = job, "busy", None
+        request = {"id": job.id, "kind": job.kind, "request": job.request, "run": job.run}
+        self._child.send({"type": "job", **request})
+
+    def cancel(self) -> None:
+        """Ask it to stop its job and to save; asked again after `patience_s` seconds, it is killed."""
+        if self._child is None or self.job is None:
+            return
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            self._child.send({"type": "cancel", "id": self.job.id})
+        elif now - self._asked_at >= self._config.patience_s:
+            self._child.kill("it did not stop when it was asked, and was asked again")
+
+    def free(self, *, models: bool, memory: bool) -> None:
+        """Ask it to release what it keeps for the next job, when it has time."""
+        if self._child is not None:
+            self._child.send({"type": "free", "models": models, "memory": memory})
+
+    async def stop(self) -> None:
+        """End its process; a job that runs is stopped and saved."""
+        self._is_stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._child is not None:
+            # The worker ends itself after the grace; a moment later it is helped.
+            await self._child.close(self._config.grace_s + 2)
+
+    def _hear(self, head: dict[str, Any], body: bytes) -> None:
+        match head["type"]:
+            case "waiting" | "loading":
+                self.state = head["type"]
+                self._on_change()
+            case "ready":
+                self._pause = 1.0
+                self.device.update(head.get("device", {}))
+                self.state = "ready"
+                self._on_message(self, head, body)
+                self._on_change()
+            case "ended":
+                if self.job is not None and head["id"] == self.job.id:
+                    self.device.update(head.get("device", {}))
+                    self._on_message(self, head, body)
+                    self.job, self.state = None, "ready"
+                    self._on_change()
+            case _:
+                if self.job is not None:
+                    self._on_message(self, head, body)
+
+    def _on_end(self, why: str) -> None:
+        self.state = "gone"
+        job, self.job, self._child = self.job, None, None
+        self._on_line(f"{self.name} ended: {why}")
+        if job is not None:
+            self._on_lost(job, why)
+        if not self._is_stopping:
+            self._restart = asyncio.create_task(self._start_again())
+        self._on_change()
+
+    async def _start_again(self) -> None:
+        await asyncio.sleep(self._pause)
+        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+        await self.start()
