@@ -191,7 +191,7 @@ class Panel {
     this.more = element("button", "lorasmith-more", this.foot);
     this.more.type = "button";
     this.more.addEventListener("click", () => {
-      node.toggleAdvanced();
+      showAdvanced(node, !node.showAdvanced);
       this.schedule();
     });
     this.node = node;
@@ -256,8 +256,6 @@ class Panel {
     this.figures.textContent = training?.figures || "Loss";
     this.state.textContent = training?.state ?? "Loss and previews appear here while the node trains.";
     this.state.title = this.state.textContent;
-    // Nodes drawn by Vue have a button of their own for this.
-    this.more.style.display = window.LiteGraph?.vueNodesMode ? "none" : "";
     this.more.textContent = this.node.showAdvanced ? "Fewer settings" : "More settings";
     this.canvas.setAttribute("aria-label", training ? `Loss curve: ${training.figures}` : "No loss yet");
     this.drawPictures(training?.previews ?? []);
@@ -413,14 +411,31 @@ function onTraining({ detail }) {
   update(id);
 }
 
-// The editor hides advanced inputs of nodes that it draws on its canvas only if the widget says so, too.
-function hideAdvanced(node) {
-  for (const widget of node.widgets ?? []) if (widget.options?.advanced) widget.advanced = true;
+// Show or hide the settings that the node declares as advanced. On its canvas the editor leaves gaps for advanced widgets
+// that are out of sight, but none for hidden ones.
+function showAdvanced(node, shown) {
+  node.showAdvanced = shown;
+  for (const widget of node.widgets) {
+    if (!optionsOf(node, widget)?.advanced) continue;
+    widget.options.advanced = false; // or nodes drawn by Vue had a second button for these
+    widget.hidden = !shown;
+  }
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), height]);
+  node.setDirtyCanvas(true, true);
 }
 
-function defaultOf(node, widget) {
+function optionsOf(node, widget) {
   const { required, optional } = node.constructor.nodeData?.input ?? {};
-  return (optional?.[widget.name] ?? required?.[widget.name])?.[1]?.default;
+  return (optional?.[widget.name] ?? required?.[widget.name])?.[1];
+}
+
+// Whether an advanced setting differs from its default: it is never out of sight.
+function isTuned(node) {
+  return node.widgets.some((widget) => {
+    const options = optionsOf(node, widget);
+    return options?.advanced && widget.value !== options.default;
+  });
 }
 
 app.registerExtension({
@@ -436,7 +451,6 @@ app.registerExtension({
 
   nodeCreated(node) {
     if ((node.comfyClass ?? node.constructor?.comfyClass) !== NODE_TYPE) return;
-    hideAdvanced(node);
     const panel = new Panel(node);
     const widget = node.addDOMWidget(WIDGET, WIDGET, panel.root, {
       serialize: false, // not in the prompt
@@ -447,13 +461,12 @@ app.registerExtension({
     });
     widget.serialize = false; // nor in the workflow's widgets_values
     Object.defineProperty(node, "lorasmithPanel", { value: panel, enumerable: false });
+    showAdvanced(node, false);
   },
 
   loadedGraphNode(node) {
     if (!node.lorasmithPanel) return;
-    if (node.widgets.some((widget) => widget.advanced && widget.value !== defaultOf(node, widget))) {
-      node.showAdvanced = true; // a setting that differs from its default is never out of sight
-    }
+    if (node.showAdvanced || isTuned(node)) showAdvanced(node, true);
     queueMicrotask(updateAll);
   },
 });
