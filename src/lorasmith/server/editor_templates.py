@@ -6,13 +6,14 @@ package's examples (`nodes/example_workflows.py`); `tools/template_pictures.py` 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasmith.nodes.example_workflows import Example, examples
 
-__all__ = ["PICTURES", "Template", "index", "templates"]
+__all__ = ["PICTURES", "Template", "index", "template_file", "templates"]
 
 PICTURES = Path(__file__).parent / "editor" / "templates"
 """The folder of the pictures."""
@@ -70,6 +71,20 @@ def index() -> list[dict[str, Any]]:
         }
         for title, members in groups.items()
     ]
+
+
+def template_file(name: str) -> Path | str | None:
+    """What the editor fetches as `templates/<name>`: a file, or JSON text; None if there is none."""
+    if name == "index.json":
+        return json.dumps(index())
+    if name == "index_logo.json":  # logos of model makers, of which there are none
+        return "{}"
+    known = templates()
+    if (stem := name.removesuffix("-1.webp")) != name and stem in known:
+        return known[stem].picture
+    if (stem := name.removesuffix(".json")) != name and stem in known:
+        return known[stem].example.editor_path
+    return None
 
 
 def _card(one: Template) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Training {
         this.takeStep(event);
         break;
       case "Validated":
-        this.heldOut.push([event.step, event.loss, Boolean(event.best)]);
+        if (typeof event.loss === "number") this.heldOut.push([event.step, event.loss, Boolean(event.best)]);
         if (event.best) for (const one of this.heldOut.slice(0, -1)) one[2] = false;
         break;
       case "Previewed":
@@ -93,8 +93,8 @@ class Training {
     this.state = "Training.";
     this.times.push([event.step, event.at]);
     if (this.times.length > SPEED_WINDOW) this.times.shift();
-    const loss = Number(event.loss);
-    if (!Number.isFinite(loss)) return; // JSON has no NaN
+    const loss = event.loss;
+    if (typeof loss !== "number") return; // JSON has no NaN
     // Bias-corrected moving average over a span that grows with the run, as the steps of a long run are many.
     const decay = 1 - 1 / Math.min(200, Math.max(10, (this.steps || 100) / 10));
     this.sum = decay * this.sum + loss;
