@@ -30,7 +30,10 @@ __all__ = ["make_app", "running", "serve"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _TABLES = ("access", "api", "comfyui", "page", "editor")
-"""Modules beside this one that may have `routes(context)` and `middlewares(context)`, outermost first."""
+"""Modules beside this one that may have `routes(context)`, and `middlewares(context)`, outermost first.
+
+`preparing(context)` gives handlers of `on_response_prepare`, which see every answer, streams and errors included.
+"""
 
 _MOST_BODY_BYTES = 64 * 2**20
 """Of requests that are read whole; uploads are read in parts."""
@@ -45,6 +48,7 @@ def make_app(context: ServerContext) -> web.Application:
     ]
     middlewares = [one for table in tables for one in getattr(table, "middlewares", _none)(context)]
     app = web.Application(middlewares=middlewares, client_max_size=_MOST_BODY_BYTES)
+    app.on_response_prepare.extend(one for table in tables for one in getattr(table, "preparing", _none)(context))
     app[CONTEXT] = context
     routes = [one for table in tables for one in getattr(table, "routes", _none)(context)]
     app.add_routes(routes)

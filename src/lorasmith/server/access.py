@@ -1,0 +1,292 @@
+"""Who may ask the server for what: names of hosts, origins, the token; and the headers that every answer carries.
+
+A page of another site can send requests to a server on this machine, and a name of its own can be made to point here
+(DNS rebinding). So a request must name this server in `Host`, and a write or a WebSocket from a page must come from a
+page of ours (`Origin`). Programs that are no browsers send no `Origin` and are not asked for one. Without a token the
+server is reachable from this machine alone; with one, every request shows it: as a bearer token, as the password of
+basic authentication, in a cookie, or once in the address (`?token=`), which is then exchanged for the cookie. The
+cookie holds a digest, so that the token stays out of the browser's storage.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.server_context import ServerContext
+
+__all__ = [
+    "CONTENT_POLICY",
+    "MAX_JSON_BYTES",
+    "MAX_UPLOAD_BYTES",
+    "Access",
+    "access_of",
+    "is_loopback",
+    "middlewares",
+    "preparing",
+    "routes",
+]
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Size limit in bytes of bodies that are read whole: prompts, settings, saved workflows."""
+
+MAX_UPLOAD_BYTES = 512 * 2**20
+"""Size limit in bytes of one uploaded file."""
+
+CONTENT_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "frame-ancestors 'none'",
+        "object-src 'none'",
+        "base-uri 'self'",
+    )
+)
+"""What pages may load: nothing from elsewhere. ComfyUI's editor compiles code, so a page of ours should set less."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Rules of one server.
+
+    Attributes:
+        token: that every request must show; None for none.
+        listen: the address that the server listens on.
+        names: further host names that it is reached by.
+    """
+
+    token: str | None = None
+    listen: str = "127.0.0.1"
+    names: frozenset[str] = frozenset()
+
+    def knows_host(self, header: str | None) -> bool:
+        """Whether a `Host` header names this server. Its port may differ, as forwarded ports do."""
+        name = _host_name(header)
+        if name is None:
+            return False
+        if name in _LOOPBACK or name == self.listen.casefold() or name in self.names:
+            return True
+        if is_loopback(self.listen):
+            return False
+        return _is_address(name) or name in _machine_names()  # an address cannot be rebound, a name can
+
+    def shows_token(self, request: web.Request) -> bool:
+        """Whether the request shows the token, or none is needed."""
+        if self.token is None:
+            return True
+        shown = [request.query.get("token"), _from_header(request.headers.get("Authorization", ""))]
+        good = [_same(text, self.token) for text in shown if text is not None]
+        cookie = request.cookies.get(_COOKIE)
+        return any(good) or (cookie is not None and _same(cookie, self.cookie))
+
+    @property
+    def cookie(self) -> str:
+        """The value of the cookie that stands for the token."""
+        return hmac.new((self.token or "").encode(), b"lorasmith session", hashlib.sha256).hexdigest()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    if address.casefold() in _LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def access_of(config: ServerConfig) -> Access:
+    """The rules of a server with these settings."""
+    return Access(config.token, config.host)
+
+
+def middlewares(context: ServerContext) -> list[Any]:
+    """The middleware that holds every request to the rules."""
+    return [_guard(access_of(context.config))]
+
+
+def routes(context: ServerContext) -> list[web.RouteDef]:
+    """The route of the form that browsers are shown without a token."""
+    access = access_of(context.config)
+    return [web.post(_LOGIN, _login(access))] if access.token is not None else []
+
+
+def preparing(context: ServerContext) -> list[Any]:
+    """What adds the headers of safety to every answer that has none of its own."""
+    return [_add_headers]
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+
+
+def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        refused = _refusal(request, access)
+        if refused is not None:
+            return refused
+        response = await handler(request)
+        if access.token is not None and "token" in request.query and not response.prepared:
+            return _with_cookie(request, response, access)
+        return response
+
+    return middleware
+
+
+def _refusal(request: web.Request, access: Access) -> web.Response | None:
+    """The answer to a request that is not served; None for one that is."""
+    if not access.knows_host(request.headers.get("Host")):
+        return _refused(403, "host", "this server is not known by that name; use its address or localhost")
+    if _changes_something(request) and not _is_from_here(request):
+        return _refused(403, "origin", "requests of pages of other sites are refused; open the page of this server")
+    if access.token is not None and request.method == "POST" and request.path == _LOGIN:
+        return None
+    if not access.shows_token(request):
+        if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
+            return web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
+        answer = _refused(401, "token", "this server needs its token: Authorization: Bearer <token>, or ?token=<token>")
+        answer.headers["WWW-Authenticate"] = 'Bearer realm="lorasmith"'
+        return answer
+    return None
+
+
+def _login(access: Access) -> Handler:
+    """The answer to the form that browsers are shown without a token."""
+
+    async def login(request: web.Request) -> web.StreamResponse:
+        token = str((await request.post()).get("token", ""))
+        if access.token is None or not _same(token.strip(), access.token):
+            return web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
+        response = web.Response(status=303, headers={"Location": "/"})
+        _set_cookie(request, response, access)
+        return response
+
+    return login
+
+
+def _changes_something(request: web.Request) -> bool:
+    return request.method not in ("GET", "HEAD") or "upgrade" in request.headers.get("Connection", "").casefold()
+
+
+def _is_from_here(request: web.Request) -> bool:
+    """Whether a request comes from a page of this server, or from no page."""
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return False
+    origins = request.headers.getall("Origin", [])
+    if not origins:
+        return True
+    try:
+        parts = urlsplit(origins[0])
+        ports = parts.port or _PORTS.get(parts.scheme), urlsplit(f"//{request.headers['Host']}").port
+    except ValueError:
+        return False
+    if len(origins) > 1 or parts.scheme not in _PORTS or parts.hostname is None:
+        return False
+    own = ports[1] or _PORTS[parts.scheme]
+    return parts.hostname == _host_name(request.headers["Host"]) and ports[0] == own
+
+
+def _host_name(header: str | None) -> str | None:
+    """The name in a `Host` header, without its port; None if it is malformed."""
+    if not header or any(mark in header for mark in "/@\\?# "):
+        return None
+    try:
+        parts = urlsplit(f"//{header}")
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts.hostname.removesuffix(".") if parts.hostname else None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _machine_names() -> frozenset[str]:
+    name = socket.gethostname().casefold()
+    return frozenset({name, f"{name}.local"})
+
+
+def _from_header(header: str) -> str | None:
+    """The token in an `Authorization` header: a bearer token, or the password of basic authentication."""
+    scheme, _, value = header.strip().partition(" ")
+    if scheme.casefold() == "bearer":
+        return value.strip()
+    if scheme.casefold() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return None
+
+
+def _same(text: str, secret: str) -> bool:
+    """Whether two texts are equal, in a time that does not depend on where they differ."""
+    ours, theirs = (hashlib.sha256(one.encode(errors="surrogateescape")).digest() for one in (secret, text))
+    return hmac.compare_digest(ours, theirs)
+
+
+def _refused(status: int, kind: str, message: str) -> web.Response:
+    return web.json_response({"error": {"kind": kind, "message": message}}, status=status)
+
+
+def _with_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> web.StreamResponse:
+    """`response` with the cookie, or for a page the way to the same page without the token in its address."""
+    if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
+        clean = request.rel_url.without_query_params("token")
+        response = web.Response(status=303, headers={"Location": str(clean)})
+    _set_cookie(request, response, access)
+    return response
+
+
+def _set_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> None:
+    secure = request.scheme == "https"
+    response.set_cookie(_COOKIE, access.cookie, path="/", httponly=True, samesite="Strict", secure=secure)
+
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_PORTS = {"http": 80, "https": 443}
+_COOKIE = "lorasmith"
+_LOGIN = "/lorasmith/login"
+_HEADERS = {
+    "Content-Security-Policy": CONTENT_POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_LOGIN_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Lorasmith</title>
+<body style="font:1rem system-ui;max-width:24rem;margin:20vh auto;padding:0 1rem">
+<h1>Lorasmith</h1>
+<p>This server needs its token. It stands in the terminal in which the server was started.</p>
+<form method="post" action="/lorasmith/login">
+<label>Token <input name="token" type="password" autocomplete="current-password" autofocus required></label>
+<button>Open</button></form></body></html>
+"""

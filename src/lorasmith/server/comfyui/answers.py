@@ -1,0 +1,114 @@
+"""What the protocol's routes share: reading of bodies, and errors as answers of one sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from lorasmith.core.errors import LorasmithError, OutputError
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.server.access import MAX_JSON_BYTES
+from lorasmith.server.assistant import RefusedError, UnavailableError
+from lorasmith.server.contained_files import OutsideError
+from lorasmith.server.jobs import StoreError
+
+__all__ = ["answering", "number_in", "read_body", "read_json", "refused", "table"]
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def refused(status: int, message: str) -> web.Response:
+    """An error as the protocol's routes give it."""
+    return web.json_response({"error": message}, status=status)
+
+
+def answering(handler: Handler) -> Handler:
+    """`handler` with the errors of users as answers: 400 for what they sent, 403 for names that leave their folders."""
+
+    @functools.wraps(handler)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except LorasmithError as error:
+            return refused(_status(error), str(error))
+
+    return answer
+
+
+def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
+    """Routes as (method, path, handler), each with `answering`."""
+    return [web.route(method, path, answering(handler)) for method, path, handler in routes]
+
+
+async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> bytes:
+    """The body of a request. Raises HTTPRequestEntityTooLarge beyond `at_most` bytes."""
+    if (request.content_length or 0) > at_most:
+        raise web.HTTPRequestEntityTooLarge(at_most, request.content_length or 0)
+    content = bytearray()
+    async for chunk in request.content.iter_any():
+        content += chunk
+        if len(content) > at_most:
+            raise web.HTTPRequestEntityTooLarge(at_most, len(content))
+    return bytes(content)
+
+
+async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
+    """The JSON value of a request, whatever its Content-Type says.
+
+    Args:
+        request: the request.
+        kind: type that the value must have.
+        empty: value of an empty body, which is refused by default.
+
+    Raises:
+        web.HTTPBadRequest: it is not JSON, or not of that kind.
+    """
+    body = await read_body(request)
+    if not body.strip() and empty is not ...:
+        return empty
+    try:
+        value = parse_foreign_json(body)
+    except ValueError as error:
+        raise _bad_request(f"the body must be JSON, but it {error}") from error
+    if kind is not None and not isinstance(value, kind):
+        raise _bad_request(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
+    return value
+
+
+def number_in(request: web.Request, name: str, *, default: int | None = None, at_least: int = 0) -> int | None:
+    """A whole number in the query of a request. Raises HTTPBadRequest where it is none."""
+    text = request.query.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        number = int(text[:20])
+    except ValueError:
+        raise _bad_request(f"{name} must be a whole number, got {text[:40]!r}") from None
+    if number < at_least:
+        raise _bad_request(f"{name} must be at least {at_least}, got {number}")
+    return number
+
+
+def _status(error: LorasmithError) -> int:
+    match error:
+        case OutsideError():
+            return 403
+        case UnavailableError():
+            return 503
+        case StoreError():
+            return 507 if error.is_full else 503
+        case RefusedError(kind="InternalError"):
+            return 500
+        case OutputError() if "disk is full" in str(error):
+            return 507
+    return 400
+
+
+def _bad_request(message: str) -> web.HTTPBadRequest:
+    return web.HTTPBadRequest(text=web.json_response({"error": message}).text, content_type="application/json")
+
+
+_NAMES = {dict: "an object", list: "a list"}

@@ -1,0 +1,102 @@
+"""Files that editors fetch beside their own: extensions, templates, documentation of nodes.
+
+Ours are in `server/editor/`: `extensions/**.js`, and `templates/` with `index.json`, workflows and their pictures.
+Those of the package with ComfyUI's editor are listed after them, where it is installed. Documentation is made from the
+declarations of nodes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import mimetypes
+from pathlib import Path
+from urllib.parse import quote
+
+from aiohttp import web
+
+from lorasmith.core.files import is_regular
+from lorasmith.server.assistant import Assistant
+from lorasmith.server.comfyui.answers import refused, table
+from lorasmith.server.contained_files import find_contained
+
+__all__ = ["EditorFiles", "editor_package"]
+
+OUR_FILES = Path(__file__).parents[1] / "editor"
+"""The folder of our own extensions and templates."""
+
+_NO_TEMPLATES = ("index.json",)
+
+
+def editor_package() -> Path | None:
+    """The static files of ComfyUI's editor; None where its package is not installed. It is not imported."""
+    found = importlib.util.find_spec("comfyui_frontend_package")
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(next(iter(found.submodule_search_locations))) / "static"
+    return folder if is_regular(folder / "index.html") else None
+
+
+class EditorFiles:
+    """The routes.
+
+    Args:
+        assistant: makes the documentation of nodes.
+        ours: folder of our files.
+        package: static files of ComfyUI's editor, if it is installed.
+    """
+
+    def __init__(self, assistant: Assistant, *, ours: Path = OUR_FILES, package: Path | None = None) -> None:
+        self._assistant = assistant
+        self._roots = [ours, *([package] if package is not None else [])]
+
+    def routes(self) -> list[web.RouteDef]:
+        """All routes."""
+        return table(
+            [
+                ("GET", "/extensions", self._extensions),
+                ("GET", "/extensions/{path:.+}", self._extension),
+                ("GET", "/templates/{path:.+}", self._template),
+                ("GET", "/docs/{node}/{locale}.md", self._documentation),
+            ]
+        )
+
+    async def _extensions(self, request: web.Request) -> web.Response:
+        found = {
+            f"/extensions/{quote(path.relative_to(root / 'extensions').as_posix())}": None
+            for root in self._roots
+            for path in sorted((root / "extensions").rglob("*.js"))
+        }
+        return web.json_response([*found])
+
+    async def _extension(self, request: web.Request) -> web.StreamResponse:
+        return self._own_file("extensions", request.match_info["path"])
+
+    async def _template(self, request: web.Request) -> web.StreamResponse:
+        path = request.match_info["path"]
+        if path in _NO_TEMPLATES and find_contained(self._template_roots, path) is None:
+            return web.json_response([])
+        return self._own_file("templates", path)
+
+    @property
+    def _template_roots(self) -> list[Path]:
+        return [root / "templates" for root in self._roots]
+
+    def _own_file(self, folder: str, name: str) -> web.StreamResponse:
+        """A file of the installation, which unlike those of users may be a script or a page."""
+        path = find_contained([root / folder for root in self._roots], name)
+        if path is None:
+            return refused(404, "there is no such file")
+        kind = _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return web.FileResponse(path, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
+
+    async def _documentation(self, request: web.Request) -> web.Response:
+        if request.match_info["locale"] != "en":
+            return refused(404, "the documentation is in English")  # which editors then ask for
+        text = await self._assistant.ask("node_documentation", node=request.match_info["node"])
+        if text is None:
+            return refused(404, "there is no such node")
+        return web.Response(text=text, content_type="text/markdown")
+
+
+_TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".json": "application/json", ".webp": "image/webp"}
+"""Of files that browsers refuse under another type, which systems' tables may give them."""

@@ -1,0 +1,243 @@
+"""Pictures and other files of the input, output and temp folders: shown and uploaded."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from lorasmith.core.errors import OutputError
+from lorasmith.core.files import ensure_folder, is_regular
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.server.access import MAX_UPLOAD_BYTES
+from lorasmith.server.assistant import Assistant
+from lorasmith.server.comfyui.answers import refused, table
+from lorasmith.server.contained_files import contained, find_contained, safe_name, send_file, written
+
+__all__ = ["FileRoutes", "place_folders"]
+
+_PLACES = ("input", "output", "temp")
+_ANNOTATED = re.compile(r"(.*?)\s*\[(input|output|temp)\]", re.DOTALL)
+_MOST_FIELDS, _LONGEST_FIELD = 20, 20_000
+_MOST_COPIES = 10_000
+
+
+def place_folders(folders: Folders, place: str) -> list[Path]:
+    """The folders that a place's files are searched in; the input folder has the built-in pictures too."""
+    return [folders.base / place, *([ASSETS / "input"] if place == "input" else [])]
+
+
+class FileRoutes:
+    """The routes.
+
+    Args:
+        folders: of the files.
+        assistant: reads and writes pictures.
+        most_bytes: size limit of an upload.
+    """
+
+    def __init__(self, folders: Folders, assistant: Assistant, *, most_bytes: int = MAX_UPLOAD_BYTES) -> None:
+        self._folders = folders
+        self._assistant = assistant
+        self._most_bytes = most_bytes
+        self._naming = asyncio.Lock()
+
+    def routes(self) -> list[web.RouteDef]:
+        """All routes."""
+        return table(
+            [
+                ("GET", "/view", self._view),
+                ("POST", "/upload/image", self._upload),
+                ("POST", "/upload/mask", self._upload_mask),
+                ("GET", "/internal/files/{place}", self._list),
+            ]
+        )
+
+    async def _view(self, request: web.Request) -> web.StreamResponse:
+        query = request.query
+        path = self._existing(query.get("filename", ""), query.get("subfolder", ""), query.get("type"))
+        if path is None:
+            return refused(404, "there is no such file")
+        channel, preview = query.get("channel", "rgba"), query.get("preview")
+        if preview is None and channel not in ("rgb", "a"):
+            return send_file(path)
+        kind, quality = _preview(preview, channel)
+        content = await self._assistant.ask(
+            "picture",
+            path=str(path),
+            channel=channel if channel in ("rgb", "a") else "rgba",
+            format=kind,
+            quality=quality,
+        )
+        headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
+        return web.Response(body=content, content_type=f"image/{kind}", headers=headers)
+
+    def _existing(self, name: str, subfolder: str, place: str | None) -> Path | None:
+        """The file that a reference names; None if there is none. Raises OutsideError and HTTPBadRequest."""
+        if (match := _ANNOTATED.fullmatch(name)) is not None:
+            name, place = match[1], match[2]
+        if not name:
+            raise _bad("filename must name a file, got none")
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+            raise _bad("filename must stay inside its folder; use a relative name")
+        return find_contained(place_folders(self._folders, _place(place, "output")), subfolder, name)
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        with tempfile.TemporaryDirectory(dir=self._incoming()) as folder:
+            form = await self._received(request, Path(folder))
+            return await self._store(form, form.file)
+
+    async def _upload_mask(self, request: web.Request) -> web.Response:
+        with tempfile.TemporaryDirectory(dir=self._incoming()) as folder:
+            form = await self._received(request, Path(folder))
+            try:
+                reference = json.loads(form.values.get("original_ref", ""))
+                names = [str(reference.get(key) or "") for key in ("filename", "subfolder")]
+                original = self._existing(*names, reference.get("type"))
+            except (ValueError, AttributeError, RecursionError):
+                raise _bad("original_ref must be an object with the filename of a picture") from None
+            if original is None:
+                return refused(404, "there is no such original picture")
+            masked = Path(folder) / "masked.png"
+            content = await self._assistant.ask("masked_picture", original=str(original), mask=str(form.file))
+            await asyncio.to_thread(masked.write_bytes, content)
+            return await self._store(form, masked)
+
+    def _incoming(self) -> Path:
+        """Where uploads arrive: beside the places, so that they can be moved there."""
+        return ensure_folder(self._folders.base / "user" / "lorasmith" / "incoming")
+
+    async def _received(self, request: web.Request, folder: Path) -> _Form:
+        """The fields of a form, its file written into `folder`."""
+        if not request.content_type.startswith("multipart/"):
+            raise _bad("an upload must be a form (multipart/form-data) with a file named image")
+        values: dict[str, str] = {}
+        file: Path | None = None
+        name = ""
+        try:
+            reader = await request.multipart()
+            for _ in range(_MOST_FIELDS):
+                part = await reader.next()
+                if part is None:
+                    break
+                if not isinstance(part, aiohttp.BodyPartReader):
+                    raise _bad("an upload must be one form, without another inside")
+                if part.name == "image" and file is None:
+                    name = safe_name(part.filename or "")
+                    file = folder / "file"
+                    await written(_chunks(part), file, at_most=self._most_bytes)
+                else:
+                    values[str(part.name)] = (await _limited(part)).decode(errors="replace")
+        except (ValueError, AssertionError, aiohttp.ClientError) as error:
+            raise _bad("the form cannot be read; send it as multipart/form-data") from error
+        except OSError as error:
+            full = "the disk is full; free some space" if error.errno == 28 else error.strerror
+            raise OutputError(f"the upload was not written, {full}") from error
+        if file is None:
+            raise _bad("an upload must have a file named image")
+        return _Form(values, file, name)
+
+    async def _store(self, form: _Form, content: Path) -> web.Response:
+        """Move an uploaded file to its place, under a free name unless it is the same file or may replace it."""
+        place = _place(form.values.get("type"), "input")
+        subfolder = form.values.get("subfolder", "").replace("\\", "/").strip("/")
+        folder = contained(self._folders.base / place, subfolder)
+        is_overwriting = form.values.get("overwrite", "").casefold() in ("true", "1")
+        async with self._naming:
+            ensure_folder(folder)
+            name = form.name if is_overwriting else await asyncio.to_thread(_free_name, folder, form.name, content)
+            target = contained(folder, name)
+            if target.is_dir():
+                return refused(400, "a folder of this name exists; rename the file")
+            if is_overwriting or not target.exists():
+                content.chmod(0o644)
+                os.replace(content, target)  # noqa: PTH105 - the name of what happens
+        return web.json_response({"name": name, "subfolder": subfolder, "type": place})
+
+    async def _list(self, request: web.Request) -> web.Response:
+        place = request.match_info["place"]
+        if place not in _PLACES:
+            return refused(400, f"a folder must be {', '.join(_PLACES)}, got {place[:40]!r}")
+        found = await asyncio.to_thread(_newest_first, self._folders.base / place)
+        return web.json_response([f"{name} [{place}]" for name in found])
+
+
+class _Form:
+    """A form with a file: its values by name, where the file was written, and its name."""
+
+    def __init__(self, values: dict[str, str], file: Path, name: str) -> None:
+        self.values = values
+        self.file = file
+        self.name = name
+
+
+def _place(name: str | None, default: str) -> str:
+    if name is None or name == "":
+        return default
+    if name not in _PLACES:
+        raise _bad(f"type must be one of {', '.join(_PLACES)}, got {name[:40]!r}")
+    return name
+
+
+def _preview(text: str | None, channel: str) -> tuple[str, int]:
+    """Format and quality of `webp;90`; a picture of one channel is PNG unless it is a preview."""
+    if text is None:
+        return "png", 90
+    kind, _, quality = text.partition(";")
+    number = int(quality) if quality.isdecimal() and len(quality) < 4 else 90
+    return kind if kind in ("webp", "jpeg") and "a" not in channel.replace("rgba", "") else "webp", number
+
+
+async def _chunks(part: aiohttp.BodyPartReader) -> AsyncIterator[bytes]:
+    while chunk := await part.read_chunk(2**18):
+        yield chunk
+
+
+async def _limited(part: aiohttp.BodyPartReader) -> bytes:
+    content = b""
+    while chunk := await part.read_chunk():
+        content += chunk
+        if len(content) > _LONGEST_FIELD:
+            raise web.HTTPRequestEntityTooLarge(_LONGEST_FIELD, len(content))
+    return content
+
+
+def _free_name(folder: Path, name: str, content: Path) -> str:
+    """`name`, or a numbered one if a file of other content has it."""
+    stem, dot, suffix = name.rpartition(".")
+    stem, suffix = (stem, dot + suffix) if stem else (name, "")
+    digest = None
+    for number in range(_MOST_COPIES):
+        candidate = f"{stem} ({number}){suffix}" if number else name
+        path = folder / candidate
+        if not path.is_symlink() and not path.exists():
+            return candidate
+        if is_regular(path) and path.stat().st_size == content.stat().st_size:
+            digest = digest or _digest(content)
+            if _digest(path) == digest:
+                return candidate
+    raise OutputError(f"{_MOST_COPIES:,} files have the name {name!r} already; rename it")
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _newest_first(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file()]
+    return [entry.name for entry in sorted(entries, key=lambda entry: -entry.stat().st_mtime)]
+
+
+def _bad(message: str) -> web.HTTPBadRequest:
+    return web.HTTPBadRequest(text=json.dumps({"error": message}), content_type="application/json")

@@ -1,0 +1,125 @@
+"""Files that requests name: found within a folder by their real path, sent so that a browser runs none of them.
+
+A folder itself may be a link (an input folder on another disk); a link inside it that leads out of it is refused, as
+its name does not say where it leads. What a browser would run or render as a page is sent as a download.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import re
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+from aiohttp import web
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.files import is_regular
+from lorasmith.core.folders import MAX_STEM_BYTES
+
+__all__ = ["BadNameError", "OutsideError", "contained", "find_contained", "safe_name", "send_file", "written"]
+
+
+class OutsideError(LorasmithError):
+    """A name leaves its folder, or no file can have it."""
+
+
+class BadNameError(LorasmithError):
+    """A new file cannot have a name."""
+
+
+def contained(folder: Path, *names: str) -> Path:
+    """The real path of `names` below `folder`; it need not exist.
+
+    Raises:
+        OutsideError: a name is absolute, has `..`, a drive, a stream or a zero byte, or a link leads out of the folder.
+    """
+    parts = [part for name in names for part in PurePosixPath(name.replace("\\", "/")).parts]
+    refused = "\0" in "".join(parts) or any(part in ("..", "/") or ":" in part for part in parts)
+    if refused or any(name.startswith(("/", "\\")) for name in names):
+        raise OutsideError(f"a name must stay inside its folder, got {'/'.join(names)!r}; use a relative name")
+    try:
+        root = folder.resolve()
+        path = root.joinpath(*parts).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutsideError(f"no file can have the name {'/'.join(names)!r}") from error
+    if path != root and root not in path.parents:
+        raise OutsideError(f"a name must stay inside its folder, but {'/'.join(names)!r} is a link out of it")
+    return path
+
+
+def find_contained(folders: Iterable[Path], *names: str) -> Path | None:
+    """The first regular file of `names` below one of `folders`; None if there is none. Raises OutsideError."""
+    found = (contained(folder, *names) for folder in folders)
+    return next((path for path in found if is_regular(path)), None)
+
+
+def safe_name(name: str) -> str:
+    """The last part of a file's name from elsewhere.
+
+    Raises:
+        BadNameError: the name is empty, hidden, too long, reserved or has characters that not every system takes.
+    """
+    last = name.replace("\\", "/").rpartition("/")[2].strip()
+    stem = last.partition(".")[0].casefold()
+    bad = not last or last.startswith(".") or last.endswith((".", " ")) or len(last.encode(errors="replace")) > 250
+    if bad or _NOT_IN_NAMES.search(last) or stem in _RESERVED or len(stem.encode(errors="replace")) > MAX_STEM_BYTES:
+        raise BadNameError(f"a file cannot have the name {last!r}; use letters, digits, spaces, - and _")
+    return last
+
+
+def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -> web.FileResponse:
+    """The answer that sends a file; ranges, conditions and large files are aiohttp's.
+
+    Args:
+        path: the file, from `contained`.
+        name: of the file in the browser; by default its own.
+        cache: value of `Cache-Control`.
+    """
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    inline = kind in _SHOWN
+    shown = name or path.name
+    plain = re.sub(r'[^\x20-\x7e]|["\\]', "_", shown)
+    disposition = f'{"inline" if inline else "attachment"}; filename="{plain}"'
+    if plain != shown:
+        disposition += f"; filename*=UTF-8''{quote(shown.encode(errors='replace'))}"
+    headers = {
+        "Content-Disposition": disposition,
+        "Content-Type": kind if inline else "application/octet-stream",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Cache-Control": cache,
+    }
+    return web.FileResponse(path, headers=headers)
+
+
+async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> int:
+    """Write what arrives to `path`, and return its size in bytes.
+
+    Raises:
+        web.HTTPRequestEntityTooLarge: more than `at_most` bytes arrived.
+        OSError: the file cannot be written.
+    """
+    size = 0
+    with path.open("wb") as file:
+        async for chunk in chunks:
+            size += len(chunk)
+            if size > at_most:
+                raise web.HTTPRequestEntityTooLarge(at_most, size)
+            file.write(chunk)
+    return size
+
+
+_SHOWN = frozenset(
+    (
+        *("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "image/bmp", "image/x-ms-bmp"),
+        *("video/mp4", "video/webm", "video/quicktime", "video/x-matroska"),
+        *("audio/mpeg", "audio/flac", "audio/x-flac", "audio/ogg", "audio/wav", "audio/x-wav", "audio/mp4"),
+    )
+)
+"""Types that a browser shows and never runs; SVG is a page."""
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
+_RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(1, 10))))
+
+for _kind, _suffix in (("image/webp", ".webp"), ("image/avif", ".avif"), ("video/webm", ".webm")):
+    mimetypes.add_type(_kind, _suffix)  # older systems' tables lack them

@@ -1,0 +1,154 @@
+"""Questions about nodes, prompts, and the files that graphs use."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.folders import Folders
+from lorasmith.core.registry import Registry
+from lorasmith.server.comfyui.node_pages import node_page
+from lorasmith.server.comfyui.prompt_answers import answer_to
+from lorasmith.server.questions.question_registry import question
+from lorasmith.workflow.editor_format import prompt_of_editor
+from lorasmith.workflow.node import Node
+from lorasmith.workflow.object_info import object_info as definition
+
+__all__ = [
+    "check_prompt",
+    "file_metadata",
+    "masked_picture",
+    "node_documentation",
+    "object_info",
+    "picture",
+    "prompt_of_workflow",
+]
+
+_LONGEST_SIDE = 16_384
+
+
+@question
+def object_info(folders: Folders, *, node: str | None = None) -> bytes:
+    """Definitions of all nodes, or of one, by class; empty for an unknown class. As JSON text."""
+    known = _nodes()
+    one_or_none = [known[node]] if node is not None and node in known else []
+    found = [one for _, one in known.items()] if node is None else one_or_none
+    return json.dumps({node or one.id: definition(one, folders) for one in found}).encode()
+
+
+@question
+def check_prompt(folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None) -> dict[str, Any]:
+    """Check a prompt: `{outputs, error, node_errors, warnings}`, as `PromptAnswer` has them."""
+    answer = answer_to(prompt, folders, nodes=_nodes(), targets=targets)
+    return {
+        "outputs": list(answer.outputs),
+        "error": answer.error,
+        "node_errors": answer.node_errors,
+        "warnings": list(answer.warnings),
+    }
+
+
+@question
+def prompt_of_workflow(folders: Folders, *, workflow: dict[str, Any]) -> dict[str, Any]:
+    """The prompt of a graph in the editor's format. Raises GraphError."""
+    return prompt_of_editor(workflow, nodes=_nodes())
+
+
+@question
+def node_documentation(folders: Folders, *, node: str) -> str | None:
+    """The page about a node in markdown; None for an unknown class."""
+    known = _nodes()
+    return node_page(known[node]) if node in known else None
+
+
+@question
+def file_metadata(folders: Folders, *, kind: str, name: str) -> dict[str, str] | None:
+    """The metadata in the header of a model file of `kind`; None if it has none. Raises ModelError."""
+    from lorasmith.formats.container import check_safetensors
+
+    return check_safetensors(folders.find(kind, name), ModelError).metadata or None
+
+
+@question
+def picture(
+    folders: Folders,
+    *,
+    path: str,
+    channel: Literal["rgba", "rgb", "a"] = "rgba",
+    format: Literal["png", "webp", "jpeg"] = "png",
+    quality: int = 90,
+) -> bytes:
+    """A picture, or one of its channels, in a format.
+
+    Args:
+        folders: unused.
+        path: of the file.
+        channel: `a` for the transparency alone, `rgb` for the colours without it.
+        format: of the result.
+        quality: from 1 to 100.
+    """
+    from lorasmith.data.image_files import open_image
+
+    image = _pixels(Path(path)) if channel != "rgb" else open_image(Path(path))
+    if channel == "a":
+        image = _transparency(image)
+    elif format == "jpeg":
+        image = image.convert("RGB")
+    return _encoded(image, format, quality)
+
+
+@question
+def masked_picture(folders: Folders, *, original: str, mask: str) -> bytes:
+    """The picture `original` with the transparency of the picture `mask`, as PNG with the original's metadata."""
+    from PIL.PngImagePlugin import PngInfo
+
+    image, shape = _pixels(Path(original)), _pixels(Path(mask)).convert("RGBA")
+    if shape.size != image.size:
+        sizes = [f"{width}×{height}" for width, height in (image.size, shape.size)]
+        raise DataError(f"a mask must have the size of its picture, {sizes[0]}, got {sizes[1]}; draw it again")
+    texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    image = image.convert("RGBA")
+    image.putalpha(shape.getchannel("A"))
+    metadata = PngInfo()
+    for key, value in texts.items():
+        metadata.add_text(key, value)
+    result = io.BytesIO()
+    image.save(result, "PNG", pnginfo=metadata, compress_level=4)
+    return result.getvalue()
+
+
+def _pixels(path: Path) -> Any:
+    """The picture of a file with its transparency. Raises DataError for what is none."""
+    from lorasmith.data.image_files import open_original
+
+    image, _ = open_original(path)
+    if max(image.size) > _LONGEST_SIDE:
+        raise DataError(f"a picture must have sides of at most {_LONGEST_SIDE:,} pixels, got {image.size}; scale it")
+    return image
+
+
+def _transparency(image: Any) -> Any:
+    from PIL import Image
+
+    alpha = image.getchannel("A") if "A" in image.getbands() else Image.new("L", image.size, 255)
+    shown = Image.new("RGBA", image.size)
+    shown.putalpha(alpha)
+    return shown
+
+
+def _encoded(image: Any, format: str, quality: int) -> bytes:
+    if image.mode not in ("RGB", "RGBA", "L"):
+        image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+    result = io.BytesIO()
+    options = {} if format == "png" else {"quality": min(100, max(1, quality))}
+    image.save(result, format, **options)
+    return result.getvalue()
+
+
+def _nodes() -> Registry[Node]:
+    from lorasmith.nodes import load_nodes
+
+    return load_nodes()

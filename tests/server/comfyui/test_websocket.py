@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from lorasmith.server.comfyui import websocket
+from lorasmith.server.jobs import Job
+from tests.server.fake_server import GOOD, Played, serving
+
+JPEG, PNG = b"\xff\xd8\xffsome", b"\x89PNGsome"
+UI = {"images": [{"filename": "a.png", "subfolder": "", "type": "output"}]}
+FLAGS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Played, client: str | None = "me") -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    path = "/ws" if client is None else f"/ws?clientId={client}"
+    async with server.http.ws_connect(path) as socket:
+        yield socket
+
+
+async def read(socket: aiohttp.ClientWebSocketResponse, count: int) -> list[Any]:
+    """The next messages; binary ones as bytes."""
+    found = []
+    async with asyncio.timeout(5):
+        while len(found) < count:
+            received = await socket.receive()
+            assert received.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY), received
+            found.append(json.loads(received.data) if received.type is aiohttp.WSMsgType.TEXT else received.data)
+    return found
+
+
+async def read_until(socket: aiohttp.ClientWebSocketResponse, kind: str) -> list[Any]:
+    found: list[Any] = []
+    while not found or not isinstance(found[-1], dict) or found[-1]["type"] != kind:
+        found += await read(socket, 1)
+    return found
+
+
+async def queue(server: Played, client: str | None = "me") -> None:
+    await server.post("/prompt", {"prompt": GOOD, **({} if client is None else {"client_id": client})})
+
+
+def play(server: Played, *, picture: bytes | None = JPEG, cached: bool = False) -> Job:
+    """A run of the queued prompt, as its worker reports it; returns the running job."""
+    job = server.start()
+    server.event(job, "ExecutionStarted", order=["1", "2"], cached=["1"] if cached else [])
+    if cached:
+        server.event(job, "NodeCached", node_id="1", ui=UI)
+    else:
+        server.event(job, "NodeStarted", node_id="1", title="Number")
+        server.event(job, "NodeProgress", node_id="1", value=1, maximum=2, text="loss 0.5", picture=picture)
+        server.event(job, "NodeFinished", node_id="1", ui={})
+    server.event(job, "NodeStarted", node_id="2", title="Show")
+    server.event(job, "NodeFinished", node_id="2", ui=UI)
+    return job
+
+
+def names(messages: list[Any]) -> list[str]:
+    return [one["type"] if isinstance(one, dict) else "binary" for one in messages]
+
+
+def test_the_messages_of_a_run_come_in_the_protocols_order(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            (greeting,) = await read(socket, 1)
+            assert greeting == {
+                "type": "status",
+                "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "me"},
+            }
+            await queue(server)
+            job = play(server)
+            server.finish(job, outputs={"2": UI})
+            found = await read_until(socket, "execution_success") + await read(socket, 2)
+            assert [one for one in names(found) if one != "status"] == [
+                *("execution_start", "execution_cached", "progress_state", "executing", "progress", "progress_state"),
+                *("progress_state", "progress_state", "executing", "executed", "progress_state"),
+                *("execution_success", "executing"),
+            ]
+            assert names(found)[-3:] == ["execution_success", "status", "executing"]
+            assert found[-1]["data"] == {"node": None, "prompt_id": job.id}
+            assert found[-2]["data"]["status"]["exec_info"]["queue_remaining"] == 0
+            by_name = {one["type"]: one["data"] for one in found}
+            assert by_name["executed"] == {"node": "2", "display_node": "2", "output": UI, "prompt_id": job.id}
+            assert by_name["progress"] == {"value": 1, "max": 2, "prompt_id": job.id, "node": "1"}
+            assert by_name["execution_start"]["prompt_id"] == job.id
+            assert by_name["execution_success"]["timestamp"] > 10**12
+            states = by_name["progress_state"]
+            assert states["prompt_id"] == job.id
+            assert states["nodes"]["1"] == {
+                "value": 2,
+                "max": 2,
+                "state": "finished",
+                "node_id": "1",
+                "prompt_id": job.id,
+                "display_node_id": "1",
+                "parent_node_id": None,
+                "real_node_id": "1",
+            }
+
+    asyncio.run(main())
+
+
+def test_history_is_there_when_the_ending_message_comes(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server)
+            job = play(server)
+            server.finish(job, outputs={"2": UI})
+            await read_until(socket, "execution_success")
+            assert (await server.get(f"/history/{job.id}"))[job.id]["outputs"] == {"2": UI}
+
+    asyncio.run(main())
+
+
+def test_binary_frames_go_only_to_clients_that_sent_their_flags(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server)
+            server.finish(play(server))
+            assert "binary" not in names(await read_until(socket, "execution_success"))
+
+    asyncio.run(main())
+
+
+def test_previews_are_in_the_form_that_the_client_knows(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for data, picture in ((FLAGS["data"], PNG), ({}, PNG), ({}, JPEG)):
+                async with connected(server) as socket:
+                    await socket.send_json({"type": "feature_flags", "data": data})
+                    (answer,) = (await read_until(socket, "feature_flags"))[-1:]
+                    assert answer["data"]["supports_preview_metadata"] is True
+                    assert answer["data"]["max_upload_size"] > 2**20
+                    await queue(server)
+                    job = play(server, picture=picture)
+                    server.finish(job)
+                    text, preview = [
+                        one for one in await read_until(socket, "execution_success") if isinstance(one, bytes)
+                    ]
+                    assert text == struct.pack(">II", 3, 1) + b"1" + b"loss 0.5"
+                    if data:
+                        kind, length = struct.unpack(">II", preview[:8])
+                        metadata = json.loads(preview[8 : 8 + length])
+                        assert kind == 4
+                        assert preview[8 + length :] == picture
+                        assert metadata == {
+                            "node_id": "1",
+                            "prompt_id": job.id,
+                            "display_node_id": "1",
+                            "parent_node_id": None,
+                            "real_node_id": "1",
+                            "image_type": "image/png",
+                        }
+                    else:
+                        assert preview == struct.pack(">II", 1, 2 if picture == PNG else 1) + picture
+
+    asyncio.run(main())
+
+
+def test_cached_outputs_are_sent_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server)
+            server.finish(play(server, cached=True))
+            found = await read_until(socket, "execution_success")
+            (cached,) = [one["data"] for one in found if one["type"] == "execution_cached"]
+            assert cached["nodes"] == ["1"]
+            assert [one["data"]["node"] for one in found if one["type"] == "executed"] == ["1", "2"]
+
+    asyncio.run(main())
+
+
+def test_a_failure_names_its_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server)
+            job = play(server)
+            error = {
+                "kind": "NodeError",
+                "message": "no memory",
+                "node_id": "2",
+                "node_type": "Show",
+                "executed": ["1"],
+            }
+            server.finish(job, "failed", error=error)
+            found = await read_until(socket, "execution_error")
+            data = found[-1]["data"]
+            assert (data["node_id"], data["node_type"], data["executed"]) == ("2", "Show", ["1"])
+            assert (data["exception_message"], data["exception_type"]) == ("no memory", "NodeError")
+            assert {"traceback", "current_inputs", "current_outputs"} <= data.keys()
+            assert names(await read(socket, 2)) == ["status", "executing"]
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_run_is_interrupted(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server)
+            job = play(server)
+            server.finish(job, "cancelled", error={"node_id": "2", "node_type": "Show", "executed": ["1"]})
+            data = (await read_until(socket, "execution_interrupted"))[-1]["data"]
+            assert (data["node_id"], data["node_type"], data["executed"]) == ("2", "Show", ["1"])
+            assert (await server.get(f"/history/{job.id}"))[job.id]["status"]["status_str"] == "error"
+
+    asyncio.run(main())
+
+
+def test_messages_of_a_job_go_to_its_client_and_the_queue_to_all(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as own, connected(server, "other") as other:
+            await queue(server)
+            server.finish(play(server))
+            await read_until(own, "execution_success")
+            await queue(server, "other")
+            server.finish(play(server))
+            found = await read_until(other, "execution_start")
+            assert {*names(found)} == {"status", "execution_start"}
+
+    asyncio.run(main())
+
+
+def test_all_see_the_progress_of_a_job_without_a_client(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server, None)
+            server.finish(play(server))
+            found = await read_until(socket, "progress")
+            assert {*names(found)} == {"status", "progress_state", "progress"}
+
+    asyncio.run(main())
+
+
+def test_a_client_that_connects_again_learns_the_running_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await queue(server)
+            job = server.start()
+            server.event(job, "NodeStarted", node_id="2", title="Show")
+            async with connected(server) as socket:
+                status, executing = await read(socket, 2)
+                assert status["data"]["sid"] == "me"
+                assert executing["type"] == "executing"
+                assert executing["data"]["node"] == "2"
+            async with connected(server, "other") as socket:
+                await read(socket, 1)
+                server.finish(job)
+                assert names(await read(socket, 1)) == ["status"]
+
+    asyncio.run(main())
+
+
+def test_a_client_has_one_connection(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as older:
+            await read(older, 1)
+            async with connected(server) as newer:
+                await read(newer, 1)
+                async with asyncio.timeout(5):
+                    assert (await older.receive()).type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+                await queue(server)
+                assert names(await read(newer, 1)) == ["status"]
+
+    asyncio.run(main())
+
+
+def test_a_client_without_an_id_gets_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server, None) as socket:
+            (greeting,) = await read(socket, 1)
+            assert len(greeting["data"]["sid"]) == 32
+
+    asyncio.run(main())
+
+
+def test_what_a_client_sends_breaks_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await read(socket, 1)
+            for text in ("{", "[]", '"x"', '{"type": 5}', '{"type": "feature_flags", "data": 7}'):
+                await socket.send_str(text)
+            await socket.send_bytes(b"\xff\xff")
+            await queue(server)
+            assert names(await read(socket, 1)) == ["status"]
+
+    asyncio.run(main())
+
+
+def test_reports_of_a_training_node_reach_its_client(tmp_path: Path) -> None:
+    from lorasmith.server.hub import Notice
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await queue(server)
+            job = server.start()
+            report = {"event": "StepDone", "step": 3, "loss": 0.5}
+            for data in ({**report, "node_id": "1"}, report):  # the second is of no node
+                server.context.hub.publish(Notice(kind="training", job_id=job.id, data=data, client_id="me"))
+            server.finish(job)
+            found = await read_until(socket, "execution_success")
+            (message,) = [one["data"] for one in found if one["type"] == "lorasmith.training"]
+            assert message == {"prompt_id": job.id, "node": "1", "node_id": "1", **report}
+
+    asyncio.run(main())
+
+
+def test_the_log_goes_to_those_who_subscribed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await read(socket, 1)
+            server.context.log.add("worker", "first")
+            await server.send("PATCH", "/internal/logs/subscribe", json={"clientId": "me", "enabled": True})
+            server.context.log.add("worker", "second")
+            (message,) = await read(socket, 1)
+            assert [one["m"] for one in message["data"]["entries"]] == ["second\n"]
+            await server.send("PATCH", "/internal/logs/subscribe", json={"clientId": "me"}, status=400)
+            await server.send("PATCH", "/internal/logs/subscribe", json={"clientId": "none", "enabled": True})
+
+    asyncio.run(main())
+
+
+def test_a_client_that_never_reads_is_cut_off(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(websocket, "_SEND_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await read(socket, 1)
+            await queue(server)
+            job = server.start()
+            big = {"text": ["x" * 2**20]}
+            for _ in range(100):
+                server.event(job, "NodeFinished", node_id="2", ui=big)
+            async with asyncio.timeout(10):
+                while server_sockets(server):
+                    await asyncio.sleep(0.02)
+            await queue(server, None)  # the others are served on
+
+    def server_sockets(server: Played) -> list[Any]:
+        return [one.socket for one in websocket_of(server)._connections.values()]
+
+    asyncio.run(main())
+
+
+def websocket_of(server: Played) -> websocket.Sockets:
+    """The connections of a server, from the handler of its route."""
+    (route,) = [one for one in server.app.router.routes() if one.resource and one.resource.canonical == "/ws"][:1]
+    found = route.handler.__wrapped__.__self__  # type: ignore[union-attr]
+    assert isinstance(found, websocket.Sockets)
+    return found
