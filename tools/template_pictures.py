@@ -2,8 +2,9 @@
 
     python -m tools.template_pictures FOLDER
 
-The examples that need no other model are run in FOLDER, which takes minutes. The cards of the others show the pictures
-that they train on, with the name of the model family. Written are `server/editor/templates/<name>-1.webp`.
+The examples that need no other model are run in FOLDER, a base folder for each, unless their pictures are there; that
+takes minutes. The cards of the others show the pictures that they train on, with the name of the model family. Written
+are `server/editor/templates/<name>-1.webp`.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ def _drawn(one: Template, folder: Path) -> Image.Image:
     foxes = [Image.open(path) for path in sorted((ASSETS / "input" / "fox").glob("*.png"))]
     if one.example.needs:
         return family_card(one.title, foxes)
-    made = run_workflow(f"example:{one.name}", base_dir=folder / one.name, progress=False).files
-    pictures = [Image.open(path) for path in made if path.suffix == ".png"]
+    base = folder / one.name
+    if not (base / "output").exists():
+        run_workflow(f"example:{one.name}", base_dir=base, progress=False)
+    pictures = [Image.open(path) for place in ("output", "temp") for path in sorted((base / place).glob("*.png"))]
     plots = [picture for picture in pictures if picture.width > picture.height]
     squares = [picture for picture in pictures if picture.width == picture.height]
     match one.name:

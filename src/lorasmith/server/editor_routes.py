@@ -7,14 +7,14 @@ package is under GPL-3.0: nothing of it is in this one, and it is served as it i
 
 from __future__ import annotations
 
-import mimetypes
 from html import escape
 from pathlib import Path
 
 from aiohttp import web
 
+from lorasmith.core.files import is_regular
 from lorasmith.server.comfyui.editor_files import editor_package
-from lorasmith.server.contained_files import OutsideError, find_contained
+from lorasmith.server.contained_files import OutsideError, find_contained, send_own_file
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["EditorPages", "routes"]
@@ -24,7 +24,7 @@ INSTALL = 'pip install "lorasmith[editor]"'
 
 def routes(context: ServerContext) -> list[web.RouteDef]:
     """The routes of the editor's own files."""
-    return EditorPages(editor_package()).routes()
+    return EditorPages(editor_package(), context.folders.base / "user" / "default" / "user.css").routes()
 
 
 class EditorPages:
@@ -32,16 +32,20 @@ class EditorPages:
 
     Args:
         package: folder of the editor's static files; None where it is not installed, and a page says so.
+        style: the user's own style sheet, which need not exist.
     """
 
-    def __init__(self, package: Path | None) -> None:
-        self._package = package
+    def __init__(self, package: Path | None, style: Path) -> None:
+        self._package, self._style_sheet = package, style
 
     def routes(self) -> list[web.RouteDef]:
         """All routes; what the protocol has below `/editor` is more specific than the last one."""
         return [
             web.get("/editor", self._redirect),
             web.get("/editor/", self._page),
+            # The page links both, and browsers log an error about a style sheet that is missing.
+            web.get("/editor/user.css", self._style),
+            web.get("/editor/api/userdata/user.css", self._style),
             # The editor asks for these pictures at the root, whatever its own address is.
             web.get("/assets/images/favicon_progress_16x16/{name}", self._progress_icon),
             web.get("/assets/favicon.ico", self._icon),
@@ -63,6 +67,11 @@ class EditorPages:
     async def _file(self, request: web.Request) -> web.StreamResponse:
         return self._send(request.match_info["path"])
 
+    async def _style(self, request: web.Request) -> web.StreamResponse:
+        if self._style_sheet.is_symlink() or not is_regular(self._style_sheet):
+            return web.Response(text="", content_type="text/css")
+        return send_own_file(self._style_sheet)
+
     async def _progress_icon(self, request: web.Request) -> web.StreamResponse:
         return self._send(f"assets/images/favicon_progress_16x16/{request.match_info['name']}")
 
@@ -70,32 +79,14 @@ class EditorPages:
         return self._send("assets/favicon.ico")
 
     def _send(self, name: str) -> web.StreamResponse:
-        if name == "user.css":  # the page links it, and the package has none
-            return web.Response(text="", content_type="text/css")
         try:
             path = find_contained([self._package], name) if self._package is not None else None
         except OutsideError:
             path = None
         if path is None:
             return web.Response(status=404, text="there is no such file\n")
-        # Systems' tables of types may be incomplete, and browsers refuse scripts and styles of another type.
-        kind = _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        return web.FileResponse(path, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
+        return send_own_file(path)
 
-
-_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".ico": "image/x-icon",
-    ".js": "text/javascript",
-    ".json": "application/json",
-    ".mjs": "text/javascript",
-    ".svg": "image/svg+xml",
-    ".wasm": "application/wasm",
-    ".webp": "image/webp",
-    ".woff": "font/woff",
-    ".woff2": "font/woff2",
-}
 
 _MISSING_PAGE = f"""<!doctype html>
 <html lang="en">

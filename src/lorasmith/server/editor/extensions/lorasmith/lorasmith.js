@@ -12,11 +12,13 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { defaultGraph } from "../../scripts/defaultGraph.js";
 
 const NODE_TYPE = "TrainLoraNode";
+const FIRST_TEMPLATE = "single_subject";
 const WIDGET = "lorasmith_training";
 const MESSAGE = "lorasmith.training";
-const HEIGHT = 236; // pixels of the widget
+const HEIGHT = 250; // pixels of the widget
 const MOST_POINTS = 4000; // of a curve in memory; beyond, every second one is dropped
 const SPEED_WINDOW = 40; // steps whose times give the speed
 const COLORS = { raw: "#7f9fc2", trend: "#4f9be8", heldOut: "#f08a3c", grid: "#7f7f7f55", text: "#9aa4ad" };
@@ -211,7 +213,7 @@ class Panel {
       color: "var(--input-text, #ddd)",
       font: "11px/1.35 Inter, system-ui, sans-serif",
     });
-    Object.assign(this.figures.style, { fontVariantNumeric: "tabular-nums", minHeight: "15px", flex: "none" });
+    Object.assign(this.figures.style, { fontVariantNumeric: "tabular-nums", minHeight: "30px", flex: "none" });
     Object.assign(this.canvas.style, { width: "100%", flex: "1 1 0", minHeight: "60px" });
     Object.assign(this.pictures.style, { display: "none", gap: "4px", height: "76px", flex: "none", overflow: "hidden" });
     Object.assign(this.foot.style, { display: "flex", gap: "8px", flex: "none", alignItems: "baseline" });
@@ -440,6 +442,16 @@ function isTuned(node) {
 
 app.registerExtension({
   name: "Lorasmith.Training",
+
+  // The graph that the editor opens when it has none, and as "Load default": its own needs models that are not here.
+  async init() {
+    try {
+      const answer = await fetch(api.fileURL(`/templates/${FIRST_TEMPLATE}.json`));
+      if (answer.ok) Object.assign(defaultGraph, await answer.json());
+    } catch (error) {
+      console.warn("Lorasmith: the first template is not available", error);
+    }
+  },
 
   setup() {
     api.addEventListener(MESSAGE, onTraining);
