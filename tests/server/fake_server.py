@@ -143,7 +143,7 @@ class Played:
                 client_id=job.client_id,
                 binary=picture,
                 droppable=droppable,
-            )  # fmt: skip
+            )
         )
 
     def finish(self, job: Job, state: JobState = "completed", **end: Any) -> Job:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.server.assistant import Assistant
+from lorasmith.server.graph_ends import graph_end
 from lorasmith.server.hub import Hub, Notice
 from lorasmith.server.jobs import Job, JobKind, JobState, JobStateError, JobStore, StoreError
 from lorasmith.server.log_book import LogBook
@@ -17,6 +18,8 @@ from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.worker_link import WorkerLink
 
 __all__ = ["Dispatcher"]
+
+_STOPPED = "the server was stopped while the job was running; continue it"
 
 _AGAIN_S = 5.0
 """Seconds between attempts to record the end of a job on a full disk."""
@@ -264,8 +267,10 @@ class Dispatcher:
         """The end of a job as its worker reports it."""
         state: JobState = head["state"]
         stop = self._stops.pop(job.id, None)
+        error = head.get("error")
         if state == "cancelled":
             state = stop or "interrupted"  # nobody asked: the worker was told to end
+            error = {"kind": "Interrupted", "message": _STOPPED} if state == "interrupted" else None
         if head.get("found") is not None:
             with self._logged():
                 self._store.set_measurement(head["found"]["subject"], head["found"]["values"])
@@ -274,7 +279,7 @@ class Dispatcher:
             {
                 "state": state,
                 "outputs": head.get("outputs") or {},
-                "error": head.get("error"),
+                "error": error,
                 "messages": head.get("messages") or [],
             },
             head.get("last"),
@@ -284,8 +289,12 @@ class Dispatcher:
         """The end of a job whose worker has ended."""
         state = self._stops.pop(job.id, "interrupted")
         message = f"the worker ended while the job was running: {why}; continue the job, the log is {self._config.log}"
-        error = {"kind": "WorkerEnded", "message": message}
-        self._record(job, {"state": state, "error": error if state == "interrupted" else None}, None)
+        error = {"kind": "WorkerEnded", "message": message} if state == "interrupted" else None
+        last, said = graph_end(job.id, error)
+        is_graph = job.kind == "graph"
+        self._record(
+            job, {"state": state, "error": error, "messages": [said] if is_graph else []}, last if is_graph else None
+        )
 
     def _record(self, job: Job, end: dict[str, Any], last: Mapping[str, Any] | None) -> None:
         """Record the end of a job, later if the disk is full; then the last notice about it is published."""
@@ -319,7 +328,7 @@ class Dispatcher:
             self._hub.publish(Notice(kind="queue", data={name: counts[name] for name in ("pending", "running")}))
 
     @contextlib.contextmanager
-    def _logged(self) -> Any:
+    def _logged(self) -> Iterator[None]:
         """What the database refuses inside is logged; the job goes on."""
         try:
             yield

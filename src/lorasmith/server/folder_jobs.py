@@ -25,12 +25,14 @@ from lorasmith.server.event_json import event_json
 from lorasmith.server.job_reporter import JobReporter
 from lorasmith.server.measurements import measurement_subject
 from lorasmith.training.config import settings_from_file
-from lorasmith.training.events import Event
+from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 from lorasmith.training.train import TrainResult
+from lorasmith.training.verdict import UNJUDGED
 
 __all__ = ["measure", "train"]
 
@@ -65,16 +67,17 @@ def train(
         LorasmithError: as `prepare` and `train_prepared`.
     """
     if before is not None and RunFolder(before).is_done:  # its end did not reach the server
-        return {"outputs": {"steps": None}}
+        return {"outputs": _found_before(before)}
     try:
         given = typed(request, RunFile)
     except ValueError as error:
         raise OptionError(f"{error}; correct the request") from error
     if given.model is None:
         raise OptionError("a training needs a model, got none; name one")
+    model = given.model
     # Each worker sees one GPU, whatever its number is.
     given = replace(given, device=given.device if given.device == "cpu" else None)
-    source, config = given.source(given.model), given.train_config({})
+    source, config = given.source(model), given.train_config({})
 
     def report(event: Event) -> None:
         reporter.training(event_json(event))
@@ -106,6 +109,18 @@ def _found(result: TrainResult) -> dict[str, Any]:
         "lora": None if result.path is None else result.path.name,
         "verdict": result.verdict,
         "reason": result.reason.value,
+    }
+
+
+def _found_before(folder: Path) -> dict[str, Any]:
+    """What a complete run found, from its folder."""
+    history = read_history(folder)
+    lora = folder / f"{history.record.title}.safetensors"
+    return {
+        "steps": len(history.steps()),
+        "lora": lora.name if lora.is_file() else None,
+        "verdict": next((one.verdict for one in reversed(history.of(Validated))), UNJUDGED),
+        "reason": None if history.outcome is None else history.outcome.value,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,12 +10,16 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
+from lorasmith.server.graph_ends import graph_end, history_message
 from lorasmith.server.job_reporter import JobReporter
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
 
 __all__ = ["GraphJob"]
+
+_LINES = 20
+"""Entries of a traceback that are kept."""
 
 
 class GraphJob:
@@ -39,7 +42,8 @@ class GraphJob:
         self._outputs: dict[str, Any] = {}
         self._messages: list[list[Any]] = []
         self._executed: list[str] = []
-        self._last: dict[str, Any] | None = None
+        self._node: dict[str, str] = {}
+        self._failure: dict[str, Any] = {}
 
     def run(
         self, id: str, request: Mapping[str, Any], *, reporter: JobReporter, cancel: threading.Event
@@ -65,19 +69,26 @@ class GraphJob:
             pnginfo = (request.get("extra_data") or {}).get("extra_pnginfo") or {}
             workflow = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
         self._executor.run(self._graph, workflow=workflow if isinstance(workflow, dict) else None, cancel=cancel)
-        return self._collected()
+        return {
+            "outputs": self._outputs,
+            "messages": [*self._messages, history_message(id, "execution_success")],
+            "last": {"kind": "graph", "data": {"event": "ExecutionFinished"}},
+        }
 
     def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
-        """What a graph that did not complete leaves; `end` has its `error`, to which the node is added."""
-        found = self._collected()
-        if self._last is not None and self._last["data"]["event"] == "ExecutionFailed":
-            data = self._last["data"]
-            node = {key: data[key] for key in ("node_id", "node_type", "executed", "traceback")}
-            found["error"] = {**node, **end["error"]}
-        return found
-
-    def _collected(self) -> dict[str, Any]:
-        return {"outputs": self._outputs, "messages": self._messages, "last": self._last}
+        """What a graph that did not complete leaves; `end` has its `state` and `error`, to which the node is added."""
+        error = end["error"]
+        if end["state"] == "failed":
+            error = {**error, **self._failure}
+        last, message = graph_end(
+            self._id, error if end["state"] == "failed" else None, **self._node, executed=self._executed
+        )
+        return {
+            "outputs": self._outputs,
+            "messages": [*self._messages, message],
+            "last": last,
+            "error": {**self._node, **error},
+        }
 
     def _hear(self, event: events.Event) -> None:
         assert self._reporter is not None
@@ -87,8 +98,10 @@ class GraphJob:
         data: dict[str, Any] = {"event": type(event).__name__}
         match event:
             case events.ExecutionStarted():
-                self._message("execution_start")
-                self._message("execution_cached", nodes=list(event.cached))
+                self._messages = [
+                    history_message(self._id, "execution_start"),
+                    history_message(self._id, "execution_cached", nodes=list(event.cached)),
+                ]
                 data |= {"order": list(event.order), "cached": list(event.cached)}
             case events.NodeProgress():
                 data |= {
@@ -105,48 +118,19 @@ class GraphJob:
                 if ui:
                     self._outputs[event.node_id] = ui
                 data |= {"node_id": event.node_id, "ui": ui}
-            case events.ExecutionFinished():
-                self._message("execution_success")
-                self._end(data)
-                return
-            case events.ExecutionFailed():
-                data |= self._node(event.node_id) | {
-                    "title": event.title,
-                    "kind": type(event.error).__name__,
-                    "message": str(event.error),
-                    "traceback": traceback.format_exception(event.error.__cause__ or event.error),
-                }
-                self._message(
-                    "execution_error",
-                    **self._node(event.node_id),
-                    exception_message=data["message"],
-                    exception_type=data["kind"],
-                    traceback=data["traceback"],
-                    current_inputs={},
-                    current_outputs=[],
-                )
-                self._end(data)
-                return
-            case events.ExecutionCancelled():
-                data |= self._node(event.node_id)
-                self._message("execution_interrupted", **self._node(event.node_id))
-                self._end(data)
+            case events.ExecutionFinished() | events.ExecutionFailed() | events.ExecutionCancelled():
+                self._end(event)
                 return
             case _:
                 data |= asdict(event)
         self._reporter.notice("graph", data)
 
-    def _node(self, node_id: str) -> dict[str, Any]:
-        member = None if self._graph is None else self._graph.nodes.get(node_id)
-        return {
-            "node_id": node_id,
-            "node_type": "" if member is None else member.node.id,
-            "executed": list(self._executed),
-        }
-
-    def _end(self, data: dict[str, Any]) -> None:
-        """The last event is sent with the end of the job, so that its history is there before."""
-        self._last = {"kind": "graph", "data": data}
-
-    def _message(self, event: str, **data: Any) -> None:
-        self._messages.append([event, {"prompt_id": self._id, **data, "timestamp": int(1000 * time.time())}])
+    def _end(self, event: events.ExecutionFinished | events.ExecutionFailed | events.ExecutionCancelled) -> None:
+        """Keep how it ended: the last event is sent with the end of the job, so that its history is there before."""
+        if isinstance(event, events.ExecutionFinished):
+            return
+        member = None if self._graph is None else self._graph.nodes.get(event.node_id)
+        self._node = {"node_id": event.node_id, "node_type": "" if member is None else member.node.id}
+        if isinstance(event, events.ExecutionFailed):
+            cause = event.error.__cause__ or event.error
+            self._failure = {"title": event.title, "traceback": traceback.format_exception(cause)[-_LINES:]}

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -19,6 +19,7 @@ from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.error_answers import errors_answered
 from lorasmith.server.hub import Hub
 from lorasmith.server.jobs import JobStore
 from lorasmith.server.log_book import LogBook
@@ -26,8 +27,6 @@ from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import CONTEXT, ServerContext
 
 __all__ = ["make_app", "running", "serve"]
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _TABLES = ("access", "api", "comfyui", "page", "editor")
 """Modules beside this one that may have `routes(context)`, and `middlewares(context)`, outermost first.
@@ -47,7 +46,7 @@ def make_app(context: ServerContext) -> web.Application:
         if importlib.util.find_spec(name) is not None
     ]
     middlewares = [one for table in tables for one in getattr(table, "middlewares", _none)(context)]
-    app = web.Application(middlewares=middlewares, client_max_size=_MOST_BODY_BYTES)
+    app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=_MOST_BODY_BYTES)
     app.on_response_prepare.extend(one for table in tables for one in getattr(table, "preparing", _none)(context))
     app[CONTEXT] = context
     routes = [one for table in tables for one in getattr(table, "routes", _none)(context)]
@@ -162,7 +161,7 @@ def _taken(config: ServerConfig) -> str:
 
 
 @contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Any:
+def _signals(stop: asyncio.Event) -> Iterator[None]:
     """Ctrl-C and SIGTERM set the event; Ctrl-C again is a KeyboardInterrupt."""
     loop = asyncio.get_running_loop()
 
@@ -171,7 +170,9 @@ def _signals(stop: asyncio.Event) -> Any:
             raise KeyboardInterrupt
         loop.call_soon_threadsafe(stop.set)
 
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
+    numbers: list[signal.Signals] = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform == "win32":
+        numbers.append(signal.SIGBREAK)
     previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield

@@ -24,9 +24,9 @@ class Notice:
     """Something that happened.
 
     Attributes:
-        kind: `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `graph`: an event
-            of `workflow.execution_events`, whose class is `data["event"]`. `training`: an event of training or of its
-            preparation, in the same way, with `node_id` inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
+        kind: `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `graph`: an
+            event of `workflow.execution_events`, whose class is `data["event"]`. `training`: an event of training or of
+            its preparation, likewise, with `node_id` inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
         job_id: of the job, if it is about one.
         data: JSON values.
         binary: an encoded picture (JPEG or PNG), such as a preview.

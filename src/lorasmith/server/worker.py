@@ -25,6 +25,8 @@ from lorasmith.server.channel import BlockingChannel, channel_of_child
 __all__ = ["main"]
 
 _LOCK_PAUSE_S = 0.1
+_MARGIN_S = 5.0
+_MODULE = "lorasmith.server.worker"
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     inbox = _Inbox(channel, grace_s=start["grace_s"])
     threading.Thread(target=_beat, args=(channel, start["beat_s"], inbox), daemon=True).start()
-    with _alone(Path(start["lock"]), channel, inbox) as is_alone:
+    with _alone(Path(start["lock"]), channel, inbox, grace_s=start["grace_s"]) as is_alone:
         if is_alone:
             channel.send({"type": "loading"})
             _work(channel, start, inbox)
@@ -153,9 +155,12 @@ def _beat(channel: BlockingChannel, seconds: float, inbox: _Inbox) -> None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, channel: BlockingChannel, inbox: _Inbox) -> Iterator[bool]:
-    """Inside the context, no other worker of this folder and number runs; yields False if the server went before."""
-    said = False
+def _alone(lock: Path, channel: BlockingChannel, inbox: _Inbox, *, grace_s: float) -> Iterator[bool]:
+    """Inside the context, no other worker of this folder and number runs; yields False if the server went before.
+
+    That of a server that has ended saves its run and ends; one that does not, within its grace, is ended.
+    """
+    note, since, said = lock.with_suffix(".pid"), time.monotonic(), False
     while not inbox.is_closed:
         with contextlib.ExitStack() as held:
             try:
@@ -164,13 +169,28 @@ def _alone(lock: Path, channel: BlockingChannel, inbox: _Inbox) -> Iterator[bool
                 if not str(error).startswith("locked"):
                     raise
             else:
+                with contextlib.suppress(OSError):  # a full disk
+                    note.write_text(str(os.getpid()))
                 yield True
                 return
         if not said:
             channel.send({"type": "waiting"})
             said = True
+        if time.monotonic() - since > grace_s + _MARGIN_S:
+            _end_other(note)
+            since = time.monotonic()
         time.sleep(_LOCK_PAUSE_S)
     yield False
+
+
+def _end_other(note: Path) -> None:
+    """Kill the worker whose process id is in a file, if it still is one."""
+    import psutil
+
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        other = psutil.Process(int(note.read_text()))
+        if _MODULE in other.cmdline():
+            other.kill()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Jobs:
         self._reporter = JobReporter(channel, self._base)
         self._graphs: GraphJob | None = None
         self._model = WarmModel()
+        self._finished: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
 
     def run(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Run a job; returns `outputs`, `messages` and the like.
@@ -48,8 +49,8 @@ class Jobs:
             CancelledError: it was cancelled, and has saved its run.
             LorasmithError: it failed.
         """
+        self._finished = _nothing
         request, folders = message["request"], Folders.load(self._base, extra_model_paths=self._extra)
-        self._finished: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda end: {}
         if self._cancel.is_set():
             raise CancelledError("the job was cancelled before it began")
         if message["kind"] == "graph":
@@ -111,3 +112,7 @@ class Jobs:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _nothing(end: Mapping[str, Any]) -> dict[str, Any]:
+    return {}

@@ -17,7 +17,8 @@ WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "bus
 """`waiting`: for the worker of a server that has ended, which still saves. `loading`: it imports torch. `gone`: its
 process has ended and is started again."""
 
-_LONGEST_PAUSE = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 60.0
+"""Seconds before a worker is started again; they double as long as it does not get ready."""
 
 
 class WorkerLink:
@@ -58,7 +59,7 @@ class WorkerLink:
         self._child: ChildProcess | None = None
         self._restart: asyncio.Task[None] | None = None
         self._is_stopping = False
-        self._pause = 1.0
+        self._pause = _FIRST_PAUSE
         self._asked_at: float | None = None
         self.device = dict(device)
         self.job: Job | None = None
@@ -148,7 +149,7 @@ class WorkerLink:
                 self.state = head["type"]
                 self._on_change()
             case "ready":
-                self._pause = 1.0
+                self._pause = _FIRST_PAUSE
                 self.device.update(head.get("device", {}))
                 self.state = "ready"
                 self._on_message(self, head, body)

@@ -4,8 +4,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from lorasmith.server.assistant import RefusedError
 from tests.server.fake_server import GOOD, serving
 
@@ -67,48 +65,49 @@ def test_a_body_is_json_whatever_its_type_says(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(
-    ("body", "kind"),
-    [
-        ({}, "no_prompt"),
-        ({"prompt": []}, "no_prompt"),
-        ({"prompt": GOOD, "prompt_id": "1"}, "invalid_prompt_id"),
-        ({"prompt": GOOD, "prompt_id": ID.upper()}, "invalid_prompt_id"),
-        ({"prompt": GOOD, "prompt_id": ID.replace("-", "")}, "invalid_prompt_id"),
-        ({"prompt": GOOD, "prompt_id": 5}, "invalid_prompt_id"),
-        ({"prompt": GOOD, "number": "first"}, "invalid_prompt"),
-        ({"prompt": GOOD, "partial_execution_targets": "2"}, "invalid_prompt"),
-        ({"prompt": GOOD, "partial_execution_targets": ["1"]}, "prompt_no_outputs"),
-        ({"prompt": GOOD, "extra_data": []}, "invalid_prompt"),
-        ({"prompt": GOOD, "extra_data": {"extra_pnginfo": "x"}}, "invalid_prompt"),
-        ({"prompt": {}}, "prompt_no_outputs"),
-        ({"prompt": {"1": GOOD["1"]}}, "prompt_no_outputs"),
-        ({"prompt": {"1": {"class_type": "Nothing", "inputs": {}}}}, "missing_node_type"),
-        (
-            {"prompt": GOOD | {"1": {"class_type": "Number", "inputs": {"value": 99}}}},
-            "prompt_outputs_failed_validation",
-        ),
-        ({"workflow": {"nodes": [{"id": 1}], "links": []}}, "invalid_prompt"),
-    ],
-)
-def test_what_cannot_run_is_refused_in_the_protocols_form(tmp_path: Path, body: dict[str, Any], kind: str) -> None:
+BAD = {"class_type": "Number", "inputs": {"value": 99}}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, "no_prompt"),
+    ({"prompt": []}, "no_prompt"),
+    ({"prompt": GOOD, "prompt_id": "1"}, "invalid_prompt_id"),
+    ({"prompt": GOOD, "prompt_id": ID.upper()}, "invalid_prompt_id"),
+    ({"prompt": GOOD, "prompt_id": ID.replace("-", "")}, "invalid_prompt_id"),
+    ({"prompt": GOOD, "prompt_id": 5}, "invalid_prompt_id"),
+    ({"prompt": GOOD, "number": "first"}, "invalid_prompt"),
+    ({"prompt": GOOD, "partial_execution_targets": "2"}, "invalid_prompt"),
+    ({"prompt": GOOD, "partial_execution_targets": ["1"]}, "prompt_no_outputs"),
+    ({"prompt": GOOD, "extra_data": []}, "invalid_prompt"),
+    ({"prompt": GOOD, "extra_data": {"extra_pnginfo": "x"}}, "invalid_prompt"),
+    ({"prompt": {}}, "prompt_no_outputs"),
+    ({"prompt": {"1": GOOD["1"]}}, "prompt_no_outputs"),
+    ({"prompt": {"1": {"class_type": "Nothing", "inputs": {}}}}, "missing_node_type"),
+    (
+        {"prompt": GOOD | {"1": {"class_type": "Number", "inputs": {"value": 99}}}},
+        "prompt_outputs_failed_validation",
+    ),
+    ({"workflow": {"nodes": [{"id": 1}], "links": []}}, "invalid_prompt"),
+]
+
+
+def test_what_cannot_run_is_refused_in_the_protocols_form(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
-            answer = await server.post("/prompt", body, status=400)
-            assert answer["error"]["type"] == kind
-            assert answer["error"].keys() == {"type", "message", "details", "extra_info"}
-            assert isinstance(answer["node_errors"], dict)
+            for body, kind in REFUSED:
+                answer = await server.post("/prompt", body, status=400)
+                assert answer["error"]["type"] == kind, body
+                assert answer["error"].keys() == {"type", "message", "details", "extra_info"}
+                assert isinstance(answer["node_errors"], dict)
             assert server.context.store.pending() == []
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b'{"prompt": NaN}', b'"text"', b"\xff", b"[" * 5000])
-def test_a_body_that_is_no_object_is_a_clean_400(tmp_path: Path, text: bytes) -> None:
+def test_a_body_that_is_no_object_is_a_clean_400(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
-            answer = await server.send("POST", "/prompt", data=text, status=400)
-            assert answer["error"].startswith("the body must be")
+            for text in (b"", b"{", b'{"prompt": NaN}', b'"text"', b"\xff", b"[" * 5000):
+                answer = await server.send("POST", "/prompt", data=text, status=400)
+                assert answer["error"].startswith("the body must be")
 
     asyncio.run(main())
 

@@ -4,8 +4,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.server.fake_server import GOOD, Played, serving
 
 UNKNOWN = "0b7a3c1e-5f0d-4f0e-9a53-1c7f0c4e2a11"
@@ -152,11 +150,11 @@ def test_jobs_have_status_times_and_what_to_show(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("query", ["status=done", "limit=0", "limit=x", "offset=x", "sort_by=name", "sort_order=up"])
-def test_queries_of_jobs_are_checked(tmp_path: Path, query: str) -> None:
+def test_queries_of_jobs_are_checked(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
-            assert "error" in await server.get(f"/api/jobs?{query}", status=400)
+            for query in ("status=done", "limit=0", "limit=x", "offset=x", "sort_by=name", "sort_order=up"):
+                assert "error" in await server.get(f"/api/jobs?{query}", status=400)
 
     asyncio.run(main())
 

@@ -11,9 +11,8 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.access import MAX_JSON_BYTES
-from lorasmith.server.assistant import RefusedError, UnavailableError
 from lorasmith.server.contained_files import OutsideError
-from lorasmith.server.jobs import StoreError
+from lorasmith.server.error_answers import status_of
 
 __all__ = ["answering", "number_in", "read_body", "read_json", "refused", "table"]
 
@@ -93,18 +92,10 @@ def number_in(request: web.Request, name: str, *, default: int | None = None, at
 
 
 def _status(error: LorasmithError) -> int:
-    match error:
-        case OutsideError():
-            return 403
-        case UnavailableError():
-            return 503
-        case StoreError():
-            return 507 if error.is_full else 503
-        case RefusedError(kind="InternalError"):
-            return 500
-        case OutputError() if "disk is full" in str(error):
-            return 507
-    return 400
+    if isinstance(error, OutsideError):
+        return 403
+    is_full = isinstance(error, OutputError) and "disk is full" in str(error)
+    return 507 if is_full else status_of(error)
 
 
 def _bad_request(message: str) -> web.HTTPBadRequest:

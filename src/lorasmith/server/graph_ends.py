@@ -1,0 +1,48 @@
+"""How a graph ends for ComfyUI's clients: its last event, and its last message in the history."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["graph_end", "history_message"]
+
+
+def history_message(job_id: str, event: str, **data: Any) -> list[Any]:
+    """A message of ComfyUI's history: `[event, {"prompt_id", ..., "timestamp"}]`."""
+    return [event, {"prompt_id": job_id, **data, "timestamp": int(1000 * time.time())}]
+
+
+def graph_end(
+    job_id: str,
+    error: Mapping[str, Any] | None,
+    *,
+    node_id: str = "",
+    node_type: str = "",
+    executed: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[Any]]:
+    """The notice with which a graph ends that did not complete, as `{"kind", "data"}`, and its message.
+
+    Args:
+        job_id: of the job.
+        error: `{kind, message, traceback}` of a failure; None if it was cancelled.
+        node_id, node_type: of the node at which it ended; empty if it was none.
+        executed: nodes that were executed before.
+    """
+    node = {"node_id": node_id, "node_type": node_type, "executed": list(executed)}
+    if error is None:
+        data = {"event": "ExecutionCancelled", **node}
+        return {"kind": "graph", "data": data}, history_message(job_id, "execution_interrupted", **node)
+    data = {"event": "ExecutionFailed", **node, "traceback": [], **error}
+    message = history_message(
+        job_id,
+        "execution_error",
+        **node,
+        exception_message=data["message"],
+        exception_type=data["kind"],
+        traceback=data["traceback"],
+        current_inputs={},
+        current_outputs=[],
+    )
+    return {"kind": "graph", "data": data}, message

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tests.server.fake_server import Played, serving
+
+PNG = b"\x89PNG\r\n\x1a\nsome"
+
+
+def put(path: Path, content: bytes = PNG) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+async def upload(server: Played, name: str = "a.png", content: bytes = PNG, *, status: int = 200, **fields: Any) -> Any:
+    form = aiohttp.FormData(quote_fields=False)
+    for key, value in fields.items():
+        form.add_field(key, value)
+    form.add_field("image", content, filename=name, content_type="image/png")
+    return await server.send("POST", "/upload/image", data=form, status=status)
+
+
+def test_files_are_sent_from_their_places(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            put(tmp_path / "output" / "sub" / "a.png", b"output")
+            put(tmp_path / "input" / "a.png", b"input")
+            put(tmp_path / "temp" / "a.png", b"temp")
+            for query, content in (
+                ("filename=a.png&subfolder=sub", "output"),
+                ("filename=sub/a.png&type=output", "output"),
+                ("filename=a.png&type=input", "input"),
+                ("filename=a.png [temp]&type=input", "temp"),
+                ("filename=a.png&type=temp&subfolder=", "temp"),
+            ):
+                async with server.http.get(f"/view?{query}") as answer:
+                    assert await answer.text() == content
+                    assert answer.content_type == "image/png"
+            await server.get("/view?filename=b.png", status=404)
+
+    asyncio.run(main())
+
+
+def test_built_in_pictures_are_inputs(tmp_path: Path) -> None:
+    from lorasmith.core.folders import ASSETS
+
+    picture = next(path for path in (ASSETS / "input").rglob("*.png"))
+    name = picture.relative_to(ASSETS / "input").as_posix()
+
+    async def main() -> None:
+        async with (
+            serving(tmp_path) as server,
+            server.http.get("/view", params={"filename": name, "type": "input"}) as answer,
+        ):
+            assert await answer.read() == picture.read_bytes()
+
+    asyncio.run(main())
+
+
+def test_what_a_browser_would_run_is_a_download(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for name in ("a.html", "a.svg", "a.js", "a.xhtml", "a.css", "a.xml", "a.txt", "a", "a.pdf"):
+                put(tmp_path / "output" / name, b"<script>alert(1)</script>")
+                async with server.http.get(f"/view?filename={name}") as answer:
+                    assert answer.status == 200
+                    assert answer.content_type == "application/octet-stream"
+                    assert answer.headers["Content-Disposition"].startswith("attachment")
+                    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                    assert "sandbox" in answer.headers["Content-Security-Policy"]
+
+    asyncio.run(main())
+
+
+OUTSIDE = [
+    "filename=../secret.txt",
+    "filename=..%2Fsecret.txt",
+    "filename=..\\secret.txt",
+    "filename=/etc/passwd",
+    "filename=C:\\secret.txt",
+    "filename=secret.txt&subfolder=..",
+    "filename=secret.txt&subfolder=../",
+    "filename=secret.txt&subfolder=/",
+    "filename=secret.txt&subfolder=sub/../..",
+    "filename=link.txt",
+    "filename=secret.txt&subfolder=folder",
+    "filename=a%00.png",
+    "filename=a.png&type=other",
+    "filename=a.png&type=../input",
+    "filename=../secret.txt [input]",
+    "filename=",
+    "",
+]
+
+
+def test_no_name_leads_out_of_its_folder(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    put(tmp_path / "secret.txt", b"secret")
+    put(base / "secret.txt", b"secret")
+    (base / "output" / "sub").mkdir(parents=True)
+    (base / "output" / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (base / "output" / "folder").symlink_to(tmp_path)
+
+    async def main() -> None:
+        async with serving(base) as server:
+            for query in OUTSIDE:
+                async with server.http.get(f"/view?{query}") as answer:
+                    assert answer.status in (400, 403), query
+                    assert (await answer.json()).keys() == {"error"}
+
+    asyncio.run(main())
+
+
+def test_a_place_that_is_a_link_itself_is_followed(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    put(tmp_path / "disk" / "a.png", b"there")
+    base.mkdir()
+    (base / "input").symlink_to(tmp_path / "disk")
+
+    async def main() -> None:
+        async with serving(base) as server:
+            async with server.http.get("/view?filename=a.png&type=input") as answer:
+                assert await answer.read() == b"there"
+            await upload(server, "b.png")
+            assert (tmp_path / "disk" / "b.png").read_bytes() == PNG
+
+    asyncio.run(main())
+
+
+def test_channels_and_previews_are_made_by_the_assistant(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            path = put(tmp_path / "output" / "a.png")
+            server.assistant.answers["picture"] = b"made"
+            for query, wanted, kind in (
+                ("preview=webp;90", {"channel": "rgba", "format": "webp", "quality": 90}, "image/webp"),
+                ("preview=jpeg;50", {"channel": "rgba", "format": "jpeg", "quality": 50}, "image/jpeg"),
+                ("preview=jpeg;50&channel=a", {"channel": "a", "format": "webp", "quality": 50}, "image/webp"),
+                ("preview=exe;x", {"channel": "rgba", "format": "webp", "quality": 90}, "image/webp"),
+                ("channel=rgb", {"channel": "rgb", "format": "png", "quality": 90}, "image/png"),
+                ("channel=a", {"channel": "a", "format": "png", "quality": 90}, "image/png"),
+            ):
+                async with server.http.get(f"/view?filename=a.png&{query}") as answer:
+                    assert (await answer.read(), answer.content_type) == (b"made", kind)
+                assert server.assistant.asked[-1] == ("picture", {"path": str(path), **wanted})
+
+    asyncio.run(main())
+
+
+def test_uploads_get_a_free_name_unless_they_are_the_same(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert await upload(server) == {"name": "a.png", "subfolder": "", "type": "input"}
+            assert (await upload(server))["name"] == "a.png"
+            assert (await upload(server, content=PNG + b"2"))["name"] == "a (1).png"
+            assert (await upload(server, content=PNG + b"3", overwrite="true"))["name"] == "a.png"
+            assert (tmp_path / "input" / "a.png").read_bytes() == PNG + b"3"
+            sub = await upload(server, subfolder="one/two", type="temp")
+            assert sub == {"name": "a.png", "subfolder": "one/two", "type": "temp"}
+            assert (tmp_path / "temp" / "one" / "two" / "a.png").read_bytes() == PNG
+            assert not any((tmp_path / "user" / "lorasmith" / "incoming").iterdir())
+            listed = await server.get("/internal/files/input")
+            assert {*listed} == {"a.png [input]", "a (1).png [input]"}
+
+    asyncio.run(main())
+
+
+REFUSED: list[tuple[str, dict[str, str], int]] = [
+    ("", {}, 400),
+    (".htaccess", {}, 400),
+    ("..", {}, 400),
+    ("con.png", {}, 400),
+    ("a\u202egnp.exe", {}, 400),
+    ("x" * 300, {}, 400),
+    ("a.png", {"type": "other"}, 400),
+    ("a.png", {"type": "../output"}, 400),
+    ("a.png", {"subfolder": "../.."}, 403),
+    ("a.png", {"subfolder": "link"}, 403),
+    ("a.png", {"subfolder": "one\0two"}, 403),
+]
+
+
+def test_uploads_to_elsewhere_are_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / "input").mkdir(parents=True)
+    (base / "input" / "link").symlink_to(tmp_path)
+
+    async def main() -> None:
+        async with serving(base) as server:
+            for name, fields, status in REFUSED:
+                await upload(server, name, status=status, **fields)
+            assert [path.name for path in (base / "input").iterdir()] == ["link"]
+            assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+    asyncio.run(main())
+
+
+def test_a_path_in_the_name_of_an_upload_is_left_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert (await upload(server, "../../b.png"))["name"] == "b.png"
+            assert (await upload(server, "C:\\pictures\\c.png"))["name"] == "c.png"
+
+    asyncio.run(main())
+
+
+def test_uploads_are_limited(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            handler = next(one for one in server.app.router.routes() if one.resource.canonical == "/upload/image")
+            handler.handler.__wrapped__.__self__._most_bytes = 1000
+            await upload(server, content=b"x" * 1000)
+            await upload(server, content=b"x" * 1001, status=413)
+            await upload(server, subfolder="x" * 30_000, status=413)
+            await server.post("/upload/image", {}, status=400)
+            await server.send("POST", "/upload/image", data={"image": "text"}, status=400)
+            form = aiohttp.FormData({"other": "x"}, default_to_multipart=True)
+            await server.send("POST", "/upload/image", data=form, status=400)
+            headers = {"Content-Type": "multipart/form-data"}
+            await server.send("POST", "/upload/image", data=b"broken", headers=headers, status=400)
+
+    asyncio.run(main())
+
+
+def test_a_mask_becomes_the_transparency_of_its_picture(tmp_path: Path) -> None:
+    import json
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            original = put(tmp_path / "input" / "a.png")
+            server.assistant.answers["masked_picture"] = b"masked"
+            for reference, status in (
+                ({"filename": "a.png", "subfolder": "", "type": "input"}, 200),
+                ({"filename": "b.png", "type": "input"}, 404),
+                ({"filename": "../../x.png"}, 400),
+                ([], 400),
+            ):
+                form = aiohttp.FormData({"original_ref": json.dumps(reference)}, default_to_multipart=True)
+                form.add_field("image", PNG, filename="mask.png")
+                answer = await server.send("POST", "/upload/mask", data=form, status=status)
+                if status == 200:
+                    assert answer == {"name": "mask.png", "subfolder": "", "type": "input"}
+                    assert (tmp_path / "input" / "mask.png").read_bytes() == b"masked"
+                    assert server.assistant.asked[-1][1]["original"] == str(original)
+
+    asyncio.run(main())
+
+
+def test_files_of_a_place_are_listed_newest_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert await server.get("/internal/files/output") == []
+            for name, at in (("old.png", 1000), ("new.png", 2000), (".hidden", 3000)):
+                os.utime(put(tmp_path / "output" / name), (at, at))
+            assert await server.get("/internal/files/output") == ["new.png [output]", "old.png [output]"]
+            await server.get("/internal/files/user", status=400)
+
+    asyncio.run(main())

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from tests.server.fake_server import serving
+
+FILE = "/userdata/workflows%2Fone.json"
+
+
+def test_workflows_are_written_read_listed_moved_and_set_aside(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await server.get("/userdata?dir=workflows", status=404)
+            await server.get("/userdata", status=400)
+            info = await server.send("POST", f"{FILE}?overwrite=false&full_info=true", data=b'{"a": 1}')
+            assert (info["path"], info["size"]) == ("workflows/one.json", 8)
+            assert info["modified"] > 10**12
+            await server.send("POST", f"{FILE}?overwrite=false", data=b"{}", status=409)
+            assert await server.send("POST", FILE, data=b"{}") == "workflows/one.json"
+            async with server.http.get(FILE) as answer:
+                assert await answer.read() == b"{}"
+                assert answer.headers["Content-Disposition"] == "attachment"
+            await server.send("POST", "/api/userdata/workflows%2Fsub%2Ftwo.json", data=b"2")
+            assert await server.get("/userdata?dir=workflows") == ["one.json"]
+            assert await server.get("/userdata?dir=workflows&recurse=true") == ["one.json", "sub/two.json"]
+            split = await server.get("/userdata?dir=workflows&recurse=true&split=true")
+            assert split == [["one.json", "one.json"], ["sub/two.json", "sub", "two.json"]]
+            full = await server.get("/userdata?dir=workflows&recurse=true&split=false&full_info=true")
+            assert [one["path"] for one in full] == ["one.json", "sub/two.json"]
+            moved = await server.send("POST", f"{FILE}/move/workflows%2Fthree.json?overwrite=false")
+            assert moved == "workflows/three.json"
+            await server.send("POST", f"{FILE}/move/x.json", status=404)
+            await server.send("POST", FILE, data=b"1")
+            await server.send("POST", f"{FILE}/move/workflows%2Fthree.json?overwrite=false", status=409)
+            await server.send("DELETE", FILE, status=204)
+            await server.send("DELETE", FILE, status=404)
+            removed = [path.read_bytes() for path in (tmp_path / "user" / "lorasmith" / "removed").iterdir()]
+            assert removed == [b"1"]
+            listed = await server.get("/v2/userdata?path=workflows")
+            assert [(one["path"], one["type"]) for one in listed] == [
+                ("workflows/sub", "directory"),
+                ("workflows/three.json", "file"),
+                ("workflows/sub/two.json", "file"),
+            ]
+
+    asyncio.run(main())
+
+
+OUTSIDE = ["..%2Fx.json", "%2Fetc%2Fx", "..%5Cx.json", "%252e%252e%252fx.json", "link%2Fx.json", "a%00b", "C:%5Cx"]
+
+
+def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / "user" / "default").mkdir(parents=True)
+    (base / "user" / "default" / "link").symlink_to(tmp_path)
+    before = sorted(path for path in tmp_path.rglob("*") if "lorasmith" not in path.parts)
+
+    async def main() -> None:
+        async with serving(base) as server:
+            for name in OUTSIDE:
+                await server.send("GET", f"/userdata/{name}", status=403)
+                await server.send("POST", f"/userdata/{name}", data=b"x", status=403)
+                await server.send("DELETE", f"/userdata/{name}", status=403)
+                await server.send("POST", f"/userdata/{name}/move/y.json", status=403)
+                await server.send("GET", f"/userdata?dir={name}", status=404 if "%25" in name else 403)
+            assert sorted(path for path in tmp_path.rglob("*") if "lorasmith" not in path.parts) == before
+
+    asyncio.run(main())
+
+
+def test_a_page_is_never_served_as_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await server.send("POST", "/userdata/x.html", data=b"<script>alert(1)</script>")
+            async with server.http.get("/userdata/x.html") as answer:
+                assert answer.content_type == "application/octet-stream"
+                assert answer.headers["Content-Disposition"] == "attachment"
+            await server.send("POST", "/userdata/user.css", data=b"body {}")
+            async with server.http.get("/userdata/user.css") as answer:
+                assert answer.content_type == "text/css"
+
+    asyncio.run(main())
+
+
+def test_settings_are_merged_and_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            first = await server.get("/settings")
+            assert first == {"Comfy.Notification.ShowVersionUpdates": False}
+            await server.post("/settings/Comfy.Locale", "en")
+            await server.post("/settings", {"a": [1], "b": None})
+            await server.send("POST", "/settings/c", data=b"true")
+            assert await server.get("/api/settings") == first | {"Comfy.Locale": "en", "a": [1], "b": None, "c": True}
+            assert await server.get("/settings/a") == [1]
+            assert await server.get("/settings/none") is None
+            await server.post("/settings", [], status=400)
+            await server.send("POST", "/settings/a", data=b"{", status=400)
+            saved = json.loads((tmp_path / "user" / "default" / "comfy.settings.json").read_text())
+            assert saved["c"] is True
+            (tmp_path / "user" / "default" / "comfy.settings.json").write_text("broken")
+            assert await server.get("/settings") == first
+
+    asyncio.run(main())
+
+
+def test_there_is_one_user(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert await server.get("/users") == {"storage": "server", "migrated": True}
+
+    asyncio.run(main())
+
+
+def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await server.send("POST", FILE, data=b"1")
+            await server.send("POST", "/userdata/workflows", data=b"1", status=400)
+            await server.send("POST", f"{FILE}/move/workflows", status=400)
+            await server.send("POST", "/userdata/workflows%2Fone.json%2Ftwo.json", data=b"1", status=400)
+            await server.send("DELETE", "/userdata/workflows", status=404)
+
+    asyncio.run(main())

@@ -1,0 +1,43 @@
+"""An assistant without torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from lorasmith.server.channel import channel_of_child
+
+
+def main() -> None:
+    channel = channel_of_child()
+    start, _ = channel.receive() or sys.exit(0)
+    channel.send({"type": "ready"})
+    while (message := channel.receive()) is not None:
+        head, _ = message
+        answer = {"type": "answer", "number": head["number"]}
+        given = head["arguments"]
+        match head["question"]:
+            case "echo":
+                channel.send({**answer, "result": given})
+            case "slow echo":
+                threading.Timer(0.3, channel.send, [{**answer, "result": given}]).start()
+            case "picture":
+                channel.send({**answer, "is_bytes": True}, b"\x00picture")
+            case "refuse":
+                error = {"kind": "GraphError", "message": "no such node", "details": ["node 1"]}
+                channel.send({**answer, "error": error})
+            case "die once":
+                note = Path(start["base"], "died")
+                if not note.exists():
+                    note.touch()
+                    os._exit(3)
+                channel.send({**answer, "result": "alive"})
+            case "die":
+                os._exit(3)
+            case "devices":
+                channel.send({**answer, "result": [{"name": "cpu", "title": "CPU", "memory_bytes": 1}]})
+
+
+main()

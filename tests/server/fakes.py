@@ -1,0 +1,89 @@
+"""Servers for tests, with child processes that import no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.folders import Folders
+from lorasmith.server.assistant import Assistant
+from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.hub import Hub
+from lorasmith.server.jobs import Job, JobStore
+from lorasmith.server.log_book import LogBook
+from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.server_context import ServerContext
+
+HERE = Path(__file__).parent
+CPU = {"name": "cpu", "title": "CPU", "memory_bytes": 1}
+
+
+def fake_config(base: Path, **settings: Any) -> ServerConfig:
+    """A config with fake child processes and short times."""
+    given: dict[str, Any] = {
+        "port": 0,
+        "devices": [CPU],
+        "silence_s": 30.0,
+        "grace_s": 5.0,
+        "worker_command": (sys.executable, str(HERE / "fake_worker.py")),
+        "assistant_command": (sys.executable, str(HERE / "fake_assistant.py")),
+    }
+    return ServerConfig(base=base, **given | settings)
+
+
+def fake_context(base: Path, **settings: Any) -> ServerContext:
+    """The parts of a server, none of them started."""
+    config, hub = fake_config(base, **settings), Hub()
+    log = LogBook(config.log, hub)
+    store = JobStore(config.folder / "jobs.sqlite3")
+    assistant = Assistant(config, on_line=lambda line: log.add("assistant", line))
+    return ServerContext(
+        config=config,
+        folders=Folders(base),
+        store=store,
+        dispatcher=Dispatcher(config, store, hub, assistant, log),
+        hub=hub,
+        assistant=assistant,
+        log=log,
+    )
+
+
+@contextlib.asynccontextmanager
+async def dispatching(base: Path, **settings: Any) -> AsyncIterator[ServerContext]:
+    """Parts of a server whose dispatcher works, with fake workers."""
+    context = fake_context(base, **settings)
+    await context.dispatcher.start()
+    try:
+        yield context
+    finally:
+        await context.dispatcher.stop()
+        context.store.close()
+
+
+async def until(condition: Callable[[], Any], *, seconds: float = 10.0) -> Any:
+    """Wait until a condition holds; returns its value."""
+    end = asyncio.get_running_loop().time() + seconds
+    while not (found := condition()):
+        assert asyncio.get_running_loop().time() < end, "it did not happen in time"
+        await asyncio.sleep(0.01)
+    return found
+
+
+async def ended(context: ServerContext, job: Job) -> Job:
+    """Wait until a job has ended."""
+    await until(lambda: context.store.get(job.id).state not in ("pending", "running"))
+    return context.store.get(job.id)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from lorasmith.server.access import Access, is_loopback
+from tests.server.fake_server import GOOD, Played, serving
+
+TOKEN = "a long secret"
+FOREIGN = "https://evil.example"
+
+
+def routes_of(server: Played) -> list[tuple[str, str]]:
+    """Method and an address of every route, with something in the place of each variable."""
+    found = []
+    for route in server.app.router.routes():
+        assert route.resource is not None
+        path = re.sub(r"\{[^}]*\}", "x", route.resource.canonical)
+        found.append(("GET" if route.method == "*" else route.method, path))
+    assert ("POST", "/prompt") in found
+    assert ("GET", "/editor/api/object_info") in found
+    return found
+
+
+async def status_of(server: Played, method: str, path: str, **options: Any) -> int:
+    async with server.http.request(method, path, allow_redirects=False, **options) as answer:
+        return answer.status
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8188", "localhost.evil.example", "192.168.1.5", "127.0.0.1@evil.example", ""]
+)
+def test_every_route_refuses_a_foreign_host(tmp_path: Path, host: str) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            # Its own Origin does not help a page whose name was made to point here.
+            headers = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+            paths = routes_of(server) if host == "evil.example" else [("GET", "/prompt"), ("POST", "/prompt")]
+            for method, path in paths:
+                assert await status_of(server, method, path, headers=headers) in (400, 403), (method, path)
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                await server.http.ws_connect("/ws", headers=headers)
+            assert server.context.store.pending() == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": FOREIGN},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://127.0.0.1"},
+        {"Origin": "file://"},
+        {"Origin": "http://127.0.0.1.evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_every_write_refuses_a_foreign_origin(tmp_path: Path, headers: dict[str, str]) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for method, path in routes_of(server) if headers == {"Origin": FOREIGN} else [("POST", "/prompt")]:
+                if method not in ("GET", "HEAD"):
+                    assert await status_of(server, method, path, headers=headers) == 403, (method, path)
+            for path in ("/ws", "/api/ws", "/editor/ws"):
+                with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                    await server.http.ws_connect(path, headers=headers)
+                assert caught.value.status == 403
+
+    asyncio.run(main())
+
+
+def test_a_page_of_this_server_and_programs_may_write(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for name in ("127.0.0.1", "localhost", "[::1]"):
+                headers = {"Host": f"{name}:{server.port}", "Origin": f"http://{name}:{server.port}"}
+                await server.post("/prompt", {"prompt": GOOD}, headers={**headers, "Sec-Fetch-Site": "same-origin"})
+            await server.post("/prompt", {"prompt": GOOD})
+            forwarded = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}
+            await server.post("/prompt", {"prompt": GOOD}, headers=forwarded)
+            async with server.http.ws_connect("/ws", headers=forwarded) as socket:
+                assert "status" in (await socket.receive()).data
+
+    asyncio.run(main())
+
+
+def test_every_route_needs_the_token(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN) as server:
+            for method, path in routes_of(server):
+                if path != "/lorasmith/login":
+                    assert await status_of(server, method, path) == 401, (method, path)
+                    assert await status_of(server, method, f"{path}?token=wrong") == 401, (method, path)
+            assert await status_of(server, "GET", "/nowhere") == 401
+
+    asyncio.run(main())
+
+
+def test_the_token_is_taken_from_each_place_where_clients_put_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN) as server:
+            basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()
+            for headers, status in (
+                ({"Authorization": f"Bearer {TOKEN}"}, 200),
+                ({"Authorization": f"bearer {TOKEN}"}, 200),
+                ({"Authorization": f"Basic {basic}"}, 200),
+                ({"Authorization": "Bearer wrong"}, 401),
+                ({"Authorization": "Basic !!!"}, 401),
+                ({"Authorization": f"Basic {base64.b64encode(b'me:wrong').decode()}"}, 401),
+                ({"Authorization": TOKEN}, 401),
+                ({"Cookie": f"lorasmith={TOKEN}"}, 401),
+            ):
+                assert await status_of(server, "GET", "/prompt", headers=headers) == status, headers
+            async with server.http.get("/prompt", params={"token": TOKEN}) as answer:
+                assert answer.status == 200
+                cookie = answer.cookies["lorasmith"]
+            assert cookie["httponly"]
+            assert cookie["samesite"] == "Strict"
+            assert TOKEN not in cookie.value
+            assert await status_of(server, "GET", "/prompt", headers={"Cookie": f"lorasmith={cookie.value}"}) == 200
+            async with server.http.ws_connect("/ws", params={"token": TOKEN}) as socket:
+                assert "status" in (await socket.receive()).data
+
+    asyncio.run(main())
+
+
+def test_a_browser_exchanges_the_token_for_a_cookie(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN) as server:
+            page = {"Accept": "text/html"}
+            async with server.http.get("/?a=1", params={"token": TOKEN}, headers=page, allow_redirects=False) as answer:
+                assert (answer.status, answer.headers["Location"]) == (303, "/?a=1")
+                assert "lorasmith" in answer.cookies
+            async with server.http.get("/", headers=page) as answer:
+                assert answer.status == 401
+                assert "<form" in await answer.text()
+            assert await status_of(server, "POST", "/lorasmith/login", data={"token": "wrong"}) == 401
+            assert (
+                await status_of(server, "POST", "/lorasmith/login", data={"token": TOKEN}, headers={"Origin": FOREIGN})
+                == 403
+            )
+            async with server.http.post("/lorasmith/login", data={"token": TOKEN}, allow_redirects=False) as answer:
+                assert answer.status == 303
+                assert "lorasmith" in answer.cookies
+
+    asyncio.run(main())
+
+
+def test_every_answer_has_the_headers_of_safety(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for method, path in (("GET", "/prompt"), ("GET", "/nowhere"), ("PUT", "/prompt"), ("POST", "/prompt")):
+                async with server.http.request(method, path) as answer:
+                    policy = answer.headers["Content-Security-Policy"]
+                    assert "default-src 'self'" in policy
+                    assert "frame-ancestors 'none'" in policy
+                    assert "http" not in policy
+                    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+                    assert "Access-Control-Allow-Origin" not in answer.headers
+
+    asyncio.run(main())
+
+
+def test_no_page_of_another_site_is_let_in_by_cors(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            headers = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
+            async with server.http.options("/prompt", headers=headers) as answer:
+                assert answer.status == 403
+                assert not any(name.startswith("Access-Control") for name in answer.headers)
+
+    asyncio.run(main())
+
+
+def test_secrets_are_in_no_answer_and_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN) as server:
+            headers = {"Authorization": f"Bearer {TOKEN}"}
+            for path in ("/system_stats", "/internal/logs", "/internal/logs/raw", "/settings", "/features"):
+                async with server.http.get(path, headers=headers) as answer:
+                    assert TOKEN not in await answer.text()
+            assert not any(TOKEN in path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
+
+    asyncio.run(main())
+    assert TOKEN not in caplog.text
+
+
+def test_bodies_are_limited(tmp_path: Path) -> None:
+    from lorasmith.server import access
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            headers = {"Content-Length": str(access.MAX_JSON_BYTES + 1)}
+
+            async def endless() -> Any:
+                for _ in range(access.MAX_JSON_BYTES // 2**20 + 2):
+                    yield b" " * 2**20
+
+            for path in ("/prompt", "/settings", "/userdata/x.json"):
+                async with server.http.post(path, data=endless()) as answer:
+                    assert answer.status == 413
+            del headers
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "known"),
+    [
+        ("127.0.0.1", "127.0.0.1:8188", True),
+        ("127.0.0.1", "LOCALHOST", True),
+        ("127.0.0.1", "localhost.", True),
+        ("127.0.0.1", "[::1]:8188", True),
+        ("127.0.0.1", "192.168.1.5", False),
+        ("0.0.0.0", "192.168.1.5:8188", True),
+        ("0.0.0.0", "evil.example", False),
+        ("0.0.0.0", "gpu.lan", False),
+        ("127.0.0.1", "gpu.lan", False),
+        ("gpu.lan", "gpu.lan:8188", True),
+        ("127.0.0.1", None, False),
+        ("127.0.0.1", "localhost:port", False),
+        ("127.0.0.1", "localhost/x", False),
+        ("127.0.0.1", "x@localhost", False),
+    ],
+)
+def test_known_hosts(listen: str, host: str | None, known: bool) -> None:
+    assert Access("token", listen).knows_host(host) is known
+
+
+def test_further_names_are_known() -> None:
+    assert Access("token", "0.0.0.0", frozenset({"gpu.lan"})).knows_host("gpu.lan:8188")
+
+
+def test_loopback_addresses() -> None:
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "gpu.lan")))

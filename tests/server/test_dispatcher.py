@@ -1,0 +1,257 @@
+"""Jobs reach workers, one each, and what happens to workers costs no job."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.server.hub import Notice, Subscription
+from lorasmith.server.jobs import Job, JobStateError, UnknownJobError
+from lorasmith.server.server_context import ServerContext
+from tests.server.fakes import CPU, dispatching, ended, fake_context, is_alive, until
+
+
+def run(base: Path, check: Callable[[ServerContext], Awaitable[None]], **settings: Any) -> None:
+    async def main() -> None:
+        async with dispatching(base, **settings) as context:
+            await check(context)
+
+    asyncio.run(main())
+
+
+def waiting(subscription: Subscription) -> list[Notice]:
+    return list(subscription._waiting)
+
+
+async def started(context: ServerContext, job: Job) -> Job:
+    await until(lambda: context.store.get(job.id).state == "running")
+    return context.store.get(job.id)
+
+
+def test_jobs_run_one_after_another_on_one_worker_and_are_reported(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        with context.hub.subscribe(kinds={"job", "queue", "training"}) as everything:
+            jobs = [context.dispatcher.submit("train", {"name": str(one)}, client_id="me") for one in range(3)]
+            steps = context.dispatcher.submit("train", {"do": "steps", "steps": 3}, front=True, client_id="other")
+            done = [await ended(context, job) for job in jobs]
+            notices = waiting(everything)
+        assert [job.state for job in done] == ["completed"] * 3
+        assert len({job.outputs["pid"] for job in done}) == 1
+        changes = [(one.job_id, one.data["state"]) for one in notices if one.kind == "job"]
+        assert changes[:4] == [(job.id, "pending") for job in (*jobs, steps)]
+        assert changes[4:] == [(job.id, state) for job in (steps, *jobs) for state in ("running", "completed")]
+        training = [one for one in notices if one.kind == "training"]
+        assert [one.data["step"] for one in training] == [0, 1, 2]
+        assert {(one.client_id, one.binary, one.droppable) for one in training} == {("other", b"picture", True)}
+        queues = [one.data for one in notices if one.kind == "queue"]
+        assert queues[3] == {"pending": 4, "running": 0} and queues[-1] == {"pending": 0, "running": 0}
+        assert any("this is printed, not sent, by cpu" in one["m"] for one in context.log.entries)
+        assert "this is printed" in context.config.log.read_text()
+
+    run(tmp_path, check)
+
+
+def test_stopping_pausing_and_continuing(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        dispatcher = context.dispatcher
+        first, second = (dispatcher.submit("train", {"do": "wait"}) for _ in range(2))
+        await started(context, first)
+        assert dispatcher.cancel(second.id, pause=True)
+        assert context.store.get(second.id).state == "paused"
+        assert not dispatcher.cancel("nowhere") and not dispatcher.cancel(second.id, pause=True)
+        with pytest.raises(JobStateError, match="is running"):
+            dispatcher.proceed(first.id)
+        assert dispatcher.cancel(first.id, pause=True)
+        paused = await ended(context, first)
+        assert (paused.state, paused.run, paused.error) == ("paused", "runs/x-001", None)
+        assert dispatcher.proceed(first.id).id == first.id
+        await started(context, first)
+        assert dispatcher.interrupt()
+        assert (await ended(context, first)).state == "cancelled"
+        assert context.store.get(first.id).attempts == 2
+        assert not dispatcher.interrupt()
+        dispatcher.proceed(second.id)
+        await started(context, second)
+        again = dispatcher.retry(first.id)
+        assert again.id != first.id and again.request == first.request and again.state == "pending"
+        assert dispatcher.cancel(again.id)
+        assert context.store.get(again.id).state == "cancelled"
+        with pytest.raises(UnknownJobError):
+            dispatcher.retry("nowhere")
+
+    run(tmp_path, check)
+
+
+def test_a_failed_graph_is_in_the_history_before_its_last_event(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        seen = []
+        with context.hub.subscribe(kinds={"graph"}) as graphs:
+            job = context.dispatcher.submit("graph", {"do": "fail"})
+            notice = await anext(graphs)
+            seen = [notice.data["event"], context.store.get(job.id).state]
+        assert seen == ["ExecutionFailed", "failed"]
+        assert context.store.get(job.id).error == {"kind": "NodeError", "message": "no"}
+
+    run(tmp_path, check)
+
+
+def test_a_worker_that_dies_costs_its_attempt_alone(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        dispatcher = context.dispatcher
+        with context.hub.subscribe(kinds={"graph"}) as graphs:
+            crashing, following = dispatcher.submit("graph", {"do": "crash"}), dispatcher.submit("train", {})
+            lost = await ended(context, crashing)
+            assert lost.state == "interrupted" and lost.error is not None
+            assert "exit status 3" in lost.error["message"] and str(context.config.log) in lost.error["message"]
+            assert [one.data["event"] for one in waiting(graphs)] == ["ExecutionFailed"]
+            assert [event for event, _ in lost.messages] == ["execution_error"]
+        assert (await ended(context, following)).state == "completed"
+        hanging = dispatcher.submit("train", {"do": "wait"})
+        await started(context, hanging)
+        (pid,) = dispatcher.worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        lost = await ended(context, hanging)
+        assert lost.state == "interrupted" and "SIGKILL" in str(lost.error)
+        dispatcher.proceed(hanging.id)
+        await started(context, hanging)
+        assert dispatcher.worker_pids() != [pid]
+
+    run(tmp_path, check)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_worker_that_gives_no_sign_of_life_is_replaced(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        job = context.dispatcher.submit("train", {"do": "wait"})
+        await started(context, job)
+        (pid,) = context.dispatcher.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        lost = await ended(context, job)
+        assert lost.state == "interrupted" and "no sign of life for 0.6 seconds" in str(lost.error)
+        assert not is_alive(pid)
+        after = context.dispatcher.submit("train", {})
+        assert (await ended(context, after)).state == "completed"
+
+    run(tmp_path, check, silence_s=0.6)
+
+
+def test_a_worker_that_does_not_stop_is_killed_when_asked_again(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        job = context.dispatcher.submit("train", {"do": "wait deaf"})
+        await started(context, job)
+        (pid,) = context.dispatcher.worker_pids()
+        assert context.dispatcher.cancel(job.id) and context.dispatcher.cancel(job.id)
+        await asyncio.sleep(0.05)
+        assert is_alive(pid), "a double click kills nothing"
+        await asyncio.sleep(0.3)
+        assert context.dispatcher.cancel(job.id)
+        assert (await ended(context, job)).state == "cancelled"
+        assert not is_alive(pid)
+
+    run(tmp_path, check, patience_s=0.3)
+
+
+def test_each_gpu_has_a_worker_that_sees_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    gpus = [{"name": f"cuda:{number}", "title": "GPU", "memory_bytes": 2**30} for number in range(2)]
+
+    async def check(context: ServerContext) -> None:
+        jobs = [context.dispatcher.submit("train", {"do": "wait"}) for _ in range(3)]
+        await until(lambda: len(context.store.running()) == 2)
+        shown = context.dispatcher.devices()
+        assert [one["job"] for one in shown] == [jobs[0].id, jobs[1].id] or {one["job"] for one in shown} == {
+            job.id for job in jobs[:2]
+        }
+        assert [(one["name"], one["visible_there"], one["state"]) for one in shown] == [
+            ("cuda:0", "3", "busy"),
+            ("cuda:1", "5", "busy"),
+        ]
+        assert context.store.get(jobs[2].id).state == "pending"
+        assert context.dispatcher.cancel(jobs[0].id)
+        await started(context, jobs[2])
+
+    run(tmp_path, check, devices=gpus)
+
+
+def test_stopping_the_server_interrupts_and_nothing_is_lost(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with dispatching(tmp_path) as context:
+            running, queued = (context.dispatcher.submit("train", {"do": "wait"}) for _ in range(2))
+            await started(context, running)
+            (pid,) = context.dispatcher.worker_pids()
+        assert not is_alive(pid)
+        after = fake_context(tmp_path)
+        found = after.store.get(running.id)
+        assert (found.state, found.run, found.attempts) == ("interrupted", "runs/x-001", 1)
+        assert found.error == {
+            "kind": "Interrupted",
+            "message": "the server was stopped while the job was running; continue it",
+        }
+        assert [job.id for job in after.store.pending()] == [queued.id]
+        after.store.close()
+
+    asyncio.run(main())
+
+
+def test_an_end_that_finds_the_disk_full_is_recorded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.server.dispatcher._AGAIN_S", 0.1)
+
+    async def check(context: ServerContext) -> None:
+        database = context.store._database
+        job = context.dispatcher.submit("measure", {"do": "wait"})
+        await started(context, job)
+        # Without room for a page, not even the log of the database grows.
+        context.store._database = Full(database)  # type: ignore[assignment]
+        context.dispatcher.cancel(job.id)
+        await until(lambda: any("is full" in one["m"] for one in context.log.entries))
+        assert context.store.get(job.id).state == "running"
+        context.store._database = database
+        assert (await ended(context, job)).state == "cancelled"
+        measured = context.dispatcher.submit("measure", {"do": "measure"})
+        await ended(context, measured)
+        assert (context.store.measurement("s") or {})["seconds_per_step"] == 1.5
+
+    run(tmp_path, check)
+
+
+class Full:
+    """A database on a full disk: reading works."""
+
+    def __init__(self, database: Any) -> None:
+        self._database = database
+
+    def execute(self, statement: str, *values: Any) -> Any:
+        if statement.startswith("UPDATE"):
+            self._database.execute("PRAGMA max_page_count = 1")
+            try:
+                return self._database.execute("CREATE TABLE larger AS SELECT zeroblob(1000000)")
+            finally:
+                self._database.execute("PRAGMA max_page_count = 1000000")
+        return self._database.execute(statement, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+
+def test_devices_come_from_the_assistant(tmp_path: Path) -> None:
+    async def main() -> None:
+        context = fake_context(tmp_path, devices=None)
+        await context.assistant.start()
+        await context.dispatcher.start()
+        await until(context.dispatcher.devices)
+        assert {**context.dispatcher.devices()[0], **CPU} == context.dispatcher.devices()[0]
+        context.dispatcher.free(unload_models=True)
+        await until(lambda: context.dispatcher.devices()[0]["state"] == "ready")
+        context.dispatcher.free(free_memory=True)
+        await until(lambda: any("freed False True" in one["m"] for one in context.log.entries))
+        await context.dispatcher.stop()
+        await context.assistant.stop()
+        context.store.close()
+
+    asyncio.run(main())

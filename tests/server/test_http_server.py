@@ -1,0 +1,140 @@
+"""The application and its life."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.server.assistant import RefusedError, UnavailableError
+from lorasmith.server.http_server import make_app, running
+from lorasmith.server.jobs import JobStateError, QueueFullError, StoreError, UnknownJobError
+from lorasmith.server.server_context import CONTEXT, ServerContext
+from tests.server.fakes import ended, fake_config, fake_context
+
+HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "matplotlib", "typer", "rich")
+
+ERRORS = {
+    "full": (StoreError("disk full", is_full=True), 507),
+    "store": (StoreError("locked"), 503),
+    "queue": (QueueFullError("too many"), 429),
+    "unknown": (UnknownJobError("none"), 404),
+    "state": (JobStateError("running"), 409),
+    "away": (UnavailableError("away"), 503),
+    "option": (OptionError("steps"), 400),
+    "refused": (RefusedError("GraphError", "bad", ["node 1"]), 400),
+    "bug": (RefusedError("InternalError", "bug"), 500),
+}
+
+
+def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(request: web.Request) -> web.Response:
+        raise ERRORS[request.match_info["name"]][0]
+
+    @web.middleware
+    async def named(request: web.Request, handler: object) -> web.StreamResponse:
+        answer: web.StreamResponse = await handler(request)  # type: ignore[operator]
+        answer.headers["X-Base"] = request.app[CONTEXT].config.base.name
+        return answer
+
+    table = types.ModuleType("lorasmith.server.fake_table")
+    table.routes = lambda context: [web.get("/fail/{name}", fail)]  # type: ignore[attr-defined]
+    table.middlewares = lambda context: [named]  # type: ignore[attr-defined]
+    table.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, table.__name__, table)
+    monkeypatch.setattr("lorasmith.server.http_server._TABLES", ("fake_table",))
+
+    async def check() -> None:
+        context = fake_context(tmp_path)
+        async with TestClient(TestServer(make_app(context))) as client:
+            for name, (error, status) in ERRORS.items():
+                answer = await client.get(f"/fail/{name}")
+                found = (await answer.json())["error"]
+                assert (answer.status, found["message"]) == (status, str(error))
+                assert found["kind"] == getattr(error, "kind", type(error).__name__)
+                assert found.get("details") == getattr(error, "details", None)
+            answer = await client.get("/")
+            assert answer.status == 200 and answer.headers["X-Base"] == tmp_path.name
+        context.store.close()
+
+    asyncio.run(check())
+
+
+def test_a_server_runs_jobs_and_only_one_has_a_base_folder(tmp_path: Path) -> None:
+    async def check() -> None:
+        config = fake_config(tmp_path)
+        async with running(config) as (context, address):
+            async with aiohttp.ClientSession() as session, session.get(address) as answer:
+                assert answer.status == 200
+            job = context.dispatcher.submit("train", {})
+            assert (await ended(context, job)).state == "completed"
+            with pytest.raises(OutputError, match=f"a server runs at {address} with the base folder"):
+                async with running(config):
+                    pass
+        async with running(config) as (context, _):
+            assert context.store.get(job.id).state == "completed"
+
+    asyncio.run(check())
+
+
+def test_a_port_that_is_taken_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    async def check(port: int) -> None:
+        async with running(fake_config(tmp_path, port=port)):
+            pass
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OptionError, match=f"port {port} of 127.0.0.1 is taken by another program"):
+            asyncio.run(check(port))
+    asyncio.run(check(port))
+
+
+def test_an_address_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with running(fake_config(tmp_path, host="192.0.2.1")):
+            pass
+
+    with pytest.raises(OptionError, match=r"192\.0\.2\.1:0 is no address to listen on"):
+        asyncio.run(check())
+
+
+def test_the_server_imports_nothing_heavy() -> None:
+    code = f"""
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.server.fakes import ended, fake_config
+from lorasmith.server.http_server import running
+
+async def main(base):
+    async with running(fake_config(base)) as (context, address):
+        import urllib.request
+        page = await asyncio.to_thread(lambda: urllib.request.urlopen(address).read())
+        assert page
+        await ended(context, context.dispatcher.submit("train", {{}}))
+
+import tempfile
+with tempfile.TemporaryDirectory() as base:
+    asyncio.run(main(Path(base)))
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["[]"]
+
+
+def test_a_context_is_at_hand_in_handlers(tmp_path: Path) -> None:
+    context = fake_context(tmp_path)
+    app = make_app(context)
+    assert app[CONTEXT] is context and isinstance(context, ServerContext)
+    context.store.close()

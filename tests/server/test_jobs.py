@@ -1,0 +1,192 @@
+"""The queue and its history, which survive everything."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorasmith.server.jobs import (
+    STATES,
+    DuplicateJobError,
+    JobStateError,
+    JobStore,
+    QueueFullError,
+    StoreError,
+    UnknownJobError,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "user" / "jobs.sqlite3"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[JobStore]:
+    store = JobStore(path)
+    yield store
+    store.close()
+
+
+def names(store: JobStore) -> list[str]:
+    return [str(job.request["name"]) for job in store.pending()]
+
+
+def test_a_job_is_kept_as_it_was_added(store: JobStore) -> None:
+    id = str(uuid.uuid4())
+    job = store.add("graph", {"prompt": {"1": {"x": [1.5, None, "ü"]}}}, id=id, client_id="me")
+    assert job == store.get(id) == store.find(id)
+    assert (job.kind, job.state, job.client_id, job.attempts, job.ended) == ("graph", "pending", "me", 0, None)
+    assert job.request == {"prompt": {"1": {"x": [1.5, None, "ü"]}}}
+    assert store.add("train", {}).id != id
+    with pytest.raises(DuplicateJobError, match=id):
+        store.add("graph", {}, id=id)
+    with pytest.raises(UnknownJobError, match="no job nowhere"):
+        store.get("nowhere")
+    assert store.find("nowhere") is None
+
+
+def test_jobs_are_started_in_order_each_once(store: JobStore) -> None:
+    added = {name: store.add("train", {"name": name}) for name in "abc"}
+    front = store.add("train", {"name": "first"}, front=True)
+    store.add("train", {"name": "before that"}, front=True)
+    store.add("train", {"name": "between"}, number=1.5)
+    assert front.number < 0 < added["a"].number
+    assert names(store) == ["before that", "first", "a", "between", "b", "c"]
+    store.move(added["c"].id, front=True)
+    store.move(front.id, front=False)
+    assert names(store) == ["c", "before that", "a", "between", "b", "first"]
+    started = []
+    while (job := store.claim("w")) is not None:
+        assert job.state == "running" and job.attempts == 1 and job.started is not None
+        started.append(job.request["name"])
+    assert started == ["c", "before that", "a", "between", "b", "first"]
+    assert [job.request["name"] for job in store.running()] == started
+    with pytest.raises(JobStateError, match="only a waiting job"):
+        store.move(front.id, front=True)
+
+
+def test_an_ended_job_is_history_and_can_be_queued_again(store: JobStore) -> None:
+    a, b = store.add("train", {"name": "a"}), store.add("train", {"name": "b"})
+    store.claim("w")
+    store.set_run(a.id, "runs/a-001")
+    with pytest.raises(JobStateError, match="running"):
+        store.requeue(a.id)
+    ended = store.finish(a.id, "paused", outputs={"1": {"images": []}}, messages=[["m", {}]], error={"kind": "K"})
+    assert (ended.state, ended.outputs, ended.run) == ("paused", {"1": {"images": []}}, "runs/a-001")
+    assert ended.messages == [["m", {}]] and ended.error == {"kind": "K"} and ended.ended is not None
+    again = store.requeue(a.id)
+    assert again.state == "pending" and again.error is None
+    assert names(store) == ["a", "b"], "at its old place"
+    claimed = store.claim("w")
+    assert claimed is not None and claimed.id == a.id and claimed.attempts == 2
+    assert claimed.run == "runs/a-001" and claimed.outputs == {} and claimed.messages == []
+    assert b.state == "pending"
+
+
+def test_history_is_read_in_pages_and_by_state(store: JobStore) -> None:
+    ids = []
+    for state in ("completed", "failed", "cancelled", "completed"):
+        ids.append(store.add("train", {}).id)
+        store.claim("w")
+        store.finish(ids[-1], state)  # type: ignore[arg-type]
+    assert [job.id for job in store.ended()] == ids[::-1]
+    assert [job.id for job in store.ended(newest=False)] == ids
+    assert [job.id for job in store.ended(2, 1)] == ids[::-1][1:3]
+    assert [job.id for job in store.ended(states=("completed",))] == [ids[3], ids[0]]
+    assert store.counts() == dict.fromkeys(STATES, 0) | {"completed": 2, "failed": 1, "cancelled": 1}
+
+
+def test_running_jobs_are_never_removed(store: JobStore) -> None:
+    running, waiting, done = (store.add("train", {}) for _ in range(3))
+    assert store.claim("w").id == running.id  # type: ignore[union-attr]
+    store.finish(done.id, "completed")
+    assert store.remove([running.id, waiting.id, "nowhere"]) == [waiting.id]
+    assert store.clear(STATES) == 1
+    assert [store.find(one.id) is not None for one in (running, waiting, done)] == [True, False, False]
+
+
+def test_queue_and_history_have_limits(path: Path) -> None:
+    store = JobStore(path, most_pending=3, most_ended=2)
+    paused = store.add("train", {})
+    store.finish(paused.id, "paused")
+    ids = []
+    for _ in range(4):
+        ids.append(store.add("train", {}).id)
+        store.finish(ids[-1], "completed")
+    assert [job.id for job in store.ended(states=("completed",))] == ids[:1:-1]
+    assert store.get(paused.id).state == "paused", "it is to be continued"
+    for _ in range(3):
+        store.add("train", {})
+    with pytest.raises(QueueFullError, match="at most 3 jobs may wait, and 3 do"):
+        store.add("train", {})
+    store.close()
+
+
+def test_what_a_dead_server_left_running_is_interrupted(path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from lorasmith.server.jobs import JobStore
+store = JobStore(Path({str(path)!r}))
+for name in "ab":
+    store.add("train", {{"name": name}}, id=name)
+store.claim("w")
+store.set_run("a", "runs/a-001")
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=30)
+    store = JobStore(path)
+    a = store.get("a")
+    assert (a.state, a.run, a.attempts, a.error["kind"]) == ("interrupted", "runs/a-001", 1, "Interrupted")  # type: ignore[index]
+    assert a.ended is not None
+    assert names(store) == ["b"]
+    store.close()
+
+
+def test_a_full_disk_changes_nothing_and_says_so(path: Path, store: JobStore) -> None:
+    job = store.add("train", {"name": "a"})
+    store._database.execute("PRAGMA max_page_count = 1")  # SQLite's own way to run out of space
+    with pytest.raises(StoreError, match="is full") as caught:
+        store.add("train", {"text": "x" * 10**6})
+    assert caught.value.is_full and "\n" not in str(caught.value)
+    assert names(store) == ["a"]
+    store._database.execute("PRAGMA max_page_count = 100000")
+    assert store.claim("w").id == job.id  # type: ignore[union-attr]
+
+
+def test_damaged_databases_and_those_of_later_versions_are_refused(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError, match="is damaged"):
+        JobStore(path)
+    path.unlink()
+    JobStore(path).close()
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(StoreError, match="later version"):
+        JobStore(path)
+
+
+def test_measurements_are_kept(path: Path, store: JobStore) -> None:
+    assert store.measurement("s") is None
+    store.set_measurement("s", {"seconds_per_step": 2.0})
+    store.set_measurement("s", {"seconds_per_step": 1.0})
+    found = store.measurement("s")
+    assert found is not None and found["seconds_per_step"] == 1.0 and found["measured_at"] > 1e9
+
+
+def test_a_summary_names_what_lists_show(store: JobStore) -> None:
+    job = store.add("train", {"name": "dog", "model": "sd15", "sources": []})
+    store.claim("w")
+    shown = store.finish(job.id, "failed", error={"kind": "K", "message": "m", "traceback": ["long"]}).summary()
+    assert (shown["name"], shown["model"], shown["state"]) == ("dog", "sd15", "failed")
+    assert shown["error"] == {"kind": "K", "message": "m"}
+    assert "request" not in shown and "outputs" not in shown
