@@ -1,4 +1,4 @@
-# A convenience: the README gives the same as plain pip commands.
+# A convenience: README.md and CONTRIBUTING.md give the same as plain pip commands.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile

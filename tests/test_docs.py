@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "loss.png").is_file()
 
 
+SDIST = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["sdist"][
+    "include"
+]
 PAGES = [
     "README.md",
     "MODEL_CARD.md",
@@ -78,6 +82,8 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("https://"):
             assert ((ROOT / page).parent / target).exists(), target
+            inside = ((ROOT / page).parent / target).resolve().relative_to(ROOT)
+            assert f"/{inside.parts[0]}" in SDIST, f"{target} is not in the source distribution"
 
 
 def test_the_public_names_are_the_documented_ones() -> None:

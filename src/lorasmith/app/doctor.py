@@ -108,6 +108,7 @@ def check_up(folders: Folders) -> Checkup:
     required, extras = _packages()
     versions = {"python": platform.python_version(), _PACKAGE: _version(_PACKAGE)}
     versions |= {name: _version(name) for name in required}
+    versions["torch"] = torch.__version__  # names the build (+cpu, +cu132), which the package's own version may not
     devices = tuple(_devices())
     cache = default_cache().folder
     writes = {"runs": Path.cwd(), "cache": cache}

@@ -117,7 +117,7 @@ def shown_file(item: Any, folders: Folders) -> Path | None:
     """The file that an item of a node's output for user interfaces refers to, if it does."""
     if not (isinstance(item, dict) and "filename" in item):
         return None
-    return folders.place(item["type"]) / item["subfolder"] / item["filename"]
+    return Path(folders.place(item["type"]), item["subfolder"], item["filename"])
 
 
 @contextlib.contextmanager
