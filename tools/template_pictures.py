@@ -76,22 +76,21 @@ def _drawn(one: Template, folder: Path) -> Image.Image:
     base = folder / one.name
     if not (base / "output").exists():
         run_workflow(f"example:{one.name}", base_dir=base, progress=False)
-    pictures = [Image.open(path) for place in ("output", "temp") for path in sorted((base / place).glob("*.png"))]
-    plots = [picture for picture in pictures if picture.width > picture.height]
-    squares = [picture for picture in pictures if picture.width == picture.height]
+
+    def made(pattern: str) -> list[Image.Image]:
+        return [Image.open(path) for place in ("output", "temp") for path in sorted((base / place).glob(pattern))]
+
     match one.name:
         case "single_subject":
-            return card([("without LoRA", squares[0]), ("with LoRA", squares[1])], 2)
+            return card([("without LoRA", made("fox_before*")[0]), ("with LoRA", made("fox_after*")[0])], 2)
         case "style":
-            rows = len(squares) // 3
-            chosen = [squares[row * rows + column] for row in range(3) for column in range(3)]
-            return card([("", picture) for picture in chosen], 3)
+            rows = [made(f"high_contrast_{kind}*") for kind in ("base", "half", "full")]
+            return card([("", picture) for row in rows for picture in row[:3]], 3)
         case "strengths":
             labels = ("0", "0.5", "1", "1.5")
-            return card([(f"strength {label}", one) for label, one in zip(labels, squares, strict=True)], 2)
+            return card([(f"strength {label}", one) for label, one in zip(labels, made("strengths*"), strict=True)], 2)
         case "continue":
-            plot = plots[0].convert("RGB")
-            return plot.resize((EDGE, round(EDGE * plot.height / plot.width)), Image.Resampling.LANCZOS)
+            return card([("", made("continued_loss*")[0])], 1)
         case _:
             shapes = [(160, 213), (160, 107), (107, 107)]
             return card([("", _fitted(fox, shapes[i % 3])) for i, fox in enumerate(foxes[:4])], 2)

@@ -35,7 +35,7 @@ FLAGS = (
 SOURCES = Path(__file__).parents[3] / "src"
 APP = "window.comfyAPI.app.app"
 TRAIN = f"{APP}.graph.nodes.find(node => node.type === 'TrainLoraNode')"
-PATIENCE_MS = 240_000
+PATIENCE_MS = 900_000
 """For a few steps of a tiny model on a busy machine."""
 
 
