@@ -2,8 +2,8 @@
 
     python -m tools.template_pictures FOLDER
 
-The examples that need no other model are run in FOLDER, a base folder for each, unless their pictures are there; that
-takes minutes. The cards of the others show the pictures that they train on, with the name of the model family. Written
+The examples whose cards show their results are run in FOLDER, a base folder for each, unless their pictures are there;
+that takes minutes. The other cards show the pictures that are trained on. Written
 are `server/editor/templates/<name>-1.webp`.
 """
 
@@ -19,7 +19,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.nodes.workflow_run import run_workflow
 from lorasmith.server.editor_templates import PICTURES, Template, templates
 
-__all__ = ["card", "family_card"]
+__all__ = ["card", "named_card"]
 
 EDGE, BAND = 320, 34
 INK, PAPER, BAND_COLOUR = "white", "#f4f1ec", "#1f2a37"
@@ -39,7 +39,7 @@ def card(tiles: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Image:
     return result
 
 
-def family_card(name: str, pictures: Sequence[Image.Image]) -> Image.Image:
+def named_card(name: str, pictures: Sequence[Image.Image]) -> Image.Image:
     """Six pictures in two rows, with a name below."""
     result = Image.new("RGB", (EDGE, EDGE), PAPER)
     edge = EDGE // 3
@@ -47,6 +47,26 @@ def family_card(name: str, pictures: Sequence[Image.Image]) -> Image.Image:
     for number, picture in enumerate(pictures[:6]):
         result.paste(_fitted(picture, (edge, edge)), (number % 3 * edge, top + number // 3 * edge))
     _label(result, (0, EDGE - 76, EDGE, EDGE), name, 30)
+    return result
+
+
+def mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Six pictures, the first of twice the size of the others."""
+    result = Image.new("RGB", (EDGE, EDGE), PAPER)
+    edge = EDGE // 3
+    small = ((2, 0), (2, 1), (0, 2), (1, 2), (2, 2))
+    for picture, (column, row), size in zip(pictures, ((0, 0), *small), (2, *[1] * 5), strict=True):
+        result.paste(_fitted(picture, (size * edge, size * edge)), (column * edge, row * edge))
+    return result
+
+
+def _whole(picture: Image.Image) -> Image.Image:
+    """A picture as wide as a card, on white."""
+    result = Image.new("RGB", (EDGE, EDGE), "white")
+    scaled = picture.convert("RGB").resize(
+        (EDGE, round(EDGE * picture.height / picture.width)), Image.Resampling.LANCZOS
+    )
+    result.paste(scaled, (0, (EDGE - scaled.height) // 2))
     return result
 
 
@@ -71,8 +91,10 @@ def _label(picture: Image.Image, box: tuple[int, int, int, int], text: str, poin
 def _drawn(one: Template, folder: Path) -> Image.Image:
     """The card of a template."""
     foxes = [Image.open(path) for path in sorted((ASSETS / "input" / "fox").glob("*.png"))]
-    if one.example.needs:
-        return family_card(one.title, foxes)
+    if one.example.needs or one.name == "single_subject":
+        return named_card(one.title, foxes)
+    if one.name == "folder":
+        return mosaic(foxes)
     base = folder / one.name
     if not (base / "output").exists():
         run_workflow(f"example:{one.name}", base_dir=base, progress=False)
@@ -81,8 +103,6 @@ def _drawn(one: Template, folder: Path) -> Image.Image:
         return [Image.open(path) for place in ("output", "temp") for path in sorted((base / place).glob(pattern))]
 
     match one.name:
-        case "single_subject":
-            return card([("without LoRA", made("fox_before*")[0]), ("with LoRA", made("fox_after*")[0])], 2)
         case "style":
             rows = [made(f"high_contrast_{kind}*") for kind in ("base", "half", "full")]
             return card([("", picture) for row in rows for picture in row[:3]], 3)
@@ -90,10 +110,9 @@ def _drawn(one: Template, folder: Path) -> Image.Image:
             labels = ("0", "0.5", "1", "1.5")
             return card([(f"strength {label}", one) for label, one in zip(labels, made("strengths*"), strict=True)], 2)
         case "continue":
-            return card([("", made("continued_loss*")[0])], 1)
-        case _:
-            shapes = [(160, 213), (160, 107), (107, 107)]
-            return card([("", _fitted(fox, shapes[i % 3])) for i, fox in enumerate(foxes[:4])], 2)
+            return _whole(made("continued_loss*")[0])
+        case other:
+            raise ValueError(f"the template {other} needs a picture")
 
 
 def main(folder: Path) -> None:

@@ -23,12 +23,17 @@ const MOST_POINTS = 4000; // of a curve in memory; beyond, every second one is d
 const SPEED_WINDOW = 40; // steps whose times give the speed
 const COLORS = { raw: "#7f9fc2", trend: "#4f9be8", heldOut: "#f08a3c", grid: "#7f7f7f55", text: "#9aa4ad" };
 
-// What is known of a run, by the id of the node in the prompt.
+const MOST_TRAININGS = 30;
+const STARTS = new Set(["RunStarted", "Resumed", "Planned", "CaptionsPlanned", "CaptionEncoded", "Warned"]);
+
+// What is known of the last runs, by prompt and node.
 const trainings = new Map();
 
 class Training {
-  constructor(promptId) {
+  constructor(promptId, nodeId) {
     this.promptId = promptId;
+    this.nodeId = String(nodeId);
+    this.workflowId = undefined; // of the graph that was queued, once the server has said it
     this.state = "Waiting for the model and the images.";
     this.steps = 0; // planned
     this.step = 0;
@@ -95,13 +100,15 @@ class Training {
     this.state = "Training.";
     this.times.push([event.step, event.at]);
     if (this.times.length > SPEED_WINDOW) this.times.shift();
-    const loss = event.loss;
-    if (typeof loss !== "number") return; // JSON has no NaN
+    if (typeof event.loss === "number") this.addPoint(event.step, event.loss); // JSON has no NaN
+  }
+
+  addPoint(step, loss) {
     // Bias-corrected moving average over a span that grows with the run, as the steps of a long run are many.
     const decay = 1 - 1 / Math.min(200, Math.max(10, (this.steps || 100) / 10));
     this.sum = decay * this.sum + loss;
     this.weight = decay * this.weight + 1;
-    this.points.push([event.step, loss, this.sum / this.weight]);
+    this.points.push([step, loss, this.sum / this.weight]);
     if (this.points.length > MOST_POINTS) this.points = this.points.filter((_, index) => index % 2);
   }
 
@@ -112,10 +119,33 @@ class Training {
       prompt: event.prompts[index] ?? "",
       path,
     }));
+    this.addPreviews(rows, event.strength);
+  }
+
+  addPreviews(rows, strength) {
     // The latest pictures with the LoRA, and those without it to compare.
-    const others = this.previews.filter((one) => (one.strength === 0) !== (event.strength === 0));
-    if (event.strength === 0) this.previews = [...rows, ...others];
+    const others = this.previews.filter((one) => (one.strength === 0) !== (strength === 0));
+    if (strength === 0) this.previews = [...rows, ...others];
     else this.previews = [...others, ...rows];
+  }
+
+  // Take over what a run had reported before this page listened.
+  takeHistory(run, address) {
+    const later = this.points;
+    const start = later[0]?.[0] ?? Infinity;
+    [this.points, this.sum, this.weight] = [[], 0, 0];
+    this.steps = this.steps || run.steps || 0;
+    for (const [step, loss] of run.losses ?? []) if (step < start) this.addPoint(step, loss);
+    for (const [step, loss] of later) this.addPoint(step, loss);
+    const known = new Set(this.heldOut.map(([step]) => step));
+    const earlier = (run.validations ?? []).filter((one) => !known.has(one.step));
+    this.heldOut = [...earlier.map((one) => [one.step, one.loss, Boolean(one.best)]), ...this.heldOut];
+    if (this.previews.length) return;
+    const last = Math.max(...(run.previews ?? []).filter((one) => one.strength !== 0).map((one) => one.step));
+    for (const one of run.previews ?? []) {
+      const url = `${address}/files/${one.file.split("/").map(encodeURIComponent).join("/")}`;
+      if (one.strength === 0 || one.step === last) this.previews.push({ ...one, url });
+    }
   }
 
   end(state) {
@@ -169,8 +199,9 @@ function duration(seconds) {
 }
 
 // Address of a picture of a run, which is in the output folder; undefined for one elsewhere.
-function pictureUrl(path) {
-  const parts = path.replaceAll("\\", "/").split("/");
+function pictureUrl(preview) {
+  if (preview.url) return preview.url;
+  const parts = preview.path.replaceAll("\\", "/").split("/");
   const start = parts.lastIndexOf("output");
   if (start < 0) return undefined;
   const query = new URLSearchParams({
@@ -265,7 +296,7 @@ class Panel {
   }
 
   drawPictures(previews) {
-    const shown = previews.filter((one) => pictureUrl(one.path)).slice(0, 8);
+    const shown = previews.filter((one) => pictureUrl(one)).slice(0, 8);
     const key = JSON.stringify(shown);
     if (key === this.shownPictures) return;
     this.shownPictures = key;
@@ -276,7 +307,7 @@ class Panel {
         const figure = element("figure", "lorasmith-preview");
         Object.assign(figure.style, { margin: "0", display: "flex", flexDirection: "column", alignItems: "center" });
         const image = element("img", "", figure);
-        image.src = pictureUrl(one.path);
+        image.src = pictureUrl(one);
         image.alt = `${label}: ${one.prompt}`;
         image.title = image.alt;
         Object.assign(image.style, { height: "60px", borderRadius: "4px", display: "block" });
@@ -384,33 +415,65 @@ function nodeOf(executionId) {
   return node?.lorasmithPanel ? node : undefined;
 }
 
+// The last training of a node in the graph that is open; another graph may have a node with the same id.
+function trainingOf(executionId) {
+  const graphId = (app.rootGraph ?? app.graph)?.id;
+  const mine = [...trainings.values()].filter(
+    (one) => one.nodeId === String(executionId) && (!one.workflowId || !graphId || one.workflowId === graphId),
+  );
+  return mine.at(-1);
+}
+
 function update(executionId) {
-  nodeOf(executionId)?.lorasmithPanel.show(trainings.get(String(executionId)));
+  nodeOf(executionId)?.lorasmithPanel.show(trainingOf(executionId));
 }
 
 // Panels of nodes that were loaded after their training started, as when another workflow was open.
 function updateAll() {
-  for (const id of trainings.keys()) update(id);
+  for (const training of trainings.values()) update(training.nodeId);
 }
 
 function endAll(promptId, state) {
-  for (const [id, training] of trainings) {
+  for (const training of trainings.values()) {
     if (training.promptId !== promptId) continue;
     training.end(state);
-    update(id);
+    update(training.nodeId);
   }
 }
 
 function onTraining({ detail }) {
-  const { node_id: id, prompt_id: promptId } = detail ?? {};
-  if (id === undefined) return;
-  let training = trainings.get(String(id));
-  if (!training || training.promptId !== promptId) {
-    training = new Training(promptId);
-    trainings.set(String(id), training);
+  const { node_id: nodeId, prompt_id: promptId } = detail ?? {};
+  if (nodeId === undefined || promptId === undefined) return;
+  const key = `${promptId} ${nodeId}`;
+  let training = trainings.get(key);
+  if (!training) {
+    training = new Training(promptId, nodeId);
+    trainings.set(key, training);
+    if (trainings.size > MOST_TRAININGS) trainings.delete(trainings.keys().next().value);
+    learnMore(training, !STARTS.has(detail.event));
   }
   training.take(detail);
-  update(id);
+  update(nodeId);
+}
+
+// Ask the server which graph a training belongs to and, if it had started before, what it has reported so far.
+async function learnMore(training, hasStarted) {
+  try {
+    const answer = await api.fetchApi(`/jobs/${encodeURIComponent(training.promptId)}`);
+    if (answer.ok) training.workflowId = (await answer.json()).workflow_id;
+    if (hasStarted) {
+      const job = await fetch(`/lorasmith/v1/jobs/${encodeURIComponent(training.promptId)}`);
+      const { run } = job.ok ? await job.json() : {};
+      if (run) {
+        const address = `/lorasmith/v1/runs/${encodeURIComponent(run)}`;
+        const history = await fetch(address);
+        if (history.ok) training.takeHistory(await history.json(), address);
+      }
+    }
+  } catch (error) {
+    console.warn("Lorasmith: the beginning of the training is not available", error);
+  }
+  update(training.nodeId);
 }
 
 // Show or hide the settings that the node declares as advanced. On its canvas the editor leaves gaps for advanced widgets
