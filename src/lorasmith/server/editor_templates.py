@@ -1,7 +1,7 @@
 """The example workflows as templates of ComfyUI's editor: an index, a graph each, and a small picture each.
 
-The editor reads `templates/index.json`, opens `templates/<name>.json` and shows `templates/<name>-1.webp`. Graphs are the
-package's examples (`nodes/example_workflows.py`); `tools/template_pictures.py` draws the pictures.
+The editor reads `templates/index.json`, opens `templates/<name>.json` and shows `templates/<name>-1.webp`. Graphs are
+the package's examples (`nodes/example_workflows.py`); `tools/template_pictures.py` draws the pictures.
 """
 
 from __future__ import annotations

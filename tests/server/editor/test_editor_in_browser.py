@@ -1,7 +1,8 @@
 """ComfyUI's own editor in a browser, against the server: templates, runs, errors, restarts, our extension.
 
 It needs playwright, Chromium and releases of the editor: the installed one, and those in the folders of
-`LORASMITH_EDITORS` (each the target of `pip install --target FOLDER comfyui-frontend-package==X`, separated as in PATH).
+`LORASMITH_EDITORS`, each made by `pip install --target FOLDER comfyui-frontend-package==X` and separated as in PATH. With
+`LORASMITH_PICTURES=FOLDER` pictures of the page are kept, to be looked at.
 """
 
 from __future__ import annotations
@@ -52,13 +53,19 @@ def version(folder: Path | None) -> str:
     return next(folder.glob("comfyui_frontend_package-*.dist-info")).name.split("-")[1].removesuffix(".dist")
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 @dataclass
 class Server:
     """`lorasmith serve` as a process, with one release of the editor."""
 
     base: Path
     editor: Path | None
-    port: int = field(default_factory=lambda: free_port())
+    port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -91,12 +98,6 @@ class Server:
                 self.process.kill()
                 self.process.wait()
             self.process = None
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @dataclass
@@ -343,7 +344,7 @@ def test_a_cancelled_training_continues_after_a_restart_of_the_server(editor: Ed
     editor.server.stop()
     editor.page.wait_for_timeout(2000)
     editor.server.start()
-    editor.wait(f"window.comfyAPI.api.api.socket?.readyState === WebSocket.OPEN")
+    editor.wait("window.comfyAPI.api.api.socket?.readyState === WebSocket.OPEN")
     editor.page.wait_for_timeout(1000)
     editor.run()
     editor.wait("/step \\d+ of 60/.test(document.querySelector('.lorasmith-figures').textContent)")
@@ -358,11 +359,31 @@ def test_a_cancelled_training_continues_after_a_restart_of_the_server(editor: Ed
 def test_node_help_is_shown(editor: Editor) -> None:
     load(editor, "folder")
     editor.do(
-        f"async () => {{ const app = {APP}; app.canvas.selectNode({TRAIN}); "
-        "await app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library') }"
+        f"() => {{ const app = {APP}; const node = {TRAIN}; app.canvas.ds.scale = 0.6;"
+        "app.canvas.ds.offset = [500 - node.pos[0], 300 - node.pos[1]]; app.canvas.selectNode(node);"
+        "app.canvas.setDirty(true, true) }"
     )
-    text = fetch(editor, "/docs/TrainLoraNode/en.md")
-    assert text.startswith("# Train LoRA")
+    editor.page.get_by_test_id("info-button").first.click()
+    help_text = editor.page.locator(".node-help-content").first
+    help_text.get_by_text("Seed of initial weights").first.wait_for(timeout=30_000)
+    assert "Train a LoRA on images and their captions" in str(help_text.text_content())
+    editor.picture("help")
+
+
+def test_a_reloaded_page_shows_the_whole_curve_of_a_running_training(editor: Editor) -> None:
+    if importlib.util.find_spec("lorasmith.server.api") is None:
+        pytest.skip("the server has no API of runs")
+    load(editor, "folder")
+    editor.set(steps=80, rank=4)
+    editor.run()
+    editor.wait("/step ([5-9]|1\\d) of 80/.test(document.querySelector('.lorasmith-figures').textContent)")
+    load(editor, "folder")
+    editor.wait("/step \\d+ of 80/.test(document.querySelector('.lorasmith-figures').textContent)")
+    editor.page.wait_for_timeout(3000)
+    assert curve(editor) > 50
+    editor.picture("reloaded")
+    editor.do(f"async () => {{ await {APP}.extensionManager.command.execute('Comfy.Interrupt') }}")
+    editor.state("Cancelled")
 
 
 def load(editor: Editor, name: str) -> None:
@@ -371,8 +392,8 @@ def load(editor: Editor, name: str) -> None:
     editor.page.wait_for_timeout(1500)
     editor.page.keyboard.press("Escape")
     editor.do(
-        f"async name => {{ const api = window.comfyAPI.api.api; const answer = await fetch(api.fileURL(`/templates/${{name}}.json`));"
-        f"await {APP}.loadGraphData(await answer.json()) }}",
+        "async name => { const address = window.comfyAPI.api.api.fileURL(`/templates/${name}.json`);"
+        f"await {APP}.loadGraphData(await (await fetch(address)).json()) }}",
         name,
     )
     editor.wait(f"!!({TRAIN})")
@@ -402,8 +423,9 @@ def drop(editor: Editor, path: Path) -> None:
         "([name, data]) => { const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0));"
         "const transfer = new DataTransfer(); transfer.items.add(new File([bytes], name));"
         "const target = document.querySelector('canvas.lgraphcanvas, #graph-canvas') ?? document.body;"
-        "for (const kind of ['dragenter', 'dragover', 'drop']) target.dispatchEvent("
-        "new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 700, clientY: 500 })) }",
+        "const where = { bubbles: true, cancelable: true, clientX: 700, clientY: 500 };"
+        "for (const kind of ['dragenter', 'dragover', 'drop'])"
+        "target.dispatchEvent(new DragEvent(kind, { dataTransfer: transfer, ...where })) }",
         [path.name, base64.b64encode(path.read_bytes()).decode()],
     )
 
