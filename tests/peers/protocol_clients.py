@@ -3,7 +3,7 @@
     python tests/peers/protocol_clients.py CLIENT ADDRESS
 
 runs in an environment that has the clients: comfy-api-simplified, comfy-toolkit[ws], comfyui-workflow-client,
-comfyui-async-api-tool, comfy-script[client] with tqdm, comfyui-autograph, comfyui-cli with pytest, comfy-lint. Prints one line of
+comfyui-async-api-tool, comfy-script[client] with tqdm, comfyui-autograph, comfyui-cli with pytest, comfy-lint. Prints a line of
 what the client got. `tests/server/comfyui/test_protocol_clients.py` starts the server.
 """
 
@@ -34,8 +34,16 @@ def prompt(seed: int) -> dict[str, Any]:
         "5": {
             "class_type": "KSampler",
             "inputs": {
-                **{"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]},
-                **{"seed": seed, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0},
+                "model": ["1", 0],
+                "positive": ["2", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+                "seed": seed,
+                "steps": 2,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1.0,
             },
         },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
@@ -50,9 +58,21 @@ def prompt(seed: int) -> dict[str, Any]:
 
 def workflow(seed: int) -> dict[str, Any]:
     """The same as the editor saves it, as far as nodes and links go."""
-    kinds = {"1": "MODEL CLIP VAE", "2": "CONDITIONING", "3": "CONDITIONING", "4": "LATENT", "5": "LATENT", "6": "IMAGE"}
+    kinds = {
+        "1": "MODEL CLIP VAE",
+        "2": "CONDITIONING",
+        "3": "CONDITIONING",
+        "4": "LATENT",
+        "5": "LATENT",
+        "6": "IMAGE",
+    }
     values = {
-        **{"1": [MODEL], "2": ["a red dog"], "3": [""], "4": [64, 64, 1], "6": [], "7": ["client"]},
+        "1": [MODEL],
+        "2": ["a red dog"],
+        "3": [""],
+        "4": [64, 64, 1],
+        "6": [],
+        "7": ["client"],
         "5": [seed, "fixed", 2, 1.0, "euler", "normal", 1.0],
     }
     links: list[list[Any]] = []
@@ -106,7 +126,9 @@ def comfy_toolkit(address: str) -> str:
     assert "7" in nodes, nodes
     (picture,) = client.wait_for_images(client.submit(prompt(22)))
     assert result
-    return f"{is_picture(client.download(picture))}; {len(steps)} steps, {len(nodes)} nodes; {client.vram_stats()['name']}"
+    return (
+        f"{is_picture(client.download(picture))}; {len(steps)} steps, {len(nodes)} nodes; {client.vram_stats()['name']}"
+    )
 
 
 def comfyui_workflow_client(address: str) -> str:

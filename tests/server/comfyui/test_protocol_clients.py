@@ -49,6 +49,8 @@ def test_a_client_draws_a_picture(client: str, address: str) -> None:
     if subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True, check=False).returncode:
         pytest.skip(f"{client} is not installed for {PYTHON}")
     script = ROOT / "tests" / "peers" / "protocol_clients.py"
-    ran = subprocess.run([PYTHON, str(script), client, address], capture_output=True, text=True, check=False, timeout=180)
+    ran = subprocess.run(
+        [PYTHON, str(script), client, address], capture_output=True, text=True, check=False, timeout=180
+    )
     print(f"{client}: {ran.stdout.strip().splitlines()[-1:]}")
     assert ran.returncode == 0, ran.stdout + ran.stderr

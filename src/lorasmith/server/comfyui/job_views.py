@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorasmith.server.jobs import Job
+from lorasmith.server.jobs import Job, JobState
 
 __all__ = [
     "JOB_STATUSES",
@@ -23,7 +23,7 @@ __all__ = [
     "queue_entry",
 ]
 
-STATES_OF_STATUS: Mapping[str, tuple[str, ...]] = {
+STATES_OF_STATUS: Mapping[str, tuple[JobState, ...]] = {
     "pending": ("pending",),
     "in_progress": ("running",),
     "completed": ("completed",),

@@ -6,20 +6,19 @@ Trainings that the page has queued are listed too, as they occupy the device, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, get_args
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from aiohttp import web
 
 from lorasmith.server.comfyui.answers import number_in, read_json, refused, table
 from lorasmith.server.comfyui.job_views import STATES_OF_STATUS, history_entry, job_detail, job_summary, queue_entry
-from lorasmith.server.jobs import ENDED, Job, JobState
+from lorasmith.server.jobs import ENDED, JobLine, JobStore
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["QueueRoutes"]
-
-MOST_LISTED = 10_000
-"""Ended jobs in one answer."""
 
 
 class QueueRoutes:
@@ -27,6 +26,7 @@ class QueueRoutes:
 
     def __init__(self, context: ServerContext) -> None:
         self._store = context.store
+        self._entries = _Entries(context.store)
         self._dispatcher = context.dispatcher
 
     def routes(self) -> list[web.RouteDef]:
@@ -48,39 +48,33 @@ class QueueRoutes:
         )
 
     async def _queue(self, request: web.Request) -> web.Response:
-        running, pending = self._store.running(), self._store.pending()
-        return web.json_response(
-            {"queue_running": [*map(queue_entry, running)], "queue_pending": [*map(queue_entry, pending)]}
-        )
+        running, pending = (self._entries.texts(self._store.lines([state])) for state in ("running", "pending"))
+        text = f'{{"queue_running": [{", ".join(running)}], "queue_pending": [{", ".join(pending)}]}}'
+        return web.Response(text=text, content_type="application/json")
 
     async def _change_queue(self, request: web.Request) -> web.Response:
         body = await read_json(request, kind=dict)
         ids = _ids_in(body)
         if body.get("clear"):
-            ids += [job.id for job in self._store.pending() if job.kind == "graph"]
+            ids += [line.id for line in self._store.lines(["pending"]) if line.kind == "graph"]
         for id in dict.fromkeys(ids):
             self._dequeue(id)
         return web.Response()
 
     async def _history(self, request: web.Request) -> web.Response:
         most, offset = number_in(request, "max_items"), number_in(request, "offset", at_least=-1)
-        jobs = self._graphs(most, offset)
-        return web.json_response({job.id: history_entry(job) for job in jobs})
-
-    def _graphs(self, most: int | None, offset: int | None) -> list[Job]:
-        """Ended graphs, the oldest first: the last `most`, or from `offset` on, counted from the oldest."""
+        lines = self._ended_graphs()
         if offset is not None and offset >= 0:
-            found = [job for job in self._store.ended(newest=False) if job.kind == "graph"]
-            return found[offset:] if most is None else found[offset : offset + most]
-        if most is None:
-            return [job for job in self._store.ended(newest=False) if job.kind == "graph"]
-        found = []
-        for start in range(0, MOST_LISTED, _PAGE):
-            page = self._store.ended(_PAGE, start)
-            found += [job for job in page if job.kind == "graph"]
-            if len(found) >= most or len(page) < _PAGE:
-                break
-        return found[:most][::-1]
+            lines = lines[offset : None if most is None else offset + most]
+        elif most is not None:
+            lines = lines[max(0, len(lines) - most) :]
+        jobs = (self._store.find(line.id) for line in lines)
+        return web.json_response({job.id: history_entry(job) for job in jobs if job is not None})
+
+    def _ended_graphs(self) -> list[JobLine]:
+        """Ended graphs, the oldest first."""
+        lines = [line for line in self._store.lines(ENDED) if line.kind == "graph"]
+        return sorted(lines, key=lambda line: line.ended or 0.0)
 
     async def _history_of(self, request: web.Request) -> web.Response:
         job = self._store.find(request.match_info["id"])
@@ -91,7 +85,7 @@ class QueueRoutes:
         body = await read_json(request, kind=dict)
         ended = set(_ids_in(body))
         if body.get("clear"):
-            ended |= {job.id for job in self._store.ended() if job.kind == "graph"}
+            ended |= {line.id for line in self._ended_graphs()}
         self._dispatcher.remove(
             [id for id in ended if (job := self._store.find(id)) is not None and job.state in ENDED]
         )
@@ -110,19 +104,19 @@ class QueueRoutes:
             number_in(request, "limit", at_least=1),
             max(0, number_in(request, "offset", at_least=-(10**9)) or 0),
         )
-        jobs = self._in_states([state for one in statuses or STATES_OF_STATUS for state in STATES_OF_STATUS[one]])
+        states = [state for one in statuses or STATES_OF_STATUS for state in STATES_OF_STATUS[one]]
+        lines = sorted(self._store.lines(states), key=_SORTED_BY[sort], reverse=order == "desc")
         if (workflow := query.get("workflow_id")) is not None:
-            jobs = [job for job in jobs if job_summary(job).get("workflow_id") == workflow]
-        jobs.sort(key=_SORTED_BY[sort], reverse=order == "desc")
-        shown = jobs[offset : None if limit is None else offset + limit]
-        page = {"offset": offset, "limit": limit, "total": len(jobs), "has_more": offset + len(shown) < len(jobs)}
-        return web.json_response({"jobs": [*map(job_summary, shown)], "pagination": page})
+            lines = [line for line in lines if self._summary(line).get("workflow_id") == workflow]
+        shown = lines[offset : None if limit is None else offset + limit]
+        page = {"offset": offset, "limit": limit, "total": len(lines), "has_more": offset + len(shown) < len(lines)}
+        jobs = [summary for line in shown if (summary := self._summary(line))]
+        return web.json_response({"jobs": jobs, "pagination": page})
 
-    def _in_states(self, states: Collection[str]) -> list[Job]:
-        found = self._store.running() if "running" in states else []
-        found += self._store.pending() if "pending" in states else []
-        ended: Sequence[JobState] = [state for state in get_args(JobState) if state in states and state in ENDED]
-        return found + (self._store.ended(MOST_LISTED, states=ended) if ended else [])
+    def _summary(self, line: JobLine) -> dict[str, Any]:
+        """A job of the list; empty if it was removed since."""
+        job = self._store.find(line.id)
+        return {} if job is None else job_summary(job)
 
     async def _job(self, request: web.Request) -> web.Response:
         job = self._store.find(request.match_info["id"])
@@ -174,8 +168,40 @@ def _ids_in(body: dict[str, Any]) -> list[str]:
     return [id for id in ids if isinstance(id, str)]
 
 
-_PAGE = 200
-_SORTED_BY: dict[str, Callable[[Job], float]] = {
-    "created_at": lambda job: job.created,
-    "execution_duration": lambda job: (job.ended or 0) - (job.started or 0) if job.ended and job.started else 0,
+class _Entries:
+    """Entries of the queue as JSON text, kept for as long as they fit: clients read all of them at every change.
+
+    Args:
+        store: of the jobs.
+    """
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._kept: OrderedDict[str, str] = OrderedDict()
+        self._size = 0
+
+    def texts(self, lines: Sequence[JobLine]) -> list[str]:
+        """The entries of jobs; those that were removed since are left out."""
+        # What follows the number, which changes when a job is moved, never changes.
+        return [f"[{json.dumps(line.number)}, {rest}" for line in lines if (rest := self._rest(line.id))]
+
+    def _rest(self, id: str) -> str:
+        if (kept := self._kept.get(id)) is not None:
+            self._kept.move_to_end(id)
+            return kept
+        job = self._store.find(id)
+        if job is None:
+            return ""
+        text = json.dumps(queue_entry(job)[1:])[1:]
+        self._kept[id] = text
+        self._size += len(text)
+        while self._size > _MOST_KEPT:
+            self._size -= len(self._kept.popitem(last=False)[1])
+        return text
+
+
+_MOST_KEPT = 32 * 2**20
+_SORTED_BY: dict[str, Callable[[JobLine], float]] = {
+    "created_at": lambda line: line.created,
+    "execution_duration": lambda line: line.ended - line.started if line.ended and line.started else 0.0,
 }

@@ -67,7 +67,10 @@ class SystemRoutes:
             "embedded_python": False,
             "argv": [os.path.basename(sys.argv[0])],  # noqa: PTH119 - arguments may hold the token
         }
-        devices = [_device(one, index) for index, one in enumerate(self._context.dispatcher.devices())]
+        # Until the workers have started: clients take the first device without asking whether there is one.
+        unknown = {"name": "cpu", "title": "CPU", "memory_bytes": memory.total, "free_bytes": memory.available}
+        found = self._context.dispatcher.devices() or [unknown]
+        devices = [_device(one, index) for index, one in enumerate(found)]
         return web.json_response({"system": system, "devices": devices})
 
     async def _features(self, request: web.Request) -> web.Response:

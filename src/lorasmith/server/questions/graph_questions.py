@@ -86,16 +86,14 @@ def picture(
     Args:
         folders: unused.
         path: of the file.
-        channel: `a` for the transparency alone, `rgb` for the colours without it.
+        channel: `a` for the transparency alone, `rgb` for the colours under it.
         format: of the result.
         quality: from 1 to 100.
     """
-    from lorasmith.data.image_files import open_image
-
-    image = _pixels(Path(path)) if channel != "rgb" else open_image(Path(path))
+    image = _pixels(Path(path))
     if channel == "a":
         image = _transparency(image)
-    elif format == "jpeg":
+    elif channel == "rgb" or format == "jpeg":
         image = image.convert("RGB")
     return _encoded(image, format, quality)
 
