@@ -1,4 +1,5 @@
-"""Write docs/schemas: the JSON schemas of the files in a run's folder, from the types that read them.
+"""Write docs/schemas: the JSON schemas of the files in a run's folder, from the types that read them, and the OpenAPI
+document of the server's API, from its endpoints.
 
 python -m tools.schemas
 """
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.json_schema import DIALECT, json_schema
+from lorasmith.server.api.api_document import api_document
+from lorasmith.server.api.api_routes import ENDPOINTS
 from lorasmith.training.events import EVENTS_VERSION, KINDS
 from lorasmith.training.runs.records import RunRecord
 
@@ -28,6 +31,7 @@ def schemas() -> dict[str, dict[str, Any]]:
             "title": "a line of events.jsonl in a run's folder",
             "oneOf": [_of_event(name) for name in KINDS],
         },
+        "openapi.json": json.loads(json.dumps(api_document(ENDPOINTS))),
     }
 
 

@@ -17,7 +17,7 @@ from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
 from lorasmith.report.pictures import picture_uri
 
-__all__ = ["data_report", "write_data_page"]
+__all__ = ["data_report", "said_of", "write_data_page"]
 
 _SHOWN, _OTHERS, _GROUPS = 24, 48, 12  # pictures of a finding, pictures without one, groups of look-alikes
 _EDGE = 288  # pixels of a picture on the page
@@ -120,6 +120,15 @@ def data_report(check: DataCheck, config: DataConfig, *, model: str | None = Non
     )
 
 
+def said_of(found: Preflight, index: int) -> tuple[list[str], list[str]]:
+    """What is wrong with a picture, in a word or two each, and with its caption."""
+    one, kinds = found.images[index], found.findings_of(index)
+    remarks = [_REMARKS[kind] for kind in kinds if kind in _REMARKS]
+    if "long captions" in kinds and found.limit is not None:
+        remarks.append(f"{one.tokens:,} tokens of {found.limit.longest}")
+    return [_mark(one, kind) for kind in kinds if kind in _MARKS], remarks
+
+
 def step_lines(found: Preflight) -> dict[str, str]:
     """How many steps are how many epochs, by name."""
     epoch = found.epoch
@@ -165,10 +174,8 @@ def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], 
 
 
 def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *, is_kept: bool = False) -> Shot:
-    one, kinds = found.images[index], found.findings_of(index)
-    remarks = [_REMARKS[kind] for kind in kinds if kind in _REMARKS]
-    if "long captions" in kinds and found.limit is not None:
-        remarks.append(f"{one.tokens:,} tokens of {found.limit.longest}")
+    one = found.images[index]
+    marks, remarks = said_of(found, index)
     width, height = one.file.width, one.file.height
     left, top, right, bottom = one.crop
     crop = None if one.kept >= _WHOLE else (left / width, top / height, right / width, bottom / height)
@@ -176,7 +183,7 @@ def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *,
         name=one.name,
         about=f"{one.size} → {one.bucket[0]}×{one.bucket[1]}",
         caption=one.file.caption,
-        marks=[_mark(one, kind) for kind in kinds if kind in _MARKS],
+        marks=marks,
         is_kept=is_kept,
         remarks=remarks,
         crop=crop,

@@ -97,6 +97,7 @@ class MemoryEstimate:
         batch_size: images per forward pass.
         dtype: of matrix products.
         trained: algorithm, targets and parameter count in one line.
+        parameters: number of trained parameters.
         card_bytes: memory of the card.
         weights: bytes of the frozen weights on the card by quantization; `none` is the model's own format.
         offloaded: the same with offloading.
@@ -114,6 +115,7 @@ class MemoryEstimate:
     batch_size: int
     dtype: str
     trained: str
+    parameters: int
     card_bytes: int
     weights: Mapping[Quantization, int]
     offloaded: Mapping[Quantization, int]
@@ -215,6 +217,7 @@ def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolutio
         batch_size=config.batch_size,
         dtype=dtype_name(products),
         trained=job.summary,
+        parameters=job.parameters,
         card_bytes=card_bytes,
         weights=weights,
         offloaded=offloaded,

@@ -43,7 +43,7 @@ from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["report_of", "write_report"]
+__all__ = ["is_own", "lora_of_run", "report_of", "validations_of", "write_report"]
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
@@ -82,7 +82,7 @@ def report_of(history: RunHistory) -> RunReport:
     status, mood = _ENDS[history.outcome]
     before_after, progress = _pictures(history)
     quantiles, images = _ledger(history)
-    lora = _lora(history)
+    lora = lora_of_run(history)
     use = None if lora is None else _use(history, lora)
     return RunReport(
         title=history.record.title or history.folder.name,
@@ -94,7 +94,7 @@ def report_of(history: RunHistory) -> RunReport:
         files=_files(history.folder, lora),
         commands=_commands(history, lora),
         curves=_curves(history, steps),
-        validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in _validations(history)],
+        validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in validations_of(history)],
         quantiles=quantiles,
         images=images,
         trained_on=_trained_on(history),
@@ -113,7 +113,7 @@ def report_of(history: RunHistory) -> RunReport:
 
 def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
     """The verdict of the last validation, or a sentence on the training loss without one."""
-    if validations := _validations(history):
+    if validations := validations_of(history):
         verdict = validations[-1].verdict
         return verdict[:1].upper() + verdict[1:]
     losses = [step.loss for step in steps if math.isfinite(step.loss)]
@@ -156,7 +156,7 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     recent = recent_loss([step.loss for step in steps])
     if math.isfinite(recent.mean):
         facts[recent.label] = number(recent.mean)
-    if validations := [one for one in _validations(history) if math.isfinite(one.loss)]:
+    if validations := [one for one in validations_of(history) if math.isfinite(one.loss)]:
         best = min(validations, key=lambda one: one.loss)
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
         facts["that of the base model"] = number(best.base_loss)
@@ -168,9 +168,10 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     return facts
 
 
-def _lora(history: RunHistory) -> Path | None:
+def lora_of_run(history: RunHistory) -> Path | None:
+    """The LoRA in the folder of a run; None if none was saved."""
     path = history.folder / f"{history.record.title}.safetensors"
-    return path if _is_own(path, history.folder) else None
+    return path if is_own(path, history.folder) else None
 
 
 def _files(folder: Path, lora: Path | None) -> dict[str, str]:
@@ -203,7 +204,7 @@ def _trained_on(history: RunHistory) -> list[TrainedImage]:
         marks = [] if image.use == "trained" else [image.use]
         marks += [f"{image.repeats:,} times in an epoch"] if image.repeats > 1 else []
         shown.append(
-            TrainedImage(image.name, image.caption, tuple(marks), small if _is_own(small, history.folder) else None)
+            TrainedImage(image.name, image.caption, tuple(marks), small if is_own(small, history.folder) else None)
         )
     return shown
 
@@ -250,7 +251,7 @@ def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
     losses, rates = [math.nan] * last, [math.nan] * last
     for step in steps:
         losses[step.step - 1], rates[step.step - 1] = step.loss, step.learning_rate
-    validations = _validations(history)
+    validations = validations_of(history)
     return Curves(
         losses=losses,
         rates=rates,
@@ -260,7 +261,7 @@ def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
     )
 
 
-def _validations(history: RunHistory) -> list[Validated]:
+def validations_of(history: RunHistory) -> list[Validated]:
     """The last validation of each step, in order: a resumed run may have repeated some."""
     latest = {event.step: event for event in history.of(Validated)}
     return [latest[step] for step in sorted(latest)]
@@ -276,7 +277,7 @@ def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord
         has_draws = has_draws or bool(draws)
         for ledger in (curve, images):
             ledger.add(step.step, draws)
-    return (curve.curve(), images.images(held_out_fall=_fall(_validations(history)))) if has_draws else (None, [])
+    return (curve.curve(), images.images(held_out_fall=_fall(validations_of(history)))) if has_draws else (None, [])
 
 
 def _fall(validations: Sequence[Validated]) -> float | None:
@@ -295,9 +296,7 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     def row(event: Previewed) -> list[Path | None]:
         # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
         found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
-        return [path if _is_own(path, history.folder) else None for path in found] + [None] * (
-            len(prompts) - len(found)
-        )
+        return [path if is_own(path, history.folder) else None for path in found] + [None] * (len(prompts) - len(found))
 
     rows = {key: row(event) for key, event in sorted(shots.items())}
     rows = {key: paths for key, paths in rows.items() if any(paths)}
@@ -317,13 +316,13 @@ def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | 
     return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
 
 
-def _is_own(path: Path, folder: Path) -> bool:
+def is_own(path: Path, folder: Path) -> bool:
     """Whether there is such a file in the folder of a run itself, not where a link in it leads."""
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _sheet(folder: Path, *candidates: Path) -> PictureTable | None:
-    found = [path for path in candidates if _is_own(path, folder)]
+    found = [path for path in candidates if is_own(path, folder)]
     return PictureTable((), [("", (found[0],))], "Contact sheet with its labels in the picture") if found else None
 
 

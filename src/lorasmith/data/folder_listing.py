@@ -22,6 +22,7 @@ __all__ = [
     "SET_APART",
     "ListedFolder",
     "Skipped",
+    "foreign_reason",
     "list_folders",
     "name_without_repeats",
     "natural_order",
@@ -144,6 +145,14 @@ def list_folders(
         ahead += reversed(found)
 
 
+def foreign_reason(suffix: str) -> str:
+    """Why a picture with this suffix, in lower case with its dot, is not read; empty if it is, or is no picture."""
+    if suffix not in _FOREIGN_SUFFIXES or suffix in image_suffixes():
+        return ""
+    plug_in = 'pip install "lorasmith[heic]" reads it, or ' if suffix in _HEIC_SUFFIXES else ""
+    return f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
+
+
 def name_without_repeats(name: str) -> str:
     """The name of a folder, without the number that kohya's folders begin with."""
     return (_repeats(name) or (0, one_line(name)))[1]
@@ -177,9 +186,7 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
             pictures.append((name, stem))
         elif suffix in CAPTION_SUFFIXES:
             listed.captions.setdefault(stem, []).append(name)
-        elif suffix in _FOREIGN_SUFFIXES:
-            plug_in = 'pip install "lorasmith[heic]" reads it, or ' if suffix in _HEIC_SUFFIXES else ""
-            reason = f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
+        elif reason := foreign_reason(suffix):
             listed.foreign.append((listed.file(name), reason))
         elif is_metadata_name(name):
             listed.metadata.append(name)

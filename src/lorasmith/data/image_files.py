@@ -29,6 +29,7 @@ __all__ = [
     "ImageError",
     "ImageHeader",
     "file_digest",
+    "header_size",
     "image_header",
     "image_size",
     "image_suffixes",
@@ -196,6 +197,13 @@ def image_size(path: Path) -> tuple[int, int]:
         with _one_at_a_time(image):
             image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright picture as the file's header has them. Raises ImageError as `open_image`."""
+    with _opened(path) as image:
+        width, height = image.size
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -28,7 +27,7 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, is_folder, open_regular
-from lorasmith.core.folders import file_stem
+from lorasmith.core.safe_names import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.folder import MAX_ASPECT, MIN_EDGE, ImageFile
 from lorasmith.data.folder_listing import REASONS, SET_APART
@@ -43,8 +42,6 @@ _MOST_AREA = 2.0  # of the square that pictures are scaled to
 _PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
 _QUALITY = 95
 _MOST_THREADS = 8
-# Names that Windows has no files for, whatever their suffix.
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -254,7 +251,7 @@ def _keep(folder: Path, files: Mapping[Path, str], original: Path) -> tuple[str,
     names, kept, reasons = _Names(), [], []
     for path, reason in files.items():
         _, stem = names.place(name_in(original, path).replace("/", "_"))
-        target = ensure_folder(folder) / f"{stem}{_plain(path.suffix)}"
+        target = ensure_folder(folder) / f"{stem}{plain_name(path.suffix)}"
         try:
             open_regular(path).close()
         except OSError as error:  # no permission, a pipe, or gone since
@@ -284,23 +281,11 @@ class _Names:
     def place(self, name: str) -> tuple[Path, str]:
         """Folder and stem for a file of this name, relative to the new folder."""
         *folders, file = name.split("/")
-        folder = Path(*map(_safe, folders))
-        stem = wanted = _safe(Path(file).stem)
+        folder = Path(*map(safe_name, folders))
+        stem = wanted = safe_name(Path(file).stem)
         for number in count(2):
             if (folder / stem).as_posix().casefold() not in self._taken:
                 break
             stem = f"{wanted}-{number}"
         self._taken.add((folder / stem).as_posix().casefold())
         return folder, stem
-
-
-def _plain(name: str) -> str:
-    """A name or suffix in characters that every system has files for."""
-    return re.sub(r"[^\w .,()&+=@#-]", "_", file_stem(name)).rstrip(" .")
-
-
-def _safe(name: str) -> str:
-    """A name that every system has files for: no control characters, and none with a meaning in paths or shells."""
-    kept = _plain(name).lstrip(" -")
-    kept = re.sub(r"^\.+", "_", kept)
-    return f"_{kept}" if not kept or _RESERVED.fullmatch(kept.partition(".")[0]) else kept

@@ -31,6 +31,7 @@ __all__ = [
     "Bucket",
     "Epoch",
     "Preflight",
+    "epoch_of",
     "name_in",
     "plain_framings",
     "preflight",
@@ -179,7 +180,7 @@ def preflight(
         notes=scan.notes,
         buckets=_buckets(images),
         alike=alike,
-        epoch=_epoch(scan.images, batch, validation_share),
+        epoch=epoch_of(scan.images, batch, validation_share),
         limit=limit,
         findings=found_in(
             images,
@@ -216,6 +217,22 @@ def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, ste
         name=image.name,
         centre=(0.5, 0.5) if mask is None else centre_of(mask),
     )
+
+
+def epoch_of(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:
+    """The samples of an epoch.
+
+    Args:
+        images: all of them; those of the subject's class are not counted.
+        batch: samples of a step.
+        validation_share: of the images held out, as for `split`.
+    """
+    subjects = [image for image in images if not image.is_class]
+    names = list(dict.fromkeys(image.name for image in subjects))
+    chosen = held_out_names(names, validation_share)
+    apart = sum(image.repeats for image in subjects if image.name in chosen)
+    total = sum(image.repeats for image in subjects)
+    return Epoch(total - apart, tuple(name for name in names if name in chosen), apart, batch)
 
 
 def name_in(folder: Path, path: Path) -> str:
@@ -310,12 +327,3 @@ def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:
         samples[one.bucket] += one.file.repeats
     ordered = sorted(counts, key=lambda size: (-counts[size], size))
     return tuple(Bucket(*size, counts[size], samples[size]) for size in ordered)
-
-
-def _epoch(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:
-    subjects = [image for image in images if not image.is_class]
-    names = list(dict.fromkeys(image.name for image in subjects))
-    chosen = held_out_names(names, validation_share)
-    apart = sum(image.repeats for image in subjects if image.name in chosen)
-    total = sum(image.repeats for image in subjects)
-    return Epoch(total - apart, tuple(name for name in names if name in chosen), apart, batch)

@@ -26,6 +26,7 @@ __all__ = [
     "recent_loss",
     "smoothed",
     "style_axes",
+    "trailing_means",
 ]
 
 RAW, SMOOTH, HELD_OUT, GRID, TEXT = "#9ab8d8", "#1f5fa8", "#c2570c", "#e4e8ec", "#3e4c59"
@@ -62,7 +63,7 @@ def _recent_steps(steps: int) -> int:
     return min(steps, max(_RECENT_LEAST, steps // _RECENT_SHARE))
 
 
-def _trailing_means(losses: Sequence[float]) -> list[float]:
+def trailing_means(losses: Sequence[float]) -> list[float]:
     """The mean of each loss and those before it, as many as `recent_loss` takes: the last one is that number."""
     span = _recent_steps(len(losses))
     parts = (losses[max(0, end - span) : end] for end in range(1, len(losses) + 1))
@@ -145,7 +146,7 @@ def draw_losses(
     """
     finite_steps = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
     finite = [losses[step - 1] for step in finite_steps]
-    trend = _trailing_means(finite)
+    trend = trailing_means(finite)
     raw = [loss if math.isfinite(loss) else math.nan for loss in losses]
 
     axes.plot(range(1, len(raw) + 1), raw, color=RAW, linewidth=0.9, label="each step", zorder=2)

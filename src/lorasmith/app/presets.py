@@ -1,0 +1,109 @@
+"""The three choices that somebody gets who asks for no settings: quick, balanced, thorough.
+
+They are declared here alone, for the page and the documents. Steps follow the number of images: each is seen about as
+often, within bounds below which nothing is learnt and above which few pictures are learnt by heart. All else that a
+choice does not set has its default, which model and algorithm decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorasmith.core.options import Option, options_of
+from lorasmith.data.data_config import DataConfig
+from lorasmith.training.config import TrainConfig
+
+__all__ = ["MAIN_SETTINGS", "PRESETS", "USUAL_IMAGES", "Preset", "PresetName", "is_on_a_page", "setting_groups"]
+
+PresetName = Literal["quick", "balanced", "thorough"]
+
+USUAL_IMAGES = 20
+"""Images for which the steps of a preset are given where their number is unknown."""
+
+MAIN_SETTINGS = ("trigger", "steps", "learning_rate", "rank", "batch_size", "resolution", "previews")
+"""Settings that are shown before all others."""
+
+_ROUND = 50  # steps are multiples of it
+_NOT_ON_A_PAGE = frozenset(("track", "existing_state", "bucket_mode", "bypass_mode", "mask_folder", "class_images"))
+"""Settings that are typed on the command line or belong to graphs: a tracker, folders, and what has no effect here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A choice of settings.
+
+    Attributes:
+        name: of the choice.
+        title: in words.
+        summary: what it trades, in a sentence.
+        steps_per_image: how often each image is seen.
+        least_steps, most_steps: bounds of the steps.
+        settings: all others that it sets.
+    """
+
+    name: PresetName
+    title: str
+    summary: str
+    steps_per_image: int
+    least_steps: int
+    most_steps: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings_for(self, images: int | None = None) -> dict[str, Any]:
+        """All settings for a number of images; that of `USUAL_IMAGES` if it is unknown."""
+        wanted = self.steps_per_image * (USUAL_IMAGES if images is None else images)
+        rounded = _ROUND * round(wanted / _ROUND)
+        return {"steps": max(self.least_steps, min(self.most_steps, rounded)), **self.settings}
+
+
+PRESETS: dict[PresetName, Preset] = {
+    one.name: one
+    for one in (
+        Preset(
+            name="quick",
+            title="Quick",
+            summary="A first look in a third of the time: the subject is recognised, details are not there yet.",
+            steps_per_image=15,
+            least_steps=150,
+            most_steps=500,
+            settings={"rank": 8},
+        ),
+        Preset(
+            name="balanced",
+            title="Balanced",
+            summary="The usual choice: good likeness in a moderate time, and a LoRA that still follows prompts.",
+            steps_per_image=40,
+            least_steps=400,
+            most_steps=2000,
+            settings={"rank": 16},
+        ),
+        Preset(
+            name="thorough",
+            title="Thorough",
+            summary="The finest details for twice the time and a file twice as large; ends early where held-out images "
+            "no longer improve.",
+            steps_per_image=80,
+            least_steps=800,
+            most_steps=5000,
+            settings={"rank": 32, "patience": 4},
+        ),
+    )
+}
+"""The choices by name, the fastest first."""
+
+
+def is_on_a_page(name: str) -> bool:
+    """Whether a page offers a setting."""
+    return name not in _NOT_ON_A_PAGE
+
+
+def setting_groups() -> dict[str, list[Option]]:
+    """Every setting that a page offers, by its heading: data first, then training, in the order of declaration."""
+    groups: dict[str, list[Option]] = {}
+    for config in (DataConfig, TrainConfig):
+        for name, declared in options_of(config).items():
+            if is_on_a_page(name):
+                groups.setdefault(declared.group, []).append(declared)
+    return groups

@@ -1,0 +1,28 @@
+"""Names for new files and folders that every system has: Windows, macOS and Linux."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from lorasmith.core.folders import file_stem
+
+__all__ = ["plain_name", "safe_name"]
+
+# Names that Windows has no files for, whatever their suffix.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+
+
+def plain_name(name: str) -> str:
+    """A name or suffix in characters that every system has files for; it may be empty."""
+    return re.sub(r"[^\w .,()&+=@#-]", "_", file_stem(unicodedata.normalize("NFC", name))).rstrip(" .")
+
+
+def safe_name(name: str) -> str:
+    """A name that every system has files for: no control characters, and none with a meaning in paths or shells.
+
+    Letters of all scripts are kept, in the composed form (NFC), so that names from different systems are equal.
+    """
+    kept = plain_name(name).lstrip(" -")
+    kept = re.sub(r"^\.+", "_", kept)
+    return f"_{kept}" if not kept or _RESERVED.fullmatch(kept.partition(".")[0].rstrip()) else kept

@@ -1,0 +1,191 @@
+"""One declaration per route of the API: method, path, body, answer and query, from which routes and document are made.
+
+A handler is an async function of the server's context and a `Call`; it returns a type of `shapes`, a JSON value, or a
+response of its own. Errors become `{"error": {"kind", "message"}}` with a fitting status, whatever raised them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from aiohttp import web
+
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.registry import nearest
+from lorasmith.core.typed_json import typed
+from lorasmith.server.api_shapes import ErrorAnswer, ErrorFacts
+from lorasmith.server.assistant import RefusedError
+from lorasmith.server.error_answers import status_of
+from lorasmith.server.server_context import ServerContext
+
+__all__ = ["PREFIX", "Call", "Endpoint", "Query", "TooLargeError", "TooManyError", "json_response", "route_of"]
+
+PREFIX = "/lorasmith/v1"
+
+MOST_BODY_BYTES = 16 * 2**20
+"""Of a JSON body: captions of 2,000 pictures are the longest."""
+
+_TOO_LARGE = f"a body must have at most {MOST_BODY_BYTES // 2**20} MiB; send less at once"
+
+_STATUS_OF_KIND = {"UnknownFileError": 404, "TakenNameError": 409, "TooManyError": 429, "TooLargeError": 413}
+"""Status by the kind of an error of this API, in the assistant or here; others are those of all doors."""
+
+T = TypeVar("T")
+
+
+class TooManyError(LorasmithError):
+    """There are too many streams or uploads at once."""
+
+
+class TooLargeError(LorasmithError):
+    """A body is too large."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A parameter of an address: its name, type and meaning."""
+
+    name: str
+    help: str
+    type: Literal["string", "integer", "boolean"] = "string"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request to an endpoint.
+
+    Attributes:
+        request: as aiohttp has it.
+        body: in the type that the endpoint declares; None if it declares none.
+    """
+
+    request: web.Request
+    body: Any = None
+
+    def path(self, name: str) -> str:
+        """A part of the path, decoded."""
+        return self.request.match_info[name]
+
+    def text(self, name: str, default: str = "") -> str:
+        """A parameter of the address."""
+        return self.request.query.get(name, default)
+
+    def number(self, name: str, default: int, *, least: int = 0, most: int = 2**31) -> int:
+        """A whole number of the address. Raises OptionError."""
+        text = self.request.query.get(name)
+        if text is None:
+            return default
+        if not text.isdecimal() or not least <= int(text[:12]) <= most:
+            raise OptionError(f"{name} must be a whole number between {least} and {most:,}, got {text[:40]!r}")
+        return int(text)
+
+
+Handler = Callable[[ServerContext, Call], Awaitable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A route of the API.
+
+    Attributes:
+        method, path: below `PREFIX`; `{name}` stands for a part, with slashes only if it is written `{name:.+}`.
+        summary: what it does, in a sentence.
+        handler: see above.
+        body: type of the JSON body; None for none.
+        answer: type of the JSON answer; None for something else, which `content` names.
+        status: of an answer.
+        query: parameters of the address.
+        content: media type of an answer or a body that is no JSON.
+        upload: whether the body is multipart/form-data.
+    """
+
+    method: Literal["GET", "POST", "PUT", "DELETE"]
+    path: str
+    summary: str
+    handler: Handler
+    body: Any = None
+    answer: Any = None
+    status: int = 200
+    query: Sequence[Query] = ()
+    content: str = ""
+    upload: bool = False
+    errors: Mapping[int, str] = field(default_factory=dict)
+
+
+def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
+    """The route that serves an endpoint."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            body = None if endpoint.body is None else await _body(request, endpoint.body)
+            answer = await endpoint.handler(context, Call(request, body))
+        except (web.HTTPException, asyncio.CancelledError, ConnectionError):
+            raise
+        except LorasmithError as error:
+            return _refused(error)
+        return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
+
+    return web.route(endpoint.method, PREFIX + endpoint.path, handle)
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    """An answer in JSON, which no cache keeps.
+
+    Args:
+        value: a type of `shapes`, or JSON values.
+        status: of the answer.
+    """
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return web.Response(
+        body=text.encode("utf-8", "replace"),
+        status=status,
+        content_type="application/json",
+        charset="utf-8",
+        headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"},
+    )
+
+
+def _refused(error: LorasmithError) -> web.Response:
+    kind, details = type(error).__name__, None
+    if isinstance(error, RefusedError):
+        kind, details = error.kind, error.details
+    facts = ErrorFacts(kind=kind, message=str(error), details=details)
+    return json_response(ErrorAnswer(error=facts), _STATUS_OF_KIND.get(kind) or status_of(error))
+
+
+async def _body(request: web.Request, kind: Any) -> Any:
+    """The JSON body in a type, in which unknown names are refused. Raises OptionError."""
+    if request.content_length is not None and request.content_length > MOST_BODY_BYTES:
+        raise TooLargeError(_TOO_LARGE)
+    content = bytearray()
+    async for block in request.content.iter_chunked(2**16):
+        content += block
+        if len(content) > MOST_BODY_BYTES:
+            raise TooLargeError(_TOO_LARGE)
+    try:
+        found = parse_foreign_json(bytes(content)) if content else {}
+        if isinstance(found, dict) and dataclasses.is_dataclass(kind):
+            _check_names(found, [one.name for one in dataclasses.fields(kind)])
+        return typed(found, kind)
+    except ValueError as error:
+        raise OptionError(f"the body of the request {_clause(error)}; correct it") from error
+
+
+def _check_names(found: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in found:
+        if name not in known:
+            raise OptionError(
+                f"unknown name {name!r} in the request{nearest(name, known)}; known are {', '.join(known)}"
+            )
+
+
+def _clause(error: ValueError) -> str:
+    text = str(error)
+    return text if text.startswith(("is ", "has ", "holds ")) else f"is wrong: {text}"

@@ -1,0 +1,193 @@
+"""Streams of events (text/event-stream): all jobs, one job, and the events of a run as its log grows.
+
+Events of a run have an id, the place in its log, so that a reader that was cut off continues with `Last-Event-ID` (or
+`?after=`). Streams do not end by themselves; a silent one sends a comment from time to time, by which a reader that has
+gone is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from lorasmith.server.api.endpoint import Call, TooManyError
+from lorasmith.server.api.job_answers import job_answer, job_summary, queue_counts
+from lorasmith.server.hub import Notice, Subscription
+from lorasmith.server.log_tail import LogTail
+from lorasmith.server.server_context import ServerContext
+from lorasmith.training.events import KINDS
+
+__all__ = ["MOST_STREAMS", "all_events", "job_events", "run_events"]
+
+MOST_STREAMS = 64
+"""Streams at once."""
+
+_POLL_S, _BEAT_S, _RETRY_MS = 0.4, 15.0, 2000
+_FIRST_JOBS = 100
+_NOT_LOGGED = frozenset(("Drawing", "CaptionEncoded"))
+"""Events of training that are not in its log."""
+_open: set[object] = set()
+
+
+async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
+    """`queue` and `job` events: those that wait and run at first, then every change."""
+    with context.hub.subscribe(kinds=("job", "queue")) as notices:
+        async with _stream(call.request) as stream:
+            await stream.send("queue", queue_counts(context))
+            for job in (*context.store.running(), *context.store.pending())[:_FIRST_JOBS]:
+                await stream.send("job", job_summary(job))
+            async for notice in _each(notices):
+                if notice is None:
+                    await stream.beat()
+                elif notice.kind == "job":
+                    await stream.send("job", job_summary(notice.data))
+                else:
+                    await stream.send("queue", notice.data)
+            return stream.response
+
+
+async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
+    """`job`: the job, at first and at each change. `preparation`: what happens before the first step. `training`: the
+    run's events as in its log, with ids, and those that are not logged. `graph`: events of a graph's nodes."""
+    id = call.path("id")
+    job = context.store.get(id)
+    with context.hub.subscribe(job_id=id, kinds=("job", "training", "graph")) as notices:
+        tail = await _tail(context, job.run, call)
+        async with _stream(call.request) as stream:
+            await stream.send("job", job_answer(job, with_graph=False))
+            await _send_log(stream, tail)
+            async for notice in _each(notices, pause_s=_POLL_S):
+                await _send_log(stream, tail)  # before the notice, so that the last events come before the job's end
+                if notice is None:
+                    await stream.beat(quiet=True)
+                elif notice.kind == "job":
+                    if tail is None and notice.data.get("run"):
+                        tail = await _tail(context, notice.data["run"], call)
+                        await _send_log(stream, tail)
+                    await stream.send("job", job_summary(notice.data))
+                elif notice.kind == "graph":
+                    await stream.send("graph", notice.data)
+                else:
+                    await _send_notice(stream, notice, is_tailed=tail is not None)
+            return stream.response
+
+
+async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
+    """`training`: the run's events as in its log, with ids. `reset`: the log begins again, forget what was sent."""
+    tail = await _tail(context, call.path("id"), call)
+    async with _stream(call.request) as stream:
+        while True:
+            await _send_log(stream, tail)
+            await stream.beat(quiet=True)
+            await asyncio.sleep(_POLL_S)
+
+
+class _Stream:
+    """An open stream.
+
+    Args:
+        response: prepared.
+    """
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        self.response = response
+        self._sent = asyncio.get_running_loop().time()
+
+    async def send(self, event: str, data: Any, *, id: str = "") -> None:
+        """Send an event, and wait until its reader has room for more."""
+        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
+        lines = [f"event: {event}", *([f"id: {id}"] if id else []), *(f"data: {line}" for line in _LINES.split(text))]
+        await self._write("\n".join(lines) + "\n\n")
+
+    async def beat(self, *, quiet: bool = False) -> None:
+        """Send a comment; if `quiet`, only after a while without events."""
+        if not quiet or asyncio.get_running_loop().time() - self._sent >= _BEAT_S:
+            await self._write(":\n\n")
+
+    async def _write(self, text: str) -> None:
+        self._sent = asyncio.get_running_loop().time()
+        await self.response.write(text.encode("utf-8", "replace"))
+
+
+_LINES = re.compile(r"\r\n|\r|\n")
+
+
+@contextlib.asynccontextmanager
+async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
+    """A stream that ends quietly when its reader goes. Raises TooManyError."""
+    if len(_open) >= MOST_STREAMS:
+        raise TooManyError(f"there must be at most {MOST_STREAMS} streams of events at once; close other pages")
+    key = object()
+    _open.add(key)
+    try:
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-store",
+                "X-Accel-Buffering": "no",
+                "X-Content-Type-Options": "nosniff",
+            }
+        )
+        await response.prepare(request)
+        await response.write(f"retry: {_RETRY_MS}\n\n".encode())
+        yield _Stream(response)
+    finally:
+        _open.discard(key)
+
+
+async def _each(notices: Subscription, *, pause_s: float = _BEAT_S) -> AsyncIterator[Notice | None]:
+    """The notices as they come; None after a pause without any. It ends with the subscription."""
+    following: asyncio.Task[Notice] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(notices))
+            done, _ = await asyncio.wait((following,), timeout=pause_s)
+            if not done:
+                yield None
+                continue
+            try:
+                notice = following.result()
+            except StopAsyncIteration:
+                return
+            following = None
+            yield notice
+    finally:
+        if following is not None:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                await following
+
+
+async def _tail(context: ServerContext, run: str | None, call: Call) -> LogTail | None:
+    """The log of a run, behind the event that the reader had last; None without a run."""
+    if not run:
+        return None
+    path = await context.assistant.ask("run_log", id=run)
+    return LogTail(Path(path), call.request.headers.get("Last-Event-ID") or call.text("after"))
+
+
+async def _send_log(stream: _Stream, tail: LogTail | None) -> None:
+    """Send what is new in a log."""
+    while tail is not None and (events := tail.read()):
+        if tail.begins_again:
+            await stream.send("reset", {})
+        for event in events:
+            await stream.send("training", event.data, id=event.place)
+
+
+async def _send_notice(stream: _Stream, notice: Notice, *, is_tailed: bool) -> None:
+    """Send an event of training or of its preparation, unless it is in the log that is sent as well."""
+    name = str(notice.data.get("event"))
+    if name not in KINDS:
+        await stream.send("preparation", notice.data)
+    elif name in _NOT_LOGGED:
+        await stream.send("preparation" if name == "CaptionEncoded" else "training", notice.data)
+    elif not is_tailed:
+        await stream.send("preparation", notice.data)

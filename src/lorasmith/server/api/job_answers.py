@@ -1,0 +1,80 @@
+"""Jobs as the API shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
+
+from lorasmith.server.api_shapes import JobAnswer
+from lorasmith.server.jobs import Job
+from lorasmith.server.server_context import ServerContext
+
+__all__ = ["job_answer", "job_summary", "queue_counts"]
+
+_TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
+_SUMMARY = (
+    "id", "kind", "state", "number", "created", "started", "ended", "error", "run", "attempts", "name", "model"
+)  # fmt: skip
+_LARGE = ("prompt", "workflow", "extra_data")
+"""Parts of a graph's request that lists leave out."""
+
+
+def job_answer(job: Job, *, with_graph: bool = True) -> dict[str, Any]:
+    """A job as JSON values.
+
+    Args:
+        job: the job.
+        with_graph: whether the request of a graph is there as a whole.
+    """
+    facts = job_summary(job)
+    request = {key: value for key, value in job.request.items() if with_graph or key not in _LARGE}
+    more = {"dataset": facts["dataset"], "trigger": _settings(job).get("trigger", "")} if job.kind == "train" else {}
+    answer = JobAnswer(**facts, outputs=dict(job.outputs), request={**request, **more})
+    return asdict(answer)
+
+
+def job_summary(job: Job | Mapping[str, Any]) -> dict[str, Any]:
+    """A job without its request and outputs; of a notice about one, what that says."""
+    found = job.summary() if isinstance(job, Job) else job
+    names = (
+        "id",
+        "kind",
+        "state",
+        "number",
+        "created",
+        "started",
+        "ended",
+        "error",
+        "run",
+        "attempts",
+        "name",
+        "model",
+    )
+    facts = {name: found.get(name) for name in names}
+    facts["title"] = facts["name"] or _TITLES.get(str(facts["kind"]), "Job")
+    if isinstance(job, Job):
+        facts["error"] = None if job.error is None else dict(job.error)
+        facts["dataset"] = _dataset(job)
+    return facts
+
+
+def queue_counts(context: ServerContext) -> dict[str, int]:
+    """The numbers of jobs that wait and that run."""
+    counts = context.store.counts()
+    return {"pending": counts["pending"], "running": counts["running"]}
+
+
+def _settings(job: Job) -> Mapping[str, Any]:
+    settings = job.request.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _dataset(job: Job) -> str | None:
+    """The dataset of a training: the folder in `input`, or the one of the package."""
+    sources = job.request.get("sources")
+    if not isinstance(sources, list | tuple) or not sources or not isinstance(sources[0], Mapping):
+        return None
+    path = PurePath(str(sources[0].get("path", "")))
+    return path.name if path.parent.name == "input" else None

@@ -1,0 +1,111 @@
+"""Endpoints about runs: what was trained, and what is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from lorasmith.server.api.endpoint import Call, Endpoint, Query, json_response
+from lorasmith.server.api.event_streams import run_events
+from lorasmith.server.api.job_answers import job_answer
+from lorasmith.server.api.served_files import file_response, page_response
+from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, RunAnswer, RunList, TrainOnBody
+from lorasmith.server.server_context import ServerContext
+
+__all__ = ["RUN_ENDPOINTS"]
+
+
+def _jobs(context: ServerContext) -> dict[str, str]:
+    """The jobs that run now, by the id of their run."""
+    return {job.run: job.id for job in context.store.running() if job.run}
+
+
+async def _runs(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("runs", jobs=_jobs(context))
+
+
+async def _run(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("run", id=call.path("id"), jobs=_jobs(context))
+
+
+async def _file(context: ServerContext, call: Call) -> web.StreamResponse:
+    return file_response(Path(await context.assistant.ask("run_file", id=call.path("id"), path=call.path("path"))))
+
+
+async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
+    return page_response(await context.assistant.ask("run_page", id=call.path("id")))
+
+
+async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
+    found = await context.assistant.ask("run_graph", id=call.path("id"))
+    return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
+
+
+async def _install(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("install_run", id=call.path("id"), step=call.body.step, name=call.body.name)
+
+
+async def _train_on(context: ServerContext, call: Call) -> Any:
+    request = await context.assistant.ask("train_on_request", id=call.path("id"), steps=call.body.steps)
+    return job_answer(context.dispatcher.submit("train", request))
+
+
+RUN_ENDPOINTS = (
+    Endpoint(method="GET", path="/runs", summary="All runs below the base folder.", handler=_runs, answer=RunList),
+    Endpoint(
+        method="GET",
+        path="/runs/{id}",
+        summary="A run with all that its report says; its id is percent-encoded, such as runs%2Fdog-001.",
+        handler=_run,
+        answer=RunAnswer,
+    ),
+    Endpoint(
+        method="GET",
+        path="/runs/{id}/events",
+        summary="The events of a run as its log grows.",
+        handler=run_events,
+        query=(Query("after", "Id of the last event that is known, in place of Last-Event-ID."),),
+        content="text/event-stream",
+    ),
+    Endpoint(
+        method="GET",
+        path="/runs/{id}/files/{path:.+}",
+        summary="A file of a run: a picture to look at, everything else to download.",
+        handler=_file,
+        content="*/*",
+    ),
+    Endpoint(
+        method="GET",
+        path="/runs/{id}/report",
+        summary="The report of a run, a page without scripts.",
+        handler=_report,
+        content="text/html",
+    ),
+    Endpoint(
+        method="GET",
+        path="/runs/{id}/graph",
+        summary="A graph in API format that does the same as a run.",
+        handler=_graph,
+        query=(Query("notes", "Answer {prompt, notes}: the graph, and where it does otherwise.", "boolean"),),
+        answer=dict[str, Any],
+    ),
+    Endpoint(
+        method="POST",
+        path="/runs/{id}/install",
+        summary="Copy a LoRA of a run into models/loras.",
+        handler=_install,
+        body=InstallBody,
+        answer=InstalledLora,
+    ),
+    Endpoint(
+        method="POST",
+        path="/runs/{id}/train-on",
+        summary="Queue a job that trains on from the end of a run.",
+        handler=_train_on,
+        body=TrainOnBody,
+        answer=JobAnswer,
+        status=201,
+    ),
+)

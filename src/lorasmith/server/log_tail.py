@@ -1,0 +1,98 @@
+"""The events of a run as its log grows: complete lines from a place on, and what is at the end of the log.
+
+A place is `<file>-<offset>`, where `file` is the number that the file system has for it. A resumed run writes its log
+again without the events that it repeats: that is another file, which is read from its start.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LogTail", "LoggedEvent", "end_of_log"]
+
+_BLOCK = 2**20
+"""Bytes that are read at a time."""
+
+MOST_LINE_BYTES = 2**22
+"""A longer line is no event of ours, and skipped."""
+
+
+@dataclass(frozen=True)
+class LoggedEvent:
+    """An event: the place behind it, and its JSON object, in which numbers are finite."""
+
+    place: str
+    data: dict[str, Any]
+
+
+class LogTail:
+    """Reads the events of a run that were not read yet.
+
+    Args:
+        path: the log; it need not be there yet.
+        after: place behind which to begin; the start of the log if it is empty, or of another file.
+
+    Attributes:
+        begins_again: whether the last `read` began at the start, as the log is another file than before.
+    """
+
+    def __init__(self, path: Path, after: str = "") -> None:
+        self._path = path
+        number, _, offset = after.partition("-")
+        is_place = number.isdecimal() and offset.isdecimal()
+        self._number = int(number) if is_place else 0
+        self._offset = int(offset) if is_place else 0
+        self.begins_again = False
+
+    def read(self) -> list[LoggedEvent]:
+        """The events of complete lines in the next block; none if there are no more, or if the file cannot be read."""
+        self.begins_again = False
+        try:
+            with self._path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                size = file.seek(0, 2)
+                if number != self._number or size < self._offset:
+                    self.begins_again = self._offset > 0
+                    self._number, self._offset = number, 0
+                file.seek(self._offset)
+                content = file.read(_BLOCK)
+                if b"\n" not in content and len(content) == _BLOCK:
+                    content += file.read(MOST_LINE_BYTES)
+        except OSError:
+            return []
+        end = content.rfind(b"\n") + 1
+        if not end and len(content) > MOST_LINE_BYTES:
+            end = len(content)
+        events = []
+        for line in content[:end].splitlines(keepends=True):
+            self._offset += len(line)
+            if (data := _object(line)) is not None:
+                events.append(LoggedEvent(f"{self._number}-{self._offset}", data))
+        return events
+
+
+def end_of_log(path: Path) -> str:
+    """The place at the end of a log; empty if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_ino}-{status.st_size}"
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _finite(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,247 @@
+"""Questions about a run before it starts: its plan, and the request of its job.
+
+A request names datasets and models by name; settings choose among known names, and LoRAs among those in `models/loras`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
+from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.options import options_of
+from lorasmith.core.safe_names import safe_name
+from lorasmith.core.sizes import memory_text
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import ImageFile, scan_folder
+from lorasmith.data.preflight import epoch_of
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model_search import MODEL_FOLDERS, ModelFiles, in_folders
+from lorasmith.server.api_shapes import PlanAnswer
+from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
+from lorasmith.server.questions.model_questions import known_model
+from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.runs.records import check_title
+
+__all__ = ["check_measurement", "check_steps", "checked_settings", "plan", "train_request"]
+
+_LORAS = ("existing_lora", "training_adapter")
+_NOT_TYPED = ("existing_state", "track", "mask_folder", "class_images")
+"""Settings that a request cannot have: files and programs that only the command line names."""
+
+_ENDLESS = 2**50
+_FEW, _MANY_EPOCHS = 5, 300
+
+
+@shaped
+def plan(
+    folders: Folders,
+    *,
+    model: str,
+    dataset: str | None = None,
+    folder: str | None = None,
+    trigger: str = "",
+    settings: Mapping[str, Any] | None = None,
+    card_bytes: int | None = None,
+) -> PlanAnswer:
+    """What a run would do, and need. No weight is loaded.
+
+    Args:
+        folders: of the installation.
+        model: its name.
+        dataset, folder: of the images, one of the two.
+        trigger: phrase in front of captions that lack it.
+        settings: of data and training, by name.
+        card_bytes: memory of the device; None if it is unknown.
+
+    Raises:
+        UnknownFileError: there is no such dataset.
+        LorasmithError: images, model or settings cannot be used.
+    """
+    images = _images_folder(folders, dataset, folder)
+    data, config = checked_settings(folders, settings or {}, trigger)
+    files = ModelFiles(known_model(folders, model))
+    scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive)
+    batch = config.batch_size * config.grad_accumulation_steps
+    epoch = epoch_of(scanned, batch, config.validation_share)
+    found = _estimate(folders, files, config, data.resolution, card_bytes)
+    proposal = found.proposal
+    return PlanAnswer(
+        steps=config.steps,
+        epochs=round(epoch.epochs(config.steps), 2),
+        rank=config.rank,
+        resolution=found.pixels,
+        images=len(scanned),
+        held_out=len(epoch.held_out),
+        parameters=found.parameters,
+        memory_bytes=proposal.needed_bytes,
+        fits=None if card_bytes is None else found.fits and found.encoders_fit,
+        memory_settings=proposal.settings,
+        notes=tuple(_notes(found, len(scanned), epoch.epochs(config.steps), is_known=card_bytes is not None)),
+    )
+
+
+@shaped
+def train_request(
+    folders: Folders,
+    *,
+    model: str,
+    dataset: str | None = None,
+    folder: str | None = None,
+    name: str = "",
+    trigger: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The request of a job that trains: a `RunFile` as JSON, which is checked as far as that takes no time.
+
+    Args:
+        folders: of the installation.
+        model, dataset, folder, trigger, settings: as for `plan`.
+        name: of the LoRA; that of the folder if it is empty.
+
+    Raises:
+        LorasmithError: as `plan`.
+    """
+    images = _images_folder(folders, dataset, folder)
+    checked_settings(folders, settings or {}, trigger)
+    title = safe_name(name.strip() or images.name)
+    check_title(title)
+    chosen = {**(settings or {}), **({"trigger": trigger} if trigger else {})}
+    for key in _LORAS:
+        if chosen.get(key) not in (None, NONE_LORA):
+            chosen[key] = str(folders.find("loras", str(chosen[key])))
+    base = folders.base
+    return {
+        "sources": [{"path": images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)}],
+        "model": known_model(folders, model),
+        "name": title,
+        "settings": {key: value for key, value in chosen.items() if value is not None},
+    }
+
+
+@shaped
+def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The request of a job that measures a step on a model.
+
+    Args:
+        folders: of the installation.
+        model, settings: as for `plan`.
+
+    Raises:
+        LorasmithError: as `plan`.
+    """
+    checked_settings(folders, settings or {}, "")
+    return {"model": known_model(folders, model), "settings": dict(settings or {})}
+
+
+def check_steps(steps: int) -> None:
+    """Raise OptionError for a number of steps out of its range."""
+    options_of(TrainConfig)["steps"].check(steps)
+
+
+def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str) -> tuple[DataConfig, TrainConfig]:
+    """Settings of data and training that a request may have.
+
+    Args:
+        folders: where LoRAs are that settings name.
+        settings: by name.
+        trigger: phrase in front of captions that lack it.
+
+    Raises:
+        OptionError: one is unknown, out of its range, or not for requests.
+        LoraError: there is no LoRA of a name.
+    """
+    for name in _NOT_TYPED:
+        if settings.get(name) not in (None, "none"):
+            raise OptionError(f"{name} is not for requests, got {settings[name]!r}; type it on the command line")
+    for name in _LORAS:
+        if settings.get(name) not in (None, NONE_LORA):
+            folders.find("loras", str(settings[name]))
+    return split_settings({key: value for key, value in settings.items() if value is not None}, trigger)
+
+
+def _images_folder(folders: Folders, dataset: str | None, folder: str | None) -> Path:
+    """The folder of the images, one of a dataset or any other one that is named by its path."""
+    if (dataset is None) == (folder is None):
+        raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
+    if dataset is not None:
+        found = dataset_folder(folders, dataset)
+    else:
+        found = folders.base / Path(folder or "").expanduser()
+        if str(folder).startswith(("\\\\", "//")) or not found.is_dir():
+            raise DataError(f"there is no folder {folder!r} on this computer; check its path")
+    if not any(found.iterdir()):
+        raise DataError(f"{found.name} holds no pictures yet; add some first")
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _scanned(folder: str, state: str, recursive: bool) -> tuple[ImageFile, ...]:
+    """The usable images of a folder as it was then."""
+    return scan_folder(folder, DataConfig(recursive=recursive)).images
+
+
+def _estimate(
+    folders: Folders, files: ModelFiles, config: TrainConfig, resolution: int | None, card_bytes: int | None
+) -> MemoryEstimate:
+    # Neither changes what a step needs, and LoRAs that are named are not looked at.
+    plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
+    path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
+    state = repr(fingerprint(path)) if path.exists() else ""
+    found = _estimated(_Named(folders), files, plain, resolution, state)
+    return replace(found, card_bytes=card_bytes or _ENDLESS)  # the proposal alone depends on it
+
+
+class _Named:
+    """Folders as a key of a cache, by their base."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+
+    def __hash__(self) -> int:
+        return hash(self.folders.base)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and self.folders == other.folders
+
+
+@functools.lru_cache(maxsize=64)
+def _estimated(
+    folders: _Named, files: ModelFiles, config: TrainConfig, resolution: int | None, state: str
+) -> MemoryEstimate:
+    return estimate_memory(files, config, card_bytes=_ENDLESS, resolution=resolution, folders=folders.folders)
+
+
+def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool) -> Sequence[str]:
+    notes = [
+        f"The model lacks its {part.replace('_', ' ')}, usually the file {file}; put it into models/text_encoders."
+        for part, file in found.missing.items()
+    ]
+    card = memory_text(found.card_bytes)
+    if is_known and not found.fits:
+        notes.append(
+            f"A step needs {memory_text(found.proposal.needed_bytes)}, more than {card}; use smaller pictures, a "
+            "smaller batch or fewer targets."
+        )
+    elif is_known and not found.encoders_fit:
+        notes.append(f"The text encoders do not fit into {card} at once; use their files in fp8 or GGUF.")
+    elif is_known and found.proposal.settings:
+        named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
+        notes.append(f"To fit into {card} it should train with {named}.")
+    if images < _FEW:
+        notes.append(f"With {images} picture{'' if images == 1 else 's'} the LoRA learns those by heart; add some.")
+    if epochs > _MANY_EPOCHS:
+        notes.append(f"Each picture is seen {epochs:,.0f} times, which is often too much; take fewer steps.")
+    if found.model == BUILT_IN:
+        notes.append("lorasmith-tiny is a small model to try things out; its pictures are icons of 64 pixels.")
+    return notes
+
+
+def _said(value: object) -> str:
+    return "on" if value is True else str(value)

@@ -1,0 +1,33 @@
+"""Questions whose answers are the API's types, sent as JSON values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypeVar
+
+from lorasmith.server.event_json import finite
+from lorasmith.server.questions.question_registry import QUESTIONS
+
+__all__ = ["plain", "shaped"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def shaped(function: _F) -> _F:
+    """Decorator: registers a function as the question of its name, which answers `plain` of its result."""
+
+    @functools.wraps(function)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        return plain(function(*args, **kwargs))
+
+    QUESTIONS.register(function.__name__)(asked)
+    return function
+
+
+def plain(value: Any) -> Any:
+    """A type of the API as JSON values; bytes and JSON values stay what they are, numbers become finite."""
+    if isinstance(value, bytes):
+        return value
+    return finite(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)

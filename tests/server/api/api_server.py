@@ -1,0 +1,143 @@
+"""The API on a real database and in-process answers to its questions, with a dispatcher that starts nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from aiohttp import ClientTimeout, web
+from aiohttp.test_utils import TestClient, TestServer
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.folders import Folders
+from lorasmith.server.api import routes
+from lorasmith.server.assistant import Assistant, RefusedError
+from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.hub import Hub
+from lorasmith.server.jobs import JobStore
+from lorasmith.server.log_book import LogBook
+from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.server_context import ServerContext
+
+AT = "/lorasmith/v1"
+
+
+class LocalAssistant:
+    """Answers in this process, by the real functions; what is in `made_up` comes first."""
+
+    is_ready = True
+
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+        self.made_up: dict[str, Any] = {}
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def ask(self, question: str, **arguments: Any) -> Any:
+        self.asked.append((question, arguments))
+        if question in self.made_up:
+            found = self.made_up[question]
+            if isinstance(found, Exception):
+                raise found
+            return found
+        from lorasmith.server.questions.question_registry import answer, load_questions
+
+        load_questions()
+        try:
+            found = answer(question, json.loads(json.dumps(arguments)), self._folders)
+        except LorasmithError as error:
+            raise RefusedError(type(error).__name__, str(error)) from error
+        return found if isinstance(found, bytes) else json.loads(json.dumps(found, allow_nan=False))
+
+
+class Client:
+    """Requests to the API.
+
+    Attributes:
+        context: of the server.
+        http: for other requests.
+    """
+
+    def __init__(self, http: TestClient[web.Request, web.Application], context: ServerContext) -> None:
+        self.http = http
+        self.context = context
+
+    async def ask(self, method: str, path: str, body: Any = None, *, status: int = 200, **options: Any) -> Any:
+        """The JSON answer, with its status checked."""
+        from yarl import URL
+
+        more = {} if body is None else {"json": body}
+        async with self.http.request(method, URL(AT + path, encoded=True), **more, **options) as response:
+            text = await response.text()
+            assert response.status == status, f"{response.status}: {text}"
+            assert response.content_type == "application/json" and response.headers["Cache-Control"] == "no-store"
+            return json.loads(text)
+
+    async def error(self, method: str, path: str, body: Any = None, *, status: int = 400, **options: Any) -> str:
+        """The message of an error, with its status checked."""
+        answer = await self.ask(method, path, body, status=status, **options)
+        assert answer["error"].keys() == {"kind", "message", "details"}
+        return str(answer["error"]["message"])
+
+
+@contextlib.asynccontextmanager
+async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
+    """A server in this process on a base folder."""
+    base.mkdir(exist_ok=True)
+    settings = ServerConfig(base=base, devices=(), **config)
+    hub, folders = Hub(), Folders(base)
+    store = JobStore(settings.folder / "jobs.sqlite3")
+    assistant = cast(Assistant, LocalAssistant(folders))
+    log = LogBook(None, hub)
+    dispatcher = Dispatcher(settings, store, hub, assistant, log)
+    context = ServerContext(
+        config=settings, folders=folders, store=store, dispatcher=dispatcher, hub=hub, assistant=assistant, log=log
+    )
+    app = web.Application()
+    app.add_routes(routes(context))
+    try:
+        async with TestClient(TestServer(app), timeout=ClientTimeout(total=30)) as http:
+            yield Client(http, context)
+            hub.close()
+    finally:
+        store.close()
+
+
+def made_up(client: Client) -> dict[str, Any]:
+    """Answers of the assistant to change."""
+    return cast(LocalAssistant, client.context.assistant).made_up
+
+
+class Events:
+    """Reads a stream of events."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+
+    async def next(self) -> tuple[str, Any, str]:
+        """The next event: its name, data and id; comments are left out."""
+        name, data, id = "message", [], ""
+        while True:
+            line = (await asyncio.wait_for(self._response.content.readline(), 5)).decode().rstrip("\n")
+            field, _, value = line.partition(": ")
+            if field == "event":
+                name = value
+            elif field == "data":
+                data.append(value)
+            elif field == "id":
+                id = value
+            elif not line and data:
+                return name, json.loads("\n".join(data)), id
+
+
+@contextlib.asynccontextmanager
+async def events(client: Client, path: str, headers: Mapping[str, str] | None = None) -> AsyncIterator[Events]:
+    """A stream of events."""
+    from yarl import URL
+
+    async with client.http.get(URL(AT + path, encoded=True), headers=headers) as response:
+        assert response.status == 200 and response.content_type == "text/event-stream"
+        yield Events(response)

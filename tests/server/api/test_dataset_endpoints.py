@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import FormData
+from PIL import Image
+
+from lorasmith.core.folders import ASSETS
+from lorasmith.server.api import uploads
+from lorasmith.server.assistant import RefusedError, UnavailableError
+from tests.server.api.api_server import AT, Client, api, made_up
+
+FOX = ASSETS / "input" / "fox"
+
+
+def png(colour: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def form(*files: tuple[str, bytes]) -> FormData:
+    data = FormData(quote_fields=False)  # as browsers send names
+    for name, content in files:
+        data.add_field("file", content, filename=name)
+    return data
+
+
+def with_api(base: Path, test: Callable[[Client], Awaitable[None]], **config: Any) -> None:
+    async def run() -> None:
+        async with api(base, **config) as client:
+            await test(client)
+
+    asyncio.run(run())
+
+
+def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        made = await client.ask("POST", "/datasets", {"name": "Mein Füchs: 1"}, status=201)
+        assert made["name"] == "Mein Füchs_ 1"
+        at = "/datasets/Mein%20F%C3%BCchs_%201"
+        files = form(("a.png", png()), ("a.txt", b"a red box"), ("b.PNG", png("blue")), ("c.jpg", b"<html>"))
+        answer = await client.ask("POST", f"{at}/images", data=files, status=200)
+        assert answer["added"] == ["a.png", "b.png", "a.txt"] and answer["renamed"] == {"b.PNG": "b.png"}
+        assert [one["file"] for one in answer["skipped"]] == ["c.jpg"]
+        found = await client.ask("GET", at)
+        assert [(one["file"], one["caption"], one["width"]) for one in found["images"]] == [
+            ("a.png", "a red box", 40),
+            ("b.png", "", 40),
+        ]
+        assert (await client.ask("PUT", f"{at}/captions", {"b.png": "a blue box", "a.png": ""}))["changed"] == 2
+        assert [one["caption"] for one in (await client.ask("GET", at))["images"]] == ["", "a blue box"]
+        checked = await client.ask("GET", f"{at}/check?trigger=box&resolution=32&upscale=true")
+        assert set(checked["images"]) == {"a.png", "b.png"} and checked["resolutions"] == [32]
+        await client.ask("DELETE", f"{at}/images/a.png")
+        rows = {one["name"]: one for one in (await client.ask("GET", "/datasets"))["datasets"]}
+        assert rows["Mein Füchs_ 1"]["images"] == 1 and rows["fox"]["builtin"]
+        removed = await client.ask("DELETE", at)
+        assert (tmp_path / removed["removed"] / "Mein Füchs_ 1" / "b.png").is_file()
+        await client.error("GET", at, status=404)
+        assert list((tmp_path / "user" / "lorasmith" / "uploads").iterdir()) == []
+
+    with_api(tmp_path, test)
+
+
+def test_a_caption_follows_its_picture_to_another_name(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
+        await client.ask("POST", "/datasets/dog/images", data=form(("x.png", png()), ("x.txt", b"first")))
+        files = form(("folder/x.txt", b"second"), ("folder/x.png", png("blue")))
+        answer = await client.ask("POST", "/datasets/dog/images", data=files)
+        assert answer["added"] == ["x-2.png", "x-2.txt"]
+        images = (await client.ask("GET", "/datasets/dog"))["images"]
+        assert {one["file"]: one["caption"] for one in images} == {"x.png": "first", "x-2.png": "second"}
+
+    with_api(tmp_path, test)
+
+
+def test_pictures_are_served_as_pictures_and_small_ones_are_cached(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        shutil.copytree(FOX, tmp_path / "input" / "dog")
+        (tmp_path / "input" / "dog" / "evil.png").write_bytes(b"<script>alert(1)</script>")
+        for file in ("fox_1.png", "evil.png"):
+            async with client.http.get(f"{AT}/datasets/dog/images/{file}") as response:
+                assert response.status == 200 and response.headers["Content-Type"] == "image/png"
+                assert response.headers["X-Content-Type-Options"] == "nosniff"
+                assert "sandbox" in response.headers["Content-Security-Policy"]
+                assert await response.read() == (tmp_path / "input" / "dog" / file).read_bytes()
+        url = f"{AT}/datasets/dog/images/fox_1.png?width=32"
+        async with client.http.get(url) as response:
+            assert response.content_type == "image/webp"
+            with Image.open(io.BytesIO(await response.read())) as small:
+                assert small.size == (32, 32)
+            tag = response.headers["ETag"]
+        asked = len(client.context.assistant.asked)  # type: ignore[attr-defined]
+        async with client.http.get(url, headers={"If-None-Match": tag}) as response:
+            assert response.status == 304
+        assert client.context.assistant.asked[asked:] == [  # type: ignore[attr-defined]
+            ("picture_file", {"name": "dog", "file": "fox_1.png"})
+        ]
+        await client.error("GET", "/datasets/dog/images/evil.png?width=32")
+        await client.error("GET", "/datasets/dog/images/fox_1.png?width=9999999")
+        await client.error("GET", "/datasets/dog/images/LICENSE.txt", status=404)
+        await client.error("GET", "/datasets/dog/images/..%2F..%2Fuser%2Florasmith%2Fjobs.sqlite3", status=404)
+
+    with_api(tmp_path, test)
+
+
+REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
+    "no dataset": ("GET", "/datasets/gone", None, 404, "there is no dataset 'gone'"),
+    "a path": ("GET", "/datasets/..%2F..", None, 404, "there is no dataset"),
+    "a taken name": ("POST", "/datasets", {"name": "fox"}, 409, "already"),
+    "no name": ("POST", "/datasets", {}, 400, "name is missing"),
+    "another name": (
+        "POST",
+        "/datasets",
+        {"nme": "x"},
+        400,
+        "unknown name 'nme' in the request (did you mean 'name'?)",
+    ),
+    "no text": ("POST", "/datasets", {"name": 3}, 400, "name must be text, got 3"),
+    "a list": ("POST", "/datasets", [1], 400, "must be an object"),
+    "captions of numbers": ("PUT", "/datasets/fox/captions", {"fox_1.png": 1}, 400, "must be text"),
+    "the package": ("PUT", "/datasets/fox/captions", {"fox_1.png": "x"}, 400, "belongs to Lorasmith"),
+    "a setting": ("GET", "/datasets/fox/check?resolutoin=3", None, 400, "unknown option 'resolutoin'"),
+    "a number": ("GET", "/datasets/fox/check?resolution=a", None, 400, "resolution must be a number"),
+    "a model": ("GET", "/datasets/fox/check?model=gone.safetensors", None, 400, "gone.safetensors"),
+    "no form": ("POST", "/datasets/fox/images", {}, 400, "multipart/form-data"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = {}
+
+    async def test(client: Client) -> None:
+        for case, (method, path, body, status, _) in REFUSED.items():
+            found[case] = await client.error(method, path, body, status=status)
+
+    with_api(tmp_path_factory.mktemp("refusals"), test)
+    return found
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_said(refusals: dict[str, str], case: str) -> None:
+    assert REFUSED[case][-1] in refusals[case]
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b'{"a": NaN}', b"[" * 5000, b'{"name": "a", "name": "b"}'])
+def test_a_body_that_is_no_json_is_refused(tmp_path: Path, body: bytes) -> None:
+    async def test(client: Client) -> None:
+        assert "the body of the request" in await client.error("POST", "/datasets", data=body)
+
+    with_api(tmp_path, test)
+
+
+def test_a_body_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.server.api.endpoint.MOST_BODY_BYTES", 100)
+
+    async def test(client: Client) -> None:
+        await client.error("POST", "/datasets", {"name": "x" * 200}, status=413)
+
+        async def endless() -> Any:
+            for _ in range(1000):
+                yield b"x" * 100
+
+        await client.error("POST", "/datasets", data=endless(), status=413)
+
+    with_api(tmp_path, test)
+
+
+LIMITS: dict[str, tuple[str, int, int, str]] = {
+    "a large picture": ("MOST_FILE_BYTES", 10, 200, "is larger than"),
+    "many files": ("MOST_FILES", 1, 413, "at most 1 files"),
+    "a large request": ("MOST_REQUEST_BYTES", 20, 413, "a request must have at most"),
+    "many uploads": ("MOST_UPLOADS", 0, 429, "uploads at once"),
+    "a full disk": ("SPARE_BYTES", 2**60, 400, "free some space"),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_uploads_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    name, limit, status, message = LIMITS[case]
+    monkeypatch.setattr(uploads, name, limit)
+
+    async def test(client: Client) -> None:
+        await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
+        files = form(("a.png", png()), ("b.png", png("blue")))
+        if status == 200:
+            answer = await client.ask("POST", "/datasets/dog/images", data=files)
+            assert not answer["added"] and all(message in one["reason"] for one in answer["skipped"])
+        else:
+            assert message in await client.error("POST", "/datasets/dog/images", data=files, status=status)
+        left = tmp_path / "user" / "lorasmith" / "uploads"
+        assert not left.is_dir() or list(left.iterdir()) == []
+
+    with_api(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"--x\r\n", b"--x\r\nContent-Disposition: form-data; name=a; filename=a.png\r\n\r\nabc", b"junk"]
+)
+def test_a_form_that_was_cut_off_is_refused(tmp_path: Path, body: bytes) -> None:
+    async def test(client: Client) -> None:
+        await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        async with client.http.post(f"{AT}/datasets/dog/images", data=body, headers=headers) as response:
+            assert response.status in (200, 400)
+            answer = await response.json()
+            assert "error" in answer or not answer["added"]
+        assert (await client.ask("GET", "/datasets/dog"))["images"] == []
+
+    with_api(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UnavailableError("the assistant ended; try again"), 503),
+        (RefusedError("InternalError", "the server failed"), 500),
+        (RefusedError("GraphError", "it is wrong", ["one", "two"]), 400),
+    ],
+)
+def test_errors_of_the_assistant_have_a_status(tmp_path: Path, error: Exception, status: int) -> None:
+    async def test(client: Client) -> None:
+        made_up(client)["datasets"] = error
+        answer = await client.ask("GET", "/datasets", status=status)
+        assert answer["error"]["message"] == str(error)
+        if getattr(error, "details", None):
+            assert answer["error"]["details"] == ["one", "two"]
+
+    with_api(tmp_path, test)

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.app.run_file import RunFile
+from lorasmith.core.typed_json import typed
+from lorasmith.server.hub import Notice
+from lorasmith.server.measurements import measurement_subject
+from tests.server.api.api_server import Client, api, events, made_up
+from tests.server.api.test_dataset_endpoints import with_api
+
+RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}
+
+
+def test_a_job_that_trains_is_queued_listed_moved_and_removed(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        first = await client.ask("POST", "/jobs", {"kind": "train", **RUN}, status=201)
+        assert (first["state"], first["name"], first["dataset"], first["model"]) == (
+            "pending", "fox", "fox", "lorasmith-tiny"
+        )  # fmt: skip
+        stored = client.context.store.get(first["id"])
+        given = typed(dict(stored.request), RunFile)
+        assert given.source("lorasmith-tiny").data.trigger == "a fox" and given.train_config({}).steps == 50
+        second = await client.ask("POST", "/jobs", {**RUN, "name": "second", "front": True}, status=201)
+        listed = await client.ask("GET", "/jobs")
+        assert [job["id"] for job in listed["jobs"]] == [second["id"], first["id"]] and listed["total"] == 2
+        await client.ask("POST", f"/jobs/{first['id']}/move", {"front": True})
+        assert (await client.ask("GET", "/jobs?limit=1"))["jobs"][0]["id"] == first["id"]
+        assert (await client.ask("GET", "/jobs?limit=1&offset=1"))["jobs"][0]["id"] == second["id"]
+        paused = await client.ask("POST", f"/jobs/{first['id']}/cancel", {"pause": True})
+        assert paused["state"] == "paused"
+        assert (await client.ask("GET", "/status"))["queue"] == {"pending": 1, "running": 0}
+        assert [one["state"] for one in (await client.ask("GET", "/jobs?states=paused,pending"))["jobs"]] == [
+            "pending", "paused"
+        ]  # fmt: skip
+        assert (await client.ask("POST", f"/jobs/{first['id']}/continue"))["state"] == "pending"
+        cancelled = await client.ask("POST", f"/jobs/{first['id']}/cancel")
+        assert cancelled["state"] == "cancelled"
+        again = await client.ask("POST", f"/jobs/{first['id']}/retry", status=201)
+        assert again["id"] != first["id"] and again["request"]["sources"] == first["request"]["sources"]
+        await client.ask("DELETE", f"/jobs/{first['id']}")
+        await client.error("GET", f"/jobs/{first['id']}", status=404)
+
+    with_api(tmp_path, test)
+
+
+REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
+    "no job": ("GET", "/jobs/gone", None, 404, "gone"),
+    "no job to stop": ("POST", "/jobs/gone/cancel", {}, 404, "gone"),
+    "no job to continue": ("POST", "/jobs/gone/continue", None, 404, "gone"),
+    "no events": ("GET", "/jobs/gone/events", None, 404, "gone"),
+    "no images": ("POST", "/jobs", {"model": "lorasmith-tiny"}, 400, "name one of the two"),
+    "both": ("POST", "/jobs", {**RUN, "folder": "x"}, 400, "name one of the two"),
+    "no dataset": ("POST", "/jobs", {**RUN, "dataset": "gone"}, 404, "there is no dataset"),
+    "no model": ("POST", "/jobs", {**RUN, "model": "gone"}, 400, "there is no model 'gone'"),
+    "a hub": ("POST", "/jobs", {**RUN, "model": "owner/name"}, 400, "there is no model 'owner/name'"),
+    "any file": ("POST", "/jobs", {**RUN, "model": "/etc/passwd"}, 400, "there is no model"),
+    "code": ("POST", "/jobs", {**RUN, "settings": {"optimizer": "os.system"}}, 400, "would run code"),
+    "a tracker": ("POST", "/jobs", {**RUN, "settings": {"track": "wandb"}}, 400, "track is not for requests"),
+    "a state": ("POST", "/jobs", {**RUN, "settings": {"existing_state": "/x"}}, 400, "existing_state is not for"),
+    "a lora": ("POST", "/jobs", {**RUN, "settings": {"existing_lora": "../x"}}, 400, "must stay inside its folder"),
+    "a setting": ("POST", "/jobs", {**RUN, "settings": {"steps": -1}}, 400, "steps must be between"),
+    "a kind": ("POST", "/jobs", {**RUN, "kind": "graph"}, 400, "kind must be one of train"),
+    "a network": ("POST", "/jobs", {"model": "lorasmith-tiny", "folder": "//host/x"}, 400, "there is no folder"),
+    "states": ("GET", "/jobs?states=waiting", None, 400, "states must be of pending"),
+    "limit": ("GET", "/jobs?limit=1000", None, 400, "limit must be a whole number between 1 and 500"),
+    "offset": ("GET", "/jobs?offset=x", None, 400, "offset must be a whole number"),
+    "images": ("GET", "/settings?images=-1", None, 400, "images must be"),
+    "a plan": ("POST", "/plans", {**RUN, "settings": {"rank": 999}}, 400, "rank must be between"),
+    "a measurement": ("POST", "/measurements", {"model": "gone"}, 400, "there is no model"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = {}
+
+    async def test(client: Client) -> None:
+        for case, (method, path, body, status, _) in REFUSED.items():
+            found[case] = await client.error(method, path, body, status=status)
+
+    with_api(tmp_path_factory.mktemp("refusals"), test)
+    return found
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_said(refusals: dict[str, str], case: str) -> None:
+    assert REFUSED[case][-1] in refusals[case]
+
+
+def test_jobs_in_another_state_are_refused(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+        await client.error("POST", f"/jobs/{job}/continue", status=409)
+        await client.error("POST", f"/jobs/{job}/retry", status=409)
+        client.context.store.claim("worker")
+        await client.error("DELETE", f"/jobs/{job}", status=409)
+        await client.error("POST", f"/jobs/{job}/move", status=409)
+        client.context.store.finish(job, "completed")
+        await client.error("POST", f"/jobs/{job}/cancel", status=409)
+
+    with_api(tmp_path, test)
+
+
+def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    (tmp_path / "base" / "inner").mkdir(parents=True)
+    (tmp_path / "base" / "inner" / "a.png").write_bytes(b"x")
+    body = {"model": "lorasmith-tiny", "folder": str(tmp_path / "photos")}
+
+    async def here(client: Client) -> None:
+        job = await client.ask("POST", "/jobs", body, status=201)
+        assert job["request"]["sources"] == [{"path": str(tmp_path / "photos")}] and job["dataset"] is None
+
+    async def elsewhere(client: Client) -> None:
+        assert "below the server's base folder" in await client.error("POST", "/jobs", body)
+        await client.error("POST", "/plans", {**body, "folder": "../photos"})
+        await client.ask("POST", "/jobs", {**body, "folder": "inner"}, status=201)
+
+    with_api(tmp_path / "base", here)
+    with_api(tmp_path / "base", elsewhere, host="0.0.0.0", token="secret")
+
+
+def test_a_plan_has_the_time_of_a_measured_step(tmp_path: Path) -> None:
+    plan = {"steps": 50, "memory_bytes": 1}
+
+    async def test(client: Client) -> None:
+        made_up(client)["plan"] = plan
+        assert await client.ask("POST", "/plans", RUN) == plan
+        job = await client.ask("POST", "/measurements", {"model": RUN["model"], "settings": {"rank": 8}}, status=201)
+        assert (job["kind"], job["title"], job["request"]["settings"]) == ("measure", "Measurement", {"rank": 8})
+        subject = measurement_subject("lorasmith-tiny", {"rank": 8}, "cpu")
+        client.context.store.set_measurement(subject, {"seconds_per_step": 0.5})
+        found = await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 8, "steps": 50}})
+        assert (found["seconds_per_step"], found["seconds"]) == (0.5, 25.0) and found["measured_at"] > 0
+        assert await client.ask("POST", "/plans", {**RUN, "settings": {"rank": 9}}) == plan
+
+    with_api(tmp_path, test)
+
+
+def test_all_changes_of_jobs_are_a_stream(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        job = await client.ask("POST", "/jobs", RUN, status=201)
+        async with events(client, "/events") as stream:
+            assert await stream.next() == ("queue", {"pending": 1, "running": 0}, "")
+            name, data, _ = await stream.next()
+            assert (name, data["id"], data["state"]) == ("job", job["id"], "pending")
+            client.context.hub.publish(Notice(kind="training", job_id=job["id"], data={"event": "StepDone"}))
+            await client.ask("POST", f"/jobs/{job['id']}/cancel")
+            name, data, _ = await stream.next()
+            assert (name, data["state"], data["title"]) == ("job", "cancelled", "fox")
+            assert (await stream.next())[0] == "queue"
+
+    with_api(tmp_path, test)
+
+
+def test_a_stream_of_a_job_has_its_preparation_and_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+
+    async def test(client: Client) -> None:
+        made_up(client)["run_log"] = str(log)
+        store, hub = client.context.store, client.context.hub
+        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+
+        def training(event: str, **data: Any) -> None:
+            hub.publish(Notice(kind="training", job_id=job, data={"event": event, **data}))
+
+        async with events(client, f"/jobs/{job}/events") as stream:
+            assert (await stream.next())[0] == "job"
+            training("ImagesFound", images=6)
+            hub.publish(Notice(kind="training", job_id="another", data={"event": "ImagesFound"}))
+            training("Warned", message="early")
+            assert [(await stream.next())[:2] for _ in range(2)] == [
+                ("preparation", {"event": "ImagesFound", "images": 6}),
+                ("preparation", {"event": "Warned", "message": "early"}),
+            ]
+            store.claim("worker")
+            store.set_run(job, "runs/fox-001")
+            hub.publish(Notice(kind="job", job_id=job, data=store.get(job).summary()))
+            assert (await stream.next())[1]["run"] == "runs/fox-001"
+            log.write_text('{"event": "RunStarted"}\n{"event": "StepDone", "step": 1, "loss": NaN}\n{"event": "Half')
+            training("StepDone", step=1)  # is in the log
+            training("Drawing", done=1, total=2)  # is not
+            name, data, first = await stream.next()
+            assert (name, data["event"]) == ("training", "RunStarted") and first
+            name, data, last = await stream.next()
+            assert data == {"event": "StepDone", "step": 1, "loss": None} and last != first
+            assert (await stream.next())[:2] == ("training", {"event": "Drawing", "done": 1, "total": 2})
+        for headers, query in (({"Last-Event-ID": first}, ""), (None, f"?after={first}")):
+            async with events(client, f"/jobs/{job}/events{query}", headers) as stream:
+                assert (await stream.next())[0] == "job"
+                assert (await stream.next())[1:] == ({"event": "StepDone", "step": 1, "loss": None}, last)
+
+    with_api(tmp_path / "base", test)
+
+
+def test_streams_have_a_limit_and_end_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.server.api.event_streams.MOST_STREAMS", 1)
+
+    async def test() -> None:
+        async with api(tmp_path) as client, events(client, "/events"):
+            assert "streams of events at once" in await client.error("GET", "/events", status=429)
+
+    import asyncio
+
+    asyncio.run(asyncio.wait_for(test(), 10))

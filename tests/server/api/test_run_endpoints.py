@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.server.api.api_server import AT, Client, events, made_up
+from tests.server.api.test_dataset_endpoints import with_api
+
+RUN = "runs%2Fdog-001"
+
+
+def a_run(base: Path) -> Path:
+    """A folder with files as a run has them."""
+    folder = base / "runs" / "dog-001"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"title": "dog", "config": {"steps": 3}}))
+    (folder / "events.jsonl").write_text('{"event": "StepDone", "step": 1, "loss": 0.5, "grad_norm": 1, "at": 5}\n')
+    (folder / "report.html").write_text("<script>alert(1)</script>")
+    (folder / "Bild ä.png").write_bytes(b"<script>")
+    return folder
+
+
+def test_runs_and_their_files(tmp_path: Path) -> None:
+    folder = a_run(tmp_path)
+
+    async def test(client: Client) -> None:
+        (row,) = (await client.ask("GET", "/runs"))["runs"]
+        assert (row["id"], row["state"], row["step"], row["steps"]) == ("runs/dog-001", "interrupted", 1, 3)
+        job = client.context.store.add("train", {})
+        client.context.store.claim("worker")
+        client.context.store.set_run(job.id, "runs/dog-001")
+        found = await client.ask("GET", f"/runs/{RUN}")
+        assert (found["state"], found["job"], found["losses"]) == ("running", job.id, [[1, 0.5]])
+        assert found["last_event"].endswith(f"-{(folder / 'events.jsonl').stat().st_size}")
+        async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/Bild%20%C3%A4.png") as response:
+            assert response.headers["Content-Type"] == "image/png"
+            assert "Content-Disposition" not in response.headers
+        for file in ("report.html", "run.json"):
+            async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/{file}") as response:
+                assert response.headers["Content-Type"] == "application/octet-stream"
+                assert response.headers["Content-Disposition"].startswith("attachment")
+                assert response.headers["X-Content-Type-Options"] == "nosniff"
+        async with client.http.get(f"{AT}/runs/runs%2Fdog-001/report") as response:
+            page = await response.text()
+            assert response.content_type == "text/html" and "alert(1)" not in page
+            assert "sandbox" in response.headers["Content-Security-Policy"]
+            assert "script" not in response.headers["Content-Security-Policy"]
+
+    with_api(tmp_path, test)
+
+
+def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
+    a_run(tmp_path)
+
+    async def test(client: Client) -> None:
+        for path in ("", "/files/run.json", "/report", "/graph", "/events"):
+            for id in ("runs%2Fgone", "runs%2F..%2F..", "%2Fetc", "runs%2Fdog-001%2F.."):
+                await client.error("GET", f"/runs/{id}{path}", status=404)
+        for file in ("..%2F..%2Fuser%2Florasmith%2Fjobs.sqlite3", "%2Fetc%2Fpasswd", ".lock", "gone"):
+            await client.error("GET", f"/runs/{RUN}/files/{file}", status=404)
+
+    with_api(tmp_path, test)
+
+
+def test_what_is_made_of_a_run(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        answers: dict[str, Any] = {
+            "run_graph": {"prompt": {"1": {}}, "notes": ["a note"]},
+            "install_run": {"installed": "dog.safetensors", "was_there": False},
+            "train_on_request": {"sources": [{"path": "input/dog"}], "model": "m", "name": "dog", "settings": {}},
+        }
+        made_up(client).update(answers)
+        assert await client.ask("GET", f"/runs/{RUN}/graph") == {"1": {}}
+        assert (await client.ask("GET", f"/runs/{RUN}/graph?notes=1"))["notes"] == ["a note"]
+        assert (await client.ask("POST", f"/runs/{RUN}/install", {"step": 3}))["installed"] == "dog.safetensors"
+        assert (await client.ask("POST", f"/runs/{RUN}/install"))["installed"] == "dog.safetensors"
+        job = await client.ask("POST", f"/runs/{RUN}/train-on", {"steps": 9}, status=201)
+        assert (job["kind"], job["state"], job["dataset"]) == ("train", "pending", "dog")
+        asked = dict(client.context.assistant.asked)  # type: ignore[attr-defined]
+        assert asked["train_on_request"] == {"id": "runs/dog-001", "steps": 9}
+        await client.error("POST", f"/runs/{RUN}/train-on", {})
+
+    with_api(tmp_path, test)
+
+
+def test_events_of_a_run_follow_its_log(tmp_path: Path) -> None:
+    log = a_run(tmp_path) / "events.jsonl"
+
+    async def test(client: Client) -> None:
+        async with events(client, f"/runs/{RUN}/events") as stream:
+            name, data, first = await stream.next()
+            assert (name, data["step"]) == ("training", 1)
+            with log.open("a") as file:
+                file.write('{"event": "StepDone", "step": 2}\n')
+            assert (await stream.next())[1]["step"] == 2
+            again = log.with_suffix(".new")
+            again.write_text('{"event": "Resumed", "step": 1}\n')
+            again.replace(log)
+            assert [(await stream.next())[:2] for _ in range(2)] == [
+                ("reset", {}),
+                ("training", {"event": "Resumed", "step": 1}),
+            ]
+        async with events(client, f"/runs/{RUN}/events", {"Last-Event-ID": first}) as stream:
+            assert (await stream.next())[0] == "reset"
+
+    with_api(tmp_path, lambda client: asyncio.wait_for(test(client), 20))

@@ -1,0 +1,57 @@
+"""A base folder with a finished run of the page."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorasmith.app.folder_run import prepare, train_prepared
+from lorasmith.app.folder_source import FolderSource
+from lorasmith.core.folders import Folders
+from lorasmith.data.data_config import DataConfig
+from lorasmith.training.config import TrainConfig
+
+SETTINGS = {
+    "rank": 2,
+    "targets": "attention",
+    "steps": 4,
+    "save_every": 2,
+    "validation_share": 0.5,
+    "validate_every": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with the dataset `dog` and the finished run `runs/dog-001`; not to be changed."""
+    base = tmp_path_factory.mktemp("trained") / "base"
+    folder = base / "input" / "dog"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("a dog on grass")
+    data = DataConfig(resolution=32, trigger="sks dog")
+    source = FolderSource.of(folder, "lorasmith-tiny", data=data)
+    config = TrainConfig(**SETTINGS, previews="a dog", preview_steps=1, preview_every=4, preview_strengths="1")
+    train_prepared(prepare(source, config), output=base / "runs" / "dog-001")
+    return base
+
+
+@pytest.fixture
+def base(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, the current folder, as it is the assistant's."""
+    copy = Path(shutil.copytree(trained, tmp_path / "base"))
+    record = copy / "runs" / "dog-001" / "run.json"
+    record.write_text(record.read_text().replace(str(trained), str(copy)))
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.fixture
+def installation(base: Path) -> Folders:
+    return Folders(base)

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.core.folders import Folders
+from lorasmith.server.questions import dataset_questions as questions
+from lorasmith.server.questions.dataset_questions import UnknownFileError
+
+
+def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path / "base")
+
+
+@pytest.fixture
+def dog(folders: Folders) -> Path:
+    """A dataset of three pictures, two of them with captions."""
+    folder = folders.place("input") / "dog"
+    folder.mkdir(parents=True)
+    for number in (1, 2, 10):
+        noise(seed=number).save(folder / f"{number}.png")
+    (folder / "1.txt").write_text("a dog\non grass\n")
+    (folder / "2.caption").write_text("a dog in snow")
+    return folder
+
+
+def sent(tmp_path: Path, content: bytes | Image.Image, kind: str = "png") -> str:
+    """An uploaded file."""
+    if isinstance(content, Image.Image):
+        buffer = io.BytesIO()
+        content.save(buffer, kind)
+        content = buffer.getvalue()
+    path = tmp_path / f"upload-{len(list(tmp_path.iterdir()))}"
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_datasets_are_folders_with_pictures_and_new_ones(folders: Folders, dog: Path) -> None:
+    (dog.parent / "3d").mkdir()
+    (dog.parent / "3d" / "shape.obj").write_text("")
+    (dog.parent / "new").mkdir()
+    rows = {row.name: row for row in questions.datasets(folders).datasets}
+    assert list(rows) == ["dog", "new", "fox", "high-contrast"]
+    row = rows["dog"]
+    assert (row.images, row.captions, row.cover, row.builtin) == (3, 2, "1.png", False)
+    assert row.modified == dog.stat().st_mtime
+    assert (rows["new"].images, rows["new"].cover) == (0, None)
+    assert rows["fox"].builtin and rows["fox"].images == 6
+
+
+def test_a_dataset_shows_its_pictures_in_natural_order(folders: Folders, dog: Path) -> None:
+    found = questions.dataset(folders, "dog")
+    assert [one.file for one in found.images] == ["1.png", "2.png", "10.png"]
+    first, second, third = found.images
+    assert (first.width, first.height, first.bytes) == (48, 40, (dog / "1.png").stat().st_size)
+    assert (first.caption, first.has_caption) == ("a dog\non grass", True)
+    assert (second.caption, third.caption, third.has_caption) == ("a dog in snow", "", False)
+
+
+def test_a_picture_is_upright(folders: Folders, dog: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise((64, 32)).save(dog / "turned.jpg", exif=exif)
+    (row,) = (one for one in questions.dataset(folders, "dog").images if one.file == "turned.jpg")
+    assert (row.width, row.height) == (32, 64)
+    with Image.open(io.BytesIO(questions.picture(folders, "dog", "turned.jpg", 16))) as small:
+        assert small.format == "WEBP" and small.size == (8, 16)
+
+
+def test_what_cannot_be_read_is_said_of_the_picture(folders: Folders, dog: Path) -> None:
+    (dog / "10.png").write_bytes(b"<html>")
+    (dog / "2.caption").write_bytes(b"a\x00b")
+    (dog / "raw.nef").write_bytes(b"")
+    found = questions.dataset(folders, "dog")
+    _, second, third = found.images
+    assert third.width is None and "is not an image in spite of its name" in third.problem
+    assert not second.has_caption and "holds zero bytes" in second.problem
+    assert [(one.file, one.reason[:13]) for one in found.skipped] == [("raw.nef", "is a NEF file")]
+    with pytest.raises(LorasmithError, match="is not an image"):
+        questions.picture(folders, "dog", "10.png")
+
+
+def test_inner_folders_are_said_and_not_shown(folders: Folders, dog: Path) -> None:
+    for inner in ("5_sks dog", "other"):
+        (dog / inner).mkdir()
+        noise().save(dog / inner / "x.png")
+    found = questions.dataset(folders, "dog")
+    assert len(found.images) == 3
+    assert "1 pictures in the folder 5_sks dog are trained on as well, and not shown here." in found.notes
+    assert [one.file for one in found.skipped] == ["other"]
+
+
+def test_captions_of_a_metadata_file_are_shown_and_a_text_replaces_them(folders: Folders, dog: Path) -> None:
+    (dog / "metadata.jsonl").write_text(json.dumps({"file_name": "10.png", "text": "from metadata"}) + "\n")
+    assert questions.dataset(folders, "dog").images[2].caption == "from metadata"
+    assert questions.set_captions(folders, "dog", {"10.png": "mine"}).changed == 1
+    assert questions.dataset(folders, "dog").images[2].caption == "mine"
+
+
+NO_NAMES = ["", ".", "..", "../dog", "dog/../dog", "a\\b", "c:", ".hidden", "x\x00", "gone"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_is_no_dataset_is_unknown(folders: Folders, dog: Path, name: str) -> None:
+    with pytest.raises(UnknownFileError, match="there is no dataset"):
+        questions.dataset(folders, name)
+
+
+@pytest.mark.parametrize("file", ["", "..", "../dog/1.png", "1.txt", "gone.png", "x\x00.png", ".1.png", "a/1.png"])
+def test_a_file_that_is_no_picture_is_unknown(folders: Folders, dog: Path, file: str) -> None:
+    for ask in (questions.picture, questions.picture_file, questions.remove_image):
+        with pytest.raises(UnknownFileError, match="there is no picture"):
+            ask(folders, "dog", file)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_that_leave_are_not_followed(folders: Folders, dog: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    noise().save(outside / "secret.png")
+    (dog.parent / "leaves").symlink_to(outside)
+    (dog / "link.png").symlink_to(outside / "secret.png")
+    (folders.base / "elsewhere").mkdir()
+    noise().save(folders.base / "elsewhere" / "a.png")
+    (dog.parent / "stays").symlink_to(folders.base / "elsewhere")
+    assert [row.name for row in questions.datasets(folders).datasets if not row.builtin] == ["dog", "stays"]
+    with pytest.raises(UnknownFileError):
+        questions.dataset(folders, "leaves")
+    found = questions.dataset(folders, "dog")
+    assert [one.file for one in found.images] == ["1.png", "2.png", "10.png"]
+    assert "1 pictures are links to other folders: trained on, and not shown here." in found.notes
+    with pytest.raises(UnknownFileError, match="is a link to somewhere else"):
+        questions.picture_file(folders, "dog", "link.png")
+    assert questions.picture_file(folders, "stays", "a.png") == str(folders.base.resolve() / "elsewhere" / "a.png")
+
+
+def test_an_input_folder_may_be_a_link_itself(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "cat").mkdir(parents=True)
+    noise().save(tmp_path / "disk" / "cat" / "a.png")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "input").symlink_to(tmp_path / "disk")
+    assert questions.dataset(Folders(tmp_path / "base"), "cat").images[0].file == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"), [("Dog", "Dog"), (" my cat ", "my cat"), ("../x", "__x"), ("nul", "_nul"), ("犬", "犬")]
+)
+def test_a_new_dataset_has_a_safe_name(folders: Folders, asked: str, made: str) -> None:
+    assert questions.create_dataset(folders, asked).name == made
+    assert (folders.place("input") / made).is_dir()
+    for again in (asked, asked.upper()):
+        with pytest.raises(questions.TakenNameError, match="already"):
+            questions.create_dataset(folders, again)
+
+
+@pytest.mark.parametrize(("name", "match"), [("  ", "must have a name"), ("fox", "already")])
+def test_some_names_are_refused(folders: Folders, name: str, match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        questions.create_dataset(folders, name)
+
+
+ADDED: dict[str, tuple[str, str, str]] = {  # name sent, format, name kept
+    "plain": ("new.png", "png", "new.png"),
+    "capitals": ("NEW.PNG", "png", "NEW.png"),
+    "another format": ("new.png", "jpeg", "new.jpg"),
+    "jpeg": ("new.jpeg", "jpeg", "new.jpeg"),
+    "no suffix": ("new", "webp", "new.webp"),
+    "a path": ("C:\\photos\\new.png", "png", "new.png"),
+    "leaves": ("../../new.png", "png", "new.png"),
+    "taken": ("1.png", "png", "1-2.png"),
+    "taken with another suffix": ("1.jpg", "jpeg", "1-2.jpg"),
+    "for Windows": ("con.png", "png", "_con.png"),
+    "a page": ("x.html", "png", "x.png"),
+    "letters": ("füchs 犬?.png", "png", "füchs 犬_.png"),
+    "dots": ("a.b.c.png", "png", "a.b.c.png"),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, tmp_path: Path, case: str) -> None:
+    asked, kind, kept = ADDED[case]
+    before = {path.name: path.read_bytes() for path in dog.iterdir()}
+    upload = sent(tmp_path, noise(seed=7), kind)
+    assert questions.add_image(folders, "dog", file=asked, temporary=upload) == {"added": kept}
+    assert {path.name for path in dog.iterdir()} == {*before, kept}
+    assert all((dog / name).read_bytes() == content for name, content in before.items())
+    assert not Path(upload).exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("a.png", b"", "is empty"),
+        ("a.png", b"<html><script>", "is not an image in spite of its name"),
+        ("a.svg", b"<svg/>", "is a SVG file, which is not read here"),
+        ("a.png", b"\x89PNG\r\n\x1a\n broken", "is not an image|is damaged"),
+        ("a.mp4", b"", "is a MP4 file"),
+    ],
+)
+def test_what_is_no_picture_is_not_kept(
+    folders: Folders, dog: Path, tmp_path: Path, file: str, content: bytes, reason: str
+) -> None:
+    before = sorted(dog.iterdir())
+    answer = questions.add_image(folders, "dog", file=file, temporary=sent(tmp_path, content))
+    assert sorted(dog.iterdir()) == before
+    assert re.match(reason, answer["skipped"])
+
+
+def test_a_copy_is_not_kept_twice(folders: Folders, dog: Path, tmp_path: Path) -> None:
+    answer = questions.add_image(
+        folders, "dog", file="copy.png", temporary=sent(tmp_path, (dog / "2.png").read_bytes())
+    )
+    assert answer == {"skipped": "is in the dataset already, as 2.png", "same": "2.png"}
+
+
+def test_a_dataset_has_a_cap(folders: Folders, dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(questions, "MOST_IMAGES", 4)
+    given = [
+        questions.add_image(folders, "dog", file="n.png", temporary=sent(tmp_path, noise(seed=seed))) for seed in (8, 9)
+    ]
+    assert given[0] == {"added": "n.png"} and "one too many" in given[1]["skipped"]
+
+
+CAPTIONS: dict[str, tuple[dict[str, str], bytes, dict[str, str]]] = {
+    "of a picture": ({"file": "10.txt"}, b"ten\r\nlines", {"added": "10.txt"}),
+    "of another name": ({"file": "new.txt", "image": "10.png"}, b"ten", {"added": "10.txt"}),
+    "in capitals": ({"file": "10.TXT"}, b"ten", {"added": "10.txt"}),
+    "without a picture": ({"file": "11.txt"}, b"x", {"skipped": "has no picture of the same name; add that too"}),
+    "the same": ({"file": "1.txt"}, b"a dog on grass", {"added": "1.txt"}),
+    "another": (
+        {"file": "1.txt"}, b"a cat", {"skipped": "is left out, as 1.png has another caption; change that instead"}
+    ),
+    "no text": ({"file": "10.txt"}, b"\x00", {"skipped": "is no text, as it holds zero bytes; save it as UTF-8"}),
+    "elsewhere": ({"file": "../10.txt"}, b"ten", {"added": "10.txt"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CAPTIONS)
+def test_an_uploaded_text_is_a_caption(folders: Folders, dog: Path, tmp_path: Path, case: str) -> None:
+    arguments, content, answer = CAPTIONS[case]
+    before = {path.name: path.read_bytes() for path in dog.iterdir()}
+    assert questions.add_caption(folders, "dog", temporary=sent(tmp_path, content), **arguments) == answer
+    if "skipped" in answer:
+        assert {path.name: path.read_bytes() for path in dog.iterdir()} == before
+    else:
+        assert (dog / answer["added"]).read_text().split() == content.decode().split()
+
+
+def test_captions_are_written_and_taken_away(folders: Folders, dog: Path) -> None:
+    changes = {"1.png": "a dog\non grass", "2.png": "", "10.png": "  ten  "}
+    assert questions.set_captions(folders, "dog", changes).changed == 2
+    assert [one.caption for one in questions.dataset(folders, "dog").images] == ["a dog\non grass", "", "ten"]
+    assert not (dog / "2.caption").exists()
+    assert len(list((folders.base / "user/lorasmith/removed").rglob("2.caption"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("captions", "error", "match"),
+    [
+        ({"1.png": "new", "gone.png": "x"}, UnknownFileError, "no picture 'gone.png'"),
+        ({"1.png": "new", "2.png": "x" * 20_001}, OptionError, "at most 20,000 characters"),
+        ({"1.png": "new", "../x.png": "x"}, UnknownFileError, "no picture"),
+    ],
+)
+def test_one_wrong_caption_writes_none(
+    folders: Folders, dog: Path, captions: dict[str, str], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        questions.set_captions(folders, "dog", captions)
+    assert (dog / "1.txt").read_text() == "a dog\non grass\n"
+
+
+def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
+    removed = folders.base / questions.remove_image(folders, "dog", "1.png").removed
+    assert {path.name for path in removed.iterdir()} == {"1.png", "1.txt"}
+    again = folders.base / questions.remove_dataset(folders, "dog").removed
+    assert {path.name for path in (again / "dog").iterdir()} == {"2.png", "2.caption", "10.png"}
+    assert removed != again and not dog.exists()
+
+
+def test_the_package_stays_as_it_is(folders: Folders, tmp_path: Path) -> None:
+    assert questions.dataset(folders, "fox").builtin
+    assert questions.picture(folders, "fox", "fox_1.png")
+    changes: dict[str, Any] = {
+        "remove": lambda: questions.remove_dataset(folders, "fox"),
+        "image": lambda: questions.remove_image(folders, "fox", "fox_1.png"),
+        "captions": lambda: questions.set_captions(folders, "fox", {"fox_1.png": "x"}),
+        "add": lambda: questions.add_image(folders, "fox", file="x.png", temporary=sent(tmp_path, noise())),
+    }
+    for change in changes.values():
+        with pytest.raises(OutputError, match="belongs to Lorasmith"):
+            change()
+
+
+def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Path) -> None:
+    noise((300, 60)).save(dog / "wide.png")
+    (dog / "broken.png").write_bytes(b"x")
+    square = {"resolution": 32, "bucket_min": 32, "bucket_max": 32, "batch_size": 2}
+    found = questions.check_dataset(folders, "dog", model="lorasmith-tiny", settings=square)
+    kinds = {one.kind: one for one in found.findings}
+    assert kinds["cut pictures"].files == ("wide.png",) and kinds["cut pictures"].severity == "warning"
+    assert kinds["missing captions"].files == ("10.png", "wide.png")
+    assert all("--" not in one.message and one.message.endswith(".") for one in found.findings)
+    assert [one.file for one in found.skipped] == ["broken.png"]
+    wide = found.images["wide.png"]
+    assert any("cut off" in one for one in wide.problems)
+    assert wide.crop.x > 0 and wide.crop.width < 1 and wide.crop.height == 1 and wide.crop.y == 0
+    assert wide.trained == (32, 32)
+    assert found.images["1.png"].tokens and not found.images["1.png"].problems
+    assert found.resolutions == (32,) and not found.assumed and found.samples_per_epoch == 4
+
+
+def test_a_trigger_stands_in_for_captions(folders: Folders, dog: Path) -> None:
+    assert "missing captions" not in {
+        one.kind for one in questions.check_dataset(folders, "dog", trigger="sks dog").findings
+    }
+
+
+def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> None:
+    questions.create_dataset(folders, "new")
+    empty = questions.check_dataset(folders, "new")
+    assert empty.findings == () and empty.images == {}
+    (folders.place("input") / "new" / "a.png").write_bytes(b"x")
+    (finding,) = questions.check_dataset(folders, "new").findings
+    assert finding.severity == "problem" and "holds no usable image" in finding.message
+    assert questions.check_dataset(folders, "new").skipped[0].file == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"optimizer": "os.system"}, "would run code"),
+        ({"stepz": 3}, "unknown option 'stepz'"),
+        ({"steps": 0}, "between"),
+    ],
+)
+def test_settings_are_checked(folders: Folders, dog: Path, settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        questions.check_dataset(folders, "dog", settings=settings)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.families.locating import built_in_models
+from lorasmith.server.questions.model_questions import known_model, model_name, models
+from lorasmith.server.questions.plan_questions import plan, train_request
+
+TINY = built_in_models()["lorasmith-tiny"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    base = tmp_path_factory.mktemp("base")
+    (base / "models" / "checkpoints" / "sub").mkdir(parents=True)
+    shutil.copy(TINY, base / "models" / "checkpoints" / "sub" / "own.safetensors")
+    (base / "models" / "checkpoints" / "junk.safetensors").write_bytes(b"junk")
+    return Folders(base)
+
+
+def test_models_have_the_names_that_runs_take(folders: Folders) -> None:
+    found = models(folders)
+    assert [(row.name, row.builtin, row.ready) for row in found.models] == [
+        ("sub/own.safetensors", False, True),
+        ("lorasmith-tiny", True, True),
+    ]
+    assert found.models[0].title == "own" and found.models[0].size_bytes == TINY.stat().st_size
+    assert [one.name for one in found.other] == ["junk.safetensors"]
+    for row in found.models:
+        assert known_model(folders, row.name) == row.name
+    assert models(folders) is not found and models(folders) == found
+
+
+def test_a_file_that_no_name_leads_to_has_its_path(folders: Folders, tmp_path: Path) -> None:
+    other = Folders(tmp_path, extra={"checkpoints": [folders.base / "models" / "checkpoints"]})
+    (tmp_path / "models" / "checkpoints" / "sub").mkdir(parents=True)
+    shutil.copy(TINY, tmp_path / "models" / "checkpoints" / "sub" / "own.safetensors")
+    hidden = folders.base / "models" / "checkpoints" / "sub" / "own.safetensors"
+    assert model_name(other, hidden) == str(hidden) == known_model(other, str(hidden))
+
+
+@pytest.mark.parametrize(
+    "name", ["gone", "../x.safetensors", "owner/name", "/etc/passwd", "", "https://host/x", "\x00"]
+)
+def test_a_model_that_is_not_in_the_list_is_refused(folders: Folders, name: str) -> None:
+    with pytest.raises(ModelError, match="there is no model"):
+        known_model(folders, name)
+
+
+def test_a_plan_counts_images_epochs_parameters_and_memory(folders: Folders) -> None:
+    settings = {"steps": 60, "rank": 4, "batch_size": 2, "validation_share": 0.5}
+    found = plan(folders, model="lorasmith-tiny", dataset="fox", settings=settings, card_bytes=8 * 2**30)
+    assert (found.steps, found.rank, found.images, found.held_out, found.resolution) == (60, 4, 6, 3, 64)
+    assert found.epochs == 40.0  # 60 steps of 2 images, of which 3 are trained
+    assert found.parameters > 10_000 and found.fits and found.memory_bytes and found.memory_bytes > 2**20
+    assert any("small model to try things out" in note for note in found.notes)
+    small = plan(folders, model="lorasmith-tiny", dataset="fox", settings=settings, card_bytes=2**20)
+    assert small.fits is False and any("more than" in note for note in small.notes)
+    assert plan(folders, model="lorasmith-tiny", dataset="fox", settings=settings).fits is None
+
+
+def test_a_plan_sees_new_pictures(folders: Folders) -> None:
+    folder = folders.place("input") / "dog"
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match="holds no pictures yet"):
+        plan(folders, model="lorasmith-tiny", dataset="dog")
+    for number in (1, 2):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
+        found = plan(
+            folders,
+            model="lorasmith-tiny",
+            dataset="dog",
+            settings={"rank": 4, "batch_size": 2, "validation_share": 0.5},
+        )
+        assert found.images == number
+        assert any("learns those by heart" in note for note in found.notes)
+
+
+def test_a_request_names_what_training_takes(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    loras = folders.base / "models" / "loras"
+    loras.mkdir(parents=True)
+    (loras / "old.safetensors").write_bytes(b"")
+    request = train_request(
+        folders,
+        model="sub/own.safetensors",
+        dataset="fox",
+        name=" ../Foxy ",
+        trigger="a fox",
+        settings={"existing_lora": "old.safetensors", "training_adapter": "[None]", "learning_rate": None},
+    )
+    assert request == {
+        "sources": [{"path": str(ASSETS / "input" / "fox")}],
+        "model": "sub/own.safetensors",
+        "name": "__Foxy",
+        "settings": {
+            "existing_lora": str(loras / "old.safetensors"),
+            "training_adapter": "[None]",
+            "trigger": "a fox",
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["existing_state", "mask_folder", "class_images", "track"])
+def test_paths_and_programs_are_not_for_requests(folders: Folders, name: str) -> None:
+    for ask in (plan, train_request):
+        with pytest.raises(OptionError, match=f"{name} is not for requests"):
+            ask(folders, model="lorasmith-tiny", dataset="fox", settings={name: "/x"})
+
+
+@pytest.mark.parametrize("folder", ["//host/share", "\\\\host\\share", "gone", "models/checkpoints/junk.safetensors"])
+def test_a_folder_that_is_none_is_refused(folders: Folders, folder: str) -> None:
+    with pytest.raises(LorasmithError, match="there is no folder"):
+        train_request(folders, model="lorasmith-tiny", folder=folder)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.folders import Folders
+from lorasmith.nodes import load_nodes
+from lorasmith.server.questions.run_questions import run_graph
+from lorasmith.workflow.graph import validate
+from tests.server.questions.test_run_questions import RUN, changed_record
+
+
+def test_a_run_on_a_folder_is_a_graph_that_can_run(installation: Folders, base: Path) -> None:
+    found = run_graph(installation, RUN)
+    graph = found["prompt"]
+    load_nodes()
+    validate(graph, installation)
+    train = next(one["inputs"] for one in graph.values() if one["class_type"] == "TrainLoraNode")
+    record = json.loads((base / RUN / "run.json").read_text())["config"]
+    for name in ("steps", "rank", "learning_rate", "alpha", "targets", "schedule", "zero_init", "seed"):
+        assert train[name] == record[name], name
+    assert train["existing_lora"] == "[None]" and train["previews"] == "a dog"
+    kinds = {one["class_type"]: one["inputs"] for one in graph.values()}
+    assert kinds["CheckpointLoaderSimple"]["ckpt_name"] == "lorasmith-tiny.safetensors"
+    assert kinds["LoadImageTextDataSetFromFolder"]["folder"] == "dog"
+    assert kinds["AddTextPrefix"]["prefix"] == "sks dog, "
+    assert all(note.endswith(".") for note in found["notes"])
+
+
+def test_a_run_of_a_graph_is_that_graph(installation: Folders, base: Path) -> None:
+    changed_record(base, source={"command": "run", "prompt": {"1": {"class_type": "X", "inputs": {}}}})
+    assert run_graph(installation, RUN) == {"prompt": {"1": {"class_type": "X", "inputs": {}}}, "notes": []}
+
+
+def test_what_nodes_do_not_find_is_refused(installation: Folders, base: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "photos"
+    shutil.copytree(base / "input" / "dog", moved)
+    source = json.loads((base / RUN / "run.json").read_text())["source"]
+    for change, match in (
+        ({"folder": str(moved)}, "finds images in the input folder alone"),
+        ({"model": str(tmp_path / "m.safetensors")}, "finds models in the model folders alone"),
+        ({"vae": str(tmp_path / "v.safetensors")}, "in models/vae alone"),
+        ({"command": "script"}, "only runs on folders and of graphs"),
+    ):
+        changed_record(base, source={**source, **change})
+        with pytest.raises(LorasmithError, match=match):
+            run_graph(installation, RUN)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.app.run_file import RunFile
+from lorasmith.app.run_page import report_of
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.folders import Folders
+from lorasmith.core.typed_json import typed
+from lorasmith.formats.hashes import sha256_file
+from lorasmith.server.questions import run_questions as questions
+from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions.shaped_questions import plain
+from lorasmith.training.events import RunFinished, encoded
+from lorasmith.training.runs.history import read_history
+from lorasmith.training.runs.run_folder import RunFolder
+
+RUN = "runs/dog-001"
+
+
+def changed_record(base: Path, **changes: Any) -> None:
+    path = base / RUN / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def without_end(base: Path) -> None:
+    path = base / RUN / "events.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().split("\n") if '"RunFinished"' not in line))
+
+
+def test_a_run_in_the_list_has_the_numbers_of_its_report(installation: Folders, base: Path) -> None:
+    (row,) = questions.runs(installation).runs
+    report = report_of(read_history(base / RUN))
+    assert (row.id, row.name, row.state, row.step, row.steps, row.job) == (RUN, "dog", "finished", 4, 4, None)
+    assert row.family == "sd1" and row.started and row.seconds > 0
+    assert f"{row.loss:.3g}" in f"{report.facts[row.loss_label]}" or row.loss is not None
+    assert row.loss_label in report.facts and row.held_out is not None
+    assert (base / RUN / str(row.cover)).is_file()
+
+
+STATES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "killed": (without_end, "interrupted"),
+    "cancelled": (
+        lambda base: (without_end(base), _append(base, RunFinished(step=4, reason="cancelled"))),  # type: ignore[arg-type]
+        "cancelled",
+    ),
+}
+
+
+def _append(base: Path, event: RunFinished) -> None:
+    with (base / RUN / "events.jsonl").open("a") as log:
+        log.write("\n" + encoded(event) + "\n")
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_the_state_of_a_run(installation: Folders, base: Path, case: str) -> None:
+    change, state = STATES[case]
+    change(base)
+    assert questions.runs(installation).runs[0].state == state
+
+
+def test_a_run_in_another_process_or_job_is_running(installation: Folders, base: Path) -> None:
+    without_end(base)
+    with RunFolder(base / RUN).claimed():
+        assert questions.runs(installation).runs[0].state == "running"
+    (row,) = questions.runs(installation, jobs={RUN: "a job"}).runs
+    assert (row.state, row.job) == ("running", "a job")
+
+
+def test_runs_of_graphs_are_listed_and_damaged_ones_named(installation: Folders, base: Path) -> None:
+    (base / "output" / "runs").mkdir(parents=True)
+    (base / "runs" / "dog-001").rename(base / "output" / "runs" / "lora_00001")
+    (base / "runs" / "bad").mkdir()
+    (base / "runs" / "bad" / "run.json").write_text("{")
+    (base / "runs" / "no run").mkdir()
+    found = questions.runs(installation)
+    assert [row.id for row in found.runs] == ["output/runs/lora_00001"]
+    assert [one.file for one in found.damaged] == ["runs/bad"]
+
+
+def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> None:
+    found = questions.run(installation, RUN)
+    report = report_of(read_history(base / RUN))
+    assert (found.verdict, found.facts, found.commands) == (report.verdict, report.facts, report.commands)
+    assert found.command.startswith("lorasmith train ") and found.trigger == "sks dog"
+    assert [step for step, _ in found.losses] == [1, 2, 3, 4] == [step for step, _ in found.smooth]
+    assert found.smooth[-1][1] == pytest.approx(found.loss)
+    assert [one.step for one in found.validations] == [2, 4]
+    assert sum(one.best for one in found.validations) == 1
+    assert found.best_step == next(one.step for one in found.validations if one.best)
+    assert {one.file: one.use for one in found.images}.keys() == {f"{number}.png" for number in range(4)}
+    assert [one.use for one in found.images].count("held out") == 2
+    assert all((base / RUN / str(one.thumbnail)).is_file() for one in found.images)
+    assert {(one.step, one.strength) for one in found.previews} >= {(4, 1.0)}
+    assert all((base / RUN / one.file).is_file() and one.prompt == "a dog" for one in found.previews)
+    assert found.lora and found.lora.file == "dog.safetensors" and found.lora.installed is None
+    assert {one.step for one in found.saves} >= {2, 4}
+    assert found.changed["rank"] == 2 and found.changed["resolution"] == 32 and "seed" not in found.changed
+    assert {one.name for one in found.settings} >= {"rank", "learning_rate", "trigger"}
+    assert found.is_trainable_on and found.dataset == "dog"
+    assert "run.json" in found.files and ".lock" not in found.files
+    json.dumps(plain(found), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["", "runs", "runs/", "runs/..", "../runs/dog-001", "runs/../runs/dog-001", "runs/.x", "input/dog", "runs/gone"],
+)
+def test_what_is_no_run_is_unknown(installation: Folders, id: str) -> None:
+    for ask in (questions.run, questions.run_page, questions.run_graph, questions.install_run):
+        with pytest.raises(UnknownFileError, match="there is no run"):
+            ask(installation, id)
+
+
+@pytest.mark.parametrize(
+    "path", ["", ".", "..", "../dog-001/run.json", "/etc/passwd", "a\\b", ".lock", "samples", "c:x"]
+)
+def test_what_is_no_file_of_a_run_is_unknown(installation: Folders, path: str) -> None:
+    with pytest.raises(UnknownFileError, match="there is no file"):
+        questions.run_file(installation, RUN, path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_out_of_a_run_are_not_followed(installation: Folders, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (base / RUN / "link.png").symlink_to(tmp_path / "secret.png")
+    (base / RUN / "samples" / "inner").symlink_to(tmp_path)
+    assert questions.run_file(installation, RUN, "run.json") == str((base / RUN / "run.json").resolve())
+    for path in ("link.png", "samples/inner/secret.png"):
+        with pytest.raises(UnknownFileError):
+            questions.run_file(installation, RUN, path)
+        assert path not in questions.run(installation, RUN).files
+    (base / "runs" / "elsewhere").symlink_to(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    assert [row.id for row in questions.runs(installation).runs] == [RUN]
+
+
+def test_the_page_is_made_from_the_records(installation: Folders, base: Path) -> None:
+    (base / RUN / "report.html").write_text("<script>alert(1)</script>")
+    page = questions.run_page(installation, RUN).decode()
+    assert "alert(1)" not in page and "<title>" in page
+
+
+def test_a_lora_is_copied_once_and_replaces_nothing(installation: Folders, base: Path) -> None:
+    loras = base / "models" / "loras"
+    loras.mkdir(parents=True)
+    (loras / "dog.safetensors").write_bytes(b"mine")
+    assert questions.install_run(installation, RUN).installed == "dog-2.safetensors"
+    assert (loras / "dog.safetensors").read_bytes() == b"mine"
+    assert sha256_file(loras / "dog-2.safetensors") == sha256_file(base / RUN / "dog.safetensors")
+    again = questions.install_run(installation, RUN)
+    assert (again.installed, again.was_there) == ("dog-2.safetensors", True)
+    lora = questions.run(installation, RUN).lora
+    assert lora is not None and lora.installed == "dog-2.safetensors"
+    assert questions.install_run(installation, RUN, step=2, name="../early").installed == "__early.safetensors"
+    with pytest.raises(OptionError, match="has LoRAs of the steps 2, 4, got 3"):
+        questions.install_run(installation, RUN, step=3)
+
+
+def test_training_on_is_a_request_from_the_last_state(installation: Folders, base: Path) -> None:
+    given = typed(plain(questions.train_on_request(installation, RUN, steps=9)), RunFile)
+    assert given.model == "lorasmith-tiny" and given.settings["steps"] == 9 and given.settings["rank"] == 2
+    source = given.source("lorasmith-tiny")
+    assert source.data.trigger == "sks dog" and Path(source.folder) == base / "input" / "dog"
+    assert Path(str(given.train_config({}).existing_state)) == base / RUN / "states" / "step-000004.safetensors"
+
+
+NOT_ON: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "fewer steps": (lambda base: None, 4, "steps must be more than the 4"),
+    "no steps": (lambda base: None, 0, "steps must be between"),
+    "incomplete": (without_end, 9, "is not complete"),
+    "graph": (lambda base: changed_record(base, source={"command": "run"}), 9, "was not trained on a folder"),
+    "elsewhere": (
+        lambda base: changed_record(
+            base, source={"command": "train", "model": "/elsewhere/m.safetensors", "name": "dog", "folder": "/etc"}
+        ),
+        9,
+        "may name files in the current folder alone",
+    ),
+    "code": (
+        lambda base: changed_record(base, asked={"optimizer": "os.system"}),
+        9,
+        "importing it would run code",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ON)
+def test_what_cannot_be_trained_on_is_refused(installation: Folders, base: Path, case: str) -> None:
+    change, steps, match = NOT_ON[case]
+    change(base)
+    with pytest.raises(LorasmithError, match=match):
+        questions.train_on_request(installation, RUN, steps=steps)
