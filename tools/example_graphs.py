@@ -21,6 +21,7 @@ __all__ = ["EXAMPLES", "GRAPHS", "as_editor", "written"]
 
 EXAMPLES = ASSETS / "examples"
 COLUMN, ROW, GAP = 420, 28, 80
+PANEL = 200  # of the loss curve that our extension of the editor draws on Train LoRA
 
 Graph = dict[str, dict[str, Any]]
 
@@ -73,6 +74,7 @@ def _graph(
     *,
     parts: Mapping[str, list[Any]],
     learning_rate: float = 1e-4,
+    megapixels: float = 1.0,
 ) -> Graph:
     """A training graph.
 
@@ -81,6 +83,7 @@ def _graph(
         sampling: nodes that draw a picture, of which `60` gives its latents.
         parts: links to MODEL, CLIP and VAE.
         learning_rate: of the run.
+        megapixels: size to which the images are scaled, in units of 1024².
     """
     model, clip, vae = parts["model"], parts["clip"], parts["vae"]
     return {
@@ -91,7 +94,7 @@ def _graph(
             "Scale the images",
             image=["10", 0],
             upscale_method="lanczos",
-            megapixels=1.0,
+            megapixels=megapixels,
             resolution_steps=32,
         ),
         "12": _node("MakeTrainingDataset", "Encode", images=["11", 0], vae=vae, clip=clip, texts=["10", 1]),
@@ -115,11 +118,19 @@ def _graph(
     }
 
 
-def _ksampler(latent: str, *, negative: list[Any], positive: str = "30", model: str = "23", **settings: Any) -> Graph:
-    """Nodes 50 and 60: an empty latent, and KSampler."""
+def _ksampler(
+    latent: str,
+    *,
+    negative: list[Any],
+    positive: str = "30",
+    model: str = "23",
+    edge: int = 1024,
+    **settings: Any,
+) -> Graph:
+    """Nodes 50 and 60: an empty latent of `edge`² pixels, and KSampler."""
     settings = {"seed": 7, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", **settings}
     return {
-        "50": _node(latent, "Size of the picture", width=1024, height=1024, batch_size=1),
+        "50": _node(latent, "Size of the picture", width=edge, height=edge, batch_size=1),
         "60": _node(
             "KSampler",
             "Sample",
@@ -133,10 +144,104 @@ def _ksampler(latent: str, *, negative: list[Any], positive: str = "30", model: 
     }
 
 
+def _tiny(training: Graph, prefix: str) -> Graph:
+    """A graph that trains `lorasmith-tiny` on the pictures of a fox: `training` has its node 20 and what follows."""
+    return {
+        "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
+        "10": _node("LoadImageTextDataSetFromFolder", "Images and texts", folder="fox"),
+        "11": _node(
+            "ImageScale",
+            "Scale the images",
+            image=["10", 0],
+            upscale_method="lanczos",
+            width=64,
+            height=64,
+            crop="center",
+        ),
+        "12": _node("MakeTrainingDataset", "Encode", images=["11", 0], vae=["1", 2], clip=["1", 1], texts=["10", 1]),
+        **training,
+        "21": _node("SaveLoRA", "Save the LoRA", lora=["20", 0], prefix=f"loras/{prefix}", steps=["20", 2]),
+        "30": _node("CLIPTextEncode", "Prompt", text="a fox", clip=["1", 1]),
+        "31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["1", 1]),
+        "50": _node("EmptyLatentImage", "Size of the picture", width=64, height=64, batch_size=1),
+    }
+
+
+def _train_tiny(title: str, **settings: Any) -> dict[str, Any]:
+    values = {**_settings(steps=100, learning_rate=1e-3, rank=16, batch_size=2), **settings}
+    return _node("TrainLoraNode", title, model=["1", 0], latents=["12", 0], positive=["12", 1], **values)
+
+
+def _drawn(number: int, title: str, model: list[Any], prefix: str) -> Graph:
+    """Nodes 60, 70 and 80 plus `number`: a picture of `model`."""
+    sample, decode, save = (str(start + number) for start in (60, 70, 80))
+    return {
+        sample: _node(
+            "KSampler",
+            f"Sample {title}",
+            model=model,
+            seed=7,
+            steps=20,
+            cfg=3.0,
+            sampler_name="euler",
+            scheduler="normal",
+            positive=["30", 0],
+            negative=["31", 0],
+            latent_image=["50", 0],
+            denoise=1.0,
+        ),
+        decode: _node("VAEDecode", f"Decode {title}", samples=[sample, 0], vae=["1", 2]),
+        save: _node("SaveImage", f"Picture {title}", images=[decode, 0], filename_prefix=prefix),
+    }
+
+
+def _strengths(strengths: tuple[float, ...]) -> Graph:
+    graph = {"20": _train_tiny("Train LoRA", steps=150)}
+    for number, strength in enumerate(strengths):
+        title = f"at strength {strength:g}"
+        loader = str(40 + number)
+        graph[loader] = _node(
+            "LoraModelLoader",
+            title.capitalize(),
+            model=["1", 0],
+            lora=["20", 0],
+            strength_model=strength,
+            bypass=False,
+        )
+        graph |= _drawn(number, title, [loader, 0], "strengths")
+    return graph
+
+
 _APART = {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0]}
 _EMPTY: Graph = {"31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["2", 0])}
 
 GRAPHS: dict[str, Graph] = {
+    "continue": _tiny(
+        {
+            "20": _train_tiny("Choose existing_lora, or train a new LoRA"),
+            "22": _node("LossGraphNode", "Plot the loss", loss=["20", 1], filename_prefix="continued_loss"),
+            "23": _node(
+                "LoraModelLoader",
+                "Model with LoRA",
+                model=["1", 0],
+                lora=["20", 0],
+                strength_model=1.0,
+                bypass=False,
+            ),
+            **_drawn(0, "with the LoRA", ["23", 0], "continued"),
+        },
+        "continued",
+    ),
+    "strengths": _tiny(_strengths((0.0, 0.5, 1.0, 1.5)), "strengths"),
+    "sd15": _graph(
+        {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="v1-5-pruned-emaonly-fp16.safetensors")},
+        {
+            "31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["1", 1]),
+            **_ksampler("EmptyLatentImage", negative=["31", 0], edge=512, steps=25, cfg=7.0, scheduler="normal"),
+        },
+        parts={"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]},
+        megapixels=0.25,
+    ),
     "sdxl": _graph(
         {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="sd_xl_base_1.0.safetensors")},
         {
@@ -257,6 +362,7 @@ def as_editor(graph: Graph) -> dict[str, Any]:
                     widgets.append("fixed")
         column = depth(member)
         top, height = heights.get(column, 0), ROW * (2 + max(len(sockets), len(declared.outputs)) + len(widgets))
+        height += PANEL * (said["class_type"] == "TrainLoraNode")
         heights[column] = top + height + GAP
         drawn[member] = {
             "id": int(member),

@@ -32,7 +32,9 @@ def test_every_file_is_listed_with_what_it_needs() -> None:
     assert len({one.title for one in listed}) == len(listed)
     needs = {one.name: one.needs for one in listed}
     assert (
-        [name for name, files in needs.items() if not files] == list(needs)[:3] == ["single_subject", "style", "folder"]
+        [name for name, files in needs.items() if not files]
+        == list(needs)[:5]
+        == ["single_subject", "style", "folder", "continue", "strengths"]
     )
     assert needs["flux1"] == ("flux1-dev.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors")
 

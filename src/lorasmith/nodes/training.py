@@ -65,8 +65,8 @@ def _setting(name: str, **overrides: Any) -> Input:
 
 
 def _own(name: str, **overrides: Any) -> Input:
-    """A setting that ComfyUI's node does not have."""
-    return _setting(name, optional=True, **overrides)
+    """A setting that ComfyUI's node does not have. Editors keep most of them out of sight, as they are many."""
+    return _setting(name, optional=True, **{"advanced": True, **overrides})
 
 
 _LORA_FILE: dict[str, Any] = {
@@ -107,12 +107,13 @@ _SETTINGS = (
     _own("schedule", default="constant"),
     _own("warmup_steps"),
     _own("ema_decay"),
-    _own("validation_share", default=0.0),
+    _own("validation_share", default=0.0, advanced=False),
     _own("patience"),
     _own(
         "previews",
         default="",
         multiline=True,
+        advanced=False,
         tooltip="Prompts of previews during training, one per line, drawn with and without the LoRA into the folder of "
         "the run. The model must be from a full checkpoint.",
     ),
@@ -146,6 +147,7 @@ def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapt
             "BOOLEAN",
             default=False,
             optional=True,
+            advanced=True,
             tooltip="Start from scratch instead of resuming a cancelled run.",
         ),
     ],

@@ -57,6 +57,7 @@ def _options(one: Input, folders: Folders) -> dict[str, Any]:
         "step": one.step,
         "multiline": one.multiline,
         "forceInput": one.force_input or None,
+        "advanced": one.advanced or None,
         "options": list(one.choices(folders)) if "COMBO" in one.scalar_types else None,
         "template": {"template_id": _TEMPLATE, "allowed_types": "*"} if one.type == MATCH else None,
     }

@@ -89,6 +89,7 @@ class Input:
         multiline: whether text may have several lines.
         force_input: whether a scalar is shown as a socket only.
         tooltip: one or two sentences.
+        advanced: whether editors show it only on request.
         extras: additional options for editors (`image_upload`, `control_after_generate`).
         may_lack: whether older workflows lack it although editors require it; they get the default.
         grow: set if the input repeats; the function receives a dict by short name (`input0`, ...).
@@ -107,6 +108,7 @@ class Input:
     multiline: bool | None = None
     force_input: bool = False
     tooltip: str = ""
+    advanced: bool = False
     extras: Mapping[str, Any] = field(default_factory=dict)
     may_lack: bool = False
     grow: Grow | None = None

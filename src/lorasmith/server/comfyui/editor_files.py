@@ -1,14 +1,13 @@
 """Files that editors fetch beside their own: extensions, templates, documentation of nodes.
 
-Ours are in `server/editor/`: `extensions/**.js`, and `templates/` with `index.json`, workflows and their pictures.
-Those of the package with ComfyUI's editor are listed after them, where it is installed. Documentation is made from the
+Our extension is in `server/editor/extensions/`; those of the package with ComfyUI's editor are listed after it, where it
+is installed. Templates are the example workflows (`server/editor_templates.py`), and documentation is made from the
 declarations of nodes.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import mimetypes
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,14 +16,13 @@ from aiohttp import web
 from lorasmith.core.files import is_regular
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import find_contained
+from lorasmith.server.contained_files import find_contained, send_own_file
+from lorasmith.server.editor_templates import template_file
 
 __all__ = ["EditorFiles", "editor_package"]
 
 OUR_FILES = Path(__file__).parents[1] / "editor"
-"""The folder of our own extensions and templates."""
-
-_NO_TEMPLATES = ("index.json",)
+"""The folder of our own extensions."""
 
 
 def editor_package() -> Path | None:
@@ -69,25 +67,14 @@ class EditorFiles:
         return web.json_response([*found])
 
     async def _extension(self, request: web.Request) -> web.StreamResponse:
-        return self._own_file("extensions", request.match_info["path"])
+        folders = [root / "extensions" for root in self._roots]
+        return _sent(find_contained(folders, request.match_info["path"]))
 
     async def _template(self, request: web.Request) -> web.StreamResponse:
-        path = request.match_info["path"]
-        if path in _NO_TEMPLATES and find_contained(self._template_roots, path) is None:
-            return web.json_response([])
-        return self._own_file("templates", path)
-
-    @property
-    def _template_roots(self) -> list[Path]:
-        return [root / "templates" for root in self._roots]
-
-    def _own_file(self, folder: str, name: str) -> web.StreamResponse:
-        """A file of the installation, which unlike those of users may be a script or a page."""
-        path = find_contained([root / folder for root in self._roots], name)
-        if path is None:
-            return refused(404, "there is no such file")
-        kind = _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        return web.FileResponse(path, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
+        found = template_file(request.match_info["path"])
+        if isinstance(found, str):
+            return web.json_response(text=found)
+        return _sent(found)
 
     async def _documentation(self, request: web.Request) -> web.Response:
         if request.match_info["locale"] != "en":
@@ -98,5 +85,5 @@ class EditorFiles:
         return web.Response(text=text, content_type="text/markdown")
 
 
-_TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".json": "application/json", ".webp": "image/webp"}
-"""Of files that browsers refuse under another type, which systems' tables may give them."""
+def _sent(path: Path | None) -> web.StreamResponse:
+    return refused(404, "there is no such file") if path is None else send_own_file(path)

@@ -1,0 +1,114 @@
+"""The example workflows as templates of ComfyUI's editor: an index, a graph each, and a small picture each.
+
+The editor reads `templates/index.json`, opens `templates/<name>.json` and shows `templates/<name>-1.webp`. Graphs are
+the package's examples (`nodes/example_workflows.py`); `tools/template_pictures.py` draws the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasmith.nodes.example_workflows import Example, examples
+
+__all__ = ["PICTURES", "Template", "index", "template_file", "templates"]
+
+PICTURES = Path(__file__).parent / "editor" / "templates"
+"""The folder of the pictures."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template.
+
+    Attributes:
+        name: of the example.
+        title: on its card.
+        example: its graph.
+    """
+
+    name: str
+    title: str
+    example: Example
+
+    @property
+    def description(self) -> str:
+        """One or two sentences, without the names of files: the editor shows hyphens and underscores as spaces."""
+        says = f"Trains {self.example.title}." if not self.example.title[0].isupper() else f"{self.example.title}."
+        needs = len(self.example.needs)
+        if not needs:
+            return f"{says} Runs at once, with the built in model."
+        return f"{says} Needs {needs} model file{'s' if needs > 1 else ''}, named in the loaders."
+
+    @property
+    def picture(self) -> Path:
+        """The picture of its card."""
+        return PICTURES / f"{self.name}-1.webp"
+
+
+def templates() -> dict[str, Template]:
+    """Every template by name, those that need no other file first."""
+    return {one.name: Template(one.name, _TITLES.get(one.name, one.title), one) for one in examples()}
+
+
+def index() -> list[dict[str, Any]]:
+    """The editor's list of templates, in two groups: those that run at once, and one for each model family."""
+    listed = templates().values()
+    groups = {
+        "Start here": [one for one in listed if not one.example.needs],
+        "Models": [one for one in listed if one.example.needs],
+    }
+    return [
+        {
+            "moduleName": "default",
+            "type": "image",
+            "category": "Lorasmith",
+            "title": title,
+            "isEssential": title == "Start here",
+            "templates": [_card(one) for one in members],
+        }
+        for title, members in groups.items()
+    ]
+
+
+def template_file(name: str) -> Path | str | None:
+    """What the editor fetches as `templates/<name>`: a file, or JSON text; None if there is none."""
+    if name == "index.json":
+        return json.dumps(index())
+    if name == "index_logo.json":  # logos of model makers, of which there are none
+        return "{}"
+    known = templates()
+    if (stem := name.removesuffix("-1.webp")) != name and stem in known:
+        return known[stem].picture
+    if (stem := name.removesuffix(".json")) != name and stem in known:
+        return known[stem].example.editor_path
+    return None
+
+
+def _card(one: Template) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "title": one.title,
+        "mediaType": "image",
+        "mediaSubtype": "webp",
+        "description": one.description,
+        "tags": ["LoRA", "Training"],
+        "openSource": True,
+    }
+
+
+_TITLES = {
+    "single_subject": "Single subject",
+    "style": "Style",
+    "folder": "Folder of any sizes",
+    "continue": "Continue a LoRA",
+    "strengths": "Compare strengths",
+    "sd15": "Stable Diffusion 1.5",
+    "sdxl": "Stable Diffusion XL",
+    "flux1": "Flux.1",
+    "flux2_klein": "Flux.2 klein",
+    "z_image": "Z-Image",
+    "krea2": "Krea 2",
+}

@@ -1,0 +1,54 @@
+"""Templates of the editor are the example workflows, each with a picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from lorasmith.nodes.example_workflows import examples
+from lorasmith.server.editor_templates import PICTURES, Template, index, template_file, templates
+
+TEMPLATES = list(templates().values())
+
+
+def test_every_example_is_a_template_under_a_title_of_its_own() -> None:
+    cards = [card for group in index() for card in group["templates"]]
+    assert sorted(card["name"] for card in cards) == sorted(one.name for one in examples())
+    assert len({card["title"] for card in cards}) == len(cards)
+    assert all(one.title != one.name for one in TEMPLATES), "a template without a title"
+
+
+def test_those_that_run_at_once_come_first() -> None:
+    first, second = index()
+    assert [one["name"] for one in first["templates"]] == [one.name for one in examples() if not one.needs]
+    assert first["isEssential"]
+    assert not second["isEssential"]
+
+
+@pytest.mark.parametrize("one", TEMPLATES, ids=lambda one: one.name)
+def test_a_template_has_a_graph_a_picture_and_a_readable_description(one: Template) -> None:
+    assert template_file(f"{one.name}.json") == one.example.editor_path
+    picture = template_file(f"{one.name}-1.webp")
+    assert picture == one.picture
+    with Image.open(one.picture) as opened:
+        assert (opened.format, opened.width) == ("WEBP", 320)
+        assert len(opened.convert("RGB").getcolors(1 << 17) or []) > 50, "an empty picture"
+    assert one.picture.stat().st_size < 20_000
+    assert "  " not in one.description
+    assert one.description.endswith(".")
+    assert ("Needs" in one.description) == bool(one.example.needs)
+
+
+def test_no_picture_is_left_over() -> None:
+    assert {path.name for path in PICTURES.iterdir()} == {one.picture.name for one in TEMPLATES}
+
+
+@pytest.mark.parametrize("name", ["", "style", "style.json/..", "../style.json", "style-2.webp", "nothing-1.webp"])
+def test_other_names_are_no_templates(name: str) -> None:
+    assert template_file(name) is None
+
+
+def test_the_list_of_logos_is_empty() -> None:
+    assert json.loads(str(template_file("index_logo.json"))) == {}
