@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
 from lorasmith.server.assistant import Assistant
@@ -28,8 +28,11 @@ from lorasmith.server.server_context import CONTEXT, ServerContext
 
 __all__ = ["make_app", "running", "serve"]
 
-_TABLES = ("access", "api", "comfyui", "page", "editor")
-"""Modules beside this one that may have `routes(context)` and `middlewares(context)`, outermost first."""
+_TABLES = ("access", "api", "comfyui", "page_routes", "editor")
+"""Modules beside this one that may have `routes(context)`, and `middlewares(context)`, outermost first.
+
+`preparing(context)` gives handlers of `on_response_prepare`, which see every answer, streams and errors included.
+"""
 
 _MOST_BODY_BYTES = 64 * 2**20
 """Of requests that are read whole; uploads are read in parts."""
@@ -44,6 +47,7 @@ def make_app(context: ServerContext) -> web.Application:
     ]
     middlewares = [one for table in tables for one in getattr(table, "middlewares", _none)(context)]
     app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=_MOST_BODY_BYTES)
+    app.on_response_prepare.extend(one for table in tables for one in getattr(table, "preparing", _none)(context))
     app[CONTEXT] = context
     routes = [one for table in tables for one in getattr(table, "routes", _none)(context)]
     app.add_routes(routes)
@@ -111,7 +115,7 @@ def serve(
     started: Callable[[str], object] = lambda address: None,
     stopping: Callable[[int], object] = lambda running: None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then. A second Ctrl-C ends it at once.
+    """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then, or ended at once by a second one.
 
     Args:
         config: of the server.
@@ -119,18 +123,28 @@ def serve(
         stopping: called with the number of running jobs, when it was asked to stop.
 
     Raises:
+        CancelledError: it was ended at once.
         LorasmithError: as `running`.
     """
 
     async def main() -> None:
-        stop = asyncio.Event()
-        with _signals(stop):
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        with _signals(stop, hurry):
             async with running(config) as (context, address):
                 started(address)
                 await stop.wait()
                 stopping(sum(one["job"] is not None for one in context.dispatcher.devices()))
+                ending = asyncio.create_task(_kill_when(hurry, context.dispatcher))
+        ending.cancel()
+        if hurry.is_set():
+            raise CancelledError("the server was ended at once; a running job continues from its last run state")
 
     asyncio.run(main())
+
+
+async def _kill_when(hurry: asyncio.Event, dispatcher: Dispatcher) -> None:
+    await hurry.wait()
+    dispatcher.kill()
 
 
 async def _listening(runner: web.AppRunner, config: ServerConfig) -> str:
@@ -164,18 +178,18 @@ def _taken(config: ServerConfig) -> str:
 
 
 @contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set the event; Ctrl-C again is a KeyboardInterrupt."""
+def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and the end of the terminal set the first event, and then the second."""
     loop = asyncio.get_running_loop()
 
     def ask(number: int, frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        loop.call_soon_threadsafe(stop.set)
+        loop.call_soon_threadsafe(hurry.set if stop.is_set() else stop.set)
 
     numbers: list[signal.Signals] = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":
         numbers.append(signal.SIGBREAK)
+    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed, and nohup was not asked for
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import sqlite3
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
@@ -27,6 +29,7 @@ __all__ = [
     "DuplicateJobError",
     "Job",
     "JobKind",
+    "JobLine",
     "JobState",
     "JobStateError",
     "JobStore",
@@ -48,6 +51,8 @@ MOST_ENDED = 2_000
 
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
 _VERSION = 1
+_DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+_LEAST_FREE = 128 * 2**10  # SQLite reports a full disk as such only where a write fails, not for its shared memory
 
 
 class StoreError(LorasmithError):
@@ -127,6 +132,18 @@ class Job:
             "name": self.request.get("name"),
             "model": self.request.get("model"),
         }
+
+
+class JobLine(NamedTuple):
+    """What a list needs of a job: no request, no outputs. Attributes as those of `Job`."""
+
+    id: str
+    kind: JobKind
+    state: JobState
+    number: float
+    created: float
+    started: float | None
+    ended: float | None
 
 
 _SCHEMA = """
@@ -286,6 +303,15 @@ class JobStore:
             f"WHERE state IN ({_marks(states)}) ORDER BY ended {order}, sequence {order} LIMIT ? OFFSET ?",
             (*states, -1 if limit is None else limit, offset),
         )
+
+    def lines(self, states: Collection[JobState]) -> list[JobLine]:
+        """All jobs in some states in the order of the queue, without reading what may be large."""
+        with self._explained():
+            fields, wanted = ", ".join(JobLine._fields), _marks(states)
+            rows = self._database.execute(
+                f"SELECT {fields} FROM jobs WHERE state IN ({wanted}) ORDER BY number, sequence", (*states,)
+            ).fetchall()
+        return [JobLine(*row) for row in rows]
 
     def counts(self) -> dict[JobState, int]:
         """Number of jobs by state; all states are there."""
@@ -456,10 +482,17 @@ def _job(row: sqlite3.Row) -> Job:
     return Job(**values)
 
 
+def _free_bytes(path: Path) -> float:
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return math.inf
+
+
 def _explained(path: Path, error: sqlite3.Error) -> StoreError:
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
-    if primary == sqlite3.SQLITE_FULL:
+    if primary == sqlite3.SQLITE_FULL or (primary in _DISK and _free_bytes(path) < _LEAST_FREE):
         return StoreError(f"the disk with {path} is full, nothing was changed; free some space", is_full=True)
     if primary in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreError(f"{path} is damaged ({error}); restore it from a copy, or move it away to start without jobs")
