@@ -83,12 +83,13 @@ async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
 async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
     """`training`: the run's events as in its log, with ids. `reset`: the log begins again, forget what was sent."""
     tail = await _tail(context, call.path("id"), call)
-    async with _stream(call.request) as stream:
-        while True:
+    with context.hub.subscribe(kinds=()) as notices:  # of which there are none: it ends with the server
+        async with _stream(call.request) as stream:
             await _send_log(stream, tail)
-            await stream.beat(quiet=True)
-            await asyncio.sleep(_POLL_S)
-    return stream.response
+            async for _ in _each(notices, pause_s=_POLL_S):
+                await _send_log(stream, tail)
+                await stream.beat(quiet=True)
+        return stream.response
 
 
 class _Stream:
