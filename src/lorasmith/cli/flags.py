@@ -152,6 +152,7 @@ _GENERAL: dict[str, Any] = {
 }
 """Flags of every command, for `console.output_as`."""
 
+
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
     """The folders that `--base-dir` and `--extra-model-paths` name.
 

@@ -1,6 +1,6 @@
 """The server's own API with made-up answers: what the page is tested and looked at with, without torch or a GPU.
 
-    python tests/server/pages/fake_api.py [port]
+python tests/server/pages/fake_api.py [port]
 """
 
 from __future__ import annotations
@@ -214,7 +214,14 @@ class FakeServer:
             images.append({"file": file, "width": width, "height": height, "bytes": len(content), "caption": caption,
                            "has_caption": bool(caption), "problem": "" if width else "cannot be read"})  # fmt: skip
         return web.json_response(
-            {"name": name, "folder": f"/home/me/input/{name}", "images": images, "builtin": name in self.builtin, "notes": [], "skipped": []}
+            {
+                "name": name,
+                "folder": f"/home/me/input/{name}",
+                "images": images,
+                "builtin": name in self.builtin,
+                "notes": [],
+                "skipped": [],
+            }
         )
 
     async def _upload(self, request: web.Request) -> web.Response:
@@ -267,7 +274,14 @@ class FakeServer:
             problems += ["copy of another picture"] if index == 2 else []
             images[file] = {"problems": problems, "crop": {"x": 0.1, "y": 0, "width": 0.8, "height": 1},
                             "trained": [512, 512], "tokens": None}  # fmt: skip
-        findings = [{"kind": "copies", "message": "2 pictures are copies of each other; keep one.", "files": [], "severity": "warning"}]
+        findings = [
+            {
+                "kind": "copies",
+                "message": "2 pictures are copies of each other; keep one.",
+                "files": [],
+                "severity": "warning",
+            }
+        ]
         return web.json_response({"findings": findings if len(files) > 2 else [], "images": images, "skipped": []})
 
     async def _plan(self, request: web.Request) -> web.Response:
@@ -320,10 +334,24 @@ class FakeServer:
             self._tell(id, "preparation", event)
             await asyncio.sleep(4 * self.step_seconds)
         self._publish(job, run=run)
-        self.add_run(run, state="running", status="Running", mood="fair", step=0, steps=steps, job=id, lora=None, name=job["name"])
+        self.add_run(
+            run,
+            state="running",
+            status="Running",
+            mood="fair",
+            step=0,
+            steps=steps,
+            job=id,
+            lora=None,
+            name=job["name"],
+        )
         if not any(name == "training" for name, _ in self.events[id]):
             self._tell(id, "training", {"event": "RunStarted", "at": time.time(), "steps": steps, "steps_before": 0})
-            self._tell(id, "training", {"event": "Warned", "at": time.time(), "message": "rank 16 exceeds the size of 1 of 133 layers"})
+            self._tell(
+                id,
+                "training",
+                {"event": "Warned", "at": time.time(), "message": "rank 16 exceeds the size of 1 of 133 layers"},
+            )
         done = max((event["step"] for _, event in self.events[id] if event.get("event") == "StepDone"), default=0)
         for step in range(done + 1, steps + 1):
             await asyncio.sleep(self.step_seconds)
@@ -348,7 +376,12 @@ class FakeServer:
             if task := self._tasks.pop(id, None):
                 task.cancel()
             if job["run"]:
-                self.runs[job["run"]] = {**_run_facts(job["run"]), "job": id, "status": "Stopped early", "state": "stopped"}
+                self.runs[job["run"]] = {
+                    **_run_facts(job["run"]),
+                    "job": id,
+                    "status": "Stopped early",
+                    "state": "stopped",
+                }
             self._publish(job, state="paused" if (await request.json()).get("pause") else "cancelled")
         elif action == "continue":
             self._publish(job, state="pending")
@@ -366,7 +399,9 @@ class FakeServer:
             id = self.runs[id]["job"] or id
         return await self._stream(request, self.events.setdefault(id, []), 0)
 
-    async def _stream(self, request: web.Request, events: list[tuple[str, dict[str, Any]]], start: int) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, events: list[tuple[str, dict[str, Any]]], start: int
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         await response.write(b"retry: 300\n\n")
@@ -451,7 +486,10 @@ def _validation(step: int, at: float, factor: float = 1.0) -> dict[str, Any]:
 
 def _run_facts(id: str) -> dict[str, Any]:
     factor = 1 + 0.1 * (int(id[-1]) if id[-1].isdigit() else 0)
-    losses = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step))] for step in range(1, STEPS + 1)]
+    losses = [
+        [step, factor * (0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step))]
+        for step in range(1, STEPS + 1)
+    ]
     smooth = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20))] for step in range(1, STEPS + 1)]
     previews = [{"step": step, "strength": strength, "prompt": prompt, "file": f"previews/{step}-{strength}-{index}.png"}
                 for step in (20, 40, 60) for strength in ((0.0, 1.0) if step < 60 else (0.0, 0.5, 1.0, 1.5))

@@ -101,6 +101,7 @@ class _Stream:
 
     def __init__(self, response: web.StreamResponse) -> None:
         self.response = response
+        self._first = f"retry: {_RETRY_MS}\n\n"
         self._sent = asyncio.get_running_loop().time()
 
     async def send(self, event: str, data: Any, *, id: str = "") -> None:
@@ -116,7 +117,8 @@ class _Stream:
 
     async def _write(self, text: str) -> None:
         self._sent = asyncio.get_running_loop().time()
-        await self.response.write(text.encode("utf-8", "replace"))
+        first, self._first = self._first, ""
+        await self.response.write((first + text).encode("utf-8", "replace"))
 
 
 _LINES = re.compile(r"\r\n|\r|\n")
@@ -139,12 +141,13 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
             }
         )
         await response.prepare(request)
-        await response.write(f"retry: {_RETRY_MS}\n\n".encode())
         stream = _Stream(response)
-        try:
-            yield stream
-        except LorasmithError as error:  # too late for an answer with a status
-            await stream.send("fault", {"kind": getattr(error, "kind", type(error).__name__), "message": str(error)})
+        with contextlib.suppress(ConnectionResetError):  # the reader has gone
+            try:
+                yield stream
+            except LorasmithError as error:  # too late for an answer with a status
+                fault = {"kind": getattr(error, "kind", type(error).__name__), "message": str(error)}
+                await stream.send("fault", fault)
     finally:
         _open.discard(key)
 
