@@ -102,4 +102,4 @@ def _bad_request(message: str) -> web.HTTPBadRequest:
     return web.HTTPBadRequest(text=web.json_response({"error": message}).text, content_type="application/json")
 
 
-_NAMES = {dict: "an object", list: "a list"}
+_NAMES: dict[type, str] = {dict: "an object", list: "a list"}
