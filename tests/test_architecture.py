@@ -109,6 +109,17 @@ TESTED_ELSEWHERE = {
     "report/pictures.py": "report/test_run_report.py",
     "sampling/generate.py": "sampling/test_previews.py",
     "families/released.py": "toolbox/test_convert.py",
+    "server/comfyui/all_routes.py": "server/comfyui/test_system_routes.py",
+    "server/comfyui/answers.py": "server/comfyui/test_prompt_routes.py",
+    "server/error_answers.py": "server/test_http_server.py",
+    "server/folder_jobs.py": "server/test_worker_jobs.py",
+    "server/graph_jobs.py": "server/test_worker_jobs.py",
+    "server/job_reporter.py": "server/test_worker_jobs.py",
+    "server/questions/answering.py": "server/test_server_processes.py",
+    "server/questions/devices.py": "server/questions/test_question_registry.py",
+    "server/server_config.py": "server/test_http_server.py",
+    "server/server_context.py": "server/test_http_server.py",
+    "server/worker_link.py": "server/test_dispatcher.py",
     "training/divergence.py": "training/test_loop.py",
     "training/events.py": "training/runs/test_run_folder.py",
     "training/job.py": "training/test_train.py",
@@ -207,6 +218,11 @@ def test_a_command_knows_no_other_and_two_know_nodes(name: str) -> None:
     wrong |= set() if name in ("workflow", "nodes") else {"lorasmith.nodes", "lorasmith.workflow"}
     found = [one for _, one in imports(commands()[name]) if any(f"{one}.".startswith(f"{bad}.") for bad in wrong)]
     assert not found, f"cli/{name}.py imports what belongs to another door"
+
+
+def test_one_command_knows_the_server() -> None:
+    knowing = {relative(path) for path in MODULES for _, name in imports(path) if room_of(name) == "server"}
+    assert {name for name in knowing if not name.startswith("server/")} == {"cli/serve.py"}
 
 
 def test_what_commands_share_knows_none_of_them() -> None:

@@ -15,7 +15,6 @@ from tests.server.fakes import fake_config, until
 def run(base: Path, check: Callable[[Assistant], Awaitable[None]]) -> None:
     async def main() -> None:
         assistant = Assistant(fake_config(base))
-        assistant._pause = 0.01
         await assistant.start()
         try:
             await check(assistant)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.server.assistant import RefusedError, UnavailableError
 from lorasmith.server.http_server import make_app, running
-from lorasmith.server.jobs import JobStateError, QueueFullError, StoreError, UnknownJobError
+from lorasmith.server.jobs import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
 from lorasmith.server.server_context import CONTEXT, ServerContext
 from tests.server.fakes import ended, fake_config, fake_context
 
@@ -138,3 +140,34 @@ def test_a_context_is_at_hand_in_handlers(tmp_path: Path) -> None:
     app = make_app(context)
     assert app[CONTEXT] is context and isinstance(context, ServerContext)
     context.store.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_ctrl_c_again_ends_a_server_at_once(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.server.fakes import fake_config
+from lorasmith.server.http_server import serve
+
+say = lambda what: print(what, flush=True)
+serve(fake_config(Path({str(tmp_path)!r}), grace_s=60.0), started=say, stopping=say)
+"""
+    store = JobStore(tmp_path / "user" / "lorasmith" / "jobs.sqlite3")
+    store.add("train", {"do": "wait deaf"}, id="deaf")
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("http://")
+        while store.get("deaf").state != "running":
+            time.sleep(0.02)
+        server.send_signal(signal.SIGINT)
+        assert server.stdout.readline() == "1\n"
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=15)
+    finally:
+        server.kill()
+    assert server.returncode == 1 and "CancelledError: the server was ended at once" in said.splitlines()[-1]
+    assert store.get("deaf").state == "interrupted"
+    store.close()

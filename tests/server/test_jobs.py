@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,6 +162,16 @@ def test_a_full_disk_changes_nothing_and_says_so(path: Path, store: JobStore) ->
     assert store.claim("w").id == job.id  # type: ignore[union-attr]
 
 
+def test_an_error_of_a_disk_without_space_is_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(StoreError, match="cannot be written"):
+        JobStore(path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(StoreError, match="is full") as caught:
+        JobStore(path)
+    assert caught.value.is_full
+
+
 def test_damaged_databases_and_those_of_later_versions_are_refused(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
@@ -190,3 +201,12 @@ def test_a_summary_names_what_lists_show(store: JobStore) -> None:
     assert (shown["name"], shown["model"], shown["state"]) == ("dog", "sd15", "failed")
     assert shown["error"] == {"kind": "K", "message": "m"}
     assert "request" not in shown and "outputs" not in shown
+
+
+def test_lines_are_jobs_in_the_order_of_the_queue_without_what_is_large(store: JobStore) -> None:
+    jobs = [store.add("train", {"name": str(one)}, front=one == 1) for one in range(3)]
+    store.finish(jobs[2].id, "completed")
+    lines = store.lines(("pending", "completed"))
+    assert [line.id for line in lines] == [jobs[1].id, jobs[0].id, jobs[2].id]
+    assert (lines[0].state, lines[0].number, lines[2].state) == ("pending", jobs[1].number, "completed")
+    assert lines[2].ended is not None and store.lines(()) == []

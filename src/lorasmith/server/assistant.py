@@ -13,6 +13,9 @@ from lorasmith.server.server_config import ServerConfig
 
 __all__ = ["Assistant", "RefusedError", "UnavailableError"]
 
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 60.0
+"""Seconds before the process is started again; they double as long as it does not get ready."""
+
 
 class RefusedError(LorasmithError):
     """The assistant refused a question.
@@ -49,7 +52,7 @@ class Assistant:
         self._open: dict[int, tuple[Mapping[str, Any], asyncio.Future[Any], int]] = {}
         self._child: ChildProcess | None = None
         self._ready = asyncio.Event()
-        self._pause = 1.0
+        self._pause = _FIRST_PAUSE
         self._is_stopping = False
         self._restart: asyncio.Task[None] | None = None
 
@@ -117,7 +120,7 @@ class Assistant:
 
     def _on_message(self, head: dict[str, Any], body: bytes) -> None:
         if head["type"] == "ready":
-            self._pause = 1.0
+            self._pause = _FIRST_PAUSE
             self._ready.set()
             return
         _, answer, _ = self._open.get(head["number"], (None, None, 0))
@@ -145,7 +148,7 @@ class Assistant:
 
     async def _start_again(self) -> None:
         await asyncio.sleep(self._pause)
-        self._pause = min(60.0, 2 * self._pause)
+        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
         try:
             await self.start()
         except OSError as error:

@@ -69,6 +69,11 @@ class Dispatcher:
         if self._recording is not None:
             self._recording.cancel()
 
+    def kill(self) -> None:
+        """End the workers at once; a job that runs is interrupted."""
+        for worker in self._workers:
+            worker.kill()
+
     def submit(
         self,
         kind: JobKind,
@@ -299,8 +304,7 @@ class Dispatcher:
     def _record(self, job: Job, end: dict[str, Any], last: Mapping[str, Any] | None) -> None:
         """Record the end of a job, later if the disk is full; then the last notice about it is published."""
         try:
-            with contextlib.suppress(LorasmithError) if self._store.find(job.id) is None else contextlib.nullcontext():
-                job = self._store.finish(job.id, **end)
+            job = self._store.finish(job.id, **end)
         except StoreError as error:
             self._log.add("server", str(error))
             self._unrecorded[job.id] = {"job": job, "end": end, "last": last}

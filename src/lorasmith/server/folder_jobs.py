@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +16,8 @@ from lorasmith.app.model_run import run_folder
 from lorasmith.app.run_file import RunFile
 from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.errors import CancelledError, OptionError
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
+from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.typed_json import typed
@@ -28,7 +30,7 @@ from lorasmith.training.config import settings_from_file
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 from lorasmith.training.train import TrainResult
@@ -68,10 +70,7 @@ def train(
     """
     if before is not None and RunFolder(before).is_done:  # its end did not reach the server
         return {"outputs": _found_before(before)}
-    try:
-        given = typed(request, RunFile)
-    except ValueError as error:
-        raise OptionError(f"{error}; correct the request") from error
+    given = _typed(request)
     if given.model is None:
         raise OptionError("a training needs a model, got none; name one")
     model = given.model
@@ -90,10 +89,10 @@ def train(
     prepared = prepare(source, config, folders=folders, on_event=report_or_stop, cancelled=cancelled, load=load)
     if cancelled():
         raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
-    chosen = run_folder(folders.base / "runs", source.name)
 
     def output(fingerprint: Fingerprint) -> Path:
-        folder = chosen(fingerprint)
+        is_same = before is not None and _is_same(before, fingerprint)
+        folder = before if before is not None and is_same else _claimed(folders.base / "runs", source.name, fingerprint)
         reporter.run(folder)  # known before the first step: a run that completes is never trained a second time
         return folder
 
@@ -101,6 +100,40 @@ def train(
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(f"the job was cancelled after {len(result.losses)} steps, which are saved")
     return {"outputs": _found(result)}
+
+
+def _typed(request: Mapping[str, Any]) -> RunFile:
+    try:
+        return typed(request, RunFile)
+    except ValueError as error:
+        raise OptionError(f"{error}; correct the request") from error
+
+
+def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
+    """Whether the run that was begun in a folder is the one with this fingerprint, and can be continued."""
+    run = RunFolder(folder)
+    with contextlib.suppress(LorasmithError):
+        return run.exists and not differences(run.record().fingerprint, fingerprint) and not run.is_busy
+    return False
+
+
+def _claimed(runs: Path, title: str, fingerprint: Fingerprint) -> Path:
+    """The folder that holds a run unfinished, or a new one, made here: workers may begin runs of one name at once."""
+    chosen = run_folder(runs, title)
+    while True:
+        folder = chosen(fingerprint)
+        if RunFolder(folder).exists:
+            return folder
+        ensure_folder(runs)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be made ({error.strerror}); check the disk and its permissions"
+            ) from error
+        return folder
 
 
 def _found(result: TrainResult) -> dict[str, Any]:
@@ -134,11 +167,14 @@ def measure(request: Mapping[str, Any], folders: Folders, *, device: torch.devic
         load: loads the model.
 
     Raises:
-        LorasmithError: the model cannot be loaded, or settings do not fit.
+        OptionError: the request is malformed, or a setting is out of range.
+        LorasmithError: the model cannot be loaded, or settings do not fit it.
     """
-    model, settings = str(request["model"]), dict(request.get("settings") or {})
-    vae = request.get("vae")
-    base = load(ModelFiles(model, tuple(request.get("text_encoders") or ()), vae), folders).model
+    given = _typed(request)
+    if given.model is None:
+        raise OptionError("a measurement needs a model, got none; name one")
+    model, settings = given.model, dict(given.settings)
+    base = load(ModelFiles(model, given.text_encoders, given.vae), folders).model
     own = {name: value for name, value in settings.items() if name not in options_of(DataConfig)}
     config = settings_from_file(own)
     side = latent_side(base, settings.get("resolution"))

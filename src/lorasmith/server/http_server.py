@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
 from lorasmith.server.assistant import Assistant
@@ -28,7 +28,7 @@ from lorasmith.server.server_context import CONTEXT, ServerContext
 
 __all__ = ["make_app", "running", "serve"]
 
-_TABLES = ("access", "api", "comfyui", "page", "editor")
+_TABLES = ("access", "api", "comfyui", "page_routes", "editor")
 """Modules beside this one that may have `routes(context)`, and `middlewares(context)`, outermost first.
 
 `preparing(context)` gives handlers of `on_response_prepare`, which see every answer, streams and errors included.
@@ -109,25 +109,42 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
             await runner.cleanup()
 
 
-def serve(config: ServerConfig, *, started: Callable[[str], object] = lambda address: None) -> None:
-    """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then. A second Ctrl-C ends it at once.
+def serve(
+    config: ServerConfig,
+    *,
+    started: Callable[[str], object] = lambda address: None,
+    stopping: Callable[[int], object] = lambda running: None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then, or ended at once by a second one.
 
     Args:
         config: of the server.
         started: called with the address, when it listens.
+        stopping: called with the number of running jobs, when it was asked to stop.
 
     Raises:
+        CancelledError: it was ended at once.
         LorasmithError: as `running`.
     """
 
     async def main() -> None:
-        stop = asyncio.Event()
-        with _signals(stop):
-            async with running(config) as (_, address):
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        with _signals(stop, hurry):
+            async with running(config) as (context, address):
                 started(address)
                 await stop.wait()
+                stopping(sum(one["job"] is not None for one in context.dispatcher.devices()))
+                ending = asyncio.create_task(_kill_when(hurry, context.dispatcher))
+        ending.cancel()
+        if hurry.is_set():
+            raise CancelledError("the server was ended at once; a running job continues from its last run state")
 
     asyncio.run(main())
+
+
+async def _kill_when(hurry: asyncio.Event, dispatcher: Dispatcher) -> None:
+    await hurry.wait()
+    dispatcher.kill()
 
 
 async def _listening(runner: web.AppRunner, config: ServerConfig) -> str:
@@ -161,14 +178,12 @@ def _taken(config: ServerConfig) -> str:
 
 
 @contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set the event; Ctrl-C again is a KeyboardInterrupt."""
+def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set the first event, and then the second."""
     loop = asyncio.get_running_loop()
 
     def ask(number: int, frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        loop.call_soon_threadsafe(stop.set)
+        loop.call_soon_threadsafe(hurry.set if stop.is_set() else stop.set)
 
     numbers: list[signal.Signals] = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":

@@ -14,7 +14,7 @@ __all__ = ["JobReporter"]
 
 
 class JobReporter:
-    """Sends what a job reports to the server. A server that has gone ends nothing here; the job is cancelled then.
+    """Sends what one job reports to the server. A server that has gone ends nothing here; the job is cancelled then.
 
     Args:
         channel: to the server.
@@ -24,6 +24,7 @@ class JobReporter:
     def __init__(self, channel: BlockingChannel, base: Path) -> None:
         self._channel = channel
         self._base = base
+        self._run = ""
 
     def notice(self, kind: str, data: Mapping[str, Any], *, droppable: bool = False, picture: bytes = b"") -> None:
         """Send a notice.
@@ -41,8 +42,10 @@ class JobReporter:
         folder = folder.resolve()
         is_inside = folder.is_relative_to(self._base)
         run = folder.relative_to(self._base).as_posix() if is_inside else folder.as_posix()
-        with contextlib.suppress(OSError):
-            self._channel.send({"type": "run", "run": run})
+        if run != self._run:
+            self._run = run
+            with contextlib.suppress(OSError):
+                self._channel.send({"type": "run", "run": run})
 
     def training(self, event: Mapping[str, Any]) -> None:
         """Send an event of training or of its preparation, from `event_json`."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def main() -> None:
         return
     start, _ = started
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    inbox = _Inbox(channel, grace_s=start["grace_s"])
+    inbox = _Inbox(channel, grace_s=start["grace_s"], overdue=lambda: os._exit(1))
     threading.Thread(target=_beat, args=(channel, start["beat_s"], inbox), daemon=True).start()
     with _alone(Path(start["lock"]), channel, inbox, grace_s=start["grace_s"]) as is_alone:
         if is_alone:
@@ -101,10 +101,12 @@ class _Inbox:
     Args:
         channel: to the server.
         grace_s: seconds that a job has to end when the server has gone.
+        overdue: called when it has not.
     """
 
-    def __init__(self, channel: BlockingChannel, *, grace_s: float) -> None:
+    def __init__(self, channel: BlockingChannel, *, grace_s: float, overdue: Callable[[], object]) -> None:
         self._channel = channel
+        self._overdue = overdue
         self._grace_s = grace_s
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._current: str | None = None
@@ -123,7 +125,7 @@ class _Inbox:
             self.is_closed = True
             self.cancel.set()
             self._waiting.put(None)
-            timer = threading.Timer(self._grace_s, lambda: os._exit(1))
+            timer = threading.Timer(self._grace_s, self._overdue)
             timer.daemon = True
             timer.start()
 

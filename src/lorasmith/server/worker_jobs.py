@@ -37,7 +37,7 @@ class Jobs:
         self._extra = None if start["extra_model_paths"] is None else Path(start["extra_model_paths"])
         self._device = torch.device("cuda") if str(start["device"]).startswith("cuda") else best_device()
         self._cancel = cancel
-        self._reporter = JobReporter(channel, self._base)
+        self._channel = channel
         self._graphs: GraphJob | None = None
         self._model = WarmModel()
         self._finished: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
@@ -51,6 +51,7 @@ class Jobs:
         """
         self._finished = _nothing
         request, folders = message["request"], Folders.load(self._base, extra_model_paths=self._extra)
+        reporter = JobReporter(self._channel, self._base)
         if self._cancel.is_set():
             raise CancelledError("the job was cancelled before it began")
         if message["kind"] == "graph":
@@ -58,7 +59,7 @@ class Jobs:
             if self._graphs is None or self._graphs.folders != folders:
                 self._graphs = GraphJob(folders)
             self._finished = self._graphs.rest
-            return self._graphs.run(message["id"], request, reporter=self._reporter, cancel=self._cancel)
+            return self._graphs.run(message["id"], request, reporter=reporter, cancel=self._cancel)
         self._release_graphs()
         if message["kind"] == "train":
             before = None if message["run"] is None else self._base / message["run"]
@@ -66,7 +67,7 @@ class Jobs:
                 request,
                 folders,
                 before=before,
-                reporter=self._reporter,
+                reporter=reporter,
                 cancelled=self._cancel.is_set,
                 load=self._model.load,
             )

@@ -134,6 +134,11 @@ class WorkerLink:
         if self._child is not None:
             self._child.send({"type": "free", "models": models, "memory": memory})
 
+    def kill(self) -> None:
+        """End its process at once."""
+        if self._child is not None:
+            self._child.kill("the server was ended at once")
+
     async def stop(self) -> None:
         """End its process; a job that runs is stopped and saved."""
         self._is_stopping = True

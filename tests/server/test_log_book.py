@@ -1,0 +1,31 @@
+"""Lines of the child processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorasmith.server import log_book
+from lorasmith.server.hub import Hub
+from lorasmith.server.log_book import LogBook
+
+
+def test_lines_are_remembered_written_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_book, "_MOST_BYTES", 2_000)
+    hub, path = Hub(), tmp_path / "user" / "server.log"
+    log = LogBook(path, hub)
+    with hub.subscribe(kinds={"log"}) as lines:
+        for number in range(100):
+            log.add("worker", f"line {number} \x1b[2J")
+        assert len(lines) == 100
+    assert log.entries[-1]["m"] == "line 99 \\u001b[2J" and "T" in log.entries[-1]["t"]
+    assert path.read_text().splitlines()[-1].endswith("worker: line 99 \\u001b[2J")
+    assert path.stat().st_size < 2_200 and (tmp_path / "user" / "server.log.1").stat().st_size < 2_200
+
+
+def test_a_log_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
+    log = LogBook(tmp_path / "server.log", Hub())
+    (tmp_path / "server.log").mkdir()
+    log.add("worker", "x" * 100_000)
+    assert len(log.entries[0]["m"]) == 4_000
