@@ -78,7 +78,14 @@ async def read_json(request: web.Request, *, kind: type | None = None, empty: An
 
 
 def number_in(request: web.Request, name: str, *, default: int | None = None, at_least: int = 0) -> int | None:
-    """A whole number in the query of a request. Raises HTTPBadRequest where it is none."""
+    """A whole number in the query of a request. Raises HTTPBadRequest where it is none.
+
+    Args:
+        request: the request.
+        name: in the query.
+        default: where it is missing.
+        at_least: least number.
+    """
     text = request.query.get(name)
     if text is None or text == "":
         return default

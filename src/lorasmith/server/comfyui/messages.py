@@ -217,7 +217,13 @@ def text_frame(node: str, text: str) -> bytes:
 
 
 def metadata_frame(job_id: str, node: str, picture: bytes) -> bytes:
-    """A frame of kind 4: metadata as JSON, and the picture."""
+    """A frame of kind 4: metadata as JSON, and the picture.
+
+    Args:
+        job_id: of the running job.
+        node: id of the running node.
+        picture: JPEG or PNG.
+    """
     kind = "image/png" if picture.startswith(_PNG) else "image/jpeg"
     text = json.dumps({**_names(job_id, node), "image_type": kind}).encode()
     return struct.pack(">II", 4, len(text)) + text + picture
