@@ -109,7 +109,6 @@ TESTED_ELSEWHERE = {
     "report/pictures.py": "report/test_run_report.py",
     "sampling/generate.py": "sampling/test_previews.py",
     "families/released.py": "toolbox/test_convert.py",
-    "server/comfyui/all_routes.py": "server/comfyui/test_system_routes.py",
     "server/comfyui/answers.py": "server/comfyui/test_prompt_routes.py",
     "server/error_answers.py": "server/test_http_server.py",
     "server/folder_jobs.py": "server/test_worker_jobs.py",
