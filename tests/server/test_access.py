@@ -10,8 +10,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from lorasmith.server.access import MAX_JSON_BYTES, Access, is_loopback
+from lorasmith.server.access import MAX_JSON_BYTES, Access, access_of, is_loopback
 from lorasmith.server.comfyui import answers
+from lorasmith.server.server_config import ServerConfig
 from tests.server.fake_server import GOOD, Played, serving
 
 TOKEN = "a long secret"
@@ -237,8 +238,21 @@ def test_known_hosts(listen: str, host: str | None, known: bool) -> None:
     assert Access("token", listen).knows_host(host) is known
 
 
-def test_further_names_are_known() -> None:
-    assert Access("token", "0.0.0.0", frozenset({"gpu.lan"})).knows_host("gpu.lan:8188")
+def test_further_names_are_known(tmp_path: Path) -> None:
+    access = access_of(ServerConfig(base=tmp_path, names=("GPU.example",)))
+    assert access.knows_host("gpu.example:8188")
+    assert access.knows_host("gpu.EXAMPLE")
+    assert not access.knows_host("evil.example")
+
+
+def test_pages_behind_a_proxy_may_write(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN, names=("gpu.example",)) as server:
+            headers = {"Host": "gpu.example", "Origin": "https://gpu.example", "Authorization": f"Bearer {TOKEN}"}
+            await server.post("/prompt", {"prompt": GOOD}, headers=headers)
+            await server.post("/prompt", {"prompt": GOOD}, headers=headers | {"Origin": FOREIGN}, status=403)
+
+    asyncio.run(main())
 
 
 def test_loopback_addresses() -> None:

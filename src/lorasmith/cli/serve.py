@@ -35,6 +35,10 @@ def serve(
         str | None,
         typer.Option(envvar=TOKEN_VARIABLE, help="Secret that every request must carry."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
+    ] = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Serve a page for training in the browser, and ComfyUI's protocol for its editor and its clients.
@@ -44,10 +48,11 @@ def serve(
     """
     import webbrowser
 
+    from lorasmith.server.access import is_loopback
     from lorasmith.server.http_server import serve as serve_until_stopped
 
     host = listen or LOOPBACK
-    if not token and not _is_loopback(host):
+    if not token and not is_loopback(host):
         raise OptionError(
             f"--listen {host} would let everyone in that network train here; give a secret with --token, or leave "
             "--listen out"
@@ -59,6 +64,7 @@ def serve(
         host=host,
         port=port,
         token=token or None,
+        names=tuple(allow_host or ()),
     )
 
     def started(address: str) -> None:
@@ -72,12 +78,3 @@ def serve(
             echo("Stopping and saving the running job. Press Ctrl-C again to stop at once.")
 
     serve_until_stopped(config, started=started, stopping=stopping)
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -116,7 +116,7 @@ def is_loopback(address: str) -> bool:
 
 def access_of(config: ServerConfig) -> Access:
     """The rules of a server with these settings."""
-    return Access(config.token, config.host)
+    return Access(config.token, config.host, frozenset(name.casefold() for name in config.names))
 
 
 def middlewares(context: ServerContext) -> list[Any]:
