@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from lorasmith.core.errors import OptionError
 from lorasmith.server.access import MAX_JSON_BYTES, Access, access_of, is_loopback
 from lorasmith.server.comfyui import answers
 from lorasmith.server.server_config import ServerConfig
@@ -253,6 +254,14 @@ def test_pages_behind_a_proxy_may_write(tmp_path: Path) -> None:
             await server.post("/prompt", {"prompt": GOOD}, headers=headers | {"Origin": FOREIGN}, status=403)
 
     asyncio.run(main())
+
+
+def test_a_server_that_others_reach_needs_a_token(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "gpu.lan", "::"):
+        for token in (None, ""):
+            with pytest.raises(OptionError, match="--token"):
+                access_of(ServerConfig(base=tmp_path, host=host, token=token))
+        assert access_of(ServerConfig(base=tmp_path, host=host, token=TOKEN)).token == TOKEN
 
 
 def test_loopback_addresses() -> None:

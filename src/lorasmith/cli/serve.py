@@ -8,7 +8,6 @@ import typer
 
 from lorasmith.cli.console import echo
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
-from lorasmith.core.errors import OptionError
 from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
 __all__ = ["register"]
@@ -48,24 +47,19 @@ def serve(
     """
     import webbrowser
 
-    from lorasmith.server.access import is_loopback
+    from lorasmith.server.access import access_of
     from lorasmith.server.http_server import serve as serve_until_stopped
 
-    host = listen or LOOPBACK
-    if not token and not is_loopback(host):
-        raise OptionError(
-            f"--listen {host} would let everyone in that network train here; give a secret with --token, or leave "
-            "--listen out"
-        )
     folders = folders_of(base_dir, extra_model_paths)
     config = ServerConfig(
         base=folders.base.resolve(),
         extra_model_paths=None if extra_model_paths is None else extra_model_paths.resolve(),
-        host=host,
+        host=listen or LOOPBACK,
         port=port,
         token=token or None,
         names=tuple(allow_host or ()),
     )
+    access_of(config)
 
     def started(address: str) -> None:
         echo(f"Lorasmith is at {address} and trains in {config.base}")
