@@ -41,7 +41,15 @@ def test_the_page_is_never_stored_and_runs_no_inline_code() -> None:
 
 def test_every_file_of_the_page_is_served_with_its_type_and_nothing_else() -> None:
     async def main(client: TestClient[Any, Any]) -> dict[str, tuple[int, str]]:
-        absent = ("index.html", "vendor/README.md", "../page_routes.py", "..%2Fpage_routes.py", "lib", "lib/", "report.css/x")
+        absent = (
+            "index.html",
+            "vendor/README.md",
+            "../page_routes.py",
+            "..%2Fpage_routes.py",
+            "lib",
+            "lib/",
+            "report.css/x",
+        )
         found = {}
         for name in (*page_files(), *absent):
             async with client.get(f"/pages/{name}") as answer:

@@ -16,10 +16,15 @@ from aiohttp import web
 from tests.server.pages.fake_api import FakeServer
 
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,9 @@ def open_page(browser: Any, served: ServedPage) -> Iterator[Callable[..., Any]]:
     contexts = []
 
     def opened(view: str = "", *, width: int = 1200, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=width < 500)
+        context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=width < 500
+        )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(8000)

@@ -1,6 +1,6 @@
 """The server's own API with made-up answers: what the page is tested and looked at with, without torch or a GPU.
 
-    python tests/server/pages/fake_api.py [port]
+python tests/server/pages/fake_api.py [port]
 """
 
 from __future__ import annotations
@@ -31,17 +31,12 @@ SETTINGS: dict[str, Any] = {
         {
             "title": "Training",
             "settings": [
-                _s
-                for _s in (
-                    {"name": "steps", "label": "Steps", "type": "integer", "default": 500, "min": 1, "max": 100000,
-                     "step": None, "choices": [], "help": "Number of optimizer updates.", "main": True},
-                    {"name": "learning_rate", "label": "Learning rate", "type": "number", "default": None, "min": 1e-7,
-                     "max": 1.0, "step": None, "choices": [], "help": "Learning rate. Default: chosen by model.",
-                     "main": True},
-                    {"name": "rank", "label": "Rank", "type": "integer", "default": 16, "min": 1, "max": 128,
-                     "step": None, "choices": [], "help": "Inner dimension of the LoRA: sets its capacity and the size "
-                     "of the file.", "main": True},
-                )
+                {"name": "steps", "label": "Steps", "type": "integer", "default": 500, "min": 1, "max": 100000,
+                 "step": None, "choices": [], "help": "Number of optimizer updates.", "main": True},
+                {"name": "learning_rate", "label": "Learning rate", "type": "number", "default": None, "min": 1e-7,
+                 "max": 1.0, "step": None, "choices": [], "help": "Default: chosen by model.", "main": True},
+                {"name": "rank", "label": "Rank", "type": "integer", "default": 16, "min": 1, "max": 128,
+                 "step": None, "choices": [], "help": "Sets the capacity and the size of the file.", "main": True},
             ],
         },
         {
@@ -78,8 +73,8 @@ MODELS = {
          "place": "models/diffusion_models", "size_bytes": 23_802_932_552, "precision": "bf16", "builtin": False,
          "ready": False, "missing": [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors"},
                                      {"part": "vae", "usual_file": "ae.safetensors"}]},
-        {"name": "lorasmith-tiny", "title": "lorasmith-tiny", "family": "Lorasmith Tiny", "place": "", "precision": "bf16",
-         "size_bytes": 31_000_000, "builtin": True, "ready": True, "missing": []},
+        {"name": "lorasmith-tiny", "title": "lorasmith-tiny", "family": "Lorasmith Tiny", "place": "",
+         "precision": "bf16", "size_bytes": 31_000_000, "builtin": True, "ready": True, "missing": []},
     ],
     "other": [{"name": "notes.safetensors", "place": "models/checkpoints", "what": "it holds no known model",
                "size_bytes": 4096}],
@@ -191,7 +186,8 @@ class FakeServer:
     async def _datasets(self, request: web.Request) -> web.Response:
         return web.json_response({"datasets": [
             {"name": name, "images": len(files), "captions": sum(bool(caption) for _, caption in files.values()),
-             "modified": NOW, "cover": next(iter(files), None), "builtin": name in self.builtin} for name, files in self.datasets.items()
+             "modified": NOW, "cover": next(iter(files), None), "builtin": name in self.builtin}
+            for name, files in self.datasets.items()
         ]})  # fmt: skip
 
     async def _new_dataset(self, request: web.Request) -> web.Response:
@@ -214,7 +210,14 @@ class FakeServer:
             images.append({"file": file, "width": width, "height": height, "bytes": len(content), "caption": caption,
                            "has_caption": bool(caption), "problem": "" if width else "cannot be read"})  # fmt: skip
         return web.json_response(
-            {"name": name, "folder": f"/home/me/input/{name}", "images": images, "builtin": name in self.builtin, "notes": [], "skipped": []}
+            {
+                "name": name,
+                "folder": f"/home/me/input/{name}",
+                "images": images,
+                "builtin": name in self.builtin,
+                "notes": [],
+                "skipped": [],
+            }
         )
 
     async def _upload(self, request: web.Request) -> web.Response:
@@ -267,7 +270,14 @@ class FakeServer:
             problems += ["copy of another picture"] if index == 2 else []
             images[file] = {"problems": problems, "crop": {"x": 0.1, "y": 0, "width": 0.8, "height": 1},
                             "trained": [512, 512], "tokens": None}  # fmt: skip
-        findings = [{"kind": "copies", "message": "2 pictures are copies of each other; keep one.", "files": [], "severity": "warning"}]
+        findings = [
+            {
+                "kind": "copies",
+                "message": "2 pictures are copies of each other; keep one.",
+                "files": [],
+                "severity": "warning",
+            }
+        ]
         return web.json_response({"findings": findings if len(files) > 2 else [], "images": images, "skipped": []})
 
     async def _plan(self, request: web.Request) -> web.Response:
@@ -280,7 +290,8 @@ class FakeServer:
         return web.json_response(
             {"steps": steps, "epochs": steps / 4, "rank": rank, "resolution": 1024, "images": 4, "held_out": 1,
              "parameters": rank * 1_450_000, "memory_bytes": int(9.5 * 2**30) + rank * 2**24, "fits": True,
-             "memory_settings": {}, "seconds_per_step": seconds, "seconds": None if seconds is None else seconds * steps,
+             "memory_settings": {}, "seconds_per_step": seconds,
+             "seconds": None if seconds is None else seconds * steps,
              "measured_at": None, "notes": []}
         )  # fmt: skip
 
@@ -320,10 +331,24 @@ class FakeServer:
             self._tell(id, "preparation", event)
             await asyncio.sleep(4 * self.step_seconds)
         self._publish(job, run=run)
-        self.add_run(run, state="running", status="Running", mood="fair", step=0, steps=steps, job=id, lora=None, name=job["name"])
+        self.add_run(
+            run,
+            state="running",
+            status="Running",
+            mood="fair",
+            step=0,
+            steps=steps,
+            job=id,
+            lora=None,
+            name=job["name"],
+        )
         if not any(name == "training" for name, _ in self.events[id]):
             self._tell(id, "training", {"event": "RunStarted", "at": time.time(), "steps": steps, "steps_before": 0})
-            self._tell(id, "training", {"event": "Warned", "at": time.time(), "message": "rank 16 exceeds the size of 1 of 133 layers"})
+            self._tell(
+                id,
+                "training",
+                {"event": "Warned", "at": time.time(), "message": "rank 16 exceeds the size of 1 of 133 layers"},
+            )
         done = max((event["step"] for _, event in self.events[id] if event.get("event") == "StepDone"), default=0)
         for step in range(done + 1, steps + 1):
             await asyncio.sleep(self.step_seconds)
@@ -348,7 +373,12 @@ class FakeServer:
             if task := self._tasks.pop(id, None):
                 task.cancel()
             if job["run"]:
-                self.runs[job["run"]] = {**_run_facts(job["run"]), "job": id, "status": "Stopped early", "state": "stopped"}
+                self.runs[job["run"]] = {
+                    **_run_facts(job["run"]),
+                    "job": id,
+                    "status": "Stopped early",
+                    "state": "stopped",
+                }
             self._publish(job, state="paused" if (await request.json()).get("pause") else "cancelled")
         elif action == "continue":
             self._publish(job, state="pending")
@@ -366,7 +396,9 @@ class FakeServer:
             id = self.runs[id]["job"] or id
         return await self._stream(request, self.events.setdefault(id, []), 0)
 
-    async def _stream(self, request: web.Request, events: list[tuple[str, dict[str, Any]]], start: int) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, events: list[tuple[str, dict[str, Any]]], start: int
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         await response.write(b"retry: 300\n\n")
@@ -422,7 +454,8 @@ def made_up_events(step: int, run: str) -> list[dict[str, Any]]:
     at = time.time()
     loss = 0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step)
     events: list[dict[str, Any]] = [
-        {"event": "StepDone", "at": at, "step": step, "loss": loss, "grad_norm": 0.1, "learning_rate": 1e-4, "draws": [],
+        {"event": "StepDone", "at": at, "step": step, "loss": loss, "grad_norm": 0.1, "learning_rate": 1e-4,
+         "draws": [],
          "noise_scale": 0.0}
     ]  # fmt: skip
     if step % 10 == 0:
@@ -446,14 +479,19 @@ PROMPTS = ("a photo of foxy in the snow", "foxy <b>as</b> a knight, oil painting
 def _validation(step: int, at: float, factor: float = 1.0) -> dict[str, Any]:
     loss = factor * 0.2 + 0.25 * math.exp(-step / 20) + (0.002 * (step - 50) if step > 50 else 0)
     return {"event": "Validated", "at": at, "step": step, "loss": loss, "base_loss": 0.45, "low": -0.2, "high": -0.05,
-            "best": step <= 50, "best_step": min(step, 50), "verdict": "it still improves on held-out images"}  # fmt: skip
+            "best": step <= 50, "best_step": min(step, 50),
+            "verdict": "it still improves on held-out images"}  # fmt: skip
 
 
 def _run_facts(id: str) -> dict[str, Any]:
     factor = 1 + 0.1 * (int(id[-1]) if id[-1].isdigit() else 0)
-    losses = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step))] for step in range(1, STEPS + 1)]
+    losses = [
+        [step, factor * (0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step))]
+        for step in range(1, STEPS + 1)
+    ]
     smooth = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20))] for step in range(1, STEPS + 1)]
-    previews = [{"step": step, "strength": strength, "prompt": prompt, "file": f"previews/{step}-{strength}-{index}.png"}
+    previews = [{"step": step, "strength": strength, "prompt": prompt,
+                 "file": f"previews/{step}-{strength}-{index}.png"}
                 for step in (20, 40, 60) for strength in ((0.0, 1.0) if step < 60 else (0.0, 0.5, 1.0, 1.5))
                 for index, prompt in enumerate(PROMPTS)]  # fmt: skip
     settings = [
@@ -466,19 +504,23 @@ def _run_facts(id: str) -> dict[str, Any]:
         "model": "sdxl.safetensors", "family": "Stable Diffusion XL", "loss": 0.151, "loss_label": "mean of 50 steps",
         "held_out": 0.2205, "cover": "previews/60-1.0-0.png", "job": None, "status": "Finished", "mood": "good",
         "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
-        "rates": [], "validations": [_validation(step, NOW, factor) for step in range(10, STEPS + 1, 10)], "base_loss": 0.45,
+        "rates": [], "validations": [_validation(step, NOW, factor) for step in range(10, STEPS + 1, 10)],
+        "base_loss": 0.45,
         "previews": previews, "left_out": [],
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
                     "thumbnail": f"pictures/{n}.png", "standing": ""} for n in range(4)],
         "lora": {"file": "fox.safetensors", "bytes": 45_000_000, "installed": None},
-        "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50} for step in (40, 50, 60)],
-        "best_step": 50, "verdict": "the LoRA improves on held-out images, most at step 50; a little overfitting after that",
+        "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50}
+                  for step in (40, 50, 60)],
+        "best_step": 50,
+        "verdict": "the LoRA improves on held-out images, most at step 50; a little overfitting after that",
         "facts": {"Steps": "60 of 60", "Time": "1 min 35 s", "Held-out loss": "0.2205 (base 0.45)", "LoRA": "43 MiB"},
         "sentences": ["LoRA on sdxl.safetensors", "cuda:0, bf16"], "notes": [],
         "use": {"ComfyUI": ["Copy the file to models/loras and load it with Load LoRA at strength 1.", ""],
                 "A1111 and Forge": ["Write into the prompt:", "<lora:fox:1> foxy"]},
         "command": "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60",
-        "commands": {"Train the same again": "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60"},
+        "commands": {"Train the same again":
+                     "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60"},
         "files": ["fox.safetensors", "run.json", "events.jsonl"], "folder": f"/home/me/lorasmith/{id}",
         "is_trainable_on": True, "dataset": "fox",
     }  # fmt: skip

@@ -189,7 +189,9 @@ def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Ope
 
 @pytest.mark.slow
 def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_page: Opener) -> None:
-    job = served.server.add_job("interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"})
+    job = served.server.add_job(
+        "interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"}
+    )
     page = open_page()
     waits(page, "was interrupted")
     page.get_by_role("group", name="Interrupted training").get_by_role("button", name="Continue").click()
@@ -198,7 +200,9 @@ def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_
 
 @pytest.mark.slow
 def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: Opener) -> None:
-    served.server.add_run("runs/cli-001", state="running", status="Running", mood="fair", lora=None, previews=[], job=None)
+    served.server.add_run(
+        "runs/cli-001", state="running", status="Running", mood="fair", lora=None, previews=[], job=None
+    )
     told = served.server.events["runs/cli-001"] = [("training", {"event": "RunStarted", "steps": 40})]
     page = open_page("#/runs/runs%2Fcli-001")
     told.append(("training", {"event": "StepDone", "step": 1, "loss": 0.5, "at": 1.0}))
@@ -227,7 +231,12 @@ def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
 def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: Opener) -> None:
     served.server.add_run("runs/fox-001")
     page = open_page("#/runs/runs%2Ffox-001")
-    assert page.locator(".pictures thead th").all_inner_texts() == ["Base model", "Strength 0.5", "Strength 1", "Strength 1.5"]
+    assert page.locator(".pictures thead th").all_inner_texts() == [
+        "Base model",
+        "Strength 0.5",
+        "Strength 1",
+        "Strength 1.5",
+    ]
     page.get_by_label("Step", exact=True).fill("0")
     assert page.locator(".pictures thead th").all_inner_texts() == ["Base model", "Step 20"]
     page.get_by_role("button", name="Copy to ComfyUI").click()
@@ -275,5 +284,12 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
         )
         reached.add((name or "").split("\n")[-1])
         assert outline != "none", name
-    wanted = {"Skip to the content", "Runs", "Choose photos", "Choose a folder", "Remove fox_1.png", "Caption of fox_2.png"}
+    wanted = {
+        "Skip to the content",
+        "Runs",
+        "Choose photos",
+        "Choose a folder",
+        "Remove fox_1.png",
+        "Caption of fox_2.png",
+    }
     assert wanted | {"Trigger word (optional)", "Show what is trained", "Next: model", "Model"} <= reached
