@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import lorasmith
 from lorasmith.server.child_process import ChildProcess
+
+SOURCE = Path(lorasmith.__file__).parents[1]
 
 CODE = """
 import sys, time
@@ -66,7 +72,9 @@ def test_one_whose_output_is_no_message_is_killed() -> None:
     assert len(ends) == 1 and "a message must begin with its lengths" in ends[0]
 
 
-def test_environment_and_folder_are_its_own(tmp_path: Path) -> None:
+def test_environment_and_folder_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASMITH_TOKEN", "secret")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.relpath(SOURCE), "elsewhere"]))
     (tmp_path / "json.py").write_text("raise SystemExit('a file of the base folder was imported')")
     messages: list[Any] = []
 
@@ -76,7 +84,7 @@ def test_environment_and_folder_are_its_own(tmp_path: Path) -> None:
             (
                 *(sys.executable, "-P", "-c"),
                 "import os; from lorasmith.server.channel import channel_of_child as c; c().send({'type': 'x', "
-                "'cwd': os.getcwd(), 'variable': os.environ['GIVEN']})",
+                "'cwd': os.getcwd(), 'variable': os.environ['GIVEN'], 'secret': os.environ.get('LORASMITH_TOKEN')})",
             ),
             cwd=tmp_path,
             silence_s=30,
@@ -90,4 +98,4 @@ def test_environment_and_folder_are_its_own(tmp_path: Path) -> None:
         made.send({"type": "lost"})
 
     asyncio.run(main())
-    assert messages == [{"type": "x", "cwd": str(tmp_path), "variable": "yes"}]
+    assert messages == [{"type": "x", "cwd": str(tmp_path), "variable": "yes", "secret": None}]

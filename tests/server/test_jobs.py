@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,6 +160,16 @@ def test_a_full_disk_changes_nothing_and_says_so(path: Path, store: JobStore) ->
     assert names(store) == ["a"]
     store._database.execute("PRAGMA max_page_count = 100000")
     assert store.claim("w").id == job.id  # type: ignore[union-attr]
+
+
+def test_an_error_of_a_disk_without_space_is_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(StoreError, match="cannot be written"):
+        JobStore(path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(StoreError, match="is full") as caught:
+        JobStore(path)
+    assert caught.value.is_full
 
 
 def test_damaged_databases_and_those_of_later_versions_are_refused(path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 from lorasmith.cli.console import echo
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.errors import OptionError
+from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
 __all__ = ["register"]
 
@@ -32,7 +33,7 @@ def serve(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(envvar="LORASMITH_TOKEN", help="Secret that every request must carry."),
+        typer.Option(envvar=TOKEN_VARIABLE, help="Secret that every request must carry."),
     ] = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
@@ -44,7 +45,6 @@ def serve(
     import webbrowser
 
     from lorasmith.server.http_server import serve as serve_until_stopped
-    from lorasmith.server.server_config import LOOPBACK, ServerConfig
 
     host = listen or LOOPBACK
     if not token and not _is_loopback(host):

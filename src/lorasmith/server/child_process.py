@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.server.channel import AsyncChannel, BrokenChannelError
+from lorasmith.server.server_config import TOKEN_VARIABLE
 
 __all__ = ["ChildProcess"]
 
@@ -71,7 +72,7 @@ class ChildProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=self._cwd,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+            env={**_inherited(), "PYTHONUNBUFFERED": "1", **self._environment},
             limit=_LONGEST_LINE,
             **apart,
         )
@@ -163,6 +164,14 @@ class ChildProcess:
                 self.heard = now
             elif now - self.heard > self._silence_s:
                 self.kill(f"it gave no sign of life for {self._silence_s:g} seconds")
+
+
+def _inherited() -> dict[str, str]:
+    """The server's variables without its secret; the paths of modules do not depend on the current folder."""
+    found = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    if paths := found.get("PYTHONPATH"):
+        found["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths.split(os.pathsep))
+    return found
 
 
 def _reason(code: int) -> str:

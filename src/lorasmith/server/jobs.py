@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import sqlite3
 import time
 import uuid
@@ -49,6 +51,8 @@ MOST_ENDED = 2_000
 
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
 _VERSION = 1
+_DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+_LEAST_FREE = 128 * 2**10  # SQLite reports a full disk as such only where a write fails, not for its shared memory
 
 
 class StoreError(LorasmithError):
@@ -478,10 +482,17 @@ def _job(row: sqlite3.Row) -> Job:
     return Job(**values)
 
 
+def _free_bytes(path: Path) -> float:
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return math.inf
+
+
 def _explained(path: Path, error: sqlite3.Error) -> StoreError:
     code = getattr(error, "sqlite_errorcode", None)
     primary = None if code is None else code & 0xFF
-    if primary == sqlite3.SQLITE_FULL:
+    if primary == sqlite3.SQLITE_FULL or (primary in _DISK and _free_bytes(path) < _LEAST_FREE):
         return StoreError(f"the disk with {path} is full, nothing was changed; free some space", is_full=True)
     if primary in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreError(f"{path} is damaged ({error}); restore it from a copy, or move it away to start without jobs")

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOOPBACK", "ServerConfig"]
+__all__ = ["LOOPBACK", "TOKEN_VARIABLE", "ServerConfig"]
 
 LOOPBACK = "127.0.0.1"
+
+TOKEN_VARIABLE = "LORASMITH_TOKEN"
+"""Environment variable of the token, which child processes do not inherit."""
 
 _PYTHON = (sys.executable, "-P")  # the base folder is the children's, and none of its files is a module
 
