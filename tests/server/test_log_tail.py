@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,7 @@ def test_a_log_that_is_written_again_begins_again(log: Path) -> None:
     tail.read()
     other = log.with_suffix(".new")
     other.write_text('{"n": 1}\n')
-    os.replace(other, log)
+    other.replace(log)
     assert read(tail) == [1] and tail.begins_again
     log.write_text("")
     assert read(tail) == []

@@ -77,12 +77,12 @@ class ErrorFacts:
     Attributes:
         kind: name of the kind of error, such as OptionError.
         message: a sentence with rule, value and remedy.
-        details: more about it, by name.
+        details: more about it, such as a list of findings; null if there is no more.
     """
 
     kind: str
     message: str
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,13 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "a path": ("GET", "/datasets/..%2F..", None, 404, "there is no dataset"),
     "a taken name": ("POST", "/datasets", {"name": "fox"}, 409, "already"),
     "no name": ("POST", "/datasets", {}, 400, "name is missing"),
-    "another name": ("POST", "/datasets", {"nme": "x"}, 400, "unknown name 'nme' in the request (did you mean 'name'?)"),
+    "another name": (
+        "POST",
+        "/datasets",
+        {"nme": "x"},
+        400,
+        "unknown name 'nme' in the request (did you mean 'name'?)",
+    ),
     "no text": ("POST", "/datasets", {"name": 3}, 400, "name must be text, got 3"),
     "a list": ("POST", "/datasets", [1], 400, "must be an object"),
     "captions of numbers": ("PUT", "/datasets/fox/captions", {"fox_1.png": 1}, 400, "must be text"),
@@ -227,6 +233,6 @@ def test_errors_of_the_assistant_have_a_status(tmp_path: Path, error: Exception,
         answer = await client.ask("GET", "/datasets", status=status)
         assert answer["error"]["message"] == str(error)
         if getattr(error, "details", None):
-            assert answer["error"]["details"] == {"details": ["one", "two"]}
+            assert answer["error"]["details"] == ["one", "two"]
 
     with_api(tmp_path, test)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def test_events_of_a_run_follow_its_log(tmp_path: Path) -> None:
             assert (await stream.next())[1]["step"] == 2
             again = log.with_suffix(".new")
             again.write_text('{"event": "Resumed", "step": 1}\n')
-            os.replace(again, log)
+            again.replace(log)
             assert [(await stream.next())[:2] for _ in range(2)] == [
                 ("reset", {}),
                 ("training", {"event": "Resumed", "step": 1}),

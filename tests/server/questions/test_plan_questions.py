@@ -45,7 +45,9 @@ def test_a_file_that_no_name_leads_to_has_its_path(folders: Folders, tmp_path: P
     assert model_name(other, hidden) == str(hidden) == known_model(other, str(hidden))
 
 
-@pytest.mark.parametrize("name", ["gone", "../x.safetensors", "owner/name", "/etc/passwd", "", "https://host/x", "\x00"])
+@pytest.mark.parametrize(
+    "name", ["gone", "../x.safetensors", "owner/name", "/etc/passwd", "", "https://host/x", "\x00"]
+)
 def test_a_model_that_is_not_in_the_list_is_refused(folders: Folders, name: str) -> None:
     with pytest.raises(ModelError, match="there is no model"):
         known_model(folders, name)
@@ -70,7 +72,12 @@ def test_a_plan_sees_new_pictures(folders: Folders) -> None:
         plan(folders, model="lorasmith-tiny", dataset="dog")
     for number in (1, 2):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
-        found = plan(folders, model="lorasmith-tiny", dataset="dog", settings={"rank": 4, "batch_size": 2, "validation_share": 0.5})
+        found = plan(
+            folders,
+            model="lorasmith-tiny",
+            dataset="dog",
+            settings={"rank": 4, "batch_size": 2, "validation_share": 0.5},
+        )
         assert found.images == number
         assert any("learns those by heart" in note for note in found.notes)
 

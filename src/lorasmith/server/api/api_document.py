@@ -77,7 +77,7 @@ def _operation(one: Endpoint, named: dict[str, Any]) -> dict[str, Any]:
 
 def _named(kind: Any, named: dict[str, Any]) -> dict[str, Any]:
     """A reference to the schema of a type, which is added to `named`; the schema itself if the type has no name."""
-    if not dataclasses.is_dataclass(kind):
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         return json_schema(kind)
-    named[kind.__name__] = json_schema(kind)  # type: ignore[attr-defined]
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}  # type: ignore[attr-defined]
+    named[kind.__name__] = json_schema(kind)
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}

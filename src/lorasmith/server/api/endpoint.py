@@ -20,8 +20,8 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
 from lorasmith.server.api_shapes import ErrorAnswer, ErrorFacts
-from lorasmith.server.assistant import RefusedError, UnavailableError
-from lorasmith.server.jobs import DuplicateJobError, JobStateError, QueueFullError, StoreError, UnknownJobError
+from lorasmith.server.assistant import RefusedError
+from lorasmith.server.error_answers import status_of
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["PREFIX", "Call", "Endpoint", "Query", "TooLargeError", "TooManyError", "json_response", "route_of"]
@@ -33,16 +33,8 @@ MOST_BODY_BYTES = 16 * 2**20
 
 _TOO_LARGE = f"a body must have at most {MOST_BODY_BYTES // 2**20} MiB; send less at once"
 
-_STATUS_OF: dict[type[LorasmithError], int] = {
-    UnknownJobError: 404,
-    JobStateError: 409,
-    DuplicateJobError: 409,
-    QueueFullError: 429,
-    StoreError: 503,
-    UnavailableError: 503,
-}
-_STATUS_OF_KIND = {"UnknownFileError": 404, "TakenNameError": 409, "InternalError": 500}
-"""Status by the kind of an error that the assistant raised; others are 400."""
+_STATUS_OF_KIND = {"UnknownFileError": 404, "TakenNameError": 409, "TooManyError": 429, "TooLargeError": 413}
+"""Status by the kind of an error of this API, in the assistant or here; others are those of all doors."""
 
 T = TypeVar("T")
 
@@ -161,13 +153,11 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 
 
 def _refused(error: LorasmithError) -> web.Response:
+    kind, details = type(error).__name__, None
     if isinstance(error, RefusedError):
-        details = error.details if isinstance(error.details, dict) else {"details": error.details}
-        facts = ErrorFacts(kind=error.kind, message=error.message, details=details if error.details else {})
-        return json_response(ErrorAnswer(error=facts), _STATUS_OF_KIND.get(error.kind, 400))
-    known = {**_STATUS_OF, TooManyError: 429, TooLargeError: 413}
-    status = next((code for kind, code in known.items() if isinstance(error, kind)), 400)
-    return json_response(ErrorAnswer(error=ErrorFacts(kind=type(error).__name__, message=str(error))), status)
+        kind, details = error.kind, error.details
+    facts = ErrorFacts(kind=kind, message=str(error), details=details)
+    return json_response(ErrorAnswer(error=facts), _STATUS_OF_KIND.get(kind) or status_of(error))
 
 
 async def _body(request: web.Request, kind: Any) -> Any:

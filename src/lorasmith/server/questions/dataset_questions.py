@@ -276,7 +276,17 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
 
 @shaped
 def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
-    """Move a picture, its caption and its mask away. Raises UnknownFileError, OutputError."""
+    """Move a picture, its caption and its mask away.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        file: of the picture.
+
+    Raises:
+        UnknownFileError: there is no such dataset or picture.
+        OutputError: they cannot be moved.
+    """
     folder = dataset_folder(folders, name, to_change=True)
     path = _file_of(folder, file)
     stem = stem_of(path.name)
@@ -287,9 +297,12 @@ def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
 
 @shaped
 def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Changed:
-    """Write captions by the names of their pictures; an empty one takes the caption away.
+    """Write captions; nothing is written if one of them cannot be.
 
-    Nothing is written if one of them cannot be.
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        captions: by the names of their pictures; an empty one takes the caption away.
 
     Raises:
         UnknownFileError: there is no such dataset or picture.
@@ -322,7 +335,13 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
 
 @shaped
 def picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
-    """A small version of a picture as WebP, upright; its longest edge has at most `width` pixels.
+    """A small version of a picture as WebP, upright.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        file: of the picture.
+        width: pixels of its longest edge, at most.
 
     Raises:
         UnknownFileError: there is none.
@@ -336,7 +355,16 @@ def picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
 
 @shaped
 def picture_file(folders: Folders, name: str, file: str) -> str:
-    """The path of a picture. Raises UnknownFileError."""
+    """The path of a picture.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        file: of the picture.
+
+    Raises:
+        UnknownFileError: there is no such dataset or picture.
+    """
     return str(_file_of(dataset_folder(folders, name), file).resolve())
 
 

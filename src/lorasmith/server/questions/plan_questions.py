@@ -127,7 +127,15 @@ def train_request(
 
 @shaped
 def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The request of a job that measures a step on a model. Raises LorasmithError as `plan`."""
+    """The request of a job that measures a step on a model.
+
+    Args:
+        folders: of the installation.
+        model, settings: as for `plan`.
+
+    Raises:
+        LorasmithError: as `plan`.
+    """
     checked_settings(folders, settings or {}, "")
     return {"model": known_model(folders, model), "settings": dict(settings or {})}
 
