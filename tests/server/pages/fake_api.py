@@ -31,17 +31,12 @@ SETTINGS: dict[str, Any] = {
         {
             "title": "Training",
             "settings": [
-                _s
-                for _s in (
-                    {"name": "steps", "label": "Steps", "type": "integer", "default": 500, "min": 1, "max": 100000,
-                     "step": None, "choices": [], "help": "Number of optimizer updates.", "main": True},
-                    {"name": "learning_rate", "label": "Learning rate", "type": "number", "default": None, "min": 1e-7,
-                     "max": 1.0, "step": None, "choices": [], "help": "Learning rate. Default: chosen by model.",
-                     "main": True},
-                    {"name": "rank", "label": "Rank", "type": "integer", "default": 16, "min": 1, "max": 128,
-                     "step": None, "choices": [], "help": "Inner dimension of the LoRA: sets its capacity and the size "
-                     "of the file.", "main": True},
-                )
+                {"name": "steps", "label": "Steps", "type": "integer", "default": 500, "min": 1, "max": 100000,
+                 "step": None, "choices": [], "help": "Number of optimizer updates.", "main": True},
+                {"name": "learning_rate", "label": "Learning rate", "type": "number", "default": None, "min": 1e-7,
+                 "max": 1.0, "step": None, "choices": [], "help": "Default: chosen by model.", "main": True},
+                {"name": "rank", "label": "Rank", "type": "integer", "default": 16, "min": 1, "max": 128,
+                 "step": None, "choices": [], "help": "Sets the capacity and the size of the file.", "main": True},
             ],
         },
         {
@@ -78,8 +73,8 @@ MODELS = {
          "place": "models/diffusion_models", "size_bytes": 23_802_932_552, "precision": "bf16", "builtin": False,
          "ready": False, "missing": [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors"},
                                      {"part": "vae", "usual_file": "ae.safetensors"}]},
-        {"name": "lorasmith-tiny", "title": "lorasmith-tiny", "family": "Lorasmith Tiny", "place": "", "precision": "bf16",
-         "size_bytes": 31_000_000, "builtin": True, "ready": True, "missing": []},
+        {"name": "lorasmith-tiny", "title": "lorasmith-tiny", "family": "Lorasmith Tiny", "place": "",
+         "precision": "bf16", "size_bytes": 31_000_000, "builtin": True, "ready": True, "missing": []},
     ],
     "other": [{"name": "notes.safetensors", "place": "models/checkpoints", "what": "it holds no known model",
                "size_bytes": 4096}],
@@ -191,7 +186,8 @@ class FakeServer:
     async def _datasets(self, request: web.Request) -> web.Response:
         return web.json_response({"datasets": [
             {"name": name, "images": len(files), "captions": sum(bool(caption) for _, caption in files.values()),
-             "modified": NOW, "cover": next(iter(files), None), "builtin": name in self.builtin} for name, files in self.datasets.items()
+             "modified": NOW, "cover": next(iter(files), None), "builtin": name in self.builtin}
+            for name, files in self.datasets.items()
         ]})  # fmt: skip
 
     async def _new_dataset(self, request: web.Request) -> web.Response:
@@ -294,7 +290,8 @@ class FakeServer:
         return web.json_response(
             {"steps": steps, "epochs": steps / 4, "rank": rank, "resolution": 1024, "images": 4, "held_out": 1,
              "parameters": rank * 1_450_000, "memory_bytes": int(9.5 * 2**30) + rank * 2**24, "fits": True,
-             "memory_settings": {}, "seconds_per_step": seconds, "seconds": None if seconds is None else seconds * steps,
+             "memory_settings": {}, "seconds_per_step": seconds,
+             "seconds": None if seconds is None else seconds * steps,
              "measured_at": None, "notes": []}
         )  # fmt: skip
 
@@ -457,7 +454,8 @@ def made_up_events(step: int, run: str) -> list[dict[str, Any]]:
     at = time.time()
     loss = 0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step)
     events: list[dict[str, Any]] = [
-        {"event": "StepDone", "at": at, "step": step, "loss": loss, "grad_norm": 0.1, "learning_rate": 1e-4, "draws": [],
+        {"event": "StepDone", "at": at, "step": step, "loss": loss, "grad_norm": 0.1, "learning_rate": 1e-4,
+         "draws": [],
          "noise_scale": 0.0}
     ]  # fmt: skip
     if step % 10 == 0:
@@ -481,7 +479,8 @@ PROMPTS = ("a photo of foxy in the snow", "foxy <b>as</b> a knight, oil painting
 def _validation(step: int, at: float, factor: float = 1.0) -> dict[str, Any]:
     loss = factor * 0.2 + 0.25 * math.exp(-step / 20) + (0.002 * (step - 50) if step > 50 else 0)
     return {"event": "Validated", "at": at, "step": step, "loss": loss, "base_loss": 0.45, "low": -0.2, "high": -0.05,
-            "best": step <= 50, "best_step": min(step, 50), "verdict": "it still improves on held-out images"}  # fmt: skip
+            "best": step <= 50, "best_step": min(step, 50),
+            "verdict": "it still improves on held-out images"}  # fmt: skip
 
 
 def _run_facts(id: str) -> dict[str, Any]:
@@ -491,7 +490,8 @@ def _run_facts(id: str) -> dict[str, Any]:
         for step in range(1, STEPS + 1)
     ]
     smooth = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20))] for step in range(1, STEPS + 1)]
-    previews = [{"step": step, "strength": strength, "prompt": prompt, "file": f"previews/{step}-{strength}-{index}.png"}
+    previews = [{"step": step, "strength": strength, "prompt": prompt,
+                 "file": f"previews/{step}-{strength}-{index}.png"}
                 for step in (20, 40, 60) for strength in ((0.0, 1.0) if step < 60 else (0.0, 0.5, 1.0, 1.5))
                 for index, prompt in enumerate(PROMPTS)]  # fmt: skip
     settings = [
@@ -504,19 +504,23 @@ def _run_facts(id: str) -> dict[str, Any]:
         "model": "sdxl.safetensors", "family": "Stable Diffusion XL", "loss": 0.151, "loss_label": "mean of 50 steps",
         "held_out": 0.2205, "cover": "previews/60-1.0-0.png", "job": None, "status": "Finished", "mood": "good",
         "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
-        "rates": [], "validations": [_validation(step, NOW, factor) for step in range(10, STEPS + 1, 10)], "base_loss": 0.45,
+        "rates": [], "validations": [_validation(step, NOW, factor) for step in range(10, STEPS + 1, 10)],
+        "base_loss": 0.45,
         "previews": previews, "left_out": [],
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
                     "thumbnail": f"pictures/{n}.png", "standing": ""} for n in range(4)],
         "lora": {"file": "fox.safetensors", "bytes": 45_000_000, "installed": None},
-        "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50} for step in (40, 50, 60)],
-        "best_step": 50, "verdict": "the LoRA improves on held-out images, most at step 50; a little overfitting after that",
+        "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50}
+                  for step in (40, 50, 60)],
+        "best_step": 50,
+        "verdict": "the LoRA improves on held-out images, most at step 50; a little overfitting after that",
         "facts": {"Steps": "60 of 60", "Time": "1 min 35 s", "Held-out loss": "0.2205 (base 0.45)", "LoRA": "43 MiB"},
         "sentences": ["LoRA on sdxl.safetensors", "cuda:0, bf16"], "notes": [],
         "use": {"ComfyUI": ["Copy the file to models/loras and load it with Load LoRA at strength 1.", ""],
                 "A1111 and Forge": ["Write into the prompt:", "<lora:fox:1> foxy"]},
         "command": "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60",
-        "commands": {"Train the same again": "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60"},
+        "commands": {"Train the same again":
+                     "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60"},
         "files": ["fox.safetensors", "run.json", "events.jsonl"], "folder": f"/home/me/lorasmith/{id}",
         "is_trainable_on": True, "dataset": "fox",
     }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -20,7 +20,6 @@ __all__ = ["weights_empty"]
 @contextlib.contextmanager
 def weights_empty() -> Iterator[None]:
     """Modules that are created inside have their parameters on the meta device; buffers keep their values."""
-    _install()
     depth = getattr(_thread, "depth", 0)
     _thread.depth = depth + 1
     try:
@@ -28,15 +27,6 @@ def weights_empty() -> Iterator[None]:
             yield
     finally:
         _thread.depth = depth
-
-
-def _install() -> None:
-    """Add the hook to torch, once: taking it away again would break other threads that register parameters just then."""
-    global _is_installed
-    with _lock:
-        if not _is_installed:
-            register_module_parameter_registration_hook(_emptied)
-            _is_installed = True
 
 
 def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -49,8 +39,9 @@ def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
 
 
 _thread = threading.local()
-_lock = threading.Lock()
-_is_installed = False
+
+# Once and for good: to take it away would break threads that register parameters just then.
+register_module_parameter_registration_hook(cast(Callable[..., None], _emptied))
 
 
 class _InitializationSkipped(TorchFunctionMode):

@@ -1,9 +1,9 @@
 // A job while it waits and trains: its progress, losses, previews, and what can be done with it.
-import { address, get, post } from "../lib/api.mjs";
+import { address, get, post, sentence } from "../lib/api.mjs";
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { useEvents } from "../lib/live.mjs";
 import { link, replace } from "../lib/router.mjs";
-import { announcement, useStore, work } from "../lib/stores.mjs";
+import { announcement, say, useStore, work } from "../lib/stores.mjs";
 import { emptyStory, stepsDone, tell } from "../lib/story.mjs";
 import { Button, Loading, Problem, Question, State, useLoaded } from "../parts/basics.mjs";
 import { Queue, act, titleOf } from "../parts/jobs.mjs";
@@ -90,6 +90,7 @@ export function useStory(url) {
   useEvents(url, {
     preparation: (event) => { tell(story.current, event); redraw(); },
     training: (event) => { tell(story.current, event); redraw(); },
+    fault: (error) => say(sentence(error.message), { mood: "bad" }),
     reset: () => { story.current = emptyStory(); redraw(); },
     job: (event) => { work.set((all) => ({ queue: { pending: 0, running: 0 }, ...all, jobs: new Map(all?.jobs ?? []).set(event.id, { ...all?.jobs.get(event.id), ...event }) })); },
   });
