@@ -286,8 +286,8 @@ class Panel {
 
   draw() {
     const training = this.training;
-    this.figures.textContent = training?.figures || "Loss";
-    this.state.textContent = training?.state ?? "Loss and previews appear here while the node trains.";
+    this.figures.textContent = training ? training.figures : "Loss and previews appear here while the node trains.";
+    this.state.textContent = training?.state ?? "";
     this.state.title = this.state.textContent;
     this.more.textContent = this.node.showAdvanced ? "Fewer settings" : "More settings";
     this.canvas.setAttribute("aria-label", training ? `Loss curve: ${training.figures}` : "No loss yet");
