@@ -49,6 +49,7 @@ class EditorPages:
             # The editor asks for these pictures at the root, whatever its own address is.
             web.get("/assets/images/favicon_progress_16x16/{name}", self._progress_icon),
             web.get("/assets/favicon.ico", self._icon),
+            web.get("/favicon.ico", self._icon),
             web.get("/editor/{path:.+}", self._file),
         ]
 

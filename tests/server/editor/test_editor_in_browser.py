@@ -262,6 +262,8 @@ def test_settings_of_ours_are_out_of_sight_until_they_are_asked_for(editor: Edit
     shown = f"() => {TRAIN}.widgets.filter(one => !one.hidden).map(one => one.name)"
     height = f"() => {TRAIN}.size[1]"
     few, low = editor.do(shown), editor.do(height)
+    names = editor.do(f"() => {TRAIN}.outputs.map(one => one.localized_name ?? one.name)")
+    assert names == ["lora", "loss_map", "steps"], "older releases have other names"
     assert "steps" in few
     assert "previews" in few
     assert "ema_decay" not in few

@@ -19,6 +19,7 @@ const FIRST_TEMPLATE = "single_subject";
 const WIDGET = "lorasmith_training";
 const MESSAGE = "lorasmith.training";
 const HEIGHT = 250; // pixels of the widget
+const GAP = 4; // pixels that the editor adds to the height of a widget
 const MOST_POINTS = 4000; // of a curve in memory; beyond, every second one is dropped
 const SPEED_WINDOW = 40; // steps whose times give the speed
 const COLORS = { raw: "#7f9fc2", trend: "#4f9be8", heldOut: "#f08a3c", grid: "#7f7f7f55", text: "#9aa4ad" };
@@ -286,8 +287,8 @@ class Panel {
 
   draw() {
     const training = this.training;
-    this.figures.textContent = training?.figures || "Loss";
-    this.state.textContent = training?.state ?? "Loss and previews appear here while the node trains.";
+    this.figures.textContent = training ? training.figures : "Loss and previews appear here while the node trains.";
+    this.state.textContent = training?.state ?? "";
     this.state.title = this.state.textContent;
     this.more.textContent = this.node.showAdvanced ? "Fewer settings" : "More settings";
     this.canvas.setAttribute("aria-label", training ? `Loss curve: ${training.figures}` : "No loss yet");
@@ -477,17 +478,29 @@ async function learnMore(training, hasStarted) {
 }
 
 // Show or hide the settings that the node declares as advanced. On its canvas the editor leaves gaps for advanced widgets
-// that are out of sight, but none for hidden ones.
+// that are out of sight; older releases do for hidden ones, too, unless these say that they have no height.
 function showAdvanced(node, shown) {
   node.showAdvanced = shown;
   for (const widget of node.widgets) {
     if (!optionsOf(node, widget)?.advanced) continue;
     widget.options.advanced = false; // or nodes drawn by Vue had a second button for these
     widget.hidden = !shown;
+    if (!("lorasmithSize" in widget)) {
+      Object.defineProperty(widget, "lorasmithSize", { value: widget.computeSize, enumerable: false });
+    }
+    widget.computeSize = shown ? widget.lorasmithSize : () => [0, -GAP];
   }
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, node.size[0]), height]);
   node.setDirtyCanvas(true, true);
+}
+
+// Older releases bring names of outputs that this node no longer has.
+function nameOutputs(node) {
+  const names = node.constructor.nodeData?.output_name ?? [];
+  for (const [index, output] of node.outputs.entries()) {
+    if (output.localized_name) output.localized_name = names[index] ?? output.name;
+  }
 }
 
 function optionsOf(node, widget) {
@@ -537,10 +550,12 @@ app.registerExtension({
     widget.serialize = false; // nor in the workflow's widgets_values
     Object.defineProperty(node, "lorasmithPanel", { value: panel, enumerable: false });
     showAdvanced(node, false);
+    nameOutputs(node);
   },
 
   loadedGraphNode(node) {
     if (!node.lorasmithPanel) return;
+    nameOutputs(node);
     if (node.showAdvanced || isTuned(node)) showAdvanced(node, true);
     queueMicrotask(updateAll);
   },
