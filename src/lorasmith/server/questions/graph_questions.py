@@ -23,7 +23,7 @@ __all__ = [
     "masked_picture",
     "node_documentation",
     "object_info",
-    "picture",
+    "encoded_picture",
     "prompt_of_workflow",
 ]
 
@@ -73,7 +73,7 @@ def file_metadata(folders: Folders, *, kind: str, name: str) -> dict[str, str] |
 
 
 @question
-def picture(
+def encoded_picture(
     folders: Folders,
     *,
     path: str,
