@@ -15,7 +15,7 @@ Opener = Callable[..., Any]
 
 
 def expected(locator: Any) -> Any:
-    """What is to become true of a part of the page. (A function that the page polls is code that its policy refuses.)"""
+    """What is to become true of a part of the page. (Its policy refuses functions that are polled.)"""
     from playwright.sync_api import expect
 
     return expect(locator)

@@ -19,11 +19,11 @@ from lorasmith.workflow.object_info import object_info as definition
 
 __all__ = [
     "check_prompt",
+    "encoded_picture",
     "file_metadata",
     "masked_picture",
     "node_documentation",
     "object_info",
-    "encoded_picture",
     "prompt_of_workflow",
 ]
 
