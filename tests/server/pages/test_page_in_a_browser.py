@@ -12,7 +12,13 @@ import pytest
 from tests.server.pages.conftest import ServedPage, assert_legible
 
 Opener = Callable[..., Any]
-SEEN = "document.querySelectorAll('{}').length"
+
+
+def expected(locator: Any) -> Any:
+    """What is to become true of a part of the page. (Its policy refuses functions that are polled.)"""
+    from playwright.sync_api import expect
+
+    return expect(locator)
 
 
 def waits(page: Any, text: str) -> None:
@@ -79,7 +85,7 @@ def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_p
     assert captions() == ["a cat <b>asleep</b>", "", "a red cat, picture 2", "a red cat, picture 3"]
     assert first.input_value() == "a cat <b>asleep</b>"
     page.get_by_role("button", name="Undo").click()
-    page.wait_for_function("document.querySelector('textarea').value.includes('fox')")
+    expected(first).to_have_value("a fox <b>asleep</b>")
     page.reload()
     page.wait_for_selector("textarea")
     assert captions() == ["a fox <b>asleep</b>", "", "a red fox, picture 2", "a red fox, picture 3"]
@@ -100,7 +106,7 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     page.get_by_label("Show what is trained").uncheck()
     assert page.locator(".crop").count() == 0
     page.get_by_role("button", name="Remove fox_3.png").click()
-    page.wait_for_function(SEEN.format(".tile") + " == 1")
+    expected(page.locator(".tile")).to_have_count(1)
     assert "fox_3.png" not in served.server.datasets["fox"]
     page.get_by_role("button", name="Remove all").click()
     page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
@@ -208,7 +214,7 @@ def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: 
     told.append(("training", {"event": "StepDone", "step": 1, "loss": 0.5, "at": 1.0}))
     told.append(("training", {"event": "StepDone", "step": 2, "loss": None, "at": 2.0}))
     waits(page, "of 40 steps")
-    page.wait_for_function("document.querySelector('progress').value == 2")
+    expected(page.locator("progress")).to_have_js_property("value", 2)
 
 
 @pytest.mark.slow
@@ -293,3 +299,22 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
         "Caption of fox_2.png",
     }
     assert wanted | {"Trigger word (optional)", "Show what is trained", "Next: model", "Model"} <= reached
+
+
+@pytest.mark.slow
+def test_a_story_forgets_steps_that_were_rolled_back_and_takes_an_event_twice(open_page: Opener) -> None:
+    told = open_page().evaluate(
+        """async () => {
+          const { emptyStory, lossColumns, smoothed, tell } = await import("/pages/lib/story.mjs");
+          const story = emptyStory();
+          const step = (number, loss) => tell(story, { event: "StepDone", step: number, loss, at: number });
+          [1, 2, 3].forEach((number) => step(number, number));
+          step(3, 3);
+          tell(story, { event: "RolledBack", at: 4, to_step: 1, message: "step 3 diverged" });
+          step(2, 8);
+          return [lossColumns(story), smoothed([4, 4, null, 4], 0.9), story.notes.size];
+        }"""
+    )
+    columns, smooth, notes = told
+    assert columns == [[1, 2], [1, 8]] and notes == 1
+    assert smooth[2] is None and [smooth[0], smooth[1], smooth[3]] == pytest.approx([4, 4, 4])

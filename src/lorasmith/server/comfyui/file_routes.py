@@ -71,7 +71,7 @@ class FileRoutes:
             return send_file(path)
         kind, quality = _preview(preview, channel)
         content = await self._assistant.ask(
-            "picture",
+            "encoded_picture",
             path=str(path),
             channel=channel if channel in ("rgb", "a") else "rgba",
             format=kind,

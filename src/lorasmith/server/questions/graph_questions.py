@@ -19,11 +19,11 @@ from lorasmith.workflow.object_info import object_info as definition
 
 __all__ = [
     "check_prompt",
+    "encoded_picture",
     "file_metadata",
     "masked_picture",
     "node_documentation",
     "object_info",
-    "picture",
     "prompt_of_workflow",
 ]
 
@@ -85,7 +85,7 @@ def file_metadata(folders: Folders, *, kind: str, name: str) -> dict[str, str] |
 
 
 @question
-def picture(
+def encoded_picture(
     folders: Folders,
     *,
     path: str,

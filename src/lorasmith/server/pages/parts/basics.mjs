@@ -27,6 +27,7 @@ export function Button({ kind = "plain", onClick, children, disabled, busyText, 
 /** A failure as its sentence, with a button to try again where that can help. */
 export function Problem({ error, onRetry }) {
   if (!error) return null;
+  if (error.status === 503) return html`<p class="faint loading" role="status">${error.message} Trying again…</p>`;
   return html`<div class="notice bad-notice" role="alert">
     <p>${error.message ?? String(error)}</p>
     ${onRetry && html`<${Button} onClick=${onRetry}>Try again<//>`}
@@ -140,17 +141,29 @@ export function Messages() {
     <div class="unseen" role="status" aria-live="polite">${spoken}</div>`;
 }
 
-/** Loads a value and loads it again when `keys` change: [value, error, reload]. */
+const AGAIN_MS = 2000;
+/** Whether an error passes by itself: the server starts (503), or does not answer (0). */
+export const isPassing = (error) => error?.status === 503 || error?.status === 0;
+
+/** Loads a value and loads it again when `keys` change, and until it is there if the server is not: [value, error, reload]. */
 export function useLoaded(load, keys) {
   const [state, setState] = useState({ value: null, error: null });
   const [round, setRound] = useState(0);
   useEffect(() => {
     const stop = new AbortController();
+    let timer = 0;
     load(stop.signal).then(
       (value) => !stop.signal.aborted && setState({ value, error: null }),
-      (error) => !stop.signal.aborted && setState((before) => ({ ...before, error })),
+      (error) => {
+        if (stop.signal.aborted) return;
+        setState((before) => ({ ...before, error }));
+        if (isPassing(error)) timer = setTimeout(() => setRound((number) => number + 1), AGAIN_MS);
+      },
     );
-    return () => stop.abort();
+    return () => {
+      stop.abort();
+      clearTimeout(timer);
+    };
   }, [...keys, round]);
   return [state.value, state.error, () => setRound((number) => number + 1)];
 }

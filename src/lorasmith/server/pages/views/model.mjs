@@ -19,11 +19,6 @@ export function ModelView({ dataset }) {
   useEffect(() => {
     if (found && chosen && chosen.name !== draft.model) change({ model: chosen.name });
   }, [found, chosen?.name]);
-  useEffect(() => {
-    if (error?.status !== 503) return undefined;
-    const timer = setTimeout(reload, 2000);
-    return () => clearTimeout(timer);
-  }, [error]);
   const plan = async (model) => {
     const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: {} });
     if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
@@ -38,7 +33,7 @@ export function ModelView({ dataset }) {
     <section>
       <h1>Which model should learn it?</h1>
       <p>The LoRA will work with this model, and mostly with others of its family.</p>
-      ${error && error.status === 503 ? html`<${Loading} what="models; the server is still starting" />` : html`<${Problem} error=${error} onRetry=${reload} />`}
+      <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="models" />`}
       ${found && !families.length && html`<${Notice} mood="fair"><p>There is no model of your own yet. Put one, such as a checkpoint of SDXL, into <code>${joined(server?.base_dir, "models/checkpoints")}</code> and look again; or try everything with the small one that is built in.</p>
         <${Button} onClick=${reload}>Look again<//><//>`}

@@ -17,15 +17,11 @@ const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
 
 export function RunView({ id }) {
   const [run, error, reload] = useLoaded((signal) => get(["runs", id], {}, signal), [id]);
-  const job = useStore(work)?.jobs.get(run?.job);
+  const jobs = useStore(work)?.jobs;
+  const job = jobs?.get(run?.job) ?? [...(jobs?.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
   const isRunning = run?.state === "running";
-  useEffect(() => {
-    if (error?.status !== 503) return undefined;
-    const timer = setTimeout(reload, 2000);
-    return () => clearTimeout(timer);
-  }, [error]);
   if (error && !run) {
-    return html`<section><h1>${id.split("/").pop()}</h1>${error.status === 503 ? html`<${Loading} what="the run; the server is still starting" />` : html`<${Problem} error=${error} onRetry=${reload} />`}
+    return html`<section><h1>${id.split("/").pop()}</h1><${Problem} error=${error} onRetry=${reload} />
       <p><a href=${link("runs")}>All runs</a></p></section>`;
   }
   if (!run) return html`<section><${Loading} what="the run" /></section>`;

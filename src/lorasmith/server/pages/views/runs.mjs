@@ -19,11 +19,6 @@ export function RunsView() {
   useEffect(() => {
     if (found) reload();
   }, [ended]);
-  useEffect(() => {
-    if (error?.status !== 503) return undefined;
-    const timer = setTimeout(reload, 2000);
-    return () => clearTimeout(timer);
-  }, [error]);
   const runs = found?.runs ?? [];
   const shown = runs.filter((run) => !words || `${nameOfRun(run)} ${run.id} ${run.model} ${run.family} ${run.state}`.toLowerCase().includes(words.toLowerCase()));
   const choose = (id, on) => setChosen((ids) => (on ? [...ids, id] : ids.filter((one) => one !== id)));
@@ -31,7 +26,7 @@ export function RunsView() {
     <${Queue} />
     <section aria-labelledby="runs">
       <div class="head"><h1 id="runs">Runs</h1>${runs.length > 3 && html`<label class="search"><span class="unseen">Search runs</span><input type="search" placeholder="Search" value=${words} onInput=${(event) => setWords(event.currentTarget.value)} /></label>`}</div>
-      ${error && error.status === 503 && !found ? html`<${Loading} what="runs; the server is still starting" />` : html`<${Problem} error=${error} onRetry=${reload} />`}
+      <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="runs" />`}
       ${found && !runs.length && html`<p>There is no run yet. <a href="#/">Turn some photos into a LoRA.</a></p>`}
       ${runs.length > 1 && html`<p class="faint">Mark two or more to compare them.</p>`}

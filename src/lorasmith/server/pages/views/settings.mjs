@@ -90,7 +90,7 @@ const timeOf = (plan, stepSeconds) => plan?.seconds ?? (plan && stepSeconds ? st
 const noteOf = (plan, stepSeconds) => (timeOf(plan, stepSeconds) ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}` : plan ? `${whole(plan.steps)} steps` : "");
 
 function Estimate({ plan, stepSeconds, error }) {
-  if (error) return error.status === 503 ? html`<span class="estimate faint">The server is still starting…</span>` : null;
+  if (error && error.status !== 503) return null;
   if (!plan) return html`<span class="estimate faint">Estimating…</span>`;
   return html`<span class="estimate">${timeOf(plan, stepSeconds) ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>` : html`<b>${count(plan.steps, "step")}</b>`}
     ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}</span>`;
