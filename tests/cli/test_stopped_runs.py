@@ -368,7 +368,6 @@ def test_the_best_lora_is_reproduced_too(lorasmith: Command, images: Path, tmp_p
     held_out = pictures(tmp_path / "held out", 2, seed=2)
     ran = lorasmith("train", images, *JUDGED, "--validation", held_out, "--output", "run")
     assert ran.code == 0, ran.err
-    assert "validation uses 2 separate images" in ran.out
     best = tmp_path / "run" / "cat-best.safetensors"
     assert f"Best LoRA  run/{best.name}" in ran.out
     ran = lorasmith("reproduce", best, "--as-recorded")
