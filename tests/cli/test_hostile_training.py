@@ -45,6 +45,7 @@ def run(*arguments: object) -> str:
     return " ".join(ran.output.split())
 
 
+@pytest.mark.slow
 def test_it_is_checked_shown_mended_and_trained(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.html"

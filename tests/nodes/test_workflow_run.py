@@ -18,6 +18,7 @@ from lorasmith.workflow.execution_events import Event, ExecutionFinished, NodePr
 QUICK = {"Train LoRA.steps": 2, "Train LoRA.rank": 2, "Train LoRA.learning_rate": 0.01, "20.targets": "*.attn2.to_q"}
 
 
+@pytest.mark.slow
 def test_an_example_runs_in_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ def test_what_cannot_be_trained_on_stays_where_it_is(
     assert list(tmp_path.iterdir()) == [short]
 
 
+@pytest.mark.slow
 def test_a_longer_run_that_was_interrupted_is_continued_by_the_same_call(
     run: Run, dataset: EncodedDataset, short: Path, tmp_path: Path
 ) -> None:
