@@ -1,8 +1,8 @@
 """ComfyUI's own editor in a browser, against the server: templates, runs, errors, restarts, our extension.
 
 It needs playwright, Chromium and releases of the editor: the installed one, and those in the folders of
-`LORASMITH_EDITORS`, each made by `pip install --target FOLDER comfyui-frontend-package==X` and separated as in PATH. With
-`LORASMITH_PICTURES=FOLDER` pictures of the page are kept, to be looked at.
+`LORASMITH_EDITORS`, each made by `pip install --target FOLDER comfyui-frontend-package==X` and separated as in PATH.
+With `LORASMITH_PICTURES=FOLDER` pictures of the page are kept, to be looked at.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def editor(server: Server, browser: Any) -> Iterator[Editor]:
 
 
 EXPECTED = ("/api/userdata", "Content Security Policy")
-"""The original server answers 404, too, for files and folders that the user has not saved yet; and the editor's calls of
-other hosts are stopped on purpose."""
+"""The original server answers 404, too, for files and folders that the user has not saved yet; and the editor's calls
+of other hosts are stopped on purpose."""
 
 if not editors():
 
