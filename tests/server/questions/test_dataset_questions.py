@@ -123,7 +123,7 @@ def test_a_name_that_is_no_dataset_is_unknown(folders: Folders, dog: Path, name:
 
 @pytest.mark.parametrize("file", ["", "..", "../dog/1.png", "1.txt", "gone.png", "x\x00.png", ".1.png", "a/1.png"])
 def test_a_file_that_is_no_picture_is_unknown(folders: Folders, dog: Path, file: str) -> None:
-    for ask in (questions.dataset_picture, questions.picture_file, questions.remove_image):
+    for ask in (questions.picture, questions.picture_file, questions.remove_image):
         with pytest.raises(UnknownFileError, match="there is no picture"):
             ask(folders, "dog", file)
 
