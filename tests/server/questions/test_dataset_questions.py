@@ -78,7 +78,7 @@ def test_a_picture_is_upright(folders: Folders, dog: Path) -> None:
     noise((64, 32)).save(dog / "turned.jpg", exif=exif)
     (row,) = (one for one in questions.dataset(folders, "dog").images if one.file == "turned.jpg")
     assert (row.width, row.height) == (32, 64)
-    with Image.open(io.BytesIO(questions.dataset_picture(folders, "dog", "turned.jpg", 16))) as small:
+    with Image.open(io.BytesIO(questions.picture(folders, "dog", "turned.jpg", 16))) as small:
         assert small.format == "WEBP" and small.size == (8, 16)
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_said_of_the_picture(folders: Folders, dog: Path)
     assert not second.has_caption and "holds zero bytes" in second.problem
     assert [(one.file, one.reason[:13]) for one in found.skipped] == [("raw.nef", "is a NEF file")]
     with pytest.raises(LorasmithError, match="is not an image"):
-        questions.dataset_picture(folders, "dog", "10.png")
+        questions.picture(folders, "dog", "10.png")
 
 
 def test_inner_folders_are_said_and_not_shown(folders: Folders, dog: Path) -> None:
@@ -295,7 +295,7 @@ def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
 
 def test_the_package_stays_as_it_is(folders: Folders, tmp_path: Path) -> None:
     assert questions.dataset(folders, "fox").builtin
-    assert questions.dataset_picture(folders, "fox", "fox_1.png")
+    assert questions.picture(folders, "fox", "fox_1.png")
     changes: dict[str, Any] = {
         "remove": lambda: questions.remove_dataset(folders, "fox"),
         "image": lambda: questions.remove_image(folders, "fox", "fox_1.png"),

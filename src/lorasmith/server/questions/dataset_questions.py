@@ -71,8 +71,8 @@ __all__ = [
     "create_dataset",
     "dataset",
     "dataset_folder",
-    "dataset_picture",
     "datasets",
+    "picture",
     "picture_file",
     "remove_dataset",
     "remove_image",
@@ -334,7 +334,7 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
 
 
 @shaped
-def dataset_picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
+def picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
     """A small version of a picture as WebP, upright.
 
     Args:
