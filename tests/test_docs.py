@@ -86,6 +86,13 @@ def test_links_lead_somewhere(page: str) -> None:
             assert f"/{inside.parts[0]}" in SDIST, f"{target} is not in the source distribution"
 
 
+def test_the_variables_of_the_environment_are_documented() -> None:
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8").partition("## Environment variables")[2]
+    code = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
+    read = {name for text in code for name in re.findall(r"LORASMITH_[A-Z_]*[A-Z]", text)}
+    assert read == set(re.findall(r"^\| `(LORASMITH_\w+)` \|", page, flags=re.MULTILINE))
+
+
 def test_the_public_names_are_the_documented_ones() -> None:
     import lorasmith
 

@@ -103,42 +103,51 @@ HOSTILE_RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "hub": (
         "source",
         {"model": "owner/name"},
-        "add --as-recorded to allow these, or give yours with --model and --data: model owner/name",
+        "add --as-recorded to allow these, or give yours with {}: model owner/name",
     ),
     "elsewhere": (
         "source",
         {"folder": "/etc"},
-        "add --as-recorded to allow these, or give yours with --model and --data: images /etc",
+        "add --as-recorded to allow these, or give yours with {}: images /etc",
     ),
 }
 
 
+RECORD_READERS = {
+    "reproduce": (("run/cat.safetensors", "--dry-run"), "--model and --data"),
+    "resume": (("run",), "--model and --data"),
+    "train": (("--config", "run/run.json"), "the folder of images, --model and the like"),
+}
+"""Commands that repeat a record: their arguments, and those that give other files."""
+
+
 @pytest.mark.parametrize("case", HOSTILE_RECORDS)
-@pytest.mark.parametrize("command", ["reproduce", "resume"])
+@pytest.mark.parametrize("command", RECORD_READERS)
 def test_a_record_names_no_code_no_download_and_nothing_elsewhere(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str, command: str
 ) -> None:
     part, changes, sentence = HOSTILE_RECORDS[case]
     with_record(here / "run", **{part: changes})
     with_metadata(here / "run" / "cat.safetensors", lambda record: record[part].update(changes))
-    given = ("reproduce", "run/cat.safetensors", "--dry-run") if command == "reproduce" else ("resume", "run")
-    assert sentence in said(capsys, monkeypatch, *given)
+    arguments, own = RECORD_READERS[command]
+    assert sentence.format(own) in said(capsys, monkeypatch, command, *arguments)
     assert "antigravity" not in sys.modules
 
 
-@pytest.mark.parametrize("command", ["reproduce", "resume"])
+@pytest.mark.parametrize("command", RECORD_READERS)
 def test_a_record_starts_no_tracker(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     with_record(here / "run", asked={"track": "wandb"})
     with_metadata(here / "run" / "cat.safetensors", lambda record: record["asked"].update(track="wandb"))
-    monkeypatch.setattr(sys, "argv", ["lorasmith", command, "run" if command == "resume" else "run/cat.safetensors"])
+    arguments, _ = RECORD_READERS[command]
+    monkeypatch.setattr(sys, "argv", ["lorasmith", command, *arguments])
     try:
         main()
     except SystemExit as stop:
         assert not stop.code
     out = " ".join(capsys.readouterr().out.split())
-    assert command == "reproduce" or "The tracker wandb of this run is not started; --track wandb starts it." in out
+    assert command == "reproduce" or "is not started; --track wandb starts it." in out
 
 
 def lora(tmp_path: Path, tiny: Model) -> None:
@@ -305,6 +314,7 @@ def copied() -> None:
 LINES: dict[str, Callable[..., None] | None] = {
     "LoRA": lora,
     "record in a LoRA (`reproduce`)": None,
+    "record of a run as settings (`train --config run.json`)": None,
     "run folder (`resume`)": state,
     "run folder (`report`)": report,
     "checkpoint or GGUF": checkpoint,

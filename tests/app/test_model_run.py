@@ -144,6 +144,20 @@ def test_an_interruption_says_where_the_files_are_and_the_same_call_continues(
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_stays_clear_of_others_files(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
+    (tmp_path / "run.txt").write_text("mine")
+    (tmp_path / "preview.safetensors").write_bytes(b"mine")  # a name that runs use
+    audience, inner = Audience(), tmp_path / "dog"
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tiny, data, output=tmp_path, title="dog", on_event=interrupted, **{**QUICK, "steps": 6})
+    assert caught.value.__notes__[-1] == f"the run is in {inner}; the same call continues it"
+    train(tiny, data, output=tmp_path, title="dog", on_event=audience, progress=False, **{**QUICK, "steps": 6})
+    assert "Resumed" in audience.names() and (inner / "dog.safetensors").is_file()
+    (told,) = (one.message for one in audience.events if isinstance(one, Warned))
+    assert told == f"{tmp_path} has files that are not a run's; the run is in {inner}."
+    assert (tmp_path / "preview.safetensors").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 3
+
+
 def test_an_interruption_without_a_folder_says_that_nothing_is_kept(tiny: Model, data: EncodedDataset) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         train(tiny, data, on_event=interrupted, **{**QUICK, "steps": 6})

@@ -115,6 +115,12 @@ def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path,
     ]  # fmt: skip
 
 
+def test_a_run_that_started_from_a_state_elsewhere_needs_the_right_to_read_it(tmp_path: Path) -> None:
+    source = FolderSource.of(ASSETS / "input" / "fox", "lorasmith-tiny")
+    (tmp_path / "run.json").write_text(RunRecord(asked={"existing_state": "/gone/state.safetensors"}).to_text())
+    assert rights_needed(source, TrainConfig(), tmp_path) == ["--as-recorded"]
+
+
 ODD = [None, True, -1, 0, 10**19, 2**63, 1e308, "", "x", "../..", "a\0b", "antigravity.X", [], {}, [[]], {"a": 1}]
 """Values that are put in the place of others."""
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.recorded_run import Rights
 from lorasmith.app.run_file import RunFile, read_run_file
 from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import DataConfig
@@ -108,3 +112,112 @@ def test_a_run_without_images() -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"nowhere\.toml cannot be read"):
         read_run_file(tmp_path / "nowhere.toml")
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The record of a run on two folders, one in the current folder and one elsewhere."""
+    (tmp_path / "here" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    images = [ImageSource("photos", repeats=2), ImageSource(str(tmp_path / "more"))]
+    data = DataConfig(trigger="sks dog", flip=True)
+    source = FolderSource.of(images, "lorasmith-tiny", name="dog", data=data, device="cpu")
+    return {
+        "version": 1,
+        "title": "dog",
+        "source": source.to_record(),
+        "model": {"name": "a", "path": "/gone", "files": {"denoiser": "/gone"}},
+        "config": {"steps": 800, "learning_rate": 3e-4},
+        "asked": {"steps": 800, "learning_rate": None, "track": "wandb", "rank": 4},
+        "adapters": {"a": 3},
+        "fingerprint": {"config": {"training_dtype": "fp32"}},
+    }
+
+
+def recorded(record: object, **changes: Any) -> Path:
+    path = Path("run.json")
+    text = json.dumps({**record, **changes}) if isinstance(record, dict) else str(record)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_record_of_a_run_gives_its_arguments(record: dict[str, Any], tmp_path: Path) -> None:
+    path = recorded(record)
+    found = read_run_file(path, rights=Rights(files=True))
+    assert found.sources == (
+        ImageSource(str(tmp_path / "here" / "photos"), repeats=2),
+        ImageSource(str(tmp_path / "more")),
+    )
+    assert (found.model, found.name, found.device, found.output) == ("lorasmith-tiny", "dog", "cpu", None)
+    assert found.source("lorasmith-tiny").to_record() == record["source"]
+    assert found.train_config({}) == TrainConfig(steps=800, rank=4), "what was open is open, and no tracker starts"
+    typed = RunFile(model="m", settings={"steps": 3, "trigger": "sks cat"})
+    both = typed.completed(found)
+    assert (both.model, both.train_config(typed.settings).steps, both.train_config(typed.settings).rank) == ("m", 3, 4)
+    assert both.source("m").data.trigger == "sks cat"
+    renamed = path.rename("settings.txt")
+    assert read_run_file(renamed, rights=Rights(files=True)) == found
+
+
+def test_a_record_names_files_here_unless_others_are_typed(record: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=rf"^run.json may name files in the current folder alone.*images {tmp_path}"):
+        read_run_file(recorded(record))
+    typed = RunFile(sources=(ImageSource("photos"),))
+    assert read_run_file(recorded(record), typed_first=typed).name == "dog"
+    elsewhere = {**record["source"], "model": "somebody/model"}
+    changed = recorded(record, source=elsewhere, asked={"existing_lora": "/etc/a.safetensors"})
+    with pytest.raises(OptionError, match=r"model somebody/model; existing_lora /etc/a\.safetensors"):
+        read_run_file(changed, typed_first=typed)
+    typed = RunFile(sources=typed.sources, model="m", settings={"existing_lora": "mine.safetensors"})
+    assert read_run_file(changed, typed_first=typed).settings["existing_lora"] == "/etc/a.safetensors"
+
+
+def test_a_record_imports_no_optimizer(record: dict[str, Any]) -> None:
+    found = read_run_file(recorded(record, asked={"optimizer": "antigravity.X"}), rights=Rights(files=True))
+    with pytest.raises(OptionError, match="importing it would run code; if you trust that, type --optimizer antigr"):
+        found.train_config({})
+    found = read_run_file(recorded(record, asked={"schedule": "antigravity.X"}), rights=Rights(files=True))
+    with pytest.raises(OptionError, match="schedule must be"):
+        found.train_config({})
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"version": 2}, "version must be between 1 and 1, got 2; if a later Lorasmith wrote it, update"),
+        ({"version": None}, "version must be an integer, got None"),
+        ({"source": {"command": "run", "prompt": {}}}, "was not made by lorasmith train"),
+        ({"source": {}}, "has no source of a run"),
+        ({"source": {"command": "train", "folder": "/a", "name": "x"}}, "source.model is missing"),
+        ({"source": {"command": "train", "folder": "/a", "name": "x", "model": 3}}, "source.model must be text"),
+        ({"asked": {"stepz": 3}}, "has settings of another version of Lorasmith, stepz; train with that version"),
+        ({"asked": {"steps": [3]}}, "asked.steps must be"),
+        ({"asked": 3}, "asked must be an object, got 3"),
+        ("{", "is not valid JSON"),
+        ('{"source": NaN}', "has a number that is not finite"),
+        ("[" * 10_000, "deeper than"),
+        ('{"nodes": [], "links": []}', "has no source of a run"),
+        ("3", "it must be an object, got 3"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_refused_in_a_sentence(
+    record: dict[str, Any], changes: dict[str, Any] | str, sentence: str
+) -> None:
+    path = recorded(changes) if isinstance(changes, str) else recorded(record, **changes)
+    with pytest.raises(OptionError, match=sentence) as refused:
+        read_run_file(path, rights=Rights(files=True))
+    assert str(refused.value).startswith("run.json ") and "\n" not in str(refused.value)
+
+
+def test_a_setting_of_data_from_another_version(record: dict[str, Any]) -> None:
+    path = recorded(record, source={**record["source"], "fold": True})
+    with pytest.raises(OptionError, match="has settings of another version of Lorasmith, fold"):
+        read_run_file(path, rights=Rights(files=True))
+
+
+def test_a_record_of_before_versions(record: dict[str, Any], tmp_path: Path) -> None:
+    del record["version"]
+    old = {"command": "train", "folder": str(tmp_path / "here" / "photos"), "model": "lorasmith-tiny", "name": "dog"}
+    found = read_run_file(recorded(record, source=old))
+    assert found.sources == (ImageSource(old["folder"]),)

@@ -58,6 +58,24 @@ def test_train_says_what_it_will_do_and_where_everything_is(
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
 
 
+def test_the_record_of_a_run_is_a_file_of_its_settings(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
+    assert lorasmith("train", photos, *QUICK, "--trigger", "sks cat", "--name", "cat", "--output", "first").code == 0
+    ran = lorasmith("train", "--config", "first/run.json", "--output", "second")
+    assert ran.code == 0, ran.err
+    first, second = (load_file(tmp_path / name / "cat.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    ran = lorasmith("train", "--config", "first/run.json", "--output", "third", "--steps", 1, "--trigger", "")
+    assert ran.code == 0 and "1 × batch 1" in ran.out, ran.err
+    asked = json.loads((tmp_path / "third" / "run.json").read_text())
+    assert (asked["asked"]["steps"], asked["asked"]["rank"], "trigger" in asked["source"]) == (1, 2, False)
+    record = json.loads((tmp_path / "first" / "run.json").read_text())
+    record["asked"] |= {"optimizer": "antigravity.X", "track": "wandb"}
+    (tmp_path / "first" / "run.json").write_text(json.dumps(record))
+    ran = lorasmith("train", "--config", "first/run.json", "--output", "fourth")
+    assert (ran.code, ran.err.count("\n")) == (1, 1) and "type --optimizer antigravity.X" in ran.err
+    assert "a tracker, which is not started; --track wandb starts it" in ran.out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", slow_except(ALGORITHMS, "LoKr"))
 def test_every_algorithm_trains(lorasmith: Command, photos: Path, tmp_path: Path, tiny: Model, algorithm: str) -> None:
@@ -303,7 +321,7 @@ def test_a_signal_saves_what_there_is(photos: Path, tmp_path: Path, tiny: Model,
             time.sleep(0.1)
         process.send_signal(number)
         out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 128 + number
     assert "the LoRA of those steps is saved" in out
     lora = Lora.load(tmp_path / "run" / "cat.safetensors", tiny)
     steps = int(lora.state.metadata["lorasmith.steps"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,11 +22,21 @@ from typer.testing import CliRunner
 
 from lorasmith.cli import console as screen
 from lorasmith.cli.main import app
-from lorasmith.core.errors import GraphError
+from lorasmith.core.errors import GraphError, LorasmithError, OptionError
+from lorasmith.training.outcome import Outcome
 
 HOSTILE = "\x1b]0;title\x07\x9b31m a[/]b [bold]c[/bold] :smile: \u202e d\ne"
 SHOWN = r"\u001b]0;title\u0007\u009b31m a[/]b [bold]c[/bold] :smile: \u202e d\ne"
 CLI = sorted(Path(screen.__file__).parent.glob("*.py"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A result."""
+
+    path: Path
+    reason: Outcome
+    losses: tuple[float, ...]
 
 
 @pytest.fixture
@@ -37,6 +50,22 @@ def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     assert not set("\x1b\x07\x9b\u202e") & set(file.getvalue())
 
 
+class Terminal(io.StringIO):
+    """Takes what a terminal is sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal with colours in place of standard output."""
+    file = Terminal()
+    for name, value in {"_file": file, "_width": 400, "_force_terminal": True}.items():
+        monkeypatch.setattr(screen.console, name, value)
+    return file
+
+
 def test_every_way_to_print_is_literal_and_printable(out: io.StringIO) -> None:
     table = Table(HOSTILE, box=None)
     table.add_row(HOSTILE)
@@ -48,14 +77,21 @@ def test_every_way_to_print_is_literal_and_printable(out: io.StringIO) -> None:
     screen.console.print(table)
     with screen.progress_shown(HOSTILE) as progress:
         progress(1, 2)
+    text = out.getvalue()
+    assert text.count(SHOWN) == 8  # in a `Text` a line break stays one
+    assert text.count("a[/]b [bold]c[/bold] :smile:") >= 9
+
+
+def test_bars_are_literal_and_printable(terminal: Terminal) -> None:
+    with screen.progress_shown(HOSTILE) as progress:
+        progress(1, 2)
     with screen.progress_bar(TextColumn("{task.fields[text]}", markup=False)) as bar:
         bar.add_task("", total=2, text=HOSTILE)
     with screen.console.status(HOSTILE):
         pass
-
-    text = out.getvalue()
-    assert text.count(SHOWN) == 7  # in a `Text` and in a bar's column a line break stays one
-    assert text.count("a[/]b [bold]c[/bold] :smile:") >= 9
+    text = terminal.getvalue()
+    assert "\x1b]0;" not in text and "\x9b" not in text
+    assert text.count("[bold]c[/bold") >= 2, "no markup"
 
 
 def test_json_stays_json(out: io.StringIO) -> None:
@@ -121,6 +157,138 @@ def test_markup_is_nowhere_interpreted(path: Path) -> None:
         if name in {"print", "secho", "echo"} and ast.unparse(call.func) not in {
             "console.print",
             "errors.print",
+            "super().print",
+            "super(_LiteralConsole, plain).print",
+            "super(_LiteralConsole, errors).print",
             "echo",
         }:
             pytest.fail(f"{ast.unparse(call)} must print with the console")
+
+
+def print_all() -> None:
+    """A line, a note, and a result."""
+    screen.echo("on the way")
+    screen.print_result(
+        lambda: Facts(Path("a/b"), Outcome.STOPPED, (1.0, float("nan"))), lambda: screen.echo("the result")
+    )
+
+
+def test_output_is_text_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.output_as():
+        print_all()
+    assert capsys.readouterr() == ("on the way\nthe result\n", "")
+
+
+def test_json_has_standard_output_for_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.output_as(as_json=True):
+        print_all()
+    caught = capsys.readouterr()
+    assert json.loads(caught.out) == {"path": "a/b", "reason": "stopped", "losses": [1.0, None]}
+    assert caught.err == "on the way\n"
+    screen.echo("afterwards")
+    assert capsys.readouterr().out == "afterwards\n", "the console is as before"
+
+
+def test_quiet_prints_the_result_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with screen.output_as(quiet=True, log_file=tmp_path / "log"):
+        print_all()
+        with screen.progress_shown("Counting") as progress:
+            progress(2, 3)
+    assert capsys.readouterr() == ("the result\n", "")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line[21:] for line in lines] == ["on the way", "the result", "Counting: 2 of 3"]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "code"),
+    [
+        (OptionError("rank must be small"), {"kind": "OptionError", "message": "rank must be small"}, 1),
+        (screen.StoppedError("stopped", 15), {"kind": "CancelledError", "message": "stopped"}, 143),
+        (KeyboardInterrupt(), {"kind": "CancelledError", "message": "interrupted"}, 130),
+        (GraphError("it has", ("a", "b")), {"kind": "GraphError", "message": "it has", "findings": ["a", "b"]}, 1),
+    ],
+)
+def test_an_error_takes_the_place_of_the_result(
+    raised: BaseException, expected: dict[str, object], code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(typer.Exit) as ended, screen.output_as(as_json=True, quiet=True, log_file=tmp_path / "log"):
+        raise raised
+    caught = capsys.readouterr()
+    assert ended.value.exit_code == code
+    assert json.loads(caught.out) == {"error": {**expected, "exit_code": code}}
+    assert str(expected["message"]) in caught.err, "errors are printed however quiet it is"
+    assert str(expected["message"]) in (tmp_path / "log").read_text()
+
+
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), screen.output_as(as_json=True, log_file=tmp_path / "log"):
+        _ = 1 / 0
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "InternalError"
+    assert "Traceback" in (tmp_path / "log").read_text()
+
+
+def test_an_error_after_the_result_is_no_second_document(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), screen.output_as(as_json=True):
+        print_all()
+        raise LorasmithError("late")
+    caught = capsys.readouterr()
+    assert json.loads(caught.out)["reason"] == "stopped" and "late" in caught.err
+
+
+def test_the_log_file_is_appended_to_and_has_no_control_codes(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with screen.output_as(log_file=log):
+        screen.heading("bold", HOSTILE)
+        with screen.progress_shown("Counting") as progress:
+            progress(2, 2)
+        logging.getLogger("other").warning("of a package")
+    text = log.read_text()
+    assert "\x1b[1m" in terminal.getvalue() and "━" in terminal.getvalue()
+    assert not set("\x1b\x07\x9b\u202e━") & set(text)
+    assert [line[21:] for line in text.splitlines()[1:]] == [f"bold {SHOWN}", "Counting: 2 of 2", "of a package"]
+    assert not logging.getLogger().handlers or logging.lastResort not in logging.getLogger().handlers
+
+
+def test_a_log_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit), screen.output_as(as_json=True, log_file=tmp_path / "nowhere" / "log"):
+        pytest.fail("the command runs")
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert message.startswith("--log-file must be a file that can be written") and "No such file" in message
+    if Path("/dev/full").exists():
+        with screen.output_as(log_file=Path("/dev/full")):
+            print_all()
+            screen.echo("more")
+        caught = capsys.readouterr()
+        assert "the result" in caught.out and caught.err.count("is not written further") == 1
+
+
+def test_lines_come_at_intervals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(screen.PROGRESS_VARIABLE, "10")
+    now = 0.0
+    lines = screen.ProgressLines(lambda: now)
+    for second in range(25):
+        now = float(second)
+        lines.report(f"at {second}")
+    lines.end()
+    lines.end()
+    assert capsys.readouterr().out.split("\n") == ["at 10", "at 20", "at 24", ""]
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "soon", "nan"])
+def test_an_interval_that_is_none(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(screen.PROGRESS_VARIABLE, given)
+    with pytest.raises(OptionError, match=f"must be a number of seconds above 0, got '{given}'"):
+        screen.ProgressLines()
+
+
+def test_colours_that_are_forced_make_no_terminal_of_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen.console, "_force_terminal", True)  # as FORCE_COLOR
+    with screen.console.status("Loading"), screen.progress_shown("Counting") as progress:
+        progress(1, 2)
+    assert capsys.readouterr().out == "Counting: 1 of 2\n"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorasmith.cli import console as screen
-from lorasmith.cli.run_output import training_progress
+from lorasmith.cli.run_output import plain_result, training_progress
 from lorasmith.training.events import Drawing, Event, Previewed, RunStarted, StepDone, Validated, Warned
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.results import TrainResult
 
 STARTED: dict[str, Any] = {
     "steps_before": 0, "samples": 9, "adapters": 1, "parameters": 1, "device": "cpu", "dtype": "fp32",
@@ -20,6 +23,7 @@ STARTED: dict[str, Any] = {
 def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """A terminal of 80 columns."""
     file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: True)
     for name, value in {"_file": file, "_width": 80, "_force_terminal": True}.items():
         monkeypatch.setattr(screen.console, name, value)
     return file
@@ -65,3 +69,38 @@ def test_remarks_are_left_to_the_report(shown: io.StringIO, monkeypatch: pytest.
     remark, note = Warned(message="A small thing.", is_remark=True), Warned(message="Do something.")
     last_line([RunStarted(steps=2, at=0.0, **STARTED), remark, note, *steps(1, 2, 0.0)], shown, monkeypatch)
     assert "A small thing." not in shown.getvalue() and "Note: Do something." in shown.getvalue()
+
+
+def test_without_a_terminal_lines_take_the_place_of_the_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(screen.PROGRESS_VARIABLE, "0.000001")
+    events = [RunStarted(steps=10_000, at=0.0, **STARTED), *steps(1, 2, 0.0), Drawing(done=1, total=4, at=9.0)]
+    with training_progress() as show:
+        for event in events:
+            show(event)
+    assert capsys.readouterr().out.splitlines() == [
+        "Step 1 of 10,000, loss 0.4200",
+        "Step 2 of 10,000, loss 0.4200, 0.5 s/step, 1:23:19 left",
+        "Drawing previews: 1 of 4",
+    ]
+
+
+def test_a_result_as_json(tmp_path: Path) -> None:
+    (tmp_path / "fox.safetensors").touch()
+    (tmp_path / "report.html").touch()
+    result = TrainResult(
+        lora=None,  # type: ignore[arg-type]
+        losses=[0.5, float("nan")],
+        steps=2,
+        reason=Outcome.FINISHED,
+        validations=((1, 0.25),),
+        folder=tmp_path,
+        path=tmp_path / "fox.safetensors",
+    )
+    found = plain_result(result, sheet=tmp_path / "sheet.png")
+    assert found["files"] == {
+        "lora": tmp_path / "fox.safetensors", "report": tmp_path / "report.html", "sheet": tmp_path / "sheet.png",
+    }  # fmt: skip
+    assert (found["run"], found["reason"], found["steps"]) == (tmp_path, "finished", 2)
+    assert found["validations"] == [{"step": 1, "loss": 0.25}]

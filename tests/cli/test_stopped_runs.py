@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -99,9 +100,10 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does_so_to_the_bit(
     assert "the LoRA of those steps is saved. To continue:\n  lorasmith resume 'my run' --as-recorded\n" in ran.out
     assert tensors_of(tmp_path / "my run") != tensors_of(whole)
 
-    ran = lorasmith("resume", "my run", "--as-recorded")
+    ran = lorasmith("resume", "my run", "--as-recorded", "--json")
     assert ran.code == 0, ran.err
-    assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.out
+    assert "Resumed: The run in my run continues from step 2, bit-identically." in ran.err
+    assert (json.loads(ran.out)["reason"], len(json.loads(ran.out)["losses"])) == ("finished", 5)
     assert tensors_of(tmp_path / "my run") == tensors_of(whole)
 
 
@@ -202,6 +204,36 @@ def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Comma
     assert RunFolder(broken).outcome() == "cancelled"
 
 
+def test_the_command_of_a_finished_run_with_more_steps_trains_on(
+    lorasmith: Command, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    first = lorasmith("train", images, *QUICK, "--steps", 2, "--output", "mine")
+    assert first.code == 0, first.err
+    assert f"mine has files that are not a run's; the run is in {Path('mine/cat')}." in " ".join(first.out.split())
+    again = lorasmith("train", images, *QUICK, "--steps", 3, "--output", "mine")
+    assert again.code == 0, again.err
+    told = " ".join(again.out.split())
+    assert "was moved to mine/cat-old-1; this one starts from its end" in told.replace("\\", "/")
+    assert "Resumed: The run continues from step 2 of" in told
+    assert len(read_history(tmp_path / "mine" / "cat").of(StepDone)) == 1
+    assert RunFolder(tmp_path / "mine" / "cat-old-1").outcome() == "finished"
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", ["file", "loras/dog.safetensors"])
+def test_an_output_that_is_no_folder_is_refused_before_anything_is_loaded(
+    lorasmith: Command, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    ran = lorasmith("train", images, *RUN, "--output", output)
+    assert (ran.code, ran.out) == (1, "")
+    assert "folder" in ran.err and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_state_begins_again(
     lorasmith: Command, whole: Path, broken: Path
@@ -273,6 +305,8 @@ def test_a_dry_run_trains_nothing(lorasmith: Command, whole: Path, tmp_path: Pat
     ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded", "--dry-run")
     assert ran.code == 0, ran.err
     assert "Base model, images, settings and initial weights are the same." in ran.out
+    ran = lorasmith("reproduce", whole / "cat.safetensors", "--as-recorded", "--dry-run", "--json")
+    assert json.loads(ran.out) == {"differs": [], "same": None, "result": None}
     assert not (tmp_path / "runs").exists()
 
 
@@ -364,8 +398,8 @@ def test_a_folder_that_is_trained_in_is_said_before_anything_is_loaded(lorasmith
 @pytest.mark.slow
 def test_a_demo_that_is_stopped_draws_nothing(lorasmith: Command, tmp_path: Path) -> None:
     with interrupted(signal.SIGINT, at=1):
-        ran = lorasmith("demo", "--output", "run", "--steps", 3)
+        ran = lorasmith("demo", "--output", "run", "--steps", 3, "--json")
     assert ran.code == 130, ran.err
-    assert "Stopped after 1 steps; the LoRA of those steps is saved." in ran.out
+    assert (json.loads(ran.out)["reason"], json.loads(ran.out)["steps"]) == ("cancelled", 1)
     assert (tmp_path / "run" / "high-contrast.safetensors").is_file()
     assert not (tmp_path / "run" / "before-and-after.png").exists()

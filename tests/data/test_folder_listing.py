@@ -76,6 +76,15 @@ def test_loops_of_links_end(tmp_path: Path) -> None:
     assert skipped == [(tmp_path / "here", reason), (tmp_path / "a" / "b" / "up", reason)]
 
 
+def test_folders_of_runs_are_passed_over(tmp_path: Path) -> None:
+    """Previews are no images to train on, and a second run has the same images as the first."""
+    touch(tmp_path, "1.png", "runs/cat-001/run.json", "runs/cat-001/events.jsonl", "runs/cat-001/samples/step-1.png")
+    touch(tmp_path, "2_dog/run.json", "2_dog/events.jsonl", "2_dog/2.png", "other/run.json", "other/3.png")
+    folders, skipped = listed(tmp_path, recursive=True)
+    assert [one.inside for one in folders] == ["", "other", "runs"] and skipped == []
+    assert [one.inside for one in listed(tmp_path)[0]] == [""]
+
+
 def test_the_folder_of_masks_is_passed_over(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "masks/1.png")
     folders, skipped = listed(tmp_path, recursive=True, mask_folder=str(tmp_path / "masks"))

@@ -33,7 +33,7 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import Job, RunOptions, TrainResult
 from lorasmith.workflow import Executor, validate
-from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress
+from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeReport
 from tests.covering import slow_except
 
 Make = Callable[..., Any]
@@ -178,6 +178,18 @@ def test_training_gives_a_lora_its_losses_and_its_steps(train: Make, bench: Any)
     assert [(event.value, event.maximum) for event in progress] == [(1, 3), (2, 3), (3, 3)]
     assert progress[0].text.startswith("loss ")
     assert "on 3 images for 3 steps" in bench.messages("info")[0]
+
+
+def test_events_are_reported_for_programs_as_they_are_in_the_log(train: Make, bench: Any) -> None:
+    train(steps=2)
+    reports = [event for event in bench.events if isinstance(event, NodeReport)]
+    assert {(event.kind, event.node_id) for event in reports} == {("training", bench.context.node_id)}
+    (log,) = bench.folders.output.glob("runs/*/events.jsonl")
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one for one in logged if one["event"] == "StepDone"] == [
+        json.loads(json.dumps(event.data)) for event in reports if event.data["event"] == "StepDone"
+    ]
+    assert reports[0].data["event"] == "RunStarted" and reports[-1].data["event"] == "RunFinished"
 
 
 def test_each_run_has_a_folder_of_its_own(train: Make, bench: Any) -> None:

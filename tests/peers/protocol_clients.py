@@ -3,8 +3,8 @@
     python tests/peers/protocol_clients.py CLIENT ADDRESS
 
 runs in an environment that has the clients: comfy-api-simplified, comfy-toolkit[ws], comfyui-workflow-client,
-comfyui-async-api-tool, comfy-script[client] with tqdm, comfyui-autograph, comfyui-cli with pytest, comfy-lint. Prints a line of
-what the client got. `tests/server/comfyui/test_protocol_clients.py` starts the server.
+comfyui-async-api-tool, comfy-script[client] with tqdm, comfyui-autograph, comfyui-cli with pytest, comfy-lint. It
+prints what the client got. `tests/server/comfyui/test_protocol_clients.py` starts the server.
 """
 
 from __future__ import annotations

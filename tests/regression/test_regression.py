@@ -12,7 +12,7 @@ from tests.regression.compare import BASE, compare, difference, has_commit
 needs_base = pytest.mark.skipif(
     not has_commit(BASE), reason=f"needs commit {BASE} in the git history: this is a source archive or a shallow clone"
 )
-QUICK = ("lora", "flux")
+QUICK = ("lora",)
 
 
 @needs_base

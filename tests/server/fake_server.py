@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,10 +163,10 @@ class Played:
 
 
 @contextlib.asynccontextmanager
-async def serving(base: Path, *, token: str | None = None, host: str = "127.0.0.1") -> AsyncIterator[Played]:
+async def serving(base: Path, *, token: str | None = None, names: Sequence[str] = ()) -> AsyncIterator[Played]:
     """A server on the files of `base`."""
     folders = Folders(base)
-    config = ServerConfig(base=base, token=token, host=host)
+    config = ServerConfig(base=base, token=token, names=names)
     hub = Hub()
     log = LogBook(None, hub)
     store = JobStore(config.folder / "jobs.sqlite3")

@@ -10,8 +10,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from lorasmith.server.access import MAX_JSON_BYTES, Access, is_loopback
+from lorasmith.core.errors import OptionError
+from lorasmith.server.access import MAX_JSON_BYTES, Access, access_of, is_loopback
 from lorasmith.server.comfyui import answers
+from lorasmith.server.server_config import ServerConfig
 from tests.server.fake_server import GOOD, Played, serving
 
 TOKEN = "a long secret"
@@ -237,8 +239,29 @@ def test_known_hosts(listen: str, host: str | None, known: bool) -> None:
     assert Access("token", listen).knows_host(host) is known
 
 
-def test_further_names_are_known() -> None:
-    assert Access("token", "0.0.0.0", frozenset({"gpu.lan"})).knows_host("gpu.lan:8188")
+def test_further_names_are_known(tmp_path: Path) -> None:
+    access = access_of(ServerConfig(base=tmp_path, names=("GPU.example",)))
+    assert access.knows_host("gpu.example:8188")
+    assert access.knows_host("gpu.EXAMPLE")
+    assert not access.knows_host("evil.example")
+
+
+def test_pages_behind_a_proxy_may_write(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN, names=("gpu.example",)) as server:
+            headers = {"Host": "gpu.example", "Origin": "https://gpu.example", "Authorization": f"Bearer {TOKEN}"}
+            await server.post("/prompt", {"prompt": GOOD}, headers=headers)
+            await server.post("/prompt", {"prompt": GOOD}, headers=headers | {"Origin": FOREIGN}, status=403)
+
+    asyncio.run(main())
+
+
+def test_a_server_that_others_reach_needs_a_token(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "gpu.lan", "::"):
+        for token in (None, ""):
+            with pytest.raises(OptionError, match="--token"):
+                access_of(ServerConfig(base=tmp_path, host=host, token=token))
+        assert access_of(ServerConfig(base=tmp_path, host=host, token=TOKEN)).token == TOKEN
 
 
 def test_loopback_addresses() -> None:

@@ -104,7 +104,7 @@ def test_a_port_that_is_taken_is_one_sentence_and_leaves_nothing(tmp_path: Path)
 
 def test_an_address_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     async def check() -> None:
-        async with running(fake_config(tmp_path, host="192.0.2.1")):
+        async with running(fake_config(tmp_path, host="192.0.2.1", token="some")):
             pass
 
     with pytest.raises(OptionError, match=r"192\.0\.2\.1:0 is no address to listen on"):

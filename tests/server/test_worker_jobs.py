@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from lorasmith.core.errors import CancelledError, LorasmithError, NodeError, OptionError
 from lorasmith.core.folders import ASSETS
+from lorasmith.server import folder_jobs
 from lorasmith.server.measurements import measurement_subject
 from lorasmith.server.worker_jobs import Jobs
 from tests.training.crash import outcome
@@ -114,6 +116,12 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     assert [path.name for path in (worker.base / "runs").iterdir()] == ["lora-001"]
 
 
+def test_workers_that_begin_runs_of_one_name_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: folder_jobs._claimed(tmp_path / "runs", "lora", {}), range(24)))
+    assert sorted(path.name for path in found) == [f"lora-{number:03}" for number in range(1, 25)]
+
+
 @pytest.mark.slow
 def test_an_interrupted_training_is_that_of_one_that_nobody_disturbed(worker: Worker) -> None:
     worker.run("train", TRAINING)
@@ -205,6 +213,13 @@ def test_a_measurement_is_kept_by_what_it_measures(worker: Worker, monkeypatch: 
         "subject": measurement_subject("lorasmith-tiny", settings | {"steps": 1}, "cpu"),
         "values": values,
     }
+
+
+def test_a_measurement_can_be_cancelled_between_its_stages(worker: Worker) -> None:
+    worker.cancel_if = lambda head: head.get("data", {}).get("stage") == "the model"
+    with pytest.raises(CancelledError, match="the measurement was cancelled"):
+        worker.run("measure", {"model": "lorasmith-tiny", "settings": {"rank": 2, "activations": "keep"}})
+    assert [one["data"]["stage"] for one in worker.sent] == ["the model"]
 
 
 def test_settings_that_cannot_be_measured_are_refused(worker: Worker) -> None:

@@ -19,6 +19,7 @@ from lorasmith.app.preview_budget import BudgetedPreviews
 from lorasmith.app.progress_bars import note, run_shown
 from lorasmith.app.run_page import write_report
 from lorasmith.app.run_previews import run_previews
+from lorasmith.app.sidecars import check_sidecars, write_sidecars
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import config_from, options_of
 from lorasmith.core.placement import chosen_device
@@ -31,6 +32,7 @@ from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, W
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.history import RECORD
+from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 from lorasmith.training.watchers import Draw
@@ -49,18 +51,24 @@ def train_job(
         denoiser: of the job; previews load the LoRA onto it as users do.
         job: the planned run; it can be run once.
         data: encoded samples.
-        options: folder, events and the like; `previews` and `page` are replaced.
+        options: folder, events and the like; `previews`, `page` and `beside` are replaced.
         unasked: prompt of previews where the settings have None, which then take at most a tenth of the run.
 
     Raises:
-        OptionError: previews are set but there is no output folder.
+        OptionError: previews or sidecars are set but there is no output folder, or sidecars would replace the record.
         LorasmithError: as `train`.
     """
     config = job.config
     if options.output is None and parse_prompts(config.previews):
         raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
 
+    if config.sidecars:
+        check_sidecars(options.title, has_folder=options.output is not None)
     budgeted: list[BudgetedPreviews] = []
+
+    def beside(lora: Path) -> None:
+        if config.sidecars:
+            write_sidecars(lora, denoiser.base.family)
 
     def previews(folder: Path) -> Draw | None:
         draw = run_previews(
@@ -82,7 +90,8 @@ def train_job(
             one.hear(event)
         options.on_event(event)
 
-    return run_job(job, data, replace(options, previews=previews, page=write_report, on_event=hear))
+    given = replace(options, previews=previews, page=write_report, beside=beside, on_event=hear)
+    return run_job(job, data, given)
 
 
 def run_folder(
@@ -123,7 +132,8 @@ class TrainArguments(TrainConfig):
     Attributes:
         config: base settings; those passed as keywords override them.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
-            unfinished, that run is resumed bit-identically.
+            unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside, and the
+            run trains on from its end. If it holds other files, the run is in a subfolder with its title.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
         device: where to train; the first GPU, or the CPU, if None.
@@ -195,7 +205,8 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         OptionError: a setting is unknown, out of range or does not fit the model, or there is no such device.
         LoraError: an existing LoRA cannot be read or is for another model.
         DataError: the samples do not fit the model.
-        OutputError: `output` holds another run, a complete one, or one that another process trains.
+        OutputError: `output` holds another run, this one complete, or one that another process trains, is a file, or
+            cannot be used.
         TrainingError: the loss became non-finite more often than `max_rollbacks`, or memory is too small. If steps were
             taken and there is an output folder, their LoRA is saved and the message names the file.
         KeyboardInterrupt: the run was interrupted. Its LoRA and its state are in the output folder, if there is one,
@@ -219,16 +230,17 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         try:
             return train_job(denoiser, job, data, options)
         except KeyboardInterrupt as interrupt:
-            interrupt.add_note(_place_of(options.output))
+            interrupt.add_note(_place_of(options.output, options.title))
             if given.progress:
                 note(f"Interrupted: {'; '.join(interrupt.__notes__)}.")
             raise
 
 
-def _place_of(output: object) -> str:
+def _place_of(output: object, title: str) -> str:
     """Where the files of an interrupted run are, in a clause."""
     if not isinstance(output, Path):
         return "nothing was saved, as the run has no folder; give one as output, such as output='runs/dog'"
+    output = output_folder(output, title)
     if not (output / RECORD).is_file():
         return "the run had not begun"
     return f"the run is in {printable(str(output), limit=200)}; the same call continues it"

@@ -7,13 +7,14 @@ numbers; everything else needs the person who runs the command:
   from a hub, need `Rights.files` (`--as-recorded`), or other files in their place (`--model`, `--data`, ...);
 - an optimizer's import path is typed (`--allow-optimizer`), and so is a tracker (`--track`).
 
-`resume` and `reproduce` get source and settings from here alone.
+`resume` and `reproduce` get source and settings from here alone; `train --config run.json` gets its arguments from
+`run_file`, by the same rules.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from lorasmith.data.data_config import DATA_PATHS
 from lorasmith.families.locating import built_in_models
 from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.optim.update_rules import OPTIMIZERS
+from lorasmith.training.runs.history import read_record
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["Rights", "repeated", "rights_needed"]
+__all__ = ["PATHS_OF_SETTINGS", "Rights", "check_named_files", "repeated", "rights_needed"]
+
+PATHS_OF_SETTINGS = (*DATA_PATHS, "existing_lora", "existing_state", "training_adapter")
+"""Settings of data and of training that are paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,36 +93,57 @@ def repeated(
         first, *others = recorded.sources
         given["sources"] = (replace(first, path=str(data.resolve())), *others)
         kept = replace(kept, sources=tuple(others))
-    if not rights.files and (outside := list(_outside(kept, config))):
-        named = "; ".join(f"{what} {path}" for what, path in outside[:2])
-        more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
-        raise OptionError(
-            f"{file.name} may name files in the current folder alone; add --as-recorded to allow these, or give yours "
-            f"with --model and --data: {named}{more}"
-        )
+    check_named_files(_named(kept, config), file, rights, instead="--model and --data")
     return replace(recorded, **given), config
 
 
-def rights_needed(source: FolderSource, config: TrainConfig) -> list[str]:
-    """The arguments by which `lorasmith resume` may repeat a run that was typed."""
-    files = ["--as-recorded"] if any(_outside(source, config)) else []
+def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, rights: Rights, *, instead: str) -> None:
+    """Raise OptionError if a record names files that it may not.
+
+    Args:
+        named: what each file is, and its path.
+        file: where the record is.
+        rights: what it may name.
+        instead: the arguments that give other files, for the message.
+    """
+    if rights.files or not (outside := list(_outside(named))):
+        return
+    shown = "; ".join(f"{what} {path}" for what, path in outside[:2])
+    more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
+    raise OptionError(
+        f"{file.name} may name files in the current folder alone; add --as-recorded to allow these, or give yours "
+        f"with {instead}: {shown}{more}"
+    )
+
+
+def rights_needed(source: FolderSource, config: TrainConfig, run: Path | None = None) -> list[str]:
+    """The arguments by which `lorasmith resume` may repeat a run that was typed.
+
+    Args:
+        source: of the run.
+        config: settings as they were typed.
+        run: its folder, None without one; the run may have started from a state that is only in its record.
+    """
+    if run is not None and isinstance(state := read_record(run).asked.get("existing_state"), str):
+        config = replace(config, existing_state=state)
+    files = ["--as-recorded"] if any(_outside(_named(source, config))) else []
     optimizer = [] if config.optimizer in OPTIMIZERS else arguments_for({"allow_optimizer": config.optimizer})
     return [*files, *optimizer, *([] if config.track == "none" else arguments_for({"track": config.track}))]
 
 
-def _outside(source: FolderSource, config: TrainConfig) -> Iterator[tuple[str, str]]:
-    """What a run names that is neither in the package nor inside the current folder."""
-    named = [
-        ("model", source.model),
-        *(("text encoder", one) for one in source.text_encoders),
-        ("autoencoder", source.vae),
-        *(("images", one.path) for one in source.sources),
-        *((name, getattr(source.data, name)) for name in DATA_PATHS),
-        ("held-out images", source.validation),
-        ("existing_lora", config.existing_lora),
-        ("existing_state", config.existing_state),
-        ("training_adapter", config.training_adapter),
-    ]
+def _named(source: FolderSource, config: TrainConfig) -> Iterator[tuple[str, str | None]]:
+    """The files that a run names."""
+    settings = {**vars(source.data), **vars(config)}
+    yield "model", source.model
+    yield from (("text encoder", one) for one in source.text_encoders)
+    yield "autoencoder", source.vae
+    yield from (("images", one.path) for one in source.sources)
+    yield "held-out images", source.validation
+    yield from ((name, settings[name]) for name in PATHS_OF_SETTINGS)
+
+
+def _outside(named: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str]]:
+    """Those that are neither in the package nor inside the current folder."""
     yield from ((what, path) for what, path in named if path and not _is_here(path))
 
 

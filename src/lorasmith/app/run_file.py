@@ -15,31 +15,36 @@
 
 The file is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative
 to the file's folder. A file chooses among names: an optimizer's import path and a tracker have to be typed.
+
+The `run.json` of a run gives the arguments of that run; where it was, and what came of it, is ignored. It may be a
+stranger's, so what it names follows the rules of `recorded_run`.
 """
 
 from __future__ import annotations
 
+import codecs
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.folder_source import FolderSource, changed
+from lorasmith.app.recorded_run import PATHS_OF_SETTINGS, Rights, check_named_files
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import read_regular
 from lorasmith.core.options import config_from, options_of
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.data.data_config import DATA_PATHS, DataConfig
+from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
 from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file
+from lorasmith.training.runs.records import parsed_record
 
 __all__ = ["RunFile", "read_run_file"]
 
 _MOST_BYTES = 2**20
 _SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
-_PATHS = (*DATA_PATHS, "existing_lora", "existing_state", "training_adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,21 @@ class RunFile:
         missing = {name: value for name, value in vars(other).items() if not getattr(self, name)}
         return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
 
+    def without(self, other: RunFile) -> RunFile:
+        """The arguments that `completed` takes of this file, if those of `other` are typed."""
+        own = {name: value for name, value in vars(self).items() if not getattr(other, name)}
+        settings = {name: value for name, value in self.settings.items() if name not in other.settings}
+        return RunFile(**{**own, "settings": settings})
+
+    def named_files(self) -> Iterator[tuple[str, str | None]]:
+        """What each file is that the arguments name, and its path."""
+        yield "model", self.model
+        yield from (("text encoder", one) for one in self.text_encoders)
+        yield "autoencoder", self.vae
+        yield from (("images", one.path) for one in self.sources)
+        yield "held-out images", self.validation
+        yield from ((name, self.settings.get(name)) for name in PATHS_OF_SETTINGS)
+
     def source(self, model: str) -> FolderSource:
         """The source of the run, with a model. Raises OptionError without images, and for settings out of range."""
         if not self.sources:
@@ -90,23 +110,69 @@ class RunFile:
         """
         optimizer, track = typed_settings.get("optimizer"), typed_settings.get("track")
         return settings_from_file(
-            self._settings_of(TrainConfig), optimizers=() if optimizer is None else (optimizer,), track=track
+            self._settings_of(TrainConfig),
+            optimizers=() if optimizer is None else (optimizer,),
+            track=track,
+            allowing="--optimizer",
         )
 
     def _settings_of(self, config: type) -> dict[str, Any]:
         return {name: value for name, value in self.settings.items() if name in options_of(config)}
 
 
-def read_run_file(path: Path) -> RunFile:
+def read_run_file(path: Path, *, typed_first: RunFile | None = None, rights: Rights = Rights()) -> RunFile:  # noqa: B008 - immutable
     """The arguments in a file, with paths made absolute.
 
+    Args:
+        path: a file of settings in TOML, or the record of a run: `run.json`, or other JSON that starts with a brace.
+        typed_first: arguments that come before those of the file.
+        rights: what the record of a run may name besides files in the current folder.
+
     Raises:
-        OptionError: the file cannot be read, is no TOML, or has an unknown key or a value of another type.
+        OptionError: the file cannot be read, is neither of the two, has an unknown key or a value of another type, or
+            is a record that names more than it may.
     """
     try:
-        found = tomllib.loads(read_regular(path, at_most=_MOST_BYTES).decode("utf-8-sig"))
+        content = read_regular(path)
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    if path.suffix.lower() == ".json" or content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        found = _of_record(path, content)
+        left = found if typed_first is None else found.without(typed_first)
+        check_named_files(left.named_files(), path, rights, instead="the folder of images, --model and the like")
+        return found
+    return _of_toml(path, content)
+
+
+def _of_record(path: Path, content: bytes) -> RunFile:
+    """The arguments of a run by its record."""
+    try:
+        record = parsed_record(content.removeprefix(codecs.BOM_UTF8))
+        if record.source.get("command") != "train":
+            raise ValueError("was not made by lorasmith train" if record.source else "has no source of a run")
+        source = FolderSource.from_record(record.source)
+    except ValueError as error:
+        raise OptionError(
+            f"{path} must be the run.json of a run by lorasmith train, but {error}; name another, or settings in TOML"
+        ) from error
+    known = ("command", "folder", "data", *(one.name for one in fields(FolderSource)), *options_of(DataConfig))
+    unknown = [name for name in record.source if name not in known]
+    unknown += [name for name in record.asked if name not in options_of(TrainConfig)]
+    if unknown:
+        raise OptionError(
+            f"{path} has settings of another version of Lorasmith, {', '.join(unknown)}; train with that version, or "
+            "remove them"
+        )
+    own = {one.name: getattr(source, one.name) for one in fields(FolderSource) if one.name != "data"}
+    return RunFile(**own, settings={**changed(source.data), **record.asked})
+
+
+def _of_toml(path: Path, content: bytes) -> RunFile:
+    """The arguments in a file of settings."""
+    try:
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        found = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
     own = [one.name for one in fields(RunFile) if one.name != "settings"]
@@ -141,7 +207,7 @@ def _absolute(given: RunFile, folder: Path) -> RunFile:
         return inside(path) if (folder / path).exists() else path
 
     settings = {
-        key: inside(value) if key in _PATHS and isinstance(value, str) and value != NONE_LORA else value
+        key: inside(value) if key in PATHS_OF_SETTINGS and isinstance(value, str) and value != NONE_LORA else value
         for key, value in given.settings.items()
     }
     return replace(

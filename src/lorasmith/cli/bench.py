@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading, print_note
+from lorasmith.cli.console import console, echo, heading, print_note, print_result
 from lorasmith.cli.flags import (
-    AsJson,
     BaseDir,
     BaseModel,
     Device,
@@ -47,7 +45,6 @@ def bench(
     device: Device = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
-    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
     """Measure the cost of a training step on this machine, and report what limits it.
@@ -77,10 +74,9 @@ def bench(
             on_stage=lambda stage: status.update(f"Measuring {stage}"),
         )
     pixels = side * base.components.latent.downscale
-    if as_json:
-        console.print_json(json.dumps(_everything(found, job, model, pixels, str(place))))
-        return
-    _print(found, job, pixels, str(place))
+    print_result(
+        lambda: _everything(found, job, model, pixels, str(place)), lambda: _print(found, job, pixels, str(place))
+    )
 
 
 def _everything(found: Measured, job: Job, model: str, pixels: int, device: str) -> dict[str, Any]:

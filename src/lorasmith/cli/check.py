@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note
-from lorasmith.cli.flags import AsJson, LoraFile, LoraModel
+from lorasmith.cli.console import console, echo, print_note, print_result
+from lorasmith.cli.flags import LoraFile, LoraModel
 
 if TYPE_CHECKING:
     from lorasmith.formats.quality.faults import Finding
@@ -31,7 +30,6 @@ def check(
         Path | None, typer.Option(metavar="OUTPUT", help="Write a repaired file, as far as faults can be repaired.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at OUTPUT.")] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Find faults of a LoRA file, with a remedy for each.
 
@@ -44,17 +42,13 @@ def check(
     with console.status("Checking"):
         checked = check_lora(file, model)
         mended = None if fix is None else fix_lora(checked, fix, overwrite=overwrite)
-    if as_json:
-        console.print_json(json.dumps(_plain(checked)))
-    else:
-        _print(checked)
-        if fix is not None:
-            echo(f"{mended} findings repaired in {fix}")
+    written = {} if fix is None else {"fixed": fix, "repaired": mended}
+    print_result(lambda: _plain(checked) | written, lambda: _print(checked, fix, mended))
     if not checked.is_fine:
         raise typer.Exit(1)
 
 
-def _print(checked: Checked) -> None:
+def _print(checked: Checked, fix: Path | None, mended: int | None) -> None:
     held_to = (
         f"compared with {checked.compared_with}" if checked.compared_with else "not compared with a model (--model)"
     )
@@ -69,6 +63,8 @@ def _print(checked: Checked) -> None:
         console.print("No faults, and every program applies all of it.")
     elif checked.is_fine:
         console.print("The file itself has no faults.")
+    if fix is not None:
+        echo(f"{mended} findings repaired in {fix}")
 
 
 def _print_finding(finding: Finding) -> None:

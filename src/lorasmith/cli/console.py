@@ -1,21 +1,32 @@
-"""Shared by commands: the console, progress bars, and handling of Ctrl-C.
+"""Shared by commands: the console, results and errors as text or JSON, progress, and handling of Ctrl-C.
 
 What commands print comes mostly from others' files. The console takes text literally (no markup, no `:emoji:`) and
 shows control characters as escapes, whatever is printed by whichever way.
+
+A command prints its result with `print_result`; everything else it prints is on the way there. `output_as` makes
+`--json`, `--quiet` and `--log-file` of this difference, so that no command asks for them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import io
+import json
 import logging
+import math
+import os
 import signal
 import sys
 import threading
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -32,23 +43,35 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
-from lorasmith.core.errors import CancelledError
+from lorasmith.core.errors import CancelledError, GraphError, LorasmithError, OptionError
 from lorasmith.core.printable import printable
 
 __all__ = [
+    "PROGRESS_VARIABLE",
+    "ProgressLines",
     "StopRequest",
     "StoppedError",
     "console",
     "echo",
+    "end_with",
     "errors",
     "heading",
     "other_output_made_printable",
+    "output_as",
     "print_error",
+    "print_json_error",
     "print_note",
+    "print_result",
     "progress_bar",
     "progress_shown",
+    "result_shown",
     "stoppable",
 ]
+
+PROGRESS_VARIABLE = "LORASMITH_PROGRESS_SECONDS"
+"""Environment variable: seconds between lines about progress where no bar is drawn."""
+
+_LOG_WIDTH = 160
 
 
 class _LiteralConsole(Console):
@@ -67,13 +90,252 @@ class _LiteralConsole(Console):
             shown = piece.text if piece.control else printable(piece.text, limit=sys.maxsize, keep="\n")
             yield Segment(shown, piece.style, piece.control)
 
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print, and append the same to the log file."""
+        super().print(*objects, **settings)
+        if _output.log is not None:
+            _output.log.add(*objects, **settings)
+
     def status(self, status: RenderableType, **settings: Any) -> Status:
-        """A spinner with text, which rich would take for markup."""
-        return super().status(self.render_str(status) if isinstance(status, str) else status, **settings)
+        """A spinner with text, which rich would take for markup; where none can be drawn it has no effect."""
+        shown = self.render_str(status) if isinstance(status, str) else status
+        if _output.log is not None:
+            _output.log.add(shown)
+        if not self.draws:
+            return Status(shown, console=_LiteralConsole(file=io.StringIO()), **settings)
+        return super().status(shown, **settings)
+
+    @property
+    def draws(self) -> bool:
+        """Whether spinners and bars can be drawn. FORCE_COLOR makes no terminal of a file."""
+        return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
+
+    def on_standard_error(self, is_asked: bool) -> None:
+        """Print on standard error, or again on standard output, in the colours that the stream has."""
+        self.stderr = is_asked
+        self._color_system = self._detect_color_system()
 
 
+class _LogFile:
+    """A file that what is printed is appended to: as plain text, each line with its time.
+
+    A write that fails ends the log, not the work.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file: TextIO | None = path.open("a", encoding="utf-8", errors="backslashreplace")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"--log-file must be a file that can be written, but {path}: {reason}") from error
+        self._path = path
+        self._lock = threading.Lock()
+
+    def add(self, *objects: Any, **settings: Any) -> None:
+        """Append what `Console.print` prints of these."""
+        plain = _LiteralConsole(file=(text := io.StringIO()), width=_LOG_WIDTH, color_system=None, force_terminal=False)
+        super(_LiteralConsole, plain).print(*objects, **settings)
+        self.add_text(text.getvalue())
+
+    def add_text(self, text: str) -> None:
+        """Append lines, without empty ones."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        lines = [f"{now}  {line.rstrip()}\n" for line in text.splitlines() if line.strip()]
+        with self._lock:
+            if self._file is None or not lines:
+                return
+            try:
+                self._file.write("".join(lines))
+                self._file.flush()
+            except OSError as error:
+                self.close()
+                super(_LiteralConsole, errors).print(f"--log-file {self._path} is not written further: {error}")
+
+    def close(self) -> None:
+        """Close the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+@dataclasses.dataclass
+class _Output:
+    """How the running command prints.
+
+    Attributes:
+        as_json: whether its result is JSON on standard output.
+        log: where everything is appended, if anywhere.
+        is_complete: whether the JSON document is printed.
+    """
+
+    as_json: bool = False
+    log: _LogFile | None = None
+    is_complete: bool = False
+
+
+_output = _Output()
 console = _LiteralConsole()
 errors = _LiteralConsole(stderr=True)
+
+
+@contextlib.contextmanager
+def output_as(*, as_json: bool = False, quiet: bool = False, log_file: Path | None = None) -> Iterator[None]:
+    """Inside the context, commands print in this way; errors are printed, and end the command with their exit code.
+
+    Args:
+        as_json: the result, or an error, is one JSON document on standard output; the rest is on standard error.
+        quiet: the rest is not printed, but appended to `log_file` all the same.
+        log_file: everything printed is appended to it, with warnings and log records of other packages.
+
+    Raises:
+        typer.Exit: for each LorasmithError, and for Ctrl-C.
+    """
+    before = vars(_output).copy(), console.quiet
+    _output.as_json, _output.is_complete, console.quiet = as_json, False, quiet
+    console.on_standard_error(as_json)
+    try:
+        with _ending_with_a_sentence(), contextlib.ExitStack() as stack:
+            _seconds_between_lines()
+            if log_file is not None:
+                _output.log = _LogFile(log_file)
+                stack.callback(_output.log.close)
+                stack.enter_context(_others_logged(_output.log))
+            # Inside of the log, too.
+            with _ending_with_a_sentence():
+                yield
+    finally:
+        vars(_output).update(before[0])
+        console.quiet = before[1]
+        console.on_standard_error(_output.as_json)
+
+
+@contextlib.contextmanager
+def _ending_with_a_sentence() -> Iterator[None]:
+    try:
+        yield
+    except CancelledError as stopped:
+        end_with(stopped, getattr(stopped, "exit_code", 128 + signal.SIGINT), kind="stopped")
+    except LorasmithError as error:
+        end_with(error)
+    except KeyboardInterrupt:
+        end_with(CancelledError("interrupted"), 128 + signal.SIGINT, kind="stopped")
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # a bug: not typer.Exit, nor a complaint about arguments
+            print_json_error("InternalError", f"{type(error).__name__}: {error}", 1)
+            if _output.log is not None:
+                _output.log.add_text(printable(traceback.format_exc(), limit=sys.maxsize, keep="\n"))
+        raise
+
+
+@contextlib.contextmanager
+def _others_logged(log: _LogFile) -> Iterator[None]:
+    """Inside the context, warnings and log records of other packages are appended too; what is shown stays the same."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.add_text(printable(self.format(record), limit=sys.maxsize, keep="\n"))
+
+    root, handler, shown = logging.getLogger(), Handler(logging.WARNING), warnings.showwarning
+    last = [] if root.handlers or logging.lastResort is None else [logging.lastResort]  # unused beside other handlers
+
+    def show(message: Any, category: Any, *place: Any, **keywords: Any) -> None:
+        shown(message, category, *place, **keywords)
+        log.add_text(f"{category.__name__}: {printable(message, limit=sys.maxsize)}")
+
+    warnings.showwarning = show
+    for one in (handler, *last):
+        root.addHandler(one)
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+        for one in (handler, *last):
+            root.removeHandler(one)
+
+
+@contextlib.contextmanager
+def result_shown() -> Iterator[None]:
+    """Inside the context, what is printed is part of the result, which --quiet shows."""
+    was, console.quiet = console.quiet, False
+    try:
+        yield
+    finally:
+        console.quiet = was
+
+
+def print_result(document: Callable[[], object], text: Callable[[], object] = lambda: None) -> None:
+    """Print the result of the command: as a JSON document on standard output, or as text.
+
+    Args:
+        document: returns what `json` takes, and besides it dataclasses, enums and paths; numbers that are not finite
+            become null.
+        text: prints the result.
+    """
+    with result_shown():
+        if _output.as_json:
+            _print_document(document())
+        else:
+            text()
+
+
+def print_json_error(kind: str, message: str, code: int, **more: object) -> None:
+    """Print an error in place of the result, if that would be JSON; the sentence on standard error is beside it.
+
+    Args:
+        kind: class of the error in `core.errors`, `UsageError` for a wrong command line, `InternalError` for a bug.
+        message: the sentence.
+        code: exit code.
+        more: fields that errors of this kind have besides.
+    """
+    if _output.as_json and not _output.is_complete:
+        with result_shown():
+            _print_document({"error": {"kind": kind, "message": message, "exit_code": code, **more}})
+
+
+def end_with(error: LorasmithError, code: int = 1, *, kind: str = "error") -> NoReturn:
+    """Print an error and end the command.
+
+    Args:
+        error: what happened.
+        code: exit code.
+        kind: label of the sentence.
+
+    Raises:
+        typer.Exit: always.
+    """
+    name = next(one.__name__ for one in type(error).__mro__ if one.__module__ == LorasmithError.__module__)
+    findings = {"findings": error.findings} if isinstance(error, GraphError) else {}
+    print_json_error(name, str(error).split("\n", 1)[0], code, **findings)
+    print_error(str(error), kind=kind)
+    raise typer.Exit(code) from error
+
+
+def _print_document(value: object) -> None:
+    _output.is_complete = True
+    console.on_standard_error(False)
+    try:
+        console.print_json(json.dumps(_plain(value), allow_nan=False), highlight=console.draws)
+    finally:
+        console.on_standard_error(_output.as_json)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        known = (str, int, float, bool, type(None))
+        return {key if isinstance(key, known) else str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value)
 
 
 def other_output_made_printable() -> None:
@@ -189,14 +451,26 @@ def stoppable(*, at_once: bool = False) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def progress_shown(what: str) -> Iterator[Callable[..., None]]:
-    """Inside the context, a progress bar is shown; the yielded function takes (done, total, ...)."""
-    with progress_bar(TextColumn("{task.description}", markup=False)) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total, *_: progress.update(task, completed=done, total=total)
+    """Inside the context, progress is shown as a bar or in lines; the yielded function takes (done, total, ...)."""
+    lines = ProgressLines()
+    try:
+        with progress_bar(TextColumn("{task.description}", markup=False)) as progress:
+            task = progress.add_task(what, total=None)
+
+            def show(done: int, total: int, *_: object) -> None:
+                progress.update(task, completed=done, total=total)
+                lines.report(f"{what}: {done:,} of {total:,}")
+
+            yield show
+    finally:
+        lines.end()
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
-    """A progress bar on the shared console: first column, bar, counts, other columns, times."""
+    """A progress bar on the shared console: first column, bar, counts, other columns, times.
+
+    It is not shown where the console cannot draw.
+    """
     return Progress(
         columns[0],
         BarColumn(),
@@ -206,4 +480,47 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.draws,
     )
+
+
+class ProgressLines:
+    """Lines about progress, at most one in so many seconds: on the console where it draws no bar, and in the log file.
+
+    Args:
+        clock: of seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._every = _seconds_between_lines()
+        self._last = clock()
+        self._waiting: str | None = None
+
+    def report(self, line: str) -> None:
+        """Print the line if one is due; else it waits, in place of the one that waits."""
+        self._waiting = line
+        if self._clock() - self._last >= self._every:
+            self.end()
+
+    def end(self) -> None:
+        """Print the line that waits, if any."""
+        line, self._waiting, self._last = self._waiting, None, self._clock()
+        if line is None:
+            return
+        if not console.draws:
+            echo(line)
+        elif _output.log is not None:
+            _output.log.add_text(printable(line, limit=sys.maxsize))
+
+
+def _seconds_between_lines() -> float:
+    """Raises OptionError unless the environment variable is a positive number, or missing."""
+    given = os.environ.get(PROGRESS_VARIABLE) or "30"
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise OptionError(f"{PROGRESS_VARIABLE} must be a number of seconds above 0, got {given!r}; such as 30")
+    return seconds

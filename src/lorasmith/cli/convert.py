@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.console import console, echo, print_note, print_result
 from lorasmith.cli.flags import LoraFile, LoraModel
+
+if TYPE_CHECKING:
+    from lorasmith.toolbox.convert import Converted
 
 __all__ = ["register"]
 
@@ -49,6 +52,10 @@ def convert(
     target = output or _beside(file, to)
     with console.status("Converting"):
         done = convert_lora(file, to, target, model, lossy, private=private, overwrite=overwrite)
+    print_result(lambda: done, lambda: _print(done))
+
+
+def _print(done: Converted) -> None:
     for sentence in done.losses:
         print_note(sentence, kind="Lost")
     for sentence in done.notes:

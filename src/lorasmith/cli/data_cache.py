@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo
-from lorasmith.cli.flags import AsJson
+from lorasmith.cli.console import console, echo, print_result
 from lorasmith.cli.help import HelpGroup, with_readable_help
 from lorasmith.core.sizes import memory_text
 
@@ -39,7 +36,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(cache, name="cache")
 
 
-def list_cache(as_json: AsJson = False) -> None:
+def list_cache() -> None:
     """List what the cache holds of each text encoder and autoencoder: entries, size and last use.
 
     The cache is in LORASMITH_CACHE_DIR, or in the system's folder for caches.
@@ -49,16 +46,12 @@ def list_cache(as_json: AsJson = False) -> None:
     cache = default_cache()
     found = cache.summary()
     size = sum(one.size_bytes for one in found)
-    if as_json:
-        whole = {
-            "folder": str(cache.folder),
-            "size_bytes": size,
-            "encoders": [dataclasses.asdict(one) for one in found],
-        }
-        console.print_json(json.dumps(whole))
-        return
-    _print(found)
-    echo(f"{memory_text(size)} in {cache.folder}")
+
+    def show() -> None:
+        _print(found)
+        echo(f"{memory_text(size)} in {cache.folder}")
+
+    print_result(lambda: {"folder": cache.folder, "size_bytes": size, "encoders": found}, show)
 
 
 def clear_cache(older_than: OlderThan = None) -> None:
@@ -67,7 +60,10 @@ def clear_cache(older_than: OlderThan = None) -> None:
 
     cache = default_cache()
     cleared = cache.clear(unused_days=older_than or 0.0)
-    echo(f"Removed {cleared.files:,} files, {memory_text(cleared.size_bytes)}, from {cache.folder}")
+    print_result(
+        lambda: {"folder": cache.folder, "files": cleared.files, "size_bytes": cleared.size_bytes},
+        lambda: echo(f"Removed {cleared.files:,} files, {memory_text(cleared.size_bytes)}, from {cache.folder}"),
+    )
 
 
 def _print(found: list[EncoderSummary]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note, progress_shown, stoppable
+from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
 from lorasmith.core.errors import CancelledError, DataError
 
 if TYPE_CHECKING:
@@ -54,13 +54,28 @@ def caption(
     found = images_to_caption(folder, overwrite=overwrite, recursive=recursive)
     _print_left_out(found)
     if not found.images:
+        print_result(lambda: _plain(found, None))
         return
     with console.status(f"Loading {captioner}"):
         load = load_captioner(captioner, place)
     with stoppable() as stop:
         with progress_shown("Captioning") as progress:
             done = caption_images(found.images, load, trigger=trigger, progress=progress, cancelled=stop.is_set)
-        _print_done(folder, done)
+        _print_left(folder, done)
+        print_result(
+            lambda: _plain(found, done), lambda: echo(f"{len(done.written):,} captions are written in {folder}")
+        )
+
+
+def _plain(found: ImagesToCaption, done: Captioned | None) -> dict[str, Any]:
+    """The result as JSON has it."""
+    return {
+        "written": () if done is None else done.written,
+        "kept": found.kept,
+        "sharing": found.sharing,
+        "empty": () if done is None else done.empty,
+        "failed": () if done is None else done.failed,
+    }
 
 
 def _print_left_out(found: ImagesToCaption) -> None:
@@ -70,7 +85,7 @@ def _print_left_out(found: ImagesToCaption) -> None:
         print_note(f"{image} has the caption file of {other.name}; rename one of them", kind="skipped")
 
 
-def _print_done(folder: Path, done: Captioned) -> None:
+def _print_left(folder: Path, done: Captioned) -> None:
     for image, reason in done.failed[:_SHOWN]:
         print_note(f"{image} {reason}", kind="skipped")
     for image in done.empty[:_SHOWN]:
@@ -84,4 +99,3 @@ def _print_done(folder: Path, done: Captioned) -> None:
         )
     if not done.written:
         raise DataError(f"no caption was written for the images of {folder}; see the reasons above")
-    echo(f"{len(done.written):,} captions are written in {folder}")

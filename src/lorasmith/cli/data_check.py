@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, progress_shown
+from lorasmith.cli.console import echo, print_result, progress_shown
 from lorasmith.cli.data_output import print_check, print_mended
 from lorasmith.cli.flags import (
     AnyBaseModel,
-    AsJson,
     BaseDir,
     ExtraModelPaths,
     TextEncoderFiles,
@@ -60,7 +57,6 @@ def check(
     ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
-    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
     """Check a folder of images before training, with a remedy for each finding.
@@ -76,8 +72,7 @@ def check(
 
     config = DataConfig(**{name: settings[name] for name in _DATA})
     training = TrainConfig(**{name: settings[name] for name in _TRAINING})
-    quiet = contextlib.nullcontext(None)  # JSON has standard output for itself
-    with quiet if as_json else progress_shown("Checking") as progress:
+    with progress_shown("Checking") as progress:
         checked = check_folder(
             folder,
             config,
@@ -87,18 +82,20 @@ def check(
             validation_share=training.validation_share,
             progress=progress,
         )
-    if as_json:
-        console.print_json(json.dumps(plain(checked)))
-    else:
-        print_check(checked)
     if report is not None:
         write_data_page(checked, report, config, model=model)
-        if not as_json:
-            echo(f"{'Report':<10}{report}")
+    mended = None
     if fix is not None:
-        with quiet if as_json else progress_shown("Writing") as progress:
+        with progress_shown("Writing") as progress:
             mended = write_mended(checked.preflight, fix, progress=progress)
-        if not as_json:
+
+    def show() -> None:
+        print_check(checked)
+        if report is not None:
+            echo(f"{'Report':<10}{report}")
+        if mended is not None:
             print_mended(mended)
+
+    print_result(lambda: plain(checked), show)
     if checked.preflight.findings:
         raise typer.Exit(1)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import echo, heading, progress_shown, stoppable
+from lorasmith.cli.console import echo, heading, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import RunOutput
-from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
+from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, training_shown
 from lorasmith.training.outcome import Outcome
 
 __all__ = ["register"]
@@ -44,13 +44,17 @@ def demo(
             prepared, output=output or demo_folder(), fresh=True, on_event=show, cancelled=stop.is_set
         )
     if result.reason is Outcome.CANCELLED:
-        report_result(result)
+        print_result(lambda: plain_result(result), lambda: report_result(result))
     stop.exit_if_set()
     with stoppable(at_once=True), progress_shown("Drawing") as progress:
         sheet = before_and_after(prepared.base, result, seed=seed, progress=progress)
+
+    def show_result() -> None:
+        report_result(result)
+        heading("Sheet     ", sheet)
+
     echo()
-    report_result(result)
-    heading("Sheet     ", sheet)
+    print_result(lambda: plain_result(result, sheet=sheet), show_result)
     echo()
     echo("The same with your own pictures and a real model:")
     echo('  lorasmith train ./photos --model sd15.safetensors --trigger "sks dog"')

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_error
-from lorasmith.cli.flags import AsJson
+from lorasmith.cli.console import console, echo, end_with, print_result
 from lorasmith.core.errors import LorasmithError
 
 if TYPE_CHECKING:
@@ -42,7 +40,6 @@ def diff(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Ignore ranks, alphas, algorithms, dtypes and metadata.")
     ] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Compare two LoRAs, or two models: their weight changes by module, and their metadata.
 
@@ -55,22 +52,17 @@ def diff(
         with console.status("Comparing"):
             found = compare(first, second, model=None if model is None else open_model(model))
     except LorasmithError as error:
-        print_error(str(error), kind="error")
-        raise typer.Exit(2) from error
+        end_with(error, 2)
     same = found.is_same(tolerance=tolerance, weights_only=weights_only)
-    if as_json:
-        console.print_json(json.dumps({"same": same, **_plain(found)}))
-    else:
-        _print(found, first, second, same=same)
+    print_result(lambda: {"same": same, **_plain(found)}, lambda: _print(found, first, second, same=same))
     raise typer.Exit(0 if same else 1)
 
 
 def _plain(found: Comparison) -> dict[str, Any]:
-    """The comparison as JSON values; infinite distances become null."""
+    """The comparison as JSON has it, where infinite distances become null."""
 
     def numbers(pair: Pair) -> dict[str, Any]:
-        distance = pair.distance if pair.distance < float("inf") else None
-        return {"name": pair.name, "distance": distance, "cosine": pair.cosine}
+        return {"name": pair.name, "distance": pair.distance, "cosine": pair.cosine}
 
     return {
         **dataclasses.asdict(found),

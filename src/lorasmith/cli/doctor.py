@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading, print_note
-from lorasmith.cli.flags import AsJson, BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.sizes import memory_text
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None, as_json: AsJson = False) -> None:
+def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) -> None:
     """Show versions, devices, memory, disks, model folders and optional packages, and what to do about problems.
 
     The exit status is 1 if there is a problem.
@@ -32,10 +30,7 @@ def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None, 
 
     with console.status("Looking"):
         found = check_up(folders_of(base_dir, extra_model_paths))
-    if as_json:
-        console.print_json(json.dumps(dataclasses.asdict(found)))
-    else:
-        _print(found)
+    print_result(lambda: found, lambda: _print(found))
     if found.problems:
         raise typer.Exit(1)
 

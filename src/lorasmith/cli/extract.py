@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, progress_shown
+from lorasmith.cli.console import console, echo, print_result, progress_shown
+
+if TYPE_CHECKING:
+    from lorasmith.toolbox.extract import ExtractReport
 
 __all__ = ["register"]
 
@@ -62,6 +65,10 @@ def extract(
             overwrite=overwrite,
             progress=progress,
         )
+    print_result(lambda: {**vars(report), "captured": report.captured}, lambda: _print(report, differences=differences))
+
+
+def _print(report: ExtractReport, *, differences: bool) -> None:
     ranks = report.ranks.values()
     spread = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no rank"
     echo(f"{len(ranks)} layers, {spread}; {report.unchanged} layers are the same in both")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,8 @@ import typer
 
 from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.app.command_lines import flag, negated_flag
+from lorasmith.cli.console import output_as
+from lorasmith.cli.help import OUTPUT
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
@@ -19,7 +21,6 @@ from lorasmith.core.options import Option
 __all__ = [
     "AllowOptimizer",
     "AnyBaseModel",
-    "AsJson",
     "AsRecorded",
     "BaseDir",
     "BaseModel",
@@ -40,6 +41,7 @@ __all__ = [
     "is_typed",
     "split_strength",
     "with_flags",
+    "with_general_flags",
 ]
 
 _BASE_MODEL = typer.Option(
@@ -125,7 +127,30 @@ LoraModel = Annotated[
         "that the file appears to belong to."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_GENERAL: dict[str, Any] = {
+    "as_json": Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            rich_help_panel=OUTPUT,
+            help="Print the result as one JSON document on standard output, an error too; everything else goes to "
+            "standard error.",
+        ),
+    ],
+    "quiet": Annotated[
+        bool,
+        typer.Option("--quiet", rich_help_panel=OUTPUT, help="Print the result and errors alone."),
+    ],
+    "log_file": Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            help="Append everything that is printed to this file, with times; also what --quiet leaves out.",
+        ),
+    ],
+}
+"""Flags of every command, for `console.output_as`."""
 
 
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
@@ -162,9 +187,41 @@ def with_flags(
     def run(**arguments: Any) -> None:
         command(**arguments)
 
+    return _declared(run, command, [*own, *flags])
+
+
+def with_general_flags(app: typer.Typer) -> None:
+    """Give all commands of a group, and of the groups in it, the flags about output."""
+    for info in app.registered_commands:
+        assert info.callback is not None
+        info.callback = _with_output(info.callback)
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        with_general_flags(group.typer_instance)
+
+
+def _with_output(command: Callable[..., None]) -> Callable[..., None]:
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    general = [
+        inspect.Parameter(name, kind, default=None if name == "log_file" else False, annotation=annotation)
+        for name, annotation in _GENERAL.items()
+    ]
+
+    def run(**arguments: Any) -> None:
+        with output_as(**{name: arguments.pop(name) for name in _GENERAL}):
+            command(**arguments)
+
+    return _declared(run, command, [*own, *general])
+
+
+def _declared(
+    run: Callable[..., None], command: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """`run`, which typer takes for a command with these parameters and the description of another."""
     run.__doc__ = command.__doc__
-    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note, progress_shown, stoppable
+from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, split_strength
 from lorasmith.cli.run_output import found_line
 
@@ -85,5 +85,10 @@ def generate(
         f"Negative prompt: {negative}\nSteps: {steps}, Sampler: {sampler} {scheduler}, Seed: {seed}, "
         f"Model: {loaded.title}, LoRA: {', '.join(lora or ['none'])}"
     )
-    for path in save_pictures(images, prompt, output, made_with=made_with):
-        echo(path)
+    paths = list(save_pictures(images, prompt, output, made_with=made_with))
+
+    def show() -> None:
+        for path in paths:
+            echo(path)
+
+    print_result(lambda: {"pictures": paths, "notes": loaded.notes}, show)

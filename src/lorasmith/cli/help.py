@@ -14,7 +14,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from lorasmith.cli.console import echo
 
-__all__ = ["HelpCommand", "HelpGroup", "with_first", "with_readable_help"]
+__all__ = ["OUTPUT", "HelpCommand", "HelpGroup", "with_first", "with_readable_help"]
+
+OUTPUT = "Output"
+"""Group of the options that all commands have."""
 
 _MANY = 20
 """Options from which a command has `--help-all`."""
@@ -55,9 +58,9 @@ class HelpCommand(TyperCommand):
                 is_argument = param.param_type_name == "argument"
                 group = "" if is_short else getattr(param, "rich_help_panel", None)
                 groups["Arguments" if is_argument else group or "Options"].append(record)
-        for group, records in groups.items():
+        for group in sorted(groups, key=OUTPUT.__eq__):  # last
             with formatter.section(group):
-                formatter.write_dl(records, col_max=_NAMES)
+                formatter.write_dl(groups[group], col_max=_NAMES)
 
     def _first_of(self, params: list[Any]) -> list[Any]:
         """The arguments, the options that come first, and those about help."""

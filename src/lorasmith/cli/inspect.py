@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading, print_note
-from lorasmith.cli.flags import AsJson, LoraFile
+from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.flags import LoraFile
 
 if TYPE_CHECKING:
+    from lorasmith.app.state_facts import StateFacts
     from lorasmith.formats.inspect import LoraSummary
 
 __all__ = ["register"]
@@ -25,26 +24,21 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
 
 
-def inspect(
-    file: LoraFile,
-    as_json: AsJson = False,
-) -> None:
+def inspect(file: LoraFile) -> None:
     """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
     from lorasmith.app.state_facts import facts_of_state
     from lorasmith.formats.inspect import describe
 
     if (state := facts_of_state(file)) is not None:
-        if as_json:
-            console.print_json(json.dumps(dataclasses.asdict(state), default=str))
-            return
-        for sentence in state.sentences:
-            echo(sentence)
+        print_result(lambda: state, lambda: _print_sentences(state))
         return
     summary = describe(file)
-    if as_json:
-        console.print_json(json.dumps(dataclasses.asdict(summary), default=str))
-        return
-    _print(summary)
+    print_result(lambda: summary, lambda: _print(summary))
+
+
+def _print_sentences(state: StateFacts) -> None:
+    for sentence in state.sentences:
+        echo(sentence)
 
 
 def _print(summary: LoraSummary) -> None:

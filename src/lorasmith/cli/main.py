@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -35,36 +34,45 @@ from lorasmith.cli import (
     train,
     workflow,
 )
-from lorasmith.cli.console import echo, other_output_made_printable, print_error
+from lorasmith.cli.console import echo, other_output_made_printable, output_as, print_json_error
+from lorasmith.cli.flags import with_general_flags
 from lorasmith.cli.help import HelpGroup, with_readable_help
 from lorasmith.core.allocator import keep_freed_memory
-from lorasmith.core.errors import CancelledError, LorasmithError
 from lorasmith.core.printable import printable
 
 __all__ = ["app", "main"]
 
 
 class _Commands(HelpGroup):
-    """The commands, whose complaints about arguments (names of files, mostly) are printable."""
+    """The commands. Complaints about arguments (names of files, mostly) are printable, and JSON if that is asked."""
 
-    def make_context(self, *args: Any, **keywords: Any) -> Any:
+    def make_context(self, info_name: Any, args: list[str], *others: Any, **keywords: Any) -> Any:
         """The context of the group."""
-        with _complaints_printable():
-            return super().make_context(*args, **keywords)
+        as_json = "--json" in args[: args.index("--") if "--" in args else None]
+        with _complaints_printable(as_json=as_json):
+            context = super().make_context(info_name, args, *others, **keywords)
+        context.meta[_AS_JSON] = as_json
+        return context
 
     def invoke(self, ctx: Any) -> Any:
         """Parse a command's arguments and run it."""
-        with _complaints_printable():
+        with _complaints_printable(as_json=ctx.meta[_AS_JSON]):
             return super().invoke(ctx)
 
 
+_AS_JSON = "lorasmith.as_json"
+
+
 @contextlib.contextmanager
-def _complaints_printable() -> Iterator[None]:
+def _complaints_printable(*, as_json: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # click's, which newer versions of typer contain under another name
         if isinstance(message := getattr(error, "message", None), str):
             error.message = printable(message)  # type: ignore[attr-defined]
+            if as_json and isinstance(code := getattr(error, "exit_code", None), int):
+                with output_as(as_json=True):
+                    print_json_error("UsageError", printable(error.format_message()), code)  # type: ignore[attr-defined]
         raise
 
 
@@ -125,19 +133,13 @@ app.add_typer(data, name="data")
 data_caption.register(data)
 data_cache.register(data)
 data_check.register(data)
+with_general_flags(app)
 for group in (app, data):
     with_readable_help(group)
 
 
 def main() -> None:
-    """Entry point: prints a LorasmithError as one sentence, and ends quietly when interrupted."""
+    """Entry point. Commands print a LorasmithError as one sentence (`output_as`), and so they end when interrupted."""
     keep_freed_memory()
     other_output_made_printable()
-    try:
-        app()
-    except CancelledError as stopped:
-        print_error(str(stopped), kind="stopped")
-        sys.exit(getattr(stopped, "exit_code", 130))
-    except LorasmithError as error:
-        print_error(str(error), kind="error")
-        sys.exit(1)
+    app()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.console import console, echo, print_note, print_result
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.errors import OptionError
+
+if TYPE_CHECKING:
+    from lorasmith.toolbox.merge import MergeReport
 
 __all__ = ["register"]
 
@@ -61,6 +64,10 @@ def merge(
     with console.status("Merging"):
         base = None if model is None else open_model(model)
         report = merge_loras(parts, output, rank=rank, model=base, dtype=number_format, overwrite=overwrite)
+    print_result(lambda: report, lambda: _print(report))
+
+
+def _print(report: MergeReport) -> None:
     _warn_left_out(report.left_out)
     ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
     kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of truncated modules"
@@ -81,9 +88,12 @@ def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, over
 
     with console.status(f"Merging into {model}"):
         report = fold_into(open_model(model), parts, output, overwrite=overwrite)
-    _warn_left_out(report.left_out)
-    for name in report.skipped:
-        text = f"{name} is not in the new folder, because it holds the same weights without the LoRAs"
-        print_note(text)
-    echo(f"{report.modules} modules changed")
-    echo(report.output)
+
+    def show() -> None:
+        _warn_left_out(report.left_out)
+        for name in report.skipped:
+            print_note(f"{name} is not in the new folder, because it holds the same weights without the LoRAs")
+        echo(f"{report.modules} modules changed")
+        echo(report.output)
+
+    print_result(lambda: report, show)

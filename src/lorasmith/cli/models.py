@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from typing import TYPE_CHECKING
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading
-from lorasmith.cli.flags import AsJson, BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.console import console, echo, heading, print_result
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
     from lorasmith.app.model_list import ListedFile, ListedModel, ModelList
@@ -23,11 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command("models")(models)
 
 
-def models(
-    base_dir: BaseDir = None,
-    extra_model_paths: ExtraModelPaths = None,
-    as_json: AsJson = False,
-) -> None:
+def models(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) -> None:
     """List the models in the base folder by family, and the parts that each has or lacks.
 
     Files are recognised by their tensors; only their headers are read. `lorasmith train` and `generate` take the parts
@@ -37,11 +32,13 @@ def models(
 
     with console.status("Reading headers"):
         found = list_models(folders_of(base_dir, extra_model_paths))
-    if as_json:
-        whole = [{**dataclasses.asdict(one), "is_whole": one.is_whole} for one in found.models]
-        console.print_json(json.dumps({**dataclasses.asdict(found), "models": whole}, default=str))
-        return
-    _print(found)
+    print_result(lambda: _plain(found), lambda: _print(found))
+
+
+def _plain(found: ModelList) -> dict[str, object]:
+    """The list as JSON has it."""
+    whole = [{**dataclasses.asdict(one), "is_whole": one.is_whole} for one in found.models]
+    return {**dataclasses.asdict(found), "models": whole}
 
 
 def _print(found: ModelList) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading
-from lorasmith.cli.flags import AsJson, BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.console import echo, heading, print_result
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
     from lorasmith.core.folders import Folders
@@ -29,7 +28,6 @@ def nodes(
     ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
-    as_json: AsJson = False,
 ) -> None:
     """List the nodes that workflows can use, by category, or show one with its inputs and outputs.
 
@@ -42,17 +40,19 @@ def nodes(
     known = load_nodes()
     chosen = [node for _, node in known.items()] if name is None else [find_node(name, known)]
     folders = folders_of(base_dir, extra_model_paths)
-    if as_json:
-        console.print_json(json.dumps({node.id: object_info(node, folders) for node in chosen}))
-    elif name is not None:
-        _print_node(chosen[0], folders)
-    else:
+
+    def show() -> None:
+        if name is not None:
+            _print_node(chosen[0], folders)
+            return
         for category, members in nodes_by_category(known):
             heading(category)
             for node in members:
                 echo(f"  {_title(node)}: {', '.join(one.name for one in node.inputs) or 'no inputs'}")
         echo()
         echo("Workflows of these nodes to begin with: lorasmith run example:")
+
+    print_result(lambda: {node.id: object_info(node, folders) for node in chosen}, show)
 
 
 def _title(node: Node) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.console import console, echo, print_note, print_result
 from lorasmith.cli.flags import (
-    AsJson,
     BaseDir,
     BaseModel,
     ExtraModelPaths,
@@ -52,7 +50,6 @@ def plan(
     ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
-    as_json: AsJson = False,
     **settings: Any,
 ) -> None:
     """Estimate the memory of a run, and propose the cheapest settings that fit a card.
@@ -73,14 +70,20 @@ def plan(
             resolution=resolution,
             folders=folders_of(base_dir, extra_model_paths),
         )
-    if as_json:
-        proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
-        whole = {**dataclasses.asdict(found), "proposal": proposal, "fits": found.fits}
-        console.print_json(json.dumps({**whole, "encoders_fit": found.encoders_fit}, default=str))
-    else:
-        _print(found)
+    print_result(lambda: _plain(found), lambda: _print(found))
     if not (found.fits and found.encoders_fit):
         raise typer.Exit(1)
+
+
+def _plain(found: MemoryEstimate) -> dict[str, Any]:
+    """The estimate as JSON has it."""
+    proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
+    return {
+        **dataclasses.asdict(found),
+        "proposal": proposal,
+        "fits": found.fits,
+        "encoders_fit": found.encoders_fit,
+    }
 
 
 def _print(found: MemoryEstimate) -> None:

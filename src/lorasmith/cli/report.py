@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import heading
+from lorasmith.cli.console import heading, print_result
 
 __all__ = ["register"]
 
@@ -28,4 +28,4 @@ def report(
     from lorasmith.app.run_page import write_report
 
     path = write_report(run)
-    heading("Report", path)
+    print_result(lambda: {"report": path}, lambda: heading("Report", path))

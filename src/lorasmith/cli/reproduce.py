@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import echo, print_note
+from lorasmith.cli.console import echo, print_note, print_result, result_shown
 from lorasmith.cli.flags import (
     AllowOptimizer,
     AsRecorded,
@@ -19,7 +19,10 @@ from lorasmith.cli.flags import (
     VaeNow,
     Verify,
 )
-from lorasmith.cli.run_output import preparation_shown, report_result, training_shown
+from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, training_shown
+
+if TYPE_CHECKING:
+    from lorasmith.app.reproduce import Reproduced
 
 __all__ = ["register"]
 
@@ -74,22 +77,36 @@ def reproduce(
         def show_or_note(event: Event) -> None:
             if isinstance(event, app.Differs):
                 follows = "the result would differ" if event.is_decisive else "the last bits may differ"
-                print_note(f"{event.what}; {follows}.", kind="Differs")
+                with result_shown():
+                    print_note(f"{event.what}; {follows}.", kind="Differs")
             else:
                 show(event)
 
         found = app.reproduce(again, dry_run=dry_run, verify=verify, on_event=show_or_note, cancelled=stop.is_set)
-    if found.differs:
+    print_result(lambda: _plain(found), lambda: _print(found, lora))
+    if found.result is not None:
+        stop.exit_if_set()
+    if found.differs or (found.result is not None and not found.is_same):
         raise typer.Exit(1)
+
+
+def _plain(found: Reproduced) -> dict[str, Any]:
+    """The result as JSON has it; `same` is null if nothing was trained or training stopped early."""
+    return {
+        "differs": found.differs,
+        "same": found.is_same if found.is_complete else None,
+        "result": None if found.result is None else plain_result(found.result),
+    }
+
+
+def _print(found: Reproduced, lora: Path) -> None:
+    if found.differs:
+        return  # each was printed when it was found
     if found.result is None:
         echo("Base model, images, settings and initial weights are the same.")
         return
     report_result(found.result)
-    stop.exit_if_set()
-    if not found.is_complete:
-        raise typer.Exit(1)
-    same = "bit-identical" if found.is_same else "not the same"
-    echo()
-    echo(f"The tensors of {found.result.path} and {lora} are {same}.")
-    if not found.is_same:
-        raise typer.Exit(1)
+    if found.is_complete:
+        same = "bit-identical" if found.is_same else "not the same"
+        echo()
+        echo(f"The tensors of {found.result.path} and {lora} are {same}.")

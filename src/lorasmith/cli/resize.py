@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.console import console, echo, print_note, print_result
 
 if TYPE_CHECKING:
     from lorasmith.toolbox.resize import Resized
@@ -50,11 +50,15 @@ def resize(
     with console.status("Resizing"):
         names = None if model is None else open_model(model).names
         report = run(file, target, rank=rank, energy=energy, names=names, overwrite=overwrite)
-    _print(report.modules, one_by_one=modules)
-    for warning in report.warnings:
-        print_note(warning)
-    echo(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
-    echo(report.output)
+
+    def show() -> None:
+        _print(report.modules, one_by_one=modules)
+        for warning in report.warnings:
+            print_note(warning)
+        echo(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
+        echo(report.output)
+
+    print_result(lambda: {**vars(report), "energy": report.energy}, show)
 
 
 def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -23,7 +23,17 @@ from lorasmith.app.run_plan import (
     RunPlanned,
     caption_counts,
 )
-from lorasmith.cli.console import StopRequest, console, echo, heading, print_note, progress_shown, stoppable
+from lorasmith.cli.console import (
+    ProgressLines,
+    StopRequest,
+    console,
+    echo,
+    heading,
+    print_note,
+    print_result,
+    progress_shown,
+    stoppable,
+)
 from lorasmith.cli.data_output import print_findings
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.events import (
@@ -49,7 +59,7 @@ if TYPE_CHECKING:
     from lorasmith.families.model_search import FoundPart
     from lorasmith.training.train import TrainResult
 
-__all__ = ["found_line", "preparation_shown", "report_result", "train_and_report", "training_shown"]
+__all__ = ["found_line", "plain_result", "preparation_shown", "report_result", "train_and_report", "training_shown"]
 
 
 @contextlib.contextmanager
@@ -99,11 +109,12 @@ def training_shown() -> Iterator[tuple[EventHandler, StopRequest]]:
 
 @contextlib.contextmanager
 def training_progress() -> Iterator[EventHandler]:
-    """Inside the context, the yielded handler shows training events and a bar with loss, speed and time left."""
+    """Inside the context, the yielded handler shows training events: loss, speed and time left in a bar or lines."""
+    lines = ProgressLines()
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
     numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
     left = TextColumn("{task.fields[left]}", markup=False)
-    progress = Progress(bar, MofNCompleteColumn(), numbers, left, console=console)
+    progress = Progress(bar, MofNCompleteColumn(), numbers, left, console=console, disable=not console.draws)
     task = progress.add_task("", total=None, numbers="", left="")
     losses: list[float] = []
     clock = _StepClock()
@@ -126,6 +137,7 @@ def training_progress() -> Iterator[EventHandler]:
             print_note(event.message, kind="Captions", colour="green")
         elif isinstance(event, CaptionEncoded):
             progress.update(task, numbers=f"encoding captions, {event.done} of {event.total}")
+            lines.report(f"Encoding captions: {event.done:,} of {event.total:,}")
         elif isinstance(event, Resumed):
             print_note(event.message, kind="Resumed", colour="green")
             progress.update(task, completed=event.step)
@@ -138,8 +150,11 @@ def training_progress() -> Iterator[EventHandler]:
             text = f"loss {recent_loss(losses).mean:#.4g}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
             remaining = _clock_text((planned - event.step) / speed) if speed else ""
             progress.update(task, completed=event.step, numbers=text, left=remaining)
+            timed = f", {1 / speed:.3g} s/step, {remaining}" if speed else ""
+            lines.report(f"Step {event.step:,} of {planned:,}, loss {recent_loss(losses).mean:#.4g}{timed}")
         elif isinstance(event, Drawing):
             progress.update(task, numbers=f"Drawing previews {event.done + 1}/{event.total}")
+            lines.report(f"Drawing previews: {event.done:,} of {event.total:,}")
         elif isinstance(event, Previewed):
             progress.update(task, numbers=text)
 
@@ -147,6 +162,7 @@ def training_progress() -> Iterator[EventHandler]:
         yield show
     finally:
         progress.stop()
+        lines.end()
 
 
 class _StepClock:
@@ -192,14 +208,59 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         result = train_prepared(
             prepared, output=output, fresh=fresh, verify=verify, on_event=show, cancelled=stop.is_set
         )
-    report_result(result, rights_needed(prepared.source, prepared.job.requested))
-    if result.path is not None:
-        files, prompt = prepared.source.files, prepared.plan.prompt
-        command = generate_command(files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae)
-        echo()
-        echo("To use it:")
-        echo(f"  {command}")
+
+    def show_result() -> None:
+        report_result(result, rights_needed(prepared.source, prepared.job.requested, result.folder))
+        if result.path is not None:
+            files, prompt = prepared.source.files, prepared.plan.prompt
+            command = generate_command(
+                files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae
+            )
+            echo()
+            echo("To use it:")
+            echo(f"  {command}")
+
+    print_result(lambda: plain_result(result), show_result)
     stop.exit_if_set()
+
+
+_TITLES = {
+    "lora": "LoRA", "best_lora": "Best LoRA", "steps": "Steps", "strengths": "Strengths", "loss_plot": "Loss plot",
+    "report": "Report",
+}  # fmt: skip
+"""Files of a run as `plain_result` and `report_result` name them."""
+
+
+def plain_result(result: TrainResult, **files: Path) -> dict[str, Any]:
+    """How a run ended, its files and further ones, as JSON has it."""
+    recent = recent_loss(result.losses)
+    return {
+        "run": result.folder,
+        "reason": result.reason,
+        "steps": result.steps,
+        "verdict": result.verdict,
+        "loss": {"mean": recent.mean, "of": recent.label},
+        "losses": result.losses,
+        "validations": [{"step": step, "loss": loss} for step, loss in result.validations],
+        "base_loss": result.base_loss,
+        "files": _files(result) | files,
+    }
+
+
+def _files(result: TrainResult) -> dict[str, Path]:
+    """The files of a run that are there, by the keys of `_TITLES`."""
+    if result.folder is None:
+        return {}
+    samples = result.folder / "samples"
+    places = {
+        "lora": result.path,
+        "best_lora": result.best_path,
+        "steps": samples / "steps.png",
+        "strengths": samples / "strengths.png",
+        "loss_plot": result.folder / "loss.png",
+        "report": result.folder / "report.html",
+    }
+    return {key: path for key, path in places.items() if path is not None and path.exists()}
 
 
 def report_result(result: TrainResult, rights: Sequence[str] = ()) -> None:
@@ -218,17 +279,9 @@ def report_result(result: TrainResult, rights: Sequence[str] = ()) -> None:
     recent = recent_loss(result.losses)
     if math.isfinite(recent.mean):
         echo(f"{'Loss':<11}{recent.mean:.4g} ({recent.label})")
-    for label, path in {
-        "LoRA": result.path,
-        "Best LoRA": result.best_path,
-        "Steps": folder / "samples" / "steps.png",
-        "Strengths": folder / "samples" / "strengths.png",
-        "Loss plot": folder / "loss.png",
-        "Report": folder / "report.html",
-        "Run folder": folder,
-    }.items():
-        if path is not None and path.exists():
-            echo(f"{label:<11}{path}")
+    for key, path in _files(result).items():
+        echo(f"{_TITLES[key]:<11}{path}")
+    echo(f"{'Run folder':<11}{folder}")
 
 
 def found_line(part: FoundPart) -> str:

@@ -8,7 +8,6 @@ import typer
 
 from lorasmith.cli.console import echo
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
-from lorasmith.core.errors import OptionError
 from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
 __all__ = ["register"]
@@ -35,6 +34,10 @@ def serve(
         str | None,
         typer.Option(envvar=TOKEN_VARIABLE, help="Secret that every request must carry."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
+    ] = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Serve a page for training in the browser, and ComfyUI's protocol for its editor and its clients.
@@ -44,22 +47,19 @@ def serve(
     """
     import webbrowser
 
+    from lorasmith.server.access import access_of
     from lorasmith.server.http_server import serve as serve_until_stopped
 
-    host = listen or LOOPBACK
-    if not token and not _is_loopback(host):
-        raise OptionError(
-            f"--listen {host} would let everyone in that network train here; give a secret with --token, or leave "
-            "--listen out"
-        )
     folders = folders_of(base_dir, extra_model_paths)
     config = ServerConfig(
         base=folders.base.resolve(),
         extra_model_paths=None if extra_model_paths is None else extra_model_paths.resolve(),
-        host=host,
+        host=listen or LOOPBACK,
         port=port,
         token=token or None,
+        names=tuple(allow_host or ()),
     )
+    access_of(config)
 
     def started(address: str) -> None:
         echo(f"Lorasmith is at {address} and trains in {config.base}")
@@ -72,12 +72,3 @@ def serve(
             echo("Stopping and saving the running job. Press Ctrl-C again to stop at once.")
 
     serve_until_stopped(config, started=started, stopping=stopping)
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.console import console, echo, print_note
+from lorasmith.cli.console import console, echo, print_note, print_result
 from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, folders_of, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
@@ -44,7 +44,7 @@ def targets(
     with console.status(f"Reading {model}"):
         base = load_structure(in_folders(model, folders_of(base_dir, extra_model_paths), MODEL_FOLDERS))
     preview = summarise_targets(base.denoiser, config)
-    _print(preview, config)
+    print_result(lambda: preview, lambda: _print(preview, config))
 
 
 def _print(preview: TargetSummary, config: TrainConfig) -> None:

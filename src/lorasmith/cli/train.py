@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from lorasmith.cli.console import print_note
 from lorasmith.cli.flags import (
     AnyBaseModel,
+    AsRecorded,
     BaseDir,
     Device,
     ExtraModelPaths,
@@ -60,7 +62,11 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="File of settings in TOML, by their names here; those on the command line come first."),
+        typer.Option(
+            metavar="FILE",
+            help="Settings in TOML, by their names here, or the run.json of an earlier run, which gives its images, "
+            "model and settings. What is on the command line comes first.",
+        ),
     ] = None,
     model: AnyBaseModel = None,
     text_encoder: TextEncoderFiles = None,
@@ -72,9 +78,10 @@ def train(
     ] = None,
     no_previews: Annotated[bool, typer.Option("--no-previews", help="Draw no previews.")] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start from scratch instead of resuming an interrupted run.")
+        bool, typer.Option("--fresh", help="Start from scratch instead of continuing the run in the output.")
     ] = False,
     verify: Verify = False,
+    as_recorded: AsRecorded = False,
     device: Device = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
@@ -83,10 +90,13 @@ def train(
     """Train a LoRA on a folder of images.
 
     Captions are read from text files of the same name; pictures without one use the trigger. Prints the plan, trains,
-    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes.
+    and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. A
+    finished run in --output trains on if --steps are more.
     """
     from lorasmith.app.folder_run import prepare
+    from lorasmith.app.recorded_run import Rights
     from lorasmith.app.run_file import RunFile, read_run_file
+    from lorasmith.training.runs.output_folder import output_folder
 
     typed = RunFile(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
@@ -100,11 +110,18 @@ def train(
         settings={name: value for name, value in settings.items() if is_typed(context, name)}
         | ({"previews": ""} if no_previews else {}),
     )
-    given = typed if config is None else typed.completed(read_run_file(config))
+    given = typed
+    if config is not None:
+        given = typed.completed(read_run_file(config, typed_first=typed, rights=Rights(files=as_recorded)))
+        tracker = given.settings.get("track")
+        if tracker not in (None, "none") and "track" not in typed.settings:
+            print_note(f"{config} names a tracker, which is not started; --track {tracker} starts it.")
     folders = folders_of(base_dir, extra_model_paths)
     if given.model is None:
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
+    if given.output is not None:  # refused before the model is loaded
+        output_folder(Path(given.output), source.name)
     train_config = given.train_config(typed.settings)
     with preparation_shown() as show:
         prepared = prepare(source, train_config, folders=folders, on_event=show)

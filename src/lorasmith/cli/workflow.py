@@ -9,7 +9,16 @@ import typer
 from rich.progress import TextColumn
 from rich.text import Text
 
-from lorasmith.cli.console import console, echo, print_note, progress_bar, stoppable
+from lorasmith.cli.console import (
+    ProgressLines,
+    console,
+    echo,
+    print_note,
+    print_result,
+    progress_bar,
+    result_shown,
+    stoppable,
+)
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
@@ -50,12 +59,12 @@ def run(
     Both formats are read, the one that the editor saves and that of Export (API). The whole workflow is checked before
     any node runs. Results are written to output/ in the base folder.
     """
-    from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX
+    from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, examples
     from lorasmith.nodes.workflow_run import checked_workflow
     from lorasmith.workflow.executor import Executor
 
     if str(workflow) == EXAMPLE_PREFIX:
-        _print_examples()
+        print_result(lambda: {"examples": examples()}, _print_examples)
         return
     folders = folders_of(base_dir, extra_model_paths)
     checked = checked_workflow(workflow, folders, set_ or [])
@@ -63,6 +72,7 @@ def run(
         print_note(warning)
     with stoppable() as stop, _Narrator(folders) as narrator:
         Executor(folders, on_event=narrator).run(checked.graph, workflow=checked.editor, cancel=stop)
+    print_result(lambda: {"outputs": narrator.outputs, "notes": [*checked.graph.warnings, *narrator.notes]})
 
 
 def _print_examples() -> None:
@@ -74,10 +84,19 @@ def _print_examples() -> None:
 
 
 class _Narrator:
-    """Prints an executor's events."""
+    """Prints an executor's events.
+
+    Attributes:
+        outputs: files and texts of each node that has any, by its id.
+        notes: warnings of nodes.
+    """
 
     def __init__(self, folders: Folders) -> None:
+        self.outputs: dict[str, list[str]] = {}
+        self.notes: list[str] = []
         self._folders = folders
+        self._title = ""
+        self._lines = ProgressLines()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -92,17 +111,19 @@ class _Narrator:
 
         match event:
             case events.NodeStarted(node_id, title):
+                self._title = title
                 console.print(Text.assemble((f"{node_id:>4}", "dim"), f"  {title}"), soft_wrap=True)
             case events.NodeProgress(_, value, maximum, text):
                 self._advance(value, maximum, text)
             case events.NodeMessage(_, level, text):
                 if level == "warning":
+                    self.notes.append(text)
                     print_note(text, indent=6)
                 else:
                     echo(f"      {text}")
-            case events.NodeFinished(_, ui):
+            case events.NodeFinished(node_id, ui):
                 self._end_bar()
-                self._show(ui)
+                self._show(node_id, ui)
             case events.ExecutionFailed() | events.ExecutionCancelled():
                 self._end_bar()
 
@@ -113,18 +134,26 @@ class _Narrator:
             self._task = self._bar.add_task("", total=maximum, text="")
         assert self._task is not None
         self._bar.update(self._task, completed=value, total=maximum, text=text)
+        self._lines.report(f"      {self._title}: {value:,} of {maximum:,}{f', {text}' if text else ''}")
 
     def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            self._lines.end()
 
-    def _show(self, ui: UiOutput) -> None:
+    def _show(self, node_id: str, ui: UiOutput) -> None:
+        found = [text for items in ui.values() for item in items if (text := self._text(item)) is not None]
+        if found:
+            self.outputs[node_id] = found
+        with result_shown():
+            for text in found:
+                echo(f"      {text}")
+
+    def _text(self, item: object) -> str | None:
+        """A file that a node wrote, or a text; None for what is for other user interfaces."""
         from lorasmith.nodes.workflow_run import shown_file
 
-        for items in ui.values():
-            for item in items:
-                if (file := shown_file(item, self._folders)) is not None:
-                    echo(f"      {file}")
-                elif isinstance(item, str):
-                    echo(f"      {item}")
+        if (file := shown_file(item, self._folders)) is not None:
+            return str(file)
+        return item if isinstance(item, str) else None

@@ -19,6 +19,7 @@ __all__ = [
     "MAX_TEXT_BYTES",
     "atomic_folder",
     "atomic_path",
+    "check_parents",
     "ensure_folder",
     "is_folder",
     "is_regular",
@@ -156,12 +157,19 @@ def ensure_folder(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise OutputError(f"{folder} must be a folder but is a file; move it away or choose another output") from error
-    except NotADirectoryError as error:
-        blocker = next(parent for parent in folder.parents if parent.exists() and not parent.is_dir())
-        raise OutputError(f"{folder} cannot be made because {blocker} is a file; choose another output") from error
+    except NotADirectoryError:
+        check_parents(folder)
+        raise
     except OSError as error:
         raise _explained(folder, error) from error
     return folder
+
+
+def check_parents(folder: Path) -> None:
+    """Raise OutputError if a folder cannot be made because a file is in the way."""
+    blocker = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
+    if blocker is not None:
+        raise OutputError(f"{folder} cannot be made because {blocker} is a file; choose another output")
 
 
 @contextlib.contextmanager

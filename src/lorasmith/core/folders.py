@@ -29,6 +29,8 @@ __all__ = [
     "DATASET_SHARD",
     "MAX_STEM_BYTES",
     "MODEL_EXTENSIONS",
+    "RUN_LOG",
+    "RUN_RECORD",
     "Folders",
     "NumberedFiles",
     "file_stem",
@@ -48,6 +50,9 @@ MAX_STEM_BYTES = 200
 
 DATASET_SHARD = "shard_"
 """Start of the names of a saved data set's files, by which its folder is recognised."""
+
+RUN_RECORD, RUN_LOG = "run.json", "events.jsonl"
+"""Files in the folder of a run, by which it is recognised: its record, and its events."""
 
 Place = Literal["input", "output", "temp"]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.files import is_regular
+from lorasmith.core.folders import RUN_LOG, RUN_RECORD
 from lorasmith.data.captions import CAPTION_SUFFIXES, one_line
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
@@ -98,7 +100,8 @@ def list_folders(
         root: the folder.
         recursive: whether all folders are read, instead of only those named `<repeats>_<name>` in `root`.
         masks: whether `*.mask.*` are masks also where there is no picture for them.
-        mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` are.
+        mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` and the
+            folders of runs are.
         skipped: receives folders that are not read.
 
     Raises:
@@ -122,7 +125,7 @@ def list_folders(
         found = []
         for name in subfolders:
             path = Path(listed.path, name)
-            if name in SET_APART and Path(path, REASONS).is_file():
+            if (name in SET_APART and Path(path, REASONS).is_file()) or _is_run(path):
                 continue
             repeats, caption = _repeats(name) or (None, "")
             if repeats is not None and repeats > MAX_REPEATS:
@@ -201,6 +204,11 @@ def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
         else:
             listed.images.append(name)
     return sorted(folders, key=natural_order)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, whose previews are no images to train on."""
+    return is_regular(path / RUN_RECORD) and is_regular(path / RUN_LOG)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -341,6 +341,8 @@ class Family(ABC):
         pipeline: class of the diffusers pipeline whose folders hold it.
         denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
         modelspec_implementation: `modelspec.implementation`.
+        civitai_name: Civitai's name of its base model; None where the family is of several there.
+        a1111_version: A1111's and Forge's name of it in a LoRA's user metadata.
         targets: target presets by name.
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         autoencoder: its autoencoder.
@@ -359,6 +361,8 @@ class Family(ABC):
     pipeline: str
     denoiser_folder: str
     modelspec_implementation: str
+    civitai_name: str | None = None
+    a1111_version: str = "Unknown"
     targets: Mapping[str, TargetPreset]
     text_encoders: Mapping[str, EncoderSlot]
     autoencoder: AutoencoderSlot

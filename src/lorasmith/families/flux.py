@@ -109,6 +109,8 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
+    civitai_name = "Flux.1 D"
+    a1111_version = "Flux"
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {

@@ -114,6 +114,7 @@ class Flux2(Family):
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
         self.title = "Flux.2 klein" if is_klein else "Flux.2"
+        self.civitai_name = None if is_klein else "Flux.2 D"  # 4B and 9B are two there
         self.pipeline = "Flux2KleinPipeline" if is_klein else "Flux2Pipeline"
         self.distilled_names = ("klein-4b", "klein-9b", "klein_4b", "klein_9b") if is_klein else ()
         self._is_klein = is_klein

@@ -59,6 +59,8 @@ class StableDiffusionXL(Family):
     pipeline = "StableDiffusionXLPipeline"
     denoiser_folder = "unet"
     modelspec_implementation = "https://github.com/Stability-AI/generative-models"
+    civitai_name = "SDXL 1.0"
+    a1111_version = "SDXL"
     targets = unet_layout.TARGETS
     text_encoders = MappingProxyType(
         {

@@ -74,6 +74,8 @@ class StableDiffusion(Family):
         self._version = version
         self.name = f"sd{version}"
         self.title = f"Stable Diffusion {version}.x"
+        self.civitai_name = {1: "SD 1.5", 2: "SD 2.1"}[version]
+        self.a1111_version = f"SD{version}"
         self.text_encoders = {"text_encoder": _ENCODER[version]}
         self.released = _RELEASED_OF[version]
         self.lora_signatures = (Signature(self.title, unet_layout.CROSS_ATTENTION, _CONTEXT_WIDTH[version], order=6),)

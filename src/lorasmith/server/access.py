@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from lorasmith.core.errors import OptionError
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import ServerContext
 
@@ -115,8 +116,13 @@ def is_loopback(address: str) -> bool:
 
 
 def access_of(config: ServerConfig) -> Access:
-    """The rules of a server with these settings."""
-    return Access(config.token, config.host)
+    """The rules of a server with these settings. Raises OptionError for one that anybody could reach."""
+    if not config.token and not is_loopback(config.host):
+        raise OptionError(
+            f"--listen {config.host} would let everyone in that network train here; give a secret with --token, or "
+            "leave --listen out"
+        )
+    return Access(config.token, config.host, frozenset(name.casefold() for name in config.names))
 
 
 def middlewares(context: ServerContext) -> list[Any]:

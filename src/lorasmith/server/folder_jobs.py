@@ -157,16 +157,27 @@ def _found_before(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(request: Mapping[str, Any], folders: Folders, *, device: torch.device, load: Load) -> dict[str, Any]:
+def measure(
+    request: Mapping[str, Any],
+    folders: Folders,
+    *,
+    device: torch.device,
+    reporter: JobReporter,
+    cancelled: Callable[[], bool],
+    load: Load,
+) -> dict[str, Any]:
     """Measure the seconds of a step and the peak memory of a training with some settings.
 
     Args:
         request: `{model, settings, text_encoders, vae}` as in a `RunFile`.
         folders: of models.
         device: where to measure.
+        reporter: of the job; receives an event `Measuring` for each stage.
+        cancelled: whether the job is to stop, looked at between two stages.
         load: loads the model.
 
     Raises:
+        CancelledError: it was cancelled.
         OptionError: the request is malformed, or a setting is out of range.
         LorasmithError: the model cannot be loaded, or settings do not fit it.
     """
@@ -180,7 +191,14 @@ def measure(request: Mapping[str, Any], folders: Folders, *, device: torch.devic
     side = latent_side(base, settings.get("resolution"))
     job = plan_job(base.denoiser, config, device)
     samples = synthetic_samples(base, config.batch_size * config.grad_accumulation_steps, side, side)
-    found = measured(job, samples, steps=_STEPS, floor=False)
+
+    def begin(stage: str) -> None:
+        if cancelled():
+            raise CancelledError("the measurement was cancelled")
+        reporter.training({"event": "Measuring", "at": time.time(), "stage": stage})
+
+    begin("the model")
+    found = measured(job, samples, steps=_STEPS, floor=False, on_stage=begin)
     values = {
         "seconds_per_step": found.step.median,
         "seconds_low": found.step.low,

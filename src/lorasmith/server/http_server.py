@@ -179,7 +179,7 @@ def _taken(config: ServerConfig) -> str:
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set the first event, and then the second."""
+    """Ctrl-C, SIGTERM and the end of the terminal set the first event, and then the second."""
     loop = asyncio.get_running_loop()
 
     def ask(number: int, frame: object) -> None:
@@ -188,6 +188,8 @@ def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     numbers: list[signal.Signals] = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":
         numbers.append(signal.SIGBREAK)
+    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed, and nohup was not asked for
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield

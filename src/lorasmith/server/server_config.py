@@ -28,6 +28,7 @@ class ServerConfig:
         host: address to listen on.
         port: 0 for a free one.
         token: that requests must carry; needed beyond loopback.
+        names: further host names that it is reached by, such as that of a proxy.
         silence_s: seconds without a sign of life after which a child process is replaced.
         patience_s: seconds after which a cancel that is asked again kills the worker, if it does not obey.
         grace_s: seconds that a worker has to save its run when the server stops.
@@ -40,6 +41,7 @@ class ServerConfig:
     host: str = LOOPBACK
     port: int = 8188
     token: str | None = None
+    names: Sequence[str] = ()
     silence_s: float = 60.0
     patience_s: float = 10.0
     grace_s: float = 60.0

@@ -71,7 +71,14 @@ class Jobs:
                 cancelled=self._cancel.is_set,
                 load=self._model.load,
             )
-        return measure(request, folders, device=self._device, load=self._model.load)
+        return measure(
+            request,
+            folders,
+            device=self._device,
+            reporter=reporter,
+            cancelled=self._cancel.is_set,
+            load=self._model.load,
+        )
 
     def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
         """What a job that did not complete leaves: outputs of the nodes before, and its messages."""

@@ -49,7 +49,11 @@ def unused_settings(algorithm: str) -> frozenset[str]:
 
 
 def settings_from_file(
-    values: Mapping[str, Any], *, optimizers: Collection[str] = (), track: str | None = None
+    values: Mapping[str, Any],
+    *,
+    optimizers: Collection[str] = (),
+    track: str | None = None,
+    allowing: str = "--allow-optimizer",
 ) -> TrainConfig:
     """Settings that a file holds: a graph, or the record of a run. They choose among known names alone.
 
@@ -60,6 +64,7 @@ def settings_from_file(
         values: the settings by name; the tracker in them is ignored.
         optimizers: import paths that were typed.
         track: tracker that was typed, if any.
+        allowing: the flag by which an import path is typed.
 
     Raises:
         OptionError: the optimizer is neither a known name nor among `optimizers`, or as `config_from`.
@@ -68,7 +73,7 @@ def settings_from_file(
     if name is not None and name not in OPTIMIZERS and name not in optimizers:
         raise OptionError(
             f"an optimizer that a file names must be one of {', '.join(OPTIMIZERS)}, got {name!r}: importing it would "
-            f"run code; if you trust that, type --allow-optimizer {name}"
+            f"run code; if you trust that, type {allowing} {name}"
         )
     own = {key: value for key, value in values.items() if key != "track"}
     config: TrainConfig = config_from(TrainConfig, own if track is None else {**own, "track": track})
@@ -472,6 +477,13 @@ class TrainConfig:
         changes_numbers=False,
         help="Steps between LoRAs that are kept on the way, named by their step, such as dog-step00000100. 0 keeps "
         "none.",
+    )
+    sidecars: bool = option(
+        False,
+        group=_KEEP,
+        changes_numbers=False,
+        help="Write trigger, base model and hashes of the LoRA into files beside it, for model browsers: "
+        "NAME.civitai.info (Civitai Helper, LoRA Manager) and NAME.json (A1111, Forge).",
     )
     max_rollbacks: int = option(
         3,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import LoraError
 from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
@@ -73,6 +75,11 @@ class Job:
         """Number of trained parameters."""
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for one in trained for parameter in one.parameters())
+
+    def starting_from(self, state: Scalar) -> Job:
+        """The job with the path of a run state as its `existing_state`, None for none."""
+        changes: dict[str, Any] = {"existing_state": state}
+        return replace(self, config=replace(self.config, **changes), requested=replace(self.requested, **changes))
 
     @property
     def summary(self) -> str:

@@ -27,6 +27,8 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
+from lorasmith.training.runs.longer_run import continuing
+from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.records import RunRecord, check_title, run_record
 from lorasmith.training.runs.run_folder import RunFolder, claimed_run
 from lorasmith.training.runs.run_states import StateSaver, free_bytes, load_state
@@ -44,7 +46,8 @@ class RunOptions:
 
     Attributes:
         output: folder of the run, or a function from the run's fingerprint to it; None to write nothing. A folder that
-            holds the same run, interrupted, is continued.
+            holds the same run, interrupted, is continued; if it is complete with fewer steps, it is moved aside, and
+            the run starts from its end. In a folder with files of others, a subfolder with the title is used.
         fresh: move an existing run aside instead of continuing it.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
@@ -52,6 +55,7 @@ class RunOptions:
         previews: returns the function that draws previews into a folder of a run, or None for no previews.
         begun: called with the folder of the run before its first step.
         page: writes the report of a run that ends with an event into its folder.
+        beside: writes files beside the finished LoRA.
         source: JSON values from which the run can be repeated, such as paths.
         facts: what is recorded about the images for readers, JSON values by name.
         verify: whether every byte of the base model's files is compared with the run that is continued, and recorded.
@@ -71,6 +75,7 @@ class RunOptions:
     previews: Callable[[Path], Draw | None] = lambda folder: None
     begun: Callable[[Path], object] = lambda folder: None
     page: Callable[[Path, RunFinished], object] = lambda folder, end: None
+    beside: Callable[[Path], object] = lambda lora: None
     source: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     verify: bool = False
@@ -102,7 +107,13 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     )
     if options.output is None:
         return _Run(job, parts, options, record, None).train(None)
-    path = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
+    named = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
+    path = output_folder(named, options.title)
+    if path != named:
+        options.on_event(Warned(message=f"{named} has files that are not a run's; the run is in {path}."))
+    if RunFolder(path).exists and not options.fresh:
+        record = continuing(RunFolder(path), record, options.on_event)
+        job = job.starting_from(record.config["existing_state"])
     with claimed_run(path, record, fresh=options.fresh, on_event=options.on_event) as (folder, start):
         before = folder.record()
         whole: Fingerprint = {**before.fingerprint, **record.fingerprint}  # digests of whole files are kept
@@ -174,6 +185,8 @@ class _Run:
         if result.path is not None and self._draw is not None:
             for event in self._draw(result.steps - job.steps_before, result.path, final=True):
                 self._emit(event)
+        if result.path is not None:
+            self._write_beside(result.path)
         # The end is logged last: a run that is killed before it has its report is not complete, and is resumed.
         end = RunFinished(step=loop.step, reason=reason)
         self._write_report(end)
@@ -188,6 +201,7 @@ class _Run:
             return f"the LoRA could not be saved ({error})"
         if result.path is None:
             return ""
+        self._write_beside(result.path)
         self._write_report(end)
         return f"the LoRA of {result.steps} steps is at {result.path}"
 
@@ -204,6 +218,9 @@ class _Run:
     def _write_report(self, end: RunFinished) -> None:
         if (folder := self._folder) is not None:
             self._extra("report", lambda: self._options.page(folder.path, end))
+
+    def _write_beside(self, lora: Path) -> None:
+        self._extra("information beside it", lambda: self._options.beside(lora))
 
     def _extra(self, what: str, make: Callable[[], object]) -> None:
         """Make an optional file, after the LoRA is saved; a failure is a warning."""

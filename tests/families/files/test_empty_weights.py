@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import nn
 
@@ -29,3 +31,16 @@ def test_outside_nothing_is_skipped() -> None:
     with weights_empty():
         Layer()
     assert Layer().linear.weight.std() > 0.1
+
+
+def test_other_threads_keep_their_weights() -> None:
+    """Two threads that enter and leave in any order do not disturb each other, nor a third."""
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        inside, outside = weights_empty(), weights_empty()
+        one.submit(inside.__enter__).result()
+        other.submit(outside.__enter__).result()
+        assert not Layer().linear.weight.is_meta
+        one.submit(inside.__exit__, None, None, None).result()
+        assert other.submit(Layer).result().linear.weight.is_meta
+        other.submit(outside.__exit__, None, None, None).result()
+        assert not any(pool.submit(Layer).result().linear.weight.is_meta for pool in (one, other))

@@ -198,6 +198,36 @@ def test_a_stream_of_a_job_has_its_preparation_and_its_log(tmp_path: Path) -> No
     with_api(tmp_path / "base", test)
 
 
+def test_a_stream_begins_before_its_run_has_written_anything(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        store, hub = client.context.store, client.context.hub
+        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+        async with events(client, f"/jobs/{job}/events") as stream:
+            await stream.next()
+            store.claim("worker")
+            store.set_run(job, "runs/fox-001")
+            hub.publish(Notice(kind="job", job_id=job, data=store.get(job).summary()))
+            assert (await stream.next())[1]["run"] == "runs/fox-001"
+            (tmp_path / "runs" / "fox-001").mkdir(parents=True)
+            (tmp_path / "runs" / "fox-001" / "events.jsonl").write_text('{"event": "RunStarted"}\n')
+            assert (await stream.next())[:2] == ("training", {"event": "RunStarted"})
+
+    with_api(tmp_path, test)
+
+
+def test_an_error_within_a_stream_is_an_event(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+        async with events(client, f"/jobs/{job}/events") as stream:
+            await stream.next()
+            data = {**client.context.store.get(job).summary(), "run": "nowhere/fox"}
+            client.context.hub.publish(Notice(kind="job", job_id=job, data=data))
+            name, data, _ = await stream.next()
+            assert name == "fault" and "there is no run" in data["message"]
+
+    with_api(tmp_path, test)
+
+
 def test_streams_have_a_limit_and_end_with_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorasmith.server.api.event_streams.MOST_STREAMS", 1)
 

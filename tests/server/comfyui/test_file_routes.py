@@ -137,7 +137,7 @@ def test_channels_and_previews_are_made_by_the_assistant(tmp_path: Path) -> None
     async def main() -> None:
         async with serving(tmp_path) as server:
             path = put(tmp_path / "output" / "a.png")
-            server.assistant.answers["picture"] = b"made"
+            server.assistant.answers["encoded_picture"] = b"made"
             for query, wanted, kind in (
                 ("preview=webp;90", {"channel": "rgba", "format": "webp", "quality": 90}, "image/webp"),
                 ("preview=jpeg;50", {"channel": "rgba", "format": "jpeg", "quality": 50}, "image/jpeg"),
@@ -148,7 +148,7 @@ def test_channels_and_previews_are_made_by_the_assistant(tmp_path: Path) -> None
             ):
                 async with server.http.get(f"/view?filename=a.png&{query}") as answer:
                     assert (await answer.read(), answer.content_type) == (b"made", kind)
-                assert server.assistant.asked[-1] == ("picture", {"path": str(path), **wanted})
+                assert server.assistant.asked[-1] == ("encoded_picture", {"path": str(path), **wanted})
 
     asyncio.run(main())
 

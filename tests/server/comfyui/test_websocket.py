@@ -165,6 +165,19 @@ def test_previews_are_in_the_form_that_the_client_knows(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_client_may_want_no_previews(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await socket.send_json(FLAGS)
+            await read_until(socket, "feature_flags")
+            await server.post("/prompt", {"prompt": GOOD, "client_id": "me", "extra_data": {"preview_method": "none"}})
+            server.finish(play(server))
+            frames = [one for one in await read_until(socket, "execution_success") if isinstance(one, bytes)]
+            assert [one[:4] for one in frames] == [struct.pack(">I", 3)]
+
+    asyncio.run(main())
+
+
 def test_cached_outputs_are_sent_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server, connected(server) as socket:

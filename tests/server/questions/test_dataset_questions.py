@@ -78,7 +78,7 @@ def test_a_picture_is_upright(folders: Folders, dog: Path) -> None:
     noise((64, 32)).save(dog / "turned.jpg", exif=exif)
     (row,) = (one for one in questions.dataset(folders, "dog").images if one.file == "turned.jpg")
     assert (row.width, row.height) == (32, 64)
-    with Image.open(io.BytesIO(questions.picture(folders, "dog", "turned.jpg", 16))) as small:
+    with Image.open(io.BytesIO(questions.thumbnail(folders, "dog", "turned.jpg", 16))) as small:
         assert small.format == "WEBP" and small.size == (8, 16)
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_said_of_the_picture(folders: Folders, dog: Path)
     assert not second.has_caption and "holds zero bytes" in second.problem
     assert [(one.file, one.reason[:13]) for one in found.skipped] == [("raw.nef", "is a NEF file")]
     with pytest.raises(LorasmithError, match="is not an image"):
-        questions.picture(folders, "dog", "10.png")
+        questions.thumbnail(folders, "dog", "10.png")
 
 
 def test_inner_folders_are_said_and_not_shown(folders: Folders, dog: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_name_that_is_no_dataset_is_unknown(folders: Folders, dog: Path, name:
 
 @pytest.mark.parametrize("file", ["", "..", "../dog/1.png", "1.txt", "gone.png", "x\x00.png", ".1.png", "a/1.png"])
 def test_a_file_that_is_no_picture_is_unknown(folders: Folders, dog: Path, file: str) -> None:
-    for ask in (questions.picture, questions.picture_file, questions.remove_image):
+    for ask in (questions.thumbnail, questions.picture_file, questions.remove_image):
         with pytest.raises(UnknownFileError, match="there is no picture"):
             ask(folders, "dog", file)
 
@@ -295,7 +295,7 @@ def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
 
 def test_the_package_stays_as_it_is(folders: Folders, tmp_path: Path) -> None:
     assert questions.dataset(folders, "fox").builtin
-    assert questions.picture(folders, "fox", "fox_1.png")
+    assert questions.thumbnail(folders, "fox", "fox_1.png")
     changes: dict[str, Any] = {
         "remove": lambda: questions.remove_dataset(folders, "fox"),
         "image": lambda: questions.remove_image(folders, "fox", "fox_1.png"),

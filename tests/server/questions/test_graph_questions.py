@@ -71,21 +71,21 @@ def test_metadata_of_files(folders: Folders) -> None:
 def test_pictures_by_channel_and_format(folders: Folders, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png")
     plain, colours, alpha = (
-        opened(questions.picture(folders, path=path, channel=channel)) for channel in ("rgba", "rgb", "a")
+        opened(questions.encoded_picture(folders, path=path, channel=channel)) for channel in ("rgba", "rgb", "a")
     )
     assert plain.convert("RGBA").getpixel((0, 0)) == (200, 100, 50, 128)
     assert colours.getpixel((0, 0)) == (200, 100, 50)
     assert alpha.convert("RGBA").getpixel((0, 0)) == (0, 0, 0, 128)
     for kind in ("webp", "jpeg", "png"):
-        assert opened(questions.picture(folders, path=path, format=kind)).format == kind.upper()
+        assert opened(questions.encoded_picture(folders, path=path, format=kind)).format == kind.upper()
     text = tmp_path / "text.png"
     text.write_text("no picture")
     with pytest.raises(DataError):
-        questions.picture(folders, path=str(text))
+        questions.encoded_picture(folders, path=str(text))
 
 
 def test_a_picture_without_transparency_is_opaque(folders: Folders, tmp_path: Path) -> None:
-    alpha = opened(questions.picture(folders, path=saved(tmp_path / "a.png", "RGB"), channel="a"))
+    alpha = opened(questions.encoded_picture(folders, path=saved(tmp_path / "a.png", "RGB"), channel="a"))
     assert alpha.convert("RGBA").getpixel((0, 0)) == (0, 0, 0, 255)
 
 

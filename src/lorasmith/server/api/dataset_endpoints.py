@@ -72,7 +72,7 @@ async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
     headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
     if any(one.value == tag for one in call.request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    content = await context.assistant.ask("picture", name=name, file=file, width=width)
+    content = await context.assistant.ask("thumbnail", name=name, file=file, width=width)
     return web.Response(body=content, content_type="image/webp", headers=headers)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
+from lorasmith.core.errors import LorasmithError
 from lorasmith.server.api.endpoint import Call, TooManyError
 from lorasmith.server.api.job_answers import job_answer, job_summary, queue_counts
 from lorasmith.server.hub import Notice, Subscription
@@ -50,7 +51,7 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
                     await stream.send("job", job_summary(notice.data))
                 else:
                     await stream.send("queue", notice.data)
-            return stream.response
+        return stream.response
 
 
 async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
@@ -59,7 +60,7 @@ async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
     id = call.path("id")
     job = context.store.get(id)
     with context.hub.subscribe(job_id=id, kinds=("job", "training", "graph")) as notices:
-        tail = await _tail(context, job.run, call)
+        tail = await _tail(context, job.run, call, is_begun=False)
         async with _stream(call.request) as stream:
             await stream.send("job", job_answer(job, with_graph=False))
             await _send_log(stream, tail)
@@ -69,24 +70,26 @@ async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
                     await stream.beat(quiet=True)
                 elif notice.kind == "job":
                     if tail is None and notice.data.get("run"):
-                        tail = await _tail(context, notice.data["run"], call)
+                        tail = await _tail(context, notice.data["run"], call, is_begun=False)
                         await _send_log(stream, tail)
                     await stream.send("job", job_summary(notice.data))
                 elif notice.kind == "graph":
                     await stream.send("graph", notice.data)
                 else:
                     await _send_notice(stream, notice, is_tailed=tail is not None)
-            return stream.response
+        return stream.response
 
 
 async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
     """`training`: the run's events as in its log, with ids. `reset`: the log begins again, forget what was sent."""
     tail = await _tail(context, call.path("id"), call)
-    async with _stream(call.request) as stream:
-        while True:
+    with context.hub.subscribe(kinds=()) as notices:  # of which there are none: it ends with the server
+        async with _stream(call.request) as stream:
             await _send_log(stream, tail)
-            await stream.beat(quiet=True)
-            await asyncio.sleep(_POLL_S)
+            async for _ in _each(notices, pause_s=_POLL_S):
+                await _send_log(stream, tail)
+                await stream.beat(quiet=True)
+        return stream.response
 
 
 class _Stream:
@@ -98,6 +101,7 @@ class _Stream:
 
     def __init__(self, response: web.StreamResponse) -> None:
         self.response = response
+        self._first = f"retry: {_RETRY_MS}\n\n"
         self._sent = asyncio.get_running_loop().time()
 
     async def send(self, event: str, data: Any, *, id: str = "") -> None:
@@ -113,7 +117,8 @@ class _Stream:
 
     async def _write(self, text: str) -> None:
         self._sent = asyncio.get_running_loop().time()
-        await self.response.write(text.encode("utf-8", "replace"))
+        first, self._first = self._first, ""
+        await self.response.write((first + text).encode("utf-8", "replace"))
 
 
 _LINES = re.compile(r"\r\n|\r|\n")
@@ -136,8 +141,13 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
             }
         )
         await response.prepare(request)
-        await response.write(f"retry: {_RETRY_MS}\n\n".encode())
-        yield _Stream(response)
+        stream = _Stream(response)
+        with contextlib.suppress(ConnectionResetError):  # the reader has gone
+            try:
+                yield stream
+            except LorasmithError as error:  # too late for an answer with a status
+                fault = {"kind": getattr(error, "kind", type(error).__name__), "message": str(error)}
+                await stream.send("fault", fault)
     finally:
         _open.discard(key)
 
@@ -165,11 +175,11 @@ async def _each(notices: Subscription, *, pause_s: float = _BEAT_S) -> AsyncIter
                 await following
 
 
-async def _tail(context: ServerContext, run: str | None, call: Call) -> LogTail | None:
+async def _tail(context: ServerContext, run: str | None, call: Call, *, is_begun: bool = True) -> LogTail | None:
     """The log of a run, behind the event that the reader had last; None without a run."""
     if not run:
         return None
-    path = await context.assistant.ask("run_log", id=run)
+    path = await context.assistant.ask("run_log", id=run, is_begun=is_begun)
     return LogTail(Path(path), call.request.headers.get("Last-Event-ID") or call.text("after"))
 
 

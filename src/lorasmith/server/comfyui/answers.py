@@ -78,7 +78,14 @@ async def read_json(request: web.Request, *, kind: type | None = None, empty: An
 
 
 def number_in(request: web.Request, name: str, *, default: int | None = None, at_least: int = 0) -> int | None:
-    """A whole number in the query of a request. Raises HTTPBadRequest where it is none."""
+    """A whole number in the query of a request. Raises HTTPBadRequest where it is none.
+
+    Args:
+        request: the request.
+        name: in the query.
+        default: where it is missing.
+        at_least: least number.
+    """
     text = request.query.get(name)
     if text is None or text == "":
         return default
@@ -102,4 +109,4 @@ def _bad_request(message: str) -> web.HTTPBadRequest:
     return web.HTTPBadRequest(text=web.json_response({"error": message}).text, content_type="application/json")
 
 
-_NAMES = {dict: "an object", list: "a list"}
+_NAMES: dict[type, str] = {dict: "an object", list: "a list"}

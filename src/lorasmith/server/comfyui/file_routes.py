@@ -71,7 +71,7 @@ class FileRoutes:
             return send_file(path)
         kind, quality = _preview(preview, channel)
         content = await self._assistant.ask(
-            "picture",
+            "encoded_picture",
             path=str(path),
             channel=channel if channel in ("rgb", "a") else "rgba",
             format=kind,
@@ -100,8 +100,8 @@ class FileRoutes:
             form = await self._received(request, Path(folder))
             try:
                 reference = json.loads(form.values.get("original_ref", ""))
-                names = [str(reference.get(key) or "") for key in ("filename", "subfolder")]
-                original = self._existing(*names, reference.get("type"))
+                name, subfolder = (str(reference.get(key) or "") for key in ("filename", "subfolder"))
+                original = self._existing(name, subfolder, reference.get("type"))
             except (ValueError, AttributeError, RecursionError):
                 raise _bad("original_ref must be an object with the filename of a picture") from None
             if original is None:

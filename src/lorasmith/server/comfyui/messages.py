@@ -67,10 +67,12 @@ class JobProgress:
     Attributes:
         nodes: value, maximum and state of each node that has started, in the protocol's form.
         running: id of the running node.
+        has_previews: whether its client wants previews.
     """
 
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
     running: str | None = None
+    has_previews: bool = True
 
 
 class Progress:
@@ -200,7 +202,7 @@ def _progress_frames(notice: Notice, job_id: str, node: str, client: Client, pro
         return
     if data.get("text"):
         yield text_frame(node, str(data["text"]))
-    if notice.binary:
+    if notice.binary and progress.of(job_id).has_previews:
         picture = notice.binary
         yield metadata_frame(job_id, node, picture) if client.takes_metadata else picture_frame(picture)
 
@@ -217,7 +219,13 @@ def text_frame(node: str, text: str) -> bytes:
 
 
 def metadata_frame(job_id: str, node: str, picture: bytes) -> bytes:
-    """A frame of kind 4: metadata as JSON, and the picture."""
+    """A frame of kind 4: metadata as JSON, and the picture.
+
+    Args:
+        job_id: of the running job.
+        node: id of the running node.
+        picture: JPEG or PNG.
+    """
     kind = "image/png" if picture.startswith(_PNG) else "image/jpeg"
     text = json.dumps({**_names(job_id, node), "image_type": kind}).encode()
     return struct.pack(">II", 4, len(text)) + text + picture

@@ -40,7 +40,14 @@ class PromptAnswer:
 
 
 def error_entry(kind: str, message: str, details: str = "", **extra_info: Any) -> dict[str, Any]:
-    """An error in the protocol's form."""
+    """An error in the protocol's form.
+
+    Args:
+        kind: its name in the protocol.
+        message: one sentence.
+        details: what it is about.
+        **extra_info: facts for programs.
+    """
     return {"type": kind, "message": message, "details": details, "extra_info": extra_info}
 
 

@@ -86,6 +86,10 @@ class Sockets:
 
     def _observe(self, notice: Notice) -> bool:
         self._progress.observe(notice)
+        if notice.job_id is not None and notice.data.get("event") == "ExecutionStarted":
+            job = self._context.store.find(notice.job_id)
+            extra = {} if job is None else job.request.get("extra_data") or {}
+            self._progress.of(notice.job_id).has_previews = extra.get("preview_method") != "none"
         return False
 
     async def _receive_all(self, connection: _Connection) -> None:

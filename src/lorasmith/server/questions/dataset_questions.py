@@ -72,11 +72,11 @@ __all__ = [
     "dataset",
     "dataset_folder",
     "datasets",
-    "picture",
     "picture_file",
     "remove_dataset",
     "remove_image",
     "set_captions",
+    "thumbnail",
 ]
 
 MOST_IMAGES = 2000
@@ -334,7 +334,7 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
 
 
 @shaped
-def picture(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
+def thumbnail(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
     """A small version of a picture as WebP, upright.
 
     Args:

@@ -19,11 +19,11 @@ from lorasmith.workflow.object_info import object_info as definition
 
 __all__ = [
     "check_prompt",
+    "encoded_picture",
     "file_metadata",
     "masked_picture",
     "node_documentation",
     "object_info",
-    "picture",
     "prompt_of_workflow",
 ]
 
@@ -41,7 +41,13 @@ def object_info(folders: Folders, *, node: str | None = None) -> bytes:
 
 @question
 def check_prompt(folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None) -> dict[str, Any]:
-    """Check a prompt: `{outputs, error, node_errors, warnings}`, as `PromptAnswer` has them."""
+    """Check a prompt: `{outputs, error, node_errors, warnings}`, as `PromptAnswer` has them.
+
+    Args:
+        folders: for the choices of file inputs.
+        prompt: nodes by id.
+        targets: ids of the output nodes to run; None for all.
+    """
     answer = answer_to(prompt, folders, nodes=_nodes(), targets=targets)
     return {
         "outputs": list(answer.outputs),
@@ -66,14 +72,20 @@ def node_documentation(folders: Folders, *, node: str) -> str | None:
 
 @question
 def file_metadata(folders: Folders, *, kind: str, name: str) -> dict[str, str] | None:
-    """The metadata in the header of a model file of `kind`; None if it has none. Raises ModelError."""
+    """The metadata in the header of a model file; None if it has none. Raises ModelError.
+
+    Args:
+        folders: that are searched.
+        kind: of the model, such as `loras`.
+        name: of the file, relative to the folders of its kind.
+    """
     from lorasmith.formats.container import check_safetensors
 
     return check_safetensors(folders.find(kind, name), ModelError).metadata or None
 
 
 @question
-def picture(
+def encoded_picture(
     folders: Folders,
     *,
     path: str,
@@ -100,7 +112,13 @@ def picture(
 
 @question
 def masked_picture(folders: Folders, *, original: str, mask: str) -> bytes:
-    """The picture `original` with the transparency of the picture `mask`, as PNG with the original's metadata."""
+    """A picture with the transparency of another one, as PNG with the first one's metadata.
+
+    Args:
+        folders: unused.
+        original: path of the picture.
+        mask: path of the one with the transparency, of the same size.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     image, shape = _pixels(Path(original)), _pixels(Path(mask)).convert("RGBA")

@@ -189,9 +189,18 @@ def run_file(folders: Folders, id: str, path: str) -> str:
 
 
 @shaped
-def run_log(folders: Folders, id: str) -> str:
-    """The path of a run's events, which need not be there yet. Raises UnknownFileError."""
-    return str(run_folder_of(folders, id).resolve() / EVENTS)
+def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
+    """The path of a run's events, which need not be there yet.
+
+    Args:
+        folders: of the installation.
+        id: of the run.
+        is_begun: whether the run must have written its record.
+
+    Raises:
+        UnknownFileError: there is no such run.
+    """
+    return str(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
 
 
 @shaped
@@ -301,14 +310,25 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
     }
 
 
-def run_folder_of(folders: Folders, id: str) -> Path:
-    """The folder of a run. Raises UnknownFileError: there is none, or a link leads out of the base folder."""
+def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
+    """The folder of a run.
+
+    Args:
+        folders: of the installation.
+        id: of the run.
+        is_begun: whether its record must be there; a worker names a run before that.
+
+    Raises:
+        UnknownFileError: there is none, or a link leads out of the base folder.
+    """
     place, _, name = id.rpartition("/")
     folder = folders.base / place / name
     if place in PLACES and name not in ("", ".", "..") and not set(name) & set("\\\x00:") and not name.startswith("."):
         base = folders.base.resolve()
         roots = (base, (folders.base / place).resolve())
-        if is_regular(folder / RECORD) and any(folder.resolve().is_relative_to(root) for root in roots):
+        if (is_regular(folder / RECORD) or not is_begun) and any(
+            folder.resolve().is_relative_to(root) for root in roots
+        ):
             return folder
     raise UnknownFileError(f"there is no run {id!r}; choose one of the list")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorasmith.adapters.packed_layers import named_weights
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -35,7 +35,7 @@ from lorasmith.training.optim.update_rules import rule_of
 if TYPE_CHECKING:
     from lorasmith.training.job import Job
 
-__all__ = ["Fingerprint", "differences", "environment", "file_digests", "fingerprint", "versions"]
+__all__ = ["Fingerprint", "differences", "environment", "file_digests", "fingerprint", "state_digest", "versions"]
 
 
 class Fingerprint(TypedDict, total=False):
@@ -81,7 +81,7 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
-    noising = job.denoiser.noising
+    noising, state = job.denoiser.noising, job.config.existing_state
     found: Fingerprint = {
         "config": config,
         "base": {
@@ -91,16 +91,19 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
         "patches": digest_of_tensors(patch_tensors(job.denoiser.patches)),
         "data": digest_of_tensors(_data_tensors(data)),
         "held_out": digest_of_tensors(_data_tensors(held_out)) if held_out else "",
-        "initial": digest_of_tensors(initial) + _digest_of_state(job.config.existing_state),
+        "initial": digest_of_tensors(initial) + ("" if state is None else state_digest(Path(state))),
     }
     if noising is not None:
         found["noising"] = [noising.parameterization, digest_of_tensors([("", noising.schedule.sigmas)])]
     return found
 
 
-def _digest_of_state(path: str | None) -> str:
-    """Of the run state that a run starts from; empty without one. Raises OutputError if it cannot be read."""
-    return "" if path is None else f"+{sha256_file(Path(path))}"
+def state_digest(path: Path) -> str:
+    """Part of `initial` for the run state that a run starts from. Raises OutputError if it cannot be read."""
+    try:
+        return f"+{sha256_file(path)}"
+    except OSError as error:
+        raise OutputError(f"run state {path} cannot be read ({error.strerror}); check the path") from error
 
 
 def file_digests(files: Mapping[str, Path]) -> dict[str, str]:

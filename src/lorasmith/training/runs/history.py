@@ -11,14 +11,14 @@ from typing import TypeVar
 
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import read_regular
+from lorasmith.core.folders import RUN_LOG, RUN_RECORD
 from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.records import RunRecord, parsed_record
 
 __all__ = ["EVENTS", "RECORD", "RunHistory", "read_history", "read_record"]
 
-RECORD, EVENTS = "run.json", "events.jsonl"
-"""Files in the folder of a run: its record, and its events."""
+RECORD, EVENTS = RUN_RECORD, RUN_LOG
 
 _E = TypeVar("_E", bound=Event)
 

@@ -111,10 +111,15 @@ class RunFolder:
                 "output, or start fresh, which moves the old run aside"
             )
         if self.is_done:
-            raise OutputError(f"{self.path} holds this run, which is complete; choose another output, or start fresh")
+            raise OutputError(
+                f"{self.path} holds this run, which is complete; give more steps to train on from its end, choose "
+                "another output, or start fresh, which moves it aside"
+            )
 
     def move_aside(self) -> Path:
         """Rename the folder, to free its name for a fresh run; returns the new path. Raises OutputError."""
+        if Path.cwd().is_relative_to(self.path.resolve()):  # relative paths would lead into the folder that was moved
+            raise OutputError(f"{self.path} is to be moved aside, but holds the current folder; start from another one")
         number = 1
         while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
             number += 1
@@ -155,7 +160,11 @@ class RunFolder:
                 os.fsync(self._log.fileno())
 
     def _tidy(self) -> None:
-        """Remove temporary files of a killed process."""
+        """Remove temporary files of a killed process; where there is no run, those of its record alone."""
+        if not self.exists:
+            for path in self.path.glob(f".{RECORD}.*.tmp"):
+                path.unlink(missing_ok=True)
+            return
         left = [
             *self.path.glob(".*.tmp"),
             *(self.path / "states").glob(".*.tmp"),

@@ -1,0 +1,97 @@
+"""Files beside a LoRA from which model browsers read what it is, as its header says it.
+
+NAME.civitai.info    Civitai's description of a model version, without ids: Civitai Helper, ComfyUI's LoRA Manager
+NAME.json            user metadata of A1111 and Forge
+
+Trigger and base model come from the header alone, so a private LoRA's files hold no more than the LoRA does.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.files import write_atomic
+from lorasmith.core.folders import RUN_RECORD
+from lorasmith.families.base import Family
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.hashes import autov2, autov3, sha256_file
+from lorasmith.formats.metadata import steps_of
+
+__all__ = ["check_sidecars", "write_sidecars"]
+
+_CIVITAI, _USER = ".civitai.info", ".json"
+_HASHES = {"SHA256": sha256_file, "AutoV2": autov2, "AutoV3": autov3}
+
+
+def check_sidecars(title: str, *, has_folder: bool) -> None:
+    """Raise OptionError unless a run with this title can write sidecars: they need a folder and a name of their own."""
+    if not has_folder:
+        raise OptionError("sidecars need a folder of the run, got no output; set output, such as runs/dog")
+    if f"{title}{_USER}".casefold() == RUN_RECORD:  # file systems may ignore case
+        raise OptionError(f"sidecars of {title!r} would replace the run's own {RUN_RECORD}; give the LoRA another name")
+
+
+def write_sidecars(lora: Path, family: Family) -> tuple[Path, ...]:
+    """Write both files; returns their paths. They are replaced, and belong to this file: its hashes are in them.
+
+    Args:
+        lora: a LoRA in a safetensors file.
+        family: of its model.
+
+    Raises:
+        LoraError: it cannot be read.
+        OutputError, OSError: a file cannot be written.
+    """
+    metadata = check_safetensors(lora).metadata
+    contents = {_CIVITAI: _civitai(lora, metadata, family), _USER: _user(lora, metadata, family)}
+    written = []
+    for suffix, content in contents.items():
+        target = lora.with_name(lora.stem + suffix)
+        write_atomic(target, json.dumps(content, indent=2) + "\n")  # ASCII, as some readers take the system's encoding
+        written.append(target)
+    return tuple(written)
+
+
+def _civitai(lora: Path, metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
+    trigger = metadata.get("modelspec.trigger_phrase", "")
+    is_plain = metadata.get("ss_network_module", "networks.lora") == "networks.lora"
+    return {
+        "name": lora.stem,
+        "description": html.escape(_sentence(lora, metadata, family)),  # readers show it as HTML
+        "baseModel": family.civitai_name or family.title,
+        "trainedWords": [trigger] if trigger else [],
+        "model": {"name": lora.stem, "type": "LORA" if is_plain else "LoCon"},
+        "files": [
+            {
+                "name": lora.name,
+                "type": "Model",
+                "primary": True,
+                "sizeKB": lora.stat().st_size / 1024,
+                "metadata": {"format": "SafeTensor"},
+                "hashes": {name: digest(lora).upper() for name, digest in _HASHES.items()},
+            }
+        ],
+        "images": [],
+    }
+
+
+def _user(lora: Path, metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
+    return {
+        "description": _sentence(lora, metadata, family),
+        "sd version": family.a1111_version,
+        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "preferred weight": 1.0,  # as it was trained
+        "negative text": "",
+        "notes": "",
+    }
+
+
+def _sentence(lora: Path, metadata: Mapping[str, str], family: Family) -> str:
+    base = metadata.get("ss_sd_model_name")
+    on = f" on {base}" if base else ""
+    return f"For {family.title}, trained{on} in {steps_of(metadata, lora.name):,} steps with Lorasmith."

@@ -1,0 +1,104 @@
+"""The page at `/`: its files, which the package holds, served as they are.
+
+`pages/` holds an HTML file, style sheets, ES modules without a build step and vendored libraries with their licences.
+Every file that exists at start is served below `/pages/`, and nothing else is: names in requests are looked up in a
+table. The style sheet of reports is among them, since the page shares its design.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from lorasmith.server.server_context import ServerContext
+
+__all__ = ["PAGE_POLICY", "page_files", "routes"]
+
+PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""What the page may load: its own files and the API. Previews of photos that are not sent yet are `blob:` URLs."""
+
+_PAGES = Path(__file__).parent / "pages"
+_SHARED = {"report.css": Path(__file__).parents[1] / "report" / "report.css"}
+_TYPES = {  # the operating system's table may say otherwise, and browsers refuse modules of another type
+    ".css": "text/css",
+    ".html": "text/html",
+    ".mjs": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
+_INDEX = "index.html"
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """A file of the page.
+
+    Attributes:
+        content: its bytes.
+        type: its media type.
+        digest: of the content, for caches.
+    """
+
+    content: bytes
+    type: str
+    digest: str
+
+
+def routes(context: ServerContext) -> list[web.RouteDef]:
+    """The routes of the page."""
+    return [web.get("/", _index), web.get("/pages/{file:.+}", _file)]
+
+
+@functools.cache
+def page_files() -> Mapping[str, PageFile]:
+    """The files by the name under which they are served, relative to `/pages/`; all are small."""
+    own = {path.relative_to(_PAGES).as_posix(): path for path in _PAGES.rglob("*") if path.suffix in _TYPES}
+    return {name: _read(path) for name, path in {**own, **_SHARED}.items()}
+
+
+def _read(path: Path) -> PageFile:
+    content = path.read_bytes()
+    return PageFile(content, _TYPES[path.suffix], hashlib.sha256(content).hexdigest()[:32])
+
+
+async def _index(request: web.Request) -> web.Response:
+    # Never stored: it names the files of this version.
+    return _answer(request, page_files()[_INDEX], cache="no-store")
+
+
+async def _file(request: web.Request) -> web.Response:
+    found = page_files().get(request.match_info["file"])
+    if found is None or found is page_files()[_INDEX]:
+        raise web.HTTPNotFound(text="the page has no such file")
+    return _answer(request, found, cache="no-cache")
+
+
+def _answer(request: web.Request, file: PageFile, *, cache: str) -> web.Response:
+    """The file, or that the browser's copy is current."""
+    headers = {
+        "Cache-Control": cache,
+        "Content-Security-Policy": PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "ETag": f'"{file.digest}"',
+    }
+    if any(tag.value == file.digest for tag in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=file.content, content_type=file.type, charset="utf-8", headers=headers)

@@ -1,0 +1,64 @@
+// Requests to the server. Every failure is an ApiError whose message is a sentence for people.
+import { connection } from "./stores.mjs";
+
+const ROOT = new URL("lorasmith/v1/", document.baseURI);
+
+export class ApiError extends Error {
+  constructor(kind, message, status = 0) {
+    super(message);
+    this.kind = kind;
+    this.status = status;
+  }
+}
+
+/** The address of a part of the API, from path segments (escaped here) and a query. */
+export function address(segments, query = {}) {
+  const url = new URL(segments.map(encodeURIComponent).join("/"), ROOT);
+  for (const [name, value] of Object.entries(query)) {
+    if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, value);
+  }
+  return url.href;
+}
+
+/** The address of a file of a run, whose name may have folders. */
+export const fileOfRun = (run, file) =>
+  `${address(["runs", run, "files"])}/${file.split("/").map(encodeURIComponent).join("/")}`;
+
+export const get = (segments, query, signal) => request("GET", address(segments, query), { signal });
+export const post = (segments, body = {}) => request("POST", address(segments), { body });
+export const put = (segments, body) => request("PUT", address(segments), { body });
+export const remove = (segments) => request("DELETE", address(segments), {});
+
+async function request(method, url, { body, signal }) {
+  const options = { method, signal, headers: { Accept: "application/json" } };
+  if (body instanceof FormData) options.body = body;
+  else if (body !== undefined) {
+    options.body = JSON.stringify(body);
+    options.headers["Content-Type"] = "application/json";
+  }
+  let response;
+  try {
+    response = await fetch(url, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    connection.set({ lost: true });
+    throw new ApiError("offline", "The server does not answer. If it was stopped, start it again with: lorasmith serve");
+  }
+  if (response.ok) return response.status === 204 ? null : response.json();
+  let found = null;
+  try {
+    found = (await response.json()).error;
+  } catch {
+    // Not one of the API's own errors.
+  }
+  if (found?.message) throw new ApiError(found.kind ?? "error", sentence(found.message), response.status);
+  throw new ApiError("error", `The server answered with an error (${response.status} ${response.statusText}).`, response.status);
+}
+
+/** A message as a sentence: a capital at its start (unless it starts with a name such as sd-scripts), a full stop at its end. */
+export function sentence(text) {
+  const trimmed = String(text).trim();
+  if (!trimmed) return trimmed;
+  const isWord = /^[a-z]+(?=[ ,:;.?!]|$)/.test(trimmed);
+  return (isWord ? trimmed[0].toUpperCase() + trimmed.slice(1) : trimmed) + (/[.!?…:`)]$/.test(trimmed) ? "" : ".");
+}

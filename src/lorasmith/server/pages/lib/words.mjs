@@ -1,0 +1,89 @@
+// Numbers, sizes, times and states in words.
+
+const numbers = new Intl.NumberFormat("en");
+export const count = (number, one, many = `${one}s`) => `${numbers.format(number)} ${number === 1 ? one : many}`;
+export const whole = (number) => numbers.format(Math.round(number));
+
+/** A loss or another measured number, in four significant digits. */
+export function measured(number) {
+  if (!Number.isFinite(number)) return "–";
+  if (number === 0) return "0";
+  return Math.abs(number) < 0.001 ? number.toExponential(2) : String(Number(number.toPrecision(4)));
+}
+
+export function bytes(number) {
+  if (!Number.isFinite(number)) return "–";
+  const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+  let unit = 0;
+  while (number >= 1024 && unit < units.length - 1) {
+    number /= 1024;
+    unit += 1;
+  }
+  return `${unit === 0 || number >= 100 ? Math.round(number) : Number(number.toPrecision(2))} ${units[unit]}`;
+}
+
+/** A duration such as "about 4 minutes" (without "about" if exact). */
+export function duration(seconds, { about = false } = {}) {
+  if (!Number.isFinite(seconds)) return "–";
+  const prefix = about ? "about " : "";
+  if (seconds < 1) return "less than a second";
+  if (seconds < 90) return `${prefix}${count(Math.round(seconds), "second")}`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return `${prefix}${count(minutes, "minute")}`;
+  const hours = Math.floor(minutes / 60);
+  const rest = minutes % 60;
+  if (hours < 24) return `${prefix}${count(hours, "hour")}${rest ? ` ${rest} min` : ""}`;
+  return `${prefix}${count(Math.round(hours / 24), "day")}`;
+}
+
+const sameYear = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+const otherYear = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric" });
+export function moment(seconds) {
+  if (!Number.isFinite(seconds)) return "–";
+  const date = new Date(seconds * 1000);
+  return (date.getFullYear() === new Date().getFullYear() ? sameYear : otherYear).format(date);
+}
+
+/** Seconds of one step as a speed. */
+export function speed(secondsPerStep) {
+  if (!Number.isFinite(secondsPerStep) || secondsPerStep <= 0) return "–";
+  return secondsPerStep >= 1 ? `${measuredShort(secondsPerStep)} s a step` : `${measuredShort(1 / secondsPerStep)} steps a second`;
+}
+const measuredShort = (number) => String(Number(number.toPrecision(2)));
+
+const STATES = {
+  pending: ["Waiting", "faint"],
+  running: ["Running", "accent"],
+  completed: ["Finished", "good"],
+  finished: ["Finished", "good"],
+  stopped: ["Stopped early", "good"],
+  cancelled: ["Stopped", "fair"],
+  paused: ["Paused", "fair"],
+  interrupted: ["Interrupted", "fair"],
+  failed: ["Failed", "bad"],
+};
+/** The word for a state of a job or a run, and its colour. */
+export const stateWords = (state) => STATES[state] ?? [state ? state[0].toUpperCase() + state.slice(1) : "No end recorded", "fair"];
+
+/** A name that folders and files may have. */
+export function slug(text) {
+  return text
+    .normalize("NFKD")
+    .replace(/\p{M}/gu, "")
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-+|-+$/g, "")
+    .slice(0, 48);
+}
+
+/** The value of a setting as text. */
+export function valueWords(value) {
+  if (value === null || value === undefined || value === "") return "automatic";
+  if (value === true) return "on";
+  if (value === false) return "off";
+  if (typeof value === "number") return Math.abs(value) > 0 && Math.abs(value) < 0.001 ? value.toExponential().replace("e-", "e−") : String(value);
+  return Array.isArray(value) ? value.map(valueWords).join(", ") : String(value);
+}
+
+/** The name of a setting as words: "batch_size" → "Batch size". */
+export const nameWords = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");

@@ -1,0 +1,144 @@
+// The page: its frame, what all views share, and the choice of the view by address.
+import { get } from "./lib/api.mjs";
+import { html, render, useEffect, useRef } from "./lib/html.mjs";
+import { listen } from "./lib/live.mjs";
+import { link, useRoute } from "./lib/router.mjs";
+import { announcement, status, useStore, work } from "./lib/stores.mjs";
+import { bytes } from "./lib/words.mjs";
+import { Messages } from "./parts/basics.mjs";
+import { Offers } from "./parts/jobs.mjs";
+import { CompareView } from "./views/compare.mjs";
+import { HomeView } from "./views/home.mjs";
+import { JobView } from "./views/job.mjs";
+import { ModelView } from "./views/model.mjs";
+import { PhotosView } from "./views/photos.mjs";
+import { RunView } from "./views/run.mjs";
+import { RunsView } from "./views/runs.mjs";
+import { SettingsView } from "./views/settings.mjs";
+
+const STATUS_EVERY_MS = 15000;
+const STATUS_SOON_MS = 2000; // while the assistant starts
+
+function Page() {
+  const parts = useRoute();
+  const main = useRef(null);
+  const first = useRef(true);
+  const [view, title] = viewOf(parts);
+  const address = parts.join("/");
+  useEffect(() => {
+    document.title = `${title} · Lorasmith`;
+    if (first.current) {
+      first.current = false;
+      return;
+    }
+    scrollTo(0, 0);
+    main.current?.focus({ preventScroll: true });
+    announcement.set(title);
+  }, [address]);
+  useEffect(watchServer, []);
+  return html`
+    <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current?.focus(); }}>Skip to the content</a>
+    <${Bar} at=${parts[0] ?? ""} />
+    <main id="main" ref=${main} tabindex="-1">
+      <${Offers} hidden=${parts[0] === "jobs"} />
+      ${view}
+    </main>
+    <${Messages} />`;
+}
+
+function viewOf([name, ...rest]) {
+  switch (name) {
+    case undefined:
+      return [html`<${HomeView} />`, "Photos to LoRA"];
+    case "new": {
+      const [dataset, step = "photos"] = rest;
+      const props = { dataset, key: `${dataset} ${step}` };
+      if (dataset && step === "photos") return [html`<${PhotosView} ...${props} />`, "Photos"];
+      if (dataset && step === "model") return [html`<${ModelView} ...${props} />`, "Model"];
+      if (dataset && step === "settings") return [html`<${SettingsView} ...${props} />`, "Settings"];
+      break;
+    }
+    case "jobs":
+      if (rest[0]) return [html`<${JobView} id=${rest[0]} key=${rest[0]} />`, "Training"];
+      break;
+    case "runs":
+      if (rest[0]) return [html`<${RunView} id=${rest[0]} key=${rest[0]} />`, rest[0].split("/").pop()];
+      return [html`<${RunsView} />`, "All runs"];
+    case "compare":
+      return [html`<${CompareView} ids=${rest} key=${rest.join(" ")} />`, "Comparison"];
+    default:
+  }
+  return [html`<section><h1>Nothing here</h1><p>This address leads nowhere. <a href="#/">Start from the beginning.</a></p></section>`, "Nothing here"];
+}
+
+function Bar({ at }) {
+  const server = useStore(status);
+  const queue = useStore(work)?.queue;
+  const device = server?.devices?.[0];
+  const busy = (queue?.running ?? 0) + (queue?.pending ?? 0);
+  const here = (name) => (name === at || (name === "" && at === "new") ? "page" : undefined);
+  return html`<div class="top-bar" role="banner">
+    <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="26" height="26" />Lorasmith</a>
+    <nav aria-label="Main">
+      <a href="#/" aria-current=${here("")}>New LoRA</a>
+      <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("compare")}>Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}</a>
+      ${server?.editor !== false && html`<a href="editor/">Editor</a>`}
+    </nav>
+    ${device && html`<span class="device">${device.title ?? device.name}${device.memory_bytes ? ` · ${bytes(device.memory_bytes)}` : ""}</span>`}
+  </div>`;
+}
+
+/** Keeps the status and the jobs up to date; returns what ends it. */
+function watchServer() {
+  let timer = 0;
+  let ended = false;
+  const look = async () => {
+    clearTimeout(timer);
+    let wait = STATUS_EVERY_MS;
+    try {
+      const answer = await get(["status"]);
+      status.set(answer);
+      if (!answer.ready) wait = STATUS_SOON_MS;
+    } catch {
+      wait = STATUS_SOON_MS;
+    }
+    if (!ended) timer = setTimeout(look, wait);
+  };
+  const load = async () => {
+    try {
+      const { jobs } = await get(["jobs"], { limit: 200 });
+      const queue = {
+        pending: jobs.filter((job) => job.state === "pending").length,
+        running: jobs.filter((job) => job.state === "running").length,
+      };
+      work.set({ jobs: new Map(jobs.map((job) => [job.id, job])), queue });
+    } catch {
+      // The stream of events reports a lost connection, and loads again when it is back.
+    }
+  };
+  const changed = (job) => {
+    if (!job?.id) return;
+    work.set((before) => {
+      const jobs = new Map(before?.jobs ?? []);
+      if (job.removed) jobs.delete(job.id);
+      else jobs.set(job.id, { ...jobs.get(job.id), ...job });
+      return { jobs, queue: before?.queue ?? { pending: 0, running: 0 } };
+    });
+  };
+  const counted = (queue) => work.set((before) => ({ jobs: before?.jobs ?? new Map(), queue }));
+  look();
+  load();
+  const stop = listen(new URL("lorasmith/v1/events", document.baseURI).href, { job: changed, queue: counted }, {
+    onOpen: () => {
+      look();
+      load();
+    },
+  });
+  return () => {
+    ended = true;
+    clearTimeout(timer);
+    stop();
+  };
+}
+
+render(html`<${Page} />`, document.getElementById("page"));

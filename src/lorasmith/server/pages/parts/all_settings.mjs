@@ -1,0 +1,83 @@
+// Every setting, made from its declaration: a control that fits its type, its help, and whether it was changed.
+import { html, useState } from "../lib/html.mjs";
+import { count, nameWords, valueWords } from "../lib/words.mjs";
+import { Field } from "./basics.mjs";
+
+/**
+ * @param groups declared settings; `hidden` names those that are asked for elsewhere
+ * @param base values of the chosen preset; `own` values that were changed here
+ * @param onChange called with the changed values
+ */
+export function AllSettings({ groups, hidden, base, own, error, onChange }) {
+  const [wanted, setWanted] = useState("");
+  const changed = Object.keys(own).length;
+  const matching = (one) => !hidden.has(one.name) && (!wanted || `${one.name} ${one.label} ${one.help}`.toLowerCase().includes(wanted.toLowerCase()));
+  const shown = groups.map((group) => ({ ...group, settings: group.settings.filter(matching) })).filter((group) => group.settings.length);
+  const set = (name, value) => {
+    const next = { ...own };
+    if (value === undefined) delete next[name];
+    else next[name] = value;
+    onChange(next);
+  };
+  const control = (one) => html`<${Setting} key=${one.name} setting=${one} preset=${base[one.name]} value=${own[one.name]} error=${error} onChange=${(value) => set(one.name, value)} />`;
+  const main = shown.flatMap((group) => group.settings.filter((one) => one.main));
+  return html`<section class="all-settings"><details>
+    <summary><h2>All settings</h2>${changed > 0 && html`<span class="tag">${count(changed, "change")}</span>`}</summary>
+    <div class="tools"><label class="search"><span class="unseen">Search settings</span><input type="search" placeholder="Search" value=${wanted} onInput=${(event) => setWanted(event.currentTarget.value)} /></label>
+      ${changed > 0 && html`<button type="button" class="button small" onClick=${() => onChange({})}>Undo all changes</button>`}</div>
+    ${!shown.length && html`<p class="faint">No setting has these words.</p>`}
+    ${main.length > 0 && html`<fieldset><legend>The most important</legend><div class="fields two">${main.map(control)}</div></fieldset>`}
+    ${shown.map((group) => {
+      const rest = group.settings.filter((one) => !one.main);
+      const touched = rest.filter((one) => one.name in own).length;
+      return rest.length > 0 && html`<details class="group" key=${group.title} open=${wanted !== "" || touched > 0}>
+        <summary>${group.title}${touched > 0 && html` <span class="tag">${count(touched, "change")}</span>`}</summary>
+        <div class="fields two" role="group" aria-label=${group.title}>${rest.map(control)}</div></details>`;
+    })}
+  </details></section>`;
+}
+
+function Setting({ setting, preset, value, error, onChange }) {
+  const standard = preset ?? setting.default;
+  const current = value ?? standard;
+  const isChanged = value !== undefined;
+  const [typed, setTyped] = useState(null); // what stands in the field while it is no valid value
+  const problem = typed !== null ? rangeOf(setting) : isChanged && error?.message?.toLowerCase().startsWith(setting.name) ? error.message : null;
+  const label = html`${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}`;
+  const choose = (next) => onChange(next === standard ? undefined : next);
+  const type = (event) => {
+    const text = event.currentTarget.value;
+    if (text.trim() === "") {
+      setTyped(null);
+      onChange(undefined);
+      return;
+    }
+    const found = setting.type === "text" ? text : Number(text);
+    const valid = setting.type === "text" || (Number.isFinite(found) && (setting.type !== "integer" || Number.isInteger(found)) &&
+      (setting.min === null || found >= setting.min) && (setting.max === null || found <= setting.max));
+    setTyped(valid ? null : text);
+    if (valid) choose(found);
+  };
+  const reset = isChanged && html`<button type="button" class="as-link" onClick=${() => { setTyped(null); onChange(undefined); }}>Back to ${valueWords(standard)}</button>`;
+  const help = html`${setting.help} ${reset}`;
+  if (setting.type === "boolean") {
+    return html`<${Field} label=${label} help=${help} error=${problem} class="switch">${(attributes) =>
+      html`<input ...${attributes} type="checkbox" checked=${current === true} onChange=${(event) => choose(event.currentTarget.checked)} />`}<//>`;
+  }
+  if (setting.choices?.length) {
+    return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
+      html`<select ...${attributes} value=${current ?? ""} onChange=${(event) => choose(event.currentTarget.value || undefined)}>
+        ${(standard === null || standard === undefined) && html`<option value="">automatic</option>`}
+        ${setting.choices.map((choice) => html`<option key=${choice} value=${choice}>${choice}</option>`)}</select>`}<//>`;
+  }
+  return html`<${Field} label=${label} help=${help} error=${problem}>${(attributes) =>
+    html`<input ...${attributes} type="text" inputmode=${{ integer: "numeric", number: "decimal" }[setting.type]} autocomplete="off" spellcheck=${false}
+      value=${typed ?? (isChanged ? value : standard ?? "")} placeholder=${standard === null || standard === undefined ? "automatic" : ""} onChange=${type} />`}<//>`;
+}
+
+function rangeOf({ type, min, max }) {
+  const what = type === "integer" ? "a whole number" : "a number";
+  if (min !== null && max !== null) return `Must be ${what} between ${min} and ${max}.`;
+  if (min !== null) return `Must be ${what} of at least ${min}.`;
+  return max !== null ? `Must be ${what} of at most ${max}.` : `Must be ${what}.`;
+}

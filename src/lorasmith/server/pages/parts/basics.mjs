@@ -1,0 +1,171 @@
+// Small parts that every view is made of.
+import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
+import { announcement, connection, toast, useStore } from "../lib/stores.mjs";
+import { stateWords } from "../lib/words.mjs";
+
+/** A button: `kind` "primary", "plain" or "danger". While an async `onClick` runs, it cannot be pressed again. */
+export function Button({ kind = "plain", onClick, children, disabled, busyText, ...rest }) {
+  const [busy, setBusy] = useState(false);
+  const shown = useRef(true);
+  useEffect(() => () => (shown.current = false), []);
+  const press = async (event) => {
+    if (busy || disabled) return;
+    const result = onClick?.(event);
+    if (!(result instanceof Promise)) return;
+    setBusy(true);
+    try {
+      await result;
+    } finally {
+      if (shown.current) setBusy(false);
+    }
+  };
+  // aria-disabled instead of disabled keeps the focus where it is.
+  return html`<button type="button" ...${rest} class=${`button ${kind} ${rest.class ?? ""}`} onClick=${press}
+    aria-disabled=${busy || disabled ? "true" : undefined}>${busy && busyText ? busyText : children}</button>`;
+}
+
+/** A failure as its sentence, with a button to try again where that can help. */
+export function Problem({ error, onRetry }) {
+  if (!error) return null;
+  if (error.status === 503) return html`<p class="faint loading" role="status">${error.message} Trying again…</p>`;
+  return html`<div class="notice bad-notice" role="alert">
+    <p>${error.message ?? String(error)}</p>
+    ${onRetry && html`<${Button} onClick=${onRetry}>Try again<//>`}
+  </div>`;
+}
+
+export const Notice = ({ mood = "faint", children }) => html`<div class=${`notice ${mood}-notice`}>${children}</div>`;
+
+export function State({ state }) {
+  const [word, mood] = stateWords(state);
+  return html`<span class=${`status ${mood}`}>${word}</span>`;
+}
+
+/** A labelled field; `children` is called with the attributes that tie the control to label, help and error. */
+export function Field({ label, help, error, optional, class: extra = "", children }) {
+  const id = useId();
+  const described = [help && `${id}h`, error && `${id}e`].filter(Boolean).join(" ");
+  return html`<div class=${`field ${extra}`}>
+    <label for=${id}>${label}${optional && html` <span class="faint">(optional)</span>`}</label>
+    ${children({ id, "aria-describedby": described || undefined, "aria-invalid": error ? "true" : undefined })}
+    ${error && html`<p class="field-error" id=${`${id}e`}>${error}</p>`}
+    ${help && html`<p class="help" id=${`${id}h`}>${help}</p>`}
+  </div>`;
+}
+
+/** A progress bar with a name. */
+export const Progress = ({ value, max, label }) =>
+  html`<progress value=${value ?? undefined} max=${max || 1} aria-label=${label}></progress>`;
+
+/** A dialog that holds the focus until it is closed (Escape, its cross, or `onClose`). */
+export function Dialog({ title, onClose, children, wide }) {
+  const box = useRef(null);
+  const id = useId();
+  useEffect(() => {
+    const before = document.activeElement;
+    box.current.showModal();
+    return () => before?.isConnected && before.focus();
+  }, []);
+  return html`<dialog ref=${box} class=${wide ? "wide-dialog" : ""} aria-labelledby=${id}
+    onCancel=${(event) => { event.preventDefault(); onClose(); }}
+    onClick=${(event) => event.target === box.current && onClose()}>
+    <div class="dialog-body">
+      <div class="dialog-head"><h2 id=${id}>${title}</h2>
+        <button type="button" class="icon-button" aria-label="Close" onClick=${onClose}>✕</button></div>
+      ${children}
+    </div>
+  </dialog>`;
+}
+
+/** A question with two answers. */
+export function Question({ title, children, yes, kind = "primary", onYes, onClose }) {
+  const [error, setError] = useState(null);
+  const confirm = async () => {
+    try {
+      await onYes();
+      onClose();
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  return html`<${Dialog} title=${title} onClose=${onClose}>
+    ${children}
+    <${Problem} error=${error} />
+    <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind=${kind} onClick=${confirm}>${yes}<//></div>
+  <//>`;
+}
+
+/** Text in a box with a button that copies it. */
+export function Command({ label, text }) {
+  const [copied, setCopied] = useState(false);
+  const copy = async () => {
+    if (await copyText(text)) {
+      setCopied(true);
+      announcement.set("Copied.");
+      setTimeout(() => setCopied(false), 2000);
+    }
+  };
+  return html`<figure class="command"><figcaption>${label}</figcaption>
+    <div class="copyable"><pre tabindex="0"><code>${text}</code></pre>
+      <button type="button" class="button small" onClick=${copy} aria-label=${`Copy: ${label}`}>${copied ? "Copied" : "Copy"}</button>
+    </div></figure>`;
+}
+
+async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // Without https, browsers give no clipboard but the old way still works.
+    const area = document.createElement("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  }
+}
+
+/** What is said at the edge of the page: lost connection, short messages; and to screen readers. */
+export function Messages() {
+  const { lost } = useStore(connection);
+  const message = useStore(toast);
+  const spoken = useStore(announcement);
+  return html`
+    <div class="messages">
+      <div role="alert">${lost && html`<div class="toast fair-toast"><span class="dot"></span>The connection to the server is lost. Trying to reach it again…</div>`}</div>
+      <div role="status">${message && html`<div class=${`toast ${message.mood}-toast`}>${message.text}
+        ${message.undo && html`<button type="button" class="button small" onClick=${() => { message.undo(); toast.set(null); }}>Undo</button>`}</div>`}</div>
+    </div>
+    <div class="unseen" role="status" aria-live="polite">${spoken}</div>`;
+}
+
+const AGAIN_MS = 2000;
+/** Whether an error passes by itself: the server starts (503), or does not answer (0). */
+export const isPassing = (error) => error?.status === 503 || error?.status === 0;
+
+/** Loads a value and loads it again when `keys` change, and until it is there if the server is not: [value, error, reload]. */
+export function useLoaded(load, keys) {
+  const [state, setState] = useState({ value: null, error: null });
+  const [round, setRound] = useState(0);
+  useEffect(() => {
+    const stop = new AbortController();
+    let timer = 0;
+    load(stop.signal).then(
+      (value) => !stop.signal.aborted && setState({ value, error: null }),
+      (error) => {
+        if (stop.signal.aborted) return;
+        setState((before) => ({ ...before, error }));
+        if (isPassing(error)) timer = setTimeout(() => setRound((number) => number + 1), AGAIN_MS);
+      },
+    );
+    return () => {
+      stop.abort();
+      clearTimeout(timer);
+    };
+  }, [...keys, round]);
+  return [state.value, state.error, () => setRound((number) => number + 1)];
+}
+
+export const Loading = ({ what }) => html`<p class="faint loading" role="status">Loading ${what}…</p>`;

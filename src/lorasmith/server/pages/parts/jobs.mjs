@@ -1,0 +1,72 @@
+// Jobs: what one is called, the queue, and what can be done with each.
+import { post, remove } from "../lib/api.mjs";
+import { html, useState } from "../lib/html.mjs";
+import { link } from "../lib/router.mjs";
+import { say, useStore, work } from "../lib/stores.mjs";
+import { moment } from "../lib/words.mjs";
+import { Button, State } from "./basics.mjs";
+
+export const titleOf = (job) =>
+  job.title || job.name || job.request?.name || job.run?.split("/").pop() ||
+  ({ train: "Training", measure: "Measuring a step", graph: "Workflow" }[job.kind] ?? "Job");
+
+const WORK = { train: "Training", measure: "Measurement", graph: "Workflow" };
+
+/** Runs an action on a job; its failure is said at the edge of the page. */
+export async function act(job, action, body) {
+  try {
+    const changed = action === "remove" ? await remove(["jobs", job.id]) : await post(["jobs", job.id, action], body);
+    work.set((before) => {
+      const jobs = new Map(before?.jobs ?? []);
+      if (action === "remove") jobs.delete(job.id);
+      else if (changed?.id) jobs.set(changed.id, { ...jobs.get(changed.id), ...changed });
+      return { queue: { pending: 0, running: 0 }, ...before, jobs };
+    });
+    return changed ?? true;
+  } catch (error) {
+    say(error.message, { mood: "bad" });
+    return null;
+  }
+}
+
+/** Trainings that stand still and can continue. */
+export function Offers({ hidden }) {
+  const known = useStore(work);
+  const [later, setLater] = useState(() => new Set(JSON.parse(sessionStorage.getItem("lorasmith.later") ?? "[]")));
+  if (hidden || !known) return null;
+  const waiting = [...known.jobs.values()].filter((job) => job.kind === "train" && job.state === "interrupted" && !later.has(job.id));
+  const postpone = (job) => {
+    const next = new Set([...later, job.id]);
+    setLater(next);
+    sessionStorage.setItem("lorasmith.later", JSON.stringify([...next]));
+  };
+  return waiting.slice(0, 3).map((job) => html`<div class="notice fair-notice offer" key=${job.id} role="group" aria-label="Interrupted training">
+    <p><b>${titleOf(job)}</b> was interrupted${job.step ? ` at step ${job.step}` : ""}. It continues where it stopped.</p>
+    <div class="actions"><${Button} onClick=${() => postpone(job)}>Not now<//>
+      <${Button} kind="primary" onClick=${() => act(job, "continue").then((done) => done && (location.hash = link("jobs", job.id)))}>Continue<//></div>
+  </div>`);
+}
+
+/** The jobs that run or wait, in order. */
+export function Queue({ except }) {
+  const known = useStore(work);
+  if (!known) return null;
+  const order = { running: 0, pending: 1, paused: 2, interrupted: 3 };
+  const jobs = [...known.jobs.values()]
+    .filter((job) => job.state in order && job.id !== except)
+    .sort((a, b) => order[a.state] - order[b.state] || (a.number ?? 0) - (b.number ?? 0));
+  if (!jobs.length) return null;
+  return html`<section aria-labelledby="queue"><h2 id="queue">Queue</h2><ul class="rows">
+    ${jobs.map((job) => html`<li key=${job.id} class="row">
+      <div class="row-text">${job.kind === "train" ? html`<a href=${link("jobs", job.id)}>${titleOf(job)}</a>` : html`<b>${titleOf(job)}</b>`}
+        <span class="faint">${WORK[job.kind] ?? job.kind} · ${moment(job.started ?? job.created)}</span></div>
+      <${State} state=${job.state} />
+      <div class="actions">
+        ${job.state === "pending" && html`<${Button} class="small" onClick=${() => act(job, "move", { front: true })}>To the front<//>`}
+        ${(job.state === "paused" || job.state === "interrupted") && html`<${Button} class="small" onClick=${() => act(job, "continue")}>Continue<//>`}
+        ${job.state === "running"
+          ? html`<${Button} class="small" onClick=${() => act(job, "cancel", { pause: false })}>Stop<//>`
+          : html`<${Button} class="small" onClick=${() => act(job, "remove")}>Remove<//>`}
+      </div></li>`)}
+  </ul></section>`;
+}

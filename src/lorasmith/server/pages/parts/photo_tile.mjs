@@ -1,0 +1,73 @@
+// One photo: the picture with the part that is trained, what is wrong with it, and its caption.
+import { address } from "../lib/api.mjs";
+import { html, useEffect, useId, useRef, useState } from "../lib/html.mjs";
+import { bytes } from "../lib/words.mjs";
+
+const STORE_AFTER_MS = 900;
+const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
+
+/**
+ * @param image a photo of the dataset, or `upload`, one on its way there
+ * @param isFixed whether it can neither be changed nor removed
+ * @param facts {crop, trained} of the check; null to draw none
+ */
+export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, onCaption, onRemove }) {
+  const [unseen, setUnseen] = useState(false);
+  const name = image?.file ?? upload.name;
+  const source = upload ? upload.preview : preview ?? address(["datasets", dataset, "images", image.file], { width: THUMBNAIL });
+  const state = upload?.state;
+  const marks = [...(state === "skipped" ? [upload.reason] : []), ...problems];
+  return html`<li class=${`tile ${state ?? ""}`}>
+    <div class="frame">
+      ${unseen ? html`<span class="missing">${upload && state !== "skipped" ? "No preview yet" : "No preview"}</span>`
+        : html`<div class="whole"><img src=${source} alt=${caption || name} loading="lazy" onError=${() => setUnseen(true)} />
+          ${facts?.crop && html`<${Crop} crop=${facts.crop} />`}</div>`}
+      ${(state === "waiting" || state === "sending") && html`<span class="sending">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
+      ${marks.length > 0 && html`<ul class="marks">${marks.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
+      ${!isFixed && html`<button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove" onClick=${onRemove}>✕</button>`}
+    </div>
+    <p class="tile-name"><span class="clip" title=${name}>${name}</span>${image?.width ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>` : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`}</p>
+    ${image && isFixed && html`<p class="said faint">${caption}</p>`}
+    ${image && !isFixed && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} onCaption=${onCaption} />`}
+  </li>`;
+}
+
+function Crop({ crop }) {
+  const whole = crop.width > 0.995 && crop.height > 0.995;
+  if (whole) return null;
+  const share = (number) => `${(100 * number).toFixed(2)}%`;
+  return html`<span class="crop" title="The part that is trained" style=${{ left: share(crop.x), top: share(crop.y), width: share(crop.width), height: share(crop.height) }}></span>`;
+}
+
+/** A caption that is stored a moment after typing, and when the field is left. */
+function Caption({ name, caption, trigger, onCaption }) {
+  const [text, setText] = useState(null); // null: as stored
+  const [failed, setFailed] = useState(false);
+  const id = useId();
+  const timer = useRef(0);
+  const latest = useRef(null);
+  latest.current = text;
+  const store = async () => {
+    clearTimeout(timer.current);
+    const typed = latest.current;
+    if (typed === null || typed === caption) return;
+    try {
+      await onCaption(typed);
+      setFailed(false);
+      if (latest.current === typed) setText(null);
+    } catch {
+      setFailed(true);
+    }
+  };
+  useEffect(() => () => void store(), []);
+  const type = (event) => {
+    setText(event.currentTarget.value);
+    latest.current = event.currentTarget.value;
+    clearTimeout(timer.current);
+    timer.current = setTimeout(store, STORE_AFTER_MS);
+  };
+  return html`<label class="unseen" for=${id}>Caption of ${name}</label>
+    <textarea id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
+      onInput=${type} onBlur=${store} aria-invalid=${failed ? "true" : undefined}></textarea>
+    ${failed && html`<p class="field-error">This caption is not stored yet. <button type="button" class="as-link" onClick=${store}>Try again</button></p>`}`;
+}

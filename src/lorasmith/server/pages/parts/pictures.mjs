@@ -1,0 +1,92 @@
+// Previews of a run: beside those of the base model, over steps and strengths, and large.
+import { html, useEffect, useMemo, useState } from "../lib/html.mjs";
+import { whole } from "../lib/words.mjs";
+import { Dialog } from "./basics.mjs";
+
+/**
+ * Previews by prompt, with a slider over steps.
+ *
+ * @param previews [{step, strength, prompt, file}]
+ * @param source address of a preview's file
+ * @param live whether newer ones may come: the slider then stays at the newest
+ */
+export function Previews({ previews, source, live = false, bestStep = null }) {
+  const table = useMemo(() => arranged(previews), [previews]);
+  const [chosen, setChosen] = useState(null);
+  const [large, setLarge] = useState(null);
+  if (!table.steps.length && !table.base.size) return null;
+  const at = chosen === null || !table.steps.includes(chosen) ? table.steps.length - 1 : table.steps.indexOf(chosen);
+  const step = table.steps[at];
+  const strengths = table.strengths(step);
+  const pick = (index) => setChosen(live && index === table.steps.length - 1 ? null : table.steps[index]);
+  const shots = table.prompts.flatMap((prompt) => [
+    table.base.get(prompt) && { ...table.base.get(prompt), title: "Base model" },
+    ...strengths.map((strength) => {
+      const shot = table.at(step, strength, prompt);
+      return shot && { ...shot, title: titleOf(step, strength, strengths) };
+    }),
+  ]).filter(Boolean);
+  const cell = (shot, title) => shot
+    ? html`<td><button type="button" class="picture" onClick=${() => setLarge(shots.findIndex((one) => one.file === shot.file))}>
+        <img src=${source(shot.file)} alt=${`${title}: ${shot.prompt}`} loading="lazy" /></button></td>`
+    : html`<td><span class="missing">Not drawn yet</span></td>`;
+  return html`<div class="previews">
+    ${table.steps.length > 1 && html`<div class="slider"><label for="preview-step">Step</label>
+      <input id="preview-step" type="range" min="0" max=${table.steps.length - 1} value=${at} aria-valuetext=${`step ${step}`}
+        onInput=${(event) => pick(Number(event.currentTarget.value))} />
+      <output>${whole(step)}${step === bestStep ? " (best)" : ""}</output></div>`}
+    <div class="scroll" tabindex="0" role="region" aria-label="Previews by prompt"><table class="pictures">
+      <thead><tr><th scope="col">Base model</th>
+        ${strengths.map((strength) => html`<th scope="col" key=${strength}>${titleOf(step, strength, strengths)}</th>`)}</tr></thead>
+      <tbody>${table.prompts.map((prompt) => html`
+        <tr class="prompt-row" key=${`${prompt} words`}><th scope="rowgroup" colspan=${strengths.length + 1}>${prompt || "No prompt"}</th></tr>
+        <tr key=${prompt}>
+          ${cell(table.base.get(prompt), "Base model")}
+          ${strengths.map((strength) => cell(table.at(step, strength, prompt), titleOf(step, strength, strengths)))}
+        </tr>`)}</tbody>
+    </table></div>
+    ${large !== null && large >= 0 && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}
+  </div>`;
+}
+
+const titleOf = (step, strength, strengths) =>
+  step === undefined ? "" : strengths.length > 1 ? `Strength ${strength}` : `Step ${whole(step)}${strength === 1 ? "" : `, strength ${strength}`}`;
+
+function arranged(previews) {
+  const prompts = [...new Set(previews.map((one) => one.prompt))];
+  const base = new Map();
+  const drawn = new Map();
+  for (const one of previews) {
+    if (one.strength === 0) base.set(one.prompt, one);
+    else drawn.set(`${one.step} ${one.strength} ${one.prompt}`, one);
+  }
+  const steps = [...new Set([...drawn.values()].map((one) => one.step))].sort((a, b) => a - b);
+  return {
+    prompts, base, steps,
+    strengths: (step) => [...new Set([...drawn.values()].filter((one) => one.step === step).map((one) => one.strength))].sort((a, b) => a - b),
+    at: (step, strength, prompt) => drawn.get(`${step} ${strength} ${prompt}`),
+  };
+}
+
+/** Pictures in the size of the window, turned with the arrow keys. */
+export function Lightbox({ shots, start, source, onClose }) {
+  const [at, setAt] = useState(start);
+  const turn = (by) => setAt((index) => (index + by + shots.length) % shots.length);
+  useEffect(() => {
+    const pressed = (event) => {
+      if (event.key === "ArrowRight") turn(1);
+      if (event.key === "ArrowLeft") turn(-1);
+    };
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  }, [shots.length]);
+  const shot = shots[Math.min(at, shots.length - 1)];
+  return html`<${Dialog} title=${shot.title} onClose=${onClose} wide>
+    <img class="large" src=${source(shot.file)} alt=${shot.prompt || shot.title} />
+    <p class="faint" aria-live="polite">${shot.prompt}</p>
+    ${shots.length > 1 && html`<div class="actions spread">
+      <button type="button" class="button" onClick=${() => turn(-1)}>← Before</button>
+      <span class="faint">${at + 1} of ${shots.length}</span>
+      <button type="button" class="button" onClick=${() => turn(1)}>Next →</button></div>`}
+  <//>`;
+}

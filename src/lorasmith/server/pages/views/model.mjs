@@ -1,0 +1,81 @@
+// The model that the LoRA is for: what is in the model folders, what each lacks, and whether it fits.
+import { get, post } from "../lib/api.mjs";
+import { useDraft } from "../lib/drafts.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
+import { go, link } from "../lib/router.mjs";
+import { status, useStore } from "../lib/stores.mjs";
+import { bytes, count } from "../lib/words.mjs";
+import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { NextBar, Stepper } from "../parts/stepper.mjs";
+
+export function ModelView({ dataset }) {
+  const [draft, change] = useDraft(dataset);
+  const [found, error, reload] = useLoaded((signal) => get(["models"], {}, signal), []);
+  const server = useStore(status);
+  const models = found?.models ?? [];
+  const [tooLarge, setTooLarge] = useState(new Set());
+  const best = bestOf(models, tooLarge);
+  const chosen = (draft.isChosen && models.find((one) => one.name === draft.model && one.ready)) || best;
+  useEffect(() => {
+    if (found && chosen && chosen.name !== draft.model) change({ model: chosen.name });
+  }, [found, chosen?.name]);
+  const plan = async (model) => {
+    const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: {} });
+    if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
+    return found;
+  };
+  const families = [...Map.groupBy(models.filter((one) => !one.builtin), (one) => one.family)];
+  const builtin = models.filter((one) => one.builtin);
+  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => change({ model: model.name, isChosen: true })}
+    plan=${() => plan(model)} />`;
+  return html`
+    <${Stepper} at="model" dataset=${dataset} />
+    <section>
+      <h1>Which model should learn it?</h1>
+      <p>The LoRA will work with this model, and mostly with others of its family.</p>
+      <${Problem} error=${error} onRetry=${reload} />
+      ${!found && !error && html`<${Loading} what="models" />`}
+      ${found && !families.length && html`<${Notice} mood="fair"><p>There is no model of your own yet. Put one, such as a checkpoint of SDXL, into <code>${joined(server?.base_dir, "models/checkpoints")}</code> and look again; or try everything with the small one that is built in.</p>
+        <${Button} onClick=${reload}>Look again<//><//>`}
+      <div role="radiogroup" aria-label="Model" class="choices">
+        ${families.map(([family, members]) => html`<div class="family" key=${family}><h2>${family}</h2>${members.map(row)}</div>`)}
+        ${builtin.length > 0 && html`<div class="family"><h2>To try it out</h2>${builtin.map(row)}</div>`}
+      </div>
+      ${found?.other?.length > 0 && html`<details><summary>${count(found.other.length, "file")} in the model folders that cannot be trained</summary>
+        <ul>${found.other.map((one) => html`<li key=${`${one.place}/${one.name}`}><b>${one.name}</b> <span class="faint">in ${one.place}: ${one.what}</span></li>`)}</ul></details>`}
+    </section>
+    <${NextBar} note=${chosen ? html`<b>${chosen.title}</b>` : ""}>
+      <a class="button" href=${link("new", dataset, "photos")}>Back</a>
+      <${Button} kind="primary" disabled=${!chosen} onClick=${() => go("new", dataset, "settings")}>Next: settings<//>
+    <//>`;
+}
+
+/** The largest model that is whole and not too large for this machine: larger ones learn more. The built-in one otherwise. */
+export function bestOf(models, tooLarge = new Set()) {
+  const ready = models.filter((one) => one.ready);
+  const own = ready.filter((one) => !one.builtin && !tooLarge.has(one.name));
+  return own.sort((a, b) => b.size_bytes - a.size_bytes)[0] ?? ready.find((one) => one.builtin) ?? ready[0] ?? null;
+}
+
+const joined = (base, path) => (base ? `${base}${base.includes("\\") ? "\\" : "/"}${base.includes("\\") ? path.replace("/", "\\") : path}` : path);
+
+function ModelRow({ model, isBest, chosen, onChoose, plan }) {
+  const isChosen = model === chosen;
+  const [memory, setMemory] = useState(null);
+  useEffect(() => {
+    if (!isChosen || memory || !model.ready) return undefined;
+    let shown = true;
+    plan().then((found) => shown && setMemory(found), () => shown && setMemory(null));
+    return () => (shown = false);
+  }, [isChosen]);
+  const needed = memory?.memory_bytes;
+  const fits = memory?.fits;
+  return html`<label class=${`choice ${isChosen ? "chosen" : ""} ${model.ready ? "" : "unready"}`}>
+    <input type="radio" name="model" value=${model.name} checked=${isChosen} disabled=${!model.ready} onChange=${onChoose} />
+    <span class="choice-body">
+      <span class="choice-title"><b>${model.title || model.name}</b>${isBest && html` <span class="tag">Suggested</span>`}</span>
+      <span class="faint">${[model.builtin ? "Built in; learns small pictures in a minute or two" : null, bytes(model.size_bytes), model.precision].filter(Boolean).join(" · ")}</span>
+      ${needed && html`<span class=${fits === false ? "fair" : "faint"}>${fits === false ? `Training needs ${bytes(needed)} of memory, more than is there` : `Training needs about ${bytes(needed)} of memory${fits ? ", which fits" : ""}`}</span>`}
+      ${!model.ready && html`<span class="fair">Missing: ${model.missing.map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`).join(", ")}</span>`}
+    </span></label>`;
+}

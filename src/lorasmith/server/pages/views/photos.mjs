@@ -1,0 +1,187 @@
+// The photos of a LoRA: what they show, their captions, what is wrong with them, and what of them is trained.
+import { get, put, remove } from "../lib/api.mjs";
+import { useDraft } from "../lib/drafts.mjs";
+import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
+import { go } from "../lib/router.mjs";
+import { announcement, say, useStore } from "../lib/stores.mjs";
+import { forget, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
+import { count, slug } from "../lib/words.mjs";
+import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
+import { DropZone } from "../parts/drop_zone.mjs";
+import { PhotoTile } from "../parts/photo_tile.mjs";
+import { Replace } from "../parts/replace.mjs";
+import { NextBar, Stepper } from "../parts/stepper.mjs";
+
+const CHECK_AFTER_MS = 700;
+const RELOAD_AFTER_MS = 400;
+const FEW = 5;
+
+export function PhotosView({ dataset }) {
+  const [draft, change] = useDraft(dataset);
+  const [found, error, reload] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
+  const [captions, setCaptions] = useState({}); // typed here, not yet in `found`
+  const [gone, setGone] = useState(new Set());
+  const [crops, setCrops] = useState(true);
+  const [onlyOdd, setOnlyOdd] = useState(false);
+  const [replacing, setReplacing] = useState(false);
+  const [clearing, setClearing] = useState(false);
+  const others = useStore(leftOut)[dataset] ?? [];
+  const sent = useStore(uploadsOf(dataset));
+  const timer = useRef(0);
+
+  useEffect(() => setCaptions({}), [dataset]);
+  useEffect(() => () => clearTimeout(timer.current), []);
+  const arrived = sent.filter((one) => one.state === "done").length;
+  useEffect(() => {
+    clearTimeout(timer.current);
+    if (arrived) timer.current = setTimeout(reload, RELOAD_AFTER_MS);
+  }, [arrived]);
+
+  const images = useMemo(() => (found?.images ?? []).filter((one) => !gone.has(one.file)), [found, gone]);
+  const stored = new Set(images.map((one) => one.file));
+  const previews = new Map(sent.filter((one) => one.file).map((one) => [one.file, one]));
+  const onTheWay = sent.filter((one) => one.state !== "done" || (!stored.has(one.file) && !gone.has(one.file)));
+  const underway = onTheWay.filter((one) => one.state === "waiting" || one.state === "sending").length;
+  const captionOf = (image) => captions[image.file] ?? image.caption ?? "";
+  const [check, checkError] = useCheck(dataset, draft, images, captions);
+
+  const take = (files) => {
+    announcement.set(`${count(upload(dataset, files), "photo")} added.`);
+  };
+
+  async function store(changed) {
+    const before = Object.fromEntries(images.filter((one) => one.file in changed).map((one) => [one.file, captionOf(one)]));
+    setCaptions((all) => ({ ...all, ...changed }));
+    try {
+      await put(["datasets", dataset, "captions"], changed);
+    } catch (failure) {
+      say(failure.message, { mood: "bad" });
+      throw failure;
+    }
+    return before;
+  }
+
+  async function replaceAll(changed) {
+    const before = await store(changed);
+    const number = Object.keys(changed).length;
+    say(`${count(number, "caption")} changed.`, { undo: () => store(before).catch(() => {}) });
+  }
+
+  async function drop(image) {
+    setGone((all) => new Set([...all, image.file]));
+    try {
+      await remove(["datasets", dataset, "images", image.file]);
+      const entry = previews.get(image.file);
+      if (entry) forget(dataset, entry.key);
+      say(`${image.file} was moved to the removed files.`);
+    } catch (failure) {
+      setGone((all) => new Set([...all].filter((file) => file !== image.file)));
+      say(failure.message, { mood: "bad" });
+    }
+  }
+
+  async function removeAll() {
+    const { removed } = await remove(["datasets", dataset]);
+    say(`The photos were moved to ${removed}.`);
+    go();
+  }
+
+  const problemsOf = (image) => check?.images?.[image.file]?.problems ?? [];
+  const odd = images.filter((one) => problemsOf(one).length);
+  const shown = onlyOdd && odd.length ? odd : images;
+  const total = images.length + onTheWay.filter((one) => one.state !== "skipped").length;
+  const captioned = images.filter((one) => captionOf(one).trim()).length;
+  const ready = images.length > 0 && underway === 0;
+
+  return html`
+    <${Stepper} at="photos" dataset=${dataset} />
+    <section>
+      <h1>Your photos</h1>
+      <div class="fields two">
+        <${Field} label="Name of the LoRA" help="The file and its folder are called so.">
+          ${(attributes) => html`<input ...${attributes} type="text" maxlength="64" value=${draft.name} placeholder=${slug(draft.trigger) || dataset}
+            onInput=${(event) => change({ name: event.currentTarget.value })} />`}<//>
+        <${Field} label="Trigger word" optional help="Words that will call up what the photos show, such as “milo cat”. Put them into your prompts later.">
+          ${(attributes) => html`<input ...${attributes} type="text" maxlength="200" value=${draft.trigger} autocapitalize="off"
+            onInput=${(event) => change({ trigger: event.currentTarget.value })} />`}<//>
+      </div>
+    </section>
+    <section aria-labelledby="photos">
+      <div class="head"><h2 id="photos">${total ? count(total, "photo") : "Photos"}</h2>
+        <span class="faint" role="status">${underway ? `${count(underway, "photo")} on the way…` : images.length ? `${captioned} of ${images.length} with a caption` : ""}</span></div>
+      ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} />`}
+      <${Problem} error=${error} onRetry=${reload} />
+      ${!found && !error && html`<${Loading} what="photos" />`}
+      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is no picture and was", "files are no pictures and were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p><//>`}
+      <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} />
+      ${images.length > 0 && html`<div class="tools">
+        ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}
+        <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
+        ${odd.length > 0 && html`<label class="check"><input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} /> Only the ${count(odd.length, "photo")} with remarks</label>`}
+        ${!found.builtin && html`<${Button} class="small" onClick=${() => setClearing(true)}>Remove all<//>`}
+      </div>`}
+      <ul class="tiles">
+        ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
+        ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
+          caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
+          isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)} />`)}
+      </ul>
+    </section>
+    ${clearing && html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${() => setClearing(false)} onYes=${removeAll}>
+      <p>The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the removed files of Lorasmith. Nothing is deleted, and runs keep their LoRAs.</p><//>`}
+    ${replacing && html`<${Replace} images=${images} captionOf=${captionOf} onReplace=${replaceAll} onClose=${() => setReplacing(false)} />`}
+    <${NextBar} note=${noteOf(total, underway)}>
+      <a class="button" href="#/">Back</a>
+      <${Button} kind="primary" disabled=${!ready} onClick=${() => go("new", dataset, "model")}>Next: model<//>
+    <//>`;
+}
+
+function noteOf(total, underway) {
+  if (!total) return "Add photos to go on.";
+  if (underway) return `${count(underway, "photo")} on the way…`;
+  return total < FEW ? "It works with a few, and better with ten or more." : "";
+}
+
+/** The check of the dataset, made again when photos, captions, trigger or model have settled. */
+function useCheck(dataset, draft, images, captions) {
+  const [result, setResult] = useState([null, null]);
+  const files = images.map((one) => one.file).join("\n");
+  const words = JSON.stringify(captions);
+  useEffect(() => {
+    if (!files) {
+      setResult([null, null]);
+      return undefined;
+    }
+    const stop = new AbortController();
+    const ask = async () => {
+      try {
+        const query = { model: draft.model, trigger: draft.trigger, resolution: draft.settings.resolution };
+        setResult([await get(["datasets", dataset, "check"], query, stop.signal), null]);
+      } catch (error) {
+        if (stop.signal.aborted) return;
+        if (error.status === 503) timer = setTimeout(ask, 2000);
+        else setResult(([before]) => [before, error]);
+      }
+    };
+    let timer = setTimeout(ask, CHECK_AFTER_MS);
+    return () => {
+      clearTimeout(timer);
+      stop.abort();
+    };
+  }, [dataset, files, words, draft.trigger, draft.model, draft.settings.resolution]);
+  return result;
+}
+
+function Findings({ check, error, images, trigger, captioned }) {
+  if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;
+  if (!images.length) return null;
+  const wordless = !captioned && !trigger.trim();
+  const skipped = check?.skipped ?? [];
+  const findings = check?.findings ?? [];
+  if (!wordless && !skipped.length && !findings.length) return check ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>` : null;
+  return html`<ul class="findings">
+    ${wordless && html`<li class="fair-item">Give a trigger word above, or captions to the photos, so that the LoRA learns what to call this.</li>`}
+    ${skipped.map((one) => html`<li class="bad-item" key=${one.file}>${one.file} cannot be used: ${one.reason}</li>`)}
+    ${findings.map((one, index) => html`<li key=${index} class=${one.severity === "error" || one.severity === "bad" ? "bad-item" : "fair-item"}>${one.message}</li>`)}
+  </ul>`;
+}

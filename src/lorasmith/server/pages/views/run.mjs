@@ -1,0 +1,165 @@
+// A run and what came of it; one that is still running is shown live.
+import { address, fileOfRun, get, post, sentence } from "../lib/api.mjs";
+import { readDraft, writeDraft } from "../lib/drafts.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
+import { go, link } from "../lib/router.mjs";
+import { say, useStore, work } from "../lib/stores.mjs";
+import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
+import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
+import { act } from "../parts/jobs.mjs";
+import { LiveRun, LossCurves } from "../parts/live_run.mjs";
+import { Lightbox, Previews } from "../parts/pictures.mjs";
+import { nameOfRun } from "../parts/run_card.mjs";
+import { Stepper } from "../parts/stepper.mjs";
+import { useStory } from "./job.mjs";
+
+const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
+
+export function RunView({ id }) {
+  const [run, error, reload] = useLoaded((signal) => get(["runs", id], {}, signal), [id]);
+  const jobs = useStore(work)?.jobs;
+  const job = jobs?.get(run?.job) ?? [...(jobs?.values() ?? [])].filter((one) => one.run === id).sort((a, b) => b.created - a.created)[0];
+  const isRunning = run?.state === "running";
+  if (error && !run) {
+    return html`<section><h1>${id.split("/").pop()}</h1><${Problem} error=${error} onRetry=${reload} />
+      <p><a href=${link("runs")}>All runs</a></p></section>`;
+  }
+  if (!run) return html`<section><${Loading} what="the run" /></section>`;
+  return html`
+    <${Stepper} at=${isRunning ? "training" : "result"} dataset=${run.dataset} addresses=${isRunning && run.job ? { training: link("jobs", run.job) } : {}} />
+    <section aria-labelledby="run">
+      <p class="kicker"><a href=${link("runs")}>Runs</a> / ${id}</p>
+      <div class="head"><h1 id="run">${nameOfRun(run)}</h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
+      <p class="verdict">${sentence(run.verdict)}</p>
+      <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
+      ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+      ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
+      ${isRunning && run.job && html`<div class="actions"><a class="button primary" href=${link("jobs", run.job)}>Watch and control it</a></div>`}
+    </section>
+    ${isRunning ? html`<${Watched} run=${run} onEnd=${reload} />` : html`<${Results} run=${run} />`}
+    <${Details} run=${run} />`;
+}
+
+function Watched({ run, onEnd }) {
+  const [story] = useStory(address(["runs", run.id, "events"]));
+  useEffect(() => {
+    if (!story.finished) return undefined;
+    const timer = setTimeout(onEnd, 1500); // the files of the end are written after its event
+    return () => clearTimeout(timer);
+  }, [story.finished]);
+  return html`<${LiveRun} story=${story} run=${run.id} isRunning />`;
+}
+
+function Actions({ run, job, reload }) {
+  const [dialog, setDialog] = useState(null);
+  const close = () => setDialog(null);
+  const canContinue = job && ["paused", "interrupted", "cancelled"].includes(job.state);
+  const again = () => {
+    const settings = Object.fromEntries(Object.entries(run.changed).filter(([name]) => name !== "trigger"));
+    writeDraft(run.dataset, { ...readDraft(run.dataset), name: run.name, trigger: run.trigger, model: run.model, isChosen: true, settings });
+    go("new", run.dataset, "settings");
+  };
+  return html`<div class="actions">
+      ${run.lora && html`<a class="button primary" href=${fileOfRun(run.id, run.lora.file)} download>Download (${bytes(run.lora.bytes)})</a>
+        <${Button} onClick=${() => setDialog("install")}>${run.lora.installed ? "Copied to ComfyUI" : "Copy to ComfyUI"}<//>`}
+      ${canContinue && html`<${Button} kind=${run.lora ? "plain" : "primary"} onClick=${() => act(job, "continue").then((done) => done && go("jobs", job.id))}>Continue it<//>`}
+      ${run.is_trainable_on && html`<${Button} onClick=${() => setDialog("on")}>Train it further<//>`}
+      ${run.dataset && html`<${Button} onClick=${again}>Train again with changes<//>`}
+      <a class="button" href=${address(["runs", run.id, "report"])} target="_blank" rel="noopener">Report</a>
+    </div>
+    ${dialog === "install" && html`<${Install} run=${run} onClose=${close} onDone=${reload} />`}
+    ${dialog === "on" && html`<${TrainOn} run=${run} onClose=${close} />`}`;
+}
+
+function Install({ run, onClose, onDone }) {
+  const last = run.saves.length ? Math.max(...run.saves.map((one) => one.step)) : null;
+  const choices = run.saves.filter((one) => one.step !== last || one.best);
+  const [step, setStep] = useState("");
+  const [name, setName] = useState("");
+  const [error, setError] = useState(null);
+  const install = async () => {
+    try {
+      const { installed, was_there: wasThere } = await post(["runs", run.id, "install"], { step: step === "" ? null : Number(step), name: name.trim() });
+      say(wasThere ? `${installed} was there already.` : `Copied to models/loras as ${installed}.`);
+      onDone();
+      onClose();
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  return html`<${Dialog} title="Copy to ComfyUI" onClose=${onClose}>
+    <p>The LoRA is copied into <code>models/loras</code>, where ComfyUI finds it.${run.lora.installed ? html` It is there already as <b>${run.lora.installed}</b>.` : ""}</p>
+    ${choices.length > 0 && html`<${Field} label="Which one">${(attributes) => html`<select ...${attributes} value=${step} onChange=${(event) => setStep(event.currentTarget.value)}>
+      <option value="">The last one</option>${choices.map((one) => html`<option key=${one.step} value=${one.step}>Step ${whole(one.step)}${one.best ? " (best on held-out photos)" : ""}</option>`)}</select>`}<//>`}
+    <${Field} label="Name" optional>${(attributes) => html`<input ...${attributes} type="text" maxlength="100" value=${name} placeholder=${run.lora.file.split("/").pop()} onInput=${(event) => setName(event.currentTarget.value)} />`}<//>
+    <${Problem} error=${error} />
+    <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" onClick=${install}>Copy<//></div><//>`;
+}
+
+function TrainOn({ run, onClose }) {
+  const done = run.step ?? run.steps ?? 0;
+  const [steps, setSteps] = useState(String(Math.max(10, Math.round((done * MORE_STEPS) / 10) * 10)));
+  const [error, setError] = useState(null);
+  const more = Number(steps);
+  const isGood = Number.isInteger(more) && more > 0;
+  const start = async () => {
+    try {
+      const job = await post(["runs", run.id, "train-on"], { steps: done + more });
+      onClose();
+      go("jobs", job.id);
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  return html`<${Dialog} title="Train it further" onClose=${onClose}>
+    <p>It continues after step ${whole(done)}, as if the run had been longer from its start.</p>
+    <${Field} label="More steps" error=${isGood ? null : "Must be a whole number of at least 1."}>${(attributes) => html`<input ...${attributes} type="text" inputmode="numeric" value=${steps} onInput=${(event) => setSteps(event.currentTarget.value)} />`}<//>
+    <${Problem} error=${error} />
+    <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" disabled=${!isGood} onClick=${start}>Train ${isGood ? whole(more) : ""} more steps<//></div><//>`;
+}
+
+function Results({ run }) {
+  const [large, setLarge] = useState(null);
+  const source = (file) => fileOfRun(run.id, file);
+  const columns = [run.losses.map(([step]) => step), run.losses.map(([, loss]) => loss)];
+  const saves = [...run.saves].sort((a, b) => a.step - b.step);
+  const pictures = run.images.filter((one) => one.thumbnail);
+  return html`
+    ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} source=${source} bestStep=${run.best_step} /></section>`}
+    ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} columns=${columns} validations=${run.validations} best=${run.best_step} /></section>`}
+    ${Object.keys(run.use).length > 0 && html`<section aria-labelledby="use"><h2 id="use">How to use it</h2>
+      ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h3>${program}</h3><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}</section>`}
+    ${saves.length > 1 && html`<section aria-labelledby="saves"><h2 id="saves">LoRAs of single steps</h2>
+      <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">best on held-out photos</span>`}</div>
+        <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
+    ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
+      ${pictures.map((one, index) => html`<li key=${one.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
+        ${one.standing || one.use !== "trained" ? html`<span class="faint">${[one.use !== "trained" && one.use, one.standing].filter(Boolean).join(", ")}</span>` : ""}</li>`)}</ul></section>
+      ${large !== null && html`<${Lightbox} start=${large} source=${source} onClose=${() => setLarge(null)} shots=${pictures.map((one) => ({ file: one.thumbnail, title: one.file, prompt: one.caption }))} />`}`}`;
+}
+
+function Details({ run }) {
+  const commands = Object.entries(run.commands ?? {});
+  const changed = Object.entries(run.changed ?? {});
+  const groups = [...Map.groupBy(run.settings ?? [], (one) => one.group)];
+  const sentences = (run.sentences ?? []).filter((text) => sentence(text) !== sentence(run.verdict));
+  const [graph, setGraph] = useState(null);
+  const show = async () => {
+    try {
+      setGraph(JSON.stringify(await get(["runs", run.id, "graph"]), null, 2));
+    } catch (error) {
+      say(error.message, { mood: "bad" });
+    }
+  };
+  return html`<section aria-labelledby="same"><h2 id="same">The same by other ways</h2>
+      ${commands.length ? commands.map(([purpose, text]) => html`<${Command} key=${purpose} label=${purpose} text=${text} />`) : run.command && html`<${Command} label="The command that does the same" text=${run.command} />`}
+      ${graph ? html`<${Command} label="The graph for ComfyUI (API format)" text=${graph} />` : html`<div class="actions"><${Button} onClick=${show}>Show the graph for ComfyUI<//><a class="button" href=${address(["runs", run.id, "graph"])} download=${`${nameOfRun(run)}.json`}>Download the graph</a></div>`}
+    </section>
+    <section><h2>Details</h2>
+      ${sentences.length > 0 && html`<ul>${sentences.map((text) => html`<li key=${text}>${sentence(text)}</li>`)}</ul>`}
+      ${changed.length > 0 && html`<h3>Settings that were changed</h3><dl>${changed.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${valueWords(value)}</dd></div>`)}</dl>`}
+      ${groups.length > 0 && html`<details><summary>All settings of this run</summary>${groups.map(([group, settings]) => html`<h3 key=${group}>${group}</h3><dl>${settings.map((one) => html`<div key=${one.name}><dt>${one.name}</dt><dd>${valueWords(one.value)}</dd></div>`)}</dl>`)}</details>`}
+      ${run.left_out?.length > 0 && html`<details><summary>Files that were left out</summary><ul>${run.left_out.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul></details>`}
+      ${run.files?.length > 0 && html`<details><summary>Files in ${run.folder}</summary><ul>${run.files.map((file) => html`<li key=${file}><a href=${fileOfRun(run.id, file)}>${file}</a></li>`)}</ul></details>`}
+    </section>`;
+}

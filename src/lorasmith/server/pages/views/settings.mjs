@@ -1,0 +1,171 @@
+// How thoroughly to train: three choices with their time and memory, and every setting for those who want them.
+import { get, post } from "../lib/api.mjs";
+import { useDraft } from "../lib/drafts.mjs";
+import { html, useEffect, useState } from "../lib/html.mjs";
+import { go, link } from "../lib/router.mjs";
+import { useStore, work } from "../lib/stores.mjs";
+import { bytes, count, duration, slug, whole } from "../lib/words.mjs";
+import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { act } from "../parts/jobs.mjs";
+import { AllSettings } from "../parts/all_settings.mjs";
+import { NextBar, Stepper } from "../parts/stepper.mjs";
+
+const PLAN_AFTER_MS = 500;
+const OWN_FIELDS = new Set(["trigger"]); // asked for elsewhere
+
+export function SettingsView({ dataset }) {
+  const [draft, change] = useDraft(dataset);
+  const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
+  const images = photos?.images?.length ?? null;
+  const [declared, error, reload] = useLoaded((signal) => get(["settings"], { images }, signal), [images]);
+  const [failure, setFailure] = useState(null);
+  const presets = declared?.presets ?? [];
+  const preset = presets.find((one) => one.name === draft.preset) ?? presets.find((one) => one.name === "balanced") ?? presets[0];
+  const own = Object.fromEntries(Object.entries(draft.settings).filter(([name]) => !OWN_FIELDS.has(name)));
+  const [plans, planErrors, replan] = usePlans(dataset, draft, presets, own);
+  const plan = plans[preset?.name];
+  // A step of another choice takes about as long: the rank costs little.
+  const stepSeconds = plan?.seconds_per_step ?? Object.values(plans).find((one) => one?.seconds_per_step)?.seconds_per_step ?? null;
+  const planError = planErrors[preset?.name];
+  const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
+
+  async function start() {
+    setFailure(null);
+    try {
+      if (measuring.job && ["pending", "running"].includes(measuring.job.state)) await act(measuring.job, "cancel", { pause: false });
+      const job = await post(["jobs"], {
+        kind: "train", dataset, model: draft.model, trigger: draft.trigger.trim(),
+        name: draft.name.trim() || slug(draft.trigger) || dataset,
+        settings: { ...plan?.memory_settings, ...preset.settings, ...own },
+      });
+      change({ measurement: null });
+      go("jobs", job.id);
+    } catch (problem) {
+      setFailure(problem);
+    }
+  }
+
+  if (!draft.model) {
+    return html`<${Stepper} at="settings" dataset=${dataset} /><section><h1>Settings</h1><p>Choose a model first.</p><a class="button primary" href=${link("new", dataset, "model")}>Choose a model</a></section>`;
+  }
+  return html`
+    <${Stepper} at="settings" dataset=${dataset} />
+    <section>
+      <h1>How thoroughly?</h1>
+      <${Problem} error=${error} onRetry=${reload} />
+      ${!declared && !error && html`<${Loading} what="settings" />`}
+      <div role="radiogroup" aria-label="How thoroughly" class="choices three">
+        ${presets.map((one) => html`<label key=${one.name} class=${`choice ${one === preset ? "chosen" : ""}`}>
+          <input type="radio" name="preset" value=${one.name} checked=${one === preset} onChange=${() => change({ preset: one.name })} />
+          <span class="choice-body"><span class="choice-title"><b>${one.title}</b></span><span class="faint">${one.summary}</span>
+            <${Estimate} plan=${plans[one.name]} stepSeconds=${stepSeconds} error=${planErrors[one.name]} /></span></label>`)}
+      </div>
+      <${Measure} measuring=${measuring} plan=${plan} />
+      ${plan?.fits === false && html`<${Notice} mood="fair"><p>This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a lower rank or resolution in all settings.</p><//>`}
+      ${plan?.fits !== false && Object.keys(plan?.memory_settings ?? {}).length > 0 && html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`}
+      ${plan?.notes?.length > 0 && html`<ul class="findings">${plan.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul>`}
+      ${planError && planError.status !== 503 && html`<${Problem} error=${planError} />`}
+      ${plan && html`<dl class="facts">
+        <${Fact} name="Photos" value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
+        <${Fact} name="Steps" value=${whole(plan.steps)} />
+        <${Fact} name="Each photo is seen" value=${`${plan.epochs >= 10 ? Math.round(plan.epochs) : Number(plan.epochs.toFixed(1))} times`} />
+        <${Fact} name="Resolution" value=${`${plan.resolution} px`} />
+        <${Fact} name="Rank" value=${plan.rank} />
+        <${Fact} name="Trained parameters" value=${millions(plan.parameters)} />
+      </dl>`}
+    </section>
+    ${declared && html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own} error=${planError}
+      onChange=${(settings) => change({ settings })} />`}
+    <${NextBar} note=${noteOf(plan, stepSeconds)}>
+      <a class="button" href=${link("new", dataset, "model")}>Back</a>
+      <${Button} kind="primary" disabled=${!preset} busyText="Starting…" onClick=${start}>Start training<//>
+    <//>
+    ${failure && html`<div class="beside-bar"><${Problem} error=${failure} /></div>`}`;
+}
+
+const Fact = ({ name, value }) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
+const words = (settings) => Object.entries(settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+const millions = (number) => (number >= 1e6 ? `${Number((number / 1e6).toPrecision(3))} million` : whole(number));
+const timeOf = (plan, stepSeconds) => plan?.seconds ?? (plan && stepSeconds ? stepSeconds * plan.steps : null);
+const noteOf = (plan, stepSeconds) => (timeOf(plan, stepSeconds) ? `Takes ${duration(timeOf(plan, stepSeconds), { about: true })}` : plan ? `${whole(plan.steps)} steps` : "");
+
+function Estimate({ plan, stepSeconds, error }) {
+  if (error && error.status !== 503) return null;
+  if (!plan) return html`<span class="estimate faint">Estimating…</span>`;
+  return html`<span class="estimate">${timeOf(plan, stepSeconds) ? html`<b>${duration(timeOf(plan, stepSeconds), { about: true })}</b>` : html`<b>${count(plan.steps, "step")}</b>`}
+    ${plan.memory_bytes && html`<span class="faint">${bytes(plan.memory_bytes)} of memory</span>`}</span>`;
+}
+
+/** The plan of each choice, made again when something that it depends on has settled: [plans, errors, again]. */
+function usePlans(dataset, draft, presets, own) {
+  const [plans, setPlans] = useState({});
+  const [errors, setErrors] = useState({});
+  const [round, setRound] = useState(0);
+  const names = presets.map((one) => `${one.name} ${JSON.stringify(one.settings)}`).join();
+  useEffect(() => {
+    if (!presets.length || !draft.model) return undefined;
+    let current = true;
+    let timer = setTimeout(async function ask() {
+      const chosenFirst = [...presets].sort((a, b) => (b.name === draft.preset) - (a.name === draft.preset));
+      let again = false;
+      for (const one of chosenFirst) {
+        try {
+          const plan = await post(["plans"], { dataset, model: draft.model, trigger: draft.trigger, settings: { ...one.settings, ...own } });
+          if (!current) return;
+          setPlans((all) => ({ ...all, [one.name]: plan }));
+          setErrors((all) => ({ ...all, [one.name]: null }));
+        } catch (error) {
+          if (!current) return;
+          again ||= error.status === 503;
+          setPlans((all) => ({ ...all, [one.name]: null }));
+          setErrors((all) => ({ ...all, [one.name]: error }));
+        }
+      }
+      if (again && current) timer = setTimeout(ask, 2000);
+    }, Object.keys(plans).length ? PLAN_AFTER_MS : 0);
+    return () => {
+      current = false;
+      clearTimeout(timer);
+    };
+  }, [dataset, draft.model, draft.trigger, names, JSON.stringify(own), round]);
+  return [plans, errors, () => setRound((number) => number + 1)];
+}
+
+/** A measured step of this model on this machine: started by itself while nothing else runs, else on request. */
+function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
+  const known = useStore(work);
+  const [error, setError] = useState(null);
+  const job = draft.measurement ? known?.jobs.get(draft.measurement) : null;
+  const idle = known && known.queue.pending + known.queue.running === 0;
+  const needed = plan && stepSeconds === null;
+  const measure = async () => {
+    setError(null);
+    try {
+      const added = await post(["measurements"], { model: draft.model, settings: { ...plan?.memory_settings, ...preset.settings, ...own } });
+      change({ measurement: added.id });
+    } catch (failure) {
+      setError(failure);
+    }
+  };
+  const [tried, setTried] = useState("");
+  useEffect(() => {
+    if (!needed || !idle || tried === draft.model || (job && job.state !== "completed")) return;
+    setTried(draft.model);
+    measure();
+  }, [needed, idle, draft.model]);
+  useEffect(() => {
+    if (job?.state === "completed") replan();
+  }, [job?.state, draft.measurement]);
+  return { job, error, needed, measure };
+}
+
+function Measure({ measuring, plan }) {
+  const { job, error, needed, measure } = measuring;
+  if (!plan) return null;
+  if (job && ["pending", "running"].includes(job.state)) {
+    return html`<p class="measure" role="status"><progress aria-label="Measuring"></progress> ${job.state === "pending" ? "A measurement waits for its turn." : "A few steps are being measured on this machine, for the time that it takes…"} You can start already.</p>`;
+  }
+  if (!needed) return null;
+  return html`<div class="measure"><p class="faint">${job?.state === "failed" ? `The measurement failed. ${job.error?.message ?? ""}` : "The time is not known yet: no step was measured on this machine."}</p>
+    <${Button} class="small" onClick=${measure}>Measure a step<//><${Problem} error=${error} /></div>`;
+}

@@ -1,0 +1,109 @@
+"""A complete run that is given again with more steps: the longer run starts from its end, in the same folder.
+
+    out/          the longer run; its record names the run state below as `existing_state`
+    out-old-1/    the shorter one, moved aside whole
+
+The longer run, interrupted and given again, is the same run although only its record has that setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path, PurePath
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.training.events import EventHandler, Warned
+from lorasmith.training.runs.fingerprint import Fingerprint, differences, state_digest
+from lorasmith.training.runs.records import RunRecord
+from lorasmith.training.runs.run_folder import RunFolder, check_verifiable
+from lorasmith.training.runs.run_states import load_state
+
+__all__ = ["continuing"]
+
+_STATE = "existing_state"
+
+
+def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> RunRecord:
+    """The record of a run as it starts in a folder that holds a run: from the end of that one, if it is shorter.
+
+    Args:
+        folder: of the run that is there; moved aside if the longer one starts from its end.
+        record: of the run that was given.
+        on_event: receives a `Warned` for the folder moved aside.
+
+    Returns:
+        `record`, with the run state that the run starts from; as it is, if the folder holds another run.
+
+    Raises:
+        OutputError: the run in the folder is complete and not shorter, its state cannot be read, the folder cannot be
+            moved, or another process trains in it.
+        OptionError: it has no run state.
+    """
+    if record.config.get(_STATE) is not None:  # which names what to start from
+        return record
+    before = folder.record()
+    steps, given = before.config.get("steps"), record.config.get("steps")
+    if differences(_without_length(before.fingerprint), _without_length(record.fingerprint)):
+        return record
+    if not isinstance(steps, int) or not isinstance(given, int):
+        return record
+    if given == steps or not folder.is_done:
+        return _with_its_state(folder, before, record)
+    _check_longer(folder, steps, given)
+    check_verifiable(before, record.fingerprint, folder.path)
+    folder.check_free()
+    newest = folder.states().paths()[0]
+    load_state(newest)  # a damaged one is refused before anything is moved
+    aside = folder.move_aside()
+    on_event(Warned(message=f"The complete run in {folder.path} was moved to {aside}; this one starts from its end."))
+    return _from_state(record, (aside / "states" / newest.name).resolve())
+
+
+def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
+    """Raise unless the complete run in a folder, of `steps`, has a state, and the one of `given` steps is longer."""
+    if given <= steps:
+        raise OutputError(
+            f"{folder.path} holds this run, which is complete with {steps} steps, and {given} were given; give more "
+            "steps to train on from its end, choose another output, or start fresh, which moves it aside"
+        )
+    if not folder.states().paths():
+        raise OptionError(
+            f"{folder.path} has no run state to continue from; choose another output, and train again with its LoRA as "
+            "existing_lora"
+        )
+
+
+def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> RunRecord:
+    """The record with the state that the run in the folder started from, if that is what it did."""
+    path = before.config.get(_STATE)
+    if not isinstance(path, str):
+        return record
+    # Beside the folder, wherever it was moved with it: a record may be a stranger's, and its paths are not opened.
+    parts = PurePath(path).parts[-3:]
+    if len(parts) < 3 or ".." in parts:
+        return record
+    found = folder.path.resolve().parent.joinpath(*parts)
+    if folder.states().paths():  # it continues from these
+        initial = before.fingerprint.get("initial", "")
+        return _starting(record, found, initial)
+    try:
+        return _from_state(record, found)
+    except OutputError:
+        return record
+
+
+def _from_state(record: RunRecord, path: Path) -> RunRecord:
+    """The record with a run state that the run starts from. Raises OutputError if it cannot be read."""
+    return _starting(record, path, record.fingerprint.get("initial", "") + state_digest(path))
+
+
+def _starting(record: RunRecord, path: Path, initial: str) -> RunRecord:
+    whole: Fingerprint = {**record.fingerprint, "initial": initial}
+    setting = {_STATE: str(path)}
+    return replace(record, config={**record.config, **setting}, asked={**record.asked, **setting}, fingerprint=whole)
+
+
+def _without_length(fingerprint: Fingerprint) -> Fingerprint:
+    """A fingerprint without the steps of the run, and the run state that it started from."""
+    config = {name: value for name, value in fingerprint.get("config", {}).items() if name != "steps"}
+    return {**fingerprint, "config": config, "initial": fingerprint.get("initial", "").partition("+")[0]}

@@ -1,0 +1,149 @@
+"""A browser, and the page on a server with made-up answers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.server.pages.fake_api import FakeServer
+
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium to open the page in")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class ServedPage:
+    """The page on a fake server in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.server = FakeServer(step_seconds=0.01)
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._runner: web.AppRunner | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        self._call(self._started())
+
+    def stop(self) -> None:
+        """As a server that is killed: connections break."""
+        self._call(self._stopped())
+
+    def close(self) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _call(self, work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=20)
+
+    async def _started(self) -> None:
+        self.server.is_closing = False
+        self._runner = web.AppRunner(self.server.app(), access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=sys.platform != "win32").start()
+        self.port = self._runner.addresses[0][1]
+
+    async def _stopped(self) -> None:
+        self.server.is_closing = True
+        await asyncio.sleep(0.05)  # streams look up every 20 ms
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        others = [one for one in asyncio.all_tasks() if one is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0.02)  # transports close in the next rounds of the loop
+
+
+@pytest.fixture
+def served() -> Iterator[ServedPage]:
+    page = ServedPage()
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, served: ServedPage) -> Iterator[Callable[..., Any]]:
+    """Opens views; whatever goes wrong in the page (errors, files that its policy refuses) fails the test."""
+    wrong: list[str] = []
+    contexts = []
+
+    def opened(view: str = "", *, width: int = 1200, scheme: str = "light") -> Any:
+        context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=width < 500
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(8000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: _is_wrong(message) and wrong.append(message.text))
+        page.goto(served.address + view)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def assert_legible(page: Any, name: str = "") -> None:
+    """Text has contrast, controls have names, and nothing sticks out of the window."""
+    found = page.evaluate(CHECKS)
+    assert found == {"faint": [], "nameless": [], "wide": []}, name
+
+
+def _is_wrong(message: Any) -> bool:
+    # Answers with errors, and a server that is gone, are tested; the browser logs them by itself.
+    return message.type in ("error", "warning") and not message.text.startswith("Failed to load resource")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three photos, two captions, a broken picture and a file that is none."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos") / "My Dög"
+    folder.mkdir()
+    for index, size in enumerate([(640, 480), (480, 640), (512, 512)]):
+        Image.new("RGB", size, (40 * index, 120, 200)).save(folder / f"dog {index}.jpg")
+    (folder / "dog 0.txt").write_text("a dog on grass")
+    (folder / "dog 1.txt").write_text("a dog <img src=x onerror=\"document.title='harmed'\">")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    return folder

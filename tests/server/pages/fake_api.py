@@ -1,0 +1,567 @@
+"""The server's own API with made-up answers: what the page is tested and looked at with, without torch or a GPU.
+
+python tests/server/pages/fake_api.py [port]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from PIL import Image, ImageDraw
+
+from lorasmith.server.page_routes import routes
+
+PICTURES = Path(__file__).parents[3] / "src" / "lorasmith" / "assets" / "input" / "fox"
+NOW = 1_795_760_000.0
+STEPS = 60
+
+SETTINGS: dict[str, Any] = {
+    "groups": [
+        {
+            "title": "Training",
+            "settings": [
+                {"name": "steps", "label": "Steps", "type": "integer", "default": 500, "min": 1, "max": 100000,
+                 "step": None, "choices": [], "help": "Number of optimizer updates.", "main": True},
+                {"name": "learning_rate", "label": "Learning rate", "type": "number", "default": None, "min": 1e-7,
+                 "max": 1.0, "step": None, "choices": [], "help": "Default: chosen by model.", "main": True},
+                {"name": "rank", "label": "Rank", "type": "integer", "default": 16, "min": 1, "max": 128,
+                 "step": None, "choices": [], "help": "Sets the capacity and the size of the file.", "main": True},
+            ],
+        },
+        {
+            "title": "LoRA and targets",
+            "settings": [
+                {"name": "algorithm", "label": "Algorithm", "type": "text", "default": "LoRA", "min": None, "max": None,
+                 "step": None, "choices": ["LoRA", "LoHa", "LoKr"], "help": "Kind of adapter.", "main": False},
+                {"name": "flip", "label": "Flip", "type": "boolean", "default": False, "min": None, "max": None,
+                 "step": None, "choices": [], "help": "Also train on mirrored pictures.", "main": False},
+                {"name": "trigger", "label": "Trigger", "type": "text", "default": "", "min": None, "max": None,
+                 "step": None, "choices": [], "help": "Phrase of the subject.", "main": True},
+            ],
+        },
+    ],
+    "presets": [
+        {"name": "quick", "title": "Quick", "summary": "A first look in a third of the time.",
+         "settings": {"steps": 40, "rank": 8}},
+        {"name": "balanced", "title": "Balanced", "summary": "The usual choice: good likeness in a moderate time.",
+         "settings": {"steps": STEPS, "rank": 16}},
+        {"name": "thorough", "title": "Thorough", "summary": "The finest details for twice the time.",
+         "settings": {"steps": 120, "rank": 32}},
+    ],
+}  # fmt: skip
+
+MODELS = {
+    "models": [
+        {"name": "checkpoints/sd15.safetensors", "title": "sd15.safetensors", "family": "Stable Diffusion 1.5",
+         "place": "models/checkpoints", "size_bytes": 4_265_146_304, "precision": "fp16", "builtin": False,
+         "ready": True, "missing": []},
+        {"name": "checkpoints/sdxl.safetensors", "title": "sdxl.safetensors", "family": "Stable Diffusion XL",
+         "place": "models/checkpoints", "size_bytes": 6_938_040_682, "precision": "fp16", "builtin": False,
+         "ready": True, "missing": []},
+        {"name": "diffusion_models/flux1-dev.safetensors", "title": "flux1-dev.safetensors", "family": "Flux.1",
+         "place": "models/diffusion_models", "size_bytes": 23_802_932_552, "precision": "bf16", "builtin": False,
+         "ready": False, "missing": [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors"},
+                                     {"part": "vae", "usual_file": "ae.safetensors"}]},
+        {"name": "lorasmith-tiny", "title": "lorasmith-tiny", "family": "Lorasmith Tiny", "place": "",
+         "precision": "bf16", "size_bytes": 31_000_000, "builtin": True, "ready": True, "missing": []},
+    ],
+    "other": [{"name": "notes.safetensors", "place": "models/checkpoints", "what": "it holds no known model",
+               "size_bytes": 4096}],
+}  # fmt: skip
+
+
+@dataclass
+class FakeServer:
+    """Everything that the answers are made from; tests change it.
+
+    Attributes:
+        step_seconds: pause between the steps of a made-up training.
+        refusals: by "METHOD path", the status and message to answer with.
+        is_closing: whether streams of events end.
+        calls: requests that change something, as (method, path, body).
+    """
+
+    step_seconds: float = 0.05
+    ready: bool = True
+    datasets: dict[str, dict[str, tuple[bytes, str]]] = field(default_factory=dict)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MODELS)))
+    events: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
+    calls: list[tuple[str, str, Any]] = field(default_factory=list)
+    measured: bool = False
+    is_closing: bool = False
+    builtin: frozenset[str] = frozenset()
+    _all_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=2**26, middlewares=[self._middleware])
+        app.add_routes(routes(None))  # type: ignore[arg-type]
+        at = "/lorasmith/v1"
+        app.add_routes(
+            [
+                web.get(f"{at}/status", self._status),
+                web.get(f"{at}/settings", _says(lambda: SETTINGS)),
+                web.get(f"{at}/models", _says(lambda: self.models)),
+                web.get(f"{at}/datasets", self._datasets),
+                web.post(f"{at}/datasets", self._new_dataset),
+                web.get(f"{at}/datasets/{{name}}", self._dataset),
+                web.delete(f"{at}/datasets/{{name}}", self._remove_dataset),
+                web.post(f"{at}/datasets/{{name}}/images", self._upload),
+                web.get(f"{at}/datasets/{{name}}/images/{{file}}", self._picture),
+                web.delete(f"{at}/datasets/{{name}}/images/{{file}}", self._remove_picture),
+                web.put(f"{at}/datasets/{{name}}/captions", self._captions),
+                web.get(f"{at}/datasets/{{name}}/check", self._check),
+                web.post(f"{at}/plans", self._plan),
+                web.post(f"{at}/measurements", self._measure),
+                web.get(f"{at}/jobs", self._list_jobs),
+                web.post(f"{at}/jobs", self._new_job),
+                web.get(f"{at}/jobs/{{id}}", self._job),
+                web.delete(f"{at}/jobs/{{id}}", self._remove_job),
+                web.get(f"{at}/jobs/{{id}}/events", self._job_events),
+                web.post(f"{at}/jobs/{{id}}/{{action}}", self._act),
+                web.get(f"{at}/events", self._events),
+                web.get(f"{at}/runs", self._list_runs),
+                web.get(f"{at}/runs/{{id}}", self._run),
+                web.get(f"{at}/runs/{{id}}/events", self._job_events),
+                web.get(f"{at}/runs/{{id}}/files/{{file:.+}}", self._run_file),
+                web.get(f"{at}/runs/{{id}}/graph", _says(lambda: {"1": {"class_type": "TrainLoraNode"}})),
+                web.get(f"{at}/runs/{{id}}/report", _says(dict)),
+                web.post(f"{at}/runs/{{id}}/install", self._install),
+                web.post(f"{at}/runs/{{id}}/train-on", self._train_on),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if refusal := self.refusals.get(f"{request.method} {request.path}"):
+            return _error(*refusal)
+        if request.method in ("POST", "PUT", "DELETE") and request.content_type == "application/json":
+            self.calls.append((request.method, request.path, await request.json()))
+        return await handler(request)
+
+    def add_dataset(self, name: str, number: int = 4, captions: bool = True) -> None:
+        files = sorted(PICTURES.glob("*.png"))[:number]
+        self.datasets[name] = {
+            one.name: (one.read_bytes(), f"a red fox, picture {index}" if captions and index != 1 else "")
+            for index, one in enumerate(files)
+        }
+
+    def add_run(self, id: str, **changes: Any) -> None:
+        self.runs[id] = {**_run_facts(id), **changes}
+
+    def add_job(self, state: str, **changes: Any) -> dict[str, Any]:
+        id = str(uuid.uuid4())
+        job = {
+            "id": id, "kind": "train", "state": state, "number": float(len(self.jobs)), "title": "", "name": "fox",
+            "created": NOW, "started": None, "ended": None, "outputs": {}, "error": None, "run": None, "attempts": 0,
+            "request": {"dataset": "fox", "model": "sdxl.safetensors", "trigger": "foxy", "name": "fox"}, **changes,
+        }  # fmt: skip
+        self.jobs[id] = job
+        self.events[id] = []
+        return job
+
+    async def _status(self, request: web.Request) -> web.Response:
+        free = 40 * 2**30
+        device = {"name": "cuda:0", "title": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30, "free_bytes": free}
+        return web.json_response(
+            {"version": "0.1.0", "ready": self.ready, "base_dir": "/home/me/lorasmith", "devices": [device],
+             "queue": self._counts(), "disk_free_bytes": 10**11}
+        )  # fmt: skip
+
+    async def _datasets(self, request: web.Request) -> web.Response:
+        return web.json_response({"datasets": [
+            {"name": name, "images": len(files), "captions": sum(bool(caption) for _, caption in files.values()),
+             "modified": NOW, "cover": next(iter(files), None), "builtin": name in self.builtin}
+            for name, files in self.datasets.items()
+        ]})  # fmt: skip
+
+    async def _new_dataset(self, request: web.Request) -> web.Response:
+        name = (await request.json())["name"]
+        if name in self.datasets:
+            return _error(409, f"there is a dataset {name!r} already")
+        self.datasets[name] = {}
+        return web.json_response({"name": name}, status=201)
+
+    async def _dataset(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in self.datasets:
+            return _error(404, f"there is no dataset {name!r}; choose another one")
+        images = []
+        for file, (content, caption) in self.datasets[name].items():
+            try:
+                width, height = Image.open(io.BytesIO(content)).size
+            except OSError:
+                width = height = None  # type: ignore[assignment]
+            images.append({"file": file, "width": width, "height": height, "bytes": len(content), "caption": caption,
+                           "has_caption": bool(caption), "problem": "" if width else "cannot be read"})  # fmt: skip
+        return web.json_response(
+            {
+                "name": name,
+                "folder": f"/home/me/input/{name}",
+                "images": images,
+                "builtin": name in self.builtin,
+                "notes": [],
+                "skipped": [],
+            }
+        )
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.step_seconds)
+        files = self.datasets[request.match_info["name"]]
+        added, captions, skipped = [], {}, []
+        async for part in await request.multipart():
+            content, file = bytes(await part.read()), part.filename or "x"
+            if file.endswith(".txt"):
+                captions[Path(file).stem] = content.decode()
+                continue
+            try:
+                Image.open(io.BytesIO(content)).verify()
+            except Exception:
+                skipped.append({"file": file, "reason": "it is no picture that can be read"})
+                continue
+            while file in files:
+                file = f"{Path(file).stem}-2{Path(file).suffix}"
+            files[file] = (content, "")
+            added.append(file)
+        for file in added:
+            files[file] = (files[file][0], captions.get(Path(file).stem, ""))
+        return web.json_response({"added": added, "skipped": skipped, "renamed": {}})
+
+    async def _picture(self, request: web.Request) -> web.Response:
+        content, _ = self.datasets[request.match_info["name"]][request.match_info["file"]]
+        return web.Response(body=content, content_type="image/png")
+
+    async def _remove_picture(self, request: web.Request) -> web.Response:
+        del self.datasets[request.match_info["name"]][request.match_info["file"]]
+        return web.json_response({"removed": "user/lorasmith/removed/1"})
+
+    async def _remove_dataset(self, request: web.Request) -> web.Response:
+        del self.datasets[request.match_info["name"]]
+        return web.json_response({"removed": "user/lorasmith/removed/fox"})
+
+    async def _captions(self, request: web.Request) -> web.Response:
+        files = self.datasets[request.match_info["name"]]
+        for file, caption in (await request.json()).items():
+            files[file] = (files[file][0], caption)
+        return web.json_response({"changed": 1})
+
+    async def _check(self, request: web.Request) -> web.Response:
+        if not self.ready:
+            return _error(503, "the server is still starting")
+        files = self.datasets[request.match_info["name"]]
+        images = {}
+        for index, (file, (_, caption)) in enumerate(files.items()):
+            problems = ["no caption"] if not caption and not request.query.get("trigger") else []
+            problems += ["copy of another picture"] if index == 2 else []
+            images[file] = {"problems": problems, "crop": {"x": 0.1, "y": 0, "width": 0.8, "height": 1},
+                            "trained": [512, 512], "tokens": None}  # fmt: skip
+        findings = [
+            {
+                "kind": "copies",
+                "message": "2 pictures are copies of each other; keep one.",
+                "files": [],
+                "severity": "warning",
+            }
+        ]
+        return web.json_response({"findings": findings if len(files) > 2 else [], "images": images, "skipped": []})
+
+    async def _plan(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        settings = body["settings"]
+        steps, rank = settings.get("steps", 500), settings.get("rank", 16)
+        if rank > 64:
+            return _error(400, f"rank must be between 1 and 64, got {rank}")
+        seconds = 0.42 if self.measured else None
+        return web.json_response(
+            {"steps": steps, "epochs": steps / 4, "rank": rank, "resolution": 1024, "images": 4, "held_out": 1,
+             "parameters": rank * 1_450_000, "memory_bytes": int(9.5 * 2**30) + rank * 2**24, "fits": True,
+             "memory_settings": {}, "seconds_per_step": seconds,
+             "seconds": None if seconds is None else seconds * steps,
+             "measured_at": None, "notes": []}
+        )  # fmt: skip
+
+    async def _measure(self, request: web.Request) -> web.Response:
+        job = self.add_job("pending", kind="measure", name=None)
+        self._publish(job)
+
+        async def measure() -> None:
+            self._publish(job, state="running")
+            await asyncio.sleep(4 * self.step_seconds)
+            self.measured = True
+            self._publish(job, state="completed")
+
+        self._tasks[job["id"]] = asyncio.create_task(measure())
+        return web.json_response(job, status=201)
+
+    async def _list_jobs(self, request: web.Request) -> web.Response:
+        return web.json_response({"jobs": list(self.jobs.values()), "total": len(self.jobs)})
+
+    async def _new_job(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if not body.get("model"):
+            return _error(400, "a run needs a model; choose one")
+        return web.json_response(self._train(body), status=201)
+
+    def _train(self, body: dict[str, Any]) -> dict[str, Any]:
+        job = self.add_job("pending", name=body["name"], request=body)
+        self._publish(job)
+        self._tasks[job["id"]] = asyncio.create_task(self._training(job))
+        return job
+
+    async def _training(self, job: dict[str, Any]) -> None:
+        id, steps = job["id"], job["request"]["settings"].get("steps", STEPS)
+        run = job["run"] or f"runs/{job['name']}-{1 + len(self.runs):03d}"
+        self._publish(job, state="running", started=time.time())
+        for event in PREPARATION:
+            self._tell(id, "preparation", event)
+            await asyncio.sleep(4 * self.step_seconds)
+        self._publish(job, run=run)
+        self.add_run(
+            run,
+            state="running",
+            status="Running",
+            mood="fair",
+            step=0,
+            steps=steps,
+            job=id,
+            lora=None,
+            name=job["name"],
+        )
+        if not any(name == "training" for name, _ in self.events[id]):
+            self._tell(id, "training", {"event": "RunStarted", "at": time.time(), "steps": steps, "steps_before": 0})
+            self._tell(
+                id,
+                "training",
+                {"event": "Warned", "at": time.time(), "message": "rank 16 exceeds the size of 1 of 133 layers"},
+            )
+        done = max((event["step"] for _, event in self.events[id] if event.get("event") == "StepDone"), default=0)
+        for step in range(done + 1, steps + 1):
+            await asyncio.sleep(self.step_seconds)
+            for event in made_up_events(step, run):
+                self._tell(id, "training", event)
+        self._tell(id, "training", {"event": "RunFinished", "at": time.time(), "step": steps, "reason": "finished"})
+        self.runs[run] = {**_run_facts(run), "job": id, "name": job["name"]}
+        self._publish(job, state="completed", ended=time.time())
+
+    async def _job(self, request: web.Request) -> web.Response:
+        job = self.jobs.get(request.match_info["id"])
+        return web.json_response(job) if job else _error(404, "there is no such job; it may have been removed")
+
+    async def _remove_job(self, request: web.Request) -> web.Response:
+        del self.jobs[request.match_info["id"]]
+        return web.json_response({"done": True})
+
+    async def _act(self, request: web.Request) -> web.Response:
+        job = self.jobs[request.match_info["id"]]
+        id, action = job["id"], request.match_info["action"]
+        if action == "cancel":
+            if task := self._tasks.pop(id, None):
+                task.cancel()
+            if job["run"]:
+                self.runs[job["run"]] = {
+                    **_run_facts(job["run"]),
+                    "job": id,
+                    "status": "Stopped early",
+                    "state": "stopped",
+                }
+            self._publish(job, state="paused" if (await request.json()).get("pause") else "cancelled")
+        elif action == "continue":
+            self._publish(job, state="pending")
+            self._tasks[id] = asyncio.create_task(self._training(job))
+        elif action == "retry":
+            return web.json_response(self._train(job["request"]), status=201)
+        return web.json_response(job)
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        return await self._stream(request, self._all_events, len(self._all_events))
+
+    async def _job_events(self, request: web.Request) -> web.StreamResponse:
+        id = request.match_info["id"]
+        if id in self.runs:
+            id = self.runs[id]["job"] or id
+        return await self._stream(request, self.events.setdefault(id, []), 0)
+
+    async def _stream(
+        self, request: web.Request, events: list[tuple[str, dict[str, Any]]], start: int
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        await response.write(b"retry: 300\n\n")
+        at = int(request.headers.get("Last-Event-ID", start))
+        try:
+            while not self.is_closing:
+                while at < len(events):
+                    kind, data = events[at]
+                    at += 1
+                    await response.write(f"id: {at}\nevent: {kind}\ndata: {json.dumps(data)}\n\n".encode())
+                await asyncio.sleep(0.02)
+        except ConnectionResetError:
+            pass
+        return response
+
+    async def _list_runs(self, request: web.Request) -> web.Response:
+        return web.json_response({"runs": list(reversed(self.runs.values())), "damaged": []})
+
+    async def _run(self, request: web.Request) -> web.Response:
+        run = self.runs.get(request.match_info["id"])
+        return web.json_response(run) if run else _error(404, "there is no such run; it may have been removed")
+
+    async def _run_file(self, request: web.Request) -> web.Response:
+        file = request.match_info["file"]
+        if file.endswith(".png"):
+            return web.Response(body=_drawn(file), content_type="image/png")
+        return web.Response(body=b"safetensors", headers={"Content-Disposition": "attachment"})
+
+    async def _install(self, request: web.Request) -> web.Response:
+        run = self.runs[request.match_info["id"]]
+        run["lora"]["installed"] = "fox.safetensors"
+        return web.json_response({"installed": "fox.safetensors", "was_there": False})
+
+    async def _train_on(self, request: web.Request) -> web.Response:
+        steps = (await request.json())["steps"]
+        return web.json_response(self._train({"name": "fox", "settings": {"steps": steps}, "model": "m"}), status=201)
+
+    def _counts(self) -> dict[str, int]:
+        return {state: sum(job["state"] == state for job in self.jobs.values()) for state in ("pending", "running")}
+
+    def _publish(self, job: dict[str, Any], **changes: Any) -> None:
+        job.update(changes)
+        summary = {key: value for key, value in job.items() if key not in ("request", "outputs")}
+        self._all_events += [("job", summary), ("queue", self._counts())]
+        self._tell(job["id"], "job", summary)
+
+    def _tell(self, id: str, kind: str, data: dict[str, Any]) -> None:
+        self.events[id].append((kind, dict(data)))
+
+
+def made_up_events(step: int, run: str) -> list[dict[str, Any]]:
+    """The events of one step of a training that goes well."""
+    at = time.time()
+    loss = 0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step)
+    events: list[dict[str, Any]] = [
+        {"event": "StepDone", "at": at, "step": step, "loss": loss, "grad_norm": 0.1, "learning_rate": 1e-4,
+         "draws": [],
+         "noise_scale": 0.0}
+    ]  # fmt: skip
+    if step % 10 == 0:
+        events.append(_validation(step, at))
+    if step % 20 == 0 or step == 1:
+        for strength in (0.0, 1.0) if step == 1 else (1.0,):
+            paths = [f"{run}/previews/{step}-{strength}-{index}.png" for index in range(2)]
+            events.append({"event": "Previewed", "at": at, "step": step, "prompts": list(PROMPTS), "paths": paths,
+                           "strength": strength})  # fmt: skip
+    return events
+
+
+PREPARATION: tuple[dict[str, Any], ...] = (
+    {"event": "ImagesFound", "images": 4, "captions": "a caption of its own for 3 of 4 images", "folder": "input/fox"},
+    {"event": "ModelLoading", "model": "sdxl.safetensors"},
+    {"event": "ImageEncoded", "done": 4, "total": 4},
+)
+PROMPTS = ("a photo of foxy in the snow", "foxy <b>as</b> a knight, oil painting")
+
+
+def _validation(step: int, at: float, factor: float = 1.0) -> dict[str, Any]:
+    loss = factor * 0.2 + 0.25 * math.exp(-step / 20) + (0.002 * (step - 50) if step > 50 else 0)
+    return {"event": "Validated", "at": at, "step": step, "loss": loss, "base_loss": 0.45, "low": -0.2, "high": -0.05,
+            "best": step <= 50, "best_step": min(step, 50),
+            "verdict": "it still improves on held-out images"}  # fmt: skip
+
+
+def _run_facts(id: str) -> dict[str, Any]:
+    factor = 1 + 0.1 * (int(id[-1]) if id[-1].isdigit() else 0)
+    losses = [
+        [step, factor * (0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step))]
+        for step in range(1, STEPS + 1)
+    ]
+    smooth = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20))] for step in range(1, STEPS + 1)]
+    previews = [{"step": step, "strength": strength, "prompt": prompt,
+                 "file": f"previews/{step}-{strength}-{index}.png"}
+                for step in (20, 40, 60) for strength in ((0.0, 1.0) if step < 60 else (0.0, 0.5, 1.0, 1.5))
+                for index, prompt in enumerate(PROMPTS)]  # fmt: skip
+    settings = [
+        {"name": "steps", "value": STEPS, "default": 500, "help": "", "group": "Training"},
+        {"name": "rank", "value": 8 * round(10 * (factor - 1)), "default": 16, "help": "", "group": "LoRA and targets"},
+        {"name": "learning_rate", "value": 1e-4, "default": None, "help": "", "group": "Training"},
+    ]
+    return {
+        "id": id, "name": "fox", "state": "finished", "started": NOW, "seconds": 95.0, "step": STEPS, "steps": STEPS,
+        "model": "sdxl.safetensors", "family": "Stable Diffusion XL", "loss": 0.151, "loss_label": "mean of 50 steps",
+        "held_out": 0.2205, "cover": "previews/60-1.0-0.png", "job": None, "status": "Finished", "mood": "good",
+        "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
+        "rates": [], "validations": [_validation(step, NOW, factor) for step in range(10, STEPS + 1, 10)],
+        "base_loss": 0.45,
+        "previews": previews, "left_out": [],
+        "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
+                    "thumbnail": f"pictures/{n}.png", "standing": ""} for n in range(4)],
+        "lora": {"file": "fox.safetensors", "bytes": 45_000_000, "installed": None},
+        "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50}
+                  for step in (40, 50, 60)],
+        "best_step": 50,
+        "verdict": "the LoRA improves on held-out images, most at step 50; a little overfitting after that",
+        "facts": {"Steps": "60 of 60", "Time": "1 min 35 s", "Held-out loss": "0.2205 (base 0.45)", "LoRA": "43 MiB"},
+        "sentences": ["LoRA on sdxl.safetensors", "cuda:0, bf16"], "notes": [],
+        "use": {"ComfyUI": ["Copy the file to models/loras and load it with Load LoRA at strength 1.", ""],
+                "A1111 and Forge": ["Write into the prompt:", "<lora:fox:1> foxy"]},
+        "command": "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60",
+        "commands": {"Train the same again":
+                     "lorasmith train input/fox --model sdxl.safetensors --trigger foxy --steps 60"},
+        "files": ["fox.safetensors", "run.json", "events.jsonl"], "folder": f"/home/me/lorasmith/{id}",
+        "is_trainable_on": True, "dataset": "fox",
+    }  # fmt: skip
+
+
+def _drawn(name: str) -> bytes:
+    """A picture whose look depends on its name."""
+    hue = sum(map(ord, name)) * 37 % 360
+    picture = Image.new("RGB", (256, 256), f"hsl({hue}, 30%, 82%)")
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((60, 70, 200, 220), fill=f"hsl({(hue + 25) % 360}, 65%, 45%)")
+    pen.polygon([(75, 100), (90, 30), (125, 80)], fill=f"hsl({(hue + 25) % 360}, 65%, 40%)")
+    pen.polygon([(185, 100), (170, 30), (135, 80)], fill=f"hsl({(hue + 25) % 360}, 65%, 40%)")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _says(answer: Callable[[], Any]) -> Callable[[web.Request], Any]:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(answer())
+
+    return handler
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"error": {"kind": "OptionError", "message": message}}, status=status)
+
+
+def example() -> FakeServer:
+    """A server with some of everything."""
+    server = FakeServer(step_seconds=0.1)
+    server.add_dataset("fox", 8)
+    server.add_dataset("high-contrast", 6)
+    server.builtin = frozenset({"high-contrast"})
+    server.add_dataset("my-dog", 5, captions=False)
+    for number in (1, 2, 3):
+        server.add_run(f"runs/fox-{number:03d}")
+    server.add_run("runs/broken-004", state="failed", status="Failed", mood="bad", name="broken", cover=None, lora=None)
+    return server
+
+
+if __name__ == "__main__":
+    web.run_app(example().app(), host="127.0.0.1", port=int(sys.argv[1]) if len(sys.argv) > 1 else 8199)

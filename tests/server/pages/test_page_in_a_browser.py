@@ -1,0 +1,320 @@
+"""The page in a browser: the way from photos to a LoRA, and what can go wrong on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.pages.conftest import ServedPage, assert_legible
+
+Opener = Callable[..., Any]
+
+
+def expected(locator: Any) -> Any:
+    """What is to become true of a part of the page. (Its policy refuses functions that are polled.)"""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def waits(page: Any, text: str) -> None:
+    page.get_by_text(text).first.wait_for()
+
+
+def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: Opener, photos: Path) -> None:
+    page = open_page(width=390, scheme="dark")  # a phone
+    assert_legible(page)
+    page.locator("input[type=file]").nth(1).set_input_files(photos)
+
+    page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
+    assert page.locator(".tile img").first.get_attribute("src").startswith("blob:")  # seen before it is sent
+    waits(page, "it is no picture that can be read")
+    waits(page, "1 file is no picture and was left out: My Dög/notes.pdf")
+    waits(page, "2 of 3 with a caption")
+    page.get_by_label("Trigger word").fill("bello")
+    assert_legible(page)
+    page.get_by_role("button", name="Next: model").click()
+
+    page.wait_for_selector("input[name=model]:checked")
+    assert page.locator("input[name=model]:checked").get_attribute("value") == "checkpoints/sdxl.safetensors"
+    assert page.locator("input[name=model]:disabled").count() == 1  # the one without its parts
+    waits(page, "Missing: text encoder 2 (t5xxl_fp16.safetensors), vae (ae.safetensors)")
+    page.get_by_role("button", name="Next: settings").click()
+
+    page.wait_for_selector("input[name=preset]:checked")
+    assert page.locator("input[name=preset]:checked").get_attribute("value") == "balanced"
+    waits(page, "Takes about 25 seconds")  # measured by itself
+    assert_legible(page)
+    page.get_by_role("button", name="Start training").click()
+
+    page.wait_for_url("**/#/jobs/*")
+    page.wait_for_selector(".plot canvas")
+    page.wait_for_url("**/#/runs/*")  # it has ended
+    waits(page, "The LoRA improves on held-out images, most at step 50; a little overfitting after that.")
+    assert page.get_by_role("link", name="Download (43 MiB)").count() == 1  # the LoRA, before those of single steps
+    assert_legible(page)
+    [job] = [body for method, path, body in served.server.calls if path.endswith("/jobs")]
+    assert job == {
+        "kind": "train",
+        "dataset": "my-dog",
+        "model": "checkpoints/sdxl.safetensors",
+        "trigger": "bello",
+        "name": "bello",
+        "settings": {"steps": 60, "rank": 16},
+    }
+
+
+@pytest.mark.slow
+def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/photos")
+    first = page.get_by_label("Caption of fox_1.png")
+    first.fill("a fox <b>asleep</b>")
+    first.blur()
+    page.get_by_role("button", name="Find and replace in captions").click()
+    page.get_by_label("Find", exact=True).fill("FOX")
+    page.get_by_label("Replace with").fill("cat")
+    waits(page, "In 3 captions.")
+    page.get_by_role("button", name="Replace", exact=True).click()
+    waits(page, "3 captions changed.")
+    captions = lambda: [caption for _, caption in served.server.datasets["fox"].values()]  # noqa: E731
+    assert captions() == ["a cat <b>asleep</b>", "", "a red cat, picture 2", "a red cat, picture 3"]
+    assert first.input_value() == "a cat <b>asleep</b>"
+    page.get_by_role("button", name="Undo").click()
+    expected(first).to_have_value("a fox <b>asleep</b>")
+    page.reload()
+    page.wait_for_selector("textarea")
+    assert captions() == ["a fox <b>asleep</b>", "", "a red fox, picture 2", "a red fox, picture 3"]
+    assert first.input_value() == "a fox <b>asleep</b>"
+
+
+@pytest.mark.slow
+def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/photos")
+    waits(page, "no caption")
+    waits(page, "2 pictures are copies of each other; keep one.")
+    assert page.locator(".crop").count() == 4
+    crop, picture = page.locator(".crop").first.bounding_box(), page.locator(".whole img").first.bounding_box()
+    assert crop["width"] == pytest.approx(0.8 * picture["width"], abs=1)
+    page.get_by_label("Only the 2 photos with remarks").check()
+    assert page.locator(".tile").count() == 2
+    page.get_by_label("Show what is trained").uncheck()
+    assert page.locator(".crop").count() == 0
+    page.get_by_role("button", name="Remove fox_3.png").click()
+    expected(page.locator(".tile")).to_have_count(1)
+    assert "fox_3.png" not in served.server.datasets["fox"]
+    page.get_by_role("button", name="Remove all").click()
+    page.get_by_role("dialog").get_by_role("button", name="Remove all").click()
+    waits(page, "The photos were moved to user/lorasmith/removed/fox.")
+    page.wait_for_url("**/#/")
+    assert served.server.datasets == {}
+
+
+@pytest.mark.slow
+def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_text("All settings").click()
+    rank = page.get_by_label("Rank")
+    assert rank.input_value() == "16"  # that of the preset
+    rank.fill("1000")
+    rank.blur()
+    waits(page, "Must be a whole number between 1 and 128.")
+    assert rank.get_attribute("aria-invalid") == "true"
+    rank.fill("100")  # that the declaration allows, and this model refuses
+    rank.blur()
+    page.locator(".field .field-error", has_text="Rank must be between 1 and 64, got 100.").wait_for()
+    rank.fill("24")
+    rank.blur()
+    page.locator("summary", has_text="LoRA and targets").click()
+    page.get_by_label("Algorithm").select_option("LoKr")
+    page.get_by_label("Flip").check()
+    page.reload()  # the choices outlive it
+    page.get_by_text("3 changes").wait_for()
+    page.get_by_text("All settings").click()
+    assert page.get_by_label("Algorithm").input_value() == "LoKr"  # groups with changes are open
+    page.get_by_role("button", name="Back to off").click()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/*")
+    [job] = [body for _, path, body in served.server.calls if path.endswith("/jobs")]
+    assert job["settings"] == {"steps": 60, "rank": 24, "algorithm": "LoKr"}
+
+
+@pytest.mark.slow
+def test_refusals_of_the_server_stand_where_they_belong(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    served.server.refusals["POST /lorasmith/v1/jobs"] = (429, "10,000 jobs wait already; let some of them end first")
+    page.get_by_role("button", name="Start training").click()
+    page.get_by_role("alert").get_by_text("10,000 jobs wait already; let some of them end first.").wait_for()
+    page.goto(served.address + "#/new/absent/photos")
+    page.get_by_role("alert").get_by_text("There is no dataset 'absent'; choose another one.").wait_for()
+    page.goto(served.address + "#/jobs/absent")
+    page.get_by_role("alert").get_by_text("There is no such job; it may have been removed.").wait_for()
+
+
+@pytest.mark.slow
+def test_a_training_pauses_resumes_and_stops(served: ServedPage, open_page: Opener) -> None:
+    served.server.step_seconds = 0.05
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/model")
+    page.get_by_role("button", name="Next: settings").click()
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_selector(".plot canvas")
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_text("It is paused.").wait_for()
+    page.reload()  # its address and its history survive
+    page.wait_for_selector(".plot canvas")
+    page.get_by_role("button", name="Resume").click()
+    page.get_by_role("button", name="Stop and keep").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(re.compile(r"What was learnt in \d+ steps is kept")).wait_for()
+    dialog.get_by_role("button", name="Stop and keep").click()
+    page.wait_for_url("**/#/runs/*")
+    page.get_by_text("Stopped early").wait_for()
+
+
+@pytest.mark.slow
+def test_a_lost_connection_is_said_and_mended(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_run("runs/fox-001")
+    page = open_page("#/runs")
+    waits(page, "runs/fox-001")
+    served.stop()
+    lost = page.get_by_text("The connection to the server is lost.")
+    lost.wait_for()
+    served.start()
+    lost.wait_for(state="detached")
+
+
+@pytest.mark.slow
+def test_interrupted_trainings_are_offered_to_continue(served: ServedPage, open_page: Opener) -> None:
+    job = served.server.add_job(
+        "interrupted", run=None, request={"name": "fox", "settings": {"steps": 3}, "model": "m"}
+    )
+    page = open_page()
+    waits(page, "was interrupted")
+    page.get_by_role("group", name="Interrupted training").get_by_role("button", name="Continue").click()
+    page.wait_for_url(f"**/#/jobs/{job['id']}")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_run(
+        "runs/cli-001", state="running", status="Running", mood="fair", lora=None, previews=[], job=None
+    )
+    told = served.server.events["runs/cli-001"] = [("training", {"event": "RunStarted", "steps": 40})]
+    page = open_page("#/runs/runs%2Fcli-001")
+    told.append(("training", {"event": "StepDone", "step": 1, "loss": 0.5, "at": 1.0}))
+    told.append(("training", {"event": "StepDone", "step": 2, "loss": None, "at": 2.0}))
+    waits(page, "of 40 steps")
+    expected(page.locator("progress")).to_have_js_property("value", 2)
+
+
+@pytest.mark.slow
+def test_runs_are_compared(served: ServedPage, open_page: Opener) -> None:
+    for number in (1, 2):
+        served.server.add_run(f"runs/fox-00{number}", model=f"<i>model {number}</i>")
+    page = open_page("#/runs")
+    for box in page.get_by_role("checkbox").all():
+        box.check()
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector(".plot canvas")
+    table = page.get_by_role("region", name="Settings that differ, as a table")
+    assert table.locator("tbody th").all_inner_texts() == ["rank"]
+    assert table.locator("tbody td").all_inner_texts() == ["16", "8"]
+    waits(page, "<i>model 1</i>")  # as text
+    assert page.locator(".pictures img").count() == 4
+
+
+@pytest.mark.slow
+def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_run("runs/fox-001")
+    page = open_page("#/runs/runs%2Ffox-001")
+    assert page.locator(".pictures thead th").all_inner_texts() == [
+        "Base model",
+        "Strength 0.5",
+        "Strength 1",
+        "Strength 1.5",
+    ]
+    page.get_by_label("Step", exact=True).fill("0")
+    assert page.locator(".pictures thead th").all_inner_texts() == ["Base model", "Step 20"]
+    page.get_by_role("button", name="Copy to ComfyUI").click()
+    page.get_by_label("Which one").select_option("50")
+    page.get_by_role("button", name="Copy", exact=True).click()
+    waits(page, "Copied to models/loras as fox.safetensors.")
+    page.get_by_role("button", name="Train it further").click()
+    page.get_by_label("More steps").fill("15")
+    page.get_by_role("button", name="Train 15 more steps").click()
+    page.wait_for_url("**/#/jobs/*")
+    bodies = {path.split("/")[-1]: body for _, path, body in served.server.calls}
+    assert bodies["install"] == {"step": 50, "name": ""}
+    assert bodies["train-on"] == {"steps": 75}
+
+
+@pytest.mark.slow
+def test_dialogs_hold_the_focus_and_give_it_back(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/photos")
+    page.get_by_role("button", name="Find and replace in captions").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open]")
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        # The body is where the browser's own controls are between the last and the first of the dialog.
+        assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    assert page.evaluate("document.activeElement.textContent") == "Find and replace in captions"
+
+
+@pytest.mark.slow
+def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox", 2)
+    page = open_page("#/new/fox/photos")
+    page.wait_for_selector("textarea")
+    reached = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            continue  # between the last and the first
+        name, outline = page.evaluate(
+            "[document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || "
+            "document.activeElement.labels?.[0]?.innerText, getComputedStyle(document.activeElement).outlineStyle]"
+        )
+        reached.add((name or "").split("\n")[-1])
+        assert outline != "none", name
+    wanted = {
+        "Skip to the content",
+        "Runs",
+        "Choose photos",
+        "Choose a folder",
+        "Remove fox_1.png",
+        "Caption of fox_2.png",
+    }
+    assert wanted | {"Trigger word (optional)", "Show what is trained", "Next: model", "Model"} <= reached
+
+
+@pytest.mark.slow
+def test_a_story_forgets_steps_that_were_rolled_back_and_takes_an_event_twice(open_page: Opener) -> None:
+    told = open_page().evaluate(
+        """async () => {
+          const { emptyStory, lossColumns, smoothed, tell } = await import("/pages/lib/story.mjs");
+          const story = emptyStory();
+          const step = (number, loss) => tell(story, { event: "StepDone", step: number, loss, at: number });
+          [1, 2, 3].forEach((number) => step(number, number));
+          step(3, 3);
+          tell(story, { event: "RolledBack", at: 4, to_step: 1, message: "step 3 diverged" });
+          step(2, 8);
+          return [lossColumns(story), smoothed([4, 4, null, 4], 0.9), story.notes.size];
+        }"""
+    )
+    columns, smooth, notes = told
+    assert columns == [[1, 2], [1, 8]] and notes == 1
+    assert smooth[2] is None and [smooth[0], smooth[1], smooth[3]] == pytest.approx([4, 4, 4])

@@ -1,0 +1,39 @@
+"""What the page looks like to everybody: contrast in both colour schemes, names of controls, and phones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.server.pages.conftest import ServedPage, assert_legible
+
+VIEWS = {
+    "home": ("", ".card"),
+    "photos": ("#/new/fox/photos", ".crop"),
+    "model": ("#/new/fox/model", ".choice"),
+    "settings": ("#/new/fox/settings", ".choice"),
+    "run": ("#/runs/runs%2Ffox-001", ".plot canvas"),
+    "runs": ("#/runs", ".run-rows li"),
+    "compare": ("#/compare/runs%2Ffox-001/runs%2Ffox-002", ".plot canvas"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
+def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
+    served: ServedPage, open_page: Callable[..., Any], scheme: str, width: int
+) -> None:
+    served.server.measured = True
+    served.server.add_dataset("fox")
+    served.server.add_job("interrupted")
+    for number in (1, 2, 3):
+        served.server.add_run(f"runs/fox-00{number}", state="failed" if number == 3 else "finished")
+    page = open_page(scheme=scheme, width=width)
+    for name, (view, ready) in VIEWS.items():
+        page.goto(served.address + view)
+        page.wait_for_selector(ready)
+        if name == "settings":
+            page.get_by_text("All settings").click()
+        assert_legible(page, name)
