@@ -156,7 +156,13 @@ class Editor:
             self.page.screenshot(path=Path(folder) / f"{version(self.server.editor)}-{name}.png")
 
 
-@pytest.fixture(scope="module", params=editors(), ids=version)
+NONE = pytest.param(
+    None,
+    marks=pytest.mark.skip("comfyui-frontend-package is not installed, and LORASMITH_EDITORS names no folder with it"),
+)
+
+
+@pytest.fixture(scope="module", params=editors() or [NONE], ids=version)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("base"), request.param)
     broken = one.base / "models" / "checkpoints" / "broken.safetensors"
@@ -202,12 +208,6 @@ def editor(server: Server, browser: Any) -> Iterator[Editor]:
 EXPECTED = ("/api/userdata", "Content Security Policy")
 """The original server answers 404, too, for files and folders that the user has not saved yet; and the editor's calls
 of other hosts are stopped on purpose."""
-
-if not editors():
-
-    @pytest.fixture(scope="module", name="server")
-    def no_server() -> None:
-        pytest.skip("comfyui-frontend-package is not installed, and LORASMITH_EDITORS names no folder with it")
 
 
 def test_the_first_run_shows_our_templates(editor: Editor) -> None:
