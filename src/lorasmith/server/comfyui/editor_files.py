@@ -1,7 +1,7 @@
 """Files that editors fetch beside their own: extensions, templates, documentation of nodes.
 
-Our extension is in `server/editor/extensions/`; those of the package of ComfyUI's editor are listed after it, where it
-is installed. Templates are the example workflows (`server/editor_templates.py`), and documentation is made from the
+Our extension is in `server/editor/extensions/`; those of the package with ComfyUI's editor are listed after it, where
+it is installed. Templates are the example workflows (`server/editor_templates.py`), and documentation is made from the
 declarations of nodes.
 """
 
