@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 from lorasmith.cli.main import app
-from lorasmith.core.errors import OptionError
 from lorasmith.server import http_server
 from lorasmith.server.server_config import ServerConfig
 
@@ -26,8 +26,8 @@ def test_beyond_this_computer_a_token_is_needed(tmp_path: Path, monkeypatch: pyt
     seen: list[ServerConfig] = []
     monkeypatch.setattr(http_server, "serve", lambda config, **callbacks: seen.append(config))
     for address in ("0.0.0.0", "192.168.0.7", "::", "my-host"):
-        with pytest.raises(OptionError, match=f"--listen {address} would let everyone in that network train"):
-            serve("--base-dir", str(tmp_path), "--listen", address)
+        said = serve("--base-dir", str(tmp_path), "--listen", address)
+        assert f"--listen {address} would let everyone in that network train" in said
         serve("--base-dir", str(tmp_path), "--listen", address, "--token", "secret")
     for address in ("127.0.0.1", "localhost", "::1"):
         serve("--base-dir", str(tmp_path), "--listen", address)
@@ -53,13 +53,14 @@ def test_the_address_is_printed_and_opened(tmp_path: Path, monkeypatch: pytest.M
     assert said.count("Stopping and saving") == 1
     serve("--base-dir", str(tmp_path), "--open")
     assert opened == ["http://127.0.0.1:1"]
+    document = json.loads(CliRunner().invoke(app, ["serve", "--base-dir", str(tmp_path), "--json"]).stdout)
+    assert document == {"address": "http://127.0.0.1:1", "base_dir": str(tmp_path)}
 
 
 def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(OptionError, match=r"is taken by another program; end it, or choose another --port"):
-            serve("--base-dir", str(tmp_path), "--port", str(taken.getsockname()[1]))
-    with pytest.raises(OptionError, match="must be a folder"):
-        serve("--base-dir", str(tmp_path / "nowhere"))
+        said = serve("--base-dir", str(tmp_path), "--port", str(taken.getsockname()[1]))
+    assert "is taken by another program; end it, or choose another --port" in said
+    assert "must be a folder" in serve("--base-dir", str(tmp_path / "nowhere"))

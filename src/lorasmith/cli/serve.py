@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.console import echo
+from lorasmith.cli.console import echo, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
@@ -62,8 +62,11 @@ def serve(
     access_of(config)
 
     def started(address: str) -> None:
-        echo(f"Lorasmith is at {address} and trains in {config.base}")
-        echo("Press Ctrl-C to stop.")
+        def say() -> None:
+            echo(f"Lorasmith is at {address} and trains in {config.base}")
+            echo("Press Ctrl-C to stop.")
+
+        print_result(lambda: {"address": address, "base_dir": config.base}, say)
         if open_:
             webbrowser.open(address)
 
