@@ -4,7 +4,7 @@ import { readDraft, writeDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
-import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
+import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { act } from "../parts/jobs.mjs";
 import { LiveRun, LossCurves } from "../parts/live_run.mjs";
@@ -118,6 +118,8 @@ function TrainOn({ run, onClose }) {
     <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" disabled=${!isGood} onClick=${start}>Train ${isGood ? whole(more) : ""} more steps<//></div><//>`;
 }
 
+const remark = (picture) => [picture.use === "trained" ? "" : sentence(picture.use), standingWords(picture.standing)].filter(Boolean).join(" ");
+
 function Results({ run }) {
   const [large, setLarge] = useState(null);
   const source = (file) => fileOfRun(run.id, file);
@@ -134,7 +136,7 @@ function Results({ run }) {
         <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
       ${pictures.map((one, index) => html`<li key=${one.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
-        ${one.standing || one.use !== "trained" ? html`<span class="faint">${[one.use !== "trained" && one.use, one.standing].filter(Boolean).join(", ")}</span>` : ""}</li>`)}</ul></section>
+        ${remark(one) && html`<span class="faint">${remark(one)}</span>`}</li>`)}</ul></section>
       ${large !== null && html`<${Lightbox} start=${large} source=${source} onClose=${() => setLarge(null)} shots=${pictures.map((one) => ({ file: one.thumbnail, title: one.file, prompt: one.caption }))} />`}`}`;
 }
 
