@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -98,7 +99,7 @@ def _from_server(server: Served, base: Path, pages: int, steps: int) -> list[flo
             time.sleep(0.2)
             job = _get(server, f"jobs/{job['id']}")
         log = base / job["run"] / "events.jsonl"
-        chromium = [lambda: psutil.Process()] if pages else []
+        chromium = [psutil.Process] if pages else []
         trains, serves, assists, *draws = _spent(log, steps, [*parts, *chromium])
         _ended(server, job)
     return [_step_ms(log), trains, serves + assists, *(draws or [0.0])]
@@ -154,7 +155,7 @@ def _steps(log: Path) -> int:
 def _step_ms(log: Path) -> float:
     events = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     times = [event["at"] for event in events if event["event"] == "StepDone"][_FIRST:]
-    return 1000 * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+    return 1000 * statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def _post(server: Served, settings: dict[str, Any], *, wait: bool = True) -> dict[str, Any]:

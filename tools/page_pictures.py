@@ -23,6 +23,7 @@ from tools.browsing import drop, opened_browser, served
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 MOST_BYTES = 150_000
 _PATIENCE_MS = 900_000
+_STEPS = 200
 _SIZE = {"width": 1120, "height": 860}
 
 
@@ -66,7 +67,6 @@ def main() -> None:
     """Walk from photos to a LoRA and take pictures on the way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", type=Path, metavar="FOLDER", help="folder for pictures of every view")
-    parser.add_argument("--preset", default="quick", help="choice of settings")
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -75,10 +75,10 @@ def main() -> None:
     ):
         page = browser.new_page(viewport=_SIZE)
         page.set_default_timeout(_PATIENCE_MS)
-        _walk(page, server.address, _Camera(arguments.all), arguments.preset)
+        _walk(page, server.address, _Camera(arguments.all))
 
 
-def _walk(page: Any, address: str, camera: _Camera, preset: str) -> None:
+def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.goto(address)
     page.get_by_text("No photos at hand?").wait_for()
     camera.every_look("1-home", page)
@@ -93,13 +93,17 @@ def _walk(page: Any, address: str, camera: _Camera, preset: str) -> None:
     page.get_by_text("Training needs about").wait_for()
     camera.every_look("3-model", page)
     page.get_by_role("button", name="Next: settings").click()
-    page.locator(f"input[name=preset][value={preset}]").check()
     page.get_by_text("Takes about").wait_for()
     camera.every_look("4-settings", page)
+    page.get_by_text("All settings").first.click()
+    page.get_by_label("Steps", exact=True).fill(str(_STEPS))
+    page.get_by_label("Previews", exact=True).fill("sks fox|sks fox, on a blue background")
+    page.get_by_label("Previews").blur()
+    camera.every_look("4-all-settings", page)
     page.get_by_role("button", name="Start training").click()
     page.wait_for_selector(".plot canvas")
     page.locator(".previews td:nth-child(2) img").first.wait_for()
-    while int(page.locator("progress").first.get_attribute("value") or 0) < 90:
+    while page.locator("progress").first.evaluate("bar => bar.value") < 0.62 * _STEPS:
         time.sleep(0.5)
     camera.document("serve-training", page, scheme="dark")
     camera.every_look("5-training", page)

@@ -54,7 +54,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     page.wait_for_selector("input[name=model]:checked")
     assert page.locator("input[name=model]:checked").get_attribute("value") == BUILT_IN
     page.get_by_role("button", name="Next: settings").click()
-    start_with(page, {"Steps": STEPS})
+    start_with(page, {"Steps": STEPS, "Previews": "sks fox"})
 
     # The curve grows while the previews come; then pause, reload, resume.
     curve = page.get_by_role("img", name=re.compile("Training loss over"))
@@ -113,7 +113,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     loaded(page, ".pictures img", 2)
 
 
-def start_with(page: Any, settings: dict[str, int]) -> None:
+def start_with(page: Any, settings: dict[str, int | str]) -> None:
     """Change some of all settings, and start."""
     page.wait_for_selector("input[name=preset]:checked")
     page.get_by_text("All settings").first.click()
