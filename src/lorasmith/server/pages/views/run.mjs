@@ -13,6 +13,7 @@ import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
 import { useStory } from "./job.mjs";
 
+const SAID_ELSEWHERE = new Set(["LoRA file"]); // its size stands on the button that downloads it
 const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
 
 export function RunView({ id }) {
@@ -32,7 +33,7 @@ export function RunView({ id }) {
       <div class="head"><h1 id="run">${nameOfRun(run)}</h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
       <p class="verdict">${sentence(run.verdict)}</p>
       <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
-      ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+      ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
       ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
       ${isRunning && run.job && html`<div class="actions"><a class="button primary" href=${link("jobs", run.job)}>Watch and control it</a></div>`}
     </section>
