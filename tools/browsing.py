@@ -59,7 +59,7 @@ def served(base: Path, *options: str) -> Iterator[Served]:
         if " is at " not in line:
             process.kill()
             raise RuntimeError(f"the server did not start: {line}{process.stdout.read()}")
-        yield Served(line.split()[3], process.pid)
+        yield Served(line.split()[3].rstrip("/") + "/", process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         try:
