@@ -237,7 +237,7 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
         "Strength 1.5",
     ]
     remarks = page.locator(".thumbs .faint").all_inner_texts()  # nothing that asks for nothing
-    assert remarks == ["Unlike the others: is its caption right?"]
+    assert remarks == ["Held out.", "Unlike the others: is its caption right?"]
     page.get_by_label("Step", exact=True).fill("0")
     assert page.locator(".pictures thead th").all_inner_texts() == ["Base model", "Step 20"]
     page.get_by_role("button", name="Copy to ComfyUI").click()
