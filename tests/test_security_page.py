@@ -345,6 +345,61 @@ def test_every_line_is_tried() -> None:
     assert TABLES[0] == ["file", *LINES]
 
 
+REQUESTS = {
+    "from a page of another site": (
+        "server/test_access.py test_every_route_refuses_a_foreign_host test_every_write_refuses_a_foreign_origin "
+        "test_no_page_of_another_site_is_let_in_by_cors"
+    ),
+    "from another machine": (
+        "server/test_access.py test_every_route_needs_the_token test_a_server_that_others_reach_needs_a_token "
+        "test_secrets_are_in_no_answer_and_no_log"
+    ),
+    "training, plan or measurement": (
+        "server/questions/test_plan_questions.py test_paths_and_programs_are_not_for_requests, "
+        "server/api/test_job_endpoints.py test_a_folder_elsewhere_is_for_who_sits_here"
+    ),
+    "graph": "test_security_page.py workflow",
+    "upload of photos and captions": (
+        "server/questions/test_dataset_questions.py test_an_upload_is_kept_under_a_safe_free_name "
+        "test_what_is_no_picture_is_not_kept test_an_uploaded_text_is_a_caption"
+    ),
+    "name of a file": (
+        "server/test_contained_files.py test_names_outside test_links_are_followed_to_where_they_lead, "
+        "server/comfyui/test_file_routes.py test_no_name_leads_out_of_its_folder, "
+        "server/questions/test_dataset_questions.py test_links_that_leave_are_not_followed, "
+        "server/questions/test_run_questions.py test_links_out_of_a_run_are_not_followed"
+    ),
+    "removal": (
+        "server/questions/test_dataset_questions.py test_what_is_removed_is_moved, "
+        "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside"
+    ),
+    "uploaded HTML, SVG or script": (
+        "server/comfyui/test_file_routes.py test_what_a_browser_would_run_is_a_download, "
+        "server/comfyui/test_user_files.py test_a_page_is_never_served_as_one"
+    ),
+    "report of a run": "server/questions/test_run_questions.py test_the_page_is_made_from_the_records",
+    "large body, many jobs, silent client": (
+        "server/test_access.py test_bodies_are_limited, server/api/test_dataset_endpoints.py test_uploads_have_limits, "
+        "server/comfyui/test_prompt_routes.py test_a_full_queue_is_said, "
+        "server/comfyui/test_websocket.py test_a_client_that_never_reads_is_cut_off"
+    ),
+    "module in the base folder": (
+        "server/test_server_processes.py test_the_assistant_answers_and_a_stranger_module_is_not_imported"
+    ),
+}
+"""The tests behind each line of the server's table: a file in tests/ and functions of it."""
+
+
+def test_every_line_of_requests_is_tried() -> None:
+    table = PAGE.partition("## Requests to the server")[2].partition("## Not covered")[0]
+    assert re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE) == ["request", *REQUESTS]
+    for line, tests in REQUESTS.items():
+        for place in tests.split(", "):
+            file, *names = place.split()
+            code = (Path(__file__).parent / file).read_text(encoding="utf-8")
+            assert names and [name for name in names if f"def {name}(" not in code] == [], line
+
+
 def test_every_flag_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = re.findall(r"^\| (`--[^|]+) \| (`[^|]+) \|", PAGE, flags=re.MULTILINE)
     of: dict[str, set[str]] = {}

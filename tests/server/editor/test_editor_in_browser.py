@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,13 +25,10 @@ from typing import Any
 
 import pytest
 
+from tools.browsing import chromium, opened_browser
+
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 SOURCES = Path(__file__).parents[3] / "src"
 APP = "window.comfyAPI.app.app"
 TRAIN = f"{APP}.graph.nodes.find(node => node.type === 'TrainLoraNode')"
@@ -177,13 +173,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if chromium() is None:
         pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as running:
-        one = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with opened_browser() as one:
         yield one
-        one.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,29 +13,20 @@ import pytest
 from aiohttp import web
 
 from tests.server.pages.fake_api import FakeServer
+from tools.browsing import chromium, opened_browser
+
+PagesOpener = Callable[..., Any]
 
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text(encoding="utf-8")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
+    pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    if chromium() is None:
         pytest.skip("there is no Chromium to open the page in")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+    with opened_browser() as opened:
         yield opened
-        opened.close()
 
 
 class ServedPage:
@@ -99,12 +89,12 @@ def served() -> Iterator[ServedPage]:
 
 
 @pytest.fixture
-def open_page(browser: Any, served: ServedPage) -> Iterator[Callable[..., Any]]:
-    """Opens views; whatever goes wrong in the page (errors, files that its policy refuses) fails the test."""
+def open_pages(browser: Any) -> Iterator[PagesOpener]:
+    """Opens addresses; whatever goes wrong in a page (errors, files that its policy refuses) fails the test."""
     wrong: list[str] = []
     contexts = []
 
-    def opened(view: str = "", *, width: int = 1200, scheme: str = "light") -> Any:
+    def opened(address: str, *, width: int = 1200, scheme: str = "light") -> Any:
         context = browser.new_context(
             viewport={"width": width, "height": 844}, color_scheme=scheme, has_touch=width < 500
         )
@@ -113,13 +103,26 @@ def open_page(browser: Any, served: ServedPage) -> Iterator[Callable[..., Any]]:
         page.set_default_timeout(8000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: _is_wrong(message) and wrong.append(message.text))
-        page.goto(served.address + view)
+        page.goto(address)
         return page
 
     yield opened
     for context in contexts:
         context.close()
     assert wrong == []
+
+
+@pytest.fixture
+def open_page(open_pages: PagesOpener, served: ServedPage) -> PagesOpener:
+    """Opens views of the page on the fake server."""
+    return lambda view="", **looks: open_pages(served.address + view, **looks)
+
+
+def expected(locator: Any) -> Any:
+    """What is to become true of a part of the page. (Its policy refuses functions that are polled.)"""
+    from playwright.sync_api import expect
+
+    return expect(locator)
 
 
 def assert_legible(page: Any, name: str = "") -> None:

@@ -508,7 +508,7 @@ def _run_facts(id: str) -> dict[str, Any]:
         "base_loss": 0.45,
         "previews": previews, "left_out": [],
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
-                    "thumbnail": f"pictures/{n}.png", "standing": ""} for n in range(4)],
+                    "thumbnail": f"pictures/{n}.png", "standing": "never fit" if n == 1 else ""} for n in range(4)],
         "lora": {"file": "fox.safetensors", "bytes": 45_000_000, "installed": None},
         "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50}
                   for step in (40, 50, 60)],

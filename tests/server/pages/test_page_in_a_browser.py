@@ -9,16 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.server.pages.conftest import ServedPage, assert_legible
+from tests.server.pages.conftest import ServedPage, assert_legible, expected
 
 Opener = Callable[..., Any]
-
-
-def expected(locator: Any) -> Any:
-    """What is to become true of a part of the page. (Its policy refuses functions that are polled.)"""
-    from playwright.sync_api import expect
-
-    return expect(locator)
 
 
 def waits(page: Any, text: str) -> None:
@@ -243,6 +236,8 @@ def test_a_result_is_copied_and_trained_further(served: ServedPage, open_page: O
         "Strength 1",
         "Strength 1.5",
     ]
+    remarks = page.locator(".thumbs .faint").all_inner_texts()  # nothing that asks for nothing
+    assert remarks == ["Held out.", "Unlike the others: is its caption right?"]
     page.get_by_label("Step", exact=True).fill("0")
     assert page.locator(".pictures thead th").all_inner_texts() == ["Base model", "Step 20"]
     page.get_by_role("button", name="Copy to ComfyUI").click()

@@ -97,6 +97,7 @@ def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> N
     assert {one.file: one.use for one in found.images}.keys() == {f"{number}.png" for number in range(4)}
     assert [one.use for one in found.images].count("held out") == 2
     assert all((base / RUN / str(one.thumbnail)).is_file() for one in found.images)
+    assert {one.standing for one in found.images} == {""}  # too few steps to say anything
     assert {(one.step, one.strength) for one in found.previews} >= {(4, 1.0)}
     assert all((base / RUN / one.file).is_file() and one.prompt == "a dog" for one in found.previews)
     assert found.lora and found.lora.file == "dog.safetensors" and found.lora.installed is None

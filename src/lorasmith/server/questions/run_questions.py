@@ -29,7 +29,7 @@ from lorasmith.formats.hashes import sha256_file
 from lorasmith.formats.metadata import steps_of
 from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
-from lorasmith.report.run_report import RunReport, run_report
+from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.server.api_shapes import (
     InstalledLora,
     LoraFacts,
@@ -406,7 +406,7 @@ def _previews(history: RunHistory) -> Iterator[PreviewFacts]:
 
 
 def _pictures(history: RunHistory, report: RunReport) -> Iterator[RunPicture]:
-    standings = {one.name: one.standing for one in report.images}
+    standings = {one.name: one.standing for one in report.images if one.standing != UNJUDGED}
     for index, image in enumerate(images_in(history.record.data)):
         small = thumbnail_of(Path(), index).as_posix()
         yield RunPicture(

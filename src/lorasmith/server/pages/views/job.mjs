@@ -10,6 +10,7 @@ import { Queue, act, titleOf } from "../parts/jobs.mjs";
 import { LiveRun } from "../parts/live_run.mjs";
 import { Stepper } from "../parts/stepper.mjs";
 
+const DRAWN_EVERY_MS = 500; // the cores that draw may be those that train
 const ENDED = ["completed", "failed", "cancelled"];
 
 export function JobView({ id }) {
@@ -74,19 +75,19 @@ function Standing({ job, story, known }) {
     <progress aria-label="Preparing"></progress>`;
 }
 
-/** The story that a stream of events tells, drawn at most once a frame. */
+/** The story that a stream of events tells. It is drawn a moment after an event, with all that came meanwhile. */
 export function useStory(url) {
   const story = useRef(emptyStory());
   const [, setFrame] = useState(0);
   const pending = useRef(0);
   const redraw = () => {
     if (pending.current) return;
-    pending.current = requestAnimationFrame(() => {
+    pending.current = setTimeout(() => {
       pending.current = 0;
       setFrame((number) => number + 1);
-    });
+    }, DRAWN_EVERY_MS);
   };
-  useEffect(() => () => cancelAnimationFrame(pending.current), []);
+  useEffect(() => () => clearTimeout(pending.current), []);
   useEvents(url, {
     preparation: (event) => { tell(story.current, event); redraw(); },
     training: (event) => { tell(story.current, event); redraw(); },

@@ -4,7 +4,7 @@ import { readDraft, writeDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { say, useStore, work } from "../lib/stores.mjs";
-import { bytes, moment, valueWords, whole } from "../lib/words.mjs";
+import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { act } from "../parts/jobs.mjs";
 import { LiveRun, LossCurves } from "../parts/live_run.mjs";
@@ -13,6 +13,7 @@ import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
 import { useStory } from "./job.mjs";
 
+const SAID_ELSEWHERE = new Set(["LoRA file"]); // its size stands on the button that downloads it
 const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
 
 export function RunView({ id }) {
@@ -32,7 +33,7 @@ export function RunView({ id }) {
       <div class="head"><h1 id="run">${nameOfRun(run)}</h1><span class=${`status ${run.mood}`}>${run.status}</span></div>
       <p class="verdict">${sentence(run.verdict)}</p>
       <p class="summary">${[run.model, run.trigger && `“${run.trigger}”`, moment(run.started)].filter(Boolean).join(" · ")}</p>
-      ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+      ${Object.keys(run.facts).length > 0 && html`<dl class="facts">${Object.entries(run.facts).filter(([name]) => !SAID_ELSEWHERE.has(name)).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
       ${!isRunning && html`<${Actions} run=${run} job=${job} reload=${reload} />`}
       ${isRunning && run.job && html`<div class="actions"><a class="button primary" href=${link("jobs", run.job)}>Watch and control it</a></div>`}
     </section>
@@ -118,6 +119,8 @@ function TrainOn({ run, onClose }) {
     <div class="actions end"><${Button} onClick=${onClose}>Cancel<//><${Button} kind="primary" disabled=${!isGood} onClick=${start}>Train ${isGood ? whole(more) : ""} more steps<//></div><//>`;
 }
 
+const remark = (picture) => [picture.use === "trained" ? "" : sentence(picture.use), standingWords(picture.standing)].filter(Boolean).join(" ");
+
 function Results({ run }) {
   const [large, setLarge] = useState(null);
   const source = (file) => fileOfRun(run.id, file);
@@ -134,7 +137,7 @@ function Results({ run }) {
         <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
       ${pictures.map((one, index) => html`<li key=${one.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
-        ${one.standing || one.use !== "trained" ? html`<span class="faint">${[one.use !== "trained" && one.use, one.standing].filter(Boolean).join(", ")}</span>` : ""}</li>`)}</ul></section>
+        ${remark(one) && html`<span class="faint">${remark(one)}</span>`}</li>`)}</ul></section>
       ${large !== null && html`<${Lightbox} start=${large} source=${source} onClose=${() => setLarge(null)} shots=${pictures.map((one) => ({ file: one.thumbnail, title: one.file, prompt: one.caption }))} />`}`}`;
 }
 

@@ -1,7 +1,7 @@
 // How thoroughly to train: three choices with their time and memory, and every setting for those who want them.
 import { get, post } from "../lib/api.mjs";
 import { useDraft } from "../lib/drafts.mjs";
-import { html, useEffect, useState } from "../lib/html.mjs";
+import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
 import { bytes, count, duration, slug, whole } from "../lib/words.mjs";
@@ -21,7 +21,9 @@ export function SettingsView({ dataset }) {
   const [failure, setFailure] = useState(null);
   const presets = declared?.presets ?? [];
   const preset = presets.find((one) => one.name === draft.preset) ?? presets.find((one) => one.name === "balanced") ?? presets[0];
-  const own = Object.fromEntries(Object.entries(draft.settings).filter(([name]) => !OWN_FIELDS.has(name)));
+  // A run that is trained again may have settings that are not for pages, such as the state that it continued from.
+  const offered = new Set((declared?.groups ?? []).flatMap((group) => group.settings.map((one) => one.name)));
+  const own = Object.fromEntries(Object.entries(draft.settings).filter(([name]) => offered.has(name) && !OWN_FIELDS.has(name)));
   const [plans, planErrors, replan] = usePlans(dataset, draft, presets, own);
   const plan = plans[preset?.name];
   // A step of another choice takes about as long: the rank costs little.
@@ -32,7 +34,7 @@ export function SettingsView({ dataset }) {
   async function start() {
     setFailure(null);
     try {
-      if (measuring.job && ["pending", "running"].includes(measuring.job.state)) await act(measuring.job, "cancel", { pause: false });
+      await measuring.stop();
       const job = await post(["jobs"], {
         kind: "train", dataset, model: draft.model, trigger: draft.trigger.trim(),
         name: draft.name.trim() || slug(draft.trigger) || dataset,
@@ -41,6 +43,7 @@ export function SettingsView({ dataset }) {
       change({ measurement: null });
       go("jobs", job.id);
     } catch (problem) {
+      measuring.allow();
       setFailure(problem);
     }
   }
@@ -138,25 +141,32 @@ function useMeasurement(draft, change, preset, plan, stepSeconds, own, replan) {
   const job = draft.measurement ? known?.jobs.get(draft.measurement) : null;
   const idle = known && known.queue.pending + known.queue.running === 0;
   const needed = plan && stepSeconds === null;
+  const stopped = useRef(false); // a training does not wait for a measurement, not even for one that is just being queued
+  const stop = async () => {
+    stopped.current = true;
+    if (job && ["pending", "running"].includes(job.state)) await act(job, "cancel", { pause: false });
+  };
+  const allow = () => (stopped.current = false);
   const measure = async () => {
     setError(null);
     try {
       const added = await post(["measurements"], { model: draft.model, settings: { ...plan?.memory_settings, ...preset.settings, ...own } });
-      change({ measurement: added.id });
+      if (stopped.current) await act(added, "cancel", { pause: false });
+      else change({ measurement: added.id });
     } catch (failure) {
       setError(failure);
     }
   };
   const [tried, setTried] = useState("");
   useEffect(() => {
-    if (!needed || !idle || tried === draft.model || (job && job.state !== "completed")) return;
+    if (!needed || !idle || stopped.current || tried === draft.model || (job && job.state !== "completed")) return;
     setTried(draft.model);
     measure();
   }, [needed, idle, draft.model]);
   useEffect(() => {
     if (job?.state === "completed") replan();
   }, [job?.state, draft.measurement]);
-  return { job, error, needed, measure };
+  return { job, error, needed, measure, stop, allow };
 }
 
 function Measure({ measuring, plan }) {

@@ -1,0 +1,117 @@
+"""How far it is from photos to a LoRA on the page: clicks, typed characters and seconds, on defaults.
+
+A browser walks the page of a fresh server as somebody does who has never trained: it drops the example pictures, types
+a trigger, accepts what is suggested and downloads the LoRA. `--preset quick` is one click more. The built-in model is
+trained, as there is no other.
+
+    python -m benchmarks.newcomer
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Results, add_json
+from lorasmith.core.folders import ASSETS
+from tools.browsing import drop, opened_browser, served
+
+_PATIENCE_MS = 1_800_000
+
+
+def main() -> None:
+    arguments = _arguments()
+    results = Results(arguments)
+    results.table({"": "", "drops": "d", "clicks": "d", "characters": "d", "seconds": ".1f"})
+    start = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        opened_browser() as browser,
+        served(Path(folder) / "base") as server,
+    ):
+        page = browser.new_page(viewport={"width": 1200, "height": 844})
+        page.set_default_timeout(_PATIENCE_MS)
+        start = time.monotonic()
+        page.goto(server.address)
+        _walk(_Hand(page, results, start), page, arguments)
+
+
+class _Hand:
+    """Acts on the page, counts, and adds a row for each stretch of the way."""
+
+    def __init__(self, page: Any, results: Results, start: float) -> None:
+        self._page = page
+        self._results = results
+        self._counts = [0, 0, 0]
+        self._totals = [0, 0, 0]
+        self._first = self._start = start
+
+    def drop(self, files: list[Path]) -> None:
+        drop(self._page, files)
+        self._counts[0] += 1
+
+    def click(self, target: Any) -> None:
+        target.click()
+        self._counts[1] += 1
+
+    def type(self, target: Any, text: str) -> None:
+        """A click into the field, and the text."""
+        target.click()
+        target.press_sequentially(text)
+        self._counts[1] += 1
+        self._counts[2] += len(text)
+
+    def reached(self, what: str) -> None:
+        now = time.monotonic()
+        self._results.add(what, *self._counts, now - self._start)
+        self._totals = [total + count for total, count in zip(self._totals, self._counts, strict=True)]
+        self._counts, self._start = [0, 0, 0], now
+
+    def sum(self) -> None:
+        self._results.add("all", *self._totals, time.monotonic() - self._first)
+
+
+def _walk(hand: _Hand, page: Any, arguments: argparse.Namespace) -> None:
+    page.get_by_text("Drop photos or a folder here").wait_for()
+    hand.reached("the page is there")
+    hand.drop(sorted((ASSETS / "input" / "fox").glob("fox_*.png")))  # without their captions
+    hand.type(page.get_by_label("Trigger word"), "sks fox")
+    page.get_by_text("0 of 6 with a caption").wait_for()
+    hand.click(page.get_by_role("button", name="Next: model"))
+    page.wait_for_selector("input[name=model]:checked")
+    hand.reached("photos, a trigger")
+    hand.click(page.get_by_role("button", name="Next: settings"))
+    page.wait_for_selector("input[name=preset]:checked")
+    hand.reached("the suggested model")
+    if arguments.preset:
+        hand.click(page.locator(f"input[name=preset][value={arguments.preset}]"))
+    hand.click(page.get_by_role("button", name="Start training"))
+    page.wait_for_url("**/#/jobs/*")
+    hand.reached("the suggested settings")
+    page.wait_for_selector(".plot canvas")
+    hand.reached("to the first step")
+    page.wait_for_url("**/#/runs/*")
+    download = page.get_by_role("link", name=re.compile(r"^Download \(")).first
+    download.wait_for()
+    hand.reached("training, previews included")
+    with page.expect_download() as downloaded:
+        hand.click(download)
+    assert downloaded.value.suggested_filename == "sks-fox.safetensors"
+    assert Path(downloaded.value.path()).stat().st_size > 10_000
+    hand.reached("the LoRA")
+    hand.sum()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", help="choice of settings, instead of the suggested one")
+    add_json(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

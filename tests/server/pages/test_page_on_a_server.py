@@ -1,0 +1,175 @@
+"""The page on a real server: from dropped photos to a LoRA that diffusers loads, and what comes after it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.core.folders import ASSETS
+from lorasmith.families.locating import BUILT_IN, built_in_models
+from tests.server.pages.conftest import PagesOpener, expected
+from tools.browsing import Served, drop, served
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+PATIENCE_MS = 300_000
+"""For a step of the way, on a busy machine."""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tmp_path / "ComfyUI"
+
+
+@pytest.fixture
+def server(browser: Any, base: Path) -> Iterator[Served]:
+    """After the browser, so that nothing is started where there is none."""
+    with served(base) as running:
+        yield running
+
+
+def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpener, base: Path, tmp_path: Path) -> None:
+    page = open_pages(server.address)
+    page.set_default_timeout(PATIENCE_MS)
+    page.get_by_text("Drop photos or a folder here").wait_for()
+    drop(page, sorted((ASSETS / "input" / "fox").glob("fox_*")))
+    page.wait_for_url("**/#/new/photos/photos")
+    page.get_by_text("6 of 6 with a caption").wait_for()
+    page.get_by_label("Trigger word").fill("sks fox")
+    caption = page.get_by_label("Caption of fox_1.png")
+    assert caption.input_value() == "a fox"
+    caption.fill("a fox that looks ahead")
+    caption.blur()
+    wait_until(lambda: (base / "input/photos/fox_1.txt").read_text("utf-8").strip() == "a fox that looks ahead")
+    loaded(page, ".tile img", 6)
+
+    page.get_by_role("button", name="Next: model").click()
+    page.wait_for_selector("input[name=model]:checked")
+    assert page.locator("input[name=model]:checked").get_attribute("value") == BUILT_IN
+    page.get_by_role("button", name="Next: settings").click()
+    start_with(page, {"Steps": STEPS, "Previews": "sks fox"})
+
+    # The curve grows while the previews come; then pause, reload, resume.
+    curve = page.get_by_role("img", name=re.compile("Training loss over"))
+    curve.wait_for()
+    first, drawn = points(page), picture_of(page)
+    wait_until(lambda: points(page) > first and picture_of(page) != drawn)
+    loaded(page, ".previews img", 2)
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_text("It is paused.").wait_for()
+    paused_at = points(page)
+    assert 0 < paused_at < STEPS
+    page.reload()
+    curve.wait_for()
+    wait_until(lambda: points(page) == paused_at)  # all of it is there again
+    page.get_by_role("button", name="Resume").click()
+    page.wait_for_url("**/#/runs/*")
+    assert points(page) == STEPS
+    loaded(page, ".previews img", 3)  # the base model, and two strengths
+
+    with page.expect_download() as download:
+        page.get_by_role("link", name=re.compile(r"^Download \(")).first.click()
+    assert download.value.suggested_filename == "sks-fox.safetensors"
+    download.value.save_as(tmp_path / "sks-fox.safetensors")
+    assert change_in_diffusers(tmp_path / "sks-fox.safetensors") > 1e-3
+
+    page.get_by_role("button", name="Copy to ComfyUI").click()
+    page.get_by_role("button", name="Copy", exact=True).click()
+    page.get_by_text("Copied to models/loras as sks-fox.safetensors.").wait_for()
+    copied = base / "models/loras/sks-fox.safetensors"
+    assert copied.read_bytes() == (tmp_path / "sks-fox.safetensors").read_bytes()
+
+    page.get_by_role("button", name="Train it further").click()
+    page.get_by_label("More steps").fill("5")
+    page.get_by_role("button", name="Train 5 more steps").click()
+    page.wait_for_url("**/#/jobs/*")
+    page.wait_for_url("**/#/runs/*")
+    assert points(page) == STEPS + 5
+
+    # Another one, and both side by side.
+    page.get_by_role("button", name="Train again with changes").click()
+    page.wait_for_url("**/settings")
+    start_with(page, {"Steps": 10, "Rank": 4})
+    page.wait_for_url("**/#/jobs/*")
+    page.wait_for_url("**/#/runs/*")
+    assert points(page) == 10
+    page.get_by_role("link", name="Runs").first.click()
+    expected(page.get_by_role("checkbox")).not_to_have_count(0)
+    for box in page.get_by_role("checkbox").all()[:2]:  # the newest
+        box.check()
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector(".plot canvas")
+    table = page.get_by_role("region", name="Settings that differ, as a table")
+    table.wait_for()
+    rows = dict(zip(table.locator("tbody th").all_inner_texts(), rows_of(table), strict=True))
+    assert rows["steps"] == ["10", str(STEPS + 5)] and rows["rank"] == ["4", "16"]
+    loaded(page, ".pictures img", 2)
+
+
+def start_with(page: Any, settings: dict[str, int | str]) -> None:
+    """Change some of all settings, and start."""
+    page.wait_for_selector("input[name=preset]:checked")
+    page.get_by_text("All settings").first.click()
+    for label, value in settings.items():
+        field = page.get_by_label(label, exact=True).or_(page.get_by_label(f"{label} changed", exact=True))
+        field.fill(str(value))
+        field.press("Tab")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/jobs/*")
+
+
+def points(page: Any) -> int:
+    """Steps in the curve of the loss."""
+    label = page.get_by_role("img", name=re.compile("Training loss over")).get_attribute("aria-label")
+    return int(label.split()[3])
+
+
+def picture_of(page: Any) -> str:
+    """The curve as it is drawn."""
+    return str(page.evaluate("document.querySelector('.plot canvas').toDataURL()"))
+
+
+def rows_of(table: Any) -> list[list[str]]:
+    return [row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()]
+
+
+def loaded(page: Any, selector: str, at_least: int) -> None:
+    """Pictures are there, and have come."""
+    wait_until(lambda: page.locator(selector).count() >= at_least)
+    for picture in page.locator(selector).all()[:at_least]:
+        picture.scroll_into_view_if_needed()
+    shown = f"[...document.querySelectorAll('{selector}')].slice(0, {at_least})"
+    wait_until(lambda: page.evaluate(f"{shown}.every(one => one.complete && one.naturalWidth > 0)"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """(The page's policy refuses functions that the browser polls.)"""
+    end = time.monotonic() + PATIENCE_MS / 1000
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def change_in_diffusers(lora: Path) -> float:
+    """Relative difference that a LoRA makes to the output of the built-in model, in diffusers."""
+    from diffusers import StableDiffusionPipeline
+
+    configs = str(ASSETS / "models" / "configs" / BUILT_IN)
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(built_in_models()[BUILT_IN]), config=configs, local_files_only=True, safety_checker=None,
+        feature_extractor=None,
+    )  # fmt: skip
+    x, time_step = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        context = pipe.text_encoder(pipe.tokenizer("sks fox", padding="max_length", return_tensors="pt").input_ids)[0]
+        plain = pipe.unet(x, time_step, encoder_hidden_states=context).sample
+        pipe.load_lora_weights(lora)
+        tuned = pipe.unet(x, time_step, encoder_hidden_states=context).sample
+    return float((tuned - plain).norm() / plain.norm())
