@@ -15,6 +15,7 @@ from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.report.loss_plot import recent_loss
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import StepDone, Warned
@@ -180,7 +181,9 @@ def test_notes_of_a_run_are_shown_unless_they_are_not_wanted(
 def test_a_result_shows_itself(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
     asked = {"previews": "a <b>fox</b>", "preview_every": 1, "preview_steps": 1}
     result = train(tiny, data, output=tmp_path / "<i>run", progress=False, **QUICK, **asked)
-    assert repr(result).startswith("TrainResult(finished after 2 steps, loss ") and "\n" not in repr(result)
+    recent = recent_loss(result.losses)
+    loss = f"loss {recent.mean:.4f} (training loss, mean of the last 2 steps)"
+    assert repr(result).startswith(f"TrainResult(finished after 2 steps, {loss}") and "\n" not in repr(result)
     shown = result._repr_html_()
     assert shown.count("<img") == 3, "the curve, previews by step, and by strength"
     assert "<i>" not in shown and "&lt;i&gt;run" in shown

@@ -229,7 +229,7 @@ def test_run_takes_a_workflow_from_the_editor_a_picture_or_a_lora(
 
 
 WRONG = {
-    "no model": (("train", "photos"), "--model must be a .safetensors checkpoint"),
+    "no model": (("train", "photos"), "--model must be a .safetensors or .gguf file"),
     "no folder": (("train", "nowhere", *QUICK), "nowhere"),
     "empty folder": (("train", "empty", *QUICK), "empty"),
     "bad pictures only": (("train", "bad", *QUICK), "bad"),

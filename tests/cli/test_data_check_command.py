@@ -33,7 +33,7 @@ def test_findings_page_and_mended_folder(lorasmith: Callable[..., Ran], tmp_path
     add(folder / "3.tga", photo(3), "a cat")
     ran = lorasmith("data", "check", "photos", "--report", "page.html", "--fix", "fixed", "--batch-size", 2)
     assert ran.code == 1
-    assert "Look at: 1 file or folder cannot be used: 3.tga is a TGA file" in ran.out
+    assert "Look at: 1 file or folder cannot be used: 3.tga (is a TGA file" in ran.out
     assert "Look at: 1 image nearly equals another: 2.png (like 1.png); keep one of each" in ran.out
     assert "assumed; --model or --resolution decides" in ran.out and "with batch 2" in ran.out
     assert "2 pictures with 2 captions written to fixed" in ran.out

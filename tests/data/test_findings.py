@@ -55,12 +55,20 @@ def test_nothing_is_found_in_good_images() -> None:
 
 
 def test_unused_files() -> None:
-    finding = only(found_in(several(2), skipped=[("x.heic", "is a HEIC file; convert it"), ("raw", "is a folder")]))
+    finding = only(found_in(several(2), skipped=[("x.tga", "is a TGA file; convert it"), ("raw", "is a folder")]))
     assert (finding.kind, finding.images) == ("unused files", ())
     assert finding.sentence == (
-        "2 files or folders cannot be used: x.heic is a HEIC file, raw is a folder; mend, rename or remove them, or "
+        "2 files or folders cannot be used: x.tga (is a TGA file), raw (is a folder); mend, rename or remove them, or "
         "convert what can be converted with lorasmith data check --fix"
     )
+
+
+def test_unused_files_name_the_package_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = [("1.HEIC", "is a HEIC file; convert it"), ("2.heif", "is a HEIF file; convert it")]
+    monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png"}))
+    assert only(found_in(several(2), skipped=skipped)).sentence.endswith('; pip install "lorasmith[heic]" reads it')
+    monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png", ".heic", ".heif"}))
+    assert "pip install" not in only(found_in(several(2), skipped=skipped)).sentence
 
 
 def test_empty_pictures() -> None:

@@ -104,6 +104,11 @@ def test_only_defaults_that_differ_are_said_again() -> None:
     assert {name for name in slots if name in options and slots[name].default != options[name].default} == differing
 
 
+def test_remarks_are_left_to_the_report(train: Callable[..., Any], bench: Any) -> None:
+    train(targets="all", rank=16, steps=1)
+    assert not [one for one in bench.messages("warning") if "sd-scripts" in one or "whose rank is capped" in one]
+
+
 def test_our_own_inputs_reach_the_engine(asked: Callable[..., Asked]) -> None:
     own = {"alpha": 4.0, "targets": "attention", "objective": "x0", "timesteps": "logit_normal"}
     config = asked(**own, max_grad_norm=2.0, zero_init="up").config

@@ -31,6 +31,7 @@ def test_an_example_runs_in_any_folder(
     assert json.loads(metadata["workflow"])["nodes"]  # opens in the editor
     lora, losses, steps = result.outputs["20"]
     assert (len(lora), len(losses[0]["loss"]), steps) == (1, 2, (2,))
+    assert repr(result) == f"WorkflowResult(outputs of 6 nodes, files: {result.files[0]})"  # not its tensors
     assert isinstance(events[-1], ExecutionFinished)
     assert [one.value for one in events if isinstance(one, NodeProgress) and one.node_id == "20"][-1] == 2
     assert "%|" not in capsys.readouterr().err  # no bars where nobody sees them

@@ -115,6 +115,13 @@ def test_faults_that_a_repair_brings_to_light_are_repaired_too(tmp_path: Path, t
     assert again.is_fine
 
 
+def test_a_file_without_faults_is_not_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    released_lora(path, "Stable Diffusion 1.x", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    with pytest.raises(LoraError, match=r"x\.safetensors has no faults, and there is nothing for --fix to repair"):
+        fix_lora(check_lora(path), tmp_path / "y.safetensors")
+
+
 def test_folders_are_not_mended(tmp_path: Path, tiny: Model) -> None:
     released_lora(
         tmp_path / "x.safetensors", "Stable Diffusion 1.x", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -35,7 +35,8 @@ def test_nodes_are_found_by_class_older_name_and_title(toys: Any) -> None:
     ("declared", "facts"),
     [
         (Input("rank", "INT", default=8, min=1, max=128), ["INT", "default 8", "from 1 to 128"]),
-        (Input("rate", "FLOAT", min=0.5), ["FLOAT", "from 0.5"]),
+        (Input("rate", "FLOAT", min=0.5, max=1e-7), ["FLOAT", "from 0.5 to 1e-07"]),
+        (Input("seed", "INT", max=2**64 - 1), ["INT", "to 18446744073709551615"]),
         (Input("value", "*"), ["any type"]),
         (Input("mode", "COMBO", default="a"), ["choice", "default 'a'", "one of a, b"]),
         (Input("numbers", "INT", grow=Grow("n", min=1, max=4)), ["INT", "repeated 1 to 4 times"]),

@@ -96,6 +96,10 @@ def test_choices_are_asked_for_when_they_are_needed() -> None:
     declared = Input("file", "COMBO", options=lambda folders: names)
     names.append("new.png")
     assert declared.check("NEW.png", HERE) == "new.png"
+    with pytest.raises(
+        OptionError, match=r"got 'old\.jpg'; add it to the base folder, or name the folder .* --base-dir"
+    ):
+        declared.check("old.jpg", HERE)
 
 
 def test_accept_decides_instead_of_the_list() -> None:

@@ -29,6 +29,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.training.config import TrainConfig
 
 __all__ = ["register"]
@@ -129,8 +130,10 @@ def train(
 
 
 def _which_models(folders: Folders) -> str:
+    names = [name for kind in ("checkpoints", "diffusion_models") for name in folders.files(kind)]
+    own = [name for name in names if name != f"{BUILT_IN}.safetensors"]
+    found = f"; found here: {', '.join(own)}" if own else ""
     return (
-        "--model must be a .safetensors checkpoint, a diffusers folder or a hub id; found here: "
-        f"{', '.join(name for kind in ('checkpoints', 'diffusion_models') for name in folders.files(kind))}; "
-        "--model lorasmith-tiny is a small model for tests"
+        "--model must be a .safetensors or .gguf file, a diffusers folder or a hub id, but none is given"
+        f"{found}; --model {BUILT_IN} is the small model that comes with the package"
     )

@@ -15,6 +15,7 @@ from typing import Literal
 
 from lorasmith.data.captions import one_line
 from lorasmith.data.folder import ImageFile
+from lorasmith.data.folder_listing import reader_for
 from lorasmith.data.picture_quality import PictureQuality
 
 __all__ = ["CheckedImage", "Finding", "FindingKind", "LookAlikes", "TokenLimit", "found_in", "tags_of"]
@@ -180,11 +181,13 @@ def tags_of(caption: str) -> list[str]:
 
 def _unused(skipped: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     if skipped:
+        readers = dict.fromkeys(filter(None, (reader_for(Path(name).suffix.lower()) for name, _ in skipped)))
+        reader = "".join(f"; {one}" for one in readers)
         yield Finding(
             "unused files",
             f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used",
-            _joined([f"{name} {reason.partition(';')[0]}" for name, reason in skipped]),
-            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}",
+            _joined([f"{name} ({reason.partition(';')[0]})" for name, reason in skipped]),
+            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}{reader}",
         )
 
 

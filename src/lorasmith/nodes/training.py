@@ -80,7 +80,7 @@ _SETTINGS = (
     _setting("batch_size"),
     _setting("grad_accumulation_steps"),
     _setting("steps", default=16),
-    _setting("learning_rate", default=5e-4, optional=False),
+    _setting("learning_rate", default=5e-4, optional=False, tooltip="Learning rate, the same default for every model."),
     _setting("rank", default=8),
     _setting("optimizer"),
     _setting("loss_function"),
@@ -236,6 +236,8 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
                 context.progress(event.step, steps, text=f"loss {event.loss:.4g}")
             case Previewed():
                 context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
+            case Warned(is_remark=True):
+                pass  # for the report alone
             case Warned() | RolledBack() | Shrunk():
                 context.warn(event.message)
             case Resumed() | Planned() | CaptionsPlanned():

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorasmith.app.progress_bars import counted, note
 from lorasmith.core.folders import Folders
+from lorasmith.core.printable import printable
 from lorasmith.nodes.all_nodes import load_nodes
 from lorasmith.nodes.workflow_files import read_workflow
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeStarted
@@ -42,6 +43,11 @@ class WorkflowResult:
 
     files: tuple[Path, ...]
     outputs: Mapping[str, tuple[tuple[Any, ...], ...]]
+
+    def __repr__(self) -> str:
+        # Items of outputs are models and tensors, whose own text fills pages.
+        files = ", ".join(printable(str(file), limit=160) for file in self.files) or "none"
+        return f"WorkflowResult(outputs of {len(self.outputs)} nodes, files: {files})"
 
 
 def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes: Sequence[str]) -> CheckedWorkflow:

@@ -106,6 +106,8 @@ def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: boo
             f"{checked.path} is a folder, and --fix repairs files alone; convert it first with --to diffusers"
         )
     mends = [finding.mend for finding in checked.findings if finding.mend is not None]
+    if not checked.findings:
+        raise LoraError(f"{checked.path} has no faults, and there is nothing for --fix to repair; use it as it is")
     if not mends:
         raise LoraError(f"no finding of {checked.path} can be repaired by --fix; follow the remedies instead")
     target = free_target(Path(output), overwrite=overwrite)

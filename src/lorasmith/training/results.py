@@ -68,11 +68,12 @@ class TrainResult:
         return target
 
     def __repr__(self) -> str:
-        taken = [loss for loss in self.losses if math.isfinite(loss)]
+        from lorasmith.report.loss_plot import recent_loss
+
+        recent = recent_loss(self.losses)
         facts = [f"{self.reason} after {self.steps:,} steps"]
-        if taken:
-            last = taken[-max(1, len(taken) // 10) :]
-            facts.append(f"loss {sum(last) / len(last):.4f} over the last {len(last)}")
+        if recent.steps:
+            facts.append(f"loss {recent.mean:.4f} ({recent.label})")
         if self.validations and self.base_loss:
             best = min(loss for _, loss in self.validations)
             facts.append(f"held out {100 * (best / self.base_loss - 1):+.1f} % at best")

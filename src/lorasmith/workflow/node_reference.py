@@ -53,8 +53,10 @@ def input_facts(one: Input, choices: Sequence[str] = ()) -> list[str]:
     if one.default is not None:
         facts.append(f"default {one.default!r}")
     if one.min is not None or one.max is not None:
-        bounds = (f"from {one.min:g}" if one.min is not None else "", f"to {one.max:g}" if one.max is not None else "")
-        facts.append(" ".join(filter(None, bounds)))
+        bounds = (
+            f"{word} {_number(bound)}" for word, bound in (("from", one.min), ("to", one.max)) if bound is not None
+        )
+        facts.append(" ".join(bounds))
     if choices:
         facts.append(f"one of {', '.join(choices)}")
     return facts
@@ -64,3 +66,7 @@ def badges(node: Node) -> list[str]:
     """What is said of a node as a whole."""
     said = {"output": node.output_node, "experimental": node.experimental, "deprecated": node.deprecated}
     return [name for name, is_so in said.items() if is_so]
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"

@@ -203,7 +203,12 @@ class Input:
         if not choices:
             raise OptionError(f"{self.name} has nothing to choose from, got {value!r}; add a file to its folder")
         shown = ", ".join(choices[:_MAX_SHOWN]) + (", ..." if len(choices) > _MAX_SHOWN else "")
-        raise OptionError(f"{self.name} must be one of {shown}, got {value!r}{nearest(value, choices)}")
+        # Choices that depend on the folders are files there, and their names.
+        remedy = "; add it to the base folder, or name the folder that has it with --base-dir"
+        raise OptionError(
+            f"{self.name} must be one of {shown}, got {value!r}{nearest(value, choices)}"
+            f"{remedy if callable(self.options) else ''}"
+        )
 
 
 def types_match(received: str, wanted: str) -> bool:
