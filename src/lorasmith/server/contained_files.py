@@ -17,6 +17,7 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES
+from lorasmith.server.error_answers import TooLargeError
 
 __all__ = [
     "BadNameError",
@@ -25,7 +26,6 @@ __all__ = [
     "find_contained",
     "safe_name",
     "send_file",
-    "send_own_file",
     "written",
 ]
 
@@ -102,17 +102,11 @@ def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -
     return web.FileResponse(path, headers=headers)
 
 
-def send_own_file(path: Path) -> web.FileResponse:
-    """The answer that sends a file of the installation, which unlike those of users may be a script or a page."""
-    kind = _OWN_TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return web.FileResponse(path, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
-
-
 async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> int:
     """Write what arrives to `path`, and return its size in bytes.
 
     Raises:
-        web.HTTPRequestEntityTooLarge: more than `at_most` bytes arrived.
+        TooLargeError: more than `at_most` bytes arrived.
         OSError: the file cannot be written.
     """
     size = 0
@@ -120,7 +114,7 @@ async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> 
         async for chunk in chunks:
             size += len(chunk)
             if size > at_most:
-                raise web.HTTPRequestEntityTooLarge(at_most, size)
+                raise TooLargeError(f"an uploaded file must have at most {at_most:,} bytes; send a smaller one")
             file.write(chunk)
     return size
 
@@ -133,17 +127,6 @@ _SHOWN = frozenset(
     )
 )
 """Types that a browser shows and never runs; SVG is a page."""
-_OWN_TYPES = {
-    ".css": "text/css",
-    ".ico": "image/x-icon",
-    ".js": "text/javascript",
-    ".json": "application/json",
-    ".mjs": "text/javascript",
-    ".wasm": "application/wasm",
-    ".webp": "image/webp",
-    ".woff2": "font/woff2",
-}
-"""Of files that browsers refuse under another type, which systems' tables may give them."""
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
 _RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(1, 10))))
 

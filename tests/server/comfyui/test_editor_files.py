@@ -20,7 +20,6 @@ def test_extensions_templates_and_documentation(tmp_path: Path) -> None:
     ours, package = tmp_path / "ours", tmp_path / "package"
     put(ours / "extensions" / "lorasmith" / "a b.js", "ours")
     put(package / "extensions" / "core" / "x.js", "theirs")
-    put(ours / "templates" / "one.json", "{}")
     put(tmp_path / "secret.js", "secret")
     (ours / "extensions" / "link.js").symlink_to(tmp_path / "secret.js")
 
@@ -41,7 +40,8 @@ def test_extensions_templates_and_documentation(tmp_path: Path) -> None:
             assert (await get("/extensions/link.js"))[0] == 403
             assert (await get("/extensions/..%2F..%2Fsecret.js"))[0] == 403
             assert (await get("/extensions/none.js"))[0] == 404
-            assert await get("/templates/one.json") == (200, "application/json", "{}")
+            assert (await get("/templates/index.json"))[:2] == (200, "application/json")
+            assert (await get("/templates/none.json"))[0] == 404
             assert (await get("/templates/none.json"))[0] == 404
             assert await get("/docs/Number/en.md") == (200, "text/markdown", "# Number")
             assert (await get("/docs/Number/fr.md"))[0] == 404

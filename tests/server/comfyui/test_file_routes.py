@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from lorasmith.core.folders import Folders
+from lorasmith.server.comfyui.file_routes import FileRoutes
 from tests.server.fake_server import Played, serving
 
 PNG = b"\x89PNG\r\n\x1a\nsome"
@@ -239,6 +242,7 @@ def test_a_mask_becomes_the_transparency_of_its_picture(tmp_path: Path) -> None:
                 ({"filename": "a.png", "subfolder": "", "type": "input"}, 200),
                 ({"filename": "b.png", "type": "input"}, 404),
                 ({"filename": "../../x.png"}, 400),
+                ({"filename": "a.png", "type": 5}, 400),
                 ([], 400),
             ):
                 form = aiohttp.FormData({"original_ref": json.dumps(reference)}, default_to_multipart=True)
@@ -250,6 +254,13 @@ def test_a_mask_becomes_the_transparency_of_its_picture(tmp_path: Path) -> None:
                     assert server.assistant.asked[-1][1]["original"] == str(original)
 
     asyncio.run(main())
+
+
+def test_a_name_of_many_spaces_takes_no_time(tmp_path: Path) -> None:
+    routes = FileRoutes(Folders(tmp_path), None)  # type: ignore[arg-type]
+    began = time.process_time()
+    assert routes._existing(f"a{' ' * 100_000}b", "", None) is None
+    assert time.process_time() - began < 1
 
 
 def test_files_of_a_place_are_listed_newest_first(tmp_path: Path) -> None:

@@ -1,30 +1,27 @@
 """One declaration per route of the API: method, path, body, answer and query, from which routes and document are made.
 
 A handler is an async function of the server's context and a `Call`; it returns a type of `shapes`, a JSON value, or a
-response of its own. Errors become `{"error": {"kind", "message"}}` with a fitting status, whatever raised them.
+response of its own. Errors are answered by `error_answers`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
 
-from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.server.api_shapes import ErrorAnswer, ErrorFacts
-from lorasmith.server.assistant import RefusedError
-from lorasmith.server.error_answers import status_of
+from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PREFIX", "Call", "Endpoint", "Query", "TooLargeError", "TooManyError", "json_response", "route_of"]
+__all__ = ["PREFIX", "Call", "Endpoint", "Query", "json_response", "route_of"]
 
 PREFIX = "/lorasmith/v1"
 
@@ -33,18 +30,7 @@ MOST_BODY_BYTES = 16 * 2**20
 
 _TOO_LARGE = f"a body must have at most {MOST_BODY_BYTES // 2**20} MiB; send less at once"
 
-_STATUS_OF_KIND = {"UnknownFileError": 404, "TakenNameError": 409, "TooManyError": 429, "TooLargeError": 413}
-"""Status by the kind of an error of this API, in the assistant or here; others are those of all doors."""
-
 T = TypeVar("T")
-
-
-class TooManyError(LorasmithError):
-    """There are too many streams or uploads at once."""
-
-
-class TooLargeError(LorasmithError):
-    """A body is too large."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +101,14 @@ class Endpoint:
     query: Sequence[Query] = ()
     content: str = ""
     upload: bool = False
-    errors: Mapping[int, str] = field(default_factory=dict)
 
 
 def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
     """The route that serves an endpoint."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        try:
-            body = None if endpoint.body is None else await _body(request, endpoint.body)
-            answer = await endpoint.handler(context, Call(request, body))
-        except (web.HTTPException, asyncio.CancelledError, ConnectionError):
-            raise
-        except LorasmithError as error:
-            return _refused(error)
+        body = None if endpoint.body is None else await _body(request, endpoint.body)
+        answer = await endpoint.handler(context, Call(request, body))
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
     return web.route(endpoint.method, PREFIX + endpoint.path, handle)
@@ -150,14 +130,6 @@ def json_response(value: Any, status: int = 200) -> web.Response:
         charset="utf-8",
         headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"},
     )
-
-
-def _refused(error: LorasmithError) -> web.Response:
-    kind, details = type(error).__name__, None
-    if isinstance(error, RefusedError):
-        kind, details = error.kind, error.details
-    facts = ErrorFacts(kind=kind, message=str(error), details=details)
-    return json_response(ErrorAnswer(error=facts), _STATUS_OF_KIND.get(kind) or status_of(error))
 
 
 async def _body(request: web.Request, kind: Any) -> Any:

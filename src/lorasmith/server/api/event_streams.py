@@ -18,8 +18,9 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.server.api.endpoint import Call, TooManyError
+from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api.job_answers import job_answer, job_summary, queue_counts
+from lorasmith.server.error_answers import TooManyError
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.log_tail import LogTail
 from lorasmith.server.server_context import ServerContext

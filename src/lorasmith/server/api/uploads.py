@@ -20,9 +20,10 @@ from aiohttp import BodyPartReader, web
 from aiohttp.multipart import MultipartReader
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
-from lorasmith.server.api.endpoint import Call, TooLargeError, TooManyError
+from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api_shapes import SkippedFile, UploadAnswer
 from lorasmith.server.assistant import RefusedError
+from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["MOST_FILES", "MOST_FILE_BYTES", "MOST_REQUEST_BYTES", "MOST_UPLOADS", "add_files"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from lorasmith.core.errors import OptionError
 from lorasmith.server.comfyui.answers import number_in, read_json, refused, table
 from lorasmith.server.comfyui.job_views import STATES_OF_STATUS, history_entry, job_detail, job_summary, queue_entry
 from lorasmith.server.jobs import ENDED, JobLine, JobStore
@@ -164,7 +165,7 @@ class QueueRoutes:
 def _ids_in(body: dict[str, Any]) -> list[str]:
     ids = body.get("delete", [])
     if not isinstance(ids, list):
-        raise web.HTTPBadRequest(text='{"error": "delete must be a list of ids"}', content_type="application/json")
+        raise OptionError("delete must be a list of ids")
     return [id for id in ids if isinstance(id, str)]
 
 
