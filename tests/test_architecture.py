@@ -113,7 +113,6 @@ TESTED_ELSEWHERE = {
     "server/api/endpoint.py": "server/api/test_dataset_endpoints.py",
     "server/api/event_streams.py": "server/api/test_job_endpoints.py",
     "server/api/job_answers.py": "server/api/test_job_endpoints.py",
-    "server/api/served_files.py": "server/api/test_run_endpoints.py",
     "server/api/server_endpoints.py": "server/api/test_api_document.py",
     "server/api/uploads.py": "server/api/test_dataset_endpoints.py",
     "server/api_shapes.py": "server/api/test_api_document.py",

@@ -73,5 +73,11 @@ def test_large_logs_are_read_in_blocks(log: Path, monkeypatch: pytest.MonkeyPatc
     assert found == [*range(50), "x" * 200, 99]
 
 
+def test_what_is_no_place_is_the_start(log: Path) -> None:
+    log.write_text('{"n": 1}\n')
+    for place in ("", "x", "1", "1-x", "-1-1", f"{'9' * 5000}-1", f"1-{'9' * 5000}"):
+        assert [event.data["n"] for event in LogTail(log, place).read()] == [1]
+
+
 def test_a_log_that_is_not_there_has_no_end(log: Path) -> None:
     assert end_of_log(log) == ""

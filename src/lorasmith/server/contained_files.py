@@ -20,6 +20,7 @@ from lorasmith.core.folders import MAX_STEM_BYTES
 from lorasmith.server.error_answers import TooLargeError
 
 __all__ = [
+    "UNTRUSTED",
     "BadNameError",
     "OutsideError",
     "contained",
@@ -28,6 +29,10 @@ __all__ = [
     "send_file",
     "written",
 ]
+
+
+UNTRUSTED = "default-src 'none'; sandbox"
+"""Content policy of answers that hold data of others."""
 
 
 class OutsideError(LorasmithError):
@@ -96,7 +101,7 @@ def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -
     headers = {
         "Content-Disposition": disposition,
         "Content-Type": kind if inline else "application/octet-stream",
-        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Content-Security-Policy": UNTRUSTED,
         "Cache-Control": cache,
     }
     return web.FileResponse(path, headers=headers)
@@ -122,6 +127,7 @@ async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> 
 _SHOWN = frozenset(
     (
         *("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "image/bmp", "image/x-ms-bmp"),
+        *("image/tiff", "image/heic", "image/heif"),
         *("video/mp4", "video/webm", "video/quicktime", "video/x-matroska"),
         *("audio/mpeg", "audio/flac", "audio/x-flac", "audio/ogg", "audio/wav", "audio/x-wav", "audio/mp4"),
     )
@@ -130,5 +136,12 @@ _SHOWN = frozenset(
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
 _RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(1, 10))))
 
-for _kind, _suffix in (("image/webp", ".webp"), ("image/avif", ".avif"), ("video/webm", ".webm")):
-    mimetypes.add_type(_kind, _suffix)  # older systems' tables lack them
+for _suffix, _kind in {  # which tables of systems lack
+    ".avif": "image/avif",
+    ".heic": "image/heic",
+    ".heif": "image/heif",
+    ".jfif": "image/jpeg",
+    ".webm": "video/webm",
+    ".webp": "image/webp",
+}.items():
+    mimetypes.add_type(_kind, _suffix)

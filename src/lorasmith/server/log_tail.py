@@ -44,7 +44,7 @@ class LogTail:
     def __init__(self, path: Path, after: str = "") -> None:
         self._path = path
         number, _, offset = after.partition("-")
-        is_place = number.isdecimal() and offset.isdecimal()
+        is_place = len(after) < 50 and number.isdecimal() and offset.isdecimal()
         self._number = int(number) if is_place else 0
         self._offset = int(offset) if is_place else 0
         self.begins_again = False

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
+from lorasmith.server.access import preparing
 from lorasmith.server.api import routes
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
@@ -99,6 +100,7 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     )
     app = web.Application(middlewares=[errors_answered])
     app[CONTEXT] = context
+    app.on_response_prepare.extend(preparing(context))
     app.add_routes(routes(context))
     try:
         async with TestClient(TestServer(app), timeout=ClientTimeout(total=30)) as http:

@@ -67,7 +67,7 @@ class Call:
         text = self.request.query.get(name)
         if text is None:
             return default
-        if not text.isdecimal() or not least <= int(text[:12]) <= most:
+        if not text.isdecimal() or len(text) > 12 or not least <= int(text) <= most:
             raise OptionError(f"{name} must be a whole number between {least} and {most:,}, got {text[:40]!r}")
         return int(text)
 
@@ -111,7 +111,9 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
         answer = await endpoint.handler(context, Call(request, body))
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
-    return web.route(endpoint.method, PREFIX + endpoint.path, handle)
+    # A stream without a body would never be noticed to have no reader.
+    more = {"allow_head": False} if endpoint.content == "text/event-stream" else {}
+    return web.route(endpoint.method, PREFIX + endpoint.path, handle, **more)
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
@@ -128,7 +130,7 @@ def json_response(value: Any, status: int = 200) -> web.Response:
         status=status,
         content_type="application/json",
         charset="utf-8",
-        headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"},
+        headers={"Cache-Control": "no-store"},
     )
 
 

@@ -20,7 +20,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.access import MAX_UPLOAD_BYTES
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import contained, find_contained, safe_name, send_file, written
+from lorasmith.server.contained_files import UNTRUSTED, contained, find_contained, safe_name, send_file, written
 from lorasmith.server.error_answers import TooLargeError
 
 __all__ = ["FileRoutes", "place_folders"]
@@ -78,7 +78,7 @@ class FileRoutes:
             format=kind,
             quality=quality,
         )
-        headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
+        headers = {"Content-Security-Policy": UNTRUSTED, "Cache-Control": "no-cache"}
         return web.Response(body=content, content_type=f"image/{kind}", headers=headers)
 
     def _existing(self, name: str, subfolder: str, place: str | None) -> Path | None:
