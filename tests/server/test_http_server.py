@@ -26,6 +26,8 @@ from lorasmith.server.server_context import CONTEXT, ServerContext
 from tests.server.fakes import ended, fake_config, fake_context
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "matplotlib", "typer", "rich")
+LATER = (*HEAVY, "lorasmith.workflow", "lorasmith.nodes")
+"""What would make the first page late."""
 
 ERRORS = {
     "full": (StoreError("disk full", is_full=True), 507),
@@ -134,15 +136,16 @@ import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.server.fakes import ended, fake_config
-from lorasmith.server.contained_files import OutsideError
-from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.http_server import running
 
 async def main(base):
     async with running(fake_config(base)) as (context, address):
         import urllib.request
-        page = await asyncio.to_thread(lambda: urllib.request.urlopen(address).read())
-        assert page
+        get = lambda path: asyncio.to_thread(lambda: urllib.request.urlopen(address + path).read())
+        assert await get("/")
+        print([name for name in {LATER!r} if name in sys.modules])
+        for path in ("/lorasmith/v1/status", "/lorasmith/v1/settings", "/queue", "/editor/templates/index.json"):
+            assert await get(path)
         await ended(context, context.dispatcher.submit("train", {{}}))
 
 import tempfile
@@ -151,7 +154,7 @@ with tempfile.TemporaryDirectory() as base:
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == ["[]"]
+    assert done.stdout.split() == ["[]", "[]"]
 
 
 def test_a_context_is_at_hand_in_handlers(tmp_path: Path) -> None:
