@@ -127,6 +127,7 @@ TESTED_ELSEWHERE = {
     "server/questions/devices.py": "server/questions/test_question_registry.py",
     "server/server_config.py": "server/test_http_server.py",
     "server/server_context.py": "server/test_http_server.py",
+    "server/upload_folder.py": "server/api/test_dataset_endpoints.py",
     "server/worker_link.py": "server/test_dispatcher.py",
     "training/divergence.py": "training/test_loop.py",
     "training/events.py": "training/runs/test_run_folder.py",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from lorasmith.core.folders import Folders
 from lorasmith.server.comfyui.file_routes import FileRoutes
@@ -167,7 +168,7 @@ def test_uploads_get_a_free_name_unless_they_are_the_same(tmp_path: Path) -> Non
             sub = await upload(server, subfolder="one/two", type="temp")
             assert sub == {"name": "a.png", "subfolder": "one/two", "type": "temp"}
             assert (tmp_path / "temp" / "one" / "two" / "a.png").read_bytes() == PNG
-            assert not any((tmp_path / "user" / "lorasmith" / "incoming").iterdir())
+            assert not any((tmp_path / "user" / "lorasmith" / "uploads").iterdir())
             listed = await server.get("/internal/files/input")
             assert {*listed} == {"a.png [input]", "a (1).png [input]"}
 
@@ -213,9 +214,12 @@ def test_a_path_in_the_name_of_an_upload_is_left_out(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_uploads_are_limited(tmp_path: Path) -> None:
+def test_uploads_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
+            with monkeypatch.context() as patch:
+                patch.setattr("lorasmith.server.upload_folder.MOST_UPLOADS", 0)
+                await upload(server, status=429)
             handler = next(one for one in server.app.router.routes() if one.resource.canonical == "/upload/image")
             handler.handler.__wrapped__.__self__._most_bytes = 1000
             await upload(server, content=b"x" * 1000)

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import UNTRUSTED, contained, find_contained, safe_name, send_file, written
 from lorasmith.server.error_answers import TooLargeError
+from lorasmith.server.upload_folder import upload_folder
 
 __all__ = ["FileRoutes", "place_folders"]
 
@@ -92,13 +92,13 @@ class FileRoutes:
         return find_contained(place_folders(self._folders, _place(place, "output")), subfolder, name)
 
     async def _upload(self, request: web.Request) -> web.Response:
-        with tempfile.TemporaryDirectory(dir=self._incoming()) as folder:
-            form = await self._received(request, Path(folder))
+        with upload_folder(self._folders.base) as folder:
+            form = await self._received(request, folder)
             return await self._store(form, form.file)
 
     async def _upload_mask(self, request: web.Request) -> web.Response:
-        with tempfile.TemporaryDirectory(dir=self._incoming()) as folder:
-            form = await self._received(request, Path(folder))
+        with upload_folder(self._folders.base) as folder:
+            form = await self._received(request, folder)
             try:
                 reference = parse_foreign_json(form.values.get("original_ref", ""))
                 original = self._existing(*(str(reference.get(key) or "") for key in ("filename", "subfolder", "type")))
@@ -106,14 +106,10 @@ class FileRoutes:
                 raise OptionError("original_ref must be an object with the filename of a picture") from None
             if original is None:
                 return refused(404, "there is no such original picture")
-            masked = Path(folder) / "masked.png"
+            masked = folder / "masked.png"
             content = await self._assistant.ask("masked_picture", original=str(original), mask=str(form.file))
             await asyncio.to_thread(masked.write_bytes, content)
             return await self._store(form, masked)
-
-    def _incoming(self) -> Path:
-        """Where uploads arrive: beside the places, so that they can be moved there."""
-        return ensure_folder(self._folders.base / "user" / "lorasmith" / "incoming")
 
     async def _received(self, request: web.Request, folder: Path) -> _Form:
         """The fields of a form, its file written into `folder`."""
