@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import OutputError
 from lorasmith.server.error_answers import TooManyError
+from lorasmith.server.server_config import FOLDER
 
 __all__ = ["MOST_UPLOADS", "SPARE_BYTES", "upload_folder"]
 
@@ -36,7 +37,7 @@ def upload_folder(base: Path) -> Iterator[Path]:
     key = object()
     _open.add(key)
     try:
-        with _new_folder(base / "user" / "lorasmith" / "uploads") as place:
+        with _new_folder(base / FOLDER / "uploads") as place:
             yield Path(place)
     finally:
         _open.discard(key)

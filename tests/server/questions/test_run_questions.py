@@ -15,7 +15,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.typed_json import typed
 from lorasmith.formats.hashes import sha256_file
 from lorasmith.server.questions import run_questions as questions
-from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions.dataset_folders import UnknownFileError
 from lorasmith.server.questions.shaped_questions import plain
 from lorasmith.training.events import RunFinished, encoded
 from lorasmith.training.runs.history import read_history

@@ -46,7 +46,7 @@ from lorasmith.server.api_shapes import (
     ValidationFacts,
 )
 from lorasmith.server.log_tail import end_of_log
-from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
 from lorasmith.server.questions.plan_questions import check_steps
 from lorasmith.server.questions.run_graph import graph_of_run
 from lorasmith.server.questions.shaped_questions import shaped
@@ -179,11 +179,8 @@ def run_file(folders: Folders, id: str, path: str) -> str:
         UnknownFileError: there is no such run or file.
     """
     folder = run_folder_of(folders, id)
-    parts = path.split("/")
-    if not path or any(part in ("", ".", "..") or set(part) & set("\\\x00:") for part in parts):
-        raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
-    found = folder.joinpath(*parts)
-    if not is_regular(found) or not is_own(found, folder) or any(part.startswith(".") for part in parts):
+    found = folder / path
+    if not all(map(is_name, path.split("/"))) or not is_regular(found) or not is_own(found, folder):
         raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
     return str(found.resolve())
 
@@ -323,7 +320,7 @@ def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
     """
     place, _, name = id.rpartition("/")
     folder = folders.base / place / name
-    if place in PLACES and name not in ("", ".", "..") and not set(name) & set("\\\x00:") and not name.startswith("."):
+    if place in PLACES and is_name(name):
         base = folders.base.resolve()
         roots = (base, (folders.base / place).resolve())
         if (is_regular(folder / RECORD) or not is_begun) and any(
