@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasmith.core.files import open_regular
+
 __all__ = ["LogTail", "LoggedEvent", "end_of_log"]
 
 _BLOCK = 2**20
@@ -53,7 +55,7 @@ class LogTail:
         """The events of complete lines in the next block; none if there are no more, or if the file cannot be read."""
         self.begins_again = False
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 number = os.fstat(file.fileno()).st_ino
                 size = file.seek(0, 2)
                 if number != self._number or size < self._offset:
