@@ -123,6 +123,8 @@ TESTED_ELSEWHERE = {
     "server/job_reporter.py": "server/test_worker_jobs.py",
     "server/questions/answering.py": "server/test_server_processes.py",
     "server/questions/model_questions.py": "server/questions/test_plan_questions.py",
+    "server/questions/run_folders.py": "server/questions/test_run_questions.py",
+    "server/questions/run_results.py": "server/questions/test_run_questions.py",
     "server/questions/shaped_questions.py": "server/questions/test_run_questions.py",
     "server/questions/dataset_changes.py": "server/questions/test_dataset_questions.py",
     "server/questions/dataset_check.py": "server/questions/test_dataset_questions.py",
