@@ -17,15 +17,16 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES
+from lorasmith.core.safe_names import is_reserved
 from lorasmith.server.error_answers import TooLargeError
 
 __all__ = [
     "UNTRUSTED",
     "BadNameError",
     "OutsideError",
+    "checked_name",
     "contained",
     "find_contained",
-    "safe_name",
     "send_file",
     "written",
 ]
@@ -69,16 +70,16 @@ def find_contained(folders: Iterable[Path], *names: str) -> Path | None:
     return next((path for path in found if is_regular(path)), None)
 
 
-def safe_name(name: str) -> str:
+def checked_name(name: str) -> str:
     """The last part of a file's name from elsewhere.
 
     Raises:
         BadNameError: the name is empty, hidden, too long, reserved or has characters that not every system takes.
     """
     last = name.replace("\\", "/").rpartition("/")[2].strip()
-    stem = last.partition(".")[0].casefold()
+    stem = last.partition(".")[0]
     bad = not last or last.startswith(".") or last.endswith((".", " ")) or len(last.encode(errors="replace")) > 250
-    if bad or _NOT_IN_NAMES.search(last) or stem in _RESERVED or len(stem.encode(errors="replace")) > MAX_STEM_BYTES:
+    if bad or _NOT_IN_NAMES.search(last) or is_reserved(last) or len(stem.encode(errors="replace")) > MAX_STEM_BYTES:
         raise BadNameError(f"a file cannot have the name {last!r}; use letters, digits, spaces, - and _")
     return last
 
@@ -134,7 +135,6 @@ _SHOWN = frozenset(
 )
 """Types that a browser shows and never runs; SVG is a page."""
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
-_RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(1, 10))))
 
 for _suffix, _kind in {  # which tables of systems lack
     ".avif": "image/avif",

@@ -19,7 +19,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.access import MAX_UPLOAD_BYTES
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import UNTRUSTED, contained, find_contained, safe_name, send_file, written
+from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file, written
 from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.upload_folder import upload_folder
 
@@ -127,7 +127,7 @@ class FileRoutes:
                 if not isinstance(part, aiohttp.BodyPartReader):
                     raise OptionError("an upload must be one form, without another inside")
                 if part.name == "image" and file is None:
-                    name = safe_name(part.filename or "")
+                    name = checked_name(part.filename or "")
                     file = folder / "file"
                     await written(_chunks(part), file, at_most=self._most_bytes)
                 else:
