@@ -273,6 +273,7 @@ def test_files_of_a_place_are_listed_newest_first(tmp_path: Path) -> None:
             assert await server.get("/internal/files/output") == []
             for name, at in (("old.png", 1000), ("new.png", 2000), (".hidden", 3000)):
                 os.utime(put(tmp_path / "output" / name), (at, at))
+            (tmp_path / "output" / "loop.png").symlink_to("loop.png")
             assert await server.get("/internal/files/output") == ["new.png [output]", "old.png [output]"]
             await server.get("/internal/files/user", status=400)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -231,5 +232,9 @@ def _digest(path: Path) -> bytes:
 def _newest_first(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file()]
-    return [entry.name for entry in sorted(entries, key=lambda entry: -entry.stat().st_mtime)]
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):  # a link to itself, or a file that has gone since
+            if not entry.name.startswith(".") and entry.is_file():
+                found.append((-entry.stat().st_mtime, entry.name))
+    return [name for _, name in sorted(found)]
