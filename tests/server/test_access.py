@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.access import MAX_JSON_BYTES, Access, access_of, is_loopback
-from lorasmith.server.comfyui import answers
+from lorasmith.server.access import Access, access_of, is_loopback
+from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
 from lorasmith.server.server_config import ServerConfig
 from tests.server.fake_server import GOOD, Played, serving
 
@@ -162,7 +162,10 @@ def test_a_browser_exchanges_the_token_for_a_cookie(tmp_path: Path) -> None:
             )
             async with server.http.post("/lorasmith/login", data={"token": TOKEN}, allow_redirects=False) as answer:
                 assert answer.status == 303
-                assert "lorasmith" in answer.cookies
+                assert "lorasmith" in answer.cookies and not answer.cookies["lorasmith"]["secure"]
+            forwarded = {"token": TOKEN}, {"X-Forwarded-Proto": "https"}
+            async with server.http.get("/prompt", params=forwarded[0], headers=forwarded[1]) as answer:
+                assert answer.cookies["lorasmith"]["secure"]
 
     asyncio.run(main())
 
@@ -210,8 +213,8 @@ def test_secrets_are_in_no_answer_and_no_log(tmp_path: Path, caplog: pytest.LogC
 def test_bodies_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
-            assert answers.read_body.__kwdefaults__["at_most"] == MAX_JSON_BYTES
-            monkeypatch.setitem(answers.read_body.__kwdefaults__, "at_most", 1000)
+            assert read_body.__kwdefaults__["at_most"] == MAX_JSON_BYTES
+            monkeypatch.setitem(read_body.__kwdefaults__, "at_most", 1000)
 
             async def parts() -> AsyncIterator[bytes]:
                 for _ in range(20):

@@ -31,8 +31,6 @@ from lorasmith.server.server_context import ServerContext
 
 __all__ = [
     "CONTENT_POLICY",
-    "MAX_JSON_BYTES",
-    "MAX_UPLOAD_BYTES",
     "Access",
     "access_of",
     "is_loopback",
@@ -42,12 +40,6 @@ __all__ = [
 ]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-MAX_JSON_BYTES = 64 * 2**20
-"""Size limit in bytes of bodies that are read whole: prompts, settings, saved workflows."""
-
-MAX_UPLOAD_BYTES = 512 * 2**20
-"""Size limit in bytes of one uploaded file."""
 
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -269,7 +261,7 @@ def _with_cookie(request: web.Request, response: web.StreamResponse, access: Acc
 
 
 def _set_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> None:
-    secure = request.scheme == "https"
+    secure = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto"))  # that of a proxy in front
     response.set_cookie(_COOKIE, access.cookie, path="/", httponly=True, samesite="Strict", secure=secure)
 
 

@@ -23,6 +23,7 @@ from lorasmith.server.error_answers import errors_answered
 from lorasmith.server.hub import Hub
 from lorasmith.server.jobs import JobStore
 from lorasmith.server.log_book import LogBook
+from lorasmith.server.request_parts import MAX_JSON_BYTES
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import CONTEXT, ServerContext
 
@@ -38,7 +39,7 @@ _TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_rou
 def make_app(context: ServerContext) -> web.Application:
     """The application: all routes and middlewares, on the parts of a server, which may be fakes."""
     middlewares = [one for table in _TABLES for one in getattr(table, "middlewares", _none)(context)]
-    app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=access.MAX_JSON_BYTES)
+    app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=MAX_JSON_BYTES)
     app.on_response_prepare.extend(one for table in _TABLES for one in getattr(table, "preparing", _none)(context))
     app[CONTEXT] = context
     app.add_routes(one for table in _TABLES for one in table.routes(context))

@@ -18,7 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.server.error_answers import TooLargeError
+from lorasmith.server.request_parts import number_in, read_body
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["PREFIX", "Call", "Endpoint", "Query", "json_response", "route_of"]
@@ -27,8 +27,6 @@ PREFIX = "/lorasmith/v1"
 
 MOST_BODY_BYTES = 16 * 2**20
 """Of a JSON body: captions of 2,000 pictures are the longest."""
-
-_TOO_LARGE = f"a body must have at most {MOST_BODY_BYTES // 2**20} MiB; send less at once"
 
 T = TypeVar("T")
 
@@ -64,12 +62,8 @@ class Call:
 
     def number(self, name: str, default: int, *, least: int = 0, most: int = 2**31) -> int:
         """A whole number of the address. Raises OptionError."""
-        text = self.request.query.get(name)
-        if text is None:
-            return default
-        if not text.isdecimal() or len(text) > 12 or not least <= int(text) <= most:
-            raise OptionError(f"{name} must be a whole number between {least} and {most:,}, got {text[:40]!r}")
-        return int(text)
+        found = number_in(self.request, name, at_least=least, at_most=most)
+        return default if found is None else found
 
 
 Handler = Callable[[ServerContext, Call], Awaitable[Any]]
@@ -136,15 +130,9 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 
 async def _body(request: web.Request, kind: Any) -> Any:
     """The JSON body in a type, in which unknown names are refused. Raises OptionError."""
-    if request.content_length is not None and request.content_length > MOST_BODY_BYTES:
-        raise TooLargeError(_TOO_LARGE)
-    content = bytearray()
-    async for block in request.content.iter_chunked(2**16):
-        content += block
-        if len(content) > MOST_BODY_BYTES:
-            raise TooLargeError(_TOO_LARGE)
+    content = await read_body(request, at_most=MOST_BODY_BYTES)
     try:
-        found = parse_foreign_json(bytes(content)) if content else {}
+        found = parse_foreign_json(content) if content else {}
         if isinstance(found, dict) and dataclasses.is_dataclass(kind):
             _check_names(found, [one.name for one in dataclasses.fields(kind)])
         return typed(found, kind)

@@ -10,10 +10,10 @@ from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.access import MAX_JSON_BYTES
-from lorasmith.server.error_answers import TooLargeError, status_of
+from lorasmith.server.error_answers import status_of
+from lorasmith.server.request_parts import read_body
 
-__all__ = ["answering", "number_in", "read_body", "read_json", "refused", "table"]
+__all__ = ["answering", "read_json", "refused", "table"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -41,19 +41,6 @@ def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
     return [web.route(method, path, answering(handler)) for method, path, handler in routes]
 
 
-async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> bytes:
-    """The body of a request. Raises TooLargeError beyond `at_most` bytes."""
-    content, size = bytearray(), request.content_length or 0
-    if size <= at_most:
-        async for chunk in request.content.iter_any():
-            content += chunk
-            if (size := len(content)) > at_most:
-                break
-    if size > at_most:
-        raise TooLargeError(f"the body of a request must have at most {at_most:,} bytes; send less")
-    return bytes(content)
-
-
 async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
     """The JSON value of a request, whatever its Content-Type says.
 
@@ -75,27 +62,6 @@ async def read_json(request: web.Request, *, kind: type | None = None, empty: An
     if kind is not None and not isinstance(value, kind):
         raise OptionError(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
     return value
-
-
-def number_in(request: web.Request, name: str, *, default: int | None = None, at_least: int = 0) -> int | None:
-    """A whole number in the query of a request. Raises OptionError where it is none.
-
-    Args:
-        request: the request.
-        name: in the query.
-        default: where it is missing.
-        at_least: least number.
-    """
-    text = request.query.get(name)
-    if text is None or text == "":
-        return default
-    try:
-        number = int(text[:20])
-    except ValueError:
-        raise OptionError(f"{name} must be a whole number, got {text[:40]!r}") from None
-    if number < at_least:
-        raise OptionError(f"{name} must be at least {at_least}, got {number}")
-    return number
 
 
 _NAMES: dict[type, str] = {dict: "an object", list: "a list"}

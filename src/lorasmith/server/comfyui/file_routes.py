@@ -17,11 +17,11 @@ from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import ensure_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.access import MAX_UPLOAD_BYTES
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file, written
 from lorasmith.server.error_answers import TooLargeError
+from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.upload_folder import upload_folder
 
 __all__ = ["FileRoutes", "place_folders"]

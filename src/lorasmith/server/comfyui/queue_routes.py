@@ -14,9 +14,10 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.comfyui.answers import number_in, read_json, refused, table
+from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.comfyui.job_views import STATES_OF_STATUS, history_entry, job_detail, job_summary, queue_entry
 from lorasmith.server.jobs import ENDED, JobLine, JobStore
+from lorasmith.server.request_parts import number_in
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["QueueRoutes"]
