@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.access import MAX_JSON_BYTES, Access, access_of, is_loopback
-from lorasmith.server.comfyui import answers
+from lorasmith.server.access import Access, access_of, is_loopback
+from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
 from lorasmith.server.server_config import ServerConfig
 from tests.server.fake_server import GOOD, Played, serving
 
@@ -72,8 +72,14 @@ def test_every_write_refuses_a_foreign_origin(tmp_path: Path, headers: dict[str,
     async def main() -> None:
         async with serving(tmp_path) as server:
             for method, path in routes_of(server) if headers == {"Origin": FOREIGN} else [("POST", "/prompt")]:
-                if method not in ("GET", "HEAD"):
+                # A page may be opened from anywhere; pictures, scripts and streams are not for pages of others.
+                if method != "GET" or path in ("/view", "/lorasmith/v1/events", "/editor/", "/api/history"):
                     assert await status_of(server, method, path, headers=headers) == 403, (method, path)
+            opened = headers | {"Sec-Fetch-Mode": "navigate"}
+            assert [await status_of(server, method, "/queue", headers=opened) for method in ("GET", "POST")] == [
+                200,
+                403,
+            ]
             for path in ("/ws", "/api/ws", "/editor/ws"):
                 with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
                     await server.http.ws_connect(path, headers=headers)
@@ -147,14 +153,19 @@ def test_a_browser_exchanges_the_token_for_a_cookie(tmp_path: Path) -> None:
             async with server.http.get("/", headers=page) as answer:
                 assert answer.status == 401
                 assert "<form" in await answer.text()
-            assert await status_of(server, "POST", "/lorasmith/login", data={"token": "wrong"}) == 401
+            form = aiohttp.FormData({"token": TOKEN}, default_to_multipart=True)
+            for data in ({"token": "wrong"}, {"token": TOKEN, "more": "x" * 10_000}, form, f"token={TOKEN}"):
+                assert await status_of(server, "POST", "/lorasmith/login", data=data) == 401
             assert (
                 await status_of(server, "POST", "/lorasmith/login", data={"token": TOKEN}, headers={"Origin": FOREIGN})
                 == 403
             )
             async with server.http.post("/lorasmith/login", data={"token": TOKEN}, allow_redirects=False) as answer:
                 assert answer.status == 303
-                assert "lorasmith" in answer.cookies
+                assert "lorasmith" in answer.cookies and not answer.cookies["lorasmith"]["secure"]
+            forwarded = {"token": TOKEN}, {"X-Forwarded-Proto": "https"}
+            async with server.http.get("/prompt", params=forwarded[0], headers=forwarded[1]) as answer:
+                assert answer.cookies["lorasmith"]["secure"]
 
     asyncio.run(main())
 
@@ -165,7 +176,7 @@ def test_every_answer_has_the_headers_of_safety(tmp_path: Path) -> None:
             for method, path in (("GET", "/prompt"), ("GET", "/nowhere"), ("PUT", "/prompt"), ("POST", "/prompt")):
                 async with server.http.request(method, path) as answer:
                     policy = answer.headers["Content-Security-Policy"]
-                    assert "default-src 'self'" in policy
+                    assert "default-src 'none'" in policy and "script" not in policy
                     assert "frame-ancestors 'none'" in policy
                     assert "http" not in policy
                     assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -202,8 +213,8 @@ def test_secrets_are_in_no_answer_and_no_log(tmp_path: Path, caplog: pytest.LogC
 def test_bodies_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
-            assert answers.read_body.__kwdefaults__["at_most"] == MAX_JSON_BYTES
-            monkeypatch.setitem(answers.read_body.__kwdefaults__, "at_most", 1000)
+            assert read_body.__kwdefaults__["at_most"] == MAX_JSON_BYTES
+            monkeypatch.setitem(read_body.__kwdefaults__, "at_most", 1000)
 
             async def parts() -> AsyncIterator[bytes]:
                 for _ in range(20):

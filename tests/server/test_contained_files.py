@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.server.contained_files import BadNameError, OutsideError, contained, find_contained, safe_name, send_file
+from lorasmith.server.contained_files import (
+    BadNameError,
+    OutsideError,
+    checked_name,
+    contained,
+    find_contained,
+    send_file,
+)
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.png", "a\\b.png", "./a", "a//b", "ä ö/ü.png", "..a", "a..", ""])
@@ -53,9 +60,9 @@ def test_no_text_leads_out(name: str) -> None:
 
 
 @given(st.text(max_size=20))
-def test_a_safe_name_is_one_part(name: str) -> None:
+def test_a_checked_name_is_one_part(name: str) -> None:
     try:
-        found = safe_name(name)
+        found = checked_name(name)
     except BadNameError:
         return
     assert found not in ("", ".", "..")
@@ -68,7 +75,7 @@ def test_a_safe_name_is_one_part(name: str) -> None:
 )
 def test_names_that_some_systems_lack(name: str) -> None:
     with pytest.raises(BadNameError):
-        safe_name(name)
+        checked_name(name)
 
 
 def test_only_pictures_films_and_sounds_are_shown(tmp_path: Path) -> None:

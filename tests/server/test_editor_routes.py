@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from lorasmith.server import editor_routes
+from lorasmith.server.comfyui.editor_files import EDITOR_POLICY
 from tests.server.fake_server import serving
 
 
@@ -31,7 +33,7 @@ def package(tmp_path: Path) -> Path:
     return root
 
 
-def answers(base: Path, *paths: str) -> list[tuple[int, str, str, dict[str, str]]]:
+def answers(base: Path, *paths: str | URL) -> list[tuple[int, str, str, dict[str, str]]]:
     """Status, type, text and headers of each answer."""
 
     async def ask() -> list[tuple[int, str, str, dict[str, str]]]:
@@ -59,7 +61,8 @@ def test_the_packages_files_are_served_as_they_are(
     )
     assert page[:3] == (200, "text/html", (package / "index.html").read_text("utf-8"))
     assert page[3]["Cache-Control"] == "no-store"
-    assert "frame-ancestors 'none'" in page[3]["Content-Security-Policy"]
+    assert page[3]["Content-Security-Policy"] == script[3]["Content-Security-Policy"] == EDITOR_POLICY
+    assert "http" not in EDITOR_POLICY and "frame-ancestors 'none'" in EDITOR_POLICY
     assert script[:3] == (200, "text/javascript", "export {}")
     assert [one[:2] for one in (font, styles, icon)] == [(200, "font/woff2"), (200, "text/css"), (200, "image/png")]
 
@@ -68,10 +71,15 @@ def test_the_page_is_in_a_folder_and_the_protocol_below_it(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(editor_routes, "editor_package", lambda: package)
-    redirect, protocol, unknown = answers(
-        tmp_path / "base", "/editor?template=style", "/editor/api/users", "/editor/api/no_such_thing"
+    redirect, encoded, protocol, unknown = answers(
+        tmp_path / "base",
+        "/editor?template=style",
+        URL("/editor?a=%26%0d%0aSet-Cookie:%20a=b", encoded=True),
+        "/editor/api/users",
+        "/editor/api/no_such_thing",
     )
     assert (redirect[0], redirect[3]["Location"]) == (307, "/editor/?template=style")
+    assert (encoded[0], encoded[3]["Location"]) == (307, "/editor/?a=%26%0d%0aSet-Cookie:%20a=b")
     assert protocol[:2] == (200, "application/json")
     assert unknown[0] == 404
 

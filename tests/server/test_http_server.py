@@ -18,12 +18,16 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.server.assistant import RefusedError, UnavailableError
+from lorasmith.server.contained_files import OutsideError
+from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.http_server import make_app, running
 from lorasmith.server.jobs import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
 from lorasmith.server.server_context import CONTEXT, ServerContext
 from tests.server.fakes import ended, fake_config, fake_context
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "matplotlib", "typer", "rich")
+LATER = (*HEAVY, "lorasmith.workflow", "lorasmith.nodes")
+"""What would make the first page late."""
 
 ERRORS = {
     "full": (StoreError("disk full", is_full=True), 507),
@@ -35,12 +39,19 @@ ERRORS = {
     "option": (OptionError("steps"), 400),
     "refused": (RefusedError("GraphError", "bad", ["node 1"]), 400),
     "bug": (RefusedError("InternalError", "bug"), 500),
+    "outside": (OutsideError("outside"), 403),
+    "missing": (RefusedError("UnknownFileError", "missing"), 404),
+    "taken": (RefusedError("TakenNameError", "taken"), 409),
+    "many": (TooManyError("many"), 429),
+    "large": (TooLargeError("large"), 413),
 }
 
 
 def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(request: web.Request) -> web.Response:
-        raise ERRORS[request.match_info["name"]][0]
+        if (name := request.match_info["name"]) == "unforeseen":
+            raise KeyError("secret")
+        raise ERRORS[name][0]
 
     @web.middleware
     async def named(request: web.Request, handler: object) -> web.StreamResponse:
@@ -48,12 +59,15 @@ def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatc
         answer.headers["X-Base"] = request.app[CONTEXT].config.base.name
         return answer
 
-    table = types.ModuleType("lorasmith.server.fake_table")
-    table.routes = lambda context: [web.get("/fail/{name}", fail)]  # type: ignore[attr-defined]
+    table = types.ModuleType("table")
+
+    async def good(request: web.Request) -> web.Response:
+        return web.Response()
+
+    routes = [web.get("/fail/{name}", fail), web.get("/good", good)]
+    table.routes = lambda context: routes  # type: ignore[attr-defined]
     table.middlewares = lambda context: [named]  # type: ignore[attr-defined]
-    table.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, table.__name__, table)
-    monkeypatch.setattr("lorasmith.server.http_server._TABLES", ("fake_table",))
+    monkeypatch.setattr("lorasmith.server.http_server._TABLES", (table,))
 
     async def check() -> None:
         context = fake_context(tmp_path)
@@ -64,7 +78,12 @@ def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatc
                 assert (answer.status, found["message"]) == (status, str(error))
                 assert found["kind"] == getattr(error, "kind", type(error).__name__)
                 assert found.get("details") == getattr(error, "details", None)
-            answer = await client.get("/")
+            answer = await client.get("/fail/unforeseen")
+            found = (await answer.json())["error"]
+            assert (answer.status, found["kind"]) == (500, "InternalError")
+            assert str(context.config.log) in found["message"] and "secret" not in found["message"]
+            assert "KeyError: 'secret'" in context.log.entries[-1]["m"]
+            answer = await client.get("/good")
             assert answer.status == 200 and answer.headers["X-Base"] == tmp_path.name
         context.store.close()
 
@@ -122,8 +141,11 @@ from lorasmith.server.http_server import running
 async def main(base):
     async with running(fake_config(base)) as (context, address):
         import urllib.request
-        page = await asyncio.to_thread(lambda: urllib.request.urlopen(address).read())
-        assert page
+        get = lambda path: asyncio.to_thread(lambda: urllib.request.urlopen(address + path).read())
+        assert await get("/")
+        print([name for name in {LATER!r} if name in sys.modules])
+        for path in ("/lorasmith/v1/status", "/lorasmith/v1/settings", "/queue", "/editor/templates/index.json"):
+            assert await get(path)
         await ended(context, context.dispatcher.submit("train", {{}}))
 
 import tempfile
@@ -132,7 +154,7 @@ with tempfile.TemporaryDirectory() as base:
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == ["[]"]
+    assert done.stdout.split() == ["[]", "[]"]
 
 
 def test_a_context_is_at_hand_in_handlers(tmp_path: Path) -> None:
@@ -149,6 +171,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.server.fakes import fake_config
+from lorasmith.server.contained_files import OutsideError
+from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.http_server import serve
 
 say = lambda what: print(what, flush=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,21 @@ def test_large_logs_are_read_in_blocks(log: Path, monkeypatch: pytest.MonkeyPatc
         assert len(events) < 12
         found += [event.data["n"] for event in events]
     assert found == [*range(50), "x" * 200, 99]
+
+
+def test_what_is_no_place_is_the_start(log: Path) -> None:
+    log.write_text('{"n": 1}\n')
+    for place in ("", "x", "1", "1-x", "-1-1", f"{'9' * 5000}-1", f"1-{'9' * 5000}"):
+        assert [event.data["n"] for event in LogTail(log, place).read()] == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_pipe_is_not_waited_for(log: Path) -> None:
+    os.mkfifo(log)
+    reading = threading.Thread(target=LogTail(log).read, daemon=True)
+    reading.start()
+    reading.join(5)
+    assert not reading.is_alive()
 
 
 def test_a_log_that_is_not_there_has_no_end(log: Path) -> None:

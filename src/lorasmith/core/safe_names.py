@@ -7,10 +7,14 @@ import unicodedata
 
 from lorasmith.core.folders import file_stem
 
-__all__ = ["plain_name", "safe_name"]
+__all__ = ["is_reserved", "plain_name", "safe_name"]
 
-# Names that Windows has no files for, whatever their suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows has no files of this name, whatever its suffix is."""
+    return _RESERVED.fullmatch(name.partition(".")[0].rstrip()) is not None
 
 
 def plain_name(name: str) -> str:
@@ -25,4 +29,4 @@ def safe_name(name: str) -> str:
     """
     kept = plain_name(name).lstrip(" -")
     kept = re.sub(r"^\.+", "_", kept)
-    return f"_{kept}" if not kept or _RESERVED.fullmatch(kept.partition(".")[0].rstrip()) else kept
+    return f"_{kept}" if not kept or is_reserved(kept) else kept

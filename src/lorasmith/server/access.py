@@ -1,8 +1,9 @@
 """Who may ask the server for what: names of hosts, origins, the token; and the headers that every answer carries.
 
 A page of another site can send requests to a server on this machine, and a name of its own can be made to point here
-(DNS rebinding). So a request must name this server in `Host`, and a write or a WebSocket from a page must come from a
-page of ours (`Origin`). Programs that are no browsers send no `Origin` and are not asked for one. Without a token the
+(DNS rebinding). So a request must name this server in `Host`, and one from a page must come from a page of ours
+(`Origin`, `Sec-Fetch-Site`), unless it opens a page here. Programs that are no browsers send neither header and are not
+asked for one. Without a token the
 server is reachable from this machine alone; with one, every request shows it: as a bearer token, as the password of
 basic authentication, in a cookie, or once in the address (`?token=`), which is then exchanged for the cookie. The
 cookie holds a digest, so that the token stays out of the browser's storage.
@@ -24,13 +25,12 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
+from lorasmith.server.error_answers import error_response
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import ServerContext
 
 __all__ = [
     "CONTENT_POLICY",
-    "MAX_JSON_BYTES",
-    "MAX_UPLOAD_BYTES",
     "Access",
     "access_of",
     "is_loopback",
@@ -41,28 +41,12 @@ __all__ = [
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-MAX_JSON_BYTES = 64 * 2**20
-"""Size limit in bytes of bodies that are read whole: prompts, settings, saved workflows."""
-
-MAX_UPLOAD_BYTES = 512 * 2**20
-"""Size limit in bytes of one uploaded file."""
-
-CONTENT_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "media-src 'self' blob:",
-        "font-src 'self' data:",
-        "connect-src 'self' data: blob:",
-        "worker-src 'self' blob:",
-        "frame-ancestors 'none'",
-        "object-src 'none'",
-        "base-uri 'self'",
-    )
+CONTENT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""What pages may load: nothing from elsewhere. ComfyUI's editor compiles code, so a page of ours should set less."""
+"""Of every answer that has no policy of its own: no scripts, and nothing is loaded."""
+
+_MOST_LOGIN_BYTES = 10_000
 
 
 @dataclass(frozen=True)
@@ -163,15 +147,17 @@ def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.Str
 def _refusal(request: web.Request, access: Access) -> web.Response | None:
     """The answer to a request that is not served; None for one that is."""
     if not access.knows_host(request.headers.get("Host")):
-        return _refused(403, "host", "this server is not known by that name; use its address or localhost")
-    if _changes_something(request) and not _is_from_here(request):
-        return _refused(403, "origin", "requests of pages of other sites are refused; open the page of this server")
+        return error_response(403, "host", "this server is not known by that name; use its address or localhost")
+    if (_changes_something(request) or not _opens_a_page(request)) and not _is_from_here(request):
+        said = "requests of pages of other sites are refused; open the page of this server"
+        return error_response(403, "origin", said)
     if access.token is not None and request.method == "POST" and request.path == _LOGIN:
         return None
     if not access.shows_token(request):
         if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
             return web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
-        answer = _refused(401, "token", "this server needs its token: Authorization: Bearer <token>, or ?token=<token>")
+        said = "this server needs its token: Authorization: Bearer <token>, or ?token=<token>"
+        answer = error_response(401, "token", said)
         answer.headers["WWW-Authenticate"] = 'Bearer realm="lorasmith"'
         return answer
     return None
@@ -181,7 +167,10 @@ def _login(access: Access) -> Handler:
     """The answer to the form that browsers are shown without a token."""
 
     async def login(request: web.Request) -> web.StreamResponse:
-        token = str((await request.post()).get("token", ""))
+        # Whoever asks here has shown nothing yet: a form as browsers send it, and no files.
+        is_form = request.content_type == "application/x-www-form-urlencoded"
+        is_short = request.content_length is not None and request.content_length <= _MOST_LOGIN_BYTES
+        token = str((await request.post()).get("token", "")) if is_form and is_short else ""
         if access.token is None or not _same(token.strip(), access.token):
             return web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
         response = web.Response(status=303, headers={"Location": "/"})
@@ -193,6 +182,11 @@ def _login(access: Access) -> Handler:
 
 def _changes_something(request: web.Request) -> bool:
     return request.method not in ("GET", "HEAD") or "upgrade" in request.headers.get("Connection", "").casefold()
+
+
+def _opens_a_page(request: web.Request) -> bool:
+    """Whether a browser shows the answer as a page, which whoever sent it here cannot read."""
+    return request.headers.get("Sec-Fetch-Mode") == "navigate"
 
 
 def _is_from_here(request: web.Request) -> bool:
@@ -257,10 +251,6 @@ def _same(text: str, secret: str) -> bool:
     return hmac.compare_digest(ours, theirs)
 
 
-def _refused(status: int, kind: str, message: str) -> web.Response:
-    return web.json_response({"error": {"kind": kind, "message": message}}, status=status)
-
-
 def _with_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> web.StreamResponse:
     """`response` with the cookie, or for a page the way to the same page without the token in its address."""
     if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
@@ -271,7 +261,7 @@ def _with_cookie(request: web.Request, response: web.StreamResponse, access: Acc
 
 
 def _set_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> None:
-    secure = request.scheme == "https"
+    secure = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto"))  # that of a proxy in front
     response.set_cookie(_COOKIE, access.cookie, path="/", httponly=True, samesite="Strict", secure=secure)
 
 

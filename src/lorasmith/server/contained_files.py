@@ -17,17 +17,23 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES
+from lorasmith.core.safe_names import is_reserved
+from lorasmith.server.error_answers import TooLargeError
 
 __all__ = [
+    "UNTRUSTED",
     "BadNameError",
     "OutsideError",
+    "checked_name",
     "contained",
     "find_contained",
-    "safe_name",
     "send_file",
-    "send_own_file",
     "written",
 ]
+
+
+UNTRUSTED = "default-src 'none'; sandbox"
+"""Content policy of answers that hold data of others."""
 
 
 class OutsideError(LorasmithError):
@@ -64,16 +70,16 @@ def find_contained(folders: Iterable[Path], *names: str) -> Path | None:
     return next((path for path in found if is_regular(path)), None)
 
 
-def safe_name(name: str) -> str:
+def checked_name(name: str) -> str:
     """The last part of a file's name from elsewhere.
 
     Raises:
         BadNameError: the name is empty, hidden, too long, reserved or has characters that not every system takes.
     """
     last = name.replace("\\", "/").rpartition("/")[2].strip()
-    stem = last.partition(".")[0].casefold()
+    stem = last.partition(".")[0]
     bad = not last or last.startswith(".") or last.endswith((".", " ")) or len(last.encode(errors="replace")) > 250
-    if bad or _NOT_IN_NAMES.search(last) or stem in _RESERVED or len(stem.encode(errors="replace")) > MAX_STEM_BYTES:
+    if bad or _NOT_IN_NAMES.search(last) or is_reserved(last) or len(stem.encode(errors="replace")) > MAX_STEM_BYTES:
         raise BadNameError(f"a file cannot have the name {last!r}; use letters, digits, spaces, - and _")
     return last
 
@@ -96,23 +102,17 @@ def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -
     headers = {
         "Content-Disposition": disposition,
         "Content-Type": kind if inline else "application/octet-stream",
-        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Content-Security-Policy": UNTRUSTED,
         "Cache-Control": cache,
     }
     return web.FileResponse(path, headers=headers)
-
-
-def send_own_file(path: Path) -> web.FileResponse:
-    """The answer that sends a file of the installation, which unlike those of users may be a script or a page."""
-    kind = _OWN_TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return web.FileResponse(path, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
 
 
 async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> int:
     """Write what arrives to `path`, and return its size in bytes.
 
     Raises:
-        web.HTTPRequestEntityTooLarge: more than `at_most` bytes arrived.
+        TooLargeError: more than `at_most` bytes arrived.
         OSError: the file cannot be written.
     """
     size = 0
@@ -120,7 +120,7 @@ async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> 
         async for chunk in chunks:
             size += len(chunk)
             if size > at_most:
-                raise web.HTTPRequestEntityTooLarge(at_most, size)
+                raise TooLargeError(f"an uploaded file must have at most {at_most:,} bytes; send a smaller one")
             file.write(chunk)
     return size
 
@@ -128,24 +128,20 @@ async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> 
 _SHOWN = frozenset(
     (
         *("image/png", "image/jpeg", "image/webp", "image/gif", "image/avif", "image/bmp", "image/x-ms-bmp"),
+        *("image/tiff", "image/heic", "image/heif"),
         *("video/mp4", "video/webm", "video/quicktime", "video/x-matroska"),
         *("audio/mpeg", "audio/flac", "audio/x-flac", "audio/ogg", "audio/wav", "audio/x-wav", "audio/mp4"),
     )
 )
 """Types that a browser shows and never runs; SVG is a page."""
-_OWN_TYPES = {
-    ".css": "text/css",
-    ".ico": "image/x-icon",
-    ".js": "text/javascript",
-    ".json": "application/json",
-    ".mjs": "text/javascript",
-    ".wasm": "application/wasm",
-    ".webp": "image/webp",
-    ".woff2": "font/woff2",
-}
-"""Of files that browsers refuse under another type, which systems' tables may give them."""
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
-_RESERVED = frozenset(("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(1, 10))))
 
-for _kind, _suffix in (("image/webp", ".webp"), ("image/avif", ".avif"), ("video/webm", ".webm")):
-    mimetypes.add_type(_kind, _suffix)  # older systems' tables lack them
+for _suffix, _kind in {  # which tables of systems lack
+    ".avif": "image/avif",
+    ".heic": "image/heic",
+    ".heif": "image/heif",
+    ".jfif": "image/jpeg",
+    ".webm": "video/webm",
+    ".webp": "image/webp",
+}.items():
+    mimetypes.add_type(_kind, _suffix)

@@ -159,14 +159,10 @@ class Dispatcher:
     def remove(self, ids: Sequence[str]) -> list[str]:
         """Remove jobs that do not run from queue and history; returns the ids of those that were removed."""
         removed = self._store.remove(ids)
+        for id in removed:
+            self._hub.publish(Notice(kind="job", job_id=id, data={"id": id, "removed": True}, droppable=True))
         self._publish_queue()
         return removed
-
-    def clear(self, states: Sequence[JobState]) -> int:
-        """Remove all jobs in some states, which running ones are never; returns their number."""
-        count = self._store.clear(states)
-        self._publish_queue()
-        return count
 
     def interrupt(self) -> bool:
         """Cancel every running job; whether there is one."""

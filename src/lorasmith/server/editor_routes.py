@@ -13,8 +13,8 @@ from pathlib import Path
 from aiohttp import web
 
 from lorasmith.core.files import is_regular
-from lorasmith.server.comfyui.editor_files import editor_package
-from lorasmith.server.contained_files import OutsideError, find_contained, send_own_file
+from lorasmith.server.comfyui.editor_files import editor_package, send_editor_file
+from lorasmith.server.contained_files import OutsideError, find_contained
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["EditorPages", "routes"]
@@ -55,15 +55,13 @@ class EditorPages:
 
     async def _redirect(self, request: web.Request) -> web.Response:
         """The editor must be in a folder, as its addresses are relative."""
-        location = "/editor/" + (f"?{request.query_string}" if request.query_string else "")
-        return web.Response(status=307, headers={"Location": location})
+        location = request.rel_url.with_path("/editor/", keep_query=True)  # still encoded: a line break stays none
+        return web.Response(status=307, headers={"Location": str(location)})
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         if self._package is None:
             return web.Response(text=_MISSING_PAGE, content_type="text/html", headers={"Cache-Control": "no-store"})
-        return web.FileResponse(
-            self._package / "index.html", headers={"Content-Type": "text/html", "Cache-Control": "no-store"}
-        )
+        return send_editor_file(self._package / "index.html", cache="no-store")
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         return self._send(request.match_info["path"])
@@ -71,7 +69,7 @@ class EditorPages:
     async def _style(self, request: web.Request) -> web.StreamResponse:
         if self._style_sheet.is_symlink() or not is_regular(self._style_sheet):
             return web.Response(text="", content_type="text/css")
-        return send_own_file(self._style_sheet)
+        return send_editor_file(self._style_sheet)
 
     async def _progress_icon(self, request: web.Request) -> web.StreamResponse:
         return self._send(f"assets/images/favicon_progress_16x16/{request.match_info['name']}")
@@ -86,7 +84,7 @@ class EditorPages:
             path = None
         if path is None:
             return web.Response(status=404, text="there is no such file\n")
-        return send_own_file(path)
+        return send_editor_file(path)
 
 
 _MISSING_PAGE = f"""<!doctype html>

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorasmith.nodes.example_workflows import Example, examples
+if TYPE_CHECKING:
+    from lorasmith.nodes.example_workflows import Example
 
 __all__ = ["PICTURES", "Template", "index", "template_file", "templates"]
 
@@ -50,6 +51,8 @@ class Template:
 
 def templates() -> dict[str, Template]:
     """Every template by name, those that need no other file first."""
+    from lorasmith.nodes.example_workflows import examples  # not before the page is there
+
     return {one.name: Template(one.name, _TITLES.get(one.name, one.title), one) for one in examples()}
 
 

@@ -1,51 +1,95 @@
-"""Errors as answers to requests: a status, and `{"error": {"kind", "message"}}`."""
+"""Errors as answers to requests: a status, and `{"error": {"kind", "message", "details"}}`."""
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
+import traceback
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.server.assistant import RefusedError, UnavailableError
-from lorasmith.server.jobs import DuplicateJobError, JobStateError, QueueFullError, StoreError, UnknownJobError
+from lorasmith.server.assistant import RefusedError
+from lorasmith.server.jobs import StoreError
+from lorasmith.server.server_context import CONTEXT
 
-__all__ = ["error_answer", "errors_answered", "status_of"]
+__all__ = ["TooLargeError", "TooManyError", "error_answer", "error_response", "errors_answered", "status_of"]
 
-_STATUS: dict[type[LorasmithError], int] = {
-    UnknownJobError: 404,
-    DuplicateJobError: 409,
-    JobStateError: 409,
-    QueueFullError: 429,
-    UnavailableError: 503,
+_STATUS = {
+    "DuplicateJobError": 409,
+    "InternalError": 500,
+    "JobStateError": 409,
+    "OutsideError": 403,
+    "QueueFullError": 429,
+    "TakenNameError": 409,
+    "TooLargeError": 413,
+    "TooManyError": 429,
+    "UnavailableError": 503,
+    "UnknownFileError": 404,
+    "UnknownJobError": 404,
 }
+"""By kind, whether it was raised here or by the assistant; all others are about the request, 400."""
+
+
+class TooManyError(LorasmithError):
+    """There are too many streams or uploads at once."""
+
+
+class TooLargeError(LorasmithError):
+    """A body is too large."""
 
 
 def status_of(error: LorasmithError) -> int:
-    """The HTTP status of an error; 400 if it is about the request."""
+    """The HTTP status of an error."""
     if isinstance(error, StoreError):
         return 507 if error.is_full else 503
-    if isinstance(error, RefusedError) and error.kind == "InternalError":
-        return 500
-    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 400)
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC:
+        return 507
+    return _STATUS.get(_kind(error), 400)
 
 
 def error_answer(error: LorasmithError) -> web.Response:
     """The answer to a request that failed."""
-    kind = error.kind if isinstance(error, RefusedError) else type(error).__name__
-    body: dict[str, Any] = {"kind": kind, "message": str(error)}
-    if isinstance(error, RefusedError) and error.details is not None:
-        body["details"] = error.details
-    return web.json_response({"error": body}, status=status_of(error))
+    details = error.details if isinstance(error, RefusedError) else None
+    return error_response(status_of(error), _kind(error), str(error), details)
+
+
+def error_response(status: int, kind: str, message: str, details: object = None) -> web.Response:
+    """An error in the form of all answers but those of ComfyUI's protocol.
+
+    Args:
+        status: of the answer.
+        kind: of the error.
+        message: a sentence.
+        details: JSON values, such as findings.
+    """
+    text = json.dumps({"error": {"kind": kind, "message": message, "details": details}})
+    return web.json_response(text=text, status=status, headers={"Cache-Control": "no-store"})
 
 
 @web.middleware
 async def errors_answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Middleware: a LorasmithError that a handler raises becomes an answer."""
+    """Middleware: what a handler raises becomes an answer; a bug is logged, and its answer names the log."""
     try:
         return await handler(request)
     except LorasmithError as error:
         return error_answer(error)
+    except (web.HTTPException, ConnectionError):  # answers of aiohttp's; whoever asked has gone
+        raise
+    except Exception as error:
+        if request.writer.output_size:  # an answer has begun: only its end can say that it is not whole
+            raise
+        context = request.app[CONTEXT]
+        logging.getLogger("lorasmith").error("%s %s failed", request.method, request.path, exc_info=error)
+        for line in traceback.format_exc().splitlines():
+            context.log.add("server", line)
+        name = type(error).__name__
+        return error_response(500, "InternalError", f"the server failed ({name}); its log is {context.config.log}")
+
+
+def _kind(error: LorasmithError) -> str:
+    return error.kind if isinstance(error, RefusedError) else type(error).__name__

@@ -1,4 +1,4 @@
-"""How a graph ends for ComfyUI's clients: its last event, and its last message in the history."""
+"""How a graph is refused or ends for ComfyUI's clients: an error, the last event, the last message in the history."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["graph_end", "history_message"]
+__all__ = ["error_entry", "graph_end", "history_message"]
+
+
+def error_entry(kind: str, message: str, details: str = "", **extra_info: Any) -> dict[str, Any]:
+    """An error in the protocol's form.
+
+    Args:
+        kind: its name in the protocol.
+        message: one sentence.
+        details: what it is about.
+        **extra_info: facts for programs.
+    """
+    return {"type": kind, "message": message, "details": details, "extra_info": extra_info}
 
 
 def history_message(job_id: str, event: str, **data: Any) -> list[Any]:

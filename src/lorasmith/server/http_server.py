@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import importlib
-import importlib.util
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 from aiohttp import web
@@ -17,42 +16,33 @@ from aiohttp import web
 from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
+from lorasmith.server import access, api, comfyui, editor_routes, page_routes
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.error_answers import errors_answered
 from lorasmith.server.hub import Hub
 from lorasmith.server.jobs import JobStore
 from lorasmith.server.log_book import LogBook
+from lorasmith.server.request_parts import MAX_JSON_BYTES
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import CONTEXT, ServerContext
 
 __all__ = ["make_app", "running", "serve"]
 
-_TABLES = ("access", "api", "comfyui", "page_routes", "editor")
-"""Modules beside this one that may have `routes(context)`, and `middlewares(context)`, outermost first.
+_TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_routes)
+"""Modules with `routes(context)`, and perhaps `middlewares(context)`, outermost first.
 
 `preparing(context)` gives handlers of `on_response_prepare`, which see every answer, streams and errors included.
 """
 
-_MOST_BODY_BYTES = 64 * 2**20
-"""Of requests that are read whole; uploads are read in parts."""
-
 
 def make_app(context: ServerContext) -> web.Application:
     """The application: all routes and middlewares, on the parts of a server, which may be fakes."""
-    tables = [
-        importlib.import_module(name)
-        for name in (f"lorasmith.server.{table}" for table in _TABLES)
-        if importlib.util.find_spec(name) is not None
-    ]
-    middlewares = [one for table in tables for one in getattr(table, "middlewares", _none)(context)]
-    app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=_MOST_BODY_BYTES)
-    app.on_response_prepare.extend(one for table in tables for one in getattr(table, "preparing", _none)(context))
+    middlewares = [one for table in _TABLES for one in getattr(table, "middlewares", _none)(context)]
+    app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=MAX_JSON_BYTES)
+    app.on_response_prepare.extend(one for table in _TABLES for one in getattr(table, "preparing", _none)(context))
     app[CONTEXT] = context
-    routes = [one for table in tables for one in getattr(table, "routes", _none)(context)]
-    app.add_routes(routes)
-    if not any(isinstance(one, web.RouteDef) and one.path == "/" for one in routes):
-        app.router.add_get("/", _placeholder)
+    app.add_routes(one for table in _TABLES for one in table.routes(context))
     return app
 
 
@@ -200,7 +190,3 @@ def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
 
 def _none(context: ServerContext) -> list[Any]:
     return []
-
-
-async def _placeholder(request: web.Request) -> web.Response:
-    return web.Response(text="Lorasmith serves; its page is not installed.\n")

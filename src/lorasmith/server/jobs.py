@@ -22,6 +22,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
 
 __all__ = [
+    "ACTIVE",
     "ENDED",
     "MOST_ENDED",
     "MOST_PENDING",
@@ -41,6 +42,7 @@ __all__ = [
 JobKind: TypeAlias = Literal["graph", "train", "measure"]
 JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
 STATES: tuple[JobState, ...] = get_args(JobState)
+ACTIVE: tuple[JobState, ...] = ("running", "pending")
 ENDED: tuple[JobState, ...] = ("completed", "failed", "cancelled", "paused", "interrupted")
 """States of jobs that are neither queued nor running."""
 
@@ -288,6 +290,22 @@ class JobStore:
         """Running jobs, the oldest first."""
         return self._select("WHERE state = 'running' ORDER BY started, sequence")
 
+    def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
+        """Jobs that run, the oldest first, then those that wait, the next one first.
+
+        Args:
+            limit, offset: which of them.
+            states: of the jobs.
+        """
+        running = self.running() if "running" in states else []
+        shown = running[offset : offset + limit]
+        if "pending" in states:
+            shown += self._select(
+                "WHERE state = 'pending' ORDER BY number, sequence LIMIT ? OFFSET ?",
+                (limit - len(shown), max(0, offset - len(running))),
+            )
+        return shown
+
     def ended(
         self, limit: int | None = None, offset: int = 0, states: Collection[JobState] = ENDED, *, newest: bool = True
     ) -> list[Job]:
@@ -416,12 +434,6 @@ class JobStore:
                 if database.execute("DELETE FROM jobs WHERE id = ? AND state != 'running'", (id,)).rowcount:
                     removed.append(id)
         return removed
-
-    def clear(self, states: Collection[JobState]) -> int:
-        """Remove all jobs in some states, which running ones are never; returns their number."""
-        states = [state for state in states if state != "running"]
-        with self._writing() as database:
-            return database.execute(f"DELETE FROM jobs WHERE state IN ({_marks(states)})", (*states,)).rowcount
 
     def set_measurement(self, subject: str, found: Mapping[str, Any]) -> None:
         """Keep what a measurement found, with its time as `measured`.

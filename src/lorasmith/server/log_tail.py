@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasmith.core.files import open_regular
+
 __all__ = ["LogTail", "LoggedEvent", "end_of_log"]
 
 _BLOCK = 2**20
@@ -44,7 +46,7 @@ class LogTail:
     def __init__(self, path: Path, after: str = "") -> None:
         self._path = path
         number, _, offset = after.partition("-")
-        is_place = number.isdecimal() and offset.isdecimal()
+        is_place = len(after) < 50 and number.isdecimal() and offset.isdecimal()
         self._number = int(number) if is_place else 0
         self._offset = int(offset) if is_place else 0
         self.begins_again = False
@@ -53,7 +55,7 @@ class LogTail:
         """The events of complete lines in the next block; none if there are no more, or if the file cannot be read."""
         self.begins_again = False
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 number = os.fstat(file.fileno()).st_ino
                 size = file.seek(0, 2)
                 if number != self._number or size < self._offset:

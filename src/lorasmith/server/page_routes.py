@@ -96,7 +96,6 @@ def _answer(request: web.Request, file: PageFile, *, cache: str) -> web.Response
     headers = {
         "Cache-Control": cache,
         "Content-Security-Policy": PAGE_POLICY,
-        "X-Content-Type-Options": "nosniff",
         "ETag": f'"{file.digest}"',
     }
     if any(tag.value == file.digest for tag in request.if_none_match or ()):

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOOPBACK", "TOKEN_VARIABLE", "ServerConfig"]
+__all__ = ["FOLDER", "LOOPBACK", "REMOVED", "TOKEN_VARIABLE", "ServerConfig"]
 
 LOOPBACK = "127.0.0.1"
+
+FOLDER = Path("user", "lorasmith")
+"""The server's own folder, relative to the base folder."""
+
+REMOVED = FOLDER / "removed"
+"""Where removed datasets, pictures and files of the editor's user are moved to, relative to the base folder."""
 
 TOKEN_VARIABLE = "LORASMITH_TOKEN"
 """Environment variable of the token, which child processes do not inherit."""
@@ -52,7 +58,7 @@ class ServerConfig:
     @property
     def folder(self) -> Path:
         """The server's own folder."""
-        return self.base / "user" / "lorasmith"
+        return self.base / FOLDER
 
     @property
     def log(self) -> Path:

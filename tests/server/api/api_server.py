@@ -14,14 +14,16 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
+from lorasmith.server.access import preparing
 from lorasmith.server.api import routes
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.error_answers import errors_answered
 from lorasmith.server.hub import Hub
 from lorasmith.server.jobs import JobStore
 from lorasmith.server.log_book import LogBook
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.server_context import CONTEXT, ServerContext
 
 AT = "/lorasmith/v1"
 
@@ -96,7 +98,9 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     context = ServerContext(
         config=settings, folders=folders, store=store, dispatcher=dispatcher, hub=hub, assistant=assistant, log=log
     )
-    app = web.Application()
+    app = web.Application(middlewares=[errors_answered])
+    app[CONTEXT] = context
+    app.on_response_prepare.extend(preparing(context))
     app.add_routes(routes(context))
     try:
         async with TestClient(TestServer(app), timeout=ClientTimeout(total=30)) as http:

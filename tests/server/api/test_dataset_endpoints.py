@@ -12,6 +12,7 @@ from aiohttp import FormData
 from PIL import Image
 
 from lorasmith.core.folders import ASSETS
+from lorasmith.server import upload_folder
 from lorasmith.server.api import uploads
 from lorasmith.server.assistant import RefusedError, UnavailableError
 from tests.server.api.api_server import AT, Client, api, made_up
@@ -56,7 +57,7 @@ def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
         ]
         assert (await client.ask("PUT", f"{at}/captions", {"b.png": "a blue box", "a.png": ""}))["changed"] == 2
         assert [one["caption"] for one in (await client.ask("GET", at))["images"]] == ["", "a blue box"]
-        checked = await client.ask("GET", f"{at}/check?trigger=box&resolution=32&upscale=true")
+        checked = await client.ask("GET", f"{at}/check?trigger=box&resolution=32&upscale=true&token=x")
         assert set(checked["images"]) == {"a.png", "b.png"} and checked["resolutions"] == [32]
         await client.ask("DELETE", f"{at}/images/a.png")
         rows = {one["name"]: one for one in (await client.ask("GET", "/datasets"))["datasets"]}
@@ -187,7 +188,7 @@ LIMITS: dict[str, tuple[str, int, int, str]] = {
 @pytest.mark.parametrize("case", LIMITS)
 def test_uploads_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     name, limit, status, message = LIMITS[case]
-    monkeypatch.setattr(uploads, name, limit)
+    monkeypatch.setattr(upload_folder if hasattr(upload_folder, name) else uploads, name, limit)
 
     async def test(client: Client) -> None:
         await client.ask("POST", "/datasets", {"name": "dog"}, status=201)

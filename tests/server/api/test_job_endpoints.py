@@ -7,9 +7,10 @@ import pytest
 
 from lorasmith.app.run_file import RunFile
 from lorasmith.core.typed_json import typed
+from lorasmith.server import jobs
 from lorasmith.server.hub import Notice
 from lorasmith.server.measurements import measurement_subject
-from tests.server.api.api_server import Client, api, events, made_up
+from tests.server.api.api_server import AT, Client, api, events, made_up
 from tests.server.api.test_dataset_endpoints import with_api
 
 RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}
@@ -154,6 +155,34 @@ def test_all_changes_of_jobs_are_a_stream(tmp_path: Path) -> None:
             name, data, _ = await stream.next()
             assert (name, data["state"], data["title"]) == ("job", "cancelled", "fox")
             assert (await stream.next())[0] == "queue"
+            await client.ask("DELETE", f"/jobs/{job['id']}")
+            assert (await stream.next())[:2] == ("job", {"id": job["id"], "removed": True})
+        async with client.http.head(f"{AT}/events") as answer:  # without a body nothing would end it
+            assert answer.status == 404
+
+    with_api(tmp_path, test)
+
+
+def test_a_page_of_a_long_queue_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(client: Client) -> None:
+        store = client.context.store
+        ids = [store.add("train", {"name": str(number)}).id for number in range(8)]
+        store.claim("worker")
+        store.finish(ids[0], "completed")
+        store.claim("worker")
+        read: list[str] = []
+        real = jobs._job
+        monkeypatch.setattr(jobs, "_job", lambda row: read.append(row["id"]) or real(row))  # type: ignore[func-returns-value]
+        order = [*ids[1:], ids[0]]
+        for limit, offset in ((3, 0), (2, 1), (5, 4), (9, 0)):
+            read.clear()
+            found = await client.ask("GET", f"/jobs?limit={limit}&offset={offset}")
+            assert ([one["id"] for one in found["jobs"]], found["total"]) == (order[offset : offset + limit], 8)
+            assert len(read) <= limit + 1
+        waiting = await client.ask("GET", "/jobs?states=pending,completed&offset=5")
+        assert [one["id"] for one in waiting["jobs"]] == [ids[7], ids[0]]
+        for offset in ("9" * 30, "0" * 12 + "9" * 20, "0" * 12 + "9" * 5000):
+            await client.error("GET", f"/jobs?offset={offset}")
 
     with_api(tmp_path, test)
 

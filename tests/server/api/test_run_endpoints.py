@@ -36,7 +36,7 @@ def test_runs_and_their_files(tmp_path: Path) -> None:
         assert found["last_event"].endswith(f"-{(folder / 'events.jsonl').stat().st_size}")
         async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/Bild%20%C3%A4.png") as response:
             assert response.headers["Content-Type"] == "image/png"
-            assert "Content-Disposition" not in response.headers
+            assert response.headers["Content-Disposition"].startswith("inline")
         for file in ("report.html", "run.json"):
             async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/{file}") as response:
                 assert response.headers["Content-Type"] == "application/octet-stream"

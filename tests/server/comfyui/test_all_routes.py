@@ -4,7 +4,7 @@ import asyncio
 import re
 from pathlib import Path
 
-from lorasmith.server import access, jobs
+from lorasmith.server import jobs, request_parts
 from lorasmith.server.comfyui import websocket
 from lorasmith.server.comfyui.all_routes import PREFIXES, routes
 from tests.server.fake_server import serving
@@ -30,7 +30,7 @@ def test_the_page_lists_every_route(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_limits() -> None:
-    assert f"{access.MAX_JSON_BYTES // 2**20} MiB of JSON" in PAGE
-    assert f"{access.MAX_UPLOAD_BYTES // 2**20} MiB in an uploaded file" in PAGE
+    assert f"{request_parts.MAX_JSON_BYTES // 2**20} MiB of JSON" in PAGE
+    assert f"{request_parts.MAX_UPLOAD_BYTES // 2**20} MiB in an uploaded file" in PAGE
     assert f"beyond {jobs.MOST_PENDING:,} that wait; the last {jobs.MOST_ENDED:,} that ended" in PAGE
     assert f"beyond {websocket.MOST_SOCKETS} connections" in PAGE

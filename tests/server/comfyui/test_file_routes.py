@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
+from lorasmith.core.folders import Folders
+from lorasmith.server.comfyui.file_routes import FileRoutes
 from tests.server.fake_server import Played, serving
 
 PNG = b"\x89PNG\r\n\x1a\nsome"
@@ -164,7 +168,7 @@ def test_uploads_get_a_free_name_unless_they_are_the_same(tmp_path: Path) -> Non
             sub = await upload(server, subfolder="one/two", type="temp")
             assert sub == {"name": "a.png", "subfolder": "one/two", "type": "temp"}
             assert (tmp_path / "temp" / "one" / "two" / "a.png").read_bytes() == PNG
-            assert not any((tmp_path / "user" / "lorasmith" / "incoming").iterdir())
+            assert not any((tmp_path / "user" / "lorasmith" / "uploads").iterdir())
             listed = await server.get("/internal/files/input")
             assert {*listed} == {"a.png [input]", "a (1).png [input]"}
 
@@ -210,9 +214,12 @@ def test_a_path_in_the_name_of_an_upload_is_left_out(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_uploads_are_limited(tmp_path: Path) -> None:
+def test_uploads_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
+            with monkeypatch.context() as patch:
+                patch.setattr("lorasmith.server.upload_folder.MOST_UPLOADS", 0)
+                await upload(server, status=429)
             handler = next(one for one in server.app.router.routes() if one.resource.canonical == "/upload/image")
             handler.handler.__wrapped__.__self__._most_bytes = 1000
             await upload(server, content=b"x" * 1000)
@@ -239,6 +246,7 @@ def test_a_mask_becomes_the_transparency_of_its_picture(tmp_path: Path) -> None:
                 ({"filename": "a.png", "subfolder": "", "type": "input"}, 200),
                 ({"filename": "b.png", "type": "input"}, 404),
                 ({"filename": "../../x.png"}, 400),
+                ({"filename": "a.png", "type": 5}, 400),
                 ([], 400),
             ):
                 form = aiohttp.FormData({"original_ref": json.dumps(reference)}, default_to_multipart=True)
@@ -252,12 +260,20 @@ def test_a_mask_becomes_the_transparency_of_its_picture(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_name_of_many_spaces_takes_no_time(tmp_path: Path) -> None:
+    routes = FileRoutes(Folders(tmp_path), None)  # type: ignore[arg-type]
+    began = time.process_time()
+    assert routes._existing(f"a{' ' * 100_000}b", "", None) is None
+    assert time.process_time() - began < 1
+
+
 def test_files_of_a_place_are_listed_newest_first(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server:
             assert await server.get("/internal/files/output") == []
             for name, at in (("old.png", 1000), ("new.png", 2000), (".hidden", 3000)):
                 os.utime(put(tmp_path / "output" / name), (at, at))
+            (tmp_path / "output" / "loop.png").symlink_to("loop.png")
             assert await server.get("/internal/files/output") == ["new.png [output]", "old.png [output]"]
             await server.get("/internal/files/user", status=400)
 

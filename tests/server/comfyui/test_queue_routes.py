@@ -38,7 +38,14 @@ def test_waiting_prompts_are_deleted_and_running_ones_are_not(tmp_path: Path) ->
             found = await server.get("/api/queue")
             assert [one[1] for one in found["queue_running"]] == [ids[0]]
             assert [one[1] for one in found["queue_pending"]] == ids[2:]
+            for _ in range(20):
+                await queue(server)
+            before = server.context.store._database.total_changes
+            written: list[str] = []
+            server.context.store._database.set_trace_callback(written.append)
             await server.post("/queue", {"clear": True})
+            assert written.count("COMMIT") == 1  # each is a wait for the disk
+            assert server.context.store._database.total_changes == before + 22
             assert (await server.get("/queue"))["queue_pending"] == []
             assert await server.get("/history") == {}
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from lorasmith.server.comfyui import websocket
-from lorasmith.server.jobs import Job
+from lorasmith.server.hub import Notice
+from lorasmith.server.jobs import Job, StoreError
 from tests.server.fake_server import GOOD, Played, serving
 
 JPEG, PNG = b"\xff\xd8\xffsome", b"\x89PNGsome"
@@ -336,6 +338,33 @@ def test_the_log_goes_to_those_who_subscribed(tmp_path: Path) -> None:
             assert [one["m"] for one in message["data"]["entries"]] == ["second\n"]
             await server.send("PATCH", "/internal/logs/subscribe", json={"clientId": "me"}, status=400)
             await server.send("PATCH", "/internal/logs/subscribe", json={"clientId": "none", "enabled": True})
+
+    asyncio.run(main())
+
+
+def test_a_database_that_cannot_be_read_ends_connections_and_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(id: str) -> Job:
+        raise StoreError("cannot be read")
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, connected(server) as socket:
+            await read(socket, 1)
+            await queue(server)
+            job = server.start()
+            await read_until(socket, "status")
+            with monkeypatch.context() as patch:
+                patch.setattr(server.context.store, "find", refuse)
+                patch.setattr(server.context.store, "get", refuse)
+                server.event(job, "ExecutionStarted", order=["1"], cached=[])  # as the worker's reader publishes it
+                data = {**job.summary(), "state": "completed"}
+                server.context.hub.publish(Notice(kind="job", job_id=job.id, data=data, client_id="me"))
+                async with asyncio.timeout(5):
+                    while (await socket.receive()).type is aiohttp.WSMsgType.TEXT:
+                        pass
+            async with connected(server) as again:
+                await read(again, 1)
 
     asyncio.run(main())
 

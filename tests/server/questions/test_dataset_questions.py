@@ -13,8 +13,9 @@ from PIL import Image
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
+from lorasmith.server.questions import dataset_changes, dataset_check
 from lorasmith.server.questions import dataset_questions as questions
-from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions.dataset_folders import UnknownFileError
 
 
 def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
@@ -108,7 +109,7 @@ def test_inner_folders_are_said_and_not_shown(folders: Folders, dog: Path) -> No
 def test_captions_of_a_metadata_file_are_shown_and_a_text_replaces_them(folders: Folders, dog: Path) -> None:
     (dog / "metadata.jsonl").write_text(json.dumps({"file_name": "10.png", "text": "from metadata"}) + "\n")
     assert questions.dataset(folders, "dog").images[2].caption == "from metadata"
-    assert questions.set_captions(folders, "dog", {"10.png": "mine"}).changed == 1
+    assert dataset_changes.set_captions(folders, "dog", {"10.png": "mine"}).changed == 1
     assert questions.dataset(folders, "dog").images[2].caption == "mine"
 
 
@@ -123,7 +124,7 @@ def test_a_name_that_is_no_dataset_is_unknown(folders: Folders, dog: Path, name:
 
 @pytest.mark.parametrize("file", ["", "..", "../dog/1.png", "1.txt", "gone.png", "x\x00.png", ".1.png", "a/1.png"])
 def test_a_file_that_is_no_picture_is_unknown(folders: Folders, dog: Path, file: str) -> None:
-    for ask in (questions.thumbnail, questions.picture_file, questions.remove_image):
+    for ask in (questions.thumbnail, questions.picture_file, dataset_changes.remove_image):
         with pytest.raises(UnknownFileError, match="there is no picture"):
             ask(folders, "dog", file)
 
@@ -161,17 +162,17 @@ def test_an_input_folder_may_be_a_link_itself(tmp_path: Path) -> None:
     ("asked", "made"), [("Dog", "Dog"), (" my cat ", "my cat"), ("../x", "__x"), ("nul", "_nul"), ("犬", "犬")]
 )
 def test_a_new_dataset_has_a_safe_name(folders: Folders, asked: str, made: str) -> None:
-    assert questions.create_dataset(folders, asked).name == made
+    assert dataset_changes.create_dataset(folders, asked).name == made
     assert (folders.place("input") / made).is_dir()
     for again in (asked, asked.upper()):
-        with pytest.raises(questions.TakenNameError, match="already"):
-            questions.create_dataset(folders, again)
+        with pytest.raises(dataset_changes.TakenNameError, match="already"):
+            dataset_changes.create_dataset(folders, again)
 
 
 @pytest.mark.parametrize(("name", "match"), [("  ", "must have a name"), ("fox", "already")])
 def test_some_names_are_refused(folders: Folders, name: str, match: str) -> None:
     with pytest.raises(OptionError, match=match):
-        questions.create_dataset(folders, name)
+        dataset_changes.create_dataset(folders, name)
 
 
 ADDED: dict[str, tuple[str, str, str]] = {  # name sent, format, name kept
@@ -196,7 +197,7 @@ def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, t
     asked, kind, kept = ADDED[case]
     before = {path.name: path.read_bytes() for path in dog.iterdir()}
     upload = sent(tmp_path, noise(seed=7), kind)
-    assert questions.add_image(folders, "dog", file=asked, temporary=upload) == {"added": kept}
+    assert dataset_changes.add_image(folders, "dog", file=asked, temporary=upload) == {"added": kept}
     assert {path.name for path in dog.iterdir()} == {*before, kept}
     assert all((dog / name).read_bytes() == content for name, content in before.items())
     assert not Path(upload).exists()
@@ -216,22 +217,23 @@ def test_what_is_no_picture_is_not_kept(
     folders: Folders, dog: Path, tmp_path: Path, file: str, content: bytes, reason: str
 ) -> None:
     before = sorted(dog.iterdir())
-    answer = questions.add_image(folders, "dog", file=file, temporary=sent(tmp_path, content))
+    answer = dataset_changes.add_image(folders, "dog", file=file, temporary=sent(tmp_path, content))
     assert sorted(dog.iterdir()) == before
     assert re.match(reason, answer["skipped"])
 
 
 def test_a_copy_is_not_kept_twice(folders: Folders, dog: Path, tmp_path: Path) -> None:
-    answer = questions.add_image(
+    answer = dataset_changes.add_image(
         folders, "dog", file="copy.png", temporary=sent(tmp_path, (dog / "2.png").read_bytes())
     )
     assert answer == {"skipped": "is in the dataset already, as 2.png", "same": "2.png"}
 
 
 def test_a_dataset_has_a_cap(folders: Folders, dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(questions, "MOST_IMAGES", 4)
+    monkeypatch.setattr(dataset_changes, "MOST_IMAGES", 4)
     given = [
-        questions.add_image(folders, "dog", file="n.png", temporary=sent(tmp_path, noise(seed=seed))) for seed in (8, 9)
+        dataset_changes.add_image(folders, "dog", file="n.png", temporary=sent(tmp_path, noise(seed=seed)))
+        for seed in (8, 9)
     ]
     assert given[0] == {"added": "n.png"} and "one too many" in given[1]["skipped"]
 
@@ -254,7 +256,7 @@ CAPTIONS: dict[str, tuple[dict[str, str], bytes, dict[str, str]]] = {
 def test_an_uploaded_text_is_a_caption(folders: Folders, dog: Path, tmp_path: Path, case: str) -> None:
     arguments, content, answer = CAPTIONS[case]
     before = {path.name: path.read_bytes() for path in dog.iterdir()}
-    assert questions.add_caption(folders, "dog", temporary=sent(tmp_path, content), **arguments) == answer
+    assert dataset_changes.add_caption(folders, "dog", temporary=sent(tmp_path, content), **arguments) == answer
     if "skipped" in answer:
         assert {path.name: path.read_bytes() for path in dog.iterdir()} == before
     else:
@@ -263,7 +265,7 @@ def test_an_uploaded_text_is_a_caption(folders: Folders, dog: Path, tmp_path: Pa
 
 def test_captions_are_written_and_taken_away(folders: Folders, dog: Path) -> None:
     changes = {"1.png": "a dog\non grass", "2.png": "", "10.png": "  ten  "}
-    assert questions.set_captions(folders, "dog", changes).changed == 2
+    assert dataset_changes.set_captions(folders, "dog", changes).changed == 2
     assert [one.caption for one in questions.dataset(folders, "dog").images] == ["a dog\non grass", "", "ten"]
     assert not (dog / "2.caption").exists()
     assert len(list((folders.base / "user/lorasmith/removed").rglob("2.caption"))) == 1
@@ -281,14 +283,14 @@ def test_one_wrong_caption_writes_none(
     folders: Folders, dog: Path, captions: dict[str, str], error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        questions.set_captions(folders, "dog", captions)
+        dataset_changes.set_captions(folders, "dog", captions)
     assert (dog / "1.txt").read_text() == "a dog\non grass\n"
 
 
 def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
-    removed = folders.base / questions.remove_image(folders, "dog", "1.png").removed
+    removed = folders.base / dataset_changes.remove_image(folders, "dog", "1.png").removed
     assert {path.name for path in removed.iterdir()} == {"1.png", "1.txt"}
-    again = folders.base / questions.remove_dataset(folders, "dog").removed
+    again = folders.base / dataset_changes.remove_dataset(folders, "dog").removed
     assert {path.name for path in (again / "dog").iterdir()} == {"2.png", "2.caption", "10.png"}
     assert removed != again and not dog.exists()
 
@@ -297,10 +299,10 @@ def test_the_package_stays_as_it_is(folders: Folders, tmp_path: Path) -> None:
     assert questions.dataset(folders, "fox").builtin
     assert questions.thumbnail(folders, "fox", "fox_1.png")
     changes: dict[str, Any] = {
-        "remove": lambda: questions.remove_dataset(folders, "fox"),
-        "image": lambda: questions.remove_image(folders, "fox", "fox_1.png"),
-        "captions": lambda: questions.set_captions(folders, "fox", {"fox_1.png": "x"}),
-        "add": lambda: questions.add_image(folders, "fox", file="x.png", temporary=sent(tmp_path, noise())),
+        "remove": lambda: dataset_changes.remove_dataset(folders, "fox"),
+        "image": lambda: dataset_changes.remove_image(folders, "fox", "fox_1.png"),
+        "captions": lambda: dataset_changes.set_captions(folders, "fox", {"fox_1.png": "x"}),
+        "add": lambda: dataset_changes.add_image(folders, "fox", file="x.png", temporary=sent(tmp_path, noise())),
     }
     for change in changes.values():
         with pytest.raises(OutputError, match="belongs to Lorasmith"):
@@ -311,7 +313,7 @@ def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Pat
     noise((300, 60)).save(dog / "wide.png")
     (dog / "broken.png").write_bytes(b"x")
     square = {"resolution": 32, "bucket_min": 32, "bucket_max": 32, "batch_size": 2}
-    found = questions.check_dataset(folders, "dog", model="lorasmith-tiny", settings=square)
+    found = dataset_check.check_dataset(folders, "dog", model="lorasmith-tiny", settings=square)
     kinds = {one.kind: one for one in found.findings}
     assert kinds["cut pictures"].files == ("wide.png",) and kinds["cut pictures"].severity == "warning"
     assert kinds["missing captions"].files == ("10.png", "wide.png")
@@ -327,18 +329,18 @@ def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Pat
 
 def test_a_trigger_stands_in_for_captions(folders: Folders, dog: Path) -> None:
     assert "missing captions" not in {
-        one.kind for one in questions.check_dataset(folders, "dog", trigger="sks dog").findings
+        one.kind for one in dataset_check.check_dataset(folders, "dog", trigger="sks dog").findings
     }
 
 
 def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> None:
-    questions.create_dataset(folders, "new")
-    empty = questions.check_dataset(folders, "new")
+    dataset_changes.create_dataset(folders, "new")
+    empty = dataset_check.check_dataset(folders, "new")
     assert empty.findings == () and empty.images == {}
     (folders.place("input") / "new" / "a.png").write_bytes(b"x")
-    (finding,) = questions.check_dataset(folders, "new").findings
+    (finding,) = dataset_check.check_dataset(folders, "new").findings
     assert finding.severity == "problem" and "holds no usable image" in finding.message
-    assert questions.check_dataset(folders, "new").skipped[0].file == "a.png"
+    assert dataset_check.check_dataset(folders, "new").skipped[0].file == "a.png"
 
 
 @pytest.mark.parametrize(
@@ -351,4 +353,4 @@ def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> Non
 )
 def test_settings_are_checked(folders: Folders, dog: Path, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionError, match=match):
-        questions.check_dataset(folders, "dog", settings=settings)
+        dataset_check.check_dataset(folders, "dog", settings=settings)

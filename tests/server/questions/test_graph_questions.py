@@ -84,6 +84,13 @@ def test_pictures_by_channel_and_format(folders: Folders, tmp_path: Path) -> Non
         questions.encoded_picture(folders, path=str(text))
 
 
+def test_a_picture_of_huge_sides_is_refused_by_its_header(folders: Folders, tmp_path: Path) -> None:
+    path = Path(saved(tmp_path / "a.png", size=(17_000, 2)))
+    path.write_bytes(path.read_bytes()[:60])  # whoever decoded it would say that it is cut short
+    with pytest.raises(DataError, match="sides of at most 16,384"):
+        questions.encoded_picture(folders, path=str(path))
+
+
 def test_a_picture_without_transparency_is_opaque(folders: Folders, tmp_path: Path) -> None:
     alpha = opened(questions.encoded_picture(folders, path=saved(tmp_path / "a.png", "RGB"), channel="a"))
     assert alpha.convert("RGBA").getpixel((0, 0)) == (0, 0, 0, 255)

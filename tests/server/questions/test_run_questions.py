@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.typed_json import typed
 from lorasmith.formats.hashes import sha256_file
 from lorasmith.server.questions import run_questions as questions
-from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions import run_results
+from lorasmith.server.questions.dataset_folders import UnknownFileError
 from lorasmith.server.questions.shaped_questions import plain
 from lorasmith.training.events import RunFinished, encoded
 from lorasmith.training.runs.history import read_history
@@ -114,7 +117,7 @@ def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> N
     ["", "runs", "runs/", "runs/..", "../runs/dog-001", "runs/../runs/dog-001", "runs/.x", "input/dog", "runs/gone"],
 )
 def test_what_is_no_run_is_unknown(installation: Folders, id: str) -> None:
-    for ask in (questions.run, questions.run_page, questions.run_graph, questions.install_run):
+    for ask in (questions.run, questions.run_page, questions.run_graph, run_results.install_run):
         with pytest.raises(UnknownFileError, match="there is no run"):
             ask(installation, id)
 
@@ -148,24 +151,32 @@ def test_the_page_is_made_from_the_records(installation: Folders, base: Path) ->
     assert "alert(1)" not in page and "<title>" in page
 
 
-def test_a_lora_is_copied_once_and_replaces_nothing(installation: Folders, base: Path) -> None:
+def test_a_lora_is_copied_once_and_replaces_nothing(
+    installation: Folders, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loras = base / "models" / "loras"
     loras.mkdir(parents=True)
     (loras / "dog.safetensors").write_bytes(b"mine")
-    assert questions.install_run(installation, RUN).installed == "dog-2.safetensors"
+    assert run_results.install_run(installation, RUN).installed == "dog-2.safetensors"
     assert (loras / "dog.safetensors").read_bytes() == b"mine"
     assert sha256_file(loras / "dog-2.safetensors") == sha256_file(base / RUN / "dog.safetensors")
-    again = questions.install_run(installation, RUN)
+    again = run_results.install_run(installation, RUN)
     assert (again.installed, again.was_there) == ("dog-2.safetensors", True)
     lora = questions.run(installation, RUN).lora
     assert lora is not None and lora.installed == "dog-2.safetensors"
-    assert questions.install_run(installation, RUN, step=2, name="../early").installed == "__early.safetensors"
+    assert run_results.install_run(installation, RUN, step=2, name="../early").installed == "__early.safetensors"
+
+    real = run_results._copy
+    monkeypatch.setattr(run_results, "_copy", lambda *paths: (time.sleep(0.2), real(*paths)))
+    with ThreadPoolExecutor() as threads:  # as the assistant answers
+        both = threads.map(lambda step: run_results.install_run(installation, RUN, step=step, name="x"), (2, 4))
+    assert {one.installed for one in both} == {"x.safetensors", "x-2.safetensors"}
     with pytest.raises(OptionError, match="has LoRAs of the steps 2, 4, got 3"):
-        questions.install_run(installation, RUN, step=3)
+        run_results.install_run(installation, RUN, step=3)
 
 
 def test_training_on_is_a_request_from_the_last_state(installation: Folders, base: Path) -> None:
-    given = typed(plain(questions.train_on_request(installation, RUN, steps=9)), RunFile)
+    given = typed(plain(run_results.train_on_request(installation, RUN, steps=9)), RunFile)
     assert given.model == "lorasmith-tiny" and given.settings["steps"] == 9 and given.settings["rank"] == 2
     source = given.source("lorasmith-tiny")
     assert source.data.trigger == "sks dog" and Path(source.folder) == base / "input" / "dog"
@@ -197,4 +208,4 @@ def test_what_cannot_be_trained_on_is_refused(installation: Folders, base: Path,
     change, steps, match = NOT_ON[case]
     change(base)
     with pytest.raises(LorasmithError, match=match):
-        questions.train_on_request(installation, RUN, steps=steps)
+        run_results.train_on_request(installation, RUN, steps=steps)

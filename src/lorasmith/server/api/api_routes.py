@@ -9,11 +9,11 @@ from aiohttp import web
 from lorasmith.core.printable import sentence
 from lorasmith.server.api.api_document import api_document
 from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
-from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, json_response, route_of
+from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
 from lorasmith.server.api.server_endpoints import SERVER_ENDPOINTS
-from lorasmith.server.api_shapes import ErrorAnswer, ErrorFacts
+from lorasmith.server.error_answers import error_response
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["ENDPOINTS", "routes"]
@@ -40,7 +40,5 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 async def _unknown(request: web.Request) -> web.Response:
     path = request.path.removeprefix(PREFIX)
-    facts = ErrorFacts(
-        kind="UnknownPathError", message=sentence(f"there is no {request.method} {path}; see {PREFIX}/openapi.json")
-    )
-    return json_response(ErrorAnswer(error=facts), 404)
+    said = sentence(f"there is no {request.method} {path}; see {PREFIX}/openapi.json")
+    return error_response(404, "UnknownPathError", said)

@@ -14,7 +14,6 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
-from lorasmith.server.api.served_files import file_response
 from lorasmith.server.api.uploads import add_files
 from lorasmith.server.api_shapes import (
     Caption,
@@ -27,6 +26,7 @@ from lorasmith.server.api_shapes import (
     RemovedAnswer,
     UploadAnswer,
 )
+from lorasmith.server.contained_files import send_file
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.config import TrainConfig
 
@@ -66,10 +66,10 @@ async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
     width = call.number("width", 0, most=_WIDTH)
     path = Path(await context.assistant.ask("picture_file", name=name, file=file))
     if not width:
-        return file_response(path)
+        return send_file(path)
     status = path.stat()
     tag = hashlib.sha256(f"{path} {status.st_mtime_ns} {status.st_size} {width}".encode()).hexdigest()[:32]
-    headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+    headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache"}
     if any(one.value == tag for one in call.request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
     content = await context.assistant.ask("thumbnail", name=name, file=file, width=width)
@@ -77,7 +77,7 @@ async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
 
 
 async def _check(context: ServerContext, call: Call) -> Any:
-    query = dict(call.request.query)
+    query = {name: text for name, text in call.request.query.items() if name != "token"}
     model, trigger = query.pop("model", None), query.pop("trigger", "")
     settings = {name: _value(name, text) for name, text in query.items()}
     return await context.assistant.ask(

@@ -1,50 +1,34 @@
 """One declaration per route of the API: method, path, body, answer and query, from which routes and document are made.
 
 A handler is an async function of the server's context and a `Call`; it returns a type of `shapes`, a JSON value, or a
-response of its own. Errors become `{"error": {"kind", "message"}}` with a fitting status, whatever raised them.
+response of its own. Errors are answered by `error_answers`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
 
-from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.server.api_shapes import ErrorAnswer, ErrorFacts
-from lorasmith.server.assistant import RefusedError
-from lorasmith.server.error_answers import status_of
+from lorasmith.server.request_parts import number_in, read_body
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PREFIX", "Call", "Endpoint", "Query", "TooLargeError", "TooManyError", "json_response", "route_of"]
+__all__ = ["PREFIX", "Call", "Endpoint", "Query", "json_response", "route_of"]
 
 PREFIX = "/lorasmith/v1"
 
 MOST_BODY_BYTES = 16 * 2**20
 """Of a JSON body: captions of 2,000 pictures are the longest."""
 
-_TOO_LARGE = f"a body must have at most {MOST_BODY_BYTES // 2**20} MiB; send less at once"
-
-_STATUS_OF_KIND = {"UnknownFileError": 404, "TakenNameError": 409, "TooManyError": 429, "TooLargeError": 413}
-"""Status by the kind of an error of this API, in the assistant or here; others are those of all doors."""
-
 T = TypeVar("T")
-
-
-class TooManyError(LorasmithError):
-    """There are too many streams or uploads at once."""
-
-
-class TooLargeError(LorasmithError):
-    """A body is too large."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +62,8 @@ class Call:
 
     def number(self, name: str, default: int, *, least: int = 0, most: int = 2**31) -> int:
         """A whole number of the address. Raises OptionError."""
-        text = self.request.query.get(name)
-        if text is None:
-            return default
-        if not text.isdecimal() or not least <= int(text[:12]) <= most:
-            raise OptionError(f"{name} must be a whole number between {least} and {most:,}, got {text[:40]!r}")
-        return int(text)
+        found = number_in(self.request, name, at_least=least, at_most=most)
+        return default if found is None else found
 
 
 Handler = Callable[[ServerContext, Call], Awaitable[Any]]
@@ -115,23 +95,19 @@ class Endpoint:
     query: Sequence[Query] = ()
     content: str = ""
     upload: bool = False
-    errors: Mapping[int, str] = field(default_factory=dict)
 
 
 def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
     """The route that serves an endpoint."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        try:
-            body = None if endpoint.body is None else await _body(request, endpoint.body)
-            answer = await endpoint.handler(context, Call(request, body))
-        except (web.HTTPException, asyncio.CancelledError, ConnectionError):
-            raise
-        except LorasmithError as error:
-            return _refused(error)
+        body = None if endpoint.body is None else await _body(request, endpoint.body)
+        answer = await endpoint.handler(context, Call(request, body))
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
-    return web.route(endpoint.method, PREFIX + endpoint.path, handle)
+    # A stream without a body would never be noticed to have no reader.
+    more = {"allow_head": False} if endpoint.content == "text/event-stream" else {}
+    return web.route(endpoint.method, PREFIX + endpoint.path, handle, **more)
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
@@ -148,29 +124,15 @@ def json_response(value: Any, status: int = 200) -> web.Response:
         status=status,
         content_type="application/json",
         charset="utf-8",
-        headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"},
+        headers={"Cache-Control": "no-store"},
     )
-
-
-def _refused(error: LorasmithError) -> web.Response:
-    kind, details = type(error).__name__, None
-    if isinstance(error, RefusedError):
-        kind, details = error.kind, error.details
-    facts = ErrorFacts(kind=kind, message=str(error), details=details)
-    return json_response(ErrorAnswer(error=facts), _STATUS_OF_KIND.get(kind) or status_of(error))
 
 
 async def _body(request: web.Request, kind: Any) -> Any:
     """The JSON body in a type, in which unknown names are refused. Raises OptionError."""
-    if request.content_length is not None and request.content_length > MOST_BODY_BYTES:
-        raise TooLargeError(_TOO_LARGE)
-    content = bytearray()
-    async for block in request.content.iter_chunked(2**16):
-        content += block
-        if len(content) > MOST_BODY_BYTES:
-            raise TooLargeError(_TOO_LARGE)
+    content = await read_body(request, at_most=MOST_BODY_BYTES)
     try:
-        found = parse_foreign_json(bytes(content)) if content else {}
+        found = parse_foreign_json(content) if content else {}
         if isinstance(found, dict) and dataclasses.is_dataclass(kind):
             _check_names(found, [one.name for one in dataclasses.fields(kind)])
         return typed(found, kind)

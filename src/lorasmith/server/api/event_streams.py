@@ -18,8 +18,9 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.server.api.endpoint import Call, TooManyError
+from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api.job_answers import job_answer, job_summary, queue_counts
+from lorasmith.server.error_answers import TooManyError
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.log_tail import LogTail
 from lorasmith.server.server_context import ServerContext
@@ -42,7 +43,7 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
     with context.hub.subscribe(kinds=("job", "queue")) as notices:
         async with _stream(call.request) as stream:
             await stream.send("queue", queue_counts(context))
-            for job in (*context.store.running(), *context.store.pending())[:_FIRST_JOBS]:
+            for job in context.store.active(_FIRST_JOBS):
                 await stream.send("job", job_summary(job))
             async for notice in _each(notices):
                 if notice is None:
@@ -137,7 +138,6 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-store",
                 "X-Accel-Buffering": "no",
-                "X-Content-Type-Options": "nosniff",
             }
         )
         await response.prepare(request)
@@ -154,25 +154,15 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
 
 async def _each(notices: Subscription, *, pause_s: float = _BEAT_S) -> AsyncIterator[Notice | None]:
     """The notices as they come; None after a pause without any. It ends with the subscription."""
-    following: asyncio.Task[Notice] | None = None
-    try:
-        while True:
-            following = following or asyncio.ensure_future(anext(notices))
-            done, _ = await asyncio.wait((following,), timeout=pause_s)
-            if not done:
-                yield None
-                continue
-            try:
-                notice = following.result()
-            except StopAsyncIteration:
-                return
-            following = None
-            yield notice
-    finally:
-        if following is not None:
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await following
+    while True:
+        notice = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                try:
+                    notice = await anext(notices)
+                except StopAsyncIteration:
+                    return
+        yield notice
 
 
 async def _tail(context: ServerContext, run: str | None, call: Call, *, is_begun: bool = True) -> LogTail | None:

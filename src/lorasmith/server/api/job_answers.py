@@ -14,9 +14,6 @@ from lorasmith.server.server_context import ServerContext
 __all__ = ["job_answer", "job_summary", "queue_counts"]
 
 _TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
-_SUMMARY = (
-    "id", "kind", "state", "number", "created", "started", "ended", "error", "run", "attempts", "name", "model"
-)  # fmt: skip
 _LARGE = ("prompt", "workflow", "extra_data")
 """Parts of a graph's request that lists leave out."""
 
@@ -38,21 +35,9 @@ def job_answer(job: Job, *, with_graph: bool = True) -> dict[str, Any]:
 def job_summary(job: Job | Mapping[str, Any]) -> dict[str, Any]:
     """A job without its request and outputs; of a notice about one, what that says."""
     found = job.summary() if isinstance(job, Job) else job
-    names = (
-        "id",
-        "kind",
-        "state",
-        "number",
-        "created",
-        "started",
-        "ended",
-        "error",
-        "run",
-        "attempts",
-        "name",
-        "model",
-    )
-    facts = {name: found.get(name) for name in names}
+    if found.get("removed"):
+        return dict(found)
+    facts = {name: value for name, value in found.items() if name != "client_id"}  # which is that of ComfyUI's protocol
     facts["title"] = facts["name"] or _TITLES.get(str(facts["kind"]), "Job")
     if isinstance(job, Job):
         facts["error"] = None if job.error is None else dict(job.error)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
+from lorasmith.server.access import is_loopback
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api.event_streams import all_events, job_events
 from lorasmith.server.api.job_answers import job_answer
@@ -24,9 +24,9 @@ from lorasmith.server.api_shapes import (
     PlanBody,
     RemovedJob,
 )
-from lorasmith.server.jobs import ENDED, STATES, Job, JobState, JobStateError
+from lorasmith.server.contained_files import OutsideError, contained
+from lorasmith.server.jobs import ACTIVE, ENDED, STATES, Job, JobState, JobStateError
 from lorasmith.server.measurements import measurement_subject
-from lorasmith.server.server_config import LOOPBACK
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["JOB_ENDPOINTS"]
@@ -68,13 +68,12 @@ async def _measure(context: ServerContext, call: Call) -> Any:
 async def _jobs(context: ServerContext, call: Call) -> Any:
     states = _states(call.text("states"))
     limit, offset = call.number("limit", 100, least=1, most=_MOST_LISTED), call.number("offset", 0)
-    active = [*context.store.running(), *context.store.pending()]
-    jobs = [job for job in active if job.state in states]
+    active, ended = ([one for one in kinds if one in states] for kinds in (ACTIVE, ENDED))
     counts = context.store.counts()
-    ended = [state for state in ENDED if state in states]
-    shown = jobs[offset : offset + limit]
-    if ended and len(shown) < limit:
-        shown += context.store.ended(limit - len(shown), max(0, offset - len(jobs)), ended)
+    shown = context.store.active(limit, offset, active)
+    if len(shown) < limit:
+        before = sum(counts[state] for state in active)
+        shown += context.store.ended(limit - len(shown), max(0, offset - before), ended)
     answers = tuple(job_answer(job, with_graph=False) for job in shown)
     return {"jobs": answers, "total": sum(counts[state] for state in states)}
 
@@ -123,17 +122,13 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
 
 def _check_folder(context: ServerContext, body: DatasetSource) -> None:
     """Raise OptionError for a folder outside of the base folder where others than who sits here may ask."""
-    if body.folder is None or context.config.host in (LOOPBACK, "::1", "localhost"):
+    config = context.config
+    if body.folder is None or (is_loopback(config.host) and not config.names):
         return
-    base = context.config.base.resolve()
     try:
-        is_inside = (base / body.folder).resolve().is_relative_to(base)
-    except (OSError, RuntimeError, ValueError):
-        is_inside = False
-    if not is_inside:
-        raise OptionError(
-            f"a folder must be below the server's base folder, got {Path(body.folder).name!r}; make it a dataset"
-        )
+        contained(config.base, body.folder)
+    except OutsideError as error:
+        raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
 
 
 def _states(text: str) -> tuple[JobState, ...]:

@@ -10,8 +10,8 @@ from aiohttp import web
 from lorasmith.server.api.endpoint import Call, Endpoint, Query, json_response
 from lorasmith.server.api.event_streams import run_events
 from lorasmith.server.api.job_answers import job_answer
-from lorasmith.server.api.served_files import file_response, page_response
 from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, RunAnswer, RunList, TrainOnBody
+from lorasmith.server.contained_files import UNTRUSTED, send_file
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["RUN_ENDPOINTS"]
@@ -31,11 +31,17 @@ async def _run(context: ServerContext, call: Call) -> Any:
 
 
 async def _file(context: ServerContext, call: Call) -> web.StreamResponse:
-    return file_response(Path(await context.assistant.ask("run_file", id=call.path("id"), path=call.path("path"))))
+    return send_file(Path(await context.assistant.ask("run_file", id=call.path("id"), path=call.path("path"))))
 
 
 async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
-    return page_response(await context.assistant.ask("run_page", id=call.path("id")))
+    page = await context.assistant.ask("run_page", id=call.path("id"))
+    # A page of ours about data of others: no scripts, no network, and an origin of its own.
+    headers = {
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": f"{UNTRUSTED}; style-src 'unsafe-inline'; img-src data:",
+    }
+    return web.Response(body=page, content_type="text/html", charset="utf-8", headers=headers)
 
 
 async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:

@@ -7,10 +7,6 @@ is there.
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,12 +16,14 @@ from aiohttp import BodyPartReader, web
 from aiohttp.multipart import MultipartReader
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
-from lorasmith.server.api.endpoint import Call, TooLargeError, TooManyError
+from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api_shapes import SkippedFile, UploadAnswer
 from lorasmith.server.assistant import RefusedError
+from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.server_context import ServerContext
+from lorasmith.server.upload_folder import upload_folder
 
-__all__ = ["MOST_FILES", "MOST_FILE_BYTES", "MOST_REQUEST_BYTES", "MOST_UPLOADS", "add_files"]
+__all__ = ["MOST_FILES", "MOST_FILE_BYTES", "MOST_REQUEST_BYTES", "add_files"]
 
 MOST_FILE_BYTES = 100 * 2**20
 """Of a picture."""
@@ -35,15 +33,8 @@ MOST_REQUEST_BYTES = 20 * 2**30
 """Of all files of a request."""
 MOST_FILES = 4000
 """Of a request, captions included."""
-MOST_UPLOADS = 16
-"""Requests at once."""
-SPARE_BYTES = 2**30
-"""Of the disk that uploads leave free."""
-
 _BLOCK = 2**18
 _TEXTS = (".txt", ".caption")
-_OLD_S = 24 * 3600
-_open: set[object] = set()
 
 
 @dataclass
@@ -72,7 +63,7 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
         raise OptionError("files are sent as multipart/form-data; send them as a form")
     await context.assistant.ask("check_changes", name=name)  # before anything is received
     received = _Received()
-    async with _place(context.config.folder) as folder:
+    with upload_folder(context.config.base) as folder:
         async for sent, path, fault in _files(call.request, folder):
             file = PurePosixPath(sent.replace("\\", "/"))
             if fault:
@@ -160,31 +151,3 @@ async def _received(part: BodyPartReader, path: Path, most: int) -> tuple[int, b
     if size > most:
         path.unlink(missing_ok=True)
     return size, size <= most
-
-
-@contextlib.asynccontextmanager
-async def _place(folder: Path) -> AsyncIterator[Path]:
-    """A folder for the files of a request, which is removed afterwards. Raises TooManyError, OutputError."""
-    if len(_open) >= MOST_UPLOADS:
-        raise TooManyError(f"there must be at most {MOST_UPLOADS} uploads at once; wait for the others")
-    key = object()
-    _open.add(key)
-    try:
-        with _new_folder(folder / "uploads") as place:
-            yield Path(place)
-    finally:
-        _open.discard(key)
-
-
-def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder for the files of a request. Raises OutputError."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(parent).free < SPARE_BYTES:
-            raise OutputError(f"the disk of {parent} has less than {SPARE_BYTES // 2**30} GiB left; free some space")
-        for left in parent.iterdir():  # by a server that was killed
-            if left.stat().st_mtime < time.time() - _OLD_S:
-                shutil.rmtree(left, ignore_errors=True)
-        return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise OutputError(f"uploads cannot be written to {parent} ({error.strerror}); check its permissions") from error

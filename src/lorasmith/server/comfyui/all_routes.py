@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from lorasmith.server.access import MAX_UPLOAD_BYTES
 from lorasmith.server.comfyui.editor_files import EditorFiles, editor_package
 from lorasmith.server.comfyui.file_routes import FileRoutes
 from lorasmith.server.comfyui.model_routes import ModelRoutes
@@ -17,6 +16,7 @@ from lorasmith.server.comfyui.queue_routes import QueueRoutes
 from lorasmith.server.comfyui.system_routes import SystemRoutes
 from lorasmith.server.comfyui.user_files import UserFiles
 from lorasmith.server.comfyui.websocket import Sockets, features
+from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["PREFIXES", "routes"]

@@ -8,13 +8,12 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.core.errors import LorasmithError, OutputError
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.access import MAX_JSON_BYTES
-from lorasmith.server.contained_files import OutsideError
 from lorasmith.server.error_answers import status_of
+from lorasmith.server.request_parts import read_body
 
-__all__ = ["answering", "number_in", "read_body", "read_json", "refused", "table"]
+__all__ = ["answering", "read_json", "refused", "table"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -25,14 +24,14 @@ def refused(status: int, message: str) -> web.Response:
 
 
 def answering(handler: Handler) -> Handler:
-    """`handler` with the errors of users as answers: 400 for what they sent, 403 for names that leave their folders."""
+    """`handler` with the errors of users as answers."""
 
     @functools.wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
         except LorasmithError as error:
-            return refused(_status(error), str(error))
+            return refused(status_of(error), str(error))
 
     return answer
 
@@ -40,18 +39,6 @@ def answering(handler: Handler) -> Handler:
 def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
     """Routes as (method, path, handler), each with `answering`."""
     return [web.route(method, path, answering(handler)) for method, path, handler in routes]
-
-
-async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> bytes:
-    """The body of a request. Raises HTTPRequestEntityTooLarge beyond `at_most` bytes."""
-    if (request.content_length or 0) > at_most:
-        raise web.HTTPRequestEntityTooLarge(at_most, request.content_length or 0)
-    content = bytearray()
-    async for chunk in request.content.iter_any():
-        content += chunk
-        if len(content) > at_most:
-            raise web.HTTPRequestEntityTooLarge(at_most, len(content))
-    return bytes(content)
 
 
 async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
@@ -63,7 +50,7 @@ async def read_json(request: web.Request, *, kind: type | None = None, empty: An
         empty: value of an empty body, which is refused by default.
 
     Raises:
-        web.HTTPBadRequest: it is not JSON, or not of that kind.
+        OptionError: it is not JSON, or not of that kind.
     """
     body = await read_body(request)
     if not body.strip() and empty is not ...:
@@ -71,42 +58,10 @@ async def read_json(request: web.Request, *, kind: type | None = None, empty: An
     try:
         value = parse_foreign_json(body)
     except ValueError as error:
-        raise _bad_request(f"the body must be JSON, but it {error}") from error
+        raise OptionError(f"the body must be JSON, but it {error}") from error
     if kind is not None and not isinstance(value, kind):
-        raise _bad_request(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
+        raise OptionError(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
     return value
-
-
-def number_in(request: web.Request, name: str, *, default: int | None = None, at_least: int = 0) -> int | None:
-    """A whole number in the query of a request. Raises HTTPBadRequest where it is none.
-
-    Args:
-        request: the request.
-        name: in the query.
-        default: where it is missing.
-        at_least: least number.
-    """
-    text = request.query.get(name)
-    if text is None or text == "":
-        return default
-    try:
-        number = int(text[:20])
-    except ValueError:
-        raise _bad_request(f"{name} must be a whole number, got {text[:40]!r}") from None
-    if number < at_least:
-        raise _bad_request(f"{name} must be at least {at_least}, got {number}")
-    return number
-
-
-def _status(error: LorasmithError) -> int:
-    if isinstance(error, OutsideError):
-        return 403
-    is_full = isinstance(error, OutputError) and "disk is full" in str(error)
-    return 507 if is_full else status_of(error)
-
-
-def _bad_request(message: str) -> web.HTTPBadRequest:
-    return web.HTTPBadRequest(text=web.json_response({"error": message}).text, content_type="application/json")
 
 
 _NAMES: dict[type, str] = {dict: "an object", list: "a list"}

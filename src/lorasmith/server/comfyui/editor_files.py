@@ -8,6 +8,7 @@ declarations of nodes.
 from __future__ import annotations
 
 import importlib.util
+import mimetypes
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,10 +17,28 @@ from aiohttp import web
 from lorasmith.core.files import is_regular
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import find_contained, send_own_file
+from lorasmith.server.contained_files import find_contained
 from lorasmith.server.editor_templates import template_file
 
-__all__ = ["EditorFiles", "editor_package"]
+__all__ = ["EDITOR_POLICY", "EditorFiles", "editor_package", "send_editor_file"]
+
+EDITOR_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "frame-ancestors 'none'",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+    )
+)
+"""What ComfyUI's editor may load: nothing from elsewhere. It compiles code, and has scripts in its page."""
 
 OUR_FILES = Path(__file__).parents[1] / "editor"
 """The folder of our own extensions."""
@@ -32,6 +51,18 @@ def editor_package() -> Path | None:
         return None
     folder = Path(next(iter(found.submodule_search_locations))) / "static"
     return folder if is_regular(folder / "index.html") else None
+
+
+def send_editor_file(path: Path, *, cache: str = "no-cache") -> web.FileResponse:
+    """The answer that sends a file of the installation, which unlike those of users may be a script or a page.
+
+    Args:
+        path: the file.
+        cache: value of `Cache-Control`.
+    """
+    kind = _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    headers = {"Content-Type": kind, "Cache-Control": cache, "Content-Security-Policy": EDITOR_POLICY}
+    return web.FileResponse(path, headers=headers)
 
 
 class EditorFiles:
@@ -86,4 +117,18 @@ class EditorFiles:
 
 
 def _sent(path: Path | None) -> web.StreamResponse:
-    return refused(404, "there is no such file") if path is None else send_own_file(path)
+    return refused(404, "there is no such file") if path is None else send_editor_file(path)
+
+
+_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".ico": "image/x-icon",
+    ".js": "text/javascript",
+    ".json": "application/json",
+    ".mjs": "text/javascript",
+    ".wasm": "application/wasm",
+    ".webp": "image/webp",
+    ".woff2": "font/woff2",
+}
+"""Of files that browsers refuse under another type, which systems' tables may give them."""

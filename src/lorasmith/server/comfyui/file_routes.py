@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import json
 import os
 import re
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 from aiohttp import web
 
-from lorasmith.core.errors import OutputError
+from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import ensure_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
-from lorasmith.server.access import MAX_UPLOAD_BYTES
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import contained, find_contained, safe_name, send_file, written
+from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file, written
+from lorasmith.server.error_answers import TooLargeError
+from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
+from lorasmith.server.upload_folder import upload_folder
 
 __all__ = ["FileRoutes", "place_folders"]
 
 _PLACES = ("input", "output", "temp")
-_ANNOTATED = re.compile(r"(.*?)\s*\[(input|output|temp)\]", re.DOTALL)
+_ANNOTATED = re.compile(r"(.*)\[(input|output|temp)\]", re.DOTALL)
 _MOST_FIELDS, _LONGEST_FIELD = 20, 20_000
 _MOST_COPIES = 10_000
 
@@ -77,48 +79,43 @@ class FileRoutes:
             format=kind,
             quality=quality,
         )
-        headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-cache"}
+        headers = {"Content-Security-Policy": UNTRUSTED, "Cache-Control": "no-cache"}
         return web.Response(body=content, content_type=f"image/{kind}", headers=headers)
 
     def _existing(self, name: str, subfolder: str, place: str | None) -> Path | None:
-        """The file that a reference names; None if there is none. Raises OutsideError and HTTPBadRequest."""
+        """The file that a reference names; None if there is none. Raises OutsideError and OptionError."""
         if (match := _ANNOTATED.fullmatch(name)) is not None:
-            name, place = match[1], match[2]
+            name, place = match[1].rstrip(), match[2]
         if not name:
-            raise _bad("filename must name a file, got none")
+            raise OptionError("filename must name a file, got none")
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-            raise _bad("filename must stay inside its folder; use a relative name")
+            raise OptionError("filename must stay inside its folder; use a relative name")
         return find_contained(place_folders(self._folders, _place(place, "output")), subfolder, name)
 
     async def _upload(self, request: web.Request) -> web.Response:
-        with tempfile.TemporaryDirectory(dir=self._incoming()) as folder:
-            form = await self._received(request, Path(folder))
+        with upload_folder(self._folders.base) as folder:
+            form = await self._received(request, folder)
             return await self._store(form, form.file)
 
     async def _upload_mask(self, request: web.Request) -> web.Response:
-        with tempfile.TemporaryDirectory(dir=self._incoming()) as folder:
-            form = await self._received(request, Path(folder))
+        with upload_folder(self._folders.base) as folder:
+            form = await self._received(request, folder)
             try:
-                reference = json.loads(form.values.get("original_ref", ""))
-                name, subfolder = (str(reference.get(key) or "") for key in ("filename", "subfolder"))
-                original = self._existing(name, subfolder, reference.get("type"))
-            except (ValueError, AttributeError, RecursionError):
-                raise _bad("original_ref must be an object with the filename of a picture") from None
+                reference = parse_foreign_json(form.values.get("original_ref", ""))
+                original = self._existing(*(str(reference.get(key) or "") for key in ("filename", "subfolder", "type")))
+            except (ValueError, AttributeError):
+                raise OptionError("original_ref must be an object with the filename of a picture") from None
             if original is None:
                 return refused(404, "there is no such original picture")
-            masked = Path(folder) / "masked.png"
+            masked = folder / "masked.png"
             content = await self._assistant.ask("masked_picture", original=str(original), mask=str(form.file))
             await asyncio.to_thread(masked.write_bytes, content)
             return await self._store(form, masked)
 
-    def _incoming(self) -> Path:
-        """Where uploads arrive: beside the places, so that they can be moved there."""
-        return ensure_folder(self._folders.base / "user" / "lorasmith" / "incoming")
-
     async def _received(self, request: web.Request, folder: Path) -> _Form:
         """The fields of a form, its file written into `folder`."""
         if not request.content_type.startswith("multipart/"):
-            raise _bad("an upload must be a form (multipart/form-data) with a file named image")
+            raise OptionError("an upload must be a form (multipart/form-data) with a file named image")
         values: dict[str, str] = {}
         file: Path | None = None
         name = ""
@@ -129,20 +126,20 @@ class FileRoutes:
                 if part is None:
                     break
                 if not isinstance(part, aiohttp.BodyPartReader):
-                    raise _bad("an upload must be one form, without another inside")
+                    raise OptionError("an upload must be one form, without another inside")
                 if part.name == "image" and file is None:
-                    name = safe_name(part.filename or "")
+                    name = checked_name(part.filename or "")
                     file = folder / "file"
                     await written(_chunks(part), file, at_most=self._most_bytes)
                 else:
                     values[str(part.name)] = (await _limited(part)).decode(errors="replace")
         except (ValueError, AssertionError, aiohttp.ClientError) as error:
-            raise _bad("the form cannot be read; send it as multipart/form-data") from error
+            raise OptionError("the form cannot be read; send it as multipart/form-data") from error
         except OSError as error:
             full = "the disk is full; free some space" if error.errno == 28 else error.strerror
             raise OutputError(f"the upload was not written, {full}") from error
         if file is None:
-            raise _bad("an upload must have a file named image")
+            raise OptionError("an upload must have a file named image")
         return _Form(values, file, name)
 
     async def _store(self, form: _Form, content: Path) -> web.Response:
@@ -183,7 +180,7 @@ def _place(name: str | None, default: str) -> str:
     if name is None or name == "":
         return default
     if name not in _PLACES:
-        raise _bad(f"type must be one of {', '.join(_PLACES)}, got {name[:40]!r}")
+        raise OptionError(f"type must be one of {', '.join(_PLACES)}, got {name[:40]!r}")
     return name
 
 
@@ -206,7 +203,7 @@ async def _limited(part: aiohttp.BodyPartReader) -> bytes:
     while chunk := await part.read_chunk():
         content += chunk
         if len(content) > _LONGEST_FIELD:
-            raise web.HTTPRequestEntityTooLarge(_LONGEST_FIELD, len(content))
+            raise TooLargeError(f"a field of a form must have at most {_LONGEST_FIELD:,} bytes; send less")
     return content
 
 
@@ -235,9 +232,9 @@ def _digest(path: Path) -> bytes:
 def _newest_first(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file()]
-    return [entry.name for entry in sorted(entries, key=lambda entry: -entry.stat().st_mtime)]
-
-
-def _bad(message: str) -> web.HTTPBadRequest:
-    return web.HTTPBadRequest(text=json.dumps({"error": message}), content_type="application/json")
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):  # a link to itself, or a file that has gone since
+            if not entry.name.startswith(".") and entry.is_file():
+                found.append((-entry.stat().st_mtime, entry.name))
+    return [name for _, name in sorted(found)]

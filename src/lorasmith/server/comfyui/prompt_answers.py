@@ -14,12 +14,13 @@ from typing import Any
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
+from lorasmith.server.graph_ends import error_entry
 from lorasmith.workflow.graph import Examination, Finding, examine
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.object_info import object_info
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_title
 
-__all__ = ["PromptAnswer", "answer_to", "error_entry"]
+__all__ = ["PromptAnswer", "answer_to"]
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,6 @@ class PromptAnswer:
     error: dict[str, Any] | None = None
     node_errors: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-
-def error_entry(kind: str, message: str, details: str = "", **extra_info: Any) -> dict[str, Any]:
-    """An error in the protocol's form.
-
-    Args:
-        kind: its name in the protocol.
-        message: one sentence.
-        details: what it is about.
-        **extra_info: facts for programs.
-    """
-    return {"type": kind, "message": message, "details": details, "extra_info": extra_info}
 
 
 def answer_to(

@@ -14,11 +14,10 @@ from aiohttp import web
 
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.answers import read_json, table
-from lorasmith.server.comfyui.prompt_answers import error_entry
 from lorasmith.server.comfyui.websocket import Sockets
+from lorasmith.server.graph_ends import error_entry
 from lorasmith.server.jobs import DuplicateJobError, QueueFullError
 from lorasmith.server.server_context import ServerContext
-from lorasmith.workflow.editor_graph import is_editor_format
 
 __all__ = ["PromptRoutes"]
 
@@ -61,6 +60,8 @@ class PromptRoutes:
         return web.json_response(await self._prompt_of(inner if isinstance(inner, dict) else workflow))
 
     async def _queue_prompt(self, request: web.Request) -> web.Response:
+        from lorasmith.workflow.editor_graph import is_editor_format  # not before the page is there
+
         body = await read_json(request, kind=dict)
         fault = _fault_of(body)
         if fault is not None:

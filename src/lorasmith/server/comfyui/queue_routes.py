@@ -13,9 +13,11 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.server.comfyui.answers import number_in, read_json, refused, table
+from lorasmith.core.errors import OptionError
+from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.comfyui.job_views import STATES_OF_STATUS, history_entry, job_detail, job_summary, queue_entry
 from lorasmith.server.jobs import ENDED, JobLine, JobStore
+from lorasmith.server.request_parts import number_in
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["QueueRoutes"]
@@ -54,11 +56,13 @@ class QueueRoutes:
 
     async def _change_queue(self, request: web.Request) -> web.Response:
         body = await read_json(request, kind=dict)
-        ids = _ids_in(body)
-        if body.get("clear"):
-            ids += [line.id for line in self._store.lines(["pending"]) if line.kind == "graph"]
-        for id in dict.fromkeys(ids):
-            self._dequeue(id)
+        ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
+        waiting = [one for one in self._store.lines(["pending"]) if one.id in ids or (is_all and one.kind == "graph")]
+        # A graph leaves no entry, as in ComfyUI; all of them at once, as there may be thousands.
+        self._dispatcher.remove([one.id for one in waiting if one.kind == "graph"])
+        for one in waiting:
+            if one.kind != "graph":
+                self._dispatcher.cancel(one.id)
         return web.Response()
 
     async def _history(self, request: web.Request) -> web.Response:
@@ -83,12 +87,9 @@ class QueueRoutes:
 
     async def _change_history(self, request: web.Request) -> web.Response:
         body = await read_json(request, kind=dict)
-        ended = set(_ids_in(body))
-        if body.get("clear"):
-            ended |= {line.id for line in self._ended_graphs()}
-        self._dispatcher.remove(
-            [id for id in ended if (job := self._store.find(id)) is not None and job.state in ENDED]
-        )
+        ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
+        ended = [one for one in self._store.lines(ENDED) if one.id in ids or (is_all and one.kind == "graph")]
+        self._dispatcher.remove([one.id for one in ended])
         return web.Response()
 
     async def _jobs(self, request: web.Request) -> web.Response:
@@ -148,14 +149,6 @@ class QueueRoutes:
         self._dispatcher.free(unload_models=models, free_memory=memory)
         return web.Response()
 
-    def _dequeue(self, id: str) -> None:
-        """Give up a waiting job; a graph leaves no entry, as in ComfyUI. One that runs stays."""
-        job = self._store.find(id)
-        if job is not None and job.state == "pending":
-            self._dispatcher.cancel(id)
-            if job.kind == "graph":
-                self._dispatcher.remove([id])
-
     def _cancel(self, id: str) -> bool:
         job = self._store.find(id)
         return job is not None and job.state in ("pending", "running") and self._dispatcher.cancel(id)
@@ -164,7 +157,7 @@ class QueueRoutes:
 def _ids_in(body: dict[str, Any]) -> list[str]:
     ids = body.get("delete", [])
     if not isinstance(ids, list):
-        raise web.HTTPBadRequest(text='{"error": "delete must be a list of ids"}', content_type="application/json")
+        raise OptionError("delete must be a list of ids")
     return [id for id in ids if isinstance(id, str)]
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.server.access import MAX_UPLOAD_BYTES
 from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.comfyui.messages import TERMINAL_SIZE, log_entry
 from lorasmith.server.comfyui.model_routes import ModelRoutes
 from lorasmith.server.comfyui.websocket import Sockets, features
+from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["PROTOCOL_VERSION", "SystemRoutes"]

@@ -16,9 +16,10 @@ from aiohttp import web
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder, is_folder, is_regular, read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.access import MAX_JSON_BYTES
-from lorasmith.server.comfyui.answers import read_body, read_json, refused, table
+from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.contained_files import OutsideError, contained, send_file
+from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
+from lorasmith.server.server_config import REMOVED
 
 __all__ = ["FIRST_SETTINGS", "UserFiles"]
 
@@ -35,7 +36,7 @@ class UserFiles:
 
     def __init__(self, base: Path) -> None:
         self._folder = base / "user" / "default"
-        self._removed = base / "user" / "lorasmith" / "removed"
+        self._removed = base / REMOVED
         self._writing = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:

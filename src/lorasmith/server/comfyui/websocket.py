@@ -14,7 +14,7 @@ from aiohttp import web
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.comfyui.messages import Client, Frame, Progress, ending_frames, final_frames, frames_of, message
 from lorasmith.server.hub import Notice, Subscription
-from lorasmith.server.jobs import ENDED, UnknownJobError
+from lorasmith.server.jobs import ENDED, StoreError, UnknownJobError
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["FEATURES", "Sockets", "features"]
@@ -87,7 +87,9 @@ class Sockets:
     def _observe(self, notice: Notice) -> bool:
         self._progress.observe(notice)
         if notice.job_id is not None and notice.data.get("event") == "ExecutionStarted":
-            job = self._context.store.find(notice.job_id)
+            job = None
+            with contextlib.suppress(StoreError):  # a preview too many, instead of a worker that is ended for a bug
+                job = self._context.store.find(notice.job_id)
             extra = {} if job is None else job.request.get("extra_data") or {}
             self._progress.of(notice.job_id).has_previews = extra.get("preview_method") != "none"
         return False
@@ -119,7 +121,7 @@ class Sockets:
             # The client has connected again, has left too much unread, or the server ends.
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await connection.socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
-        except (ConnectionError, TimeoutError, aiohttp.ClientError):
+        except (ConnectionError, TimeoutError, aiohttp.ClientError, StoreError):
             # One that does not read would not answer a closing frame either; this ends the receiving side.
             if connection.transport is not None:
                 connection.transport.abort()

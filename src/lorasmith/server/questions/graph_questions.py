@@ -138,12 +138,12 @@ def masked_picture(folders: Folders, *, original: str, mask: str) -> bytes:
 
 def _pixels(path: Path) -> Any:
     """The picture of a file with its transparency. Raises DataError for what is none."""
-    from lorasmith.data.image_files import open_original
+    from lorasmith.data.image_files import header_size, open_original
 
-    image, _ = open_original(path)
-    if max(image.size) > _LONGEST_SIDE:
-        raise DataError(f"a picture must have sides of at most {_LONGEST_SIDE:,} pixels, got {image.size}; scale it")
-    return image
+    size = header_size(path)
+    if max(size) > _LONGEST_SIDE:
+        raise DataError(f"a picture must have sides of at most {_LONGEST_SIDE:,} pixels, got {size}; scale it")
+    return open_original(path)[0]
 
 
 def _transparency(image: Any) -> Any:

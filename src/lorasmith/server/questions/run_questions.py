@@ -1,37 +1,25 @@
-"""Questions about runs: all runs below the base folder, one run with all that its report says, and what is made of it.
-
-Runs are folders in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id
-is its folder relative to the base folder, such as `runs/dog-001`. Numbers and sentences are those of the report.
-"""
+"""Questions about runs: their list, and one run with all that its report says."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
-from lorasmith.app.folder_source import FolderSource, changed
-from lorasmith.app.recorded_run import Rights, repeated
+from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.app.run_page import is_own, lora_of_run, report_of, validations_of
-from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
-from lorasmith.core.files import atomic_path, ensure_folder, is_regular
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.files import is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import options_of
-from lorasmith.core.safe_names import safe_name
-from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import sha256_file
-from lorasmith.formats.metadata import steps_of
 from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.server.api_shapes import (
-    InstalledLora,
     LoraFacts,
     PreviewFacts,
     RunAnswer,
@@ -41,13 +29,19 @@ from lorasmith.server.api_shapes import (
     RunRow,
     RunSetting,
     RunState,
-    SavedLora,
     SkippedFile,
     ValidationFacts,
 )
 from lorasmith.server.log_tail import end_of_log
-from lorasmith.server.questions.dataset_questions import UnknownFileError
-from lorasmith.server.questions.plan_questions import check_steps
+from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
+from lorasmith.server.questions.run_folders import (
+    all_runs,
+    digest_of,
+    is_trainable_on,
+    run_folder_of,
+    saves_of,
+    stamp_of,
+)
 from lorasmith.server.questions.run_graph import graph_of_run
 from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import TrainConfig
@@ -57,19 +51,13 @@ from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
 __all__ = [
-    "install_run",
     "run",
     "run_file",
-    "run_folder_of",
     "run_graph",
     "run_log",
     "run_page",
     "runs",
-    "train_on_request",
 ]
-
-PLACES = ("runs", "output/runs")
-"""Parents of runs, relative to the base folder."""
 
 _POINTS, _FILES = 2000, 2000
 
@@ -83,7 +71,7 @@ def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
         jobs: the jobs that run now, by the id of their run.
     """
     rows, damaged = [], []
-    for id, folder in _all(folders):
+    for id, folder in all_runs(folders):
         try:
             rows.append(_row(id, folder, jobs or {}))
         except LorasmithError as error:
@@ -116,7 +104,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
     rates = [(step, rate) for step, rate in enumerate(report.curves.rates, 1) if math.isfinite(rate)]
     validations = validations_of(history)
     best = min((one for one in validations if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
-    saves = list(_saves(folder, record))
+    saves = list(saves_of(folder, record))
     return RunAnswer(
         **vars(row),
         status=report.status,
@@ -160,7 +148,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         commands=dict(report.commands),
         files=tuple(_files(folder)),
         folder=str(folder),
-        is_trainable_on=_is_trainable_on(history),
+        is_trainable_on=is_trainable_on(history),
         last_event=last_event,
         dataset=_dataset(folders, record),
     )
@@ -179,11 +167,8 @@ def run_file(folders: Folders, id: str, path: str) -> str:
         UnknownFileError: there is no such run or file.
     """
     folder = run_folder_of(folders, id)
-    parts = path.split("/")
-    if not path or any(part in ("", ".", "..") or set(part) & set("\\\x00:") for part in parts):
-        raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
-    found = folder.joinpath(*parts)
-    if not is_regular(found) or not is_own(found, folder) or any(part.startswith(".") for part in parts):
+    found = folder / path
+    if not all(map(is_name, path.split("/"))) or not is_regular(found) or not is_own(found, folder):
         raise UnknownFileError(f"there is no file {path!r} in {id}; choose one of its list")
     return str(found.resolve())
 
@@ -221,131 +206,8 @@ def run_graph(folders: Folders, id: str) -> dict[str, Any]:
     return {"prompt": prompt, "notes": notes}
 
 
-@shaped
-def install_run(folders: Folders, id: str, *, step: int | None = None, name: str = "") -> InstalledLora:
-    """Copy a LoRA of a run into `models/loras`, where other programs look for it; nothing there is replaced.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        step: after which it was saved; None for the LoRA of the run.
-        name: of the copy; that of the LoRA if it is empty.
-
-    Raises:
-        UnknownFileError: there is no such run.
-        OptionError: no LoRA was saved, or none of this step.
-        OutputError: the copy cannot be written.
-    """
-    folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    lora = _lora_at(history, step)
-    target = folders.base / "models" / "loras"
-    stem = safe_name(name.strip().removesuffix(".safetensors") or lora.stem)
-    for number in range(1, 10_000):
-        copy = target / f"{stem if number == 1 else f'{stem}-{number}'}.safetensors"
-        if not copy.exists():
-            break
-        if copy.stat().st_size == lora.stat().st_size and _digest(copy) == _digest(lora):
-            return InstalledLora(installed=copy.name, was_there=True)
-    _copy(lora, copy)
-    picture = lora.with_suffix(".png")
-    if is_own(picture, folder) and not copy.with_suffix(".png").exists():
-        _copy(picture, copy.with_suffix(".png"))
-    return InstalledLora(installed=copy.name)
-
-
-@shaped
-def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]:
-    """The request of a job that trains on from the end of a run: a `RunFile` as JSON.
-
-    The run's record may name files below the base folder and in the model folders alone.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        steps: of the longer run, those of the run included.
-
-    Raises:
-        UnknownFileError: there is no such run.
-        OptionError: it is not complete, has no run state, was not on a folder, or names more than it may.
-    """
-    check_steps(steps)
-    folder = run_folder_of(folders, id)
-    history = read_history(folder)
-    record = history.record
-    if record.source.get("command") != "train":
-        raise OptionError(f"{id} was not trained on a folder; change the steps in its graph or script instead")
-    if not _is_trainable_on(history):
-        raise OptionError(f"{id} is not complete, or has no run state to start from; continue it first")
-    before = record.config.get("steps")
-    if isinstance(before, int) and steps <= before:
-        raise OptionError(f"steps must be more than the {before:,} of the run, got {steps:,}; add some")
-    try:
-        mine = FolderSource.from_record(record.source)
-        given = {
-            "model": mine.model if _is_model(folders, mine.model) else None,
-            "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
-            "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
-        }
-        source, config = repeated(record, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise TrainingError(
-            f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"
-        ) from error
-    state = RunFolder(folder).states().paths()[0].resolve()
-    return {
-        "sources": [{"path": one.path, "repeats": one.repeats, "weight": one.weight} for one in source.sources],
-        "model": source.model,
-        "text_encoders": list(source.text_encoders),
-        "vae": source.vae,
-        "name": source.name,
-        "validation": source.validation,
-        "device": source.device,
-        "settings": {
-            **changed(source.data),
-            **changed(config),
-            "steps": steps,
-            "existing_state": str(state),
-        },
-    }
-
-
-def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
-    """The folder of a run.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        is_begun: whether its record must be there; a worker names a run before that.
-
-    Raises:
-        UnknownFileError: there is none, or a link leads out of the base folder.
-    """
-    place, _, name = id.rpartition("/")
-    folder = folders.base / place / name
-    if place in PLACES and name not in ("", ".", "..") and not set(name) & set("\\\x00:") and not name.startswith("."):
-        base = folders.base.resolve()
-        roots = (base, (folders.base / place).resolve())
-        if (is_regular(folder / RECORD) or not is_begun) and any(
-            folder.resolve().is_relative_to(root) for root in roots
-        ):
-            return folder
-    raise UnknownFileError(f"there is no run {id!r}; choose one of the list")
-
-
-def _all(folders: Folders) -> Iterator[tuple[str, Path]]:
-    for place in PLACES:
-        parent = folders.base / place
-        names = sorted(entry.name for entry in os.scandir(parent)) if parent.is_dir() else []
-        for name in names:
-            try:
-                yield f"{place}/{name}", run_folder_of(folders, f"{place}/{name}")
-            except UnknownFileError:
-                continue
-
-
 def _row(id: str, folder: Path, jobs: Mapping[str, str]) -> RunRow:
-    facts = _facts(str(folder), _stamp(folder / RECORD), _stamp(folder / EVENTS))
+    facts = _facts(str(folder), stamp_of(folder / RECORD), stamp_of(folder / EVENTS))
     job = jobs.get(id)
     outcome: str | None = facts["outcome"]
     is_running = job is not None or (outcome is None and RunFolder(folder).is_busy)
@@ -354,14 +216,6 @@ def _row(id: str, folder: Path, jobs: Mapping[str, str]) -> RunRow:
 
 
 _FACTS = ("name", "started", "seconds", "step", "steps", "model", "family", "loss", "loss_label", "held_out")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=2000)
@@ -429,55 +283,7 @@ def _installed(folders: Folders, lora: Path) -> str | None:
     """The name in models/loras of a copy of a LoRA."""
     parent, size = folders.base / "models" / "loras", lora.stat().st_size
     alike = [one for one in sorted(parent.glob("*.safetensors")) if is_regular(one) and one.stat().st_size == size]
-    return next((one.name for one in alike if _digest(one) == _digest(lora)), None)
-
-
-def _saves(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
-    """The LoRAs in the folder of a run by their steps."""
-    own = re.compile(rf"{re.escape(record.title)}(-best|-step\d+)?")
-    found = []
-    for path in folder.glob("*.safetensors"):
-        match = own.fullmatch(path.stem)
-        if match and is_own(path, folder) and (step := _steps(str(path), _stamp(path))) is not None:
-            found.append(SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=match[1] == "-best"))
-    yield from sorted(found, key=lambda one: (one.step, one.file))
-
-
-@functools.lru_cache(maxsize=5000)
-def _steps(path: str, stamp: tuple[int, int]) -> int | None:
-    """Steps of a LoRA; None if it cannot be read."""
-    try:
-        return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
-    except LorasmithError:
-        return None
-
-
-def _lora_at(history: RunHistory, step: int | None) -> Path:
-    if step is None:
-        if (path := lora_of_run(history)) is None:
-            raise OptionError(f"{history.folder.name} has saved no LoRA yet; continue it, or cancel it to save one")
-        return path
-    saves = list(_saves(history.folder, history.record))
-    found = next((one for one in saves if one.step == step), None)
-    if found is None:
-        known = ", ".join(sorted({f"{one.step:,}" for one in saves})) or "none"
-        raise OptionError(f"{history.folder.name} has LoRAs of the steps {known}, got {step:,}; choose one of these")
-    return history.folder / found.file
-
-
-def _copy(source: Path, target: Path) -> None:
-    ensure_folder(target.parent)
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def _digest(path: Path) -> str:
-    return _digest_once(str(path), _stamp(path))
-
-
-@functools.lru_cache(maxsize=1000)
-def _digest_once(path: str, stamp: tuple[int, int]) -> str:
-    return sha256_file(Path(path))
+    return next((one.name for one in alike if digest_of(one) == digest_of(lora)), None)
 
 
 def _files(folder: Path) -> list[str]:
@@ -490,22 +296,6 @@ def _files(folder: Path) -> list[str]:
         if len(found) >= _FILES:
             break
     return found[:_FILES]
-
-
-def _is_trainable_on(history: RunHistory) -> bool:
-    is_complete = history.outcome is not None and history.outcome.is_final
-    return (
-        is_complete
-        and history.record.source.get("command") == "train"
-        and bool(RunFolder(history.folder).states().paths())
-    )
-
-
-def _is_model(folders: Folders, path: str) -> bool:
-    """Whether a path is in one of the model folders, so that a record may name it."""
-    kinds = ("checkpoints", "diffusion_models", "text_encoders", "vae")
-    plain = Path(os.path.normpath(path))
-    return any(plain.is_relative_to(root) for kind in kinds for root in folders.roots(kind) if root.is_absolute())
 
 
 def _dataset(folders: Folders, record: RunRecord) -> str | None:

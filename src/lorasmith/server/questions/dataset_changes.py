@@ -1,0 +1,253 @@
+"""Changes of datasets: new ones, pictures and captions that are added, what is taken away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.safe_names import plain_name, safe_name
+from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, read_caption_file
+from lorasmith.data.folder_listing import foreign_reason, stem_of
+from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
+from lorasmith.server.api_shapes import Changed, DatasetRow, RemovedAnswer
+from lorasmith.server.questions.dataset_folders import (
+    UnknownFileError,
+    caption_file,
+    caption_of,
+    dataset_folder,
+    moved_away,
+    picture_of,
+    pictures_in,
+)
+from lorasmith.server.questions.shaped_questions import shaped
+
+__all__ = [
+    "MOST_IMAGES",
+    "TakenNameError",
+    "add_caption",
+    "add_image",
+    "check_changes",
+    "create_dataset",
+    "remove_dataset",
+    "remove_image",
+    "set_captions",
+]
+
+MOST_IMAGES = 2000
+"""Pictures of a dataset that the page fills."""
+
+_NAMING = threading.Lock()
+"""Held while a free name is found and taken."""
+
+
+class TakenNameError(OptionError):
+    """The name of something new is taken."""
+
+
+@shaped
+def check_changes(folders: Folders, name: str) -> bool:
+    """True if a dataset may be changed. Raises UnknownFileError and OutputError, as `dataset_folder`."""
+    return dataset_folder(folders, name, to_change=True).is_dir()
+
+
+@shaped
+def create_dataset(folders: Folders, name: str) -> DatasetRow:
+    """Make a new dataset, with a name that every system has folders for. Raises OptionError if it is taken."""
+    if not name.strip():
+        raise OptionError("a dataset must have a name, got an empty one; name it after its subject")
+    folder = ensure_folder(folders.place("input")) / safe_name(name.strip())
+    with _NAMING:
+        taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(ASSETS / "input").iterdir())}
+        if folder.name.casefold() in taken:
+            raise TakenNameError(f"there is a dataset {folder.name!r} already; choose another name, or add to that one")
+        ensure_folder(folder)
+    return DatasetRow(name=folder.name, images=0, captions=0, modified=folder.stat().st_mtime, cover=None)
+
+
+@shaped
+def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
+    """Move a dataset away. Raises UnknownFileError, OutputError."""
+    return moved_away(folders, [dataset_folder(folders, name, to_change=True)], name)
+
+
+@shaped
+def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
+    """Move an uploaded picture into a dataset.
+
+    The format is recognised by the content; what is already there stays as it is, and a picture of the same name gets
+    another one.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        file: name under which it was sent.
+        temporary: where it is; the file is moved or left.
+
+    Returns:
+        `added` with its name, or `skipped` with the reason; of a copy also `same`, the name of the picture there.
+
+    Raises:
+        UnknownFileError: there is no such dataset.
+        OutputError: the file cannot be moved.
+    """
+    folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
+    if reason := foreign_reason(Path(file).suffix.lower()):
+        return {"skipped": reason}
+    try:
+        image_size(source)  # reads all of it
+        suffixes = image_header(source).suffixes
+    except ImageError as error:
+        return {"skipped": error.reason}
+    asked = Path(file)
+    suffix = asked.suffix.lower() if asked.suffix.lower() in suffixes else suffixes[0]
+    stem = safe_name(_file_name(file).removesuffix(asked.suffix))
+    with _NAMING:
+        names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        pictures = [one for one in names if Path(one).suffix.lower() in image_suffixes()]
+        if (same := _same_content(folder, pictures, source)) is not None:
+            return {"skipped": f"is in the dataset already, as {same}", "same": same}
+        if len(pictures) >= MOST_IMAGES:
+            return {"skipped": f"is one too many: a dataset has at most {MOST_IMAGES:,} pictures"}
+        target = folder / f"{_free_stem(stem, pictures)}{plain_name(suffix)}"
+        _move(source, target)
+    return {"added": target.name}
+
+
+@shaped
+def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image: str = "") -> dict[str, str]:
+    """Keep an uploaded text as the caption of a picture.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        file: name under which it was sent.
+        temporary: where it is.
+        image: name of the picture, if it was sent beside it; else that with the same stem.
+
+    Returns:
+        `added` with the name of the caption file, or `skipped` with the reason.
+
+    Raises:
+        UnknownFileError: there is no such dataset.
+        OutputError: the caption cannot be written.
+    """
+    folder = dataset_folder(folders, name, to_change=True)
+    try:
+        caption = read_caption_file(Path(temporary))
+    except CaptionError as error:
+        return {"skipped": error.reason}
+    stem = _file_name(file).removesuffix(Path(file).suffix).casefold()
+    found = {one.name: one for one in pictures_in(folder)[0]}
+    of = (
+        found.get(image)
+        if image
+        else next((one for key, one in found.items() if stem_of(key).casefold() == stem), None)
+    )
+    if of is None:
+        return {"skipped": "has no picture of the same name; add that too"}
+    target = caption_file(of)
+    if of.caption_file and read_caption_file(target).text != caption.text:
+        return {"skipped": f"is left out, as {of.name} has another caption; change that instead"}
+    write_atomic(target, "\n".join(caption.lines) + "\n")
+    return {"added": target.name}
+
+
+@shaped
+def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
+    """Move a picture, its caption and its mask away.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        file: of the picture.
+
+    Raises:
+        UnknownFileError: there is no such dataset or picture.
+        OutputError: they cannot be moved.
+    """
+    folder = dataset_folder(folders, name, to_change=True)
+    path = picture_of(folder, file)
+    stem = stem_of(path.name)
+    beside = [folder / f"{stem}{suffix}" for suffix in CAPTION_SUFFIXES]
+    beside += [one for one in folder.glob("*.mask.*") if one.name.startswith(f"{stem}.mask.")]
+    return moved_away(folders, [path, *(one for one in beside if is_regular(one))], name)
+
+
+@shaped
+def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Changed:
+    """Write captions; nothing is written if one of them cannot be.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        captions: by the names of their pictures; an empty one takes the caption away.
+
+    Raises:
+        UnknownFileError: there is no such dataset or picture.
+        OptionError: a caption is too long.
+        OutputError: a file cannot be written.
+    """
+    folder = dataset_folder(folders, name, to_change=True)
+    found = {one.name: one for one in pictures_in(folder)[0]}
+    for file, text in captions.items():
+        if file not in found:
+            raise UnknownFileError(f"there is no picture {file!r} in {name}; load the page again")
+        if len(text) > MAX_CAPTION or "\x00" in text:
+            raise OptionError(
+                f"a caption must be text of at most {MAX_CAPTION:,} characters, got {len(text):,}; shorten it"
+            )
+    changed = 0
+    for file, text in captions.items():
+        one, target = found[file], caption_file(found[file])
+        before = caption_of(one)[0] if one.caption_file else None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines and one.caption_file:
+            moved_away(folders, [target], name)
+        elif lines and before != "\n".join(lines):
+            write_atomic(target, "\n".join(lines) + "\n")
+        else:
+            continue
+        changed += 1
+    return Changed(changed=changed)
+
+
+def _file_name(sent: str) -> str:
+    """The name in what a browser sends as one, which may be a path."""
+    return sent.replace("\\", "/").rpartition("/")[2]
+
+
+def _free_stem(wanted: str, pictures: list[str]) -> str:
+    """A stem that no picture has, in any case: two pictures with one stem would share their caption."""
+    taken = {stem_of(one).casefold() for one in pictures}
+    stems = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
+    return next(stem for stem in stems if stem.casefold() not in taken)
+
+
+def _same_content(folder: Path, pictures: list[str], source: Path) -> str | None:
+    """The picture whose file is byte for byte that of `source`."""
+    size = source.stat().st_size
+    alike = [one for one in pictures if is_regular(folder / one) and (folder / one).stat().st_size == size]
+    if not alike:
+        return None
+    digest = file_digest(source)
+    return next((one for one in alike if file_digest(folder / one) == digest), None)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file to where none is, also to another disk. Raises OutputError."""
+    try:
+        if target.exists():
+            raise OutputError(f"{target.name} is there already; send it under another name")
+        source.rename(target)
+    except OSError:
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+        source.unlink(missing_ok=True)
+    target.chmod(0o644)

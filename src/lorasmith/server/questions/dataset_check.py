@@ -1,0 +1,146 @@
+"""The check of a dataset, in the words of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorasmith.app.data_check import DataCheck, check_folder
+from lorasmith.app.data_check_page import said_of
+from lorasmith.core.errors import DataError
+from lorasmith.core.folders import Folders
+from lorasmith.core.options import config_from, options_of
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.findings import Finding, FindingKind
+from lorasmith.data.preflight import name_in
+from lorasmith.families.model_search import ModelFiles
+from lorasmith.server.api_shapes import CheckedPicture, Crop, DataCheckAnswer, FindingFacts, Severity, SkippedFile
+from lorasmith.server.questions.dataset_folders import dataset_folder, pictures_in
+from lorasmith.server.questions.dataset_questions import picture_row
+from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.training.config import TrainConfig, settings_from_file
+
+__all__ = ["check_dataset", "split_settings"]
+
+_SEVERITIES: dict[FindingKind, Severity] = {
+    "unused files": "problem",
+    "empty pictures": "problem",
+    "tiny pictures": "problem",
+    "missing captions": "problem",
+    "shared tags": "remark",
+}
+
+_REMEDIES: dict[FindingKind, str] = {  # where that of the command line names a flag
+    "unused files": "replace or remove what cannot be used",
+    "tiny pictures": "use larger pictures, or a lower resolution",
+    "enlarged pictures": "use larger pictures, or a lower resolution",
+    "cut pictures": "crop them yourself to what matters",
+    "copies": "remove all but one of each",
+    "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
+    "missing captions": "write captions, or give a trigger word that names the subject",
+    "empty captions": "write the captions",
+}
+
+
+@shaped
+def check_dataset(
+    folders: Folders,
+    name: str,
+    *,
+    model: str | None = None,
+    trigger: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> DataCheckAnswer:
+    """A dataset, checked.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        model: whose sizes and tokenizer count; None for usual sizes.
+        trigger: phrase in front of captions that lack it.
+        settings: of data and training, by name; those of training decide how much is held out.
+
+    Raises:
+        UnknownFileError: there is no such dataset.
+        LorasmithError: model or settings cannot be used.
+    """
+    folder = dataset_folder(folders, name)
+    data, training = split_settings(settings or {}, trigger)
+    try:
+        checked = check_folder(
+            folder,
+            data,
+            files=None if model is None else ModelFiles(model),
+            folders=folders,
+            batch=training.batch_size * training.grad_accumulation_steps,
+            validation_share=training.validation_share,
+        )
+    except DataError as error:
+        found, skipped, notes = pictures_in(folder)
+        reasons = [*skipped, *((one.path, problem) for one in found if (problem := picture_row(one).problem))]
+        finding = FindingFacts(
+            kind="no pictures", message=str(error), files=tuple(one.name for one in found), severity="problem"
+        )
+        return DataCheckAnswer(
+            findings=(finding,) if found or skipped else (),
+            images={},
+            skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in reasons),
+            notes=tuple(notes),
+        )
+    return _check_answer(checked)
+
+
+def split_settings(settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
+    """Settings by name as those of data and of training, of which they may choose among names alone.
+
+    Args:
+        settings: by name.
+        trigger: phrase, if it is not among them.
+
+    Raises:
+        OptionError: one is unknown, or out of its range.
+    """
+    own = {key: value for key, value in settings.items() if key in options_of(DataConfig)}
+    others = {key: value for key, value in settings.items() if key not in own}
+    named = {"trigger": trigger} if trigger else {}
+    return config_from(DataConfig, {**own, **named}), settings_from_file(others)
+
+
+def _check_answer(checked: DataCheck) -> DataCheckAnswer:
+    found = checked.preflight
+    return DataCheckAnswer(
+        findings=tuple(_finding(one, [image.name for image in found.images]) for one in found.findings),
+        images={
+            one.name: CheckedPicture(
+                problems=tuple(text for said in said_of(found, index) for text in said),
+                crop=_crop(one.crop, one.file.width, one.file.height),
+                trained=one.bucket,
+                tokens=one.tokens,
+            )
+            for index, one in enumerate(found.images)
+        },
+        skipped=tuple(SkippedFile(file=name_in(found.folder, path), reason=reason) for path, reason in found.skipped),
+        notes=found.notes,
+        resolutions=found.resolutions,
+        assumed=checked.is_size_assumed,
+        held_out=found.epoch.held_out,
+        samples_per_epoch=found.epoch.samples,
+    )
+
+
+def _finding(one: Finding, names: list[str]) -> FindingFacts:
+    said = replace(one, remedy=_REMEDIES.get(one.kind, one.remedy)).sentence
+    return FindingFacts(
+        kind=one.kind,
+        message=f"{said[:1].upper()}{said[1:]}.",
+        files=tuple(names[index] for index in one.images),
+        severity=_SEVERITIES.get(one.kind, "warning"),
+    )
+
+
+def _crop(box: tuple[float, float, float, float], width: int, height: int) -> Crop:
+    left, top, right, bottom = box
+    shares = (left / width, top / height, (right - left) / width, (bottom - top) / height)
+    x, y, across, down = (round(one, 5) for one in shares)
+    return Crop(x=x, y=y, width=across, height=down)

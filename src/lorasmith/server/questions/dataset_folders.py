@@ -1,0 +1,187 @@
+"""Datasets as folders of images in `<base>/input`: where they are, their pictures and captions, what is removed.
+
+A dataset is one folder, such as `input/dog`, that `lorasmith train` takes as it is. A link in `input` is followed where
+it stays below the base folder. Pictures in its inner folders are counted in notes and not shown. What is removed is
+moved to `<base>/user/lorasmith/removed`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from lorasmith.core.errors import DataError, OutputError
+from lorasmith.core.files import ensure_folder, is_folder, is_regular
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.safe_names import safe_name
+from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder_listing import Skipped, stem_of
+from lorasmith.data.folder_remarks import Remarks
+from lorasmith.data.image_files import image_suffixes
+from lorasmith.data.source_files import Candidate, candidates
+from lorasmith.data.sources import ImageSource
+from lorasmith.server.api_shapes import RemovedAnswer
+from lorasmith.server.server_config import REMOVED
+
+__all__ = [
+    "UnknownFileError",
+    "caption_file",
+    "caption_of",
+    "dataset_folder",
+    "is_builtin",
+    "is_here",
+    "is_name",
+    "moved_away",
+    "picture_of",
+    "pictures_in",
+    "stays_in",
+    "subfolders",
+]
+
+
+class UnknownFileError(DataError):
+    """There is no such dataset, picture or run."""
+
+
+def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> Path:
+    """The folder of a dataset.
+
+    Args:
+        folders: of the installation.
+        name: of the dataset.
+        to_change: whether it will be changed, so that it must not be one of the package's.
+
+    Raises:
+        UnknownFileError: there is none, or a link leads out of the base folder.
+        OutputError: it belongs to the package.
+    """
+    if is_name(name):
+        own = folders.place("input") / name
+        if is_folder(own) and is_here(folders, own):
+            return own
+        if is_folder(ASSETS / "input" / name):
+            if to_change:
+                raise OutputError(f"{name} belongs to Lorasmith and stays as it is; make a dataset of your own")
+            return ASSETS / "input" / name
+    raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
+
+
+def subfolders(root: Path) -> Iterator[Path]:
+    """The folders in a folder, without hidden ones."""
+    if is_folder(root):
+        yield from (one for one in root.iterdir() if not one.name.startswith(".") and is_folder(one))
+
+
+def is_builtin(folder: Path) -> bool:
+    """Whether a dataset belongs to the package."""
+    return folder.is_relative_to(ASSETS)
+
+
+def is_here(folders: Folders, path: Path) -> bool:
+    """Whether a path is where it seems to be: below the base folder, or below the input folder if that is a link."""
+    try:
+        real = path.resolve()
+        roots = (folders.base.resolve(), folders.place("input").resolve(), ASSETS.resolve())
+    except (OSError, RuntimeError):
+        return False
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def is_name(name: str) -> bool:
+    """Whether a text is a single name, so that a path made with it stays in its folder."""
+    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
+
+
+def pictures_in(folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
+    """The pictures directly in a folder, what is not used of it, and notes."""
+    skipped: Skipped = []
+    remarks = Remarks()
+    try:
+        found = list(candidates(ImageSource(str(folder)), DataConfig(), cache=None, skipped=skipped, remarks=remarks))
+    except DataError as error:
+        return [], [], [str(error)]
+    own = [one for one in found if not one.folder.inside]
+    inner = {one.folder.inside: 0 for one in found if one.folder.inside}
+    for one in found:
+        if one.folder.inside:
+            inner[one.folder.inside] += 1
+    notes = [
+        f"{number:,} pictures in the folder {inside} are trained on as well, and not shown here."
+        for inside, number in inner.items()
+    ]
+    real = folder.resolve()
+    shown = [one for one in own if stays_in(one.path, real)]
+    if len(shown) < len(own):
+        notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: trained on, and not shown here.")
+    return shown, skipped, [*notes, *remarks.sentences()]
+
+
+def stays_in(path: Path, real: Path) -> bool:
+    """Whether a file is inside of a folder when links are resolved."""
+    try:
+        return path.resolve().is_relative_to(real)
+    except (OSError, RuntimeError):
+        return False
+
+
+def picture_of(folder: Path, file: str) -> Path:
+    """A picture of a dataset. Raises UnknownFileError."""
+    path = folder / file
+    if not is_name(file) or path.suffix.lower() not in image_suffixes() or not is_regular(path):
+        raise UnknownFileError(f"there is no picture {file!r} in {folder.name}; load the page again")
+    if not stays_in(path, folder.resolve()):
+        raise UnknownFileError(
+            f"{file} in {folder.name} is a link to somewhere else and is not shown; copy the picture"
+        )
+    return path
+
+
+def caption_of(one: Candidate) -> tuple[str, str]:
+    """The caption of a picture, line by line, and what is wrong with it."""
+    if one.caption_file:
+        try:
+            caption = read_caption_file(one.folder.file(one.caption_file))
+        except CaptionError as error:
+            return "", f"has a caption file {error.path.name} that {error.reason}"
+        if caption.text:
+            return "\n".join(caption.lines), ""
+    return "\n".join(one.entry), ""
+
+
+def caption_file(one: Candidate) -> Path:
+    """The caption file of a picture, which need not be there."""
+    return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
+
+
+def moved_away(folders: Folders, paths: list[Path], name: str) -> RemovedAnswer:
+    """Move files or folders of a dataset to those that were removed, each time into a folder of its own.
+
+    Args:
+        folders: of the installation.
+        paths: of the files or folders.
+        name: of the dataset, for the name of that folder.
+
+    Raises:
+        OutputError: one cannot be moved.
+    """
+    parent = ensure_folder(folders.base / REMOVED)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
+    for number in count(1):
+        target = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            target.mkdir()
+            break
+        except FileExistsError:
+            continue
+    try:
+        for path in paths:
+            shutil.move(path, target / path.name)
+    except OSError as error:
+        raise OutputError(
+            f"{paths[0].name} cannot be moved away ({error.strerror or error}); close programs that use it"
+        ) from error
+    return RemovedAnswer(removed=target.relative_to(folders.base).as_posix())

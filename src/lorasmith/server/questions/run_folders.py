@@ -1,0 +1,123 @@
+"""Runs as folders below the base folder: where they are, and the LoRAs in them.
+
+Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
+folder relative to the base folder, such as `runs/dog-001`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorasmith.app.run_page import is_own
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.files import is_regular
+from lorasmith.core.folders import Folders
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import steps_of
+from lorasmith.server.api_shapes import SavedLora
+from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
+from lorasmith.training.runs.history import RECORD, RunHistory
+from lorasmith.training.runs.records import RunRecord
+from lorasmith.training.runs.run_folder import RunFolder
+
+__all__ = [
+    "PLACES",
+    "all_runs",
+    "digest_of",
+    "is_trainable_on",
+    "run_folder_of",
+    "saves_of",
+    "stamp_of",
+]
+
+PLACES = ("runs", "output/runs")
+"""Parents of runs, relative to the base folder."""
+
+
+def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
+    """The folder of a run.
+
+    Args:
+        folders: of the installation.
+        id: of the run.
+        is_begun: whether its record must be there; a worker names a run before that.
+
+    Raises:
+        UnknownFileError: there is none, or a link leads out of the base folder.
+    """
+    place, _, name = id.rpartition("/")
+    folder = folders.base / place / name
+    if place in PLACES and is_name(name):
+        base = folders.base.resolve()
+        roots = (base, (folders.base / place).resolve())
+        if (is_regular(folder / RECORD) or not is_begun) and any(
+            folder.resolve().is_relative_to(root) for root in roots
+        ):
+            return folder
+    raise UnknownFileError(f"there is no run {id!r}; choose one of the list")
+
+
+def all_runs(folders: Folders) -> Iterator[tuple[str, Path]]:
+    """Every run's id and folder."""
+    for place in PLACES:
+        parent = folders.base / place
+        names = sorted(entry.name for entry in os.scandir(parent)) if parent.is_dir() else []
+        for name in names:
+            try:
+                yield f"{place}/{name}", run_folder_of(folders, f"{place}/{name}")
+            except UnknownFileError:
+                continue
+
+
+def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
+    """The LoRAs in the folder of a run by their steps."""
+    own = re.compile(rf"{re.escape(record.title)}(-best|-step\d+)?")
+    found = []
+    for path in folder.glob("*.safetensors"):
+        match = own.fullmatch(path.stem)
+        if match and is_own(path, folder) and (step := _steps(str(path), stamp_of(path))) is not None:
+            found.append(SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=match[1] == "-best"))
+    yield from sorted(found, key=lambda one: (one.step, one.file))
+
+
+def is_trainable_on(history: RunHistory) -> bool:
+    """Whether a longer run can begin at the end of a run."""
+    is_complete = history.outcome is not None and history.outcome.is_final
+    return (
+        is_complete
+        and history.record.source.get("command") == "train"
+        and bool(RunFolder(history.folder).states().paths())
+    )
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Time of change and size of a file, by which what was read of it is kept; zeros if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, computed again when it has changed."""
+    return _digest_once(str(path), stamp_of(path))
+
+
+@functools.lru_cache(maxsize=5000)
+def _steps(path: str, stamp: tuple[int, int]) -> int | None:
+    """Steps of a LoRA; None if it cannot be read."""
+    try:
+        return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
+    except LorasmithError:
+        return None
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest_once(path: str, stamp: tuple[int, int]) -> str:
+    return sha256_file(Path(path))

@@ -1,0 +1,148 @@
+"""What is made of a run: a LoRA for other programs, and a longer run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+from lorasmith.app.folder_source import FolderSource, changed
+from lorasmith.app.recorded_run import Rights, repeated
+from lorasmith.app.run_page import is_own, lora_of_run
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.files import atomic_path, ensure_folder
+from lorasmith.core.folders import Folders
+from lorasmith.core.safe_names import safe_name
+from lorasmith.server.api_shapes import InstalledLora
+from lorasmith.server.questions.plan_questions import check_steps
+from lorasmith.server.questions.run_folders import digest_of, is_trainable_on, run_folder_of, saves_of
+from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.training.runs.history import RECORD, RunHistory, read_history
+from lorasmith.training.runs.run_folder import RunFolder
+
+__all__ = [
+    "install_run",
+    "train_on_request",
+]
+
+
+_INSTALLING = threading.Lock()
+"""Held while a free name is found and taken."""
+
+
+@shaped
+def install_run(folders: Folders, id: str, *, step: int | None = None, name: str = "") -> InstalledLora:
+    """Copy a LoRA of a run into `models/loras`, where other programs look for it; nothing there is replaced.
+
+    Args:
+        folders: of the installation.
+        id: of the run.
+        step: after which it was saved; None for the LoRA of the run.
+        name: of the copy; that of the LoRA if it is empty.
+
+    Raises:
+        UnknownFileError: there is no such run.
+        OptionError: no LoRA was saved, or none of this step.
+        OutputError: the copy cannot be written.
+    """
+    folder = run_folder_of(folders, id)
+    history = read_history(folder)
+    lora = _lora_at(history, step)
+    target = folders.base / "models" / "loras"
+    stem = safe_name(name.strip().removesuffix(".safetensors") or lora.stem)
+    with _INSTALLING:
+        for number in range(1, 10_000):
+            copy = target / f"{stem if number == 1 else f'{stem}-{number}'}.safetensors"
+            if not copy.exists():
+                break
+            if copy.stat().st_size == lora.stat().st_size and digest_of(copy) == digest_of(lora):
+                return InstalledLora(installed=copy.name, was_there=True)
+        _copy(lora, copy)
+    picture = lora.with_suffix(".png")
+    if is_own(picture, folder) and not copy.with_suffix(".png").exists():
+        _copy(picture, copy.with_suffix(".png"))
+    return InstalledLora(installed=copy.name)
+
+
+@shaped
+def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]:
+    """The request of a job that trains on from the end of a run: a `RunFile` as JSON.
+
+    The run's record may name files below the base folder and in the model folders alone.
+
+    Args:
+        folders: of the installation.
+        id: of the run.
+        steps: of the longer run, those of the run included.
+
+    Raises:
+        UnknownFileError: there is no such run.
+        OptionError: it is not complete, has no run state, was not on a folder, or names more than it may.
+    """
+    check_steps(steps)
+    folder = run_folder_of(folders, id)
+    history = read_history(folder)
+    record = history.record
+    if record.source.get("command") != "train":
+        raise OptionError(f"{id} was not trained on a folder; change the steps in its graph or script instead")
+    if not is_trainable_on(history):
+        raise OptionError(f"{id} is not complete, or has no run state to start from; continue it first")
+    before = record.config.get("steps")
+    if isinstance(before, int) and steps <= before:
+        raise OptionError(f"steps must be more than the {before:,} of the run, got {steps:,}; add some")
+    try:
+        mine = FolderSource.from_record(record.source)
+        given = {
+            "model": mine.model if _is_model(folders, mine.model) else None,
+            "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
+            "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
+        }
+        source, config = repeated(record, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise TrainingError(
+            f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"
+        ) from error
+    state = RunFolder(folder).states().paths()[0].resolve()
+    return {
+        "sources": [{"path": one.path, "repeats": one.repeats, "weight": one.weight} for one in source.sources],
+        "model": source.model,
+        "text_encoders": list(source.text_encoders),
+        "vae": source.vae,
+        "name": source.name,
+        "validation": source.validation,
+        "device": source.device,
+        "settings": {
+            **changed(source.data),
+            **changed(config),
+            "steps": steps,
+            "existing_state": str(state),
+        },
+    }
+
+
+def _lora_at(history: RunHistory, step: int | None) -> Path:
+    if step is None:
+        if (path := lora_of_run(history)) is None:
+            raise OptionError(f"{history.folder.name} has saved no LoRA yet; continue it, or cancel it to save one")
+        return path
+    saves = list(saves_of(history.folder, history.record))
+    found = next((one for one in saves if one.step == step), None)
+    if found is None:
+        known = ", ".join(sorted({f"{one.step:,}" for one in saves})) or "none"
+        raise OptionError(f"{history.folder.name} has LoRAs of the steps {known}, got {step:,}; choose one of these")
+    return history.folder / found.file
+
+
+def _copy(source: Path, target: Path) -> None:
+    ensure_folder(target.parent)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _is_model(folders: Folders, path: str) -> bool:
+    """Whether a path is in one of the model folders, so that a record may name it."""
+    kinds = ("checkpoints", "diffusion_models", "text_encoders", "vae")
+    plain = Path(os.path.normpath(path))
+    return any(plain.is_relative_to(root) for kind in kinds for root in folders.roots(kind) if root.is_absolute())
