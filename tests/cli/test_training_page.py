@@ -47,8 +47,8 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
 def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
     section = PAGE.split("## Stopping and resuming\n")[1].split("\n## ")[0]
     train, resume, *others = re.findall(r"^    lorasmith (.*)$", section, flags=re.MULTILINE)
-    again, dry, reproduce = map(shlex.split, others)
-    assert (resume, again[-1], dry[-1]) == ("resume runs/dog", "--fresh", "--dry-run")
+    again, _, _, longer, dry, reproduce = map(shlex.split, others)
+    assert (resume, again[-1], longer[-2], dry[-1]) == ("resume runs/dog", "--fresh", "--steps", "--dry-run")
     short = ["--steps", "2", "--targets", "mid_block.*.attn2.to_q"]
     with interrupted(signal.SIGINT, at=1):
         stopped = lorasmith(*shlex.split(train.replace("sd15.safetensors", "lorasmith-tiny")), *short)
