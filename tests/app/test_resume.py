@@ -88,6 +88,7 @@ def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Pa
         prepare_again(whole, rights=CONFIRMED, steps=5)
 
 
+@pytest.mark.slow
 def test_a_run_of_variants_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
     varied = {"flip": True, "crop_jitter": 0.2, "caption_dropout": 0.3, "trigger": "sks, a, b", "shuffle_tags": True}
     whole = train_prepared(prepared(images, **varied), output=tmp_path / "whole")

@@ -58,6 +58,7 @@ def test_train_says_what_it_will_do_and_where_everything_is(
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_is_a_file_of_its_settings(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
     assert lorasmith("train", photos, *QUICK, "--trigger", "sks cat", "--name", "cat", "--output", "first").code == 0
     ran = lorasmith("train", "--config", "first/run.json", "--output", "second")
@@ -190,6 +191,7 @@ def test_run_executes_a_workflow_with_overrides(lorasmith: Command, tmp_path: Pa
         assert json.loads(image.info["prompt"])["4"]["inputs"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_run_lists_the_examples_and_runs_one(lorasmith: Command) -> None:
     listed = lorasmith("run", "example:")
     assert listed.code == 0
