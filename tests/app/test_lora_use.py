@@ -35,7 +35,8 @@ def test_every_program_gets_what_it_needs() -> None:
     ],
 )
 def test_the_code_for_diffusers_is_code(model: str, family: str, call: str) -> None:
-    _, code = use(model=model, family=family).programs["diffusers"]
+    said, code = use(model=model, family=family).programs["diffusers"]
+    assert "packages diffusers and peft" in said  # which load_lora_weights needs
     assert call in code
     assert "adapter_name='dog_v1_2'" in code
     ast.parse(code)

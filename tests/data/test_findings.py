@@ -64,9 +64,11 @@ def test_unused_files() -> None:
 
 
 def test_unused_files_name_the_package_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    skipped = [("1.HEIC", "is a HEIC file; convert it"), ("2.heif", "is a HEIF file; convert it")]
+    skipped = [("1.HEIC", "is a HEIC file; convert it"), ("2.heic", "is a HEIC file; convert it")]
     monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png"}))
-    assert only(found_in(several(2), skipped=skipped)).sentence.endswith('; pip install "lorasmith[heic]" reads it')
+    assert only(found_in(several(2), skipped=skipped)).sentence.endswith(
+        '--fix; pip install "lorasmith[heic]" reads HEIC'
+    )
     monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png", ".heic", ".heif"}))
     assert "pip install" not in only(found_in(several(2), skipped=skipped)).sentence
 

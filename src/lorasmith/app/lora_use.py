@@ -56,7 +56,12 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
             **(
                 {}
                 if model == BUILT_IN  # which is no model that diffusers can get
-                else {"diffusers": ("In Python:", _diffusers(lora, stem, prompt, model, family))}
+                else {
+                    "diffusers": (
+                        "In Python, with the packages diffusers and peft:",
+                        _diffusers(lora, stem, prompt, model, family),
+                    )
+                }
             ),
         },
     )

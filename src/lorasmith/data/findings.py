@@ -15,7 +15,7 @@ from typing import Literal
 
 from lorasmith.data.captions import one_line
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.folder_listing import reader_for
+from lorasmith.data.folder_listing import reader_install
 from lorasmith.data.picture_quality import PictureQuality
 
 __all__ = ["CheckedImage", "Finding", "FindingKind", "LookAlikes", "TokenLimit", "found_in", "tags_of"]
@@ -181,13 +181,14 @@ def tags_of(caption: str) -> list[str]:
 
 def _unused(skipped: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     if skipped:
-        readers = dict.fromkeys(filter(None, (reader_for(Path(name).suffix.lower()) for name, _ in skipped)))
-        reader = "".join(f"; {one}" for one in readers)
+        suffixes = dict.fromkeys(Path(name).suffix.lower() for name, _ in skipped)
+        commands = {command: suffix[1:].upper() for suffix in suffixes if (command := reader_install(suffix))}
+        readers = "".join(f"; {command} reads {kind}" for command, kind in commands.items())
         yield Finding(
             "unused files",
             f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used",
             _joined([f"{name} ({reason.partition(';')[0]})" for name, reason in skipped]),
-            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}{reader}",
+            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}{readers}",
         )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "list_folders",
     "name_without_repeats",
     "natural_order",
+    "reader_install",
     "stem_of",
 ]
 
@@ -152,14 +153,14 @@ def foreign_reason(suffix: str) -> str:
     """Why a picture with this suffix, in lower case with its dot, is not read; empty if it is, or is no picture."""
     if suffix not in _FOREIGN_SUFFIXES or suffix in image_suffixes():
         return ""
-    plug_in = f"{reader}, or " if (reader := reader_for(suffix)) else ""
+    plug_in = f"{command} reads it, or " if (command := reader_install(suffix)) else ""
     return f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
 
 
-def reader_for(suffix: str) -> str:
-    """What to install to have pictures with this suffix read; empty if nothing would help, or nothing is missing."""
+def reader_install(suffix: str) -> str:
+    """The command after which pictures with this suffix are read; empty if there is none, or they are read already."""
     missing = suffix in _HEIC_SUFFIXES and suffix not in image_suffixes()
-    return 'pip install "lorasmith[heic]" reads it' if missing else ""
+    return 'pip install "lorasmith[heic]"' if missing else ""
 
 
 def name_without_repeats(name: str) -> str:
