@@ -145,7 +145,7 @@ WRONG = {
     "fix over a file": (("check", "half.safetensors", "--fix", "dog.safetensors"), "dog.safetensors exists already"),
     "fix nothing": (
         ("check", "dog.safetensors", *TINY, "--fix", "new.safetensors"),
-        "no finding of dog.safetensors can be",
+        "dog.safetensors has no faults, and there is nothing for --fix",
     ),
     "fix all away": (
         ("check", "half.safetensors", "--fix", "new.safetensors"),

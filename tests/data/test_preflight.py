@@ -153,7 +153,7 @@ def test_skipped_files_are_named_with_their_reason(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     found = checked(tmp_path)
     assert [path.name for path, _ in found.skipped] == ["b.jpg", "raw"]
-    assert found.findings[0].examples == "b.jpg is empty, raw is a folder without repeats in its name"
+    assert found.findings[0].examples == "b.jpg (is empty), raw (is a folder without repeats in its name)"
 
 
 def test_steps_of_an_epoch(tmp_path: Path) -> None:
