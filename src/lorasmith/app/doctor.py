@@ -65,10 +65,16 @@ class Extra:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that will be in the way, and what to do about it."""
+    """Something that will be in the way, and what to do about it.
+
+    Attributes:
+        problem, remedy: in words.
+        is_fault: whether something is wrong with machine or installation, not only with the folder that was looked at.
+    """
 
     problem: str
     remedy: str
+    is_fault: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,5 +245,6 @@ def _no_models(found: dict[str, int], base: Path) -> list[Problem]:
         Problem(
             problem=f"{base} has no models besides the built-in one",
             remedy="name your ComfyUI folder with --base-dir, or give model files with --model",
+            is_fault=False,
         )
     ]

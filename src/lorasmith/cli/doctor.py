@@ -24,14 +24,14 @@ def register(app: typer.Typer) -> None:
 def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) -> None:
     """Show versions, devices, memory, disks, model folders and optional packages, and what to do about problems.
 
-    The exit status is 1 if there is a problem.
+    The exit status is 1 if something is wrong with machine or installation.
     """
     from lorasmith.app.doctor import check_up
 
     with console.status("Looking"):
         found = check_up(folders_of(base_dir, extra_model_paths))
     print_result(lambda: found, lambda: _print(found))
-    if found.problems:
+    if any(one.is_fault for one in found.problems):
         raise typer.Exit(1)
 
 
@@ -48,6 +48,7 @@ def _print(found: Checkup) -> None:
         remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
     for one in found.problems:
-        print_note(f"{one.problem}; {one.remedy}.", kind="Problem", colour="red")
+        kind, colour = ("Problem", "red") if one.is_fault else ("Note", "yellow")
+        print_note(f"{one.problem}; {one.remedy}.", kind=kind, colour=colour)
     if not found.problems:
         echo("No problem was found.")
