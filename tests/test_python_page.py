@@ -15,7 +15,6 @@ import lorasmith as ls
 from lorasmith.core.folders import ASSETS
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.training.events import KINDS
-from tests.covering import slow_except
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
@@ -72,7 +71,8 @@ def test_the_first_run_leaves_its_files(begun: dict[str, Any], place: Path) -> N
     assert all((place / name).is_file() for name in ("dog.safetensors", "loss.png", "runs/dog/report.html"))
 
 
-@pytest.mark.parametrize("heading", slow_except(OTHERS, "Events", "LoRAs"))
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", OTHERS)
 @pytest.mark.filterwarnings("ignore::UserWarning:diffusers")
 def test_every_other_block_runs_after_the_first(heading: str, begun: dict[str, Any]) -> None:
     exec(compile(shortened(blocks(PAGE)[heading]), heading, "exec"), {**begun})

@@ -44,6 +44,7 @@ def drawn(tiny: Model, **settings: object) -> tuple[FolderScan | None, list[Even
     return class_scan(DataConfig(**settings), tiny, device=CPU, on_event=events.append), events  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_base_model_draws_what_is_missing_and_no_more(tiny: Model, sampled: list) -> None:
     settings = {"class_prompt": "a fox | a cat", "resolution": 32, "prior_weight": 0.5, "trigger": "sks"}
     scan, events = drawn(tiny, class_count=3, **settings)

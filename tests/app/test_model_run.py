@@ -178,6 +178,7 @@ def test_notes_of_a_run_are_shown_unless_they_are_not_wanted(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_result_shows_itself(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
     asked = {"previews": "a <b>fox</b>", "preview_every": 1, "preview_steps": 1}
     result = train(tiny, data, output=tmp_path / "<i>run", progress=False, **QUICK, **asked)

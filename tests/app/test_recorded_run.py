@@ -125,6 +125,7 @@ ODD = [None, True, -1, 0, 10**19, 2**63, 1e308, "", "x", "../..", "a\0b", "antig
 """Values that are put in the place of others."""
 
 
+@pytest.mark.slow
 def test_damaged_records_end_in_our_errors(
     record: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_finished_run_is_not_continued(whole: Path) -> None:
         prepare_again(whole, rights=CONFIRMED)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_trained_on_from_its_end_with_its_optimizer(
     whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_no_prompts_no_previews(tiny: Model, tmp_path: Path) -> None:
         assert run_previews(tiny.denoiser, TrainConfig(previews=text), tmp_path, title="x") is None
 
 
+@pytest.mark.slow
 def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved: Path, tmp_path: Path) -> None:
     draw = previews(preview_strengths="0.5,1")
     first = draw(10, saved)

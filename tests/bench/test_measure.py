@@ -127,6 +127,7 @@ def test_counts_show_what_settings_do(tiny: Model) -> None:
     assert counts_of(tiny) == plain
 
 
+@pytest.mark.slow
 def test_the_floor_is_the_frozen_model_and_leaves_it_alone(tiny: Model) -> None:
     samples = synthetic_samples(tiny, 2, 8, 8)
     before = [(p.data_ptr(), p.stride(), p.requires_grad) for p in tiny.denoiser.module.parameters()]

@@ -102,6 +102,7 @@ def test_a_second_run_gets_a_folder_of_its_own(lorasmith: Command, photos: Path,
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"photos-001", "photos-002"}
 
 
+@pytest.mark.slow
 def test_generate_then_inspect(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
     assert lorasmith("train", photos, *QUICK, "--output", "run", "--name", "cat").code == 0
     ran = lorasmith(

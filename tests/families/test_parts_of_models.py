@@ -49,6 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, sdxl_file: Path) -> dict[str
     }
 
 
+@pytest.mark.slow
 def test_parts_from_files_of_their_own_make_the_same_model(files: dict[str, Path]) -> None:
     whole = load_model(files["whole"])
     parts = load_model(files["unet"], text_encoders=[files["clip_l"]], vae=files["vae"])

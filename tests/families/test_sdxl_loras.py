@@ -24,7 +24,6 @@ from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.train import TrainResult
-from tests.covering import slow_except
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,8 @@ def whole(sdxl: Model) -> AdapterState:
     return AdapterState({ref: random(ref, shape) for ref, shape in shapes.items()})
 
 
-@pytest.mark.parametrize("layout", slow_except(["portable", "diffusers"], "portable"))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["portable", "diffusers"])
 def test_everything_that_can_be_trained_is_applied_by_diffusers(
     sdxl: Model, whole: AdapterState, pipeline: Any, tmp_path: Path, layout: str
 ) -> None:

@@ -74,6 +74,7 @@ def test_one_bucket_trains_as_without_buckets_bit_for_bit(folders: Folders) -> N
             assert torch.equal(tensor, same.state.adapters[ref].tensors[name])
 
 
+@pytest.mark.slow
 def test_a_saved_data_set_trains_as_the_one_it_was_made_of(folders: Folders) -> None:
     plain, _ = trained(folders, graph("mixed", "3"), "12378")
     Executor(folders).run(validate({key: one for key, one in graph("mixed", "3").items() if key in "1235"}, folders))

@@ -103,6 +103,7 @@ def test_what_is_drawn_or_else_all_that_is_possible(tiny: Model, folder: Path, m
     assert drawn_captions(many.samples, range(10**6), seed=3, most=20) is None
 
 
+@pytest.mark.slow
 def test_exactly_what_was_changed_is_encoded_again(
     tiny: Model, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_the_cheapest_that_fits_is_taken(tiny: Model, dataset: EncodedDataset) -
     assert "Memory may run out" in str(chosen)
 
 
+@pytest.mark.slow
 def test_a_run_decides_once_says_so_and_has_the_same_numbers(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
