@@ -27,12 +27,13 @@ import aiohttp
 import psutil
 
 from benchmarks.results import Results, add_json
+from lorasmith.core.folders import ASSETS
 
 _RATE = 20
 """Progress messages a second."""
 _PICTURE_BYTES = 200_000
 """Of a preview, for the client that does not read."""
-_PROMPT = Path(__file__).parents[1] / "examples" / "folder_lora.json"
+_PROMPT = ASSETS / "examples" / "folder.json"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import { Queue, act, titleOf } from "../parts/jobs.mjs";
 import { LiveRun } from "../parts/live_run.mjs";
 import { Stepper } from "../parts/stepper.mjs";
 
-const DRAWN_EVERY_MS = 500; // the cores that draw may be those that train
+const DRAWN_EVERY_MS = 2000; // the cores that draw may be those that train
 const ENDED = ["completed", "failed", "cancelled"];
 
 export function JobView({ id }) {
