@@ -7,6 +7,7 @@ its name does not say where it leads. What a browser would run or render as a pa
 from __future__ import annotations
 
 import mimetypes
+import os
 import re
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path, PurePosixPath
@@ -57,10 +58,10 @@ def contained(folder: Path, *names: str) -> Path:
     try:
         root = folder.resolve()
         path = root.joinpath(*parts).resolve()
-        if path.is_symlink():  # Python 3.13 leaves links that lead to themselves
-            raise OSError
     except (OSError, ValueError, RuntimeError) as error:
         raise OutsideError(f"no file can have the name {'/'.join(names)!r}") from error
+    if os.path.islink(path):  # noqa: PTH114 - for any name; Python 3.13 leaves links that lead to themselves
+        raise OutsideError(f"a name must lead to a file, but {'/'.join(names)!r} is a link to itself")
     if path != root and root not in path.parents:
         raise OutsideError(f"a name must stay inside its folder, but {'/'.join(names)!r} is a link out of it")
     return path
