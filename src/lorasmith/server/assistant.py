@@ -8,13 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.server.child_process import ChildProcess
+from lorasmith.server.child_process import ChildProcess, RestartPause
 from lorasmith.server.server_config import ServerConfig
 
 __all__ = ["Assistant", "RefusedError", "UnavailableError"]
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 60.0
-"""Seconds before the process is started again; they double as long as it does not get ready."""
 
 
 class RefusedError(LorasmithError):
@@ -52,7 +49,7 @@ class Assistant:
         self._open: dict[int, tuple[Mapping[str, Any], asyncio.Future[Any], int]] = {}
         self._child: ChildProcess | None = None
         self._ready = asyncio.Event()
-        self._pause = _FIRST_PAUSE
+        self._pause = RestartPause()
         self._is_stopping = False
         self._restart: asyncio.Task[None] | None = None
 
@@ -72,16 +69,7 @@ class Assistant:
             on_end=self._on_end,
         )
         self._child = child
-        extra = self._config.extra_model_paths
-        await child.start(
-            {
-                "type": "start",
-                "base": str(self._config.base),
-                "extra_model_paths": None if extra is None else str(extra),
-                "beat_s": self._config.silence_s / 6,
-                "log": str(self._config.log),
-            }
-        )
+        await child.start(self._config.first_message)
         for number, (head, *_) in self._open.items():
             child.send({**head, "number": number})
 
@@ -120,7 +108,7 @@ class Assistant:
 
     def _on_message(self, head: dict[str, Any], body: bytes) -> None:
         if head["type"] == "ready":
-            self._pause = _FIRST_PAUSE
+            self._pause.reset()
             self._ready.set()
             return
         _, answer, _ = self._open.get(head["number"], (None, None, 0))
@@ -147,8 +135,7 @@ class Assistant:
         self._restart = asyncio.create_task(self._start_again())
 
     async def _start_again(self) -> None:
-        await asyncio.sleep(self._pause)
-        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+        await self._pause.wait()
         try:
             await self.start()
         except OSError as error:

@@ -15,9 +15,27 @@ from typing import Any
 from lorasmith.server.channel import AsyncChannel, BrokenChannelError
 from lorasmith.server.server_config import TOKEN_VARIABLE
 
-__all__ = ["ChildProcess"]
+__all__ = ["ChildProcess", "RestartPause"]
 
 _LONGEST_LINE = 64 * 2**10
+
+
+class RestartPause:
+    """Seconds before a process is started again: they double until it gets ready."""
+
+    FIRST_S, LONGEST_S = 0.2, 60.0
+
+    def __init__(self) -> None:
+        self._seconds = self.FIRST_S
+
+    def reset(self) -> None:
+        """Begin with the shortest one: the process got ready."""
+        self._seconds = self.FIRST_S
+
+    async def wait(self) -> None:
+        """Wait for the pause, and make the next one longer."""
+        await asyncio.sleep(self._seconds)
+        self._seconds = min(self.LONGEST_S, 2 * self._seconds)
 
 
 class ChildProcess:

@@ -97,7 +97,7 @@ class Dispatcher:
     def cancel(self, id: str, *, pause: bool = False) -> bool:
         """Stop a job that waits or runs, or give up one that is paused or interrupted; whether there is one.
 
-        A running job saves its run and ends some time later. Asked again after a while, its worker is killed.
+        A running job saves its run and ends some time later; a second cancel after `patience_s` kills its worker.
 
         Args:
             id: of the job.

@@ -43,7 +43,7 @@ JobKind: TypeAlias = Literal["graph", "train", "measure"]
 JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
 STATES: tuple[JobState, ...] = get_args(JobState)
 ACTIVE: tuple[JobState, ...] = ("running", "pending")
-ENDED: tuple[JobState, ...] = ("completed", "failed", "cancelled", "paused", "interrupted")
+ENDED: tuple[JobState, ...] = tuple(state for state in STATES if state not in ACTIVE)
 """States of jobs that are neither queued nor running."""
 
 MOST_PENDING = 10_000

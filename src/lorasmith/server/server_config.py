@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "LOOPBACK", "REMOVED", "TOKEN_VARIABLE", "ServerConfig"]
+from lorasmith.core.folders import Folders
+
+__all__ = ["FOLDER", "LOOPBACK", "REMOVED", "TOKEN_VARIABLE", "ServerConfig", "folders_of_child"]
 
 LOOPBACK = "127.0.0.1"
 
@@ -36,7 +38,7 @@ class ServerConfig:
         token: that requests must carry; needed beyond loopback.
         names: further host names that it is reached by, such as that of a proxy.
         silence_s: seconds without a sign of life after which a child process is replaced.
-        patience_s: seconds after which a cancel that is asked again kills the worker, if it does not obey.
+        patience_s: seconds after a cancel from which a second one kills the worker.
         grace_s: seconds that a worker has to save its run when the server stops.
         worker_command, assistant_command: command lines of the child processes.
         devices: of the workers, instead of those that the assistant reports: `{"name", "title", ...}` each.
@@ -64,3 +66,21 @@ class ServerConfig:
     def log(self) -> Path:
         """The log of the child processes."""
         return self.folder / "server.log"
+
+    @property
+    def first_message(self) -> dict[str, Any]:
+        """What every child process receives first: its folders, its log, and the seconds between its signs of life."""
+        extra = self.extra_model_paths
+        return {
+            "type": "start",
+            "base": str(self.base),
+            "extra_model_paths": None if extra is None else str(extra),
+            "beat_s": self.silence_s / 6,
+            "log": str(self.log),
+        }
+
+
+def folders_of_child(first: Mapping[str, Any]) -> Folders:
+    """The folders that `ServerConfig.first_message` names to a child process. Raises OptionError, as `Folders.load`."""
+    extra = first["extra_model_paths"]
+    return Folders.load(Path(first["base"]), extra_model_paths=None if extra is None else Path(extra))

@@ -12,12 +12,12 @@ import psutil
 import torch
 
 from lorasmith.core.errors import CancelledError
-from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device
 from lorasmith.server.channel import BlockingChannel
 from lorasmith.server.folder_jobs import measure, train
 from lorasmith.server.graph_jobs import GraphJob
 from lorasmith.server.job_reporter import JobReporter
+from lorasmith.server.server_config import folders_of_child
 from lorasmith.server.warm_models import WarmModel
 
 __all__ = ["Jobs"]
@@ -34,7 +34,7 @@ class Jobs:
 
     def __init__(self, channel: BlockingChannel, start: Mapping[str, Any], *, cancel: threading.Event) -> None:
         self._base = Path(start["base"]).resolve()
-        self._extra = None if start["extra_model_paths"] is None else Path(start["extra_model_paths"])
+        self._start = {**start, "base": str(self._base)}
         self._device = torch.device("cuda") if str(start["device"]).startswith("cuda") else best_device()
         self._cancel = cancel
         self._channel = channel
@@ -50,7 +50,7 @@ class Jobs:
             LorasmithError: it failed.
         """
         self._finished = _nothing
-        request, folders = message["request"], Folders.load(self._base, extra_model_paths=self._extra)
+        request, folders = message["request"], folders_of_child(self._start)
         reporter = JobReporter(self._channel, self._base)
         if self._cancel.is_set():
             raise CancelledError("the job was cancelled before it began")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from lorasmith.server.child_process import ChildProcess
+from lorasmith.server.child_process import ChildProcess, RestartPause
 from lorasmith.server.jobs import Job
 from lorasmith.server.server_config import ServerConfig
 
@@ -16,9 +16,6 @@ __all__ = ["WorkerLink", "WorkerState"]
 WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]
 """`waiting`: for the worker of a server that has ended, which still saves. `loading`: it imports torch. `gone`: its
 process has ended and is started again."""
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 60.0
-"""Seconds before a worker is started again; they double as long as it does not get ready."""
 
 
 class WorkerLink:
@@ -36,7 +33,6 @@ class WorkerLink:
     Attributes:
         job: the job that it runs.
         state: of the worker.
-        kill_reason: why the server killed it, as a clause; empty if it did not.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class WorkerLink:
         self._child: ChildProcess | None = None
         self._restart: asyncio.Task[None] | None = None
         self._is_stopping = False
-        self._pause = _FIRST_PAUSE
+        self._pause = RestartPause()
         self._asked_at: float | None = None
         self.device = dict(device)
         self.job: Job | None = None
@@ -94,17 +90,12 @@ class WorkerLink:
             on_end=self._on_end,
             environment=visible,
         )
-        extra = config.extra_model_paths
         try:
             await self._child.start(
                 {
-                    "type": "start",
-                    "base": str(config.base),
-                    "extra_model_paths": None if extra is None else str(extra),
+                    **config.first_message,
                     "lock": str(config.folder / f"worker-{self._number}.lock"),
-                    "beat_s": config.silence_s / 6,
                     "grace_s": config.grace_s,
-                    "log": str(config.log),
                     "device": name,
                 }
             )
@@ -119,7 +110,7 @@ class WorkerLink:
         self._child.send({"type": "job", **request})
 
     def cancel(self) -> None:
-        """Ask it to stop its job and to save; asked again after `patience_s` seconds, it is killed."""
+        """Request that it stops its job and saves; a second request after `patience_s` seconds kills it."""
         if self._child is None or self.job is None:
             return
         now = time.monotonic()
@@ -127,7 +118,7 @@ class WorkerLink:
             self._asked_at = now
             self._child.send({"type": "cancel", "id": self.job.id})
         elif now - self._asked_at >= self._config.patience_s:
-            self._child.kill("it did not stop when it was asked, and was asked again")
+            self._child.kill("it did not stop when its job was cancelled")
 
     def free(self, *, models: bool, memory: bool) -> None:
         """Ask it to release what it keeps for the next job, when it has time."""
@@ -154,7 +145,7 @@ class WorkerLink:
                 self.state = head["type"]
                 self._on_change()
             case "ready":
-                self._pause = _FIRST_PAUSE
+                self._pause.reset()
                 self.device.update(head.get("device", {}))
                 self.state = "ready"
                 self._on_message(self, head, body)
@@ -180,6 +171,5 @@ class WorkerLink:
         self._on_change()
 
     async def _start_again(self) -> None:
-        await asyncio.sleep(self._pause)
-        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+        await self._pause.wait()
         await self.start()

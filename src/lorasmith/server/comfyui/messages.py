@@ -78,7 +78,7 @@ class JobProgress:
 class Progress:
     """Progress of graphs by job, from their notices.
 
-    Those of the last ones stay for a while, as clients may read of a job when it has ended.
+    Those of the last jobs are kept, as clients may read of a job when it has ended.
     """
 
     def __init__(self) -> None:

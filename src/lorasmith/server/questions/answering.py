@@ -7,12 +7,11 @@ import os
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.folders import Folders
 from lorasmith.server.channel import BlockingChannel, channel_of_child
+from lorasmith.server.server_config import folders_of_child
 
 __all__ = ["main"]
 
@@ -43,10 +42,8 @@ def _reply(channel: BlockingChannel, head: dict[str, Any], start: dict[str, Any]
     from lorasmith.server.questions.question_registry import answer
 
     number = head["number"]
-    extra = start["extra_model_paths"]
     try:
-        folders = Folders.load(Path(start["base"]), extra_model_paths=None if extra is None else Path(extra))
-        found = answer(head["question"], head["arguments"], folders)
+        found = answer(head["question"], head["arguments"], folders_of_child(start))
         if isinstance(found, bytes):
             channel.send({"type": "answer", "number": number, "is_bytes": True}, found)
         else:
