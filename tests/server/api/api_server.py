@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,6 +108,26 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
             hub.close()
     finally:
         store.close()
+
+
+def with_api(base: Path, test: Callable[[Client], Awaitable[None]], **config: Any) -> None:
+    async def run() -> None:
+        async with api(base, **config) as client:
+            await test(client)
+
+    asyncio.run(run())
+
+
+def refusals_of(requests: Mapping[str, tuple[str, str, Any, int, str]], base: Path) -> dict[str, str]:
+    """The sentences by which one server refuses each of some requests: method, path, body, status, and part of it."""
+    found = {}
+
+    async def test(client: Client) -> None:
+        for case, (method, path, body, status, _) in requests.items():
+            found[case] = await client.error(method, path, body, status=status)
+
+    with_api(base, test)
+    return found
 
 
 def made_up(client: Client) -> dict[str, Any]:

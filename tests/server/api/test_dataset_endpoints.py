@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import asyncio
 import io
 import shutil
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.server import upload_folder
 from lorasmith.server.api import uploads
 from lorasmith.server.assistant import RefusedError, UnavailableError
-from tests.server.api.api_server import AT, Client, api, made_up
+from tests.server.api.api_server import AT, Client, made_up, refusals_of, with_api
 
 FOX = ASSETS / "input" / "fox"
 
@@ -31,14 +29,6 @@ def form(*files: tuple[str, bytes]) -> FormData:
     for name, content in files:
         data.add_field("file", content, filename=name)
     return data
-
-
-def with_api(base: Path, test: Callable[[Client], Awaitable[None]], **config: Any) -> None:
-    async def run() -> None:
-        async with api(base, **config) as client:
-            await test(client)
-
-    asyncio.run(run())
 
 
 def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
@@ -138,14 +128,7 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    found = {}
-
-    async def test(client: Client) -> None:
-        for case, (method, path, body, status, _) in REFUSED.items():
-            found[case] = await client.error(method, path, body, status=status)
-
-    with_api(tmp_path_factory.mktemp("refusals"), test)
-    return found
+    return refusals_of(REFUSED, tmp_path_factory.mktemp("refusals"))
 
 
 @pytest.mark.parametrize("case", REFUSED)

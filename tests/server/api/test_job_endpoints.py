@@ -10,8 +10,7 @@ from lorasmith.core.typed_json import typed
 from lorasmith.server import jobs
 from lorasmith.server.hub import Notice
 from lorasmith.server.measurements import measurement_subject
-from tests.server.api.api_server import AT, Client, api, events, made_up
-from tests.server.api.test_dataset_endpoints import with_api
+from tests.server.api.api_server import AT, Client, api, events, made_up, refusals_of, with_api
 
 RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}
 
@@ -77,14 +76,7 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    found = {}
-
-    async def test(client: Client) -> None:
-        for case, (method, path, body, status, _) in REFUSED.items():
-            found[case] = await client.error(method, path, body, status=status)
-
-    with_api(tmp_path_factory.mktemp("refusals"), test)
-    return found
+    return refusals_of(REFUSED, tmp_path_factory.mktemp("refusals"))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.server.api.api_server import AT, Client, events, made_up
-from tests.server.api.test_dataset_endpoints import with_api
+from tests.server.api.api_server import AT, Client, events, made_up, with_api
 
 RUN = "runs%2Fdog-001"
 
