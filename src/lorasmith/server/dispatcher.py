@@ -324,8 +324,7 @@ class Dispatcher:
 
     def _publish_queue(self) -> None:
         with self._logged():
-            counts = self._store.counts()
-            self._hub.publish(Notice(kind="queue", data={name: counts[name] for name in ("pending", "running")}))
+            self._hub.publish(Notice(kind="queue", data=self._store.queue_counts()))
 
     @contextlib.contextmanager
     def _logged(self) -> Iterator[None]:

@@ -337,6 +337,11 @@ class JobStore:
             found = dict(self._database.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
         return {state: found.get(state, 0) for state in STATES}
 
+    def queue_counts(self) -> dict[str, int]:
+        """The numbers of jobs that run and that wait, by state."""
+        counts = self.counts()
+        return {state: counts[state] for state in ACTIVE}
+
     def claim(self, worker: str) -> Job | None:
         """Start the next waiting job; None if there is none. No two calls return the same one.
 

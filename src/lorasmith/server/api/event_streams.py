@@ -19,7 +19,7 @@ from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.server.api.endpoint import Call
-from lorasmith.server.api.job_answers import job_answer, job_summary, queue_counts
+from lorasmith.server.api.job_answers import job_answer, job_row
 from lorasmith.server.error_answers import TooManyError
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.log_tail import LogTail
@@ -42,14 +42,14 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
     """`queue` and `job` events: those that wait and run at first, then every change."""
     with context.hub.subscribe(kinds=("job", "queue")) as notices:
         async with _stream(call.request) as stream:
-            await stream.send("queue", queue_counts(context))
+            await stream.send("queue", context.store.queue_counts())
             for job in context.store.active(_FIRST_JOBS):
-                await stream.send("job", job_summary(job))
+                await stream.send("job", job_row(job))
             async for notice in _each(notices):
                 if notice is None:
                     await stream.beat()
                 elif notice.kind == "job":
-                    await stream.send("job", job_summary(notice.data))
+                    await stream.send("job", job_row(notice.data))
                 else:
                     await stream.send("queue", notice.data)
         return stream.response
@@ -73,7 +73,7 @@ async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
                     if tail is None and notice.data.get("run"):
                         tail = await _tail(context, notice.data["run"], call, is_begun=False)
                         await _send_log(stream, tail)
-                    await stream.send("job", job_summary(notice.data))
+                    await stream.send("job", job_row(notice.data))
                 elif notice.kind == "graph":
                     await stream.send("graph", notice.data)
                 else:

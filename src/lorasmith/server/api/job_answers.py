@@ -9,9 +9,8 @@ from typing import Any
 
 from lorasmith.server.api_shapes import JobAnswer
 from lorasmith.server.jobs import Job
-from lorasmith.server.server_context import ServerContext
 
-__all__ = ["job_answer", "job_summary", "queue_counts"]
+__all__ = ["job_answer", "job_row"]
 
 _TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
 _LARGE = ("prompt", "workflow", "extra_data")
@@ -25,14 +24,14 @@ def job_answer(job: Job, *, with_graph: bool = True) -> dict[str, Any]:
         job: the job.
         with_graph: whether the request of a graph is there as a whole.
     """
-    facts = job_summary(job)
+    facts = job_row(job)
     request = {key: value for key, value in job.request.items() if with_graph or key not in _LARGE}
     more = {"dataset": facts["dataset"], "trigger": _settings(job).get("trigger", "")} if job.kind == "train" else {}
     answer = JobAnswer(**facts, outputs=dict(job.outputs), request={**request, **more})
     return asdict(answer)
 
 
-def job_summary(job: Job | Mapping[str, Any]) -> dict[str, Any]:
+def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
     """A job without its request and outputs; of a notice about one, what that says."""
     found = job.summary() if isinstance(job, Job) else job
     if found.get("removed"):
@@ -43,12 +42,6 @@ def job_summary(job: Job | Mapping[str, Any]) -> dict[str, Any]:
         facts["error"] = None if job.error is None else dict(job.error)
         facts["dataset"] = _dataset(job)
     return facts
-
-
-def queue_counts(context: ServerContext) -> dict[str, int]:
-    """The numbers of jobs that wait and that run."""
-    counts = context.store.counts()
-    return {"pending": counts["pending"], "running": counts["running"]}
 
 
 def _settings(job: Job) -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 from lorasmith.app.presets import MAIN_SETTINGS, PRESETS, setting_groups
 from lorasmith.core.options import Option
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
-from lorasmith.server.api.job_answers import queue_counts
 from lorasmith.server.api_shapes import (
     DeviceFacts,
     ModelListAnswer,
@@ -69,7 +68,7 @@ async def _status(context: ServerContext, call: Call) -> StatusAnswer:
             )
             for one in context.dispatcher.devices()
         ),
-        queue=QueueCounts(**queue_counts(context)),
+        queue=QueueCounts(**context.store.queue_counts()),
         disk_free_bytes=shutil.disk_usage(context.config.base).free,
     )
 

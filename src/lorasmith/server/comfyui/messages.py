@@ -29,6 +29,7 @@ __all__ = [
     "frames_of",
     "log_entry",
     "message",
+    "queue_info",
 ]
 
 Frame: TypeAlias = str | bytes
@@ -131,6 +132,11 @@ def message(kind: str, data: Mapping[str, Any]) -> str:
     return json.dumps({"type": kind, "data": data})
 
 
+def queue_info(counts: Mapping[str, int]) -> dict[str, Any]:
+    """What `/prompt` and `status` say of the queue, from the numbers of jobs that run and that wait."""
+    return {"exec_info": {"queue_remaining": sum(counts.values())}}
+
+
 def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Frame]:
     """What a notice is for a client, except the end of a job (`ending_frames`).
 
@@ -140,8 +146,7 @@ def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Fr
         progress: has observed the notice.
     """
     if notice.kind == "queue":
-        waiting = notice.data.get("pending", 0) + notice.data.get("running", 0)
-        yield message("status", {"status": {"exec_info": {"queue_remaining": waiting}}})
+        yield message("status", {"status": queue_info(notice.data)})
     elif notice.kind == "log":
         if client.reads_log:
             yield message("logs", {"entries": [log_entry(notice.data)], "size": TERMINAL_SIZE})

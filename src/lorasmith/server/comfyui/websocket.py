@@ -12,7 +12,16 @@ import aiohttp
 from aiohttp import web
 
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.comfyui.messages import Client, Frame, Progress, ending_frames, final_frames, frames_of, message
+from lorasmith.server.comfyui.messages import (
+    Client,
+    Frame,
+    Progress,
+    ending_frames,
+    final_frames,
+    frames_of,
+    message,
+    queue_info,
+)
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, StoreError, UnknownJobError
 from lorasmith.server.server_context import ServerContext
@@ -135,8 +144,7 @@ class Sockets:
 
     def queue_info(self) -> dict[str, Any]:
         """The number of jobs that wait or run, as `/prompt` gives it."""
-        counts = self._context.store.counts()
-        return {"exec_info": {"queue_remaining": counts["pending"] + counts["running"]}}
+        return queue_info(self._context.store.queue_counts())
 
     def _frames(self, notice: Notice, client: Client) -> Iterator[Frame]:
         if notice.kind != "job":
