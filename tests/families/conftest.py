@@ -13,6 +13,14 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Heavier tests run by default for some families alone; see `TinyFamily.is_slow`."""
+    for item in items:
+        if item.get_closest_marker("slow_by_family") and TINY[item.callspec.params["case"]].is_slow:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import models
 import numpy as np
@@ -51,8 +49,7 @@ def test_every_tensor_is_that_of_the_part(case: Case) -> None:
 def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
     """Its converters know the names and the rows of the released files."""
     part = case.tiny.parts()["transformer"]
-    if case.name == "flux1":
-        pytest.skip("diffusers' converter has the released widths written into it")
+    case.skip("diffusers reads the file")
     part.save_config(tmp_path)
     theirs = type(part).from_single_file(
         load_file(case.files["transformer"]), config=str(tmp_path), local_files_only=True
@@ -63,8 +60,7 @@ def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_diffusers_folder_is_the_same_model(case: Case, tmp_path: Path) -> None:
-    if case.name == "flux2":
-        pytest.skip("its processor stands in for the released one, which cannot be saved without its vocabulary")
+    case.skip("folder")
     case.tiny.made().save_pretrained(tmp_path / "folder")
     model = load_model(tmp_path / "folder")
 
@@ -81,9 +77,11 @@ PROMPTS = ["a fox", "", "a (red:1.3) fox, 日本語 " * 12]
 
 @pytest.mark.parametrize("text", slow_except(PROMPTS, PROMPTS[2]), ids=["short", "empty", "long"])
 def test_prompts_are_encoded_as_in_diffusers(case: Case, text: str) -> None:
-    if case.name == "flux1":
-        text = text.replace("(red:1.3)", "red")  # weights are ComfyUI's, and syntax for this family
-    ours, theirs = encoded(case.ours, text), pipeline_encoding(case, text)
+    if case.tiny.reads_weights:
+        text = text.replace("(red:1.3)", "red")
+    ours = encoded(case.ours, text)
+    with torch.no_grad():
+        theirs = case.tiny.conditioning(case.tiny.made(), text)
     assert ours.tensors.keys() == theirs.keys()
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
@@ -93,39 +91,11 @@ def encoded(model: Model, text: str) -> Conditioning:
     return replace(model.text_encoder, encoding=Encoding(lengths="diffusers")).encode(text)
 
 
-@torch.no_grad()
-def pipeline_encoding(case: Case, text: str) -> dict[str, Tensor]:
-    """What diffusers' pipeline conditions on, without its padding where a mask hides that."""
-    pipeline = case.tiny.made()
-    match case.name:
-        case "flux1":
-            context, pooled, _ = pipeline.encode_prompt(text, None)
-            return {"context": context, "pooled": pooled}
-        case "z-image":
-            (context,), _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
-            return {"context": context[None]}
-        case "flux2-klein" | "flux2":
-            return {"context": pipeline.encode_prompt(text)[0]}
-        case _:
-            with text_only(pipeline):
-                context, mask = pipeline.encode_prompt(text)
-            return {"context": context[mask][None].flatten(2)}
-
-
-def text_only(pipeline: Any) -> Any:
-    """Krea 2's pipeline gives positions for three axes, which text alone has one of."""
-    forward = pipeline.text_encoder.forward
-
-    def one_axis(*args: Any, position_ids: Tensor, **rest: Any) -> Any:
-        return forward(*args, position_ids=position_ids[0], **rest)
-
-    return mock.patch.object(pipeline.text_encoder, "forward", one_axis)
-
-
+@pytest.mark.slow_by_family
 @pytest.mark.parametrize("guidance", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
-    if case.name == "flux2" and guidance != 1:
-        pytest.skip("its pipeline has no second pass")
+    if guidance != 1:
+        case.skip("guided picture")
     model, pipeline, steps = case.ours, case.tiny.made(), 3
     schedule = model.components.schedule
     sigmas = sigmas_for(schedule, "simple", steps)
@@ -141,35 +111,17 @@ def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
         seed=3,
     )[0]
     noise = prepare_noise(3, (1, *model.components.latent.shape(SIDE, SIDE)))
-    theirs = drawn(case, pipeline, noise, sigmas[:-1].tolist(), guidance)
-    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
-    assert np.asarray(ours).std() > 1, "a picture, and no plain surface"
-
-
-def drawn(case: Case, pipeline: Any, noise: Tensor, sigmas: list[float], guidance: float) -> Any:
-    packed = {
-        "flux1": lambda: pipeline._pack_latents(noise, *noise.shape),
-        "krea2": lambda: pipeline._pack_latents(noise[:, :, 0], *noise[:, :, 0].shape),
-    }
     arguments = {
-        "latents": packed[case.name]() if case.name in packed else noise,
-        "sigmas": sigmas,
-        "num_inference_steps": len(sigmas),
+        "latents": noise,
+        "sigmas": sigmas[:-1].tolist(),
+        "num_inference_steps": steps,
         "height": SIDE,
         "width": SIDE,
         "prompt": "a fox",
     }
-    if case.name == "flux2":  # guidance is an input, and there is no negative prompt
-        return pipeline(**arguments, guidance_scale=4.0).images[0]
-    if case.name == "flux1":
-        if guidance != 1:
-            return pipeline(**arguments, negative_prompt="", true_cfg_scale=guidance).images[0]
-        return pipeline(**arguments).images[0]
-    scale = {"z-image": guidance - 1, "krea2": guidance - 1}.get(case.name, guidance)
-    if case.name == "krea2":
-        with text_only(pipeline):
-            return pipeline(**arguments, guidance_scale=scale).images[0]
-    return pipeline(**arguments, guidance_scale=scale).images[0]
+    theirs = case.tiny.drawn(pipeline, arguments, guidance)
+    assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
+    assert np.asarray(ours).std() > 1, "a picture, and no plain surface"
 
 
 def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
@@ -263,47 +215,12 @@ def test_predictions_are_those_of_diffusers_own_call(case: Case) -> None:
     latents = models.seeded("latents", (1, *case.ours.components.latent.shape(SIDE, SIDE)), seed=0)
     shapes = case.ours.family.conditioning_shapes(case.ours.components.denoiser)
     given = {name: models.seeded(name, shape, seed=0) for name, shape in shapes.items()}
-    denoiser, context, time = case.tiny.parts()["transformer"], given["context"], torch.tensor([0.6])
-    side, tokens = SIDE // 8, context.shape[1]
-
-    def positions(axes: int, rows: int) -> Tensor:
-        grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (1, rows, rows)))
-        return torch.cat((grid, torch.zeros(rows * rows, axes - 3)), dim=1)
-
-    def patches(x: Tensor) -> Tensor:
-        rows = x.reshape(1, 16, side // 2, 2, side // 2, 2)
-        return rows.permute(0, 2, 4, 1, 3, 5).reshape(1, -1, 64)
-
-    match case.name:
-        case "flux1":
-            expected = denoiser(
-                patches(latents),
-                context,
-                given["pooled"],
-                time,
-                positions(3, side // 2),
-                torch.zeros(tokens, 3),
-                torch.tensor([3.5]),
-            ).sample
-        case "z-image":
-            expected = -denoiser([latents[0].unsqueeze(1)], 1 - time, [context[0]]).sample[0].squeeze(1)[None]
-        case "krea2":
-            ids = torch.cat((torch.zeros(tokens, 3), positions(3, side // 2)))
-            layers = context.reshape(1, tokens, 12, -1)
-            expected = denoiser(patches(latents[:, :, 0]), layers, time, ids).sample
-        case _:
-            text = torch.cat((torch.zeros(tokens, 3), torch.arange(float(tokens))[:, None]), dim=1)
-            guidance = torch.tensor([4.0]) if case.name == "flux2" else None
-            tokens_of_picture = latents.flatten(2).transpose(1, 2)
-            expected = denoiser(tokens_of_picture, context, time, positions(4, side // 2), text, guidance).sample
+    expected = case.tiny.call(case.tiny.parts()["transformer"], latents, given, torch.tensor([0.6]))
     ours = predicted(case.ours)
-    if case.name in ("flux1", "krea2"):
-        ours = patches(ours.reshape((*latents.shape[:2], side, side)))
-    elif case.name.startswith("flux2"):
-        ours = ours.flatten(2).transpose(1, 2)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_by_family
 @pytest.mark.parametrize("kind", slow_except(packed_files.KINDS, "int8 with ConvRot", "nvfp4"))
 def test_packed_denoisers_are_the_weights_they_stand_for(case: Case, kind: str, tmp_path: Path) -> None:
     file, meant = {}, {}
@@ -317,6 +234,7 @@ def test_packed_denoisers_are_the_weights_they_stand_for(case: Case, kind: str, 
     torch.testing.assert_close(predicted(models_of[0]), predicted(models_of[1]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow_by_family
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
 def test_gguf_denoisers_are_the_weights_they_stand_for(case: Case, tmp_path: Path) -> None:
     import gguf

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from lorasmith.families import loading  # noqa: F401  (registers the families)
 from lorasmith.families.base import FAMILIES
 from tests.families.original_models import VOCABULARY, autoencoder_shapes, clip_l_shapes, openclip_shapes
-from tests.families.transformer_models import original_tensors
+from tests.families.tiny_parts import original_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GIB = 2**30

@@ -12,7 +12,7 @@ import torch
 
 from lorasmith.core.errors import ModelError
 from lorasmith.families.parts.tokenizers import TokenizerSource, qwen_tokenizer, t5_tokenizer, tekken_tokenizer
-from tests.families.transformer_models import tekken_file
+from tests.families.tiny_flux2 import tekken_file
 
 QWEN = {
     "a photo of a cat, it's 123 (good:1.3)": [

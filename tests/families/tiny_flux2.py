@@ -1,0 +1,183 @@
+"""Small random Flux.2 klein and dev."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from tiny_parts import (
+    TinyFamily,
+    chatting,
+    grid_positions,
+    kl_names,
+    original_tensors,
+    qwen,
+    randomized,
+    scaled,
+    under,
+)
+from torch import Tensor, nn
+
+from lorasmith.families.parts.tokenizers import TokenizerSource, tekken_tokenizer
+
+__all__ = ["DEV", "KLEIN", "tekken_file"]
+
+
+def _flux2_denoiser(*, has_guidance: bool) -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    denoiser = Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=96,
+        guidance_embeds=has_guidance,
+        axes_dims_rope=(8, 8, 8, 8),
+    )
+    return randomized(denoiser)
+
+
+@cache
+def _klein() -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+    )
+    return {
+        "transformer": _flux2_denoiser(has_guidance=False),
+        "vae": randomized(vae),
+        "text_encoder": randomized(qwen(28, rope_theta=1e6)),
+        "tokenizer": chatting(),
+    }
+
+
+def tekken_file() -> bytes:
+    """A small vocabulary of Mistral's kind: all bytes, and two longer tokens."""
+    words = [*(bytes([byte]) for byte in range(256)), b"in", b"ing"]
+    content = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]",
+            "default_vocab_size": 1000 + len(words),
+            "default_num_special_tokens": 1000,
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
+            for rank, word in enumerate(words)
+        ],
+    }
+    return json.dumps(content).encode()
+
+
+class _MistralProcessor:
+    """The processor of Flux.2's pipeline as far as it uses it: chats to ids, filled with padding on the left."""
+
+    def __init__(self) -> None:
+        embedded = torch.frombuffer(bytearray(tekken_file()), dtype=torch.uint8)
+        self.tokenizer = tekken_tokenizer(TokenizerSource(embedded={"tekken_model": embedded}))
+
+    def apply_chat_template(self, chats: Any, *, max_length: int, **_: Any) -> dict[str, Tensor]:
+        rows, masks = [], []
+        for chat in chats:
+            said = {message["role"]: message["content"][0]["text"] for message in chat}
+            text = f"[SYSTEM_PROMPT]{said['system']}[/SYSTEM_PROMPT][INST]{said['user']}[/INST]"
+            ids = [1, *self.tokenizer(text).input_ids][:max_length]
+            missing = max_length - len(ids)
+            rows.append([*[11] * missing, *ids])
+            masks.append([*[0] * missing, *[1] * len(ids)])
+        return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+
+
+@cache
+def _dev() -> dict[str, Any]:
+    from transformers import MistralConfig, MistralModel
+
+    mistral = MistralConfig(
+        vocab_size=1258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=31,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=128,
+        rope_theta=1e9,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+    )
+    return {
+        "transformer": _flux2_denoiser(has_guidance=True),
+        "vae": _klein()["vae"],
+        "text_encoder": randomized(MistralModel(mistral)),
+        "tokenizer": _MistralProcessor(),
+    }
+
+
+def _mistral_names(encoder: nn.Module) -> dict[str, Tensor]:
+    vocabulary = torch.frombuffer(bytearray(tekken_file()), dtype=torch.uint8)
+    return {**under("model.")(encoder), "tekken_model": vocabulary}
+
+
+def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
+    return {"context": pipeline.encode_prompt(text)[0]}
+
+
+def _call(denoiser: Any, latents: Tensor, given: Mapping[str, Tensor], time: Tensor) -> Tensor:
+    context, (height, width) = given["context"], latents.shape[-2:]
+    tokens = context.shape[1]
+    text = torch.cat((torch.zeros(tokens, 3), torch.arange(float(tokens))[:, None]), dim=1)
+    guidance = torch.tensor([4.0]) if denoiser.config.guidance_embeds else None
+    out: Tensor = denoiser(
+        latents.flatten(2).transpose(1, 2), context, time, grid_positions(4, height, width), text, guidance
+    ).sample
+    return out.transpose(1, 2).reshape(latents.shape)
+
+
+def _drawn_with_guidance(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
+    return pipeline(**arguments, guidance_scale=4.0).images[0]
+
+
+KLEIN = TinyFamily(
+    _klein,
+    "Flux2KleinPipeline",
+    {
+        "transformer": (
+            "diffusion_models/flux-2-klein-base-4b.safetensors",
+            lambda one: scaled(original_tensors("flux2-klein", one)),
+        ),
+        "vae": ("vae/flux2-vae.safetensors", kl_names),
+        "text_encoder": ("text_encoders/qwen_3_4b.safetensors", under("model.")),
+    },
+    conditioning=_conditioning,
+    call=_call,
+    unlearnt=0.5,  # 64 of 128 channels
+)
+
+DEV = TinyFamily(
+    _dev,
+    "Flux2Pipeline",
+    {
+        "transformer": (
+            "diffusion_models/flux2_dev_fp8mixed.safetensors",
+            lambda one: scaled(original_tensors("flux2", one)),
+        ),
+        "vae": ("vae/flux2-vae.safetensors", kl_names),
+        "text_encoder": ("text_encoders/mistral_3_small_flux2_bf16.safetensors", _mistral_names),
+    },
+    conditioning=_conditioning,
+    call=_call,
+    unlearnt=0.5,  # 64 of 128 channels
+    drawn=_drawn_with_guidance,
+    left_out={
+        "folder": "its processor stands in for the released one, which cannot be saved without its vocabulary",
+        "guided picture": "its pipeline has no second pass",
+        "ComfyUI": "not recorded: ComfyUI's Mistral has fixed widths and a vocabulary of its own",
+    },
+)

@@ -1,0 +1,269 @@
+"""What the small random models of the transformer families are made of.
+
+Parts are made with diffusers' and transformers' classes, and written as ComfyUI users have them: the denoiser and the
+autoencoder in the original layout, encoders in transformers' names under the prefix of released files. So what is
+loaded can be held against the parts themselves, and against diffusers' pipeline of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from torch import Tensor, nn
+
+from lorasmith.families.base import FAMILIES
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Model
+from lorasmith.families.parts.tokenizers import qwen_tokenizer
+from tests.families.original_models import save
+
+__all__ = [
+    "CHAT",
+    "VOCABULARY",
+    "TinyFamily",
+    "chatting",
+    "clip_names",
+    "grid_positions",
+    "image_patches",
+    "kl",
+    "kl_names",
+    "latents_of_patches",
+    "original_tensors",
+    "qwen",
+    "randomized",
+    "scaled",
+    "t5_names",
+    "under",
+    "wan_names",
+]
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+"""What the chat templates of Qwen3 write for a prompt."""
+
+
+VOCABULARY = 49408
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A module whose every tensor is a function of its name, without gradients."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and not name.endswith("running_var"):
+                tensor.copy_(models.weight(name, tuple(tensor.shape), seed=seed))
+    return module.eval().requires_grad_(False)
+
+
+def original_tensors(family: str, denoiser: nn.Module) -> dict[str, Tensor]:
+    """A denoiser's tensors in the original layout, by the family's table read backwards."""
+    table = FAMILIES[family].table(denoiser)
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, tensor in denoiser.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        place = table[path]
+        if place.swap_halves:
+            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
+        key = place.tensor(leaf)
+        parts.setdefault(key, []).append((place.rows[0] if place.rows else 0, tensor))
+    return {
+        key: torch.cat([tensor for _, tensor in sorted(rows, key=lambda row: row[0])]) for key, rows in parts.items()
+    }
+
+
+def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
+    return pipeline(**arguments, guidance_scale=guidance).images[0]
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A family, small.
+
+    Attributes:
+        parts: makes diffusers' parts by their names in its pipeline (`transformer`, `vae`, `text_encoder`, ...).
+        pipeline: name of diffusers' pipeline.
+        files: name of the file of each part, and how its tensors are named there.
+        conditioning: of a prompt, by the pipeline: what our `Conditioning` holds, without padding that a mask hides.
+        call: a prediction for latents, conditioning and noise level, by the denoiser's own call.
+        drawn: a picture by the pipeline: noise as `latents`, `sigmas`, sizes and the prompt are given, and guidance.
+        reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
+        unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
+        has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
+        left_out: tests that do not apply → the reason.
+        is_slow: whether its tests with the mark `slow_by_family` are slow: those in which it brings nothing new.
+    """
+
+    parts: Callable[[], dict[str, Any]]
+    pipeline: str
+    files: Mapping[str, tuple[str, Callable[[nn.Module], dict[str, Tensor]]]]
+    conditioning: Callable[[Any, str], dict[str, Tensor]]
+    call: Callable[[Any, Tensor, Mapping[str, Tensor], Tensor], Tensor]
+    drawn: Callable[[Any, Mapping[str, Any], float], Any] = _drawn
+    reads_weights: bool = False
+    unlearnt: float = 0.0
+    has_released_widths: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    is_slow: bool = False
+
+    def saved(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Path]:
+        """Each part in a file of its usual name, in ComfyUI's folders."""
+        parts, written = self.parts(), {}
+        for part, (name, named) in self.files.items():
+            tensors = named(parts[part])
+            if dtype is not None:
+                tensors = {key: one.to(dtype) if one.is_floating_point() else one for key, one in tensors.items()}
+            path = folder / "models" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written[part] = save(path, {key: one.contiguous() for key, one in tensors.items()})
+        return written
+
+    def denoiser_tensors(self) -> dict[str, Tensor]:
+        """The denoiser's tensors as in its file."""
+        return self.files["transformer"][1](self.parts()["transformer"])
+
+    def loaded(self, files: Mapping[str, Path]) -> Model:
+        """The model in those files."""
+        encoders = [path for part, path in files.items() if part.startswith("text_encoder")]
+        return load_model(files["transformer"], text_encoders=encoders, vae=files["vae"])
+
+    def made(self) -> Any:
+        """diffusers' pipeline of the parts."""
+        import diffusers
+
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False)
+        pipeline = getattr(diffusers, self.pipeline)(scheduler=scheduler, **self.parts())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Black Forest Labs' name of the weights of norms of queries and keys."""
+    return {re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", name): one for name, one in tensors.items()}
+
+
+def kl_names(vae: nn.Module) -> dict[str, Tensor]:
+    """An AutoencoderKL's tensors by their original names."""
+    levels = len(vae.config.block_out_channels)  # type: ignore[arg-type, union-attr]
+    renames: tuple[tuple[str, Any], ...] = (
+        (r"conv_norm_out", "norm_out"),
+        (r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}.block.{match[2]}"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"up.{levels - 1 - int(match[1])}.upsample"),
+    )
+    named = {}
+    for name, tensor in vae.state_dict().items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        named[name] = tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+    return named
+
+
+def clip_names(encoder: nn.Module) -> dict[str, Tensor]:
+    return {f"text_model.{name.removeprefix('text_model.')}": one for name, one in encoder.state_dict().items()}
+
+
+def t5_names(encoder: nn.Module) -> dict[str, Tensor]:
+    return {name: one for name, one in encoder.state_dict().items() if name != "encoder.embed_tokens.weight"}
+
+
+def under(prefix: str) -> Callable[[nn.Module], dict[str, Tensor]]:
+    return lambda encoder: {f"{prefix}{name}": one for name, one in encoder.state_dict().items()}
+
+
+def wan_names(vae: nn.Module) -> dict[str, Tensor]:
+    """An AutoencoderKLQwenImage's tensors by their original names."""
+    layers = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    renames: tuple[tuple[str, Any], ...] = (
+        (r"^quant_conv", "conv1"),
+        (r"^post_quant_conv", "conv2"),
+        (r"\.(norm1|conv1|norm2|conv2)\.", lambda match: f".{layers[match[1]]}."),
+        (r"\.conv_in\.", ".conv1."),
+        (r"\.norm_out\.", ".head.0."),
+        (r"\.conv_out\.", ".head.2."),
+        (r"mid_block\.resnets\.(\d)", lambda match: f"middle.{2 * int(match[1])}"),
+        (r"mid_block\.attentions\.0", "middle.1"),
+        (r"conv_shortcut", "shortcut"),
+        (r"down_blocks\.(\d+)", r"downsamples.\1"),
+        (r"up_blocks\.(\d)\.resnets\.(\d)", lambda match: f"upsamples.{4 * int(match[1]) + int(match[2])}"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda match: f"upsamples.{4 * int(match[1]) + 3}"),
+    )
+    named = {}
+    for name, tensor in vae.state_dict().items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        named[name] = tensor
+    return named
+
+
+def kl(channels: int) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=channels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+
+
+def qwen(layers: int, **settings: Any) -> nn.Module:
+    from transformers import Qwen3Config, Qwen3Model
+
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            rms_norm_eps=1e-6,
+            **settings,
+        )
+    )
+
+
+def chatting() -> Any:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def image_patches(latents: Tensor) -> Tensor:
+    """(1, channels, height, width) as diffusers packs it, (1, tokens, 4 · channels)."""
+    channels, height, width = latents.shape[1:]
+    rows = latents.reshape(1, channels, height // 2, 2, width // 2, 2)
+    return rows.permute(0, 2, 4, 1, 3, 5).reshape(1, -1, 4 * channels)
+
+
+def latents_of_patches(patches: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `image_patches`."""
+    rows = patches.reshape(1, height // 2, width // 2, -1, 2, 2)
+    return rows.permute(0, 3, 1, 4, 2, 5).reshape(1, -1, height, width)
+
+
+def grid_positions(axes: int, rows: int, columns: int) -> Tensor:
+    """Positions (0, y, x, 0, ...) of the tokens of a picture."""
+    grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (1, rows, columns)))
+    return torch.cat((grid, torch.zeros(len(grid), axes - 3)), dim=1)
