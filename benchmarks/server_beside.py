@@ -1,9 +1,13 @@
 """What the server and open pages cost a training: the same steps from the command line and from the server, in turn.
 
-The built-in model is trained on the example pictures, without previews. The server has pages open that show the
-training. `step` is the median time between two steps in `events.jsonl`; the other columns are processor seconds per
-step: of the process that trains, of server and assistant, and of all of Chromium, which mostly draws. On a machine
-without a graphics card Chromium draws with the cores that train; pages on another computer cost the first two alone.
+The built-in model is trained on the example pictures, without previews, by two processes: `lorasmith train` and the
+worker of a server, which has pages open that show it. One of the two sides is stopped (SIGSTOP) while the other makes a
+block of steps: server, assistant and Chromium stop with their worker. So both sides meet the same speed of the machine,
+which drifts by more than what is measured, and `ratio` compares blocks that lie beside each other in time.
+
+`step` is the median time between two steps in `events.jsonl`. The other columns are processor milliseconds per step: of
+the process that trains, of server and assistant, and of all of Chromium, which mostly draws. On a machine without a
+graphics card Chromium draws with the cores that train; pages on another computer cost the first two alone.
 
     python -m benchmarks.server_beside
 """
@@ -14,13 +18,16 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,140 +38,148 @@ from lorasmith.core.folders import ASSETS
 from tools.browsing import Served, opened_browser, served
 
 _PICTURES = "fox"
-_SETTINGS: dict[str, Any] = {"previews": "", "validation_share": 0.0, "seed": 1}
-_FIRST = 10
-"""Steps that are not counted: pages open while they run."""
+_STEPS = 100_000  # more than are made: both trainings are ended by hand
+_SETTINGS: dict[str, Any] = {"previews": "", "validation_share": 0.0, "seed": 1, "save_every": 0}
+_SETTLING = 2
+"""Steps at the start of a block that are not counted."""
+
+
+@dataclass
+class _Side:
+    """One training and all processes beside it, each under the name of its column.
+
+    Attributes:
+        log: its `events.jsonl`.
+        blocks: medians of its blocks, in milliseconds.
+    """
+
+    log: Path
+    processes: dict[str, list[psutil.Process]]
+    blocks: list[float] = field(default_factory=list)
+
+    def send(self, sign: signal.Signals) -> None:
+        for process in itertools.chain(*self.processes.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(sign)
+
+    def block(self, steps: int) -> None:
+        """Let it make some steps while the other side is stopped."""
+        before = len(_times(self.log))
+        self.send(signal.SIGCONT)
+        while len(_times(self.log)) < before + steps + 1:
+            time.sleep(0.05)
+        self.send(signal.SIGSTOP)
+        # The step in which it was stopped, and those until memory is warm again, are left out.
+        times = _times(self.log)[before + _SETTLING : before + steps + 1]
+        self.blocks.append(1000 * statistics.median(b - a for a, b in itertools.pairwise(times)))
+
+    def spent(self) -> dict[str, float]:
+        """Processor seconds so far, by column."""
+        found = dict.fromkeys(self.processes, 0.0)
+        for column, processes in self.processes.items():
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    found[column] += sum(process.cpu_times()[:2])
+        return found
 
 
 def main() -> None:
     arguments = _arguments()
-    results = Results(arguments)
+    results = Results(arguments, threads=os.environ.get("OMP_NUM_THREADS", "as many as cores"))
     columns = {"": "", "step, ms": ".1f", "trains, ms": ".1f", "server, ms": ".2f", "Chromium, ms": ".1f"}
-    results.table({**columns, "load": ".1f"})
-    found: dict[str, list[float]] = {}
-
-    def add(name: str, row: list[float]) -> None:
-        found.setdefault(name, []).append(row[0])
-        results.add(name, *row, psutil.getloadavg()[0])
-
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "base") as server:
-        _post(server, {**_SETTINGS, "steps": 2})  # imports, the model, encodings
-        names = {number: f"server, {number} pages" for number in arguments.pages}
-        for round in range(arguments.rounds):
-            add("command line", _from_command_line(Path(folder) / f"run-{round}", arguments.steps))
-            for number, name in names.items():
-                add(name, _from_server(server, Path(folder) / "base", number, arguments.steps))
-    results.table({"ratio of the medians to the command line": "", "": ".3f"})
-    for name in names.values():
-        results.add(name, statistics.median(found[name]) / statistics.median(found["command line"]))
+    results.table({**columns, "ratio": ".4f", "± standard error": ".4f"})
+    for pages in arguments.pages:
+        with tempfile.TemporaryDirectory() as folder:
+            _measured(Path(folder), pages, arguments, results)
 
 
-def _from_command_line(output: Path, steps: int) -> list[float]:
-    command = [
-        sys.executable,
-        "-m",
-        "lorasmith",
-        "train",
-        str(ASSETS / "input" / _PICTURES),
-        "--model",
-        "lorasmith-tiny",
-    ]
-    command += [
-        "--steps",
-        str(steps),
-        "--no-previews",
-        "--validation-share",
-        "0",
-        "--seed",
-        "1",
-        "--output",
-        str(output),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        spent = _spent(output / "events.jsonl", steps, [lambda: psutil.Process(process.pid)])
-        process.wait()
-    return [_step_ms(output / "events.jsonl"), *spent, 0.0, 0.0]
-
-
-def _from_server(server: Served, base: Path, pages: int, steps: int) -> list[float]:
-    parts = [
-        lambda: _child(server.pid, "server.worker"),
-        lambda: psutil.Process(server.pid),
-        lambda: _child(server.pid, "questions.answering"),
-    ]
-    with _pages(pages) as pages_opened:
-        job = _post(server, {**_SETTINGS, "steps": steps}, wait=False)
-        pages_opened(f"{server.address}#/jobs/{job['id']}")
-        while not job["run"]:
-            time.sleep(0.2)
-            job = _get(server, f"jobs/{job['id']}")
-        log = base / job["run"] / "events.jsonl"
-        chromium = [psutil.Process] if pages else []
-        trains, serves, assists, *draws = _spent(log, steps, [*parts, *chromium])
-        _ended(server, job)
-    return [_step_ms(log), trains, serves + assists, *(draws or [0.0])]
+def _measured(folder: Path, pages: int, arguments: argparse.Namespace, results: Results) -> None:
+    with served(folder / "base") as server, _command_line(folder / "run") as alone, _with_pages(server, pages) as with_:
+        beside = _from_server(server, folder / "base", with_)
+        sides = (alone, beside)
+        for side in sides:
+            _wait_for(side.log, 10)
+        for side in sides:
+            side.send(signal.SIGSTOP)
+        try:
+            before, first = [side.spent() for side in sides], [len(_times(side.log)) for side in sides]
+            # A B, B A, A B, ...: what grows with time falls on both alike.
+            for pair in range(arguments.pairs):
+                for side in sides if pair % 2 == 0 else sides[::-1]:
+                    side.block(arguments.steps)
+            made = [len(_times(side.log)) - start for side, start in zip(sides, first, strict=True)]
+            spent = [side.spent() for side in sides]
+        finally:
+            for side in sides:
+                side.send(signal.SIGCONT)
+    ratios = [b / a for a, b in zip(alone.blocks, beside.blocks, strict=True)]
+    for name, index, side in (("command line", 0, alone), (f"server, {pages} pages", 1, beside)):
+        used = [1000 * (spent[index][column] - before[index][column]) / made[index] for column in side.processes]
+        row = [statistics.median(side.blocks), *used, *[0.0] * (3 - len(used))]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        results.add(name, *row, *((statistics.mean(ratios), error) if index else (None, None)))
 
 
 @contextlib.contextmanager
-def _pages(number: int) -> Iterator[Callable[[str], None]]:
+def _command_line(output: Path) -> Iterator[_Side]:
+    words = f"--model lorasmith-tiny --steps {_STEPS} --no-previews --validation-share 0 --seed 1 --save-every 0"
+    command = [sys.executable, "-m", "lorasmith", "train", str(ASSETS / "input" / _PICTURES), *words.split()]
+    with subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.DEVNULL) as process:
+        yield _Side(output / "events.jsonl", {"trains": [psutil.Process(process.pid)]})
+        process.send_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _with_pages(server: Served, number: int) -> Iterator[Any]:
     if not number:
-        yield lambda address: None
+        yield lambda address: []
         return
     with opened_browser() as browser:
 
-        def opened(address: str) -> None:
+        def opened(address: str) -> list[psutil.Process]:
             for _ in range(number):
                 browser.new_page(viewport={"width": 1200, "height": 844}).goto(address)
+            return [one for one in psutil.Process().children(recursive=True) if "chrom" in one.name()]
 
         yield opened
 
 
-def _spent(log: Path, steps: int, parts: list[Callable[[], psutil.Process]]) -> list[float]:
-    """Processor milliseconds per step of processes; that of this one is all below it but the server: Chromium."""
-
-    def seconds() -> list[float]:
-        return [_own(one()) for one in parts]
-
-    while (first := _steps(log)) < _FIRST:
-        time.sleep(0.1)
-    before = seconds()
-    while (last := _steps(log)) < steps - 2:
-        time.sleep(0.1)
-    return [1000 * (now - then) / (last - first) for now, then in zip(seconds(), before, strict=True)]
-
-
-def _own(process: psutil.Process) -> float:
-    members = [process]
-    if process == psutil.Process():
-        members = [one for one in process.children(recursive=True) if "chrom" in one.name()]
-    total = 0.0
-    for one in members:
-        with contextlib.suppress(psutil.Error):
-            total += sum(one.cpu_times()[:2])
-    return total
+def _from_server(server: Served, base: Path, pages_opened: Any) -> _Side:
+    job = _post(server, {**_SETTINGS, "steps": _STEPS})
+    while not job["run"]:
+        time.sleep(0.2)
+        job = _get(server, f"jobs/{job['id']}")
+    pages = pages_opened(f"{server.address}#/jobs/{job['id']}")
+    processes = {
+        "trains": [_child(server.pid, "server.worker")],
+        "serves": [psutil.Process(server.pid), _child(server.pid, "questions.answering")],
+        "draws": pages,
+    }
+    return _Side(base / job["run"] / "events.jsonl", processes)
 
 
 def _child(pid: int, module: str) -> psutil.Process:
     return next(one for one in psutil.Process(pid).children() if any(module in word for word in one.cmdline()))
 
 
-def _steps(log: Path) -> int:
-    return log.read_bytes().count(b'"StepDone"') if log.exists() else 0
+def _wait_for(log: Path, steps: int) -> None:
+    while not log.exists() or len(_times(log)) < steps:
+        time.sleep(0.2)
 
 
-def _step_ms(log: Path) -> float:
-    events = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-    times = [event["at"] for event in events if event["event"] == "StepDone"][_FIRST:]
-    return 1000 * statistics.median(b - a for a, b in itertools.pairwise(times))
+def _times(log: Path) -> list[float]:
+    """When each step was done, in seconds; a line that is still being written is left out."""
+    lines = log.read_bytes().rpartition(b"\n")[0].splitlines()
+    return [json.loads(line)["at"] for line in lines if b'"StepDone"' in line]
 
 
-def _post(server: Served, settings: dict[str, Any], *, wait: bool = True) -> dict[str, Any]:
+def _post(server: Served, settings: dict[str, Any]) -> dict[str, Any]:
     body = {"kind": "train", "dataset": _PICTURES, "model": "lorasmith-tiny", "settings": settings}
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{server.address}lorasmith/v1/jobs", json.dumps(body).encode(), head)
     with urllib.request.urlopen(request) as answer:
         job: dict[str, Any] = json.load(answer)
-    return _ended(server, job) if wait else job
+    return job
 
 
 def _get(server: Served, path: str) -> dict[str, Any]:
@@ -173,18 +188,10 @@ def _get(server: Served, path: str) -> dict[str, Any]:
     return found
 
 
-def _ended(server: Served, job: dict[str, Any]) -> dict[str, Any]:
-    while job["state"] in ("pending", "running"):
-        time.sleep(0.5)
-        job = _get(server, f"jobs/{job['id']}")
-    assert job["state"] == "completed", job
-    return job
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="of each training")
-    parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--steps", type=int, default=30, help="of a block")
+    parser.add_argument("--pairs", type=int, default=40, help="blocks of each side")
     parser.add_argument("--pages", type=int, nargs="+", default=[0, 2], help="numbers of pages that are open")
     add_json(parser)
     return parser.parse_args()
