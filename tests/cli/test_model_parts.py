@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lorasmith.families.base import FAMILIES
 from tests.families.flux_parts import comfyui_folder
 
 Command = Callable[..., Any]
@@ -161,3 +162,14 @@ def test_a_model_is_named_as_it_is_in_the_folders(lorasmith: Command, models: Pa
     ran = lorasmith(*command, "--model", "flux1-dev.safetensors", "--base-dir", models.parent, "--targets", "*.to_q")
     assert ran.code == 0, ran.err
     assert "on *.to_q" in ran.out
+
+
+def test_known_families_are_listed_with_their_files(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = lorasmith("models", "--known")
+    assert ran.code == 0
+    assert all(len(line) <= 80 for line in ran.out.splitlines())
+    (line,) = (line for line in ran.out.splitlines() if line.startswith("Krea 2"))
+    assert line.split() == ["Krea", "2", "12.8", "B", "qwen3vl_4b_bf16", "qwen_image_vae", "1024", "px"]
+    listed = json.loads(lorasmith("models", "--known", "--json").out)
+    assert {one["title"] for one in listed} == {one.title for _, one in FAMILIES.items() if one.released is not None}

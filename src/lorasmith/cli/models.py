@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from lorasmith.cli.console import console, echo, heading, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
+    from lorasmith.app.known_models import KnownModel
     from lorasmith.app.model_list import ListedFile, ListedModel, ModelList
 
 __all__ = ["register"]
@@ -22,17 +24,49 @@ def register(app: typer.Typer) -> None:
     app.command("models")(models)
 
 
-def models(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) -> None:
+def models(
+    known: Annotated[
+        bool, typer.Option("--known", help="List the model families that can be trained instead, with their files.")
+    ] = False,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+) -> None:
     """List the models in the base folder by family, and the parts that each has or lacks.
 
     Files are recognised by their tensors; only their headers are read. `lorasmith train` and `generate` take the parts
     that are listed here if none are given.
     """
+    if known:
+        _print_known()
+        return
     from lorasmith.app.model_list import list_models
 
     with console.status("Reading headers"):
         found = list_models(folders_of(base_dir, extra_model_paths))
     print_result(lambda: _plain(found), lambda: _print(found))
+
+
+def _print_known() -> None:
+    from lorasmith.app.known_models import known_models
+
+    with console.status("Reading the families"):
+        families = known_models()
+    print_result(lambda: [dataclasses.asdict(one) for one in families], lambda: console.print(_table(families)))
+
+
+def _table(families: list[KnownModel]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title, width in {"Model": 16, "Weights": 7, "Text encoders": 26, "Autoencoder": 14, "Side": 7}.items():
+        table.add_column(title, width=width, overflow="fold")
+    for one in families:
+        encoders = ", ".join(_stem(part.usual_file) for part in one.text_encoders)
+        weights, side = f"{one.parameters / 1e9:.1f} B", f"{one.defaults.resolution} px"
+        table.add_row(one.title, weights, encoders, _stem(one.autoencoder.usual_file), side)
+    return table
+
+
+def _stem(usual_file: str) -> str:
+    return usual_file.replace(".safetensors", "")
 
 
 def _plain(found: ModelList) -> dict[str, object]:
