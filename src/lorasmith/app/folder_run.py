@@ -114,7 +114,8 @@ def prepare(
         validation_share=config.validation_share if judged is None else 0.0,
     )
     on_event(ImagesChecked(check=check))
-    prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
+    with job.runtime.processes.first_alone():
+        prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
     if prior is not None:
         scan = replace(scan, images=(*scan.images, *prior.images))
     plan = _plan(source, scan, loaded, job, check.preflight.epoch.held_out)

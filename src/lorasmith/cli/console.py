@@ -264,6 +264,17 @@ def result_shown() -> Iterator[None]:
         console.quiet = was
 
 
+@contextlib.contextmanager
+def output_silenced() -> Iterator[None]:
+    """Inside the context, errors alone are printed."""
+    was, console.quiet = console.quiet, True
+    try:
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        console.quiet = was
+
+
 def print_result(document: Callable[[], object], text: Callable[[], object] = lambda: None) -> None:
     """Print the result of the command: as a JSON document on standard output, or as text.
 

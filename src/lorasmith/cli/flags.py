@@ -27,6 +27,7 @@ __all__ = [
     "DataNow",
     "Device",
     "ExtraModelPaths",
+    "Gpus",
     "LoraFile",
     "LoraModel",
     "ModelNow",
@@ -78,6 +79,12 @@ BaseDir = Annotated[
 ExtraModelPaths = Annotated[Path | None, typer.Option(help="A file in the format of ComfyUI's extra_model_paths.yaml.")]
 Device = Annotated[
     str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: the first GPU, or the CPU.")
+]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all|0,2", help="Train on several GPUs of this machine, a process for each. Default: on one device."
+    ),
 ]
 RunOutput = Annotated[Path | None, typer.Option(help="Folder of the run. Default: a new one under runs/.")]
 ModelNow = Annotated[str | None, typer.Option(help="The base model, if it was moved.")]

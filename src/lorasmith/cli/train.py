@@ -14,6 +14,7 @@ from lorasmith.cli.flags import (
     BaseDir,
     Device,
     ExtraModelPaths,
+    Gpus,
     RunOutput,
     TextEncoderFiles,
     VaeFile,
@@ -24,6 +25,7 @@ from lorasmith.cli.flags import (
 )
 from lorasmith.cli.help import with_first
 from lorasmith.cli.run_output import preparation_shown, train_and_report
+from lorasmith.cli.together import started_on_gpus, together
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
@@ -84,6 +86,7 @@ def train(
     verify: Verify = False,
     as_recorded: AsRecorded = False,
     device: Device = None,
+    gpus: Gpus = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
@@ -94,6 +97,8 @@ def train(
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. A
     finished run in --output trains on if --steps are more.
     """
+    if started_on_gpus(gpus):
+        return
     from lorasmith.app.folder_run import prepare
     from lorasmith.app.recorded_run import Rights
     from lorasmith.app.run_file import RunFile, read_run_file
@@ -124,9 +129,12 @@ def train(
     if given.output is not None:  # refused before the model is loaded
         output_folder(Path(given.output), source.name)
     train_config = given.train_config(typed.settings)
-    with preparation_shown() as show:
-        prepared = prepare(source, train_config, folders=folders, on_event=show)
-    train_and_report(prepared, output=None if given.output is None else Path(given.output), fresh=fresh, verify=verify)
+    with together():
+        with preparation_shown() as show:
+            prepared = prepare(source, train_config, folders=folders, on_event=show)
+        train_and_report(
+            prepared, output=None if given.output is None else Path(given.output), fresh=fresh, verify=verify
+        )
 
 
 def _which_models(folders: Folders) -> str:

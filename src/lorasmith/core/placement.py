@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.processes import current
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
 __all__ = [
@@ -32,8 +33,10 @@ FULL_PRECISION = "full_precision"
 
 
 def best_device() -> torch.device:
-    """The first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first CUDA device, or the CPU; of several processes on a machine, each has a CUDA device of its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda") if current().size == 1 else torch.device("cuda", current().local_rank)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device, chosen_device
+from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.crops import centre_of, framings, pixel_step
@@ -168,8 +169,15 @@ def encode_images(
         DataError: the settings exclude the model, a mask cannot be used, or an image's latents are not finite.
     """
     step = pixel_step(config, multiple)
-    captions.encode_ahead([image.caption for image in scan.images], caption_progress)
+    processes = current()
     images = [_framed(image, config, resolution, step) for image in scan.images]
+    if processes.size > 1 and config.cache:
+        # Each process encodes a share into the cache, from which all of them read the rest.
+        share = images[processes.rank :: processes.size]
+        captions.encode_ahead([one.image.caption for one in share], caption_progress)
+        encode_pictures(share, pictures, config, progress)
+        processes.gathered(None)
+    captions.encode_ahead([image.caption for image in scan.images], caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
     notes: list[str] = []
     samples: list[Sample] = []

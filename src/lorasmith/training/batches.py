@@ -2,7 +2,8 @@
 
 A step takes batch_size × grad_accumulation_steps consecutive draws of the epochs' permutations, so batches cross the
 ends of epochs and every image is drawn once before any is drawn twice. Draws of equal latent size share a forward pass,
-each with its own conditioning. Micro-batches of any size have the same draws in the same order.
+each with its own conditioning. Micro-batches of any size have the same draws in the same order. Processes that train
+together take shares of these draws that are about equal work.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Batch", "BatchMaker", "no_masks", "prefetched", "sample_index"]
+__all__ = ["Batch", "BatchMaker", "no_masks", "prefetched", "sample_index", "shares"]
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,25 @@ class BatchMaker:
         """The sample of a global draw index, with what is drawn of its picture and caption."""
         return self.samples[self.index(draw)].drawn(self.config.seed, draw)
 
+    def drawn(self, step: int) -> list[tuple[str, int, float]] | None:
+        """Name, dataset index and quantile of each draw of a step over several processes; None in one alone."""
+        if self.runtime.processes.size == 1:
+            return None
+        found = []
+        for draw in range(step * self.per_step, (step + 1) * self.per_step):
+            sample = self.sample(draw)
+            uniform = uniform_numbers([draw], seed=self.config.seed, stratified=self.config.stratified)
+            quantile = self.quantiles(uniform, (sample.latents.shape[-2], sample.latents.shape[-1]))
+            found.append((sample.name, self.index(draw), float(quantile)))
+        return found
+
     def step(self, step: int) -> list[Batch]:
-        """The batches of a step (counted from 0), one or more per micro-batch."""
-        draws = range(step * self.per_step, (step + 1) * self.per_step)
+        """The batches of a step (counted from 0), one or more per micro-batch; of several processes, this one's."""
+        draws: Sequence[int] = range(step * self.per_step, (step + 1) * self.per_step)
+        processes = self.runtime.processes
+        if processes.size > 1:
+            sizes = [self.sample(draw).latents.numel() for draw in draws]
+            draws = [draws[place] for place in shares(sizes, processes.size)[processes.rank]]
         size = self.runtime.micro_batch
         batches = []
         for start in range(0, len(draws), size):
@@ -170,6 +187,19 @@ class BatchMaker:
         if self.runtime.device.type == "cuda":
             tensor = tensor.pin_memory()  # makes the copy asynchronous
         return tensor.to(self.runtime.device, memory_format=self.memory_format, non_blocking=True)
+
+
+def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Places of a step's draws for each process, in order: the longest first, each to the one with least so far.
+
+    Args:
+        costs: of the draws.
+        processes: how many there are.
+    """
+    found: list[list[int]] = [[] for _ in range(processes)]
+    for place in sorted(range(len(costs)), key=lambda one: -costs[one]):
+        min(found, key=lambda one: (sum(costs[each] for each in one), len(one))).append(place)
+    return [sorted(one) for one in found]
 
 
 def prefetched(maker: BatchMaker, steps: range) -> Generator[tuple[int, list[Batch]]]:

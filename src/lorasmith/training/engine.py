@@ -21,6 +21,7 @@ from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.patch import attachments, patches_merged
+from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for, placed, reproducible
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
@@ -29,6 +30,7 @@ from lorasmith.diffusion.weightings import loss_weights
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.gradient_sums import GradientSums
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
 from lorasmith.training.memory.activations import activations_packed, activations_reduced
 from lorasmith.training.memory.compilation import blocks_compiled
@@ -180,6 +182,7 @@ class Engine:
         self._scale = LossScale(runtime.device, enabled=runtime.dtype == torch.float16)
         self._average = self.flat.master.clone() if config.ema_decay else None
         self._sound = torch.ones((), dtype=torch.bool, device=runtime.device)
+        self._sums = GradientSums(self.flat, runtime.processes) if runtime.processes.size > 1 else None
 
     def prepared(
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
@@ -208,26 +211,74 @@ class Engine:
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a step into the flat buffer; may be repeated after running out of memory.
 
+        Of several processes, each computes that of its own samples, and `summed` follows in all of them.
+
         Returns:
             The samples' losses, (samples,) fp32, and the norm of the first batch's gradient (0 with a single batch).
         """
-        flat = self.flat
+        flat, sums = self.flat, self._sums
         flat.zero()
-        per_step = sum(len(batch.names) for batch in batches)
+        per_step = self.per_step if sums else sum(len(batch.names) for batch in batches)
         losses = []
         first = None
-        for batch in batches:
-            with self.dropout.masks_applied(
-                batch.masks
-            ):  # until the backward pass is over, which may compute blocks again
+        for index, batch in enumerate(batches):
+            is_last, is_only = index == len(batches) - 1, len(batches) == 1
+            with (
+                # Until the backward pass is over, which may compute blocks again.
+                self.dropout.masks_applied(batch.masks),
+                sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
+            ):
                 loss = sample_losses(self.denoiser, batch, self.config, self.runtime)
                 total = loss.sum() if batch.weights is None else loss @ batch.weights
                 torch.autograd.backward(total * (self._scale.scale / per_step))
-            flat.collect()
+            if not (sums and is_last):
+                flat.collect()
             losses.append(loss.detach())
-            if first is None and len(batches) > 1:
+            if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
+
+    @property
+    def per_step(self) -> int:
+        """Samples of a step, over all processes."""
+        return self.config.batch_size * self.config.grad_accumulation_steps
+
+    def summed(self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Sum the gradient over all processes, each of which calls this once in every step.
+
+        Args:
+            batches: of this process.
+            own: what `gradient` returned; None if it failed here.
+
+        Returns:
+            What `gradient` returns in one process alone: the losses of all samples in the order of their draws, and the
+            norm of the first process's first batch.
+        """
+        sums, processes = self._sums, self.runtime.processes
+        if sums is None:
+            assert own is not None
+            return own
+        told = torch.zeros(self.per_step + 1, device=self.runtime.device)
+        sums.finish()
+        if own is not None:
+            losses, first = own
+            told[[draw % self.per_step for batch in batches for draw in batch.draws]] = losses
+            if processes.is_first:
+                told[-1] = sums.own_norm if len(batches) == 1 else first
+        processes.summing(told)()
+        return told[:-1], told[-1]
+
+    def check_alike(self) -> None:
+        """Raise TrainingError if the weights of the processes differ in any bit."""
+        processes = self.runtime.processes
+        if processes.size == 1:
+            return
+        sums = processes.gathered(int(self.flat.master.view(torch.int32).sum(dtype=torch.int64)))
+        if len(set(sums)) > 1:
+            raise TrainingError(
+                f"the {processes.size} processes of a run must have the same weights, but they differ; train on "
+                "devices of one kind with the same versions of torch and its libraries"
+            )
 
     def update(self, step: int, losses: Tensor, first: Tensor) -> Tensor:
         """One optimizer update from the gradient, gated on the device.

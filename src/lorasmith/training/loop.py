@@ -7,6 +7,7 @@ exception that leaves the prepared model, which is prepared again for the next s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -20,7 +21,7 @@ from torch import Tensor
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
-from lorasmith.training.batches import Batch, prefetched
+from lorasmith.training.batches import Batch, BatchMaker, prefetched
 from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import EventHandler, StepDone
@@ -113,6 +114,7 @@ class Loop:
         self._taken: dict[int, _Taken] = {}
         self._begun = False
         self._torn = False
+        self._is_cancelled = False  # of several processes, as all of them know
 
     @property
     def steps(self) -> int:
@@ -240,8 +242,8 @@ class Loop:
         maker = batch_maker(engine.denoiser, self._samples, engine.config, engine.runtime, engine.dropout)
         first = engine.runtime.first_step
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
-            while self.step < self._until and not self._cancelled():
-                self._take(coming)
+            while self.step < self._until and not self._is_ended():
+                self._take(maker, coming)
                 waiting = self._between()
                 if waiting or self.outcome:
                     return waiting
@@ -249,30 +251,55 @@ class Loop:
         self.outcome = Outcome.FINISHED if self.step == self.steps else Outcome.CANCELLED
         return []
 
-    def _take(self, coming: Iterator[tuple[int, list[Batch]]]) -> None:
+    def _is_ended(self) -> bool:
+        return self._cancelled() if self.engine.runtime.processes.size == 1 else self._is_cancelled
+
+    def _take(self, maker: BatchMaker, coming: Iterator[tuple[int, list[Batch]]]) -> None:
         """Take one step. Raises OutOfMemory and CompileFailed."""
-        batches = None
+        batches: list[Batch] = []
+        own: tuple[Tensor, Tensor] | None = None
+        fault: StepFault | None = None
         try:
             # The next step's batch is put on the device beside this one's work, so memory may run out there as well.
             began = time.perf_counter()
             _, batches = next(coming)
             self.waited_s.append(time.perf_counter() - began)
-            gradient = self.engine.gradient(batches)
+            own = self.engine.gradient(batches)
         except Exception as error:
             if is_out_of_memory(error):
-                fault: StepFault = OutOfMemory(str(error))
+                fault = OutOfMemory(str(error))
             elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):
                 fault = CompileFailed(error)  # compilers raise any kind; another cause will be raised again
             else:
                 raise
-        else:
-            self._torn = True
-            self._taken[self.step] = _Taken.of(batches)
-            self._mailbox.post(self.step, self.engine.update(self.step, *gradient))
-            self._progress.step += 1
-            self._torn = False
-            return
-        raise fault  # outside of `except`, where the error's frames no longer hold activations
+        # Outside of `except`, where the error's frames no longer hold activations.
+        gradient, fault = self._agreed(batches, own, fault)
+        if fault is not None:
+            raise fault
+        assert gradient is not None
+        self._torn = True
+        self._taken[self.step] = _Taken.of(batches, maker.drawn(self.engine.runtime.first_step + self.step))
+        self._mailbox.post(self.step, self.engine.update(self.step, *gradient))
+        self._progress.step += 1
+        self._torn = False
+
+    def _agreed(
+        self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None, fault: StepFault | None
+    ) -> tuple[tuple[Tensor, Tensor] | None, StepFault | None]:
+        """The gradient over all processes, and the fault of any of them: all repeat the step, or none."""
+        engine, processes = self.engine, self.engine.runtime.processes
+        if processes.size == 1:
+            return own, fault
+        gradient = engine.summed(batches, own)
+        told = [isinstance(fault, OutOfMemory), isinstance(fault, CompileFailed), self._cancelled()]
+        full, uncompiled, cancelled = processes.summed(told)
+        self._is_cancelled = cancelled > 0
+        elsewhere = "in another process"
+        if full:
+            return gradient, fault if isinstance(fault, OutOfMemory) else OutOfMemory(elsewhere)
+        if uncompiled:
+            return gradient, fault or CompileFailed(RuntimeError(elsewhere))
+        return gradient, None
 
     def _between(self) -> list[Watcher]:
         """Run the due watchers; returns those that need the bare model. Raises Diverged."""
@@ -282,6 +309,7 @@ class Loop:
         if due or is_snapshot_due:
             self._collect(wait=True)
         if is_snapshot_due:
+            self.engine.check_alike()
             self._recovery.good = self._snapshot()
         for watcher in due:
             if not watcher.needs_bare_model:
@@ -342,10 +370,10 @@ class _Taken:
     first: int
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> _Taken:
-        return cls(
-            tuple(name for batch in batches for name in batch.names),
-            tuple(index for batch in batches for index in batch.indices),
-            tuple(quantile for batch in batches for quantile in batch.quantiles),
-            len(batches[0].names),
-        )
+    def of(cls, batches: Sequence[Batch], drawn: Sequence[tuple[str, int, float]] | None) -> _Taken:
+        """The step of these batches, which have the draws of this process; of several, `drawn` has those of all."""
+        if drawn is None:
+            facts = [zip(batch.names, batch.indices, batch.quantiles, strict=True) for batch in batches]
+            drawn = list(itertools.chain(*facts))
+        names, indices, quantiles = zip(*drawn, strict=True)
+        return cls(names, indices, quantiles, len(batches[0].names))

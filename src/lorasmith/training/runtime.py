@@ -11,6 +11,7 @@ from torch import nn
 from lorasmith.core import fp8_products
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.dtypes import chosen_dtype
+from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import ResolvedConfig
 
 __all__ = ["Runtime"]
@@ -34,6 +35,7 @@ class Runtime:
         offloading: whether frozen weights are kept in host memory.
         quantized_backward: whether products with fp8 weights are in fp8.
         compile: whether blocks are compiled, unless weights are offloaded.
+        processes: those that train the run together.
     """
 
     device: torch.device
@@ -48,6 +50,7 @@ class Runtime:
     offloading: bool
     quantized_backward: bool
     compile: bool
+    processes: Processes = ALONE
 
     @classmethod
     def of(
@@ -83,4 +86,5 @@ class Runtime:
             offloading=config.offloading and not on_cpu,
             quantized_backward=config.quantized_backward and fp8_products.has_fp8_products(device),
             compile=config.compile,
+            processes=current(),
         )

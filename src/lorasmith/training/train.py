@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.dtypes import dtype_name
-from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.training.captions_ahead import captions_ready
@@ -105,20 +105,55 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     record = run_record(
         job, parts, title=options.title, source=options.source, facts=options.facts, verify=options.verify
     )
-    if options.output is None:
-        return _Run(job, parts, options, record, None).train(None)
+    processes = job.runtime.processes
+    _check_together(job, record)
+    with contextlib.ExitStack() as stack:
+        folder, start = None, None
+        if options.output is not None:
+            # The folder is the first process's alone; the others learn from it how the run starts.
+            def begin() -> tuple[RunRecord, RunState | None]:
+                nonlocal folder
+                folder, found, state = stack.enter_context(_opened(record, options))
+                return found, state
+
+            record, start = processes.from_first(begin)
+            job = job.starting_from(record.config["existing_state"])
+        return _Run(job, parts, options, record, folder).train(start)
+
+
+@contextlib.contextmanager
+def _opened(record: RunRecord, options: RunOptions) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
+    """Inside the context, a run has its folder; yields it with the record as it is there, and the state to resume."""
+    assert options.output is not None
     named = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
     path = output_folder(named, options.title)
     if path != named:
         options.on_event(Warned(message=f"{named} has files that are not a run's; the run is in {path}."))
     if RunFolder(path).exists and not options.fresh:
         record = continuing(RunFolder(path), record, options.on_event)
-        job = job.starting_from(record.config["existing_state"])
     with claimed_run(path, record, fresh=options.fresh, on_event=options.on_event) as (folder, start):
         before = folder.record()
         whole: Fingerprint = {**before.fingerprint, **record.fingerprint}  # digests of whole files are kept
-        record = replace(record, environments=before.environments, fingerprint=whole)
-        return _Run(job, parts, options, record, folder).train(start)
+        yield folder, replace(record, environments=before.environments, fingerprint=whole), start
+
+
+def _check_together(job: Job, record: RunRecord) -> None:
+    """Raise an error if the processes of a run cannot train it together."""
+    processes, config = job.runtime.processes, job.config
+    per_step = config.batch_size * config.grad_accumulation_steps
+    if per_step < processes.size:
+        raise OptionError(
+            f"batch_size × grad_accumulation_steps must be at least the number of processes, {processes.size}, got "
+            f"{per_step}; raise grad_accumulation_steps to {-(-processes.size // config.batch_size)}, or start fewer"
+        )
+    first, *others = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
+    for number, other in enumerate(others, 1):
+        found = differences(first, other)
+        if found:
+            raise TrainingError(
+                f"all processes of a run must have the same versions, model, images and settings, but process {number} "
+                f"differs from the first in {'; '.join(found)}; make them alike"
+            )
 
 
 class _Run:
@@ -166,7 +201,7 @@ class _Run:
             if start is not None:
                 loop.load(start)
             elif job.config.existing_state is not None:
-                loop.load(_continued(Path(job.config.existing_state)))
+                loop.load(job.runtime.processes.from_first(lambda: _continued(Path(str(job.config.existing_state)))))
             self._announce(start)
             if start is None and loop.step:
                 self._emit(Resumed(step=loop.step, message=self._how_it_continues(loop)))

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
+from lorasmith.core.processes import ALONE, Processes
 from lorasmith.core.random import keyed_normal, keyed_uniform
 from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
@@ -38,6 +39,7 @@ class Validator:
         draws: noise levels per image.
         batch_size: images per forward pass, where shapes agree. Affects speed and memory (and the last bits).
         device, dtype: of the denoiser.
+        processes: that share the batches; each gets all losses.
 
     Attributes:
         names: of the images, one per row of the result.
@@ -53,6 +55,7 @@ class Validator:
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        processes: Processes = ALONE,
     ) -> None:
         self._denoiser = denoiser
         self._samples = list({id(sample): sample for sample in samples}.values())
@@ -62,7 +65,8 @@ class Validator:
         self.names = tuple(sample.name for sample in self._samples)
         offsets = torch.tensor([keyed_uniform(_SEED, "validation timestep", key) for key in self._keys])
         self.quantiles = (torch.arange(draws) + offsets[:, None]) / draws
-        self._batches = _grouped(self._samples, draws, batch_size)
+        self._processes = processes
+        self._batches = _grouped(self._samples, draws, batch_size)[processes.rank :: processes.size]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -74,11 +78,12 @@ class Validator:
         Raises:
             TrainingError: a loss is not finite.
         """
-        losses = torch.empty(self.quantiles.shape)
+        losses = torch.zeros(self.quantiles.shape)
         measured = self._measured()
         for batch, values in zip(self._batches, measured, strict=True):  # synchronizes with a GPU once, not per batch
             rows, draws = zip(*batch, strict=True)
             losses[list(rows), list(draws)] = values.cpu()
+        self._processes.summing(losses)()
         unsound = [name for name, row in zip(self.names, losses, strict=True) if not row.isfinite().all()]
         if unsound:
             raise TrainingError(

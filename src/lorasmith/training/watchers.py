@@ -65,6 +65,7 @@ class ValidationWatch(Watcher):
             batch_size=max(config.batch_size, 4),
             device=runtime.device,
             dtype=runtime.dtype,
+            processes=runtime.processes,
         )
 
     def begin(self, engine: Engine) -> None:

@@ -109,16 +109,44 @@ class FlatParameters:
         if self._compute_grad is not self.grad:
             self._compute_grad.zero_()
 
-    def collect(self) -> None:
-        """Add the gradients of a micro-batch to `grad`."""
+    def collect(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Add the gradients of a micro-batch to `grad`; returns that part of it.
+
+        Args:
+            start, end: part of the buffer; all of it by default.
+        """
+        summed = self.grad[start:end]
         if self._compute_grad is not self.grad:
-            self.grad.add_(self._compute_grad)
-            self._compute_grad.zero_()
+            own = self._compute_grad[start:end]
+            summed.add_(own)
+            own.zero_()
+        return summed
+
+    def buckets(self, numbers: int) -> tuple[list[tuple[int, int]], dict[str, int]]:
+        """The buffer cut into parts at borders of parameters.
+
+        Args:
+            numbers: least numbers of a part; the last one has what is left.
+
+        Returns:
+            Start and end of each part, and the part of each parameter by its name.
+        """
+        starts, bucket_of = [0], {}
+        for name, offset in self._offsets.items():
+            if offset - starts[-1] >= numbers:
+                starts.append(offset)
+            bucket_of[name] = len(starts) - 1
+        return list(zip(starts, [*starts[1:], len(self.master)], strict=True)), bucket_of
 
     def publish(self) -> None:
         """Copy the master weights to the compute buffer."""
         if self._compute is not self.master:
             self._compute.copy_(self.master)
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters by name, in the order of the buffer."""
+        return self._parameters
 
     @property
     def layout(self) -> list[list[object]]:

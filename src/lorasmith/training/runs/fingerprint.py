@@ -24,6 +24,7 @@ from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
+from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import EncodedDataset
@@ -190,6 +191,7 @@ def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        **({"processes": current().size} if current().size > 1 else {}),
     }
 
 

@@ -1,0 +1,80 @@
+"""Training in several processes: started here on several GPUs, or by a launcher that started this process too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+from lorasmith.cli.console import output_silenced
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.launch_environment import launched_process
+
+__all__ = ["started_on_gpus", "together"]
+
+_RESTARTS = 3
+"""How often the processes of one machine are started again after one of them died."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Inside the context, this process trains with those that were launched with it; the first one alone prints."""
+    launched = launched_process()
+    if launched is None:
+        yield
+        return
+    from lorasmith.core.processes import joined
+
+    with joined(launched) as processes, contextlib.ExitStack() as stack:
+        if not processes.is_first:
+            stack.enter_context(output_silenced())
+        yield
+
+
+def started_on_gpus(gpus: str | None) -> bool:
+    """Run the command in one process for each GPU, and wait; False in those processes, and without GPUs named.
+
+    Args:
+        gpus: `all`, or their numbers with commas; None for this process alone.
+
+    Raises:
+        OptionError: there is no such GPU.
+        TrainingError: a process ended with an error, which it has printed.
+    """
+    if gpus is None or launched_process() is not None:
+        return False
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    numbers = _numbers(gpus, torch.cuda.device_count())
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(numbers),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=_RESTARTS,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "lorasmith", *sys.argv[1:])
+    except ChildFailedError as error:
+        codes = sorted({failure.exitcode for failure in error.failures.values()})
+        raise TrainingError(
+            f"each of the {len(numbers)} processes must run to its end, but one ended with exit code "
+            f"{', '.join(map(str, codes))}; its message is above, and the same command continues the run"
+        ) from error
+    return True
+
+
+def _numbers(gpus: str, there: int) -> list[int]:
+    if re.fullmatch(r"all|\d+(,\d+)*", gpus) is None:
+        raise OptionError(f"--gpus must be all or numbers of GPUs such as 0,2, got {gpus!r}")
+    numbers = list(range(there)) if gpus == "all" else sorted({int(one) for one in gpus.split(",")})
+    if not numbers or numbers[-1] >= there:
+        found = f"those of this machine are 0 to {there - 1}" if there else "this machine has none"
+        raise OptionError(f"--gpus must name GPUs that are there, got {gpus}; {found}")
+    return numbers

@@ -1,0 +1,89 @@
+"""Which of several processes this one is, from the environment of the program that launched it.
+
+torchrun, accelerate launch, Ray Train, Kubernetes' training operators    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+                                                                         MASTER_PORT
+srun (Slurm)                                                             SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID;
+                                                                         the address is that of the first node
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorasmith.core.errors import OptionError
+
+__all__ = ["DEFAULT_PORT", "LaunchedProcess", "launched_process"]
+
+DEFAULT_PORT = 29500
+"""Of the first process where the launcher names none, as torchrun's."""
+
+
+@dataclass(frozen=True)
+class LaunchedProcess:
+    """One of several processes.
+
+    Attributes:
+        rank, size, local_rank: as in `core.processes.Processes`.
+        host, port: where the first process is reached.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def meeting_point(self) -> str:
+        """torch's URL of it; that of the environment where an elastic agent keeps the store."""
+        return "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://{self.address}"
+
+
+def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
+    """This process among those that were launched with it; None if it was started alone.
+
+    Raises:
+        OptionError: a variable of the launcher is missing or no number.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return LaunchedProcess(
+            rank=_number(environment, "RANK"),
+            size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", default="0"),
+            host=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
+        )
+    # sbatch sets some of these too; only srun gives a process its number on its node.
+    if "SLURM_LOCALID" in environment and _number(environment, "SLURM_NTASKS", default="1") > 1:
+        return LaunchedProcess(
+            rank=_number(environment, "SLURM_PROCID"),
+            size=_number(environment, "SLURM_NTASKS"),
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            host=environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+            port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
+        )
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str, *, default: str | None = None) -> int:
+    text = environment.get(name, default)
+    if text is None or not re.fullmatch(r"\d{1,6}", text):
+        raise OptionError(
+            f"{name} in the environment must be a whole number, got {text!r}; start the processes with torchrun, "
+            "accelerate launch or srun, or unset RANK and WORLD_SIZE to train in one"
+        )
+    return int(text)
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes, such as `gpu[03-05,7],login1`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    return nodes if match is None else match[1] + (match[2] or "")
