@@ -21,6 +21,9 @@ __all__ = ["ALONE", "Processes", "current", "joined"]
 
 T = TypeVar("T")
 
+_MEETING = timedelta(minutes=5)
+"""How long a process waits for the others at the start."""
+
 _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others: the first one draws previews and saves while they wait."""
 
@@ -168,8 +171,9 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
             init_method=launched.meeting_point,
             rank=launched.rank,
             world_size=launched.size,
-            timeout=_PATIENCE,
+            timeout=_MEETING,
         )
+        distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.launch_environment import LaunchedProcess, launched_process
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+
+
+def test_a_process_alone_was_not_launched() -> None:
+    assert launched_process({}) is None
+    assert launched_process({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None  # a batch script's own step
+    assert launched_process({**SLURM, "SLURM_NTASKS": "1"}) is None
+
+
+def test_torchrun_and_its_likes_say_rank_and_address() -> None:
+    assert launched_process(TORCHRUN) == LaunchedProcess(3, 4, 1, "host0", 1234)
+    assert launched_process({"RANK": "0", "WORLD_SIZE": "1"}) == LaunchedProcess(0, 1, 0, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-05,7],login1", "gpu03"), ("gpu7", "gpu7"), ("a,b", "a"), ("node-[1,3]", "node-1")],
+)
+def test_the_first_node_of_slurm_is_where_processes_meet(nodes: str, host: str) -> None:
+    assert launched_process({**SLURM, "SLURM_STEP_NODELIST": nodes}) == LaunchedProcess(3, 4, 1, host, 29500)
+    assert launched_process({**SLURM, "MASTER_ADDR": "given"}) == LaunchedProcess(3, 4, 1, "given", 29500)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_what_is_no_number_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match=rf"{name} in the environment must be a whole number, got 'x'"):
+        launched_process({**TORCHRUN, name: "x"})

@@ -1,0 +1,214 @@
+"""A run over several processes is the run of one: the same samples and noise, losses and weights to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.app.model_run import train_job
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.options import config_from
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model import Model
+from lorasmith.training import engine as engines
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine
+from lorasmith.training.events import Event, Shrunk, StepDone, Validated
+from lorasmith.training.job import Job, plan_job
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.train import RunOptions, TrainResult
+from tests.covering import slow_except
+from tests.training.threads_together import ThreadTogether, run_together
+
+SETTINGS: dict[str, Any] = {
+    "steps": 4,
+    "rank": 4,
+    "training_dtype": "fp32",
+    "lora_dtype": "fp32",
+    "learning_rate": 0.05,
+    "optimizer": "SGD",  # others divide by the size of a gradient, and so enlarge the rounding of small ones
+    "seed": 3,
+    "batch_size": 4,
+    "targets": "attention",
+    "validation_share": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def copies(tiny: Model) -> list[Model]:
+    """A model for each process."""
+    return [tiny, *(load_model(BUILT_IN) for _ in range(3))]
+
+
+def planned(model: Model, settings: dict[str, Any], together: ThreadTogether | None) -> Job:
+    job = plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
+    return job if together is None else replace(job, runtime=replace(job.runtime, processes=together))
+
+
+def trained(
+    copies: list[Model], data: EncodedDataset, processes: int = 1, *, options: RunOptions | None = None, **settings: Any
+) -> tuple[TrainResult, list[Event]]:
+    """The result in the first process, and its events."""
+    events: list[Event] = []
+    given = options or RunOptions()
+
+    def one(together: ThreadTogether) -> TrainResult:
+        model = copies[together.rank]
+        job = planned(model, settings, together if processes > 1 else None)
+        own = replace(given, on_event=events.append) if together.is_first else given
+        return train_job(model.denoiser, job, data, own)
+
+    results = run_together(processes, one)
+    assert all(one.losses == results[0].losses for one in results)
+    tensors = [weights(one) for one in results]
+    assert all(torch.equal(one[name], tensor) for one in tensors for name, tensor in tensors[0].items())
+    return results[0], events
+
+
+def weights(result: TrainResult) -> dict[str, Tensor]:
+    adapters = result.lora.state.adapters.items()
+    return {f"{ref.path} {role}": tensor for ref, one in adapters for role, tensor in one.tensors.items()}
+
+
+def assert_alike(one: TrainResult, other: TrainResult, tolerance: float = 1e-4) -> None:
+    assert one.losses == pytest.approx(other.losses, rel=tolerance)
+    expected = weights(other)
+    whole = torch.cat([tensor.flatten() for tensor in expected.values()])
+    difference = torch.cat([(weights(one)[name] - tensor).flatten() for name, tensor in expected.items()])
+    assert difference.norm() < 0.1 * tolerance * whole.norm()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "uneven shares": {"batch_size": 3},
+    "accumulated": {"batch_size": 2, "grad_accumulation_steps": 3},
+    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.2, "grad_accumulation_steps": 2},
+    "average": {"ema_decay": 0.9},
+    "held out": {"validation_share": 0.3, "validate_every": 2},
+    "half precision": {"training_dtype": "bf16"},
+    "LoKr": {"algorithm": "LoKr"},
+    "LoHa": {"algorithm": "LoHa"},
+    "OFT": {"algorithm": "OFT"},
+    "DoRA": {"dora": "input"},
+    "Full": {"algorithm": "Full", "learning_rate": 1e-4},
+    "recomputed": {"checkpoint_depth": 1},
+    "weighted": {"min_snr_gamma": 5.0, "loss_weighting": "min_snr"},
+}
+
+
+@pytest.mark.parametrize("name", slow_except(CASES, "accumulated"))
+@pytest.mark.parametrize("processes", slow_except([2, 3], 2))
+def test_losses_and_weights_are_those_of_one_process(
+    copies: list[Model], dataset: EncodedDataset, mixed: EncodedDataset, name: str, processes: int
+) -> None:
+    data = mixed if name in ("uneven shares", "accumulated") else dataset
+    alone, before = trained(copies, data, **CASES[name])
+    together, events = trained(copies, data, processes, **CASES[name])
+    assert_alike(together, alone, 2e-2 if name == "half precision" else 1e-4)
+
+    def draws(told: list[Event]) -> list[list[tuple[int, float]]]:
+        steps = [event for event in told if isinstance(event, StepDone)]
+        return [sorted((index, round(quantile, 6)) for index, quantile, _ in one.draws) for one in steps]
+
+    assert draws(events) == draws(before)
+    losses = [[event.loss for event in told if isinstance(event, Validated)] for told in (events, before)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bytes_of_a_step_are_those_of_the_parameters(copies: list[Model], dataset: EncodedDataset) -> None:
+    def one(together: ThreadTogether) -> tuple[int, int]:
+        job = planned(copies[together.rank], {"steps": 2}, together)
+        numbers = Engine(job.denoiser, job.adapters, job.config, job.runtime).flat.master.numel()
+        train_job(copies[together.rank].denoiser, job, dataset, RunOptions())
+        return together.bytes_summed, numbers
+
+    summed, numbers = run_together(2, one)[0]
+    assert summed == 2 * 4 * (numbers + SETTINGS["batch_size"] + 1)
+
+
+def test_what_memory_is_too_small_for_in_one_process_is_repeated_in_all(
+    copies: list[Model], dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, _ = trained(copies, dataset)
+    whole, failed = Engine.gradient, []
+
+    def gradient(self: Engine, batches: Any) -> Any:
+        if self.runtime.processes.rank == 1 and self.runtime.micro_batch == 4 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batches)
+
+    monkeypatch.setattr(Engine, "gradient", gradient)
+    together, events = trained(copies, dataset, 2)
+    assert_alike(together, alone)
+    (shrunk,) = (event for event in events if isinstance(event, Shrunk))
+    assert (shrunk.step, shrunk.micro_batch) == (1, 2)
+
+
+@pytest.mark.slow
+def test_all_processes_skip_a_step_that_diverged_in_one(
+    copies: list[Model], dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = engines.sample_losses, []
+
+    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
+        found = whole(denoiser, batch, config, runtime)
+        if runtime.processes.rank == 1 and not broken:
+            broken.append(True)
+            return found * float("nan")
+        return found
+
+    monkeypatch.setattr(engines, "sample_losses", losses)
+    result, _ = trained(copies, dataset, 2, steps=3)
+    assert [loss == loss for loss in result.losses] == [False, True, True]
+
+
+def test_a_process_that_is_stopped_stops_all(copies: list[Model], dataset: EncodedDataset, tmp_path: Path) -> None:
+    def one(together: ThreadTogether) -> TrainResult:
+        model, steps = copies[together.rank], iter((False, together.rank == 1))
+        options = RunOptions(output=tmp_path / "run", cancelled=lambda: next(steps, together.rank == 1))
+        return train_job(model.denoiser, planned(model, {"steps": 5}, together), dataset, options)
+
+    first, second = run_together(2, one)
+    assert first.reason is second.reason is Outcome.CANCELLED
+    assert len(first.losses) == len(second.losses) == 2
+    assert first.path is not None and second.path is None
+    alone, _ = trained(copies, dataset, steps=5)
+    resumed, _ = trained(copies, dataset, options=RunOptions(output=tmp_path / "run"), steps=5)
+    assert_alike(resumed, alone)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes(copies: list[Model], dataset: EncodedDataset, tmp_path: Path) -> None:
+    alone, _ = trained(copies, dataset, steps=4)
+    options = RunOptions(output=tmp_path / "run", until=2)
+    trained(copies, dataset, 3, options=options, steps=4)
+    resumed, _ = trained(copies, dataset, 2, options=replace(options, until=None), steps=4)
+    assert_alike(resumed, alone)
+
+
+def test_fewer_samples_than_processes_are_refused(copies: list[Model], dataset: EncodedDataset) -> None:
+    with pytest.raises(OptionError, match=r"at least the number of processes, 3, got 2; raise grad_accumulation_ste"):
+        trained(copies, dataset, 3, batch_size=2)
+
+
+@pytest.mark.slow
+def test_processes_with_other_images_are_refused(copies: list[Model], dataset: EncodedDataset) -> None:
+    fewer = EncodedDataset(dataset.samples[:-1])
+
+    def one(together: ThreadTogether) -> TrainResult:
+        model = copies[together.rank]
+        return train_job(
+            model.denoiser, planned(model, {}, together), fewer if together.rank else dataset, RunOptions()
+        )
+
+    with pytest.raises(TrainingError, match=r"process 1 differs from the first in the images or captions"):
+        run_together(2, one)
