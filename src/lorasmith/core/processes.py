@@ -165,14 +165,16 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > launched.local_rank
     if on_gpus:
         torch.cuda.set_device(launched.local_rank)
+    is_made = distributed.is_initialized()  # by Ray Train, say
     try:
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-            init_method=launched.meeting_point,
-            rank=launched.rank,
-            world_size=launched.size,
-            timeout=_MEETING,
-        )
+        if not is_made:
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+                init_method=launched.meeting_point,
+                rank=launched.rank,
+                world_size=launched.size,
+                timeout=_MEETING,
+            )
         distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -185,4 +187,5 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
         yield _joined[-1]
     finally:
         _joined.pop()
-        distributed.destroy_process_group()
+        if not is_made:
+            distributed.destroy_process_group()

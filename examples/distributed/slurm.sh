@@ -1,0 +1,14 @@
+#!/bin/bash
+# A run over two nodes with four GPUs each: sbatch slurm.sh
+#SBATCH --job-name=lora
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+
+# srun gives each task its number; the processes meet at the first node. The same command continues the run, so that a
+# job that was requeued goes on from its last run state.
+srun lorasmith train photos --model flux1-dev.safetensors --base-dir "$HOME/ComfyUI" --output runs/photos \
+    --batch-size 4 --grad-accumulation-steps 2 --save-state-every 50
