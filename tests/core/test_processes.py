@@ -1,4 +1,4 @@
-"""Several processes on torch.distributed; `tests/training/test_together.py` has what a run does with them."""
+"""Several processes on torch.distributed; `tests/training/test_run_together.py` has what a run does with them."""
 
 from __future__ import annotations
 
