@@ -301,6 +301,11 @@ GRAPHS: dict[str, Graph] = {
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
         parts=_APART,
     ),
+    "ernie_image": _graph(
+        _loaders("ernie-image.safetensors", ("ministral-3-3b.safetensors",), "flux2", "flux2-vae.safetensors"),
+        {**_EMPTY, **_ksampler("EmptyFlux2LatentImage", negative=["31", 0], steps=20, cfg=4.0)},
+        parts=_APART,
+    ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),

@@ -8,6 +8,7 @@ that they take no room on the disk. Nothing reads weights.
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import tempfile
@@ -56,6 +57,12 @@ class Row:
 _QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
 _QWEN_4B = {**_QWEN, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
 _QWEN_8B = {**_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+_MISTRAL = {"vocab_size": 131072, "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
+_MINISTRAL_3B = {**_MISTRAL, "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26}
+_BYTES_ALONE = {
+    "config": {"pattern": ".", "default_vocab_size": 288, "default_num_special_tokens": 32},
+    "vocab": [{"token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)],
+}
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
@@ -82,6 +89,7 @@ ROWS = (
     ),
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
+    Row("ERNIE-Image", "ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
 )
 
 
@@ -101,6 +109,8 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
         path = folder / f"{kind}.safetensors"
         header_only(path, dict(_encoder_shapes(kind, config, row.prefix)), dtype)
         encoders.append(str(path))
+        if kind == "MistralModel":  # its vocabulary is not in the package
+            (folder / "tekken.json").write_text(json.dumps(_BYTES_ALONE))
     files = ModelFiles(str(denoiser), tuple(encoders), None)
     cards = [card * 2**30 for card in CARDS]
     found = estimate_memory(files, TrainConfig(rank=16), card_bytes=cards[0], resolution=row.resolution)
@@ -122,7 +132,7 @@ def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterat
     model_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         encoder: nn.Module = model_class(model_class.config_class(**config))
-    prefix = prefix if kind == "Qwen3Model" else ""
+    prefix = prefix if kind in ("Qwen3Model", "MistralModel") else ""
     for name, tensor in encoder.state_dict().items():
         if name == "encoder.embed_tokens.weight":
             continue

@@ -26,7 +26,7 @@ from tests.data.test_preflight import add, photo
 
 FOX = ASSETS / "input" / "fox"
 TOKENIZERS: dict[str, Any] = {"clip_l": clip_tokenizer, "clip_g": clip_tokenizer, "clip_h": clip_tokenizer}
-TOKENIZERS |= {"t5xxl": t5_tokenizer, "qwen3": qwen_tokenizer, "qwen3vl": qwen_tokenizer, "mistral": qwen_tokenizer}
+TOKENIZERS |= {"t5xxl": t5_tokenizer} | dict.fromkeys(("qwen3", "qwen3vl", "mistral", "ministral3_3b"), qwen_tokenizer)
 
 
 @pytest.mark.parametrize("folder", [FOX, FOX.with_name("high-contrast")])

@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory, estimate_of
 from lorasmith.bench.benchmark import latent_side
@@ -192,6 +193,22 @@ def test_text_encoders_are_counted_or_named(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_every_kind_of_adapter_can_be_estimated(sd1: Path, settings: dict[str, Any]) -> None:
     assert estimated(sd1, config(**settings), resolution=64).trained_bytes > 0
+
+
+def test_networks_that_disable_autocast_are_counted_as_others(sd1: Path) -> None:
+    model, plain = load_model(sd1), load_model(sd1)
+    first: Any = model.components.denoiser.conv_in
+    convolved = first.forward
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return convolved(x)  # type: ignore[no-any-return]
+
+    first.forward = forward
+    both = [estimate_of(one, config(), card_bytes=GIB, resolution=64).plans for one in (model, plain)]
+    assert both[0] == both[1]
+    with pytest.raises(RuntimeError):
+        torch.autocast("meta", enabled=False)
 
 
 def test_a_size_that_the_model_does_not_support_is_refused(sd1: Path) -> None:

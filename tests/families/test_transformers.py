@@ -87,6 +87,17 @@ def test_prompts_are_encoded_as_in_diffusers(case: Case, text: str) -> None:
         torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_escaped_brackets_are_brackets_as_in_comfyui(case: Case) -> None:
+    """Its tokenizers take the backslash away even where brackets are no syntax; diffusers' keep it."""
+    if case.tiny.reads_weights:
+        pytest.skip("brackets are syntax")
+    escaped = r"fox \(art\)"
+    ours = case.ours.text_encoder.encode(escaped).tensors["context"]
+    assert torch.equal(ours, case.ours.text_encoder.encode("fox (art)").tensors["context"])
+    theirs = encoded(case.ours, escaped).tensors["context"]
+    assert theirs.shape != ours.shape or not torch.equal(theirs, ours)
+
+
 def encoded(model: Model, text: str) -> Conditioning:
     return replace(model.text_encoder, encoding=Encoding(lengths="diffusers")).encode(text)
 

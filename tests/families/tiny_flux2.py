@@ -60,18 +60,21 @@ def _klein() -> dict[str, Any]:
     }
 
 
-def tekken_file() -> bytes:
-    """A small vocabulary of Mistral's kind: all bytes, and two longer tokens."""
+def tekken_file(control: int = 1000) -> bytes:
+    """A small vocabulary of Mistral's kind: a number of control tokens, all bytes, and two longer tokens."""
     words = [*(bytes([byte]) for byte in range(256)), b"in", b"ing"]
     content = {
         "config": {
             "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]",
-            "default_vocab_size": 1000 + len(words),
-            "default_num_special_tokens": 1000,
+            "default_vocab_size": control + len(words),
+            "default_num_special_tokens": control,
         },
         "vocab": [
             {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
             for rank, word in enumerate(words)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": word, "is_control": True} for rank, word in enumerate(("<unk>", "<s>", "</s>"))
         ],
     }
     return json.dumps(content).encode()

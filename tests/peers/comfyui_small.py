@@ -11,7 +11,8 @@ changes these numbers and no computation:
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
 - Text encoders: Qwen3 is known by a width of 2560, Qwen3-VL by its vision tower, which is left out of the files and
-  small here. Widths and layers of T5, CLIP-L and Qwen3 come from the file, the sizes of Qwen3's heads too.
+  small here. Widths and layers of T5, CLIP-L, Qwen3 and Ministral come from the file, the sizes of Qwen3's heads too.
+- ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -83,15 +84,16 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
         if start is None:
             options |= _clip_and_t5(shapes)
         else:
-            kind = "qwen3_4b" if start == "model." else "qwen3vl_4b"
             own = {name.removeprefix(start): size for name, size in shapes.items()}
-            options[f"{kind}_model_config"] = _qwen3(own)
-            head = own["layers.0.self_attn.q_norm.weight"][0]
-            for config in (llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
-                stack.enter_context(mock.patch.object(config, "head_dim", head))
-            stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
-            found = getattr(comfy.sd.TEModel, kind.upper())
-            stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
+            head = own.get("layers.0.self_attn.q_norm.weight", (0,))[0]
+            kind = ("qwen3_4b" if start == "model." else "qwen3vl_4b") if head else "ministral3_3b"
+            options[f"{kind}_model_config"] = _language_model(own, head or llama.Ministral3_3BConfig.head_dim)
+            if head:
+                for config in (llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
+                    stack.enter_context(mock.patch.object(config, "head_dim", head))
+                stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
+                found = getattr(comfy.sd.TEModel, kind.upper())
+                stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
         clip = comfy.sd.load_clip(
             [str(file) for file in files], clip_type=comfy.sd.CLIPType[clip_type.upper()], model_options=options
         )
@@ -143,6 +145,13 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
             "n_refiner_layers": len(refiners),
         }  # fmt: skip
+    if kind == "ernie":
+        width, head = shapes["x_embedder.proj.weight"][0], shapes["layers.0.self_attention.norm_q.weight"][0]
+        return {
+            "hidden_size": width, "num_attention_heads": width // head, "num_layers": _count(shapes, "layers."),
+            "ffn_hidden_size": shapes["layers.0.mlp.gate_proj.weight"][0],
+            "text_in_dim": shapes["text_proj.weight"][1], "rope_axes_dim": (head // 4, 3 * head // 8, 3 * head // 8),
+        }  # fmt: skip
     if kind == "krea2":
         head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
         text = "txtfusion.layerwise_blocks.0.attn."
@@ -191,8 +200,7 @@ def _clip_and_t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _qwen3(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    head = shapes["layers.0.self_attn.q_norm.weight"][0]
+def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[str, Any]:
     inner, width = shapes["layers.0.mlp.gate_proj.weight"]
     return {
         "vocab_size": shapes["embed_tokens.weight"][0],

@@ -3,7 +3,7 @@
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-and with `--model` sdxl, flux, z-image, flux2-klein and krea2 likewise. Needs an environment with ComfyUI's
+and with `--model` sdxl, flux, z-image, flux2-klein, krea2 and ernie-image likewise. Needs an environment with ComfyUI's
 requirements and this project's. The models and what they are trained on come from `trained_models.py`;
 `comfyui_small.py` says what of ComfyUI is set aside for models this small.
 
@@ -41,6 +41,7 @@ How ComfyUI 0.33 computes them
     - Z-Image, Flux.2 klein and Krea 2: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
       Z-Image, and with exponents 2.02 and 1.15 for the other two. klein's text is filled up to 512 tokens with zeros
       from the left.
+    - ERNIE-Image: as Z-Image, but the network sees 1000 times sigma.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded
@@ -51,6 +52,8 @@ How ComfyUI 0.33 computes them
     - Flux adds its residuals in place, over tensors that the LayerNorm before needs in its backward pass. Without
       checkpointing autograd refuses; with it (the node's default) the check is skipped and gradients are wrong. Here
       the LayerNorm gets a copy of its input and checkpointing is off; the forward pass is the same bit for bit.
+    - ERNIE-Image rotates queries and keys with a function of comfy-kitchen that has no gradient on the CPU (0.2.31).
+      Here the same rotation is written with torch's operations, and both are compared in each call.
 """
 
 from __future__ import annotations
@@ -165,7 +168,7 @@ def _train(
         "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
     }  # fmt: skip
     torch.manual_seed(seed)  # of the start values, overwritten below, and of the pictures' order
-    with _taps(nodes_train, run, start), _norms_keep_their_input():
+    with _taps(nodes_train, run, start), _norms_keep_their_input(), _rotations_have_gradients():
         output = nodes_train.TrainLoraNode.execute(
             model=[patcher],
             latents=[{"samples": inputs["latents"].clone()}],
@@ -239,6 +242,27 @@ def _norms_keep_their_input() -> Iterator[None]:
         return layer_norm(x.clone() if x.requires_grad else x, *args, **kwargs)
 
     with mock.patch.object(torch.nn.functional, "layer_norm", on_copy):
+        yield
+
+
+@contextlib.contextmanager
+def _rotations_have_gradients() -> Iterator[None]:
+    """comfy-kitchen's rotation of halves in torch's operations."""
+    import comfy.quant_ops
+
+    kitchen = comfy.quant_ops.ck
+    original = kitchen.apply_rope_split_half
+
+    def rotated(x: Tensor, turns: Tensor) -> Tensor:
+        halves = torch.stack(x.chunk(2, dim=-1), dim=-1)
+        return (turns @ halves.unsqueeze(-1)).squeeze(-1).transpose(-1, -2).flatten(-2)
+
+    def both(query: Tensor, key: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        ours = rotated(query, turns), rotated(key, turns)
+        torch.testing.assert_close(ours, original(query.detach(), key.detach(), turns), rtol=1e-5, atol=1e-6)
+        return ours
+
+    with mock.patch.object(kitchen, "apply_rope_split_half", both):
         yield
 
 

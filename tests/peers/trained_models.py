@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import models
+import tiny_ernie_image
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,4 +86,7 @@ TRAINED: Mapping[str, Trained] = {
     "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
     "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+    "ernie-image": Trained(
+        TINY["ernie-image"].denoiser_tensors, (128,), tiny_ernie_image.WIDTH, times=(900.0, 200.0), size=(8, 4)
+    ),
 }

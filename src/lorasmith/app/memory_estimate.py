@@ -6,6 +6,7 @@ change no numbers come first, then quantization, then offloading, which is the s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -235,7 +236,7 @@ def _activation_plans(model: Model, job: Job, side: int) -> tuple[MemoryPlan, ..
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     for one in (module, *job.adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)
-    with adapters_attached(module, [Attached(job.adapters, differences=job.differences)]):
+    with adapters_attached(module, [Attached(job.adapters, differences=job.differences)]), _autocast_on_meta():
         return tuple(measured_plans(job.denoiser, samples, job.config, runtime, 0, within=_FusedAttention))
 
 
@@ -257,6 +258,24 @@ def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=_META)
+
+
+@contextlib.contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """`torch.autocast` takes the meta device for the CPU inside, instead of refusing it.
+
+    Some denoisers disable it for the device of their inputs.
+    """
+    original = torch.autocast.__init__
+
+    def known(self: torch.autocast, device_type: str, *args: Any, **settings: Any) -> None:
+        original(self, "cpu" if device_type == _META.type else device_type, *args, **settings)
+
+    torch.autocast.__init__ = known  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]
 
 
 class _FusedAttention(TorchFunctionMode):

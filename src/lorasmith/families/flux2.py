@@ -36,6 +36,7 @@ from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
@@ -228,7 +229,7 @@ class Flux2(Family):
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
         follows_diffusers = encoding.lengths == "diffusers"
-        ids = self._tokens(tokenizer, text)
+        ids = self._tokens(tokenizer, literal_text(text, encoding))
         if follows_diffusers:
             ids = ids[:_TOKENS]
         missing = max(0, _TOKENS - len(ids))

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.families import flux, flux2, krea2, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
+from lorasmith.families import (  # noqa: F401  (register themselves)
+    ernie_image,
+    flux,
+    flux2,
+    krea2,
+    sdxl,
+    stable_diffusion,
+    z_image,
+)
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
     clip_encoders,
     flux2_vae,

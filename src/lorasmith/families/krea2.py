@@ -34,6 +34,7 @@ from lorasmith.families.files.original_weights import block_count, module_paths,
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
@@ -207,7 +208,8 @@ class Krea2(Family):
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
         # A prompt with control tokens is a whole chat already.
-        chat = text if text.startswith("<|im_start|>") else f"{_SYSTEM}{text}{_ANSWER}"
+        said = literal_text(text, encoding)
+        chat = said if said.startswith("<|im_start|>") else f"{_SYSTEM}{said}{_ANSWER}"
         ids = tokenizer(chat).input_ids
         if encoding.lengths == "diffusers":
             answer = tokenizer(_ANSWER).input_ids

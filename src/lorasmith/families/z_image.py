@@ -35,6 +35,7 @@ from lorasmith.families.files.original_weights import block_count, module_paths,
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
@@ -185,7 +186,7 @@ class ZImage(Family):
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
         # Brackets and weights are text to a language model.
-        ids = encoders.tokenizers["text_encoder"](_TEMPLATE.format(text)).input_ids
+        ids = encoders.tokenizers["text_encoder"](_TEMPLATE.format(literal_text(text, encoding))).input_ids
         if encoding.lengths == "diffusers":
             ids = ids[:512]
         return Conditioning({"context": hidden_states(encoder, ids, [_LAYER]).flatten(2)}, text)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
+from lorasmith.families.base import Encoding
+from lorasmith.families.parts.prompt_weights import literal_text, parse_weights, weighted_states
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,12 @@ def test_parsing_loses_no_letter_and_never_fails(prompt: str) -> None:
     assert all(text for text, _ in stretches)
     letters = [letter for letter in prompt if letter in "ab"]
     assert [letter for text, _ in stretches for letter in text if letter in "ab"] == letters
+
+
+def test_brackets_that_are_no_syntax_lose_their_backslash_in_comfyui_alone() -> None:
+    prompt = r"saber_\(fate\), a (red:1.3) \\ hat"
+    assert literal_text(prompt, Encoding()) == r"saber_(fate), a (red:1.3) \\ hat"
+    assert literal_text(prompt, Encoding(lengths="diffusers")) == prompt
 
 
 def test_states_move_away_from_the_empty_prompt_by_their_weight() -> None:

@@ -32,6 +32,8 @@ from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
         ("diffusion_model.layers.0.attention.qkv", 2304, "Lumina 2"),
         ("lora_unet_blocks_0_self_attn_q", 5120, "Wan"),
         ("transformer.blocks.0.attn1.to_q", 1536, "Wan"),
+        ("transformer.layers.0.self_attention.to_q", 4096, "ERNIE-Image"),
+        ("lora_unet_layers_3_mlp_linear_fc2", 12288, "ERNIE-Image"),
         ("lora_unet_something_else", 5, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Language models as text encoders: Qwen3, the language part of Qwen3-VL, Mistral; and prompts encoded with them.
+"""Language models as text encoders: Qwen3, the language part of Qwen3-VL, Mistral, Ministral 3; and prompts for them.
 
 Prompts are put into a chat template, and hidden states of some layers are what the denoiser sees. Files hold the whole
 model; the head that predicts tokens and the parts for pictures are left out.
@@ -6,7 +6,7 @@ model; the head that predicts tokens and the parts for pictures are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
 _GEMMA = "layers.0.post_feedforward_layernorm.weight"
 _BIAS = "layers.0.self_attn.k_proj.bias"
+_MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small by this number too
 
 
 class LanguageModel(EncoderKind):
@@ -38,6 +39,7 @@ class LanguageModel(EncoderKind):
         classes: transformers' names of its configuration and its model.
         prefixes: of the language part's names in files; the first one found is cut off, the rest is left out.
         head_width: of attention heads, if a norm of queries does not show it.
+        is_width: whether a width of its states is this kind's, where nothing else in files tells kinds apart.
         settings: of its configuration that shapes leave open.
     """
 
@@ -50,19 +52,24 @@ class LanguageModel(EncoderKind):
         *,
         prefixes: tuple[str, ...],
         head_width: int | None = None,
+        is_width: Callable[[int], bool] = lambda width: True,
         settings: Mapping[str, Any],
     ) -> None:
         self.name = name
         self._classes = classes
         self._prefixes = prefixes
         self._head_width = head_width
+        self._is_width = is_width
         self._settings = dict(settings)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         named = _language_part(shapes, self._prefixes)
         has_query_norm = self._head_width is None
         return (
-            _AFTER_ATTENTION in named and (_QUERY_NORM in named) == has_query_norm and not {_GEMMA, _BIAS} & set(named)
+            _AFTER_ATTENTION in named
+            and (_QUERY_NORM in named) == has_query_norm
+            and not {_GEMMA, _BIAS} & set(named)
+            and self._is_width(named[_AFTER_ATTENTION][0])
         )
 
     def width(self, encoder: Any) -> int:
@@ -82,7 +89,7 @@ class LanguageModel(EncoderKind):
         if source.config is None:
             config = config_class(**self._config(tensors), **source.settings)
         else:
-            config = config_class(**source.config.get("text_config", source.config))
+            config = config_class(**_language_config(source.config))
 
         def make() -> nn.Module:
             model: nn.Module = model_class(config)
@@ -95,7 +102,7 @@ class LanguageModel(EncoderKind):
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         if source.folder is not None:
             return folder_tokenizer(source.folder)
-        return tekken_tokenizer(source) if self.name.startswith("mistral") else qwen_tokenizer()
+        return tekken_tokenizer(source) if self._classes[0].startswith("Mistral") else qwen_tokenizer()
 
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         vocabulary, width = tensors["embed_tokens.weight"].shape
@@ -131,7 +138,18 @@ for _kind in (
         ("MistralConfig", "MistralModel"),
         prefixes=("model.", "language_model.model.", ""),
         head_width=128,
+        is_width=lambda width: width != _MINISTRAL_WIDTH,
         settings={"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 131072},
+    ),
+    # Files have no configuration, and ComfyUI gives them plain rotary positions. That of diffusers folders asks for
+    # YaRN's, by which the states of long prompts differ.
+    LanguageModel(
+        "ministral3_3b",
+        ("MistralConfig", "MistralModel"),
+        prefixes=("model.", "language_model.model.", ""),
+        head_width=128,
+        is_width=lambda width: width == _MINISTRAL_WIDTH,
+        settings={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 262144},
     ),
 ):
     ENCODERS.register(_kind.name)(_kind)
@@ -145,6 +163,17 @@ def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[
             cut = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
             return {name: one for name, one in cut.items() if name.startswith(wanted)}
     return {}
+
+
+def _language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language part of a configuration, without a setting that transformers warns of.
+
+    Ministral scales queries beyond 16384 tokens (`llama_4_scaling_beta`), which no prompt reaches.
+    """
+    settings = dict(config.get("text_config", config))
+    if rotary := settings.get("rope_parameters"):
+        settings["rope_parameters"] = {key: one for key, one in rotary.items() if key != "llama_4_scaling_beta"}
+    return settings
 
 
 def hidden_states(

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Token", "parse_weights", "weighted_states"]
+from lorasmith.families.base import Encoding
+
+__all__ = ["Token", "literal_text", "parse_weights", "weighted_states"]
 
 EMPHASIS = 1.1
 """Factor of a pair of brackets that names no weight."""
@@ -32,6 +34,11 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     # Escaped brackets are replaced by control characters during parsing.
     guarded = text.replace(r"\(", "\x0e").replace(r"\)", "\x0f")
     return [(stretch.replace("\x0e", "(").replace("\x0f", ")"), weight) for stretch, weight in _weighted(guarded, 1.0)]
+
+
+def literal_text(text: str, encoding: Encoding) -> str:
+    r"""A prompt for a model that has no weighted words, where ComfyUI takes `\(` and `\)` for brackets all the same."""
+    return text if encoding.lengths == "diffusers" else text.replace(r"\(", "(").replace(r"\)", ")")
 
 
 def weighted_states(states: Tensor, empty: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:

@@ -1,0 +1,198 @@
+"""ERNIE-Image (Baidu 2026): a rectified-flow transformer in one stream, which one modulation steers in all blocks.
+
+Text is the state before the last layer of Ministral 3 3B; it follows the latents, which are those of Flux.2's
+autoencoder, one token for each. The original layout has diffusers' own names. Turbo, which is distilled, has the
+tensors of the base model; LoRAs are trained on the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.parts.prompt_weights import literal_text
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import DENOISER_START, Signature
+
+__all__ = ["ErnieImage"]
+
+_LAYER = -2  # of the encoder's states
+_SHIFT = 3.0  # ComfyUI's `supported_models.ErnieImage` for KSampler
+_TIMES = 1000  # the network's time at pure noise
+# Its shift by size is OneTrainer's dynamic one, from numbers of the scheduler's configuration.
+_RESOLUTION_SHIFT = ResolutionShift(patch=1)
+
+_ATTENTION = ("layers.*.self_attention.to_*",)
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, "layers.*.mlp.*")),
+    "transformer": TargetPreset(("layers.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+
+
+class ErnieImage(Family):
+    """ERNIE-Image and ERNIE-Image-Turbo."""
+
+    name = "ernie-image"
+    title = "ERNIE-Image"
+    pipeline = "ErnieImagePipeline"
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://github.com/baidu/ERNIE-Image"
+    targets = _TARGETS
+    text_encoders = MappingProxyType(
+        {
+            "text_encoder": EncoderSlot(
+                "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
+            )
+        }
+    )
+    autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
+    clip_types = ("flux2",)  # in ComfyUI's template; its encoder is recognised under any
+    repeatable_context = False
+    distilled_names = ("turbo",)
+    released = MappingProxyType(
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_layers": 36,
+            "ffn_hidden_size": 12288,
+            "text_in_dim": 3072,
+        }
+    )
+    lora_signatures = (
+        Signature(title, DENOISER_START + r"layers_\d+_(self_attention_|mlp_(gate_proj|up_proj|linear_fc2))"),
+    )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "layers.0.mlp.linear_fc2.weight" in shapes and "x_embedder.proj.weight" in shapes
+
+    def denoiser_class(self) -> type[nn.Module]:
+        try:
+            from diffusers import ErnieImageTransformer2DModel
+        except ImportError as error:
+            raise ModelError(f"{self.title} needs diffusers 0.38 or newer; run: pip install -U diffusers") from error
+        return ErnieImageTransformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        head = shapes["layers.0.self_attention.norm_q.weight"][0]
+        return {
+            "hidden_size": width,
+            "num_attention_heads": width // head,
+            "num_layers": block_count(shapes, "layers."),
+            "ffn_hidden_size": shapes["layers.0.mlp.gate_proj.weight"][0],
+            "in_channels": channels,
+            "out_channels": shapes["final_linear.weight"][0] // patch**2,
+            "patch_size": patch,
+            # Text of the blocks' own width has no projection.
+            "text_in_dim": shapes.get("text_proj.weight", (width, width))[1],
+            # 32, 48, 48 for the released head width of 128, in the same proportion for others.
+            "rope_axes_dim": (head // 4, 3 * head // 8, 3 * head // 8),
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        return {path: OriginalName(path) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return _flow(_SHIFT)
+
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        # The pipeline leaves the shift to its scheduler: 4 for the base model and 1 for Turbo, as other programs quote.
+        return _flow(float(configs.of("scheduler").get("shift", _SHIFT)))
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        config: Any = denoiser.config
+        return LatentFormat(config.in_channels, 16, scale=1.0)
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            targets="attention+ff",  # OneTrainer's preset: self_attention and mlp
+            guidance=4.0,  # ErnieImagePipeline and ComfyUI's template
+            timestep_distribution="logit_normal",  # OneTrainer's preset
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "ernie_image"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "ernie-image"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="ai-toolkit",
+            limits=ProgramLimits(
+                diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
+            ),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.text_in_dim)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        # No template, no padding and no limit, in ComfyUI and in diffusers.
+        encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        text = texts["text_encoder"]
+        ids = [tokenizer.bos_token_id, *tokenizer(literal_text(text, encoding), add_special_tokens=False).input_ids]
+        return Conditioning({"context": hidden_states(encoder, ids, (_LAYER,)).squeeze(2)}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 64, config.text_in_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        context, mask = conditioning.tensors["context"], conditioning.mask
+        batch, tokens = context.shape[:2]
+        lengths = torch.full((batch,), tokens, device=context.device) if mask is None else mask.sum(1)
+        prediction: Tensor = denoiser(
+            hidden_states=latents,
+            timestep=time,  # not in the latents' dtype: bf16 has no whole number between 512 and 516
+            text_bth=context,
+            text_lens=lengths,
+            return_dict=False,
+        )[0]
+        return prediction
+
+
+def _flow(shift: float) -> Diffusion:
+    return Diffusion("flow", FlowSchedule(shift, resolution_shift=_RESOLUTION_SHIFT, time_scale=_TIMES))
+
+
+register(ErnieImage(), "ernie")
