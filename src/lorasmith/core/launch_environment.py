@@ -28,6 +28,7 @@ class LaunchedProcess:
     Attributes:
         rank, size, local_rank: as in `core.processes.Processes`.
         host, port: where the first process is reached.
+        restarts: how often an elastic agent has started the processes again.
     """
 
     rank: int
@@ -35,6 +36,12 @@ class LaunchedProcess:
     local_rank: int
     host: str
     port: int
+    restarts: int = 0
+
+    @property
+    def attempt(self) -> str:
+        """Name of this start of the processes, of which an elastic agent may make several."""
+        return f"lorasmith/{self.restarts}/{self.size}"
 
     @property
     def address(self) -> str:
@@ -60,6 +67,7 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
             local_rank=_number(environment, "LOCAL_RANK", default="0"),
             host=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
+            restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", default="0"),
         )
     # sbatch sets some of these too; only srun gives a process its number on its node.
     if "SLURM_LOCALID" in environment and _number(environment, "SLURM_NTASKS", default="1") > 1:

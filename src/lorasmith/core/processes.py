@@ -161,6 +161,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
         yield ALONE
         return
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > launched.local_rank
     if on_gpus:
@@ -168,11 +169,14 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
     is_made = distributed.is_initialized()  # by Ray Train, say
     try:
         if not is_made:
+            meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=_MEETING)
+            store, rank, size = next(iter(meeting))
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-                init_method=launched.meeting_point,
-                rank=launched.rank,
-                world_size=launched.size,
+                # An elastic agent keeps its store when it starts processes again, with the addresses of the dead ones.
+                store=distributed.PrefixStore(launched.attempt, store),  # type: ignore[attr-defined]
+                rank=rank,
+                world_size=size,
                 timeout=_MEETING,
             )
         distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
