@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
 from lorasmith.families.files.diffusers_folder import PartFolder
@@ -188,7 +189,7 @@ class _Part:
 def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[_Part]:
     """Candidates in a diffusers folder under `subfolders`, or in a file without a prefix or with one of `prefixes`."""
     if path.is_dir():
-        whole = (path / "model_index.json").is_file()
+        whole = pipeline_index(path) is not None
         for folder in [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]:
             part = PartFolder(folder)
             place = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
