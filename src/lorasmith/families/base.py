@@ -243,12 +243,15 @@ class EncoderSlot:
         usual_file: common name of its file, for messages.
         prefixes: of its tensors' names in a full checkpoint; the first one found is used.
         settings: of its architecture that differ from the kind's own.
+        widths: of its states in the released sizes, where sizes of one kind belong to different families. A file of
+            such a width is for these families, whatever type a node asks for.
     """
 
     kind: str
     usual_file: str
     prefixes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
