@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_anima import ANIMA
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
@@ -44,5 +45,6 @@ TINY: dict[str, TinyFamily] = {
     "flux2-klein": KLEIN,
     "flux2": DEV,
     "krea2": KREA2,
+    "anima": ANIMA,
 }
 """Small models by the name of their family."""
