@@ -86,6 +86,7 @@ TESTED_ELSEWHERE = {
     "families/files/loaded_modules.py": "families/test_pipelines.py",
     "families/files/pipeline_configs.py": "families/test_pipelines.py",
     "families/part_loading.py": "families/test_parts_of_models.py",
+    "families/parts/anima_network.py": "families/test_anima.py",
     "families/parts/autoencoders.py": "families/test_parts_of_models.py",
     "families/parts/clip_encoders.py": "families/test_parts_of_models.py",
     "families/parts/clip_layout.py": "families/test_name_tables.py",

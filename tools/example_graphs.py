@@ -306,6 +306,16 @@ GRAPHS: dict[str, Graph] = {
         {**_EMPTY, **_ksampler("EmptyFlux2LatentImage", negative=["31", 0], steps=20, cfg=4.0)},
         parts=_APART,
     ),
+    "anima": _graph(
+        _loaders(
+            "anima-base-v1.0.safetensors",
+            ("qwen_3_06b_base.safetensors",),
+            "stable_diffusion",
+            "qwen_image_vae.safetensors",
+        ),
+        {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=30, cfg=4.0)},
+        parts=_APART,
+    ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),

@@ -63,6 +63,8 @@ _BYTES_ALONE = {
     "config": {"pattern": ".", "default_vocab_size": 288, "default_num_special_tokens": 32},
     "vocab": [{"token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)],
 }
+_QWEN_06B = {**_QWEN, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+_QWEN_06B |= {"num_attention_heads": 16}
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
@@ -90,6 +92,7 @@ ROWS = (
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
     Row("ERNIE-Image", "ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
+    Row("Anima", "anima", {}, (("Qwen3Model", _QWEN_06B),)),
 )
 
 

@@ -101,6 +101,21 @@ def test_attaching_to_a_missing_layer_leaves_the_others_alone(model: nn.Module) 
     assert snapshot(model) == before
 
 
+def test_an_adapter_on_an_embedding_is_merged_and_not_run_beside_it() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4)}).requires_grad_(False)
+    weights = AdapterWeights("lora", {"down": torch.randn(2, 4), "up": torch.randn(5, 2)}, alpha=2.0)
+    before = model["embed"].weight.clone()
+    with patches_merged(model, [Patch({"embed": weights}, {})]):
+        expected = before + weights.tensors["up"] @ weights.tensors["down"]
+        torch.testing.assert_close(model["embed"].weight, expected)
+    adapters = load_adapters(model, {"embed": weights})
+    with (
+        pytest.raises(LoraError, match=r"adapter on embed \(Embedding\), which can be merged into its weight alone"),
+        adapters_attached(model, [Attached(adapters)]),
+    ):
+        pass
+
+
 def test_an_inner_stack_gives_the_outer_one_back() -> None:
     case = LAYERS["linear"]
     model, x = case.model(), case.input()

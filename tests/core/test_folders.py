@@ -9,7 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
-from lorasmith.core.folders import ASSETS, MAX_STEM_BYTES, Folders, file_stem, fingerprint, read_extra_model_paths
+from lorasmith.core.folders import (
+    ASSETS,
+    MAX_STEM_BYTES,
+    Folders,
+    file_stem,
+    fingerprint,
+    pipeline_index,
+    read_extra_model_paths,
+)
 
 NOON = time.struct_time((2024, 3, 5, 12, 7, 9, 1, 65, 0))
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "..", "C:\\x", "a\\..\\..\\x", "", ".", "a\0b"]
@@ -45,8 +53,10 @@ def test_nothing_there_is_an_empty_list(folders: Folders) -> None:
     assert folders.input_files([".png"]) == []
 
 
-def test_a_diffusers_folder_is_one_checkpoint(folders: Folders) -> None:
-    put(folders.base / "models/checkpoints/mine/model_index.json")
+@pytest.mark.parametrize("index", ["model_index.json", "modular_model_index.json"])
+def test_a_diffusers_folder_is_one_checkpoint(folders: Folders, index: str) -> None:
+    put(folders.base / "models/checkpoints/mine" / index)
+    assert pipeline_index(folders.base / "models/checkpoints") is None
     put(folders.base / "models/checkpoints/mine/unet/weights.safetensors")
     put(folders.base / "models/checkpoints/other.safetensors")
     assert folders.files("checkpoints") == ["lorasmith-tiny.safetensors", "mine", "other.safetensors"]

@@ -76,6 +76,16 @@ def test_what_has_no_meaning_here_is_named(tmp_path: Path) -> None:
     assert read_comfyui_dataset(tmp_path)[1] == ["noise_mask", "strength"]
 
 
+def test_tokens_of_a_text_adapter_are_read(tmp_path: Path) -> None:
+    ids, weights = torch.tensor([3, 9, 1], dtype=torch.int), torch.tensor([1.0, 1.3, 1.0])
+    torch.save(shard(conditioning=[[pair(t5xxl_ids=ids, t5xxl_weights=weights)]]), tmp_path / "shard_0000.pkl")
+    samples, ignored = read_comfyui_dataset(tmp_path)
+    tensors = samples.flat[0].tensors
+    assert ignored == []
+    assert torch.equal(tensors["t5xxl_ids"], torch.tensor([[3, 9, 1]]))
+    assert torch.equal(tensors["t5xxl_weights"], weights[None])
+
+
 class Ran:
     """Unpickled, it is a mark that code was run."""
 
@@ -140,6 +150,14 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pair of text": (refused(shard(conditioning=[[["a", {}]]])), "the context in .* got str"),
     "no list": (refused(shard(conditioning=[1])), "lists of conditionings"),
     "pooled text": (refused(shard(conditioning=[[pair(pooled_output="a")]])), "pooled_output in"),
+    "tokens of no vocabulary": (
+        refused(shard(conditioning=[[pair(t5xxl_ids=torch.tensor([32128]))]])),
+        "must hold t5xxl_ids from 0 to 32127",
+    ),
+    "tokens without weights": (
+        refused(shard(conditioning=[[pair(t5xxl_ids=torch.tensor([1, 2]), t5xxl_weights=torch.ones(1))]])),
+        "as many finite t5xxl_weights",
+    ),
     "guidance of text": (refused(shard(conditioning=[[pair(guidance="a")]])), "guidance in .* must be a number"),
     "guidance of NaN": (refused(shard(conditioning=[[pair(guidance=float("nan"))]])), "guidance in .* a number"),
     "a wide span": (refused(shard(conditioning=[[pair(start_percent=7.0)]])), "span of"),

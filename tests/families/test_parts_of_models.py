@@ -19,6 +19,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.base import FAMILIES, Conditioning
 from lorasmith.families.loading import load_model
+from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from tests.covering import slow_except
@@ -149,6 +150,43 @@ def test_each_recogniser_takes_its_own_alone(files: dict[str, Path]) -> None:
     assert vaes == {"unet": [], "vae": ["kl"], "clip_l": [], "clip_g": [], "flux": [], "sdxl": []}
     expected = {"unet": ["sd1"], "flux": ["flux1"], "sdxl": ["sdxl"]}
     assert families == {name: expected.get(name, []) for name in opened}
+
+
+@pytest.mark.parametrize(
+    ("width", "clip_type", "family"),
+    [
+        (2560, "lumina2", "z-image"),
+        (2560, "flux2", "flux2-klein"),
+        (4096, "lumina2", "flux2-klein"),
+        (32, "lumina2", "z-image"),
+        (32, "flux2", "flux2-klein"),
+    ],
+)
+def test_the_width_of_a_released_encoder_counts_more_than_a_nodes_type(
+    width: int, clip_type: str, family: str, tmp_path: Path
+) -> None:
+    file = save(tmp_path / "qwen3.safetensors", qwen3(width))
+    assert load_text_encoder([file], clip_type).family.name == family
+
+
+def qwen3(width: int) -> dict[str, Tensor]:
+    """One layer of a Qwen3 that knows eight tokens."""
+    sizes = {
+        "embed_tokens": (8, width),
+        "layers.0.self_attn.q_proj": (8, width),
+        "layers.0.self_attn.k_proj": (8, width),
+        "layers.0.self_attn.v_proj": (8, width),
+        "layers.0.self_attn.o_proj": (width, 8),
+        "layers.0.self_attn.q_norm": (8,),
+        "layers.0.self_attn.k_norm": (8,),
+        "layers.0.mlp.gate_proj": (8, width),
+        "layers.0.mlp.up_proj": (8, width),
+        "layers.0.mlp.down_proj": (width, 8),
+        "layers.0.input_layernorm": (width,),
+        "layers.0.post_attention_layernorm": (width,),
+        "norm": (width,),
+    }
+    return {f"model.{name}.weight": torch.zeros(size) for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("name", ["whole", "flux", "sdxl"])

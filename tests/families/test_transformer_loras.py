@@ -115,6 +115,9 @@ def assert_applied(case: Case, path: Path) -> Lora:
     try:
         pipeline.load_lora_weights(str(path))
         applied = layers_of_diffusers(pipeline.transformer)
+        for name in case.ours.family.denoiser_parts:
+            inner = layers_of_diffusers(getattr(pipeline, name))
+            applied |= {f"{name}.{layer}": changed for layer, changed in inner.items()}
     finally:
         pipeline.unload_lora_weights()
     assert applied.keys() == {ref.path for ref in lora.state.adapters}

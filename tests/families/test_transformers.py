@@ -61,7 +61,7 @@ def test_diffusers_reads_the_same_file(case: Case, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_diffusers_folder_is_the_same_model(case: Case, tmp_path: Path) -> None:
     case.skip("folder")
-    case.tiny.made().save_pretrained(tmp_path / "folder")
+    case.tiny.save_folder(tmp_path / "folder")
     model = load_model(tmp_path / "folder")
 
     assert model.family is case.ours.family

@@ -143,6 +143,10 @@ class TinyFamily:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def save_folder(self, folder: Path) -> None:
+        """The pipeline as a diffusers folder."""
+        self.made().save_pretrained(folder)
+
 
 def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Black Forest Labs' name of the weights of norms of queries and keys."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny_anima import ANIMA
 from tiny_ernie_image import ERNIE_IMAGE
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
@@ -47,5 +48,6 @@ TINY: dict[str, TinyFamily] = {
     "flux2": DEV,
     "krea2": KREA2,
     "ernie-image": ERNIE_IMAGE,
+    "anima": ANIMA,
 }
 """Small models by the name of their family."""

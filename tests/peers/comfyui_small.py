@@ -10,9 +10,11 @@ changes these numbers and no computation:
 - A matrix has the file's shape where ComfyUI computes another one: the inner widths of MLPs (multiples of 256 in
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
-- Text encoders: Qwen3 is known by a width of 2560, Qwen3-VL by its vision tower, which is left out of the files and
-  small here. Widths and layers of T5, CLIP-L, Qwen3 and Ministral come from the file, the sizes of Qwen3's heads too.
+- Text encoders: Qwen3 is known by a width of 2560 or (Anima) 1024, Qwen3-VL by its vision tower, which is left out of
+  the files and small here. Widths and layers of T5, CLIP-L, Qwen3 and Ministral come from the file, the sizes of
+  Qwen3's heads too.
 - ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
+- Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -37,12 +39,15 @@ _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_vi
 @contextlib.contextmanager
 def taken_small() -> Iterator[None]:
     """Denoisers of any width are loaded inside. ComfyUI loads a file again to train it, so that belongs inside too."""
+    import comfy.ldm.anima.model
     import comfy.model_base
     import comfy.model_detection
     import comfy.supported_models
 
     detect, load = comfy.model_detection.detect_unet_config, comfy.model_base.BaseModel.load_model_weights
     sdxl, z_image = comfy.supported_models.SDXL, comfy.supported_models.ZImage
+    adapter = comfy.ldm.anima.model.LLMAdapter
+    adapter_sizes: dict[str, int] = {}
 
     def detected(state_dict: dict[str, Tensor], prefix: str, metadata: Any = None) -> Any:
         config = detect(state_dict, prefix, metadata=metadata)
@@ -52,6 +57,8 @@ def taken_small() -> Iterator[None]:
         config |= _sizes(config, sizes)
         if config.get("num_classes") == "sequential":
             sdxl.unet_config = {name: config.get(name, value) for name, value in sdxl.unet_config.items()}
+        if config.get("image_model") == "anima":
+            adapter_sizes.update(_adapter(sizes))
         if config.get("image_model") == "lumina2":
             z_image.unet_config = {**z_image.unet_config, "dim": config["dim"]}
         return config
@@ -61,7 +68,11 @@ def taken_small() -> Iterator[None]:
         _fit(self.diffusion_model, shapes)
         return load(self, state_dict, prefix, **options)
 
+    def small_adapter(**options: Any) -> Any:
+        return adapter(**adapter_sizes, **options)
+
     with (
+        mock.patch.object(comfy.ldm.anima.model, "LLMAdapter", small_adapter),
         mock.patch.object(comfy.model_detection, "detect_unet_config", detected),
         mock.patch.object(comfy.model_base.BaseModel, "load_model_weights", loaded),
     ):
@@ -86,10 +97,14 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
         else:
             own = {name.removeprefix(start): size for name, size in shapes.items()}
             head = own.get("layers.0.self_attn.q_norm.weight", (0,))[0]
-            kind = ("qwen3_4b" if start == "model." else "qwen3vl_4b") if head else "ministral3_3b"
+            kind = "ministral3_3b"
+            if head and start != "model.":
+                kind = "qwen3vl_4b"
+            elif head:
+                kind = "qwen3_06b" if clip_type == "stable_diffusion" else "qwen3_4b"
             options[f"{kind}_model_config"] = _language_model(own, head or llama.Ministral3_3BConfig.head_dim)
             if head:
-                for config in (llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
+                for config in (llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
                     stack.enter_context(mock.patch.object(config, "head_dim", head))
                 stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
                 found = getattr(comfy.sd.TEModel, kind.upper())
@@ -152,6 +167,13 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "ffn_hidden_size": shapes["layers.0.mlp.gate_proj.weight"][0],
             "text_in_dim": shapes["text_proj.weight"][1], "rope_axes_dim": (head // 4, 3 * head // 8, 3 * head // 8),
         }  # fmt: skip
+    if kind == "anima":
+        head = shapes["blocks.0.self_attn.q_norm.weight"][0]
+        return {
+            "num_heads": config["model_channels"] // head,
+            "crossattn_emb_channels": shapes["blocks.0.cross_attn.k_proj.weight"][1],
+            "adaln_lora_dim": shapes["blocks.0.adaln_modulation_self_attn.1.weight"][0],
+        }
     if kind == "krea2":
         head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
         text = "txtfusion.layerwise_blocks.0.attn."
@@ -165,6 +187,19 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     return {}
 
 
+def _adapter(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Sizes of Anima's adapter."""
+    block = "llm_adapter.blocks.0.cross_attn."
+    width, source = shapes[f"{block}k_proj.weight"]
+    return {
+        "source_dim": source,
+        "target_dim": shapes["llm_adapter.embed.weight"][1],
+        "model_dim": width,
+        "num_layers": _count(shapes, "llm_adapter.blocks."),
+        "num_heads": width // shapes[f"{block}q_norm.weight"][0],
+    }
+
+
 def _fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Matrices get the file's shapes, and lists of blocks the file's length."""
     for name, child in module.named_modules():
@@ -174,7 +209,7 @@ def _fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, layer in module.named_modules():
         for leaf in ("weight", "bias"):
             size, tensor = shapes.get(f"{name}.{leaf}"), getattr(layer, leaf, None)
-            if isinstance(layer, nn.Linear) and size is not None and tuple(tensor.shape) != size:
+            if isinstance(layer, nn.Linear | nn.Embedding) and size is not None and tuple(tensor.shape) != size:
                 setattr(layer, leaf, nn.Parameter(tensor.new_empty(size), requires_grad=False))
 
 

@@ -121,6 +121,11 @@ def _pipeline(model: Model, denoiser: nn.Module, encoders: Mapping[str, nn.Modul
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     kind = getattr(diffusers, model.family.pipeline)
+    if issubclass(kind, diffusers.ModularPipeline):
+        pipeline = kind()
+        further = {name: getattr(denoiser, name) for name in model.family.denoiser_parts}
+        pipeline.update_components(**{model.family.denoiser_folder: denoiser, **further})
+        return pipeline
     needed = [name for name, one in inspect.signature(kind.__init__).parameters.items() if one.default is one.empty]
     parts: dict[str, Any] = {**dict.fromkeys(needed[1:]), **encoders, model.family.denoiser_folder: denoiser}
     if model.components.parameterization == "flow":

@@ -6,12 +6,12 @@ Every kind of LoRA in `lora_cases.py` is saved in every layout, for each family,
 is `applied / modules` as measured, and the relative difference between that program's answer and ours. diffusers reads
 kohya's Flux files at the real width alone, so that Flux is loaded there into one block of either kind at that width.
 
-Z-Image, Flux.2 klein, Krea 2 and ERNIE-Image are small, and without sd-scripts, which has no such models;
+The transformers of `TRANSFORMERS` are small, and most without sd-scripts, which has no such models;
 `comfyui_small.py` says what of ComfyUI is set aside for their widths.
 
 Writes `tests/golden/load_matrix.json` (all numbers, with versions) and `docs/load-matrix.md` (drawn from it). `--only
 sd1:lora` measures some rows again and keeps the others, `--layouts` some layouts alone. Needs the development packages
-and `lycoris-lora`; PYTHON is an interpreter with ComfyUI's requirements (and einops, for sd-scripts' Flux).
+and `lycoris-lora`; PYTHON is an interpreter with ComfyUI's requirements (and einops, for sd-scripts' Flux and Anima).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import matrix_page
 import torch
 from library_loads import LOADERS
 from load_report import one_line, report
-from lora_cases import CASES, TRANSFORMERS, answer, base_model, example, inputs
+from lora_cases import CASES, IN_SD_SCRIPTS, TRANSFORMERS, answer, base_model, example, inputs
 from safetensors.torch import save_file
 
 from lorasmith.core.errors import LoraError
@@ -122,7 +122,7 @@ def _shapes(family: str) -> dict[str, tuple[str, ...]]:
     """Model shapes of a family, and who loads into each."""
     everyone = ("ours", "diffusers", "PEFT", "LyCORIS", "ComfyUI", "sd-scripts")
     if family in TRANSFORMERS:
-        return {family: tuple(one for one in everyone if one != "sd-scripts")}
+        return {family: tuple(one for one in everyone if one != "sd-scripts" or family in IN_SD_SCRIPTS)}
     if family != "flux1":
         return {family: everyone}
     return {"flux1": tuple(one for one in everyone if one != "diffusers"), "flux1-wide": ("diffusers",)}

@@ -27,10 +27,24 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["CASES", "FLUX_WIDE", "SHAPES", "TRANSFORMERS", "Case", "answer", "base_model", "example", "inputs"]
+__all__ = [
+    "CASES",
+    "FLUX_WIDE",
+    "IN_SD_SCRIPTS",
+    "SHAPES",
+    "TRANSFORMERS",
+    "Case",
+    "answer",
+    "base_model",
+    "example",
+    "inputs",
+]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image")
+TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima")
 """Families whose small models are those of `transformer_models.py`."""
+
+IN_SD_SCRIPTS = ("anima",)
+"""Those of them that sd-scripts has too."""
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
 """One block of either kind at Flux.1's real width, which diffusers' reader of kohya's names takes for granted."""
@@ -85,7 +99,7 @@ CASES: Mapping[str, Case] = {
         "LoRA",
         targets="all",
         differences=True,
-        families=("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image"),  # no layer of Flux.2 has a bias
+        families=("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima"),  # no layer of Flux.2 has a bias
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
     "dora-output": Case("DoRA, per output", "LoRA", dora="output"),

@@ -105,8 +105,10 @@ def _schnell(folder: Path) -> Any:
 
 def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
     context, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-    pooled = extra.get("pooled_output")
-    return {"context": context} if pooled is None else {"context": context, "pooled": pooled}
+    names = {"pooled_output": "pooled", "t5xxl_ids": "t5xxl_ids", "t5xxl_weights": "t5xxl_weights"}
+    found = {ours: extra[theirs] for theirs, ours in names.items() if extra.get(theirs) is not None}
+    # Tokens have no batch there.
+    return {"context": context, **{key: one[None] if one.ndim == 1 else one for key, one in found.items()}}
 
 
 def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Path) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
 def _prediction(model: Any, x: Tensor, encoded: dict[str, Tensor]) -> Tensor:
     sigma = torch.full((1,), family_cases.SIGMA)
     given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled")}
+    given |= {key: encoded[key][0] for key in ("t5xxl_ids", "t5xxl_weights") if key in encoded}
     extra = model.extra_conds(noise=x, device=x.device, **{key: one for key, one in given.items() if one is not None})
     inputs = {key: one.process_cond(batch_size=1, area=None).cond for key, one in extra.items()}
     denoised: Tensor = model.apply_model(x, sigma, **inputs)

@@ -3,7 +3,7 @@
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-and with `--model` sdxl, flux, z-image, flux2-klein, krea2 and ernie-image likewise. Needs an environment with ComfyUI's
+and with `--model NAME` likewise for the others of `trained_models.py`. Needs an environment with ComfyUI's
 requirements and this project's. The models and what they are trained on come from `trained_models.py`;
 `comfyui_small.py` says what of ComfyUI is set aside for models this small.
 
@@ -18,8 +18,9 @@ What is recorded
     `forward` is the bare denoiser on a batch of two with different times, guidances and texts.
 
 Tensors of the file (N steps, K trained tensors in the order of `shapes` in the metadata)
-    latents, context, [pooled, guidance]      the training set: unscaled VAE latents, text conditioning
-    forward.{x, timestep, context, [pooled, guidance, time_ids], output}
+    latents, context, [pooled, guidance, t5xxl_ids, t5xxl_weights]
+                                              the training set: unscaled VAE latents, text conditioning
+    forward.{x, timestep, context, [pooled, guidance, time_ids, t5xxl_ids, t5xxl_weights], output}
     step.{i}.{latent, noise, sigma, timestep, index}   latent: after the VAE scaling; timestep: what the network gets
     fresh.loss, random.loss                   (N,)
     fresh.gradient, fresh.change              (K, 5) `models.fingerprint` of the first step's gradients, and of what
@@ -42,6 +43,9 @@ How ComfyUI 0.33 computes them
       Z-Image, and with exponents 2.02 and 1.15 for the other two. klein's text is filled up to 512 tokens with zeros
       from the left.
     - ERNIE-Image: as Z-Image, but the network sees 1000 times sigma.
+    - Anima: as Z-Image. Its conditioning carries the prompt's T5 tokens and their weights, which the adapter and then
+      each of its rows get; the adapter is trained too. ComfyUI 0.33 cannot train it: norms and rotary positions are one
+      operator without a backward pass. Here the operator's formula in plain torch takes its place.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded
@@ -157,7 +161,8 @@ def _train(
         [
             inputs["context"][i : i + 1].clone(),
             ({"pooled_output": inputs["pooled"][i : i + 1].clone()} if "pooled" in inputs else {})
-            | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {}),
+            | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {})
+            | {key: inputs[key][i].clone() for key in ("t5xxl_ids", "t5xxl_weights") if key in inputs},
         ]
         for i in range(len(inputs["latents"]))
     ]
@@ -247,8 +252,9 @@ def _norms_keep_their_input() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _rotations_have_gradients() -> Iterator[None]:
-    """comfy-kitchen's rotation of halves in torch's operations."""
+    """comfy-kitchen's operators without a backward pass, a rotation and one of norms and rotation, in torch's."""
     import comfy.quant_ops
+    from comfy_kitchen.backends.eager import rope
 
     kitchen = comfy.quant_ops.ck
     original = kitchen.apply_rope_split_half
@@ -262,7 +268,10 @@ def _rotations_have_gradients() -> Iterator[None]:
         torch.testing.assert_close(ours, original(query.detach(), key.detach(), turns), rtol=1e-5, atol=1e-6)
         return ours
 
-    with mock.patch.object(kitchen, "apply_rope_split_half", both):
+    with (
+        mock.patch.object(kitchen, "apply_rope_split_half", both),
+        mock.patch.object(kitchen, "rms_rope_split_half", rope.rms_rope_split_half),
+    ):
         yield
 
 

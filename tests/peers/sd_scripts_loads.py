@@ -4,9 +4,9 @@
         LORA=REFERENCE ...
 
 MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
-network wraps, a Stable Diffusion XL UNet of any width or Flux.1, which run in sd-scripts' own models. Layers of text
-encoders that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in
-`load_report.py`. Needs torch, diffusers and transformers, for Flux einops.
+network wraps, or a Stable Diffusion XL UNet of any width, Flux.1 or Anima, which run in sd-scripts' own models. Layers
+of text encoders that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in
+`load_report.py`. Needs torch, diffusers and transformers, for Flux and Anima einops, for Anima torchvision.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def main() -> None:
     if "double_blocks.0.img_attn.qkv.weight" in tensors:
         network, model, denoise = importlib.import_module("networks.lora_flux"), _flux(tensors), _flux_answer
         family = "flux1"
+    elif "llm_adapter.embed.weight" in tensors:
+        network, model, denoise = importlib.import_module("networks.lora_anima"), _anima(tensors), _anima_answer
+        family = "anima"
     elif "model.diffusion_model.label_emb.0.0.weight" in tensors:
         family, model, denoise = "sdxl", _sdxl(tensors), _sdxl_answer
     else:
@@ -164,6 +167,57 @@ def _flux_answer(
         output.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2)).permute(0, 3, 1, 4, 2, 5)
     )
     return answer.reshape(x.shape)
+
+
+def _anima(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' Anima of the sizes that the tensors have."""
+    from library.anima_models import Anima, LLMAdapter
+
+    width, patch = tensors["x_embedder.proj.1.weight"].shape
+    head = tensors["blocks.0.self_attn.q_norm.weight"].shape[0]
+    model: nn.Module = Anima(
+        max_img_h=512,
+        max_img_w=512,
+        max_frames=128,
+        in_channels=patch // 4 - 1,
+        out_channels=tensors["final_layer.linear.weight"].shape[0] // 4,
+        patch_spatial=2,
+        patch_temporal=1,
+        model_channels=width,
+        num_blocks=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        num_heads=width // head,
+        crossattn_emb_channels=tensors["blocks.0.cross_attn.k_proj.weight"].shape[1],
+        pos_emb_cls="rope3d",
+        use_adaln_lora=True,
+        adaln_lora_dim=tensors["blocks.0.adaln_modulation_self_attn.1.weight"].shape[0],
+        rope_h_extrapolation_ratio=4.0,
+        rope_w_extrapolation_ratio=4.0,
+    )
+    vocabulary, target = tensors["llm_adapter.embed.weight"].shape
+    inner, source = tensors["llm_adapter.blocks.0.cross_attn.k_proj.weight"].shape
+    model.llm_adapter = LLMAdapter(
+        source,
+        target,
+        inner,
+        num_layers=1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("llm_adapter.blocks.")),
+        num_heads=inner // tensors["llm_adapter.blocks.0.cross_attn.q_norm.weight"].shape[0],
+        embed=nn.Embedding(vocabulary, target),
+        self_attn=True,
+    )
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and not [name for name in missing if not name.startswith("pos_embedder.")]
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _anima_answer(
+    model: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, t5xxl_ids: Tensor, t5xxl_weights: Tensor
+) -> Tensor:
+    """sd-scripts has no weights of words; they multiply the adapter's rows."""
+    rows = model.llm_adapter(context, t5xxl_ids) * t5xxl_weights.unsqueeze(-1)  # type: ignore[operator]
+    rows = nn.functional.pad(rows, (0, 0, 0, 512 - rows.shape[1]))
+    output: Tensor = model(x, timestep, rows, padding_mask=torch.zeros(len(x), 1, *x.shape[-2:]))
+    return output
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformer_models import TINY
 __all__ = ["TRAINED", "Trained"]
 
 TOKENS = 8
+VOCABULARY = 64  # as many of T5's tokens as Anima's adapter knows here
 GUIDANCE = 3.5
 
 
@@ -32,6 +33,7 @@ class Trained:
         size: height and width of the latents in training; the other way round for the bare denoiser.
         sizes: two rows of size conditioning for the bare denoiser; in training it is the default, of pictures neither
             scaled nor cropped.
+        tokens: number of T5 tokens beside the context, 0 for none.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
     """
 
@@ -43,6 +45,7 @@ class Trained:
     times: tuple[float, float] = (0.9, 0.2)
     size: tuple[int, int] = (16, 8)
     sizes: tuple[tuple[int, ...], ...] = ()
+    tokens: int = 0
     padded: int = 0
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
@@ -63,7 +66,16 @@ class Trained:
         shapes = {name: (2, *self.channels, *size), "context": (2, TOKENS, self.context)}
         shapes |= {"pooled": (2, self.pooled)} if self.pooled else {}
         inputs = {key: models.seeded(start + key, shape, seed=seed) for key, shape in shapes.items()}
+        if self.tokens:
+            ids = torch.arange(2 * self.tokens).reshape(2, -1) * 7 % VOCABULARY
+            weights = models.seeded(f"{start}weights", tuple(ids.shape), seed=seed, std=0.2, mean=1.0)
+            inputs |= {"t5xxl_ids": ids, "t5xxl_weights": weights}
         return inputs | ({"guidance": torch.full((2,), GUIDANCE)} if self.guidance else {})
+
+
+def _anima() -> dict[str, Tensor]:
+    tensors = TINY["anima"].denoiser_tensors()
+    return {**tensors, "llm_adapter.embed.weight": tensors["llm_adapter.embed.weight"][:VOCABULARY].contiguous()}
 
 
 TRAINED: Mapping[str, Trained] = {
@@ -89,4 +101,5 @@ TRAINED: Mapping[str, Trained] = {
     "ernie-image": Trained(
         TINY["ernie-image"].denoiser_tensors, (128,), tiny_ernie_image.WIDTH, times=(900.0, 200.0), size=(8, 4)
     ),
+    "anima": Trained(_anima, (16, 1), 32, tokens=5),
 }

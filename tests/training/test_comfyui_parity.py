@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trained_models import TRAINED
 
+from lorasmith.adapters.frozen_layer import is_targetable
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import DENOISER
@@ -32,7 +33,7 @@ from lorasmith.training.runtime import Runtime
 from tests.covering import slow_except
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONDITIONS = ("context", "pooled", "guidance", "time_ids")
+CONDITIONS = ("context", "pooled", "guidance", "time_ids", "t5xxl_ids", "t5xxl_weights")
 
 
 class Recording:
@@ -81,12 +82,13 @@ def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[fl
     """Our loss on a recorded step, and the gradients of the LoRA's matrices under ComfyUI's names."""
     names = recording.model.names
     state = state_from_tensors(recording.start(kind), {}, names)
-    adapters = load_adapters(
-        recording.model.components.denoiser,
-        {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER},
-    )
+    module = recording.model.components.denoiser
+    given = {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER}
+    # ComfyUI trains embeddings too; here they are given.
+    embeddings = {path: one for path, one in given.items() if not is_targetable(module.get_submodule(path))}
+    adapters = load_adapters(module, {path: one for path, one in given.items() if path not in embeddings})
     differences = {ref.path: one for ref, one in state.differences.items()}
-    denoiser: Denoiser = recording.model.denoiser.patched(Patch({}, differences))
+    denoiser: Denoiser = recording.model.denoiser.patched(Patch(embeddings, differences))
     runtime = Runtime.of(CONFIG, denoiser.module, torch.device("cpu"))
     with prepared(denoiser, adapters, CONFIG, runtime):
         loss = sample_losses(denoiser, recording.batch(step), CONFIG, runtime).sum()
@@ -129,7 +131,7 @@ def test_gradients_are_comfyuis(recording: Recording) -> None:
         difference = (gradient - expected).norm() / expected.norm()
         assert difference < 1e-3, (key, difference.item())
         compared += 1
-    assert compared == 2 * sum(len(shape) > 1 for shape in recording.model.names.weight_shapes.values())
+    assert compared == 2 * sum(is_targetable(layer) for layer in recording.model.components.denoiser.modules())
 
 
 def test_the_bare_denoiser_is_comfyuis(recording: Recording) -> None:

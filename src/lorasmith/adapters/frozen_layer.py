@@ -44,6 +44,8 @@ class Products(Protocol):
 class FrozenLayer:
     """A Linear or convolution as adapters use it: its product, its geometry, its weight on request.
 
+    Of an embedding there is no product: adapters on one can be merged into its weight alone.
+
     The weight may be quantized or in host memory, and is then made at each access. Callers do not keep it: a backward
     pass reads it from the layer again.
 
@@ -75,8 +77,8 @@ class FrozenLayer:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (out,), or None."""
-        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        """The bias (out,), or None; embeddings have no place for one."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
     @property

@@ -126,6 +126,11 @@ def adapters_attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[N
     norms: list[tuple[str, Difference, float]] = []
     for one in stack:
         for path, adapter in one.adapters.items():
+            if not is_targetable(kind := model.get_submodule(path)):
+                raise LoraError(
+                    f"the LoRA has an adapter on {path} ({type(kind).__name__}), which can be merged into its weight "
+                    "alone; leave bypass off, and to train further, continue with a LoRA without it"
+                )
             layers.setdefault(path, _OnLayer()).adapters.append((adapter, one.strength))
         for path, difference in one.differences.items():
             if is_targetable(model.get_submodule(path)):

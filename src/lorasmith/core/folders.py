@@ -36,6 +36,7 @@ __all__ = [
     "file_stem",
     "fingerprint",
     "next_counter",
+    "pipeline_index",
     "read_extra_model_paths",
 ]
 
@@ -53,6 +54,9 @@ DATASET_SHARD = "shard_"
 
 RUN_RECORD, RUN_LOG = "run.json", "events.jsonl"
 """Files in the folder of a run, by which it is recognised: its record, and its events."""
+
+_INDEXES = frozenset({"model_index.json", "modular_model_index.json"})
+"""Files by which a folder of a diffusers pipeline is recognised; the second one is that of modular pipelines."""
 
 Place = Literal["input", "output", "temp"]
 
@@ -131,7 +135,7 @@ class Folders:
         return list(dict.fromkeys(found))
 
     def files(self, kind: str, extensions: Iterable[str] = MODEL_EXTENSIONS) -> list[str]:
-        """Sorted names of the models of `kind`; a diffusers folder (with `model_index.json`) counts as one."""
+        """Sorted names of the models of `kind`; a diffusers folder (see `pipeline_index`) counts as one."""
         wanted = tuple(extension.casefold() for extension in extensions)
         return sorted({name for root in self.roots(kind) for name in _models_below(root, wanted)})
 
@@ -144,7 +148,7 @@ class Folders:
         error = LoraError if _KINDS.get(kind, kind) == "loras" else ModelError
         relative = _contained(name, f"a name among {kind}", error)
         for root in self.roots(kind):
-            if is_regular(root / relative) or is_regular(root / relative / "model_index.json"):
+            if is_regular(root / relative) or pipeline_index(root / relative) is not None:
                 return root / relative
         raise error(
             f"no {name!r} among {kind}{nearest(name, self.files(kind))}; "
@@ -305,6 +309,11 @@ def file_stem(name: str) -> str:
     return name.encode()[:MAX_STEM_BYTES].decode(errors="ignore") or "_"
 
 
+def pipeline_index(folder: Path) -> Path | None:
+    """The file that names a diffusers pipeline and its parts; None if the folder holds no pipeline."""
+    return next((path for name in sorted(_INDEXES) if is_regular(path := folder / name)), None)
+
+
 def fingerprint(path: Path) -> list[list[str | int]]:
     """Sizes and modification times of a file, or of each file below a folder, to detect changes."""
     files = [path] if is_regular(path) else sorted(folder / name for folder, names in _walk(path) for name in names)
@@ -371,7 +380,7 @@ def _models_below(root: Path, extensions: tuple[str, ...]) -> Iterator[str]:
     for folder, names in _walk(root):
         if not diffusers.isdisjoint(folder.parents):
             continue
-        if "model_index.json" in names and folder != root:
+        if not _INDEXES.isdisjoint(names) and folder != root:
             diffusers.add(folder)
             yield folder.relative_to(root).as_posix()
         else:

@@ -35,7 +35,11 @@ _ALLOWED = re.compile(
 
 _MOST_PICKLE_BYTES = 64 * 2**20
 _MOST_CONDITIONINGS = 100_000
-_OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent"})
+_IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
+"""Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
+_VOCABULARY = 32128
+"""Numbers of T5's tokens."""
+_OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent", _IDS, _WEIGHTS})
 _LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
 _AGAIN = "save it again with ComfyUI, or get it again"
 
@@ -192,6 +196,8 @@ class _Shard:
         tensors = {"context": context}
         if (pooled := options.get("pooled_output")) is not None:
             tensors["pooled"] = self._tensor(pooled, "pooled_output")
+        if options.get(_IDS) is not None:
+            tensors |= self._tokens(options, len(context))
         if options.get("guidance") is not None:
             tensors["guidance"] = torch.full((len(context),), self._number(options, "guidance", 0.0))
         mask = None
@@ -200,6 +206,19 @@ class _Shard:
             mask = None if attended.all() else attended
         span = self._number(options, "start_percent", 0.0), self._number(options, "end_percent", 1.0)
         return Conditioning(tensors, mask=mask, span=span)
+
+    def _tokens(self, options: dict[Any, Any], batch: int) -> dict[str, Tensor]:
+        """A prompt's T5 tokens and their weights, the same for each prompt of a batch."""
+        ids = self._tensor(options[_IDS], _IDS)
+        weights = torch.ones(ids.shape) if (given := options.get(_WEIGHTS)) is None else self._tensor(given, _WEIGHTS)
+        are_tokens = ids.dtype in (torch.int32, torch.int64) and ids.ndim == 1 and ids.numel() > 0
+        are_tokens = are_tokens and ids.shape == weights.shape
+        if not are_tokens or int(ids.min()) < 0 or int(ids.max()) >= _VOCABULARY or not weights.isfinite().all():
+            raise DataError(
+                f"{self.path} must hold {_IDS} from 0 to {_VOCABULARY - 1} and as many finite {_WEIGHTS}, and does "
+                f"not; {_AGAIN}"
+            )
+        return {_IDS: ids.long().expand(batch, -1), _WEIGHTS: weights.float().expand(batch, -1)}
 
     def _tensor(self, found: Any, name: str) -> Tensor:
         if type(found) is not Tensor or not found.ndim:

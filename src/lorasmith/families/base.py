@@ -243,12 +243,15 @@ class EncoderSlot:
         usual_file: common name of its file, for messages.
         prefixes: of its tensors' names in a full checkpoint; the first one found is used.
         settings: of its architecture that differ from the kind's own.
+        widths: of its states in the released sizes, where sizes of one kind belong to different families. A file of
+            such a width is for these families, whatever type a node asks for.
     """
 
     kind: str
     usual_file: str
     prefixes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,7 @@ class Family(ABC):
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
         denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
+        denoiser_parts: further parts of that pipeline which our denoiser holds, as submodules of the same name.
         modelspec_implementation: `modelspec.implementation`.
         civitai_name: Civitai's name of its base model; None where the family is of several there.
         a1111_version: A1111's and Forge's name of it in a LoRA's user metadata.
@@ -360,6 +364,7 @@ class Family(ABC):
     title: str
     pipeline: str
     denoiser_folder: str
+    denoiser_parts: tuple[str, ...] = ()
     modelspec_implementation: str
     civitai_name: str | None = None
     a1111_version: str = "Unknown"

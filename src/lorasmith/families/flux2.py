@@ -126,7 +126,8 @@ class Flux2(Family):
             else ("mistral", "mistral_3_small_flux2_bf16.safetensors")
         )
         prefixes = tuple(f"text_encoders.{one}.transformer." for one in ("qwen3_4b", "qwen3_8b", "mistral3_24b"))
-        self.text_encoders = MappingProxyType({"text_encoder": EncoderSlot(kind, usual_file, prefixes)})
+        widths = (2560, 4096) if is_klein else ()
+        self.text_encoders = MappingProxyType({"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)})
         blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
         self.released = MappingProxyType(
             {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorasmith.families import (  # noqa: F401  (register themselves)
+    anima,
     ernie_image,
     flux,
     flux2,
@@ -36,8 +37,10 @@ _SIGNS = {
     "distilled_guidance_layer.": "Chroma",
     "cap_embedder.": "Lumina 2",
     "head.modulation": "Wan",
+    "t_embedding_norm.": "Cosmos-Predict2",
     "txt_norm.": "Qwen-Image",
     "down_blocks.": _PART,
+    "time_embed.t_embedder.": _PART,
     "single_transformer_blocks.": _PART,
 }
 # Input channels of a Stable Diffusion UNet; four are the noisy latents.

@@ -229,7 +229,7 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
 def _model_of_folder(folder: Path, *, title: str) -> Model:
     configs = PipelineConfigs.of_folder(folder)
     family = family_of(folder)
-    names = [family.denoiser_folder, *family.text_encoders, "vae"]
+    names = [family.denoiser_folder, *family.denoiser_parts, *family.text_encoders, "vae"]
     try:
         components = _of_pipeline(
             family,
@@ -260,7 +260,8 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
     title = _title_of(pipeline)
     configs = PipelineConfigs.of_pipeline(pipeline, title)
     family = _family_of(configs, f"{title} ({type(pipeline).__name__}) is")
-    parts = {name: getattr(pipeline, name, None) for name in (family.denoiser_folder, *family.text_encoders, "vae")}
+    names = (family.denoiser_folder, *family.denoiser_parts, *family.text_encoders, "vae")
+    parts = {name: getattr(pipeline, name, None) for name in names}
 
     def tokenizer(component: str, kind: EncoderKind, encoder: nn.Module) -> Any:
         found = getattr(pipeline, component.replace("text_encoder", "tokenizer"), None)
@@ -302,9 +303,10 @@ def _of_pipeline(
         tokenizer: of an encoder by component name, kind and module.
         overrides: as for `_assembled`.
     """
-    if family.denoiser_folder not in sources:
-        raise ModelError(f"{configs.title} must have a {family.denoiser_folder} but has none; get the model again")
-    denoiser = _denoiser_of(family, sources[family.denoiser_folder])
+    for name in (family.denoiser_folder, *family.denoiser_parts):
+        if name not in sources:
+            raise ModelError(f"{configs.title} must have a {name} but has none; get the model again")
+    denoiser = _denoiser_of(family, sources)
     encoders, tokenizers = {}, {}
     for component, slot in family.text_encoders.items():
         if component in sources:
@@ -316,9 +318,14 @@ def _of_pipeline(
     return _assembled(family, denoiser, diffusion, TextEncoders(encoders, tokenizers), vae, overrides=overrides)
 
 
-def _denoiser_of(family: Family, source: PartSource) -> nn.Module:
+def _denoiser_of(family: Family, sources: Mapping[str, PartSource]) -> nn.Module:
+    main = sources[family.denoiser_folder]
+    config, tensors = dict(main.config or {}), dict(main.tensors)
+    for name in family.denoiser_parts:
+        config[name] = sources[name].config
+        tensors |= {f"{name}.{tensor}": one for tensor, one in sources[name].tensors.items()}
     kind: Any = family.denoiser_class()
-    return _precise(build(lambda: kind.from_config(source.config), lambda model: source.tensors, where=source.where))
+    return _precise(build(lambda: kind.from_config(config), lambda model: tensors, where=main.where))
 
 
 def _precise(denoiser: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
 from lorasmith.families.files.diffusers_folder import PartFolder
@@ -47,10 +48,19 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
     """
     quieten()
     places = [located(path) for path in paths]
-    kinds = {part.name for path in places for part in _kinds_in(path)}
+    encoders = {kind.name: (kind, shapes) for path in places for kind, shapes in _kinds_in(path)}
+    kinds = set(encoders)
     fitting = [one for _, one in FAMILIES.items() if kinds <= {slot.kind for slot in one.text_encoders.values()}]
+    sized = {slot.kind for one in fitting for slot in one.text_encoders.values() if slot.widths} & kinds
+    found_widths = {name: encoders[name][0].width_in(encoders[name][1]) for name in sized}
+
+    def is_released_size(family: Family) -> bool:
+        return any(found_widths.get(slot.kind) in slot.widths for slot in family.text_encoders.values())
+
     # ComfyUI ignores a type that is not one of an encoder's.
-    fitting.sort(key=lambda one: (clip_type not in one.clip_types, len(one.text_encoders)))
+    fitting.sort(
+        key=lambda one: (not is_released_size(one), clip_type not in one.clip_types, len(one.text_encoders)),
+    )
     if not kinds or not fitting:
         names = " and ".join(path.name for path in places)
         held = f"the text encoders {' and '.join(sorted(kinds))}" if kinds else f"{title_of(places[0])}"
@@ -128,13 +138,13 @@ def encoders_in(path: Path, family: Family) -> TextEncoders:
     return TextEncoders(modules, tokenizers)
 
 
-def _kinds_in(path: Path) -> list[EncoderKind]:
-    """The kinds of the text encoders that a file or folder holds."""
+def _kinds_in(path: Path) -> list[tuple[EncoderKind, Shapes]]:
+    """The kinds of the text encoders that a file or folder holds, with the shapes of each."""
     slots = [slot for _, family in FAMILIES.items() for slot in family.text_encoders.values()]
     folders = [name for _, family in FAMILIES.items() for name in family.text_encoders]
     parts = _parts(path, dict.fromkeys(folders), [prefix for slot in slots for prefix in slot.prefixes])
-    found = (recognised_encoder(part.shapes) for part in parts)
-    return [kind for kind in found if kind is not None]
+    found = ((recognised_encoder(part.shapes), part.shapes) for part in parts)
+    return [(kind, shapes) for kind, shapes in found if kind is not None]
 
 
 def tokenizer_source(checkpoint: OriginalCheckpoint) -> TokenizerSource:
@@ -188,7 +198,7 @@ class _Part:
 def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[_Part]:
     """Candidates in a diffusers folder under `subfolders`, or in a file without a prefix or with one of `prefixes`."""
     if path.is_dir():
-        whole = (path / "model_index.json").is_file()
+        whole = pipeline_index(path) is not None
         for folder in [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]:
             part = PartFolder(folder)
             place = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))

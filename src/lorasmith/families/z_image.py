@@ -88,7 +88,11 @@ class ZImage(Family):
     modelspec_implementation = "https://github.com/Tongyi-MAI/Z-Image"
     targets = _TARGETS
     text_encoders = MappingProxyType(
-        {"text_encoder": EncoderSlot("qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",))}
+        {
+            "text_encoder": EncoderSlot(
+                "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
+            )
+        }
     )
     autoencoder = AutoencoderSlot(
         "kl",

@@ -79,4 +79,5 @@ _TITLES = {
     "z_image": "Z-Image on a folder of images and texts",
     "ernie_image": "ERNIE-Image on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
+    "anima": "Anima on a folder of images and texts",
 }

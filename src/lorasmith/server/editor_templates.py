@@ -115,4 +115,5 @@ _TITLES = {
     "z_image": "Z-Image",
     "ernie_image": "ERNIE-Image",
     "krea2": "Krea 2",
+    "anima": "Anima",
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
+from lorasmith.core.folders import pipeline_index
 from lorasmith.families.files.diffusers_folder import weight_files
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
@@ -129,7 +130,7 @@ def compare(first: Path, second: Path, *, model: ModelFiles | None = None) -> Co
 
 
 def _is_lora(path: Path) -> bool:
-    if str(path) in built_in_models() or (path / "model_index.json").is_file():
+    if str(path) in built_in_models() or pipeline_index(path) is not None:
         return False
     if path.is_dir():
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -189,7 +189,7 @@ def _folder(folder: Path) -> ModelFiles:
     family = family_of(folder)
     try:
         folders = _components(folder, family)
-        found = {part: _without_weights(folder / name) for part, name in folders.items()}
+        found = {part: _without_weights(folder, family, list(names)) for part, names in folders.items()}
     except LorasmithError:
         raise
     except Exception as error:  # constructors of diffusers and transformers raise many kinds for odd settings
@@ -200,8 +200,9 @@ def _folder(folder: Path) -> ModelFiles:
     places = {}
     for part, module in parts.items():
         held = {
-            _written(part, name): (file, name)
-            for file in weight_files(folder / folders[part])
+            _written(part, prefix + name): (file, name)
+            for subfolder, prefix in folders[part].items()
+            for file in weight_files(folder / subfolder)
             for name in check_safetensors(file, ModelError).tensors
         }
         for parameter, tensor in _parameters({part: module}):
@@ -210,31 +211,41 @@ def _folder(folder: Path) -> ModelFiles:
                 places[parameter] = Place(*held[f"{path}.{parameter.name}"], None, tuple(tensor.shape))
             elif part == DENOISER or path in names.paths(part):  # others may be tied to one that is there
                 raise ModelError(
-                    f"the weights in {folder / folders[part]} lack {path}.{parameter.name}; "
+                    f"the weights in {folder / next(iter(folders[part]))} lack {path}.{parameter.name}; "
                     "they are incomplete, so get them again"
                 )
     return ModelFiles(folder, family, names, _modules(parts), places)
 
 
-def _components(folder: Path, family: Family) -> dict[str, str]:
-    """The parts of a diffusers folder that LoRAs are for: component → subfolder."""
-    if not (folder / family.denoiser_folder / "config.json").is_file():
-        raise ModelError(f"{folder} must hold a folder {family.denoiser_folder} but does not; it is incomplete")
+def _components(folder: Path, family: Family) -> dict[str, dict[str, str]]:
+    """The parts of a diffusers folder that LoRAs are for: component → subfolder → prefix of its tensors' names."""
+    for name in (family.denoiser_folder, *family.denoiser_parts):
+        if not (folder / name / "config.json").is_file():
+            raise ModelError(f"{folder} must hold a folder {name} but does not; it is incomplete")
+    denoiser = {family.denoiser_folder: "", **{name: f"{name}." for name in family.denoiser_parts}}
     encoders = sorted(path.parent.name for path in folder.glob("text_encoder*/config.json"))
-    return {DENOISER: family.denoiser_folder, **{name: name for name in encoders}}
+    return {DENOISER: denoiser, **{name: {name: ""} for name in encoders}}
 
 
-def _without_weights(folder: Path) -> nn.Module:
-    """A part of a diffusers folder, from its configuration, on the meta device."""
+def _without_weights(folder: Path, family: Family, subfolders: Sequence[str]) -> nn.Module:
+    """A part of a diffusers folder, from its configuration, on the meta device.
+
+    Args:
+        folder: the whole model.
+        family: its architecture.
+        subfolders: one, or those of a denoiser with `Family.denoiser_parts`.
+    """
     import diffusers
     import transformers
 
-    config = read_json(folder / "config.json")
+    config, *further = (read_json(folder / name / "config.json") for name in subfolders)
     is_denoiser = "_class_name" in config
     library, name = (diffusers, config["_class_name"]) if is_denoiser else (transformers, config["architectures"][0])
     kind: Any = getattr(library, name)
     if not _is_model(kind):
         raise ValueError(f"{name} is no model")
+    if further:
+        kind, config = family.denoiser_class(), {**config, **dict(zip(subfolders[1:], further, strict=True))}
     with weights_empty():
         model = kind.from_config(config) if is_denoiser else kind(kind.config_class.from_dict(config))
     return model.eval()  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.files import atomic_path, open_regular
+from lorasmith.core.folders import pipeline_index
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
@@ -40,7 +41,7 @@ def file_target(path: Path, *, overwrite: bool = False) -> Path:
 
 def folder_target(target: Path) -> Path:
     """`target`, for a diffusers model. Raises OutputError if it is something other than one."""
-    if target.exists() and not (target / "model_index.json").is_file():
+    if target.exists() and pipeline_index(target) is None:
         raise OutputError(f"{target} is no diffusers model, and only one is replaced by another; choose another output")
     return target
 

@@ -14,6 +14,7 @@ from lorasmith.core.errors import LoraError
 from lorasmith.formats import lora_file
 from lorasmith.formats.layouts.diffusers import DiffusersLayout
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
+from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
 LAYOUT = DiffusersLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -285,3 +286,32 @@ def test_a_malformed_header_entry_is_named(unet_names, make_state, header) -> No
     tensors = LAYOUT.write(make_state(unet_names, [TO_Q]), unet_names)
     with pytest.raises(LoraError, match="the header entry lora_adapter_metadata must be JSON"):
         LAYOUT.read(tensors, {ADAPTER_METADATA: header}, unet_names)
+
+
+def test_a_part_of_the_pipeline_inside_the_denoiser_has_keys_and_a_configuration_of_its_own(make_adapter) -> None:
+    shapes = {"blocks.0.to_q": (8, 6), "text_conditioner.blocks.0.to_q": (6, 4), "text_conditioner.norm": (6, 6)}
+    names = ModelNames(
+        family="",
+        denoiser={path: OriginalName(path) for path in shapes},
+        peft_prefix="transformer",
+        denoiser_parts=("text_conditioner",),
+        weight_shapes=shapes,
+    )
+    generator = torch.Generator().manual_seed(0)
+    state = AdapterState(
+        {
+            ModuleRef(DENOISER, path): make_adapter(shapes[path], "lora", rank, 1.0, generator)
+            for path, rank in (("blocks.0.to_q", 2), ("text_conditioner.blocks.0.to_q", 3))
+        }
+    )
+    tensors, header = LAYOUT.write(state, names), LAYOUT.header(state, names)
+    assert {key.removesuffix(".weight").rpartition(".")[0] for key in tensors} == {
+        "transformer.blocks.0.to_q",
+        "text_conditioner.blocks.0.to_q",
+    }
+    fields = json.loads(header[ADAPTER_METADATA])
+    assert (fields["transformer.r"], fields["text_conditioner.r"]) == (2, 3)
+    assert fields["text_conditioner.target_modules"] == ["blocks.0.to_q"]
+    assert LAYOUT.detects(tensors) == len(tensors)
+    back = LAYOUT.read(tensors, header, names)
+    assert back.adapters.keys() == state.adapters.keys() and not back.unknown

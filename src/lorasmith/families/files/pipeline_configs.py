@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import pipeline_index
 from lorasmith.families.files.diffusers_folder import read_json
 
 __all__ = ["PipelineConfigs"]
@@ -34,14 +35,15 @@ class PipelineConfigs:
 
     @classmethod
     def of_folder(cls, folder: Path) -> PipelineConfigs:
-        """Those of a diffusers folder, read when they are needed. Raises ModelError if it has no `model_index.json`."""
-        if not (folder / "model_index.json").is_file():
+        """Those of a diffusers folder, read when they are needed. Raises ModelError if it is none."""
+        index = pipeline_index(folder)
+        if index is None:
             raise ModelError(
                 f"{folder} is no diffusers model (it has no model_index.json); "
                 "give the folder that holds it, or a .safetensors file"
             )
-        index = read_json(folder / "model_index.json")
-        return cls(folder.name, (str(index.get("_class_name")),), partial(_config_in, folder))
+        name = str(read_json(index).get("_class_name"))
+        return cls(folder.name, (name,), partial(_config_in, folder))
 
     @classmethod
     def of_pipeline(cls, pipeline: Any, title: str) -> PipelineConfigs:

@@ -12,10 +12,10 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
-from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
+from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
 
-__all__ = ["T5Encoder", "encode_t5"]
+__all__ = ["T5Encoder", "encode_t5", "t5_tokens"]
 
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
@@ -75,6 +75,26 @@ def encode_t5(
         max_tokens: greatest length, to which longer prompts are cut; None to cut none.
         min_padding: least number of padding tokens.
     """
+    tokens = t5_tokens(text, tokenizer, min_tokens=min_tokens, max_tokens=max_tokens, min_padding=min_padding)
+    rows = [[token for token, _ in tokens]]
+    weighted = any(weight != 1.0 for _, weight in tokens)
+    if weighted:
+        rows.append([tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (len(tokens) - 1)])
+    with torch.no_grad():
+        states: Tensor = encoder(input_ids=torch.tensor(rows, device=device_of(encoder))).last_hidden_state.float()
+    return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
+
+
+def t5_tokens(
+    text: str, tokenizer: Any, *, min_tokens: int = 1, max_tokens: int | None = None, min_padding: int = 0
+) -> list[Token]:
+    """The weighted tokens of one prompt, with the end and padding.
+
+    Args:
+        text: the prompt, with `(word:1.2)` weights.
+        tokenizer: of T5.
+        min_tokens, max_tokens, min_padding: as for `encode_t5`.
+    """
     tokens = [
         (token, weight)
         for stretch, weight in parse_weights(text)
@@ -83,15 +103,7 @@ def encode_t5(
     if max_tokens is not None:
         tokens = tokens[: max_tokens - 1]
     tokens.append((tokenizer.eos_token_id, 1.0))
-    padding = max(min_padding, min_tokens - len(tokens))
-    tokens += [(tokenizer.pad_token_id, 1.0)] * padding
-    rows = [[token for token, _ in tokens]]
-    weighted = any(weight != 1.0 for _, weight in tokens)
-    if weighted:
-        rows.append([tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (len(tokens) - 1)])
-    with torch.no_grad():
-        states: Tensor = encoder(input_ids=torch.tensor(rows, device=device_of(encoder))).last_hidden_state.float()
-    return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
+    return tokens + [(tokenizer.pad_token_id, 1.0)] * max(min_padding, min_tokens - len(tokens))
 
 
 def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The autoencoder of Wan 2.1, which Qwen-Image and Krea 2 use too: its layout, recognition and latents.
+"""The autoencoder of Wan 2.1, which Qwen-Image, Krea 2 and Anima use too: its layout, recognition and latents.
 
 It is made for videos: pictures are one frame, and latents have a time axis. Both packages' names are read, the
 original's and diffusers' (AutoencoderKLQwenImage and AutoencoderKLWan, which have the same tensors).

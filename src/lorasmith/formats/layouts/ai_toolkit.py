@@ -49,7 +49,7 @@ class AiToolkitLayout(Layout):
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
                 return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
-            return f"{names.peft_prefix}.{ref.path}" if by_original else _PREFIX + ref.path
+            return ".".join(names.pipeline_place(ref.path)) if by_original else _PREFIX + ref.path
 
         modules = addressed(state, names, base_of, _original_base if by_original else None)
         return {

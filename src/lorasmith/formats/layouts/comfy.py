@@ -55,7 +55,7 @@ class ComfyLayout(Layout):
         def base_of(ref: ModuleRef) -> str:
             if ref.component != DENOISER:
                 return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
-            return f"{names.peft_prefix}.{ref.path}"
+            return ".".join(names.pipeline_place(ref.path))
 
         modules = addressed(state, names, base_of, _original_base)
         return {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_format import DIFFUSERS
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import (
     ADAPTER_METADATA,
@@ -76,7 +76,7 @@ class DiffusersLayout(Layout):
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
         def base_of(ref: ModuleRef) -> str:
-            return f"{_prefix(ref.component, names)}.{ref.path}"
+            return ".".join(_place(ref, names))
 
         return {
             base + suffix: tensor
@@ -86,16 +86,24 @@ class DiffusersLayout(Layout):
 
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         fields: dict[str, Any] = {}
-        for component in dict.fromkeys(ref.component for ref in state.adapters):
-            loras = loras_in({ref.path: one for ref, one in state.adapters.items() if ref.component == component})
+        parts: dict[str, dict[str, AdapterWeights]] = {}
+        for ref, weights in state.adapters.items():
+            part, path = _place(ref, names)
+            parts.setdefault(part, {})[path] = weights
+        modules = [
+            _place(ModuleRef(component, path), names)
+            for component in dict.fromkeys(ref.component for ref in state.adapters)
+            for path in names.paths(component)
+        ]
+        for part, adapters in parts.items():
+            loras = loras_in(adapters)
             if loras:
-                prefix = _prefix(component, names)
                 config = {
                     **rank_fields(loras, alpha_is_rank=True),
-                    "target_modules": targets(loras, names.paths(component)),
+                    "target_modules": targets(loras, [path for other, path in modules if other == part]),
                     "use_dora": any("dora_scale" in weights.tensors for weights in loras.values()),
                 }
-                fields |= {f"{prefix}.{field}": value for field, value in config.items()}
+                fields |= {f"{part}.{field}": value for field, value in config.items()}
         return {ADAPTER_METADATA: json.dumps(fields, sort_keys=True)} if fields else {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
@@ -114,14 +122,15 @@ class DiffusersLayout(Layout):
 LAYOUTS.register(DiffusersLayout.name)(DiffusersLayout())
 
 _PREFIX = re.compile(
-    f"{prefixes.any_of(prefixes.DIFFUSERS)}|{prefixes.DIFFUSERS_ENCODER}|"
+    f"{prefixes.any_of((*prefixes.DIFFUSERS, *prefixes.DIFFUSERS_PARTS))}|{prefixes.DIFFUSERS_ENCODER}|"
     r"(single_)?transformer_blocks\.|"
     r"(down|mid|up|double|single|joint)_blocks?\."
 )
 
 
-def _prefix(component: str, names: ModelNames) -> str:
-    return names.peft_prefix if component == DENOISER else component
+def _place(ref: ModuleRef, names: ModelNames) -> tuple[str, str]:
+    """The part of the pipeline with a module, which is the prefix of its keys, and the module's path there."""
+    return names.pipeline_place(ref.path) if ref.component == DENOISER else (ref.component, ref.path)
 
 
 def _spellings(path: str) -> Iterator[str]:

@@ -95,6 +95,7 @@ class ModelNames:
         denoiser: diffusers path of every module that can carry an adapter or a difference (Linear, convolution, norm,
             embedding) → its place in the original checkpoint.
         peft_prefix: the denoiser's name in diffusers' pipelines and so in its keys, `unet` or `transformer`.
+        denoiser_parts: submodules of the denoiser that are parts of diffusers' pipelines themselves, of the same name.
         text_encoders: by component (`text_encoder`, `text_encoder_2`).
         kohya_naming: naming of this family's `lora_unet_` keys by convention.
         ai_toolkit_naming: naming of this family's `diffusion_model.` keys in ai-toolkit's files.
@@ -109,6 +110,7 @@ class ModelNames:
     family: str
     denoiser: Mapping[str, OriginalName]
     peft_prefix: str
+    denoiser_parts: tuple[str, ...] = ()
     text_encoders: Mapping[str, EncoderNames] = field(default_factory=dict)
     kohya_naming: Literal["diffusers", "original"] = "diffusers"
     ai_toolkit_naming: Literal["diffusers", "original"] = "original"
@@ -116,6 +118,11 @@ class ModelNames:
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limits: ProgramLimits = field(default_factory=ProgramLimits)
+
+    def pipeline_place(self, path: str) -> tuple[str, str]:
+        """The part of diffusers' pipeline with a module of the denoiser, and the module's path there."""
+        part, _, inner = path.partition(".")
+        return (part, inner) if part in self.denoiser_parts else (self.peft_prefix, path)
 
     def paths(self, component: str) -> Collection[str]:
         """Module paths of a component; none of a text encoder that the model lacks."""

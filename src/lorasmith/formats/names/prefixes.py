@@ -11,6 +11,7 @@ __all__ = [
     "COMFYUI_ENCODER",
     "DIFFUSERS",
     "DIFFUSERS_ENCODER",
+    "DIFFUSERS_PARTS",
     "FLAT",
     "KOHYA",
     "KOHYA_ENCODER",
@@ -25,6 +26,9 @@ KOHYA = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
 
 COMFYUI = ("diffusion_model.", "model.diffusion_model.")
 DIFFUSERS = ("unet.", "transformer.")
+
+DIFFUSERS_PARTS = ("text_conditioner.",)
+"""Of parts beside the denoiser in a pipeline that are submodules of ours (`Family.denoiser_parts`)."""
 
 PEFT = "base_model.model."
 """For a text encoder in a subfolder, the folder's name and a slash precede it."""
