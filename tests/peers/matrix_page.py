@@ -24,7 +24,8 @@ _FAMILIES = {
     "z-image": "Z-Image",
     "flux2-klein": "Flux.2 klein",
     "krea2": "Krea 2",
-    "ernie-image": "ERNIE-Image", "anima", "Anima",
+    "ernie-image": "ERNIE-Image",
+    "anima": "Anima",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")
@@ -45,11 +46,7 @@ where the two differ by more than a thousandth, the cell says by how much.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
 - Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
   real width alone and is measured there, on one block of either kind.
-- Z-Image, Flux.2 klein, Krea 2 and ERNIE-Image are measured on small models of narrow widths, which ComfyUI is made to
-  accept. Their fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was
-  not measured.
-- Z-Image, Flux.2 klein, Krea 2 and Anima are measured on small models of narrow widths, which ComfyUI is made to
-  accept. Their fused layers count as one as well. Of these, sd-scripts has Anima alone; its sister project musubi-tuner
+- The newer transformers are measured on small models of narrow widths, which ComfyUI is made to accept. Their fused layers count as one as well. Of these, sd-scripts has Anima alone; its sister project musubi-tuner
   was not measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.
