@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.families import flux, flux2, krea2, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
+from lorasmith.families import flux, flux2, krea2, sd3, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
     clip_encoders,
     flux2_vae,
@@ -24,7 +24,6 @@ __all__ = ["looks_like"]
 _PART = "one part of a diffusers model (give the folder that has its model_index.json instead)"
 # What a denoiser's tensor names begin with → architecture.
 _SIGNS = {
-    "joint_blocks.": "Stable Diffusion 3",
     "distilled_guidance_layer.": "Chroma",
     "cap_embedder.": "Lumina 2",
     "head.modulation": "Wan",
@@ -40,11 +39,8 @@ _QWEN_DEEP = r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj"  # Flux.1 h
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
 SIGNATURES += [
-    Signature("Stable Diffusion 3", r"(^|_)joint_blocks_\d"),
     Signature("Qwen-Image", r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", order=2),
     Signature("Qwen-Image", _QWEN_DEEP, 3072, order=3),
-    Signature("Stable Diffusion 3", _QWEN_DEEP, order=3),
-    Signature("Stable Diffusion 3", r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
     Signature("Lumina 2", _NEXT_DIT, 2304, order=5),
     Signature("Lumina", _NEXT_DIT, order=5),
     Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
