@@ -98,6 +98,7 @@ class TinyFamily:
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
         unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
         has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
+        unread: layers of the denoiser whose output it does not use, so that adapters on them learn nothing.
         left_out: tests that do not apply → the reason.
         is_slow: whether its tests with the mark `slow_by_family` are slow: those in which it brings nothing new.
     """
@@ -112,6 +113,7 @@ class TinyFamily:
     reads_weights: bool = False
     unlearnt: float = 0.0
     has_released_widths: bool = False
+    unread: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     is_slow: bool = False
 

@@ -6,8 +6,8 @@ Every kind of LoRA in `lora_cases.py` is saved in every layout, for each family,
 is `applied / modules` as measured, and the relative difference between that program's answer and ours. diffusers reads
 kohya's Flux files at the real width alone, so that Flux is loaded there into one block of either kind at that width.
 
-Z-Image, Flux.2 klein and Krea 2 are small, and without sd-scripts, which has no such models; `comfyui_small.py` says
-what of ComfyUI is set aside for their widths.
+Z-Image, Flux.2 klein, Krea 2 and Stable Diffusion 3.5 are small, the first three without sd-scripts, which has no such
+models; `comfyui_small.py` says what of ComfyUI is set aside for their widths.
 
 Writes `tests/golden/load_matrix.json` (all numbers, with versions) and `docs/load-matrix.md` (drawn from it). `--only
 sd1:lora` measures some rows again and keeps the others, `--layouts` some layouts alone. Needs the development packages
@@ -36,12 +36,13 @@ from safetensors.torch import save_file
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.lora_file import PORTABLE, save_lora
+from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 FAMILIES = ("sd1", "sdxl", "flux1", *TRANSFORMERS)
+OF_SD_SCRIPTS = ("sd3",)  # among the transformers
 # Which loaders can be asked for a layout at all; the others' programs have no way to open it.
 READERS = {"peft": ("ours", "PEFT"), "": ("ours", "diffusers", "LyCORIS", "ComfyUI", "sd-scripts")}
 
@@ -111,7 +112,7 @@ def _saved(lora: Lora, start: Path) -> tuple[dict[str, Path], dict[str, LoraErro
             files[layout] = path
         except LoraError as refusal:
             refusals[layout] = refusal
-    usual = lora.names.portable
+    usual = layout_for(PORTABLE, lora.names, lora.state).name
     if files[PORTABLE].read_bytes() == files[usual].read_bytes():
         del files[PORTABLE]
         return files, refusals, {usual: [PORTABLE]}
@@ -121,7 +122,7 @@ def _saved(lora: Lora, start: Path) -> tuple[dict[str, Path], dict[str, LoraErro
 def _shapes(family: str) -> dict[str, tuple[str, ...]]:
     """Model shapes of a family, and who loads into each."""
     everyone = ("ours", "diffusers", "PEFT", "LyCORIS", "ComfyUI", "sd-scripts")
-    if family in TRANSFORMERS:
+    if family in TRANSFORMERS and family not in OF_SD_SCRIPTS:
         return {family: tuple(one for one in everyone if one != "sd-scripts")}
     if family != "flux1":
         return {family: everyone}

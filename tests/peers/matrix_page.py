@@ -24,6 +24,7 @@ _FAMILIES = {
     "z-image": "Z-Image",
     "flux2-klein": "Flux.2 klein",
     "krea2": "Krea 2",
+    "sd3": "Stable Diffusion 3.5",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")
@@ -40,12 +41,13 @@ where the two differ by more than a thousandth, the cell says by how much.
 - *not written*: the layout cannot hold this kind, and saving is refused.
 - *refused*: the program raises an error and applies nothing.
 - A dash: the program has no way to open this layout, or no model of the family. PEFT reads its own folders alone.
-- sd-scripts is its own network (`networks.lora`, `networks.lora_flux`); it loads the other algorithms with LyCORIS.
+- sd-scripts is its own network (`networks.lora`, `lora_flux`, `lora_sd3`); it loads the other algorithms with LyCORIS.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
 - Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
   real width alone and is measured there, on one block of either kind.
-- Z-Image, Flux.2 klein and Krea 2 are measured on small models of narrow widths, which ComfyUI is made to accept. Their
-  fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was not measured.
+- Z-Image, Flux.2 klein, Krea 2 and Stable Diffusion 3.5 are measured on small models of narrow widths, which ComfyUI is
+  made to accept. Their fused layers count as one as well. sd-scripts has no models of the first three; its sister
+  project musubi-tuner was not measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.
 """

@@ -4,9 +4,9 @@
         LORA=REFERENCE ...
 
 MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
-network wraps, a Stable Diffusion XL UNet of any width or Flux.1, which run in sd-scripts' own models. Layers of text
-encoders that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in
-`load_report.py`. Needs torch, diffusers and transformers, for Flux einops.
+network wraps, a Stable Diffusion XL UNet of any width, Flux.1 or Stable Diffusion 3, which run in sd-scripts' own
+models. Layers of text encoders that a LoRA has something for are counted, and not run. The rest, and what is printed,
+is described in `load_report.py`. Needs torch, diffusers and transformers, for Flux and Stable Diffusion 3 einops.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def main() -> None:
     if "double_blocks.0.img_attn.qkv.weight" in tensors:
         network, model, denoise = importlib.import_module("networks.lora_flux"), _flux(tensors), _flux_answer
         family = "flux1"
+    elif "joint_blocks.0.context_block.attn.qkv.weight" in tensors:
+        network, model, denoise = importlib.import_module("networks.lora_sd3"), _sd3(tensors), _sd3_answer
+        family = "sd3"
     elif "model.diffusion_model.label_emb.0.0.weight" in tensors:
         family, model, denoise = "sdxl", _sdxl(tensors), _sdxl_answer
     else:
@@ -164,6 +167,24 @@ def _flux_answer(
         output.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2)).permute(0, 3, 1, 4, 2, 5)
     )
     return answer.reshape(x.shape)
+
+
+def _sd3(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' Stable Diffusion 3 of the sizes that the tensors have."""
+    from library import sd3_utils
+
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    model: nn.Module = sd3_utils.load_mmdit(whole, torch.float32, "cpu")
+    for block in model.joint_blocks:
+        if block.x_block.x_block_self_attn:  # sd-scripts takes the number of heads for their width there
+            block.x_block.attn2.num_heads = block.x_block.attn2.head_dim
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _sd3_answer(mmdit: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    output: Tensor = mmdit(x, timestep, context=context, y=pooled)
+    return output
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class StableDiffusion3(Family):
             kohya_naming="original",
             peft_prefix="transformer",
             portable="diffusers",
-            limits=ProgramLimits(diffusers_applies={}, sd_scripts_applies=("transformer_blocks.*",)),
+            limits=ProgramLimits(diffusers_applies={}),
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
