@@ -326,7 +326,7 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"double_blocks.0.img_attn.norm.key_norm.scale": (4,), "distilled_guidance_layer.norms.0.scale": (4,)},
         "Chroma",
     ),
-    "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina 2"),
+    "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina"),
     "wan": ({"head.modulation": (1, 2, 4)}, "Wan"),
     "qwen": ({"txt_norm.weight": (4,)}, "Qwen-Image"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "one part of a diffusers model (give the folder"),

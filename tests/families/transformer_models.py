@@ -10,6 +10,7 @@ import pytest
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
+from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
 from tiny_sd3 import SD3
 from tiny_z_image import Z_IMAGE
@@ -46,5 +47,6 @@ TINY: dict[str, TinyFamily] = {
     "flux2": DEV,
     "krea2": KREA2,
     "sd3": SD3,
+    "lumina2": LUMINA2,
 }
 """Small models by the name of their family."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 __all__ = ["load_autoencoder", "load_encoders", "taken_small"]
 
 _CLIP, _T5 = "text_model.encoder.layers.", "encoder.block."
+_GEMMA_HEAD = 256
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
@@ -53,7 +54,7 @@ def taken_small() -> Iterator[None]:
         config |= _sizes(config, sizes)
         if config.get("num_classes") == "sequential":
             sdxl.unet_config = {name: config.get(name, value) for name, value in sdxl.unet_config.items()}
-        if config.get("image_model") == "lumina2":
+        if "z_image_modulation" in config:
             z_image.unet_config = {**z_image.unet_config, "dim": config["dim"]}
         return config
 
@@ -98,12 +99,13 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
             if len(clips) > 1:  # ComfyUI would give both the same
                 stack.enter_context(mock.patch.object(long_clipl, "model_options_long_clip", _own_clip(clips)))
         else:
-            kind = "qwen3_4b" if start == "model." else "qwen3vl_4b"
             own = {name.removeprefix(start): size for name, size in shapes.items()}
-            options[f"{kind}_model_config"] = _qwen3(own)
-            head = own["layers.0.self_attn.q_norm.weight"][0]
+            is_gemma = "layers.0.post_feedforward_layernorm.weight" in own
+            kind = "gemma_2_2b" if is_gemma else "qwen3_4b" if start == "model." else "qwen3vl_4b"
+            head = 0 if is_gemma else own["layers.0.self_attn.q_norm.weight"][0]
+            options[f"{'gemma2_2b' if is_gemma else kind}_model_config"] = _language_model(own, head or _GEMMA_HEAD)
             for config in (llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
-                stack.enter_context(mock.patch.object(config, "head_dim", head))
+                stack.enter_context(mock.patch.object(config, "head_dim", head or config.head_dim))
             stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
             found = getattr(comfy.sd.TEModel, kind.upper())
             stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
@@ -174,6 +176,14 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
             "n_refiner_layers": len(refiners),
         }  # fmt: skip
+    if kind == "lumina2":
+        head = shapes["layers.0.attention.q_norm.weight"][0]
+        keys = (shapes["layers.0.attention.qkv.weight"][0] - config["dim"]) // 2
+        return {
+            "n_heads": config["dim"] // head, "n_kv_heads": keys // head, "axes_dims": [head // 3] * 3,
+            "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0,
+            "n_refiner_layers": len({name.split(".")[1] for name in shapes if name.startswith("noise_refiner.")}),
+        }  # fmt: skip
     if kind == "krea2":
         head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
         text = "txtfusion.layerwise_blocks.0.attn."
@@ -234,8 +244,7 @@ def _t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _qwen3(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    head = shapes["layers.0.self_attn.q_norm.weight"][0]
+def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[str, Any]:
     inner, width = shapes["layers.0.mlp.gate_proj.weight"]
     return {
         "vocab_size": shapes["embed_tokens.weight"][0],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.families import flux, flux2, krea2, sd3, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
+from lorasmith.families import flux, flux2, krea2, lumina2, sd3, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
     clip_encoders,
     flux2_vae,
@@ -25,7 +25,7 @@ _PART = "one part of a diffusers model (give the folder that has its model_index
 # What a denoiser's tensor names begin with → architecture.
 _SIGNS = {
     "distilled_guidance_layer.": "Chroma",
-    "cap_embedder.": "Lumina 2",
+    "cap_embedder.": "Lumina",
     "head.modulation": "Wan",
     "txt_norm.": "Qwen-Image",
     "down_blocks.": _PART,
@@ -41,7 +41,6 @@ _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 SIGNATURES += [
     Signature("Qwen-Image", r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", order=2),
     Signature("Qwen-Image", _QWEN_DEEP, 3072, order=3),
-    Signature("Lumina 2", _NEXT_DIT, 2304, order=5),
     Signature("Lumina", _NEXT_DIT, order=5),
     Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
 ]
