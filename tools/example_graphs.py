@@ -302,6 +302,22 @@ GRAPHS: dict[str, Graph] = {
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
         parts=_APART,
     ),
+    "lumina2": _graph(
+        _loaders("lumina_2_model_bf16.safetensors", ("gemma_2_2b_fp16.safetensors",), "lumina2", "ae.safetensors"),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=6.0),
+            **_ksampler(
+                "EmptySD3LatentImage",
+                negative=["31", 0],
+                model="40",
+                steps=30,
+                cfg=4.0,
+                sampler_name="res_multistep",
+            ),
+        },
+        parts=_APART,
+    ),
     "sd35": _graph(
         _loaders(
             "sd3.5_medium.safetensors",

@@ -94,6 +94,7 @@ ROWS = (
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
     Row("Stable Diffusion 3.5 medium", "sd3", _SD3_MEDIUM, _SD3_ENCODERS),
     Row("Stable Diffusion 3.5 large", "sd3", {"dual_attention_layers": ()}, _SD3_ENCODERS),
+    Row("Lumina 2", "lumina2", {}, ()),  # a header alone holds no vocabulary, without which Gemma 2 is not loaded
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
 )
 

@@ -6,7 +6,6 @@ The golden file was recorded by `tests/peers/record_comfyui_families.py`, which 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.diffusion.schedule import NoiseSchedule
-from lorasmith.families.base import Conditioning, Encoding
+from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
 from tests.covering import slow_except
@@ -50,28 +49,6 @@ def test_prompts_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any],
     expected = recorded["conditioning"][prompt]
     for key, tensor in ours.items():
         assert_same(key, tensor, expected[key])
-
-
-@pytest.mark.parametrize("kinds", slow_except(family_cases.SUBSETS, "clip_l clip_g"))
-def test_some_encoders_alone_give_comfyuis_conditioning(case: Case, recorded: dict[str, Any], kinds: str) -> None:
-    if case.ours.family.needs_each_encoder:
-        pytest.skip("it needs each of its encoders")
-    encoder, slots = case.ours.text_encoder, case.ours.family.text_encoders
-    chosen = {name: one for name, one in encoder.encoders.modules.items() if slots[name].kind in kinds.split()}
-    ours = replace(encoder, encoders=replace(encoder.encoders, modules=chosen)).encode("a fox").tensors
-    for key, tensor in ours.items():
-        assert_same(key, tensor, recorded["subsets"][kinds][key])
-
-
-@pytest.mark.parametrize("kinds", slow_except(family_cases.EMPTIED, ""))
-def test_empty_prompts_are_left_out_as_in_comfyui(case: Case, recorded: dict[str, Any], kinds: str) -> None:
-    if case.ours.family.needs_each_encoder:
-        pytest.skip("it needs each of its encoders")
-    encoder = replace(case.ours.text_encoder, encoding=Encoding(encodes_empty=False))
-    slots = case.ours.family.text_encoders
-    ours = encoder.encode({name: "a fox" for name, slot in slots.items() if slot.kind in kinds.split()}).tensors
-    for key, tensor in ours.items():
-        assert_same(key, tensor, recorded["subsets"][f"texts {kinds}"][key])
 
 
 def prediction(case: Case, conditioning: Conditioning, *, changed: bool = False) -> Tensor:

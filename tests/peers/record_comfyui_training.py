@@ -3,7 +3,7 @@
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-and with `--model` sdxl, flux, z-image, flux2-klein, krea2 and sd3 likewise. Needs an environment with
+and with `--model` sdxl, flux, z-image, flux2-klein, krea2, sd3 and lumina2 likewise. Needs an environment with
 ComfyUI's requirements and this project's. The models and what they are trained on come from `trained_models.py`;
 `comfyui_small.py` says what of ComfyUI is set aside for models this small.
 
@@ -41,6 +41,7 @@ How ComfyUI 0.33 computes them
     - Z-Image, Flux.2 klein and Krea 2: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
       Z-Image, and with exponents 2.02 and 1.15 for the other two. klein's text is filled up to 512 tokens with zeros
       from the left.
+    - Lumina 2: as Z-Image, with 6 in place of 3; the network takes 1 − sigma for its time itself.
     - Stable Diffusion 3.5: as Flux, with pooled and without guidance; sigma is 3/(3 + 1/(1 − u) − 1), and the network's
       time 1000·sigma.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.

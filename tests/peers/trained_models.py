@@ -85,5 +85,6 @@ TRAINED: Mapping[str, Trained] = {
     "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
     "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+    "lumina2": Trained(TINY["lumina2"].denoiser_tensors, (16,), 32),
     "sd3": Trained(TINY["sd3"].denoiser_tensors, (16,), 64, pooled=64, times=(900.0, 200.0)),
 }

@@ -159,7 +159,7 @@ class Lumina2(Family):
             resolution=1024,
             pixel_multiple=16,
             learning_rate=1e-4,
-            # Whole blocks, modulation included, as sd-scripts trains them: diffusers reads no others by ComfyUI's names.
+            # Whole blocks, with modulation, as sd-scripts trains them; diffusers reads no others by ComfyUI's names.
             targets="transformer",
             guidance=4.0,  # ComfyUI's template
             timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
