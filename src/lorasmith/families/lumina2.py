@@ -118,9 +118,9 @@ class Lumina2(Family):
         return all(name in shapes for name in needed)
 
     def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import Lumina2Transformer2DModel
+        from lorasmith.families.parts.masked_transformers import HostMaskedLumina2
 
-        return Lumina2Transformer2DModel  # type: ignore[no-any-return]
+        return HostMaskedLumina2  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, text_width = shapes["cap_embedder.1.weight"]
@@ -221,8 +221,7 @@ class Lumina2(Family):
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
         context, mask = conditioning.tensors["context"], conditioning.mask
-        if mask is None:
-            mask = context.new_ones(context.shape[:2], dtype=torch.bool)
+        mask = torch.ones(context.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
         towards_picture: Tensor = denoiser(
             hidden_states=latents.contiguous(),
             timestep=1 - time.to(latents.device),

@@ -149,9 +149,9 @@ class StableDiffusion3(Family):
         return "joint_blocks.0.context_block.attn.qkv.weight" in shapes and "x_embedder.proj.weight" in shapes
 
     def denoiser_class(self) -> type[nn.Module]:
-        from lorasmith.families.parts.joint_attention import MaskedSD3Transformer
+        from lorasmith.families.parts.masked_transformers import MaskedSD3Transformer
 
-        return MaskedSD3Transformer
+        return MaskedSD3Transformer  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]

@@ -1,7 +1,8 @@
-"""Stable Diffusion 3's transformer with a mask of the text.
+"""Transformers of diffusers whose masks of the text are changed: Stable Diffusion 3's and Lumina 2's.
 
-diffusers' attention of this transformer ignores masks, without which captions of different length cannot share a batch:
-pictures would attend to the padding of the shorter ones.
+Stable Diffusion 3's ignores masks, without which captions of different length cannot share a batch: pictures would
+attend to the padding of the shorter ones. Lumina 2's reads the lengths of texts off its mask, which on a device would
+wait for the device in each step, and has no answer on the meta device.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import Lumina2Transformer2DModel, SD3Transformer2DModel
+from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from torch import Tensor
 
-__all__ = ["MaskedSD3Transformer"]
+__all__ = ["HostMaskedLumina2", "MaskedSD3Transformer"]
 
 
 class MaskedSD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
@@ -25,7 +27,8 @@ class MaskedSD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
     The table of positions is on the meta device until that of a file is loaded: diffusers computes it in 20 seconds.
     """
 
-    @functools.wraps(SD3Transformer2DModel.__init__)  # diffusers reads names of settings from the signature
+    # diffusers reads names of settings from the signature.
+    @functools.wraps(SD3Transformer2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *, pos_embed_max_size: int = 96, **settings: Any) -> None:
         super().__init__(**settings, pos_embed_max_size=1)
         self.register_to_config(pos_embed_max_size=pos_embed_max_size)
@@ -45,8 +48,9 @@ class _JointAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         def heads(rows: Tensor, norm: Any) -> Tensor:
-            split = rows.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            return split if norm is None else norm(split)
+            split = rows.reshape(*rows.shape[:2], attn.heads, -1).transpose(1, 2)
+            normed: Tensor = split if norm is None else norm(split)
+            return normed
 
         query = heads(attn.to_q(hidden_states), attn.norm_q)
         key = heads(attn.to_k(hidden_states), attn.norm_k)
@@ -58,7 +62,33 @@ class _JointAttention:
         key = torch.cat((key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)), dim=2)
         value = torch.cat((value, heads(attn.add_v_proj(encoder_hidden_states), None)), dim=2)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask).transpose(1, 2).flatten(2)
-        picture, text = mixed.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        picture, text = mixed[:, : hidden_states.shape[1]], mixed[:, hidden_states.shape[1] :]
         if not attn.context_pre_only:
             text = attn.to_add_out(text)
         return attn.to_out[1](attn.to_out[0](picture)), text
+
+
+class HostMaskedLumina2(Lumina2Transformer2DModel):  # type: ignore[misc]
+    """Lumina2Transformer2DModel whose `encoder_attention_mask` is on the CPU, bool, (batch, text tokens)."""
+
+    @functools.wraps(Lumina2Transformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for block in self.context_refiner:
+            block.attn.set_processor(_MaskMoved())
+
+
+class _MaskMoved(Lumina2AttnProcessor2_0):  # type: ignore[misc]
+    """Attention whose mask comes from the CPU."""
+
+    def __call__(  # diffusers gives what the signature names
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: Tensor | None = None,
+    ) -> Tensor:
+        moved = attention_mask.to(hidden_states.device, non_blocking=True)
+        mixed: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, moved, image_rotary_emb)
+        return mixed
