@@ -77,5 +77,7 @@ _TITLES = {
     "flux1": "Flux.1 dev on a folder of images and texts",
     "flux2_klein": "Flux.2 klein on a folder of images and texts",
     "z_image": "Z-Image on a folder of images and texts",
+    "sd35": "Stable Diffusion 3.5 medium on a folder of images and texts",
+    "lumina2": "Lumina 2 on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
 }

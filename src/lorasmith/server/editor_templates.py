@@ -113,5 +113,7 @@ _TITLES = {
     "flux1": "Flux.1",
     "flux2_klein": "Flux.2 klein",
     "z_image": "Z-Image",
+    "sd35": "Stable Diffusion 3.5",
+    "lumina2": "Lumina 2",
     "krea2": "Krea 2",
 }
