@@ -81,6 +81,7 @@ TESTED_ELSEWHERE = {
     "families/files/tensor_files.py": "families/files/test_gguf.py",
     "families/flux2.py": "families/test_transformers.py",
     "families/krea2.py": "families/test_transformers.py",
+    "families/parts/masked_transformers.py": "families/test_transformers.py",
     "families/known.py": "families/test_loading.py",
     "families/locating.py": "families/test_loading.py",
     "families/files/loaded_modules.py": "families/test_pipelines.py",

@@ -28,11 +28,12 @@ Graph = dict[str, dict[str, Any]]
 
 def _loaders(unet: str, clips: tuple[str, ...], kind: str, vae: str) -> Graph:
     """Nodes 1 to 3: denoiser, text encoders, autoencoder."""
-    encoder = (
-        _node("CLIPLoader", "Text encoder", clip_name=clips[0], type=kind)
-        if len(clips) == 1
-        else _node("DualCLIPLoader", "Text encoders", clip_name1=clips[0], clip_name2=clips[1], type=kind)
-    )
+    several = {f"clip_name{number}": clip for number, clip in enumerate(clips, start=1)}
+    encoder = {
+        1: _node("CLIPLoader", "Text encoder", clip_name=clips[0], type=kind),
+        2: _node("DualCLIPLoader", "Text encoders", **several, type=kind),
+        3: _node("TripleCLIPLoader", "Text encoders", **several),
+    }[len(clips)]
     return {
         "1": _node("UNETLoader", "Denoiser", unet_name=unet, weight_dtype="default"),
         "2": encoder,
@@ -314,6 +315,35 @@ GRAPHS: dict[str, Graph] = {
             "qwen_image_vae.safetensors",
         ),
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=30, cfg=4.0)},
+        parts=_APART,
+    ),
+    "lumina2": _graph(
+        _loaders("lumina_2_model_bf16.safetensors", ("gemma_2_2b_fp16.safetensors",), "lumina2", "ae.safetensors"),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=6.0),
+            **_ksampler(
+                "EmptySD3LatentImage",
+                negative=["31", 0],
+                model="40",
+                steps=30,
+                cfg=4.0,
+                sampler_name="res_multistep",
+            ),
+        },
+        parts=_APART,
+    ),
+    "sd35": _graph(
+        _loaders(
+            "sd3.5_medium.safetensors",
+            ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),
+            "sd3",
+            "sd3_vae.safetensors",
+        ),
+        {
+            **_EMPTY,
+            **_ksampler("EmptySD3LatentImage", negative=["31", 0], cfg=4.0, scheduler="sgm_uniform"),
+        },
         parts=_APART,
     ),
     "folder": {

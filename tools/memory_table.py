@@ -68,6 +68,17 @@ _QWEN_06B |= {"num_attention_heads": 16}
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+_SD3_ENCODERS = (
+    ("CLIPTextModel", _CLIP_L),
+    ("CLIPTextModelWithProjection", {**_CLIP_G, "projection_dim": 1280}),
+    ("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),
+)
+_SD3_MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+}
 
 ROWS = (
     Row(
@@ -90,6 +101,9 @@ ROWS = (
         (("Qwen3Model", _QWEN_4B),),
     ),
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
+    Row("Stable Diffusion 3.5 medium", "sd3", _SD3_MEDIUM, _SD3_ENCODERS),
+    Row("Stable Diffusion 3.5 large", "sd3", {"dual_attention_layers": ()}, _SD3_ENCODERS),
+    Row("Lumina 2", "lumina2", {}, ()),  # a header alone holds no vocabulary, without which Gemma 2 is not loaded
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
     Row("ERNIE-Image", "ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
     Row("Anima", "anima", {}, (("Qwen3Model", _QWEN_06B),)),

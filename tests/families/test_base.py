@@ -95,5 +95,5 @@ def test_a_family_is_complete(name: str) -> None:
 
 
 def test_an_unknown_family_is_a_model_error() -> None:
-    with pytest.raises(ModelError, match=r"^unknown model family 'sd3' \(did you mean 'sd[12]'\?\)"):
-        FAMILIES["sd3"]
+    with pytest.raises(ModelError, match=r"^unknown model family 'sd4' \(did you mean 'sd[123]'\?\)"):
+        FAMILIES["sd4"]

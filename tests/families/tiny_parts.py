@@ -93,10 +93,12 @@ class TinyFamily:
         files: name of the file of each part, and how its tensors are named there.
         conditioning: of a prompt, by the pipeline: what our `Conditioning` holds, without padding that a mask hides.
         call: a prediction for latents, conditioning and noise level, by the denoiser's own call.
+        dressed: the parts as the pipeline takes them, if it has other classes.
         drawn: a picture by the pipeline: noise as `latents`, `sigmas`, sizes and the prompt are given, and guidance.
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
         unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
         has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
+        unread: layers of the denoiser whose output it does not use, so that adapters on them learn nothing.
         left_out: tests that do not apply → the reason.
         is_slow: whether its tests with the mark `slow_by_family` are slow: those in which it brings nothing new.
     """
@@ -106,10 +108,12 @@ class TinyFamily:
     files: Mapping[str, tuple[str, Callable[[nn.Module], dict[str, Tensor]]]]
     conditioning: Callable[[Any, str], dict[str, Tensor]]
     call: Callable[[Any, Tensor, Mapping[str, Tensor], Tensor], Tensor]
+    dressed: Callable[[dict[str, Any]], dict[str, Any]] = dict
     drawn: Callable[[Any, Mapping[str, Any], float], Any] = _drawn
     reads_weights: bool = False
     unlearnt: float = 0.0
     has_released_widths: bool = False
+    unread: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     is_slow: bool = False
 
@@ -139,7 +143,7 @@ class TinyFamily:
         import diffusers
 
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False)
-        pipeline = getattr(diffusers, self.pipeline)(scheduler=scheduler, **self.parts())
+        pipeline = getattr(diffusers, self.pipeline)(scheduler=scheduler, **self.dressed(self.parts()))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -213,7 +217,7 @@ def wan_names(vae: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def kl(channels: int) -> nn.Module:
+def kl(channels: int, *, scale: float = 0.3611, shift: float = 0.1159) -> nn.Module:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -224,8 +228,8 @@ def kl(channels: int) -> nn.Module:
         latent_channels=channels,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
+        scaling_factor=scale,
+        shift_factor=shift,
     )
 
 

@@ -11,7 +11,9 @@ from tiny_ernie_image import ERNIE_IMAGE
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
+from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
+from tiny_sd3 import SD3
 from tiny_z_image import Z_IMAGE
 
 from lorasmith.families.model import Model
@@ -49,5 +51,7 @@ TINY: dict[str, TinyFamily] = {
     "krea2": KREA2,
     "ernie-image": ERNIE_IMAGE,
     "anima": ANIMA,
+    "sd3": SD3,
+    "lumina2": LUMINA2,
 }
 """Small models by the name of their family."""

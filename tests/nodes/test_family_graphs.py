@@ -25,6 +25,8 @@ FAMILY = {
     "krea2": "krea2",
     "ernie_image": "ernie-image",
     "anima": "anima",
+    "sd35": "sd3",
+    "lumina2": "lumina2",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 

@@ -15,6 +15,7 @@ changes these numbers and no computation:
   Qwen3's heads too.
 - ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
 - Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
+- Stable Diffusion 3 fills the states of its CLIPs up to T5's width of 4096, here to that of the file.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -22,7 +23,7 @@ changes these numbers and no computation:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,8 @@ from torch import Tensor, nn
 
 __all__ = ["load_autoencoder", "load_encoders", "taken_small"]
 
+_CLIP, _T5 = "text_model.encoder.layers.", "encoder.block."
+_GEMMA_HEAD = 256
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
@@ -59,7 +62,7 @@ def taken_small() -> Iterator[None]:
             sdxl.unet_config = {name: config.get(name, value) for name, value in sdxl.unet_config.items()}
         if config.get("image_model") == "anima":
             adapter_sizes.update(_adapter(sizes))
-        if config.get("image_model") == "lumina2":
+        if "z_image_modulation" in config:
             z_image.unet_config = {**z_image.unet_config, "dim": config["dim"]}
         return config
 
@@ -83,29 +86,44 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     """ComfyUI's CLIP of text encoders of any width, in fp32; `clip_type` as in its loader nodes."""
     import comfy.sd
     import comfy.text_encoders.llama as llama
+    import comfy.text_encoders.long_clipl as long_clipl
     import comfy.text_encoders.qwen3vl as qwen3vl
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        shapes |= _shapes(file)
+    each = [_shapes(file) for file in files]
+    shapes = {name: size for one in each for name, size in one.items()}
     options: dict[str, Any] = {"dtype": torch.float32}
     head = 0
     start = next((one for one in ("model.language_model.", "model.") if f"{one}norm.weight" in shapes), None)
     with contextlib.ExitStack() as stack:
         if start is None:
-            options |= _clip_and_t5(shapes)
+            clips = {}
+            for one in each:
+                if f"{_T5}0.layer.0.SelfAttention.q.weight" in one:
+                    options["t5xxl_model_config"] = _t5(one)
+                else:
+                    clips[_count(one, _CLIP)] = options["model_config"] = _clip(one)
+            detected = comfy.sd.detect_te_model
+
+            def by_names(sd: Mapping[str, Tensor]) -> Any:  # T5-XXL is known by its number of blocks
+                return comfy.sd.TEModel.T5_XXL if f"{_T5}0.layer.0.SelfAttention.q.weight" in sd else detected(sd)
+
+            stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", by_names))
+            if len(clips) > 1:  # ComfyUI would give both the same
+                stack.enter_context(mock.patch.object(long_clipl, "model_options_long_clip", _own_clip(clips)))
         else:
             own = {name.removeprefix(start): size for name, size in shapes.items()}
+            is_gemma = "layers.0.post_feedforward_layernorm.weight" in own
             head = own.get("layers.0.self_attn.q_norm.weight", (0,))[0]
-            kind = "ministral3_3b"
+            kind = "gemma_2_2b" if is_gemma else "ministral3_3b"
             if head and start != "model.":
                 kind = "qwen3vl_4b"
             elif head:
                 kind = "qwen3_06b" if clip_type == "stable_diffusion" else "qwen3_4b"
-            options[f"{kind}_model_config"] = _language_model(own, head or llama.Ministral3_3BConfig.head_dim)
-            if head:
+            assumed = _GEMMA_HEAD if is_gemma else llama.Ministral3_3BConfig.head_dim
+            options[f"{'gemma2_2b' if is_gemma else kind}_model_config"] = _language_model(own, head or assumed)
+            if head or is_gemma:
                 for config in (llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
-                    stack.enter_context(mock.patch.object(config, "head_dim", head))
+                    stack.enter_context(mock.patch.object(config, "head_dim", head or config.head_dim))
                 stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
                 found = getattr(comfy.sd.TEModel, kind.upper())
                 stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
@@ -115,7 +133,23 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     for module in clip.cond_stage_model.modules():  # the class' size is looked up again in the forward pass
         if head and hasattr(getattr(module, "config", None), "head_dim"):
             module.config.head_dim = head
+    if clip_type == "sd3" and "t5xxl_model_config" in options:
+        _narrowed(clip.cond_stage_model, options["t5xxl_model_config"]["d_model"])
     return clip
+
+
+def _narrowed(model: Any, width: int) -> None:
+    """States of Stable Diffusion 3's CLIPs are filled up to this width instead of T5's released one."""
+    encode, pad = model.encode_token_weights, torch.nn.functional.pad
+
+    def filled(states: Tensor, sizes: Sequence[int]) -> Tensor:
+        return pad(states, (0, width - states.shape[-1]) if states.shape[-1] + sizes[1] == 4096 else sizes)
+
+    def encoded(tokens: Any) -> Any:
+        with mock.patch.object(torch.nn.functional, "pad", filled):
+            return encode(tokens)
+
+    model.encode_token_weights = encoded
 
 
 def load_autoencoder(file: Path) -> Any:
@@ -174,6 +208,14 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "crossattn_emb_channels": shapes["blocks.0.cross_attn.k_proj.weight"][1],
             "adaln_lora_dim": shapes["blocks.0.adaln_modulation_self_attn.1.weight"][0],
         }
+    if kind == "lumina2":
+        head = shapes["layers.0.attention.q_norm.weight"][0]
+        keys = (shapes["layers.0.attention.qkv.weight"][0] - config["dim"]) // 2
+        return {
+            "n_heads": config["dim"] // head, "n_kv_heads": keys // head, "axes_dims": [head // 3] * 3,
+            "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0,
+            "n_refiner_layers": len({name.split(".")[1] for name in shapes if name.startswith("noise_refiner.")}),
+        }  # fmt: skip
     if kind == "krea2":
         head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
         text = "txtfusion.layerwise_blocks.0.attn."
@@ -213,25 +255,37 @@ def _fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 setattr(layer, leaf, nn.Parameter(tensor.new_empty(size), requires_grad=False))
 
 
-def _clip_and_t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    clip, t5 = "text_model.encoder.layers.", "encoder.block."
-    width, inner = shapes[f"{clip}0.mlp.fc2.weight"]
-    rows, d_model = shapes[f"{t5}0.layer.0.SelfAttention.q.weight"]
-    heads = shapes[f"{t5}0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+def _clip(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Settings of a CLIP, which ComfyUI passes on under the name of the encoder."""
+    width, inner = shapes[f"{_CLIP}0.mlp.fc2.weight"]
     return {
-        "model_config": {  # of CLIP-L, which ComfyUI then passes on by that name
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "num_attention_heads": width // 64,
-            "num_hidden_layers": _count(shapes, clip),
-        },
-        "t5xxl_model_config": {
-            "d_model": d_model,
-            "d_ff": shapes[f"{t5}0.layer.1.DenseReluDense.wi_0.weight"][0],
-            "d_kv": rows // heads,
-            "num_heads": heads,
-            "num_layers": _count(shapes, t5),
-        },
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": max(1, width // 64),
+        "num_hidden_layers": _count(shapes, _CLIP),
+    }
+
+
+def _own_clip(clips: Mapping[int, dict[str, Any]]) -> Callable[..., Any]:
+    """A stand-in for ComfyUI's function that gives each CLIP its settings; they are found by its layers."""
+
+    def options_of(sd: Mapping[str, Tensor], tokenizer_data: Any, options: dict[str, Any]) -> Any:
+        if (layers := _count(sd, _CLIP)) in clips:
+            options = {**options, f"clip_{'g' if layers == 32 else 'l'}_model_config": clips[layers]}
+        return tokenizer_data, options
+
+    return options_of
+
+
+def _t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    rows, d_model = shapes[f"{_T5}0.layer.0.SelfAttention.q.weight"]
+    heads = shapes[f"{_T5}0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+    return {
+        "d_model": d_model,
+        "d_ff": shapes[f"{_T5}0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "d_kv": rows // heads,
+        "num_heads": heads,
+        "num_layers": _count(shapes, _T5),
     }
 
 
@@ -247,7 +301,7 @@ def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[st
     }
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+def _count(shapes: Mapping[str, Any], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
 
 

@@ -13,10 +13,16 @@ from torch import Tensor
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["PERCENTS", "PROMPTS", "SIGMA", "SIZE", "STEPS", "lora", "noisy", "numbers", "picture"]
+__all__ = ["EMPTIED", "PERCENTS", "PROMPTS", "SIGMA", "SIZE", "STEPS", "SUBSETS", "lora", "noisy", "numbers", "picture"]
 
 PROMPTS = {"short": "a fox", "empty": "", "long": "a (red:1.3) fox in the [tall] grass, 日本語 " * 30}
 """Prompts: weights are syntax for Flux.1 alone. The long one is longer than any padding."""
+
+SUBSETS = ("clip_l clip_g", "t5xxl", "clip_l t5xxl", "clip_g")
+"""Kinds of encoders given without the others."""
+
+EMPTIED = ("", "t5xxl", "clip_l clip_g", "clip_g t5xxl")
+"""Kinds of encoders with a prompt, where the others have an empty one."""
 
 SIGMA = 0.6
 SIZE = (64, 96)

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from lorasmith.core.errors import LoraError
 from lorasmith.families.model import Model
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.lora_file import PORTABLE, save_lora
+from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
 from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def _saved(lora: Lora, start: Path) -> tuple[dict[str, Path], dict[str, LoraErro
             files[layout] = path
         except LoraError as refusal:
             refusals[layout] = refusal
-    usual = lora.names.portable
+    usual = layout_for(PORTABLE, lora.names, lora.state).name
     if files[PORTABLE].read_bytes() == files[usual].read_bytes():
         del files[PORTABLE]
         return files, refusals, {usual: [PORTABLE]}
@@ -121,8 +121,8 @@ def _saved(lora: Lora, start: Path) -> tuple[dict[str, Path], dict[str, LoraErro
 def _shapes(family: str) -> dict[str, tuple[str, ...]]:
     """Model shapes of a family, and who loads into each."""
     everyone = ("ours", "diffusers", "PEFT", "LyCORIS", "ComfyUI", "sd-scripts")
-    if family in TRANSFORMERS:
-        return {family: tuple(one for one in everyone if one != "sd-scripts" or family in IN_SD_SCRIPTS)}
+    if family in TRANSFORMERS and family not in IN_SD_SCRIPTS:
+        return {family: tuple(one for one in everyone if one != "sd-scripts")}
     if family != "flux1":
         return {family: everyone}
     return {"flux1": tuple(one for one in everyone if one != "diffusers"), "flux1-wide": ("diffusers",)}

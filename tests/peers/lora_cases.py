@@ -40,10 +40,10 @@ __all__ = [
     "inputs",
 ]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima")
+TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3")
 """Families whose small models are those of `transformer_models.py`."""
 
-IN_SD_SCRIPTS = ("anima",)
+IN_SD_SCRIPTS = ("anima", "sd3")
 """Those of them that sd-scripts has too."""
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
@@ -99,7 +99,16 @@ CASES: Mapping[str, Case] = {
         "LoRA",
         targets="all",
         differences=True,
-        families=("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima"),  # no layer of Flux.2 has a bias
+        families=(
+            "sd1",
+            "sdxl",
+            "flux1",
+            "z-image",
+            "krea2",
+            "ernie-image",
+            "anima",
+            "sd3",
+        ),  # no layer of Flux.2 has a bias
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
     "dora-output": Case("DoRA, per output", "LoRA", dora="output"),

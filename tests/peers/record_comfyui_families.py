@@ -14,6 +14,8 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
                     model, which pads and masks the conditioning as it does when sampling
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
     latents         a picture encoded by the VAE, and these latents normalised for the denoiser
+    subsets         of a family that can do without some encoders: conditioning by `family_cases.SUBSETS` alone, and
+                    with empty prompts left out (`EMPTIED`)
     picture         those latents decoded
     percents        sigma at each of `family_cases.PERCENTS`
     sigmas          KSampler's sigmas by scheduler and number of steps
@@ -26,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_models import TINY
 
+from lorasmith.families.base import Family
 from lorasmith.families.model import Model
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
 
@@ -90,8 +94,27 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
         "model": type(patcher.model).__name__,
         "conditioning": conditioning,
         **_predictions(patcher, ours, encoded["short"], lora),
+        **({} if ours.family.needs_each_encoder else {"subsets": _subsets(ours.family, files)}),
         **_pictures(comfyui_small.load_autoencoder(files["vae"]), patcher.model),
         **_sampling(patcher.model.model_sampling),
+    }
+
+
+def _subsets(family: Family, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Conditioning by some of the encoders alone, and of prompts of which some are empty and left out."""
+    from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
+
+    found = {}
+    for kinds in family_cases.SUBSETS:
+        chosen = [files[one] for one, slot in family.text_encoders.items() if slot.kind in kinds.split()]
+        found[kinds] = _encoded(comfyui_small.load_encoders(chosen, family.clip_types[0]), "a fox")
+    clip = comfyui_small.load_encoders([files[one] for one in family.text_encoders], family.clip_types[0])
+    for texts in family_cases.EMPTIED:
+        given = {slot.kind: "a fox" if slot.kind in texts.split() else "" for slot in family.text_encoders.values()}
+        conditioning = CLIPTextEncodeSD3.execute(clip, **given, empty_padding="none").result[0]
+        found[f"texts {texts}"] = _of(conditioning)
+    return {
+        which: {key: family_cases.numbers(key, tensor) for key, tensor in one.items()} for which, one in found.items()
     }
 
 
@@ -104,7 +127,11 @@ def _schnell(folder: Path) -> Any:
 
 
 def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
-    context, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+    return _of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))
+
+
+def _of(conditioning: Any) -> dict[str, Tensor]:
+    context, extra = conditioning[0]
     names = {"pooled_output": "pooled", "t5xxl_ids": "t5xxl_ids", "t5xxl_weights": "t5xxl_weights"}
     found = {ours: extra[theirs] for theirs, ours in names.items() if extra.get(theirs) is not None}
     # Tokens have no batch there.

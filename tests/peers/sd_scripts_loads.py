@@ -4,9 +4,10 @@
         LORA=REFERENCE ...
 
 MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
-network wraps, or a Stable Diffusion XL UNet of any width, Flux.1 or Anima, which run in sd-scripts' own models. Layers
-of text encoders that a LoRA has something for are counted, and not run. The rest, and what is printed, is described in
-`load_report.py`. Needs torch, diffusers and transformers, for Flux and Anima einops, for Anima torchvision.
+network wraps, a Stable Diffusion XL UNet of any width, Flux.1, Stable Diffusion 3 or Anima, which run in sd-scripts' own
+models. Layers of text encoders that a LoRA has something for are counted, and not run. The rest, and what is printed,
+is described in `load_report.py`. Needs torch, diffusers and transformers, for the transformers einops, for Anima
+torchvision.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def main() -> None:
     elif "llm_adapter.embed.weight" in tensors:
         network, model, denoise = importlib.import_module("networks.lora_anima"), _anima(tensors), _anima_answer
         family = "anima"
+    elif "joint_blocks.0.context_block.attn.qkv.weight" in tensors:
+        network, model, denoise = importlib.import_module("networks.lora_sd3"), _sd3(tensors), _sd3_answer
+        family = "sd3"
     elif "model.diffusion_model.label_emb.0.0.weight" in tensors:
         family, model, denoise = "sdxl", _sdxl(tensors), _sdxl_answer
     else:
@@ -209,6 +213,18 @@ def _anima(tensors: dict[str, Tensor]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _sd3(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' Stable Diffusion 3 of the sizes that the tensors have."""
+    from library import sd3_utils
+
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+    model: nn.Module = sd3_utils.load_mmdit(whole, torch.float32, "cpu")
+    for block in model.joint_blocks:
+        if block.x_block.x_block_self_attn:  # sd-scripts takes the number of heads for their width there
+            block.x_block.attn2.num_heads = block.x_block.attn2.head_dim
+    return model.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def _anima_answer(
     model: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, t5xxl_ids: Tensor, t5xxl_weights: Tensor
@@ -217,6 +233,12 @@ def _anima_answer(
     rows = model.llm_adapter(context, t5xxl_ids) * t5xxl_weights.unsqueeze(-1)  # type: ignore[operator]
     rows = nn.functional.pad(rows, (0, 0, 0, 512 - rows.shape[1]))
     output: Tensor = model(x, timestep, rows, padding_mask=torch.zeros(len(x), 1, *x.shape[-2:]))
+    return output
+
+
+@torch.no_grad()
+def _sd3_answer(mmdit: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    output: Tensor = mmdit(x, timestep, context=context, y=pooled)
     return output
 
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lorasmith.families import loading  # noqa: F401  (registers the families)
+from lorasmith.families.base import FAMILIES
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 PUBLISHED = {
@@ -25,6 +28,23 @@ def test_shapes_are_those_of_the_published_checkpoint(shape, tensors, parameters
     sizes = dict(shape.tensors())
     assert len(sizes) == tensors
     assert sum(math.prod(size) for size in sizes.values()) == parameters
+
+
+# Sizes of sd3.5_medium.safetensors and sd3.5_large.safetensors in units of 100 MB; both hold the autoencoder.
+PUBLISHED_SD3 = {
+    "medium": ({"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}, 384, 13, 51),
+    "large": ({}, 192, 0, 165),
+}
+AUTOENCODER_BYTES = 2 * 83_819_683
+
+
+@pytest.mark.parametrize(("config", "positions", "dual", "size"), PUBLISHED_SD3.values(), ids=PUBLISHED_SD3)
+def test_stable_diffusion_3_has_the_published_size(config, positions, dual, size):
+    denoiser = FAMILIES["sd3"].released_denoiser(
+        **config, pos_embed_max_size=positions, dual_attention_layers=tuple(range(dual))
+    )
+    numbers = sum(tensor.numel() for tensor in denoiser.state_dict().values())
+    assert round((2 * numbers + AUTOENCODER_BYTES) / 1e8) == size
 
 
 @pytest.mark.parametrize(

@@ -102,4 +102,6 @@ TRAINED: Mapping[str, Trained] = {
         TINY["ernie-image"].denoiser_tensors, (128,), tiny_ernie_image.WIDTH, times=(900.0, 200.0), size=(8, 4)
     ),
     "anima": Trained(_anima, (16, 1), 32, tokens=5),
+    "lumina2": Trained(TINY["lumina2"].denoiser_tensors, (16,), 32),
+    "sd3": Trained(TINY["sd3"].denoiser_tensors, (16,), 64, pooled=64, times=(900.0, 200.0)),
 }

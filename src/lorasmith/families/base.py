@@ -269,12 +269,15 @@ class Encoding:
     Attributes:
         skip_layers: number of a CLIP encoder's last layers to leave out ("clip skip" minus one).
         lengths: whose padding is followed where programs differ: `comfyui` or `diffusers`.
+        encodes_empty: whether an empty prompt is encoded like any other. If not, families that can do without an
+            encoder leave it out (`empty_padding` of ComfyUI's CLIPTextEncodeSD3).
         min_tokens: least number of tokens, by the kind of encoder (`t5xxl`), instead of the family's.
         min_padding: least number of padding tokens after a prompt, by the kind of encoder.
     """
 
     skip_layers: int = 0
     lengths: Literal["comfyui", "diffusers"] = "comfyui"
+    encodes_empty: bool = True
     min_tokens: Mapping[str, int] = field(default_factory=dict)
     min_padding: Mapping[str, int] = field(default_factory=dict)
 
@@ -349,6 +352,7 @@ class Family(ABC):
         a1111_version: A1111's and Forge's name of it in a LoRA's user metadata.
         targets: target presets by name.
         text_encoders: its text encoders by component name, in the order of the pipeline's.
+        needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -370,6 +374,7 @@ class Family(ABC):
     a1111_version: str = "Unknown"
     targets: Mapping[str, TargetPreset]
     text_encoders: Mapping[str, EncoderSlot]
+    needs_each_encoder: bool = True
     autoencoder: AutoencoderSlot
     clip_types: tuple[str, ...]
     repeatable_context: bool
@@ -497,6 +502,13 @@ class Family(ABC):
             f"or give the encoder as well (its file is usually called {slot.usual_file})"
         )
 
+    def check_encoders(self, encoders: TextEncoders) -> None:
+        """Raise ModelError, which names the file to get, if a text encoder is missing that the family needs."""
+        if encoders.modules and not self.needs_each_encoder:
+            return
+        for component in self.text_encoders:
+            self.text_encoder(encoders, component)
+
     @property
     def encoders_text(self) -> str:
         """Its text encoders in words, with the type under which nodes load them."""
@@ -505,8 +517,8 @@ class Family(ABC):
 
     def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
         """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""
-        for component in self.text_encoders if text else ():
-            self.text_encoder(components.encoders, component)
+        if text:
+            self.check_encoders(components.encoders)
         if images and components.vae is None:
             raise ModelError(
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "

@@ -39,7 +39,7 @@ from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.clip_text import encode_prompt
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
-from lorasmith.families.parts.t5_encoders import encode_t5
+from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
@@ -59,14 +59,6 @@ _DEFAULT_GUIDANCE = 3.5
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
 
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
-_T5_PATHS = tuple(
-    f"encoder.block.{block}.layer.{layer}"
-    for block in range(24)
-    for layer in (
-        *(f"0.SelfAttention.{part}" for part in "qkvo"),
-        *(f"1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
-    )
-)
 
 _TOP = {
     **flux_layout.TOP,
@@ -212,7 +204,7 @@ class Flux(Family):
                 drops_text_model=True,
             ),
             # kohya gives T5 the number it has in Stable Diffusion 3; OneTrainer counts a model's encoders.
-            "text_encoder_2": EncoderNames(_T5_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
+            "text_encoder_2": EncoderNames(RELEASED_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
         }
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:

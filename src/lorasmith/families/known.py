@@ -14,6 +14,8 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     flux,
     flux2,
     krea2,
+    lumina2,
+    sd3,
     sdxl,
     stable_diffusion,
     z_image,
@@ -33,9 +35,8 @@ __all__ = ["looks_like"]
 _PART = "one part of a diffusers model (give the folder that has its model_index.json instead)"
 # What a denoiser's tensor names begin with → architecture.
 _SIGNS = {
-    "joint_blocks.": "Stable Diffusion 3",
     "distilled_guidance_layer.": "Chroma",
-    "cap_embedder.": "Lumina 2",
+    "cap_embedder.": "Lumina",
     "head.modulation": "Wan",
     "t_embedding_norm.": "Cosmos-Predict2",
     "txt_norm.": "Qwen-Image",
@@ -51,12 +52,8 @@ _QWEN_DEEP = r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj"  # Flux.1 h
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
 SIGNATURES += [
-    Signature("Stable Diffusion 3", r"(^|_)joint_blocks_\d"),
     Signature("Qwen-Image", r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", order=2),
     Signature("Qwen-Image", _QWEN_DEEP, 3072, order=3),
-    Signature("Stable Diffusion 3", _QWEN_DEEP, order=3),
-    Signature("Stable Diffusion 3", r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
-    Signature("Lumina 2", _NEXT_DIT, 2304, order=5),
     Signature("Lumina", _NEXT_DIT, order=5),
     Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
 ]

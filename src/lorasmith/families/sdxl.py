@@ -34,7 +34,7 @@ from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, unet_layout
-from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.families.parts.clip_text import encode_prompts
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
 from lorasmith.formats.names.recognise import Signature
 
@@ -175,21 +175,14 @@ class StableDiffusionXL(Family):
         }
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        modules = [self.text_encoder(encoders, component) for component in self.text_encoders]
+        prompts = [
+            (texts[component], encoders.tokenizers[component], module)
+            for component, module in zip(self.text_encoders, modules, strict=True)
+        ]
         # The last layer is never used, so one skip is already done.
-        skipped = max(1, encoding.skip_layers)
-
-        def encoded(component: str, text: str) -> tuple[Tensor, Tensor]:
-            encoder, tokenizer = self.text_encoder(encoders, component), encoders.tokenizers[component]
-            return encode_prompt(text, tokenizer, encoder, skip_layers=skipped, final_norm=False)
-
-        (context_l, _), (context_g, pooled) = (encoded(one, texts[one]) for one in self.text_encoders)
-        # Of two prompts of different length, the shorter one continues with empty ones, as in ComfyUI.
-        while context_l.shape[1] < context_g.shape[1]:
-            context_l = torch.cat((context_l, encoded("text_encoder", "")[0]), dim=1)
-        while context_g.shape[1] < context_l.shape[1]:
-            context_g = torch.cat((context_g, encoded("text_encoder_2", "")[0]), dim=1)
-        context = torch.cat((context_l, context_g), dim=-1)
-        return Conditioning({"context": context, "pooled": pooled}, texts["text_encoder_2"])
+        contexts, pooled = encode_prompts(prompts, skip_layers=max(1, encoding.skip_layers))
+        return Conditioning({"context": torch.cat(contexts, dim=-1), "pooled": pooled[-1]}, texts["text_encoder_2"])
 
     def sized(self, conditioning: Conditioning, size: PictureSize) -> Conditioning:
         # Whole numbers, which no training dtype rounds: bf16 has none between 1024 and 1032.

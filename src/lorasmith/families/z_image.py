@@ -42,7 +42,7 @@ from lorasmith.formats.names.recognise import DENOISER_START, Signature
 __all__ = ["ZImage"]
 
 _HEAD_WIDTH = 128
-_LUMINA_WIDTH = 2304  # Lumina 2 is built alike
+_LUMINA_MODULATION = "layers.0.adaLN_modulation.1.weight"  # Lumina 2 is built alike, with an activation before it
 # Shifted as in ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3.
 _DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -111,7 +111,7 @@ class ZImage(Family):
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         if "noise_refiner.0.attention.k_norm.weight" not in shapes or "cap_embedder.1.weight" not in shapes:
             return False
-        return "cap_pad_token" in shapes or shapes["cap_embedder.1.weight"][0] != _LUMINA_WIDTH
+        return _LUMINA_MODULATION not in shapes
 
     def denoiser_class(self) -> type[nn.Module]:
         from diffusers import ZImageTransformer2DModel

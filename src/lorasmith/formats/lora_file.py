@@ -51,13 +51,24 @@ __all__ = [
     "write_lora",
 ]
 
+_HOLDS_ALL = "kohya"  # every kind of adapter, and differences of norms and biases
 PORTABLE = "portable"
 """Name for the layout that most programs read completely for a model's family."""
 
 
-def layout_for(name: str, names: ModelNames) -> Layout:
-    """The layout of a name, `portable` included. Raises LoraError for unknown names."""
-    return LAYOUTS[names.portable if name.casefold() == PORTABLE else name]
+def layout_for(name: str, names: ModelNames, state: AdapterState | None = None) -> Layout:
+    """The layout of a name. Raises LoraError for unknown names.
+
+    Args:
+        name: of a registered layout, or `portable`.
+        names: of the model.
+        state: the LoRA; if it does not fit the family's portable layout whole, its portable form is in kohya's.
+    """
+    if name.casefold() != PORTABLE:
+        return LAYOUTS[name]
+    own = LAYOUTS[names.portable]
+    is_whole = state is None or not any(loss.left_out for loss in own.losses(state, names))
+    return own if is_whole else LAYOUTS[_HOLDS_ALL]
 
 
 def load_lora(path: Path, names: ModelNames) -> AdapterState:
@@ -147,7 +158,7 @@ def save_lora(
         LoraError: the layout is unknown or cannot hold all of the LoRA, or a tensor holds NaN or infinity.
         OutputError: the file cannot be written.
     """
-    chosen = layout_for(layout, names)
+    chosen = layout_for(layout, names, state)
     if layout.casefold() == PORTABLE:
         state = made_portable(state, names)
     if lost := [loss for loss in chosen.losses(state, names) if loss.left_out]:

@@ -78,6 +78,8 @@ _TITLES = {
     "flux2_klein": "Flux.2 klein on a folder of images and texts",
     "z_image": "Z-Image on a folder of images and texts",
     "ernie_image": "ERNIE-Image on a folder of images and texts",
+    "sd35": "Stable Diffusion 3.5 medium on a folder of images and texts",
+    "lumina2": "Lumina 2 on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
     "anima": "Anima on a folder of images and texts",
 }

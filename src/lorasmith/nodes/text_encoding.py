@@ -30,8 +30,7 @@ _LUMINA_PROMPTS = {
 
 def check_encoder(clip: TextEncoder) -> None:
     """Raise ModelError if the model was loaded without text encoders."""
-    for component in clip.family.text_encoders:
-        clip.family.text_encoder(clip.encoders, component)
+    clip.family.check_encoders(clip.encoders)
 
 
 def _text(name: str, tooltip: str = "") -> Input:
@@ -125,7 +124,7 @@ def clip_text_encode_sdxl(
             "empty_padding",
             "COMBO",
             options=("none", "empty_prompt"),
-            tooltip="Of empty prompts; Stable Diffusion 3 alone distinguishes these.",
+            tooltip="Of empty prompts: none leaves them out, which Stable Diffusion 3 alone can do.",
         ),
     ],
     outputs=[Output("CONDITIONING")],
@@ -135,6 +134,7 @@ def clip_text_encode_sd3(
     context: NodeContext, *, clip: TextEncoder, clip_l: str, clip_g: str, t5xxl: str, empty_padding: str
 ) -> tuple[list[Conditioning]]:
     """Encode a prompt for each text encoder; those that the model lacks are ignored."""
+    clip = replace(clip, encoding=replace(clip.encoding, encodes_empty=empty_padding != "none"))
     return ([_encoded_by_kind(clip, {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}, needed=("clip_l",))],)
 
 

@@ -114,6 +114,8 @@ _TITLES = {
     "flux2_klein": "Flux.2 klein",
     "z_image": "Z-Image",
     "ernie_image": "ERNIE-Image",
+    "sd35": "Stable Diffusion 3.5",
+    "lumina2": "Lumina 2",
     "krea2": "Krea 2",
     "anima": "Anima",
 }

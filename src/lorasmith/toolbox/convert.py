@@ -89,7 +89,7 @@ def convert_lora(
     """
     source, target = Path(path), free_target(Path(output), overwrite=overwrite)
     state, names = _loaded(source, model)
-    layout = layout_for(to, names)
+    layout = layout_for(to, names, state)
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
     found = shortfalls(state, layout, names, is_portable=is_portable)

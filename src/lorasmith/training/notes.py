@@ -89,7 +89,7 @@ def notes_on_file(
         {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
         | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
     )
-    found = shortfalls(state, layout_for(PORTABLE, names), names, is_portable=True)
+    found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
     # What one program leaves out of a LoRA is a fact about it; a LoRA that it does not load at all is another matter.
     notes = [f"{one.sentence}." if one.is_all else Remark(f"{one.sentence}.") for one in found]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):

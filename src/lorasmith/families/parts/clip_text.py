@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorasmith.core.placement import device_of
 from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import byte_characters
 
-__all__ = ["CONTEXT_LENGTH", "VOCABULARY", "clip_tokenizer", "encode_prompt", "tokenize_prompt"]
+__all__ = ["CONTEXT_LENGTH", "VOCABULARY", "clip_tokenizer", "encode_prompt", "encode_prompts", "tokenize_prompt"]
 
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""
@@ -93,6 +94,29 @@ def encode_prompt(
     if weighted:
         context = weighted_states(context, hidden[-1:], [[weight for _, weight in chunk] for chunk in chunks])
     return context.reshape(1, -1, context.shape[-1]), pooled[:1]
+
+
+def encode_prompts(
+    prompts: Sequence[tuple[str, Any, nn.Module]], *, skip_layers: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Contexts, before the final norm, and pooled vectors of prompts for several encoders.
+
+    The contexts have one length: shorter prompts continue with empty ones, as in ComfyUI.
+
+    Args:
+        prompts: prompt, tokenizer and model of each encoder, as in `encode_prompt`.
+        skip_layers: as in `encode_prompt`.
+    """
+
+    def encoded(text: str, tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        return encode_prompt(text, tokenizer, model, skip_layers=skip_layers, final_norm=False)
+
+    contexts, pooled = map(list, zip(*(encoded(*prompt) for prompt in prompts), strict=True))
+    tokens = max(context.shape[1] for context in contexts)
+    for index, (_, tokenizer, model) in enumerate(prompts):
+        while contexts[index].shape[1] < tokens:
+            contexts[index] = torch.cat((contexts[index], encoded("", tokenizer, model)[0]), dim=1)
+    return contexts, pooled
 
 
 def tokenize_prompt(text: str, tokenizer: Any) -> list[list[Token]]:

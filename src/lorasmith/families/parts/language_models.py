@@ -1,4 +1,6 @@
-"""Language models as text encoders: Qwen3, the language part of Qwen3-VL, Mistral, Ministral 3; and prompts for them.
+"""Language models as text encoders, and prompts encoded with them.
+
+Qwen3, the text part of Qwen3-VL, Mistral, Ministral 3 and Gemma 2.
 
 Prompts are put into a chat template, and hidden states of some layers are what the denoiser sees. Files hold the whole
 model; the head that predicts tokens and the parts for pictures are left out.
@@ -6,7 +8,9 @@ model; the head that predicts tokens and the parts for pictures are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,10 +23,11 @@ from lorasmith.families.parts.tokenizers import (
     TokenizerSource,
     folder_tokenizer,
     qwen_tokenizer,
+    spiece_tokenizer,
     tekken_tokenizer,
 )
 
-__all__ = ["LanguageModel", "hidden_states"]
+__all__ = ["LanguageModel", "attention_capped", "hidden_states"]
 
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
@@ -40,7 +45,10 @@ class LanguageModel(EncoderKind):
         prefixes: of the language part's names in files; the first one found is cut off, the rest is left out.
         head_width: of attention heads, if a norm of queries does not show it.
         is_width: whether a width of its states is this kind's, where nothing else in files tells kinds apart.
+        has_output_norms: whether the outputs of attention and feed-forward networks have norms, as in Gemma 2.
+        tokenizer: makes its tokenizer for the source of a file and the rows of its embedding.
         settings: of its configuration that shapes leave open.
+        always: settings that hold for a diffusers folder too.
     """
 
     longest = 512
@@ -53,22 +61,29 @@ class LanguageModel(EncoderKind):
         prefixes: tuple[str, ...],
         head_width: int | None = None,
         is_width: Callable[[int], bool] = lambda width: True,
+        has_output_norms: bool = False,
+        tokenizer: Callable[[TokenizerSource, int], Any] = lambda _source, _rows: qwen_tokenizer(),
         settings: Mapping[str, Any],
+        always: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self._classes = classes
         self._prefixes = prefixes
         self._head_width = head_width
         self._is_width = is_width
-        self._settings = dict(settings)
+        self._has_output_norms = has_output_norms
+        self._tokenizer = tokenizer
+        self._settings = {**settings, **always}
+        self._always = dict(always)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         named = _language_part(shapes, self._prefixes)
         has_query_norm = self._head_width is None
+        has_output_norms = _GEMMA in named
         return (
             _AFTER_ATTENTION in named
-            and (_QUERY_NORM in named) == has_query_norm
-            and not {_GEMMA, _BIAS} & set(named)
+            and (_QUERY_NORM in named, has_output_norms) == (has_query_norm, self._has_output_norms)
+            and _BIAS not in named
             and self._is_width(named[_AFTER_ATTENTION][0])
         )
 
@@ -89,7 +104,7 @@ class LanguageModel(EncoderKind):
         if source.config is None:
             config = config_class(**self._config(tensors), **source.settings)
         else:
-            config = config_class(**_language_config(source.config))
+            config = config_class(**{**_language_config(source.config), **self._always})
 
         def make() -> nn.Module:
             model: nn.Module = model_class(config)
@@ -102,7 +117,8 @@ class LanguageModel(EncoderKind):
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         if source.folder is not None:
             return folder_tokenizer(source.folder)
-        return tekken_tokenizer(source) if self._classes[0].startswith("Mistral") else qwen_tokenizer()
+        rows = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return self._tokenizer(source, rows)
 
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         vocabulary, width = tensors["embed_tokens.weight"].shape
@@ -139,6 +155,7 @@ for _kind in (
         prefixes=("model.", "language_model.model.", ""),
         head_width=128,
         is_width=lambda width: width != _MINISTRAL_WIDTH,
+        tokenizer=lambda source, _rows: tekken_tokenizer(source),
         settings={"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 131072},
     ),
     # Files have no configuration, and ComfyUI gives them plain rotary positions. That of diffusers folders asks for
@@ -149,7 +166,19 @@ for _kind in (
         prefixes=("model.", "language_model.model.", ""),
         head_width=128,
         is_width=lambda width: width == _MINISTRAL_WIDTH,
+        tokenizer=lambda source, _rows: tekken_tokenizer(source),
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 262144},
+    ),
+    LanguageModel(
+        "gemma2",
+        ("Gemma2Config", "Gemma2Model"),
+        prefixes=("model.", ""),
+        head_width=256,
+        has_output_norms=True,
+        tokenizer=lambda source, rows: spiece_tokenizer(source, beside="tokenizer.model", rows=rows, adds_bos=True),
+        settings={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 8192},
+        # Other implementations of attention ignore the cap of `attention_capped`.
+        always={"attn_implementation": "eager"},
     ),
 ):
     ENCODERS.register(_kind.name)(_kind)
@@ -174,6 +203,23 @@ def _language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if rotary := settings.get("rope_parameters"):
         settings["rope_parameters"] = {key: one for key, one in rotary.items() if key != "llama_4_scaling_beta"}
     return settings
+
+
+@contextlib.contextmanager
+def attention_capped(encoder: Any, cap: float | None) -> Iterator[None]:
+    """Inside, the scores of Gemma 2's attention are bounded by `cap`, softly; by nothing if it is None.
+
+    It was trained with 50, which transformers follows and ComfyUI does not.
+    """
+    attentions = [layer.self_attn for layer in encoder.layers]
+    before = [one.attn_logit_softcapping for one in attentions]
+    try:
+        for one in attentions:
+            one.attn_logit_softcapping = cap
+        yield
+    finally:
+        for one, own in zip(attentions, before, strict=True):
+            one.attn_logit_softcapping = own
 
 
 def hidden_states(

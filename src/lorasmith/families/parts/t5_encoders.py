@@ -15,7 +15,17 @@ from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
 
-__all__ = ["T5Encoder", "encode_t5", "t5_tokens"]
+__all__ = ["RELEASED_PATHS", "T5Encoder", "encode_t5", "t5_tokens"]
+
+RELEASED_PATHS = tuple(
+    f"encoder.block.{block}.layer.{layer}"
+    for block in range(24)
+    for layer in (
+        *(f"0.SelfAttention.{part}" for part in "qkvo"),
+        *(f"1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+    )
+)
+"""Paths of the layers of T5-XXL that a LoRA can change."""
 
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"

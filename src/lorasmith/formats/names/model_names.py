@@ -99,7 +99,8 @@ class ModelNames:
         text_encoders: by component (`text_encoder`, `text_encoder_2`).
         kohya_naming: naming of this family's `lora_unet_` keys by convention.
         ai_toolkit_naming: naming of this family's `diffusion_model.` keys in ai-toolkit's files.
-        portable: name of the layout that most programs apply completely for this family.
+        portable: name of the layout that most programs apply completely for this family. A LoRA that does not fit it is
+            written in kohya's, which holds all.
         weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to check
             whether an adapter fits. Modules that are not listed are not checked.
         aliases: further names in files, without a prefix → the diffusers paths of each, in the order of their rows.

@@ -1,0 +1,247 @@
+"""Lumina 2 (Qin et al. 2025, arXiv:2503.21758): a rectified-flow transformer with the states of Gemma 2 as text.
+
+Text and picture run through a refiner each, then together. Its time is 1 at the picture, and its prediction points from
+noise to picture; both are turned round here. A prompt begins with an instruction and ` <Prompt Start> `, which a user
+types, or ComfyUI's node CLIPTextEncodeLumina2. The original layout fuses query, key and value, of which keys and values
+have a third of the heads. The autoencoder is that of Flux.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    check_even,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.language_models import attention_capped, hidden_states
+from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import DENOISER_START, Signature
+
+__all__ = ["Lumina2"]
+
+_WIDTH = 2304
+_LAYER = -2  # of the encoder's states
+_CAP = 50.0  # of the encoder's attention, in diffusers
+_DIFFUSERS_TOKENS = 256
+# ComfyUI's and scheduler_config.json's shift.
+_DIFFUSION = Diffusion("flow", FlowSchedule(shift=6.0))
+
+_ATTENTION = ("layers.*.attn.to_*",)
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, "layers.*.feed_forward.*")),
+    "transformer": TargetPreset(("layers.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+_TOP = {
+    "x_embedder": "x_embedder",
+    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_caption_embed.caption_embedder.0": "cap_embedder.0",
+    "time_caption_embed.caption_embedder.1": "cap_embedder.1",
+    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+    "norm_out.linear_2": "final_layer.linear",
+}
+_PARTS = {
+    "attn.to_out.0": "attention.out",
+    "attn.norm_q": "attention.q_norm",
+    "attn.norm_k": "attention.k_norm",
+    "feed_forward.linear_1": "feed_forward.w1",
+    "feed_forward.linear_2": "feed_forward.w2",
+    "feed_forward.linear_3": "feed_forward.w3",
+    "norm1": "attention_norm1",  # of blocks without modulation
+    "norm1.norm": "attention_norm1",
+    "norm1.linear": "adaLN_modulation.1",
+    "norm2": "attention_norm2",
+    "ffn_norm1": "ffn_norm1",
+    "ffn_norm2": "ffn_norm2",
+}
+
+
+class Lumina2(Family):
+    """Lumina-Image 2.0 and its fine-tunes, such as NetaYume."""
+
+    name = "lumina2"
+    title = "Lumina 2"
+    pipeline = "Lumina2Pipeline"
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
+    targets = _TARGETS
+    text_encoders = MappingProxyType(
+        {
+            "text_encoder": EncoderSlot(
+                "gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",)
+            )
+        }
+    )
+    clip_types = ("lumina2",)
+    autoencoder = AutoencoderSlot(
+        "kl", channels=16, usual_file="ae.safetensors", prefixes=("vae.",), settings=FLUX_CONSTANTS
+    )
+    repeatable_context = False
+    unused_tensors = ("norm_final.weight",)
+    released = MappingProxyType({"cap_feat_dim": _WIDTH, "scaling_factor": 1.0})
+    lora_signatures = (
+        Signature(title, DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_", _WIDTH, order=5),
+    )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        needed = (
+            "noise_refiner.0.attention.k_norm.weight",
+            "layers.0.adaLN_modulation.1.weight",
+            "cap_embedder.1.weight",
+        )
+        return all(name in shapes for name in needed)
+
+    def denoiser_class(self) -> type[nn.Module]:
+        from lorasmith.families.parts.masked_transformers import HostMaskedLumina2
+
+        return HostMaskedLumina2  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        width, text_width = shapes["cap_embedder.1.weight"]
+        head = shapes["layers.0.attention.q_norm.weight"][0]
+        return {
+            "in_channels": shapes["x_embedder.weight"][1] // 4,
+            "hidden_size": width,
+            "num_layers": block_count(shapes, "layers."),
+            "num_refiner_layers": block_count(shapes, "noise_refiner."),
+            "num_attention_heads": width // head,
+            "num_kv_heads": (shapes["layers.0.attention.qkv.weight"][0] - width) // 2 // head,
+            "multiple_of": math.gcd(shapes["layers.0.feed_forward.w1.weight"][0], 256),
+            "axes_dim_rope": (head // 3,) * 3,
+            # Longer prompts than diffusers' own limit of 300 tokens, as in ComfyUI.
+            "axes_lens": (1536, 512, 512),
+            "cap_feat_dim": text_width,
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        shapes = weight_shapes(denoiser)
+        return {path: _original(path, shapes) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return _DIFFUSION
+
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        return _DIFFUSION
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        config: Any = denoiser.config
+        constants = self.autoencoder.settings
+        return LatentFormat(config.in_channels, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"])
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            # Whole blocks, with modulation, as sd-scripts trains them; diffusers reads no others by ComfyUI's names.
+            targets="transformer",
+            guidance=4.0,  # ComfyUI's template
+            timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "lumina2"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "lumina-2"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="ai-toolkit",
+            limits=ProgramLimits(
+                unknown_to_comfyui=("*",),
+                diffusers_applies={"ai-toolkit": ("layers.*", "noise_refiner.*", "context_refiner.*")},
+                diffusers_refuses_others=True,
+                sd_scripts_applies=("layers.*", "noise_refiner.*", "context_refiner.*", "norm_out.*"),
+            ),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}  # nobody trains language models with a picture LoRA
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.cap_feat_dim)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
+        tokenizer = encoders.tokenizers["text_encoder"]
+        follows_diffusers = encoding.lengths == "diffusers"
+        tokens = [(tokenizer.bos_token_id, 1.0)]
+        for stretch, weight in parse_weights(text):
+            tokens += [(token, weight) for token in tokenizer(stretch, add_special_tokens=False).input_ids]
+        if follows_diffusers:
+            tokens = tokens[:_DIFFUSERS_TOKENS]
+        with attention_capped(encoder, _CAP if follows_diffusers else None):
+            states = hidden_states(encoder, [token for token, _ in tokens], [_LAYER]).flatten(2)
+            if any(weight != 1.0 for _, weight in tokens):
+                missing = len(tokens) - 1
+                row = [tokenizer.bos_token_id, *[tokenizer.pad_token_id] * missing]
+                mask = [True, *[False] * missing]
+                empty = hidden_states(encoder, row, [_LAYER], mask=mask).flatten(2)
+                states = weighted_states(states, empty, [[weight for _, weight in tokens]])
+        return Conditioning({"context": states}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 64, config.cap_feat_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        check_even(latents, self.title)
+        context, mask = conditioning.tensors["context"], conditioning.mask
+        mask = torch.ones(context.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
+        towards_picture: Tensor = denoiser(
+            hidden_states=latents.contiguous(),
+            timestep=1 - time.to(latents.device),
+            encoder_hidden_states=context,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return -towards_picture
+
+
+def _original(path: str, shapes: Mapping[str, tuple[int, ...]]) -> OriginalName:
+    if path in _TOP:
+        return OriginalName(_TOP[path])
+    kind, index, rest = path.split(".", 2)
+    block = f"{kind}.{index}"
+    if rest in ("attn.to_q", "attn.to_k", "attn.to_v"):
+        queries, keys = (shapes[f"{block}.attn.to_{part}"][0] for part in "qk")
+        start, rows = {"q": (0, queries), "k": (queries, keys), "v": (queries + keys, keys)}[rest[-1]]
+        return OriginalName(f"{block}.attention.qkv", rows=(start, start + rows))
+    return OriginalName(f"{block}.{_PARTS[rest]}")
+
+
+register(Lumina2(), "lumina-2")

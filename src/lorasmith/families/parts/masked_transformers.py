@@ -1,0 +1,94 @@
+"""Transformers of diffusers whose masks of the text are changed: Stable Diffusion 3's and Lumina 2's.
+
+Stable Diffusion 3's ignores masks, without which captions of different length cannot share a batch: pictures would
+attend to the padding of the shorter ones. Lumina 2's reads the lengths of texts off its mask, which on a device would
+wait for the device in each step, and has no answer on the meta device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import Lumina2Transformer2DModel, SD3Transformer2DModel
+from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
+from torch import Tensor
+
+__all__ = ["HostMaskedLumina2", "MaskedSD3Transformer"]
+
+
+class MaskedSD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
+    """SD3Transformer2DModel whose `joint_attention_kwargs` may hold an `attention_mask`.
+
+    The mask is bool, (batch, 1, 1, picture tokens + text tokens), True for tokens that are attended to.
+
+    The table of positions is on the meta device until that of a file is loaded: diffusers computes it in 20 seconds.
+    """
+
+    # diffusers reads names of settings from the signature.
+    @functools.wraps(SD3Transformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, *, pos_embed_max_size: int = 96, **settings: Any) -> None:
+        super().__init__(**settings, pos_embed_max_size=1)
+        self.register_to_config(pos_embed_max_size=pos_embed_max_size)
+        self.pos_embed.pos_embed_max_size = pos_embed_max_size
+        self.pos_embed.pos_embed = torch.empty(1, pos_embed_max_size**2, self.inner_dim, device="meta")
+        self.set_attn_processor(_JointAttention())
+
+
+class _JointAttention:
+    """Attention over tokens of the picture, and those of the text after them if there are any."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        def heads(rows: Tensor, norm: Any) -> Tensor:
+            split = rows.reshape(*rows.shape[:2], attn.heads, -1).transpose(1, 2)
+            normed: Tensor = split if norm is None else norm(split)
+            return normed
+
+        query = heads(attn.to_q(hidden_states), attn.norm_q)
+        key = heads(attn.to_k(hidden_states), attn.norm_k)
+        value = heads(attn.to_v(hidden_states), None)
+        if encoder_hidden_states is None:  # the second attention of a dual block, of the picture to itself
+            mixed = F.scaled_dot_product_attention(query, key, value)
+            return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        query = torch.cat((query, heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)), dim=2)
+        key = torch.cat((key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)), dim=2)
+        value = torch.cat((value, heads(attn.add_v_proj(encoder_hidden_states), None)), dim=2)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        picture, text = mixed[:, : hidden_states.shape[1]], mixed[:, hidden_states.shape[1] :]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](picture)), text
+
+
+class HostMaskedLumina2(Lumina2Transformer2DModel):  # type: ignore[misc]
+    """Lumina2Transformer2DModel whose `encoder_attention_mask` is on the CPU, bool, (batch, text tokens)."""
+
+    @functools.wraps(Lumina2Transformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for block in self.context_refiner:
+            block.attn.set_processor(_MaskMoved())
+
+
+class _MaskMoved(Lumina2AttnProcessor2_0):  # type: ignore[misc]
+    """Attention whose mask comes from the CPU."""
+
+    def __call__(  # diffusers gives what the signature names
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: Tensor | None = None,
+    ) -> Tensor:
+        moved = attention_mask.to(hidden_states.device, non_blocking=True)
+        mixed: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, moved, image_rotary_emb)
+        return mixed
