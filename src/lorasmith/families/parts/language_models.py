@@ -1,4 +1,4 @@
-"""Language models as text encoders: Qwen3, the language part of Qwen3-VL, Mistral; and prompts encoded with them.
+"""Language models as text encoders, such as Qwen3, Qwen2.5-VL's language part and Mistral; prompts encoded with them.
 
 Prompts are put into a chat template, and hidden states of some layers are what the denoiser sees. Files hold the whole
 model; the head that predicts tokens and the parts for pictures are left out.
@@ -38,6 +38,7 @@ class LanguageModel(EncoderKind):
         classes: transformers' names of its configuration and its model.
         prefixes: of the language part's names in files; the first one found is cut off, the rest is left out.
         head_width: of attention heads, if a norm of queries does not show it.
+        has_bias: whether the projections of attention have biases.
         settings: of its configuration that shapes leave open.
     """
 
@@ -50,20 +51,21 @@ class LanguageModel(EncoderKind):
         *,
         prefixes: tuple[str, ...],
         head_width: int | None = None,
+        has_bias: bool = False,
         settings: Mapping[str, Any],
     ) -> None:
         self.name = name
         self._classes = classes
         self._prefixes = prefixes
         self._head_width = head_width
+        self._has_bias = has_bias
         self._settings = dict(settings)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         named = _language_part(shapes, self._prefixes)
         has_query_norm = self._head_width is None
-        return (
-            _AFTER_ATTENTION in named and (_QUERY_NORM in named) == has_query_norm and not {_GEMMA, _BIAS} & set(named)
-        )
+        signs = {_AFTER_ATTENTION: True, _QUERY_NORM: has_query_norm, _BIAS: self._has_bias, _GEMMA: False}
+        return all((name in named) == is_there for name, is_there in signs.items())
 
     def width(self, encoder: Any) -> int:
         return int(encoder.config.hidden_size)
@@ -82,7 +84,7 @@ class LanguageModel(EncoderKind):
         if source.config is None:
             config = config_class(**self._config(tensors), **source.settings)
         else:
-            config = config_class(**source.config.get("text_config", source.config))
+            config = config_class(**_text_config(source.config))
 
         def make() -> nn.Module:
             model: nn.Module = model_class(config)
@@ -119,6 +121,15 @@ for _kind in (
         prefixes=("model.", ""),
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
     ),
+    # Its text alone is Qwen2's: the axes of its rotary positions differ in pictures only.
+    LanguageModel(
+        "qwen25vl",
+        ("Qwen2Config", "Qwen2Model"),
+        prefixes=("model.", "model.language_model.", "language_model.model.", "language_model."),
+        head_width=128,
+        has_bias=True,
+        settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 128000},
+    ),
     # Its text alone is Qwen3's with another base of the rotary positions.
     LanguageModel(
         "qwen3vl",
@@ -135,6 +146,16 @@ for _kind in (
     ),
 ):
     ENCODERS.register(_kind.name)(_kind)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the language part, without axes of rotary positions: in text alone all have the same numbers."""
+    given = dict(config.get("text_config", config))
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = given.get(name)
+        if isinstance(rope, Mapping) and "mrope_section" in rope:
+            given[name] = {"rope_type": "default", **{key: one for key, one in rope.items() if key == "rope_theta"}}
+    return given
 
 
 def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
