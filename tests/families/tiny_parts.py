@@ -95,6 +95,7 @@ class TinyFamily:
         call: a prediction for latents, conditioning and noise level, by the denoiser's own call.
         drawn: a picture by the pipeline: noise as `latents`, `sigmas`, sizes and the prompt are given, and guidance.
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
+        unreached: patterns of modules whose output is no part of any prediction, so that they have no gradient.
         unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
         has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
         left_out: tests that do not apply → the reason.
@@ -108,6 +109,7 @@ class TinyFamily:
     call: Callable[[Any, Tensor, Mapping[str, Tensor], Tensor], Tensor]
     drawn: Callable[[Any, Mapping[str, Any], float], Any] = _drawn
     reads_weights: bool = False
+    unreached: tuple[str, ...] = ()
     unlearnt: float = 0.0
     has_released_widths: bool = False
     left_out: Mapping[str, str] = field(default_factory=dict)
