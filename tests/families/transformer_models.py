@@ -11,6 +11,7 @@ from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
 from tiny_parts import TinyFamily
+from tiny_qwen_image import QWEN_IMAGE
 from tiny_z_image import Z_IMAGE
 
 from lorasmith.families.model import Model
@@ -44,5 +45,6 @@ TINY: dict[str, TinyFamily] = {
     "flux2-klein": KLEIN,
     "flux2": DEV,
     "krea2": KREA2,
+    "qwen-image": QWEN_IMAGE,
 }
 """Small models by the name of their family."""

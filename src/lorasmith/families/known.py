@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.families import flux, flux2, krea2, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
+from lorasmith.families import (  # noqa: F401  (register themselves)
+    flux,
+    flux2,
+    krea2,
+    qwen_image,
+    sdxl,
+    stable_diffusion,
+    z_image,
+)
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
     clip_encoders,
     flux2_vae,
@@ -28,7 +36,6 @@ _SIGNS = {
     "distilled_guidance_layer.": "Chroma",
     "cap_embedder.": "Lumina 2",
     "head.modulation": "Wan",
-    "txt_norm.": "Qwen-Image",
     "down_blocks.": _PART,
     "single_transformer_blocks.": _PART,
 }
@@ -36,14 +43,12 @@ _SIGNS = {
 _UNET_INPUTS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
 # Width of its text conditioning.
 _UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner"}
-_QWEN_DEEP = r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj"  # Flux.1 has 19 blocks of this kind, Qwen-Image 60
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
 SIGNATURES += [
     Signature("Stable Diffusion 3", r"(^|_)joint_blocks_\d"),
-    Signature("Qwen-Image", r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", order=2),
-    Signature("Qwen-Image", _QWEN_DEEP, 3072, order=3),
-    Signature("Stable Diffusion 3", _QWEN_DEEP, order=3),
+    # Flux.1 has 19 blocks of this kind.
+    Signature("Stable Diffusion 3", r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", order=3),
     Signature("Stable Diffusion 3", r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
     Signature("Lumina 2", _NEXT_DIT, 2304, order=5),
     Signature("Lumina", _NEXT_DIT, order=5),
