@@ -301,6 +301,20 @@ GRAPHS: dict[str, Graph] = {
         {**_EMPTY, **_ksampler("EmptySD3LatentImage", negative=["31", 0], steps=28, cfg=5.5)},
         parts=_APART,
     ),
+    "qwen_image": _graph(
+        _loaders(
+            "qwen_image_bf16.safetensors",
+            ("qwen_2.5_vl_7b.safetensors",),
+            "qwen_image",
+            "qwen_image_vae.safetensors",
+        ),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=3.1),
+            **_ksampler("EmptySD3LatentImage", negative=["31", 0], model="40", steps=50, cfg=4.0),
+        },
+        parts=_APART,
+    ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),

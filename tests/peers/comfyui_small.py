@@ -4,14 +4,14 @@ ComfyUI 0.33 knows these families by released widths, and has some of them writt
 changes these numbers and no computation:
 
 - Sizes of heads are read from the file's norms of queries and keys: the numbers of heads and the axes of the rotary
-  embedding of Flux.1, Flux.2, Krea 2 (128 per head there) and Z-Image (recognised by a width of 3840, as Lumina 2 is).
+  embedding of Flux.1, Flux.2, Krea 2, Qwen-Image (128 per head there) and Z-Image (recognised by a width of 3840, as Lumina 2 is).
 - Stable Diffusion XL is recognised by the width of its first level, of its text and of its other conditions, and by
   the number of transformer layers of each level; any UNet with other conditions than text is taken for it here.
 - A matrix has the file's shape where ComfyUI computes another one: the inner widths of MLPs (multiples of 256 in
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
-- Text encoders: Qwen3 is known by a width of 2560, Qwen3-VL by its vision tower, which is left out of the files and
-  small here. Widths and layers of T5, CLIP-L and Qwen3 come from the file, the sizes of Qwen3's heads too.
+- Text encoders: Qwen3 is known by a width of 2560, Qwen2.5-VL by that of its keys, Qwen3-VL by its vision tower, which
+  is left out of the files and small here. Widths and layers of T5, CLIP-L and Qwen3 come from the file, the sizes of Qwen3's heads too.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -71,6 +71,7 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     """ComfyUI's CLIP of text encoders of any width, in fp32; `clip_type` as in its loader nodes."""
     import comfy.sd
     import comfy.text_encoders.llama as llama
+    import comfy.text_encoders.qwen_vl as qwen_vl
     import comfy.text_encoders.qwen3vl as qwen3vl
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -85,8 +86,11 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
         else:
             kind = "qwen3_4b" if start == "model." else "qwen3vl_4b"
             own = {name.removeprefix(start): size for name, size in shapes.items()}
-            options[f"{kind}_model_config"] = _qwen3(own)
-            head = own["layers.0.self_attn.q_norm.weight"][0]
+            if "layers.0.self_attn.k_proj.bias" in own:
+                kind = "qwen25_7b"
+                stack.enter_context(mock.patch.object(qwen_vl, "Qwen2VLVisionTransformer", _no_vision))
+            head = own.get("layers.0.self_attn.q_norm.weight", (128,))[0]
+            options[f"{kind}_model_config"] = _language_model(own, head)
             for config in (llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
                 stack.enter_context(mock.patch.object(config, "head_dim", head))
             stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
@@ -143,6 +147,14 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
             "n_refiner_layers": len(refiners),
         }  # fmt: skip
+    if kind == "qwen_image":
+        head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+        return {
+            "attention_head_dim": head,
+            "num_attention_heads": shapes["img_in.weight"][0] // head,
+            "joint_attention_dim": shapes["txt_norm.weight"][0],
+            "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
+        }
     if kind == "krea2":
         head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
         text = "txtfusion.layerwise_blocks.0.attn."
@@ -191,8 +203,11 @@ def _clip_and_t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _qwen3(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    head = shapes["layers.0.self_attn.q_norm.weight"][0]
+def _no_vision(**_: Any) -> nn.Module:
+    return nn.Identity()
+
+
+def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[str, Any]:
     inner, width = shapes["layers.0.mlp.gate_proj.weight"]
     return {
         "vocab_size": shapes["embed_tokens.weight"][0],

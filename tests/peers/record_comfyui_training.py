@@ -3,7 +3,7 @@
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-and with `--model` sdxl, flux, z-image, flux2-klein and krea2 likewise. Needs an environment with ComfyUI's
+and with `--model` sdxl, flux, z-image, flux2-klein, krea2 and qwen-image likewise. Needs an environment with ComfyUI's
 requirements and this project's. The models and what they are trained on come from `trained_models.py`;
 `comfyui_small.py` says what of ComfyUI is set aside for models this small.
 
@@ -38,8 +38,8 @@ How ComfyUI 0.33 computes them
       size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
-    - Z-Image, Flux.2 klein and Krea 2: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
-      Z-Image, and with exponents 2.02 and 1.15 for the other two. klein's text is filled up to 512 tokens with zeros
+    - Z-Image, Flux.2 klein, Krea 2 and Qwen-Image: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
+      Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is filled up to 512 tokens with zeros
       from the left.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
@@ -63,6 +63,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -100,6 +101,8 @@ def main() -> None:
             _train(patcher, inputs, start=start, learning_rate=rate, seed=NOISE_SEED)
             for start, rate in ((models.fresh_start, LEARNING_RATE), (models.random_start, 0.0))
         )
+    for run in (fresh, random):
+        _fill_unreached(run, trained.unreached)
     tensors |= _draws(fresh, random) | _results(fresh, random)
     metadata = {
         "comfyui": comfyui_headless.version(),
@@ -240,6 +243,13 @@ def _norms_keep_their_input() -> Iterator[None]:
 
     with mock.patch.object(torch.nn.functional, "layer_norm", on_copy):
         yield
+
+
+def _fill_unreached(run: _Run, patterns: tuple[str, ...]) -> None:
+    """Gradients of zero for tensors of modules that no prediction depends on."""
+    for key, shape in run.shapes.items():
+        if key not in run.gradients and any(fnmatch(key, f"diffusion_model.{one}.*") for one in patterns):
+            run.gradients[key] = torch.zeros(shape)
 
 
 def _draws(fresh: _Run, random: _Run) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Trained:
         size: height and width of the latents in training; the other way round for the bare denoiser.
         sizes: two rows of size conditioning for the bare denoiser; in training it is the default, of pictures neither
             scaled nor cropped.
+        unreached: patterns of modules that have no gradient, because their output is no part of a prediction.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
     """
 
@@ -42,6 +43,7 @@ class Trained:
     times: tuple[float, float] = (0.9, 0.2)
     size: tuple[int, int] = (16, 8)
     sizes: tuple[tuple[int, ...], ...] = ()
+    unreached: tuple[str, ...] = ()
     padded: int = 0
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
@@ -85,4 +87,5 @@ TRAINED: Mapping[str, Trained] = {
     "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
     "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+    "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
 }

@@ -113,5 +113,6 @@ _TITLES = {
     "flux1": "Flux.1",
     "flux2_klein": "Flux.2 klein",
     "z_image": "Z-Image",
+    "qwen_image": "Qwen-Image",
     "krea2": "Krea 2",
 }
