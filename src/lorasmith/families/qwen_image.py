@@ -33,6 +33,7 @@ from lorasmith.families.base import (
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.parts.flux_layout import rope_axes
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
@@ -124,8 +125,7 @@ class QwenImage(Family):
             "attention_head_dim": head,
             "num_attention_heads": width // head,
             "joint_attention_dim": shapes["txt_in.weight"][1],
-            # 16, 56, 56 for the released head width of 128, in the same proportion for others.
-            "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
+            "axes_dims_rope": rope_axes(head),
         }
 
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
@@ -165,12 +165,8 @@ class QwenImage(Family):
             text_encoders=self.encoder_names(text_encoders),
             kohya_naming="original",
             peft_prefix="transformer",
-            portable="ai-toolkit",
-            limits=ProgramLimits(
-                diffusers_applies={"ai-toolkit": ("*",), "kohya": ("*",), "comfy": ("*",)},
-                diffusers_refuses_others=True,
-                sd_scripts_applies=None,
-            ),
+            portable="kohya",  # musubi-tuner's own, which reads no other without a conversion
+            limits=ProgramLimits(diffusers_refuses_others=True, sd_scripts_applies=None),
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
