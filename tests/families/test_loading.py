@@ -323,9 +323,9 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "inpainting": ({CONV_IN: (8, 9, 3, 3), TO_K: (8, 768)}, "an inpainting model"),
     "pix2pix": ({CONV_IN: (8, 8, 3, 3), TO_K: (8, 768)}, "an InstructPix2Pix model"),
     "sd3": ({"joint_blocks.0.context_block.attn.qkv.weight": (3, 1)}, "Stable Diffusion 3"),
-    "chroma": (
-        {"double_blocks.0.img_attn.norm.key_norm.scale": (4,), "distilled_guidance_layer.norms.0.scale": (4,)},
-        "Chroma",
+    "radiance": (
+        {"nerf_blocks.0.norm.scale": (4,), "distilled_guidance_layer.norms.0.scale": (4,)},
+        "Chroma Radiance",
     ),
     "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina 2"),
     "wan": ({"head.modulation": (1, 2, 4)}, "Wan"),

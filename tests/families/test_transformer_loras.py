@@ -197,7 +197,7 @@ def test_its_files_are_recognised_without_a_model(case: Case, naming: str) -> No
         if matches(path, preset.include) and len(names.weight_shapes[path]) == 2:
             base = f"transformer.{path}" if naming == "diffusers" else f"diffusion_model.{place.path}"
             keys[f"{base}.lora_A.weight"] = (4, names.weight_shapes[path][1])
-    assert guessed_family(keys) == family.title
+    assert guessed_family(keys, {"ss_base_model_version": family.kohya_version("flow")}) == family.title
 
 
 LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_chroma import CHROMA
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
@@ -46,5 +47,6 @@ TINY: dict[str, TinyFamily] = {
     "flux2": DEV,
     "krea2": KREA2,
     "qwen-image": QWEN_IMAGE,
+    "chroma": CHROMA,
 }
 """Small models by the name of their family."""

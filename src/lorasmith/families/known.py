@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorasmith.families import (  # noqa: F401  (register themselves)
+    chroma,
     flux,
     flux2,
     krea2,
@@ -33,7 +34,7 @@ _PART = "one part of a diffusers model (give the folder that has its model_index
 # What a denoiser's tensor names begin with → architecture.
 _SIGNS = {
     "joint_blocks.": "Stable Diffusion 3",
-    "distilled_guidance_layer.": "Chroma",
+    "nerf_blocks.": "Chroma Radiance",
     "cap_embedder.": "Lumina 2",
     "head.modulation": "Wan",
     "down_blocks.": _PART,
