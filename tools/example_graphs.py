@@ -315,6 +315,15 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
+    "chroma": _graph(
+        _loaders("Chroma1-HD.safetensors", ("t5xxl_fp16.safetensors",), "chroma", "ae.safetensors"),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=1.0),
+            **_ksampler("EmptySD3LatentImage", negative=["31", 0], model="40", steps=26, cfg=3.5, scheduler="beta"),
+        },
+        parts=_APART,
+    ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),

@@ -24,6 +24,7 @@ FAMILY = {
     "flux2_klein": "flux2-klein",
     "krea2": "krea2",
     "qwen_image": "qwen-image",
+    "chroma": "chroma",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 

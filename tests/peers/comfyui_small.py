@@ -4,14 +4,16 @@ ComfyUI 0.33 knows these families by released widths, and has some of them writt
 changes these numbers and no computation:
 
 - Sizes of heads are read from the file's norms of queries and keys: the numbers of heads and the axes of the rotary
-  embedding of Flux.1, Flux.2, Krea 2, Qwen-Image (128 per head there) and Z-Image (recognised by a width of 3840, as Lumina 2 is).
+  embedding of Flux.1, Flux.2, Krea 2, Qwen-Image (128 per head there) and Z-Image (recognised by a width of 3840, as
+  Lumina 2 is).
 - Stable Diffusion XL is recognised by the width of its first level, of its text and of its other conditions, and by
   the number of transformer layers of each level; any UNet with other conditions than text is taken for it here.
 - A matrix has the file's shape where ComfyUI computes another one: the inner widths of MLPs (multiples of 256 in
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
-- Text encoders: Qwen3 is known by a width of 2560, Qwen2.5-VL by that of its keys, Qwen3-VL by its vision tower, which
-  is left out of the files and small here. Widths and layers of T5, CLIP-L and Qwen3 come from the file, the sizes of Qwen3's heads too.
+- Text encoders: Qwen3 is known by a width of 2560, Qwen2.5-VL by that of its keys, Qwen3-VL by its vision tower. Such
+  towers are left out of the files and small here. Widths and layers of T5, CLIP-L and Qwen come from the file, the
+  sizes of Qwen3's heads too.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -71,8 +73,8 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     """ComfyUI's CLIP of text encoders of any width, in fp32; `clip_type` as in its loader nodes."""
     import comfy.sd
     import comfy.text_encoders.llama as llama
-    import comfy.text_encoders.qwen_vl as qwen_vl
     import comfy.text_encoders.qwen3vl as qwen3vl
+    import comfy.text_encoders.qwen_vl as qwen_vl
 
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:

@@ -38,9 +38,9 @@ How ComfyUI 0.33 computes them
       size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
-    - Z-Image, Flux.2 klein, Krea 2 and Qwen-Image: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
-      Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is filled up to 512 tokens with zeros
-      from the left.
+    - Z-Image, Flux.2 klein, Krea 2 and Qwen-Image: as Flux, without guidance and pooled; sigma is
+      3/(3 + 1/(1 − u) − 1) for Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is
+      filled up to 512 tokens with zeros from the left.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded

@@ -77,6 +77,7 @@ _TITLES = {
     "flux1": "Flux.1 dev on a folder of images and texts",
     "flux2_klein": "Flux.2 klein on a folder of images and texts",
     "z_image": "Z-Image on a folder of images and texts",
+    "chroma": "Chroma on a folder of images and texts",
     "qwen_image": "Qwen-Image on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
 }

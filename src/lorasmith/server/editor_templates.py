@@ -113,6 +113,7 @@ _TITLES = {
     "flux1": "Flux.1",
     "flux2_klein": "Flux.2 klein",
     "z_image": "Z-Image",
+    "chroma": "Chroma",
     "qwen_image": "Qwen-Image",
     "krea2": "Krea 2",
 }

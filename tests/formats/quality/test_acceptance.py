@@ -68,7 +68,7 @@ WITHOUT_TRAINERS = {"ours", "diffusers", "ComfyUI"}
     ("family", "programs"),
     [
         *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1")),
-        ("flux2-klein", EVERYONE - {"sd-scripts"}),
+        *((family, EVERYONE - {"sd-scripts"}) for family in ("flux2-klein", "qwen-image")),
         *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2")),
     ],
 )
