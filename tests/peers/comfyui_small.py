@@ -11,6 +11,7 @@ changes these numbers and no computation:
 - A matrix has the file's shape where ComfyUI computes another one: the inner widths of MLPs (multiples of 256 in
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
+- Chroma has as many rows of modulation as its blocks need, and not 344.
 - Text encoders: Qwen3 is known by a width of 2560, Qwen2.5-VL by that of its keys, Qwen3-VL by its vision tower. Such
   towers are left out of the files and small here. Widths and layers of T5, CLIP-L and Qwen come from the file, the
   sizes of Qwen3's heads too.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 from unittest import mock
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 __all__ = ["load_autoencoder", "load_encoders", "taken_small"]
 
+_CHROMA_ROWS = 344  # of modulation, for 19 and 38 blocks
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
@@ -60,6 +63,8 @@ def taken_small() -> Iterator[None]:
     def loaded(self: Any, state_dict: dict[str, Tensor], prefix: str = "", **options: Any) -> Any:
         shapes = {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in state_dict.items()}
         _fit(self.diffusion_model, shapes)
+        if type(self.diffusion_model).__name__ == "Chroma":
+            _count_modulation(self.diffusion_model)
         return load(self, state_dict, prefix, **options)
 
     with (
@@ -84,7 +89,10 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     start = next((one for one in ("model.language_model.", "model.") if f"{one}norm.weight" in shapes), None)
     with contextlib.ExitStack() as stack:
         if start is None:
-            options |= _clip_and_t5(shapes)
+            options |= {**_clip(shapes), **_t5(shapes)}
+            if len(files) == 1:  # T5 alone, which is known by its 24th layer
+                found = comfy.sd.TEModel.T5_XXL
+                stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
         else:
             kind = "qwen3_4b" if start == "model." else "qwen3vl_4b"
             own = {name.removeprefix(start): size for name, size in shapes.items()}
@@ -134,11 +142,21 @@ def load_autoencoder(file: Path) -> Any:
 def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What ComfyUI would have detected of a model of the released proportions."""
     kind = config.get("image_model")  # none in UNets
-    if kind in ("flux", "flux2"):
+    if kind in ("flux", "flux2", "chroma"):
         norm = "double_blocks.0.img_attn.norm.key_norm."
         head = shapes.get(f"{norm}scale", shapes.get(f"{norm}weight", (0,)))[0]
         axes = [head // 4] * 4 if kind == "flux2" else [head // 8, 7 * head // 16, 7 * head // 16]
-        return {"axes_dim": axes, "num_heads": config["hidden_size"] // head}
+        approximator = "distilled_guidance_layer."
+        own = (
+            {}
+            if kind != "chroma"
+            else {
+                "hidden_dim": shapes[f"{approximator}in_proj.weight"][0],
+                "out_dim": shapes[f"{approximator}out_proj.weight"][0],
+                "n_layers": _count(shapes, f"{approximator}layers."),
+            }
+        )
+        return {"axes_dim": axes, "num_heads": config["hidden_size"] // head, **own}
     if kind == "lumina2" and "cap_pad_token" in shapes:
         head = shapes["layers.0.attention.q_norm.weight"][0]
         heads = config["dim"] // head
@@ -183,18 +201,37 @@ def _fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 setattr(layer, leaf, nn.Parameter(tensor.new_empty(size), requires_grad=False))
 
 
-def _clip_and_t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    clip, t5 = "text_model.encoder.layers.", "encoder.block."
+def _count_modulation(denoiser: Any) -> None:
+    """As many rows of modulation as the blocks need."""
+    forward, parameters = type(denoiser).forward_orig, denoiser.params
+    rows = 3 * parameters.depth_single_blocks + 12 * parameters.depth + 2
+    constants = tuple(rows if one == _CHROMA_ROWS else one for one in forward.__code__.co_consts)
+    counted = FunctionType(
+        forward.__code__.replace(co_consts=constants), forward.__globals__, None, forward.__defaults__
+    )
+    denoiser.forward_orig = MethodType(counted, denoiser)
+
+
+def _clip(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    clip = "text_model.encoder.layers."
+    if f"{clip}0.mlp.fc2.weight" not in shapes:
+        return {}
     width, inner = shapes[f"{clip}0.mlp.fc2.weight"]
-    rows, d_model = shapes[f"{t5}0.layer.0.SelfAttention.q.weight"]
-    heads = shapes[f"{t5}0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
     return {
         "model_config": {  # of CLIP-L, which ComfyUI then passes on by that name
             "hidden_size": width,
             "intermediate_size": inner,
             "num_attention_heads": width // 64,
             "num_hidden_layers": _count(shapes, clip),
-        },
+        }
+    }
+
+
+def _t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    t5 = "encoder.block."
+    rows, d_model = shapes[f"{t5}0.layer.0.SelfAttention.q.weight"]
+    heads = shapes[f"{t5}0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+    return {
         "t5xxl_model_config": {
             "d_model": d_model,
             "d_ff": shapes[f"{t5}0.layer.1.DenseReluDense.wi_0.weight"][0],

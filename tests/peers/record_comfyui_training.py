@@ -3,8 +3,8 @@
     PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
-and with `--model` sdxl, flux, z-image, flux2-klein, krea2 and qwen-image likewise. Needs an environment with ComfyUI's
-requirements and this project's. The models and what they are trained on come from `trained_models.py`;
+and with `--model` sdxl, flux, z-image, flux2-klein, krea2, qwen-image and chroma likewise. Needs an environment with
+ComfyUI's requirements and this project's. The models and what they are trained on come from `trained_models.py`;
 `comfyui_small.py` says what of ComfyUI is set aside for models this small.
 
 What is recorded
@@ -38,7 +38,7 @@ How ComfyUI 0.33 computes them
       size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
-    - Z-Image, Flux.2 klein, Krea 2 and Qwen-Image: as Flux, without guidance and pooled; sigma is
+    - Z-Image, Flux.2 klein, Krea 2, Qwen-Image and Chroma: as Flux, without guidance and pooled; sigma is
       3/(3 + 1/(1 − u) − 1) for Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is
       filled up to 512 tokens with zeros from the left.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.

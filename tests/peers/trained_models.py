@@ -87,5 +87,6 @@ TRAINED: Mapping[str, Trained] = {
     "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
     "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+    "chroma": Trained(TINY["chroma"].denoiser_tensors, (16,), 32),
     "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
 }
