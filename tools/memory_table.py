@@ -56,6 +56,10 @@ class Row:
 _QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
 _QWEN_4B = {**_QWEN, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
 _QWEN_8B = {**_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+_QWEN_25_7B = {
+    **{"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
+    **{"num_attention_heads": 28, "num_key_value_heads": 4},
+}
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
@@ -82,6 +86,8 @@ ROWS = (
     ),
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
+    Row("Qwen-Image", "qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),
+    Row("Chroma", "chroma", {}, (("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),)),
 )
 
 
@@ -122,7 +128,7 @@ def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterat
     model_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         encoder: nn.Module = model_class(model_class.config_class(**config))
-    prefix = prefix if kind == "Qwen3Model" else ""
+    prefix = prefix if kind.startswith("Qwen") else ""
     for name, tensor in encoder.state_dict().items():
         if name == "encoder.embed_tokens.weight":
             continue

@@ -23,36 +23,47 @@ from torch import Tensor, nn
 
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 
-__all__ = ["CHROMA"]
+__all__ = ["CHROMA", "chroma_denoiser", "chroma_names"]
 
 
-@cache
-def _chroma() -> dict[str, Any]:
+def chroma_denoiser(*, heads: int, head: int, axes: tuple[int, int, int]) -> nn.Module:
+    """One block of either kind.
+
+    Args:
+        heads, head: number of attention heads and their width.
+        axes: of rotary positions, which add up to `head`.
+    """
     from diffusers import ChromaTransformer2DModel
-    from transformers import T5Config, T5EncoderModel
 
     denoiser = ChromaTransformer2DModel(
         num_layers=1,
         num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
+        attention_head_dim=head,
+        num_attention_heads=heads,
         joint_attention_dim=32,
-        axes_dims_rope=(4, 14, 14),
+        axes_dims_rope=axes,
         approximator_hidden_dim=64,
         approximator_layers=2,
     )
+    return randomized(denoiser)
+
+
+@cache
+def _chroma() -> dict[str, Any]:
+    from transformers import T5Config, T5EncoderModel
+
     t5 = T5Config(
         vocab_size=32128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
     )
     return {
-        "transformer": randomized(denoiser),
+        "transformer": chroma_denoiser(heads=2, head=32, axes=(4, 14, 14)),
         "vae": randomized(kl(16)),
         "text_encoder": randomized(T5EncoderModel(t5)),
         "tokenizer": t5_tokenizer(),
     }
 
 
-def _file_names(denoiser: nn.Module) -> dict[str, Tensor]:
+def chroma_names(denoiser: nn.Module) -> dict[str, Tensor]:
     """The released file says `scale` for the weights of all norms."""
     norms = (".query_norm.weight", ".key_norm.weight")
     tensors = original_tensors("chroma", denoiser)
@@ -97,7 +108,7 @@ CHROMA = TinyFamily(
     _chroma,
     "ChromaPipeline",
     {
-        "transformer": ("diffusion_models/Chroma1-HD.safetensors", _file_names),
+        "transformer": ("diffusion_models/Chroma1-HD.safetensors", chroma_names),
         "vae": ("vae/ae.safetensors", kl_names),
         "text_encoder": ("text_encoders/t5xxl_fp16.safetensors", t5_names),
     },

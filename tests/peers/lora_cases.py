@@ -14,6 +14,7 @@ import models
 import torch
 from safetensors.torch import save_file
 from text_encoders import WIDTH
+from tiny_chroma import chroma_denoiser, chroma_names
 from torch import Tensor
 from trained_models import TRAINED, Trained
 
@@ -35,11 +36,17 @@ TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "qwen-image", "chroma")
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
 """One block of either kind at Flux.1's real width, which diffusers' reader of kohya's names takes for granted."""
 
+CHROMA_WIDE = Trained(
+    lambda: chroma_names(chroma_denoiser(heads=24, head=128, axes=(16, 56, 56))), TRAINED["chroma"].channels, 32
+)
+"""The same of Chroma."""
+
 SHAPES: Mapping[str, models.UNetShape | models.FluxShape | Trained] = {
     "sd1": models.SD1_TINY,
     "sdxl": models.SDXL_NARROW,
     "flux1": models.FLUX_TINY,
     "flux1-wide": FLUX_WIDE,
+    "chroma-wide": CHROMA_WIDE,
     **{family: TRAINED[family] for family in TRANSFORMERS},
 }
 

@@ -25,6 +25,7 @@ _FAMILIES = {
     "flux2-klein": "Flux.2 klein",
     "krea2": "Krea 2",
     "qwen-image": "Qwen-Image",
+    "chroma": "Chroma",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")
@@ -43,8 +44,8 @@ where the two differ by more than a thousandth, the cell says by how much.
 - A dash: the program has no way to open this layout, or no model of the family. PEFT reads its own folders alone.
 - sd-scripts is its own network (`networks.lora`, `networks.lora_flux`); it loads the other algorithms with LyCORIS.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
-- Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
-  real width alone and is measured there, on one block of either kind.
+- Flux and Chroma: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of
+  them at the real width alone and is measured there, on one block of either kind.
 - Z-Image, Flux.2 klein, Krea 2 and Qwen-Image are measured on small models of narrow widths, which ComfyUI is made to
   accept. Their fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was
   not measured.
