@@ -57,8 +57,12 @@ _QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "num_a
 _QWEN_4B = {**_QWEN, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
 _QWEN_8B = {**_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
 _QWEN_25_7B = {
-    **{"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
-    **{"num_attention_heads": 28, "num_key_value_heads": 4},
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
 }
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}

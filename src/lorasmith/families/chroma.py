@@ -265,7 +265,7 @@ def _original(path: str, width: int, transformer: nn.Module) -> OriginalName:
     kind, index, rest = path.split(".", 2)
     if kind == "transformer_blocks":
         return in_double_block(index, rest, width, _DOUBLE)
-    rows = transformer.get_submodule(path).weight.shape[0]  # type: ignore[union-attr, index]
+    rows = transformer.get_submodule(path).weight.shape[0]  # type: ignore[index]
     return in_single_block(index, rest, width, int(rows))
 
 

@@ -114,7 +114,12 @@ def rope_axes(head: int) -> tuple[int, int, int]:
 
 
 def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens."""
+    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens.
+
+    Args:
+        rows, columns: of tokens.
+        device: of the result.
+    """
     y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
 
