@@ -119,6 +119,12 @@ def test_an_odd_number_of_tokens_is_counted_as_in_the_class_of_the_authors(sides
         family.predict(denoiser, latents.new_zeros(1, 16, 1, 6, 9), time, Conditioning(given))
 
 
+def test_a_prompt_without_positions_is_refused() -> None:
+    latents, text = torch.zeros(1, 16, 1, 16, 8), Conditioning({"context": torch.zeros(1, 4093, 32)})
+    with pytest.raises(DataError, match="takes prompts of at most 4092 tokens for this size of picture, got 4093"):
+        FAMILIES["qwen-image"].predict(QWEN.parts()["transformer"], latents, torch.tensor([0.5]), text)
+
+
 VARIANTS = {
     "edit": ({"__index_timestep_zero__": torch.zeros(0)}, "Qwen-Image-Edit 2511"),
     "layered": ({"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 64)}, "Qwen-Image-Layered"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import DataError, ModelError
 from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
 from lorasmith.families.base import (
     AutoencoderSlot,
@@ -64,6 +64,7 @@ _VARIANTS = {
     "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered, which draws several layers",
 }
 _WIDTH = 3072
+_POSITIONS = 4096  # of the rotary embedding; those of text follow half of the picture's longer side
 
 
 class QwenImage(Family):
@@ -192,9 +193,15 @@ class QwenImage(Family):
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
         height, width = latents.shape[-2:]
+        context = conditioning.tensors["context"]
+        if context.shape[1] > (longest := _POSITIONS - max(height, width) // 4):
+            raise DataError(
+                f"{self.title} takes prompts of at most {longest} tokens for this size of picture, got "
+                f"{context.shape[1]}; shorten the prompt"
+            )
         prediction = denoiser(
             hidden_states=packed_latents(latents.squeeze(2)),
-            encoder_hidden_states=conditioning.tensors["context"],
+            encoder_hidden_states=context,
             encoder_hidden_states_mask=conditioning.mask,
             timestep=time.to(latents.dtype),
             img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
