@@ -174,8 +174,9 @@ class Chroma(Family):
             peft_prefix="transformer",
             portable="kohya",
             limits=ProgramLimits(
+                unknown_to_comfyui=(f"{_APPROXIMATOR}*",),
                 diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
-                sd_scripts_applies=_IN_BLOCKS,
+                sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder"),
             ),
         )
 
