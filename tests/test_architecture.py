@@ -96,6 +96,7 @@ TESTED_ELSEWHERE = {
     "families/parts/flux_layout.py": "families/test_name_tables.py",
     "families/parts/language_models.py": "families/test_transformers.py",
     "families/parts/packing.py": "families/test_flux.py",
+    "families/parts/picture_chat.py": "families/test_qwen_image.py",
     "families/parts/t5_encoders.py": "families/test_transformers.py",
     "families/parts/unet_layout.py": "families/test_name_tables.py",
     "families/parts/vae_layout.py": "families/test_name_tables.py",

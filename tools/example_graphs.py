@@ -346,6 +346,29 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
+    "qwen_image": _graph(
+        _loaders(
+            "qwen_image_bf16.safetensors",
+            ("qwen_2.5_vl_7b.safetensors",),
+            "qwen_image",
+            "qwen_image_vae.safetensors",
+        ),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=3.1),
+            **_ksampler("EmptySD3LatentImage", negative=["31", 0], model="40", steps=50, cfg=4.0),
+        },
+        parts=_APART,
+    ),
+    "chroma": _graph(
+        _loaders("Chroma1-HD.safetensors", ("t5xxl_fp16.safetensors",), "chroma", "ae.safetensors"),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingAuraFlow", "Shift", model=["23", 0], shift=1.0),
+            **_ksampler("EmptySD3LatentImage", negative=["31", 0], model="40", steps=26, cfg=3.5, scheduler="beta"),
+        },
+        parts=_APART,
+    ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),

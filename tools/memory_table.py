@@ -65,6 +65,14 @@ _BYTES_ALONE = {
 }
 _QWEN_06B = {**_QWEN, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 _QWEN_06B |= {"num_attention_heads": 16}
+_QWEN_25_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
@@ -107,6 +115,8 @@ ROWS = (
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
     Row("ERNIE-Image", "ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
     Row("Anima", "anima", {}, (("Qwen3Model", _QWEN_06B),)),
+    Row("Qwen-Image", "qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),
+    Row("Chroma", "chroma", {}, (("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),)),
 )
 
 
@@ -149,7 +159,7 @@ def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterat
     model_class: Any = getattr(transformers, kind)
     with torch.device("meta"):
         encoder: nn.Module = model_class(model_class.config_class(**config))
-    prefix = prefix if kind in ("Qwen3Model", "MistralModel") else ""
+    prefix = prefix if kind.startswith(("Qwen", "Mistral")) else ""
     for name, tensor in encoder.state_dict().items():
         if name == "encoder.embed_tokens.weight":
             continue

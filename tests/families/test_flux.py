@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import Conditioning
-from lorasmith.families.flux import _positions
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.families.parts.flux_layout import image_positions
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.formats.lora_file import state_from_tensors
 from tests.covering import slow_except
@@ -188,7 +188,7 @@ def test_packing_and_positions_are_diffusers() -> None:
     latents = torch.randn(2, 16, 6, 10)
     assert torch.equal(packed_latents(latents), FluxPipeline._pack_latents(latents, 2, 16, 6, 10))
     expected = FluxPipeline._prepare_latent_image_ids(2, 3, 5, torch.device("cpu"), torch.float32)
-    assert torch.equal(_positions(3, 5, torch.device("cpu")), expected)
+    assert torch.equal(image_positions(3, 5, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 9), (1, 1)])

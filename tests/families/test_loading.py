@@ -322,13 +322,12 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "refiner": ({CONV_IN: (8, 4, 3, 3), TO_K: (8, 1280)}, "the Stable Diffusion XL refiner"),
     "inpainting": ({CONV_IN: (8, 9, 3, 3), TO_K: (8, 768)}, "an inpainting model"),
     "pix2pix": ({CONV_IN: (8, 8, 3, 3), TO_K: (8, 768)}, "an InstructPix2Pix model"),
-    "chroma": (
-        {"double_blocks.0.img_attn.norm.key_norm.scale": (4,), "distilled_guidance_layer.norms.0.scale": (4,)},
-        "Chroma",
+    "radiance": (
+        {"nerf_blocks.0.norm.scale": (4,), "distilled_guidance_layer.norms.0.scale": (4,)},
+        "Chroma Radiance",
     ),
     "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina"),
     "wan": ({"head.modulation": (1, 2, 4)}, "Wan"),
-    "qwen": ({"txt_norm.weight": (4,)}, "Qwen-Image"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "one part of a diffusers model (give the folder"),
 }
 

@@ -96,9 +96,9 @@ class TinyFamily:
         dressed: the parts as the pipeline takes them, if it has other classes.
         drawn: a picture by the pipeline: noise as `latents`, `sigmas`, sizes and the prompt are given, and guidance.
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
+        unreached: patterns of modules whose output is no part of any prediction, so that they have no gradient.
         unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
         has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
-        unread: layers of the denoiser whose output it does not use, so that adapters on them learn nothing.
         left_out: tests that do not apply → the reason.
         is_slow: whether its tests with the mark `slow_by_family` are slow: those in which it brings nothing new.
     """
@@ -111,9 +111,9 @@ class TinyFamily:
     dressed: Callable[[dict[str, Any]], dict[str, Any]] = dict
     drawn: Callable[[Any, Mapping[str, Any], float], Any] = _drawn
     reads_weights: bool = False
+    unreached: tuple[str, ...] = ()
     unlearnt: float = 0.0
     has_released_widths: bool = False
-    unread: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     is_slow: bool = False
 

@@ -113,6 +113,6 @@ SD3 = TinyFamily(
     call=_call,
     dressed=_dressed,
     reads_weights=True,
-    unread=("transformer_blocks.1.attn.add_q_proj",),  # the last block gives nothing for the text
+    unreached=("transformer_blocks.1.attn.add_q_proj",),  # the last block gives nothing for the text
     is_slow=True,
 )

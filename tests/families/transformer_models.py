@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiny_anima import ANIMA
+from tiny_chroma import CHROMA
 from tiny_ernie_image import ERNIE_IMAGE
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
 from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
+from tiny_qwen_image import QWEN_IMAGE
 from tiny_sd3 import SD3
 from tiny_z_image import Z_IMAGE
 
@@ -53,5 +55,7 @@ TINY: dict[str, TinyFamily] = {
     "anima": ANIMA,
     "sd3": SD3,
     "lumina2": LUMINA2,
+    "qwen-image": QWEN_IMAGE,
+    "chroma": CHROMA,
 }
 """Small models by the name of their family."""

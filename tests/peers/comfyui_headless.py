@@ -97,6 +97,8 @@ def denoise(
     extra: dict[str, Any] = {} if pooled is None else {"y": pooled, "guidance": guidance}
     if type(denoiser).__name__ == "NextDiT":  # Z-Image: as comfy.model_base.Lumina2.extra_conds counts them
         extra["num_tokens"] = context.shape[1]
+    if type(denoiser).__name__ == "Chroma":  # without guidance in the conditioning
+        extra["guidance"] = torch.zeros(len(x))
     if time_ids is not None:  # as comfy.model_base.SDXL.encode_adm puts them together
         extra = {"y": torch.cat((pooled, Timestep(256)(time_ids.flatten()).reshape(len(x), -1)), dim=1)}
     if t5xxl_ids is not None and t5xxl_weights is not None:  # as comfy.model_base.Anima.extra_conds shapes them

@@ -4,15 +4,17 @@ ComfyUI 0.33 knows these families by released widths, and has some of them writt
 changes these numbers and no computation:
 
 - Sizes of heads are read from the file's norms of queries and keys: the numbers of heads and the axes of the rotary
-  embedding of Flux.1, Flux.2, Krea 2 (128 per head there) and Z-Image (recognised by a width of 3840, as Lumina 2 is).
+  embedding of Flux.1, Flux.2, Krea 2, Qwen-Image (128 per head there) and Z-Image (recognised by a width of 3840, as
+  Lumina 2 is).
 - Stable Diffusion XL is recognised by the width of its first level, of its text and of its other conditions, and by
   the number of transformer layers of each level; any UNet with other conditions than text is taken for it here.
 - A matrix has the file's shape where ComfyUI computes another one: the inner widths of MLPs (multiples of 256 in
   Z-Image, of 128 in Krea 2), Z-Image's time embedding. Krea 2 has two text blocks of either kind there, and as many as
   the file has here.
-- Text encoders: Qwen3 is known by a width of 2560 or (Anima) 1024, Qwen3-VL by its vision tower, which is left out of
-  the files and small here. Widths and layers of T5, CLIP-L, Qwen3 and Ministral come from the file, the sizes of
-  Qwen3's heads too.
+- Chroma has as many rows of modulation as its blocks need, and not 344.
+- Text encoders: Qwen3 is known by a width of 2560 or (Anima) 1024, Qwen2.5-VL by that of its keys, Qwen3-VL by its
+  vision tower. Such towers are left out of the files and small here. Widths and layers of T5, CLIP-L, Qwen and
+  Ministral come from the file, the sizes of Qwen3's heads too.
 - ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
 - Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
 - Stable Diffusion 3 fills the states of its CLIPs up to T5's width of 4096, here to that of the file.
@@ -25,6 +27,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 from unittest import mock
 
@@ -36,6 +39,7 @@ __all__ = ["load_autoencoder", "load_encoders", "taken_small"]
 
 _CLIP, _T5 = "text_model.encoder.layers.", "encoder.block."
 _GEMMA_HEAD = 256
+_CHROMA_ROWS = 344  # of modulation, for 19 and 38 blocks
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
@@ -69,6 +73,8 @@ def taken_small() -> Iterator[None]:
     def loaded(self: Any, state_dict: dict[str, Tensor], prefix: str = "", **options: Any) -> Any:
         shapes = {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in state_dict.items()}
         _fit(self.diffusion_model, shapes)
+        if type(self.diffusion_model).__name__ == "Chroma":
+            _count_modulation(self.diffusion_model)
         return load(self, state_dict, prefix, **options)
 
     def small_adapter(**options: Any) -> Any:
@@ -88,6 +94,7 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     import comfy.text_encoders.llama as llama
     import comfy.text_encoders.long_clipl as long_clipl
     import comfy.text_encoders.qwen3vl as qwen3vl
+    import comfy.text_encoders.qwen_vl as qwen_vl
 
     each = [_shapes(file) for file in files]
     shapes = {name: size for one in each for name, size in one.items()}
@@ -114,14 +121,18 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
             own = {name.removeprefix(start): size for name, size in shapes.items()}
             is_gemma = "layers.0.post_feedforward_layernorm.weight" in own
             head = own.get("layers.0.self_attn.q_norm.weight", (0,))[0]
-            kind = "gemma_2_2b" if is_gemma else "ministral3_3b"
-            if head and start != "model.":
+            kind, assumed = "ministral3_3b", llama.Ministral3_3BConfig.head_dim
+            if is_gemma:
+                kind, assumed = "gemma_2_2b", _GEMMA_HEAD
+            elif "layers.0.self_attn.k_proj.bias" in own:
+                kind, head = "qwen25_7b", 128
+                stack.enter_context(mock.patch.object(qwen_vl, "Qwen2VLVisionTransformer", _no_vision))
+            elif head and start != "model.":
                 kind = "qwen3vl_4b"
             elif head:
                 kind = "qwen3_06b" if clip_type == "stable_diffusion" else "qwen3_4b"
-            assumed = _GEMMA_HEAD if is_gemma else llama.Ministral3_3BConfig.head_dim
             options[f"{'gemma2_2b' if is_gemma else kind}_model_config"] = _language_model(own, head or assumed)
-            if head or is_gemma:
+            if kind != "ministral3_3b":
                 for config in (llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
                     stack.enter_context(mock.patch.object(config, "head_dim", head or config.head_dim))
                 stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
@@ -179,11 +190,21 @@ def load_autoencoder(file: Path) -> Any:
 def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What ComfyUI would have detected of a model of the released proportions."""
     kind = config.get("image_model")  # none in UNets
-    if kind in ("flux", "flux2"):
+    if kind in ("flux", "flux2", "chroma"):
         norm = "double_blocks.0.img_attn.norm.key_norm."
         head = shapes.get(f"{norm}scale", shapes.get(f"{norm}weight", (0,)))[0]
         axes = [head // 4] * 4 if kind == "flux2" else [head // 8, 7 * head // 16, 7 * head // 16]
-        return {"axes_dim": axes, "num_heads": config["hidden_size"] // head}
+        approximator = "distilled_guidance_layer."
+        own = (
+            {}
+            if kind != "chroma"
+            else {
+                "hidden_dim": shapes[f"{approximator}in_proj.weight"][0],
+                "out_dim": shapes[f"{approximator}out_proj.weight"][0],
+                "n_layers": _count(shapes, f"{approximator}layers."),
+            }
+        )
+        return {"axes_dim": axes, "num_heads": config["hidden_size"] // head, **own}
     if kind == "lumina2" and "cap_pad_token" in shapes:
         head = shapes["layers.0.attention.q_norm.weight"][0]
         heads = config["dim"] // head
@@ -216,6 +237,14 @@ def _sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
             "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0,
             "n_refiner_layers": len({name.split(".")[1] for name in shapes if name.startswith("noise_refiner.")}),
         }  # fmt: skip
+    if kind == "qwen_image":
+        head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+        return {
+            "attention_head_dim": head,
+            "num_attention_heads": shapes["img_in.weight"][0] // head,
+            "joint_attention_dim": shapes["txt_norm.weight"][0],
+            "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
+        }
     if kind == "krea2":
         head = shapes["blocks.0.attn.qknorm.qnorm.scale"][0]
         text = "txtfusion.layerwise_blocks.0.attn."
@@ -255,6 +284,17 @@ def _fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 setattr(layer, leaf, nn.Parameter(tensor.new_empty(size), requires_grad=False))
 
 
+def _count_modulation(denoiser: Any) -> None:
+    """As many rows of modulation as the blocks need."""
+    forward, parameters = type(denoiser).forward_orig, denoiser.params
+    rows = 3 * parameters.depth_single_blocks + 12 * parameters.depth + 2
+    constants = tuple(rows if one == _CHROMA_ROWS else one for one in forward.__code__.co_consts)
+    counted = FunctionType(
+        forward.__code__.replace(co_consts=constants), forward.__globals__, None, forward.__defaults__
+    )
+    denoiser.forward_orig = MethodType(counted, denoiser)
+
+
 def _clip(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Settings of a CLIP, which ComfyUI passes on under the name of the encoder."""
     width, inner = shapes[f"{_CLIP}0.mlp.fc2.weight"]
@@ -287,6 +327,10 @@ def _t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_heads": heads,
         "num_layers": _count(shapes, _T5),
     }
+
+
+def _no_vision(**_: Any) -> nn.Module:
+    return nn.Identity()
 
 
 def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Every kind of LoRA in `lora_cases.py` is saved in every layout, for each family, and loaded by each program. Each cell
 is `applied / modules` as measured, and the relative difference between that program's answer and ours. diffusers reads
-kohya's Flux files at the real width alone, so that Flux is loaded there into one block of either kind at that width.
+kohya's Flux files at the real width alone, so that Flux and Chroma are loaded there into one block of either kind at
+that width.
 
 The transformers of `TRANSFORMERS` are small, and most without sd-scripts, which has no such models;
 `comfyui_small.py` says what of ComfyUI is set aside for their widths.
@@ -41,6 +42,7 @@ from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+RELEASED_WIDTHS = ("flux1", "chroma")
 FAMILIES = ("sd1", "sdxl", "flux1", *TRANSFORMERS)
 # Which loaders can be asked for a layout at all; the others' programs have no way to open it.
 READERS = {"peft": ("ours", "PEFT"), "": ("ours", "diffusers", "LyCORIS", "ComfyUI", "sd-scripts")}
@@ -121,11 +123,10 @@ def _saved(lora: Lora, start: Path) -> tuple[dict[str, Path], dict[str, LoraErro
 def _shapes(family: str) -> dict[str, tuple[str, ...]]:
     """Model shapes of a family, and who loads into each."""
     everyone = ("ours", "diffusers", "PEFT", "LyCORIS", "ComfyUI", "sd-scripts")
-    if family in TRANSFORMERS and family not in IN_SD_SCRIPTS:
-        return {family: tuple(one for one in everyone if one != "sd-scripts")}
-    if family != "flux1":
-        return {family: everyone}
-    return {"flux1": tuple(one for one in everyone if one != "diffusers"), "flux1-wide": ("diffusers",)}
+    without = {"diffusers"} if family in RELEASED_WIDTHS else set()
+    without |= {"sd-scripts"} if family in TRANSFORMERS and family not in IN_SD_SCRIPTS else set()
+    wide = {f"{family}-wide": ("diffusers",)} if family in RELEASED_WIDTHS else {}
+    return {family: tuple(one for one in everyone if one not in without), **wide}
 
 
 def _line(load: Any, model: Model, path: Path, given: Any, wanted: set[str], expected: torch.Tensor) -> dict[str, Any]:

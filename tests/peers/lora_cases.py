@@ -14,6 +14,7 @@ import models
 import torch
 from safetensors.torch import save_file
 from text_encoders import WIDTH
+from tiny_chroma import chroma_denoiser, chroma_names
 from torch import Tensor
 from trained_models import TRAINED, Trained
 
@@ -40,20 +41,26 @@ __all__ = [
     "inputs",
 ]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3")
+TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma")
 """Families whose small models are those of `transformer_models.py`."""
 
-IN_SD_SCRIPTS = ("anima", "sd3")
+IN_SD_SCRIPTS = ("anima", "sd3", "chroma")
 """Those of them that sd-scripts has too."""
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
 """One block of either kind at Flux.1's real width, which diffusers' reader of kohya's names takes for granted."""
+
+CHROMA_WIDE = Trained(
+    lambda: chroma_names(chroma_denoiser(heads=24, head=128, axes=(16, 56, 56))), TRAINED["chroma"].channels, 32
+)
+"""The same of Chroma."""
 
 SHAPES: Mapping[str, models.UNetShape | models.FluxShape | Trained] = {
     "sd1": models.SD1_TINY,
     "sdxl": models.SDXL_NARROW,
     "flux1": models.FLUX_TINY,
     "flux1-wide": FLUX_WIDE,
+    "chroma-wide": CHROMA_WIDE,
     **{family: TRAINED[family] for family in TRANSFORMERS},
 }
 
@@ -99,16 +106,9 @@ CASES: Mapping[str, Case] = {
         "LoRA",
         targets="all",
         differences=True,
-        families=(
-            "sd1",
-            "sdxl",
-            "flux1",
-            "z-image",
-            "krea2",
-            "ernie-image",
-            "anima",
-            "sd3",
-        ),  # no layer of Flux.2 has a bias
+        families=(  # no layer of Flux.2 has a bias
+            *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma"),
+        ),
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
     "dora-output": Case("DoRA, per output", "LoRA", dora="output"),

@@ -27,6 +27,8 @@ _FAMILIES = {
     "ernie-image": "ERNIE-Image",
     "anima": "Anima",
     "sd3": "Stable Diffusion 3.5",
+    "qwen-image": "Qwen-Image",
+    "chroma": "Chroma",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")
@@ -46,10 +48,10 @@ where the two differ by more than a thousandth, the cell says by how much.
 - sd-scripts is its own network (`networks.lora`, `lora_flux`, `lora_sd3`, `lora_anima`); it loads the other algorithms
   with LyCORIS.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
-- Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
-  real width alone and is measured there, on one block of either kind.
+- Flux and Chroma: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of
+  them at the real width alone and is measured there, on one block of either kind.
 - The newer transformers are measured on small models of narrow widths, which ComfyUI is made to accept. Their fused
-  layers count as one as well. Of these, sd-scripts has Stable Diffusion 3.5 and Anima alone; its sister project
+  layers count as one as well. Of these, sd-scripts has Stable Diffusion 3.5, Anima and Chroma alone; its sister project
   musubi-tuner was not measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.

@@ -39,9 +39,9 @@ How ComfyUI 0.33 computes them
       size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
-    - Z-Image, Flux.2 klein and Krea 2: as Flux, without guidance and pooled; sigma is 3/(3 + 1/(1 − u) − 1) for
-      Z-Image, and with exponents 2.02 and 1.15 for the other two. klein's text is filled up to 512 tokens with zeros
-      from the left.
+    - Z-Image, Flux.2 klein, Krea 2, Qwen-Image and Chroma: as Flux, without guidance and pooled; sigma is
+      3/(3 + 1/(1 − u) − 1) for Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is
+      filled up to 512 tokens with zeros from the left.
     - ERNIE-Image: as Z-Image, but the network sees 1000 times sigma.
     - Anima: as Z-Image. Its conditioning carries the prompt's T5 tokens and their weights, which the adapter and then
       each of its rows get; the adapter is trained too. ComfyUI 0.33 cannot train it: norms and rotary positions are one
@@ -73,6 +73,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,6 +111,8 @@ def main() -> None:
             _train(patcher, inputs, start=start, learning_rate=rate, seed=NOISE_SEED)
             for start, rate in ((models.fresh_start, LEARNING_RATE), (models.random_start, 0.0))
         )
+    for run in (fresh, random):
+        _fill_unreached(run, trained.unreached)
     tensors |= _draws(fresh, random) | _results(fresh, random)
     metadata = {
         "comfyui": comfyui_headless.version(),
@@ -276,6 +279,13 @@ def _rotations_have_gradients() -> Iterator[None]:
         mock.patch.object(kitchen, "rms_rope_split_half", rope.rms_rope_split_half),
     ):
         yield
+
+
+def _fill_unreached(run: _Run, patterns: tuple[str, ...]) -> None:
+    """Gradients of zero for tensors of modules that no prediction depends on."""
+    for key, shape in run.shapes.items():
+        if key not in run.gradients and any(fnmatch(key, f"diffusion_model.{one}.*") for one in patterns):
+            run.gradients[key] = torch.zeros(shape)
 
 
 def _draws(fresh: _Run, random: _Run) -> dict[str, Tensor]:

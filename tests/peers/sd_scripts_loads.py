@@ -4,10 +4,10 @@
         LORA=REFERENCE ...
 
 MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
-network wraps, a Stable Diffusion XL UNet of any width, Flux.1, Stable Diffusion 3 or Anima, which run in sd-scripts' own
-models. Layers of text encoders that a LoRA has something for are counted, and not run. The rest, and what is printed,
-is described in `load_report.py`. Needs torch, diffusers and transformers, for the transformers einops, for Anima
-torchvision.
+network wraps, a Stable Diffusion XL UNet of any width, Flux.1, Chroma, Stable Diffusion 3 or Anima, which run in
+sd-scripts' own models. Layers of text encoders that a LoRA has something for are counted, and not run. The rest, and
+what is printed, is described in `load_report.py`. Needs torch, diffusers and transformers, for the transformers einops,
+for Anima torchvision.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def main() -> None:
     arguments = parser(__doc__, "sd-scripts").parse_args()
     network = sd_scripts_headless.boot(arguments.sd_scripts)
     tensors = load_file(str(arguments.checkpoint))
-    if "double_blocks.0.img_attn.qkv.weight" in tensors:
+    if "distilled_guidance_layer.in_proj.weight" in tensors:
+        network, model, denoise = importlib.import_module("networks.lora_flux"), _chroma(tensors), _chroma_answer
+        family = "chroma"
+    elif "double_blocks.0.img_attn.qkv.weight" in tensors:
         network, model, denoise = importlib.import_module("networks.lora_flux"), _flux(tensors), _flux_answer
         family = "flux1"
     elif "llm_adapter.embed.weight" in tensors:
@@ -124,9 +128,6 @@ def _flux(tensors: dict[str, Tensor]) -> nn.Module:
     """sd-scripts' Flux of the sizes that the tensors have."""
     from library.flux_models import Flux, FluxParams
 
-    def blocks(kind: str) -> int:
-        return 1 + max(int(match[1]) for key in tensors if (match := re.match(rf"{kind}\.(\d+)\.", key)))
-
     hidden, channels = tensors["img_in.weight"].shape
     head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
     with torch.device("meta"):
@@ -138,8 +139,8 @@ def _flux(tensors: dict[str, Tensor]) -> nn.Module:
                 hidden_size=hidden,
                 mlp_ratio=4.0,
                 num_heads=hidden // head,
-                depth=blocks("double_blocks"),
-                depth_single_blocks=blocks("single_blocks"),
+                depth=_blocks(tensors, "double_blocks"),
+                depth_single_blocks=_blocks(tensors, "single_blocks"),
                 axes_dim=[head // 8, 7 * head // 16, 7 * head // 16],
                 theta=10_000,
                 qkv_bias=True,
@@ -150,9 +151,52 @@ def _flux(tensors: dict[str, Tensor]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _blocks(tensors: dict[str, Tensor], kind: str) -> int:
+    return 1 + max(int(match[1]) for key in tensors if (match := re.match(rf"{kind}\.(\d+)\.", key)))
+
+
+def _chroma(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' Chroma of the sizes that the tensors have."""
+    from library.chroma_models import Chroma, chroma_params
+
+    head = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
+    hidden = tensors["img_in.weight"].shape[0]
+    approximated = tensors["distilled_guidance_layer.in_proj.weight"].shape
+    model: nn.Module = Chroma(
+        replace(
+            chroma_params,
+            hidden_size=hidden,
+            context_in_dim=tensors["txt_in.weight"].shape[1],
+            num_heads=hidden // head,
+            depth=_blocks(tensors, "double_blocks"),
+            depth_single_blocks=_blocks(tensors, "single_blocks"),
+            axes_dim=[head // 8, 7 * head // 16, 7 * head // 16],
+            approximator_in_dim=approximated[1],
+            approximator_hidden_size=approximated[0],
+            approximator_depth=_blocks(tensors, r"distilled_guidance_layer\.layers"),
+        )
+    )
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _chroma_answer(chroma: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    ones = torch.ones(context.shape[:2])
+    return _flux_answer(
+        chroma, x=x, timestep=timestep, context=context, pooled=None, guidance=0 * timestep, txt_attention_mask=ones
+    )
+
+
 @torch.no_grad()
 def _flux_answer(
-    flux: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor
+    flux: nn.Module,
+    *,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    pooled: Tensor | None,
+    guidance: Tensor,
+    **more: Tensor,
 ) -> Tensor:
     """Latents are packed 2×2 into tokens, each at its place (0, row, column)."""
     batch, channels, height, width = x.shape
@@ -166,6 +210,7 @@ def _flux_answer(
         timesteps=timestep,
         y=pooled,
         guidance=guidance,
+        **more,
     )
     answer: Tensor = (
         output.unflatten(1, (height // 2, width // 2)).unflatten(3, (channels, 2, 2)).permute(0, 3, 1, 4, 2, 5)

@@ -34,6 +34,7 @@ class Trained:
         sizes: two rows of size conditioning for the bare denoiser; in training it is the default, of pictures neither
             scaled nor cropped.
         tokens: number of T5 tokens beside the context, 0 for none.
+        unreached: patterns of modules that have no gradient, because their output is no part of a prediction.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
     """
 
@@ -46,6 +47,7 @@ class Trained:
     size: tuple[int, int] = (16, 8)
     sizes: tuple[tuple[int, ...], ...] = ()
     tokens: int = 0
+    unreached: tuple[str, ...] = ()
     padded: int = 0
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
@@ -104,4 +106,6 @@ TRAINED: Mapping[str, Trained] = {
     "anima": Trained(_anima, (16, 1), 32, tokens=5),
     "lumina2": Trained(TINY["lumina2"].denoiser_tensors, (16,), 32),
     "sd3": Trained(TINY["sd3"].denoiser_tensors, (16,), 64, pooled=64, times=(900.0, 200.0)),
+    "chroma": Trained(TINY["chroma"].denoiser_tensors, (16,), 32),
+    "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
 }

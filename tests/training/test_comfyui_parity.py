@@ -97,7 +97,9 @@ def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[fl
     for path, adapter in adapters.items():
         place = names.denoiser[path]
         for name, suffix in (("down", "lora_down.weight"), ("up", "lora_up.weight")):
-            gradients[f"{path}|{place.path}|{suffix}"] = getattr(adapter, name).grad.flatten(1)
+            matrix = getattr(adapter, name)
+            gradient = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
+            gradients[f"{path}|{place.path}|{suffix}"] = gradient.flatten(1)
     return loss.item(), gradients
 
 

@@ -37,7 +37,15 @@ from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.clip_text import encode_prompt
-from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
+from lorasmith.families.parts.flux_layout import (
+    ATTENTION,
+    FEED_FORWARD,
+    attention_arguments,
+    image_positions,
+    in_double_block,
+    in_single_block,
+    rope_axes,
+)
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
@@ -45,13 +53,11 @@ from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["Flux", "outputs_zeroed"]
 
-_ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
-_MLP = ("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*", "*.proj_mlp", "*blocks.*.proj_out")
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, *_MLP)),
-    "transformer": TargetPreset((*_ATTENTION, *_MLP, *_MODULATION)),
+    "attention": TargetPreset(ATTENTION),
+    "attention+ff": TargetPreset((*ATTENTION, *FEED_FORWARD)),
+    "transformer": TargetPreset((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
     "all-linear": TargetPreset(("*",), linear_only=True),
     "all": TargetPreset(("*",)),
 }
@@ -71,16 +77,10 @@ _TOP = {
 }
 _DOUBLE = {
     **flux_layout.DOUBLE_ATTENTION,
+    **flux_layout.DOUBLE_FEED_FORWARD,
     "norm1.linear": "img_mod.lin",
     "norm1_context.linear": "txt_mod.lin",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
 }
-_SINGLE = {**flux_layout.SINGLE_NORMS, "norm.linear": "modulation.lin", "proj_out": "linear2"}
-# Position of each split module among the rows of the fused tensor.
-_SINGLE_FUSED = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
 # XLabs' trainer puts LoRAs into attention processors; stream 1 of a double block is the picture's, 2 the text's.
 _XLABS = {
     ("double_blocks", "qkv_lora1"): ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -249,7 +249,7 @@ class Flux(Family):
                 pooled_projections=conditioning.tensors["pooled"],
                 encoder_hidden_states=context,
                 txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
-                img_ids=_positions(height // 2, width // 2, latents.device),
+                img_ids=image_positions(height // 2, width // 2, latents.device),
                 joint_attention_kwargs=attention_arguments(conditioning.mask, height // 2 * (width // 2)),
                 return_dict=False,
             )[0]
@@ -291,8 +291,7 @@ def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "joint_attention_dim": shapes["txt_in.weight"][1],
         "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
         "guidance_embeds": flux_layout.GUIDANCE in shapes,
-        # 16, 56, 56 for the released head width of 128, in the same proportion for others.
-        "axes_dims_rope": (head // 8, 7 * head // 16, 7 * head // 16),
+        "axes_dims_rope": rope_axes(head),
     }
 
 
@@ -312,17 +311,9 @@ def _original(path: str, hidden: int, transformer: Any) -> OriginalName:
     kind, index, rest = path.split(".", 2)
     if kind == "transformer_blocks":
         return in_double_block(index, rest, hidden, _DOUBLE)
-    if rest in _SINGLE_FUSED:
-        start = _SINGLE_FUSED[rest] * hidden
-        rows = transformer.get_submodule(path).weight.shape[0]
-        return OriginalName(f"single_blocks.{index}.linear1", rows=(start, start + rows))
-    return OriginalName(f"single_blocks.{index}.{_SINGLE[rest]}")
-
-
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens."""
-    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
+    if rest == "norm.linear":
+        return OriginalName(f"single_blocks.{index}.modulation.lin")
+    return in_single_block(index, rest, hidden, transformer.get_submodule(path).weight.shape[0])
 
 
 register(Flux(), "flux")

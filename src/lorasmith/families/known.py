@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 from lorasmith.families import (  # noqa: F401  (register themselves)
     anima,
+    chroma,
     ernie_image,
     flux,
     flux2,
     krea2,
     lumina2,
+    qwen_image,
     sd3,
     sdxl,
     stable_diffusion,
@@ -35,11 +37,10 @@ __all__ = ["looks_like"]
 _PART = "one part of a diffusers model (give the folder that has its model_index.json instead)"
 # What a denoiser's tensor names begin with → architecture.
 _SIGNS = {
-    "distilled_guidance_layer.": "Chroma",
+    "nerf_blocks.": "Chroma Radiance",
     "cap_embedder.": "Lumina",
     "head.modulation": "Wan",
     "t_embedding_norm.": "Cosmos-Predict2",
-    "txt_norm.": "Qwen-Image",
     "down_blocks.": _PART,
     "time_embed.t_embedder.": _PART,
     "single_transformer_blocks.": _PART,
@@ -48,12 +49,9 @@ _SIGNS = {
 _UNET_INPUTS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
 # Width of its text conditioning.
 _UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner"}
-_QWEN_DEEP = r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj"  # Flux.1 has 19 blocks of this kind, Qwen-Image 60
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
 SIGNATURES += [
-    Signature("Qwen-Image", r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)", order=2),
-    Signature("Qwen-Image", _QWEN_DEEP, 3072, order=3),
     Signature("Lumina", _NEXT_DIT, order=5),
     Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
 ]

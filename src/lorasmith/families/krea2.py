@@ -34,6 +34,7 @@ from lorasmith.families.files.original_weights import block_count, module_paths,
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
@@ -42,12 +43,6 @@ from lorasmith.formats.names.recognise import DENOISER_START, Signature
 __all__ = ["Krea2"]
 
 _LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
-_SYSTEM = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-_SYSTEM_TOKENS = 34  # encoded, but not seen by the denoiser
 _MU = 1.15  # ComfyUI's shift for KSampler
 _RESOLUTION_SHIFT = ResolutionShift(patches=(256, 6400))  # Krea2Pipeline's for Raw
 _DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
@@ -207,14 +202,12 @@ class Krea2(Family):
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
-        # A prompt with control tokens is a whole chat already.
-        said = literal_text(text, encoding)
-        chat = said if said.startswith("<|im_start|>") else f"{_SYSTEM}{said}{_ANSWER}"
-        ids = tokenizer(chat).input_ids
+        ids = tokenizer(chat_of(literal_text(text, encoding))).input_ids
+        start = seen_from(tokenizer, ids)
         if encoding.lengths == "diffusers":
-            answer = tokenizer(_ANSWER).input_ids
-            ids = [*tokenizer(_SYSTEM + text).input_ids[: 512 + _SYSTEM_TOKENS - len(answer)], *answer]
-        return Conditioning({"context": hidden_states(encoder, ids, _LAYERS)[:, _SYSTEM_TOKENS:].flatten(2)}, text)
+            answer, start = tokenizer(ANSWER).input_ids, SYSTEM_TOKENS
+            ids = [*tokenizer(SYSTEM + text).input_ids[: 512 + SYSTEM_TOKENS - len(answer)], *answer]
+        return Conditioning({"context": hidden_states(encoder, ids, _LAYERS)[:, start:].flatten(2)}, text)
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         config: Any = denoiser.config

@@ -93,7 +93,7 @@ def describe(path: Path) -> LoraSummary:
         path=path,
         size_bytes=sum(file.stat().st_size for file in files),
         layouts={name: count for name, layout in LAYOUTS.items() if (count := layout.detects(tensors))},
-        family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}),
+        family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata),
         components=_counted(component_of(base) for base in groups),
         layers=_counted(kind_of(base) for base in groups),
         algorithms=_counted(module.adapter.algorithm if module.adapter else "difference" for module in whole.values()),

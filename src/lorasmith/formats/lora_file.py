@@ -354,7 +354,7 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
     groups = grouped(tensors)
     if not groups:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
-    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, state.metadata)
     looks = f"looks like a LoRA for {family}" if family else "is a LoRA for another kind of model"
     if not state.adapters and not state.differences:
         if unfit := all_assembled(tensors, {})[1]:

@@ -80,6 +80,8 @@ _TITLES = {
     "ernie_image": "ERNIE-Image on a folder of images and texts",
     "sd35": "Stable Diffusion 3.5 medium on a folder of images and texts",
     "lumina2": "Lumina 2 on a folder of images and texts",
+    "chroma": "Chroma on a folder of images and texts",
+    "qwen_image": "Qwen-Image on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
     "anima": "Anima on a folder of images and texts",
 }

@@ -116,6 +116,8 @@ _TITLES = {
     "ernie_image": "ERNIE-Image",
     "sd35": "Stable Diffusion 3.5",
     "lumina2": "Lumina 2",
+    "chroma": "Chroma",
+    "qwen_image": "Qwen-Image",
     "krea2": "Krea 2",
     "anima": "Anima",
 }

@@ -70,7 +70,7 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
     """
     source = Path(path)
     tensors, metadata = read_lora_tensors(source)
-    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     released = None if family is None else released_names(family)
     names = released if model is None else open_model(model).names
     found = findings_of(tensors, metadata, names, is_model_sure=model is not None)

@@ -121,7 +121,7 @@ def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[Adapter
         names = open_model(model).names
         return load_lora(source, names), names
     tensors, metadata = read_lora_tensors(source)
-    names = _released(source, tensors)
+    names = _released(source, tensors, metadata)
     state = state_from_tensors(tensors, metadata, names)
     if not state.adapters and not state.differences:
         raise LoraError(
@@ -130,9 +130,9 @@ def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[Adapter
     return state, names
 
 
-def _released(path: Path, tensors: Mapping[str, Tensor]) -> ModelNames:
+def _released(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ModelNames:
     """Names of the released model of the recognised family. Raises LoraError if none is recognised."""
-    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     names = None if family is None else released_names(family)
     if names is None:
         looks = f"looks like a LoRA for {family}, whose names are" if family else "is for a model whose names are"

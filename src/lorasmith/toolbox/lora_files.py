@@ -88,7 +88,7 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
     counts = {name: layout.detects(tensors) for name, layout in LAYOUTS.items()}
     layout = max(counts, key=lambda name: counts[name])
-    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     if names is not None:
         state = lora_of_tensors(path, tensors, metadata, names)
         refs = dict.fromkeys((*state.adapters, *state.differences))

@@ -109,7 +109,8 @@ class Lora:
         refuse_non_finite(path, tensors)
         if not grouped(tensors):
             raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
-        assumed = released_names(guessed_family({key: tuple(one.shape) for key, one in tensors.items()}) or "")
+        shapes = {key: tuple(one.shape) for key, one in tensors.items()}
+        assumed = released_names(guessed_family(shapes, metadata) or "")
         state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
         if assumed is not None:
             state = state_from_tensors(tensors, metadata, assumed)

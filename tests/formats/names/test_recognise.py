@@ -42,6 +42,23 @@ def test_families(base: str, width: int, family: str | None) -> None:
         assert guessed_family({f"{base}.{suffix}": (4, width)}) == family
 
 
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"ss_base_model_version": "chroma"}, "Chroma"),
+        ({"modelspec.architecture": "chroma/lora"}, "Chroma"),
+        ({"modelspec.architecture": "Chroma"}, "Chroma"),
+        ({"ss_base_model_version": "flux1"}, "Flux.1"),
+        ({}, "Flux.1"),
+    ],
+)
+def test_metadata_tell_families_of_the_same_names_apart(metadata: dict[str, str], family: str) -> None:
+    for base in ("lora_unet_double_blocks_0_img_attn_qkv", "transformer.single_transformer_blocks.0.attn.to_q"):
+        assert guessed_family({f"{base}.lora_down.weight": (4, 3072)}, metadata) == family
+    own = "lora_unet_distilled_guidance_layer_layers_0_in_layer.lora_down.weight"
+    assert guessed_family({own: (4, 5120)}, {}) == "Chroma"
+
+
 def test_width_may_be_shown_by_any_module() -> None:
     unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn{}_to_k.lora_down.weight"
     assert guessed_family({unet.format(1): (4, 320), unet.format(2): (4, 768)}) == "Stable Diffusion 1.x"

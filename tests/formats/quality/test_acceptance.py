@@ -67,8 +67,8 @@ WITHOUT_TRAINERS = {"ours", "diffusers", "ComfyUI"}
 @pytest.mark.parametrize(
     ("family", "programs"),
     [
-        *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1")),
-        ("flux2-klein", EVERYONE - {"sd-scripts"}),
+        *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1", "chroma")),
+        *((family, EVERYONE - {"sd-scripts"}) for family in ("flux2-klein", "qwen-image")),
         *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2", "ernie-image", "anima", "sd3")),
     ],
 )

@@ -1,4 +1,4 @@
-"""What Flux.1 and Flux.2 share: names of their blocks in the original layout, and the mask of joint attention."""
+"""What Flux.1, Flux.2 and Chroma share: names of blocks in the original layout, positions, masks of joint attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ from torch import Tensor
 
 from lorasmith.formats.names.model_names import OriginalName
 
-__all__ = ["DOUBLE_ATTENTION", "GUIDANCE", "KEY_NORM", "SINGLE_NORMS", "TOP", "attention_arguments", "in_double_block"]
+__all__ = [
+    "ATTENTION",
+    "DOUBLE_ATTENTION",
+    "DOUBLE_FEED_FORWARD",
+    "FEED_FORWARD",
+    "GUIDANCE",
+    "KEY_NORM",
+    "SINGLE_NORMS",
+    "TOP",
+    "attention_arguments",
+    "image_positions",
+    "in_double_block",
+    "in_single_block",
+    "rope_axes",
+]
 
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm"
 """A norm as wide as an attention head."""
@@ -33,7 +47,20 @@ DOUBLE_ATTENTION = {
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
 }
+DOUBLE_FEED_FORWARD = {
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
 SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
+
+# Patterns of Flux.1's and Chroma's layers by diffusers' paths.
+ATTENTION = ("*transformer_blocks.*.attn.to_*", "*transformer_blocks.*.attn.add_*_proj")
+FEED_FORWARD = (
+    *("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*"),
+    *("*.proj_mlp", "*blocks.*.proj_out"),
+)
 
 # Position of each split module among the thirds of the fused tensor.
 _FUSED = {
@@ -59,6 +86,42 @@ def in_double_block(index: str, path: str, width: int, parts: Mapping[str, str])
         return OriginalName(f"double_blocks.{index}.{parts[path]}")
     fused, third = _FUSED[path]
     return OriginalName(f"double_blocks.{index}.{fused}", rows=(third * width, (third + 1) * width))
+
+
+# Position of each split module of Flux.1's single blocks among the rows of the fused tensor.
+_SINGLE_FUSED = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
+_SINGLE = {**SINGLE_NORMS, "proj_out": "linear2"}
+
+
+def in_single_block(index: str, path: str, width: int, rows: int) -> OriginalName:
+    """Place of a module of a single block of Flux.1, but for its modulation.
+
+    Args:
+        index: number of the block.
+        path: diffusers' path of the module in the block.
+        width: of the hidden states.
+        rows: of the module's weight.
+    """
+    if path in _SINGLE_FUSED:
+        start = _SINGLE_FUSED[path] * width
+        return OriginalName(f"single_blocks.{index}.linear1", rows=(start, start + rows))
+    return OriginalName(f"single_blocks.{index}.{_SINGLE[path]}")
+
+
+def rope_axes(head: int) -> tuple[int, int, int]:
+    """Axes of the rotary embedding: 16, 56, 56 for the released head width of 128, in proportion for others."""
+    return (head // 8, 7 * head // 16, 7 * head // 16)
+
+
+def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens.
+
+    Args:
+        rows, columns: of tokens.
+        device: of the result.
+    """
+    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
 
 
 def attention_arguments(mask: Tensor | None, pixels: int) -> dict[str, Any]:

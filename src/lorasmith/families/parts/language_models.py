@@ -1,6 +1,6 @@
 """Language models as text encoders, and prompts encoded with them.
 
-Qwen3, the text part of Qwen3-VL, Mistral, Ministral 3 and Gemma 2.
+Qwen3, the text parts of Qwen2.5-VL and Qwen3-VL, Mistral, Ministral 3 and Gemma 2.
 
 Prompts are put into a chat template, and hidden states of some layers are what the denoiser sees. Files hold the whole
 model; the head that predicts tokens and the parts for pictures are left out.
@@ -47,6 +47,7 @@ class LanguageModel(EncoderKind):
         is_width: whether a width of its states is this kind's, where nothing else in files tells kinds apart.
         has_output_norms: whether the outputs of attention and feed-forward networks have norms, as in Gemma 2.
         tokenizer: makes its tokenizer for the source of a file and the rows of its embedding.
+        has_bias: whether the projections of attention have biases.
         settings: of its configuration that shapes leave open.
         always: settings that hold for a diffusers folder too.
     """
@@ -63,6 +64,7 @@ class LanguageModel(EncoderKind):
         is_width: Callable[[int], bool] = lambda width: True,
         has_output_norms: bool = False,
         tokenizer: Callable[[TokenizerSource, int], Any] = lambda _source, _rows: qwen_tokenizer(),
+        has_bias: bool = False,
         settings: Mapping[str, Any],
         always: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
@@ -73,19 +75,21 @@ class LanguageModel(EncoderKind):
         self._is_width = is_width
         self._has_output_norms = has_output_norms
         self._tokenizer = tokenizer
+        self._has_bias = has_bias
         self._settings = {**settings, **always}
         self._always = dict(always)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         named = _language_part(shapes, self._prefixes)
         has_query_norm = self._head_width is None
-        has_output_norms = _GEMMA in named
-        return (
-            _AFTER_ATTENTION in named
-            and (_QUERY_NORM in named, has_output_norms) == (has_query_norm, self._has_output_norms)
-            and _BIAS not in named
-            and self._is_width(named[_AFTER_ATTENTION][0])
-        )
+        signs = {
+            _AFTER_ATTENTION: True,
+            _QUERY_NORM: has_query_norm,
+            _BIAS: self._has_bias,
+            _GEMMA: self._has_output_norms,
+        }
+        is_alike = all((name in named) == is_there for name, is_there in signs.items())
+        return is_alike and self._is_width(named[_AFTER_ATTENTION][0])
 
     def width(self, encoder: Any) -> int:
         return int(encoder.config.hidden_size)
@@ -104,7 +108,7 @@ class LanguageModel(EncoderKind):
         if source.config is None:
             config = config_class(**self._config(tensors), **source.settings)
         else:
-            config = config_class(**{**_language_config(source.config), **self._always})
+            config = config_class(**{**_text_config(source.config), **self._always})
 
         def make() -> nn.Module:
             model: nn.Module = model_class(config)
@@ -141,6 +145,15 @@ for _kind in (
         ("Qwen3Config", "Qwen3Model"),
         prefixes=("model.", ""),
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
+    ),
+    # Its text alone is Qwen2's: the axes of its rotary positions differ in pictures only.
+    LanguageModel(
+        "qwen25vl",
+        ("Qwen2Config", "Qwen2Model"),
+        prefixes=("model.", "model.language_model.", "language_model.model.", "language_model."),
+        head_width=128,
+        has_bias=True,
+        settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 128000},
     ),
     # Its text alone is Qwen3's with another base of the rotary positions.
     LanguageModel(
@@ -184,6 +197,21 @@ for _kind in (
     ENCODERS.register(_kind.name)(_kind)
 
 
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the language part, without what text as short as a prompt does not need.
+
+    Axes of rotary positions have the same numbers in text alone. Ministral scales queries beyond 16384 tokens.
+    """
+    given = dict(config.get("text_config", config))
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = given.get(name)
+        if isinstance(rope, Mapping) and "mrope_section" in rope:
+            given[name] = {"rope_type": "default", **{key: one for key, one in rope.items() if key == "rope_theta"}}
+        elif isinstance(rope, Mapping):
+            given[name] = {key: one for key, one in rope.items() if key != "llama_4_scaling_beta"}
+    return given
+
+
 def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
     """Tensors of the language part by transformers' names, without the head; empty if it has none of the prefixes."""
     wanted = ("embed_tokens.", "layers.", "norm.")
@@ -192,17 +220,6 @@ def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[
             cut = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
             return {name: one for name, one in cut.items() if name.startswith(wanted)}
     return {}
-
-
-def _language_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language part of a configuration, without a setting that transformers warns of.
-
-    Ministral scales queries beyond 16384 tokens (`llama_4_scaling_beta`), which no prompt reaches.
-    """
-    settings = dict(config.get("text_config", config))
-    if rotary := settings.get("rope_parameters"):
-        settings["rope_parameters"] = {key: one for key, one in rotary.items() if key != "llama_4_scaling_beta"}
-    return settings
 
 
 @contextlib.contextmanager

@@ -72,10 +72,12 @@ def encode_t5(
     min_tokens: int = 1,
     max_tokens: int | None = None,
     min_padding: int = 0,
+    hides_padding: bool = False,
+    empty_ends: bool = True,
 ) -> Tensor:
     """States after the last layer for one prompt, (1, tokens, width).
 
-    There is no mask: padding is encoded like text, and the length of the result is seen by the denoiser.
+    Without a mask padding is encoded like text. The denoiser sees the length of the result.
 
     Args:
         text: the prompt, with `(word:1.2)` weights.
@@ -84,14 +86,22 @@ def encode_t5(
         min_tokens: least length, filled with padding.
         max_tokens: greatest length, to which longer prompts are cut; None to cut none.
         min_padding: least number of padding tokens.
+        hides_padding: whether no token attends to padding.
+        empty_ends: whether the empty text, from which weights are counted, ends; else it is padding alone.
     """
     tokens = t5_tokens(text, tokenizer, min_tokens=min_tokens, max_tokens=max_tokens, min_padding=min_padding)
     rows = [[token for token, _ in tokens]]
     weighted = any(weight != 1.0 for _, weight in tokens)
     if weighted:
-        rows.append([tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (len(tokens) - 1)])
+        first = tokenizer.eos_token_id if empty_ends else tokenizer.pad_token_id
+        rows.append([first, *[tokenizer.pad_token_id] * (len(tokens) - 1)])
+    ids = torch.tensor(rows, device=device_of(encoder))
+    mask = torch.ones_like(ids)
+    if hides_padding:
+        ended = [token for token, _ in tokens].index(tokenizer.eos_token_id)
+        mask[:, ended + 1 :] = 0
     with torch.no_grad():
-        states: Tensor = encoder(input_ids=torch.tensor(rows, device=device_of(encoder))).last_hidden_state.float()
+        states: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
 
 

@@ -1,10 +1,11 @@
-"""The model family of a LoRA, recognised by names and shapes, without a model."""
+"""The model family of a LoRA, recognised by names, shapes and metadata, without a model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lorasmith.adapters.algorithms import algorithms
 from lorasmith.formats.names.prefixes import FLAT
@@ -24,6 +25,8 @@ class Signature:
         title: display name of the family.
         pattern: regular expression that finds the name of one of its modules, with underscores for dots.
         width: input width of this module; None for any.
+        architecture: how its metadata must call the architecture, for a family whose files have the names and widths of
+            another's; None for anything.
         order: signatures of a lower order are tried first; one that other families share gets a high one.
     """
 
@@ -31,20 +34,27 @@ class Signature:
     pattern: str
     width: int | None = None
     order: int = 0
+    architecture: str | None = None
 
 
 SIGNATURES: list[Signature] = []
 """Of every family that is registered (`families.base.register`) or known by name alone (`families.known`)."""
 
 
-def guessed_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def guessed_family(
+    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
     """Display name of the family, or None if no signature matches.
 
     Args:
         shapes: shape of each tensor by key.
+        metadata: of the file.
     """
+    said = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
     for sign in sorted(SIGNATURES, key=lambda one: (one.order, one.width is None)):
+        if sign.architecture is not None and sign.architecture not in said:
+            continue
         if any(re.search(sign.pattern, base) and sign.width in (None, width) for base, width in inputs.items()):
             return sign.title
     return None
@@ -63,6 +73,7 @@ def kind_of(base: str) -> str:
     return _UP_TO_KIND.sub("", base.replace(".", "_"))
 
 
+_ARCHITECTURE_KEYS = ("ss_base_model_version", "modelspec.architecture")
 _UP_TO_KIND = re.compile(rf"^.*(blocks|block|layers|attentions|resnets|samplers)_\d+_(\d+_)?|^({FLAT})")
 _BLOCK = re.compile(
     r"((?:down|up|input|output|double|single|joint)_blocks|(?:single_)?transformer_blocks|layers|blocks)[._](\d+)"

@@ -1,0 +1,273 @@
+"""Chroma (Lodestone Rock 2025): Flux.1 schnell without CLIP, with one network for the modulation of all blocks.
+
+The approximator (`distilled_guidance_layer`) makes the shifts, scales and gates of every block from time and the number
+of the block. Text is T5's, with its padding hidden: ComfyUI gives the tokens of the prompt alone, diffusers one token
+of padding more, as the model was trained. diffusers' pipeline has a mask of numbers, which attention adds instead of
+hiding anything; here it is boolean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import ModelError
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    check_even,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.parts import flux_layout
+from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.flux_layout import (
+    ATTENTION,
+    FEED_FORWARD,
+    image_positions,
+    in_double_block,
+    in_single_block,
+    rope_axes,
+)
+from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.t5_encoders import encode_t5
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import Signature
+
+__all__ = ["Chroma"]
+
+_TOKENS = 512  # ChromaPipeline's longest prompt
+# ComfyUI's shift for KSampler, which has no other setting for it; its template sets none (ModelSamplingAuraFlow at 1).
+_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(1.15))
+_APPROXIMATOR = "distilled_guidance_layer."
+
+_TARGETS = {
+    "attention": TargetPreset(ATTENTION),
+    "attention+ff": TargetPreset((*ATTENTION, *FEED_FORWARD)),
+    "transformer": TargetPreset(("*transformer_blocks.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+_IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
+_TOP = {path: name for path, name in flux_layout.TOP.items() if path != "norm_out.linear"}
+_DOUBLE = {**flux_layout.DOUBLE_ATTENTION, **flux_layout.DOUBLE_FEED_FORWARD}
+_IN_LAYER = {"linear_1": "in_layer", "linear_2": "out_layer"}
+_BLOCKS = r"(^|_)(double|single)_blocks_\d|(^|_)(single_)?transformer_blocks_\d"
+
+
+class Chroma(Family):
+    """Chroma1: Base and HD."""
+
+    name = "chroma"
+    title = "Chroma"
+    pipeline = "ChromaPipeline"
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://huggingface.co/lodestones/Chroma"
+    targets = _TARGETS
+    text_encoders = MappingProxyType(
+        {"text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))}
+    )
+    autoencoder = AutoencoderSlot(
+        "kl",
+        channels=16,
+        usual_file="ae.safetensors",
+        prefixes=("vae.", "first_stage_model."),
+        settings=FLUX_CONSTANTS,
+    )
+    clip_types = ("chroma",)
+    repeatable_context = False
+    distilled_names = ("flash",)
+    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    # Its blocks have the names and widths of Flux.1's.
+    lora_signatures = (
+        Signature(title, r"(^|_)distilled_guidance_layer_"),
+        Signature(title, _BLOCKS, architecture="chroma"),
+    )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        has_blocks = norm_name(flux_layout.KEY_NORM, shapes) in shapes and "img_in.weight" in shapes
+        return has_blocks and any(name.startswith(_APPROXIMATOR) for name in shapes)
+
+    def denoiser_class(self) -> type[nn.Module]:
+        from diffusers import ChromaTransformer2DModel
+
+        return ChromaTransformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
+        width, in_channels = shapes["img_in.weight"]
+        if in_channels != 64:
+            raise ModelError(
+                f"this Chroma variant takes {in_channels} input channels, but only text-to-image models with 64 are "
+                "supported"
+            )
+        hidden, approximated = shapes[f"{_APPROXIMATOR}in_proj.weight"]
+        return {
+            "in_channels": in_channels,
+            "num_layers": block_count(shapes, "double_blocks."),
+            "num_single_layers": block_count(shapes, "single_blocks."),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["txt_in.weight"][1],
+            "axes_dims_rope": rope_axes(head),
+            "approximator_num_channels": approximated,
+            "approximator_hidden_dim": hidden,
+            "approximator_layers": block_count(shapes, f"{_APPROXIMATOR}layers."),
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        config: Any = denoiser.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return {path: _original(path, width, denoiser) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return _DIFFUSION
+
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        return _DIFFUSION
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        config: Any = denoiser.config
+        constants = self.autoencoder.settings
+        return LatentFormat(
+            config.in_channels // 4, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"]
+        )
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=16,
+            learning_rate=1e-4,
+            targets="attention+ff",
+            guidance=3.5,  # ComfyUI's template
+            timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "chroma"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "chroma"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="kohya",
+            limits=ProgramLimits(
+                unknown_to_comfyui=(f"{_APPROXIMATOR}*",),
+                diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
+                sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder"),
+            ),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.joint_attention_dim)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        text = texts["text_encoder"]
+        if encoding.lengths == "diffusers":
+            context = encode_t5(text, tokenizer, encoder, max_tokens=_TOKENS, min_padding=1, hides_padding=True)
+            return Conditioning({"context": context[:, :_TOKENS]}, text)
+        context = encode_t5(
+            text,
+            tokenizer,
+            encoder,
+            min_tokens=encoding.min_tokens.get("t5xxl", 1),
+            min_padding=encoding.min_padding.get("t5xxl", 0),
+            empty_ends=False,
+        )
+        return Conditioning({"context": context}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 64, config.joint_attention_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        check_even(latents, self.title)
+        height, width = latents.shape[-2:]
+        context, mask = conditioning.tensors["context"], conditioning.mask
+        if mask is not None:
+            _let_padding_attend(denoiser)
+            mask = torch.cat((mask, mask.new_ones(len(mask), height // 2 * (width // 2))), dim=1)
+        prediction = denoiser(
+            hidden_states=packed_latents(latents),
+            encoder_hidden_states=context,
+            timestep=time.to(latents.dtype),
+            txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
+            img_ids=image_positions(height // 2, width // 2, latents.device),
+            attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return unpacked_latents(prediction, height, width)
+
+
+class _KeysHidden:
+    """A processor of attention whose mask hides keys alone.
+
+    diffusers' blocks forbid tokens of padding to attend to anything. Kernels differ in what they make of that, NaN
+    included, and a mask for each pair of tokens takes memory.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        if attention_mask is not None:
+            attention_mask = attention_mask.any(dim=-2, keepdim=True)
+        return self._processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+def _let_padding_attend(denoiser: nn.Module) -> None:
+    """Change the denoiser's attention for good: its blocks may be computed again after the prediction."""
+    for layer in denoiser.modules():
+        processor = getattr(layer, "processor", None)
+        if processor is not None and not isinstance(processor, _KeysHidden):
+            layer.processor = _KeysHidden(processor)  # type: ignore[assignment]
+
+
+def _original(path: str, width: int, transformer: nn.Module) -> OriginalName:
+    if path in _TOP:
+        return OriginalName(_TOP[path])
+    if path.startswith(_APPROXIMATOR):
+        stem, _, leaf = path.rpartition(".")
+        return OriginalName(f"{stem}.{_IN_LAYER.get(leaf, leaf)}")
+    kind, index, rest = path.split(".", 2)
+    if kind == "transformer_blocks":
+        return in_double_block(index, rest, width, _DOUBLE)
+    rows = transformer.get_submodule(path).weight.shape[0]  # type: ignore[index]
+    return in_single_block(index, rest, width, int(rows))
+
+
+register(Chroma(), "chroma1")

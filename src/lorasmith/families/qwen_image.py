@@ -1,0 +1,214 @@
+"""Qwen-Image (Alibaba 2025, arXiv:2508.02324): a rectified-flow transformer with a stream each for text and picture.
+
+Both streams keep weights of their own through all blocks and meet in joint attention. Text is the last state of
+Qwen2.5-VL. Files have the names of diffusers' class, so nothing is fused or renamed. The models of August and December
+2025 (`2512`) have the same tensors. Tokens of a picture are counted from its middle outwards: where a side has an odd
+number of them, the class of the authors counts from one further out than ComfyUI does, so buckets have even sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
+from lorasmith.families.base import (
+    AutoencoderSlot,
+    Conditioning,
+    Defaults,
+    Diffusion,
+    EncoderSlot,
+    Encoding,
+    Family,
+    LatentFormat,
+    TargetPreset,
+    TextEncoders,
+    check_even,
+    register,
+)
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.parts.flux_layout import rope_axes
+from lorasmith.families.parts.language_models import hidden_states
+from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
+from lorasmith.families.parts.prompt_weights import literal_text
+from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import Signature
+
+__all__ = ["QwenImage"]
+
+_TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another
+_MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1
+# scheduler_config.json of the released folder, and musubi-tuner's `qwen_shift`.
+_RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 0.9), patches=(256, 8192))
+_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+
+_ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
+_MLP = ("transformer_blocks.*.img_mlp.net.*", "transformer_blocks.*.txt_mlp.net.*")
+_TARGETS = {
+    "attention": TargetPreset(_ATTENTION),
+    "attention+ff": TargetPreset((*_ATTENTION, *_MLP)),
+    "transformer": TargetPreset(("transformer_blocks.*",), linear_only=True),
+    "all-linear": TargetPreset(("*",), linear_only=True),
+    "all": TargetPreset(("*",)),
+}
+# Tensors that other models of this architecture have besides → what these are.
+_VARIANTS = {
+    "__index_timestep_zero__": "Qwen-Image-Edit 2511, which edits pictures",
+    "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered, which draws several layers",
+}
+_WIDTH = 3072
+_POSITIONS = 4096  # of the rotary embedding; those of text follow half of the picture's longer side
+
+
+class QwenImage(Family):
+    """Qwen-Image and Qwen-Image 2512."""
+
+    name = "qwen-image"
+    title = "Qwen-Image"
+    pipeline = "QwenImagePipeline"
+    denoiser_folder = "transformer"
+    modelspec_implementation = "https://github.com/QwenLM/Qwen-Image"
+    civitai_name = "Qwen"
+    targets = _TARGETS
+    text_encoders = MappingProxyType(
+        {
+            "text_encoder": EncoderSlot(
+                "qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",)
+            )
+        }
+    )
+    autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
+    clip_types = ("qwen_image",)
+    repeatable_context = False
+    distilled_names = ("lightning", "distill", "turbo")
+    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    lora_signatures = (
+        Signature(title, r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)_", order=2),
+        # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
+        Signature(title, r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", _WIDTH, order=3),
+    )
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return "txt_norm.weight" in shapes and "transformer_blocks.0.img_mlp.net.0.proj.weight" in shapes
+
+    def denoiser_class(self) -> type[nn.Module]:
+        try:
+            from diffusers import QwenImageTransformer2DModel
+            from diffusers.models.transformers.transformer_qwenimage import (  # noqa: F401  the first that masks text
+                compute_text_seq_len_from_mask,
+            )
+        except ImportError as error:
+            raise ModelError(f"{self.title} needs diffusers 0.37 or newer; run: pip install -U diffusers") from error
+        return QwenImageTransformer2DModel  # type: ignore[no-any-return]
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        head = shapes[norm_name("transformer_blocks.0.attn.norm_q", shapes)][0]
+        width, in_channels = shapes["img_in.weight"]
+        variant = next((what for tensor, what in _VARIANTS.items() if tensor in shapes), None)
+        if variant is None and in_channels != 64:
+            variant = f"a variant with {in_channels} input channels"
+        if variant is not None:
+            raise ModelError(
+                f"this model is {variant}, but only text-to-image models with 64 input channels are supported; "
+                f"train on {self.title} or {self.title} 2512"
+            )
+        return {
+            "in_channels": in_channels,
+            "out_channels": shapes["proj_out.weight"][0] // 4,
+            "num_layers": block_count(shapes, "transformer_blocks."),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["txt_in.weight"][1],
+            "axes_dims_rope": rope_axes(head),
+        }
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        return {path: OriginalName(path) for path in module_paths(denoiser)}
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        return _DIFFUSION
+
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        return _DIFFUSION
+
+    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+        scale = tuple(1 / deviation for deviation in LATENT_STD)
+        return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
+
+    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        return Defaults(
+            resolution=1024,
+            pixel_multiple=32,  # an even number of tokens on each side
+            learning_rate=1e-4,  # ai-toolkit's; musubi-tuner's guide has 5e-5, OneTrainer's preset 3e-4
+            targets="attention+ff",  # musubi-tuner: all of the blocks but the modulation
+            guidance=4.0,  # QwenImagePipeline and ComfyUI's template
+            timestep_distribution="logit_normal",  # OneTrainer's preset
+        )
+
+    def kohya_version(self, parameterization: str) -> str:
+        return "qwen_image"
+
+    def modelspec_architecture(self, parameterization: str) -> str:
+        return "Qwen-Image"
+
+    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming="original",
+            peft_prefix="transformer",
+            portable="kohya",  # musubi-tuner's own, which reads no other without a conversion
+            limits=ProgramLimits(diffusers_refuses_others=True, sd_scripts_applies=None),
+        )
+
+    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
+        return {}
+
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        config: Any = denoiser.config
+        return int(config.joint_attention_dim)
+
+    def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
+        text = texts["text_encoder"]
+        ids = tokenizer(chat_of(literal_text(text, encoding))).input_ids
+        start = seen_from(tokenizer, ids)
+        if encoding.lengths == "diffusers":
+            ids, start = tokenizer(f"{SYSTEM}{text}{ANSWER}").input_ids[: SYSTEM_TOKENS + _TOKENS], SYSTEM_TOKENS
+        return Conditioning({"context": hidden_states(encoder, ids, [-1])[:, start:].flatten(2)}, text)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        config: Any = denoiser.config
+        return {"context": (1, 64, config.joint_attention_dim)}
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        check_even(latents, self.title)
+        height, width = latents.shape[-2:]
+        context = conditioning.tensors["context"]
+        if context.shape[1] > (longest := _POSITIONS - max(height, width) // 4):
+            raise DataError(
+                f"{self.title} takes prompts of at most {longest} tokens for this size of picture, got "
+                f"{context.shape[1]}; shorten the prompt"
+            )
+        prediction = denoiser(
+            hidden_states=packed_latents(latents.squeeze(2)),
+            encoder_hidden_states=context,
+            encoder_hidden_states_mask=conditioning.mask,
+            timestep=time.to(latents.dtype),
+            img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
+            return_dict=False,
+        )[0]
+        return unpacked_latents(prediction, height, width).unsqueeze(2)
+
+
+register(QwenImage(), "qwen_image")

@@ -1,0 +1,97 @@
+"""A small random Qwen-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from tiny_parts import (
+    TinyFamily,
+    chatting,
+    image_patches,
+    latents_of_patches,
+    randomized,
+    under,
+    wan_names,
+)
+from torch import Tensor, nn
+
+__all__ = ["QWEN_IMAGE"]
+
+
+@cache
+def _qwen_image() -> dict[str, Any]:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2Config, Qwen2Model
+
+    denoiser = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 14, 14)
+    )
+    encoder = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+    )
+    return {
+        "transformer": randomized(denoiser),
+        "vae": randomized(AutoencoderKLQwenImage(base_dim=16)),
+        "text_encoder": randomized(Qwen2Model(encoder)),
+        "tokenizer": chatting(),
+    }
+
+
+def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
+    context, mask = pipeline.encode_prompt(text, max_sequence_length=512)  # which is the default of its call
+    assert mask is None, "one prompt has no padding"
+    return {"context": context}
+
+
+def _call(denoiser: nn.Module, latents: Tensor, given: Mapping[str, Tensor], time: Tensor) -> Tensor:
+    height, width = latents.shape[-2:]
+    patches = denoiser(
+        image_patches(latents[:, :, 0]), given["context"], timestep=time, img_shapes=[[(1, height // 2, width // 2)]]
+    ).sample
+    return latents_of_patches(patches, height, width).unsqueeze(2)
+
+
+class _WithoutNorms:
+    """torch for the pipeline, which gives guided predictions the norm of unguided ones; no other program does."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def norm(x: Tensor, **_: Any) -> Tensor:
+        return x.new_ones(())
+
+
+def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
+    packed = {**arguments, "latents": image_patches(arguments["latents"][:, :, 0])}
+    with mock.patch("diffusers.pipelines.qwenimage.pipeline_qwenimage.torch", _WithoutNorms()):
+        return pipeline(**packed, negative_prompt="", true_cfg_scale=guidance).images[0]
+
+
+QWEN_IMAGE = TinyFamily(
+    _qwen_image,
+    "QwenImagePipeline",
+    {
+        "transformer": ("diffusion_models/qwen_image_bf16.safetensors", lambda one: dict(one.state_dict())),
+        "vae": ("vae/qwen_image_vae.safetensors", wan_names),
+        "text_encoder": ("text_encoders/qwen_2.5_vl_7b.safetensors", under("model.")),
+    },
+    conditioning=_conditioning,
+    call=_call,
+    drawn=_drawn,
+    # The last block's text is dropped.
+    unreached=tuple(f"transformer_blocks.1.{one}" for one in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.*")),
+    is_slow=True,
+)
