@@ -60,6 +60,7 @@ def test_time_runs_the_other_way(model: Model) -> None:
     assert model.components.schedule.shift == 6.0
 
 
+@pytest.mark.slow
 def test_encoders_of_z_image_and_lumina_are_not_mistaken(files: dict[str, Path], tmp_path: Path) -> None:
     image = TINY["z-image"].saved(tmp_path)
     with pytest.raises(ModelError, match=r"is the text encoder qwen3, but Lumina 2 has gemma2 \(usually gemma_2_2b"):
