@@ -106,7 +106,7 @@ def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDi
         family=family.name,
         encoding=asdict(encoder.encoding),
         networks=networks,
-        versions=_versions("transformers", "tokenizers"),
+        versions=_versions("transformers", "tokenizers", "sentencepiece"),
     )
 
 
@@ -243,7 +243,8 @@ def _tokenizer_digest(tokenizer: Any) -> str:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        rules = sorted(tokenizer.get_vocab().items())
+        # Scores of a SentencePiece model count as well, which its vocabulary does not show.
+        rules = [*sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "model_sha256", None)]
     else:
         rules = json.loads(backend.to_str())
         rules.update(truncation=None, padding=None)  # of its last call

@@ -1,7 +1,8 @@
 """Tokenizers of text encoders, offline: the vocabularies of Qwen and T5 are in the package.
 
 Where several places have one, the order is: the tokenizer folder of a diffusers folder, the vocabulary in the package,
-a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip_text`.
+a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip_text`. A SentencePiece model
+inside the encoder's file goes before one beside it, whose name does not say for which encoder it is.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
@@ -29,6 +32,7 @@ __all__ = [
     "byte_characters",
     "folder_tokenizer",
     "qwen_tokenizer",
+    "spiece_tokenizer",
     "t5_tokenizer",
     "tekken_tokenizer",
 ]
@@ -38,6 +42,7 @@ EMBEDDED = ("spiece_model", "tekken_model")
 
 _ASSETS = ASSETS / "tokenizers"
 _MAX_TOKENS, _MAX_TOKEN_BYTES = 1_000_000, 1024  # of a vocabulary from a file; Mistral's has 131,072
+_MAX_SPIECE_BYTES = 32 * 2**20  # Gemma's and UMT5's models have between 4 and 5 million
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -172,6 +177,60 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
     raise ModelError(
         f"{source.file} needs Mistral's vocabulary, which it does not hold; put tekken.json beside it, use ComfyUI's "
         "version of the file, or install it with: pip install mistral-common"
+    )
+
+
+def spiece_tokenizer(
+    source: TokenizerSource, *, beside: str, rows: int, adds_bos: bool = False, adds_eos: bool = False
+) -> Any:
+    """The tokenizer of a SentencePiece model, Unigram or BPE, with SentencePiece's own ids.
+
+    The model is a tensor `spiece_model` inside the encoder's file, or a file beside it.
+
+    Args:
+        source: where the tokenizer may be.
+        beside: name of the file beside the encoder's: `spiece.model` for the T5 models, `tokenizer.model` for Gemma.
+        rows: of the encoder's embedding, which has one for each token.
+        adds_bos: whether texts begin with the model's token for this.
+        adds_eos: whether they end with one.
+
+    Raises:
+        ModelError: neither place has a model, it cannot be read, or it is not this encoder's.
+    """
+    from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    where, data = _spiece(source, beside)
+    try:
+        tokenizer = SentencePieceTokenizer(data, adds_bos=adds_bos, adds_eos=adds_eos)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{where} cannot be read as a SentencePiece model ({reason}); get the file again") from error
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"{where} has {tokenizer.vocab_size} tokens, but the encoder has {rows}; "
+            "give the vocabulary that belongs to the encoder"
+        )
+    return tokenizer
+
+
+def _spiece(source: TokenizerSource, beside: str) -> tuple[str, bytes]:
+    """Where the SentencePiece model of an encoder is, and its content; ModelError if there is none."""
+    if (embedded := source.embedded.get("spiece_model")) is not None:
+        where = f"the vocabulary inside {source.file}"
+        if embedded.dtype != torch.uint8 or embedded.nbytes > _MAX_SPIECE_BYTES:
+            raise ModelError(
+                f"{where} must be at most {_MAX_SPIECE_BYTES:,} bytes, but is {embedded.nbytes:,} as "
+                f"{dtype_name(embedded.dtype)}; get the file again"
+            )
+        return where, embedded.numpy().tobytes()
+    if (file := source.beside(beside)) is not None:
+        try:
+            return str(file), read_regular(file, at_most=_MAX_SPIECE_BYTES)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}); get the file again") from error
+    raise ModelError(
+        f"{source.file or 'the text encoder'} needs a vocabulary, which it does not hold; put {beside} beside it, or "
+        "use ComfyUI's version of the file"
     )
 
 
