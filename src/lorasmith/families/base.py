@@ -125,13 +125,13 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
     return Conditioning({key: torch.cat(parts) for key, parts in batch.items()}, mask=mask)
 
 
-def check_even(latents: Tensor, title: str) -> None:
-    """Raise DataError for latents that cannot be cut into patches of 2×2."""
+def check_even(latents: Tensor, title: str, *, pixels: int = 16) -> None:
+    """Raise DataError for latents that cannot be cut into patches of 2×2, which are `pixels` wide."""
     height, width = latents.shape[-2:]
     if height % 2 or width % 2:
         raise DataError(
             f"{title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
-            "use picture sizes that are multiples of 16"
+            f"use picture sizes that are multiples of {pixels}"
         )
 
 

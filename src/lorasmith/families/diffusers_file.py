@@ -15,7 +15,7 @@ from lorasmith.formats.names.model_names import OriginalName
 
 __all__ = ["original_shapes", "recognised_by_diffusers_names"]
 
-_SIGNS = ("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks.")
+_SIGNS = ("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks.", "condition_embedder.")
 
 
 def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, Shapes] | None:
