@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
-from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
+from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
 
-__all__ = ["T5Encoder", "encode_t5"]
+__all__ = ["T5_BIAS", "T5Encoder", "built_t5", "encode_t5", "t5_tokens"]
 
-_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+T5_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+"""Name of a block's biases by relative position, which only the first block of T5 has."""
+
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -29,7 +31,7 @@ class T5Encoder(EncoderKind):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         # UMT5 has a position bias in every block.
-        return _BIAS.format(0) in shapes and _BIAS.format(1) not in shapes
+        return T5_BIAS.format(0) in shapes and T5_BIAS.format(1) not in shapes
 
     def width(self, encoder: Any) -> int:
         return int(encoder.config.d_model)
@@ -37,21 +39,52 @@ class T5Encoder(EncoderKind):
     def build(self, source: PartSource) -> nn.Module:
         from transformers import T5Config, T5EncoderModel
 
-        tensors = dict(source.tensors)
-        embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
-        if embedding is None:
-            raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
-        tensors |= {_EMBEDDING: embedding, _TIED: embedding}
-        config = T5Config(**(source.config or _config(tensors) | dict(source.settings)))
-        encoder = build(lambda: T5EncoderModel(config), lambda _: tensors, where=source.where)
-        encoder.encoder.embed_tokens.weight = encoder.shared.weight  # type: ignore[union-attr]
-        return encoder
+        return built_t5(source, lambda config: T5EncoderModel(T5Config(**config)))
 
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         return t5_tokenizer() if source.folder is None else folder_tokenizer(source.folder)
 
 
 ENCODERS.register(T5Encoder.name)(T5Encoder())
+
+
+def built_t5(source: PartSource, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """An encoder of T5's layout, with its embedding under both names that transformers gives it.
+
+    Args:
+        source: its tensors.
+        make: creates the model for a configuration.
+
+    Raises:
+        ModelError: tensors are missing or of the wrong shape.
+    """
+    tensors = dict(source.tensors)
+    embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
+    if embedding is None:
+        raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
+    tensors |= {_EMBEDDING: embedding, _TIED: embedding}
+    config = dict(source.config or _config(tensors) | dict(source.settings))
+    encoder: Any = build(lambda: make(config), lambda _: tensors, where=source.where)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
+    return encoder  # type: ignore[no-any-return]
+
+
+def t5_tokens(text: str, tokenizer: Any, *, max_tokens: int | None = None) -> list[Token]:
+    """Tokens of a prompt with `(word:1.2)` weights, with `</s>` at the end.
+
+    Args:
+        text: the prompt.
+        tokenizer: of T5 or UMT5.
+        max_tokens: greatest length, to which longer prompts are cut; None to cut none.
+    """
+    tokens = [
+        (token, weight)
+        for stretch, weight in parse_weights(text)
+        for token in tokenizer(stretch, add_special_tokens=False).input_ids
+    ]
+    if max_tokens is not None:
+        tokens = tokens[: max_tokens - 1]
+    return [*tokens, (tokenizer.eos_token_id, 1.0)]
 
 
 def encode_t5(
@@ -75,14 +108,7 @@ def encode_t5(
         max_tokens: greatest length, to which longer prompts are cut; None to cut none.
         min_padding: least number of padding tokens.
     """
-    tokens = [
-        (token, weight)
-        for stretch, weight in parse_weights(text)
-        for token in tokenizer(stretch, add_special_tokens=False).input_ids
-    ]
-    if max_tokens is not None:
-        tokens = tokens[: max_tokens - 1]
-    tokens.append((tokenizer.eos_token_id, 1.0))
+    tokens = t5_tokens(text, tokenizer, max_tokens=max_tokens)
     padding = max(min_padding, min_tokens - len(tokens))
     tokens += [(tokenizer.pad_token_id, 1.0)] * padding
     rows = [[token for token, _ in tokens]]
@@ -97,7 +123,7 @@ def encode_t5(
 def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of a T5 v1.1 encoder from its tensors."""
     vocabulary, width = tensors[_EMBEDDING].shape
-    heads = tensors[_BIAS.format(0)].shape[1]
+    heads = tensors[T5_BIAS.format(0)].shape[1]
     return {
         "vocab_size": vocabulary,
         "d_model": width,
