@@ -65,12 +65,12 @@ class _Wan(AutoencoderKind):
         return shapes["conv2.weight" if "conv2.weight" in shapes else "post_quant_conv.weight"][0]
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents: Tensor = vae.encode(pixels.unsqueeze(2)).latent_dist.mean
+        latents: Tensor = vae.encode(pixels if pixels.ndim == 5 else pixels.unsqueeze(2)).latent_dist.mean
         return latents
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         pixels: Tensor = vae.decode(latents).sample
-        return pixels[:, :, 0]
+        return pixels
 
 
 class WanAutoencoder(_Wan):
@@ -95,7 +95,7 @@ class WanAutoencoder(_Wan):
         return build(lambda: AutoencoderKLQwenImage(**wanted), lambda _: named, where=source.where)
 
     def latent_format(self, vae: Any) -> LatentFormat:
-        return LatentFormat(vae.config.z_dim, vae.spatial_compression_ratio, scale=1.0, frames=True)
+        return _form(vae, vae.spatial_compression_ratio)
 
 
 class Wan22Autoencoder(_Wan):
@@ -119,11 +119,16 @@ class Wan22Autoencoder(_Wan):
     def latent_format(self, vae: Any) -> LatentFormat:
         # Each level of blocks but the last halves the sides; `spatial_compression_ratio` is for diffusers' tiles.
         side = 2 ** len(vae.config.temperal_downsample) * vae.config.patch_size
-        return LatentFormat(vae.config.z_dim, side, scale=1.0, frames=True)
+        return _form(vae, side)
 
 
 AUTOENCODERS.register(WanAutoencoder.name)(WanAutoencoder())
 AUTOENCODERS.register(Wan22Autoencoder.name)(Wan22Autoencoder())
+
+
+def _form(vae: Any, downscale: int) -> LatentFormat:
+    times = 2 ** sum(vae.config.temperal_downsample)
+    return LatentFormat(vae.config.z_dim, downscale, scale=1.0, frames=True, time_downscale=times)
 
 
 def _config_22(shapes: Shapes) -> dict[str, Any]:
