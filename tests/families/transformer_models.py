@@ -11,6 +11,7 @@ from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
 from tiny_krea2 import KREA2
 from tiny_parts import TinyFamily
+from tiny_wan import WAN, WAN_5B
 from tiny_z_image import Z_IMAGE
 
 from lorasmith.families.model import Model
@@ -44,5 +45,7 @@ TINY: dict[str, TinyFamily] = {
     "flux2-klein": KLEIN,
     "flux2": DEV,
     "krea2": KREA2,
+    "wan": WAN,
+    "wan22-5b": WAN_5B,
 }
 """Small models by the name of their family."""

@@ -12,6 +12,7 @@ changes these numbers and no computation:
   the file has here.
 - Text encoders: Qwen3 is known by a width of 2560, Qwen3-VL by its vision tower, which is left out of the files and
   small here. Widths and layers of T5, CLIP-L and Qwen3 come from the file, the sizes of Qwen3's heads too.
+- UMT5 is known by 24 layers, and the autoencoder of Wan 2.2 is 160 and 256 wide there.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 __all__ = ["load_autoencoder", "load_encoders", "taken_small"]
 
+_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
@@ -80,7 +82,10 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     head = 0
     start = next((one for one in ("model.language_model.", "model.") if f"{one}norm.weight" in shapes), None)
     with contextlib.ExitStack() as stack:
-        if start is None:
+        if _UMT5 in shapes:
+            options["umt5xxl_model_config"] = {**_t5(shapes), "vocab_size": shapes["shared.weight"][0]}
+            stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.T5_XXL))
+        elif start is None:
             options |= _clip_and_t5(shapes)
         else:
             kind = "qwen3_4b" if start == "model." else "qwen3vl_4b"
@@ -103,13 +108,14 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
 
 def load_autoencoder(file: Path) -> Any:
     """ComfyUI's VAE of an autoencoder of any width, in fp32."""
+    import comfy.ldm.wan.vae2_2
     import comfy.sd
     import comfy.utils
 
     tensors = comfy.utils.load_torch_file(str(file))
     first = tensors.get("encoder.conv_in.weight")  # Wan's, whose width ComfyUI reads itself, has another name for it
     own = {} if first is None else {"ch": first.shape[0], "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    kl, engine = comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine
+    kl, engine, wan22 = comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine, comfy.ldm.wan.vae2_2.WanVAE
 
     def small_kl(ddconfig: dict[str, Any], embed_dim: int, **_: Any) -> Any:
         return kl(ddconfig=ddconfig | own, embed_dim=embed_dim)
@@ -118,7 +124,12 @@ def load_autoencoder(file: Path) -> Any:
         parts = {name: {**part, "params": part["params"] | own} for name, part in parts.items()}
         return engine(regularizer_config=regularizer_config, **parts)
 
+    def small_wan22(**settings: Any) -> Any:
+        widths = {"dim": len(tensors["encoder.conv1.weight"]), "dec_dim": len(tensors["decoder.head.0.gamma"])}
+        return wan22(**settings | widths)
+
     with (
+        mock.patch.object(comfy.ldm.wan.vae2_2, "WanVAE", small_wan22),
         mock.patch.object(comfy.sd, "AutoencoderKL", small_kl),
         mock.patch.object(comfy.sd, "AutoencodingEngine", small_engine),
     ):
@@ -170,10 +181,8 @@ def _fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _clip_and_t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    clip, t5 = "text_model.encoder.layers.", "encoder.block."
+    clip = "text_model.encoder.layers."
     width, inner = shapes[f"{clip}0.mlp.fc2.weight"]
-    rows, d_model = shapes[f"{t5}0.layer.0.SelfAttention.q.weight"]
-    heads = shapes[f"{t5}0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
     return {
         "model_config": {  # of CLIP-L, which ComfyUI then passes on by that name
             "hidden_size": width,
@@ -181,13 +190,20 @@ def _clip_and_t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "num_attention_heads": width // 64,
             "num_hidden_layers": _count(shapes, clip),
         },
-        "t5xxl_model_config": {
-            "d_model": d_model,
-            "d_ff": shapes[f"{t5}0.layer.1.DenseReluDense.wi_0.weight"][0],
-            "d_kv": rows // heads,
-            "num_heads": heads,
-            "num_layers": _count(shapes, t5),
-        },
+        "t5xxl_model_config": _t5(shapes),
+    }
+
+
+def _t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    t5 = "encoder.block."
+    rows, d_model = shapes[f"{t5}0.layer.0.SelfAttention.q.weight"]
+    heads = shapes[f"{t5}0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
+    return {
+        "d_model": d_model,
+        "d_ff": shapes[f"{t5}0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "d_kv": rows // heads,
+        "num_heads": heads,
+        "num_layers": _count(shapes, t5),
     }
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.families import flux, flux2, krea2, sdxl, stable_diffusion, z_image  # noqa: F401  (register themselves)
+from lorasmith.families import flux, flux2, krea2, sdxl, stable_diffusion, wan, z_image  # noqa: F401  (register themselves)
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
     clip_encoders,
     flux2_vae,
     language_models,
     t5_encoders,
+    umt5_encoders,
     wan_vae,
 )
 from lorasmith.families.parts.unet_layout import context_widths
@@ -27,7 +28,6 @@ _SIGNS = {
     "joint_blocks.": "Stable Diffusion 3",
     "distilled_guidance_layer.": "Chroma",
     "cap_embedder.": "Lumina 2",
-    "head.modulation": "Wan",
     "txt_norm.": "Qwen-Image",
     "down_blocks.": _PART,
     "single_transformer_blocks.": _PART,
@@ -47,7 +47,7 @@ SIGNATURES += [
     Signature("Stable Diffusion 3", r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
     Signature("Lumina 2", _NEXT_DIT, 2304, order=5),
     Signature("Lumina", _NEXT_DIT, order=5),
-    Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
+    Signature("Wan image to video", DENOISER_START + r"blocks_\d+_(cross_attn_[kv]_img|attn2_add_[kv]_proj)", order=3),
 ]
 
 
