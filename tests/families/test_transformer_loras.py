@@ -105,7 +105,8 @@ def layers_of_diffusers(module: Any) -> dict[str, Tensor]:
 def change(weights: AdapterWeights) -> Tensor:
     """The change of the weight by definition."""
     down, up = weights.tensors["down"].float(), weights.tensors["up"].float()
-    return up @ down * ((len(down) if weights.alpha is None else weights.alpha) / len(down))
+    product = (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+    return product * ((len(down) if weights.alpha is None else weights.alpha) / len(down))
 
 
 def assert_applied(case: Case, path: Path) -> Lora:

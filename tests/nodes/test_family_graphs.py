@@ -23,6 +23,7 @@ FAMILY = {
     "z_image": "z-image",
     "flux2_klein": "flux2-klein",
     "krea2": "krea2",
+    "wan": "wan",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 

@@ -178,6 +178,8 @@ def _layer(tensors: Mapping[str, Tensor]) -> nn.Module:
         layer = nn.Linear(size[1], size[0], bias=has_bias, device="meta")
     elif len(size) == 4:
         layer = nn.Conv2d(size[1], size[0], size[2:], bias=has_bias, device="meta")
+    elif len(size) == 5:
+        layer = nn.Conv3d(size[1], size[0], size[2:], bias=has_bias, device="meta")
     elif has_bias:
         layer = nn.LayerNorm(size, device="meta")
     for leaf, tensor in tensors.items():

@@ -29,7 +29,7 @@ from lorasmith.training.lora_handle import Lora
 
 __all__ = ["CASES", "FLUX_WIDE", "SHAPES", "TRANSFORMERS", "Case", "answer", "base_model", "example", "inputs"]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2")
+TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "wan")
 """Families whose small models are those of `transformer_models.py`."""
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
@@ -85,7 +85,7 @@ CASES: Mapping[str, Case] = {
         "LoRA",
         targets="all",
         differences=True,
-        families=("sd1", "sdxl", "flux1", "z-image", "krea2"),  # no layer of Flux.2 has a bias
+        families=("sd1", "sdxl", "flux1", "z-image", "krea2", "wan"),  # no layer of Flux.2 has a bias
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
     "dora-output": Case("DoRA, per output", "LoRA", dora="output"),

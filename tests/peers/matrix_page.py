@@ -24,6 +24,7 @@ _FAMILIES = {
     "z-image": "Z-Image",
     "flux2-klein": "Flux.2 klein",
     "krea2": "Krea 2",
+    "wan": "Wan",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")
@@ -44,8 +45,8 @@ where the two differ by more than a thousandth, the cell says by how much.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
 - Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
   real width alone and is measured there, on one block of either kind.
-- Z-Image, Flux.2 klein and Krea 2 are measured on small models of narrow widths, which ComfyUI is made to accept. Their
-  fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was not measured.
+- Z-Image, Flux.2 klein, Krea 2 and Wan are measured on small models of narrow widths, which ComfyUI is made to accept.
+  Their fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was not measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.
 """

@@ -85,4 +85,5 @@ TRAINED: Mapping[str, Trained] = {
     "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
     "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+    "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
 }

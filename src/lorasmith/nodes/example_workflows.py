@@ -78,4 +78,5 @@ _TITLES = {
     "flux2_klein": "Flux.2 klein on a folder of images and texts",
     "z_image": "Z-Image on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
+    "wan": "Wan 2.1 on a folder of images and texts",
 }

@@ -114,4 +114,5 @@ _TITLES = {
     "flux2_klein": "Flux.2 klein",
     "z_image": "Z-Image",
     "krea2": "Krea 2",
+    "wan": "Wan 2.1",
 }
