@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from tiny_parts import TinyFamily
 from torch import Tensor
 
+from lorasmith.app.model_run import train
 from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.placement import placed
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import FAMILIES, Conditioning
 from lorasmith.families.diffusers_file import original_shapes
 from lorasmith.families.loading import load_model
@@ -236,3 +239,22 @@ def test_experts_are_known_by_their_files_names() -> None:
         found = [one.noise_range for one in family.experts if one.is_named_in(name)]
         assert found == ([] if expected is None else [expected])
     assert not FAMILIES["wan22-5b"].experts
+
+
+def test_positions_and_modulation_stay_in_fp32(wan: Model) -> None:
+    """As diffusers keeps them: bf16 has two digits for a cosine."""
+    denoiser = wan.components.denoiser
+    with placed(denoiser, device=torch.device("cpu"), dtype=torch.bfloat16):
+        tensors = dict([*denoiser.named_parameters(), *denoiser.named_buffers()])
+        precise = {name for name, one in tensors.items() if one.dtype == torch.float32}
+    blocks = {f"blocks.{n}.{name}" for n in (0, 1) for name in ("scale_shift_table", "norm2.weight", "norm2.bias")}
+    assert precise == {"rope.freqs_cos", "rope.freqs_sin", "scale_shift_table", *blocks}
+
+
+@pytest.mark.parametrize("targets", slow_except(["all", "attention"], "all"))
+def test_every_layer_trains_in_bf16(wan: Model, targets: str) -> None:
+    latents = models.seeded("latents", wan.components.latent.shape(32, 32, FRAMES), seed=0)
+    data = EncodedDataset((Sample(latents, wan.text_encoder.encode("a fox"), "0.png"),))
+    result = train(wan, data, steps=1, rank=2, targets=targets, training_dtype="bf16", validation_share=0.0)
+    assert np.isfinite(result.losses).all()
+    assert all(one.tensors["up"].any() for one in result.lora.state.adapters.values())
