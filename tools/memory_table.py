@@ -59,6 +59,8 @@ _QWEN_8B = {**_QWEN, "hidden_size": 4096, "intermediate_size": 12288, "num_hidde
 _CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _CLIP_G = {"vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+_UMT5 = {**_T5, "vocab_size": 256384, "feed_forward_proj": "gated-gelu"}
+_WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 
 ROWS = (
     Row(
@@ -82,6 +84,9 @@ ROWS = (
     ),
     Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
     Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
+    Row("Wan 2.1 1.3B, 640 px", "wan", _WAN_SMALL, (("UMT5EncoderModel", _UMT5),), resolution=640),
+    Row("Wan 2.1 and 2.2 A14B, 640 px", "wan", {}, (("UMT5EncoderModel", _UMT5),), resolution=640),
+    Row("Wan 2.2 5B, 960 px", "wan22-5b", {}, (("UMT5EncoderModel", _UMT5),), resolution=960),
 )
 
 
@@ -101,6 +106,8 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
         path = folder / f"{kind}.safetensors"
         header_only(path, dict(_encoder_shapes(kind, config, row.prefix)), dtype)
         encoders.append(str(path))
+        if kind == "UMT5EncoderModel":  # which is loaded with its vocabulary
+            _vocabulary(path.with_name("spiece.model"))
     files = ModelFiles(str(denoiser), tuple(encoders), None)
     cards = [card * 2**30 for card in CARDS]
     found = estimate_memory(files, TrainConfig(rank=16), card_bytes=cards[0], resolution=row.resolution)
@@ -114,6 +121,24 @@ def denoiser_shapes(family: Family, changes: Mapping[str, Any]) -> Shapes:
     found = original_shapes(family.table(denoiser), shapes)
     assert found is not None
     return found
+
+
+def _vocabulary(path: Path) -> None:
+    """Write a SentencePiece model of a few letters."""
+    from sentencepiece import SentencePieceTrainer
+
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["a photo of a cat"]),
+            model_writer=file,
+            vocab_size=16,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
 
 
 def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:

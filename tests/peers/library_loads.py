@@ -166,7 +166,11 @@ def _original_layers(model: Model) -> nn.Module:
             if not hasattr(here, parent):
                 here.add_module(parent, nn.Module())
             here = getattr(here, parent)
-        here.add_module(last, _layer(tensors))
+        if hasattr(here, last):  # a block with parameters of its own, such as Wan's modulation
+            for leaf, tensor in tensors.items():
+                getattr(here, last).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            here.add_module(last, _layer(tensors))
     return root
 
 

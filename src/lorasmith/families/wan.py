@@ -80,6 +80,19 @@ _PARTS = {
 }
 _MODULATION = {"scale_shift_table": "modulation"}
 
+# diffusers refuses files with more than these, and reads kohya's names of a block if all of its matrices are there.
+_MATRICES = _TARGETS["attention+ff"].include
+_LIMITS = ProgramLimits(
+    unknown_to_comfyui=("*",),
+    diffusers_applies={
+        "kohya": _MATRICES,
+        "comfy": _MATRICES,
+        "ai-toolkit": (*_MATRICES, "condition_embedder.*", "proj_out"),
+    },
+    diffusers_refuses_others=True,
+    sd_scripts_applies=None,
+)
+
 # What a tensor's name begins with → the variant that it is a part of.
 _VARIANTS = {
     "vace_patch_embedding.": "VACE",
@@ -115,6 +128,7 @@ class Wan(Family):
         }
     )
     clip_types = ("wan",)
+    distilled_names = ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo")
     repeatable_context = False  # for prompts beyond 512 tokens, whose common multiple is too long; see `predict`
 
     def __init__(self, *, is_5b: bool) -> None:
@@ -233,7 +247,7 @@ class Wan(Family):
             kohya_naming="original",
             peft_prefix="transformer",
             portable="ai-toolkit",
-            limits=ProgramLimits(sd_scripts_applies=None),
+            limits=_LIMITS,
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:

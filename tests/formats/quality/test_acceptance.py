@@ -69,7 +69,7 @@ WITHOUT_TRAINERS = {"ours", "diffusers", "ComfyUI"}
     [
         *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1")),
         ("flux2-klein", EVERYONE - {"sd-scripts"}),
-        *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2")),
+        *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2", "wan")),
     ],
 )
 @pytest.mark.parametrize("case", ["lora", "lora-uneven"])
