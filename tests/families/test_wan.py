@@ -149,9 +149,7 @@ def test_prompts_beyond_512_tokens_share_a_batch_with_others(wan: Model) -> None
     latents = models.seeded("latents", (4, *wan.components.latent.shape(32, 32)), seed=0)
     times = torch.tensor([900.0, 500.0, 300.0, 20.0])
     together = wan.denoiser.predict(latents, times, wan.family.join(encoded))
-    alone = [
-        wan.denoiser.predict(latents[i : i + 1], times[i : i + 1], one) for i, one in enumerate(encoded)
-    ]
+    alone = [wan.denoiser.predict(latents[i : i + 1], times[i : i + 1], one) for i, one in enumerate(encoded)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -187,7 +185,9 @@ def test_other_variants_are_refused_by_name(variant: str, files: dict[str, dict[
     tensors["patch_embedding.weight"] = torch.zeros(128, channels, 1, 2, 2)
     tensors |= {name: torch.zeros(shape) for name, shape in further.items()}
     name = variant.partition(" without")[0]
-    with pytest.raises(ModelError, match=rf"text-to-video model, .* but this one is {name} and takes {channels}; choose"):
+    with pytest.raises(
+        ModelError, match=rf"text-to-video model, .* but this one is {name} and takes {channels}; choose"
+    ):
         load_model(save(tmp_path / "wan.safetensors", tensors))
 
 

@@ -6,8 +6,8 @@ Every kind of LoRA in `lora_cases.py` is saved in every layout, for each family,
 is `applied / modules` as measured, and the relative difference between that program's answer and ours. diffusers reads
 kohya's Flux files at the real width alone, so that Flux is loaded there into one block of either kind at that width.
 
-Z-Image, Flux.2 klein, Krea 2 and Wan are small, and without sd-scripts, which has no such models; `comfyui_small.py` says
-what of ComfyUI is set aside for their widths.
+Z-Image, Flux.2 klein, Krea 2 and Wan are small, and without sd-scripts, which has no such models; `comfyui_small.py`
+says what of ComfyUI is set aside for their widths.
 
 Writes `tests/golden/load_matrix.json` (all numbers, with versions) and `docs/load-matrix.md` (drawn from it). `--only
 sd1:lora` measures some rows again and keeps the others, `--layouts` some layouts alone. Needs the development packages

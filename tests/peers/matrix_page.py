@@ -46,7 +46,8 @@ where the two differ by more than a thousandth, the cell says by how much.
 - Flux: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of Flux at the
   real width alone and is measured there, on one block of either kind.
 - Z-Image, Flux.2 klein, Krea 2 and Wan are measured on small models of narrow widths, which ComfyUI is made to accept.
-  Their fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was not measured.
+  Their fused layers count as one as well. sd-scripts has no such models; its sister project musubi-tuner was not
+  measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.
 """

@@ -127,7 +127,13 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
 
 
 def check_even(latents: Tensor, title: str, *, pixels: int = 16) -> None:
-    """Raise DataError for latents that cannot be cut into patches of 2×2, which are `pixels` wide."""
+    """Raise DataError for latents that cannot be cut into patches of 2×2.
+
+    Args:
+        latents: (..., height, width).
+        title: of the family, for the message.
+        pixels: width of a patch in the picture.
+    """
     height, width = latents.shape[-2:]
     if height % 2 or width % 2:
         raise DataError(
