@@ -191,6 +191,14 @@ def test_other_variants_are_refused_by_name(variant: str, files: dict[str, dict[
         load_model(save(tmp_path / "wan.safetensors", tensors))
 
 
+def test_folders_of_other_pipelines_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
+    with pytest.raises(
+        ModelError, match=r"must be a text-to-video model \(WanPipeline\), .* WanImageToVideoPipeline; cho"
+    ):
+        load_model(tmp_path)
+
+
 def test_parts_of_the_other_size_are_refused(files: dict[str, dict[str, Path]]) -> None:
     with pytest.raises(ModelError, match=r"kind wan22 with 48 channels, but Wan has .* wan21 .*wan_2\.1_vae"):
         load_model(files["wan"]["transformer"], vae=files["wan22-5b"]["vae"])

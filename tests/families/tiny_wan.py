@@ -136,6 +136,7 @@ WAN = TinyFamily(
     call=_call,
     drawn=_drawn,
     reads_weights=True,
+    is_slow=True,
 )
 
 WAN_5B = TinyFamily(

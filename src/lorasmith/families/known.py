@@ -28,6 +28,7 @@ _SIGNS = {
     "joint_blocks.": "Stable Diffusion 3",
     "distilled_guidance_layer.": "Chroma",
     "cap_embedder.": "Lumina 2",
+    "head.modulation": "a variant of Wan",
     "txt_norm.": "Qwen-Image",
     "down_blocks.": _PART,
     "single_transformer_blocks.": _PART,

@@ -176,6 +176,11 @@ class Wan(Family):
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         if self.pipeline not in configs.classes:
+            if other := next((one for one in configs.classes if one.startswith("Wan") and "Pipeline" in one), None):
+                raise ModelError(
+                    f"{configs.title} must be a text-to-video model (WanPipeline), but its pipeline is {other}; choose "
+                    "a model such as Wan2.1-T2V-1.3B-Diffusers"
+                )
             return False
         return bool(configs.of(self.denoiser_folder)["in_channels"] == self.autoencoder.channels)
 
@@ -283,7 +288,7 @@ class Wan(Family):
         # The network has no mask: contexts of one length at a time, each without its padding.
         lengths = conditioning.mask.sum(dim=1)
         prediction = torch.empty_like(latents)
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             chosen = (lengths == length).nonzero().flatten()
             parts = (one.index_select(0, chosen) for one in (latents, time.to(latents.device), context[:, :length]))
             prediction = prediction.index_copy(0, chosen, _predicted(denoiser, *parts))

@@ -32,6 +32,8 @@ from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
         ("diffusion_model.layers.0.attention.qkv", 2304, "Lumina 2"),
         ("lora_unet_blocks_0_self_attn_q", 5120, "Wan"),
         ("transformer.blocks.0.attn1.to_q", 1536, "Wan"),
+        ("diffusion_model.blocks.0.ffn.0", 3072, "Wan 2.2 5B"),
+        ("diffusion_model.blocks.0.cross_attn.k_img", 5120, "Wan image to video"),
         ("lora_unet_something_else", 5, None),
     ],
 )
