@@ -80,7 +80,7 @@ _PARTS = {
 }
 _MODULATION = {"scale_shift_table": "modulation"}
 
-# diffusers refuses files with more than these, and reads kohya's names of a block if all of its matrices are there.
+# diffusers reads kohya's names of a block if all of these are there.
 _MATRICES = _TARGETS["attention+ff"].include
 _LIMITS = ProgramLimits(
     unknown_to_comfyui=("*",),
@@ -90,6 +90,7 @@ _LIMITS = ProgramLimits(
         "ai-toolkit": (*_MATRICES, "condition_embedder.*", "proj_out"),
     },
     diffusers_refuses_others=True,
+    diffusers_refuses_unknown=True,
     sd_scripts_applies=None,
 )
 

@@ -82,6 +82,13 @@ def test_portable_loras_are_applied_completely(family: str, programs: set[str], 
             assert cell["difference"] < AGREEMENT < cell["effect"], cell
 
 
+def test_a_file_that_is_refused_for_some_layers_is_not_applied_at_all(lora) -> None:
+    one = lora("wan", "lora-all")
+    (found,) = shortfalls(one.state, layout_for(PORTABLE, one.names), one.names, is_portable=True)
+    assert (found.program, found.is_all) == ("diffusers", True)
+    assert found.reason == "it refuses a file with layers that it does not find by such names (patch_embedding)"
+
+
 def test_programs_are_named_once_for_each_reason(lora) -> None:
     one = lora("sd1", "lora-all")
     found = shortfalls(one.state, layout_for("kohya", one.names), one.names)
