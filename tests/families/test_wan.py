@@ -16,6 +16,7 @@ from tiny_parts import TinyFamily
 from torch import Tensor
 
 from lorasmith.app.model_run import train
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import placed
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -24,6 +25,8 @@ from lorasmith.families.diffusers_file import original_shapes
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.wan import Wan
+from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.names.model_names import matches
 from lorasmith.sampling.generate import to_images
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
@@ -247,6 +250,25 @@ def test_experts_are_known_by_their_files_names() -> None:
         found = [one.noise_range for one in family.experts if one.is_named_in(name)]
         assert found == ([] if expected is None else [expected])
     assert not FAMILIES["wan22-5b"].experts
+
+
+def test_kohyas_names_are_those_that_musubi_tuner_trains(wan: Model, tmp_path: Path) -> None:
+    """Every matrix of a `WanAttentionBlock`, which is the default choice here too."""
+    names = wan.names
+    preset = wan.family.targets[wan.defaults.targets]
+    adapters = {
+        ModuleRef(DENOISER, path): AdapterWeights(
+            "lora", {"down": torch.ones(1, shape[1]), "up": torch.ones(shape[0], 1)}
+        )
+        for path, shape in names.weight_shapes.items()
+        if matches(path, preset.include)
+    }
+    file = tmp_path / "lora.safetensors"
+    save_lora(file, AdapterState(adapters), names, layout="kohya", dtype=torch.float32, metadata={})
+    layers = [*(f"{kind}_attn_{one}" for kind in ("self", "cross") for one in "qkvo"), "ffn_0", "ffn_2"]
+    assert {key.partition(".")[0] for key in load_file(file)} == {
+        f"lora_unet_blocks_{number}_{layer}" for number in (0, 1) for layer in layers
+    }
 
 
 def test_positions_and_modulation_stay_in_fp32(wan: Model) -> None:
