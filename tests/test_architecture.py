@@ -100,7 +100,6 @@ TESTED_ELSEWHERE = {
     "families/parts/t5_encoders.py": "families/test_transformers.py",
     "families/parts/unet_layout.py": "families/test_name_tables.py",
     "families/parts/vae_layout.py": "families/test_name_tables.py",
-    "families/parts/wan_vae.py": "families/test_transformers.py",
     "families/z_image.py": "families/test_transformers.py",
     "formats/layouts/peft_config.py": "formats/layouts/test_peft.py",
     "formats/names/places.py": "formats/layouts/test_layout.py",

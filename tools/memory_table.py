@@ -87,6 +87,8 @@ _SD3_MEDIUM = {
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 384,
 }
+_UMT5 = {**_T5, "vocab_size": 256384, "feed_forward_proj": "gated-gelu"}
+_WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 
 ROWS = (
     Row(
@@ -117,6 +119,9 @@ ROWS = (
     Row("Anima", "anima", {}, (("Qwen3Model", _QWEN_06B),)),
     Row("Qwen-Image", "qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),
     Row("Chroma", "chroma", {}, (("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),)),
+    Row("Wan 2.1 1.3B, 640 px", "wan", _WAN_SMALL, (("UMT5EncoderModel", _UMT5),), resolution=640),
+    Row("Wan 2.1 and 2.2 A14B, 640 px", "wan", {}, (("UMT5EncoderModel", _UMT5),), resolution=640),
+    Row("Wan 2.2 5B, 960 px", "wan22-5b", {}, (("UMT5EncoderModel", _UMT5),), resolution=960),
 )
 
 
@@ -138,6 +143,8 @@ def estimates(row: Row, dtype: torch.dtype, folder: Path) -> list[MemoryEstimate
         encoders.append(str(path))
         if kind == "MistralModel":  # its vocabulary is not in the package
             (folder / "tekken.json").write_text(json.dumps(_BYTES_ALONE))
+        if kind == "UMT5EncoderModel":  # which is loaded with its vocabulary
+            _vocabulary(path.with_name("spiece.model"))
     files = ModelFiles(str(denoiser), tuple(encoders), None)
     cards = [card * 2**30 for card in CARDS]
     found = estimate_memory(files, TrainConfig(rank=16), card_bytes=cards[0], resolution=row.resolution)
@@ -151,6 +158,24 @@ def denoiser_shapes(family: Family, changes: Mapping[str, Any]) -> Shapes:
     found = original_shapes(family.table(denoiser), shapes)
     assert found is not None
     return found
+
+
+def _vocabulary(path: Path) -> None:
+    """Write a SentencePiece model of a few letters."""
+    from sentencepiece import SentencePieceTrainer
+
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["a photo of a cat"]),
+            model_writer=file,
+            vocab_size=16,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
 
 
 def _encoder_shapes(kind: str, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:

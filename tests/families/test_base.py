@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.families.base import FAMILIES, Conditioning, LatentFormat, collate
+from lorasmith.families.base import FAMILIES, Conditioning, Expert, LatentFormat, collate
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
 
 
@@ -97,3 +97,26 @@ def test_a_family_is_complete(name: str) -> None:
 def test_an_unknown_family_is_a_model_error() -> None:
     with pytest.raises(ModelError, match=r"^unknown model family 'sd4' \(did you mean 'sd[123]'\?\)"):
         FAMILIES["sd4"]
+
+
+@pytest.mark.parametrize(("count", "whole"), [(1, 1), (4, 1), (5, 5), (8, 5), (33, 33), (35, 33)])
+def test_frames_of_clips_are_one_and_a_multiple(count: int, whole: int) -> None:
+    clips = LatentFormat(16, 8, 1.0, frames=True, time_downscale=4)
+    assert clips.whole_frames(count) == whole
+    assert clips.shape(64, 32, whole) == (16, 1 + whole // 4, 8, 4)
+    pictures = LatentFormat(16, 8, 1.0, frames=True)
+    assert pictures.whole_frames(count) == 1
+    assert pictures.shape(64, 32) == (16, 1, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("file", "is_named"),
+    [
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", True),
+        ("Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", True),
+        ("wan2.2_t2v_low_noise_14B_fp16.safetensors", False),
+        ("wan2.1_t2v_14B_bf16.safetensors", False),
+    ],
+)
+def test_an_expert_is_known_by_its_name(file: str, is_named: bool) -> None:
+    assert Expert("high_noise", (0.875, 1.0)).is_named_in(file) is is_named

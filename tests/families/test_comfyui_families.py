@@ -51,17 +51,24 @@ def test_prompts_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any],
         assert_same(key, tensor, expected[key])
 
 
-def prediction(case: Case, conditioning: Conditioning, *, changed: bool = False) -> Tensor:
+def prediction(case: Case, conditioning: Conditioning, *, changed: bool = False, frames: int = 1) -> Tensor:
     lora = family_cases.lora(case.ours)
     denoiser = lora.applied_to(case.ours.denoiser) if changed else case.ours.denoiser
     time = case.ours.components.schedule.at_sigma(torch.tensor([family_cases.SIGMA])).time
     with denoiser.active(), torch.no_grad():
-        return denoiser.predict(family_cases.noisy(case.ours), time, conditioning)
+        return denoiser.predict(family_cases.noisy(case.ours, frames), time, conditioning)
 
 
 def test_predictions_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:
     conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"])
     assert_same("prediction", prediction(case, conditioning), recorded["prediction"])
+
+
+def test_predictions_of_clips_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:
+    if not case.ours.components.latent.time_downscale:
+        pytest.skip("a model of pictures")
+    conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"])
+    assert_same("clip", prediction(case, conditioning, frames=family_cases.FRAMES), recorded["clip"])
 
 
 def test_comfyui_applies_our_loras_as_we_do(case: Case, recorded: dict[str, Any]) -> None:

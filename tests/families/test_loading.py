@@ -327,7 +327,7 @@ KNOWN_BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         "Chroma Radiance",
     ),
     "lumina": ({"cap_embedder.1.weight": (4, 4)}, "Lumina"),
-    "wan": ({"head.modulation": (1, 2, 4)}, "Wan"),
+    "wan": ({"head.modulation": (1, 2, 4)}, "a variant of Wan"),
     "part": ({"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)}, "one part of a diffusers model (give the folder"),
 }
 

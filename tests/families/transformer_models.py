@@ -16,6 +16,7 @@ from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
 from tiny_qwen_image import QWEN_IMAGE
 from tiny_sd3 import SD3
+from tiny_wan import WAN, WAN_5B
 from tiny_z_image import Z_IMAGE
 
 from lorasmith.families.model import Model
@@ -57,5 +58,7 @@ TINY: dict[str, TinyFamily] = {
     "lumina2": LUMINA2,
     "qwen-image": QWEN_IMAGE,
     "chroma": CHROMA,
+    "wan": WAN,
+    "wan22-5b": WAN_5B,
 }
 """Small models by the name of their family."""

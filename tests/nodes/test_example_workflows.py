@@ -41,7 +41,7 @@ def test_every_file_is_listed_with_what_it_needs() -> None:
 
 def test_an_unknown_example_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        GraphError, match=r"no example 'stile' \(did you mean 'style'\?\).*single_subject, style, .*krea2"
+        GraphError, match=r"no example 'stile' \(did you mean 'style'\?\).*single_subject, style, .*wan"
     ):
         example_named("stile")
 

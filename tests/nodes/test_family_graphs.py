@@ -29,6 +29,7 @@ FAMILY = {
     "lumina2": "lumina2",
     "qwen_image": "qwen-image",
     "chroma": "chroma",
+    "wan": "wan",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 

@@ -18,6 +18,7 @@ changes these numbers and no computation:
 - ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
 - Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
 - Stable Diffusion 3 fills the states of its CLIPs up to T5's width of 4096, here to that of the file.
+- UMT5 is known by 24 layers, and the autoencoder of Wan 2.2 is 160 and 256 wide there.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -40,6 +41,7 @@ __all__ = ["load_autoencoder", "load_encoders", "taken_small"]
 _CLIP, _T5 = "text_model.encoder.layers.", "encoder.block."
 _GEMMA_HEAD = 256
 _CHROMA_ROWS = 344  # of modulation, for 19 and 38 blocks
+_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
@@ -102,7 +104,10 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
     head = 0
     start = next((one for one in ("model.language_model.", "model.") if f"{one}norm.weight" in shapes), None)
     with contextlib.ExitStack() as stack:
-        if start is None:
+        if _UMT5 in shapes:
+            options["umt5xxl_model_config"] = {**_t5(shapes), "vocab_size": shapes["shared.weight"][0]}
+            stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.T5_XXL))
+        elif start is None:
             clips = {}
             for one in each:
                 if f"{_T5}0.layer.0.SelfAttention.q.weight" in one:
@@ -165,13 +170,14 @@ def _narrowed(model: Any, width: int) -> None:
 
 def load_autoencoder(file: Path) -> Any:
     """ComfyUI's VAE of an autoencoder of any width, in fp32."""
+    import comfy.ldm.wan.vae2_2
     import comfy.sd
     import comfy.utils
 
     tensors = comfy.utils.load_torch_file(str(file))
     first = tensors.get("encoder.conv_in.weight")  # Wan's, whose width ComfyUI reads itself, has another name for it
     own = {} if first is None else {"ch": first.shape[0], "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    kl, engine = comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine
+    kl, engine, wan22 = comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine, comfy.ldm.wan.vae2_2.WanVAE
 
     def small_kl(ddconfig: dict[str, Any], embed_dim: int, **_: Any) -> Any:
         return kl(ddconfig=ddconfig | own, embed_dim=embed_dim)
@@ -180,7 +186,12 @@ def load_autoencoder(file: Path) -> Any:
         parts = {name: {**part, "params": part["params"] | own} for name, part in parts.items()}
         return engine(regularizer_config=regularizer_config, **parts)
 
+    def small_wan22(**settings: Any) -> Any:
+        widths = {"dim": len(tensors["encoder.conv1.weight"]), "dec_dim": len(tensors["decoder.head.0.gamma"])}
+        return wan22(**settings | widths)
+
     with (
+        mock.patch.object(comfy.ldm.wan.vae2_2, "WanVAE", small_wan22),
         mock.patch.object(comfy.sd, "AutoencoderKL", small_kl),
         mock.patch.object(comfy.sd, "AutoencodingEngine", small_engine),
     ):

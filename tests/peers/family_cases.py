@@ -13,7 +13,20 @@ from torch import Tensor
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["EMPTIED", "PERCENTS", "PROMPTS", "SIGMA", "SIZE", "STEPS", "SUBSETS", "lora", "noisy", "numbers", "picture"]
+__all__ = [
+    "EMPTIED",
+    "FRAMES",
+    "PERCENTS",
+    "PROMPTS",
+    "SIGMA",
+    "SIZE",
+    "STEPS",
+    "SUBSETS",
+    "lora",
+    "noisy",
+    "numbers",
+    "picture",
+]
 
 PROMPTS = {"short": "a fox", "empty": "", "long": "a (red:1.3) fox in the [tall] grass, 日本語 " * 30}
 """Prompts: weights are syntax for Flux.1 alone. The long one is longer than any padding."""
@@ -28,6 +41,9 @@ SIGMA = 0.6
 SIZE = (64, 96)
 """Height and width of the picture in pixels."""
 
+FRAMES = 5
+"""Frames of the clip, for models of video."""
+
 PERCENTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Where ComfyUI's `percent_to_sigma`, from which its trainer draws, is asked."""
 
@@ -40,9 +56,9 @@ def picture() -> Tensor:
     return models.seeded("picture", (1, 3, *SIZE), seed=0, std=0.4).clamp(-1, 1)
 
 
-def noisy(model: Model) -> Tensor:
+def noisy(model: Model, frames: int = 1) -> Tensor:
     """A sampler's state at `SIGMA`, of the denoiser's latents."""
-    return models.seeded("noisy", (1, *model.components.latent.shape(*SIZE)), seed=0)
+    return models.seeded("noisy", (1, *model.components.latent.shape(*SIZE, frames)), seed=0)
 
 
 def lora(model: Model) -> Lora:

@@ -171,7 +171,11 @@ def _original_layers(model: Model) -> nn.Module:
             if not hasattr(here, parent):
                 here.add_module(parent, nn.Module())
             here = getattr(here, parent)
-        here.add_module(last, _layer(tensors))
+        if hasattr(here, last):  # a block with parameters of its own, such as Wan's modulation
+            for leaf, tensor in tensors.items():
+                getattr(here, last).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            here.add_module(last, _layer(tensors))
     return root
 
 
@@ -183,6 +187,8 @@ def _layer(tensors: Mapping[str, Tensor]) -> nn.Module:
         layer = nn.Linear(size[1], size[0], bias=has_bias, device="meta")
     elif len(size) == 4:
         layer = nn.Conv2d(size[1], size[0], size[2:], bias=has_bias, device="meta")
+    elif len(size) == 5:
+        layer = nn.Conv3d(size[1], size[0], size[2:], bias=has_bias, device="meta")
     elif has_bias:
         layer = nn.LayerNorm(size, device="meta")
     for leaf, tensor in tensors.items():

@@ -41,7 +41,7 @@ __all__ = [
     "inputs",
 ]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma")
+TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma", "wan")
 """Families whose small models are those of `transformer_models.py`."""
 
 IN_SD_SCRIPTS = ("anima", "sd3", "chroma")
@@ -107,7 +107,7 @@ CASES: Mapping[str, Case] = {
         targets="all",
         differences=True,
         families=(  # no layer of Flux.2 has a bias
-            *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma"),
+            *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma", "wan"),
         ),
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),

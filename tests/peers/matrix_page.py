@@ -29,6 +29,7 @@ _FAMILIES = {
     "sd3": "Stable Diffusion 3.5",
     "qwen-image": "Qwen-Image",
     "chroma": "Chroma",
+    "wan": "Wan",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")

@@ -13,6 +13,7 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
     prediction      velocity at `family_cases.noisy` and sigma, with the short prompt: (x − denoised)/sigma of the whole
                     model, which pads and masks the conditioning as it does when sampling
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
+    clip            the prediction for several frames, of models of video
     latents         a picture encoded by the VAE, and these latents normalised for the denoiser
     subsets         of a family that can do without some encoders: conditioning by `family_cases.SUBSETS` alone, and
                     with empty prompts left out (`EMPTIED`)
@@ -152,7 +153,12 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
     comfy.model_management.load_models_gpu([patched])
     changed = _prediction(patched.model, x, encoded)
     comfy.model_management.unload_all_models()
+    clip = {}
+    if ours.components.latent.time_downscale:
+        predicted = _prediction(patcher.model, family_cases.noisy(ours, family_cases.FRAMES), encoded)
+        clip["clip"] = family_cases.numbers("clip", predicted)
     return {
+        **clip,
         "prediction": family_cases.numbers("prediction", plain),
         "with_lora": family_cases.numbers("with_lora", changed),
     }

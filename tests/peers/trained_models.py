@@ -108,4 +108,5 @@ TRAINED: Mapping[str, Trained] = {
     "sd3": Trained(TINY["sd3"].denoiser_tensors, (16,), 64, pooled=64, times=(900.0, 200.0)),
     "chroma": Trained(TINY["chroma"].denoiser_tensors, (16,), 32),
     "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
+    "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
 }

@@ -253,7 +253,7 @@ def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
                 one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in one._buffers.items():
             if buffer is not None:
-                one._buffers[name] = _empty_like(buffer, dtype)
+                one._buffers[name] = _empty_like(buffer, own)
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

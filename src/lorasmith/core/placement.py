@@ -29,7 +29,7 @@ __all__ = [
 
 
 FULL_PRECISION = "full_precision"
-"""Attribute of a module, True if its own parameters are placed in fp32 whatever the dtype of the others."""
+"""Attribute of a module, True if its own parameters and buffers are placed in fp32 whatever the dtype of the others."""
 
 
 def best_device() -> torch.device:
@@ -116,13 +116,13 @@ def placed(
     Args:
         module: the model.
         device: where it runs.
-        dtype: of its floating-point tensors; the parameters of modules marked `FULL_PRECISION` are in fp32.
+        dtype: of its floating-point tensors; those of modules marked `FULL_PRECISION` are in fp32.
         without: tensors to leave unchanged.
         layout: memory format of convolution kernels; None for that of `memory_format_for`.
     """
     others = {id(tensor) for tensor in without}
     precise = [layer for layer in module.modules() if layer.__dict__.get(FULL_PRECISION)]
-    full = {id(tensor) for layer in precise for tensor in layer.parameters(recurse=False)}
+    full = {id(one) for layer in precise for one in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
     layout = layout or memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
     sources: list[tuple[nn.Module, Packed]] = []

@@ -36,6 +36,7 @@ __all__ = [
     "Diffusion",
     "EncoderSlot",
     "Encoding",
+    "Expert",
     "Family",
     "LatentFormat",
     "PictureSize",
@@ -125,13 +126,19 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
     return Conditioning({key: torch.cat(parts) for key, parts in batch.items()}, mask=mask)
 
 
-def check_even(latents: Tensor, title: str) -> None:
-    """Raise DataError for latents that cannot be cut into patches of 2×2."""
+def check_even(latents: Tensor, title: str, *, pixels: int = 16) -> None:
+    """Raise DataError for latents that cannot be cut into patches of 2×2.
+
+    Args:
+        latents: (..., height, width).
+        title: of the family, for the message.
+        pixels: width of a patch in the picture.
+    """
     height, width = latents.shape[-2:]
     if height % 2 or width % 2:
         raise DataError(
             f"{title} packs latents 2×2, so their sides must be even, got {height}×{width}; "
-            "use picture sizes that are multiples of 16"
+            f"use picture sizes that are multiples of {pixels}"
         )
 
 
@@ -159,6 +166,8 @@ class LatentFormat:
         downscale: pixels per latent in each direction.
         scale, shift: numbers, or one number per channel.
         frames: whether latents have a time axis, (batch, channels, frames, height, width); pictures are one frame.
+        time_downscale: frames per latent in time, after the first frame, which is a latent of its own; 0 where latents
+            are of pictures only.
     """
 
     channels: int
@@ -166,11 +175,16 @@ class LatentFormat:
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...] = 0.0
     frames: bool = False
+    time_downscale: int = 0
 
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of the latents of one picture of height × width pixels, without the batch."""
-        frames = (1,) if self.frames else ()
-        return (self.channels, *frames, height // self.downscale, width // self.downscale)
+    def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of the latents of one picture of height × width pixels, or of a clip, without the batch."""
+        times = (1 + (frames - 1) // (self.time_downscale or 1),) if self.frames else ()
+        return (self.channels, *times, height // self.downscale, width // self.downscale)
+
+    def whole_frames(self, count: int) -> int:
+        """The most frames of `count` that make whole latents: 4k+1 with a time_downscale of 4; 1 for pictures."""
+        return 1 + (count - 1) // self.time_downscale * self.time_downscale if self.time_downscale else 1
 
     def to_model(self, latents: Tensor) -> Tensor:
         """The denoiser's latents for VAE latents (batch, channels, [frames,] height, width)."""
@@ -211,6 +225,8 @@ class Defaults:
         targets: name of a target preset.
         guidance: classifier-free guidance scale for pictures.
         timestep_distribution: registered distribution that training draws from.
+        frames: most frames of a clip in training, and frames of a preview; 1 for models of pictures.
+        frame_rate: frames a second of clips.
     """
 
     resolution: int
@@ -219,6 +235,8 @@ class Defaults:
     targets: str
     guidance: float
     timestep_distribution: str
+    frames: int = 1
+    frame_rate: float = 16.0
 
 
 @dataclass(frozen=True)
@@ -302,6 +320,27 @@ class AutoencoderSlot:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """A denoiser for a part of the noise levels, where a model has several of the same tensors.
+
+    Attributes:
+        name: part of the names of its files, and end of the name of a LoRA for it: `high_noise`.
+        noise_range: its part of diffusion time: 0 is clean, 1 is noise.
+    """
+
+    name: str
+    noise_range: tuple[float, float]
+
+    def is_named_in(self, file: str) -> bool:
+        """Whether a file's name says that it is this expert's, such as `wan2.2_t2v_high_noise_14B` or `HighNoise`."""
+        return _letters(self.name) in _letters(file)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+@dataclass(frozen=True)
 class Components:
     """The parts of a loaded base model; absent parts are None or empty (a bare denoiser file, say).
 
@@ -360,6 +399,7 @@ class Family(ABC):
         unused_tensors: patterns of tensors in its original checkpoints that the network does not use.
         distilled_names: parts of file names of variants that are distilled to few steps, which training undoes; they
             have the same tensors as the variant to train on.
+        experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
@@ -380,6 +420,7 @@ class Family(ABC):
     repeatable_context: bool
     unused_tensors: tuple[str, ...] = ()
     distilled_names: tuple[str, ...] = ()
+    experts: tuple[Expert, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 

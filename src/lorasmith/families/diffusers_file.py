@@ -17,7 +17,7 @@ __all__ = ["original_shapes", "recognised_by_diffusers_names"]
 
 _SIGNS = (
     *("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks."),
-    "time_caption_embed.",
+    *("time_caption_embed.", "condition_embedder."),
 )
 
 

@@ -20,6 +20,7 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     sd3,
     sdxl,
     stable_diffusion,
+    wan,
     z_image,
 )
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
@@ -27,6 +28,7 @@ from lorasmith.families.parts import (  # noqa: F401  (register themselves)
     flux2_vae,
     language_models,
     t5_encoders,
+    umt5_encoders,
     wan_vae,
 )
 from lorasmith.families.parts.unet_layout import context_widths
@@ -39,7 +41,7 @@ _PART = "one part of a diffusers model (give the folder that has its model_index
 _SIGNS = {
     "nerf_blocks.": "Chroma Radiance",
     "cap_embedder.": "Lumina",
-    "head.modulation": "Wan",
+    "head.modulation": "a variant of Wan",
     "t_embedding_norm.": "Cosmos-Predict2",
     "down_blocks.": _PART,
     "time_embed.t_embedder.": _PART,
@@ -53,7 +55,7 @@ _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
 SIGNATURES += [
     Signature("Lumina", _NEXT_DIT, order=5),
-    Signature("Wan", DENOISER_START + r"blocks_\d+_(self_attn|cross_attn|attn1|ffn)_", order=5),
+    Signature("Wan image to video", DENOISER_START + r"blocks_\d+_(cross_attn_[kv]_img|attn2_add_[kv]_proj)", order=3),
 ]
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
@@ -329,10 +330,16 @@ def _denoiser_of(family: Family, sources: Mapping[str, PartSource]) -> nn.Module
 
 
 def _precise(denoiser: nn.Module) -> nn.Module:
-    """The denoiser, with the modules marked whose parameters diffusers keeps in fp32."""
-    names = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+    """The denoiser, with the modules marked whose parameters and buffers diffusers keeps in fp32.
+
+    diffusers names modules or parameters; what is inside of these is meant as well. Layers that multiply are left out,
+    since adapters and quantized weights have one dtype with their input.
+    """
+    names = set(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
     for path, layer in denoiser.named_modules():
-        if path.rpartition(".")[2] in names:
+        own = [*layer._parameters, *layer._buffers]
+        multiplies = isinstance(layer, (nn.Linear, *CONVOLUTIONS))
+        if own and not multiplies and names & {*path.split("."), *own}:
             setattr(layer, FULL_PRECISION, True)
     return denoiser
 

@@ -263,7 +263,7 @@ class Autoencoder:
 
     @property
     def latent(self) -> LatentFormat:
-        """Channels, pixels per latent and frames of its latents."""
+        """Channels, pixels and frames per latent of its latents."""
         return AUTOENCODERS[self.kind].latent_format(self.module)
 
     def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
@@ -272,19 +272,31 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents (batch, channels, [frames,] h, w) of pixels (batch, 3, height, width) in [−1, 1], fp32, CPU.
+        """Latents (batch, channels, [frames,] h, w) of pixels (batch, 3, [frames,] height, width) in [−1, 1].
 
-        They are the mean of the distribution.
+        They are the mean of the distribution, in fp32 on the CPU.
         """
         with self._placed(pixels) as here:
             return AUTOENCODERS[self.kind].encode(self.module, here).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, height, width) in [−1, 1] of latents, in fp32 on the CPU; of several frames, the first.
+        """Pixels (batch, 3, height, width) in [−1, 1] of latents of pictures, in fp32 on the CPU.
+
+        Of latents of several frames, only the first frame is decoded. Raises DataError for pixels that are NaN or
+        infinite.
+        """
+        return self.decode_frames(latents[:, :, :1])[:, :, 0] if self.latent.frames else self._decoded(latents)
+
+    @torch.no_grad()
+    def decode_frames(self, latents: Tensor) -> Tensor:
+        """Pixels (batch, 3, frames, height, width) in [−1, 1] of latents, in fp32 on the CPU; pictures are one frame.
 
         Raises DataError for pixels that are NaN or infinite.
         """
+        return self._decoded(latents) if self.latent.frames else self._decoded(latents).unsqueeze(2)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         with self._placed(latents) as here:
             pixels = AUTOENCODERS[self.kind].decode(self.module, here).float().cpu()
         if not pixels.isfinite().all():

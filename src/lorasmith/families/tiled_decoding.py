@@ -31,16 +31,18 @@ def decode_tiled(
         before_tile: called before each tile with (tiles done, number of tiles).
 
     Returns:
-        (batch, 3, height, width) in [−1, 1], fp32, on the CPU. Latents of one tile are decoded as a whole.
+        (batch, 3, frames, height, width) in [−1, 1], fp32, on the CPU. Latents of one tile are decoded as a whole.
     """
     height, width = latents.shape[-2:]
     scale = autoencoder.latent.downscale
     places = list(product(_starts(height, tile, overlap), _starts(width, tile, overlap)))
-    total = torch.zeros(len(latents), 3, height * scale, width * scale)
+    total = torch.zeros(0)
     weight = torch.zeros(height * scale, width * scale)
     for done, (top, left) in enumerate(places):
         before_tile(done, len(places))
-        pixels = autoencoder.decode(latents[..., top : top + tile, left : left + tile])
+        pixels = autoencoder.decode_frames(latents[..., top : top + tile, left : left + tile])
+        if not done:
+            total = torch.zeros(*pixels.shape[:3], height * scale, width * scale)
         rows, columns = pixels.shape[-2:]
         ramp = torch.outer(_ramp(rows, overlap * scale), _ramp(columns, overlap * scale))
         area = (..., slice(top * scale, top * scale + rows), slice(left * scale, left * scale + columns))

@@ -84,4 +84,5 @@ _TITLES = {
     "qwen_image": "Qwen-Image on a folder of images and texts",
     "krea2": "Krea 2 on a folder of images and texts",
     "anima": "Anima on a folder of images and texts",
+    "wan": "Wan 2.1 on a folder of images and texts",
 }

@@ -14,7 +14,7 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__ = ["check_encoder"]
 
-_T5_KINDS = ("t5xxl",)
+_T5_KINDS = ("t5xxl", "umt5xxl")
 _LUMINA_PROMPTS = {
     "superior": (
         "You are an assistant designed to generate superior images with the superior degree of image-text alignment "

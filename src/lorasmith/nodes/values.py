@@ -80,8 +80,8 @@ def pixels_from_image(image: Tensor, autoencoder: Autoencoder) -> Tensor:
 
 
 def image_from_pixels(pixels: Tensor) -> Tensor:
-    """IMAGE of pixels (batch, 3, height, width) in [−1, 1]."""
-    return (pixels.movedim(1, -1) / 2 + 0.5).clamp(0, 1).contiguous()
+    """IMAGE of pixels (batch, 3, [frames,] height, width) in [−1, 1]; frames of clips are one after the other."""
+    return (pixels.movedim(1, -1).reshape(-1, *pixels.shape[-2:], 3) / 2 + 0.5).clamp(0, 1).contiguous()
 
 
 def check_latents(samples: Tensor, form: LatentFormat) -> None:

@@ -120,4 +120,5 @@ _TITLES = {
     "qwen_image": "Qwen-Image",
     "krea2": "Krea 2",
     "anima": "Anima",
+    "wan": "Wan 2.1",
 }

@@ -34,6 +34,8 @@ from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
         ("transformer.blocks.0.attn1.to_q", 1536, "Wan"),
         ("transformer.layers.0.self_attention.to_q", 4096, "ERNIE-Image"),
         ("lora_unet_layers_3_mlp_linear_fc2", 12288, "ERNIE-Image"),
+        ("diffusion_model.blocks.0.ffn.0", 3072, "Wan 2.2 5B"),
+        ("diffusion_model.blocks.0.cross_attn.k_img", 5120, "Wan image to video"),
         ("lora_unet_something_else", 5, None),
     ],
 )

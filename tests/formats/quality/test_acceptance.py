@@ -69,7 +69,7 @@ WITHOUT_TRAINERS = {"ours", "diffusers", "ComfyUI"}
     [
         *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1", "chroma")),
         *((family, EVERYONE - {"sd-scripts"}) for family in ("flux2-klein", "qwen-image")),
-        *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2", "ernie-image", "anima", "sd3")),
+        *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2", "ernie-image", "anima", "sd3", "wan")),
     ],
 )
 @pytest.mark.parametrize("case", ["lora", "lora-uneven"])
@@ -80,6 +80,13 @@ def test_portable_loras_are_applied_completely(family: str, programs: set[str], 
         if cell["loader"] in programs:
             assert cell["applied"] == cell["modules"] > 0, cell
             assert cell["difference"] < AGREEMENT < cell["effect"], cell
+
+
+def test_a_file_that_is_refused_for_some_layers_is_not_applied_at_all(lora) -> None:
+    one = lora("wan", "lora-all")
+    (found,) = shortfalls(one.state, layout_for(PORTABLE, one.names), one.names, is_portable=True)
+    assert (found.program, found.is_all) == ("diffusers", True)
+    assert found.reason == "it refuses a file with layers that it does not find by such names (patch_embedding)"
 
 
 def test_programs_are_named_once_for_each_reason(lora) -> None:

@@ -55,15 +55,22 @@ class AutoencoderKind(ABC):
 
     @abstractmethod
     def latent_format(self, vae: Any) -> LatentFormat:
-        """Channels, pixels per latent and frames of its latents; scale 1 and shift 0."""
+        """Channels, pixels and frames per latent of its latents; scale 1 and shift 0."""
 
     @abstractmethod
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        """Latents (the distribution's mean) of pixels (batch, 3, height, width) in [−1, 1]."""
+        """Latents (the distribution's mean) of pixels (batch, 3, height, width) in [−1, 1].
+
+        Kinds whose latents have a time axis take pixels (batch, 3, frames, height, width) as well, of a number of
+        frames that makes whole latents (`LatentFormat.whole_frames`).
+        """
 
     @abstractmethod
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pixels (batch, 3, height, width), about in [−1, 1], of latents; of several frames, the first."""
+        """Pixels (batch, 3, height, width), about in [−1, 1], of latents.
+
+        Those of latents with a time axis are (batch, 3, frames, height, width).
+        """
 
 
 class KlAutoencoder(AutoencoderKind):

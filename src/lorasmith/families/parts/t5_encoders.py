@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
 
-__all__ = ["RELEASED_PATHS", "T5Encoder", "encode_t5", "t5_tokens"]
+__all__ = ["RELEASED_PATHS", "T5_BIAS", "T5Encoder", "built_t5", "encode_t5", "t5_tokens"]
 
 RELEASED_PATHS = tuple(
     f"encoder.block.{block}.layer.{layer}"
@@ -27,7 +27,9 @@ RELEASED_PATHS = tuple(
 )
 """Paths of the layers of T5-XXL that a LoRA can change."""
 
-_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+T5_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+"""Name of a block's biases by relative position, which only the first block of T5 has."""
+
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -39,7 +41,7 @@ class T5Encoder(EncoderKind):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         # UMT5 has a position bias in every block.
-        return _BIAS.format(0) in shapes and _BIAS.format(1) not in shapes
+        return T5_BIAS.format(0) in shapes and T5_BIAS.format(1) not in shapes
 
     def width(self, encoder: Any) -> int:
         return int(encoder.config.d_model)
@@ -47,21 +49,34 @@ class T5Encoder(EncoderKind):
     def build(self, source: PartSource) -> nn.Module:
         from transformers import T5Config, T5EncoderModel
 
-        tensors = dict(source.tensors)
-        embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
-        if embedding is None:
-            raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
-        tensors |= {_EMBEDDING: embedding, _TIED: embedding}
-        config = T5Config(**(source.config or _config(tensors) | dict(source.settings)))
-        encoder = build(lambda: T5EncoderModel(config), lambda _: tensors, where=source.where)
-        encoder.encoder.embed_tokens.weight = encoder.shared.weight  # type: ignore[union-attr]
-        return encoder
+        return built_t5(source, lambda config: T5EncoderModel(T5Config(**config)))
 
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         return t5_tokenizer() if source.folder is None else folder_tokenizer(source.folder)
 
 
 ENCODERS.register(T5Encoder.name)(T5Encoder())
+
+
+def built_t5(source: PartSource, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """An encoder of T5's layout, with its embedding under both names that transformers gives it.
+
+    Args:
+        source: its tensors.
+        make: creates the model for a configuration.
+
+    Raises:
+        ModelError: tensors are missing or of the wrong shape.
+    """
+    tensors = dict(source.tensors)
+    embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
+    if embedding is None:
+        raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
+    tensors |= {_EMBEDDING: embedding, _TIED: embedding}
+    config = dict(source.config or _config(tensors) | dict(source.settings))
+    encoder: Any = build(lambda: make(config), lambda _: tensors, where=source.where)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
+    return encoder  # type: ignore[no-any-return]
 
 
 def encode_t5(
@@ -98,8 +113,8 @@ def encode_t5(
     ids = torch.tensor(rows, device=device_of(encoder))
     mask = torch.ones_like(ids)
     if hides_padding:
-        ended = [token for token, _ in tokens].index(tokenizer.eos_token_id)
-        mask[:, ended + 1 :] = 0
+        last = max(place for place, (token, _) in enumerate(tokens) if token != tokenizer.pad_token_id)
+        mask[:, last + 1 :] = 0
     with torch.no_grad():
         states: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return weighted_states(states[:1], states[1:], [[weight for _, weight in tokens]]) if weighted else states
@@ -112,7 +127,7 @@ def t5_tokens(
 
     Args:
         text: the prompt, with `(word:1.2)` weights.
-        tokenizer: of T5.
+        tokenizer: of T5 or UMT5.
         min_tokens, max_tokens, min_padding: as for `encode_t5`.
     """
     tokens = [
@@ -129,7 +144,7 @@ def t5_tokens(
 def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of a T5 v1.1 encoder from its tensors."""
     vocabulary, width = tensors[_EMBEDDING].shape
-    heads = tensors[_BIAS.format(0)].shape[1]
+    heads = tensors[T5_BIAS.format(0)].shape[1]
     return {
         "vocab_size": vocabulary,
         "d_model": width,

@@ -1,7 +1,8 @@
-"""The autoencoder of Wan 2.1, which Qwen-Image, Krea 2 and Anima use too: its layout, recognition and latents.
+"""The autoencoders of Wan 2.1, which Qwen-Image, Krea 2 and Anima use too, and of Wan 2.2 5B: layouts and latents.
 
-It is made for videos: pictures are one frame, and latents have a time axis. Both packages' names are read, the
-original's and diffusers' (AutoencoderKLQwenImage and AutoencoderKLWan, which have the same tensors).
+They are made for videos: pictures are one frame, and latents have a time axis. Both packages' names are read, the
+original's and diffusers' (AutoencoderKLQwenImage and AutoencoderKLWan, which have the same tensors for Wan 2.1). Wan
+2.2's takes squares of 2×2 pixels as channels, and its blocks are one level deeper in the names.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from lorasmith.core.quantization import plain_weights
 from lorasmith.families.base import LatentFormat
+from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts.autoencoders import AUTOENCODERS, AutoencoderKind
 
-__all__ = ["LATENT_MEAN", "LATENT_STD", "WanAutoencoder"]
+__all__ = ["LATENT_MEAN", "LATENT_MEAN_22", "LATENT_STD", "LATENT_STD_22", "Wan22Autoencoder", "WanAutoencoder"]
 
 # fmt: off
 LATENT_MEAN = (
@@ -28,26 +30,56 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )
+LATENT_MEAN_22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENT_STD_22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
 # fmt: on
 
 _ORIGINAL, _DIFFUSERS = "decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"
 _DEEPER = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # Wan 2.2's
+_UPSAMPLER, _DEEPER_UPSAMPLER = (
+    f"decoder.up_blocks.0.{name}.time_conv.weight" for name in ("upsamplers.0", "upsampler")
+)
 _RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
 _MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
+_SIDE = 2  # of the squares of pixels that Wan 2.2's takes as channels
 
 
-class WanAutoencoder(AutoencoderKind):
+class _Wan(AutoencoderKind):
+    """What both versions share."""
+
+    def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return shapes["conv2.weight" if "conv2.weight" in shapes else "post_quant_conv.weight"][0]
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents: Tensor = vae.encode(pixels if pixels.ndim == 5 else pixels.unsqueeze(2)).latent_dist.mean
+        return latents
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        pixels: Tensor = vae.decode(latents).sample
+        return pixels
+
+
+class WanAutoencoder(_Wan):
     """Wan 2.1's: 16 channels, 8 pixels per latent."""
 
     name = "wan21"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return (_ORIGINAL in shapes and _DEEPER not in shapes) or (
-            _DIFFUSERS in shapes and "decoder.up_blocks.0.upsamplers.0.time_conv.weight" in shapes
-        )
-
-    def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return shapes["conv2.weight" if "conv2.weight" in shapes else "post_quant_conv.weight"][0]
+        return (_ORIGINAL in shapes and _DEEPER not in shapes) or (_DIFFUSERS in shapes and _UPSAMPLER in shapes)
 
     def build(self, source: PartSource) -> nn.Module:
         from diffusers import AutoencoderKLQwenImage
@@ -63,22 +95,66 @@ class WanAutoencoder(AutoencoderKind):
         return build(lambda: AutoencoderKLQwenImage(**wanted), lambda _: named, where=source.where)
 
     def latent_format(self, vae: Any) -> LatentFormat:
-        return LatentFormat(vae.config.z_dim, vae.spatial_compression_ratio, scale=1.0, frames=True)
+        return _form(vae, vae.spatial_compression_ratio)
 
-    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents: Tensor = vae.encode(pixels.unsqueeze(2)).latent_dist.mean
-        return latents
 
-    def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        pixels: Tensor = vae.decode(latents).sample
-        return pixels[:, :, 0]
+class Wan22Autoencoder(_Wan):
+    """Wan 2.2 5B's: 48 channels, 16 pixels per latent."""
+
+    name = "wan22"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return _DEEPER in shapes or (_DIFFUSERS in shapes and _DEEPER_UPSAMPLER in shapes)
+
+    def build(self, source: PartSource) -> nn.Module:
+        from diffusers import AutoencoderKLWan
+
+        tensors = plain_weights(source.tensors)
+        named = {_diffusers_name(name, is_deeper=True): tensor for name, tensor in tensors.items()}
+        config = source.config or _config_22(Shapes((name, tuple(one.shape)) for name, one in named.items()))
+        return build(
+            lambda: AutoencoderKLWan.from_config({**config, **source.settings}), lambda _: named, where=source.where
+        )
+
+    def latent_format(self, vae: Any) -> LatentFormat:
+        # Each level of blocks but the last halves the sides; `spatial_compression_ratio` is for diffusers' tiles.
+        side = 2 ** len(vae.config.temperal_downsample) * vae.config.patch_size
+        return _form(vae, side)
 
 
 AUTOENCODERS.register(WanAutoencoder.name)(WanAutoencoder())
+AUTOENCODERS.register(Wan22Autoencoder.name)(Wan22Autoencoder())
 
 
-def _diffusers_name(name: str) -> str:
-    """diffusers' name of an original tensor; its own names are unchanged."""
+def _form(vae: Any, downscale: int) -> LatentFormat:
+    times = 2 ** sum(vae.config.temperal_downsample)
+    return LatentFormat(vae.config.z_dim, downscale, scale=1.0, frames=True, time_downscale=times)
+
+
+def _config_22(shapes: Shapes) -> dict[str, Any]:
+    """Configuration of Wan 2.2's for shapes by diffusers' names."""
+    channels = shapes["encoder.conv_in.weight"][1]
+    return {
+        "base_dim": shapes["encoder.conv_in.weight"][0],
+        "decoder_base_dim": shapes["decoder.norm_out.gamma"][0],
+        "z_dim": shapes["post_quant_conv.weight"][0],
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": _SIDE,
+        "is_residual": True,
+        "scale_factor_spatial": 16,
+        "latents_mean": LATENT_MEAN_22,
+        "latents_std": LATENT_STD_22,
+    }
+
+
+def _diffusers_name(name: str, *, is_deeper: bool = False) -> str:
+    """diffusers' name of an original tensor; its own names are unchanged.
+
+    Args:
+        name: the tensor.
+        is_deeper: whether blocks hold their layers under a number of their own, as in Wan 2.2.
+    """
     side, _, rest = name.partition(".")
     if side in ("conv1", "conv2"):
         return f"{'quant_conv' if side == 'conv1' else 'post_quant_conv'}.{rest}"
@@ -88,15 +164,24 @@ def _diffusers_name(name: str) -> str:
     if kind == "head":
         number, _, leaf = rest.partition(".")
         return f"{side}.{'norm_out' if number == '0' else 'conv_out'}.{leaf}"
+    if kind not in ("middle", "downsamples", "upsamples"):
+        return name
     index, _, rest = rest.partition(".")
     if kind == "middle":
         return f"{side}.mid_block.{_MIDDLE[int(index)]}.{_resnet(rest)}"
+    if is_deeper:
+        return f"{side}.{'down' if kind == 'downsamples' else 'up'}_blocks.{index}.{_layer_of_block(rest)}"
     if kind == "downsamples":
         return f"{side}.down_blocks.{index}.{_resnet(rest)}"
-    if kind == "upsamples":
-        block, place = divmod(int(index), 4)
-        return f"{side}.up_blocks.{block}.{'upsamplers.0' if place == 3 else f'resnets.{place}'}.{_resnet(rest)}"
-    return name
+    block, place = divmod(int(index), 4)
+    return f"{side}.up_blocks.{block}.{'upsamplers.0' if place == 3 else f'resnets.{place}'}.{_resnet(rest)}"
+
+
+def _layer_of_block(rest: str) -> str:
+    """A name within one of Wan 2.2's blocks: residual blocks, then what changes the size."""
+    kind, index, rest = rest.split(".", 2)
+    is_resnet = rest.startswith(("residual.", "shortcut."))
+    return f"resnets.{index}.{_resnet(rest)}" if is_resnet else f"{kind.removesuffix('s')}r.{rest}"
 
 
 def _resnet(rest: str) -> str:

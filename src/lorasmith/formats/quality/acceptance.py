@@ -142,6 +142,9 @@ def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
     others = [ref for ref in odd if not _is_dora(lora.state.adapters.get(ref)) or ref in lora.state.differences]
     if others and lora.limits.diffusers_refuses_others:
         return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
+    if lora.limits.diffusers_refuses_unknown and (unknown := tuple(lora.outside(applies))):
+        reason = f"it refuses a file with layers that it does not find by such names ({named(unknown)})"
+        return lora.where(reason, iter(lora.refs()))
     found = lora.where("it loads LoRA alone", iter(others))
     found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
     if lora.layout is LAYOUTS["kohya"] and not lora.is_portable:

@@ -1,0 +1,159 @@
+"""Small random Wan 2.1 and Wan 2.2 5B."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from spiece_models import spiece_model
+from tiny_parts import TinyFamily, original_tensors, randomized, t5_names, wan_names
+from torch import Tensor, nn
+
+from lorasmith.families.parts.wan_vae import LATENT_MEAN_22, LATENT_STD_22
+
+__all__ = ["WAN", "WAN_5B", "frames_of"]
+
+
+def _denoiser(channels: int) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return randomized(
+        WanTransformer3DModel(
+            num_attention_heads=max(1, channels // 24),  # of 128 each; together more than a patch has numbers
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=32,
+            ffn_dim=96,
+            num_layers=2,
+        )
+    )
+
+
+@cache
+def _text() -> dict[str, Any]:
+    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
+    )
+    pieces = SentencePieceProcessor(model_proto=spiece_model("unigram"))
+    vocabulary = [(pieces.id_to_piece(id_), pieces.get_score(id_)) for id_ in range(pieces.get_piece_size())]
+    return {
+        "text_encoder": randomized(UMT5EncoderModel(config)),
+        "tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0),
+    }
+
+
+@cache
+def _wan() -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan
+
+    return {"transformer": _denoiser(16), "vae": randomized(AutoencoderKLWan(base_dim=16)), **_text()}
+
+
+@cache
+def _wan_5b() -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=16,
+        z_dim=48,
+        latents_mean=LATENT_MEAN_22,
+        latents_std=LATENT_STD_22,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+    return {"transformer": _denoiser(48), "vae": randomized(vae), **_text(), "expand_timesteps": True}
+
+
+def _umt5_names(encoder: nn.Module) -> dict[str, Tensor]:
+    vocabulary = torch.frombuffer(bytearray(spiece_model("unigram")), dtype=torch.uint8)
+    return {**t5_names(encoder), "spiece_model": vocabulary}
+
+
+def _wan22_names(vae: nn.Module) -> dict[str, Tensor]:
+    """An AutoencoderKLWan's tensors by Wan 2.2's names: what changes the size is the last layer of its block."""
+    renames = (
+        (r"(down|up)_blocks\.(\d)\.resnets\.(\d)", r"\1samples.\2.\1samples.\3"),
+        (r"down_blocks\.(\d)\.downsampler", r"downsamples.\1.downsamples.2"),
+        (r"up_blocks\.(\d)\.upsampler", r"upsamples.\1.upsamples.3"),
+    )
+    blocks = {}
+    for name, tensor in vae.state_dict().items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        blocks[name] = tensor
+    return wan_names(SimpleNamespace(state_dict=lambda: blocks))  # type: ignore[arg-type]
+
+
+def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
+    context, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512)
+    return {"context": context}
+
+
+def _call(denoiser: nn.Module, latents: Tensor, given: Mapping[str, Tensor], time: Tensor) -> Tensor:
+    return denoiser(latents, time, given["context"]).sample  # type: ignore[no-any-return]
+
+
+def frames_of(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> list[Any]:
+    """The pictures of a clip of `num_frames`, drawn by the pipeline, which takes no `sigmas`."""
+    rest = {name: value for name, value in arguments.items() if name != "sigmas"}
+    set_timesteps = pipeline.scheduler.set_timesteps
+
+    def at(_steps: int, device: Any) -> None:
+        set_timesteps(sigmas=arguments["sigmas"], device=device)
+
+    with mock.patch.object(pipeline.scheduler, "set_timesteps", at):
+        return pipeline(**rest, guidance_scale=guidance, output_type="pil").frames[0]  # type: ignore[no-any-return]
+
+
+def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
+    return frames_of(pipeline, {**arguments, "num_frames": 1}, guidance)[0]
+
+
+WAN = TinyFamily(
+    _wan,
+    "WanPipeline",
+    {
+        "transformer": (
+            "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+            lambda one: original_tensors("wan", one),
+        ),
+        "vae": ("vae/wan_2.1_vae.safetensors", wan_names),
+        "text_encoder": ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", _umt5_names),
+    },
+    conditioning=_conditioning,
+    call=_call,
+    drawn=_drawn,
+    reads_weights=True,
+    is_slow=True,
+)
+
+WAN_5B = TinyFamily(
+    _wan_5b,
+    "WanPipeline",
+    {
+        "transformer": (
+            "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+            lambda one: original_tensors("wan22-5b", one),
+        ),
+        "vae": ("vae/wan2.2_vae.safetensors", _wan22_names),
+        "text_encoder": ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", _umt5_names),
+    },
+    conditioning=_conditioning,
+    call=_call,
+    drawn=_drawn,
+    reads_weights=True,
+    unlearnt=1.0,  # all of the noise: four tokens a picture are too few for 192 numbers a patch
+    is_slow=True,
+)
