@@ -21,9 +21,10 @@ from lorasmith.app.run_plan import (
 )
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
+from lorasmith.data.clips import is_video
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoding import datasets_folder, encode_scan
+from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
@@ -93,15 +94,17 @@ def prepare(
     check_title(source.name)
     device, settings = chosen_device(source.device), source.data
     folder = Path(source.folder)
-    scan = scan_sources(source.sources, settings, cache=datasets_folder())
+    scan = scan_sources(source.sources, settings, cache=datasets_folder(), clips=True)
     on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
-    judged = None if source.validation is None else scan_folder(Path(source.validation), settings)
+    judged = None if source.validation is None else scan_folder(Path(source.validation), settings, clips=True)
     on_event(ModelLoading(model=source.model))
     loaded = load(source.files, folders)
     for note in loaded.notes:
         on_event(Warned(message=note))
     base = loaded.model
     base.family.check_parts(base.components, text=True, images=True)
+    if clip_form(base, settings) is None:
+        scan, judged = _of_pictures(scan, base, on_event), judged and _of_pictures(judged, base, on_event)
     if loaded.files != source.files:
         source = source.with_files(loaded.files)
     job = plan_job(base.denoiser, config, device)
@@ -168,6 +171,21 @@ def train_prepared(
         until=until,
     )
     return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prepared.plan.prompt)
+
+
+def _of_pictures(scan: FolderScan, base: Model, on_event: EventHandler) -> FolderScan:
+    """The scan for a model of pictures, with a note on what is left out."""
+    found = scan.of_pictures()
+    if count := len(scan.images) - len(found.images):
+        videos = f"{count} video{'s' if count > 1 else ''}"
+        first = next(one.name for one in scan.images if is_video(one.path))
+        on_event(
+            Warned(
+                message=f"{videos} left out, such as {first}: {base.family.title} is trained on pictures; use their "
+                "frames as pictures, or a model of videos."
+            )
+        )
+    return found
 
 
 def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:
