@@ -233,7 +233,7 @@ def encoded_pixels(
 
     Args:
         autoencoder: what encodes.
-        pictures: pixels (1, 3, height, width) in [−1, 1].
+        pictures: pixels (1, 3, [frames,] height, width) in [−1, 1].
         progress: called before each that is encoded with (pictures done, total).
     """
     keys = [key_of(pixels=digest_of_tensors([("pixels", one)])) for one in pictures]
