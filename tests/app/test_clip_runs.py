@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny_clips import clip_model
 
+from lorasmith.app.drawing import save_pictures
 from lorasmith.app.folder_run import PreparedRun, prepare, train_prepared
 from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.run_previews import run_previews
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
@@ -19,10 +25,10 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed
 from lorasmith.formats.container import read_safetensors
+from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
-from tests.data.test_clips import animation
-from tests.data.video_cases import movie
+from tests.data.video_cases import animation, movie
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +94,45 @@ def test_a_model_of_pictures_leaves_videos_out_and_says_so(folder: Path) -> None
     assert [path.name for path, _ in run.plan.scan.skipped] == ["4.mp4"]
     with pytest.raises(OptionError, match=r"frames is for models of videos, got 33"):
         ready(tiny, folder, frames=33)
+
+
+@pytest.mark.slow
+def test_previews_are_animations_in_folder_sheet_and_report(model: Model, folder: Path, tmp_path: Path) -> None:
+    run = ready(
+        model, folder, previews="a wave|a calm", preview_steps=1, preview_frames=7, preview_strengths="1", steps=2
+    )
+    result = train_prepared(run, output=tmp_path / "run")
+    samples = tmp_path / "run" / "samples"
+    names = sorted(path.name for path in samples.iterdir())
+    assert {"base-1.webp", "base-2.webp", "step-000002-1.webp", "strength-1-2.webp", "steps.png"} <= set(names)
+    with Image.open(samples / "step-000002-1.webp") as shown:
+        assert shown.n_frames == 5  # type: ignore[attr-defined]
+    with Image.open(samples / "steps.png") as sheet:
+        assert sheet.height > 2 * 128  # the base model's row, and that of the step
+    assert result.path is not None
+    with Image.open(result.path.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    uris = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)
+    frames = [Image.open(io.BytesIO(base64.b64decode(uri))).n_frames for uri in uris]  # type: ignore[attr-defined]
+    assert frames.count(5) == 4 + 6  # base model and LoRA of two prompts, and over two steps
+
+
+@pytest.mark.slow
+def test_a_clip_is_drawn_and_saved_as_an_animation(model: Model, tmp_path: Path) -> None:
+    clips = generate_clips(model, ["a wave", "a calm"], Sampling(steps=1, frames=9, cfg=1.0, width=48, height=32))
+    assert [(len(one.frames), one.size, one.rate) for one in clips] == [(9, (48, 32), 5.0)] * 2
+    paths = save_pictures([*clips, clips[0].frames[0]], ["a", "b", "c"], tmp_path, made_with="Steps: 1")
+    assert [path.name for path in paths] == ["lorasmith_00001_.webp", "lorasmith_00002_.webp", "lorasmith_00003_.png"]
+    (more,) = save_pictures(clips[:1], ["a"], tmp_path, made_with="Steps: 1")
+    assert more.name == "lorasmith_00004_.webp"
+    with pytest.raises(OptionError, match=r"one more than a multiple of 4 for .*, got 8; try 5"):
+        generate_clips(model, "a wave", Sampling(frames=8))
+
+
+def test_a_model_of_pictures_draws_no_clips() -> None:
+    tiny = load_model(BUILT_IN)
+    with pytest.raises(OptionError, match=r"frames is for models of videos, got 5 for lorasmith-tiny"):
+        generate_clips(tiny, "a fox", Sampling(frames=5))
+    with pytest.raises(OptionError, match=r"preview_frames is for models of videos, got 5"):
+        run_previews(tiny.denoiser, TrainConfig(previews="a fox", preview_frames=5), Path("unused"), title="a")

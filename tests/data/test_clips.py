@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from encoder_cases import Encoder, add
-from PIL import Image
-from video_cases import movie
+from video_cases import animation, movie
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.clips import ClipForm, clip_frames, open_file, open_still
@@ -20,15 +18,6 @@ from lorasmith.data.preflight import preflight
 from lorasmith.families.base import LatentFormat
 
 FORM = ClipForm(9, 5.0, LatentFormat(3, 4, 1.0, frames=True, time_downscale=4))
-
-
-def animation(path: Path, frames: int, milliseconds: int = 100, size: tuple[int, int] = (32, 16)) -> Path:
-    """An animation of grey frames, 20 brighter each."""
-    pictures = [Image.new("RGB", size, (20 * number,) * 3) for number in range(frames)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, **options)
-    return path
 
 
 @pytest.mark.parametrize(

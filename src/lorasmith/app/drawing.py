@@ -1,4 +1,4 @@
-"""Pictures from prompts with LoRA files, and saving them as numbered files."""
+"""Pictures and clips from prompts with LoRA files, and saving them as numbered files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.files import atomic_path
+from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import Folders, next_counter
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
+from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
 from lorasmith.training.lora_handle import Lora
 
 __all__ = ["LoadedModel", "load_with_loras", "save_pictures", "with_loras"]
@@ -101,19 +101,25 @@ def _with_loras(
     return denoiser, encoder, notes
 
 
-def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
-    """Write pictures as numbered PNG files with their parameters; existing files are not overwritten.
+def save_pictures(images: Sequence[Shot], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
+    """Write pictures as numbered PNG files with their parameters, clips as animated WebP files; none is overwritten.
 
     Args:
-        images: the pictures.
+        images: the pictures and clips.
         prompts: one per picture.
         folder: of the files; created if missing.
         made_with: the `parameters` entry below the prompt, in A1111's format.
     """
     paths, first = [], next_counter(folder, "lorasmith")
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=first):
+        parameters = f"{prompt}\n{made_with}"
+        if isinstance(image, Clip):
+            path = folder / f"lorasmith_{number:05}_.webp"
+            write_atomic(path, animation(image, dict([parameters_entry(parameters)])))
+            paths.append(path)
+            continue
         info = PngInfo()
-        info.add_itxt("parameters", f"{prompt}\n{made_with}")
+        info.add_itxt("parameters", parameters)
         path = folder / f"lorasmith_{number:05}_.png"
         with atomic_path(path) as temporary:
             image.save(temporary, format="png", pnginfo=info)

@@ -7,7 +7,7 @@ It combines rooms that do not import each other: `sampling` draws, `training` lo
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from lorasmith.app.lora_picture import give_picture
 from lorasmith.app.preview_budget import BudgetedPreviews, PreviewProgram
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.dtypes import chosen_dtype
-from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.placement import best_device, product_dtype
-from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.report.animations import Shot
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.sampling.generate import Sampling
@@ -82,6 +83,7 @@ def run_previews(
         sampling=Sampling(
             seed=config.seed,
             steps=config.preview_steps,
+            frames=_frames(config, base),
             dtype=_sampling_dtype(denoiser, config.training_dtype, device),
         ),
         device=device,
@@ -192,11 +194,11 @@ class RunPreviews:
                 yield self._previewed(step, paths, strength)
         files.write_strengths_sheet(self._strengths, step)
 
-    def _counted(self, rows: int) -> Callable[..., list[Image.Image]]:
+    def _counted(self, rows: int) -> Callable[..., Sequence[Shot]]:
         """`Previewer.draw`, with an event before each row of pictures."""
         row, each = count(), len(self._previewer.prompts)
 
-        def draw(lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
+        def draw(lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
             self._on_event(Drawing(done=each * next(row), total=each * rows))
             return self._previewer.draw(lora, strength)
 
@@ -247,6 +249,19 @@ class PreviewFrames:
         with Image.open(path) as picture:
             picture.thumbnail((self._cell, self._cell))
             return picture.copy()
+
+
+def _frames(config: TrainConfig, base: Model) -> int:
+    """Frames of a preview. Raises OptionError where the model makes pictures."""
+    frames, latent = config.preview_frames, base.components.latent
+    if frames is None:
+        return base.defaults.frames
+    if frames > 1 and not latent.time_downscale:
+        raise OptionError(
+            f"preview_frames is for models of videos, got {frames} for {base.title} ({base.family.title}), which makes "
+            "pictures; leave it out"
+        )
+    return latent.whole_frames(frames)
 
 
 def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.device) -> torch.dtype:

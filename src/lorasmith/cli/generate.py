@@ -41,6 +41,13 @@ def generate(
     scheduler: Annotated[str, typer.Option(help="Schedule of noise levels, by ComfyUI's name.")] = "normal",
     width: Annotated[int | None, typer.Option(help="Width in pixels. Default: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's own.")] = None,
+    frames: Annotated[
+        int,
+        typer.Option(min=1, help="Frames of a clip, for models of videos: 5, 9, 13, ... 1 draws a picture."),
+    ] = 1,
+    frame_rate: Annotated[
+        float | None, typer.Option(min=0.1, max=120, help="Frames a second of the clip. Default: the model's own.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Number format of the denoiser, fp32 or bf16. bf16 needs half of the memory.")
     ] = "fp32",
@@ -50,11 +57,11 @@ def generate(
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
-    """Generate pictures from prompts."""
+    """Generate pictures from prompts, or with --frames clips, as animated WebP files."""
     from lorasmith.app.drawing import load_with_loras, save_pictures
     from lorasmith.core.dtypes import dtype_from_name
     from lorasmith.families.model_search import ModelFiles
-    from lorasmith.sampling.generate import generate as sample
+    from lorasmith.sampling.generate import Sampling, generate_clips
 
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
@@ -64,23 +71,30 @@ def generate(
         print_note(note)
     for part in loaded.found:
         echo(found_line(part))
+    if frame_rate is not None and frames == 1:
+        print_note("--frame-rate has no effect without --frames.")
     with stoppable() as stop, progress_shown("Sampling") as progress:
-        images = sample(
+        drawn = generate_clips(
             loaded.denoiser,
             prompt,
+            Sampling(
+                seed=seed,
+                steps=steps,
+                cfg=cfg,
+                sampler=sampler,
+                scheduler=scheduler,
+                width=width,
+                height=height,
+                dtype=number_format,
+                frames=frames,
+                frame_rate=frame_rate,
+            ),
             text_encoder=loaded.text_encoder,
             negative=negative,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            scheduler=scheduler,
-            width=width,
-            height=height,
-            dtype=number_format,
             progress=progress,
             cancelled=stop.is_set,
         )
+    images = [clip if frames > 1 else clip.frames[0] for clip in drawn]
     made_with = (
         f"Negative prompt: {negative}\nSteps: {steps}, Sampler: {sampler} {scheduler}, Seed: {seed}, "
         f"Model: {loaded.title}, LoRA: {', '.join(lora or ['none'])}"

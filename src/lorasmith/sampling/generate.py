@@ -1,4 +1,4 @@
-"""Text to image with a loaded model."""
+"""Text to pictures and clips with a loaded model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.report.animations import Clip, Shot
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 
-__all__ = ["Sampling", "generate", "pictures", "to_images"]
+__all__ = ["Sampling", "generate", "generate_clips", "pictures", "shots", "to_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Sampling:
         sampler, scheduler: names as in KSampler.
         width, height: in pixels; the model's resolution if None.
         dtype: of the denoiser's weights and products; bf16 needs half of the memory and changes pictures slightly.
+        frames: of a clip; 1 for pictures.
+        frame_rate: frames a second at which a clip is shown; the model's own if None.
     """
 
     seed: int = 0
@@ -40,6 +43,8 @@ class Sampling:
     width: int | None = None
     height: int | None = None
     dtype: torch.dtype = torch.float32
+    frames: int = 1
+    frame_rate: float | None = None
 
 
 def generate(
@@ -78,11 +83,7 @@ def generate(
         SamplingCancelledError: `cancelled` returned True.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    encoder = text_encoder or denoiser.base.text_encoder
-    with encoder.active(device):
-        positives = [encoder.encode(prompt) for prompt in prompts]
-        away = encoder.encode(negative)
+    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
     sampling = Sampling(
         seed=seed,
         steps=steps,
@@ -94,6 +95,54 @@ def generate(
         dtype=dtype,
     )
     return pictures(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+
+
+def generate_clips(
+    model: Model | Denoiser,
+    prompts: str | Sequence[str],
+    sampling: Sampling,
+    *,
+    text_encoder: TextEncoder | None = None,
+    negative: str = "",
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[Clip]:
+    """Generate one clip per prompt with a model of videos, all from noise of the same seed.
+
+    Args:
+        model, prompts, text_encoder, negative, device, progress, cancelled: as for `generate`.
+        sampling: number of frames, size, steps and the like.
+
+    Raises:
+        OptionError, ModelError, SamplingCancelledError: as `generate`; also for a number of frames that does not fit.
+    """
+    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
+    return _clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+
+
+def shots(
+    denoiser: Denoiser,
+    positives: Sequence[Conditioning],
+    negative: Conditioning,
+    sampling: Sampling,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Sequence[Shot]:
+    """Generate one picture per encoded prompt, or one clip where `sampling` has several frames.
+
+    Args:
+        denoiser, positives, negative, sampling, device, progress, cancelled: as for `pictures`.
+
+    Raises:
+        OptionError, SamplingCancelledError: as `pictures`.
+    """
+    if sampling.frames == 1:
+        return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+    return _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
 def pictures(
@@ -112,7 +161,7 @@ def pictures(
         denoiser: the model, with or without LoRAs applied.
         positives: the encoded prompts.
         negative: the encoded negative prompt.
-        sampling: seed, steps and the like.
+        sampling: seed, steps and the like, for one frame.
         device: where to sample; the first GPU, or the CPU, if None.
         progress, cancelled: as for `generate`.
 
@@ -120,9 +169,38 @@ def pictures(
         OptionError: a size does not fit the model, or a name is unknown.
         SamplingCancelledError: `cancelled` returned True.
     """
+    clips = _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+    return [clip.frames[0] for clip in clips]
+
+
+def _encoded(
+    denoiser: Denoiser,
+    prompts: str | Sequence[str],
+    negative: str,
+    text_encoder: TextEncoder | None,
+    device: torch.device | None,
+) -> tuple[list[Conditioning], Conditioning]:
+    """Conditionings of prompts, and of the negative prompt."""
+    encoder = text_encoder or denoiser.base.text_encoder
+    with encoder.active(device):
+        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        return positives, encoder.encode(negative)
+
+
+def _clips(
+    denoiser: Denoiser,
+    positives: Sequence[Conditioning],
+    negative: Conditioning,
+    sampling: Sampling,
+    *,
+    device: torch.device | None,
+    progress: Callable[[int, int], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> list[Clip]:
+    """One clip per encoded prompt; pictures are clips of one frame."""
     base, device, steps = denoiser.base, device or best_device(), sampling.steps
     denoiser.check_conditionings([*positives, negative])
-    components, shape = base.components, _latent_shape(base, sampling.width, sampling.height)
+    components, shape = base.components, _latent_shape(base, sampling)
     latents = []
     # Placed first and patched second: adapters are created on their layers' device.
     with placed(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
@@ -146,8 +224,9 @@ def pictures(
                 )
             )
     with base.autoencoder.active(device):
-        decoded = [base.autoencoder.decode(components.latent.from_model(one)) for one in latents]
-    return [image for pixels in decoded for image in to_images(pixels)]
+        decoded = [base.autoencoder.decode_frames(components.latent.from_model(one)) for one in latents]
+    rate = sampling.frame_rate or base.defaults.frame_rate
+    return [Clip(tuple(to_images(pixels[0].movedim(1, 0))), rate) for pixels in decoded]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -156,16 +235,26 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
 
 
-def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[int, ...]:
-    defaults, latent = model.defaults, model.components.latent
-    sides = {"width": width or defaults.resolution, "height": height or defaults.resolution}
+def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:
+    defaults, latent, frames = model.defaults, model.components.latent, sampling.frames
+    if frames > 1 and not latent.time_downscale:
+        raise OptionError(
+            f"frames is for models of videos, got {frames} for {model.title} ({model.family.title}), which makes "
+            "pictures; leave it out"
+        )
+    if frames < 1 or frames != latent.whole_frames(frames):
+        raise OptionError(
+            f"frames must be one more than a multiple of {latent.time_downscale} for {model.title}, got {frames}; "
+            f"try {latent.whole_frames(max(1, frames))}"
+        )
+    sides = {"width": sampling.width or defaults.resolution, "height": sampling.height or defaults.resolution}
     for name, side in sides.items():
         if side % defaults.pixel_multiple:
             raise OptionError(
                 f"{name} must be a multiple of {defaults.pixel_multiple} for {model.title}, got {side}; "
                 f"try {max(1, round(side / defaults.pixel_multiple)) * defaults.pixel_multiple}"
             )
-    return (1, *latent.shape(sides["height"], sides["width"]))
+    return (1, *latent.shape(sides["height"], sides["width"], frames))
 
 
 def _counter(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int, Tensor], None]:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
-from lorasmith.sampling.generate import Sampling, pictures
+from lorasmith.report.animations import Shot
+from lorasmith.sampling.generate import Sampling, shots
 
 __all__ = ["PictureCost", "Previewer", "parse_prompts", "parse_strengths"]
 
@@ -83,10 +83,10 @@ class Previewer:
         self._denoiser, self._load = denoiser, load
         self._device, self._cancelled = device, cancelled
         self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
-        self._base: list[Image.Image] | None = None
+        self._base: Sequence[Shot] | None = None
 
-    def draw(self, lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
-        """Draw a picture of each prompt, without side effects on the model or the global random state.
+    def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
+        """Draw a picture or a clip of each prompt, without side effects on the model or the global random state.
 
         Args:
             lora: the saved file; None for the model without it.
@@ -121,7 +121,7 @@ class Previewer:
         step = (times[-1] - times[1]) / (_PROBE_STEPS - 1)
         return PictureCost(step, max(0.0, time.perf_counter() - times[0] - _PROBE_STEPS * step))
 
-    def _drawn(self, denoiser: Denoiser, strength: float) -> list[Image.Image]:
+    def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[Shot]:
         return self._pictures(denoiser, *self._encoded[strength])
 
     def _pictures(
@@ -130,9 +130,9 @@ class Previewer:
         positives: Sequence[Conditioning],
         negative: Conditioning,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Image.Image]:
+    ) -> Sequence[Shot]:
         sampling, device, cancelled = self.sampling, self._device, self._cancelled
-        return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+        return shots(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:

@@ -439,6 +439,15 @@ class TrainConfig:
     preview_steps: int = option(
         20, min=1, max=1000, group=_WATCH, changes_numbers=False, help="Sampling steps of a preview."
     )
+    preview_frames: int | None = option(
+        None,
+        min=1,
+        max=257,
+        group=_WATCH,
+        changes_numbers=False,
+        help="Frames of a preview, for models of videos; other numbers than one more than a multiple of 4 are rounded "
+        "down, and 1 is a picture. Default: the model's.",
+    )
     track: Literal["none", "tensorboard", "wandb"] = option(
         "none",
         group=_WATCH,
