@@ -28,6 +28,7 @@ from lorasmith.families.base import (
     Defaults,
     Diffusion,
     Encoding,
+    Expert,
     Family,
     LatentFormat,
     TextEncoders,
@@ -104,6 +105,13 @@ class Model:
     def names(self) -> ModelNames:
         """Its two-way name table."""
         return self.family.names(self.components.denoiser, self.components.text_encoders)
+
+    @property
+    def named_expert(self) -> Expert | None:
+        """The expert of its family that the names of its denoiser's file and folder say it is; None without such."""
+        named = "" if self.path is None else self.path.name
+        found = [one for one in self.family.experts if one.is_named_in(named) or one.is_named_in(self.title)]
+        return found[0] if len(found) == 1 else None
 
     @property
     def denoiser(self) -> Denoiser:
