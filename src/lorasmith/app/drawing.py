@@ -10,14 +10,20 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
+from lorasmith.core.errors import OptionError
 from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import Folders, next_counter
-from lorasmith.families.model import Denoiser, TextEncoder
+from lorasmith.families.base import Expert
+from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
 from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
+from lorasmith.sampling.generate import Experts
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["LoadedModel", "load_with_loras", "save_pictures", "with_loras"]
+__all__ = ["EXPERTS", "LoadedModel", "expert_named", "experts_of", "load_with_loras", "save_pictures", "with_loras"]
+
+EXPERTS = ("high_noise", "low_noise")
+"""Two experts of a model in the order of sampling, by the names that families and files have for them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,45 @@ def load_with_loras(
     base = loaded.model
     denoiser, encoder, notes = _with_loras(base.denoiser, base.text_encoder, loras, strict=strict)
     return LoadedModel(base.title, denoiser, encoder, loaded.found, (*loaded.notes, *notes))
+
+
+def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
+    """Both experts of a model, each with its LoRAs.
+
+    Args:
+        noisy, clean: the experts, of one family.
+
+    Raises:
+        OptionError: the family has no experts, or files are named after another one.
+    """
+    boundary = 0.0
+    for denoiser, name in zip((noisy, clean), EXPERTS, strict=True):
+        expert = expert_named(denoiser.base, name)
+        boundary = boundary or expert.noise_range[0]
+    return Experts(noisy, clean, boundary)
+
+
+def expert_named(base: Model, name: str) -> Expert:
+    """An expert of a model's family.
+
+    Args:
+        base: the model that is to be this expert.
+        name: one of `EXPERTS`.
+
+    Raises:
+        OptionError: the family has no such expert, or the file's name says that the model is another one.
+    """
+    found = next((one for one in base.family.experts if one.name == name), None)
+    if found is None:
+        raise OptionError(
+            f"low_noise_model is for models of two experts, such as Wan 2.2 A14B, got {base.title} "
+            f"({base.family.title}); leave it out"
+        )
+    if (named := base.named_expert) is not None and named.name != name:
+        raise OptionError(
+            f"the {name} model must be that expert, but {base.title} is the {named.name} one by its name; swap them"
+        )
+    return found
 
 
 def with_loras(

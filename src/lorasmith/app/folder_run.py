@@ -28,6 +28,7 @@ from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.sampling.previews import Partner
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
@@ -73,6 +74,8 @@ def prepare(
     on_event: EventHandler = lambda event: None,
     cancelled: Callable[[], bool] = lambda: False,
     load: Callable[[ModelFiles, Folders | None], Completed] = load_completed,
+    configured: Callable[[TrainConfig, Model], TrainConfig] = lambda config, base: config,
+    samples: tuple[EncodedDataset, EncodedDataset | None] | None = None,
 ) -> PreparedRun:
     """Scan the images, load the model, plan the run, and encode.
 
@@ -84,6 +87,8 @@ def prepare(
             `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
         cancelled: called while pictures of the class are drawn; True ends that.
         load: loads the model and the parts that it lacks.
+        configured: the settings with what the model decides.
+        samples: training and held-out samples that the same encoders made of these images; None to encode them.
 
     Returns:
         The run; its source names the files of all parts.
@@ -107,6 +112,7 @@ def prepare(
         scan, judged = _of_pictures(scan, base, on_event), judged and _of_pictures(judged, base, on_event)
     if loaded.files != source.files:
         source = source.with_files(loaded.files)
+    config = configured(config, base)
     job = plan_job(base.denoiser, config, device)
     check = check_scan(
         scan,
@@ -122,6 +128,9 @@ def prepare(
         scan = replace(scan, images=(*scan.images, *prior.images))
     plan = _plan(source, scan, loaded, job, check.preflight.epoch.held_out)
     on_event(RunPlanned(plan=plan))
+
+    if samples is not None:
+        return PreparedRun(source, plan, base, job, *samples)
 
     def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
         return encode_scan(found, base, settings, device=device, progress=progress)
@@ -139,6 +148,7 @@ def train_prepared(
     until: int | None = None,
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
+    partner: Partner | None = None,
 ) -> TrainResult:
     """Train a prepared run, with previews of its prompt where its settings have None.
 
@@ -151,6 +161,7 @@ def train_prepared(
         until: step after which the run ends; None for all steps.
         on_event: receives training events.
         cancelled: called between steps; True ends the run and saves the result.
+        partner: of previews of one of two experts; see `Previewer`.
 
     Raises:
         LorasmithError: as `model_run.train`.
@@ -170,7 +181,8 @@ def train_prepared(
         cancelled=cancelled,
         until=until,
     )
-    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prepared.plan.prompt)
+    prompt = prepared.plan.prompt
+    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prompt, partner=partner)
 
 
 def _of_pictures(scan: FolderScan, base: Model, on_event: EventHandler) -> FolderScan:

@@ -25,7 +25,7 @@ from lorasmith.report.animations import Shot
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.sampling.generate import Sampling
-from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
+from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, Warned
@@ -47,6 +47,7 @@ def run_previews(
     cancelled: Callable[[], bool] | None = None,
     on_event: EventHandler = lambda event: None,
     unasked: str | None = None,
+    partner: Partner | None = None,
 ) -> RunPreviews | BudgetedPreviews | None:
     """Encode the prompts of `config.previews`; returns the object that draws them, None without prompts.
 
@@ -59,6 +60,7 @@ def run_previews(
         cancelled: called between evaluations of the network; True ends a preview.
         on_event: receives a `Drawing` before each row of pictures.
         unasked: prompt where `config.previews` is None, of which as much is drawn as fits into a tenth of the run.
+        partner: of one of two experts; see `Previewer`.
 
     Raises:
         OptionError: there are too many prompts, or a strength is out of range.
@@ -88,6 +90,7 @@ def run_previews(
         ),
         device=device,
         cancelled=cancelled,
+        partner=partner,
     )
 
     def made(program: PreviewProgram) -> RunPreviews:

@@ -109,7 +109,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def quantile(self, time: float) -> float:
-        """The quantile whose level is at a share of diffusion time, 0 for clean and 1 for noise; the inverse of `at`."""
+        """The quantile whose level is at a share of diffusion time: 0 is clean, 1 noise. The inverse of `at`."""
 
     @abstractmethod
     def zero_terminal(self) -> NoiseSchedule:

@@ -17,7 +17,38 @@ from lorasmith.report.animations import Clip, Shot
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 
-__all__ = ["Sampling", "generate", "generate_clips", "pictures", "shots", "to_images"]
+__all__ = ["Experts", "Sampling", "generate", "generate_clips", "pictures", "shots", "to_images"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Two denoisers of one model that share the way from noise to a picture.
+
+    Attributes:
+        noisy: draws the first part.
+        clean: draws the rest; of the same kind.
+        boundary: diffusion time, 1 for noise, from which down `clean` draws.
+    """
+
+    noisy: Denoiser
+    clean: Denoiser
+    boundary: float
+
+    @property
+    def base(self) -> Model:
+        """The model whose encoders and autoencoder are used, that of the first."""
+        return self.noisy.base
+
+    def parts(self, sigmas: Tensor) -> list[tuple[Denoiser, Tensor]]:
+        """Each denoiser with the sigmas of its steps, those without steps left out."""
+        schedule = self.noisy.diffusion.schedule
+        border = schedule.at(torch.tensor([schedule.quantile(self.boundary)]))
+        first = int((schedule.at_sigma(sigmas[:-1]).time >= border.time - _BORDER).sum())
+        parts = [(self.noisy, sigmas[: first + 1]), (self.clean, sigmas[first:])]
+        return [(denoiser, some) for denoiser, some in parts if len(some) > 1]
+
+
+_BORDER = 1e-4  # of the network's time: a step at the boundary itself is the first expert's, despite rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +129,7 @@ def generate(
 
 
 def generate_clips(
-    model: Model | Denoiser,
+    model: Model | Denoiser | Experts,
     prompts: str | Sequence[str],
     sampling: Sampling,
     *,
@@ -111,19 +142,20 @@ def generate_clips(
     """Generate one clip per prompt with a model of videos, all from noise of the same seed.
 
     Args:
-        model, prompts, text_encoder, negative, device, progress, cancelled: as for `generate`.
+        model: the model, its denoiser with LoRAs applied, or both of two experts.
+        prompts, text_encoder, negative, device, progress, cancelled: as for `generate`.
         sampling: number of frames, size, steps and the like.
 
     Raises:
         OptionError, ModelError, SamplingCancelledError: as `generate`; also for a number of frames that does not fit.
     """
-    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    denoiser = model.denoiser if isinstance(model, Model) else model
     positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
     return _clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
 def shots(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
     negative: Conditioning,
     sampling: Sampling,
@@ -146,7 +178,7 @@ def shots(
 
 
 def pictures(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
     negative: Conditioning,
     sampling: Sampling,
@@ -158,7 +190,7 @@ def pictures(
     """Generate one picture per encoded prompt.
 
     Args:
-        denoiser: the model, with or without LoRAs applied.
+        denoiser: the model, with or without LoRAs applied, or both of two experts.
         positives: the encoded prompts.
         negative: the encoded negative prompt.
         sampling: seed, steps and the like, for one frame.
@@ -174,7 +206,7 @@ def pictures(
 
 
 def _encoded(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Experts,
     prompts: str | Sequence[str],
     negative: str,
     text_encoder: TextEncoder | None,
@@ -188,7 +220,7 @@ def _encoded(
 
 
 def _clips(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
     negative: Conditioning,
     sampling: Sampling,
@@ -198,31 +230,37 @@ def _clips(
     cancelled: Callable[[], bool] | None,
 ) -> list[Clip]:
     """One clip per encoded prompt; pictures are clips of one frame."""
-    base, device, steps = denoiser.base, device or best_device(), sampling.steps
-    denoiser.check_conditionings([*positives, negative])
+    base, device = denoiser.base, device or best_device()
+    first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
+    first.check_conditionings([*positives, negative])
     components, shape = base.components, _latent_shape(base, sampling)
-    latents = []
-    # Placed first and patched second: adapters are created on their layers' device.
-    with placed(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
-        for index, positive in enumerate(positives):
-            latents.append(
-                sample_latents(
-                    denoiser.predict,
-                    schedule=denoiser.diffusion.schedule,
-                    parameterization=denoiser.diffusion.parameterization,
+    sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
+    parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
+    latents = [torch.zeros(shape, device=device) for _ in positives]
+    noise = prepare_noise(sampling.seed, shape)
+    done, total = 0, sampling.steps * len(positives)
+    for one, some in parts:
+        # Placed first and patched second: adapters are created on their layers' device.
+        with placed(one.module, device=device, dtype=sampling.dtype), one.active():
+            for index, positive in enumerate(positives):
+                latents[index] = sample_latents(
+                    one.predict,
+                    schedule=one.diffusion.schedule,
+                    parameterization=one.diffusion.parameterization,
                     positive=[positive],
                     negative=[negative],
-                    latents=torch.zeros(shape, device=device),
-                    noise=prepare_noise(sampling.seed, shape),
-                    sigmas=sigmas_for(denoiser.diffusion.schedule, sampling.scheduler, steps, sampler=sampling.sampler),
+                    latents=latents[index],
+                    noise=noise,
+                    sigmas=some,
                     sampler=sampling.sampler,
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
                     seed=sampling.seed,
                     dtype=sampling.dtype,
-                    callback=progress and _counter(progress, index * steps, steps * len(positives)),
+                    callback=progress and _counter(progress, done, total),
                     cancelled=cancelled,
                 )
-            )
+                done += len(some) - 1
+        noise = torch.zeros(shape)  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
         decoded = [base.autoencoder.decode_frames(components.latent.from_model(one)) for one in latents]
     rate = sampling.frame_rate or base.defaults.frame_rate

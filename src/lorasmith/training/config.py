@@ -293,14 +293,14 @@ class TrainConfig:
     min_noise: float | None = option(
         None,
         min=0.0,
-        max=1.0,
+        max=0.99,
         group=_HOW,
         help="Least noise level in training, as diffusion time from 0 for clean to 1 for noise. Default: 0; for an "
         "expert, known by its file's name, the least of its own.",
     )
     max_noise: float | None = option(
         None,
-        min=0.0,
+        min=0.01,
         max=1.0,
         group=_HOW,
         help="Greatest noise level in training. Default: 1; for an expert the greatest of its own.",
