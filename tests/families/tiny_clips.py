@@ -1,42 +1,36 @@
-"""A small model of clips: Krea 2's parts, with each frame of the latents predicted on its own."""
+"""The small Wan with small pictures, and both experts of it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from tiny_krea2 import KREA2
-from torch import Tensor, nn
+from tiny_parts import original_tensors, randomized
+from tiny_wan import WAN
 
-from lorasmith.families.base import Conditioning, Defaults, Diffusion, Expert, LatentFormat
-from lorasmith.families.krea2 import Krea2
 from lorasmith.families.model import Model
+from tests.families.original_models import save
 
-__all__ = ["clip_model"]
+__all__ = ["clip_model", "expert_files", "small"]
 
 
-class Clips(Krea2):
-    title = "Clips"
-    experts = (Expert("high_noise", (0.8, 1.0)), Expert("low_noise", (0.0, 0.8)))
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return replace(super().latent_format(denoiser, vae), time_downscale=4)
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return replace(super().defaults(denoiser, latent, diffusion), resolution=32, frames=5, frame_rate=5.0)
-
-    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        frames = [super(Clips, self).predict(denoiser, one, time, conditioning) for one in latents.split(1, dim=2)]
-        return torch.cat(frames, dim=2)
+def small(model: Model) -> Model:
+    """The model with defaults for small pictures and short clips."""
+    defaults = replace(model.defaults, resolution=32, frames=5, frame_rate=5.0)
+    return replace(model, components=replace(model.components, defaults=defaults))
 
 
 def clip_model(folder: Path) -> Model:
     """The model, from files in a folder."""
-    base, family = KREA2.loaded(KREA2.saved(folder)), Clips()
-    parts = base.components
-    latent = family.latent_format(parts.denoiser, parts.vae)
-    diffusion = Diffusion(parts.parameterization, parts.schedule)
-    defaults = family.defaults(parts.denoiser, latent, diffusion)
-    return replace(base, family=family, components=replace(parts, latent=latent, defaults=defaults))
+    return small(WAN.loaded(WAN.saved(folder)))
+
+
+def expert_files(folder: Path) -> dict[str, Path]:
+    """Files of two experts by their names, and of the parts that they share."""
+    files = WAN.saved(folder)
+    for seed, name in enumerate(("high_noise", "low_noise"), start=1):
+        denoiser = randomized(WAN.parts()["transformer"], seed=seed)
+        tensors = {key: one.clone().contiguous() for key, one in original_tensors("wan", denoiser).items()}
+        files[name] = save(files["transformer"].with_name(f"wan2.2_t2v_{name}_14B_fp16.safetensors"), tensors)
+    randomized(WAN.parts()["transformer"])  # which all tests share
+    return files

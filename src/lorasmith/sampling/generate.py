@@ -36,8 +36,8 @@ class Experts:
 
     @property
     def base(self) -> Model:
-        """The model whose encoders and autoencoder are used, that of the first."""
-        return self.noisy.base
+        """The model whose encoders and autoencoder are used: the first one that came with an autoencoder."""
+        return self.clean.base if self.noisy.base.components.vae is None else self.noisy.base
 
     def parts(self, sigmas: Tensor) -> list[tuple[Denoiser, Tensor]]:
         """Each denoiser with the sigmas of its steps, those without steps left out."""
