@@ -16,6 +16,7 @@ from tiny_clips import clip_model
 from lorasmith.app.drawing import save_pictures
 from lorasmith.app.folder_run import PreparedRun, prepare, train_prepared
 from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.memory_estimate import estimate_of
 from lorasmith.app.run_previews import run_previews
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
@@ -136,3 +137,17 @@ def test_a_model_of_pictures_draws_no_clips() -> None:
         generate_clips(tiny, "a fox", Sampling(frames=5))
     with pytest.raises(OptionError, match=r"preview_frames is for models of videos, got 5"):
         run_previews(tiny.denoiser, TrainConfig(previews="a fox", preview_frames=5), Path("unused"), title="a")
+
+
+@pytest.mark.slow
+def test_memory_is_estimated_for_clips(tmp_path: Path) -> None:
+    config = TrainConfig(targets="attention", rank=2)
+    found = [
+        estimate_of(clip_model(tmp_path / str(frames)), config, card_bytes=2**34, frames=frames)
+        for frames in (1, 9, 11)
+    ]
+    assert [one.frames for one in found] == [1, 9, 9]
+    step = [one.plans[0].needed_bytes for one in found]
+    assert step[0] < step[1] == step[2]
+    with pytest.raises(OptionError, match=r"frames is for models of videos, got 5 for lorasmith-tiny"):
+        estimate_of(load_model(BUILT_IN), TrainConfig(), card_bytes=2**34, frames=5)

@@ -18,7 +18,7 @@ from lorasmith.app.lora_picture import give_picture
 from lorasmith.app.preview_budget import BudgetedPreviews, PreviewProgram
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.dtypes import chosen_dtype
-from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.errors import LorasmithError
 from lorasmith.core.placement import best_device, product_dtype
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.animations import Shot
@@ -256,15 +256,10 @@ class PreviewFrames:
 
 def _frames(config: TrainConfig, base: Model) -> int:
     """Frames of a preview. Raises OptionError where the model makes pictures."""
-    frames, latent = config.preview_frames, base.components.latent
-    if frames is None:
+    if (frames := config.preview_frames) is None:
         return base.defaults.frames
-    if frames > 1 and not latent.time_downscale:
-        raise OptionError(
-            f"preview_frames is for models of videos, got {frames} for {base.title} ({base.family.title}), which makes "
-            "pictures; leave it out"
-        )
-    return latent.whole_frames(frames)
+    base.check_clips("preview_frames", frames)
+    return base.components.latent.whole_frames(frames)
 
 
 def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.device) -> torch.dtype:

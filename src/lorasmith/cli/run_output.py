@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lorasmith.app.expert_runs import ExpertRuns
     from lorasmith.app.folder_run import PreparedRun
     from lorasmith.families.model_search import FoundPart
+    from lorasmith.training.config import TrainConfig
     from lorasmith.training.train import TrainResult
 
 __all__ = [
@@ -244,12 +245,11 @@ def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
 
     results: dict[str, TrainResult | None] = {}
     models: list[object] = []
-    prompt = ""
     for expert in EXPERTS:
         with preparation_shown() as show:
             prepared = runs.prepare(expert, on_event=show)
-        models.append(prepared.source.model)
-        prompt = prepared.plan.prompt
+        files, prompt, frames = prepared.source.files, prepared.plan.prompt, prepared.base.defaults.frames
+        models.append(files.model)
         with training_shown() as (show, stop):
             results[expert] = result = runs.train(prepared, expert, verify=verify, on_event=show, cancelled=stop.is_set)
         del prepared  # frees its model
@@ -268,7 +268,9 @@ def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
         elif all(loras):
             echo()
             echo("To use them:")
-            both = {"low_noise_model": models[1], "lora": loras[0], "low_noise_lora": loras[1], "prompt": prompt}
+            parts = {"text_encoder": files.text_encoders} | ({"vae": files.vae} if files.vae else {})
+            both = {"low_noise_model": models[1], **parts, "lora": loras[0], "low_noise_lora": loras[1]}
+            both |= {"frames": frames, "prompt": prompt}
             echo(f"  {command_line(['lorasmith', 'generate', '--model', models[0], *arguments_for(both)])}")
 
     print_result(lambda: {expert: one and plain_result(one) for expert, one in results.items()}, show_results)
@@ -379,13 +381,19 @@ def _print_plan(plan: RunPlan) -> None:
         "Steps": f"{config.steps} × {batch} = {plan.samples} samples, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
-        f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}",
+        f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}{_noise_text(config)}",
     }.items():
         if text:
             echo(f"{label:<9}{text}")
         if label == "Model":
             for part in plan.found:
                 echo(f"{'':<9}{found_line(part)}")
+
+
+def _noise_text(config: TrainConfig) -> str:
+    """The range of noise levels, if it is not the whole."""
+    low, high = config.min_noise or 0.0, 1.0 if config.max_noise is None else config.max_noise
+    return "" if (low, high) == (0.0, 1.0) else f" from {low:g} to {high:g}"
 
 
 def _counts(plan: RunPlan) -> Iterator[tuple[int, str]]:

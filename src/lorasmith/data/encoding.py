@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import OptionError
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device, chosen_device
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -94,11 +93,8 @@ def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
     if latent.time_downscale:
         return ClipForm(config.frames or defaults.frames, config.frame_rate or defaults.frame_rate, latent)
     for name in ("frames", "frame_rate"):
-        if (value := getattr(config, name)) is not None and value != 1:
-            raise OptionError(
-                f"{name} is for models of videos, got {value:g} for {model.title} ({model.family.title}), which is "
-                "trained on pictures; leave it out"
-            )
+        if (value := getattr(config, name)) is not None:
+            model.check_clips(name, value)
     return None
 
 

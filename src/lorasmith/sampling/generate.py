@@ -275,11 +275,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:
     defaults, latent, frames = model.defaults, model.components.latent, sampling.frames
-    if frames > 1 and not latent.time_downscale:
-        raise OptionError(
-            f"frames is for models of videos, got {frames} for {model.title} ({model.family.title}), which makes "
-            "pictures; leave it out"
-        )
+    model.check_clips("frames", frames)
     if frames < 1 or frames != latent.whole_frames(frames):
         raise OptionError(
             f"frames must be one more than a multiple of {latent.time_downscale} for {model.title}, got {frames}; "
