@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clips import expert_files, small
+from tiny_wan import WAN, frames_of
 
 from lorasmith.app.drawing import expert_named, experts_of
 from lorasmith.app.expert_runs import ExpertRuns
@@ -28,6 +29,8 @@ from lorasmith.families.model_search import Completed, ModelFiles, load_complete
 from lorasmith.formats.container import read_safetensors
 from lorasmith.sampling import generate
 from lorasmith.sampling.generate import Experts, Sampling, generate_clips
+from lorasmith.sampling.sample import prepare_noise
+from lorasmith.sampling.sigmas import sigmas_for
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
 from tests.data.video_cases import animation
@@ -159,6 +162,38 @@ def test_one_expert_in_both_places_draws_as_one_model(files: dict[str, Path]) ->
     )
     assert np.abs(same - whole).max() <= 1, "but for rounding where the second takes over"
     assert np.abs(changed - whole).max() > 5
+
+
+@pytest.mark.slow
+def test_two_experts_draw_the_pipelines_clip(files: dict[str, Path]) -> None:
+    import diffusers
+
+    high, low = experts(files)
+    sampling = Sampling(seed=3, steps=4, frames=5, cfg=3.0, width=64, height=48, scheduler="simple")
+    (ours,) = generate_clips(experts_of(high.denoiser, low.denoiser), "a wave", sampling)
+    sigmas = sigmas_for(high.components.schedule, "simple", 4, sampler="euler")
+    assert [bool(one >= 0.875) for one in sigmas[:-1]] == [True, True, True, False]
+    pipeline = diffusers.WanPipeline(
+        **{**WAN.parts(), "transformer": high.components.denoiser},
+        transformer_2=low.components.denoiser,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False),
+        boundary_ratio=0.875,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {
+        "latents": prepare_noise(3, (1, *high.components.latent.shape(48, 64, 5))),
+        "sigmas": sigmas[:-1].tolist(),
+        "num_inference_steps": 4,
+        "num_frames": 5,
+        "height": 48,
+        "width": 64,
+        "prompt": "a wave",
+        "negative_prompt": "",
+    }
+    theirs = frames_of(pipeline, arguments, 3.0)
+    assert len(ours.frames) == len(theirs) == 5
+    for mine, other in zip(ours.frames, theirs, strict=True):
+        assert np.abs(np.asarray(mine, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
 
 
 def test_the_boundary_is_a_step_of_the_first_expert() -> None:
