@@ -17,6 +17,7 @@ from lorasmith.app.drawing import save_pictures
 from lorasmith.app.folder_run import PreparedRun, prepare, train_prepared
 from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.memory_estimate import estimate_of
+from lorasmith.app.run_plan import ImagesFound, ModelLoading
 from lorasmith.app.run_previews import run_previews
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
@@ -28,7 +29,7 @@ from lorasmith.families.model_search import Completed
 from lorasmith.formats.container import read_safetensors
 from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, Warned
+from lorasmith.training.events import Event
 from tests.data.video_cases import animation, movie
 
 
@@ -90,9 +91,10 @@ def test_a_model_of_pictures_leaves_videos_out_and_says_so(folder: Path) -> None
     tiny = load_model(BUILT_IN)
     run = ready(tiny, folder, events, resolution=32)
     assert [one.latents.ndim for one in run.data.samples] == [3, 3, 3]
-    (said,) = [one.message for one in events if isinstance(one, Warned)]
-    assert said.startswith("1 video left out, such as 4.mp4: Stable Diffusion 1.x is trained on pictures")
-    assert [path.name for path, _ in run.plan.scan.skipped] == ["4.mp4"]
+    kinds = [type(one) for one in events]
+    assert kinds.index(ModelLoading) < kinds.index(ImagesFound), "which decides whether videos are read"
+    ((path, reason),) = run.plan.scan.skipped
+    assert path.name == "4.mp4" and "models of pictures are not trained" in reason
     with pytest.raises(OptionError, match=r"frames is for models of videos, got 33"):
         ready(tiny, folder, frames=33)
 

@@ -21,11 +21,11 @@ from lorasmith.app.run_plan import (
 )
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
-from lorasmith.data.clips import is_video
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
-from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
+from lorasmith.data.folder import FolderScan, has_videos, scan_sources
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
 from lorasmith.sampling.previews import Partner
@@ -77,7 +77,7 @@ def prepare(
     configured: Callable[[TrainConfig, Model], TrainConfig] = lambda config, base: config,
     samples: tuple[EncodedDataset, EncodedDataset | None] | None = None,
 ) -> PreparedRun:
-    """Scan the images, load the model, plan the run, and encode.
+    """Scan the images, load the model (first, if there are videos), plan the run, and encode.
 
     Args:
         source: images, model and the like.
@@ -99,17 +99,26 @@ def prepare(
     check_title(source.name)
     device, settings = chosen_device(source.device), source.data
     folder = Path(source.folder)
-    scan = scan_sources(source.sources, settings, cache=datasets_folder(), clips=True)
+
+    def load_model() -> Completed:
+        on_event(ModelLoading(model=source.model))
+        found = load(source.files, folders)
+        for note in found.notes:
+            on_event(Warned(message=note))
+        return found
+
+    judged_sources = () if source.validation is None else (ImageSource(source.validation),)
+    # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
+    loaded = load_model() if has_videos((*source.sources, *judged_sources), settings, cache=datasets_folder()) else None
+    clips = loaded is None or clip_form(loaded.model, settings) is not None
+    scan = scan_sources(source.sources, settings, cache=datasets_folder(), clips=clips)
     on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
-    judged = None if source.validation is None else scan_folder(Path(source.validation), settings, clips=True)
-    on_event(ModelLoading(model=source.model))
-    loaded = load(source.files, folders)
-    for note in loaded.notes:
-        on_event(Warned(message=note))
+    judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
+    loaded = loaded or load_model()
     base = loaded.model
     base.family.check_parts(base.components, text=True, images=True)
     if clip_form(base, settings) is None:
-        scan, judged = _of_pictures(scan, base, on_event), judged and _of_pictures(judged, base, on_event)
+        scan, judged = scan.of_pictures(), judged and judged.of_pictures()
     if loaded.files != source.files:
         source = source.with_files(loaded.files)
     config = configured(config, base)
@@ -183,21 +192,6 @@ def train_prepared(
     )
     prompt = prepared.plan.prompt
     return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prompt, partner=partner)
-
-
-def _of_pictures(scan: FolderScan, base: Model, on_event: EventHandler) -> FolderScan:
-    """The scan for a model of pictures, with a note on what is left out."""
-    found = scan.of_pictures()
-    if count := len(scan.images) - len(found.images):
-        videos = f"{count} video{'s' if count > 1 else ''}"
-        first = next(one.name for one in scan.images if is_video(one.path))
-        on_event(
-            Warned(
-                message=f"{videos} left out, such as {first}: {base.family.title} is trained on pictures; use their "
-                "frames as pictures, or a model of videos."
-            )
-        )
-    return found
 
 
 def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:

@@ -40,6 +40,7 @@ __all__ = [
     "CaptionSource",
     "FolderScan",
     "ImageFile",
+    "has_videos",
     "scan_folder",
     "scan_sources",
 ]
@@ -202,6 +203,22 @@ def scan_sources(
     if len(sources) > 1:
         _remark_repetition(found, remarks)
     return FolderScan(tuple(scanned), tuple(unusable + skipped), tuple(missing), remarks.sentences())
+
+
+def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Path | None = None) -> bool:
+    """Whether there are videos in sources, by their names alone.
+
+    Args:
+        sources, config, cache: as for `scan_sources`.
+
+    Raises:
+        DataError: a source is missing or cannot be read.
+    """
+    return any(
+        is_video(one.path)
+        for source in sources
+        for one in candidates(source, config, cache=cache, skipped=[], remarks=Remarks(), clips=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
