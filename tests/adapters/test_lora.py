@@ -182,7 +182,7 @@ def test_lora_plus_takes_pefts_steps() -> None:
 
     config = ResolvedConfig(
         learning_rate=1e-2, lora_plus_ratio=16.0, alpha=2.0, targets="all", schedule="constant", timesteps="uniform",
-        training_dtype="fp32",
+        min_noise=0.0, max_noise=1.0, training_dtype="fp32",
     )  # fmt: skip
     runtime = Runtime.of(config, base, torch.device("cpu"))
     trained = list(_trained(adapters, {}))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lorasmith.data.clips import ClipForm
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoded_captions import EncodedCaptions
@@ -21,12 +22,16 @@ class Encoder:
     """Latents are the pixels' 4×4 means, conditioning the length of the caption; counts what it encodes."""
 
     def __init__(self) -> None:
+        self.clips: ClipForm | None = None
         self.texts: list[str] = []
         self.shapes: list[tuple[int, ...]] = []
 
     def image(self, pixels: torch.Tensor) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         self.shapes.append(tuple(pixels.shape))
+        if self.clips is not None:
+            frames = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+            return torch.nn.functional.avg_pool3d(frames[:, :, ::4], (1, 4, 4)).to(torch.bfloat16)
         return torch.nn.functional.avg_pool2d(pixels, 4).to(torch.bfloat16)
 
     def text(self, text: str) -> Conditioning:
@@ -36,6 +41,7 @@ class Encoder:
     def encode(self, folder: Path | FolderScan, **options: Any) -> EncodedDataset:
         """A folder encoded; options are those of `encode_images`, `PictureEncoder` and `DataConfig`."""
         options = {"resolution": 64, "multiple": 16, **options}
+        self.clips = options.pop("clips", None)
         called = {name: options.pop(name) for name in ("resolution", "multiple")}
         called |= {name: options.pop(name) for name in ("progress",) if name in options}
         own = {name: options.pop(name) for name in ("batch_pixels", "beside_pixels", "entries") if name in options}
@@ -44,10 +50,10 @@ class Encoder:
             captions["entries"] = options.pop("text_entries")
         config = DataConfig(**options)
         return encode_images(
-            scan_folder(folder, config) if isinstance(folder, Path) else folder,
+            scan_folder(folder, config, clips=self.clips is not None) if isinstance(folder, Path) else folder,
             config,
             captions=EncodedCaptions(self.text, **captions),
-            pictures=PictureEncoder(encode=self.image, downscale=4, **own),
+            pictures=PictureEncoder(encode=self.image, downscale=4, clips=self.clips, **own),
             **called,
         )
 

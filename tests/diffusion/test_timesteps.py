@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from lorasmith.core.random import keyed_permutation, keyed_uniform
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule, ResolutionShift
-from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS, quantile_map, uniform_numbers
+from lorasmith.diffusion.timesteps import (
+    TIMESTEP_DISTRIBUTIONS,
+    quantile_map,
+    quantile_range,
+    range_limited,
+    uniform_numbers,
+)
 from tests.covering import slow_except
 
 SD = DiscreteSchedule.scaled_linear()
@@ -188,3 +194,36 @@ def _distance_from_uniform(numbers: torch.Tensor) -> float:
     ordered, n = numbers.double().sort().values, len(numbers)
     steps = torch.arange(n, dtype=torch.float64) / n
     return torch.maximum(ordered - steps, steps + 1 / n - ordered).max().item()
+
+
+@pytest.mark.parametrize("schedule", [SD, FLUX, FlowSchedule(8.0, time_scale=1000.0)])
+@pytest.mark.parametrize("time", [0.0, 0.2, 0.875, 1.0])
+def test_the_quantile_of_a_level_is_the_inverse_of_the_schedule(schedule: NoiseSchedule, time: float) -> None:
+    level = schedule.at(torch.tensor([schedule.quantile(time)]))
+    if isinstance(schedule, FlowSchedule):
+        assert level.sigma.item() == pytest.approx(time, abs=1e-6)
+    else:
+        assert level.time.item() == pytest.approx(1000 * time, abs=1.001)
+
+
+@pytest.mark.parametrize("name", TIMESTEP_DISTRIBUTIONS)
+def test_two_ranges_have_together_the_whole_distribution(name: str) -> None:
+    flow = FlowSchedule(5.0)
+    whole = quantile_map(name, None, flow)  # type: ignore[arg-type]
+    low = range_limited(whole, *quantile_range(flow, 0.0, 0.875))
+    high = range_limited(whole, *quantile_range(flow, 0.875, 1.0))
+    u = (torch.arange(20_000) + 0.5) / 20_000
+    levels = flow.at(whole(u, SIZE)).sigma
+    share = (levels < 0.875).float().mean().item()
+    assert 0.02 < share < 0.98
+    drawn = [flow.at(one(u, SIZE)).sigma for one in (low, high)]
+    assert drawn[0].max() <= 0.875 + 1e-5 and drawn[1].min() >= 0.875 - 1e-5
+    assert drawn[0].mean().item() == pytest.approx(levels[levels < 0.875].mean().item(), abs=2e-3)
+    assert drawn[1].mean().item() == pytest.approx(levels[levels >= 0.875].mean().item(), abs=2e-3)
+
+
+def test_a_range_keeps_numbers_in_order_and_apart() -> None:
+    drawn = range_limited(quantile_map("logit_normal", None, FLUX), 0.3, 0.6)(torch.linspace(0, 1, 101), SIZE)
+    assert bool((drawn.diff() > 0).all())
+    assert drawn[0].item() == pytest.approx(0.3, abs=1e-5)
+    assert drawn[-1].item() == pytest.approx(0.6, abs=1e-5)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.errors import OutputError
+from lorasmith.report.animations import Clip
 from lorasmith.report.preview_folder import PreviewFolder
 
 COLOURS = {"base": (255, 0, 0), 100: (0, 255, 0), 200: (0, 0, 255), 0.5: (255, 255, 0), 1.0: (0, 255, 255)}
@@ -113,3 +114,22 @@ def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
     (tmp_path / "samples").touch()
     with pytest.raises(OutputError, match="must be a folder but is a file"):
         folder(tmp_path).write_base(pictures("base"))
+
+
+def test_clips_are_animations_that_stand_in_sheets_with_their_first_picture(tmp_path: Path) -> None:
+    def clips(key: object) -> list[Clip]:
+        return [Clip((one, Image.new("RGB", one.size)), 4.0) for one in pictures(key, size=(128, 128))]
+
+    files = folder(tmp_path)
+    paths = files.write_step(clips(100), 100, "pets.safetensors")
+    assert [path.name for path in paths] == ["step-000100-1.webp", "step-000100-2.webp"]
+    files.write_base(clips("base"))
+    rows = [Image.open(path).convert("RGB").getpixel((5, 5)) for path in (paths[0], tmp_path / "samples/base-1.webp")]
+    assert rows == [pytest.approx(COLOURS[key], abs=6) for key in (100, "base")]
+    sheet = np.asarray(Image.open(files.write_steps_sheet())).astype(int)
+    near = {key: (np.abs(sheet - COLOURS[key]).max(axis=-1) < 8).sum() for key in (100, "base")}
+    assert all(count > 1.9 * 128 * 128 for count in near.values())
+    other = folder(tmp_path, Seed=4)
+    other.write_step(clips(200), 200, "pets.safetensors")
+    sheet = np.asarray(Image.open(other.write_steps_sheet())).astype(int)
+    assert (np.abs(sheet - COLOURS[100]).max(axis=-1) < 8).sum() == 0, "those of another seed are not compared"

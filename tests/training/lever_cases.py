@@ -63,6 +63,7 @@ def rounded(model: nn.Module, kind: str) -> Iterator[None]:
 def resolved(**settings: Any) -> ResolvedConfig:
     """Settings with nothing left open."""
     decided = {"learning_rate": 1e-3, "alpha": 1.0, "targets": "all", "schedule": "constant", "timesteps": "uniform"}
+    decided |= {"min_noise": 0.0, "max_noise": 1.0}
     return ResolvedConfig(**(decided | {"training_dtype": "fp32"} | settings))
 
 

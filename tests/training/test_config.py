@@ -114,6 +114,7 @@ def test_settings_are_declared_without_torch() -> None:
 
 def test_resolved_settings_have_nothing_open() -> None:
     decided = {"learning_rate": 1e-4, "alpha": 4.0, "targets": "all", "schedule": "constant", "timesteps": "uniform"}
+    decided |= {"min_noise": 0.0, "max_noise": 1.0}
     config = ResolvedConfig.of(TrainConfig(rank=4), **decided, training_dtype="fp32")
     assert (config.rank, config.alpha, config.steps) == (4, 4.0, SETTINGS["steps"].default)
     assert options_of(ResolvedConfig).keys() == SETTINGS.keys()

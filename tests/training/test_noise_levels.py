@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lorasmith.app.model_run import train
+from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.base import Expert
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.train import TrainResult, plan_job
+from lorasmith.training.watchers import ValidationWatch
 
 Run = Callable[..., TrainResult]
 
@@ -36,6 +41,33 @@ def test_every_setting_makes_another_loss(run: Run, dataset: EncodedDataset) -> 
     losses["none of them"] = run(dataset, steps=1, batch_size=4).losses[0]
 
     assert len(set(losses.values())) == len(losses), losses
+
+
+def test_a_range_of_noise_is_trained_and_judged_alone(tiny: Model, dataset: EncodedDataset) -> None:
+    config = TrainConfig(min_noise=0.75, rank=2, batch_size=16, validation_draws=4)
+    job = plan_job(tiny.denoiser, config)
+    assert job.config.noise_range == (0.75, 1.0)
+    maker = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime)
+    quantiles = [one for batch in maker.step(0) for one in batch.quantiles]
+    assert len(quantiles) == 16 and all(0.75 <= one <= 1 for one in quantiles)
+    judge = ValidationWatch(tiny.denoiser, dataset.samples, job.config, job.runtime)
+    assert bool((judge._losses.quantiles >= 0.75).all()) and judge._losses.quantiles.shape[1] == 4
+    with pytest.raises(OptionError, match=r"min_noise must be below max_noise, got 0\.5 and 0\.5"):
+        TrainConfig(min_noise=0.5, max_noise=0.5)
+
+
+def test_a_file_named_after_an_expert_is_trained_on_its_range(tiny: Model) -> None:
+    experts = (Expert("high_noise", (0.875, 1.0)), Expert("low_noise", (0.0, 0.875)))
+    family = copy(tiny.family)
+    family.experts = experts
+    high = replace(tiny, family=family, path=Path("wan2.2_t2v_high_noise_14B.safetensors"), title="wan")
+    job = plan_job(high.denoiser, TrainConfig(rank=2))
+    assert job.config.noise_range == (0.875, 1.0)
+    assert any("is the high_noise expert of" in note and "0.875 to 1;" in note for note in job.notes)
+    whole = plan_job(high.denoiser, TrainConfig(rank=2, min_noise=0.0))
+    assert whole.config.noise_range == (0.0, 1.0)
+    assert not any("expert" in note for note in whole.notes)
+    assert plan_job(replace(high, path=None).denoiser, TrainConfig(rank=2)).config.noise_range == (0.0, 1.0)
 
 
 @pytest.mark.slow

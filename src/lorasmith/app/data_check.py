@@ -11,6 +11,7 @@ from typing import Any
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.encoding import clip_form
 from lorasmith.data.findings import TokenLimit
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.preflight import Preflight, name_in, preflight, usual_resolution
@@ -62,9 +63,9 @@ def check_folder(
     Raises:
         LorasmithError: folder, images, model or settings cannot be used.
     """
-    scan = scan_folder(folder, config)
-    folder = folder if is_folder(folder) else folder.parent  # a metadata file is beside its images
     model = None if files is None else load_completed(files, folders).model
+    scan = scan_folder(folder, config, clips=model is None or clip_form(model, config) is not None)
+    folder = folder if is_folder(folder) else folder.parent  # a metadata file is beside its images
     return check_scan(
         scan, config, folder=folder, model=model, batch=batch, validation_share=validation_share, progress=progress
     )

@@ -10,9 +10,10 @@ from pathlib import Path
 from lorasmith.app.command_lines import command_line, positional
 from lorasmith.app.data_check import DataCheck
 from lorasmith.core.files import write_atomic
+from lorasmith.data.clips import open_still
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, tags_of
-from lorasmith.data.image_files import ImageError, open_reduced
+from lorasmith.data.image_files import ImageError
 from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
 from lorasmith.report.pictures import picture_uri
@@ -151,7 +152,7 @@ def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, tuple[str, 
 
     def read(index: int) -> tuple[str, int, int] | None:
         try:
-            return picture_uri(open_reduced(found.images[index].file.path, _EDGE))
+            return picture_uri(open_still(found.images[index].file.path, _EDGE))
         except ImageError:
             return None
 

@@ -1,4 +1,4 @@
-"""Pictures from prompts with LoRA files, and saving them as numbered files."""
+"""Pictures and clips from prompts with LoRA files, and saving them as numbered files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.files import atomic_path
+from lorasmith.core.errors import OptionError
+from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import Folders, next_counter
-from lorasmith.families.model import Denoiser, TextEncoder
+from lorasmith.families.base import Expert
+from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
+from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
+from lorasmith.sampling.generate import Experts
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["LoadedModel", "load_with_loras", "save_pictures", "with_loras"]
+__all__ = ["EXPERTS", "LoadedModel", "expert_named", "experts_of", "load_with_loras", "save_pictures", "with_loras"]
+
+EXPERTS = ("high_noise", "low_noise")
+"""Two experts of a model in the order of sampling, by the names that families and files have for them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,45 @@ def load_with_loras(
     return LoadedModel(base.title, denoiser, encoder, loaded.found, (*loaded.notes, *notes))
 
 
+def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
+    """Both experts of a model, each with its LoRAs.
+
+    Args:
+        noisy, clean: the experts, of one family.
+
+    Raises:
+        OptionError: the family has no experts, or files are named after another one.
+    """
+    boundary = 0.0
+    for denoiser, name in zip((noisy, clean), EXPERTS, strict=True):
+        expert = expert_named(denoiser.base, name)
+        boundary = boundary or expert.noise_range[0]
+    return Experts(noisy, clean, boundary)
+
+
+def expert_named(base: Model, name: str) -> Expert:
+    """An expert of a model's family.
+
+    Args:
+        base: the model that is to be this expert.
+        name: one of `EXPERTS`.
+
+    Raises:
+        OptionError: the family has no such expert, or the file's name says that the model is another one.
+    """
+    found = next((one for one in base.family.experts if one.name == name), None)
+    if found is None:
+        raise OptionError(
+            f"low_noise_model is for models of two experts, such as Wan 2.2 A14B, got {base.title} "
+            f"({base.family.title}); leave it out"
+        )
+    if (named := base.named_expert) is not None and named.name != name:
+        raise OptionError(
+            f"the {name} model must be that expert, but {base.title} is the {named.name} one by its name; swap them"
+        )
+    return found
+
+
 def with_loras(
     denoiser: Denoiser,
     encoder: TextEncoder,
@@ -101,19 +146,25 @@ def _with_loras(
     return denoiser, encoder, notes
 
 
-def save_pictures(images: Sequence[Image.Image], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
-    """Write pictures as numbered PNG files with their parameters; existing files are not overwritten.
+def save_pictures(images: Sequence[Shot], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
+    """Write pictures as numbered PNG files with their parameters, clips as animated WebP files; none is overwritten.
 
     Args:
-        images: the pictures.
+        images: the pictures and clips.
         prompts: one per picture.
         folder: of the files; created if missing.
         made_with: the `parameters` entry below the prompt, in A1111's format.
     """
     paths, first = [], next_counter(folder, "lorasmith")
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=first):
+        parameters = f"{prompt}\n{made_with}"
+        if isinstance(image, Clip):
+            path = folder / f"lorasmith_{number:05}_.webp"
+            write_atomic(path, animation(image, dict([parameters_entry(parameters)])))
+            paths.append(path)
+            continue
         info = PngInfo()
-        info.add_itxt("parameters", f"{prompt}\n{made_with}")
+        info.add_itxt("parameters", parameters)
         path = folder / f"lorasmith_{number:05}_.png"
         with atomic_path(path) as temporary:
             image.save(temporary, format="png", pnginfo=info)

@@ -23,10 +23,12 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoding import datasets_folder, encode_scan
-from lorasmith.data.folder import FolderScan, scan_folder, scan_sources
+from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
+from lorasmith.data.folder import FolderScan, has_videos, scan_sources
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.sampling.previews import Partner
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
@@ -72,8 +74,10 @@ def prepare(
     on_event: EventHandler = lambda event: None,
     cancelled: Callable[[], bool] = lambda: False,
     load: Callable[[ModelFiles, Folders | None], Completed] = load_completed,
+    configured: Callable[[TrainConfig, Model], TrainConfig] = lambda config, base: config,
+    samples: tuple[EncodedDataset, EncodedDataset | None] | None = None,
 ) -> PreparedRun:
-    """Scan the images, load the model, plan the run, and encode.
+    """Scan the images, load the model (first, if there are videos), plan the run, and encode.
 
     Args:
         source: images, model and the like.
@@ -83,6 +87,8 @@ def prepare(
             `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
         cancelled: called while pictures of the class are drawn; True ends that.
         load: loads the model and the parts that it lacks.
+        configured: the settings with what the model decides.
+        samples: training and held-out samples that the same encoders made of these images; None to encode them.
 
     Returns:
         The run; its source names the files of all parts.
@@ -93,17 +99,29 @@ def prepare(
     check_title(source.name)
     device, settings = chosen_device(source.device), source.data
     folder = Path(source.folder)
-    scan = scan_sources(source.sources, settings, cache=datasets_folder())
+
+    def load_model() -> Completed:
+        on_event(ModelLoading(model=source.model))
+        found = load(source.files, folders)
+        for note in found.notes:
+            on_event(Warned(message=note))
+        return found
+
+    judged_sources = () if source.validation is None else (ImageSource(source.validation),)
+    # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
+    loaded = load_model() if has_videos((*source.sources, *judged_sources), settings, cache=datasets_folder()) else None
+    clips = loaded is None or clip_form(loaded.model, settings) is not None
+    scan = scan_sources(source.sources, settings, cache=datasets_folder(), clips=clips)
     on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
-    judged = None if source.validation is None else scan_folder(Path(source.validation), settings)
-    on_event(ModelLoading(model=source.model))
-    loaded = load(source.files, folders)
-    for note in loaded.notes:
-        on_event(Warned(message=note))
+    judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
+    loaded = loaded or load_model()
     base = loaded.model
     base.family.check_parts(base.components, text=True, images=True)
+    if clip_form(base, settings) is None:
+        scan, judged = scan.of_pictures(), judged and judged.of_pictures()
     if loaded.files != source.files:
         source = source.with_files(loaded.files)
+    config = configured(config, base)
     job = plan_job(base.denoiser, config, device)
     check = check_scan(
         scan,
@@ -121,6 +139,9 @@ def prepare(
     plan = _plan(source, scan, loaded, job, check.preflight.epoch.held_out)
     on_event(RunPlanned(plan=plan))
 
+    if samples is not None:
+        return PreparedRun(source, plan, base, job, *samples)
+
     def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
         return encode_scan(found, base, settings, device=device, progress=progress)
 
@@ -137,6 +158,7 @@ def train_prepared(
     until: int | None = None,
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
+    partner: Partner | None = None,
 ) -> TrainResult:
     """Train a prepared run, with previews of its prompt where its settings have None.
 
@@ -149,6 +171,7 @@ def train_prepared(
         until: step after which the run ends; None for all steps.
         on_event: receives training events.
         cancelled: called between steps; True ends the run and saves the result.
+        partner: of previews of one of two experts; see `Previewer`.
 
     Raises:
         LorasmithError: as `model_run.train`.
@@ -168,7 +191,8 @@ def train_prepared(
         cancelled=cancelled,
         until=until,
     )
-    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prepared.plan.prompt)
+    prompt = prepared.plan.prompt
+    return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prompt, partner=partner)
 
 
 def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:

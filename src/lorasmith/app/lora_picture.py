@@ -27,7 +27,7 @@ def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
 
     Args:
         lora: the file.
-        picture: a PNG file.
+        picture: a PNG file; of the WebP file of a clip, the first picture is taken.
         private: whether the LoRA keeps nothing of its run: there is no picture in it, and no prompt in those beside it.
 
     Raises:
@@ -36,7 +36,7 @@ def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
     with Image.open(picture) as opened:
         opened.load()
         pixels = opened.convert("RGB")
-    content = _png(pixels) if private else picture.read_bytes()
+    content = _png(pixels) if private or picture.suffix != ".png" else picture.read_bytes()
     for suffix in (".png", ".preview.png"):
         with atomic_path(lora.with_suffix(suffix)) as temporary:
             temporary.write_bytes(content)

@@ -95,6 +95,7 @@ class MemoryEstimate:
         model, family: titles of the base model and its family.
         found: its parts that were found in the model folders.
         pixels: side of the square pictures.
+        frames: of clips; 1 for pictures.
         batch_size: images per forward pass.
         dtype: of matrix products.
         trained: algorithm, targets and parameter count in one line.
@@ -113,6 +114,7 @@ class MemoryEstimate:
     family: str
     found: tuple[FoundPart, ...]
     pixels: int
+    frames: int
     batch_size: int
     dtype: str
     trained: str
@@ -161,6 +163,7 @@ def estimate_memory(
     *,
     card_bytes: int,
     resolution: int | None = None,
+    frames: int = 1,
     folders: Folders | None = None,
 ) -> MemoryEstimate:
     """Estimate a run on a model from files; see `estimate_of`.
@@ -170,22 +173,25 @@ def estimate_memory(
         config: settings; how weights and activations are kept is proposed, not read.
         card_bytes: memory of the card.
         resolution: side of the square pictures in pixels; the model's own if None.
+        frames: of clips; 1 for pictures.
         folders: where parts that the model lacks are searched.
 
     Raises:
         LorasmithError: the model cannot be read, or the settings do not fit it.
     """
     loaded = load_completed(files, folders)
-    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution)
+    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution, frames=frames)
     return replace(found, found=loaded.found)
 
 
-def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolution: int | None = None) -> MemoryEstimate:
+def estimate_of(
+    model: Model, config: TrainConfig, *, card_bytes: int, resolution: int | None = None, frames: int = 1
+) -> MemoryEstimate:
     """Estimate a run on a loaded model, whose denoiser loses its weights.
 
     Args:
         model: as loaded; no weight of it is read, except those that DoRA starts from.
-        config, card_bytes, resolution: as for `estimate_memory`.
+        config, card_bytes, resolution, frames: as for `estimate_memory`.
 
     Raises:
         OptionError: the settings do not fit the model.
@@ -193,7 +199,9 @@ def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolutio
     # PiSSA's factors are as large as LoRA's, but a decomposition of all weights.
     dtype = "bf16" if config.training_dtype == "auto" else config.training_dtype
     config = replace(config, pissa=False, training_dtype=dtype, gradient_checkpointing=False, activations="keep")
-    side = latent_side(model, resolution)
+    side, latent = latent_side(model, resolution), model.components.latent
+    model.check_clips("frames", frames)
+    frames = latent.whole_frames(frames)
     job = plan_job(model.denoiser, config, "cpu")
     family, components, products = model.family, model.components, job.runtime.dtype
     weights, offloaded = (
@@ -209,12 +217,13 @@ def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolutio
     }
     master = 4 * job.parameters
     trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
-    plans = _activation_plans(model, job, side)
+    plans = _activation_plans(model, job, side, frames)
     return MemoryEstimate(
         model=model.title,
         family=family.title,
         found=(),
         pixels=side * components.latent.downscale,
+        frames=frames,
         batch_size=config.batch_size,
         dtype=dtype_name(products),
         trained=job.summary,
@@ -230,9 +239,9 @@ def estimate_of(model: Model, config: TrainConfig, *, card_bytes: int, resolutio
     )
 
 
-def _activation_plans(model: Model, job: Job, side: int) -> tuple[MemoryPlan, ...]:
+def _activation_plans(model: Model, job: Job, side: int, frames: int) -> tuple[MemoryPlan, ...]:
     """Every way to keep activations, measured on tensors without memory."""
-    samples = synthetic_samples(model, 1, side, side)
+    samples = synthetic_samples(model, 1, side, side, frames=frames)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     for one in (module, *job.adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)

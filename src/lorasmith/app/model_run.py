@@ -26,7 +26,7 @@ from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.sampling.previews import parse_prompts
+from lorasmith.sampling.previews import Partner, parse_prompts
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
@@ -43,7 +43,13 @@ P = ParamSpec("P")
 
 
 def train_job(
-    denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions, *, unasked: str | None = None
+    denoiser: Denoiser,
+    job: Job,
+    data: EncodedDataset,
+    options: RunOptions,
+    *,
+    unasked: str | None = None,
+    partner: Partner | None = None,
 ) -> TrainResult:
     """Train a job, with the previews of its settings and the report in the run's folder.
 
@@ -53,6 +59,7 @@ def train_job(
         data: encoded samples.
         options: folder, events and the like; `previews`, `page` and `beside` are replaced.
         unasked: prompt of previews where the settings have None, which then take at most a tenth of the run.
+        partner: of previews of one of two experts; see `Previewer`.
 
     Raises:
         OptionError: previews or sidecars are set but there is no output folder, or sidecars would replace the record.
@@ -80,6 +87,7 @@ def train_job(
             cancelled=options.cancelled,
             on_event=options.on_event,
             unasked=unasked,
+            partner=partner,
         )
         if isinstance(draw, BudgetedPreviews):
             budgeted.append(draw)

@@ -17,7 +17,8 @@ from lorasmith.app.run_plan import RunPlan, captions_used
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.core.typed_json import typed
-from lorasmith.data.image_files import ImageError, open_reduced
+from lorasmith.data.clips import open_still
+from lorasmith.data.image_files import ImageError
 
 __all__ = ["LeftOut", "RunImage", "image_facts", "images_in", "keep_thumbnails", "left_out_in", "thumbnail_of"]
 
@@ -108,7 +109,7 @@ def keep_thumbnails(folder: Path, plan: RunPlan) -> None:
     def write(pair: tuple[Path, Path]) -> None:
         source, target = pair
         try:
-            small = open_reduced(source, _EDGE)
+            small = open_still(source, _EDGE)
             with atomic_path(target) as temporary:
                 small.save(temporary, format="webp", quality=_QUALITY)
         except (ImageError, LorasmithError, OSError):

@@ -7,7 +7,7 @@ It combines rooms that do not import each other: `sampling` draws, `training` lo
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.dtypes import chosen_dtype
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.placement import best_device, product_dtype
-from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.report.animations import Shot
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.sampling.generate import Sampling
-from lorasmith.sampling.previews import Previewer, parse_prompts, parse_strengths
+from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, Warned
@@ -46,6 +47,7 @@ def run_previews(
     cancelled: Callable[[], bool] | None = None,
     on_event: EventHandler = lambda event: None,
     unasked: str | None = None,
+    partner: Partner | None = None,
 ) -> RunPreviews | BudgetedPreviews | None:
     """Encode the prompts of `config.previews`; returns the object that draws them, None without prompts.
 
@@ -58,6 +60,7 @@ def run_previews(
         cancelled: called between evaluations of the network; True ends a preview.
         on_event: receives a `Drawing` before each row of pictures.
         unasked: prompt where `config.previews` is None, of which as much is drawn as fits into a tenth of the run.
+        partner: of one of two experts; see `Previewer`.
 
     Raises:
         OptionError: there are too many prompts, or a strength is out of range.
@@ -82,10 +85,12 @@ def run_previews(
         sampling=Sampling(
             seed=config.seed,
             steps=config.preview_steps,
+            frames=_frames(config, base),
             dtype=_sampling_dtype(denoiser, config.training_dtype, device),
         ),
         device=device,
         cancelled=cancelled,
+        partner=partner,
     )
 
     def made(program: PreviewProgram) -> RunPreviews:
@@ -192,11 +197,11 @@ class RunPreviews:
                 yield self._previewed(step, paths, strength)
         files.write_strengths_sheet(self._strengths, step)
 
-    def _counted(self, rows: int) -> Callable[..., list[Image.Image]]:
+    def _counted(self, rows: int) -> Callable[..., Sequence[Shot]]:
         """`Previewer.draw`, with an event before each row of pictures."""
         row, each = count(), len(self._previewer.prompts)
 
-        def draw(lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
+        def draw(lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
             self._on_event(Drawing(done=each * next(row), total=each * rows))
             return self._previewer.draw(lora, strength)
 
@@ -247,6 +252,14 @@ class PreviewFrames:
         with Image.open(path) as picture:
             picture.thumbnail((self._cell, self._cell))
             return picture.copy()
+
+
+def _frames(config: TrainConfig, base: Model) -> int:
+    """Frames of a preview. Raises OptionError where the model makes pictures."""
+    if (frames := config.preview_frames) is None:
+        return base.defaults.frames
+    base.check_clips("preview_frames", frames)
+    return base.components.latent.whole_frames(frames)
 
 
 def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.device) -> torch.dtype:

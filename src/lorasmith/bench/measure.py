@@ -132,7 +132,7 @@ class Parts:
 
 
 def synthetic_samples(
-    model: Model, count: int, height: int, width: int, *, tokens: int | None = None, seed: int = 0
+    model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None, seed: int = 0
 ) -> tuple[Sample, ...]:
     """Samples with random latents and conditioning.
 
@@ -140,6 +140,7 @@ def synthetic_samples(
         model: whose shapes they have.
         count: number of samples.
         height, width: of the latents.
+        frames: of clips; 1 for pictures.
         tokens: length of the context; None for the family's usual one.
         seed: of the random numbers.
     """
@@ -150,7 +151,7 @@ def synthetic_samples(
 
     def sample(index: int) -> Sample:
         latent = model.components.latent
-        shape = latent.shape(height * latent.downscale, width * latent.downscale)
+        shape = latent.shape(height * latent.downscale, width * latent.downscale, frames)
         latents = torch.randn(shape, generator=generator)
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         return Sample(latents, Conditioning(tensors), f"random {index}")

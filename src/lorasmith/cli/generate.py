@@ -10,6 +10,7 @@ import typer
 from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, split_strength
 from lorasmith.cli.run_output import found_line
+from lorasmith.core.errors import OptionError
 
 __all__ = ["register"]
 
@@ -26,6 +27,16 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FILE[:STRENGTH]", help="LoRA to apply, such as my.safetensors:0.8. Repeatable."),
     ] = None,
+    low_noise_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Second expert of a model of two, which draws the last part, such as Wan 2.2 A14B's."
+        ),
+    ] = None,
+    low_noise_lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:STRENGTH]", help="LoRA to apply to the second expert. Repeatable."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse a LoRA of which a part does not apply, instead of a note.")
     ] = False,
@@ -41,6 +52,13 @@ def generate(
     scheduler: Annotated[str, typer.Option(help="Schedule of noise levels, by ComfyUI's name.")] = "normal",
     width: Annotated[int | None, typer.Option(help="Width in pixels. Default: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's own.")] = None,
+    frames: Annotated[
+        int,
+        typer.Option(min=1, help="Frames of a clip, for models of videos: 5, 9, 13, ... 1 draws a picture."),
+    ] = 1,
+    frame_rate: Annotated[
+        float | None, typer.Option(min=0.1, max=120, help="Frames a second of the clip. Default: the model's own.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Number format of the denoiser, fp32 or bf16. bf16 needs half of the memory.")
     ] = "fp32",
@@ -50,40 +68,56 @@ def generate(
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
-    """Generate pictures from prompts."""
-    from lorasmith.app.drawing import load_with_loras, save_pictures
+    """Generate pictures from prompts, or with --frames clips, as animated WebP files."""
+    from lorasmith.app.drawing import experts_of, load_with_loras, save_pictures
     from lorasmith.core.dtypes import dtype_from_name
+    from lorasmith.families.model import Denoiser
     from lorasmith.families.model_search import ModelFiles
-    from lorasmith.sampling.generate import generate as sample
+    from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
         files = ModelFiles(model, tuple(text_encoder or ()), vae)
         loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths), strict=strict)
+        drawing: Denoiser | Experts = loaded.denoiser
+        if low_noise_model is not None:
+            second = load_with_loras(
+                ModelFiles(low_noise_model), [split_strength(text) for text in low_noise_lora or []], strict=strict
+            )
+            drawing = experts_of(loaded.denoiser, second.denoiser)
+        elif low_noise_lora:
+            raise OptionError("--low-noise-lora is for --low-noise-model, which is missing; name it, or use --lora")
     for note in loaded.notes:
         print_note(note)
     for part in loaded.found:
         echo(found_line(part))
+    if frame_rate is not None and frames == 1:
+        print_note("--frame-rate has no effect without --frames.")
     with stoppable() as stop, progress_shown("Sampling") as progress:
-        images = sample(
-            loaded.denoiser,
+        drawn = generate_clips(
+            drawing,
             prompt,
+            Sampling(
+                seed=seed,
+                steps=steps,
+                cfg=cfg,
+                sampler=sampler,
+                scheduler=scheduler,
+                width=width,
+                height=height,
+                dtype=number_format,
+                frames=frames,
+                frame_rate=frame_rate,
+            ),
             text_encoder=loaded.text_encoder,
             negative=negative,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            scheduler=scheduler,
-            width=width,
-            height=height,
-            dtype=number_format,
             progress=progress,
             cancelled=stop.is_set,
         )
+    images = [clip if frames > 1 else clip.frames[0] for clip in drawn]
     made_with = (
         f"Negative prompt: {negative}\nSteps: {steps}, Sampler: {sampler} {scheduler}, Seed: {seed}, "
-        f"Model: {loaded.title}, LoRA: {', '.join(lora or ['none'])}"
+        f"Model: {loaded.title}, LoRA: {', '.join([*(lora or ()), *(low_noise_lora or ())] or ['none'])}"
     )
     paths = list(save_pictures(images, prompt, output, made_with=made_with))
 

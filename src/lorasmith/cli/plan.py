@@ -48,6 +48,9 @@ def plan(
     resolution: Annotated[
         int | None, typer.Option(help="Side of the square pictures in pixels. Default: the model's own.")
     ] = None,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Frames of a clip, for models of videos. 1 is for training on pictures.")
+    ] = 1,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
@@ -68,6 +71,7 @@ def plan(
             TrainConfig(**settings),
             card_bytes=int(memory * 2**30),
             resolution=resolution,
+            frames=frames,
             folders=folders_of(base_dir, extra_model_paths),
         )
     print_result(lambda: _plain(found), lambda: _print(found))
@@ -97,7 +101,8 @@ def _print(found: MemoryEstimate) -> None:
     for label, text in {
         "Model": f"{found.model} ({found.family})",
         "Trains": found.trained,
-        "Pictures": f"{found.pixels}×{found.pixels} pixels, batch {found.batch_size}, products in {found.dtype}",
+        "Pictures": f"{found.pixels}×{found.pixels} pixels{f', {found.frames} frames' if found.frames > 1 else ''}, "
+        f"batch {found.batch_size}, products in {found.dtype}",
         "Weights": _by_kind(found.weights),
         "Offloaded": _by_kind(found.offloaded),
         "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",

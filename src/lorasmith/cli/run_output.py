@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lorasmith.app.command_lines import generate_command, resume_command
+from lorasmith.app.command_lines import arguments_for, command_line, generate_command, resume_command
 from lorasmith.app.run_plan import (
     NO_CAPTION,
     OWN_CAPTION,
@@ -55,11 +55,21 @@ from lorasmith.training.events import (
 from lorasmith.training.outcome import Outcome
 
 if TYPE_CHECKING:
+    from lorasmith.app.expert_runs import ExpertRuns
     from lorasmith.app.folder_run import PreparedRun
     from lorasmith.families.model_search import FoundPart
+    from lorasmith.training.config import TrainConfig
     from lorasmith.training.train import TrainResult
 
-__all__ = ["found_line", "plain_result", "preparation_shown", "report_result", "train_and_report", "training_shown"]
+__all__ = [
+    "found_line",
+    "plain_result",
+    "preparation_shown",
+    "report_result",
+    "train_and_report",
+    "train_experts_and_report",
+    "training_shown",
+]
 
 
 @contextlib.contextmanager
@@ -224,6 +234,49 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
     stop.exit_if_set()
 
 
+def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
+    """Train both experts of a model, and print where their results are and how to use the LoRAs.
+
+    Args:
+        runs: of both.
+        verify: compare and record every byte of the base model's files.
+    """
+    from lorasmith.app.drawing import EXPERTS
+
+    results: dict[str, TrainResult | None] = {}
+    models: list[object] = []
+    for expert in EXPERTS:
+        with preparation_shown() as show:
+            prepared = runs.prepare(expert, on_event=show)
+        files, prompt, frames = prepared.source.files, prepared.plan.prompt, prepared.base.defaults.frames
+        models.append(files.model)
+        with training_shown() as (show, stop):
+            results[expert] = result = runs.train(prepared, expert, verify=verify, on_event=show, cancelled=stop.is_set)
+        del prepared  # frees its model
+        if result is not None and result.reason is Outcome.CANCELLED:
+            break
+
+    def show_results() -> None:
+        for expert, one in results.items():
+            if one is not None:
+                echo()
+                heading(expert)
+                report_result(one, resumable=False)
+        loras = [runs.lora(expert) for expert in EXPERTS]
+        if stop.is_set():
+            echo("The same command trains the rest.")
+        elif all(loras):
+            echo()
+            echo("To use them:")
+            parts = {"text_encoder": files.text_encoders} | ({"vae": files.vae} if files.vae else {})
+            both = {"low_noise_model": models[1], **parts, "lora": loras[0], "low_noise_lora": loras[1]}
+            both |= {"frames": frames, "prompt": prompt}
+            echo(f"  {command_line(['lorasmith', 'generate', '--model', models[0], *arguments_for(both)])}")
+
+    print_result(lambda: {expert: one and plain_result(one) for expert, one in results.items()}, show_results)
+    stop.exit_if_set()
+
+
 _TITLES = {
     "lora": "LoRA", "best_lora": "Best LoRA", "steps": "Steps", "strengths": "Strengths", "loss_plot": "Loss plot",
     "report": "Report",
@@ -263,15 +316,23 @@ def _files(result: TrainResult) -> dict[str, Path]:
     return {key: path for key, path in places.items() if path is not None and path.exists()}
 
 
-def report_result(result: TrainResult, rights: Sequence[str] = ()) -> None:
-    """Print how a run ended, and its files; `rights` are the arguments with which `resume` may continue it."""
+def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable: bool = True) -> None:
+    """Print how a run ended, and its files.
+
+    Args:
+        result: of the run.
+        rights: arguments with which `resume` may continue it.
+        resumable: whether the command for that is printed.
+    """
     folder = result.folder
     if folder is None:
         echo("Stopped before the first step; nothing was saved.")
         return
     if result.reason is Outcome.CANCELLED:
-        echo(f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved. To continue:")
-        echo(f"  {resume_command(folder, rights)}")
+        after = f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved."
+        echo(f"{after} To continue:" if resumable else after)
+        if resumable:
+            echo(f"  {resume_command(folder, rights)}")
     if result.reason is Outcome.STOPPED:
         best = min(result.validations, key=lambda one: one[1])[0]
         echo(f"Stopped early at step {len(result.losses)}; the saved LoRA is that of step {best}, the best one.")
@@ -320,13 +381,19 @@ def _print_plan(plan: RunPlan) -> None:
         "Steps": f"{config.steps} × {batch} = {plan.samples} samples, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
-        f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}",
+        f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}{_noise_text(config)}",
     }.items():
         if text:
             echo(f"{label:<9}{text}")
         if label == "Model":
             for part in plan.found:
                 echo(f"{'':<9}{found_line(part)}")
+
+
+def _noise_text(config: TrainConfig) -> str:
+    """The range of noise levels, if it is not the whole."""
+    low, high = config.min_noise or 0.0, 1.0 if config.max_noise is None else config.max_noise
+    return "" if (low, high) == (0.0, 1.0) else f" from {low:g} to {high:g}"
 
 
 def _counts(plan: RunPlan) -> Iterator[tuple[int, str]]:

@@ -24,10 +24,11 @@ from lorasmith.cli.flags import (
     with_flags,
 )
 from lorasmith.cli.help import with_first
-from lorasmith.cli.run_output import preparation_shown, train_and_report
+from lorasmith.cli.run_output import preparation_shown, train_and_report, train_experts_and_report
 from lorasmith.cli.together import started_on_gpus, together
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
+from lorasmith.core.launch_environment import launched_process
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
@@ -72,6 +73,14 @@ def train(
         ),
     ] = None,
     model: AnyBaseModel = None,
+    low_noise_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Second expert of a model of two, such as Wan 2.2 A14B, whose --model is for high noise: both "
+            "are trained, one after the other, each on its part of the noise levels.",
+        ),
+    ] = None,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
     output: RunOutput = None,
@@ -97,6 +106,11 @@ def train(
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. A
     finished run in --output trains on if --steps are more.
     """
+    if low_noise_model is not None and (gpus is not None or launched_process() is not None):
+        raise OptionError(
+            "--low-noise-model must be trained in one process, but several are asked for; train each of the two models "
+            "with a command of its own"
+        )
     if started_on_gpus(gpus):
         return
     from lorasmith.app.folder_run import prepare
@@ -126,6 +140,19 @@ def train(
     if given.model is None:
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
+    if low_noise_model is not None:
+        from lorasmith.app.expert_runs import ExpertRuns
+
+        runs = ExpertRuns(
+            source,
+            low_noise_model,
+            given.train_config(typed.settings),
+            output=None if given.output is None else Path(given.output),
+            folders=folders,
+            fresh=fresh,
+        )
+        train_experts_and_report(runs, verify=verify)
+        return
     if given.output is not None:  # refused before the model is loaded
         output_folder(Path(given.output), source.name)
     train_config = given.train_config(typed.settings)

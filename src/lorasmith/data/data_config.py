@@ -23,7 +23,7 @@ CaptionOrigin = Literal["files", "filename", "folder", "none"]
 Crop = Literal["center", "random", "mask"]
 Masks = Literal["none", "alpha", "files"]
 
-_CAPTIONS, _PICTURES, _VARIANTS = "Captions", "Pictures", "Variants of pictures and captions"
+_CAPTIONS, _PICTURES, _CLIPS, _VARIANTS = "Captions", "Pictures", "Clips", "Variants of pictures and captions"
 _MASKS, _PRIOR, _CACHE = "Masks", "Prior preservation", "Cached encodings"
 
 
@@ -76,6 +76,22 @@ class DataConfig:
         group=_PICTURES,
         help="Which part of a picture is kept where its aspect ratio is not the bucket's: the centre, a random part "
         "in each variant, or the part around its mask.",
+    )
+
+    frames: int | None = option(
+        None,
+        min=1,
+        max=257,
+        group=_CLIPS,
+        help="Frames of a clip at most, from its start; 1 trains on its first picture. For models of videos. Default: "
+        "the model's.",
+    )
+    frame_rate: float | None = option(
+        None,
+        min=1.0,
+        max=120.0,
+        group=_CLIPS,
+        help="Frames a second that are taken of a clip. For models of videos. Default: the model's.",
     )
 
     flip: bool = option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lorasmith.core.placement import best_device, chosen_device
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.clips import ClipForm
 from lorasmith.data.crops import centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset, Picture, Sample, Variants
@@ -31,7 +32,15 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-__all__ = ["datasets_folder", "encode_images", "encode_scan", "encoded_pixels", "encoded_texts", "load_dataset"]
+__all__ = [
+    "clip_form",
+    "datasets_folder",
+    "encode_images",
+    "encode_scan",
+    "encoded_pixels",
+    "encoded_texts",
+    "load_dataset",
+]
 
 _BATCH_PIXELS = 4 * 1024**2
 """Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
@@ -68,14 +77,26 @@ def load_dataset(
     """
     place = chosen_device(device)
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
+    clips = clip_form(model, whole) is not None
     return encode_scan(
-        scan_sources(_sources(images), whole, cache=datasets_folder()),
+        scan_sources(_sources(images), whole, cache=datasets_folder(), clips=clips),
         model,
         whole,
         device=place,
         progress=progress,
         caption_progress=caption_progress,
     )
+
+
+def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
+    """How a model takes clips, None for a model of pictures. Raises OptionError for settings that it has no use for."""
+    latent, defaults = model.components.latent, model.defaults
+    if latent.time_downscale:
+        return ClipForm(config.frames or defaults.frames, config.frame_rate or defaults.frame_rate, latent)
+    for name in ("frames", "frame_rate"):
+        if (value := getattr(config, name)) is not None:
+            model.check_clips(name, value)
+    return None
 
 
 def datasets_folder() -> Path:
@@ -104,11 +125,14 @@ def encode_scan(
     """Encode scanned images, from and into the user's cache unless `config` has none.
 
     Args:
-        scan: of the images.
+        scan: of the images; clips in it are for models of videos.
         model, device, progress, caption_progress: as for `load_dataset`.
         config: with which they were scanned.
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
+    clips = clip_form(model, config)
+    if clips is None and any(image.frames for image in scan.images):
+        scan = scan.of_pictures()
     where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
     captions = EncodedCaptions(
@@ -124,8 +148,10 @@ def encode_scan(
         ready=lambda: autoencoder.active(where),
         entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}"),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
-        beside_pixels=_BESIDE_PIXELS if where.type == "cpu" else 0,
+        # Autoencoders of frames keep the frames before in themselves, so that threads cannot share them.
+        beside_pixels=_BESIDE_PIXELS if where.type == "cpu" and not latent.frames else 0,
         sized=model.family.sized,
+        clips=clips,
     )
     data = encode_images(
         scan,
@@ -170,7 +196,7 @@ def encode_images(
     """
     step = pixel_step(config, multiple)
     processes = current()
-    images = [_framed(image, config, resolution, step) for image in scan.images]
+    images = [_framed(image, config, resolution, step, pictures.clips) for image in scan.images]
     if processes.size > 1 and config.cache:
         # Each process encodes a share into the cache, from which all of them read the rest.
         share = images[processes.rank :: processes.size]
@@ -179,7 +205,7 @@ def encode_images(
         processes.gathered(None)
     captions.encode_ahead([image.caption for image in scan.images], caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
-    notes: list[str] = []
+    notes = [] if pictures.clips is None else list(_clips_in_part(images, pictures.clips))
     samples: list[Sample] = []
     for image, found in zip(images, encoded, strict=True):
         sample = _sample(image, found, config, captions, pictures, notes)
@@ -211,7 +237,7 @@ def encoded_pixels(
 
     Args:
         autoencoder: what encodes.
-        pictures: pixels (1, 3, height, width) in [−1, 1].
+        pictures: pixels (1, 3, [frames,] height, width) in [−1, 1].
         progress: called before each that is encoded with (pictures done, total).
     """
     keys = [key_of(pixels=digest_of_tensors([("pixels", one)])) for one in pictures]
@@ -242,7 +268,7 @@ def _entries(
     return cache.entries(digest(source, remembered=RememberedDigests(cache)), title=title)
 
 
-def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int) -> FramedImage:
+def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int, clips: ClipForm | None) -> FramedImage:
     mask = mask_of(image, config) if config.crop == "mask" else None
     found = framings(
         image.width,
@@ -253,7 +279,24 @@ def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int) ->
         name=image.name,
         centre=(0.5, 0.5) if mask is None else centre_of(mask),
     )
-    return FramedImage.of(image, found, config)
+    numbers = clips.numbers(image.frames, image.rate) if clips and image.frames else ()
+    return FramedImage.of(image, found, config, numbers)
+
+
+def _clips_in_part(images: Sequence[FramedImage], clips: ClipForm) -> Iterator[str]:
+    """Which clips are not trained to their end, in a sentence."""
+    parts = [
+        (one.image.name, len(one.numbers), all_of_it)
+        for one in images
+        if one.numbers and (all_of_it := clips.available(one.image.frames, one.image.rate)) > len(one.numbers)
+    ]
+    if parts:
+        (name, used, frames), count = parts[0], sum(bool(one.numbers) for one in images)
+        yield (
+            f"{len(parts)} of {count} clips {'is' if len(parts) == 1 else 'are'} trained in part, such as {name} with "
+            f"{used} of its {frames} frames at {clips.rate:g} a second: a clip has at most {clips.most}, in steps of "
+            f"{clips.latent.time_downscale} after the first; cut long clips into pieces, or raise frames"
+        )
 
 
 def _sample(

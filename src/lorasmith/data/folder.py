@@ -18,15 +18,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line, read_caption_file
+from lorasmith.data.clips import OpenedFile, is_video, open_file
 from lorasmith.data.data_config import CaptionOrigin, DataConfig
-from lorasmith.data.folder_listing import Skipped, name_without_repeats, stem_of
+from lorasmith.data.folder_listing import NO_CLIPS, Skipped, name_without_repeats, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
@@ -39,6 +40,7 @@ __all__ = [
     "CaptionSource",
     "FolderScan",
     "ImageFile",
+    "has_videos",
     "scan_folder",
     "scan_sources",
 ]
@@ -67,6 +69,8 @@ class ImageFile:
         mask: file of its mask, where `masks` is files and there is one.
         is_class: whether it shows the subject's class, for prior preservation.
         digest: SHA-256 of the file when it was scanned; empty if unknown.
+        frames: of a clip; 0 for a picture.
+        rate: its frames a second; 0 for a picture.
     """
 
     path: Path
@@ -80,6 +84,8 @@ class ImageFile:
     mask: Path | None = None
     is_class: bool = False
     digest: str = ""
+    frames: int = 0
+    rate: float = 0.0
 
     @property
     def name(self) -> str:
@@ -113,10 +119,31 @@ class FolderScan:
         shown = [f"{len(found)} {what}" for what, found in counts.items() if found or what == "images"]
         return f"FolderScan({', '.join(shown)})"
 
+    def of_pictures(self) -> FolderScan:
+        """The scan for a model of pictures: videos are left out, animations are their first picture.
 
-def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None) -> FolderScan:
-    """Scan a folder, or another path that an `ImageSource` has; see `scan_sources`."""
-    return scan_sources([ImageSource(os.fspath(path))], config)
+        Raises:
+            DataError: only videos are left.
+        """
+        images = tuple(replace(one, frames=0, rate=0.0) for one in self.images if not is_video(one.path))
+        videos = [one.path for one in self.images if is_video(one.path)]
+        if not images:
+            raise DataError(f"there is no usable image: {videos[0].name} {NO_CLIPS}")
+        missing = tuple(path for path in self.missing_captions if not is_video(path))
+        return FolderScan(images, (*self.skipped, *((path, NO_CLIPS) for path in videos)), missing, self.notes)
+
+
+def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None, *, clips: bool = False) -> FolderScan:
+    """Scan a folder, or another path that an `ImageSource` has.
+
+    Args:
+        path: the folder.
+        config, clips: as for `scan_sources`.
+
+    Raises:
+        DataError: as `scan_sources`.
+    """
+    return scan_sources([ImageSource(os.fspath(path))], config, clips=clips)
 
 
 def scan_sources(
@@ -125,6 +152,7 @@ def scan_sources(
     *,
     is_class: bool = False,
     cache: Path | None = None,
+    clips: bool = False,
 ) -> FolderScan:
     """Scan sources of images; every image file is read once to check it, none is kept in memory.
 
@@ -136,6 +164,7 @@ def scan_sources(
         is_class: whether they show the subject's class. Such images have no trigger; those without a caption of their
             own have `class_prompt`.
         cache: folder for the images of datasets that `datasets` saved.
+        clips: whether videos and animations are clips; else videos are skipped, and animations are their first picture.
 
     Raises:
         DataError: a source is missing or cannot be read, or there is no usable image.
@@ -148,9 +177,15 @@ def scan_sources(
     missing: list[Path] = []
     remarks = Remarks()
     found = [
-        one for source in sources for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks)
+        one
+        for source in sources
+        for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks, clips=clips)
     ]
-    for candidate, checked in zip(found, _each(found, lambda one: _checked(one, config, rules, is_class)), strict=True):
+
+    def check(candidate: Candidate) -> _Checked | str:
+        return _checked(candidate, config, rules, is_class=is_class, clips=clips)
+
+    for candidate, checked in zip(found, _each(found, check), strict=True):
         if isinstance(checked, str):
             unusable.append((candidate.path, checked))
             continue
@@ -170,6 +205,22 @@ def scan_sources(
     return FolderScan(tuple(scanned), tuple(unusable + skipped), tuple(missing), remarks.sentences())
 
 
+def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Path | None = None) -> bool:
+    """Whether there are videos in sources, by their names alone.
+
+    Args:
+        sources, config, cache: as for `scan_sources`.
+
+    Raises:
+        DataError: a source is missing or cannot be read.
+    """
+    return any(
+        is_video(one.path)
+        for source in sources
+        for one in candidates(source, config, cache=cache, skipped=[], remarks=Remarks(), clips=True)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Checked:
     """A usable image.
@@ -187,11 +238,14 @@ class _Checked:
     differs: bool
 
 
-def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class: bool) -> _Checked | str:
+def _checked(
+    found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, clips: bool
+) -> _Checked | str:
     """An image, read and given its captions; or why it is skipped."""
     file = None
     try:
-        width, height = _usable_size(found.path)
+        opened = _usable_file(found.path, clips=clips)
+        width, height = opened.width, opened.height
         digest = file_digest(found.path)
         _check_mask(found.mask, width, height)
         if found.caption_file:
@@ -224,6 +278,8 @@ def _checked(found: Candidate, config: DataConfig, rules: CaptionRules, is_class
         found.mask,
         is_class,
         digest,
+        opened.frames,
+        opened.rate,
     )
     return _Checked(
         image,
@@ -267,13 +323,14 @@ def _name(folder: str) -> str:
     return name if name not in ("", "..") else Path(folder).resolve().name
 
 
-def _usable_size(path: Path) -> tuple[int, int]:
-    width, height = image_size(path)
+def _usable_file(path: Path, *, clips: bool) -> OpenedFile:
+    opened = open_file(path, clips=clips)
+    width, height = opened.width, opened.height
     if min(width, height) < MIN_EDGE:
         raise ImageError(path, f"is {width}×{height} px, but its shorter edge must be {MIN_EDGE} px; use a larger one")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(path, f"is {width}×{height} px, longer than {MAX_ASPECT}:1; crop it or cut it into pieces")
-    return width, height
+    return opened
 
 
 def _check_mask(mask: Path | None, width: int, height: int) -> None:

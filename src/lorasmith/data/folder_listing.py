@@ -20,8 +20,10 @@ from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
 __all__ = [
+    "NO_CLIPS",
     "REASONS",
     "SET_APART",
+    "VIDEO_SUFFIXES",
     "ListedFolder",
     "Skipped",
     "foreign_reason",
@@ -31,6 +33,12 @@ __all__ = [
     "reader_install",
     "stem_of",
 ]
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
+"""File suffixes that are taken for videos, in lower case."""
+
+NO_CLIPS = "is a video, on which models of pictures are not trained; choose a model of videos, or remove it"
+"""Why a video is left out."""
 
 SET_APART = ("duplicates", "unused")
 """Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
@@ -93,7 +101,7 @@ class ListedFolder:
 
 
 def list_folders(
-    root: str, *, recursive: bool, masks: bool, mask_folder: str | None, skipped: Skipped
+    root: str, *, recursive: bool, masks: bool, mask_folder: str | None, skipped: Skipped, clips: bool = False
 ) -> Iterator[ListedFolder]:
     """A folder and those inside of it that are read, each one once, in natural order.
 
@@ -104,6 +112,7 @@ def list_folders(
         mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` and the
             folders of runs are.
         skipped: receives folders that are not read.
+        clips: whether videos are listed among the images.
 
     Raises:
         DataError: `root` is missing, is a file, or cannot be read.
@@ -114,7 +123,7 @@ def list_folders(
     while ahead:
         listed = ahead.pop()
         try:
-            subfolders = _list(listed, masks=masks)
+            subfolders = _list(listed, masks=masks, clips=clips)
         except (OSError, ValueError) as error:
             if not isinstance(error, OSError):  # a zero byte or half of a surrogate pair in the name
                 error = FileNotFoundError()
@@ -151,6 +160,8 @@ def list_folders(
 
 def foreign_reason(suffix: str) -> str:
     """Why a picture with this suffix, in lower case with its dot, is not read; empty if it is, or is no picture."""
+    if suffix in VIDEO_SUFFIXES:
+        return NO_CLIPS
     if suffix not in _FOREIGN_SUFFIXES or suffix in image_suffixes():
         return ""
     plug_in = f"{command} reads it, or " if (command := reader_install(suffix)) else ""
@@ -177,9 +188,9 @@ def _suffix(name: str) -> str:
     return "".join(name.rpartition(".")[1:]).lower() if "." in name else ""
 
 
-def _list(listed: ListedFolder, *, masks: bool) -> list[str]:
+def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
     """Fill in the names of a folder; those of its subfolders are returned. Hidden ones are left out."""
-    readable = image_suffixes()
+    readable = image_suffixes() | (set(VIDEO_SUFFIXES) if clips else set())
     folders: list[str] = []
     files: list[str] = []
     with os.scandir(listed.path) as entries:
@@ -272,6 +283,5 @@ _HEIC_SUFFIXES = frozenset((".heic", ".heif"))
 _FOREIGN_SUFFIXES = frozenset((
     ".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr",
     ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
-    ".mp4", ".mov", ".webm", ".avi", ".mkv",
 ))
 # fmt: on

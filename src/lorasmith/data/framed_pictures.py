@@ -1,4 +1,4 @@
-"""One image file as the pixels and masks of its framings.
+"""One image file or clip as the pixels and masks of its framings.
 
 The file is read once: its digest, its pixels and its transparency are of the same bytes.
 """
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
+from lorasmith.data.clips import clip_frames
 from lorasmith.data.crops import Framing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
@@ -27,7 +28,7 @@ class FramedPicture:
     """A framing of an image file.
 
     Attributes:
-        pixels: fp32 (3, height, width) in [−1, 1].
+        pixels: fp32 (3, [frames,] height, width) in [−1, 1].
         inside: fp32 (height, width) of the latents in [0, 1], how much of each is inside of the mask; None without one.
     """
 
@@ -36,7 +37,13 @@ class FramedPicture:
 
 
 def framed(
-    image: ImageFile, digest: str, framings: Sequence[Framing], config: DataConfig, *, downscale: int
+    image: ImageFile,
+    digest: str,
+    framings: Sequence[Framing],
+    config: DataConfig,
+    *,
+    downscale: int,
+    numbers: Sequence[int] = (),
 ) -> list[FramedPicture]:
     """The framings of an image file.
 
@@ -46,6 +53,7 @@ def framed(
         framings: of its size.
         config: says where its mask is.
         downscale: pixels per latent.
+        numbers: of the frames of a clip; none for a picture.
 
     Raises:
         ImageError: the file or its mask can no longer be read, or the file has changed since it was scanned.
@@ -53,23 +61,35 @@ def framed(
     content = read_image(image.path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ImageError(image.path, "has changed since it was checked; start again when it stays as it is")
-    picture, opacity = open_layers(image.path, content, scale=max(one.scale for one in framings))
     size = (image.width, image.height)
+    if numbers:
+        opacity = None
+        frames: list[list[Tensor]] = [[] for _ in framings]
+        for picture in clip_frames(image.path, content, numbers):  # framed at once, as those of a film take gigabytes
+            for of_framing, one in zip(frames, framings, strict=True):
+                of_framing.append(to_tensor(one.applied(picture, size)))
+        pixels = [torch.stack(one, dim=1) for one in frames]
+    else:
+        picture, opacity = open_layers(image.path, content, scale=max(one.scale for one in framings))
+        pixels = [to_tensor(one.applied(picture, size)) for one in framings]
     mask = opacity if config.masks == "alpha" else mask_of(image, config)
     found = []
-    for one in framings:
+    for one, shown in zip(framings, pixels, strict=True):
         inside = None
         if mask is not None:
             there = one.mask_applied(mask, size, (one.width // downscale, one.height // downscale))
             inside = torch.from_numpy(np.array(there)).to(torch.float32) / 255
-        found.append(FramedPicture(to_tensor(one.applied(picture, size)), inside))
+        found.append(FramedPicture(shown, inside))
     return found
 
 
 def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
-    """The mask of an image in mode L, white inside; None without one. Raises ImageError if a file cannot be read."""
+    """The mask of an image in mode L, white inside; None without one, and for the transparency of a clip.
+
+    Raises ImageError if a file cannot be read.
+    """
     if config.masks == "alpha":
-        return open_layers(image.path)[1]
+        return None if image.frames else open_layers(image.path)[1]
     if image.mask is None:
         return None
     grey, opacity = open_layers(image.mask)

@@ -33,6 +33,7 @@ __all__ = [
     "image_header",
     "image_size",
     "image_suffixes",
+    "open_animation",
     "open_frames",
     "open_image",
     "open_layers",
@@ -161,6 +162,24 @@ def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
     return frames
 
 
+def open_animation(path: Path, content: bytes | None = None) -> Iterator[tuple[Image.Image, float]]:
+    """The frames of a file one after the other, as by `open_image`, with the milliseconds for which each is shown.
+
+    Args:
+        path: the file.
+        content: its bytes, if they were read already.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, content) as image:
+        for frame in ImageSequence.Iterator(image):
+            frame.load()
+            picture = _eight_bits(_upright(frame))
+            shown = float(frame.info.get("duration") or _SHOWN)
+            yield _on_white(picture) if picture.has_transparency_data else picture.convert("RGB"), shown
+
+
 def read_image(path: Path) -> bytes:
     """The content of an image file. Raises ImageError if it cannot be read."""
     with _file(path) as file:
@@ -263,6 +282,9 @@ _CONVERTED = ("JPEG2000", "TGA", "PSD", "PPM", "PCX", "QOI", "DDS", "SGI", "ICO"
 """Formats that are read to be converted; none of their readers starts another program."""
 
 _MOST_BYTES = 2**30
+
+_SHOWN = 100
+"""Milliseconds for which browsers show a frame without a duration."""
 
 _GAP = 3
 """How many times as large as needed a JPEG file is decoded at least."""

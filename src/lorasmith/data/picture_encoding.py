@@ -19,6 +19,7 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.data.clips import ClipForm
 from lorasmith.data.crops import Framing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import check_latents
@@ -38,6 +39,9 @@ _READERS = 2
 _AHEAD = 8
 """Images that are read ahead."""
 
+_CLIPS_AHEAD = 2
+"""The same for clips, which take 100 MB and more each."""
+
 _LATENTS, _INSIDE = "latents", "inside"
 
 
@@ -46,8 +50,8 @@ class PictureEncoder:
     """What encodes pictures.
 
     Attributes:
-        encode: pixels (batch, 3, height, width) in [−1, 1] → latents (batch, C, [frames,] h, w), scaled for the
-            denoiser.
+        encode: pixels (batch, 3, [frames,] height, width) in [−1, 1] → latents (batch, C, [frames,] h, w), scaled for
+            the denoiser.
         downscale: pixels per latent.
         ready: context in which the encoder is where it runs, for many pictures in a row.
         entries: context with the encoder's entries of the cache, or None without one.
@@ -55,6 +59,7 @@ class PictureEncoder:
         beside_pixels: most pixels of pictures that are encoded at a time, on a share of the CPU's threads each; 0 for
             one after the other on all threads. `encode` is called from several threads then.
         sized: adds a picture's sizes to the conditioning of its caption.
+        clips: how the model takes clips; None where it is of pictures.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -64,6 +69,7 @@ class PictureEncoder:
     batch_pixels: int = 0
     beside_pixels: int = 0
     sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning
+    clips: ClipForm | None = None
 
 
 @dataclass(frozen=True)
@@ -87,20 +93,25 @@ class FramedImage:
         image: the scanned file.
         framings: of it, the plain one first.
         digest: SHA-256 of the file, and that of its mask, `alpha` for its own transparency, or nothing.
+        numbers: of the frames of a clip that are trained; none for a picture.
     """
 
     image: ImageFile
     framings: tuple[Framing, ...]
     digest: tuple[str, str]
+    numbers: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, image: ImageFile, framings: Sequence[Framing], config: DataConfig) -> FramedImage:
+    def of(
+        cls, image: ImageFile, framings: Sequence[Framing], config: DataConfig, numbers: tuple[int, ...] = ()
+    ) -> FramedImage:
         """The image with digests. Raises ImageError if a file cannot be read."""
         mask = "alpha" if config.masks == "alpha" else "" if image.mask is None else file_digest(image.mask)
-        return cls(image, tuple(framings), (image.digest or file_digest(image.path), mask))
+        return cls(image, tuple(framings), (image.digest or file_digest(image.path), mask), numbers)
 
     def keys(self) -> list[str]:
         """Keys of the framings in the cache."""
+        clip = {"frames": self.numbers} if self.numbers else {}
         return [
             key_of(
                 picture=self.digest,
@@ -109,6 +120,7 @@ class FramedImage:
                 mirrored=one.is_mirrored,
                 colours=one.colours,
                 reader=pillow_version,
+                **clip,
             )
             for one in self.framings
         ]
@@ -194,14 +206,15 @@ def _read_ahead(
 
     def read(one: _Work) -> list[FramedPicture]:
         wanted = [one.framed.framings[index] for index in one.missing]
-        return framed(one.framed.image, one.framed.digest[0], wanted, config, downscale=downscale)
+        image, numbers = one.framed.image, one.framed.numbers
+        return framed(image, one.framed.digest[0], wanted, config, downscale=downscale, numbers=numbers)
 
     coming: deque[tuple[_Work, Future[list[FramedPicture]]]] = deque()
     with ThreadPoolExecutor(_READERS, thread_name_prefix="lorasmith-images") as pool:
         try:
             for one in lacking:
                 coming.append((one, pool.submit(read, one)))
-                if len(coming) >= _AHEAD:
+                if len(coming) >= (_CLIPS_AHEAD if one.framed.numbers else _AHEAD):
                     first, pictures = coming.popleft()
                     yield first, pictures.result()
             while coming:

@@ -18,12 +18,12 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import read_caption
+from lorasmith.data.clips import open_still
 from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.framed_pictures import mask_of
-from lorasmith.data.image_files import open_reduced
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
 from lorasmith.data.split import held_out_names
 
@@ -257,7 +257,7 @@ def _measured(
 
     def measure(image: ImageFile, sizes: Sequence[Framing]) -> PictureQuality:
         longest = max(max(one.width, one.height) for one in sizes)
-        return measured(open_reduced(image.path, min(MEASURED_EDGE, longest), grey=True))
+        return measured(open_still(image.path, min(MEASURED_EDGE, longest), grey=True))
 
     threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
     with ThreadPoolExecutor(threads, "read images") as pool:

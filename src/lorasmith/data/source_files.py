@@ -59,7 +59,13 @@ class Candidate:
 
 
 def candidates(
-    source: ImageSource, config: DataConfig, *, cache: Path | None, skipped: Skipped, remarks: Remarks
+    source: ImageSource,
+    config: DataConfig,
+    *,
+    cache: Path | None,
+    skipped: Skipped,
+    remarks: Remarks,
+    clips: bool = False,
 ) -> Iterator[Candidate]:
     """The image files of a source in natural order, those of inner folders last.
 
@@ -69,6 +75,7 @@ def candidates(
         cache: folder for the images of datasets that `datasets` saved; None if there is no such folder.
         skipped: receives files and folders that are not used.
         remarks: receives what else is to be said.
+        clips: whether videos are among them.
 
     Raises:
         DataError: the source is missing or cannot be read.
@@ -90,6 +97,7 @@ def candidates(
         masks=config.masks == "files",
         mask_folder=config.mask_folder if config.masks == "files" else None,
         skipped=skipped,
+        clips=clips,
     ):
         if folder.repeats * source.repeats > MAX_REPEATS:
             skipped.append((Path(folder.path), f"repeats its images more than {MAX_REPEATS:,} times; rename it"))

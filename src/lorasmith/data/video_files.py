@@ -7,9 +7,10 @@ only containers of videos are opened, none of the formats in which a file names 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -22,13 +23,19 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, open_regular
 from lorasmith.data.captions import read_caption
-from lorasmith.data.folder import MAX_REPEATS
-from lorasmith.data.folder_listing import natural_order
+from lorasmith.data.folder_listing import VIDEO_SUFFIXES, natural_order
+from lorasmith.data.sources import MAX_REPEATS
 
-__all__ = ["VIDEO_SUFFIXES", "Video", "VideoFile", "VideoScan", "open_video", "read_frames", "scan_videos"]
-
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
-"""File suffixes that are taken for videos, in lower case."""
+__all__ = [
+    "Video",
+    "VideoFile",
+    "VideoScan",
+    "decoded_frames",
+    "frame_rate",
+    "open_video",
+    "read_frames",
+    "scan_videos",
+]
 
 _FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
 """FFmpeg's names of the containers."""
@@ -130,7 +137,7 @@ def open_video(path: Path) -> Video:
         return Video(
             path,
             range(count),
-            Fraction(stream.average_rate or 1),
+            _rate(stream),
             width,
             height,
             max((one.bits for one in stream.format.components), default=8),
@@ -149,14 +156,9 @@ def read_frames(video: Video, progress: Callable[[int, int], None] = lambda done
         DataError: PyAV is not installed, the file is damaged, or a frame is missing or of another size.
     """
     wanted, read = set(video.frames), dict[int, Tensor]()
-    with _opened(video.path) as (container, stream):
-        for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
-                turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                read[number] = torch.from_numpy(turned.copy())
-                progress(len(read), len(wanted))
-            if len(read) == len(wanted):
-                break
+    for number, frame in zip(sorted(wanted), decoded_frames(video.path, wanted), strict=False):
+        read[number] = torch.from_numpy(frame)
+        progress(len(read), len(wanted))
     if missing := wanted - read.keys():
         raise DataError(
             f"{video.path} must have the {len(video.frames):,} frames that were chosen, but {min(missing):,} cannot be "
@@ -167,17 +169,53 @@ def read_frames(video: Video, progress: Callable[[int, int], None] = lambda done
     return torch.stack([read[number] for number in video.frames]).float() / 255
 
 
+def decoded_frames(path: Path, wanted: Collection[int], *, content: bytes | None = None) -> Iterator[np.ndarray]:
+    """Some frames of a file, upright, uint8 (height, width, 3), in their order; those after its end are missing.
+
+    Args:
+        path: the file.
+        wanted: their numbers from 0.
+        content: bytes of the file, if they were read already.
+
+    Raises:
+        DataError: PyAV is not installed, or the file is no video or damaged.
+    """
+    left = len(wanted)
+    with _opened(path, content) as (container, stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)).copy()
+                left -= 1
+            if not left:
+                return
+
+
+def frame_rate(path: Path) -> float:
+    """Frames a second of a file. Raises DataError as `open_video`."""
+    with _opened(path) as (_, stream):
+        return float(_rate(stream))
+
+
+def _rate(stream: Any) -> Fraction:
+    return Fraction(stream.average_rate or 1)
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Path, content: bytes | None = None) -> Iterator[tuple[Any, Any]]:
     """Container and video stream of a file; PyAV's errors inside the block become a DataError."""
     try:
         import av
     except ImportError as error:
-        raise DataError('videos need the package av; install it with: pip install "lorasmith[video]"') from error
+        raise DataError(
+            f'{path} is a video, which needs the package av; install it with: pip install "lorasmith[video]"'
+        ) from error
     # Without protocols a file that is a playlist, whatever its name, cannot open what it lists.
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
     try:
-        with open_regular(path) as file, av.open(file, mode="r", options=options) as container:
+        with (
+            open_regular(path) if content is None else io.BytesIO(content) as file,
+            av.open(file, mode="r", options=options) as container,
+        ):
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise DataError(f"{path} must be a video, but has no pictures that can be read; convert or remove it")
             yield container, container.streams.video[0]

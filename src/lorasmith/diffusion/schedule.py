@@ -108,6 +108,10 @@ class NoiseSchedule(ABC):
         """Levels for quantiles (batch,) in [0, 1) of diffusion time; 0 is the cleanest."""
 
     @abstractmethod
+    def quantile(self, time: float) -> float:
+        """The quantile whose level is at a share of diffusion time: 0 is clean, 1 noise. The inverse of `at`."""
+
+    @abstractmethod
     def zero_terminal(self) -> NoiseSchedule:
         """The schedule rescaled to pure noise at its noisiest point."""
 
@@ -178,6 +182,10 @@ class DiscreteSchedule(NoiseSchedule):
     def at(self, quantile: Tensor) -> NoiseLevel:
         index = (quantile * len(self.sigmas)).long().clamp(0, len(self.sigmas) - 1)
         return NoiseLevel(self._signal[index], self._noise[index], self._time(index.to(torch.float32)))
+
+    def quantile(self, time: float) -> float:
+        """The share of the steps."""
+        return time
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)
@@ -257,6 +265,10 @@ class FlowSchedule(NoiseSchedule):
 
     def at(self, quantile: Tensor) -> NoiseLevel:
         return self.at_sigma(shifted(quantile.to(torch.float32), self.shift))
+
+    def quantile(self, time: float) -> float:
+        """That of sigma before the shift."""
+        return time / (self.shift - (self.shift - 1) * time)
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
         sigma = sigma.to("cpu", torch.float32)

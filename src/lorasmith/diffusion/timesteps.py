@@ -6,6 +6,7 @@ the device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,14 @@ from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 
-__all__ = ["TIMESTEP_DISTRIBUTIONS", "QuantileMap", "quantile_map", "uniform_numbers"]
+__all__ = [
+    "TIMESTEP_DISTRIBUTIONS",
+    "QuantileMap",
+    "quantile_map",
+    "quantile_range",
+    "range_limited",
+    "uniform_numbers",
+]
 
 QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 """Uniform numbers (batch,) and (height, width) of the latents → quantiles (batch,)."""
@@ -80,6 +88,50 @@ def quantile_map(distribution: TimestepDistribution, shift: float | None, schedu
         return shifted(time(u), (schedule.resolution_shift(*size) if by_size else whole) / schedule.shift)
 
     return quantiles
+
+
+def quantile_range(schedule: NoiseSchedule, low: float, high: float) -> tuple[float, float]:
+    """Quantiles of a schedule between which the levels of a range of diffusion time lie.
+
+    Args:
+        schedule: of the quantiles.
+        low, high: shares of diffusion time, from 0 for clean to 1 for noise.
+    """
+    return schedule.quantile(low), schedule.quantile(high)
+
+
+def range_limited(quantiles: QuantileMap, low: float, high: float) -> QuantileMap:
+    """A map to the same distribution under the condition that quantiles lie in a range.
+
+    Two ranges that share the schedule are thus trained with the same density as by one run on the whole.
+
+    Args:
+        quantiles: the whole distribution, ascending in its uniform number.
+        low, high: quantiles.
+    """
+
+    @functools.lru_cache(maxsize=4096)
+    def limits(size: tuple[int, int]) -> tuple[float, float]:
+        return _inverse(quantiles, low, size), _inverse(quantiles, high, size)
+
+    def limited(u: Tensor, size: tuple[int, int]) -> Tensor:
+        start, end = limits(size)
+        return quantiles(start + (end - start) * u, size).clamp(low, high)
+
+    return limited
+
+
+def _inverse(quantiles: QuantileMap, wanted: float, size: tuple[int, int]) -> float:
+    """The uniform number of a quantile, by bisection."""
+    start, end = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (start + end) / 2
+        below = quantiles(torch.tensor([middle]), size).item() < wanted
+        start, end = (middle, end) if below else (start, middle)
+    return end
+
+
+_HALVINGS = 30  # fp32 has 24 bits
 
 
 def _stratum(draw: int, seed: int) -> int:

@@ -28,6 +28,7 @@ from lorasmith.families.base import (
     Defaults,
     Diffusion,
     Encoding,
+    Expert,
     Family,
     LatentFormat,
     TextEncoders,
@@ -104,6 +105,26 @@ class Model:
     def names(self) -> ModelNames:
         """Its two-way name table."""
         return self.family.names(self.components.denoiser, self.components.text_encoders)
+
+    def check_clips(self, setting: str, value: float) -> None:
+        """Raise OptionError for a setting of clips if the model is of pictures.
+
+        Args:
+            setting: its name.
+            value: of the setting; 1 means pictures.
+        """
+        if value != 1 and not self.components.latent.time_downscale:
+            raise OptionError(
+                f"{setting} is for models of videos, got {value:g} for {self.title} ({self.family.title}), which is of "
+                "pictures; leave it out"
+            )
+
+    @property
+    def named_expert(self) -> Expert | None:
+        """The expert of its family that the names of its denoiser's file and folder say it is; None without such."""
+        named = "" if self.path is None else self.path.name
+        found = [one for one in self.family.experts if one.is_named_in(named) or one.is_named_in(self.title)]
+        return found[0] if len(found) == 1 else None
 
     @property
     def denoiser(self) -> Denoiser:

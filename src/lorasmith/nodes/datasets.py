@@ -113,10 +113,13 @@ def make_training_dataset(
     clip: list[TextEncoder],
     texts: Sequence[str] = (),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
-    """Encode images and their captions; repeated ones, and those of earlier runs, are encoded once."""
-    pictures = flat_images(images)
-    captions = one_for_each(texts or [""], len(pictures), name="texts", of="caption")
+    """Encode images and their captions; repeated ones, and those of earlier runs, are encoded once.
+
+    For a VAE of videos each batch in the list is one clip.
+    """
     encoder, autoencoder = single(context, "clip", clip), single(context, "vae", vae)
+    pictures = list(images) if autoencoder.latent.time_downscale else flat_images(images)
+    captions = one_for_each(texts or [""], len(pictures), name="texts", of="caption")
     check_encoder(encoder)
     conditionings = encoded_texts(encoder, captions)
 
@@ -124,7 +127,7 @@ def make_training_dataset(
         context.raise_if_cancelled()
         context.progress(done, total)
 
-    latents = encoded_pixels(autoencoder, [pixels_from_image(one, autoencoder) for one in pictures], progress)
+    latents = encoded_pixels(autoencoder, [pixels_from_image(context, one, autoencoder) for one in pictures], progress)
     return [{"samples": one} for one in latents], [[one] for one in conditionings]
 
 

@@ -24,6 +24,8 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 
 __all__: list[str] = []
 
+_TEMPORAL = "No effect: frames are decoded one after the other."
+
 
 @node(
     "VAEEncode",
@@ -33,9 +35,9 @@ __all__: list[str] = []
     outputs=[Output("LATENT")],
 )
 def vae_encode(context: NodeContext, *, pixels: Tensor, vae: Autoencoder) -> tuple[Latent]:
-    """Encode pictures into latents; edges are cropped to whole latents."""
+    """Encode pictures into latents; edges are cropped to whole latents. A batch is one clip for a VAE of videos."""
     with vae.active():
-        return ({"samples": vae.encode(pixels_from_image(pixels, vae))},)
+        return ({"samples": vae.encode(pixels_from_image(context, pixels, vae))},)
 
 
 @node(
@@ -46,11 +48,11 @@ def vae_encode(context: NodeContext, *, pixels: Tensor, vae: Autoencoder) -> tup
     outputs=[Output("IMAGE")],
 )
 def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tuple[Tensor]:
-    """Decode latents into pictures."""
+    """Decode latents into pictures, clips into their frames."""
     latents = with_frames(samples["samples"], vae.latent)
     check_latents(latents, vae.latent)
     with vae.active():
-        return (image_from_pixels(vae.decode(latents)),)
+        return (image_from_pixels(vae.decode_frames(latents)),)
 
 
 @node(
@@ -62,8 +64,8 @@ def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tu
         Input("vae", "VAE"),
         Input("tile_size", "INT", default=512, min=64, max=4096, step=32, tooltip="Side of a tile in pixels."),
         Input("overlap", "INT", default=64, min=0, max=4096, step=32, tooltip="Of neighbouring tiles, in pixels."),
-        Input("temporal_size", "INT", default=64, min=8, max=4096, step=4, tooltip="Of videos; pictures ignore it."),
-        Input("temporal_overlap", "INT", default=8, min=4, max=4096, step=4, tooltip="Of videos; pictures ignore it."),
+        Input("temporal_size", "INT", default=64, min=8, max=4096, step=4, tooltip=_TEMPORAL),
+        Input("temporal_overlap", "INT", default=8, min=4, max=4096, step=4, tooltip=_TEMPORAL),
     ],
     outputs=[Output("IMAGE")],
 )
@@ -158,7 +160,7 @@ def empty_flux2_latent_image(context: NodeContext, *, width: int, height: int, b
 def empty_hunyuan_latent_video(
     context: NodeContext, *, width: int, height: int, length: int, batch_size: int
 ) -> tuple[Latent]:
-    """Empty latents with a time axis; KSampler adapts their shape to its model, and takes one frame."""
+    """Empty latents with a time axis; KSampler adapts their shape to its model, and takes one frame for pictures."""
     frames = (length - 1) // 4 + 1
     return ({"samples": torch.zeros(batch_size, 16, frames, height // 8, width // 8), "downscale_ratio_spacial": 8},)
 

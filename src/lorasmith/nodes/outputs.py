@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
-from lorasmith.nodes.saving import checked_prefix, graph_metadata, save_image_set, save_images, save_lora, shown_lora
+from lorasmith.nodes.saving import (
+    checked_prefix,
+    graph_metadata,
+    save_animation,
+    save_image_set,
+    save_images,
+    save_lora,
+    shown_lora,
+)
 from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
 from lorasmith.report.loss_plot import plot_losses
 from lorasmith.training.lora_handle import Lora
@@ -41,6 +49,49 @@ _GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
 def save_image(context: NodeContext, *, images: Tensor, filename_prefix: str) -> NodeOutput:
     """Save pictures in the output folder, with the workflow in their metadata."""
     return NodeOutput((images,), {"images": save_images(context, images, filename_prefix, place="output")})
+
+
+_METHODS = {"default": 4, "fastest": 0, "slowest": 6}
+
+
+@node(
+    "SaveAnimatedWEBP",
+    display_name="Save Animated WEBP",
+    category="image",
+    inputs=[
+        Input("images", "IMAGE"),
+        Input(
+            "filename_prefix",
+            "STRING",
+            default="ComfyUI",
+            accept=checked_prefix,
+            multiline=False,
+            tooltip="May contain folders and %year%, %width%, ...",
+        ),
+        Input("fps", "FLOAT", default=6.0, min=0.01, max=1000.0, step=0.01, tooltip="Frames a second."),
+        Input("lossless", "BOOLEAN", default=True, tooltip="Keep pixels as they are, in larger files."),
+        Input("quality", "INT", default=80, min=0, max=100, tooltip="Of the compression."),
+        Input("method", "COMBO", options=tuple(_METHODS), tooltip="Effort of the compression."),
+    ],
+    outputs=[Output("IMAGE", "images")],
+    hidden=_GRAPH,
+    output_node=True,
+)
+def save_animated_webp(
+    context: NodeContext,
+    *,
+    images: Tensor,
+    filename_prefix: str,
+    fps: float,
+    lossless: bool,
+    quality: int,
+    method: str,
+) -> NodeOutput:
+    """Save a batch of pictures as one animated WebP file in the output folder, with the workflow in its metadata."""
+    saved = save_animation(
+        context, images, filename_prefix, rate=fps, lossless=lossless, quality=quality, method=_METHODS[method]
+    )
+    return NodeOutput((images,), {"images": [saved], "animated": [len(images) > 1]})
 
 
 @node(

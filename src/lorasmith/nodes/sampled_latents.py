@@ -122,11 +122,13 @@ def _fitted(context: NodeContext, latent: Latent, form: LatentFormat) -> Tensor:
         samples = with_frames(samples, form)
         check_latents(samples, form)
         return samples
-    if samples.ndim == 5 and samples.shape[2] > 1:
+    times = samples.shape[2] if samples.ndim == 5 else 1
+    if times > 1 and not form.time_downscale:
         context.warn(
-            f"the empty latents have {samples.shape[2]} frames, but models here make pictures, so that one is sampled; "
-            "set length to 1"
+            f"the empty latents have {times} frames, but this model makes pictures, so that one is sampled; set length "
+            "to 1"
         )
+        times = 1
     scale = latent.get("downscale_ratio_spacial", form.downscale) / form.downscale
     height, width = (round(side * scale) * form.downscale for side in samples.shape[-2:])
-    return torch.zeros(len(samples), *form.shape(height, width))
+    return torch.zeros(len(samples), *form.shape(height, width, 1 + (times - 1) * form.time_downscale))

@@ -10,16 +10,25 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import Folders, NumberedFiles
+from lorasmith.report.animations import Clip, animation
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext, NodeOutput
 
-__all__ = ["checked_prefix", "graph_metadata", "save_image_set", "save_images", "save_lora", "shown_lora"]
+__all__ = [
+    "checked_prefix",
+    "graph_metadata",
+    "save_animation",
+    "save_image_set",
+    "save_images",
+    "save_lora",
+    "shown_lora",
+]
 
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
@@ -62,6 +71,35 @@ def save_images(
         write_atomic(path, _png(image, entries))
         references.append(files.reference(path))
     return references
+
+
+def save_animation(
+    context: NodeContext, images: Tensor, prefix: str, *, rate: float, lossless: bool, quality: int, method: int
+) -> dict[str, str]:
+    """Write an IMAGE as the frames of one animated WebP file.
+
+    Args:
+        context: of the saving node.
+        images: (frames, height, width, 3) in [0, 1].
+        prefix: subfolders and name, with tokens such as %year%.
+        rate: frames a second.
+        lossless, quality, method: as for `animation`.
+
+    Returns:
+        A reference to the file for user interfaces.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    height, width = images.shape[1:3]
+    files = context.folders.numbered(prefix, place="output", width=width, height=height)
+    # The workflow is where ComfyUI's editor looks for it in WebP files.
+    tags = {"prompt": ExifTags.Base.Model, "workflow": ExifTags.Base.Make}
+    entries: dict[int, str | bytes] = {int(tags[key]): f"{key}:{text}" for key, text in graph_metadata(context).items()}
+    clip = Clip(tuple(_picture(one) for one in images), rate)
+    path = files.path(".webp")
+    write_atomic(path, animation(clip, entries, lossless=lossless, quality=quality, method=method))
+    return files.reference(path)
 
 
 def save_image_set(
@@ -132,9 +170,13 @@ def shown_lora(context: NodeContext, path: Path) -> NodeOutput:
     return NodeOutput((), {"loras": [reference]})
 
 
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+
+
 def _png(image: Tensor, entries: PngInfo) -> bytes:
     """An image (height, width, 3) in [0, 1] as a PNG file."""
-    picture = Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+    picture = _picture(image)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=entries, compress_level=4)
     return buffer.getvalue()

@@ -62,8 +62,16 @@ class LossMap(TypedDict):
     loss: list[float]
 
 
-def pixels_from_image(image: Tensor, autoencoder: Autoencoder) -> Tensor:
+def pixels_from_image(context: NodeContext, image: Tensor, autoencoder: Autoencoder) -> Tensor:
     """IMAGE as input of the autoencoder: (batch, 3, height, width) in [−1, 1], cropped to whole latents.
+
+    A batch of several is one clip for an autoencoder of clips, (1, 3, frames, height, width), as in ComfyUI. Frames
+    after the last whole latent are left out, with a warning.
+
+    Args:
+        context: of the node.
+        image: (batch, height, width, 3) in [0, 1].
+        autoencoder: what encodes.
 
     Raises:
         DataError: the picture is smaller than one latent.
@@ -76,7 +84,16 @@ def pixels_from_image(image: Tensor, autoencoder: Autoencoder) -> Tensor:
             f"a picture must have at least {multiple}×{multiple} px here, got {width}×{height}; scale it up"
         )
     top, left = (height - rows) // 2, (width - columns) // 2
-    return image[:, top : top + rows, left : left + columns, :3].movedim(-1, 1) * 2 - 1
+    pixels = image[:, top : top + rows, left : left + columns, :3].movedim(-1, 1) * 2 - 1
+    if not autoencoder.latent.time_downscale or len(pixels) == 1:
+        return pixels
+    frames = autoencoder.latent.whole_frames(len(pixels))
+    if frames < len(pixels):
+        context.warn(
+            f"a batch of {len(pixels)} pictures is one clip for this VAE, of which {frames} are encoded: their number "
+            f"must be one more than a multiple of {autoencoder.latent.time_downscale}; use a list for separate pictures"
+        )
+    return pixels[:frames].movedim(0, 1).unsqueeze(0)
 
 
 def image_from_pixels(pixels: Tensor) -> Tensor:
@@ -85,12 +102,17 @@ def image_from_pixels(pixels: Tensor) -> Tensor:
 
 
 def check_latents(samples: Tensor, form: LatentFormat) -> None:
-    """Raise DataError for latents (batch, channels, [frames,] height, width) of another autoencoder."""
+    """Raise DataError for latents (batch, channels, [frames,] height, width) of another model."""
     if samples.ndim != 4 + form.frames or samples.shape[1] != form.channels:
         frames = "frames, " if form.frames else ""
         raise DataError(
             f"latents must be (batch, {form.channels}, {frames}height, width) for this model, got "
             f"{tuple(samples.shape)}; encode the pictures with its own VAE"
+        )
+    if form.frames and not form.time_downscale and samples.shape[2] > 1:
+        raise DataError(
+            f"latents of this model are of pictures, one frame each, got {samples.shape[2]} frames; encode pictures "
+            "as a list, as a batch is one clip for this VAE"
         )
 
 

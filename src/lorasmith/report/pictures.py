@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from lorasmith.core.files import open_regular
+from lorasmith.report.animations import Clip, animation
 from lorasmith.report.markup import Html, tag
 
 __all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture", "picture_table", "picture_uri", "thinned"]
@@ -24,6 +26,7 @@ _LARGE, _SMALL, _SHEET = 320, 208, 1600  # longest edge in pixels
 _MANY = 40  # number of pictures from which they are made small
 _TINY = 128  # size up to which pictures are enlarged, where compression artifacts would be visible
 _QUALITY = 82
+_MOST_FRAMES = 257
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,25 @@ def picture_table(pictures: PictureTable) -> Html:
 
 
 def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
-    """A picture as a WebP data URI with width and height, its longest edge at most `longest`; None if unreadable."""
+    """A picture as a WebP data URI with width and height, its longest edge at most `longest`; None if unreadable.
+
+    Clips stay animated.
+    """
+    frames: list[Image.Image] = []
+    shown = 0.0
     try:
         with open_regular(path) as file, Image.open(file) as opened:
-            pixels = opened.convert("RGB")
+            for frame in itertools.islice(ImageSequence.Iterator(opened), _MOST_FRAMES):
+                pixels = frame.convert("RGB")
+                pixels.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+                frames.append(pixels)
+                shown += frame.info.get("duration") or 100
     except UNREADABLE:
         return None
-    pixels.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    return picture_uri(pixels)
+    if len(frames) == 1:
+        return picture_uri(frames[0])
+    rate = 1000 * len(frames) / shown
+    return _uri(animation(Clip(tuple(frames), rate), {}, quality=_QUALITY)), *frames[0].size
 
 
 def picture_uri(picture: Image.Image) -> tuple[str, int, int]:
@@ -80,7 +94,11 @@ def picture_uri(picture: Image.Image) -> tuple[str, int, int]:
     buffer = io.BytesIO()
     lossless = max(picture.size) <= _TINY
     picture.save(buffer, format="webp", lossless=lossless, quality=100 if lossless else _QUALITY)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", picture.width, picture.height
+    return _uri(buffer.getvalue()), picture.width, picture.height
+
+
+def _uri(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 
 def thinned(items: Sequence[_Item], most: int) -> list[_Item]:

@@ -1,4 +1,4 @@
-"""Previews of a run on disk: PNG files with their parameters, and contact sheets of them.
+"""Previews of a run on disk: PNG files with their parameters, WebP files for clips, and contact sheets of them.
 
     base-1.png                 the model without the LoRA, first prompt
     step-000100-1.png          with the LoRA of step 100
@@ -18,17 +18,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from lorasmith.core.files import atomic_path, open_regular
+from lorasmith.core.files import atomic_path, open_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.pictures import UNREADABLE, thinned
 
 __all__ = ["PreviewFolder"]
 
 _ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
+_TAG = int(ExifTags.Base.ImageDescription)  # the same in the EXIF data of clips
 _MOST_ROWS = 24
 _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
 _CELLS = 64, 384
@@ -51,23 +53,21 @@ class PreviewFolder:
         self._title = title
         self._sampling = dict(sampling)
 
-    def write_base(self, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
+    def write_base(self, pictures: Sequence[Shot]) -> tuple[Path, ...]:
         """Write the pictures without the LoRA, one per prompt. Raises OutputError, like all methods that write."""
         return self._write("base", pictures, {"Strength": 0.0})
 
-    def write_step(self, pictures: Sequence[Image.Image], step: int, lora: str) -> tuple[Path, ...]:
+    def write_step(self, pictures: Sequence[Shot], step: int, lora: str) -> tuple[Path, ...]:
         """Write the pictures with the LoRA of a step; `lora` is its file name."""
         return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
 
-    def write_strength(
-        self, pictures: Sequence[Image.Image], strength: float, step: int, lora: str
-    ) -> tuple[Path, ...]:
+    def write_strength(self, pictures: Sequence[Shot], strength: float, step: int, lora: str) -> tuple[Path, ...]:
         """Write the pictures with the finished LoRA at a strength."""
         return self._write(f"strength-{strength:g}", pictures, {"LoRA": lora, "Step": step, "Strength": strength})
 
     def write_steps_sheet(self) -> Path:
         """Write `steps.png`: rows for the base and the steps, thinned if there are many."""
-        names = (re.fullmatch(r"step-(\d+)-\d+\.png", file.name) for file in self.folder.iterdir())
+        names = (re.fullmatch(r"step-(\d+)-\d+\.(?:png|webp)", file.name) for file in self.folder.iterdir())
         steps = thinned(sorted({int(name[1]) for name in names if name}), _MOST_ROWS)
         rows = {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
         return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
@@ -77,13 +77,20 @@ class PreviewFolder:
         rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
         return self._write_sheet("strengths.png", rows, f"{self._title} after {step} steps")
 
-    def _write(self, stem: str, pictures: Sequence[Image.Image], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
+    def _write(self, stem: str, pictures: Sequence[Shot], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
         paths = []
         for number, (picture, prompt) in enumerate(zip(pictures, self.prompts, strict=True), start=1):
             facts = {**self._sampling, **made_with}
+            parameters = f"{prompt}\n" + ", ".join(f"{name}: {fact}" for name, fact in facts.items())
+            entry = json.dumps({"Prompt": prompt, **facts})
+            if isinstance(picture, Clip):
+                path = self.folder / f"{stem}-{number}.webp"
+                write_atomic(path, animation(picture, dict([parameters_entry(parameters), (_TAG, entry)])))
+                paths.append(path)
+                continue
             info = PngInfo()
-            info.add_itxt("parameters", f"{prompt}\n" + ", ".join(f"{name}: {fact}" for name, fact in facts.items()))
-            info.add_itxt(_ENTRY, json.dumps({"Prompt": prompt, **facts}))
+            info.add_itxt("parameters", parameters)
+            info.add_itxt(_ENTRY, entry)
             path = self.folder / f"{stem}-{number}.png"
             with atomic_path(path) as temporary:
                 picture.save(temporary, format="png", pnginfo=info)
@@ -106,17 +113,20 @@ class PreviewFolder:
 
     def _row(self, stem: str, size: int) -> list[Image.Image | None]:
         """The pictures of a row, at most `size` pixels long; None for missing or incomparable ones."""
-        return [
-            _opened(self.folder / f"{stem}-{number}.png", {"Prompt": prompt, **self._sampling}, size)
-            for number, prompt in enumerate(self.prompts, start=1)
-        ]
+        found = []
+        for number, prompt in enumerate(self.prompts, start=1):
+            path = self.folder / f"{stem}-{number}.png"
+            path = path if path.exists() else path.with_suffix(".webp")
+            found.append(_opened(path, {"Prompt": prompt, **self._sampling}, size))
+        return found
 
 
 def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image | None:
-    """A small copy of a picture, or None if it is missing, unreadable or made with other parameters."""
+    """A small copy of a picture, of a clip its first one; None if missing, unreadable or of other parameters."""
     try:
         with open_regular(path) as file, Image.open(file) as picture:
-            facts = dict(parse_foreign_json(picture.info[_ENTRY]))
+            entry = picture.getexif()[_TAG] if picture.format == "WEBP" else picture.info[_ENTRY]
+            facts = dict(parse_foreign_json(entry))
             if any(facts.get(name) != value for name, value in expected.items()):
                 return None
             picture.thumbnail((size, size), Image.Resampling.LANCZOS)

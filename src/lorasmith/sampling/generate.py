@@ -1,4 +1,4 @@
-"""Text to image with a loaded model."""
+"""Text to pictures and clips with a loaded model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,42 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device, placed
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.report.animations import Clip, Shot
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 
-__all__ = ["Sampling", "generate", "pictures", "to_images"]
+__all__ = ["Experts", "Sampling", "generate", "generate_clips", "pictures", "shots", "to_images"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Two denoisers of one model that share the way from noise to a picture.
+
+    Attributes:
+        noisy: draws the first part.
+        clean: draws the rest; of the same kind.
+        boundary: diffusion time, 1 for noise, from which down `clean` draws.
+    """
+
+    noisy: Denoiser
+    clean: Denoiser
+    boundary: float
+
+    @property
+    def base(self) -> Model:
+        """The model whose encoders and autoencoder are used: the first one that came with an autoencoder."""
+        return self.clean.base if self.noisy.base.components.vae is None else self.noisy.base
+
+    def parts(self, sigmas: Tensor) -> list[tuple[Denoiser, Tensor]]:
+        """Each denoiser with the sigmas of its steps, those without steps left out."""
+        schedule = self.noisy.diffusion.schedule
+        border = schedule.at(torch.tensor([schedule.quantile(self.boundary)]))
+        first = int((schedule.at_sigma(sigmas[:-1]).time >= border.time - _BORDER).sum())
+        parts = [(self.noisy, sigmas[: first + 1]), (self.clean, sigmas[first:])]
+        return [(denoiser, some) for denoiser, some in parts if len(some) > 1]
+
+
+_BORDER = 1e-4  # of the network's time: a step at the boundary itself is the first expert's, despite rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +62,8 @@ class Sampling:
         sampler, scheduler: names as in KSampler.
         width, height: in pixels; the model's resolution if None.
         dtype: of the denoiser's weights and products; bf16 needs half of the memory and changes pictures slightly.
+        frames: of a clip; 1 for pictures.
+        frame_rate: frames a second at which a clip is shown; the model's own if None.
     """
 
     seed: int = 0
@@ -40,6 +74,8 @@ class Sampling:
     width: int | None = None
     height: int | None = None
     dtype: torch.dtype = torch.float32
+    frames: int = 1
+    frame_rate: float | None = None
 
 
 def generate(
@@ -78,11 +114,7 @@ def generate(
         SamplingCancelledError: `cancelled` returned True.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    encoder = text_encoder or denoiser.base.text_encoder
-    with encoder.active(device):
-        positives = [encoder.encode(prompt) for prompt in prompts]
-        away = encoder.encode(negative)
+    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
     sampling = Sampling(
         seed=seed,
         steps=steps,
@@ -96,8 +128,57 @@ def generate(
     return pictures(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
+def generate_clips(
+    model: Model | Denoiser | Experts,
+    prompts: str | Sequence[str],
+    sampling: Sampling,
+    *,
+    text_encoder: TextEncoder | None = None,
+    negative: str = "",
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[Clip]:
+    """Generate one clip per prompt with a model of videos, all from noise of the same seed.
+
+    Args:
+        model: the model, its denoiser with LoRAs applied, or both of two experts.
+        prompts, text_encoder, negative, device, progress, cancelled: as for `generate`.
+        sampling: number of frames, size, steps and the like.
+
+    Raises:
+        OptionError, ModelError, SamplingCancelledError: as `generate`; also for a number of frames that does not fit.
+    """
+    denoiser = model.denoiser if isinstance(model, Model) else model
+    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
+    return _clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+
+
+def shots(
+    denoiser: Denoiser | Experts,
+    positives: Sequence[Conditioning],
+    negative: Conditioning,
+    sampling: Sampling,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Sequence[Shot]:
+    """Generate one picture per encoded prompt, or one clip where `sampling` has several frames.
+
+    Args:
+        denoiser, positives, negative, sampling, device, progress, cancelled: as for `pictures`.
+
+    Raises:
+        OptionError, SamplingCancelledError: as `pictures`.
+    """
+    if sampling.frames == 1:
+        return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+    return _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+
+
 def pictures(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
     negative: Conditioning,
     sampling: Sampling,
@@ -109,10 +190,10 @@ def pictures(
     """Generate one picture per encoded prompt.
 
     Args:
-        denoiser: the model, with or without LoRAs applied.
+        denoiser: the model, with or without LoRAs applied, or both of two experts.
         positives: the encoded prompts.
         negative: the encoded negative prompt.
-        sampling: seed, steps and the like.
+        sampling: seed, steps and the like, for one frame.
         device: where to sample; the first GPU, or the CPU, if None.
         progress, cancelled: as for `generate`.
 
@@ -120,34 +201,70 @@ def pictures(
         OptionError: a size does not fit the model, or a name is unknown.
         SamplingCancelledError: `cancelled` returned True.
     """
-    base, device, steps = denoiser.base, device or best_device(), sampling.steps
-    denoiser.check_conditionings([*positives, negative])
-    components, shape = base.components, _latent_shape(base, sampling.width, sampling.height)
-    latents = []
-    # Placed first and patched second: adapters are created on their layers' device.
-    with placed(denoiser.module, device=device, dtype=sampling.dtype), denoiser.active():
-        for index, positive in enumerate(positives):
-            latents.append(
-                sample_latents(
-                    denoiser.predict,
-                    schedule=denoiser.diffusion.schedule,
-                    parameterization=denoiser.diffusion.parameterization,
+    clips = _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+    return [clip.frames[0] for clip in clips]
+
+
+def _encoded(
+    denoiser: Denoiser | Experts,
+    prompts: str | Sequence[str],
+    negative: str,
+    text_encoder: TextEncoder | None,
+    device: torch.device | None,
+) -> tuple[list[Conditioning], Conditioning]:
+    """Conditionings of prompts, and of the negative prompt."""
+    encoder = text_encoder or denoiser.base.text_encoder
+    with encoder.active(device):
+        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        return positives, encoder.encode(negative)
+
+
+def _clips(
+    denoiser: Denoiser | Experts,
+    positives: Sequence[Conditioning],
+    negative: Conditioning,
+    sampling: Sampling,
+    *,
+    device: torch.device | None,
+    progress: Callable[[int, int], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> list[Clip]:
+    """One clip per encoded prompt; pictures are clips of one frame."""
+    base, device = denoiser.base, device or best_device()
+    first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
+    first.check_conditionings([*positives, negative])
+    components, shape = base.components, _latent_shape(base, sampling)
+    sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
+    parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
+    latents = [torch.zeros(shape, device=device) for _ in positives]
+    noise = prepare_noise(sampling.seed, shape)
+    done, total = 0, sampling.steps * len(positives)
+    for one, some in parts:
+        # Placed first and patched second: adapters are created on their layers' device.
+        with placed(one.module, device=device, dtype=sampling.dtype), one.active():
+            for index, positive in enumerate(positives):
+                latents[index] = sample_latents(
+                    one.predict,
+                    schedule=one.diffusion.schedule,
+                    parameterization=one.diffusion.parameterization,
                     positive=[positive],
                     negative=[negative],
-                    latents=torch.zeros(shape, device=device),
-                    noise=prepare_noise(sampling.seed, shape),
-                    sigmas=sigmas_for(denoiser.diffusion.schedule, sampling.scheduler, steps, sampler=sampling.sampler),
+                    latents=latents[index],
+                    noise=noise,
+                    sigmas=some,
                     sampler=sampling.sampler,
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
                     seed=sampling.seed,
                     dtype=sampling.dtype,
-                    callback=progress and _counter(progress, index * steps, steps * len(positives)),
+                    callback=progress and _counter(progress, done, total),
                     cancelled=cancelled,
                 )
-            )
+                done += len(some) - 1
+        noise = torch.zeros(shape)  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
-        decoded = [base.autoencoder.decode(components.latent.from_model(one)) for one in latents]
-    return [image for pixels in decoded for image in to_images(pixels)]
+        decoded = [base.autoencoder.decode_frames(components.latent.from_model(one)) for one in latents]
+    rate = sampling.frame_rate or base.defaults.frame_rate
+    return [Clip(tuple(to_images(pixels[0].movedim(1, 0))), rate) for pixels in decoded]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -156,16 +273,22 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
 
 
-def _latent_shape(model: Model, width: int | None, height: int | None) -> tuple[int, ...]:
-    defaults, latent = model.defaults, model.components.latent
-    sides = {"width": width or defaults.resolution, "height": height or defaults.resolution}
+def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:
+    defaults, latent, frames = model.defaults, model.components.latent, sampling.frames
+    model.check_clips("frames", frames)
+    if frames < 1 or frames != latent.whole_frames(frames):
+        raise OptionError(
+            f"frames must be one more than a multiple of {latent.time_downscale} for {model.title}, got {frames}; "
+            f"try {latent.whole_frames(max(1, frames))}"
+        )
+    sides = {"width": sampling.width or defaults.resolution, "height": sampling.height or defaults.resolution}
     for name, side in sides.items():
         if side % defaults.pixel_multiple:
             raise OptionError(
                 f"{name} must be a multiple of {defaults.pixel_multiple} for {model.title}, got {side}; "
                 f"try {max(1, round(side / defaults.pixel_multiple)) * defaults.pixel_multiple}"
             )
-    return (1, *latent.shape(sides["height"], sides["width"]))
+    return (1, *latent.shape(sides["height"], sides["width"], frames))
 
 
 def _counter(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int, Tensor], None]:

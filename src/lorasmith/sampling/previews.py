@@ -16,14 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
-from lorasmith.sampling.generate import Sampling, pictures
+from lorasmith.report.animations import Shot
+from lorasmith.sampling.generate import Experts, Sampling, shots
 
-__all__ = ["PictureCost", "Previewer", "parse_prompts", "parse_strengths"]
+__all__ = ["Partner", "PictureCost", "Previewer", "parse_prompts", "parse_strengths"]
+
+Partner = Callable[[Denoiser, float], Experts]
+"""From one of two experts, and the strength of the LoRA on it, to both; called for each row of pictures."""
 
 _MOST_PROMPTS = 64
 _PROBE_STEPS = 3
@@ -59,6 +62,7 @@ class Previewer:
         sampling: size, steps and the like.
         device: as for `generate`.
         cancelled: called between evaluations of the network; True ends a preview.
+        partner: draws with both experts of a model that has two; None for a model of one denoiser.
 
     Raises:
         ModelError: the model lacks a text encoder or an autoencoder.
@@ -75,18 +79,19 @@ class Previewer:
         sampling: Sampling,
         device: torch.device | None = None,
         cancelled: Callable[[], bool] | None = None,
+        partner: Partner | None = None,
     ) -> None:
         base = denoiser.base
         base.family.check_parts(base.components, text=True, images=True)
         self.prompts = tuple(prompts)
         self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
-        self._denoiser, self._load = denoiser, load
+        self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
         self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
-        self._base: list[Image.Image] | None = None
+        self._base: Sequence[Shot] | None = None
 
-    def draw(self, lora: Path | None, strength: float = 1.0) -> list[Image.Image]:
-        """Draw a picture of each prompt, without side effects on the model or the global random state.
+    def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
+        """Draw a picture or a clip of each prompt, without side effects on the model or the global random state.
 
         Args:
             lora: the saved file; None for the model without it.
@@ -117,22 +122,24 @@ class Previewer:
         probe = self.with_steps(_PROBE_STEPS)
         times = [time.perf_counter()]
         positives, negative = self._encoded[0.0]
-        probe._pictures(self._denoiser, positives[:1], negative, lambda *_: times.append(time.perf_counter()))
+        probe._pictures(self._denoiser, 0.0, positives[:1], negative, lambda *_: times.append(time.perf_counter()))
         step = (times[-1] - times[1]) / (_PROBE_STEPS - 1)
         return PictureCost(step, max(0.0, time.perf_counter() - times[0] - _PROBE_STEPS * step))
 
-    def _drawn(self, denoiser: Denoiser, strength: float) -> list[Image.Image]:
-        return self._pictures(denoiser, *self._encoded[strength])
+    def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[Shot]:
+        return self._pictures(denoiser, strength, *self._encoded[strength])
 
     def _pictures(
         self,
         denoiser: Denoiser,
+        strength: float,
         positives: Sequence[Conditioning],
         negative: Conditioning,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Image.Image]:
+    ) -> Sequence[Shot]:
         sampling, device, cancelled = self.sampling, self._device, self._cancelled
-        return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+        drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
+        return shots(drawing, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:

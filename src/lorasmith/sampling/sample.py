@@ -35,7 +35,7 @@ def prepare_noise(seed: int, shape: Sequence[int]) -> Tensor:
 
     Args:
         seed: any integer in [0, 2^64).
-        shape: (batch, channels, height, width).
+        shape: (batch, channels, [frames,] height, width).
     """
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
@@ -64,7 +64,8 @@ def sample_latents(
         schedule, parameterization: of the network, as in `Components`.
         positive: positive conditionings; several are averaged, short batches repeated.
         negative: negative conditionings; not used if `cfg` is 1.
-        latents: (batch, channels, height, width) to start from, scaled for the denoiser; zeros for text to image.
+        latents: (batch, channels, [frames,] height, width) to start from, scaled for the denoiser; zeros for text to
+            image.
         noise: initial noise of the same shape, from `prepare_noise`.
         sigmas: sigmas of the steps, from `sigmas_for`, or some of them; without a step the latents are returned
             unchanged.
@@ -76,7 +77,7 @@ def sample_latents(
         cancelled: called before each evaluation of the network; True ends sampling.
 
     Returns:
-        (batch, channels, height, width) in fp32 on the latents' device.
+        (batch, channels, [frames,] height, width) in fp32 on the latents' device.
 
     Raises:
         OptionError: an unknown sampler or parameterization, or a missing conditioning.

@@ -24,7 +24,15 @@ from lorasmith.core.options import Option, check_options, config_from, option, o
 from lorasmith.training.optim.schedules import SCHEDULES
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
-__all__ = ["NONE_LORA", "ResolvedConfig", "TrainConfig", "cost_options", "settings_from_file", "unused_settings"]
+__all__ = [
+    "NONE_LORA",
+    "WHOLE_RANGE",
+    "ResolvedConfig",
+    "TrainConfig",
+    "cost_options",
+    "settings_from_file",
+    "unused_settings",
+]
 
 NONE_LORA = "[None]"
 """Value of `existing_lora` and `training_adapter` for no file, as in ComfyUI's list."""
@@ -282,6 +290,21 @@ class TrainConfig:
         help="Shift of the noise levels towards the noisy end, in place of the model's own; 1 is none. Default: "
         "computed from the size of the picture with shifted, the model's own with the others.",
     )
+    min_noise: float | None = option(
+        None,
+        min=0.0,
+        max=0.99,
+        group=_HOW,
+        help="Least noise level in training, as diffusion time from 0 for clean to 1 for noise. Default: 0; for an "
+        "expert, known by its file's name, the least of its own.",
+    )
+    max_noise: float | None = option(
+        None,
+        min=0.01,
+        max=1.0,
+        group=_HOW,
+        help="Greatest noise level in training. Default: 1; for an expert the greatest of its own.",
+    )
     stratified: bool = option(
         True,
         group=_HOW,
@@ -439,6 +462,15 @@ class TrainConfig:
     preview_steps: int = option(
         20, min=1, max=1000, group=_WATCH, changes_numbers=False, help="Sampling steps of a preview."
     )
+    preview_frames: int | None = option(
+        None,
+        min=1,
+        max=257,
+        group=_WATCH,
+        changes_numbers=False,
+        help="Frames of a preview, for models of videos; other numbers than one more than a multiple of 4 are rounded "
+        "down, and 1 is a picture. Default: the model's.",
+    )
     track: Literal["none", "tensorboard", "wandb"] = option(
         "none",
         group=_WATCH,
@@ -512,6 +544,9 @@ class TrainConfig:
             if getattr(self, name) == NONE_LORA:
                 object.__setattr__(self, name, None)
         self._check_variants()
+        least, greatest = self.min_noise or 0.0, 1.0 if self.max_noise is None else self.max_noise
+        if least >= greatest:
+            raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")
 
     def is_default(self, name: str) -> bool:
         """Whether a setting has its default value."""
@@ -526,6 +561,10 @@ class TrainConfig:
             raise OptionError("pissa and tucker are two starts of a convolution, got both; leave one of them out")
 
 
+WHOLE_RANGE = (0.0, 1.0)
+"""Noise levels of a model that has no experts."""
+
+
 class ResolvedConfig(TrainConfig):
     """Settings with every open one (None or `auto`) resolved from model, algorithm and device."""
 
@@ -534,11 +573,18 @@ class ResolvedConfig(TrainConfig):
     targets: str
     schedule: str
     timesteps: TimestepDistribution
+    min_noise: float
+    max_noise: float
     training_dtype: Literal["bf16", "fp32", "none"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         assert all(getattr(self, name) is not None for name in ResolvedConfig.__annotations__)
+
+    @property
+    def noise_range(self) -> tuple[float, float]:
+        """Noise levels of training, as diffusion time."""
+        return self.min_noise, self.max_noise
 
     @classmethod
     def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:

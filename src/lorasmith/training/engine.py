@@ -25,11 +25,11 @@ from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for, placed, reproducible
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.diffusion.timesteps import quantile_map
+from lorasmith.diffusion.timesteps import quantile_map, quantile_range, range_limited
 from lorasmith.diffusion.weightings import loss_weights
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
-from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.gradient_sums import GradientSums
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
 from lorasmith.training.memory.activations import activations_packed, activations_reduced
@@ -386,10 +386,13 @@ def batch_maker(
     schedule = denoiser.diffusion.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()
+    quantiles = quantile_map(config.timesteps, config.timestep_shift, schedule)
+    if config.noise_range != WHOLE_RANGE:
+        quantiles = range_limited(quantiles, *quantile_range(schedule, *config.noise_range))
     return BatchMaker(
         samples=samples,
         schedule=schedule,
-        quantiles=quantile_map(config.timesteps, config.timestep_shift, schedule),
+        quantiles=quantiles,
         join=denoiser.base.family.join,
         memory_format=memory_format_for(denoiser.module),
         masks=no_masks if dropout is None else dropout.masks,

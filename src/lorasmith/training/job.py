@@ -28,7 +28,7 @@ from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
-from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
@@ -171,7 +171,9 @@ def engine_of(job: Job) -> Engine:
 
 def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> ResolvedConfig:
     """The settings, with open ones resolved from model and algorithm."""
-    defaults = denoiser.base.defaults
+    defaults, expert = denoiser.base.defaults, WHOLE_RANGE
+    if (named := denoiser.base.named_expert) is not None and config.min_noise is None and config.max_noise is None:
+        expert = named.noise_range
     alpha = variant_of(config).default_alpha(config.algorithm, config.rank) if config.alpha is None else config.alpha
     return ResolvedConfig.of(
         config,
@@ -182,6 +184,8 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> R
         alpha=alpha,
         targets=config.targets or defaults.targets,
         timesteps=config.timesteps or defaults.timestep_distribution,
+        min_noise=expert[0] if config.min_noise is None else config.min_noise,
+        max_noise=expert[1] if config.max_noise is None else config.max_noise,
         training_dtype=dtype_name(product_dtype(device)) if config.training_dtype == "auto" else config.training_dtype,
     )
 

@@ -63,6 +63,7 @@ def notes_on(
     """
     return (
         *_on_base(config, denoiser),
+        *_on_experts(config, denoiser),
         *_on_settings(config),
         *_on_quantization(config, denoiser),
         *_on_noise_levels(config, denoiser),
@@ -216,6 +217,19 @@ def _on_learning(config: TrainConfig) -> Iterator[str]:
     for name, takes in _SCHEDULES_WITH.items():
         if not config.is_default(name) and not takes(config.schedule or "constant"):
             yield f"{name} {getattr(config, name):g} has no effect with schedule {config.schedule}."
+
+
+def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+    """The part of the noise levels that an expert is trained on."""
+    base = denoiser.base
+    named = base.named_expert
+    chosen = config.min_noise is not None or config.max_noise is not None
+    if named is not None and not chosen:
+        low, high = named.noise_range
+        yield (
+            f"{base.title} is the {named.name} expert of {base.family.title}, as its name says, and is trained on its "
+            f"noise levels, {low:g} to {high:g}; --min-noise 0 trains on all of them."
+        )
 
 
 def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:

@@ -19,6 +19,7 @@ from lorasmith.core.processes import ALONE, Processes
 from lorasmith.core.random import keyed_normal, keyed_uniform
 from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
+from lorasmith.diffusion.timesteps import quantile_range
 from lorasmith.families.model import Denoiser
 
 __all__ = ["Validator"]
@@ -29,7 +30,7 @@ _SEED = 0  # a constant, so that runs with different seeds can be compared
 class Validator:
     """Computes the loss of held-out images on the denoiser in its current state.
 
-    Noise levels are stratified: each image has one level in each of `draws` equal parts of the schedule, at its own
+    Noise levels are stratified: each image has one level in each of `draws` equal parts of the range, at its own
     offset, so that all images together cover it finely. Noise is drawn again at each call: that is cheap beside a
     forward pass, and storing it would take `draws` times the memory of the latents.
 
@@ -40,6 +41,7 @@ class Validator:
         batch_size: images per forward pass, where shapes agree. Affects speed and memory (and the last bits).
         device, dtype: of the denoiser.
         processes: that share the batches; each gets all losses.
+        noise_range: part of diffusion time that is judged.
 
     Attributes:
         names: of the images, one per row of the result.
@@ -56,6 +58,7 @@ class Validator:
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes = ALONE,
+        noise_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self._denoiser = denoiser
         self._samples = list({id(sample): sample for sample in samples}.values())
@@ -64,7 +67,8 @@ class Validator:
         self._memory_format = memory_format_for(denoiser.module)
         self.names = tuple(sample.name for sample in self._samples)
         offsets = torch.tensor([keyed_uniform(_SEED, "validation timestep", key) for key in self._keys])
-        self.quantiles = (torch.arange(draws) + offsets[:, None]) / draws
+        low, high = quantile_range(denoiser.diffusion.schedule, *noise_range)
+        self.quantiles = low + (high - low) * (torch.arange(draws) + offsets[:, None]) / draws
         self._processes = processes
         self._batches = _grouped(self._samples, draws, batch_size)[processes.rank :: processes.size]
 

@@ -13,7 +13,7 @@ from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
@@ -49,7 +49,7 @@ class ValidationWatch(Watcher):
         self,
         denoiser: Denoiser,
         samples: Sequence[Sample],
-        config: TrainConfig,
+        config: ResolvedConfig,
         runtime: Runtime,
         on_best: Callable[[Loop], None] = lambda loop: None,
     ) -> None:
@@ -66,6 +66,7 @@ class ValidationWatch(Watcher):
             device=runtime.device,
             dtype=runtime.dtype,
             processes=runtime.processes,
+            noise_range=config.noise_range,
         )
 
     def begin(self, engine: Engine) -> None:
