@@ -8,6 +8,7 @@ hiding anything; here it is boolean.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -106,6 +107,8 @@ class Chroma(Family):
     def denoiser_class(self) -> type[nn.Module]:
         from diffusers import ChromaTransformer2DModel
 
+        # The class itself takes one of diffusers' modules from a place that it has left.
+        warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
         return ChromaTransformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
