@@ -35,15 +35,13 @@ from lorasmith.families.base import (
     collate,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import parse_weights
 from lorasmith.families.parts.t5_encoders import t5_tokens
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 __all__ = ["Anima"]
@@ -108,6 +106,16 @@ class Anima(Family):
     denoiser_folder = "transformer"
     denoiser_parts = (_ADAPTER,)
     modelspec_implementation = "https://huggingface.co/circlestone-labs/Anima"
+    kohya_name = "anima"
+    modelspec_name = "anima"
+    portable = "ai-toolkit"
+    limits = ProgramLimits(
+        unknown_to_comfyui=("*",),
+        diffusers_applies={"ai-toolkit": ("*",)},
+        diffusers_refuses_others=True,
+        sd_scripts_applies=_IN_SD_SCRIPTS,
+    )
+    own_diffusion = _DIFFUSION
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {
@@ -163,12 +171,6 @@ class Anima(Family):
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
         return {path: OriginalName(_original(path)) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         scale = tuple(1 / deviation for deviation in LATENT_STD)
         return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
@@ -183,33 +185,6 @@ class Anima(Family):
             guidance=4.0,  # AnimaModularPipeline's and ComfyUI's template
             timestep_distribution="logit_normal",  # OneTrainer's preset, and sd-scripts' `sigmoid`
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "anima"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "anima"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            denoiser_parts=self.denoiser_parts,
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="ai-toolkit",
-            limits=ProgramLimits(
-                unknown_to_comfyui=("*",),
-                diffusers_applies={"ai-toolkit": ("*",)},
-                diffusers_refuses_others=True,
-                sd_scripts_applies=_IN_SD_SCRIPTS,
-            ),
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         adapter: Any = denoiser.text_conditioner

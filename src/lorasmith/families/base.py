@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.registry import Registry
 from lorasmith.families.files.empty_weights import weights_empty
+from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.formats.names.model_names import ModelNames, Naming, ProgramLimits
 from lorasmith.formats.names.recognise import SIGNATURES, Signature
 
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
     from lorasmith.families.files.pipeline_configs import PipelineConfigs
-    from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
+    from lorasmith.formats.names.model_names import EncoderNames, OriginalName
 
 __all__ = [
     "FAMILIES",
@@ -387,6 +389,10 @@ class Family(ABC):
         denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
         denoiser_parts: further parts of that pipeline which our denoiser holds, as submodules of the same name.
         modelspec_implementation: `modelspec.implementation`.
+        kohya_name: `ss_base_model_version` of sd-scripts' metadata; see `kohya_version`.
+        modelspec_name: `modelspec.architecture` without `/lora`; see `modelspec_architecture`.
+        kohya_naming, ai_toolkit_naming, portable, limits: as in `ModelNames`.
+        own_diffusion: how its denoisers are trained, where that is one way.
         civitai_name: Civitai's name of its base model; None where the family is of several there.
         a1111_version: A1111's and Forge's name of it in a LoRA's user metadata.
         targets: target presets by name.
@@ -410,6 +416,13 @@ class Family(ABC):
     denoiser_folder: str
     denoiser_parts: tuple[str, ...] = ()
     modelspec_implementation: str
+    kohya_name: str = ""
+    modelspec_name: str = ""
+    kohya_naming: Naming = "original"
+    ai_toolkit_naming: Naming = "original"
+    portable: str = "kohya"
+    limits: ProgramLimits = ProgramLimits()
+    own_diffusion: Diffusion | None = None
     civitai_name: str | None = None
     a1111_version: str = "Unknown"
     targets: Mapping[str, TargetPreset]
@@ -456,13 +469,15 @@ class Family(ABC):
         Parameters at the root of the model are under the path "".
         """
 
-    @abstractmethod
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         """How the denoiser of a checkpoint was trained, from its tensors and metadata."""
+        assert self.own_diffusion is not None
+        return self.own_diffusion
 
-    @abstractmethod
     def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         """How the denoiser of a diffusers pipeline was trained. Raises ModelError for unsupported schedules."""
+        assert self.own_diffusion is not None
+        return self.own_diffusion
 
     @abstractmethod
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
@@ -472,21 +487,35 @@ class Family(ABC):
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         """Default settings for the model."""
 
-    @abstractmethod
     def kohya_version(self, parameterization: str) -> str:
         """`ss_base_model_version` of sd-scripts' metadata."""
+        return self.kohya_name
 
-    @abstractmethod
     def modelspec_architecture(self, parameterization: str) -> str:
         """`modelspec.architecture` without `/lora`."""
+        return self.modelspec_name
 
-    @abstractmethod
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
         """The two-way name table of a loaded model."""
+        return ModelNames(
+            family=self.name,
+            denoiser=self.table(denoiser),
+            denoiser_parts=self.denoiser_parts,
+            weight_shapes=weight_shapes(denoiser),
+            text_encoders=self.encoder_names(text_encoders),
+            kohya_naming=self.kohya_naming,
+            ai_toolkit_naming=self.ai_toolkit_naming,
+            peft_prefix=self.denoiser_folder,
+            portable=self.portable,
+            limits=self.limits,
+        )
 
-    @abstractmethod
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        """Names of the text encoders in LoRA files, whether these are loaded or not, by component name."""
+        """Names of the text encoders in LoRA files, whether these are loaded or not, by component name.
+
+        None by default: nobody trains language models with a LoRA for pictures.
+        """
+        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         """Width of the states that a text encoder must have for the denoiser; None if every width fits."""

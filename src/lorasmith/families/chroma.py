@@ -32,9 +32,7 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.flux_layout import (
@@ -47,7 +45,7 @@ from lorasmith.families.parts.flux_layout import (
 )
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.t5_encoders import encode_t5
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["Chroma"]
@@ -79,6 +77,14 @@ class Chroma(Family):
     pipeline = "ChromaPipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://huggingface.co/lodestones/Chroma"
+    kohya_name = "chroma"
+    modelspec_name = "chroma"
+    limits = ProgramLimits(
+        unknown_to_comfyui=(f"{_APPROXIMATOR}*",),
+        diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
+        sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder"),
+    )
+    own_diffusion = _DIFFUSION
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {"text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))}
@@ -138,12 +144,6 @@ class Chroma(Family):
         width = config.num_attention_heads * config.attention_head_dim
         return {path: _original(path, width, denoiser) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
         constants = self.autoencoder.settings
@@ -160,31 +160,6 @@ class Chroma(Family):
             guidance=3.5,  # ComfyUI's template
             timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "chroma"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "chroma"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="kohya",
-            limits=ProgramLimits(
-                unknown_to_comfyui=(f"{_APPROXIMATOR}*",),
-                diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
-                sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder"),
-            ),
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

@@ -30,11 +30,11 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 __all__ = ["ErnieImage"]
@@ -63,6 +63,12 @@ class ErnieImage(Family):
     pipeline = "ErnieImagePipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/baidu/ERNIE-Image"
+    kohya_name = "ernie_image"
+    modelspec_name = "ernie-image"
+    portable = "ai-toolkit"
+    limits = ProgramLimits(
+        diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
+    )
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {
@@ -138,29 +144,6 @@ class ErnieImage(Family):
             guidance=4.0,  # ErnieImagePipeline and ComfyUI's template
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "ernie_image"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "ernie-image"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="ai-toolkit",
-            limits=ProgramLimits(
-                diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
-            ),
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +33,7 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
@@ -101,6 +102,12 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
+    kohya_name = "flux1"
+    modelspec_name = "flux-1-dev"
+    limits = ProgramLimits(
+        diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
+        sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
+    )
     civitai_name = "Flux.1 D"
     a1111_version = "Flux"
     targets = _TARGETS
@@ -172,28 +179,9 @@ class Flux(Family):
             timestep_distribution="logit_normal",
         )
 
-    def kohya_version(self, parameterization: str) -> str:
-        return "flux1"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "flux-1-dev"
-
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        table, shapes = self.table(denoiser), weight_shapes(denoiser)
-        return ModelNames(
-            family=self.name,
-            denoiser=table,
-            weight_shapes=shapes,
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="kohya",
-            aliases=_xlabs_names(table),
-            limits=ProgramLimits(
-                diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
-                sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
-            ),
-        )
+        names = super().names(denoiser, text_encoders)
+        return replace(names, aliases=_xlabs_names(names.denoiser))
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {

@@ -30,14 +30,12 @@ from lorasmith.families.base import (
     TextEncoders,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["Flux2"]
@@ -107,6 +105,9 @@ class Flux2(Family):
 
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/black-forest-labs/flux2"
+    kohya_name = "flux2"
+    limits = _LIMITS
+    own_diffusion = _DIFFUSION
     targets = _TARGETS
     autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
     clip_types = ("flux2",)
@@ -181,12 +182,6 @@ class Flux2(Family):
         width = config.num_attention_heads * config.attention_head_dim
         return {path: _original(path, width) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
         return LatentFormat(config.in_channels, 16, scale=1.0)
@@ -201,26 +196,8 @@ class Flux2(Family):
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
 
-    def kohya_version(self, parameterization: str) -> str:
-        return "flux2"
-
     def modelspec_architecture(self, parameterization: str) -> str:
         return "flux-2-klein" if self._is_klein else "flux-2-dev"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="kohya",
-            limits=_LIMITS,
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

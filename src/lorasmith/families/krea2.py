@@ -29,15 +29,13 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 __all__ = ["Krea2"]
@@ -96,6 +94,13 @@ class Krea2(Family):
     pipeline = "Krea2Pipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/krea-ai/krea-2"
+    kohya_name = "krea2"
+    modelspec_name = "krea-2"
+    portable = "ai-toolkit"
+    limits = ProgramLimits(
+        diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
+    )
+    own_diffusion = _DIFFUSION
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {
@@ -152,12 +157,6 @@ class Krea2(Family):
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
         return {path: _original(path) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         scale = tuple(1 / deviation for deviation in LATENT_STD)
         return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
@@ -171,29 +170,6 @@ class Krea2(Family):
             guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "krea2"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "krea-2"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="ai-toolkit",
-            limits=ProgramLimits(
-                diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
-            ),
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

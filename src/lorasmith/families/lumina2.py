@@ -31,13 +31,11 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.language_models import attention_capped, hidden_states
 from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 __all__ = ["Lumina2"]
@@ -90,6 +88,16 @@ class Lumina2(Family):
     pipeline = "Lumina2Pipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
+    kohya_name = "lumina2"
+    modelspec_name = "lumina-2"
+    portable = "ai-toolkit"
+    limits = ProgramLimits(
+        unknown_to_comfyui=("*",),
+        diffusers_applies={"ai-toolkit": ("layers.*", "noise_refiner.*", "context_refiner.*")},
+        diffusers_refuses_others=True,
+        sd_scripts_applies=("layers.*", "noise_refiner.*", "context_refiner.*", "norm_out.*"),
+    )
+    own_diffusion = _DIFFUSION
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {
@@ -143,12 +151,6 @@ class Lumina2(Family):
         shapes = weight_shapes(denoiser)
         return {path: _original(path, shapes) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
         constants = self.autoencoder.settings
@@ -164,32 +166,6 @@ class Lumina2(Family):
             guidance=4.0,  # ComfyUI's template
             timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "lumina2"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "lumina-2"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="ai-toolkit",
-            limits=ProgramLimits(
-                unknown_to_comfyui=("*",),
-                diffusers_applies={"ai-toolkit": ("layers.*", "noise_refiner.*", "context_refiner.*")},
-                diffusers_refuses_others=True,
-                sd_scripts_applies=("layers.*", "noise_refiner.*", "context_refiner.*", "norm_out.*"),
-            ),
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}  # nobody trains language models with a picture LoRA
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

@@ -30,16 +30,14 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
 from lorasmith.families.parts.flux_layout import rope_axes
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["QwenImage"]
@@ -76,6 +74,11 @@ class QwenImage(Family):
     pipeline = "QwenImagePipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/QwenLM/Qwen-Image"
+    kohya_name = "qwen_image"
+    modelspec_name = "Qwen-Image"
+    portable = "kohya"  # musubi-tuner's own, which reads no other without a conversion
+    limits = ProgramLimits(diffusers_refuses_others=True, sd_scripts_applies=None)
+    own_diffusion = _DIFFUSION
     civitai_name = "Qwen"
     targets = _TARGETS
     text_encoders = MappingProxyType(
@@ -133,12 +136,6 @@ class QwenImage(Family):
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
         return {path: OriginalName(path) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         scale = tuple(1 / deviation for deviation in LATENT_STD)
         return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
@@ -152,27 +149,6 @@ class QwenImage(Family):
             guidance=4.0,  # QwenImagePipeline and ComfyUI's template
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "qwen_image"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "Qwen-Image"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="kohya",  # musubi-tuner's own, which reads no other without a conversion
-            limits=ProgramLimits(diffusers_refuses_others=True, sd_scripts_applies=None),
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

@@ -36,13 +36,11 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.parts import clip_layout
 from lorasmith.families.parts.clip_text import CONTEXT_LENGTH, encode_prompts
 from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import EncoderNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["StableDiffusion3"]
@@ -110,6 +108,11 @@ class StableDiffusion3(Family):
     pipeline = "StableDiffusion3Pipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/Stability-AI/sd3.5"
+    kohya_name = "sd3"
+    modelspec_name = "stable-diffusion-3-5"
+    portable = "diffusers"
+    limits = ProgramLimits(diffusers_applies={})
+    own_diffusion = _DIFFUSION
     a1111_version = "SD3"
     targets = _TARGETS
     text_encoders = MappingProxyType(
@@ -187,12 +190,6 @@ class StableDiffusion3(Family):
         # A buffer, which files hold.
         return {**table, "pos_embed": OriginalName("", parameters={"pos_embed": "pos_embed"})}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
         constants = self.autoencoder.settings
@@ -206,24 +203,6 @@ class StableDiffusion3(Family):
             targets="attention+ff",  # sd-scripts' layers but the modulation
             guidance=4.0,  # ComfyUI's template
             timestep_distribution="logit_normal",  # the paper's, diffusers' script's and OneTrainer's preset
-        )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "sd3"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "stable-diffusion-3-5"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="diffusers",
-            limits=ProgramLimits(diffusers_applies={}),
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:

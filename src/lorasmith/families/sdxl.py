@@ -31,11 +31,10 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompts
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
+from lorasmith.formats.names.model_names import EncoderNames, OriginalName
 from lorasmith.formats.names.recognise import Signature
 
 __all__ = ["StableDiffusionXL"]
@@ -59,6 +58,9 @@ class StableDiffusionXL(Family):
     pipeline = "StableDiffusionXLPipeline"
     denoiser_folder = "unet"
     modelspec_implementation = "https://github.com/Stability-AI/generative-models"
+    kohya_name = "sdxl_base_v1-0"
+    modelspec_name = "stable-diffusion-xl-v1-base"
+    limits = unet_layout.UNET_LIMITS
     civitai_name = "SDXL 1.0"
     a1111_version = "SDXL"
     targets = unet_layout.TARGETS
@@ -140,24 +142,6 @@ class StableDiffusionXL(Family):
             targets="transformer",
             guidance=5.0,
             timestep_distribution="uniform",
-        )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "sdxl_base_v1-0"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "stable-diffusion-xl-v1-base"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="unet",
-            portable="kohya",
-            limits=unet_layout.UNET_LIMITS,
         )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:

@@ -24,11 +24,10 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompt
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
+from lorasmith.formats.names.model_names import EncoderNames, OriginalName
 from lorasmith.formats.names.recognise import SIGNATURES, Signature
 
 __all__ = ["StableDiffusion"]
@@ -63,6 +62,8 @@ class StableDiffusion(Family):
     pipeline = "StableDiffusionPipeline"
     denoiser_folder = "unet"
     modelspec_implementation = "diffusers"
+    kohya_naming = "diffusers"
+    limits = unet_layout.UNET_LIMITS
     targets = unet_layout.TARGETS
     autoencoder = AutoencoderSlot(
         "kl", channels=4, usual_file="vae-ft-mse-840000-ema-pruned.safetensors", settings={"scaling_factor": 0.18215}
@@ -133,19 +134,6 @@ class StableDiffusion(Family):
         if self._version == 1:
             return "stable-diffusion-v1"
         return "stable-diffusion-v2-768-v" if parameterization == "v" else "stable-diffusion-v2-512"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        shapes = weight_shapes(denoiser)
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=shapes,
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="diffusers",
-            peft_prefix="unet",
-            portable="kohya",
-            limits=unet_layout.UNET_LIMITS,
-        )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         paths = (

@@ -32,12 +32,11 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
+from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.umt5_encoders import encode_umt5
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 __all__ = ["Wan"]
@@ -120,6 +119,8 @@ class Wan(Family):
 
     pipeline = "WanPipeline"
     denoiser_folder = "transformer"
+    portable = "ai-toolkit"
+    limits = _LIMITS
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {
@@ -136,6 +137,7 @@ class Wan(Family):
         self.name = "wan22-5b" if is_5b else "wan"
         self.title = "Wan 2.2 5B" if is_5b else "Wan"
         self.modelspec_implementation = f"https://github.com/Wan-Video/Wan{'2.2' if is_5b else '2.1'}"
+        self.kohya_name = self.modelspec_name = "wan2.2" if is_5b else "wan2.1"  # musubi-tuner's of A14B as well
         self.civitai_name = "Wan Video 2.2 TI2V-5B" if is_5b else None  # sizes and versions are several there
         self.autoencoder = (
             AutoencoderSlot("wan22", channels=48, usual_file="wan2.2_vae.safetensors", prefixes=("vae.",))
@@ -165,7 +167,7 @@ class Wan(Family):
         # WanPipeline's documentation has shifts of 3 at 480p and 5 at 720p; a patch is 16 pixels wide, in 5B 32.
         patches = (390, 900) if is_5b else (1560, 3600)
         by_size = ResolutionShift(mu=(math.log(3), math.log(5)), patches=patches)
-        self._diffusion = Diffusion("flow", FlowSchedule(_SHIFT, resolution_shift=by_size, time_scale=_TIME_SCALE))
+        self.own_diffusion = Diffusion("flow", FlowSchedule(_SHIFT, resolution_shift=by_size, time_scale=_TIME_SCALE))
         self._constants = (LATENT_MEAN_22, LATENT_STD_22) if is_5b else (LATENT_MEAN, LATENT_STD)
         self._downscale = 16 if is_5b else 8
         self._is_5b = is_5b
@@ -215,12 +217,6 @@ class Wan(Family):
     def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
         return {path: _original(path) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return self._diffusion
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return self._diffusion
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         mean, deviation = self._constants
         scale = tuple(1 / one for one in deviation)
@@ -237,27 +233,6 @@ class Wan(Family):
             frames=33,  # of the 81 that it was trained on, whose activations take a data centre's memory
             frame_rate=24.0 if self._is_5b else 16.0,
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "wan2.2" if self._is_5b else "wan2.1"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return self.kohya_version(parameterization)  # musubi-tuner's name of both 2.1 and A14B
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="ai-toolkit",
-            limits=_LIMITS,
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

@@ -30,13 +30,11 @@ from lorasmith.families.base import (
     check_even,
     register,
 )
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
+from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 __all__ = ["ZImage"]
@@ -86,6 +84,12 @@ class ZImage(Family):
     pipeline = "ZImagePipeline"
     denoiser_folder = "transformer"
     modelspec_implementation = "https://github.com/Tongyi-MAI/Z-Image"
+    kohya_name = "zimage"
+    modelspec_name = "z-image"
+    portable = "ai-toolkit"
+    ai_toolkit_naming = "diffusers"
+    limits = _LIMITS
+    own_diffusion = _DIFFUSION
     targets = _TARGETS
     text_encoders = MappingProxyType(
         {
@@ -139,12 +143,6 @@ class ZImage(Family):
         config: Any = denoiser.config
         return {path: _original(path, config.dim) for path in module_paths(denoiser)}
 
-    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
-        return _DIFFUSION
-
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return _DIFFUSION
-
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         config: Any = denoiser.config
         constants = self.autoencoder.settings
@@ -160,28 +158,6 @@ class ZImage(Family):
             guidance=4.0,  # ComfyUI's template of the base model
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "zimage"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "z-image"
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        return ModelNames(
-            family=self.name,
-            denoiser=self.table(denoiser),
-            weight_shapes=weight_shapes(denoiser),
-            text_encoders=self.encoder_names(text_encoders),
-            kohya_naming="original",
-            peft_prefix="transformer",
-            portable="ai-toolkit",
-            ai_toolkit_naming="diffusers",
-            limits=_LIMITS,
-        )
-
-    def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
-        return {}  # nobody trains language models with a picture LoRA
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         config: Any = denoiser.config

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lorasmith.core.adapter_state import DENOISER
 
-__all__ = ["EncoderNames", "ModelNames", "OriginalName", "ProgramLimits", "matches"]
+__all__ = ["EncoderNames", "ModelNames", "Naming", "OriginalName", "ProgramLimits", "matches"]
+
+Naming: TypeAlias = Literal["diffusers", "original"]
+"""Whose names modules have."""
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -115,8 +118,8 @@ class ModelNames:
     peft_prefix: str
     denoiser_parts: tuple[str, ...] = ()
     text_encoders: Mapping[str, EncoderNames] = field(default_factory=dict)
-    kohya_naming: Literal["diffusers", "original"] = "diffusers"
-    ai_toolkit_naming: Literal["diffusers", "original"] = "original"
+    kohya_naming: Naming = "diffusers"
+    ai_toolkit_naming: Naming = "original"
     portable: str = "kohya"
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
