@@ -108,17 +108,16 @@ def read_sweep(path: Path) -> Sweep:
         got = "both" if tables else "neither" + nearest(next(reversed(found), ""), _TABLES)
         raise OptionError(f"{path} must have a table [grid] or [random] of settings to vary, got {got}; write one")
     [(kind, table)] = tables.items()
+    whole = arguments_in(found, path)
     try:
         _check_table(kind, table, found)
         varied = _of_grid(table) if kind == "grid" else _of_random(table)
-        whole = arguments_in(found, path)
         runs = tuple(
             _run(number, name, values, found, path)
             for number, (name, values) in enumerate(_named(varied).items(), start=1)
         )
     except OptionError as error:
-        text = str(error)
-        raise OptionError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+        raise OptionError(f"{path}: {error}") from error
     return Sweep(file=path, output=None if whole.output is None else Path(whole.output), device=whole.device, runs=runs)
 
 

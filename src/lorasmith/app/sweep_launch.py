@@ -24,6 +24,7 @@ from lorasmith.core.files import write_atomic
 __all__ = ["run_on_ray", "run_one", "slurm_script", "submit_to_slurm"]
 
 _WAIT_S = 1.0
+_STOPPED = 130  # as for Ctrl-C
 _SAVE_S = 120  # before a time limit, for the last step and its run state
 
 
@@ -52,7 +53,7 @@ def run_one(
         on_end=lambda run, end: ends.append(end),
         cancelled=cancelled,
     )
-    return ends[0] if ends else RunEnd(exit_code=130)  # cancelled before it was started
+    return ends[0] if ends else RunEnd(exit_code=_STOPPED)  # cancelled before it was started
 
 
 def submit_to_slurm(
@@ -152,8 +153,7 @@ def run_on_ray(
             while waiting:
                 for reference in ray.wait(list(waiting), timeout=_WAIT_S)[0]:
                     run = waiting.pop(reference)
-                    if (end := _end(ray, reference)) is not None:
-                        on_end(run, end)
+                    on_end(run, _end(ray, reference))
                 if not is_stopping and cancelled():
                     is_stopping = True
                     for reference in waiting:
@@ -166,12 +166,12 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _end(ray: Any, reference: Any) -> RunEnd | None:
-    """How a task ended; None if it was cancelled."""
+def _end(ray: Any, reference: Any) -> RunEnd:
+    """How a task ended."""
     try:
         end: RunEnd = ray.get(reference)
     except ray.exceptions.TaskCancelledError:
-        return None
+        return RunEnd(exit_code=_STOPPED)
     except ray.exceptions.RayError as error:
         return RunEnd(exit_code=1, error=f"the Ray task of the run failed: {error}")
     return end

@@ -59,7 +59,7 @@ class SweepEntry:
         settings: what the sweep varies.
         place: in the ranking, from 1; None for runs that are not complete or have no held-out loss.
         loss, best_step: the lowest held-out loss and its step.
-        base_loss: of the same images without the LoRA.
+        base_loss: of the same images without the LoRA; None if it was not measured.
         change: of the loss relative to that, such as -0.05 for 5 % less.
         steps: that were taken.
         seconds: of training.
@@ -185,6 +185,7 @@ def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
     if not validations:
         return entry
     best = min(validations, key=lambda one: one.loss)
+    is_known = 0 < best.base_loss < math.inf
     found = lora_of_run(history)
     lora = found and (best_lora_of_run(found) or found)
     taken = history.record.fingerprint
@@ -192,8 +193,8 @@ def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
         entry,
         loss=best.loss,
         best_step=best.step,
-        base_loss=best.base_loss,
-        change=best.loss / best.base_loss - 1 if best.base_loss > 0 else None,
+        base_loss=best.base_loss if is_known else None,
+        change=best.loss / best.base_loss - 1 if is_known else None,
         lora=None if lora is None else f"{entry.name}/{lora.name}",
         judged_by=f"{taken.get('held_out', '')[:16]} × {taken.get('config', {}).get('validation_draws', '')}",
         validations=tuple((one.step, one.loss) for one in validations),

@@ -80,6 +80,7 @@ def sweep_folder(output: Path) -> Path:
     """The folder of a sweep, created. Raises OutputError if it is a run's, or cannot be made."""
     if (output / "run.json").exists():
         raise OutputError(f"output must be a folder for runs, but {output} holds a run itself; choose another")
+    ensure_folder(output)
     ensure_folder(output / LOGS)
     return output
 

@@ -96,7 +96,8 @@ def sweep(
         _submit(runs, folder, command, slurm_options)
         return
     heading(f"{len(runs)} of {len(found.runs)} runs", f"to do in {folder}")
-    _train(runs, folder, also, chosen if launcher is _Launcher.LOCAL else None, progress)
+    if runs:
+        _train(runs, folder, also, chosen if launcher is _Launcher.LOCAL else None, progress)
     progress.print_all(only=only)
 
 
@@ -187,6 +188,8 @@ class _Progress:
         from lorasmith.app.sweep_results import result_of
 
         entry = self._entries[run.number] = result_of(run, self._folder)
+        if entry.state == "waiting":  # cancelled before it was started
+            return
         left = sum(one.state in ("waiting", "running") for one in self._entries.values())
         echo(f"{entry.state.capitalize():<10}{run.name}{_result_in_words(entry)} ({left} to go)")
         self.record()

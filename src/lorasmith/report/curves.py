@@ -145,7 +145,7 @@ def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
             axes.plot(steps, values, **look, label=text, zorder=3 - index / len(curves))  # the best is on top
         axes.axhline(0, color=HELD_OUT, linewidth=1.1, linestyle=(0, (4, 3)), label="without a LoRA")
         style_axes(axes)
-        axes.set_ylabel("held-out loss, % of the base", color=TEXT)
+        axes.set_ylabel("change of the held-out loss, %", color=TEXT)
         axes.set_xlabel("step", color=TEXT)
         longest = max(len(name) for name, _ in curves[: len(_DISTINCT)])
         _legend(axes, columns=max(1, int(11 * figure.get_figwidth() / (longest + 5))))

@@ -134,9 +134,7 @@ def _curves(ranked: Sequence[RankedRun]) -> list[Html]:
     ]
     if not curves:
         return []
-    says = (
-        "In percent of the base model's: below 0 is better than without a LoRA, and a curve that rises is overfitting."
-    )
+    says = "Against the base model: below 0 is better than without a LoRA, and a curve that rises is overfitting."
     label = f"Held-out loss over the steps of {len(curves):,} runs, relative to the base model"
     return [tag("p", says), comparison_figure(curves, label=label)]
 
