@@ -117,7 +117,7 @@ class FakeRay(ModuleType):
         self.options = options
         return lambda function: SimpleNamespace(remote=lambda *given: Reference(function, given))
 
-    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+    def wait(self, references: list[Any], timeout: float = 0, num_returns: int = 1) -> tuple[list[Any], list[Any]]:
         return references[:1], references[1:]
 
     def get(self, reference: Any) -> Any:

@@ -11,6 +11,7 @@ import itertools
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,10 +141,13 @@ def run_on_ray(
         raise OptionError(
             "--launcher ray needs the package ray, which is not installed; install it with pip install ray"
         )
+    handler = signal.getsignal(signal.SIGTERM)
     ray: Any = importlib.import_module("ray")
     started_here = not ray.is_initialized()
     if started_here:
         ray.init()  # the cluster of RAY_ADDRESS, or one of this machine
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)  # which Ray has replaced
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_gpus=gpus, max_retries=0)(run_one)
@@ -161,6 +165,8 @@ def run_on_ray(
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=False)
+            if waiting:
+                ray.wait(list(waiting), num_returns=len(waiting))
     finally:
         if started_here:
             ray.shutdown()

@@ -198,7 +198,7 @@ class RunProcess:
         """Ask it to end after its step and save; the second time, at once."""
         self._is_stopping = True
         if sys.platform != "win32":  # where Ctrl-C reaches every process of a console
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate()  # not SIGINT, which Ray's workers and shells in the background block or ignore
 
     def _error(self, code: int, said: bytes) -> str:
         """The sentence that the command printed, else what is known of its end."""

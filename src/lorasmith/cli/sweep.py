@@ -82,14 +82,14 @@ def sweep(
     if only is not None and not 1 <= only <= len(found.runs):
         raise OptionError(f"--only must be the number of a run, from 1 to {len(found.runs)}, got {only}")
     chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
-    if only is None:  # else it was checked
+    if only is None and not list_runs:  # those were checked when the sweep was started
         check_held_out(found)
     folder = sweep_folder((output or found.output or RUNS / file.stem).absolute())
     also = _also(base_dir, extra_model_paths)
     progress = _Progress(found, folder)
     if list_runs:
         progress.print_all()
-        return
+        raise typer.Exit(progress.exit_code)
     runs = progress.pending([found.runs[only - 1]] if only is not None else found.runs)
     if launcher is _Launcher.SLURM and runs:
         command = [sys.executable, "-m", "lorasmith", "sweep", str(file.absolute()), "--output", str(folder), *also]
@@ -98,7 +98,8 @@ def sweep(
     heading(f"{len(runs)} of {len(found.runs)} runs", f"to do in {folder}")
     if runs:
         _train(runs, folder, also, chosen if launcher is _Launcher.LOCAL else None, progress)
-    progress.print_all(only=only)
+    progress.print_all()
+    raise typer.Exit(progress.exit_code)
 
 
 def _train(
@@ -167,6 +168,8 @@ class _Progress:
         from lorasmith.app.sweep_results import result_of
 
         self._sweep, self._folder = sweep, folder
+        self._about = [run.number for run in sweep.runs]
+        self._left = 0
         with console.status("Reading the runs"):
             self._entries = {run.number: result_of(run, folder) for run in sweep.runs}
 
@@ -176,7 +179,9 @@ class _Progress:
         for run in runs:
             if states[run.number] == "running":
                 print_note(f"{run.name} is running in another process and is left to it.")
-        return [run for run in runs if states[run.number] not in ("complete", "running")]
+        found = [run for run in runs if states[run.number] not in ("complete", "running")]
+        self._about, self._left = [run.number for run in runs], len(found)
+        return found
 
     def started(self, run: SweepRun, device: str | None) -> None:
         """A run was started."""
@@ -190,8 +195,8 @@ class _Progress:
         entry = self._entries[run.number] = result_of(run, self._folder)
         if entry.state == "waiting":  # cancelled before it was started
             return
-        left = sum(one.state in ("waiting", "running") for one in self._entries.values())
-        echo(f"{entry.state.capitalize():<10}{run.name}{_result_in_words(entry)} ({left} to go)")
+        self._left -= 1
+        echo(f"{entry.state.capitalize():<10}{run.name}{_result_in_words(entry)} ({self._left} to go)")
         self.record()
 
     def record(self) -> tuple[SweepRecord, Path]:
@@ -201,14 +206,17 @@ class _Progress:
         record = sweep_record(self._sweep, self._entries.values())
         return record, write_results(record, self._folder)
 
-    def print_all(self, *, only: int | None = None) -> None:
-        """Print the results; the exit code is 1 if a run (of number `only`, if given) failed."""
+    def print_all(self) -> None:
+        """Write and print the results."""
         record, page = self.record()
         print_result(
             lambda: {"folder": self._folder, "page": page, **vars(record)}, lambda: _print(record, self._folder, page)
         )
-        if any(one.state == "failed" and only in (None, one.number) for one in record.runs):
-            raise typer.Exit(1)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a run failed, of those that this command is about."""
+        return int(any(self._entries[number].state == "failed" for number in self._about))
 
 
 def _result_in_words(entry: SweepEntry) -> str:
