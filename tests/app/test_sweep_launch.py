@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app import sweep_launch
+from lorasmith.app import sweep_launch, sweep_run
 from lorasmith.app.sweep_file import Sweep, SweepRun
 from lorasmith.app.sweep_launch import run_on_ray, run_one, slurm_script, submit_to_slurm
 from lorasmith.app.sweep_run import RunEnd, sweep_folder
@@ -72,7 +72,7 @@ def test_what_sbatch_refuses_is_said(sweep: Sweep, tmp_path: Path, monkeypatch: 
 @posix
 def test_one_run_is_run_to_its_end(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = json.dumps({"error": {"message": "no images"}})
-    monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", f"echo '{error}'; exit 1")))
+    monkeypatch.setattr(sweep_run, "LORASMITH", (str(program(tmp_path / "bin", "python", f"echo '{error}'; exit 1")),))
     output = sweep_folder(tmp_path / "out")
     assert run_one(sweep.runs[0], output) == RunEnd(exit_code=1, error="no images")
     assert run_one(sweep.runs[1], output, cancelled=lambda: True).exit_code == 130

@@ -68,6 +68,18 @@ def test_what_is_not_complete_is_apart_with_its_state(sweep: Sweep, tmp_path: Pa
     assert waiting.name in page
 
 
+def test_a_run_that_was_interrupted_at_once_is_stopped_and_one_that_fell_alone_has_failed(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for run in sweep.runs[:2]:
+        left_by(run, output, [0.1], outcome=Outcome.FAILED)
+    ended_with(sweep.runs[0], output, "", 143)
+    stopped, failed = (result_of(run, output) for run in sweep.runs[:2])
+    assert (stopped.state, stopped.error) == ("stopped", "")
+    assert failed.state == "failed" and failed.error.startswith("the run failed; logs/")
+
+
 def test_a_run_that_another_process_trains_is_running(sweep: Sweep, tmp_path: Path) -> None:
     folder = left_by(sweep.runs[0], tmp_path / "out", [0.1], outcome=None)
     with RunFolder(folder).claimed():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lorasmith.app import sweep_run
 from lorasmith.app.sweep_file import Sweep, SweepRun
 from lorasmith.app.sweep_run import (
     RunEnd,
@@ -150,11 +151,11 @@ def test_the_command_of_a_run_is_that_of_train(sweep: Sweep, tmp_path: Path) -> 
 
 
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """A shell script in place of Python."""
+    """A shell script in place of `python -m lorasmith`."""
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(path))
+    monkeypatch.setattr(sweep_run, "LORASMITH", (str(path),))
 
 
 def ended(process: RunProcess) -> RunEnd:

@@ -121,8 +121,10 @@ def result_of(run: SweepRun, output: Path) -> SweepEntry:
         return failed or entry  # its process says what differs
     if RunFolder(history.folder).is_busy:
         return _measured(replace(entry, state="running"), history)
-    if failed is None and outcome is Outcome.FAILED:
-        failed = replace(entry, state="failed", error=f"the run failed; its log and {run.name}/report.html say why")
+    if end is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so
+        failed = replace(
+            entry, state="failed", error=f"the run failed; logs/{run.name}.txt and {run.name}/report.html say why"
+        )
     return _measured(failed or replace(entry, state="stopped"), history)
 
 

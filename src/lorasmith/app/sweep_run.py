@@ -35,6 +35,7 @@ from lorasmith.core.typed_json import typed
 
 __all__ = [
     "LOGS",
+    "LORASMITH",
     "RunEnd",
     "RunProcess",
     "Started",
@@ -45,6 +46,9 @@ __all__ = [
     "sweep_folder",
     "train_command",
 ]
+
+LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # no file of the current folder is a module
+"""The command, as this process was started."""
 
 LOGS = "logs"
 """Folder of a sweep for what its runs print; a run has another name, as a hyphen is in each."""
@@ -166,7 +170,7 @@ class RunProcess:
                 log.write(f"$ {command_line(['lorasmith', *arguments])}\n".encode())
                 log.flush()
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "lorasmith", *arguments, "--json"],
+                    [*LORASMITH, *arguments, "--json"],
                     stdin=subprocess.DEVNULL,
                     stdout=self._document,
                     stderr=log,

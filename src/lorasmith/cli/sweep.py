@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -40,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     file: Annotated[
-        Path, typer.Argument(help="Settings in TOML as for train --config, with a table \\[grid] or \\[random].")
+        Path, typer.Argument(help="Settings in TOML as for train --config, with a table [grid] or [random].")
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of all runs. Default: that of the file's name under runs/.")
@@ -73,7 +72,7 @@ def sweep(
     """
     from lorasmith.app.folder_run import RUNS
     from lorasmith.app.sweep_file import check_held_out, read_sweep
-    from lorasmith.app.sweep_run import sweep_devices, sweep_folder
+    from lorasmith.app.sweep_run import LORASMITH, sweep_devices, sweep_folder
 
     if launcher is not _Launcher.LOCAL and (devices is not None or only is not None):
         raise OptionError(f"--launcher {launcher} decides where all runs are; leave --devices and --only out")
@@ -92,7 +91,7 @@ def sweep(
         raise typer.Exit(progress.exit_code)
     runs = progress.pending([found.runs[only - 1]] if only is not None else found.runs)
     if launcher is _Launcher.SLURM and runs:
-        command = [sys.executable, "-m", "lorasmith", "sweep", str(file.absolute()), "--output", str(folder), *also]
+        command = [*LORASMITH, "sweep", str(file.absolute()), "--output", str(folder), *also]
         _submit(runs, folder, command, slurm_options)
         return
     heading(f"{len(runs)} of {len(found.runs)} runs", f"to do in {folder}")
