@@ -1,6 +1,7 @@
 """A sweep on a cluster: its runs as the tasks of a Slurm array, or of Ray.
 
-Both run one run with `run_one`, on a machine where photographs, model and the folder of the sweep have the same paths.
+A task is one run on one device (`run_all`), on a machine where photographs, model and the sweep's folder have the same
+paths.
 """
 
 from __future__ import annotations

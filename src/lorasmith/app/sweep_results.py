@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
@@ -205,7 +206,7 @@ def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
 
 def _report(record: SweepRecord, output: Path) -> SweepReport:
     ranked = [one for one in record.runs if one.place is not None]
-    counts = {state: sum(one.state == state for one in record.runs) for state in dict.fromkeys(_states(record))}
+    counts = Counter(one.state for one in record.runs)
     varied = list(dict.fromkeys(name for one in record.runs for name in one.settings))
     pictures = [(one, previews_of(read_history(output / one.name))[0]) for one in ranked[:_WITH_PICTURES]]
     table, sheets = _side_by_side([(one.name, found) for one, found in pictures if found is not None])
@@ -220,10 +221,6 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
         pictures=table,
         sheets=sheets,
     )
-
-
-def _states(record: SweepRecord) -> list[RunState]:
-    return [one.state for one in record.runs]
 
 
 def _verdict(ranked: list[SweepEntry]) -> str:
