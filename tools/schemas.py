@@ -1,5 +1,5 @@
-"""Write docs/schemas: the JSON schemas of the files in a run's folder, from the types that read them, and the OpenAPI
-document of the server's API, from its endpoints.
+"""Write docs/schemas: the JSON schemas of the files in the folders of runs and sweeps, from the types that read them,
+and the OpenAPI document of the server's API, from its endpoints.
 
 python -m tools.schemas
 """
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorasmith.app.sweep_results import SweepRecord
 from lorasmith.core.json_schema import DIALECT, json_schema
 from lorasmith.server.api.api_document import api_document
 from lorasmith.server.api.api_routes import ENDPOINTS
@@ -30,6 +31,11 @@ def schemas() -> dict[str, dict[str, Any]]:
             "$schema": DIALECT,
             "title": "a line of events.jsonl in a run's folder",
             "oneOf": [_of_event(name) for name in KINDS],
+        },
+        "sweep.schema.json": {
+            "$schema": DIALECT,
+            "title": "sweep.json of a sweep's folder",
+            **json_schema(SweepRecord),
         },
         "openapi.json": json.loads(json.dumps(api_document(ENDPOINTS))),
     }

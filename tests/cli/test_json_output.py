@@ -16,6 +16,7 @@ from lorasmith.cli.main import app
 from lorasmith.core.folders import ASSETS
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
+from tests.app.sweep_cases import sweep_of
 from tests.cli.conftest import Ran
 from tests.cli.test_help import LEAVES
 from tests.toolbox import cases
@@ -29,6 +30,7 @@ QUICK = (*TINY, "--steps", 2, "--rank", 2, "--targets", "*.attn2.to_q", "--no-pr
 FAILING: dict[str, Arguments] = {
     "demo": ("--device", "gpu"),
     "train": ("nowhere", *QUICK),
+    "sweep": ("nowhere.toml",),
     "resume": ("nowhere",),
     "reproduce": ("nowhere.safetensors",),
     "report": ("nowhere",),
@@ -57,6 +59,7 @@ FAILING: dict[str, Arguments] = {
 
 WORKING: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     "train": (("photos", *QUICK), ("run", "files", "steps", "losses", "verdict", "reason")),
+    "sweep": (("sweep.toml", "--list"), ("folder", "page", "comparable", "runs")),
     "report": (("whole",), ("report",)),
     "targets": (TINY, ("groups", "parameters")),
     "models": (("--base-dir", ASSETS), ("models", "unknown")),
@@ -129,6 +132,7 @@ def test_a_result_is_a_document(
 ) -> None:
     monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "graph.json").write_text(json.dumps(GRAPH))
+    sweep_of(tmp_path)
     cases.saved(tmp_path / "a.safetensors", cases.lora_state(cases.shapes_of(tiny), seed=1, rank=2), tiny.names)
     if command == "extract":
         tensors = load_file(built_in_models()["lorasmith-tiny"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.launch_environment import LaunchedProcess, launched_process
+from lorasmith.core.launch_environment import LaunchedProcess, gpu_variable, launched_process
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -33,3 +33,8 @@ def test_the_first_node_of_slurm_is_where_processes_meet(nodes: str, host: str) 
 def test_what_is_no_number_is_refused(name: str) -> None:
     with pytest.raises(OptionError, match=rf"{name} in the environment must be a whole number, got 'x'"):
         launched_process({**TORCHRUN, name: "x"})
+
+
+def test_a_gpu_of_this_process_is_that_of_its_list() -> None:
+    assert gpu_variable(1, {}) == "1"
+    assert gpu_variable(1, {"CUDA_VISIBLE_DEVICES": "4,GPU-ab"}) == "GPU-ab"

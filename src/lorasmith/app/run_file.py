@@ -41,10 +41,12 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file
 from lorasmith.training.runs.records import parsed_record
 
-__all__ = ["RunFile", "read_run_file"]
+__all__ = ["SETTINGS", "RunFile", "arguments_in", "parsed_toml", "read_run_file"]
+
+SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
+"""Declarations of the settings that a file can have, by name."""
 
 _MOST_BYTES = 2**20
-_SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,49 @@ def read_run_file(path: Path, *, typed_first: RunFile | None = None, rights: Rig
         left = found if typed_first is None else found.without(typed_first)
         check_named_files(left.named_files(), path, rights, instead="the folder of images, --model and the like")
         return found
-    return _of_toml(path, content)
+    return arguments_in(parsed_toml(path, content), path)
+
+
+def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
+    """The content of a file of settings as TOML values. Raises OptionError if it is too large, or no TOML."""
+    try:
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
+
+
+def arguments_in(found: Mapping[str, Any], path: Path) -> RunFile:
+    """The arguments of a run by the values in a file of settings, with paths made absolute.
+
+    Args:
+        found: values by key.
+        path: of the file; paths in it are relative to its folder.
+
+    Raises:
+        OptionError: a key is unknown, or a value of another type.
+    """
+    own = [one.name for one in fields(RunFile) if one.name != "settings"]
+    for key in found:
+        if key not in own and key not in SETTINGS:
+            known = [*own, *SETTINGS]
+            raise OptionError(
+                f"{path} has an unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}"
+            )
+    try:
+        given = typed(
+            {
+                **{key: found[key] for key in own if key in found},
+                "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
+                "text_encoders": _listed(found.get("text_encoders")),
+                "settings": {key: value for key, value in found.items() if key in SETTINGS},
+            },
+            RunFile,
+        )
+    except ValueError as error:
+        raise OptionError(f"{path}: {error}; correct it") from error
+    return _absolute(given, path.resolve().parent)
 
 
 def _of_record(path: Path, content: bytes) -> RunFile:
@@ -165,36 +209,6 @@ def _of_record(path: Path, content: bytes) -> RunFile:
         )
     own = {one.name: getattr(source, one.name) for one in fields(FolderSource) if one.name != "data"}
     return RunFile(**own, settings={**changed(source.data), **record.asked})
-
-
-def _of_toml(path: Path, content: bytes) -> RunFile:
-    """The arguments in a file of settings."""
-    try:
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        found = tomllib.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
-    own = [one.name for one in fields(RunFile) if one.name != "settings"]
-    for key in found:
-        if key not in own and key not in _SETTINGS:
-            known = [*own, *_SETTINGS]
-            raise OptionError(
-                f"{path} has an unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}"
-            )
-    try:
-        given = typed(
-            {
-                **{key: found[key] for key in own if key in found},
-                "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
-                "text_encoders": _listed(found.get("text_encoders")),
-                "settings": {key: value for key, value in found.items() if key in _SETTINGS},
-            },
-            RunFile,
-        )
-    except ValueError as error:
-        raise OptionError(f"{path}: {error}; correct it") from error
-    return _absolute(given, path.resolve().parent)
 
 
 def _absolute(given: RunFile, folder: Path) -> RunFile:

@@ -43,7 +43,16 @@ from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["is_own", "lora_of_run", "report_of", "validations_of", "write_report"]
+__all__ = [
+    "best_lora_of_run",
+    "duration",
+    "is_own",
+    "lora_of_run",
+    "previews_of",
+    "report_of",
+    "validations_of",
+    "write_report",
+]
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
@@ -80,7 +89,7 @@ def report_of(history: RunHistory) -> RunReport:
     """The content of the report."""
     steps = history.steps()
     status, mood = _ENDS[history.outcome]
-    before_after, progress = _pictures(history)
+    before_after, progress = previews_of(history)
     quantiles, images = _ledger(history)
     lora = lora_of_run(history)
     use = None if lora is None else _use(history, lora)
@@ -151,7 +160,7 @@ def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) ->
     facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
     if before := history.record.steps_before:
         facts["steps before, of the LoRA continued"] = str(before)
-    facts["training time"] = _duration(history.seconds())
+    facts["training time"] = duration(history.seconds())
     facts["training images"] = f"{_distinct(history.record):,}"
     recent = recent_loss([step.loss for step in steps])
     if math.isfinite(recent.mean):
@@ -174,9 +183,15 @@ def lora_of_run(history: RunHistory) -> Path | None:
     return path if is_own(path, history.folder) else None
 
 
+def best_lora_of_run(lora: Path) -> Path | None:
+    """The LoRA of the lowest held-out loss, beside that of the last step; None if it was not saved apart."""
+    best = lora.with_stem(f"{lora.stem}-best")
+    return best if best.is_file() else None
+
+
 def _files(folder: Path, lora: Path | None) -> dict[str, str]:
     files = {"LoRA": "none was saved" if lora is None else _described(lora)}
-    if lora is not None and (best := lora.with_stem(f"{lora.stem}-best")).is_file():
+    if lora is not None and (best := best_lora_of_run(lora)) is not None:
         files["Best on held-out images"] = _described(best)
     return {**files, "Folder of the run": str(folder.resolve())}
 
@@ -287,7 +302,7 @@ def _fall(validations: Sequence[Validated]) -> float | None:
     return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
 
 
-def _pictures(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
+def previews_of(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
     """Base model and finished LoRA, and the same pictures over the steps."""
     samples = history.folder / "samples"
     shots = {(event.step, event.strength): event for event in history.of(Previewed)}
@@ -386,7 +401,7 @@ def _notes(history: RunHistory) -> list[Note]:
     return notes
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`42 s`, `12 min` or `3 h 5 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"

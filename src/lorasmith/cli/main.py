@@ -30,6 +30,7 @@ from lorasmith.cli import (
     resize,
     resume,
     serve,
+    sweep,
     targets,
     train,
     workflow,
@@ -106,6 +107,7 @@ def _common(
 
 demo.register(app)
 train.register(app)
+sweep.register(app)
 resume.register(app)
 reproduce.register(app)
 report.register(app)

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, from the environment of the program that launched it.
+"""What the environment of a process says of its place: which of several it is, and which GPUs it sees.
 
 torchrun, accelerate launch, Ray Train, Kubernetes' training operators    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
                                                                          MASTER_PORT
@@ -15,10 +15,13 @@ from dataclasses import dataclass
 
 from lorasmith.core.errors import OptionError
 
-__all__ = ["DEFAULT_PORT", "LaunchedProcess", "launched_process"]
+__all__ = ["DEFAULT_PORT", "VISIBLE_GPUS", "LaunchedProcess", "gpu_variable", "launched_process"]
 
 DEFAULT_PORT = 29500
 """Of the first process where the launcher names none, as torchrun's."""
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+"""Variable of the GPUs that a process sees; it counts them from 0."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
             port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
         )
     return None
+
+
+def gpu_variable(index: int, environment: Mapping[str, str] = os.environ) -> str:
+    """The value of `VISIBLE_GPUS` with which a child process sees one GPU of those that this process sees."""
+    visible = [one for one in environment.get(VISIBLE_GPUS, "").split(",") if one.strip()]
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _number(environment: Mapping[str, str], name: str, *, default: str | None = None) -> int:

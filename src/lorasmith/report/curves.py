@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from lorasmith.report.loss_plot import GRID, HELD_OUT, RAW, SMOOTH, TEXT, draw_losses, smoothed, style_axes
 from lorasmith.report.markup import Html, tag
 
-__all__ = ["Curves", "QuantileCurve", "loss_figure", "quantile_figure"]
+__all__ = ["Curves", "QuantileCurve", "comparison_figure", "loss_figure", "quantile_figure"]
 
 _FAULT = "#b4232f"
 _FEW = 20  # maximum number of points drawn as dots
@@ -29,6 +29,7 @@ _VARIABLES = {
     _FAULT: "--bad",
 }
 _RAMP = ("#3b82c4", "#1a9e8f", "#7a9a1f", "#d08a1d", "#d0524a")  # clean to noisy; readable on white and on black
+_DISTINCT = (*_RAMP, "#9467bd", "#8c6d4f", "#d1689e")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,34 @@ def quantile_figure(curve: QuantileCurve, *, label: str) -> Html:
     return _figure("quantiles", draw, label=label)
 
 
+def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], *, label: str) -> Html:
+    """Held-out losses of several runs, in percent of the base model's.
+
+    Args:
+        curves: name, and step and value of each validation, of each run, the best first; only the first eight have a
+            colour and a name.
+        label: the text alternative.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for index, (name, points) in enumerate(curves):
+            steps, values = zip(*points, strict=True)
+            look: dict[str, Any] = {"color": RAW, "linewidth": 0.9}
+            if index < len(_DISTINCT):
+                look = {"color": _DISTINCT[index], "linewidth": 1.8, "marker": "."}
+            text = name if index < len(_DISTINCT) else "others" if index == len(_DISTINCT) else None
+            axes.plot(steps, values, **look, label=text, zorder=3 - index / len(curves))  # the best is on top
+        axes.axhline(0, color=HELD_OUT, linewidth=1.1, linestyle=(0, (4, 3)), label="without a LoRA")
+        style_axes(axes)
+        axes.set_ylabel("change of the held-out loss, %", color=TEXT)
+        axes.set_xlabel("step", color=TEXT)
+        longest = max(len(name) for name, _ in curves[: len(_DISTINCT)])
+        _legend(axes, columns=max(1, int(11 * figure.get_figwidth() / (longest + 5))))
+
+    return _figure("comparison", draw, label=label)
+
+
 def _draw_rates(axes: Any, rates: Sequence[float]) -> None:
     axes.plot(range(1, len(rates) + 1), rates, color=TEXT, linewidth=1.4)
     axes.set_ylim(bottom=0)
@@ -141,9 +170,9 @@ def _plain_ticks(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, columns: int | None = None) -> None:
     """Add a legend above the plot, where it covers no curve."""
-    columns = 5 if axes.figure.get_figwidth() > 6 else 2
+    columns = columns or (5 if axes.figure.get_figwidth() > 6 else 2)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0}
     axes.legend(ncols=columns, fontsize=9, frameon=False, labelcolor=TEXT, **place)
 

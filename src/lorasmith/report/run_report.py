@@ -25,6 +25,9 @@ __all__ = [
     "Setting",
     "TrainedImage",
     "ValidationRow",
+    "change",
+    "number",
+    "plain",
     "run_report",
 ]
 
@@ -207,6 +210,22 @@ def number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
+def change(value: float, base: float) -> str:
+    """A value relative to another in percent, with its sign; a dash if that is unknown."""
+    if not (math.isfinite(value) and base > 0):
+        return "–"
+    return f"{100 * (value / base - 1):+.1f} %".replace("-", "−")
+
+
+def plain(value: object) -> str:
+    """A value as on a command line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _header(report: RunReport) -> Html:
     counts = {kind: len(list(notes)) for kind, notes in groupby(sorted(note.kind for note in report.notes))}
     happened = ", ".join(f"{kind.lower()} × {count}" for kind, count in counts.items())
@@ -249,20 +268,14 @@ def _validations(rows: Sequence[ValidationRow]) -> Html:
         (
             f"{row.step:,}{' (best)' if row is best else ''}",
             number(row.loss),
-            _change(row.loss, row.base_loss),
-            f"{_change(row.base_loss + row.low, row.base_loss)} to {_change(row.base_loss + row.high, row.base_loss)}",
+            change(row.loss, row.base_loss),
+            f"{change(row.base_loss + row.low, row.base_loss)} to {change(row.base_loss + row.high, row.base_loss)}",
         )
         for row in rows
     ]
     columns = ("Step", "Held-out loss", "Relative to the base model", "95 % interval")
     label = "Loss of the held-out images"
     return folded(f"{label}, in numbers", table(columns, cells, label=label, numbers=(1, 2, 3)))
-
-
-def _change(value: float, base: float) -> str:
-    if not (math.isfinite(value) and base > 0):
-        return "–"
-    return f"{100 * (value / base - 1):+.1f} %".replace("-", "−")
 
 
 def _quantiles(curve: QuantileCurve | None) -> list[Html]:
@@ -365,8 +378,8 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
         rows = [
             (
                 one.name,
-                _plain(one.value),
-                _plain(one.default),
+                plain(one.value),
+                plain(one.default),
                 one.help,
             )
             for one in changed
@@ -377,7 +390,7 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
             )
         )
     if same:
-        kept = [(one.name, _plain(one.value), one.help) for one in same]
+        kept = [(one.name, plain(one.value), one.help) for one in same]
         whole = table(("Setting", "Value", "Meaning"), kept, label="Settings at their default", wordy=True)
         parts.append(folded(f"{len(same)} settings at their default", whole))
     return parts
@@ -387,15 +400,6 @@ def _captions(captions: Sequence[tuple[str, str]]) -> Html:
     if not captions:
         return Html("")
     return folded(f"{len(captions):,} captions", table(("Image", "Caption"), captions, label="Captions", wordy=True))
-
-
-def _plain(value: object) -> str:
-    """A value as on a command line."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "default"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _notes(notes: Sequence[Note]) -> Html:

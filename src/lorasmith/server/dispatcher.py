@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError
+from lorasmith.core.launch_environment import gpu_variable
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.graph_ends import graph_end
 from lorasmith.server.hub import Hub, Notice
@@ -203,12 +203,11 @@ class Dispatcher:
             except LorasmithError as error:
                 self._log.add("server", f"the devices are not known: {error}")
                 await asyncio.sleep(_AGAIN_S)
-        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
         gpus = 0
         for number, device in enumerate(devices):
             seen: dict[str, Any] = {}
             if str(device["name"]).startswith("cuda"):
-                seen = {"visible": visible[gpus] if gpus < len(visible) else str(gpus)}
+                seen = {"visible": gpu_variable(gpus)}
                 gpus += 1
             link = WorkerLink(
                 self._config,

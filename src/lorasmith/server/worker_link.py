@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
+from lorasmith.core.launch_environment import VISIBLE_GPUS
 from lorasmith.server.child_process import ChildProcess, RestartPause
 from lorasmith.server.jobs import Job
 from lorasmith.server.server_config import ServerConfig
@@ -80,7 +81,7 @@ class WorkerLink:
         """Start its process; it is ready some seconds later."""
         config, name = self._config, str(self.device["name"])
         self.state = "starting"
-        visible = {"CUDA_VISIBLE_DEVICES": self.device["visible"]} if "visible" in self.device else {}
+        visible = {VISIBLE_GPUS: self.device["visible"]} if "visible" in self.device else {}
         self._child = ChildProcess(
             config.worker_command,
             cwd=config.base,

@@ -1,0 +1,290 @@
+"""The runs of a sweep as processes: each is `lorasmith train` in a folder of its own, one at a time on each device.
+
+    OUTPUT/NAME/            the run
+    OUTPUT/logs/NAME.txt    what it printed
+    OUTPUT/logs/NAME.json   how its process ended (`RunEnd`)
+
+A process that crashes ends its run alone, and however the sweep ends, what is known of a run is in its files: nothing
+is written by two processes. Results are read from there (`sweep_results`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from lorasmith.app.command_lines import command_line
+from lorasmith.app.sweep_file import SweepRun
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.files import ensure_folder, read_regular, write_atomic
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable
+from lorasmith.core.placement import chosen_device
+from lorasmith.core.typed_json import typed
+
+__all__ = [
+    "LOGS",
+    "LORASMITH",
+    "RunEnd",
+    "RunProcess",
+    "Started",
+    "end_of",
+    "log_of",
+    "run_all",
+    "sweep_devices",
+    "sweep_folder",
+    "train_command",
+]
+
+LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # no file of the current folder is a module
+"""The command, as this process was started."""
+
+LOGS = "logs"
+"""Folder of a sweep for what its runs print; a run has another name, as a hyphen is in each."""
+
+_POLL_S = 0.1
+_TAIL_BYTES = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd:
+    """How the process of a run ended.
+
+    Attributes:
+        exit_code: 0 for a complete run; negative for the signal that killed it.
+        error: what went wrong, in a sentence; empty for a run that is complete or was stopped.
+    """
+
+    exit_code: int
+    error: str = ""
+
+
+class Started(Protocol):
+    """A run in a process."""
+
+    def poll(self) -> RunEnd | None:
+        """How it ended; None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to end after its step and save; the second time, at once."""
+
+
+def sweep_folder(output: Path) -> Path:
+    """The folder of a sweep, created. Raises OutputError if it is a run's, or cannot be made."""
+    if (output / "run.json").exists():
+        raise OutputError(f"output must be a folder for runs, but {output} holds a run itself; choose another")
+    ensure_folder(output)
+    ensure_folder(output / LOGS)
+    return output
+
+
+def log_of(output: Path, run: SweepRun) -> Path:
+    """The file with what a run printed."""
+    return output / LOGS / f"{run.name}.txt"
+
+
+def end_of(output: Path, run: SweepRun) -> RunEnd | None:
+    """How the process of a run last ended; None if it did not, was killed with the sweep, or the file is damaged."""
+    try:
+        return typed(parse_foreign_json(read_regular(_end_file(output, run))), RunEnd)
+    except (OSError, ValueError):
+        return None
+
+
+def sweep_devices(given: str | None) -> tuple[str, ...]:
+    """The devices to train on: those named, separated by commas, else all GPUs, or the CPU.
+
+    Nothing is kept on a GPU: the processes of the runs alone use it.
+
+    Raises:
+        OptionError: a device is not here, or is named twice.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    there = [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    if given is None:
+        return tuple(there)
+    names = [one.strip() for one in given.split(",")]
+    names = ["cuda:0" if one == "cuda" else one for one in names]
+    if len(set(names)) < len(names):
+        raise OptionError(f"--devices must name each device once, as it trains one run at a time, got {given!r}")
+    for name in names:
+        if name.startswith("cuda") and name not in there:
+            raise OptionError(f"device must be one that is here ({', '.join(there)}), got {name!r}; name one of these")
+        if not name.startswith("cuda"):
+            chosen_device(name)
+    return tuple(names)
+
+
+def train_command(run: SweepRun, output: Path, *, device: str | None = None, also: Sequence[str] = ()) -> list[str]:
+    """The arguments of `lorasmith` for a run of a sweep.
+
+    Args:
+        run: the run.
+        output: folder of the sweep.
+        device: where to train; a GPU is chosen by the process' environment instead.
+        also: further arguments.
+    """
+    named = None if device is None or device.startswith("cuda") else device
+    _, *arguments = replace(run.source, device=named).command(run.config)
+    return [*arguments, "--output", str(output / run.name), *also]
+
+
+class RunProcess:
+    """A run of a sweep in a process of its own, started at once.
+
+    Args:
+        run: the run.
+        output: folder of the sweep.
+        device: as `sweep_devices` gives it; None for the first GPU that the process sees, or the CPU.
+        also: further arguments of the command.
+
+    Raises:
+        OutputError: the files beside the run cannot be written.
+    """
+
+    def __init__(self, run: SweepRun, output: Path, device: str | None = None, also: Sequence[str] = ()) -> None:
+        arguments = train_command(run, output, device=device, also=also)
+        self._run, self._output = run, output
+        self._log = log_of(output, run)
+        self._is_stopping = False
+        self._document = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
+        environment = dict(os.environ)
+        if device is not None and device.startswith("cuda:"):
+            environment[VISIBLE_GPUS] = gpu_variable(int(device.removeprefix("cuda:")))
+        try:
+            _end_file(output, run).unlink(missing_ok=True)
+            with self._log.open("ab") as log:
+                log.write(f"$ {command_line(['lorasmith', *arguments])}\n".encode())
+                log.flush()
+                self._process = subprocess.Popen(
+                    [*LORASMITH, *arguments, "--json"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._document,
+                    stderr=log,
+                    env=environment,
+                    # Ctrl-C of the terminal reaches this process alone, which passes it on once.
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._document.close()
+            raise OutputError(
+                f"run {run.name} cannot be started ({error.strerror or error}); check {output}"
+            ) from error
+
+    def poll(self) -> RunEnd | None:
+        """How it ended, which is written beside it; None while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        if not self._document.closed:
+            self._document.seek(0)
+            said = self._document.read()
+            self._document.close()
+            is_stopped = code and self._is_stopping
+            self._end = RunEnd(exit_code=code, error="" if not code or is_stopped else self._error(code, said))
+            write_atomic(_end_file(self._output, self._run), json.dumps(asdict(self._end)) + "\n")
+        return self._end
+
+    def stop(self) -> None:
+        """Ask it to end after its step and save; the second time, at once."""
+        self._is_stopping = True
+        if sys.platform != "win32":  # where Ctrl-C reaches every process of a console
+            self._process.terminate()  # not SIGINT, which Ray's workers and shells in the background block or ignore
+
+    def _error(self, code: int, said: bytes) -> str:
+        """The sentence that the command printed, else what is known of its end."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return str(json.loads(said)["error"]["message"])
+        what = f"exit code {code}"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                what = signal.Signals(-code).name
+            what += ", as where the system has no memory left" if -code == getattr(signal, "SIGKILL", 9) else ""
+        last = _last_line(self._log)
+        return f"the process of a run must end by itself, but ended with {what}; {self._log.name} ends with: {last}"
+
+
+def run_all(
+    runs: Sequence[SweepRun],
+    devices: Sequence[str | None],
+    start: Callable[[SweepRun, str | None], Started],
+    *,
+    on_start: Callable[[SweepRun, str | None], None] = lambda run, device: None,
+    on_end: Callable[[SweepRun, RunEnd], None] = lambda run, end: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Run each of the runs, one at a time on each device.
+
+    Args:
+        runs: in the order in which they are started.
+        devices: where to train.
+        start: starts a run on a device.
+        on_start: called for each run that was started.
+        on_end: called for each run that has ended, when its device has the next one.
+        cancelled: called between; True stops the runs, which save, and starts no others. An exception, such as
+            KeyboardInterrupt, does too; if that happens after `cancelled`, the runs end at once.
+    """
+    waiting = deque(runs)
+    running: dict[str | None, tuple[SweepRun, Started]] = {}
+    is_stopping = False
+    with _all_stopped(running, on_end):
+        while waiting or running:
+            ended = [(device, run, end) for device, (run, one) in running.items() if (end := one.poll()) is not None]
+            for device, _, _ in ended:
+                del running[device]
+            if not is_stopping and cancelled():
+                is_stopping = True
+                waiting.clear()
+                for _, started in running.values():
+                    started.stop()
+            for device in devices:
+                if waiting and device not in running:
+                    run = waiting.popleft()
+                    running[device] = run, start(run, device)
+                    on_start(run, device)
+            for _, run, end in ended:
+                on_end(run, end)
+            time.sleep(_POLL_S if running else 0)
+
+
+@contextlib.contextmanager
+def _all_stopped(
+    running: Mapping[str | None, tuple[SweepRun, Started]], on_end: Callable[[SweepRun, RunEnd], None]
+) -> Iterator[None]:
+    """However the context ends, the runs in `running` are stopped, and their ends are known."""
+    try:
+        yield
+    finally:
+        for _, started in running.values():
+            started.stop()
+        for run, started in running.values():
+            while (end := started.poll()) is None:
+                time.sleep(_POLL_S)
+            on_end(run, end)
+
+
+def _end_file(output: Path, run: SweepRun) -> Path:
+    return output / LOGS / f"{run.name}.json"
+
+
+def _last_line(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return "nothing"
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")

@@ -1,0 +1,158 @@
+"""The page about a sweep: its runs ranked, their held-out losses in one figure, and their pictures side by side.
+
+Self-contained like the report of a run (`run_report`), to which it links. Its input is plain data, which
+`app.sweep_results` collects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorasmith.report.curves import comparison_figure
+from lorasmith.report.markup import Html, document, section, table, tag
+from lorasmith.report.pictures import PictureTable, picture_table
+from lorasmith.report.run_report import change, number, plain
+
+__all__ = ["ApartRun", "RankedRun", "SweepReport", "sweep_report"]
+
+_MOODS = {"failed": "bad", "stopped": "fair", "complete": "fair", "running": "good", "waiting": "fair"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedRun:
+    """A complete run.
+
+    Attributes:
+        name: of its folder.
+        settings: values of what the sweep varies, in the order of `SweepReport.varied`.
+        loss, best_step: lowest held-out loss and its step.
+        base_loss: of the same images without the LoRA; NaN if unknown.
+        time: of training, in words.
+        lora: path of its file.
+        link: of its report, None without one.
+        validations: step and loss of each validation.
+    """
+
+    name: str
+    settings: Sequence[object]
+    loss: float
+    base_loss: float
+    best_step: int
+    time: str
+    lora: str
+    link: str | None = None
+    validations: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True)
+class ApartRun:
+    """A run that is not ranked: its state in a word, the steps that it took, and the error of a failed one."""
+
+    name: str
+    state: str
+    steps: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """Content of the page.
+
+    Attributes:
+        title: name of the sweep.
+        summary: its file and the states of its runs, in a line.
+        verdict: the best run, in a sentence.
+        comparable: whether all runs were judged by the same held-out images.
+        varied: names of the settings that differ.
+        ranked: complete runs, the best first.
+        apart: all others.
+        pictures: of the runs, side by side.
+        sheets: pictures of each run apart, by its name, where they show different things.
+    """
+
+    title: str
+    summary: str
+    verdict: str
+    comparable: bool = True
+    varied: Sequence[str] = ()
+    ranked: Sequence[RankedRun] = ()
+    apart: Sequence[ApartRun] = ()
+    pictures: PictureTable | None = None
+    sheets: Sequence[tuple[str, PictureTable]] = field(default=())
+
+
+def sweep_report(report: SweepReport) -> str:
+    """The page. All text in `report` is escaped."""
+    return document(
+        f"{report.title} · sweep",
+        tag(
+            "header",
+            tag("p", "Sweep", class_="kicker"),
+            tag("h1", report.title),
+            tag("p", report.summary, class_="summary"),
+            tag("p", report.verdict, class_="verdict"),
+        ),
+        section("Ranking", *_ranking(report)),
+        section("Held-out loss", *_curves(report.ranked)),
+        section("Pictures", *_pictures(report)),
+        section("Failed and unfinished", _apart(report.apart)),
+    )
+
+
+def _ranking(report: SweepReport) -> list[Html]:
+    if not report.ranked:
+        return []
+    says = (
+        "By the lowest loss of the held-out images, which are the same for all runs and judged with the same noise."
+        if report.comparable
+        else "By the change against the base model: the runs were judged by different held-out images, captions or "
+        "sizes, so their losses cannot be compared directly."
+    )
+    rows = [
+        (
+            tag("a", one.name, href=one.link) if one.link else one.name,
+            *map(plain, one.settings),
+            number(one.loss),
+            change(one.loss, one.base_loss),
+            f"{one.best_step:,}",
+            one.time,
+            tag("span", one.lora, class_="name"),
+        )
+        for one in report.ranked
+    ]
+    columns = ("Run", *report.varied, "Held-out loss", "Against the base", "Best step", "Time", "LoRA")
+    first = 1 + len(report.varied)
+    return [tag("p", says), table(columns, rows, label="Runs, the best first", numbers=range(first, first + 4))]
+
+
+def _curves(ranked: Sequence[RankedRun]) -> list[Html]:
+    curves = [
+        (one.name, [(step, 100 * (loss / one.base_loss - 1)) for step, loss in one.validations])
+        for one in ranked
+        if one.base_loss > 0 and one.validations
+    ]
+    if not curves:
+        return []
+    says = "Against the base model: below 0 is better than without a LoRA, and a curve that rises is overfitting."
+    label = f"Held-out loss over the steps of {len(curves):,} runs, relative to the base model"
+    return [tag("p", says), comparison_figure(curves, label=label)]
+
+
+def _pictures(report: SweepReport) -> list[Html]:
+    apart = [tag("div", tag("h3", name), picture_table(sheet)) for name, sheet in report.sheets]
+    return [*([] if report.pictures is None else [picture_table(report.pictures)]), *apart]
+
+
+def _apart(runs: Sequence[ApartRun]) -> Html | None:
+    if not runs:
+        return None
+    rows = [
+        (one.name, tag("span", one.state, class_=_MOODS.get(one.state)), f"{one.steps:,}", one.error or _said(one))
+        for one in runs
+    ]
+    return table(("Run", "State", "Steps", "Error"), rows, label="Runs that are not ranked", wordy=True)
+
+
+def _said(run: ApartRun) -> str:
+    return "no held-out loss was measured" if run.state == "complete" else ""
