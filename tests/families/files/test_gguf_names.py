@@ -34,6 +34,7 @@ LANGUAGE_MODELS = {
     "qwen3vl": ("qwen3vl", "Qwen3", "model.language_model."),
     "llama": ("mistral", "Mistral", "model."),
     "mistral3": ("mistral", "Mistral", "model."),
+    "gemma2": ("gemma2", "Gemma2", "model."),
 }
 """Kind, transformers' classes and prefix in ComfyUI's files, by architecture."""
 
@@ -47,7 +48,8 @@ def language_model(architecture: str) -> Tensors:
     import transformers
 
     kind = LANGUAGE_MODELS[architecture][1]
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **HEADS)
+    head = 256 if kind == "Gemma2" else HEADS["head_dim"]
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **{**HEADS, "head_dim": head})
     return random_tensors(getattr(transformers, f"{kind}Model")(config))
 
 
@@ -60,10 +62,18 @@ def t5() -> Tensors:
     return tensors
 
 
-def permuted(name: str, rows: Tensor) -> Tensor:
-    """As llama.cpp's converter reorders the rows of a Llama."""
-    heads = {"q_proj": HEADS["num_attention_heads"], "k_proj": HEADS["num_key_value_heads"]}.get(name.split(".")[-2])
-    return rows if heads is None else rows.view(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+def converted(architecture: str, name: str, tensor: Tensor) -> Tensor:
+    """As llama.cpp's converter writes a tensor: rows of a Llama in another order, norms of a Gemma raised by 1."""
+    if architecture in ("llama", "mistral3") and (heads := heads_of(name)):
+        return tensor.view(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+    return tensor + 1 if architecture == "gemma2" and name.endswith("norm.weight") else tensor
+
+
+def restored(architecture: str, name: str, tensor: Tensor) -> Tensor:
+    """The inverse of `converted`."""
+    if architecture in ("llama", "mistral3") and (heads := heads_of(name)):
+        return halves_apart(tensor, heads)
+    return tensor - 1 if architecture == "gemma2" and name.endswith("norm.weight") else tensor
 
 
 def write_converted(path: Path, tensors: Tensors, architecture: str, prefix: str = "") -> Tensors:
@@ -72,8 +82,7 @@ def write_converted(path: Path, tensors: Tensors, architecture: str, prefix: str
     table = gguf.get_tensor_name_map(numbers[architecture], 2)
     names = {name: table.get_name(f"{prefix}{name}", try_suffixes=(".weight",)) for name in tensors}
     assert None not in names.values()
-    is_llama = architecture in ("llama", "mistral3")
-    stored = {names[name]: permuted(name, one) if is_llama else one for name, one in tensors.items()}
+    stored = {names[name]: converted(architecture, name, one) for name, one in tensors.items()}
     metadata = {
         f"{architecture}.attention.head_count": HEADS["num_attention_heads"],
         f"{architecture}.attention.head_count_kv": HEADS["num_key_value_heads"],
@@ -81,11 +90,7 @@ def write_converted(path: Path, tensors: Tensors, architecture: str, prefix: str
     besides = {"output.weight": torch.ones(64, 64), "rope_freqs.weight": torch.ones(64)}
     meant = write(path, stored | besides, Kind.Q8_0, architecture=architecture, metadata=metadata)
     back = {stored: name for name, stored in names.items()}
-    return {
-        back[name]: halves_apart(one, heads_of(back[name])) if is_llama and heads_of(back[name]) else one
-        for name, one in meant.items()
-        if name in back
-    }
+    return {back[key]: restored(architecture, back[key], one) for key, one in meant.items() if key in back}
 
 
 def heads_of(name: str) -> int:

@@ -78,6 +78,7 @@ class GgufFile:
             self.stored: Mapping[str, tuple[str, int]] = {
                 name: (_format(one.tensor_type.name), int(one.n_bytes)) for name, one in self._tensors.items()
             }
+            self._raised = names.raised
             self._heads = {
                 name: _heads(path, reader, key, self.shapes[name][0]) for name, key in names.permuted.items()
             }
@@ -89,6 +90,8 @@ class GgufFile:
         for name in names:
             heads = self._heads.get(name)
             tensor = self._tensor(name)
+            if name in self._raised and isinstance(tensor, Tensor):
+                tensor = tensor - 1
             yield name, tensor if heads is None else of_rows(tensor, functools.partial(halves_apart, heads=heads))
 
     def _tensor(self, name: str) -> Tensor | Packed:

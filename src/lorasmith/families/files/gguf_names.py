@@ -1,13 +1,14 @@
 """Names of llama.cpp's text encoders, translated to those of ComfyUI's files, which are transformers' names.
 
 llama.cpp's converter renames tensors, and for Llama and Mistral it reorders the rows of queries and keys: in each head,
-rotary positions turn neighbouring rows there, and rows half a head apart in transformers.
+rotary positions turn neighbouring rows there, and rows half a head apart in transformers. To the weights of Gemma's
+norms, which transformers keeps without it, it adds the 1 by which they scale.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,6 +29,12 @@ _LANGUAGE_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_BLOCK = {
+    **_LANGUAGE_BLOCK,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _T5 = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
 _T5_BLOCK = {
     "attn_q": "layer.0.SelfAttention.q",
@@ -47,10 +54,12 @@ _PREFIXES = {
     "qwen3vl": "model.language_model.",
     "llama": "model.",
     "mistral3": "model.",
+    "gemma2": "model.",
 }
 """Language models by `general.architecture`, and the prefix of their names in ComfyUI's files."""
 
 _PERMUTED = ("llama", "mistral3")
+_GEMMAS = ("gemma2",)
 _T5_ARCHITECTURES = ("t5", "t5encoder")
 _UNUSED = re.compile(r"dec\.|output\.weight$|rope_freqs\.")
 """T5's decoder, heads that predict tokens, and what follows from the configuration."""
@@ -63,10 +72,12 @@ class GgufNames:
     Attributes:
         original: name in the file by ComfyUI's name.
         permuted: ComfyUI's names of tensors with reordered rows, and the key of the metadata that says their heads.
+        raised: ComfyUI's names of tensors that are 1 larger in the file.
     """
 
     original: Mapping[str, str]
     permuted: Mapping[str, str]
+    raised: Collection[str] = ()
 
 
 def names_of(architecture: str, names: Iterable[str]) -> GgufNames:
@@ -81,7 +92,7 @@ def names_of(architecture: str, names: Iterable[str]) -> GgufNames:
     if "token_embd.weight" not in found or not (is_t5 or architecture in _PREFIXES):
         return GgufNames({name: name for name in found}, {})
     original = {
-        _t5_name(name) if is_t5 else _language_name(name, _PREFIXES[architecture]): name
+        _t5_name(name) if is_t5 else _language_name(name, architecture): name
         for name in found
         if not _UNUSED.match(name)
     }
@@ -92,7 +103,8 @@ def names_of(architecture: str, names: Iterable[str]) -> GgufNames:
         for part, key in heads.items()
         if architecture in _PERMUTED and part in name
     }
-    return GgufNames(original, permuted)
+    raised = {name for name in original if architecture in _GEMMAS and name.endswith("norm.weight")}
+    return GgufNames(original, permuted, raised)
 
 
 def halves_apart(rows: Tensor, heads: int) -> Tensor:
@@ -105,10 +117,11 @@ def halves_apart(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _language_name(name: str, prefix: str) -> str:
+def _language_name(name: str, architecture: str) -> str:
+    prefix, parts = _PREFIXES[architecture], _GEMMA_BLOCK if architecture in _GEMMAS else _LANGUAGE_BLOCK
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
-    if block and block[2] in _LANGUAGE_BLOCK:
-        return f"{prefix}layers.{block[1]}.{_LANGUAGE_BLOCK[block[2]]}.{block[3]}"
+    if block and block[2] in parts:
+        return f"{prefix}layers.{block[1]}.{parts[block[2]]}.{block[3]}"
     stem, _, leaf = name.rpartition(".")
     return f"{prefix}{_LANGUAGE[stem]}.{leaf}" if stem in _LANGUAGE else name
 

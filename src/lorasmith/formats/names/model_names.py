@@ -75,6 +75,8 @@ class ProgramLimits:
         diffusers_also_loads: layouts of these in which diffusers loads more than LoRA → names of these algorithms.
         diffusers_refuses_others: whether diffusers refuses a whole file because a module has more than LoRA's factors.
         diffusers_refuses_unknown: whether diffusers refuses a whole file for a module that it does not find in it.
+        diffusers_whole_blocks: lists of blocks, by the start of their paths. diffusers refuses a file unless it has
+            every linear layer of the first n blocks, n being the number of blocks in the file.
         diffusers_one_alpha: modules for which diffusers reads one alpha in kohya's layout, the most frequent one. If
             there are any, it does so for all modules of a text encoder too.
         sd_scripts_applies: modules that sd-scripts' own network loads; None if sd-scripts has no such models.
@@ -87,6 +89,7 @@ class ProgramLimits:
     diffusers_also_loads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     diffusers_refuses_others: bool = False
     diffusers_refuses_unknown: bool = False
+    diffusers_whole_blocks: tuple[str, ...] = ()
     diffusers_one_alpha: tuple[str, ...] = ()
     sd_scripts_applies: tuple[str, ...] | None = ("*",)
 

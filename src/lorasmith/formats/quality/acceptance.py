@@ -87,6 +87,15 @@ class _Whole:
         """The denoiser's modules that no pattern matches."""
         return (ref for ref in self.refs() if ref.component == DENOISER and not matches(ref.path, patterns))
 
+    def lacking(self) -> Iterator[str]:
+        """Linear layers without which diffusers refuses the file."""
+        present = {ref.path for ref in self.refs() if ref.component == DENOISER}
+        linear = [path for path, shape in self.names.weight_shapes.items() if len(shape) == 2]
+        for start in self.limits.diffusers_whole_blocks:
+            blocks = {path.removeprefix(start).partition(".")[0] for path in present if path.startswith(start)}
+            needed = tuple(f"{start}{index}." for index in range(len(blocks)))
+            yield from (path for path in linear if path.startswith(needed) and path not in present)
+
     def having(self, role: str) -> Iterator[ModuleRef]:
         """Modules whose adapters have a tensor of this role."""
         return (ref for ref, weights in self.state.adapters.items() if role in weights.tensors)
@@ -144,6 +153,9 @@ def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
         return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
     if lora.limits.diffusers_refuses_unknown and (unknown := tuple(lora.outside(applies))):
         reason = f"it refuses a file with layers that it does not find by such names ({named(unknown)})"
+        return lora.where(reason, iter(lora.refs()))
+    if lacking := next(lora.lacking(), None):
+        reason = f"it refuses a file that has not every linear layer of a block ({lacking} is missing)"
         return lora.where(reason, iter(lora.refs()))
     found = lora.where("it loads LoRA alone", iter(others))
     found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
