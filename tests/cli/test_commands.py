@@ -198,7 +198,7 @@ def test_run_lists_the_examples_and_runs_one(lorasmith: Command) -> None:
     assert listed.code == 0
     first, *_, last = listed.out.splitlines()
     assert first.startswith("example:single_subject") and "needs" not in first
-    assert "example:wan" in last and "; needs wan2.1_t2v_1.3B_fp16.safetensors, " in last
+    assert "example:wan22_5b" in last and "; needs wan2.2_ti2v_5B_fp16.safetensors, " in last
     ran = lorasmith("run", "example:folder", "--set", "20.steps=1", "--set", "20.targets=*.attn2.to_q")
     assert ran.code == 0, ran.err
     assert "folder_1_steps_00001_.safetensors" in ran.out
