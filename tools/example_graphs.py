@@ -392,6 +392,23 @@ GRAPHS: dict[str, Graph] = {
         parts=_APART,
         megapixels=0.4,
     ),
+    "wan22_5b": _graph(
+        _loaders(
+            "wan2.2_ti2v_5B_fp16.safetensors",
+            ("umt5_xxl_fp8_e4m3fn_scaled.safetensors",),
+            "wan",
+            "wan2.2_vae.safetensors",
+        ),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingSD3", "Shift", model=["23", 0], shift=8.0),
+            **_ksampler(
+                "EmptySD3LatentImage", negative=["31", 0], model="40", edge=960, cfg=5.0, sampler_name="uni_pc"
+            ),
+        },
+        parts=_APART,
+        megapixels=0.88,
+    ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),
         "10": _node("LoadImageTextDataSetFromFolder", "Images of any sizes, and texts", folder="fox"),

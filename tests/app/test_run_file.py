@@ -17,6 +17,7 @@ from lorasmith.training.config import TrainConfig
 
 WHOLE = """
 model = "model.safetensors"
+low_noise_model = "low.safetensors"
 text_encoders = "t5.safetensors"
 name = "dog"
 trigger = "sks dog"
@@ -47,6 +48,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_a_file_gives_sources_and_settings_with_paths_beside_it(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
+    (tmp_path / "low.safetensors").touch()
     found = read_run_file(written(tmp_path, WHOLE))
     assert found.sources == (
         ImageSource(str(tmp_path / "photos"), repeats=2),
@@ -54,6 +56,7 @@ def test_a_file_gives_sources_and_settings_with_paths_beside_it(tmp_path: Path) 
         ImageSource("/elsewhere", weight=0.5),
     )
     assert found.model == str(tmp_path / "model.safetensors")
+    assert found.low_noise_model == str(tmp_path / "low.safetensors")
     assert found.text_encoders == ("t5.safetensors",), "no such file: a hub id, or a name"
     source = found.source(found.model)
     assert (source.name, source.sources) == ("dog", found.sources)

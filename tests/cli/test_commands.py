@@ -22,6 +22,7 @@ from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.lora_handle import Lora
@@ -56,6 +57,14 @@ def test_train_says_what_it_will_do_and_where_everything_is(
         assert plot.size[0] > 500
     captions = {sample["caption"] for sample in json.loads((folder / "run.json").read_text())["samples"]}
     assert captions == {"sks cat, a cat on a mat", "sks cat, a café", "sks cat"}
+
+
+def test_a_file_of_settings_names_the_second_expert(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(
+        f'model = "{BUILT_IN}"\nlow_noise_model = "{BUILT_IN}"\nclass_prompt = "a cat"\n'
+    )
+    ran = lorasmith("train", photos, "--config", "two.toml")
+    assert ran.code == 1 and "class_images must be given with low_noise_model" in ran.err
 
 
 @pytest.mark.slow
@@ -198,7 +207,7 @@ def test_run_lists_the_examples_and_runs_one(lorasmith: Command) -> None:
     assert listed.code == 0
     first, *_, last = listed.out.splitlines()
     assert first.startswith("example:single_subject") and "needs" not in first
-    assert "example:wan" in last and "; needs wan2.1_t2v_1.3B_fp16.safetensors, " in last
+    assert "example:wan22_5b" in last and "; needs wan2.2_ti2v_5B_fp16.safetensors, " in last
     ran = lorasmith("run", "example:folder", "--set", "20.steps=1", "--set", "20.targets=*.attn2.to_q")
     assert ran.code == 0, ran.err
     assert "folder_1_steps_00001_.safetensors" in ran.out

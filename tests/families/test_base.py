@@ -119,4 +119,4 @@ def test_frames_of_clips_are_one_and_a_multiple(count: int, whole: int) -> None:
     ],
 )
 def test_an_expert_is_known_by_its_name(file: str, is_named: bool) -> None:
-    assert Expert("high_noise", (0.875, 1.0)).is_named_in(file) is is_named
+    assert Expert("high_noise", (0.875, 1.0), "transformer").is_named_in(file) is is_named

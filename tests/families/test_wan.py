@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -12,12 +14,13 @@ import tiny_wan
 import torch
 from original_models import save
 from safetensors.torch import load_file
-from tiny_parts import TinyFamily
+from tiny_parts import TinyFamily, randomized
 from torch import Tensor
 
+from lorasmith.app.drawing import experts_of
 from lorasmith.app.model_run import train
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.errors import DataError, LoraError, ModelError
 from lorasmith.core.placement import placed
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import FAMILIES, Conditioning
@@ -27,9 +30,13 @@ from lorasmith.families.model import Model
 from lorasmith.families.wan import Wan
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import matches
+from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.sampling.generate import to_images
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import plan_job
+from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except
 
 FRAMES = 5
@@ -250,6 +257,70 @@ def test_experts_are_known_by_their_files_names() -> None:
         found = [one.noise_range for one in family.experts if one.is_named_in(name)]
         assert found == ([] if expected is None else [expected])
     assert not FAMILIES["wan22-5b"].experts
+
+
+def pipeline_of_two() -> Any:
+    """diffusers' pipeline of Wan 2.2 A14B."""
+    import diffusers
+
+    parts = tiny_wan.WAN.parts()
+    return diffusers.WanPipeline(
+        **parts,
+        transformer_2=randomized(copy.deepcopy(parts["transformer"]), seed=1),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False),
+        boundary_ratio=0.875,
+    )
+
+
+def test_a_diffusers_folder_gives_both_experts(tmp_path: Path) -> None:
+    pipeline, folder = pipeline_of_two(), tmp_path / "A14B"
+    pipeline.save_pretrained(folder)
+    high, low = load_model(folder), load_model(folder / "transformer_2")
+    for model, part, name in ((high, "transformer", "high_noise"), (low, "transformer_2", "low_noise")):
+        assert model.title == f"A14B ({name})"
+        assert model.named_expert is not None and model.named_expert.name == name
+        assert model.files["denoiser"] == folder / part and model.files["vae"] == folder / "vae"
+        theirs = getattr(pipeline, part).state_dict()
+        ours = model.components.denoiser.state_dict()
+        assert all(torch.equal(ours[one], theirs[one]) for one in theirs), part
+    assert not torch.equal(high.components.denoiser.proj_out.weight, low.components.denoiser.proj_out.weight)  # type: ignore[union-attr, arg-type]
+    assert load_model(folder / "transformer").named_expert == high.named_expert == load_model(pipeline).named_expert
+    notes = plan_job(high.denoiser, TrainConfig(rank=2)).notes
+    assert any(f"--low-noise-model {folder / 'transformer_2'} trains it as well" in one for one in notes)
+    experts_of(high.denoiser, low.denoiser)
+
+
+def test_a_diffusers_folder_of_one_has_no_experts(tmp_path: Path) -> None:
+    tiny_wan.WAN.save_folder(tmp_path / "wan")
+    model = load_model(tmp_path / "wan")
+    assert model.title == "wan" and model.named_expert is None
+    with pytest.raises(ModelError, match=r"transformer_2"):
+        load_model(tmp_path / "wan" / "transformer_2")
+
+
+def test_loras_of_the_second_expert_in_diffusers_are_read(wan: Model, tmp_path: Path) -> None:
+    lora = train(
+        wan,
+        EncodedDataset((Sample(torch.zeros(wan.components.latent.shape(32, 32)), wan.text_encoder.encode(""), "0"),)),
+        steps=1,
+        rank=2,
+        targets="attention",
+        validation_share=0.0,
+    ).lora
+    keys = load_file(lora.save(tmp_path / "first.safetensors", layout="diffusers"))
+    second = {name.replace("transformer.", "transformer_2.", 1): one.clone() for name, one in keys.items()}
+    assert guessed_family({name: tuple(one.shape) for name, one in second.items()}) == "Wan"
+    read = Lora.load(save(tmp_path / "second.safetensors", second), wan)
+    assert read.state.unknown == {}
+    first = Lora.load(tmp_path / "first.safetensors", wan).state.adapters
+    assert first.keys() == read.state.adapters.keys()
+    assert all(
+        torch.equal(one, read.state.adapters[ref].tensors[name])
+        for ref, weights in first.items()
+        for name, one in weights.tensors.items()
+    )
+    with pytest.raises(LoraError, match=r"this one has keys for transformer\. and transformer_2\., the two experts"):
+        Lora.load(save(tmp_path / "both.safetensors", {**keys, **second}), wan)
 
 
 def test_kohyas_names_are_those_that_musubi_tuner_trains(wan: Model, tmp_path: Path) -> None:

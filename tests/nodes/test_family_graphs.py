@@ -30,6 +30,7 @@ FAMILY = {
     "qwen_image": "qwen-image",
     "chroma": "chroma",
     "wan": "wan",
+    "wan22_5b": "wan22-5b",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 

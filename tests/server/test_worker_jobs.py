@@ -222,6 +222,11 @@ def test_a_measurement_can_be_cancelled_between_its_stages(worker: Worker) -> No
     assert [one["data"]["stage"] for one in worker.sent] == ["the model"]
 
 
+def test_two_experts_are_no_job(worker: Worker) -> None:
+    with pytest.raises(OptionError, match=r"a job trains one model, got low_noise_model low; .* lorasmith train"):
+        worker.run("train", {**TRAINING, "low_noise_model": "low"})
+
+
 def test_settings_that_cannot_be_measured_are_refused(worker: Worker) -> None:
     with pytest.raises(OptionError, match="multiple"):
         worker.run("measure", {"model": "lorasmith-tiny", "settings": {"resolution": 63}})

@@ -57,7 +57,7 @@ def test_a_range_of_noise_is_trained_and_judged_alone(tiny: Model, dataset: Enco
 
 
 def test_a_file_named_after_an_expert_is_trained_on_its_range(tiny: Model) -> None:
-    experts = (Expert("high_noise", (0.875, 1.0)), Expert("low_noise", (0.0, 0.875)))
+    experts = (Expert("high_noise", (0.875, 1.0), "transformer"), Expert("low_noise", (0.0, 0.875), "transformer_2"))
     family = copy(tiny.family)
     family.experts = experts
     high = replace(tiny, family=family, path=Path("wan2.2_t2v_high_noise_14B.safetensors"), title="wan")

@@ -55,12 +55,13 @@ class RunFile:
 
     Attributes:
         sources: the images.
-        model, text_encoders, vae, name, output, validation, device: as for `lorasmith train`.
+        model, low_noise_model, text_encoders, vae, name, output, validation, device: as for `lorasmith train`.
         settings: of data and training, by name.
     """
 
     sources: tuple[ImageSource, ...] = ()
     model: str | None = None
+    low_noise_model: str | None = None
     text_encoders: tuple[str, ...] = ()
     vae: str | None = None
     name: str | None = None
@@ -83,6 +84,7 @@ class RunFile:
     def named_files(self) -> Iterator[tuple[str, str | None]]:
         """What each file is that the arguments name, and its path."""
         yield "model", self.model
+        yield "second expert", self.low_noise_model
         yield from (("text encoder", one) for one in self.text_encoders)
         yield "autoencoder", self.vae
         yield from (("images", one.path) for one in self.sources)
@@ -228,6 +230,7 @@ def _absolute(given: RunFile, folder: Path) -> RunFile:
         given,
         sources=tuple(replace(one, path=inside(one.path)) for one in given.sources),
         model=given.model and file(given.model),
+        low_noise_model=given.low_noise_model and file(given.low_noise_model),
         text_encoders=tuple(map(file, given.text_encoders)),
         vae=given.vae and file(given.vae),
         output=given.output and inside(given.output),

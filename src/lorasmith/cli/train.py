@@ -43,6 +43,11 @@ _FIRST = (
 )  # fmt: skip
 """The options that `--help` shows."""
 
+_IN_ONE_PROCESS = (
+    "--low-noise-model must be trained in one process, but several are asked for; train each of the two models with a "
+    "command of its own"
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -106,11 +111,8 @@ def train(
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. A
     finished run in --output trains on if --steps are more.
     """
-    if low_noise_model is not None and (gpus is not None or launched_process() is not None):
-        raise OptionError(
-            "--low-noise-model must be trained in one process, but several are asked for; train each of the two models "
-            "with a command of its own"
-        )
+    if low_noise_model is not None and gpus is not None:
+        raise OptionError(_IN_ONE_PROCESS)
     if started_on_gpus(gpus):
         return
     from lorasmith.app.folder_run import prepare
@@ -121,6 +123,7 @@ def train(
     typed = RunFile(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
         model=model,
+        low_noise_model=low_noise_model,
         text_encoders=tuple(text_encoder or ()),
         vae=vae,
         name=name,
@@ -140,12 +143,14 @@ def train(
     if given.model is None:
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
-    if low_noise_model is not None:
+    if given.low_noise_model is not None:
+        if launched_process() is not None:
+            raise OptionError(_IN_ONE_PROCESS)
         from lorasmith.app.expert_runs import ExpertRuns
 
         runs = ExpertRuns(
             source,
-            low_noise_model,
+            given.low_noise_model,
             given.train_config(typed.settings),
             output=None if given.output is None else Path(given.output),
             folders=folders,

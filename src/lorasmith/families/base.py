@@ -328,10 +328,12 @@ class Expert:
     Attributes:
         name: part of the names of its files, and end of the name of a LoRA for it: `high_noise`.
         noise_range: its part of diffusion time: 0 is clean, 1 is noise.
+        folder: its subfolder in diffusers' folders.
     """
 
     name: str
     noise_range: tuple[float, float]
+    folder: str
 
     def is_named_in(self, file: str) -> bool:
         """Whether a file's name says that it is this expert's, such as `wan2.2_t2v_high_noise_14B` or `HighNoise`."""

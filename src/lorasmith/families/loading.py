@@ -20,6 +20,7 @@ from torch import nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS
 from lorasmith.core.errors import ModelError
+from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
 from lorasmith.families.diffusers_file import recognised_by_diffusers_names
@@ -86,7 +87,8 @@ def load_model(
     Args:
         source: a single-file checkpoint or denoiser in the original layout, a diffusers folder, the name of a built-in
             model, a hub id such as `stabilityai/stable-diffusion-2-1`, which needs a network, or a loaded pipeline of
-            diffusers.
+            diffusers. Of a diffusers folder with two experts, its subfolder `transformer_2` is the second one with the
+            rest of the folder; the folder itself is the first one.
         text_encoders: files, checkpoints or diffusers folders with text encoders that `source` lacks, or that replace
             its own.
         vae: the same for the autoencoder.
@@ -102,7 +104,7 @@ def load_model(
     quieten()
     path = located(source)
     if path.is_dir():
-        model = _model_of_folder(path, title=path.name if Path(source).is_dir() else str(source))
+        model = _model_of_folder(*_expert_in(path), title=path.name if Path(source).is_dir() else str(source))
     else:
         model = model_of_checkpoint(OriginalCheckpoint(path))
     model = with_parts(model, text_encoders=text_encoders, vae=vae)
@@ -227,15 +229,34 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
     )
 
 
-def _model_of_folder(folder: Path, *, title: str) -> Model:
+def _expert_in(path: Path) -> tuple[Path, str | None]:
+    """The diffusers folder of a path, and the subfolder of the expert if the path is that."""
+    if pipeline_index(path) is None and pipeline_index(path.parent) is not None:
+        family = family_of(path.parent)
+        if any(one.folder == path.name for one in family.experts):
+            return path.parent, path.name
+    return path, None
+
+
+def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
+    """The model in a diffusers folder.
+
+    Args:
+        folder: of the model.
+        part: subfolder of the denoiser, if it is that of an expert; None for the usual one.
+        title: of the model.
+    """
     configs = PipelineConfigs.of_folder(folder)
     family = family_of(folder)
-    names = [family.denoiser_folder, *family.denoiser_parts, *family.text_encoders, "vae"]
+    denoiser = part or family.denoiser_folder
+    title = _of_expert(family, title if part is None else folder.name, denoiser, lambda name: (folder / name).is_dir())
+    names = [*family.denoiser_parts, *family.text_encoders, "vae"]
+    folders = {family.denoiser_folder: folder / denoiser} | {name: folder / name for name in names}
     try:
         components = _of_pipeline(
             family,
             configs,
-            {name: PartFolder(folder / name).source() for name in names if (folder / name).is_dir()},
+            {name: PartFolder(path).source() for name, path in folders.items() if path.is_dir()},
             lambda component, kind, encoder: kind.tokenizer(encoder, tokenizer_folder(folder, component)),
             overrides=read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {},
         )
@@ -243,9 +264,21 @@ def _model_of_folder(folder: Path, *, title: str) -> Model:
         # json, diffusers and transformers put the reason at the start of their messages.
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder} cannot be read as a diffusers model: {reason}") from error
-    subfolders = {"denoiser": family.denoiser_folder}
-    files = {part: folder / subfolders.get(part, part) for part in components.modules()}
-    return Model(family, components, title=title, path=folder, files=files)
+    files = {name: folder / (denoiser if name == "denoiser" else name) for name in components.modules()}
+    return Model(family, components, title=title, path=folder if part is None else folder / part, files=files)
+
+
+def _of_expert(family: Family, title: str, denoiser: str, has: Callable[[str], bool]) -> str:
+    """The title of a model of diffusers, with the expert that its denoiser is, where the pipeline has several.
+
+    Args:
+        family: of the model.
+        title: of the pipeline.
+        denoiser: name of the part that is the denoiser.
+        has: whether the pipeline has a part.
+    """
+    experts = {one.folder: one.name for one in family.experts if has(one.folder)}
+    return f"{title} ({experts[denoiser]})" if len(experts) > 1 and denoiser in experts else title
 
 
 def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
@@ -279,6 +312,7 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
             f"the denoiser of {title} must take latents of {channels[1]} channels as {family.title} does, got "
             f"{channels[0]}; models with further inputs, such as those for inpainting, are not supported"
         )
+    title = _of_expert(family, title, family.denoiser_folder, lambda name: getattr(pipeline, name, None) is not None)
     return Model(family, components, title=title)
 
 

@@ -145,7 +145,14 @@ class Wan(Family):
             else AutoencoderSlot("wan21", channels=16, usual_file="wan_2.1_vae.safetensors", prefixes=("vae.",))
         )
         # WanPipeline's boundary of A14B.
-        self.experts = () if is_5b else (Expert("high_noise", (0.875, 1.0)), Expert("low_noise", (0.0, 0.875)))
+        self.experts = (
+            ()
+            if is_5b
+            else (
+                Expert("high_noise", (0.875, 1.0), "transformer"),
+                Expert("low_noise", (0.0, 0.875), "transformer_2"),
+            )
+        )
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
         channels = self.autoencoder.channels
         self.released = MappingProxyType(

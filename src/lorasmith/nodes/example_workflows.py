@@ -85,4 +85,5 @@ _TITLES = {
     "krea2": "Krea 2 on a folder of images and texts",
     "anima": "Anima on a folder of images and texts",
     "wan": "Wan 2.1 on a folder of images and texts",
+    "wan22_5b": "Wan 2.2 5B on a folder of images and texts",
 }

@@ -121,4 +121,5 @@ _TITLES = {
     "krea2": "Krea 2",
     "anima": "Anima",
     "wan": "Wan 2.1",
+    "wan22_5b": "Wan 2.2 5B",
 }

@@ -73,6 +73,11 @@ def train(
     given = _typed(request)
     if given.model is None:
         raise OptionError("a training needs a model, got none; name one")
+    if given.low_noise_model is not None:
+        raise OptionError(
+            f"a job trains one model, got low_noise_model {given.low_noise_model}; send a job for each expert, or run "
+            "lorasmith train --low-noise-model"
+        )
     model = given.model
     # Each worker sees one GPU, whatever its number is.
     given = replace(given, device=given.device if given.device == "cpu" else None)

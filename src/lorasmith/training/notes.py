@@ -230,6 +230,9 @@ def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             f"{base.title} is the {named.name} expert of {base.family.title}, as its name says, and is trained on its "
             f"noise levels, {low:g} to {high:g}; --min-noise 0 trains on all of them."
         )
+        others = [base.path / one.folder for one in base.family.experts if one != named] if base.path else []
+        if others and others[0].is_dir():
+            yield f"The other expert is in the same folder; --low-noise-model {others[0]} trains it as well."
 
 
 def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:

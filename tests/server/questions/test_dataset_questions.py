@@ -210,7 +210,7 @@ def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, t
         ("a.png", b"<html><script>", "is not an image in spite of its name"),
         ("a.svg", b"<svg/>", "is a SVG file, which is not read here"),
         ("a.png", b"\x89PNG\r\n\x1a\n broken", "is not an image|is damaged"),
-        ("a.mp4", b"", "is a video, on which models of pictures"),
+        ("a.mp4", b"", "is a video, which the page does not take; run lorasmith train"),
     ],
 )
 def test_what_is_no_picture_is_not_kept(

@@ -87,6 +87,25 @@ def test_runs_of_graphs_are_listed_and_damaged_ones_named(installation: Folders,
     assert [one.file for one in found.damaged] == ["runs/bad"]
 
 
+def test_the_runs_of_two_experts_are_listed_one_by_one(installation: Folders, base: Path) -> None:
+    (base / "runs" / "wave-001").mkdir()
+    (base / "runs" / "dog-001").rename(base / "runs" / "wave-001" / "low_noise")
+    (row,) = questions.runs(installation).runs
+    assert (row.id, row.name) == ("runs/wave-001/low_noise", "dog")
+    found = questions.run(installation, row.id)
+    assert found.folder == str(base / "runs" / "wave-001" / "low_noise") and found.lora is not None
+    assert Path(questions.run_file(installation, row.id, "dog.safetensors")).is_file()
+    for other in (
+        "runs/wave-001",
+        "runs/wave-001/high_noise",
+        "runs/wave-001/samples",
+        "runs/../low_noise",
+        "low_noise",
+    ):
+        with pytest.raises(UnknownFileError):
+            questions.run(installation, other)
+
+
 def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> None:
     found = questions.run(installation, RUN)
     report = report_of(read_history(base / RUN))

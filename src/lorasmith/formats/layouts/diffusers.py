@@ -21,6 +21,7 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_format import DIFFUSERS
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import (
     ADAPTER_METADATA,
@@ -53,7 +54,10 @@ __all__ = ["DiffusersLayout"]
 
 
 class DiffusersLayout(Layout):
-    """Dotted diffusers paths after `unet.`, `transformer.` and `text_encoder.`, alpha multiplied in."""
+    """Dotted diffusers paths after `unet.`, `transformer.` and `text_encoder.`, alpha multiplied in.
+
+    That of a second expert may have `transformer_2.`; `transformer.` is written for it, as diffusers reads it.
+    """
 
     name = "diffusers"
     title = "diffusers"
@@ -71,7 +75,13 @@ class DiffusersLayout(Layout):
         return bases
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-        """Raises LoraError when the header's `lora_adapter_metadata` is malformed."""
+        """Raises LoraError when the header's `lora_adapter_metadata` is malformed, or the file is of two experts."""
+        experts = [one for one in prefixes.DIFFUSERS_EXPERTS if any(key.startswith(one) for key in tensors)]
+        if len(experts) > 1:
+            raise LoraError(
+                f"a LoRA file is for one denoiser, and this one has keys for {' and '.join(sorted(experts))}, the two "
+                "experts of a model; save the keys of each in a file of its own"
+            )
         return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, metadata))
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ __all__ = [
     "COMFYUI_ENCODER",
     "DIFFUSERS",
     "DIFFUSERS_ENCODER",
+    "DIFFUSERS_EXPERTS",
     "DIFFUSERS_PARTS",
     "FLAT",
     "KOHYA",
@@ -25,7 +26,10 @@ KOHYA = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
 """kohya's scripts (written), LyCORIS' wrapper, OneTrainer, and the OFT of sd-scripts for UNets."""
 
 COMFYUI = ("diffusion_model.", "model.diffusion_model.")
-DIFFUSERS = ("unet.", "transformer.")
+DIFFUSERS_EXPERTS = ("transformer_2.", "transformer.")
+"""Of the experts of a model of two; without dots, the first begins with the second."""
+
+DIFFUSERS = ("unet.", *DIFFUSERS_EXPERTS)
 
 DIFFUSERS_PARTS = ("text_conditioner.",)
 """Of parts beside the denoiser in a pipeline that are submodules of ours (`Family.denoiser_parts`)."""

@@ -14,7 +14,7 @@ from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_a
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.safe_names import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, read_caption_file
-from lorasmith.data.folder_listing import foreign_reason, stem_of
+from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
 from lorasmith.server.api_shapes import Changed, DatasetRow, RemovedAnswer
 from lorasmith.server.questions.dataset_folders import (
@@ -43,6 +43,10 @@ __all__ = [
 MOST_IMAGES = 2000
 """Pictures of a dataset that the page fills."""
 
+_NO_VIDEOS = (
+    "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as an "
+    "animated WebP file"
+)
 _NAMING = threading.Lock()
 """Held while a free name is found and taken."""
 
@@ -98,7 +102,10 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
         OutputError: the file cannot be moved.
     """
     folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
-    if reason := foreign_reason(Path(file).suffix.lower()):
+    suffix = Path(file).suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return {"skipped": _NO_VIDEOS}
+    if reason := foreign_reason(suffix):
         return {"skipped": reason}
     try:
         image_size(source)  # reads all of it

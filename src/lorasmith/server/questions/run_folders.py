@@ -1,17 +1,20 @@
 """Runs as folders below the base folder: where they are, and the LoRAs in them.
 
 Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
-folder relative to the base folder, such as `runs/dog-001`.
+folder relative to the base folder, such as `runs/dog-001`. Those of two experts of a model are in one folder, such as
+`runs/dog-001/high_noise`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lorasmith.app.drawing import EXPERTS
 from lorasmith.app.run_page import is_own
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
@@ -50,9 +53,14 @@ def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
     Raises:
         UnknownFileError: there is none, or a link leads out of the base folder.
     """
-    place, _, name = id.rpartition("/")
-    folder = folders.base / place / name
-    if place in PLACES and is_name(name):
+    parent, _, name = id.rpartition("/")
+    if name in EXPERTS and parent not in PLACES:
+        place, _, outer = parent.rpartition("/")
+        names = (outer, name)
+    else:
+        place, names = parent, (name,)
+    folder = folders.base.joinpath(place, *names)
+    if place in PLACES and all(map(is_name, names)):
         base = folders.base.resolve()
         roots = (base, (folders.base / place).resolve())
         if (is_regular(folder / RECORD) or not is_begun) and any(
@@ -67,11 +75,9 @@ def all_runs(folders: Folders) -> Iterator[tuple[str, Path]]:
     for place in PLACES:
         parent = folders.base / place
         names = sorted(entry.name for entry in os.scandir(parent)) if parent.is_dir() else []
-        for name in names:
-            try:
-                yield f"{place}/{name}", run_folder_of(folders, f"{place}/{name}")
-            except UnknownFileError:
-                continue
+        for id in (f"{place}/{name}{inner}" for name in names for inner in ("", *(f"/{one}" for one in EXPERTS))):
+            with contextlib.suppress(UnknownFileError):
+                yield id, run_folder_of(folders, id)
 
 
 def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:

@@ -4,12 +4,15 @@ import { createStore } from "./stores.mjs";
 
 const AT_ONCE = 3;
 const PICTURE = /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl)$/i;
+const VIDEO = /\.(mp4|avi|mov|webm|mkv|flv)$/i;
 const stores = new Map();
 /** Paths of files that were dropped and are neither pictures nor captions, by dataset. */
 export const leftOut = createStore({});
 let lastKey = 0;
 
 export const isPicture = ({ file, path }) => PICTURE.test(path) || file.type.startsWith("image/");
+
+export const isVideo = (path) => VIDEO.test(path);
 
 /** Uploads of a dataset: a store of [{key, name, preview, state: "waiting"|"sending"|"done"|"skipped", reason, file}]. */
 export function uploadsOf(dataset) {
