@@ -28,17 +28,18 @@ from tests.data.test_preflight import add, photo
 
 FOX = ASSETS / "input" / "fox"
 TOKENIZERS: dict[str, Any] = {"clip_l": clip_tokenizer, "clip_g": clip_tokenizer, "clip_h": clip_tokenizer}
-TOKENIZERS |= {"t5xxl": t5_tokenizer} | dict.fromkeys(("qwen3", "qwen3vl", "mistral", "ministral3_3b"), qwen_tokenizer)
+_BYTE_LEVEL = ("qwen25vl", "qwen3", "qwen3vl", "mistral", "ministral3_3b")
+TOKENIZERS |= {"t5xxl": t5_tokenizer} | dict.fromkeys(_BYTE_LEVEL, qwen_tokenizer)
 
 
-def small_umt5_tokenizer() -> Any:
-    """Of a few letters, as the package does not have UMT5's vocabulary."""
+def small_vocabulary() -> Any:
+    """Of a few letters, as the package has the vocabularies of neither."""
     vocabulary = torch.frombuffer(bytearray(spiece_model("unigram")), dtype=torch.uint8)
     source = TokenizerSource(embedded={"spiece_model": vocabulary})
     return spiece_tokenizer(source, beside="spiece.model", rows=64, adds_eos=True)
 
 
-TOKENIZERS["umt5xxl"] = small_umt5_tokenizer
+TOKENIZERS |= dict.fromkeys(("gemma2", "umt5xxl"), small_vocabulary)
 
 
 @pytest.mark.parametrize("folder", [FOX, FOX.with_name("high-contrast")])

@@ -187,7 +187,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another pipeline": (
         lambda f: change(f / "model_index.json", _class_name="HunyuanDiTPipeline"),
-        "{} is a diffusers model of an unsupported architecture; supported are ",
+        "{} is a diffusers model of an unsupported architecture; lorasmith models --known ",
     ),
     "no unet config": (
         lambda f: (f / "unet" / "config.json").unlink(),
@@ -340,14 +340,14 @@ def test_known_but_unsupported_models_are_called_by_name(
     sentence = said(path)
 
     assert sentence.startswith(f"m.safetensors looks like {title}")
-    assert ", which is not supported; supported are " in sentence
+    assert ", which is not supported; lorasmith models --known " in sentence
 
 
 def test_an_unknown_architecture_shows_what_is_in_it(tmp_path: Path) -> None:
     path = save(tmp_path / "m.safetensors", {name: torch.zeros(1) for name in ("layer.b", "layer.a", "z", "y")})
 
     assert said(path).startswith(
-        "m.safetensors is of no supported architecture (its first tensors are layer.a, layer.b, y); supported are "
+        "m.safetensors is of no supported architecture (its first tensors are layer.a, layer.b, y); lorasmith models "
     )
 
 

@@ -187,7 +187,9 @@ def test_what_has_no_plain_weights_is_refused_with_the_remedy(pipe: Any) -> None
 def test_what_cannot_be_trained_is_refused(pipe: Any) -> None:
     from diffusers import DDPMPipeline
 
-    with pytest.raises(ModelError, match=r"\(DDPMPipeline\) is of an unsupported architecture; supported are"):
+    with pytest.raises(
+        ModelError, match=r"\(DDPMPipeline\) is of an unsupported architecture; lorasmith models --known"
+    ):
         load_model(DDPMPipeline(pipe.unet, pipe.scheduler))
     painting = copy.deepcopy(pipe)
     kind = type(painting.unet)

@@ -26,6 +26,8 @@ SETTINGS = options_of(TrainConfig)
 
 OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
+    "app.sweep_results.SweepEntry": "steps that a run has made so far",
+    "report.sweep_page.ApartRun": "steps that a run has made so far",
     "bench.measure.synthetic_samples": "the seed of random inputs",
     "app.drawing.load_with_loras": "LoRAs of pictures",
     "app.drawing.with_loras": "LoRAs of pictures",

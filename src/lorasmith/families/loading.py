@@ -57,6 +57,8 @@ __all__ = [
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
 _LARGEST_SETTING = 65_536
 
+_WHICH_ARE = "lorasmith models --known lists the models that are"
+
 
 class DiffusersPipeline(Protocol):
     """A loaded pipeline of diffusers, whose parts are its attributes."""
@@ -153,16 +155,14 @@ def _recognised(checkpoint: OriginalCheckpoint) -> tuple[Family, Shapes, bool]:
     if (renamed := recognised_by_diffusers_names(shapes)) is not None:
         return *renamed, True
     if (found := looks_like(shapes)) is not None:
-        raise ModelError(
-            f"{checkpoint.path.name} looks like {found}, which is not supported; supported are {_titles()}"
-        )
+        raise ModelError(f"{checkpoint.path.name} looks like {found}, which is not supported; {_WHICH_ARE}")
     if (part := part_title(checkpoint.shapes)) is not None:
         raise ModelError(
             f"{checkpoint.path.name} is {part}, not a denoiser; give it beside the model that it belongs to"
         )
     raise ModelError(
         f"{checkpoint.path.name} is of no supported architecture (its first tensors are "
-        f"{', '.join(sorted(shapes)[:3])}); supported are {_titles()}"
+        f"{', '.join(sorted(shapes)[:3])}); {_WHICH_ARE}"
     )
 
 
@@ -175,7 +175,7 @@ def _family_of(configs: PipelineConfigs, what: str) -> Family:
     for _, family in FAMILIES.items():
         if family.recognises_pipeline(configs):
             return family
-    raise ModelError(f"{what} of an unsupported architecture; supported are {_titles()}")
+    raise ModelError(f"{what} of an unsupported architecture; {_WHICH_ARE}")
 
 
 def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
@@ -442,7 +442,3 @@ def _with_autoencoder(model: Model, path: Path) -> Model:
     latent = model.family.latent_format(model.components.denoiser, vae)
     components = replace(model.components, vae=vae, latent=latent)
     return replace(model, components=components, files={**model.files, "vae": path})
-
-
-def _titles() -> str:
-    return ", ".join(family.title for _, family in FAMILIES.items())

@@ -54,6 +54,7 @@ def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
         UnknownFileError: there is none, or a link leads out of the base folder.
     """
     parent, _, name = id.rpartition("/")
+    names: tuple[str, ...]
     if name in EXPERTS and parent not in PLACES:
         place, _, outer = parent.rpartition("/")
         names = (outer, name)
