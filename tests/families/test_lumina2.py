@@ -10,7 +10,7 @@ import torch
 from original_models import save
 from safetensors.torch import load_file
 from spiece_models import spiece_model
-from tiny_lumina2 import LUMINA2
+from tiny_lumina2 import LUMINA2, lumina2_denoiser, lumina2_names
 from transformer_models import TINY
 
 from lorasmith.core.errors import ModelError
@@ -67,3 +67,13 @@ def test_encoders_of_z_image_and_lumina_are_not_mistaken(files: dict[str, Path],
         load_model(files["transformer"], text_encoders=[image["text_encoder"]])
     with pytest.raises(ModelError, match=r"is the text encoder gemma2, but Z-Image has qwen3"):
         load_model(image["transformer"], text_encoders=[files["text_encoder"]])
+
+
+@pytest.mark.slow
+def test_diffusers_reads_a_file_of_the_released_width(tmp_path: Path) -> None:
+    part = lumina2_denoiser(layers=1, heads=24, kv_heads=8, head=96)
+    part.save_config(tmp_path)
+    theirs = type(part).from_single_file(lumina2_names(part), config=str(tmp_path), local_files_only=True)
+    state = part.state_dict()
+    assert theirs.state_dict().keys() == state.keys()
+    assert [name for name, tensor in theirs.state_dict().items() if not torch.equal(state[name], tensor)] == []

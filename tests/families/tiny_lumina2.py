@@ -7,31 +7,59 @@ from functools import cache
 from typing import Any
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from spiece_models import spiece_model
 from tiny_parts import TinyFamily, kl, kl_names, original_tensors, randomized
 from torch import Tensor, nn
 
-from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
-
-__all__ = ["LUMINA2"]
+__all__ = ["LUMINA2", "lumina2_denoiser", "lumina2_names"]
 
 
-@cache
-def _lumina2() -> dict[str, Any]:
+def lumina2_denoiser(*, layers: int, heads: int, kv_heads: int, head: int) -> Any:
+    """One block of either refiner.
+
+    Args:
+        layers: number of blocks of text and picture together.
+        heads, kv_heads: number of heads of queries, and of keys and values.
+        head: width of a head.
+    """
     from diffusers import Lumina2Transformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
 
     denoiser = Lumina2Transformer2DModel(
-        hidden_size=96,
-        num_layers=2,
+        hidden_size=heads * head,
+        num_layers=layers,
         num_refiner_layers=1,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        axes_dim_rope=(8, 8, 8),
+        num_attention_heads=heads,
+        num_kv_heads=kv_heads,
+        axes_dim_rope=(head // 3,) * 3,
         axes_lens=(1536, 512, 512),
         multiple_of=128,
         cap_feat_dim=32,
     )
+    return randomized(denoiser)
+
+
+def lumina2_names(denoiser: Any) -> dict[str, Tensor]:
+    """The released file has a norm that nothing uses."""
+    return original_tensors("lumina2", denoiser) | {"norm_final.weight": torch.ones(denoiser.config.hidden_size)}
+
+
+def _tokenizer() -> Any:
+    """transformers' tokenizer of the SentencePiece model."""
+    from transformers import GemmaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    model = SentencePieceProcessor(model_proto=spiece_model("bpe"))
+    pieces = {model.id_to_piece(index): index for index in range(model.get_piece_size())}
+    scores = {piece: model.get_score(index) for piece, index in pieces.items()}
+    special = {f"{name}_token": model.id_to_piece(getattr(model, f"{name}_id")()) for name in ("bos", "eos", "unk")}
+    return GemmaTokenizer(pieces, generate_merges(pieces, scores), add_bos_token=True, **special)
+
+
+@cache
+def _lumina2() -> dict[str, Any]:
+    from transformers import Gemma2Config, Gemma2Model
+
     encoder = Gemma2Model(
         Gemma2Config(
             vocab_size=320,
@@ -45,10 +73,10 @@ def _lumina2() -> dict[str, Any]:
         )
     )
     return {
-        "transformer": randomized(denoiser),
+        "transformer": lumina2_denoiser(layers=2, heads=4, kv_heads=2, head=24),
         "vae": randomized(kl(16)),
         "text_encoder": randomized(encoder),
-        "tokenizer": SentencePieceTokenizer(spiece_model("bpe"), adds_bos=True),
+        "tokenizer": _tokenizer(),
     }
 
 
@@ -82,7 +110,7 @@ LUMINA2 = TinyFamily(
     {
         "transformer": (
             "diffusion_models/lumina_2_model_bf16.safetensors",
-            lambda one: original_tensors("lumina2", one) | {"norm_final.weight": torch.ones(96)},
+            lumina2_names,
         ),
         "vae": ("vae/ae.safetensors", kl_names),
         "text_encoder": ("text_encoders/gemma_2_2b_fp16.safetensors", _with_vocabulary),
@@ -92,9 +120,6 @@ LUMINA2 = TinyFamily(
     drawn=_drawn,
     reads_weights=True,
     has_released_widths=True,
-    left_out={
-        "diffusers reads the file": "diffusers' converter has the released widths written into it",
-        "folder": "its pipeline has our tokenizer, which transformers does not save",
-    },
+    left_out={"diffusers reads the file": "diffusers' converter has the released widths written into it"},
     is_slow=True,
 )

@@ -4,8 +4,8 @@
 
 Every kind of LoRA in `lora_cases.py` is saved in every layout, for each family, and loaded by each program. Each cell
 is `applied / modules` as measured, and the relative difference between that program's answer and ours. diffusers reads
-kohya's Flux files at the real width alone, so that Flux and Chroma are loaded there into one block of either kind at
-that width.
+kohya's Flux files and ComfyUI's of Lumina 2 at the real width alone, so that Flux, Chroma and Lumina 2 are loaded there
+into one block of each kind at that width.
 
 The transformers of `TRANSFORMERS` are small, and most without sd-scripts, which has no such models;
 `comfyui_small.py` says what of ComfyUI is set aside for their widths.
@@ -42,7 +42,7 @@ from lorasmith.training.lora_handle import Lora
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-RELEASED_WIDTHS = ("flux1", "chroma")
+RELEASED_WIDTHS = ("flux1", "chroma", "lumina2")
 FAMILIES = ("sd1", "sdxl", "flux1", *TRANSFORMERS)
 # Which loaders can be asked for a layout at all; the others' programs have no way to open it.
 READERS = {"peft": ("ours", "PEFT"), "": ("ours", "diffusers", "LyCORIS", "ComfyUI", "sd-scripts")}

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from text_encoders import WIDTH
 from tiny_chroma import chroma_denoiser, chroma_names
+from tiny_lumina2 import lumina2_denoiser, lumina2_names
 from torch import Tensor
 from trained_models import TRAINED, Trained
 
@@ -41,10 +42,12 @@ __all__ = [
     "inputs",
 ]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma", "wan")
+TRANSFORMERS = (
+    *("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image", "chroma", "wan"),
+)
 """Families whose small models are those of `transformer_models.py`."""
 
-IN_SD_SCRIPTS = ("anima", "sd3", "chroma")
+IN_SD_SCRIPTS = ("anima", "sd3", "lumina2", "chroma")
 """Those of them that sd-scripts has too."""
 
 FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
@@ -55,12 +58,18 @@ CHROMA_WIDE = Trained(
 )
 """The same of Chroma."""
 
+LUMINA2_WIDE = Trained(
+    lambda: lumina2_names(lumina2_denoiser(layers=1, heads=24, kv_heads=8, head=96)), TRAINED["lumina2"].channels, 32
+)
+"""One block of each kind of Lumina 2 at its real width."""
+
 SHAPES: Mapping[str, models.UNetShape | models.FluxShape | Trained] = {
     "sd1": models.SD1_TINY,
     "sdxl": models.SDXL_NARROW,
     "flux1": models.FLUX_TINY,
     "flux1-wide": FLUX_WIDE,
     "chroma-wide": CHROMA_WIDE,
+    "lumina2-wide": LUMINA2_WIDE,
     **{family: TRAINED[family] for family in TRANSFORMERS},
 }
 
@@ -98,6 +107,7 @@ class Case:
 CASES: Mapping[str, Case] = {
     "lora": Case("LoRA", "LoRA"),
     "lora-uneven": Case("LoRA, ranks and alphas differ", "LoRA", uneven=True),
+    "lora-attention": Case("LoRA on attention alone", "LoRA", targets="attention", families=("lumina2",)),
     "lora-te": Case("LoRA on the text encoders too", "LoRA", text_encoders=True, families=("sd1", "sdxl")),
     "lora-all": Case("LoRA on every layer", "LoRA", targets="all"),
     "lora-tucker": Case("LoRA with Tucker cores", "LoRA", targets="all", tucker=True, families=("sd1", "sdxl")),
@@ -107,7 +117,8 @@ CASES: Mapping[str, Case] = {
         targets="all",
         differences=True,
         families=(  # no layer of Flux.2 has a bias
-            *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma", "wan"),
+            *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image"),
+            *("chroma", "wan"),
         ),
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),

@@ -27,6 +27,7 @@ _FAMILIES = {
     "ernie-image": "ERNIE-Image",
     "anima": "Anima",
     "sd3": "Stable Diffusion 3.5",
+    "lumina2": "Lumina 2",
     "qwen-image": "Qwen-Image",
     "chroma": "Chroma",
     "wan": "Wan",
@@ -46,14 +47,14 @@ where the two differ by more than a thousandth, the cell says by how much.
 - *not written*: the layout cannot hold this kind, and saving is refused.
 - *refused*: the program raises an error and applies nothing.
 - A dash: the program has no way to open this layout, or no model of the family. PEFT reads its own folders alone.
-- sd-scripts is its own network (`networks.lora`, `lora_flux`, `lora_sd3`, `lora_anima`); it loads the other algorithms
-  with LyCORIS.
+- sd-scripts is its own network (`networks.lora`, `lora_flux`, `lora_sd3`, `lora_lumina`, `lora_anima`); it loads the
+  other algorithms with LyCORIS.
 - ai-toolkit: original names after `diffusion_model.`, and diffusers' names for Z-Image.
 - Flux and Chroma: fused layers (q, k, v) count as one in kohya's and ComfyUI's names. diffusers reads kohya's names of
-  them at the real width alone and is measured there, on one block of either kind.
+  them, and ComfyUI's of Lumina 2, at the real width alone and is measured there, on one block of each kind.
 - The newer transformers are measured on small models of narrow widths, which ComfyUI is made to accept. Their fused
-  layers count as one as well. Of these, sd-scripts has Stable Diffusion 3.5, Anima and Chroma alone; its sister project
-  musubi-tuner was not measured.
+  layers count as one as well. Of these, sd-scripts has Stable Diffusion 3.5, Anima, Lumina 2 and Chroma alone; its
+  sister project musubi-tuner was not measured.
 
 `lorasmith check` and `lorasmith convert` warn of what is below the full count here.
 """

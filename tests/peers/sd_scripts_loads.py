@@ -4,8 +4,8 @@
         LORA=REFERENCE ...
 
 MODEL is a Stable Diffusion 1.x UNet of a shape that `models.py` lists, which runs in diffusers' UNet that sd-scripts'
-network wraps, a Stable Diffusion XL UNet of any width, Flux.1, Chroma, Stable Diffusion 3 or Anima, which run in
-sd-scripts' own models. Layers of text encoders that a LoRA has something for are counted, and not run. The rest, and
+network wraps, a Stable Diffusion XL UNet of any width, Flux.1, Chroma, Stable Diffusion 3, Lumina 2 or Anima, which run
+in sd-scripts' own models. Layers of text encoders that a LoRA has something for are counted, and not run. The rest, and
 what is printed, is described in `load_report.py`. Needs torch, diffusers and transformers, for the transformers einops,
 for Anima torchvision.
 """
@@ -13,6 +13,7 @@ for Anima torchvision.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import sys
 import tempfile
@@ -45,6 +46,9 @@ def main() -> None:
     elif "joint_blocks.0.context_block.attn.qkv.weight" in tensors:
         network, model, denoise = importlib.import_module("networks.lora_sd3"), _sd3(tensors), _sd3_answer
         family = "sd3"
+    elif "noise_refiner.0.attention.k_norm.weight" in tensors:
+        network, model, denoise = importlib.import_module("networks.lora_lumina"), _lumina(tensors), _lumina_answer
+        family = "lumina2"
     elif "model.diffusion_model.label_emb.0.0.weight" in tensors:
         family, model, denoise = "sdxl", _sdxl(tensors), _sdxl_answer
     else:
@@ -57,13 +61,14 @@ def _loaded(module: Any, family: str, model: nn.Module, denoise: Any, lora: Path
     own = {layer: layer.__dict__.get("forward") for layer in model.modules()}
     without = denoise(model, **inputs)
     weights = load_file(str(lora))
-    encoder: Any = []
-    if any(key.startswith("lora_te") for key in weights):
+    has_text = any(key.startswith("lora_te") for key in weights)
+    encoder: Any = [nn.Module()] if family == "lumina2" else []  # its network asks for one
+    if has_text:
         encoder = [behind_text_model(one) for one in text_encoders(family).values()]
         encoder = encoder if len(encoder) > 1 else encoder[0]  # several have numbers in their names
     network, _ = module.create_network_from_weights(1.0, None, None, encoder, model, weights_sd=weights)
     try:
-        network.apply_to(encoder, model, apply_text_encoder=bool(encoder), apply_unet=True)
+        network.apply_to(encoder, model, apply_text_encoder=has_text, apply_unet=True)
         unexpected = set(network.load_state_dict(weights, strict=False).unexpected_keys)
         output = denoise(model, **inputs)
     finally:
@@ -268,6 +273,36 @@ def _sd3(tensors: dict[str, Tensor]) -> nn.Module:
         if block.x_block.x_block_self_attn:  # sd-scripts takes the number of heads for their width there
             block.x_block.attn2.num_heads = block.x_block.attn2.head_dim
     return model.eval().requires_grad_(False)
+
+
+def _lumina(tensors: dict[str, Tensor]) -> nn.Module:
+    """sd-scripts' Lumina 2 of the sizes that the tensors have."""
+    from library.lumina_models import NextDiT
+
+    width, text = tensors["cap_embedder.1.weight"].shape
+    head = tensors["layers.0.attention.q_norm.weight"].shape[0]
+    model: nn.Module = NextDiT(
+        in_channels=tensors["x_embedder.weight"].shape[1] // 4,
+        dim=width,
+        n_layers=_blocks(tensors, "layers"),
+        n_refiner_layers=_blocks(tensors, "noise_refiner"),
+        n_heads=width // head,
+        n_kv_heads=(tensors["layers.0.attention.qkv.weight"].shape[0] - width) // 2 // head,
+        multiple_of=math.gcd(tensors["layers.0.feed_forward.w1.weight"].shape[0], 256),
+        qk_norm=True,
+        cap_feat_dim=text,
+        axes_dims=[head // 3] * 3,
+        axes_lens=[300, 512, 512],
+    )
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _lumina_answer(model: nn.Module, *, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """Its time is 1 at the picture, to which its prediction points."""
+    output: Tensor = model(x, 1 - timestep, context, torch.ones(context.shape[:2], dtype=torch.long))
+    return -output
 
 
 @torch.no_grad()

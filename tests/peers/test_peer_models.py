@@ -50,6 +50,8 @@ def test_stable_diffusion_3_has_the_published_size(config, positions, dual, size
 
 PUBLISHED_TRANSFORMERS = {
     "qwen-image": (1933, 20_430_401_088),  # total_size in the released folder's index is 40,860,802,176 bytes in bf16
+    # lumina_2_model_bf16.safetensors is 5,219,585,680 bytes: these, an unused norm of 2304 numbers, 42 KB of header.
+    "lumina2": (399, 2_609_769_152),
     "chroma": (643, 8_899_983_424),  # 8.9 billion by its authors
 }
 """Number of tensors in the original layout and of parameters, of models that are made by their class."""

@@ -47,6 +47,7 @@ _DIFFUSERS_TOKENS = 256
 # ComfyUI's and scheduler_config.json's shift.
 _DIFFUSION = Diffusion("flow", FlowSchedule(shift=6.0))
 
+_BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
 _ATTENTION = ("layers.*.attn.to_*",)
 _TARGETS = {
     "attention": TargetPreset(_ATTENTION),
@@ -93,9 +94,10 @@ class Lumina2(Family):
     portable = "ai-toolkit"
     limits = ProgramLimits(
         unknown_to_comfyui=("*",),
-        diffusers_applies={"ai-toolkit": ("layers.*", "noise_refiner.*", "context_refiner.*")},
+        diffusers_applies={"ai-toolkit": tuple(f"{blocks}*" for blocks in _BLOCKS)},
         diffusers_refuses_others=True,
-        sd_scripts_applies=("layers.*", "noise_refiner.*", "context_refiner.*", "norm_out.*"),
+        diffusers_refuses_unknown=True,
+        diffusers_whole_blocks=_BLOCKS,
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS

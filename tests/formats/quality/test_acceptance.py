@@ -10,6 +10,7 @@ from typing import Any
 import lora_cases
 import pytest
 
+from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.formats.quality.acceptance import PROGRAMS, shortfalls
@@ -69,7 +70,10 @@ WITHOUT_TRAINERS = {"ours", "diffusers", "ComfyUI"}
     [
         *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1", "chroma")),
         *((family, EVERYONE - {"sd-scripts"}) for family in ("flux2-klein", "qwen-image")),
-        *((family, WITHOUT_TRAINERS) for family in ("z-image", "krea2", "ernie-image", "anima", "sd3", "wan")),
+        *(
+            (family, WITHOUT_TRAINERS)
+            for family in ("z-image", "krea2", "ernie-image", "anima", "sd3", "lumina2", "wan")
+        ),
     ],
 )
 @pytest.mark.parametrize("case", ["lora", "lora-uneven"])
@@ -87,6 +91,25 @@ def test_a_file_that_is_refused_for_some_layers_is_not_applied_at_all(lora) -> N
     (found,) = shortfalls(one.state, layout_for(PORTABLE, one.names), one.names, is_portable=True)
     assert (found.program, found.is_all) == ("diffusers", True)
     assert found.reason == "it refuses a file with layers that it does not find by such names (patch_embedding)"
+
+
+def test_a_file_that_is_refused_for_a_missing_layer_is_not_applied_at_all(lora) -> None:
+    one = lora("lumina2", "lora-attention")
+    (found,) = (
+        short
+        for short in shortfalls(one.state, layout_for(PORTABLE, one.names), one.names, is_portable=True)
+        if short.program == "diffusers"
+    )
+    assert found.is_all
+    assert found.reason.endswith("every linear layer of a block (layers.0.feed_forward.linear_1 is missing)")
+
+
+@pytest.mark.parametrize(("blocks", "is_read"), [("01", True), ("0", True), ("1", False)])
+def test_whole_blocks_are_counted_from_the_first(lora, blocks: str, is_read: bool) -> None:
+    one = lora("lumina2", "lora")
+    kept = {ref: weights for ref, weights in one.state.adapters.items() if ref.path.split(".")[1] in blocks}
+    found = shortfalls(AdapterState(kept, {}), layout_for(PORTABLE, one.names), one.names, is_portable=True)
+    assert ("diffusers" not in {short.program for short in found}) == is_read
 
 
 def test_programs_are_named_once_for_each_reason(lora) -> None:

@@ -15,6 +15,7 @@ from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, named
 from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
+from lorasmith.formats.names.places import unfusable
 from lorasmith.formats.quality.portable import misread_alphas
 
 __all__ = ["MISREAD_ALPHAS", "PROGRAMS", "Shortfall", "shortfalls"]
@@ -100,6 +101,12 @@ class _Whole:
         """Modules whose adapters have a tensor of this role."""
         return (ref for ref, weights in self.state.adapters.items() if role in weights.tensors)
 
+    def unfused(self) -> list[ModuleRef]:
+        """Modules under diffusers' names, because the layout cannot hold them as rows of a fused layer."""
+        if self.layout is not LAYOUTS["kohya"]:
+            return unfusable(self.state, self.names)
+        return [loss.module for loss in self.layout.losses(self.state, self.names) if not loss.left_out]
+
     def unapplied(self, program: str, also: tuple[str, ...] = ()) -> Iterator[ModuleRef]:
         """Modules that have differences, or more than the tensors of an algorithm that the program knows or `also`."""
         for ref in self.refs():
@@ -129,13 +136,13 @@ def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
             if role in weights.tensors and (role not in form.cores or cores_are_written):
                 found[ref] = lacking
     if lora.layout is LAYOUTS["diffusers"]:
-        unknown = lora.limits.unknown_to_comfyui
         found |= lora.where("it does not know DoRA's magnitudes by PEFT's name", lora.having("dora_scale"))
-        found |= lora.where(
-            "it knows these layers by other names than diffusers'",
-            (ref for ref in lora.refs() if ref.component == DENOISER and matches(ref.path, unknown)),
-        )
-    return found
+    by_diffusers_names = lora.refs() if lora.layout is LAYOUTS["diffusers"] else lora.unfused()
+    unknown = lora.limits.unknown_to_comfyui
+    return found | lora.where(
+        "it knows these layers by other names than diffusers'",
+        (ref for ref in by_diffusers_names if ref.component == DENOISER and matches(ref.path, unknown)),
+    )
 
 
 def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
@@ -173,8 +180,7 @@ def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
     found = lora.where(
         "its own network is LoRA without extras (LyCORIS' network loads the others)", lora.unapplied(SD_SCRIPTS)
     )
-    unfused = (loss.module for loss in lora.layout.losses(lora.state, lora.names) if not loss.left_out)
-    found |= lora.where("it looks for the fused layers", unfused)
+    found |= lora.where("it looks for the fused layers", iter(lora.unfused()))
     return found | lora.where("it trains and loads the blocks' layers alone", lora.outside(applies))
 
 
