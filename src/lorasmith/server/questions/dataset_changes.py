@@ -44,8 +44,8 @@ MOST_IMAGES = 2000
 """Pictures of a dataset that the page fills."""
 
 _NO_VIDEOS = (
-    "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as an "
-    "animated WebP file"
+    "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
+    "an animated WebP file"
 )
 _NAMING = threading.Lock()
 """Held while a free name is found and taken."""
