@@ -41,7 +41,18 @@ __all__ = [
     "inputs",
 ]
 
-TRANSFORMERS = ("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma", "wan")
+TRANSFORMERS = (
+    "z-image",
+    "flux2-klein",
+    "krea2",
+    "ernie-image",
+    "anima",
+    "sd3",
+    "qwen-image",
+    "chroma",
+    "wan",
+    "wan22-5b",
+)
 """Families whose small models are those of `transformer_models.py`."""
 
 IN_SD_SCRIPTS = ("anima", "sd3", "chroma")
@@ -108,6 +119,7 @@ CASES: Mapping[str, Case] = {
         differences=True,
         families=(  # no layer of Flux.2 has a bias
             *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "qwen-image", "chroma", "wan"),
+            "wan22-5b",
         ),
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),
