@@ -51,3 +51,13 @@ def test_what_a_stranger_named_stays_a_literal() -> None:
 def test_the_built_in_model_is_nothing_for_diffusers() -> None:
     found = use(model="lorasmith-tiny", trigger="")
     assert "diffusers" not in found.programs and found.facts["Trigger"].startswith("none")
+
+
+def test_what_pipelines_cannot_load_from_one_file_is_named() -> None:
+    use = use_of(
+        Path("a.safetensors"), trigger="", prompt="a fox", model="wan.safetensors", model_title="", family="wan"
+    )
+    code = use.programs["diffusers"][1]
+    assert "WanPipeline.from_pretrained('the diffusers folder or hub id of wan')" in code
+    assert "export_to_video" in code and "frames[0]" in code
+    ast.parse(code)

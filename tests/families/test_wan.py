@@ -34,6 +34,8 @@ from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.sampling.generate import to_images
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.toolbox.fold import fold_into
+from lorasmith.toolbox.model_files import open_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
@@ -288,6 +290,28 @@ def test_a_diffusers_folder_gives_both_experts(tmp_path: Path) -> None:
     notes = plan_job(high.denoiser, TrainConfig(rank=2)).notes
     assert any(f"--low-noise-model {folder / 'transformer_2'} trains it as well" in one for one in notes)
     experts_of(high.denoiser, low.denoiser)
+
+
+def test_a_lora_is_folded_into_the_expert_that_is_named(wan: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "A14B"
+    pipeline_of_two().save_pretrained(folder)
+    weights = AdapterWeights("lora", {"down": torch.ones(1, 128), "up": torch.ones(128, 1)})
+    layer = "blocks.0.attn1.to_q"
+    save_lora(
+        tmp_path / "low.safetensors",
+        AdapterState({ModuleRef(DENOISER, layer): weights}),
+        wan.names,
+        layout="diffusers",
+        dtype=torch.float32,
+        metadata={},
+    )
+    out = fold_into(
+        open_model(folder / "transformer_2"), [(tmp_path / "low.safetensors", 1.0)], tmp_path / "out"
+    ).output
+    for part, change in (("", 0.0), ("transformer_2", 1.0)):
+        before, after = (load_model(one / part).components.denoiser for one in (folder, out))
+        difference = after.get_parameter(f"{layer}.weight") - before.get_parameter(f"{layer}.weight")
+        torch.testing.assert_close(difference, torch.full_like(difference, change), rtol=0, atol=1e-5)
 
 
 def test_a_diffusers_folder_of_one_has_no_experts(tmp_path: Path) -> None:

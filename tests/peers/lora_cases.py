@@ -44,6 +44,7 @@ __all__ = [
 
 TRANSFORMERS = (
     *("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image", "chroma", "wan"),
+    "wan22-5b",
 )
 """Families whose small models are those of `transformer_models.py`."""
 
@@ -118,7 +119,7 @@ CASES: Mapping[str, Case] = {
         differences=True,
         families=(  # no layer of Flux.2 has a bias
             *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image"),
-            *("chroma", "wan"),
+            *("chroma", "wan", "wan22-5b"),
         ),
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),

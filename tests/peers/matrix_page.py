@@ -31,6 +31,7 @@ _FAMILIES = {
     "qwen-image": "Qwen-Image",
     "chroma": "Chroma",
     "wan": "Wan",
+    "wan22-5b": "Wan 2.2 5B",
 }
 _LOADERS = ("ours", "ComfyUI", "diffusers", "sd-scripts", "LyCORIS", "PEFT")
 _LAYOUTS = ("portable", "kohya", "comfy", "ai-toolkit", "diffusers", "peft")

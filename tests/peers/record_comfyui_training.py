@@ -1,6 +1,6 @@
 """Record what ComfyUI's own Train LoRA computes on a tiny random model: outputs, losses and gradients.
 
-    PYTHONPATH=src:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
+    PYTHONPATH=src:.:tests/peers:tests/families python tests/peers/record_comfyui_training.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --model sd1 --out tests/golden/comfyui_sd1_training.safetensors
 
 and with `--model NAME` likewise for the others of `trained_models.py`. Needs an environment with ComfyUI's
@@ -49,6 +49,7 @@ How ComfyUI 0.33 computes them
     - Lumina 2: as Z-Image, with 6 in place of 3; the network takes 1 − sigma for its time itself.
     - Stable Diffusion 3.5: as Flux, with pooled and without guidance; sigma is 3/(3 + 1/(1 − u) − 1), and the network's
       time 1000·sigma.
+    - Wan and Wan 2.2 5B: as Stable Diffusion 3.5 with 8 in place of 3, and without pooled.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded

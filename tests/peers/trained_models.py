@@ -109,4 +109,5 @@ TRAINED: Mapping[str, Trained] = {
     "chroma": Trained(TINY["chroma"].denoiser_tensors, (16,), 32),
     "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
     "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
+    "wan22-5b": Trained(TINY["wan22-5b"].denoiser_tensors, (48, 2), 32, times=(900.0, 200.0), size=(8, 4)),
 }

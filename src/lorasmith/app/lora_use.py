@@ -69,18 +69,29 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
 
 def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
     """Code to copy. Values are literals, whatever is in them."""
-    pipeline = FAMILIES[family].pipeline if family in FAMILIES else "DiffusionPipeline"
-    is_file = Path(model).suffix in (".safetensors", ".ckpt")
-    name = _name(stem)
-    load = "from_single_file" if is_file and pipeline != "DiffusionPipeline" else "from_pretrained"
+    import diffusers
+
+    found = [one for name, one in FAMILIES.items() if name == family]
+    pipeline = found[0].pipeline if found else "DiffusionPipeline"
+    draws_clips = bool(found) and found[0].draws_clips
+    load, source, name = "from_pretrained", model, _name(stem)
+    if Path(model).suffix in (".safetensors", ".ckpt"):
+        if hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
+            load = "from_single_file"
+        else:
+            source = f"the diffusers folder or hub id of {Path(model).stem}"
+    picture = f"pipeline({prompt!r}).images[0].save('picture.png')"
+    if draws_clips:
+        picture = f"diffusers.utils.export_to_video(pipeline({prompt!r}).frames[0], 'clip.mp4')"
     return "\n".join(
         (
+            *(["import diffusers.utils"] if draws_clips else []),
             f"from diffusers import {pipeline}",
             "",
-            f'pipeline = {pipeline}.{load}({model!r}).to("cuda")',
+            f'pipeline = {pipeline}.{load}({source!r}).to("cuda")',
             f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r}, adapter_name={name!r})",
             f"pipeline.set_adapters([{name!r}], [1.0])",
-            f"pipeline({prompt!r}).images[0].save('picture.png')",
+            picture,
         )
     )
 

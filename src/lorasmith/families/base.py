@@ -388,6 +388,7 @@ class Family(ABC):
         name: registered name, such as `sd1`.
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
+        draws_clips: whether that pipeline's results are clips, not pictures.
         denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
         denoiser_parts: further parts of that pipeline which our denoiser holds, as submodules of the same name.
         modelspec_implementation: `modelspec.implementation`.
@@ -415,6 +416,7 @@ class Family(ABC):
     name: str
     title: str
     pipeline: str
+    draws_clips: bool = False
     denoiser_folder: str
     denoiser_parts: tuple[str, ...] = ()
     modelspec_implementation: str

@@ -46,6 +46,7 @@ from lorasmith.formats.names.model_names import matches
 
 __all__ = [
     "DiffusersPipeline",
+    "expert_in",
     "family_of",
     "load_model",
     "model_of_checkpoint",
@@ -106,7 +107,7 @@ def load_model(
     quieten()
     path = located(source)
     if path.is_dir():
-        model = _model_of_folder(*_expert_in(path), title=path.name if Path(source).is_dir() else str(source))
+        model = _model_of_folder(*expert_in(path), title=path.name if Path(source).is_dir() else str(source))
     else:
         model = model_of_checkpoint(OriginalCheckpoint(path))
     model = with_parts(model, text_encoders=text_encoders, vae=vae)
@@ -229,8 +230,8 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
     )
 
 
-def _expert_in(path: Path) -> tuple[Path, str | None]:
-    """The diffusers folder of a path, and the subfolder of the expert if the path is that."""
+def expert_in(path: Path) -> tuple[Path, str | None]:
+    """The diffusers folder of a path, and the name of the expert's subfolder if the path is that."""
     if pipeline_index(path) is None and pipeline_index(path.parent) is not None:
         family = family_of(path.parent)
         if any(one.folder == path.name for one in family.experts):

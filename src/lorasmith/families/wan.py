@@ -118,6 +118,7 @@ class Wan(Family):
     """
 
     pipeline = "WanPipeline"
+    draws_clips = True
     denoiser_folder = "transformer"
     portable = "ai-toolkit"
     limits = _LIMITS

@@ -28,7 +28,7 @@ from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.packed_weights import scale_name
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
-from lorasmith.families.loading import family_of, model_of_checkpoint
+from lorasmith.families.loading import expert_in, family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.model_names import ModelNames
@@ -112,7 +112,8 @@ def open_model(source: str | os.PathLike[str]) -> ModelFiles:
     """The files of a base model.
 
     Args:
-        source: a single-file checkpoint in the original layout, a diffusers folder, or the name of a built-in model.
+        source: a single-file checkpoint in the original layout, a diffusers folder, the subfolder of an expert in one,
+            or the name of a built-in model.
 
     Raises:
         ModelError: it cannot be found, read or recognised.
@@ -186,9 +187,10 @@ def _compact(rows: Tensor, shape: tuple[int, ...]) -> slice | Tensor | None:
 
 
 def _folder(folder: Path) -> ModelFiles:
+    folder, expert = expert_in(folder)
     family = family_of(folder)
     try:
-        folders = _components(folder, family)
+        folders = _components(folder, family, expert or family.denoiser_folder)
         found = {part: _without_weights(folder, family, list(names)) for part, names in folders.items()}
     except LorasmithError:
         raise
@@ -217,12 +219,18 @@ def _folder(folder: Path) -> ModelFiles:
     return ModelFiles(folder, family, names, _modules(parts), places)
 
 
-def _components(folder: Path, family: Family) -> dict[str, dict[str, str]]:
-    """The parts of a diffusers folder that LoRAs are for: component → subfolder → prefix of its tensors' names."""
-    for name in (family.denoiser_folder, *family.denoiser_parts):
+def _components(folder: Path, family: Family, main: str) -> dict[str, dict[str, str]]:
+    """The parts of a diffusers folder that LoRAs are for: component → subfolder → prefix of its tensors' names.
+
+    Args:
+        folder: of the model.
+        family: its architecture.
+        main: subfolder of the denoiser.
+    """
+    for name in (main, *family.denoiser_parts):
         if not (folder / name / "config.json").is_file():
             raise ModelError(f"{folder} must hold a folder {name} but does not; it is incomplete")
-    denoiser = {family.denoiser_folder: "", **{name: f"{name}." for name in family.denoiser_parts}}
+    denoiser = {main: "", **{name: f"{name}." for name in family.denoiser_parts}}
     encoders = sorted(path.parent.name for path in folder.glob("text_encoder*/config.json"))
     return {DENOISER: denoiser, **{name: {name: ""} for name in encoders}}
 

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write
 from models import weight
 from safetensors.torch import save_file
+from spiece_models import spiece_model
 from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import packed_layers
@@ -135,6 +136,25 @@ def test_t5_encodes_as_the_plain_file(tmp_path: Path, architecture: str) -> None
             states.append(encode_t5("a (red:1.3) fox", loaded.tokenizers[component], encoder, min_tokens=16))
     assert states[0].shape == (1, 16, 64)
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-4)
+
+
+def test_umt5_encodes_as_the_plain_file_with_the_vocabulary_beside_it(tmp_path: Path) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    tensors = random_tensors(UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu")))
+    del tensors["encoder.embed_tokens.weight"]
+    meant = write_converted(tmp_path / "umt5.gguf", tensors, "t5encoder")
+    save_file({name: one.contiguous() for name, one in meant.items()}, tmp_path / "plain.safetensors")
+    with pytest.raises(ModelError, match=r"umt5\.gguf needs a vocabulary, .*; put spiece\.model beside it"):
+        load_text_encoder([tmp_path / "umt5.gguf"], "wan")
+    (tmp_path / "spiece.model").write_bytes(spiece_model("unigram"))
+    found, plain = (
+        load_text_encoder([tmp_path / name], "wan").encode("a (red:1.3) fox").tensors["context"]
+        for name in ("umt5.gguf", "plain.safetensors")
+    )
+    assert found.shape == (1, 512, 64) and found.abs().sum() > 0
+    assert (found - plain).norm() < 0.02 * plain.norm(), "but for products in half precision"
 
 
 def test_decoders_are_left_out() -> None:

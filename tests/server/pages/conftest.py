@@ -138,7 +138,7 @@ def _is_wrong(message: Any) -> bool:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three photos, two captions, a broken picture and a file that is none."""
+    """A folder with three photos, two captions, a broken picture, a video and a file that is none of these."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("photos") / "My Dög"
@@ -149,4 +149,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "dog 1.txt").write_text("a dog <img src=x onerror=\"document.title='harmed'\">")
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "notes.pdf").write_bytes(b"%PDF")
+    (folder / "sea.mp4").write_bytes(b"video")
     return folder

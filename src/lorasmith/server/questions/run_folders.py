@@ -53,13 +53,11 @@ def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
     Raises:
         UnknownFileError: there is none, or a link leads out of the base folder.
     """
-    parent, _, name = id.rpartition("/")
-    names: tuple[str, ...]
-    if name in EXPERTS and parent not in PLACES:
-        place, _, outer = parent.rpartition("/")
+    place, _, name = id.rpartition("/")
+    names: tuple[str, ...] = (name,)
+    if name in EXPERTS and place not in PLACES:
+        place, _, outer = place.rpartition("/")
         names = (outer, name)
-    else:
-        place, names = parent, (name,)
     folder = folders.base.joinpath(place, *names)
     if place in PLACES and all(map(is_name, names)):
         base = folders.base.resolve()
