@@ -195,6 +195,7 @@ def test_every_kind_of_adapter_can_be_estimated(sd1: Path, settings: dict[str, A
     assert estimated(sd1, config(**settings), resolution=64).trained_bytes > 0
 
 
+@pytest.mark.slow
 def test_networks_that_disable_autocast_are_counted_as_others(sd1: Path) -> None:
     model, plain = load_model(sd1), load_model(sd1)
     first: Any = model.components.denoiser.conv_in

@@ -164,6 +164,7 @@ def test_a_model_is_named_as_it_is_in_the_folders(lorasmith: Command, models: Pa
     assert "on *.to_q" in ran.out
 
 
+@pytest.mark.slow
 def test_known_families_are_listed_with_their_files(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     ran = lorasmith("models", "--known")

@@ -176,6 +176,7 @@ DEV = TinyFamily(
     },
     conditioning=_conditioning,
     call=_call,
+    is_slow=True,  # klein is heavier, and has the same blocks
     unlearnt=0.5,  # 64 of 128 channels
     drawn=_drawn_with_guidance,
     left_out={
