@@ -73,8 +73,11 @@ def trained(
 
 
 def weights(result: TrainResult) -> dict[str, Tensor]:
-    adapters = result.lora.state.adapters.items()
-    return {f"{ref.path} {role}": tensor for ref, one in adapters for role, tensor in one.tensors.items()}
+    state = result.lora.state
+    parts = [(ref, one.tensors) for ref, one in state.adapters.items()] + list(state.differences.items())
+    found = {f"{ref.path} {role}": tensor for ref, tensors in parts for role, tensor in tensors.items()}
+    assert found
+    return found
 
 
 def assert_alike(one: TrainResult, other: TrainResult, tolerance: float = 1e-4) -> None:
