@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lorasmith.cli.console import output_silenced
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.core.launch_environment import launched_process
+from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
 __all__ = ["started_on_gpus", "together"]
 
@@ -50,7 +50,7 @@ def started_on_gpus(gpus: str | None) -> bool:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     numbers = _numbers(gpus, torch.cuda.device_count())
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, numbers))
+    os.environ[VISIBLE_GPUS] = ",".join(map(gpu_variable, numbers))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

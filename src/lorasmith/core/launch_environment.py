@@ -32,6 +32,7 @@ class LaunchedProcess:
         rank, size, local_rank: as in `core.processes.Processes`.
         host, port: where the first process is reached.
         restarts: how often an elastic agent has started the processes again.
+        is_elastic: whether such an agent keeps the store where they meet.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class LaunchedProcess:
     host: str
     port: int
     restarts: int = 0
+    is_elastic: bool = False
 
     @property
     def attempt(self) -> str:
@@ -54,7 +56,7 @@ class LaunchedProcess:
     @property
     def meeting_point(self) -> str:
         """torch's URL of it; that of the environment where an elastic agent keeps the store."""
-        return "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://{self.address}"
+        return "env://" if self.is_elastic else f"tcp://{self.address}"
 
 
 def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
@@ -71,6 +73,7 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
             host=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
             restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", default="0"),
+            is_elastic="TORCHELASTIC_RUN_ID" in environment,
         )
     # sbatch sets some of these too; only srun gives a process its number on its node.
     if "SLURM_LOCALID" in environment and _number(environment, "SLURM_NTASKS", default="1") > 1:
