@@ -128,7 +128,7 @@ def prepare(
         settings,
         folder=folder,
         model=base,
-        batch=config.batch_size * config.grad_accumulation_steps,
+        batch=config.samples_per_step,
         validation_share=config.validation_share if judged is None else 0.0,
     )
     on_event(ImagesChecked(check=check))

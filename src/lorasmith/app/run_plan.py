@@ -96,7 +96,7 @@ class RunPlan:
     @property
     def samples(self) -> int:
         """Number of samples in all steps."""
-        return self.config.steps * self.config.batch_size * self.config.grad_accumulation_steps
+        return self.config.steps * self.config.samples_per_step
 
     @property
     def samples_per_epoch(self) -> int:

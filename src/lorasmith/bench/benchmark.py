@@ -98,7 +98,7 @@ def measured(
         plan=plan,
         step=steady.seconds,
         waited=steady.waited,
-        images=config.batch_size * config.grad_accumulation_steps,
+        images=config.samples_per_step,
         parts=parts,
         counts=counts,
         profile=profile,

@@ -65,7 +65,7 @@ def bench(
         base = load_model(in_folders(model, folders_of(base_dir, extra_model_paths), MODEL_FOLDERS))
         side = latent_side(base, resolution)
         job = plan_job(base.denoiser, config, place)
-        samples = synthetic_samples(base, config.batch_size * config.grad_accumulation_steps, side, side)
+        samples = synthetic_samples(base, config.samples_per_step, side, side)
         found = measured(
             job,
             samples,

@@ -78,7 +78,7 @@ def check(
             config,
             files=None if model is None else ModelFiles(model, tuple(text_encoder or ()), vae),
             folders=folders_of(base_dir, extra_model_paths),
-            batch=training.batch_size * training.grad_accumulation_steps,
+            batch=training.samples_per_step,
             validation_share=training.validation_share,
             progress=progress,
         )

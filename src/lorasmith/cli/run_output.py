@@ -36,6 +36,7 @@ from lorasmith.cli.console import (
 )
 from lorasmith.cli.data_output import print_findings
 from lorasmith.report.loss_plot import recent_loss
+from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import (
     CaptionEncoded,
     CaptionsPlanned,
@@ -393,7 +394,7 @@ def _print_plan(plan: RunPlan) -> None:
 def _noise_text(config: TrainConfig) -> str:
     """The range of noise levels, if it is not the whole."""
     low, high = config.min_noise or 0.0, 1.0 if config.max_noise is None else config.max_noise
-    return "" if (low, high) == (0.0, 1.0) else f" from {low:g} to {high:g}"
+    return "" if (low, high) == WHOLE_RANGE else f" from {low:g} to {high:g}"
 
 
 def _counts(plan: RunPlan) -> Iterator[tuple[int, str]]:

@@ -40,7 +40,7 @@ from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import parse_weights
 from lorasmith.families.parts.t5_encoders import t5_tokens
 from lorasmith.families.parts.tokenizers import t5_tokenizer
-from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
+from lorasmith.families.parts.wan_vae import wan_latents
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
@@ -172,8 +172,7 @@ class Anima(Family):
         return {path: OriginalName(_original(path)) for path in module_paths(denoiser)}
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        scale = tuple(1 / deviation for deviation in LATENT_STD)
-        return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
+        return wan_latents()
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

@@ -34,7 +34,7 @@ from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_STD
+from lorasmith.families.parts.wan_vae import wan_latents
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
@@ -158,8 +158,7 @@ class Krea2(Family):
         return {path: _original(path) for path in module_paths(denoiser)}
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        scale = tuple(1 / deviation for deviation in LATENT_STD)
-        return LatentFormat(len(LATENT_MEAN), 8, scale=scale, shift=LATENT_MEAN, frames=True)
+        return wan_latents()
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

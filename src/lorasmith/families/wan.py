@@ -35,7 +35,7 @@ from lorasmith.families.base import (
 from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.parts.umt5_encoders import encode_umt5
-from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22
+from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
@@ -226,9 +226,7 @@ class Wan(Family):
         return {path: _original(path) for path in module_paths(denoiser)}
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        mean, deviation = self._constants
-        scale = tuple(1 / one for one in deviation)
-        return LatentFormat(len(mean), self._downscale, scale, shift=mean, frames=True, time_downscale=4)
+        return wan_latents(*self._constants, downscale=self._downscale, time_downscale=4)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

@@ -195,7 +195,7 @@ def measure(
     config = settings_from_file(own)
     side = latent_side(base, settings.get("resolution"))
     job = plan_job(base.denoiser, config, device)
-    samples = synthetic_samples(base, config.batch_size * config.grad_accumulation_steps, side, side)
+    samples = synthetic_samples(base, config.samples_per_step, side, side)
 
     def begin(stage: str) -> None:
         if cancelled():

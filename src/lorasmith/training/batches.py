@@ -106,7 +106,7 @@ class BatchMaker:
     @property
     def per_step(self) -> int:
         """Draws per step."""
-        return self.config.batch_size * self.config.grad_accumulation_steps
+        return self.config.samples_per_step
 
     def index(self, draw: int) -> int:
         """Dataset index of a global draw index."""
@@ -197,8 +197,11 @@ def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
         processes: how many there are.
     """
     found: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
     for place in sorted(range(len(costs)), key=lambda one: -costs[one]):
-        min(found, key=lambda one: (sum(costs[each] for each in one), len(one))).append(place)
+        least = min(range(processes), key=lambda one: (loads[one], len(found[one])))
+        found[least].append(place)
+        loads[least] += costs[place]
     return [sorted(one) for one in found]
 
 

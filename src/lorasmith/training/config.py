@@ -552,6 +552,11 @@ class TrainConfig:
         """Whether a setting has its default value."""
         return bool(getattr(self, name) == options_of(type(self))[name].default)
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an update, over all of its batches and processes."""
+        return self.batch_size * self.grad_accumulation_steps
+
     def _check_variants(self) -> None:
         for name in sorted(frozenset().union(*(facts.variants for facts in ALGORITHMS.values()))):
             if name not in ALGORITHMS[self.algorithm].variants and not self.is_default(name):

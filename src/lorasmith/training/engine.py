@@ -218,7 +218,7 @@ class Engine:
         """
         flat, sums = self.flat, self._sums
         flat.zero()
-        per_step = self.per_step if sums else sum(len(batch.names) for batch in batches)
+        per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
         losses = []
         first = None
         for index, batch in enumerate(batches):
@@ -238,11 +238,6 @@ class Engine:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
 
-    @property
-    def per_step(self) -> int:
-        """Samples of a step, over all processes."""
-        return self.config.batch_size * self.config.grad_accumulation_steps
-
     def summed(self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Sum the gradient over all processes, each of which calls this once in every step.
 
@@ -258,17 +253,18 @@ class Engine:
         if sums is None:
             assert own is not None
             return own
-        told = torch.zeros(self.per_step + 1, device=self.runtime.device)
+        per_step = self.config.samples_per_step
+        shared = torch.zeros(per_step + 1, device=self.runtime.device)  # losses, and the norm
         sums.finish()
         if own is not None:
             losses, first = own
-            told[[draw % self.per_step for batch in batches for draw in batch.draws]] = losses
+            shared[[draw % per_step for batch in batches for draw in batch.draws]] = losses
             if processes.is_first:
-                told[-1] = sums.own_norm if len(batches) == 1 else first
-        processes.summing(told)()
-        return told[:-1], told[-1]
+                shared[-1] = sums.own_norm if len(batches) == 1 else first
+        processes.summing(shared)()
+        return shared[:-1], shared[-1]
 
-    def check_alike(self) -> None:
+    def check_same_weights(self) -> None:
         """Raise TrainingError if the weights of the processes differ in any bit."""
         processes = self.runtime.processes
         if processes.size == 1:

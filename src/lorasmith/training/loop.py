@@ -291,8 +291,8 @@ class Loop:
         if processes.size == 1:
             return own, fault
         gradient = engine.summed(batches, own)
-        told = [isinstance(fault, OutOfMemory), isinstance(fault, CompileFailed), self._cancelled()]
-        full, uncompiled, cancelled = processes.summed(told)
+        flags = [isinstance(fault, OutOfMemory), isinstance(fault, CompileFailed), self._cancelled()]
+        full, uncompiled, cancelled = processes.summed(flags)
         self._is_cancelled = cancelled > 0
         elsewhere = "in another process"
         if full:
@@ -309,7 +309,7 @@ class Loop:
         if due or is_snapshot_due:
             self._collect(wait=True)
         if is_snapshot_due:
-            self.engine.check_alike()
+            self.engine.check_same_weights()
             self._recovery.good = self._snapshot()
         for watcher in due:
             if not watcher.needs_bare_model:

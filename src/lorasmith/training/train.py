@@ -140,7 +140,7 @@ def _opened(record: RunRecord, options: RunOptions) -> Iterator[tuple[RunFolder,
 def _check_together(job: Job, record: RunRecord) -> None:
     """Raise an error if the processes of a run cannot train it together."""
     processes, config = job.runtime.processes, job.config
-    per_step = config.batch_size * config.grad_accumulation_steps
+    per_step = config.samples_per_step
     if per_step < processes.size:
         raise OptionError(
             f"batch_size × grad_accumulation_steps must be at least the number of processes, {processes.size}, got "
@@ -267,7 +267,7 @@ class _Run:
     def _captions(self) -> contextlib.AbstractContextManager[None]:
         """The captions that the run draws are encoded, or their encoder is at hand."""
         config, first = self._job.config, self._job.runtime.first_step
-        per_step = config.batch_size * config.grad_accumulation_steps
+        per_step = config.samples_per_step
         return captions_ready(
             self._parts.training,
             range(first * per_step, (first + config.steps) * per_step),

@@ -21,6 +21,7 @@ from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.timesteps import quantile_range
 from lorasmith.families.model import Denoiser
+from lorasmith.training.config import WHOLE_RANGE
 
 __all__ = ["Validator"]
 
@@ -58,7 +59,7 @@ class Validator:
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes = ALONE,
-        noise_range: tuple[float, float] = (0.0, 1.0),
+        noise_range: tuple[float, float] = WHOLE_RANGE,
     ) -> None:
         self._denoiser = denoiser
         self._samples = list({id(sample): sample for sample in samples}.values())

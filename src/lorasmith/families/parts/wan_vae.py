@@ -19,7 +19,15 @@ from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts.autoencoders import AUTOENCODERS, AutoencoderKind
 
-__all__ = ["LATENT_MEAN", "LATENT_MEAN_22", "LATENT_STD", "LATENT_STD_22", "Wan22Autoencoder", "WanAutoencoder"]
+__all__ = [
+    "LATENT_MEAN",
+    "LATENT_MEAN_22",
+    "LATENT_STD",
+    "LATENT_STD_22",
+    "Wan22Autoencoder",
+    "WanAutoencoder",
+    "wan_latents",
+]
 
 # fmt: off
 LATENT_MEAN = (
@@ -47,6 +55,25 @@ LATENT_STD_22 = (
     0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
 # fmt: on
+
+
+def wan_latents(
+    mean: tuple[float, ...] = LATENT_MEAN,
+    deviation: tuple[float, ...] = LATENT_STD,
+    *,
+    downscale: int = 8,
+    time_downscale: int = 0,
+) -> LatentFormat:
+    """The format in which denoisers take these latents: each channel with mean 0 and deviation 1.
+
+    Args:
+        mean, deviation: by channel; those of Wan 2.1 by default.
+        downscale: pixels per latent.
+        time_downscale: frames per latent after the first; 0 for models of pictures.
+    """
+    scale = tuple(1 / one for one in deviation)
+    return LatentFormat(len(mean), downscale, scale, shift=mean, frames=True, time_downscale=time_downscale)
+
 
 _ORIGINAL, _DIFFUSERS = "decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"
 _DEEPER = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # Wan 2.2's

@@ -73,7 +73,7 @@ def check_dataset(
             data,
             files=None if model is None else ModelFiles(model),
             folders=folders,
-            batch=training.batch_size * training.grad_accumulation_steps,
+            batch=training.samples_per_step,
             validation_share=training.validation_share,
         )
     except DataError as error:

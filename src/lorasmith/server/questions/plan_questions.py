@@ -69,7 +69,7 @@ def plan(
     data, config = checked_settings(folders, settings or {}, trigger)
     files = ModelFiles(known_model(folders, model))
     scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive)
-    batch = config.batch_size * config.grad_accumulation_steps
+    batch = config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
     found = _estimate(folders, files, config, data.resolution, card_bytes)
     proposal = found.proposal

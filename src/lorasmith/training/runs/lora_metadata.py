@@ -67,7 +67,7 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
     version = base.family.kohya_version(job.denoiser.diffusion.parameterization)
     algorithm, arguments = config.algorithm.lower(), _lycoris_arguments(config)
     is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
-    per_step = config.batch_size * config.grad_accumulation_steps
+    per_step = config.samples_per_step
     epochs = -(-(steps - job.steps_before) * per_step // len(data))
     images, of_class = (len({one.name for one in data.samples if one.is_class is wanted}) for wanted in (False, True))
     tags = _tags(data)
