@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from lever_cases import resolved
 from torch import Tensor
 
+from lorasmith.core.processes import Processes
 from lorasmith.core.random import keyed_normal
-from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.diffusion.timesteps import quantile_map, uniform_numbers
 from lorasmith.families.base import collate
@@ -198,3 +199,21 @@ def test_a_batch_that_cannot_be_made_is_the_runs_error(dataset: EncodedDataset, 
 
 def threads() -> list[str]:
     return [one.name for one in threading.enumerate() if one.name.startswith("lorasmith-batches")]
+
+
+class OneOfTwo(Processes):
+    rank, size = 1, 2
+
+
+def test_a_process_draws_only_captions_of_its_share(
+    mixed: EncodedDataset, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = maker(mixed, tiny)
+    together = replace(alone, runtime=replace(alone.runtime, processes=OneOfTwo()))
+    drawn, original = [], Sample.drawn
+    monkeypatch.setattr(Sample, "drawn", lambda one, seed, draw: (drawn.append(draw), original(one, seed, draw))[1])
+    batches, facts = together.step(1), together.drawn(1)
+    share = [draw for batch in batches for draw in batch.draws]
+    assert sorted(drawn) == sorted(share) and len(share) == 2
+    whole = {fact for batch in alone.step(1) for fact in zip(batch.names, batch.indices, batch.quantiles, strict=True)}
+    assert set(facts or ()) == whole

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
+from lorasmith.core.processes import Processes
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.training import captions_ahead
@@ -160,3 +161,31 @@ def load_changed(tiny: Model, part: str) -> Model:
     with torch.no_grad():
         next(iter(module.parameters())).flatten()[0] += 0.01
     return replace(tiny, components=components)
+
+
+class OneOfThree(Processes):
+    rank, size = 1, 3
+
+    def __init__(self) -> None:
+        self.meetings: list[int] = []
+        self.encoded = lambda: 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.meetings.append(self.encoded())
+        return [value] * self.size
+
+
+def test_several_processes_encode_a_share_each_before_they_meet(
+    tiny: Model, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, together = load_dataset(folder, tiny, **VARIED, cache=False), OneOfThree()
+    assert data.captions is not None
+    before = data.captions.encoded
+    together.encoded = lambda: data.captions.encoded - before  # type: ignore[union-attr]
+    monkeypatch.setattr(captions_ahead, "current", lambda: together)
+    with captions_ahead.captions_ready(
+        data, range(12), seed=0, on_event=lambda event: None, progress=lambda done, total: None
+    ):
+        pass
+    (share,) = together.meetings
+    assert 0 < share < together.encoded() and abs(3 * share - together.encoded()) <= 3

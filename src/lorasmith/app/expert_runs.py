@@ -38,8 +38,8 @@ from lorasmith.training.train import TrainResult
 __all__ = ["ExpertRuns"]
 
 
-class _CompleteError(Exception):
-    """The run of an expert is complete in its folder."""
+class _CompleteError(LorasmithError):
+    """The run of an expert is complete in its folder; of several processes, all are told."""
 
 
 class ExpertRuns:

@@ -444,7 +444,8 @@ def stoppable(*, at_once: bool = False) -> Iterator[StopRequest]:
         stop.set()
         echo("Stopping after this step and saving the result. Press Ctrl-C again to stop at once.")
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()  # others, as in a worker of Ray Train, get none
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
         yield stop
     except KeyboardInterrupt as interrupted:  # typer would exit silently

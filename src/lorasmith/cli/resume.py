@@ -9,6 +9,7 @@ import typer
 
 from lorasmith.cli.flags import AllowOptimizer, AsRecorded, DataNow, ModelNow, TextEncodersNow, TrackNow, VaeNow, Verify
 from lorasmith.cli.run_output import preparation_shown, train_and_report
+from lorasmith.cli.together import together
 
 __all__ = ["register"]
 
@@ -47,16 +48,17 @@ def resume(
     from lorasmith.app.resume import prepare_again
 
     rights = Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track)
-    with preparation_shown() as show:
-        prepared = prepare_again(
-            run,
-            rights=rights,
-            model=model,
-            text_encoders=text_encoder or (),
-            vae=vae,
-            data=data,
-            device=device,
-            steps=steps,
-            on_event=show,
-        )
-    train_and_report(prepared, output=run if steps is None else None, verify=verify)
+    with together():
+        with preparation_shown() as show:
+            prepared = prepare_again(
+                run,
+                rights=rights,
+                model=model,
+                text_encoders=text_encoder or (),
+                vae=vae,
+                data=data,
+                device=device,
+                steps=steps,
+                on_event=show,
+            )
+        train_and_report(prepared, output=run if steps is None else None, verify=verify)

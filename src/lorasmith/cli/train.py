@@ -28,7 +28,6 @@ from lorasmith.cli.run_output import preparation_shown, train_and_report, train_
 from lorasmith.cli.together import started_on_gpus, together
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.launch_environment import launched_process
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
@@ -42,11 +41,6 @@ _FIRST = (
     "no_previews", "config",
 )  # fmt: skip
 """The options that `--help` shows."""
-
-_IN_ONE_PROCESS = (
-    "--low-noise-model must be trained in one process, but several are asked for; train each of the two models with a "
-    "command of its own"
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -111,8 +105,6 @@ def train(
     and saves the LoRA with a report in the folder of the run. Ctrl-C stops and saves; the same command resumes. A
     finished run in --output trains on if --steps are more.
     """
-    if low_noise_model is not None and gpus is not None:
-        raise OptionError(_IN_ONE_PROCESS)
     if started_on_gpus(gpus):
         return
     from lorasmith.app.folder_run import prepare
@@ -143,30 +135,21 @@ def train(
     if given.model is None:
         raise OptionError(_which_models(folders))
     source = given.source(given.model)
+    output_path = None if given.output is None else Path(given.output)
+    train_config = given.train_config(typed.settings)
     if given.low_noise_model is not None:
-        if launched_process() is not None:
-            raise OptionError(_IN_ONE_PROCESS)
         from lorasmith.app.expert_runs import ExpertRuns
 
-        runs = ExpertRuns(
-            source,
-            given.low_noise_model,
-            given.train_config(typed.settings),
-            output=None if given.output is None else Path(given.output),
-            folders=folders,
-            fresh=fresh,
-        )
-        train_experts_and_report(runs, verify=verify)
+        runs = ExpertRuns(source, given.low_noise_model, train_config, output=output_path, folders=folders, fresh=fresh)
+        with together():
+            train_experts_and_report(runs, verify=verify)
         return
-    if given.output is not None:  # refused before the model is loaded
-        output_folder(Path(given.output), source.name)
-    train_config = given.train_config(typed.settings)
+    if output_path is not None:  # refused before the model is loaded
+        output_folder(output_path, source.name)
     with together():
         with preparation_shown() as show:
             prepared = prepare(source, train_config, folders=folders, on_event=show)
-        train_and_report(
-            prepared, output=None if given.output is None else Path(given.output), fresh=fresh, verify=verify
-        )
+        train_and_report(prepared, output=output_path, fresh=fresh, verify=verify)
 
 
 def _which_models(folders: Folders) -> str:

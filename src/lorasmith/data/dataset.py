@@ -114,6 +114,14 @@ class Sample:
         conditioning = variants.sized(variants.encoded[variants.caption(seed, draw)], picture.size)
         return self._with(picture, conditioning)
 
+    def latents_drawn(self, seed: int, draw: int) -> Tensor:
+        """The latents of a draw; its caption, which may have to be encoded, is left alone.
+
+        Args:
+            seed, draw: as for `drawn`.
+        """
+        return self.latents if self.variants is None else self.variants.picture(seed, draw).latents
+
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures; all of them have the plain caption."""
         if (variants := self.variants) is None:

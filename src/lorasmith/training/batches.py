@@ -122,10 +122,10 @@ class BatchMaker:
             return None
         found = []
         for draw in range(step * self.per_step, (step + 1) * self.per_step):
-            sample = self.sample(draw)
+            height, width = self._latents(draw).shape[-2:]
             uniform = uniform_numbers([draw], seed=self.config.seed, stratified=self.config.stratified)
-            quantile = self.quantiles(uniform, (sample.latents.shape[-2], sample.latents.shape[-1]))
-            found.append((sample.name, self.index(draw), float(quantile)))
+            index = self.index(draw)
+            found.append((self.samples[index].name, index, float(self.quantiles(uniform, (height, width)))))
         return found
 
     def step(self, step: int) -> list[Batch]:
@@ -133,7 +133,7 @@ class BatchMaker:
         draws: Sequence[int] = range(step * self.per_step, (step + 1) * self.per_step)
         processes = self.runtime.processes
         if processes.size > 1:
-            sizes = [self.sample(draw).latents.numel() for draw in draws]
+            sizes = [self._latents(draw).numel() for draw in draws]
             draws = [draws[place] for place in shares(sizes, processes.size)[processes.rank]]
         size = self.runtime.micro_batch
         batches = []
@@ -144,6 +144,9 @@ class BatchMaker:
                 groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), {})[draw] = sample
             batches += [self._batch(group) for group in groups.values()]
         return batches
+
+    def _latents(self, draw: int) -> Tensor:
+        return self.samples[self.index(draw)].latents_drawn(self.config.seed, draw)
 
     def _kind(self, conditioning: Conditioning) -> object:
         """Key that conditionings of one batch share: tensors and shapes, except the context's length."""

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from lorasmith.core.processes import current
 from lorasmith.core.sizes import memory_text
 from lorasmith.data.dataset import EncodedDataset, Sample, Variants
 from lorasmith.training.batches import sample_index
@@ -41,6 +42,10 @@ def captions_ready(
             many = "1 variant of a caption is" if len(missing) == 1 else f"{len(missing):,} variants of captions are"
             message = f"{many} encoded before training ({memory_text(needed)})."
             on_event(CaptionsPlanned(captions=len(missing), needed_bytes=needed, message=message))
+            processes = current()
+            if processes.size > 1:  # each encodes a share into the cache, and reads the rest there
+                captions.encode_ahead(missing[processes.rank :: processes.size], progress)
+                processes.gathered(None)
             captions.encode_ahead(missing, progress)
         yield
         return

@@ -303,7 +303,8 @@ class Loop:
 
     def _between(self) -> list[Watcher]:
         """Run the due watchers; returns those that need the bare model. Raises Diverged."""
-        self._collect()
+        # Several processes learn of a step that diverged after the same step, whenever its numbers get to each host.
+        self._collect(wait=self.engine.runtime.processes.size > 1)
         due = [watcher for watcher in self._watchers if watcher.due(self)]
         is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0
         if due or is_snapshot_due:

@@ -12,6 +12,7 @@ import torch
 from lever_cases import planned
 from test_engine import assert_same, tensors
 
+from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine
@@ -102,3 +103,25 @@ def test_the_budget_counts_what_is_taken_already() -> None:
     assert free > 0
     assert free_memory(cpu, 1 << 50) == pytest.approx(free, rel=0.2)
     assert free_memory(cpu, 1 << 20) < 0  # the program itself takes more
+
+
+class LastOfFour(Processes):
+    rank, size = 3, 4
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "measured"), [(1, 4, 1), (2, 4, 2), (4, 1, 1), (8, 1, 2)])
+def test_one_of_several_processes_measures_a_batch_of_its_share(
+    tiny: Model,
+    dataset: EncodedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    accumulation: int,
+    measured: int,
+) -> None:
+    job = planned(tiny, batch_size=batch_size, grad_accumulation_steps=accumulation)
+    sizes: list[int] = []
+    join = tiny.family.join
+    monkeypatch.setattr(type(tiny.family), "join", lambda self, given: (sizes.append(len(given)), join(given))[1])
+    runtime = replace(job.runtime, processes=LastOfFour())
+    memory_plan.measured_plans(tiny.denoiser, dataset.samples, job.config, runtime, 0)
+    assert sizes == [measured]

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.choices import Activations
+from lorasmith.core.processes import ALONE
 from lorasmith.core.sizes import memory_text
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
@@ -126,8 +127,10 @@ def measured_plans(
         within: the context of forward passes, such as one of tensors without memory.
     """
     largest = max((one for sample in samples for one in sample.sizes()), key=lambda sample: sample.latents.numel())
-    one_batch = replace(config, grad_accumulation_steps=1)
-    batch = batch_maker(denoiser, [largest], one_batch, runtime).step(0)[0]
+    # Of a step's samples, each of several processes has its share, in batches of at most the batch size.
+    share = -(-config.samples_per_step // runtime.processes.size)
+    one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)
+    batch = batch_maker(denoiser, [largest], one_batch, replace(runtime, processes=ALONE)).step(0)[0]
     noised = batch.noised.to(runtime.dtype)
 
     def run() -> Tensor:
