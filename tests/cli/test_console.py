@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,3 +293,17 @@ def test_colours_that_are_forced_make_no_terminal_of_a_file(
     with screen.console.status("Loading"), screen.progress_shown("Counting") as progress:
         progress(1, 2)
     assert capsys.readouterr().out == "Counting: 1 of 2\n"
+
+
+def test_a_command_in_a_thread_asks_for_no_signals() -> None:
+    """As in a worker of Ray Train, which runs what it is given in a thread."""
+    ended = []
+
+    def work() -> None:
+        with screen.stoppable() as stop:
+            ended.append(stop.is_set())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ended == [False]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import lorasmith
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
 from lorasmith.core.processes import ALONE, current, joined
+from tests.launched import environment, free_port
 
 SCRIPT = """
 import sys, torch
@@ -54,9 +59,7 @@ def test_alone_nothing_is_waited_for() -> None:
 
 @pytest.mark.slow
 def test_two_processes_agree() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     pair = [
         subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), port], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -79,3 +82,54 @@ def test_an_address_that_is_taken_is_a_sentence() -> None:
         with pytest.raises(TrainingError, match=said), joined(launched):
             raise AssertionError
     assert current() is ALONE
+
+
+def imported_at_once(path: Path) -> Iterator[str]:
+    """What a module imports when it is imported, but for the types that it names."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_no_module_imports_what_one_process_has_no_use_for() -> None:
+    modules = list(Path(lorasmith.__file__).parent.rglob("*.py"))
+    found = {str(path): [one for one in imported_at_once(path) if "torch.distributed" in one] for path in modules}
+    assert "torch.Tensor" in imported_at_once(next(path for path in modules if path.name == "processes.py"))
+    assert {name: imported for name, imported in found.items() if imported} == {}
+
+
+RUN_ALONE = """
+import sys
+importers = set()
+
+class Noted:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("torch.distributed"):
+            frame = sys._getframe(1)
+            while "importlib" in frame.f_code.co_filename:
+                frame = frame.f_back
+            importers.add(frame.f_globals["__name__"].partition(".")[0])
+
+sys.meta_path.insert(0, Noted())
+from lorasmith.cli.main import main
+sys.argv = ["lorasmith", "train", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("importers:", *sorted(importers))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_one_process_imports_nothing_for_several(tmp_path: Path) -> None:
+    from tests.app.folder_cases import pictures
+
+    pictures(tmp_path / "photos", 2)
+    arguments = ["photos", "--model", "lorasmith-tiny", "--steps", "1", "--batch-size", "2", "--no-previews"]
+    command = [sys.executable, "-c", RUN_ALONE, *arguments, "--validation-share", "0", "--resolution", "32"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    importers = ran.stdout.splitlines()[-1].split()
+    assert "torch" in importers and "lorasmith" not in importers, importers

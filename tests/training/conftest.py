@@ -6,39 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from lever_cases import flux_model
 
 from lorasmith.app.model_run import train
-from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training.memory import activations, host_memory
 from lorasmith.training.train import TrainResult
-
-CAPTIONS = ("a cat", "a dog", "a red apple, noto style", "", "a lion", "(a bus:1.3) on a blue background")
+from tests.training.random_samples import of_one_size, of_several_sizes
 
 
 @pytest.fixture(scope="session")
 def dataset(tiny: Model) -> EncodedDataset:
     """Six samples of random latents with real captions."""
-    g = torch.Generator().manual_seed(0)
-    return EncodedDataset(
-        tuple(
-            Sample(torch.randn(4, 8, 8, generator=g), tiny.text_encoder.encode(caption), f"{index}.png")
-            for index, caption in enumerate(CAPTIONS)
-        )
-    )
+    return of_one_size(tiny)
 
 
 @pytest.fixture(scope="session")
 def mixed(tiny: Model, dataset: EncodedDataset) -> EncodedDataset:
     """Samples of several sizes, one of them with a caption of three chunks."""
-    g = torch.Generator().manual_seed(1)
-    long = tiny.text_encoder.encode("a penguin on a pink background, " * 20)
-    assert long.tensors["context"].shape[1] > 77
-    extra = [Sample(torch.randn(4, 8, 12, generator=g), long, "wide.png")]
-    extra.append(Sample(torch.randn(4, 8, 8, generator=g), long, "long.png"))
-    return EncodedDataset((*dataset.samples, *extra))
+    return of_several_sizes(tiny, dataset)
 
 
 @pytest.fixture(scope="session")

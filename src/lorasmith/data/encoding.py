@@ -199,9 +199,9 @@ def encode_images(
     images = [_framed(image, config, resolution, step, pictures.clips) for image in scan.images]
     if processes.size > 1 and config.cache:
         # Each process encodes a share into the cache, from which all of them read the rest.
-        share = images[processes.rank :: processes.size]
-        captions.encode_ahead([one.image.caption for one in share], caption_progress)
-        encode_pictures(share, pictures, config, progress)
+        share = slice(processes.rank, None, processes.size)
+        captions.encode_ahead(captions.missing([one.caption for one in scan.images])[share], caption_progress)
+        encode_pictures(images[share], pictures, config, progress)
         processes.gathered(None)
     captions.encode_ahead([image.caption for image in scan.images], caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
