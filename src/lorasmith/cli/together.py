@@ -8,8 +8,10 @@ import re
 import sys
 from collections.abc import Iterator
 
+import typer
+
 from lorasmith.cli.console import output_silenced
-from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
 __all__ = ["started_on_gpus", "together"]
@@ -20,7 +22,10 @@ _RESTARTS = 3
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Inside the context, this process trains with those that were launched with it; the first one alone prints."""
+    """Inside the context, this process trains with those that were launched with it; the first one alone prints.
+
+    Of an error that reaches several of them, one prints the sentence, whichever it is.
+    """
     launched = launched_process()
     if launched is None:
         yield
@@ -30,7 +35,12 @@ def together() -> Iterator[None]:
     with joined(launched) as processes, contextlib.ExitStack() as stack:
         if not processes.is_first:
             stack.enter_context(output_silenced())
-        yield
+        try:
+            yield
+        except LorasmithError as error:
+            if processes.tells(error):
+                raise
+            raise typer.Exit(getattr(error, "exit_code", 1)) from error
 
 
 def started_on_gpus(gpus: str | None) -> bool:

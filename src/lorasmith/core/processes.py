@@ -7,6 +7,7 @@ One process alone has every operation too, and none of them does anything. `curr
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
+from lorasmith.core.meeting import INTERFACE, interface_towards_others, store_of_this_start
 
 __all__ = ["ALONE", "Processes", "current", "joined"]
 
@@ -64,6 +66,13 @@ class Processes:
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes; its LorasmithError is raised in all of them."""
         return make()
+
+    def tells(self, error: LorasmithError) -> bool:
+        """Whether this process is the one to print an error that ends the run; called once for it, in any process.
+
+        What is raised in all of them is for one to tell, and that another process has ended for none if that one did.
+        """
+        return True
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -126,6 +135,27 @@ class _Joined(Processes):
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
 
+    def tells(self, error: LorasmithError) -> bool:
+        from torch import distributed
+
+        is_echo = isinstance(error, _OtherEndedError)
+        try:
+            store = distributed.distributed_c10d._get_default_store()
+            if is_echo:
+                return bool(store.add(_TOLD, 1) == 1)
+            store.add(_TOLD, 1)
+            return bool(store.add(f"{_TOLD}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1)
+        except RuntimeError:  # the store has ended with its process
+            return True
+
+
+_TOLD = "lorasmith/told"
+"""Count of errors in the store of the processes."""
+
+
+class _OtherEndedError(TrainingError):
+    """Another process has ended, for a reason that is known there."""
+
 
 @contextlib.contextmanager
 def _others_needed() -> Iterator[None]:
@@ -133,9 +163,9 @@ def _others_needed() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise TrainingError(
-            f"all processes of a run must go on together, but another one has ended ({reason}); its own message says "
-            "why, and the same command continues the run"
+        raise _OtherEndedError(
+            f"all processes of a run must go on together, but another one was killed, or cannot be reached ({reason}); "
+            "unless the launcher starts them again, the same command continues the run"
         ) from error
 
 
@@ -167,29 +197,33 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
     if on_gpus:
         torch.cuda.set_device(launched.local_rank)
     is_made = distributed.is_initialized()  # by Ray Train, say
-    try:
-        if not is_made:
-            meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=_MEETING)
-            store, rank, size = next(iter(meeting))
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-                # An elastic agent keeps its store when it starts processes again, with the addresses of the dead ones.
-                store=distributed.PrefixStore(launched.attempt, store),  # type: ignore[attr-defined]
-                rank=rank,
-                world_size=size,
-                timeout=_MEETING,
-            )
-        distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(
-            f"the {launched.size} processes of a run must reach each other at {launched.address}, but process "
-            f"{launched.rank} cannot ({reason}); check the address and the firewall, or choose another port"
-        ) from error
-    _joined.append(_Joined(launched))
-    try:
-        yield _joined[-1]
-    finally:
-        _joined.pop()
-        if not is_made:
-            distributed.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        interface = ""
+        try:
+            if not is_made:
+                meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=_MEETING)
+                store, rank, size = next(iter(meeting))
+                store = store_of_this_start(store, launched, _MEETING)
+                interface = stack.enter_context(interface_towards_others(store, launched))
+                distributed.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=size,
+                    timeout=_MEETING,
+                )
+                stack.callback(distributed.destroy_process_group)
+            distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            by = f" over {interface}" if interface else ""
+            raise TrainingError(
+                f"the {launched.size} processes of a run must reach each other at {launched.address}, but process "
+                f"{launched.rank} cannot{by} ({reason}); check the address and the firewall, choose another port, or "
+                f"name the network interface in {INTERFACE}"
+            ) from error
+        _joined.append(_Joined(launched))
+        try:
+            yield _joined[-1]
+        finally:
+            _joined.pop()
