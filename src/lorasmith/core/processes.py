@@ -225,5 +225,6 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
         _joined.append(_Joined(launched))
         try:
             yield _joined[-1]
+            _joined[-1].gathered(None)  # if the first one dies while it saves the result, all start again
         finally:
             _joined.pop()
