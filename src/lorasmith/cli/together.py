@@ -32,15 +32,15 @@ def together() -> Iterator[None]:
         return
     from lorasmith.core.processes import joined
 
-    with joined(launched) as processes, contextlib.ExitStack() as stack:
-        if not processes.is_first:
-            stack.enter_context(output_silenced())
-        try:
+    try:
+        with joined(launched) as processes, contextlib.ExitStack() as stack:
+            if not processes.is_first:
+                stack.enter_context(output_silenced())
             yield
-        except LorasmithError as error:
-            if processes.tells(error):
-                raise
+    except LorasmithError as error:
+        if error.is_told:
             raise typer.Exit(getattr(error, "exit_code", 1)) from error
+        raise
 
 
 def started_on_gpus(gpus: str | None) -> bool:

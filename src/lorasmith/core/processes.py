@@ -10,14 +10,17 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import LorasmithError, TrainingError
+from lorasmith.core.errors import CancelledError, LorasmithError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
 from lorasmith.core.meeting import INTERFACE, interface_towards_others, store_of_this_start
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["ALONE", "Processes", "current", "joined"]
 
@@ -67,13 +70,6 @@ class Processes:
         """What the first process makes; its LorasmithError is raised in all of them."""
         return make()
 
-    def tells(self, error: LorasmithError) -> bool:
-        """Whether this process is the one to print an error that ends the run; called once for it, in any process.
-
-        What is raised in all of them is for one to tell, and that another process has ended for none if that one did.
-        """
-        return True
-
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process goes through the context, then all others at once: they find what it has made."""
@@ -90,10 +86,13 @@ ALONE = Processes()
 class _Joined(Processes):
     """Several processes on torch.distributed: sums of tensors on their device, all else on the host."""
 
-    def __init__(self, launched: LaunchedProcess) -> None:
+    def __init__(self, launched: LaunchedProcess, store: Store, starts: Store) -> None:
         self.rank = launched.rank
         self.size = launched.size
         self.local_rank = launched.local_rank
+        self._store = store
+        self._starts = starts
+        self._of_first: LorasmithError | None = None
 
     def summing(self, tensor: Tensor) -> Callable[[], object]:
         from torch import distributed
@@ -132,25 +131,30 @@ class _Joined(Processes):
         with _others_needed():
             distributed.broadcast_object_list(made, src=0)
         if made[1] is not None:
+            self._of_first = None if self.is_first else made[1]
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
 
-    def tells(self, error: LorasmithError) -> bool:
-        from torch import distributed
-
-        is_echo = isinstance(error, _OtherEndedError)
-        try:
-            store = distributed.distributed_c10d._get_default_store()
-            if is_echo:
-                return bool(store.add(_TOLD, 1) == 1)
-            store.add(_TOLD, 1)
-            return bool(store.add(f"{_TOLD}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1)
-        except RuntimeError:  # the store has ended with its process
+    def is_told(self, error: LorasmithError) -> bool:
+        """Whether another process prints an error, or the same; called for each error that ends this process."""
+        if error is self._of_first:
             return True
+        try:
+            if isinstance(error, _OtherEndedError):
+                return self._store.add(_ERRORS, 1) > 1
+            self._store.add(_ERRORS, 1)
+            if not isinstance(error, CancelledError):
+                self._starts.set(_ENDED, "")
+            return self._store.add(hashlib.sha256(str(error).encode()).hexdigest(), 1) > 1
+        except RuntimeError:  # the store has ended with its process
+            return False
 
 
-_TOLD = "lorasmith/told"
-"""Count of errors in the store of the processes."""
+_ERRORS = "errors"
+"""Their number, in the store of a start of the processes."""
+
+_ENDED = "lorasmith/ended"
+"""Whether the run has ended with an error, which would come again, in the store of all starts."""
 
 
 class _OtherEndedError(TrainingError):
@@ -186,24 +190,32 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
 
     Raises:
         TrainingError: the others cannot be reached.
+        LorasmithError: what is raised inside; `is_told` says whether another process prints it.
     """
     if launched is None or launched.size == 1:
         yield ALONE
         return
     from torch import distributed
+    from torch.distributed import distributed_c10d
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > launched.local_rank
     if on_gpus:
         torch.cuda.set_device(launched.local_rank)
-    is_made = distributed.is_initialized()  # by Ray Train, say
     with contextlib.ExitStack() as stack:
+        starts: Store
+        store: Store
         interface = ""
         try:
-            if not is_made:
+            if distributed.is_initialized():  # by Ray Train, say
+                store = starts = PrefixStore("lorasmith", distributed_c10d._get_default_store())
+            else:
                 meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=_MEETING)
-                store, rank, size = next(iter(meeting))
-                store = store_of_this_start(store, launched, _MEETING)
+                starts, rank, size = next(iter(meeting))
+                if starts.check([_ENDED]):
+                    raise _ended_before()
+                store = store_of_this_start(starts, launched, _MEETING)
                 interface = stack.enter_context(interface_towards_others(store, launched))
                 distributed.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
@@ -213,7 +225,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                     timeout=_MEETING,
                 )
                 stack.callback(distributed.destroy_process_group)
-            distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
+            distributed_c10d._set_pg_timeout(_PATIENCE)
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             by = f" over {interface}" if interface else ""
@@ -222,9 +234,19 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 f"{launched.rank} cannot{by} ({reason}); check the address and the firewall, choose another port, or "
                 f"name the network interface in {INTERFACE}"
             ) from error
-        _joined.append(_Joined(launched))
+        _joined.append(here := _Joined(launched, store, starts))
         try:
-            yield _joined[-1]
-            _joined[-1].gathered(None)  # if the first one dies while it saves the result, all start again
+            yield here
+            here.gathered(None)  # if the first one dies while it saves the result, all start again
+        except LorasmithError as error:
+            error.is_told = here.is_told(error)
+            raise
         finally:
             _joined.pop()
+
+
+def _ended_before() -> TrainingError:
+    """The error of a process that an elastic agent starts after the run has ended with one."""
+    error = TrainingError("the run has ended with the error above; the same command continues it")
+    error.is_told = True
+    return error
