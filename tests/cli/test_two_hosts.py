@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -172,18 +173,20 @@ def test_hosts_that_differ_are_refused_by_name(start: Begin, tmp_path: Path, dif
 def test_a_full_disk_is_said_once_and_the_run_goes_on_later(start: Begin, alone: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)]
     if subprocess.run(mounted, check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
-        (disk / "other").write_bytes(bytes(2 * 2**20))
         run = start(*[training("disk/run")] * 2)
+        run.wait_for_steps(disk / "run", 2)
+        with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as others:
+            while True:
+                others.write(bytes(4096))
         codes = run.codes()
         print(run.printed)
         assert codes == [1, 1]
         assert len(sentences(run.printed)) == 1
-        (disk / "other").unlink()
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        (disk / "others").unlink()
         again = start(*[training("disk/run")] * 2)
         assert again.codes() == [0, 0], again.printed
         assert "continues from step" in again.printed
