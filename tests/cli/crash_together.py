@@ -72,7 +72,11 @@ class Trials:
         return "\n".join(log.read_text() for log in sorted(self._work.glob("*.log")))
 
     def trial(self, kind: str, chance: random.Random) -> tuple[bool, str]:
-        """One run with one kill; returns whether the agents ended it, and what happened. Raises AssertionError if anything is wrong."""
+        """One run with one kill; returns whether the agents ended it, and what happened.
+
+        Raises:
+            AssertionError: it is not the run that nobody disturbed.
+        """
         shutil.rmtree(self._work / "trial", ignore_errors=True)
         for log in self._work.glob("*.log"):
             log.unlink()
@@ -175,7 +179,7 @@ def main() -> None:
     }
     print(
         f"{arguments.kills} kills in {time.monotonic() - start:.0f} s, ended by the agents ({whole[True]}) or by hand "
-        f"({whole[False]}): each run ended with the steps, samples, losses and tensors of the run that nobody disturbed."
+        f"({whole[False]}): each run ended with the steps, samples, losses and tensors of one that nobody disturbed."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import typer
 
-from lorasmith.cli.console import output_silenced
+from lorasmith.cli.console import StoppedError, output_silenced
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
@@ -52,16 +53,20 @@ def started_on_gpus(gpus: str | None) -> bool:
     Raises:
         OptionError: there is no such GPU.
         TrainingError: a process ended with an error, which it has printed.
+        StoppedError: Ctrl-C or SIGTERM ended them.
     """
     if gpus is None or launched_process() is not None:
         return False
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     numbers = _numbers(gpus, torch.cuda.device_count())
     os.environ[VISIBLE_GPUS] = ",".join(map(gpu_variable, numbers))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what it warns of is told by the processes
     config = LaunchConfig(
+        run_id="lorasmith",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=len(numbers),
@@ -77,6 +82,11 @@ def started_on_gpus(gpus: str | None) -> bool:
             f"each of the {len(numbers)} processes must run to its end, but one ended with exit code "
             f"{', '.join(map(str, codes))}; its message is above, and the same command continues the run"
         ) from error
+    except SignalException as signalled:
+        raise StoppedError(
+            "the processes have ended; what they saved stands above, and the same command continues the run",
+            signalled.sigval,
+        ) from signalled
     return True
 
 
