@@ -216,16 +216,23 @@ def test_ctrl_c_saves_once_and_a_second_one_ends_at_once(
 
 def test_a_port_that_is_taken_is_a_sentence(pair: list[Host], photos: Path, tmp_path: Path) -> None:
     listening = "import socket, time; s = socket.socket(); s.bind(('0.0.0.0', 29500)); s.listen(); time.sleep(600)"
-    pair[0].start([sys.executable, "-c", listening])
-    time.sleep(1)
+    with pair[0].start([sys.executable, "-c", listening]) as other:
+        time.sleep(2)
+        _refused(pair, tmp_path)
+        other.kill()
+
+
+def _refused(pair: list[Host], tmp_path: Path) -> None:
+    """Both processes end, each with a sentence."""
     logs = [tmp_path / f"{host.name}.log" for host in pair]
     processes = []
     for rank, (host, log) in enumerate(zip(pair, logs, strict=True)):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
         processes.append(started(host, [sys.executable, "-m", "lorasmith", *training("run")], tmp_path, log, env))
-    assert processes[0].wait(timeout=120) == 1
-    print([log.read_text() for log in logs])
-    (said,) = sentences(logs[0].read_text())
-    assert "must reach each other at host1:29500, but process 0 cannot" in said
-    assert processes[1].wait(timeout=400) == 1
-    print([log.read_text() for log in logs])
+    codes = [process.wait(timeout=400) for process in processes]
+    printed = [log.read_text() for log in logs]
+    print(*printed)
+    assert codes == [1, 1]
+    for rank, one in enumerate(printed):
+        (said,) = sentences(one)
+        assert f"must reach each other at host1:29500, but process {rank} cannot" in said

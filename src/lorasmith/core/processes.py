@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -166,11 +167,16 @@ def _others_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise _OtherEndedError(
-            f"all processes of a run must go on together, but another one was killed, or cannot be reached ({reason}); "
-            "unless the launcher starts them again, the same command continues the run"
+            "all processes of a run must go on together, but another one was killed, or cannot be reached "
+            f"({_reason(error)}); unless the launcher starts them again, the same command continues the run"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first clause of a message of torch or gloo, without the place in their sources."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", line).partition(". ")[0]
 
 
 _joined: list[Processes] = []
@@ -211,7 +217,8 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
             if distributed.is_initialized():  # by Ray Train, say
                 store = starts = PrefixStore("lorasmith", distributed_c10d._get_default_store())
             else:
-                meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=_MEETING)
+                patience = _MEETING / 2  # which torch has twice
+                meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=patience)
                 starts, rank, size = next(iter(meeting))
                 if starts.check([_ENDED]):
                     raise _ended_before()
@@ -227,12 +234,11 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 stack.callback(distributed.destroy_process_group)
             distributed_c10d._set_pg_timeout(_PATIENCE)
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
             by = f" over {interface}" if interface else ""
             raise TrainingError(
                 f"the {launched.size} processes of a run must reach each other at {launched.address}, but process "
-                f"{launched.rank} cannot{by} ({reason}); check the address and the firewall, choose another port, or "
-                f"name the network interface in {INTERFACE}"
+                f"{launched.rank} cannot{by} ({_reason(error)}); check the address and the firewall, choose another "
+                f"port, or name the network interface in {INTERFACE}"
             ) from error
         _joined.append(here := _Joined(launched, store, starts))
         try:
