@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
-from lorasmith.core.processes import ALONE, current, joined
+from lorasmith.core.processes import ALONE, _check_gpus, _gpu_of, current, joined
 
 SCRIPT = """
 import sys, torch
@@ -50,6 +50,19 @@ def test_alone_nothing_is_waited_for() -> None:
         assert processes.summed([2, 3]) == [2, 3]
         assert processes.gathered("a") == ["a"]
         assert processes.from_first(lambda: 7) == 7
+
+
+def test_processes_take_the_gpus_that_they_see() -> None:
+    assert [_gpu_of(local, 4) for local in range(4)] == [0, 1, 2, 3]
+    assert _gpu_of(3, 1) == 0  # as under `srun --gpus-per-task 1`
+    assert _gpu_of(3, 0) is None
+
+
+def test_a_gpu_for_two_processes_is_refused() -> None:
+    _check_gpus([None, None])
+    _check_gpus(["a", "b"])
+    with pytest.raises(OptionError, match="process 2 has that of process 0; start as many on a machine"):
+        _check_gpus(["a", "b", "a"])
 
 
 @pytest.mark.slow

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import CancelledError, LorasmithError, TrainingError
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
-from lorasmith.core.meeting import INTERFACE, interface_towards_others, store_of_this_start
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -40,12 +39,12 @@ class Processes:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        local_rank: number of this process among those of its machine: the device that it trains on.
+        gpu: number of the GPU that this process trains on, if there are any, among those that it sees.
     """
 
     rank = 0
     size = 1
-    local_rank = 0
+    gpu = 0
 
     @property
     def is_first(self) -> bool:
@@ -87,10 +86,10 @@ ALONE = Processes()
 class _Joined(Processes):
     """Several processes on torch.distributed: sums of tensors on their device, all else on the host."""
 
-    def __init__(self, launched: LaunchedProcess, store: Store, starts: Store) -> None:
+    def __init__(self, launched: LaunchedProcess, gpu: int, store: Store, starts: Store) -> None:
         self.rank = launched.rank
         self.size = launched.size
-        self.local_rank = launched.local_rank
+        self.gpu = gpu
         self._store = store
         self._starts = starts
         self._of_first: LorasmithError | None = None
@@ -206,9 +205,11 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > launched.local_rank
-    if on_gpus:
-        torch.cuda.set_device(launched.local_rank)
+    from lorasmith.core.meeting import INTERFACE, interface_towards_others, store_of_this_start
+
+    gpu = _gpu_of(launched.local_rank, torch.cuda.device_count())
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     with contextlib.ExitStack() as stack:
         starts: Store
         store: Store
@@ -225,7 +226,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 store = store_of_this_start(starts, launched, _MEETING)
                 interface = stack.enter_context(interface_towards_others(store, launched))
                 distributed.init_process_group(
-                    "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+                    "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
                     store=store,
                     rank=rank,
                     world_size=size,
@@ -240,8 +241,9 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 f"{launched.rank} cannot{by} ({_reason(error)}); check the address and the firewall, choose another "
                 f"port, or name the network interface in {INTERFACE}"
             ) from error
-        _joined.append(here := _Joined(launched, store, starts))
+        _joined.append(here := _Joined(launched, gpu or 0, store, starts))
         try:
+            _check_gpus(here.gathered(None if gpu is None else str(torch.cuda.get_device_properties(gpu).uuid)))
             yield here
             here.gathered(None)  # if the first one dies while it saves the result, all start again
         except LorasmithError as error:
@@ -249,6 +251,25 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
             raise
         finally:
             _joined.pop()
+
+
+def _gpu_of(local_rank: int, count: int) -> int | None:
+    """The GPU of a process, by its number on its machine and how many it sees: all of them, or its own alone."""
+    return local_rank % count if count else None
+
+
+def _check_gpus(found: Sequence[str | None]) -> None:
+    """Raise an error if processes share a GPU, which NCCL cannot.
+
+    Args:
+        found: identity of each process's GPU, None without one.
+    """
+    for rank, one in enumerate(found):
+        if one is not None and one in found[:rank]:
+            raise OptionError(
+                f"each process of a run must have a GPU of its own, but process {rank} has that of process "
+                f"{found.index(one)}; start as many on a machine as it has GPUs"
+            )
 
 
 def _ended_before() -> TrainingError:
