@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class Trials:
         assert_alike(work / "trial", work / "alone")
 
     @property
+    def _steps(self) -> int:
+        return len(events_of(self._work / "trial", "StepDone"))
+
+    @property
     def printed(self) -> str:
         """What all agents and processes of the trial have printed."""
         return "\n".join(log.read_text() for log in sorted(self._work.glob("*.log")))
@@ -80,24 +84,29 @@ class Trials:
         shutil.rmtree(self._work / "trial", ignore_errors=True)
         for log in self._work.glob("*.log"):
             log.unlink()
-        moment = chance.uniform(0, self._seconds)
+        # Half of all moments are between the first step and the last, which take less time than starting.
+        moment, step = (
+            (self._seconds, chance.randrange(1, _STEPS))
+            if chance.random() < 0.5
+            else (chance.uniform(0, self._seconds), _STEPS + 1)
+        )
         first, second = self._hosts
         agents = [self._start(host) for host in self._hosts]
         began = time.monotonic()
-        _wait(agents, moment)
-        at_step = len(events_of(self._work / "trial", "StepDone"))
+        _wait(agents, moment, lambda: self._steps >= step)
+        at_step = self._steps
         victim = first if kind.startswith("meeting") or (kind == "process" and chance.random() < 0.5) else second
-        hit = self._kill(kind, victim)
+        hit, killed_s = self._kill(kind, victim), time.monotonic() - began
         if kind == "host that comes back":
             time.sleep(chance.uniform(0, 10))
             agents[1] = self._start(second)
         _wait(agents, _LONGEST_S)
         took = time.monotonic() - began
         codes = [agent.poll() for agent in agents]
-        assert None not in codes, f"{kind} killed after {moment:.1f} s: nothing ends\n{self.printed}"
+        assert None not in codes, f"{kind} killed after {killed_s:.1f} s: nothing ends\n{self.printed}"
         by_hand = not RunFolder(self._work / "trial").is_done
         if by_hand:
-            assert kind in _BY_HAND, f"{kind} killed after {moment:.1f} s: {codes}\n{self.printed}"
+            assert kind in _BY_HAND, f"{kind} killed after {killed_s:.1f} s: {codes}\n{self.printed}"
             for host in self._hosts:
                 host.kill()
             self._run_alone(self._train)
@@ -144,10 +153,10 @@ class Trials:
             Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
-def _wait(agents: list[subprocess.Popen[str]], seconds: float) -> None:
-    """Until all have ended, or for some seconds."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and any(agent.poll() is None for agent in agents):
+def _wait(agents: list[subprocess.Popen[str]], seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+    """Until all have ended or a condition holds, at most for some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(agent.poll() is None for agent in agents) and not until():
         time.sleep(0.02)
 
 
