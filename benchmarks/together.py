@@ -6,8 +6,9 @@
 
 Measured are two processes of one thread each, on two hosts of this machine (`benchmarks.hosts`), over a link without a
 limit and over one of 1 Gbit/s. Blocks of a few steps take turns: one process alone with all samples of the step, two
-with half of them each, two that sum the gradient once after the backward pass instead of in buckets during it, and the
-sum by itself. Times are wall time, the medians of rounds, as other work on the machine slows all blocks.
+with half of them each that do not know of each other, two that train together, two that sum the gradient once after the
+backward pass instead of in buckets during it, and the sum by itself. Times are wall time, the medians of rounds, as
+other work on the machine slows all blocks.
 
 The model of a step of N processes, S samples and P trained parameters:
 
@@ -18,7 +19,7 @@ The model of a step of N processes, S samples and P trained parameters:
 
 since a bucket is sent when its gradients are there, which the backward pass makes evenly, and the last one has nothing
 left to hide behind. The same function fills the table on paper and predicts the measured steps of two processes from
-those of one.
+the parts of one that has half of the samples, and from the rate of the link.
 """
 
 from __future__ import annotations
@@ -161,26 +162,29 @@ def main() -> None:
             times = one.blocks[block]
             ratio = times["step"] / one.blocks["one process"]["step"]
             results.add(case, one.parameters, link, block, times["step"], ratio, *(times[part] for part in parts))
-    columns = {"training": "", "link": "", "sum by itself, s": ".3f", "by the rate, s": ".3f", "share of a step": ".2f"}
+    columns = {"training": "", "link": "", "buckets": "d", "sum by itself, s": ".3f", "by the rate, s": ".3f"}
+    columns |= {"of a step": ".2f", "waiting, s": ".3f", "predicted, s": ".3f", "step, s": ".3f", "predicted": ".3f"}
     results.table(
-        columns | {"in the open": ".2f", "step of two, s": ".3f", "predicted, s": ".3f", "measured / predicted": ".2f"},
-        "The sum, and the model's step of two processes from the measured parts of one",
+        columns | {"measured / predicted": ".2f"},
+        "The sum, and what the model says of the step of two processes; without a rate, from the sum by itself",
     )
     for (case, link), one in found.items():
-        rate = LINKS[link]
+        rate, costs = LINKS[link], one.costs
         by_rate = None if rate is None else sum_seconds(one.parameters, 2, rate / 1000 * GBIT)
         whole = one.sum if by_rate is None else by_rate
-        step = one.blocks["two processes"]["step"]
-        predicted = step_seconds(one.costs, CASES[case].samples, 2, whole)
-        wait = one.blocks["two processes"]["wait"]
-        results.add(case, link, one.sum, by_rate, one.sum / step, wait / one.sum, step, predicted, step / predicted)
+        times = one.blocks["two processes"]
+        predicted = step_seconds(costs, CASES[case].samples, 2, whole)
+        waiting = waiting_seconds(whole, costs.backward, costs.buckets)
+        row = (case, link, costs.buckets, one.sum, by_rate, one.sum / times["step"], times["wait"], waiting)
+        results.add(*row, times["step"], predicted, times["step"] / predicted)
     _on_paper(results)
 
 
 # ---- measured
 
 
-BLOCKS = ("one process", "two processes", "two, one sum at the end")
+_APART = "two that do not sum"
+BLOCKS = ("one process", _APART, "two processes", "two, one sum at the end")
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Measured:
 
     Attributes:
         parameters: trained numbers.
-        costs: of one process.
+        costs: of a process with half of the samples.
         sum: seconds of a sum by itself.
         blocks: name → seconds of the parts of a step, medians of rounds.
     """
@@ -234,8 +238,9 @@ def _process(case: Case, arguments: argparse.Namespace) -> None:
     with joined(launched_process()) as together, placed(model.components.denoiser, device=device, dtype=dtype):
         engines = {}
         for block in BLOCKS:
-            job = plan_job(model.denoiser, config, device)
-            processes: Processes = ALONE if block == "one process" else together
+            share = replace(config, batch_size=case.samples // 2) if block == _APART else config
+            job = plan_job(model.denoiser, share, device)
+            processes: Processes = ALONE if block in ("one process", _APART) else together
             engines[block] = engine_of(replace(job, runtime=replace(job.runtime, processes=processes)))
         flat = engines["two processes"].flat
         at_end = engines["two, one sum at the end"]
@@ -243,7 +248,7 @@ def _process(case: Case, arguments: argparse.Namespace) -> None:
         rounds: dict[str, list[dict[str, float]]] = {block: [] for block in BLOCKS}
         sums = []
         for number in range(arguments.rounds + 1):
-            for block in BLOCKS[number % 3 :] + BLOCKS[: number % 3]:
+            for block in BLOCKS[number % 4 :] + BLOCKS[: number % 4]:
                 together.gathered(None)
                 if block == "one process" and not together.is_first:
                     continue
@@ -256,11 +261,9 @@ def _process(case: Case, arguments: argparse.Namespace) -> None:
             sums.append(time.perf_counter() - began)
         if together.is_first:
             blocks = {block: _medians(found[1:]) for block, found in rounds.items()}  # the first one warms up
-            alone = blocks["one process"]
-            buckets = len(flat.buckets(BUCKET_NUMBERS)[0])
-            # The backward pass of a process that has its share of the samples.
-            backward = alone["backward"] / 2
-            costs = Costs(alone["pass"] / case.samples, backward, alone["update"], len(flat.master), buckets)
+            apart, buckets = blocks[_APART], len(flat.buckets(BUCKET_NUMBERS)[0])
+            sample = apart["pass"] / (case.samples // 2)
+            costs = Costs(sample, apart["backward"], apart["update"], len(flat.master), buckets)
             found = {"parameters": len(flat.master), "costs": asdict(costs), "blocks": blocks}
             arguments.process.write_text(json.dumps(found | {"sum": statistics.median(sums[1:])}))
 
@@ -331,7 +334,8 @@ def _on_paper(results: Results) -> None:
     """Steps of 64 samples on up to 64 GPUs, by the slowest link of the ring."""
     counts = (1, 2, 4, 8, 16, 32, 64)
     results.table(
-        {"model": "", "rank": "d", "parameters": ",", "link": ""} | {f"{count} GPUs": "" for count in counts},
+        {"model": "", "rank": "d", "parameters": ",", "link": ""}
+        | {f"{count} GPU{'s' * (count > 1)}": "" for count in counts},
         f"On paper: seconds of a step of {PAPER_SAMPLES} samples at 1024×1024, and the share of a perfect division",
     )
     for title, name in PAPERS.items():

@@ -84,12 +84,9 @@ class Trials:
         shutil.rmtree(self._work / "trial", ignore_errors=True)
         for log in self._work.glob("*.log"):
             log.unlink()
-        # Half of all moments are between the first step and the last, which take less time than starting.
-        moment, step = (
-            (self._seconds, chance.randrange(1, _STEPS))
-            if chance.random() < 0.5
-            else (chance.uniform(0, self._seconds), _STEPS + 1)
-        )
+        moment, step = chance.uniform(0, self._seconds), _STEPS + 1
+        if chance.random() < 0.5:  # between the first step and the last, which take less time than starting
+            moment, step = self._seconds, chance.randrange(1, _STEPS)
         first, second = self._hosts
         agents = [self._start(host) for host in self._hosts]
         began = time.monotonic()
