@@ -334,9 +334,8 @@ def _on_paper(results: Results) -> None:
     """Steps of 64 samples on up to 64 GPUs, by the slowest link of the ring."""
     counts = (1, 2, 4, 8, 16, 32, 64)
     results.table(
-        {"model": "", "rank": "d", "parameters": ",", "link": ""}
-        | {f"{count} GPU{'s' * (count > 1)}": "" for count in counts},
-        f"On paper: seconds of a step of {PAPER_SAMPLES} samples at 1024×1024, and the share of a perfect division",
+        {"model": "", "rank": "d", "parameters": ",", "link": ""} | {f"N = {count}": "" for count in counts},
+        f"On paper: seconds of a step of {PAPER_SAMPLES} samples on N GPUs, and the share of a perfect division",
     )
     for title, name in PAPERS.items():
         model = MODELS[name].make(torch.bfloat16, torch.device("meta"))

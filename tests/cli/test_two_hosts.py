@@ -216,10 +216,12 @@ def test_ctrl_c_saves_once_and_a_second_one_ends_at_once(
 
 def test_a_port_that_is_taken_is_a_sentence(pair: list[Host], photos: Path, tmp_path: Path) -> None:
     listening = "import socket, time; s = socket.socket(); s.bind(('0.0.0.0', 29500)); s.listen(); time.sleep(600)"
-    with pair[0].start([sys.executable, "-c", listening]) as other:
+    with pair[0].start([sys.executable, "-c", listening]):
         time.sleep(2)
-        _refused(pair, tmp_path)
-        other.kill()
+        try:
+            _refused(pair, tmp_path)
+        finally:
+            pair[0].kill()
 
 
 def _refused(pair: list[Host], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -10,7 +11,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lorasmith.core.launch_environment import LaunchedProcess
-from lorasmith.core.meeting import INTERFACE, interface_towards_others, store_of_this_start
+from lorasmith.core.meeting import INTERFACE, interface_towards_others, opened_store, store_of_this_start
 
 SOON = timedelta(seconds=20)
 
@@ -44,6 +45,15 @@ def test_what_a_dead_process_left_is_not_taken_for_one_that_is_there() -> None:
         second = pool.submit(store_of_this_start, kept, process(1, 2), SOON)
         store_of_this_start(kept, process(0, 2), SOON).set("key", "value")
         assert second.result().get("key") == b"value"
+
+
+def test_a_server_of_another_kind_is_left_in_the_end() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = LaunchedProcess(1, 2, 1, "127.0.0.1", other.getsockname()[1])
+        with pytest.raises(TimeoutError, match="what listens there does not answer"):
+            opened_store(place, timedelta(seconds=0.5))
 
 
 def test_processes_of_one_machine_meet_within_it(monkeypatch: pytest.MonkeyPatch) -> None:

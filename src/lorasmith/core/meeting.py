@@ -14,6 +14,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,12 +26,46 @@ from lorasmith.core.launch_environment import LaunchedProcess
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["INTERFACE", "interface_towards_others", "store_of_this_start"]
+__all__ = ["INTERFACE", "interface_towards_others", "opened_store", "store_of_this_start"]
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """Variable of the network interface that gloo listens at."""
 
 _POLL_S = 0.02
+
+
+def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
+    """The store at which launched processes meet.
+
+    Args:
+        launched: this process.
+        timeout: for it to be there.
+
+    Raises:
+        RuntimeError, ValueError: it cannot be reached, or its port is taken.
+        TimeoutError: what listens there does not answer, for which torch would wait without end.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    found: list[Store] = []
+    errors: list[Exception] = []
+
+    def open_it() -> None:
+        try:
+            # torch tries it twice.
+            meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=timeout / 2)
+            found.append(next(iter(meeting))[0])
+        except Exception as error:
+            errors.append(error)
+
+    opening = threading.Thread(target=open_it, daemon=True)
+    opening.start()
+    opening.join(timeout.total_seconds())
+    if errors:
+        raise errors[0]
+    if not found:
+        raise TimeoutError("what listens there does not answer")
+    return found[0]
 
 
 def store_of_this_start(store: Store, launched: LaunchedProcess, timeout: timedelta) -> Store:

@@ -173,9 +173,9 @@ def _others_needed() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first clause of a message of torch or gloo, without the place in their sources."""
+    """A message of torch or gloo, without the place in their sources and advice about these."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", line).partition(". ")[0]
+    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*|\.? This may indicate.*|\.$", "", line)
 
 
 _joined: list[Processes] = []
@@ -203,9 +203,8 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
     from torch import distributed
     from torch.distributed import distributed_c10d
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
-    from lorasmith.core.meeting import INTERFACE, interface_towards_others, store_of_this_start
+    from lorasmith.core.meeting import INTERFACE, interface_towards_others, opened_store, store_of_this_start
 
     gpu = _gpu_of(launched.local_rank, torch.cuda.device_count())
     if gpu is not None:
@@ -218,9 +217,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
             if distributed.is_initialized():  # by Ray Train, say
                 store = starts = PrefixStore("lorasmith", distributed_c10d._get_default_store())
             else:
-                patience = _MEETING / 2  # which torch has twice
-                meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=patience)
-                starts, rank, size = next(iter(meeting))
+                starts = opened_store(launched, _MEETING)
                 if starts.check([_ENDED]):
                     raise _ended_before()
                 store = store_of_this_start(starts, launched, _MEETING)
@@ -228,8 +225,8 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                 distributed.init_process_group(
                     "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
                     store=store,
-                    rank=rank,
-                    world_size=size,
+                    rank=launched.rank,
+                    world_size=launched.size,
                     timeout=_MEETING,
                 )
                 stack.callback(distributed.destroy_process_group)
