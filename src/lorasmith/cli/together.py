@@ -55,7 +55,10 @@ def started_on_gpus(gpus: str | None) -> bool:
         TrainingError: a process ended with an error, which it has printed.
         StoppedError: Ctrl-C or SIGTERM ended them.
     """
-    if gpus is None or launched_process() is not None:
+    if launched_process() is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch is imported later; its warnings are stack traces
+        return False
+    if gpus is None:
         return False
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
